@@ -1,0 +1,453 @@
+"""Text to ids and back, on top of the library `tokenizers`.
+
+Letters: b rows, q tokens.
+
+The round-trip law of a trained tokenizer: `decode(encode(x)) == unicodedata.normalize("NFC", x)` for every
+text x, in any language. NFC, so that Korean typed as separate jamo (as file names from macOS are) gets the
+ids of the same syllables typed whole; nothing else is folded: case, spaces and line ends stay.
+
+Every text is encoded behind one added space, which decoding takes away again. Without it "red" at the start
+of a caption and " red" inside would be two unrelated ids, and the small vocabularies of caption corpora
+would learn each word twice. (`add_prefix_space` of `tokenizers` skips texts that start with a space, so it
+cannot give back " red" and "red" as they were; an unconditional space can.)
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+PAD, BOS, EOS, IMAGE = "<|pad|>", "<|bos|>", "<|eos|>", "<|image|>"
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+_HEX_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """Turns text into ids and ids into text; user text never becomes a special token.
+
+    Make one with `Tokenizer.train(...)` or `Tokenizer.from_folder(...)`. It can be pickled, so it travels to
+    data-loading workers.
+
+    Args:
+        backend: The tokenizer of the library `tokenizers`; the object is taken over, not copied.
+        bos: The token that every prompt starts with.
+        eos: The token that ends a caption.
+        pad: The token that fills rows up. It may be `eos`: padding is told by `valid`, never by the id.
+        image: The token that stands for a picture inside text, if there is one.
+        languages: Language codes; each has a token such as `<|ko|>`.
+
+    Raises:
+        ValueError: If one of these tokens is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str = BOS,
+        eos: str = EOS,
+        pad: str = PAD,
+        image: str | None = None,
+        languages: Sequence[str] = (),
+    ):
+        roles = {"bos": bos, "eos": eos, "pad": pad, "image": image}
+        roles |= {f"language {code}": f"<|{code}|>" for code in languages}
+        for role, token in roles.items():
+            if token is not None and backend.token_to_id(token) is None:
+                raise ValueError(
+                    f"the {role} token {token!r} is not among the {len(backend.get_vocab())} tokens"
+                )
+        backend.no_truncation()  # a hub tokenizer.json may cut texts at 128 tokens without a word
+        backend.no_padding()
+        backend.add_special_tokens([AddedToken(t, special=True) for t in roles.values() if t is not None])
+        backend.encode_special_tokens = (
+            True  # not saved in tokenizer.json, so set it here and after unpickling
+        )
+        self.backend = backend
+        self.bos, self.eos, self.pad_token, self.image = bos, eos, pad, image
+        self.languages = tuple(languages)
+        self._index()
+
+    def _index(self) -> None:
+        """Builds the tables that follow from the backend."""
+        vocab = self.backend.get_vocab()
+        self.vocab_size: int = max(vocab.values()) + 1  # ids may have gaps, so not len(vocab)
+        self.bos_id: int = vocab[self.bos]
+        self.eos_id: int = vocab[self.eos]
+        self.pad_id: int = vocab[self.pad_token]
+        self.image_id: int | None = None if self.image is None else vocab[self.image]
+        self._language_ids = {code: vocab[f"<|{code}|>"] for code in self.languages}
+        added = self.backend.get_added_tokens_decoder()
+        self._specials = frozenset(i for i, token in added.items() if token.special)
+        self._spelling = _Spelling(
+            json.loads(self.backend.to_str()), {i: t.content for i, t in added.items()}
+        )
+
+    # ------------------------------------------------------------------------------------------- making one
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, languages: Sequence[str] = (), *, min_count: int = 2
+    ) -> Self:
+        """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2), lossless on any text.
+
+        The result depends on the texts only, not on their order.
+
+        Args:
+            texts: The training texts.
+            vocab_size: The most ids to use. The special tokens come first, then the 256 bytes, then merges;
+                a corpus that supports fewer merges gives a smaller vocabulary.
+            languages: Language codes such as "en", "ko"; each gets a token that opens its captions.
+            min_count: A pair of pieces is merged only if it occurs at least so often.
+
+        Raises:
+            ValueError: If `vocab_size` is too small, or a language code is malformed or doubled.
+        """
+        for code in languages:
+            if not _LANGUAGE.fullmatch(code):
+                raise ValueError(f'language {code!r} is not a code such as "en", "ko" or "pt-BR"')
+        if len(set(languages)) != len(languages):
+            raise ValueError(f"languages {list(languages)} names one of them twice")
+        specials = [PAD, BOS, EOS, IMAGE, *(f"<|{code}|>" for code in languages)]
+        if vocab_size < 256 + len(specials):
+            raise ValueError(
+                f"vocab_size ({vocab_size}) must be at least {256 + len(specials)}: "
+                f"256 bytes and {len(specials)} special tokens"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_count,
+            special_tokens=[AddedToken(token, special=True) for token in specials],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(iter(texts), trainer)
+        return cls(backend, image=IMAGE, languages=languages)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Reads a tokenizer that `save` or a hub wrote: `tokenizer.json`, GPT-2's `vocab.json` and
+        `merges.txt`, or BERT's `vocab.txt`.
+
+        The bos, eos and pad tokens are looked up in `tokenizer_config.json`, `special_tokens_map.json`,
+        `config.json` and `generation_config.json`, in this order. A missing bos is replaced by the cls token
+        (BERT) or else by eos (GPT-2 and OPT start texts with it); a missing eos by sep (BERT); a missing pad
+        by eos, as the hub's language models were trained without padding and `valid` masks it anyway.
+
+        Raises:
+            ValueError: If no tokenizer or no eos token is found, or a file cannot be read; names the file and key.
+        """
+        folder = Path(folder)
+        settings = _read_settings(folder)
+        backend = _read_backend(folder, settings)
+        vocab = backend.get_vocab()
+        names = {token_id: token for token, token_id in vocab.items()}
+
+        def find(*roles: str) -> str | None:
+            for role in roles:
+                for file, values in settings.items():
+                    token = values.get(f"{role}_token")
+                    token = token.get("content") if isinstance(token, dict) else token
+                    if token is None and isinstance(index := _first(values.get(f"{role}_token_id")), int):
+                        if index not in names:
+                            raise ValueError(
+                                f"{folder / file}: {role}_token_id is {index}, an id without a token"
+                            )
+                        token = names[index]
+                    if isinstance(token, str):
+                        if token not in vocab:
+                            raise ValueError(
+                                f"{folder / file}: {role}_token is {token!r}, "
+                                f"which is not among the tokenizer's {len(vocab)} tokens"
+                            )
+                        return token
+            return None
+
+        eos = find("eos", "sep")
+        if eos is None:
+            raise ValueError(
+                f'{folder}: no eos token. Add "eos_token": "..." to {folder / "tokenizer_config.json"} '
+                f"(looked for eos_token, eos_token_id and sep_token in {', '.join(settings) or 'no config file'})"
+            )
+        languages = settings.get("tokenizer_config.json", {}).get("languages", [])
+        return cls(
+            backend,
+            bos=find("bos", "cls") or eos,
+            eos=eos,
+            pad=find("pad") or eos,
+            image=find("image") or (IMAGE if IMAGE in vocab else None),
+            languages=[code for code in languages if isinstance(code, str)],
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which the hub's libraries read as well."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "pad_token": self.pad_token,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+            "languages": list(self.languages),
+        }
+        if self.image is not None:
+            config["image_token"] = self.image
+        self.backend.save(str(folder / "tokenizer.json"))
+        text = json.dumps(config, ensure_ascii=False, indent=2)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # lost by the pickle of `tokenizers`
+
+    # ------------------------------------------------------------------------------------------- using it
+
+    def prompt(self, language: str | None = None) -> list[int]:
+        """Returns the ids that a caption starts after: bos, and the language's token if one is named."""
+        if language is None:
+            return [self.bos_id]
+        if language not in self._language_ids:
+            known = ", ".join(self.languages) or "none"
+            raise ValueError(f"language {language!r} is unknown to this tokenizer; it knows: {known}")
+        return [self.bos_id, self._language_ids[language]]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without special tokens, whatever the text says."""
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text has a lone surrogate, {text[error.start]!r} at character {error.start}: it was read with "
+                f'the wrong encoding; read it as UTF-8 with errors="replace"'
+            ) from error
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids: up to eos, without special tokens.
+
+        A character whose last bytes are missing at the end (the caption was cut) is left out.
+        """
+        return "".join(char for char, _ in self._characters(ids))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Returns what each id adds to the text, one printable piece an id.
+
+        A character split over several ids stands whole in the first one and the others get "". Special
+        tokens show their names, also after eos.
+        """
+        pieces = [self.backend.id_to_token(i) if i in self._specials else "" for i in self._checked(ids)]
+        for char, owners in self._characters(ids, stop=False):
+            pieces[owners[0]] += char
+        return pieces
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Returns the words of `decode(ids).split()`, each with the positions in `ids` of its tokens.
+
+        Every token that holds a byte of a word belongs to it, so a syllable split over several byte tokens
+        brings all of them; a token of white space alone belongs to no word.
+        """
+        words: list[tuple[str, list[int]]] = []
+        inside = False
+        for char, owners in self._characters(ids):
+            if char.isspace():
+                inside = False
+                continue
+            text, positions = words.pop() if inside else ("", [])
+            positions += [owner for owner in owners if owner not in positions[-1:]]
+            words.append((text + char, positions))
+            inside = True
+        return words
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Literal["right", "left"] = "right"
+    ) -> tuple[Tensor, Tensor]:
+        """Makes one rectangle of rows of different lengths.
+
+        Args:
+            rows: The ids of each row.
+            side: Where the padding goes: "right" to train, "left" to generate.
+
+        Returns:
+            tokens: (b q) long.
+            valid: (b q) bool, True = a real token.
+        """
+        if side not in ("right", "left"):
+            raise ValueError(f'side is {side!r}, must be "right" or "left"')
+        length = max((len(row) for row in rows), default=0)
+        tokens = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
+        valid = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+            tokens[i, where] = torch.as_tensor(row, dtype=torch.long)
+            valid[i, where] = True
+        return tokens, valid
+
+    def _checked(self, ids: Sequence[int]) -> Iterator[int]:
+        for position, token in enumerate(ids):
+            token = int(token)
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"id {token} at position {position} is outside the vocabulary 0..{self.vocab_size - 1}"
+                )
+            yield token
+
+    def _characters(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[str, list[int]]]:
+        """Yields each character of the text with the positions of the ids that hold its bytes."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        pending: list[int] = []  # the position of the id of each byte that is not yet part of a character
+        strip = self._spelling.strips_space
+        for position, token in enumerate(self._checked(ids)):
+            if stop and token == self.eos_id:
+                break
+            if token in self._specials:
+                continue
+            for byte in self._spelling.bytes_of(self.backend.id_to_token(token), token):
+                if strip and byte == 0x20:
+                    strip = False
+                    continue
+                strip = False
+                pending.append(position)
+                chars = utf8.decode(bytes([byte]))
+                for i, char in enumerate(chars):
+                    waiting = len(chars) - 1 - i + len(utf8.getstate()[0])
+                    yield char, list(dict.fromkeys(pending[: len(pending) - waiting]))
+                    pending = pending[len(pending) - waiting :]
+
+
+class _Spelling:
+    """Which bytes each token stands for, in the four ways that tokenizers write them.
+
+    Args:
+        description: The parsed `tokenizer.json`.
+        added: The content of each added token: it stands for itself.
+    """
+
+    def __init__(self, description: dict[str, Any], added: dict[int, str]):
+        self.added = added
+        steps = list(_steps(description.get("decoder")))
+        types = {step["type"] for step in steps}
+        model = description["model"]
+        self.suffix = model.get("end_of_word_suffix") or ""
+        self.prefix = model.get("continuing_subword_prefix") or ""
+        if "ByteLevel" in types:
+            self.kind = "bytes"
+        elif types & {"Metaspace", "ByteFallback", "Replace"}:
+            self.kind = "sentencepiece"
+        elif "WordPiece" in types or not types:
+            self.kind = "words"
+        elif "BPEDecoder" in types:
+            self.kind = "suffix"
+        else:
+            raise ValueError(
+                f"tokenizer.json: decoder {sorted(types)} is not one of ByteLevel, Metaspace, WordPiece, BPEDecoder"
+            )
+        self.strips_space = self.kind == "words" or any(
+            (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            for step in steps
+        )
+        self.table = _byte_table()
+
+    def bytes_of(self, token: str, index: int) -> bytes:
+        """Returns the bytes of one token."""
+        if index in self.added:
+            return token.encode()
+        if self.kind == "bytes":
+            if self.suffix and token.endswith(self.suffix):
+                token = token.removesuffix(self.suffix) + "Ġ"
+            try:
+                return bytes(self.table[char] for char in token)
+            except KeyError:
+                return token.encode()
+        if self.kind == "sentencepiece":
+            byte = _HEX_BYTE.fullmatch(token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+        if self.kind == "suffix":
+            return token.replace(self.suffix or "</w>", " ").encode()
+        if self.prefix and token.startswith(self.prefix):
+            return token.removeprefix(self.prefix).encode()
+        return (token if token in (".", ",", "!", "?") else " " + token).encode()
+
+
+def _byte_table() -> dict[str, int]:
+    """Returns GPT-2's letter for every byte: itself if it can be seen, else the next letter from U+0100."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(unseen)}
+
+
+def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if decoder is not None and decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    elif decoder is not None:
+        yield decoder
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _read_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reads the files beside a tokenizer that name its special tokens."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            settings[name] = _read_json(folder / name)
+    return settings
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizers.Tokenizer:
+    """Reads the tokenizer itself from whichever files are there."""
+    config = settings.get("tokenizer_config.json", {})
+    try:
+        if (path := folder / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(path))
+        if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+                add_prefix_space=bool(config.get("add_prefix_space"))
+            )
+            backend.decoder = decoders.ByteLevel()
+            if not settings and backend.token_to_id("<|endoftext|>") is not None:  # GPT-2 as it was published
+                settings["GPT-2"] = {"eos_token": "<|endoftext|>"}
+            return backend
+        if (path := folder / "vocab.txt").is_file():
+            backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+            backend.normalizer = normalizers.BertNormalizer(lowercase=bool(config.get("do_lower_case", True)))
+            backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            backend.decoder = decoders.WordPiece()
+            settings.setdefault("BERT", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+            return backend
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
+    raise ValueError(
+        f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
+        f"it holds: {', '.join(sorted(p.name for p in folder.iterdir())[:9]) or 'nothing'}"
+    )
