@@ -26,7 +26,7 @@ UV := $(BIN)/uv --no-config pip
 MIRROR = $${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}}}
 
 # One test process a core, one thread each: faster than one process with many threads.
-JOBS ?= $(shell $(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())' 2>/dev/null)
+JOBS ?= $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count()))' 2>/dev/null)
 ARGS ?=
 
 .PHONY: help caption test lint format setup lock clean
@@ -63,10 +63,11 @@ $(STAMP): requirements.txt pyproject.toml
 		|| { echo "Making $(VENV) with $(PYTHON)" && "$(PYTHON)" -m venv --clear $(VENV); }
 	@touch $(UNFINISHED)
 	@awk '/^[^ ]/ { keep = /^uv==/ } keep' requirements.txt > $(VENV)/uv.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.txt
 	@echo "Installing the pinned packages: about 3 GB to download the first time"
 	@export UV_DEFAULT_INDEX="$(MIRROR)"; test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; \
-		$(UV) sync --quiet --python $(BIN)/python --no-build --require-hashes requirements.txt \
+		$(UV) sync --quiet --python $(BIN)/python --no-build --require-hashes \
+			--compile-bytecode requirements.txt \
 		&& $(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 	@rm -f $(UNFINISHED)
 	@touch $(STAMP)

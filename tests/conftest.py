@@ -1,0 +1,60 @@
+"""What every test gets: one thread, the same seeds, no network, and no global state left behind."""
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+
+# Read by libraries when they are first imported: hub clients never ask a network, plots open no window.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the processes of -n share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (some libraries draw from the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[None]:
+    """Training sets some of torch's global settings; the next test must not see them."""
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    grad, deterministic = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_grad_enabled(grad)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests marked `network` may connect to another machine; processes of one machine may talk."""
+    if request.node.get_closest_marker("network"):
+        return
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1", "::1"):  # type: ignore[index]
+            raise OSError(f"a test tried to connect to {address}; mark it with pytest.mark.network")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
