@@ -249,7 +249,7 @@ class Tokenizer:
         A character split over several ids stands whole in the first one and the others get "". Special
         tokens show their names, also after eos.
         """
-        pieces = [self.backend.id_to_token(i) if i in self._specials else "" for i in self._checked(ids)]
+        pieces = [self._token(i) if i in self._specials else "" for i in self._checked(ids)]
         for char, owners in self._characters(ids, stop=False):
             pieces[owners[0]] += char
         return pieces
@@ -296,6 +296,9 @@ class Tokenizer:
             valid[i, where] = True
         return tokens, valid
 
+    def _token(self, index: int) -> str:
+        return self.backend.id_to_token(index) or ""  # None for an id in a gap of a hub vocabulary
+
     def _checked(self, ids: Sequence[int]) -> Iterator[int]:
         for position, token in enumerate(ids):
             token = int(token)
@@ -315,7 +318,7 @@ class Tokenizer:
                 break
             if token in self._specials:
                 continue
-            for byte in self._spelling.bytes_of(self.backend.id_to_token(token), token):
+            for byte in self._spelling.bytes_of(self._token(token), token):
                 if strip and byte == 0x20:
                     strip = False
                     continue
@@ -426,6 +429,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizers.Tokenizer:
     """Reads the tokenizer itself from whichever files are there."""
     config = settings.get("tokenizer_config.json", {})
+    path = folder
     try:
         if (path := folder / "tokenizer.json").is_file():
             return tokenizers.Tokenizer.from_file(str(path))

@@ -1,0 +1,455 @@
+"""Image file to RGB, and RGB to pixels.
+
+Letters: h height, w width of the pixels.
+
+`load` takes files from anywhere and either gives the picture as a person would see it or raises an
+`ImageError` that names the file, the fault and the remedy; it never gives a wrong picture and never hangs.
+What it knows and most loaders do not: orientation tags are applied, alpha is laid on white, 16-bit grey is
+scaled and not clipped, checksums are verified, sizes are looked at before anything is decoded, pipes and
+devices are refused. Colour profiles are not applied, as no training set of the field applies them.
+
+Pillow's global settings are neither changed nor needed, so threads may load side by side.
+"""
+
+import io
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+import torch
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageEnhance,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
+from torch import Tensor
+
+Source = str | Path | bytes | BinaryIO | Image.Image
+
+_OPENERS: dict[str, Callable[..., ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,  # also for the first picture of an MPO, which starts as a JPEG
+    "PNG": PngImagePlugin.PngImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
+}
+if features.check("webp"):
+    _OPENERS["WEBP"] = WebPImagePlugin.WebPImageFile
+if "avif" in features.modules and features.check("avif"):
+    from PIL import AvifImagePlugin
+
+    _OPENERS["AVIF"] = AvifImagePlugin.AvifImageFile
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names the file, the fault and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_000) -> Image.Image:
+    """Reads one picture as RGB: JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, and AVIF where Pillow has it.
+
+    The format is told by the content, not by the name. Of an animation it is the first frame.
+
+    Args:
+        source: A path, the bytes of a file, an open binary file, or a Pillow picture of any mode.
+        name: What errors call the picture; the path if not given.
+        max_pixels: Larger pictures are refused before they are decoded. 100 million pixels take 300 MB; a
+            few kilobytes of a "decompression bomb" can hold billions.
+
+    Raises:
+        ImageError: If the picture cannot be read whole and right.
+    """
+    if isinstance(source, Image.Image):
+        called = name or str(getattr(source, "filename", "")) or "<picture>"
+        return _decoded(called, lambda: _finished(source, called))
+    data, name = _read(source, name, max_bytes=16 * max_pixels + 2**26)
+    kind = _kind(data[:64])
+    if kind not in _OPENERS:
+        raise ImageError(f"{name}: {_what_it_is(data, kind)}; give one of {', '.join(_OPENERS)}")
+
+    def decode() -> Image.Image:
+        image = _OPENERS[kind](io.BytesIO(data), "")
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"{name}: {width} x {height} = {width * height:,} pixels are more than {max_pixels:,}; "
+                f"make it smaller, or raise max_pixels if you trust it"
+            )
+        if kind == "PNG":  # decoding does not look at the checksums of the pixels
+            with PngImagePlugin.PngImageFile(io.BytesIO(data), "") as check:
+                check.verify()
+        image.load()
+        return _finished(image, name)
+
+    return _decoded(name, decode, kind)
+
+
+def _decoded(name: str, decode: Callable[[], Image.Image], kind: str = "picture") -> Image.Image:
+    """Runs a decoder and turns whatever it raises into an ImageError."""
+    try:
+        return decode()
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError(f"{name}: not enough memory to decode this {kind}; make it smaller") from error
+    except Exception as error:  # damaged files bring out OSError, SyntaxError, struct.error, zlib.error, ...
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"{name}: damaged {kind} ({reason}); get the file again or save it anew") from error
+
+
+def _read(source: str | Path | bytes | BinaryIO, name: str | None, max_bytes: int) -> tuple[bytes, str]:
+    """Returns the whole content of a source, and its name."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data, name = bytes(source), name or "<bytes>"
+    elif isinstance(source, (str, os.PathLike)):
+        name = name or os.fspath(source)
+        data = _read_file(source, name, max_bytes)
+    elif hasattr(source, "read"):
+        name = name or str(getattr(source, "name", "<stream>"))
+        try:
+            data = source.read(max_bytes + 1)
+        except Exception as error:  # a damaged zip member raises BadZipFile, zlib.error, EOFError, ...
+            raise ImageError(f"{name}: not readable ({error}); get the file again") from error
+        if not isinstance(data, bytes):
+            raise ImageError(f'{name}: opened as text; open it with mode "rb"')
+    else:
+        raise ImageError(f"{name or source!r}: a {type(source).__name__} is not a path, bytes or binary file")
+    if len(data) > max_bytes:
+        raise ImageError(f"{name}: more than {max_bytes:,} bytes, too large for a picture; make it smaller")
+    if not data:
+        raise ImageError(f"{name}: empty, 0 bytes; get the file again")
+    return data, name
+
+
+def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes:
+    """Reads a regular file, and refuses everything else at once: a pipe would make us wait for ever."""
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    )
+    try:
+        handle = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        if str(path).startswith(("http:", "https:", "ftp:", "s3:", "gs:")):
+            raise ImageError(f"{name}: an address, not a file; download it first") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(
+            f"{name}: cannot be opened ({reason}); check the path and its permissions"
+        ) from error
+    with os.fdopen(handle, "rb") if stat.S_ISREG(os.fstat(handle).st_mode) else _Closing(handle) as file:
+        if isinstance(file, _Closing):
+            raise ImageError(f"{name}: {file.what}, not a picture; give the path of a file")
+        try:
+            return file.read(max_bytes + 1)
+        except OSError as error:
+            raise ImageError(f"{name}: cannot be read ({error.strerror}); check the disk") from error
+
+
+class _Closing:
+    """A handle of something that is not a regular file: only to be named and closed."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+        mode = os.fstat(handle).st_mode
+        tests = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR}
+        self.what = next((what for what, test in tests.items() if test(mode)), "a device or socket")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.handle)
+
+
+def _kind(head: bytes) -> str:
+    """Tells the format by the first bytes; "" if unknown."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
+        return "PPM"
+    if head[4:8] == b"ftyp":
+        if head[8:12] in (b"avif", b"avis") or b"avif" in head[16:64]:
+            return "AVIF"
+        return "HEIC" if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") else ""
+    if head.startswith(b"BM"):
+        return "BMP"
+    return ""
+
+
+def _what_it_is(data: bytes, kind: str) -> str:
+    """Describes a file that is not a picture of an allowed format."""
+    if kind:
+        return f"a {kind} picture, which this installation cannot read"
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    signs = {
+        b"%pdf": "a PDF document",
+        b"%!ps": "a PostScript file",
+        b"\xc5\xd0\xd3\xc6": "a PostScript file",
+        b"<!doctype": "a web page (the download failed?)",
+        b"<html": "a web page (the download failed?)",
+        b"<svg": "an SVG drawing",
+        b"<?xml": "an XML or SVG file",
+        b"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)",
+        b"pk\x03\x04": "a zip archive",
+        b"\x1f\x8b": "a gzip file",
+        b"8bps": "a Photoshop file",
+        b"\xff\x0a": "a JPEG XL picture",
+        b"\0\0\0\x0cjxl": "a JPEG XL picture",
+        b"\0\0\0\x0cjp": "a JPEG 2000 picture",
+    }
+    for sign, what in signs.items():
+        if head.startswith(sign):
+            return what
+    if not any(data[:512]):
+        return "only zero bytes (a failed copy?)"
+    return f"not a picture (it starts with {data[:8]!r})"
+
+
+def _finished(image: Image.Image, name: str) -> Image.Image:
+    """Turns a decoded picture upright and makes it RGB."""
+    if 0 in image.size:
+        raise ImageError(f"{name}: {image.width} x {image.height} pixels, an empty picture; leave it out")
+    upright = ImageOps.exif_transpose(image)
+    return _to_rgb(upright, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
+        return _grey_to_rgb(image, name)
+    if image.mode in ("1", "L", "CMYK", "YCbCr", "HSV", "RGBX") and "transparency" not in image.info:
+        return image.convert("RGB")
+    if image.mode == "LAB":
+        raise ImageError(f"{name}: its colours are CIE Lab; save it as RGB")
+    # P, PA, LA, La, RGBa, RGBA, and 1, L, RGB with one colour that is transparent
+    if image.mode == "P" and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image).convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Scales grey of more than 8 bits to 8. Pillow's own conversion clips it to white."""
+    values = np.asarray(image).astype(np.float32 if image.mode != "I" else np.float64)
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ImageError(f"{name}: {bad:,} pixels are not finite numbers; repair it and save it as 8-bit")
+    low, high = float(values.min()), float(values.max())
+    top = next((top for top in (1, 255, 65535) if high <= top), 0) if low >= 0 else 0
+    if image.mode.startswith("I"):
+        top = top and 65535
+    if top:  # the whole range of the convention, so that a dark picture stays dark
+        grey = values * (255 / top)
+    else:  # no convention left: from its darkest to its brightest value
+        grey = (values - low) * (255 / max(high - low, 1e-30))
+    image_8 = np.rint(grey).clip(0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        image_8[values == transparent] = 255
+    return Image.fromarray(image_8).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------- transforms
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Turns a picture into the pixels that a model sees, the same every time; saved with the model.
+
+    Args:
+        image_size: Height and width of the pixels, or one number for both.
+        resize: How a picture of another shape is made to fit: "squash" stretches it, "crop" keeps its shape
+            and cuts the middle out, "letterbox" keeps all of it and fills up with the mean colour.
+        mean: Mean of red, green, blue, of colours from 0 to 1; it becomes 0.
+        std: Standard deviation of red, green, blue.
+        interpolation: "bicubic" or "bilinear", both with antialiasing.
+        crop_fraction: With "crop", the part of the resized picture that is kept: the crop of 224 from
+            a short side of 248 is 224 / 248 (DeiT, and timm's `crop_pct`).
+    """
+
+    image_size: tuple[int, int] | int = 224
+    resize: Literal["squash", "crop", "letterbox"] = "squash"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop_fraction: float = 1.0
+
+    def __post_init__(self):
+        for field in ("image_size", "mean", "std"):  # JSON and YAML have lists only
+            if isinstance(value := getattr(self, field), list):
+                object.__setattr__(self, field, tuple(value))
+        if len(self.size) != 2 or not all(isinstance(n, int) and n > 0 for n in self.size):
+            raise ValueError(f"image_size is {self.image_size}, must be one or two positive whole numbers")
+        if self.resize not in ("squash", "crop", "letterbox"):
+            raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic" or "bilinear"')
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
+        if self.crop_fraction != 1 and self.resize != "crop":
+            raise ValueError(
+                f'crop_fraction is {self.crop_fraction}, but resize is {self.resize!r}, not "crop"'
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Returns the pixels of a picture.
+
+        Args:
+            image: A picture; modes other than RGB are treated as `load` treats them.
+
+        Returns:
+            (3 h w) float32.
+        """
+        if image.mode != "RGB":
+            image = load(image)
+        height, width = self.size
+        scale = 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
+        shift = -(torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1)
+        resample = _RESAMPLING[self.interpolation]
+        if self.resize == "letterbox":
+            fit = min(height / image.height, width / image.width)
+            inner_h = min(height, max(1, round(image.height * fit)))
+            inner_w = min(width, max(1, round(image.width * fit)))
+            top, left = (height - inner_h) // 2, (width - inner_w) // 2
+            pixels = torch.zeros(3, height, width)
+            inside = _pixels(image.resize((inner_w, inner_h), resample))
+            pixels[:, top : top + inner_h, left : left + inner_w] = inside.mul_(scale).add_(shift)
+            return pixels
+        box = self._crop_box(image) if self.resize == "crop" else None
+        if image.size != (width, height) or box is not None:
+            image = image.resize((width, height), resample, box=box)
+        return _pixels(image).mul_(scale).add_(shift)
+
+    def _crop_box(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """Returns the part of the picture that the crop shows.
+
+        Resizing just this part gives what resizing the whole and then cropping gives (the resampling looks
+        past the box), in less time, and a 20000 x 1 picture does not become 4,480,000 x 224 on the way.
+        """
+        height, width = self.size
+        full_h = int(height / self.crop_fraction + 1e-6)  # 224 / (224 / 248) may be a hair below 248
+        full_w = int(width / self.crop_fraction + 1e-6)
+        if image.width * full_h >= image.height * full_w:  # the height is the side that just fits
+            full_w = max(full_w, int(full_h * image.width / image.height))
+        else:
+            full_h = max(full_h, int(full_w * image.height / image.width))
+        top, left = round((full_h - height) / 2), round((full_w - width) / 2)
+        per_h, per_w = image.height / full_h, image.width / full_w
+        return (
+            left * per_w,
+            top * per_h,
+            min((left + width) * per_w, image.width),
+            min((top + height) * per_h, image.height),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the arguments as plain values, for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Makes the transform that `to_dict` described; an unknown key is an error."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise ValueError(f"unknown keys of an image transform: {unknown}; known: {known}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Changes a picture at random before the `ImageTransform`, as a function of a generator alone.
+
+    Args:
+        scale: Smallest and largest part of the area that a random crop keeps; (1, 1) for no crop.
+        flip: Whether to mirror half of the pictures. Not where captions say left and right.
+        jitter: How far brightness, contrast and saturation change: by factors 1 - jitter to 1 + jitter.
+        ratio: Narrowest and widest shape of the crop, relative to the picture's own shape.
+    """
+
+    scale: tuple[float, float] = (0.8, 1.0)
+    flip: bool = False
+    jitter: float = 0.0
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self):
+        object.__setattr__(self, "scale", tuple(self.scale))
+        object.__setattr__(self, "ratio", tuple(self.ratio))
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {self.scale}, must be two numbers with 0 < smallest <= largest <= 1")
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}, must be two numbers with 0 < narrowest <= widest")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter is {self.jitter}, must be from 0 to 1")
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        """Returns the changed picture; seven numbers are drawn, whatever the settings."""
+        area, shape, x, y, side, *colour = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
+        if image.mode != "RGB":
+            image = load(image)
+        if self.scale != (1, 1):
+            image = self._crop(image, area, shape, x, y)
+        if self.flip and side < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            tools = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+            for tool, draw in zip(tools, colour, strict=True):
+                image = tool(image).enhance(1 + self.jitter * (2 * draw - 1))
+        return image
+
+    def _crop(self, image: Image.Image, area: float, shape: float, x: float, y: float) -> Image.Image:
+        """Cuts a part out; area, shape, x and y are draws from 0 to 1."""
+        part = self.scale[0] + area * (self.scale[1] - self.scale[0])
+        narrow, wide = self.ratio
+        ratio = narrow * (wide / narrow) ** shape
+        ratio = min(max(ratio, part), 1 / part)  # a wider one would not fit into the picture
+        width = min(image.width, max(1, round(image.width * (part * ratio) ** 0.5)))
+        height = min(image.height, max(1, round(image.height * (part / ratio) ** 0.5)))
+        left, top = round(x * (image.width - width)), round(y * (image.height - height))
+        box = (left, top, left + width, top + height)
+        return image.resize((width, height), Image.Resampling.NEAREST, box=box)  # crop() warns if large
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """RGB picture -> (3 h w) float32 from 0 to 255."""
+    return (
+        torch.from_numpy(np.array(image))
+        .permute(2, 0, 1)
+        .to(torch.float32, memory_format=torch.contiguous_format)
+    )
