@@ -1,0 +1,180 @@
+"""What a captioner is: pictures and a prompt -> logits, whatever the bridge between vision and language.
+
+Everything above (training, generation, evaluation) speaks only to this contract, so a bridge is exchanged in a word.
+
+Letters: b samples, i pictures of a sample, p visual tokens of a picture, n = b * r rows of text (r texts share a
+sample's pictures, and are consecutive), q text tokens, d width of a token, gh gw rows and columns of patches.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtransformer.pretrained import Pretrained
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Pictures with their texts.
+
+    Attributes:
+        tokens: (n q) long: prompt, caption and end-of-sequence, padded on the right; a prompt alone, on the left.
+        valid: (n q) bool, True = a real token.
+        target: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
+        pixels: (b i 3 height width).
+        visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
+        names: the b samples' names.
+        references: the b samples' captions, each (text, language).
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    target: Tensor
+    pixels: Tensor | None = None
+    visual_tokens: Tensor | None = None
+    names: tuple[str, ...] = ()
+    references: tuple[tuple[tuple[str, str | None], ...], ...] = ()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The batch with its tensors on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {
+            k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Self:
+        """The batch with its tensors in page-locked memory, for copies beside the computation."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, Tensor)})
+
+
+class State(Protocol):
+    """What a captioner remembers between decoding steps."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows of text, in their order; a row stays within its sample's rows (beams)."""
+        ...
+
+
+class Captioner(Pretrained, nn.Module, ABC):
+    """The contract of every bridge. Towers whose parameters are all frozen stay in evaluation mode."""
+
+    vision: nn.Module
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of token ids that the head scores."""
+
+    @property
+    @abstractmethod
+    def max_len(self) -> int:
+        """Most text tokens of a row, prompt included."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The vision tower's tokens, (b i 3 height width) -> (b i p d): what a feature cache keeps."""
+
+    @abstractmethod
+    def hidden(self, batch: CaptionBatch) -> Tensor:
+        """Hidden states before the head, for right-padded rows: (n q d)."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits: (... d) -> (... vocab)."""
+
+    @abstractmethod
+    def start(
+        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, State]:
+        """Reads pictures and left-padded prompts, once; then every row stands `copies` times, side by side.
+
+        Returns:
+            Logits of the first new token (n * copies, vocab), and the state to give to `step`.
+        """
+
+    @abstractmethod
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """Adds one token a row, (n * copies) long, and returns the logits of the next: (n * copies, vocab)."""
+
+    @abstractmethod
+    def look(self, batch: CaptionBatch) -> Tensor:
+        """Where each text token looks in the pictures: (n q i gh gw), at most 1 in sum over all patches."""
+
+    def logits(self, batch: CaptionBatch) -> Tensor:
+        """Logits of every token of right-padded rows: (n q vocab)."""
+        return self.head(self.hidden(batch))
+
+    def visual_tokens(self, batch: CaptionBatch) -> Tensor:
+        """The batch's visual tokens (b i p d): those of a cache, else of its pixels.
+
+        Raises:
+            ValueError: if the batch has neither.
+        """
+        if batch.visual_tokens is not None:
+            return batch.visual_tokens
+        if batch.pixels is None:
+            raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
+        return self.encode(batch.pixels)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but frozen towers: no dropout, no stochastic depth where nothing learns."""
+        super().train(mode)
+        for tower in self.children():
+            if is_frozen(tower):
+                tower.eval()
+        return self
+
+
+def freeze(module: Module) -> Module:
+    """Takes a tower out of training: no gradients, evaluation mode (which `Captioner.train` then keeps)."""
+    return module.requires_grad_(False).eval()
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, and none of them learns."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+class Loss(NamedTuple):
+    """A sum over tokens and their number, both scalars; divide where all parts of a global batch are known."""
+
+    sum: Tensor
+    count: Tensor
+
+
+def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
+    """Cross-entropy of the target tokens: the one place where labels are shifted.
+
+    The head runs on the positions that predict a target, so logits of prompts and padding never exist.
+
+    Args:
+        captioner: the model.
+        batch: right-padded rows.
+        label_smoothing: share of the target's probability that is spread over the vocabulary (arXiv:1512.00567).
+
+    Raises:
+        ValueError: if no token is a target, or a row is longer than the captioner can read.
+    """
+    if batch.tokens.shape[1] > captioner.max_len:
+        raise ValueError(
+            f"rows of {batch.tokens.shape[1]} tokens, but the captioner reads {captioner.max_len} at most"
+        )
+    predicts, labels = batch.target[:, 1:], batch.tokens[:, 1:]
+    chosen = labels[predicts]
+    if not chosen.numel():
+        raise ValueError(f"none of the {batch.tokens.shape[0]} rows has a target token")
+    shorter = replace(
+        batch, tokens=batch.tokens[:, :-1], valid=batch.valid[:, :-1], target=batch.target[:, :-1]
+    )
+    logits = captioner.head(captioner.hidden(shorter)[predicts])
+    total = F.cross_entropy(logits.float(), chosen, reduction="sum", label_smoothing=label_smoothing)
+    return Loss(total, torch.tensor(chosen.numel(), device=total.device))

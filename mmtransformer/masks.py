@@ -1,0 +1,121 @@
+"""Masks: who may look at whom. True = may look, always.
+
+A mask is a predicate `(b, q, k) -> bool` over index tensors that broadcast. Predicates are combined with `all_of`
+and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block()` for FlexAttention.
+
+Letters: b rows, q tokens that ask, k tokens that are asked.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Row, query and key indices (long, broadcastable) -> bool: may this query of this row look at this key?"""
+
+
+def causal(offset: int = 0) -> Predicate:
+    """Each token looks at itself and at those before it; `offset` keys stand before the first query (a cache)."""
+    return lambda b, q, k: q + offset >= k
+
+
+def padding(valid: Tensor) -> Predicate:
+    """No token looks at padding; `valid` is (b k) bool, True = a real token."""
+    return lambda b, q, k: valid[b, k]
+
+
+def prefix(lengths: Tensor, offset: int = 0) -> Predicate:
+    """The first `lengths[b]` tokens see each other, the rest is causal (UniLM's prefix LM); `lengths` is (b) long."""
+    return lambda b, q, k: (k < lengths[b]) | (q + offset >= k)
+
+
+def window(size: int, offset: int = 0) -> Predicate:
+    """A token looks at those at most `size` - 1 places away, on both sides; with `causal` it is Mistral's window."""
+    if size < 1:
+        raise ValueError(f"window size must be at least 1, not {size}")
+    return lambda b, q, k: (q + offset - k).abs() < size
+
+
+def global_tokens(is_global: Tensor) -> Predicate:
+    """Global tokens look everywhere and are seen by all (Longformer, arXiv:2004.05150); `is_global` is (b k) bool."""
+    return lambda b, q, k: is_global[b, q] | is_global[b, k]
+
+
+def segments(ids: Tensor) -> Predicate:
+    """Tokens look only inside their own document of a packed row; `ids` is (b k) long."""
+    return lambda b, q, k: ids[b, q] == ids[b, k]
+
+
+def media(text_time: Tensor, media_time: Tensor, *, last_only: bool = True) -> Predicate:
+    """Text looks at pictures that came before it, and at none that come later (Flamingo, arXiv:2204.14198, 3.1.3).
+
+    Args:
+        text_time: (b q) long, how many pictures have come up to and including this token; 0 = none yet.
+        media_time: (b k) long, the number (from 1) of the picture that a visual token belongs to; 0 = padding.
+        last_only: look at the last picture only, as Flamingo does; else at all previous ones.
+    """
+
+    def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        asked, seen = text_time[b, q], media_time[b, k]
+        return (seen > 0) & ((seen == asked) if last_only else (seen <= asked))
+
+    return may_look
+
+
+def all_of(*predicates: Predicate) -> Predicate:
+    """True where every predicate is."""
+
+    def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = predicates[0](b, q, k)
+        for predicate in predicates[1:]:
+            allowed = allowed & predicate(b, q, k)
+        return allowed
+
+    return may_look
+
+
+def any_of(*predicates: Predicate) -> Predicate:
+    """True where any predicate is."""
+
+    def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = predicates[0](b, q, k)
+        for predicate in predicates[1:]:
+            allowed = allowed | predicate(b, q, k)
+        return allowed
+
+    return may_look
+
+
+def dense(predicate: Predicate, b: int, q: int, k: int, device: torch.device | str = "cpu") -> Tensor:
+    """Realises a predicate as a bool tensor (b q k)."""
+    rows = torch.arange(b, device=device)[:, None, None]
+    asked = torch.arange(q, device=device)[None, :, None]
+    keys = torch.arange(k, device=device)[None, None, :]
+    return predicate(rows, asked, keys).expand(b, q, k)
+
+
+def block(predicate: Predicate, b: int, q: int, k: int, device: torch.device | str = "cuda") -> BlockMask:
+    """Realises a predicate as a BlockMask, which sends `attend` to FlexAttention: empty blocks cost nothing.
+
+    FlexAttention has no backward pass on a CPU; use `dense` there.
+    """
+    return create_block_mask(lambda b, h, q, k: predicate(b, q, k), b, None, q, k, device=str(device))
+
+
+def show(mask: Tensor, rows: list[str] | None = None, columns: list[str] | None = None) -> str:
+    """A mask (q k) as text, one line a query: "#" may look, "." may not; with labels if given."""
+    if mask.ndim != 2:
+        raise ValueError(f"show() takes one sample's mask (q k), not a tensor of {mask.ndim} dimensions")
+    labels = rows or [str(i) for i in range(mask.shape[0])]
+    width = max(map(len, labels), default=0)
+    lines = [
+        f"{label:>{width}} {''.join('#' if seen else '.' for seen in row)}"
+        for label, row in zip(labels, mask.tolist(), strict=True)
+    ]
+    if columns:
+        tallest = max(map(len, columns))
+        head = ["".join(name.ljust(tallest)[i] for name in columns) for i in range(tallest)]
+        lines = [f"{'':>{width}} {line}" for line in head] + lines
+    return "\n".join(lines)
