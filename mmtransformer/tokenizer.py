@@ -24,10 +24,11 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mmtransformer.spelling import Spelling
+
 PAD, BOS, EOS, IMAGE = "<|pad|>", "<|bos|>", "<|eos|>", "<|image|>"
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
-_HEX_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -87,9 +88,7 @@ class Tokenizer:
         self._language_ids = {code: vocab[f"<|{code}|>"] for code in self.languages}
         added = self.backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
-        self._spelling = _Spelling(
-            json.loads(self.backend.to_str()), {i: t.content for i, t in added.items()}
-        )
+        self._spelling = Spelling(json.loads(self.backend.to_str()), {i: t.content for i, t in added.items()})
 
     # ------------------------------------------------------------------------------------------- making one
 
@@ -329,76 +328,6 @@ class Tokenizer:
                     waiting = len(chars) - 1 - i + len(utf8.getstate()[0])
                     yield char, list(dict.fromkeys(pending[: len(pending) - waiting]))
                     pending = pending[len(pending) - waiting :]
-
-
-class _Spelling:
-    """Which bytes each token stands for, in the four ways that tokenizers write them.
-
-    Args:
-        description: The parsed `tokenizer.json`.
-        added: The content of each added token: it stands for itself.
-    """
-
-    def __init__(self, description: dict[str, Any], added: dict[int, str]):
-        self.added = added
-        steps = list(_steps(description.get("decoder")))
-        types = {step["type"] for step in steps}
-        model = description["model"]
-        self.suffix = model.get("end_of_word_suffix") or ""
-        self.prefix = model.get("continuing_subword_prefix") or ""
-        if "ByteLevel" in types:
-            self.kind = "bytes"
-        elif types & {"Metaspace", "ByteFallback", "Replace"}:
-            self.kind = "sentencepiece"
-        elif "WordPiece" in types or not types:
-            self.kind = "words"
-        elif "BPEDecoder" in types:
-            self.kind = "suffix"
-        else:
-            raise ValueError(
-                f"tokenizer.json: decoder {sorted(types)} is not one of ByteLevel, Metaspace, WordPiece, BPEDecoder"
-            )
-        self.strips_space = self.kind == "words" or any(
-            (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
-            or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-            for step in steps
-        )
-        self.table = _byte_table()
-
-    def bytes_of(self, token: str, index: int) -> bytes:
-        """Returns the bytes of one token."""
-        if index in self.added:
-            return token.encode()
-        if self.kind == "bytes":
-            if self.suffix and token.endswith(self.suffix):
-                token = token.removesuffix(self.suffix) + "Ġ"
-            try:
-                return bytes(self.table[char] for char in token)
-            except KeyError:
-                return token.encode()
-        if self.kind == "sentencepiece":
-            byte = _HEX_BYTE.fullmatch(token)
-            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-        if self.kind == "suffix":
-            return token.replace(self.suffix or "</w>", " ").encode()
-        if self.prefix and token.startswith(self.prefix):
-            return token.removeprefix(self.prefix).encode()
-        return (token if token in (".", ",", "!", "?") else " " + token).encode()
-
-
-def _byte_table() -> dict[str, int]:
-    """Returns GPT-2's letter for every byte: itself if it can be seen, else the next letter from U+0100."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(unseen)}
-
-
-def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if decoder is not None and decoder["type"] == "Sequence":
-        for step in decoder["decoders"]:
-            yield from _steps(step)
-    elif decoder is not None:
-        yield decoder
 
 
 def _first(value: Any) -> Any:

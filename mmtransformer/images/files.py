@@ -1,6 +1,4 @@
-"""Image file to RGB, and RGB to pixels.
-
-Letters: h height, w width of the pixels.
+"""Image file to RGB.
 
 `load` takes files from anywhere and either gives the picture as a person would see it or raises an
 `ImageError` that names the file, the fault and the remedy; it never gives a wrong picture and never hangs.
@@ -14,18 +12,15 @@ Pillow's global settings are neither changed nor needed, so threads may load sid
 import io
 import os
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import BinaryIO, Self
 
 import numpy as np
-import torch
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageEnhance,
     ImageFile,
     ImageOps,
     JpegImagePlugin,
@@ -35,7 +30,6 @@ from PIL import (
     WebPImagePlugin,
     features,
 )
-from torch import Tensor
 
 Source = str | Path | bytes | BinaryIO | Image.Image
 
@@ -54,14 +48,9 @@ if "avif" in features.modules and features.check("avif"):
 
     _OPENERS["AVIF"] = AvifImagePlugin.AvifImageFile
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names the file, the fault and the remedy."""
-
-
-# ---------------------------------------------------------------------------------------------- loading
 
 
 def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_000) -> Image.Image:
@@ -235,8 +224,9 @@ def _finished(image: Image.Image, name: str) -> Image.Image:
     """Turns a decoded picture upright and makes it RGB."""
     if 0 in image.size:
         raise ImageError(f"{name}: {image.width} x {image.height} pixels, an empty picture; leave it out")
-    upright = ImageOps.exif_transpose(image)
-    return _to_rgb(upright, name)
+    image = _to_rgb(ImageOps.exif_transpose(image), name)
+    image.info.clear()  # profiles and tags that would travel with every picture
+    return image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -275,181 +265,3 @@ def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
     if isinstance(transparent, int):
         image_8[values == transparent] = 255
     return Image.fromarray(image_8).convert("RGB")
-
-
-# ------------------------------------------------------------------------------------------- transforms
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """Turns a picture into the pixels that a model sees, the same every time; saved with the model.
-
-    Args:
-        image_size: Height and width of the pixels, or one number for both.
-        resize: How a picture of another shape is made to fit: "squash" stretches it, "crop" keeps its shape
-            and cuts the middle out, "letterbox" keeps all of it and fills up with the mean colour.
-        mean: Mean of red, green, blue, of colours from 0 to 1; it becomes 0.
-        std: Standard deviation of red, green, blue.
-        interpolation: "bicubic" or "bilinear", both with antialiasing.
-        crop_fraction: With "crop", the part of the resized picture that is kept: the crop of 224 from
-            a short side of 248 is 224 / 248 (DeiT, and timm's `crop_pct`).
-    """
-
-    image_size: tuple[int, int] | int = 224
-    resize: Literal["squash", "crop", "letterbox"] = "squash"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    crop_fraction: float = 1.0
-
-    def __post_init__(self):
-        for field in ("image_size", "mean", "std"):  # JSON and YAML have lists only
-            if isinstance(value := getattr(self, field), list):
-                object.__setattr__(self, field, tuple(value))
-        if len(self.size) != 2 or not all(isinstance(n, int) and n > 0 for n in self.size):
-            raise ValueError(f"image_size is {self.image_size}, must be one or two positive whole numbers")
-        if self.resize not in ("squash", "crop", "letterbox"):
-            raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
-        if self.interpolation not in _RESAMPLING:
-            raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic" or "bilinear"')
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
-        if self.crop_fraction != 1 and self.resize != "crop":
-            raise ValueError(
-                f'crop_fraction is {self.crop_fraction}, but resize is {self.resize!r}, not "crop"'
-            )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Returns the pixels of a picture.
-
-        Args:
-            image: A picture; modes other than RGB are treated as `load` treats them.
-
-        Returns:
-            (3 h w) float32.
-        """
-        if image.mode != "RGB":
-            image = load(image)
-        height, width = self.size
-        scale = 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
-        shift = -(torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1)
-        resample = _RESAMPLING[self.interpolation]
-        if self.resize == "letterbox":
-            fit = min(height / image.height, width / image.width)
-            inner_h = min(height, max(1, round(image.height * fit)))
-            inner_w = min(width, max(1, round(image.width * fit)))
-            top, left = (height - inner_h) // 2, (width - inner_w) // 2
-            pixels = torch.zeros(3, height, width)
-            inside = _pixels(image.resize((inner_w, inner_h), resample))
-            pixels[:, top : top + inner_h, left : left + inner_w] = inside.mul_(scale).add_(shift)
-            return pixels
-        box = self._crop_box(image) if self.resize == "crop" else None
-        if image.size != (width, height) or box is not None:
-            image = image.resize((width, height), resample, box=box)
-        return _pixels(image).mul_(scale).add_(shift)
-
-    def _crop_box(self, image: Image.Image) -> tuple[float, float, float, float]:
-        """Returns the part of the picture that the crop shows.
-
-        Resizing just this part gives what resizing the whole and then cropping gives (the resampling looks
-        past the box), in less time, and a 20000 x 1 picture does not become 4,480,000 x 224 on the way.
-        """
-        height, width = self.size
-        full_h = int(height / self.crop_fraction + 1e-6)  # 224 / (224 / 248) may be a hair below 248
-        full_w = int(width / self.crop_fraction + 1e-6)
-        if image.width * full_h >= image.height * full_w:  # the height is the side that just fits
-            full_w = max(full_w, int(full_h * image.width / image.height))
-        else:
-            full_h = max(full_h, int(full_w * image.height / image.width))
-        top, left = round((full_h - height) / 2), round((full_w - width) / 2)
-        per_h, per_w = image.height / full_h, image.width / full_w
-        return (
-            left * per_w,
-            top * per_h,
-            min((left + width) * per_w, image.width),
-            min((top + height) * per_h, image.height),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the arguments as plain values, for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Makes the transform that `to_dict` described; an unknown key is an error."""
-        known = [field.name for field in fields(cls)]
-        if unknown := [key for key in values if key not in known]:
-            raise ValueError(f"unknown keys of an image transform: {unknown}; known: {known}")
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Changes a picture at random before the `ImageTransform`, as a function of a generator alone.
-
-    Args:
-        scale: Smallest and largest part of the area that a random crop keeps; (1, 1) for no crop.
-        flip: Whether to mirror half of the pictures. Not where captions say left and right.
-        jitter: How far brightness, contrast and saturation change: by factors 1 - jitter to 1 + jitter.
-        ratio: Narrowest and widest shape of the crop, relative to the picture's own shape.
-    """
-
-    scale: tuple[float, float] = (0.8, 1.0)
-    flip: bool = False
-    jitter: float = 0.0
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    def __post_init__(self):
-        object.__setattr__(self, "scale", tuple(self.scale))
-        object.__setattr__(self, "ratio", tuple(self.ratio))
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}, must be two numbers with 0 < smallest <= largest <= 1")
-        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}, must be two numbers with 0 < narrowest <= widest")
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter is {self.jitter}, must be from 0 to 1")
-
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """Returns the changed picture; seven numbers are drawn, whatever the settings."""
-        area, shape, x, y, side, *colour = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
-        if image.mode != "RGB":
-            image = load(image)
-        if self.scale != (1, 1):
-            image = self._crop(image, area, shape, x, y)
-        if self.flip and side < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.jitter:
-            tools = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-            for tool, draw in zip(tools, colour, strict=True):
-                image = tool(image).enhance(1 + self.jitter * (2 * draw - 1))
-        return image
-
-    def _crop(self, image: Image.Image, area: float, shape: float, x: float, y: float) -> Image.Image:
-        """Cuts a part out; area, shape, x and y are draws from 0 to 1."""
-        part = self.scale[0] + area * (self.scale[1] - self.scale[0])
-        narrow, wide = self.ratio
-        ratio = narrow * (wide / narrow) ** shape
-        ratio = min(max(ratio, part), 1 / part)  # a wider one would not fit into the picture
-        width = min(image.width, max(1, round(image.width * (part * ratio) ** 0.5)))
-        height = min(image.height, max(1, round(image.height * (part / ratio) ** 0.5)))
-        left, top = round(x * (image.width - width)), round(y * (image.height - height))
-        box = (left, top, left + width, top + height)
-        return image.resize((width, height), Image.Resampling.NEAREST, box=box)  # crop() warns if large
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """RGB picture -> (3 h w) float32 from 0 to 255."""
-    return (
-        torch.from_numpy(np.array(image))
-        .permute(2, 0, 1)
-        .to(torch.float32, memory_format=torch.contiguous_format)
-    )
