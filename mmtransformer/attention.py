@@ -174,7 +174,7 @@ def _masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _attend_plain(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
-    rows, heads, asked, _ = q.shape
+    rows, heads = q.shape[:2]
     shared, groups = k.shape[:2]
     m, r = rows // shared, heads // groups
     # Rows that share keys, and heads that share a group, are only more queries on the same keys.

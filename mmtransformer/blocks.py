@@ -64,9 +64,9 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
-        self.activation = activation
+        self.activation: Activation = activation
+        activation_function(activation)  # An unknown name fails here.
         self.drop = nn.Dropout(dropout)
-        activation_function(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""

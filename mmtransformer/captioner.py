@@ -8,13 +8,14 @@ sample's pictures, and are consecutive), q text tokens, d width of a token, gh g
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.pretrained import Pretrained
+from mmtransformer.vit import ViT
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,7 +67,7 @@ class State(Protocol):
 class Captioner(Pretrained, nn.Module, ABC):
     """The contract of every bridge. Towers whose parameters are all frozen stay in evaluation mode."""
 
-    vision: nn.Module
+    vision: ViT
 
     @property
     @abstractmethod
@@ -101,8 +102,8 @@ class Captioner(Pretrained, nn.Module, ABC):
         """
 
     @abstractmethod
-    def step(self, tokens: Tensor, state: State) -> Tensor:
-        """Adds one token a row, (n * copies) long, and returns the logits of the next: (n * copies, vocab)."""
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """Adds one token a row to what `start` gave: (m) long -> logits of the next (m vocab), m = n copies."""
 
     @abstractmethod
     def look(self, batch: CaptionBatch) -> Tensor:
@@ -144,7 +145,8 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """A sum over tokens and their number, both scalars; divide where all parts of a global batch are known."""
 
     sum: Tensor

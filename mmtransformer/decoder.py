@@ -179,7 +179,8 @@ class TextDecoder(Pretrained, nn.Module):
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Each cross-attending block's keys and values of a context (n k d): once a picture, not once a token."""
-        return [self.blocks[i].cross_attn.project_kv(context) for i in self.cross_layers]
+        layers = (self.blocks[i].cross_attn for i in self.cross_layers)
+        return [layer.project_kv(context) for layer in layers if isinstance(layer, Attention)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
@@ -234,7 +235,7 @@ class TextDecoder(Pretrained, nn.Module):
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """As `forward`, from embeddings (b q d) at positions (q) or (b q): for bridges that put other tokens in front."""
+        """As `forward`, from embeddings (b q d) at positions (q) or (b q): for bridges with other tokens in front."""
         if mask is None:
             mask = self._mask(x, valid, state)
         rope: Rope | None = self.rotary(positions) if self.rotary is not None else None

@@ -74,7 +74,7 @@ class EncoderDecoderState:
 
 
 class EncoderDecoder(Captioner):
-    """A vision tower and a text decoder with cross-attention (Show, Attend and Tell, arXiv:1502.03044, in Transformers).
+    """A vision tower and a text decoder with cross-attention (as Show, Attend and Tell, arXiv:1502.03044).
 
     Args:
         vision: the vision tower; its `forward_features` gives the visual tokens.

@@ -218,7 +218,7 @@ class ViT(Pretrained, nn.Module):
     def forward_intermediates(
         self, pixels: Tensor, indices: list[int], *, norm: bool = False
     ) -> list[Tensor]:
-        """Visual tokens after the named blocks (negative = from the end), each (b p d); normed by the last norm if asked.
+        """Visual tokens after the named blocks (negative = from the end), each (b p d); normed where asked for.
 
         Raises:
             ValueError: if there is no such block.
@@ -241,7 +241,7 @@ class ViT(Pretrained, nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Class logits, or the pooled feature where there are no classes: (b channels height width) -> (b classes | d)."""
+        """Class logits, or the pooled feature where there are none: (b channels height width) -> (b classes | d)."""
         return self.forward_head(self.forward_features(pixels))
 
     def set_input_size(self, image_size: tuple[int, int] | int) -> None:
