@@ -1,0 +1,12 @@
+"""Caption metrics without Java, with confidence intervals.
+
+``score_captions`` gives BLEU-1 to -4, ROUGE-L and CIDEr-D exactly as the official COCO evaluation, and
+METEOR and SPICE through its Java programs where they are. ``compare`` tests two runs.
+"""
+
+from mmtransformer.metrics.bootstrap import Comparison
+from mmtransformer.metrics.ptb import plain, tokenize
+from mmtransformer.metrics.retrieval import recall_at_k
+from mmtransformer.metrics.scores import CaptionScores, compare, score_captions
+
+__all__ = ["CaptionScores", "Comparison", "compare", "plain", "recall_at_k", "score_captions", "tokenize"]

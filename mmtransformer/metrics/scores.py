@@ -1,0 +1,316 @@
+"""All scores of a set of captions in one call, with confidence intervals, and a paired test of two runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mmtransformer.metrics import java
+from mmtransformer.metrics.bleu import bleu, counts
+from mmtransformer.metrics.bootstrap import Combine, Comparison, intervals, paired
+from mmtransformer.metrics.cider import cider_d
+from mmtransformer.metrics.diversity import diversity
+from mmtransformer.metrics.ptb import tokenize
+from mmtransformer.metrics.rouge import rouge_l
+
+# How each score is written in a table, and what it is multiplied by there.
+_TABLE = {
+    "bleu_1": ("BLEU-1", 100),
+    "bleu_2": ("BLEU-2", 100),
+    "bleu_3": ("BLEU-3", 100),
+    "bleu_4": ("BLEU-4", 100),
+    "rouge_l": ("ROUGE-L", 100),
+    "cider_d": ("CIDEr-D", 100),
+    "meteor": ("METEOR", 100),
+    "spice": ("SPICE", 100),
+    "distinct_1": ("distinct-1 %", 100),
+    "distinct_2": ("distinct-2 %", 100),
+    "repeated": ("repeated %", 100),
+    "vocabulary": ("vocabulary", 1),
+    "mean_length": ("mean length", 1),
+}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Scores that come from the same sums: what each picture adds (n s), and how sums become scores."""
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+    combine: Combine
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """The scores of a set of captions.
+
+    Args:
+        values: Score by name: ``bleu_1`` ... ``bleu_4``, ``rouge_l``, ``meteor``, ``spice`` as fractions of
+            1, ``cider_d`` as the official tool gives it (0 to 10), and ``distinct_1``, ``distinct_2``,
+            ``repeated``, ``vocabulary``, ``mean_length``. A text in place of a number is "not computed: "
+            and the reason.
+        intervals: The 95 % bootstrap interval of each score that has one.
+        per_picture: Scores of each picture by name (BLEU of one caption is smoothed and says little).
+        references: References a picture, on average.
+        unit: What was counted, "word" or "character".
+    """
+
+    values: dict[str, float | str]
+    intervals: dict[str, tuple[float, float]]
+    per_picture: dict[str, dict[str, float]]
+    references: float
+    unit: str
+    _parts: tuple[_Part, ...] = field(repr=False, compare=False, default=())
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The scores that are numbers, as a logger wants them."""
+        return {name: value for name, value in self.values.items() if not isinstance(value, str)}
+
+    def to_dict(self, *, per_picture: bool = False) -> dict[str, object]:
+        """Return plain data that JSON can hold.
+
+        Args:
+            per_picture: Also the scores of every picture.
+        """
+        out: dict[str, object] = {
+            "pictures": len(self.per_picture),
+            "references_per_picture": self.references,
+            "unit": self.unit,
+            "values": dict(self.values),
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+        }
+        if per_picture:
+            out["per_picture"] = {name: dict(scores) for name, scores in self.per_picture.items()}
+        return out
+
+    def table(self) -> str:
+        """Return the scores as lines of text, times 100 as papers print them."""
+        lines = [
+            f"{len(self.per_picture)} pictures, {self.references:.1f} references each, counted in {self.unit}s"
+        ]
+        for name, value in self.values.items():
+            label, times = _TABLE[name]
+            if isinstance(value, str):
+                lines.append(f"{label:<13}{value}")
+                continue
+            line = f"{label:<13}{value * times:7.1f}"
+            if name in self.intervals:
+                low, high = self.intervals[name]
+                line += f"   [{low * times:.1f}, {high * times:.1f}]"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def score_captions(
+    candidates: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    meteor: bool | Literal["auto"] = "auto",
+    spice: bool | Literal["auto"] = "auto",
+    unit: Literal["word", "character"] = "word",
+) -> CaptionScores:
+    """Score one caption a picture against its references.
+
+    Texts are cut into words as the official COCO evaluation does (``ptb.tokenize``): that is what papers
+    mean by BLEU "in lower case without punctuation". The figures equal the official tool's. All captions of a
+    call should be in one language; for Korean, words are what stands between spaces, so that a wrong particle
+    makes a wrong word, and ``unit="character"`` counts syllables, which forgives that.
+
+    The interval resamples pictures; CIDEr-D keeps the n-gram weights of the whole set meanwhile.
+
+    Args:
+        candidates: The caption of each picture, by the picture's name.
+        references: The references of each picture, one at least; the same names.
+        bootstrap: Resampled sets behind the intervals; 0 for no intervals.
+        seed: The same seed gives the same intervals.
+        meteor: True computes METEOR or fails, "auto" says "not computed" where Java or pycocoevalcap is
+            missing, False leaves it out. It takes 5 to 10 s, so leave it out of validation during training.
+        spice: As ``meteor``; it takes minutes and needs jars that pycocoevalcap does not bring.
+        unit: Count words or characters.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: If the names differ, a picture has no reference, a value is not text, or a score that must
+            be computed (``True``) cannot be.
+    """
+    _check(candidates, references, bootstrap, unit)
+    names = list(candidates)
+    mine = [_cut(candidates[name], unit) for name in names]
+    theirs = [[_cut(text, unit) for text in references[name]] for name in names]
+    # The official n-gram counters cut once more at white space, also inside the token "2 1/2".
+    mine_split = [_split(words) for words in mine]
+    theirs_split = [[_split(words) for words in refs] for refs in theirs]
+
+    bleu_part = _Part(
+        ("bleu_1", "bleu_2", "bleu_3", "bleu_4"),
+        np.array([counts(m, t) for m, t in zip(mine_split, theirs_split, strict=True)], dtype=np.float64),
+        bleu,
+    )
+    rouge = np.array([rouge_l(m, t) for m, t in zip(mine, theirs, strict=True)])
+    parts = [
+        bleu_part,
+        _means("rouge_l", rouge),
+        _means("cider_d", cider_d(mine_split, theirs_split)),
+    ]
+    reasons: dict[str, str] = {}
+    by_java = {
+        "meteor": _by_java("meteor", meteor, unit, mine, theirs, _meteor_part),
+        "spice": _by_java("spice", spice, unit, mine, theirs, _spice_part),
+    }
+    for name, part in by_java.items():
+        if isinstance(part, str):
+            reasons[name] = part
+        else:
+            parts.append(part)
+
+    values: dict[str, float | str] = {}
+    for part in parts:
+        values |= dict(zip(part.names, part.combine(part.numbers.sum(0)).tolist(), strict=True))
+    values |= reasons
+    values |= diversity(mine)
+    each = {name: part.combine(part.numbers)[:, i] for part in parts for i, name in enumerate(part.names)}
+    return CaptionScores(
+        values={name: values[name] for name in _TABLE},
+        intervals=_intervals(parts, bootstrap, seed),
+        per_picture={
+            name: {key: float(column[i]) for key, column in each.items()} for i, name in enumerate(names)
+        },
+        references=sum(map(len, theirs)) / len(theirs),
+        unit=unit,
+        _parts=tuple(parts),
+    )
+
+
+def compare(
+    first: CaptionScores, second: CaptionScores, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Comparison]:
+    """Test whether two runs on the same pictures and references differ.
+
+    Args:
+        first: The scores of one run, from ``score_captions``.
+        second: The scores of the other run.
+        resamples: Resampled sets behind the interval, and swaps behind the p-value.
+        seed: The same seed gives the same figures.
+
+    Returns:
+        By name of each score that both have: second minus first, its 95 % interval, and the p-value.
+
+    Raises:
+        ValueError: If the runs are not on the same pictures or count different units.
+    """
+    if first.unit != second.unit:
+        raise ValueError(f"one run counts {first.unit}s and the other {second.unit}s")
+    _same_names("the first run", first.per_picture, "the second run", second.per_picture)
+    place = {name: i for i, name in enumerate(second.per_picture)}
+    order = [place[name] for name in first.per_picture]
+    others = {part.names: part for part in second._parts}
+    out: dict[str, Comparison] = {}
+    for part in first._parts:
+        other = others.get(part.names)
+        if other is not None:
+            found = paired(part.numbers, other.numbers[order], part.combine, resamples=resamples, seed=seed)
+            out |= dict(zip(part.names, found, strict=True))
+    return out
+
+
+def _cut(text: str, unit: str) -> list[str]:
+    words = tokenize(text)
+    return words if unit == "word" else list("".join(words).replace("\u00a0", ""))
+
+
+def _split(words: list[str]) -> list[str]:
+    return " ".join(words).split() if any("\u00a0" in word for word in words) else words
+
+
+def _means(name: str, scores: np.ndarray) -> _Part:
+    return _Part(
+        (name,), np.stack([scores, np.ones_like(scores)], axis=1), lambda sums: sums[..., :1] / sums[..., 1:]
+    )
+
+
+def _meteor_part(candidates: list[str], references: list[list[str]]) -> _Part:
+    return _Part(("meteor",), java.meteor_numbers(candidates, references), java.meteor)
+
+
+def _spice_part(candidates: list[str], references: list[list[str]]) -> _Part:
+    return _means("spice", java.spice(candidates, references))
+
+
+def _by_java(
+    name: str,
+    wanted: bool | Literal["auto"],
+    unit: str,
+    mine: list[list[str]],
+    theirs: list[list[list[str]]],
+    compute: Callable[[list[str], list[list[str]]], _Part],
+) -> _Part | str:
+    if wanted is False:
+        return "not computed: not asked for"
+    try:
+        if unit != "word":
+            raise java.NotComputed(f"it counts words, and unit is {unit!r}")
+        return compute(
+            [" ".join(words) for words in mine], [[" ".join(words) for words in refs] for refs in theirs]
+        )
+    except java.NotComputed as error:
+        if wanted is True:
+            raise ValueError(
+                f"{name} cannot be computed: {error}; pass {name}='auto' to go on without it"
+            ) from error
+        return f"not computed: {error}"
+
+
+def _intervals(parts: Sequence[_Part], resamples: int, seed: int) -> dict[str, tuple[float, float]]:
+    if resamples == 0:
+        return {}
+    ends = np.cumsum([part.numbers.shape[1] for part in parts])
+
+    def combine(sums: np.ndarray) -> np.ndarray:
+        pieces = np.split(sums, ends[:-1], axis=-1)
+        return np.concatenate(
+            [part.combine(piece) for part, piece in zip(parts, pieces, strict=True)], axis=-1
+        )
+
+    numbers = np.concatenate([part.numbers for part in parts], axis=1)
+    low, high = intervals(numbers, combine, resamples=resamples, seed=seed)
+    names = [name for part in parts for name in part.names]
+    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+
+
+def _check(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], bootstrap: int, unit: str
+) -> None:
+    if not candidates and not references:
+        raise ValueError("no caption to score; candidates and references are empty")
+    _same_names("candidates", candidates, "references", references)
+    for name, text in candidates.items():
+        if not isinstance(text, str):
+            raise ValueError(
+                f"the candidate of {name!r} is {type(text).__name__}, not text; give one caption a picture"
+            )
+    for name, texts in references.items():
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the references of {name!r} must be a list of texts")
+        if not texts:
+            raise ValueError(f"{name!r} has no reference; give one at least, or leave the picture out")
+    if bootstrap < 0 or bootstrap == 1:
+        raise ValueError(f"bootstrap ({bootstrap}) must be 0 (no intervals) or at least 2 resamples")
+    if unit not in ("word", "character"):
+        raise ValueError(f"unit {unit!r} must be 'word' or 'character'")
+
+
+def _same_names(a: str, first: Mapping[str, object], b: str, second: Mapping[str, object]) -> None:
+    faults = []
+    for here, names, there, others in ((a, first, b, second), (b, second, a, first)):
+        lacking = [name for name in others if name not in names]
+        if lacking:
+            some = ", ".join(map(repr, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+            faults.append(f"{here} lack {len(lacking)} of {len(others)} pictures of {there}: {some}")
+    if faults:
+        raise ValueError("; ".join(faults))
