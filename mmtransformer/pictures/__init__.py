@@ -1,0 +1,9 @@
+"""Pictures of what a model does: galleries (PNG and HTML), word heat maps, training curves; Korean without a font."""
+
+from mmtransformer.pictures.cards import Card, Said
+from mmtransformer.pictures.curves import loss_curves
+from mmtransformer.pictures.gallery import gallery
+from mmtransformer.pictures.heatmap import grid_box, overlay, word_heatmaps
+from mmtransformer.pictures.page import html_page
+
+__all__ = ["Card", "Said", "gallery", "grid_box", "html_page", "loss_curves", "overlay", "word_heatmaps"]
