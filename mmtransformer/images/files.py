@@ -12,17 +12,19 @@ Pillow's global settings are neither changed nor needed, so threads may load sid
 import io
 import os
 import stat
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
     ImageFile,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -48,6 +50,16 @@ if "avif" in features.modules and features.check("avif"):
 
     _OPENERS["AVIF"] = AvifImagePlugin.AvifImageFile
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names the file, the fault and the remedy."""
@@ -68,26 +80,19 @@ def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_0
         ImageError: If the picture cannot be read whole and right.
     """
     if isinstance(source, Image.Image):
-        called = name or str(getattr(source, "filename", "")) or "<picture>"
-        return _decoded(called, lambda: _finished(source, called))
+        called = _printable(name or str(getattr(source, "filename", "")) or "<picture>")
+        return _decoded(called, lambda: _finished(source, called, max_pixels))
     data, name = _read(source, name, max_bytes=16 * max_pixels + 2**26)
     kind = _kind(data[:64])
     if kind not in _OPENERS:
         raise ImageError(f"{name}: {_what_it_is(data, kind)}; give one of {', '.join(_OPENERS)}")
 
     def decode() -> Image.Image:
-        image = _OPENERS[kind](io.BytesIO(data), "")
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(
-                f"{name}: {width} x {height} = {width * height:,} pixels are more than {max_pixels:,}; "
-                f"make it smaller, or raise max_pixels if you trust it"
-            )
-        if kind == "PNG":  # decoding does not look at the checksums of the pixels
-            with PngImagePlugin.PngImageFile(io.BytesIO(data), "") as check:
-                check.verify()
-        image.load()
-        return _finished(image, name)
+        image = _OPENERS[kind](io.BytesIO(data), "")  # reads the header only
+        result = _finished(image, name, max_pixels)
+        if kind == "PNG":
+            _check_png(data, image)
+        return result
 
     return _decoded(name, decode, kind)
 
@@ -108,12 +113,13 @@ def _decoded(name: str, decode: Callable[[], Image.Image], kind: str = "picture"
 def _read(source: str | Path | bytes | BinaryIO, name: str | None, max_bytes: int) -> tuple[bytes, str]:
     """Returns the whole content of a source, and its name."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        data, name = bytes(source), name or "<bytes>"
+        name = _printable(name or "<bytes>")
+        data = bytes(source)
     elif isinstance(source, (str, os.PathLike)):
-        name = name or os.fspath(source)
+        name = _printable(name or os.fspath(source))
         data = _read_file(source, name, max_bytes)
     elif hasattr(source, "read"):
-        name = name or str(getattr(source, "name", "<stream>"))
+        name = _printable(name or str(getattr(source, "name", "<stream>")))
         try:
             data = source.read(max_bytes + 1)
         except Exception as error:  # a damaged zip member raises BadZipFile, zlib.error, EOFError, ...
@@ -129,43 +135,29 @@ def _read(source: str | Path | bytes | BinaryIO, name: str | None, max_bytes: in
     return data, name
 
 
+def _printable(name: str) -> str:
+    """Keeps line ends and stray bytes of file names out of messages."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes:
     """Reads a regular file, and refuses everything else at once: a pipe would make us wait for ever."""
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    )
     try:
-        handle = os.open(path, flags)
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         if str(path).startswith(("http:", "https:", "ftp:", "s3:", "gs:")):
             raise ImageError(f"{name}: an address, not a file; download it first") from error
+        if isinstance(error, IsADirectoryError):
+            raise ImageError(f"{name}: a folder, not a picture; give the path of a file") from error
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(
-            f"{name}: cannot be opened ({reason}); check the path and its permissions"
-        ) from error
-    with os.fdopen(handle, "rb") if stat.S_ISREG(os.fstat(handle).st_mode) else _Closing(handle) as file:
-        if isinstance(file, _Closing):
-            raise ImageError(f"{name}: {file.what}, not a picture; give the path of a file")
-        try:
-            return file.read(max_bytes + 1)
-        except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({error.strerror}); check the disk") from error
+        raise ImageError(f"{name}: cannot be read ({reason}); check the path and its permissions") from error
+    raise ImageError(f"{name}: a pipe or a device, not a picture; give the path of a file")
 
 
-class _Closing:
-    """A handle of something that is not a regular file: only to be named and closed."""
-
-    def __init__(self, handle: int):
-        self.handle = handle
-        mode = os.fstat(handle).st_mode
-        tests = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR}
-        self.what = next((what for what, test in tests.items() if test(mode)), "a device or socket")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.handle)
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor such pipes
 
 
 def _kind(head: bytes) -> str:
@@ -220,13 +212,63 @@ def _what_it_is(data: bytes, kind: str) -> str:
     return f"not a picture (it starts with {data[:8]!r})"
 
 
-def _finished(image: Image.Image, name: str) -> Image.Image:
-    """Turns a decoded picture upright and makes it RGB."""
-    if 0 in image.size:
-        raise ImageError(f"{name}: {image.width} x {image.height} pixels, an empty picture; leave it out")
-    image = _to_rgb(ImageOps.exif_transpose(image), name)
-    image.info.clear()  # profiles and tags that would travel with every picture
-    return image
+def _check_png(data: bytes, image: Image.Image) -> None:
+    """Raises if a checksum is wrong or rows are missing, neither of which decoding notices."""
+    position, compressed = 8, []
+    while True:
+        size, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
+        checksum = data[position + 8 + size : position + 12 + size]
+        if len(checksum) < 4:
+            raise OSError(f"it ends before its IEND, after {len(data):,} bytes")
+        if zlib.crc32(data[position + 4 : position + 8 + size]) != int.from_bytes(checksum):
+            raise OSError(f"wrong checksum of {kind.decode('latin-1')!r} at byte {position:,}")
+        if kind == b"IDAT":
+            compressed.append(data[position + 8 : position + 8 + size])
+        if kind == b"IEND":
+            break
+        position += 12 + size
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
+        return  # missing rows are left 0, so only a dark end needs the closer look
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    sevenths = (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    )
+    expected = 0
+    for left, top, step_x, step_y in sevenths if interlaced else ((0, 0, 1, 1),):
+        columns, lines = -((left - width) // step_x), -((top - height) // step_y)
+        if columns > 0 and lines > 0:
+            expected += lines * (1 + (columns * bits + 7) // 8)  # one byte a line names its filter
+    found = len(zlib.decompressobj().decompress(b"".join(compressed), expected))
+    if found < expected:
+        raise OSError(f"it holds {found:,} of {expected:,} bytes of pixels")
+
+
+def _finished(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Decodes a picture that is not too large, turns it upright and makes it a plain RGB picture."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name}: {width} x {height} = {width * height:,} pixels are more than {max_pixels:,}; "
+            f"make it smaller, or raise max_pixels if you trust it"
+        )
+    if width * height == 0:
+        raise ImageError(f"{name}: {width} x {height} pixels, an empty picture; leave it out")
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged tags say nothing about the pixels, nor about how to turn them
+        turn = None
+    result = _to_rgb(image if turn is None else image.transpose(turn), name)
+    result = image.copy() if result is image else result
+    result.info.clear()  # profiles and tags that would travel with every picture
+    return result
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
