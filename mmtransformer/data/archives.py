@@ -1,0 +1,317 @@
+"""Files in folders, zips and tars, listed once and read in place by random access.
+
+A name that a manifest or an archive gives is never handed to the file system: it is looked up among the
+files that were found below the root. So no name, however hostile, can reach a file outside it.
+"""
+
+import os
+import stat
+import tarfile
+import threading
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ARCHIVES = (".zip", ".tar")
+SQUEEZED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".ppm",
+)
+MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
+
+
+class Entry(NamedTuple):
+    """Where one file lies.
+
+    Attributes:
+        path: From the root, with "/": "images/a.jpg", or "part-0.zip/images/a.jpg" inside an archive.
+        inner: The path inside its archive, or `path` in composed Unicode for a file in a folder.
+        box: Index of the archive in `Files.boxes`, or -1 for a file of its own.
+        offset: First byte in the archive (of the local header, for a zip).
+        size: Bytes, unpacked.
+        packed: Bytes as stored.
+        method: 0 stored, 8 deflated.
+        crc: CRC-32 of the bytes, or -1 where none is kept (tar, folder).
+    """
+
+    path: str
+    inner: str
+    box: int = -1
+    offset: int = 0
+    size: int = 0
+    packed: int = 0
+    method: int = 0
+    crc: int = -1
+
+
+def nfc(name: str) -> str:
+    """The composed Unicode form: macOS hands out Korean file names decomposed, manifests rarely hold them so."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def refusal(name: str) -> str | None:
+    """Why a name that a manifest or archive gives can't be a path below the root, or None if it can."""
+    head = name.strip().lower()
+    scheme = head.partition("://")[0]
+    if "\0" in name:
+        return "a path with a NUL byte"
+    if head.startswith("data:") or ("://" in head and scheme.replace("+", "").isalnum()):
+        return "a URL, and nothing is downloaded: fetch the pictures first"
+    if head.startswith(("/", "\\", "~")) or (len(head) > 1 and head[1] == ":" and head[0].isalpha()):
+        return "an absolute path: write it relative to the manifest"
+    return None
+
+
+def join(base: str, name: str) -> str | None:
+    """`name` seen from the folder `base`, both below the root; None if it climbs out of the root."""
+    parts = [part for part in base.split("/") if part]
+    for part in nfc(name).replace("\\", "/").split("/"):
+        if part == "..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)
+
+
+class Files:
+    """Every regular file below a root, those inside zips and tars included, each readable by offset.
+
+    Can be pickled, and shared by threads and forked workers: archives are opened on first use, in each process,
+    and read with `pread`, which has no position to share. Hidden files are left out. What can't be used is kept
+    in `refused` with the reason: links that lead out of the root, hostile names, archives that are damaged or
+    compressed as a whole, pipes and devices.
+
+    Args:
+        root: A folder, or one zip or tar. Of any other file the folder is listed, and the file is `asked`.
+
+    Raises:
+        ValueError: If the root doesn't exist, or is an archive that can't be read.
+    """
+
+    def __init__(self, root: str | Path):
+        given = Path(root).expanduser()
+        if not given.exists():
+            raise ValueError(f"{given} does not exist")
+        self.root = given.resolve()
+        self.boxes: list[str] = []
+        self.entries: list[Entry] = []
+        self.refused: dict[str, str] = {}
+        asked = ""
+        if self.root.is_dir():
+            self._walk("")
+        elif self.root.name.lower().endswith(ARCHIVES + SQUEEZED):
+            self._open_box("", self.root)
+            if self.refused.get(""):
+                raise ValueError(f"{given}: {self.refused['']}")
+        else:
+            asked, self.root = self.root.name, self.root.parent
+            self._walk("")
+        self.by_path = {nfc(entry.path): entry for entry in self.entries}
+        self.asked = self.by_path.get(nfc(asked)) if asked else None
+        if asked and self.asked is None:
+            raise ValueError(f"{given}: {self.refused.get(nfc(asked), 'a hidden file')}")
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._handles: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_lock")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", {}).values():
+            os.close(handle)
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of one file, checked against their length and checksum.
+
+        Raises:
+            OSError: If they can't be read, are cut short, or fail the checksum.
+        """
+        if max(entry.size, entry.packed) > MAX_BYTES:
+            raise OSError(
+                f"{entry.path} has {max(entry.size, entry.packed):,} bytes, over the limit of {MAX_BYTES:,}"
+            )
+        if entry.box < 0:
+            # O_NONBLOCK: a pipe that took the file's place must not hang the run
+            handle = os.open(self.root / entry.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            with os.fdopen(handle, "rb") as file:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise OSError(f"{entry.path} is no longer a regular file")
+                return file.read()
+        handle, offset = self._handle(entry.box), entry.offset
+        if self.boxes[entry.box].lower().endswith(".zip"):
+            header = _pread(handle, 30, offset)
+            if header[:4] != b"PK\x03\x04" or len(header) < 30:
+                raise OSError(
+                    f"{entry.path}: no local header at byte {offset}; the zip is damaged or has changed"
+                )
+            offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = _pread(handle, entry.packed, offset)
+        if len(data) == entry.packed and entry.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-15).decompress(data, entry.size + 1)
+            except zlib.error as error:
+                raise OSError(f"{entry.path}: {error}") from None
+        if len(data) != entry.size:
+            raise OSError(f"{entry.path}: {len(data):,} bytes where its archive says {entry.size:,}")
+        if entry.crc >= 0 and zlib.crc32(data) != entry.crc:
+            raise OSError(f"{entry.path}: bytes fail the zip's checksum")
+        return data
+
+    def archive(self, entry: Entry) -> str:
+        """The path of the archive that holds a file, "" for a file in a folder."""
+        return "" if entry.box < 0 else entry.path[: -len(entry.inner) - 1]
+
+    def _handle(self, box: int) -> int:
+        with self._lock:
+            if box not in self._handles:
+                self._handles[box] = os.open(self.boxes[box], os.O_RDONLY)
+            return self._handles[box]
+
+    def _walk(self, folder: str) -> None:
+        with os.scandir(self.root / folder) as scan:
+            items = sorted(scan, key=lambda item: item.name)
+        for item in items:
+            path = f"{folder}/{item.name}" if folder else item.name
+            if item.name.startswith(".") or item.name == "__MACOSX":
+                continue
+            if not item.name.isascii() and item.name != item.name.encode("utf-8", "replace").decode("utf-8"):
+                self.refused[ascii(path)] = "a name that is not UTF-8"
+                continue
+            if item.is_symlink():
+                target = Path(os.path.realpath(item.path))
+                if not target.is_relative_to(self.root):
+                    self.refused[nfc(path)] = (
+                        "a link that leads out of the root: name its folder with images="
+                    )
+                    continue
+                if not target.exists() or target.is_dir():
+                    self.refused[nfc(path)] = "a link to a folder" if target.is_dir() else "a link to nothing"
+                    continue
+            elif item.is_dir():
+                self._walk(path)
+                continue
+            info = item.stat()
+            if not stat.S_ISREG(info.st_mode):
+                self.refused[nfc(path)] = "not a regular file"
+            elif item.name.lower().endswith(ARCHIVES + SQUEEZED):
+                self._open_box(path, Path(item.path))
+            else:
+                # `path` keeps the spelling on disk, which opens it; names are looked up in composed form
+                self.entries.append(Entry(path, nfc(path), size=info.st_size, packed=info.st_size))
+
+    def _open_box(self, prefix: str, path: Path) -> None:
+        if path.name.lower().endswith(SQUEEZED):
+            self.refused[nfc(prefix)] = (
+                "compressed as a whole, so it can't be read in place: repack it as .tar or .zip"
+            )
+            return
+        lister = _list_zip if path.name.lower().endswith(".zip") else _list_tar
+        found: dict[str, Entry] = {}
+        try:
+            for name, entry in lister(path):
+                inner = join("", name)
+                full = f"{prefix}/{inner or name}" if prefix else inner or name
+                fault = entry if isinstance(entry, str) else refusal(name)
+                if fault is None and (inner is None or ".." in name.split("/")):
+                    fault = "a path that climbs out of its archive"
+                if fault is not None:
+                    self.refused[nfc(full)] = fault
+                elif inner and not any(p.startswith(".") or p == "__MACOSX" for p in inner.split("/")):
+                    assert isinstance(entry, Entry)
+                    found[inner] = entry._replace(path=nfc(full), inner=inner, box=len(self.boxes))
+        except (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, UnicodeError) as error:
+            self.refused[nfc(prefix)] = f"a damaged archive ({error})"
+            return
+        self.boxes.append(str(path))
+        self.entries.extend(found.values())
+
+
+def _pread(handle: int, size: int, offset: int) -> bytes:
+    chunks: list[bytes] = []
+    while size > 0 and (chunk := os.pread(handle, min(size, 1 << 26), offset)):
+        chunks.append(chunk)
+        size, offset = size - len(chunk), offset + len(chunk)
+    return b"".join(chunks)
+
+
+def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
+    with zipfile.ZipFile(path) as box:
+        for info in box.infolist():
+            if info.is_dir():
+                continue
+            name = info.filename
+            if not info.flag_bits & 0x800 and not name.isascii():
+                name = _unmangle(name)
+            if info.flag_bits & 1:
+                yield name, "encrypted"
+            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                yield (
+                    name,
+                    f"packed with zip method {info.compress_type}; only stored and deflated can be read",
+                )
+            elif stat.S_ISLNK(info.external_attr >> 16):
+                yield name, "a link inside an archive"
+            else:
+                yield (
+                    name,
+                    Entry(
+                        "",
+                        "",
+                        offset=info.header_offset,
+                        size=info.file_size,
+                        packed=info.compress_size,
+                        method=info.compress_type,
+                        crc=info.CRC,
+                    ),
+                )
+
+
+def _unmangle(name: str) -> str:
+    """A name that a zip holds without saying its encoding: zipfile reads cp437; it is UTF-8, or Korean Windows."""
+    try:
+        raw = name.encode("cp437")
+    except UnicodeEncodeError:
+        return name
+    for encoding in ("utf-8", "cp949"):
+        try:
+            return raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    return name
+
+
+def _list_tar(path: Path) -> Iterator[tuple[str, Entry | str]]:
+    with tarfile.open(path, "r:") as box:
+        for info in box:
+            if info.isdir():
+                continue
+            if not info.isreg() or info.issparse():
+                yield (
+                    info.name,
+                    "a link inside an archive" if info.issym() or info.islnk() else "not a regular file",
+                )
+            else:
+                yield info.name, Entry("", "", offset=info.offset_data, size=info.size, packed=info.size)

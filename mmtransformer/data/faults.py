@@ -1,0 +1,153 @@
+"""What is wrong with users' data: counted by cause, the first offenders named, and past a threshold an error.
+
+`Report` is for manifests, read once at the start. `BadPictures` is for pictures that fail to decode while a model
+trains: it works from every DataLoader worker through one JSON-lines file.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+FIRST = 5  # offenders named for each cause
+
+
+class TooManyFaults(ValueError):
+    """More of the data is unusable than the threshold allows."""
+
+
+def allowed(total: int, fraction: float) -> int:
+    """How many of `total` may be bad: one always, unless `fraction` is 0, so that one never stops a run."""
+    return max(1, int(total * fraction)) if fraction > 0 else 0
+
+
+class Report:
+    """Faults and notes found in a data set, counted by cause, with the first offenders of each.
+
+    Attributes:
+        rows: Rows looked at.
+        bad_rows: Rows with at least one fault; each is counted once.
+        faults: Cause -> how often.
+        notes: Remarks that cost no data (a stray quote kept as text, say) -> how often.
+        first: Cause or note -> the first offenders, as "captions.csv:7: 'b.jpg'".
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.bad_rows = 0
+        self.faults: dict[str, int] = {}
+        self.notes: dict[str, int] = {}
+        self.first: dict[str, list[str]] = {}
+        self._last = ""
+
+    def fault(self, cause: str, where: str, what: str = "") -> None:
+        """Counts one fault of the row at `where`."""
+        self.faults[cause] = self.faults.get(cause, 0) + 1
+        if where != self._last:
+            self.bad_rows += 1
+            self._last = where
+        self._name(cause, where, what)
+
+    def note(self, cause: str, where: str, what: str = "") -> None:
+        """Counts one remark that costs no data."""
+        self.notes[cause] = self.notes.get(cause, 0) + 1
+        self._name(cause, where, what)
+
+    def _name(self, cause: str, where: str, what: str) -> None:
+        named = self.first.setdefault(cause, [])
+        if len(named) < FIRST:
+            named.append(f"{where}: {what[:200]}" if what else where)
+
+    def enforce(self, name: str, max_bad: float) -> None:
+        """Raises when more rows are bad than allowed.
+
+        Raises:
+            TooManyFaults: With the numbers, every cause and its first offenders.
+        """
+        if self.bad_rows > allowed(self.rows, max_bad):
+            share = self.bad_rows / max(1, self.rows)
+            raise TooManyFaults(
+                f"{name}: {self.bad_rows} of {self.rows} rows can't be used ({share:.1%}, more than "
+                f"{max_bad:.1%} allowed by max_bad):\n{self}"
+            )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, for JSON."""
+        keys = ("rows", "bad_rows", "faults", "notes", "first")
+        return {key: getattr(self, key) for key in keys}
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for counts in (self.faults, self.notes):
+            for cause, count in counts.items():
+                lines.append(f"  {cause}: {count}")
+                lines += [f"    {offender}" for offender in self.first[cause]]
+                if count > FIRST:
+                    lines.append(f"    ... and {count - FIRST} more")
+        return "\n".join(lines)
+
+
+class BadPictures:
+    """Pictures that failed to decode in a run: each is counted once, named in a file, and too many stop the run.
+
+    Every worker process appends to the same JSON-lines file and counts what all of them have written, so the
+    threshold holds over all workers, epochs and resumed runs. Picklable; creates nothing until a picture fails.
+
+    Args:
+        path: The report, such as "runs/x/bad_pictures.jsonl".
+        total: Pictures in the data set.
+        max_fraction: Share of them that may fail; one always may, unless this is 0.
+    """
+
+    def __init__(self, path: str | Path, total: int, max_fraction: float = 0.01):
+        self.path = Path(path)
+        self.total = total
+        self.max_fraction = max_fraction
+        self._seen: set[str] = set()
+
+    def record(self, name: str, error: Exception) -> None:
+        """Adds a picture to the report, if it isn't there yet.
+
+        Raises:
+            TooManyFaults: If now more pictures have failed than `max_fraction` allows.
+        """
+        if name in self._seen:
+            return
+        found = self.names()
+        if name not in found:
+            line = json.dumps(
+                {"picture": name, "error": f"{type(error).__name__}: {error}"}, ensure_ascii=False
+            )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # one write with O_APPEND is atomic between processes
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, line.encode("utf-8", "replace") + b"\n")
+            finally:
+                os.close(handle)
+            found = self.names()
+        self._seen.add(name)
+        if len(found) > allowed(self.total, self.max_fraction):
+            first = "\n".join(f"  {key}: {text}" for key, text in list(found.items())[:FIRST])
+            raise TooManyFaults(
+                f"{len(found)} of {self.total} pictures can't be read ({len(found) / max(1, self.total):.1%}, more "
+                f"than {self.max_fraction:.1%} allowed). All are named in {self.path}. The first:\n{first}\n"
+                "Repair or remove them, or raise the threshold."
+            )
+
+    def names(self) -> Mapping[str, str]:
+        """Every picture in the report -> its error."""
+        found: dict[str, str] = {}
+        if self.path.exists():
+            for line in self.path.read_bytes().split(b"\n"):
+                try:
+                    row = json.loads(line)
+                    found.setdefault(row["picture"], row["error"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # an empty last line, or one cut by a full disk
+        return found
+
+    def reset(self) -> None:
+        """Forgets an earlier run's report."""
+        self.path.unlink(missing_ok=True)
+        self._seen.clear()

@@ -1,0 +1,305 @@
+"""Users' own pictures and captions: `PairFiles` reads a folder, CSV, JSONL, COCO, Karpathy or Parquet in place."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from mmtransformer.data.archives import Entry, Files, nfc
+from mmtransformer.data.faults import Report, TooManyFaults
+from mmtransformer.data.finder import Finder
+from mmtransformer.data.manifests import Manifest, find_manifests, read_folder, read_manifest
+from mmtransformer.data.source import Caption
+from mmtransformer.data.tables import Row, Wanted
+from mmtransformer.data.text import is_korean
+from mmtransformer.images import ImageError, load
+
+Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet"]
+_TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
+           "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file"}  # fmt: skip
+_ORDER = {"train": 0, "val": 1, "test": 2}
+
+
+@dataclasses.dataclass(slots=True)
+class _Picture:
+    name: str
+    place: Any  # an Entry, or (ParquetBytes, row group, row)
+    split: str | None
+    captions: list[Caption]
+
+
+class PairSplit:
+    """One split of `PairFiles`: pictures by index, each with its captions. Can be pickled for loader workers."""
+
+    def __init__(self, files: Files, pictures: Sequence[_Picture]):
+        self._files = files
+        self._pictures = list(pictures)
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self._pictures)
+
+    def name(self, i: int) -> str:
+        """The name of picture i, as its manifest gives it."""
+        return self._pictures[i].name
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i as RGB.
+
+        Raises:
+            ImageError: If it can't be read or decoded; the message names the file and the fault.
+        """
+        place = self._pictures[i].place
+        label = place.path if isinstance(place, Entry) else self._pictures[i].name
+        try:
+            data = self._files.read(place) if isinstance(place, Entry) else place[0].read(*place[1:])
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{label}: can't be read ({error})") from error
+        if data is None:
+            raise ImageError(f"{label}: the table holds no bytes in this row")
+        return load(data, name=label)
+
+    def captions(self, i: int) -> list[Caption]:
+        """All captions of picture i."""
+        return list(self._pictures[i].captions)
+
+
+class PairFiles:
+    """Pictures with captions as people keep them, read in place, in folders, zips and tars.
+
+    The format is detected, and `describe()` says it: pictures with a .txt each, CSV or TSV, JSONL, JSON, COCO
+    captions, Karpathy's JSON, Flickr8k's token file, Parquet (`mmtransformer.data.manifests` lists them).
+
+    Splits. What the data says holds: a split column, folders train/, val/, test/, manifests named by split. Where it
+    says none, or has no val, the pictures whose name hashes below `val_fraction` are val: a picture is always in the
+    same split, whatever is added. (Should that leave train or val empty, one picture is moved.) A split of which
+    not a single picture is there, other than train, is left out as a whole and noted.
+
+    Languages. A column wins, then a column's name ("caption_ko"), then the script: captions in Hangul are "ko". The
+    others are `language`; without it "en" where the data also holds Korean or named languages, and None, no language
+    at all, where it doesn't. Fewer than one caption in a hundred in the other script make no second language.
+
+    Nothing is skipped in silence: a row with a missing picture, an empty caption (also "NA" or "null"), text that
+    isn't UTF-8, or a path that leaves the root is counted in `report`, and more than `max_bad` of them are an error.
+
+    Args:
+        root: A folder, an archive, or one manifest.
+        format: The format, if it can't be told.
+        images: Folder or archive with the pictures, if not at or below the root.
+        image_column: Column (or key) with the picture's path; found by its name if not given.
+        caption_column: Column or columns with captions.
+        language_column: Column with the language of the row's captions.
+        split_column: Column with the split.
+        language: The language of captions that neither the data nor their script tells.
+        val_fraction: Share of the pictures for val where the data names none; 0 for no val.
+        max_bad: Share of rows that may be unusable; one always may, unless this is 0.
+
+    Raises:
+        ValueError: If there are no pairs, the format can't be told, a column isn't there, or too many rows are bad.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        format: Format = "auto",
+        images: str | Path | None = None,
+        image_column: str | None = None,
+        caption_column: str | Sequence[str] | None = None,
+        language_column: str | None = None,
+        split_column: str | None = None,
+        language: str | None = None,
+        val_fraction: float = 0.1,
+        max_bad: float = 0.01,
+    ):
+        if not 0 <= val_fraction < 1 or not 0 <= max_bad <= 1:
+            raise ValueError(
+                f"val_fraction ({val_fraction}) and max_bad ({max_bad}) are shares: from 0 up to 1, and a val_fraction "
+                "of 1 leaves nothing to train on"
+            )
+        self.root = Path(root).expanduser()
+        self.val_fraction = val_fraction
+        self.report = Report()
+        files = Files(root)
+        manifests = find_manifests(files, format)
+        self._pictures_in = files if images is None or not manifests else Files(_images_folder(files, images))
+        captions = [caption_column] if isinstance(caption_column, str) else caption_column
+        wanted = Wanted(image_column, captions, language_column, split_column)
+        self._found: dict[Any, _Picture] = {}
+        self._missing: list[tuple[str | None, Row, str, str]] = []
+        self._said: list[str] = []
+        if manifests:
+            for manifest in manifests:
+                columns, rows = read_manifest(files, manifest, wanted)
+                self._said = [f"{_title(manifest)} {', '.join(m.entry.path for m in manifests)}"]
+                self._said += [str(columns)] if columns else []
+                base = manifest.base if self._pictures_in is files else ""
+                self._add(list(rows), base, manifest.split)
+        else:
+            self._said = [_TITLES["folder"]]
+            self._add(list(read_folder(files)), "", None)
+        self._count_missing()
+        what = f"{self.root} ({self._said[0]})"
+        if not self.report.rows:
+            raise ValueError(f"{what} holds no pictures and no manifest with captions" + _also(files.refused))
+        for path, reason in files.refused.items():
+            self.report.note("file left out", path, reason)
+        self.report.enforce(what, max_bad)
+        pictures = [picture for picture in self._found.values() if picture.captions]
+        if not pictures and max_bad < 1:
+            raise TooManyFaults(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
+        self._settle_names(pictures)
+        self._settle_languages(pictures, language)
+        self._splits = self._settle_splits(pictures)
+        del self._found, self._missing
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits that hold pictures: train, val, test, then any others."""
+        return tuple(self._splits)
+
+    def split(self, name: str) -> PairSplit:
+        """One split.
+
+        Raises:
+            ValueError: If there is no such split; the message lists those there are.
+        """
+        if name not in self._splits:
+            raise ValueError(
+                f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}"
+            )
+        return PairSplit(self._pictures_in, self._splits[name])
+
+    def describe(self) -> str:
+        """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""
+        pictures = sum(map(len, self._splits.values()))
+        captions = sum(len(picture.captions) for split in self._splits.values() for picture in split)
+        parts = [f"{self._said[0]}: {pictures} pictures, {captions} captions", *self._said[1:]]
+        if self._splits:
+            parts.append(
+                "splits " + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
+            )
+        return "; ".join(parts)
+
+    def _add(self, rows: list[Row], base: str, split: str | None) -> None:
+        """Finds the pictures of a manifest's rows and counts what is wrong with them."""
+        finder = Finder(self._pictures_in, base, (row.image for row in rows if row.image and row.key is None))
+        for row in rows:
+            if row.split == "unlisted":
+                self.report.note("on none of the split lists, left out", row.where, row.image or "")
+                continue
+            self.report.rows += 1
+            for cause, what in row.faults:
+                self.report.fault(cause, row.where, what)
+            for note, what in row.notes:
+                self.report.note(note, row.where, what)
+            if row.image is None or not row.captions:
+                continue
+            if row.key is None:
+                place, name = finder.find(row.image)
+                if isinstance(place, str):
+                    self._missing.append((row.split or split, row, place, name))
+                    continue
+                key = nfc(place.path)
+            elif isinstance(row.key, Entry):
+                place, name, key = row.key, row.key.inner, row.image
+            else:
+                place, name, key = row.key, row.image, row.where
+            known = self._found.get(key)
+            if known is None:
+                self._found[key] = _Picture(name, place, row.split or split, list(row.captions))
+            elif known.name != name and finder.way > 1:
+                self.report.fault(
+                    "ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key}"
+                )
+            elif known.split != (row.split or split):
+                what = f"{name!r} is in {known.split or 'no split'} already, not in {row.split or split or 'none'}"
+                self.report.fault("picture in two splits", row.where, what)
+            else:
+                known.captions.extend(row.captions)
+
+    def _count_missing(self) -> None:
+        there = {picture.split for picture in self._found.values()} | {"train", None}
+        for split, row, cause, what in self._missing:
+            if split in there or not self._found:
+                self.report.fault(cause, row.where, what)
+            else:
+                self.report.rows -= 1
+                self.report.note(f"split {split} has no pictures here, left out", row.where, what)
+
+    @staticmethod
+    def _settle_names(pictures: list[_Picture]) -> None:
+        """Makes names unique: shards may hold the same names, and tables the same file name in every row."""
+        often = Counter(picture.name for picture in pictures)
+        for picture in pictures:
+            if often[picture.name] > 1:
+                place = picture.place
+                picture.name = (
+                    nfc(place.path)
+                    if isinstance(place, Entry)
+                    else f"{Path(place[0].path).name}/{place[1]}/{place[2]}/{picture.name}"
+                )
+
+    def _settle_languages(self, pictures: list[_Picture], language: str | None) -> None:
+        named = {c.language for picture in pictures for c in picture.captions} - {None}
+        open_ = [c.text for picture in pictures for c in picture.captions if c.language is None]
+        korean = sum(map(is_korean, open_))
+        total = len(open_)
+        rest = language
+        if language is None and (named or 100 * korean >= total > 0):
+            rest = "en"
+        by_script = korean > 0 and rest is not None
+        if language is None and not named and 100 * (total - korean) < total:
+            rest, by_script = "ko", False  # Korean, with a "KTX" here and there
+        if open_ and rest is not None:
+            for picture in pictures:
+                for i, caption in enumerate(picture.captions):
+                    if caption.language is None:
+                        code = "ko" if by_script and is_korean(caption.text) else rest
+                        picture.captions[i] = Caption(caption.text, code)
+        counts = Counter(c.language for picture in pictures for c in picture.captions)
+        self.languages: tuple[str, ...] = tuple(sorted(code for code in counts if code))
+        if self.languages:
+            said = ", ".join(f"{code} {counts[code]}" for code in self.languages)
+            assumed = language is None and rest == "en" and korean < total
+            self._said.append(f"languages {said}" + (" (en where nothing says otherwise)" if assumed else ""))
+        else:
+            self._said.append("no language named")
+
+    def _settle_splits(self, pictures: list[_Picture]) -> dict[str, list[_Picture]]:
+        if self.val_fraction and not any(picture.split == "val" for picture in pictures):
+            pool = [picture for picture in pictures if picture.split in (None, "train")]
+            for picture in pool:
+                picture.split = "val" if _draw(picture.name) < self.val_fraction else "train"
+            for empty, pick in (("val", min), ("train", max)):
+                if len(pool) > 1 and not any(picture.split == empty for picture in pool):
+                    pick(pool, key=lambda picture: _draw(picture.name)).split = empty
+            if pool:
+                self._said.append(f"val by hash of the name, {self.val_fraction:.0%} of the pictures")
+        splits: dict[str, list[_Picture]] = {}
+        for picture in pictures:
+            splits.setdefault(picture.split or "train", []).append(picture)
+        return dict(sorted(splits.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0])))
+
+
+def _draw(name: str) -> float:
+    """A number in [0, 1) that only depends on the name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _title(manifest: Manifest) -> str:
+    return "TSV" if manifest.entry.path.lower().endswith((".tsv", ".tab")) else _TITLES[manifest.format]
+
+
+def _images_folder(files: Files, images: str | Path) -> Path:
+    """`images` seen from the root if it is there, else from the current folder."""
+    given = Path(images).expanduser()
+    inside = files.root / given
+    return inside if files.root.is_dir() and inside.exists() else given
+
+
+def _also(refused: dict[str, str]) -> str:
+    return "".join(f"; {path}: {reason}" for path, reason in list(refused.items())[:5])

@@ -1,0 +1,139 @@
+"""Text out of users' files: decoding by line, white space, missing values, languages."""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# what spreadsheets and data frames write for a missing cell; as a caption it would be learnt as a word
+MISSING = frozenset(("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil"))
+LANGUAGES = {
+    "korean": "ko", "kor": "ko", "kr": "ko", "한국어": "ko", "한글": "ko", "국문": "ko",
+    "english": "en", "eng": "en", "영어": "en", "영문": "en",
+    "japanese": "ja", "chinese": "zh", "german": "de", "french": "fr", "spanish": "es",
+}  # fmt: skip
+# endings of column names that say a language; "id" and "no" are left out, for "caption_id" and "caption_no"
+CODES = frozenset(
+    [
+        "ar",
+        "bg",
+        "bn",
+        "cs",
+        "da",
+        "de",
+        "el",
+        "en",
+        "es",
+        "et",
+        "fa",
+        "fi",
+        "fr",
+        "he",
+        "hi",
+        "hr",
+        "hu",
+        "it",
+        "ja",
+        "ko",
+        "lt",
+        "lv",
+        "ms",
+        "nl",
+        "pl",
+        "pt",
+        "ro",
+        "ru",
+    ]
+) | (frozenset(["sk", "sl", "sr", "sv", "sw", "ta", "te", "th", "tr", "uk", "ur", "vi", "zh"]))
+SPLITS = {
+    "train": "train", "training": "train", "trn": "train", "restval": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
+    "test": "test", "testing": "test", "tst": "test",
+    "학습": "train", "훈련": "train", "검증": "val", "평가": "test", "시험": "test",
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """One line of a text file: its number from 1, and its text, or None where it isn't valid text."""
+
+    number: int
+    text: str | None
+    hint: str = ""
+
+
+def lines(data: bytes) -> Iterator[Line]:
+    """Decodes a text file line by line, so that one bad byte costs one line and is found by its number.
+
+    UTF-8 with or without a byte order mark, and UTF-16 with one. Lines end with LF, CR LF or, in a file that has
+    no LF at all, CR; never at the other characters that `str.splitlines` cuts at.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        data = data.decode("utf-16", "replace").encode("utf-8")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    end = b"\n" if b"\n" in data or b"\r" not in data else b"\r"
+    raw = data.split(end)
+    if raw[-1] == b"":
+        raw.pop()
+    for number, line in enumerate(raw, 1):
+        line = line.removesuffix(b"\r")
+        try:
+            yield Line(number, line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield Line(number, None, _encoding(line, error))
+
+
+def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
+    try:
+        korean = line.decode("cp949")
+    except UnicodeDecodeError:
+        korean = ""
+    guess = "CP949, Korean Windows" if re.search("[가-힣]{2}", korean) else "Latin-1"
+    return f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8"
+
+
+def fold(text: str) -> str:
+    """One line of composed Unicode without control characters, and single spaces."""
+    text = text if text.isascii() else unicodedata.normalize("NFC", text.replace("\ufeff", " "))
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text
+    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cc").split())
+
+
+def is_missing(text: str) -> bool:
+    """Whether a folded text stands for "no value"."""
+    return len(text) <= 6 and text.casefold() in MISSING
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, as JSON can, which no encoder takes."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def language_code(name: str) -> str | None:
+    """ "Korean", "ko-KR" and "ko" are all "ko"; None for what can't be a language.
+
+    Raises:
+        ValueError: If the name is neither empty nor a language.
+    """
+    key = name.strip().casefold()
+    if is_missing(key):
+        return None
+    key = LANGUAGES.get(key, re.split("[-_]", key)[0])
+    if not re.fullmatch("[a-z]{2,3}", key):
+        raise ValueError(f"{name!r} is not a language code such as en or ko")
+    return key
+
+
+def is_korean(text: str) -> bool:
+    """Whether a caption is Korean: a syllable of Hangul counts as much as three Latin letters."""
+    if text.isascii():
+        return False
+    hangul = sum("가" <= char <= "힣" or "ㄱ" <= char <= "ㅣ" for char in text)
+    return hangul > 0 and 3 * hangul >= sum(char.isascii() and char.isalpha() for char in text)
+
+
+def split_word(name: str) -> str | None:
+    """The split that a file or folder name says, such as "captions_train2017.json": train; None if it says none."""
+    found = {SPLITS[word] for word in re.findall("[a-z가-힣]+", name.casefold()) if word in SPLITS}
+    return found.pop() if len(found) == 1 else None
