@@ -39,6 +39,7 @@ class Spelling:
             or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
             for step in steps
         )
+        self.strips_end = bool(self.suffix)  # the space of the last word's "</w>"
         self.table = _byte_table()
 
     def bytes_of(self, token: str, index: int) -> bytes:

@@ -88,7 +88,11 @@ class Tokenizer:
         self._language_ids = {code: vocab[f"<|{code}|>"] for code in self.languages}
         added = self.backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
-        self._spelling = Spelling(json.loads(self.backend.to_str()), {i: t.content for i, t in added.items()})
+        description = json.loads(self.backend.to_str())
+        self._spelling = Spelling(description, {i: token.content for i, token in added.items()})
+        model = description["model"]
+        unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
+        self._forbidden = self._specials - {unknown}  # ids that no text may get
 
     # ------------------------------------------------------------------------------------------- making one
 
@@ -159,7 +163,9 @@ class Tokenizer:
                 for file, values in settings.items():
                     token = values.get(f"{role}_token")
                     token = token.get("content") if isinstance(token, dict) else token
-                    if token is None and isinstance(index := _first(values.get(f"{role}_token_id")), int):
+                    index = values.get(f"{role}_token_id")
+                    index = index[0] if isinstance(index, list) and index else index
+                    if token is None and isinstance(index, int) and index >= 0:  # -1 means none
                         if index not in names:
                             raise ValueError(
                                 f"{folder / file}: {role}_token_id is {index}, an id without a token"
@@ -181,13 +187,18 @@ class Tokenizer:
                 f"(looked for eos_token, eos_token_id and sep_token in {', '.join(settings) or 'no config file'})"
             )
         languages = settings.get("tokenizer_config.json", {}).get("languages", [])
+        if missing := [code for code in languages if f"<|{code}|>" not in vocab]:
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: languages names {missing[0]!r}, "
+                f"but '<|{missing[0]}|>' is not among the tokenizer's {len(vocab)} tokens"
+            )
         return cls(
             backend,
             bos=find("bos", "cls") or eos,
             eos=eos,
             pad=find("pad") or eos,
             image=find("image") or (IMAGE if IMAGE in vocab else None),
-            languages=[code for code in languages if isinstance(code, str)],
+            languages=languages,
         )
 
     def save(self, folder: str | Path) -> None:
@@ -227,12 +238,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens, whatever the text says."""
         try:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"text has a lone surrogate, {text[error.start]!r} at character {error.start}: it was read with "
                 f'the wrong encoding; read it as UTF-8 with errors="replace"'
             ) from error
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if not self._forbidden.isdisjoint(ids):  # a word list or a unigram model can spell "</s>" by itself
+            for token in map(self._token, self._forbidden):
+                text = text.replace(token, f"{token[:1]} {token[1:]}")
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+            ids = [i for i in ids if i not in self._forbidden]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -240,7 +257,9 @@ class Tokenizer:
 
         A character whose last bytes are missing at the end (the caption was cut) is left out.
         """
-        return "".join(char for char, _ in self._characters(ids))
+        data = b"".join(data for _, data in self._bytes(ids))
+        data = data.removesuffix(b" ") if self._spelling.strips_end else data
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns what each id adds to the text, one printable piece an id.
@@ -307,21 +326,25 @@ class Tokenizer:
                 )
             yield token
 
-    def _characters(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[str, list[int]]]:
-        """Yields each character of the text with the positions of the ids that hold its bytes."""
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        pending: list[int] = []  # the position of the id of each byte that is not yet part of a character
+    def _bytes(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[int, bytes]]:
+        """Yields the position and the bytes of each id that is text."""
         strip = self._spelling.strips_space
         for position, token in enumerate(self._checked(ids)):
             if stop and token == self.eos_id:
                 break
             if token in self._specials:
                 continue
-            for byte in self._spelling.bytes_of(self._token(token), token):
-                if strip and byte == 0x20:
-                    strip = False
-                    continue
-                strip = False
+            data = self._spelling.bytes_of(self._token(token), token)
+            if strip and data:
+                data, strip = data.removeprefix(b" "), False
+            yield position, data
+
+    def _characters(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[str, list[int]]]:
+        """Yields each character of the text with the positions of the ids that hold its bytes."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        pending: list[int] = []  # the position of the id of each byte that is not yet part of a character
+        for position, data in self._bytes(ids, stop):
+            for byte in data:
                 pending.append(position)
                 chars = utf8.decode(bytes([byte]))
                 for i, char in enumerate(chars):
@@ -330,29 +353,20 @@ class Tokenizer:
                     pending = pending[len(pending) - waiting :]
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
-
-
 def _read_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Reads the files beside a tokenizer that name its special tokens."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     settings = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            settings[name] = _read_json(folder / name)
+        if (path := folder / name).is_file():
+            try:
+                settings[name] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}: not readable as JSON: {error}") from error
+            if not isinstance(settings[name], dict):
+                raise ValueError(f"{path}: holds a {type(settings[name]).__name__}, not an object")
     return settings
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
 
 
 def _read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizers.Tokenizer:
@@ -364,9 +378,8 @@ def _read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenize
             return tokenizers.Tokenizer.from_file(str(path))
         if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-                add_prefix_space=bool(config.get("add_prefix_space"))
-            )
+            spaced = bool(config.get("add_prefix_space"))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
             backend.decoder = decoders.ByteLevel()
             if not settings and backend.token_to_id("<|endoftext|>") is not None:  # GPT-2 as it was published
                 settings["GPT-2"] = {"eos_token": "<|endoftext|>"}
