@@ -216,6 +216,12 @@ def _spread_rows(q: Tensor, x: Tensor) -> Tensor:
     return x if q.shape[0] == x.shape[0] else x.repeat_interleave(q.shape[0] // x.shape[0], dim=0)
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """What several linear layers will read, in autocast's type where autocast is on; else each would cast it again."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Attention(nn.Module):
     """Multi-head attention: self, masked or cross (Vaswani et al., arXiv:1706.03762, section 3.2.2).
 
@@ -281,6 +287,7 @@ class Attention(nn.Module):
 
     def project_kv(self, context: Tensor) -> KeyValue:
         """Projects a context once: (n k d) -> keys and values (n g k c), to be passed as `context` many times."""
+        context = cast_once(context)
         k = rearrange(self.k_proj(context), "n k (g c) -> n g k c", g=self.num_kv_heads)
         v = rearrange(self.v_proj(context), "n k (g c) -> n g k c", g=self.num_kv_heads)
         return KeyValue(self.k_norm(k), v)
@@ -289,6 +296,7 @@ class Attention(nn.Module):
         self, x: Tensor, context: Tensor | KeyValue | None, rope: Rope | None, cache: KVCache | None
     ) -> tuple[Tensor, KeyValue]:
         """Queries (b h q c), and the keys and values they meet; new tokens are appended to the cache."""
+        x = cast_once(x)
         q = self.project_q(x)
         if isinstance(context, KeyValue):
             return q, context

@@ -74,7 +74,7 @@ class TextDecoder(Pretrained, nn.Module):
         bias: biases in attention and MLP: "all" (GPT-2, OPT), "qkv" (Qwen2) or "none" (Llama).
         qk_norm: norm of each head's queries and keys (Qwen3: "rms").
         tied: whether the head's weight is the embedding.
-        dropout: share of embeddings, attention weights and branch results dropped in training.
+        dropout: share of embeddings, self-attention weights and branch results dropped in training.
 
     Raises:
         ValueError: if the numbers do not fit.
@@ -160,7 +160,8 @@ class TextDecoder(Pretrained, nn.Module):
     def _cross_attention(self, i: int) -> Attention | None:
         if self.cross_dim is None or (i + 1) % self.cross_every:
             return None
-        return Attention(self.dim, self.num_heads, context_dim=self.cross_dim, dropout=self.dropout)
+        # No dropout here: its mask is as large as the weights over a whole picture; drop visual tokens instead.
+        return Attention(self.dim, self.num_heads, context_dim=self.cross_dim)
 
     def init_weights(self) -> None:
         """Everything ~ N(0, 0.02), biases 0; the last layer of each branch is smaller by sqrt(branches) (GPT-2)."""

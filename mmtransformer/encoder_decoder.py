@@ -14,7 +14,7 @@ from mmtransformer.captioner import CaptionBatch, Captioner, freeze
 from mmtransformer.decoder import DecoderState, TextDecoder
 from mmtransformer.pretrained import Pretrained
 from mmtransformer.record import record_attention
-from mmtransformer.vit import ViT
+from mmtransformer.vit import ViT, drop_tokens
 
 
 class VisualAdapter(Pretrained, nn.Module):
@@ -25,22 +25,29 @@ class VisualAdapter(Pretrained, nn.Module):
         dim: width of the result.
         depth: encoder blocks; 0 = a norm and a projection only.
         num_heads: heads of a block.
-        dropout: share of visual channels, and of branch results, dropped in training.
+        dropout: share of branch results dropped in training.
+        token_dropout: share of visual tokens left out in training: it regularises, and saves time instead of costing it.
+
+    Raises:
+        ValueError: if token_dropout is not in [0, 1).
     """
 
     def __init__(
-        self, visual_dim: int, dim: int, depth: int = 1, num_heads: int = 4, dropout: float = 0.0
+        self,
+        visual_dim: int,
+        dim: int,
+        depth: int = 1,
+        num_heads: int = 4,
+        *,
+        dropout: float = 0.0,
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.visual_dim, self.dim, self.depth, self.num_heads, self.dropout = (
-            visual_dim,
-            dim,
-            depth,
-            num_heads,
-            dropout,
-        )
+        if not 0 <= token_dropout < 1:
+            raise ValueError(f"token_dropout must be in [0, 1), not {token_dropout}")
+        self.visual_dim, self.dim, self.depth, self.num_heads = visual_dim, dim, depth, num_heads
+        self.dropout, self.token_dropout = dropout, token_dropout
         self.norm = nn.LayerNorm(visual_dim)
-        self.drop = nn.Dropout(dropout)
         self.proj = nn.Linear(visual_dim, dim)
         self.blocks = nn.ModuleList(
             EncoderBlock(
@@ -56,7 +63,9 @@ class VisualAdapter(Pretrained, nn.Module):
 
     def forward(self, visual_tokens: Tensor) -> Tensor:
         """(b p visual_dim) -> (b p dim)."""
-        x = self.proj(self.drop(self.norm(visual_tokens)))
+        if self.training and self.token_dropout:
+            visual_tokens = drop_tokens(visual_tokens, self.token_dropout)
+        x = self.proj(self.norm(visual_tokens))
         for block in self.blocks:
             x = block(x)
         return self.last_norm(x)

@@ -27,6 +27,13 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 """The paper's sizes (arXiv:2010.11929, table 1; Ti and S from DeiT, arXiv:2012.12877): `ViT(**VIT_SIZES["B"])`."""
 
 
+def drop_tokens(x: Tensor, rate: float) -> Tensor:
+    """Leaves out a random share of each row's tokens, the rest stays in order: (b p d) -> (b fewer d)."""
+    count = max(1, round(x.shape[1] * (1 - rate)))
+    kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count].sort(dim=1).values
+    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+
+
 class PatchEmbed(nn.Module):
     """Cuts pictures into square patches and projects each; a picture's patches are one matrix product.
 
@@ -193,15 +200,10 @@ class ViT(Pretrained, nn.Module):
         x = self.patch_embed(pixels)
         x = x + resize_positions(self.pos_embed, self.grid, grid).to(x.dtype)
         if self.training and self.patch_dropout:
-            x = self._drop_patches(x)
+            x = drop_tokens(x, self.patch_dropout)
         if self.prefix_tokens is not None:
             x = torch.cat((self.prefix_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         return self.first_norm(x)
-
-    def _drop_patches(self, x: Tensor) -> Tensor:
-        count = max(1, round(x.shape[1] * (1 - self.patch_dropout)))
-        kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count].sort(dim=1).values
-        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """All visual tokens after the last norm, prefix tokens first: (b channels height width) -> (b p d)."""
