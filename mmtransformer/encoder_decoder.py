@@ -26,7 +26,7 @@ class VisualAdapter(Pretrained, nn.Module):
         depth: encoder blocks; 0 = a norm and a projection only.
         num_heads: heads of a block.
         dropout: share of branch results dropped in training.
-        token_dropout: share of visual tokens left out in training: it regularises, and saves time instead of costing it.
+        token_dropout: share of visual tokens left out in training: it regularises, and saves time.
 
     Raises:
         ValueError: if token_dropout is not in [0, 1).
