@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from mmtransformer.data.palette import COLORS, RGB, contrast, luma, mix
 from mmtransformer.data.world import Scene
 
-_SUPER = 6  # supersampling of the masks, in each direction
+_SUPER = 4  # supersampling of the masks, in each direction
 _APART = 0.95  # least contrast of the background against every object
 
 
