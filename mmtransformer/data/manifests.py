@@ -1,13 +1,13 @@
 """The formats that image-text pairs come in: which one a root holds, and a reader for each.
 
-folder      pictures, each with a .txt of the same name (cat.jpg, cat.txt or cat.ko.txt), one caption a line
-csv         CSV, TSV and the like, with or without a header; also as .txt
-jsonl       one JSON object a line
-json        a list of such objects, or a mapping from picture to caption(s)
-coco        COCO captions: {"images": [...], "annotations": [...]}
-karpathy    Karpathy's {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
-flickr      the authors' Flickr8k.token.txt ("name.jpg#0<TAB>caption") with its lists of splits
-parquet     a table with the pictures' bytes or paths
+- folder: pictures, each with a .txt of the same name (cat.jpg, cat.txt or cat.ko.txt), one caption a line
+- csv: CSV, TSV and the like, with or without a header; also as .txt
+- jsonl: one JSON object a line
+- json: a list of such objects, or a mapping from picture to caption(s)
+- coco: COCO captions: {"images": [...], "annotations": [...]}
+- karpathy: Karpathy's {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
+- flickr: the authors' Flickr8k.token.txt ("name.jpg#0<TAB>caption") with its lists of splits
+- parquet: a table with the pictures' bytes or paths
 """
 
 import json
@@ -67,9 +67,8 @@ def find_manifests(files: Files, format: str = "auto") -> list[Manifest]:
     if files.asked is not None:
         kind = _format_of(files, files.asked, alone=True) if format == "auto" else format
         if kind is None:
-            raise ValueError(
-                f"{files.root / files.asked.path} holds no captions of a known format; name it: format=..."
-            )
+            path = files.root / files.asked.path
+            raise ValueError(f"{path} holds no captions of a known format; name it: format=...")
         return [Manifest(files.asked, kind)]
     in_folders = [entry for entry in files.entries if entry.box < 0]
     found = _candidates(files, in_folders, 0, format)

@@ -121,13 +121,13 @@ def _key(name: str) -> str:
 
 
 def _language_of(column: str) -> str | None:
-    """ "caption_ko" and "text_korean" say ko; "caption" and "caption_id" say nothing."""
+    """Returns the language that a column's name says: ko for "caption_ko" and "text_korean"."""
     ending = _key(column).rpartition("_")[2]
     return LANGUAGES.get(ending) or (ending if ending in CODES and "_" in _key(column) else None)
 
 
 def _stem(column: str) -> str:
-    """ "caption_ko" and "caption_2" are captions too; so are "ko_caption" and "caption2"."""
+    """Returns the column that this is a variant of: "caption" for "caption_ko" and "caption_2"."""
     key = _key(column)
     if _language_of(column) is not None:
         return key.rpartition("_")[0]

@@ -14,37 +14,12 @@ LANGUAGES = {
 }  # fmt: skip
 # endings of column names that say a language; "id" and "no" are left out, for "caption_id" and "caption_no"
 CODES = frozenset(
-    [
-        "ar",
-        "bg",
-        "bn",
-        "cs",
-        "da",
-        "de",
-        "el",
-        "en",
-        "es",
-        "et",
-        "fa",
-        "fi",
-        "fr",
-        "he",
-        "hi",
-        "hr",
-        "hu",
-        "it",
-        "ja",
-        "ko",
-        "lt",
-        "lv",
-        "ms",
-        "nl",
-        "pl",
-        "pt",
-        "ro",
-        "ru",
-    ]
-) | (frozenset(["sk", "sl", "sr", "sv", "sw", "ta", "te", "th", "tr", "uk", "ur", "vi", "zh"]))
+    (
+        *("ar", "bg", "bn", "cs", "da", "de", "el", "en", "es", "et", "fa", "fi", "fr", "he", "hi"),
+        *("hr", "hu", "it", "ja", "ko", "lt", "lv", "ms", "nl", "pl", "pt", "ro", "ru", "sk", "sl"),
+        *("sr", "sv", "sw", "ta", "te", "th", "tr", "uk", "ur", "vi", "zh"),
+    )
+)
 SPLITS = {
     "train": "train", "training": "train", "trn": "train", "restval": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
@@ -111,7 +86,7 @@ def is_broken(text: str) -> bool:
 
 
 def language_code(name: str) -> str | None:
-    """ "Korean", "ko-KR" and "ko" are all "ko"; None for what can't be a language.
+    """Returns the code of a language, ko for "Korean", "ko-KR" and "ko"; None for an empty cell.
 
     Raises:
         ValueError: If the name is neither empty nor a language.
