@@ -18,243 +18,128 @@ Three things are sane here where the official tool is not: every caption is cut 
 breaks of any other kind than a newline shift all later captions, and the beginning of the next caption
 decides about a last "A."), white space of any kind is a space, and text is brought to Unicode's composed
 form first, so that Korean written in single letters equals Korean written in syllables.
+
+Against the official tool: 59,619 of 59,619 captions of COCO and Flickr8k agree, and 23,984 of 24,000 captions
+into which odd words, brackets, numbers and marks were strewn. Known to differ: telephone numbers, which
+the official tool joins.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable
 
 # Tokens that the COCO evaluation takes out after tokenising.
 PUNCTUATION = frozenset({"'", "''", "`", "``", ".", "?", "!", ",", ":", ";", "-", "--", "..."})
 
-# Letters of any script with their marks; digits, and numbers like one half, are not letters.
+# Letters of any script with their marks. Numbers that are neither digits nor letters are none.
 _L = (
-    r"(?:[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u218f\u2460-\u24ff\u2776-\u2793\u3192-\u3195"
-    r"\u3220-\u3229\u3248-\u324f\u3251-\u325f\u3280-\u3289\u32b1-\u32bf]|[\u0300-\u036f\u0900-\u0903\u093a-\u094f"
-    r"\u0e31\u0e34-\u0e3a\u0e47-\u0e4e])"
+    r"(?:[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u0b72-\u0b77\u0bf0-\u0bf2\u0f2a-\u0f33\u1369-\u137c\u16ee-\u16f0"
+    r"\u2070\u2074-\u2079\u2080-\u2089\u2150-\u2188\u2460-\u249b\u24ea-\u24ff\u2776-\u2793\u3007\u3021-\u3029"
+    r"\u3192-\u3195\u3220-\u3229\u3248-\u324f\u3251-\u325f\u3280-\u3289\u32b1-\u32bf]"
+    r"|[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u064b-\u065e\u0900-\u0903\u093c-\u094d\u0981-\u0983\u09bc-\u09cd"
+    r"\u0b82-\u0bcd\u0e31\u0e34-\u0e3a\u0e47-\u0e4e])"
 )
 _W = rf"(?:{_L}|\d)"  # letters and digits
 _A = r"['\u2019]"  # apostrophes
-_SPACE = r"[ \u00a0]"
-# What may begin the next sentence, so that the full stop before it is no part of a lone letter's name.
-_SENTENCE = (
-    r"(?-i:[ ](?:A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many"
-    r"|More|Mr\.|Ms\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We"
-    r"|What|When|While|Yet|You)(?![\w])|[ ]?$)"
+_CLITIC = r"(?:s|d|m|ll|re|ve)"  # 's, 'd ...
+_OWN = rf"(?:(?-i:[A-HJ-XZ])|[dlno]){_A}{_L}{_W}+"  # O'Brien, o'clock
+
+
+def _any(words: str) -> str:
+    return "(?:" + "|".join(sorted(words.split(), key=len, reverse=True)) + ")"
+
+
+# Abbreviations keep their full stop; those of the second list are words in lower case ("miss.", "mass.").
+_ABBREVIATIONS = _any(
+    """adm al ala apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif capt cf cie
+    cmdr co col colo comdr conn corp cos cpl ct dak dec dept dr drs elec esq est etc ext feb fla fri ft ga gen gov
+    govs hon inc ind insp intl invt jan jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle
+    mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty pvt rd rep
+    reps rev rt sen sens sep sept seq sgt spc sq sr st ste supt tel tenn thu thurs treas tue tues univ va vs vt wed
+    wis wisc wm wyo ph\\.d"""
+)
+_STATES = _any("Ark Del Ill La Mass Miss Ore Pa Tex Wash ARK DEL ILL LA MASS MISS ORE PA TEX WASH")
+# What may begin the next sentence. A lone letter before it, or at the end, has no full stop of its own.
+_SENTENCE = _any(
+    """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr\\.
+    Ms\\. Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When
+    While Yet You"""
 )
 
-# Abbreviations keep their full stop; in lower case those of the second list are words ("miss.", "mass.").
-_ABBREVIATIONS = [
-    "adm",
-    "al",
-    "ala",
-    "apr",
-    "ariz",
-    "assn",
-    "assoc",
-    "asst",
-    "atty",
-    "attys",
-    "aug",
-    "ave",
-    "bancorp",
-    "bhd",
-    "bldg",
-    "blvd",
-    "brig",
-    "bros",
-    "calif",
-    "capt",
-    "cf",
-    "cie",
-    "cmdr",
-    "co",
-    "col",
-    "colo",
-    "comdr",
-    "conn",
-    "corp",
-    "cos",
-    "cpl",
-    "ct",
-    "dak",
-    "dec",
-    "dept",
-    "dr",
-    "drs",
-    "elec",
-    "esq",
-    "est",
-    "etc",
-    "ext",
-    "feb",
-    "fla",
-    "fri",
-    "ft",
-    "ga",
-    "gen",
-    "gov",
-    "govs",
-    "hon",
-    "inc",
-    "ind",
-    "insp",
-    "intl",
-    "invt",
-    "jan",
-    "jr",
-    "jul",
-    "jun",
-    "kan",
-    "kans",
-    "ky",
-    "lieut",
-    "lt",
-    "ltd",
-    "maj",
-    "mar",
-    "md",
-    "messrs",
-    "mfg",
-    "mich",
-    "minn",
-    "mlle",
-    "mme",
-    "mo",
-    "mon",
-    "mont",
-    "mr",
-    "mrs",
-    "ms",
-    "msgr",
-    "mt",
-    "natl",
-    "neb",
-    "nev",
-    "nov",
-    "oct",
-    "okla",
-    "penn",
-    "pfc",
-    "ph",
-    "plc",
-    "pres",
-    "prof",
-    "profs",
-    "pte",
-    "pty",
-    "pvt",
-    "rd",
-    "rep",
-    "reps",
-    "rev",
-    "rt",
-    "sen",
-    "sens",
-    "sep",
-    "sept",
-    "seq",
-    "sgt",
-    "spc",
-    "sq",
-    "sr",
-    "st",
-    "ste",
-    "supt",
-    "tel",
-    "tenn",
-    "thu",
-    "thurs",
-    "treas",
-    "tue",
-    "tues",
-    "univ",
-    "va",
-    "vs",
-    "vt",
-    "wed",
-    "wis",
-    "wisc",
-    "wm",
-    "wyo",
-]
-_CAPITALISED = ["ark", "del", "ill", "la", "mass", "miss", "ore", "pa", "tex", "wash"]
-_BEFORE_NUMBERS = ["fig", "figs", "no", "nos", "op", "pp", "prop"]  # "no. 5", but "no."
-
-_KEEP_STOP = frozenset(_ABBREVIATIONS)
-
-# Words that are two words. The cut comes after so many characters.
+# Words that are two words. The cut comes after so many letters.
 _PAIRS = {"cannot": 3, "gonna": 3, "gotta": 3, "lemme": 3, "gimme": 3, "wanna": 3}
 
-
-def _any(words: Iterable[str]) -> str:
-    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
-
-
-# Each rule: what a token looks like. Group 1 is the token where the rest is look-ahead.
+# What a token looks like, by its first character. Group 1, if there is one, is the token and the rest look-ahead.
 _WORDS = [
-    rf"{_W}+(?:_{_W}+)*",
-    rf"{_W}+(?:[-\u2010\u2011]{_W}+)+",  # well-known, 3-d
-    rf"{_W}+(?:/{_W}+)+",  # and/or
-    r"[A-Za-z]+(?:\.[A-Za-z]+)+",  # foo.jpg, www.foo.com, "dog.And"
-    rf"({_L}+){_A}(?:s|d|m|ll|re|ve)(?!{_W})",  # dog|'s
-    rf"([A-Za-z]*[A-Ma-mO-Zo-z])n{_A}t(?!{_W})",  # do|n't
-    rf"(y{_A}){_L}",  # y'|all
+    rf"{_W}+(?:[-_\u2010\u2011]{_W}+)*",  # well-known, 3-d
+    r"[A-Za-z0-9]+(?:[-/][A-Za-z0-9]+)+",  # and/or
+    rf"{_L}{_W}*(?:\.{_L}(?:{_W}|-(?={_W}))*)+",  # www.foo.com, "dog.And"
+    rf"{_W}+\.(?:jpe?g|png|gif|bmp|pdf|txt|html?|docx?|mp3|mov|zip|c|h|py|exe|x|xml)(?!{_W})",
+    rf"({_L}+(?:\.{_L})*){_A}{_CLITIC}(?!{_L})",  # dog|'s
+    rf"([A-Za-z]*[A-Ma-mO-Zo-z])n{_A}t",  # do|n't
+    rf"n{_A}t(?!{_L})",
+    rf"(?:y{_A}(?={_L})|[dlj]{_A})",  # y'|all
     r"[A-Za-z](?:\.[A-Za-z])+\.",  # p.m.
-    rf"[A-Za-z]\.(?!{_SENTENCE})",  # J. Smith
-    rf"{_any(_ABBREVIATIONS)}\.",
-    rf"(?-i:(?:{_any([w.upper() for w in _CAPITALISED])}|{_any([w.title() for w in _CAPITALISED])})\.)",
-    rf"({_any(_BEFORE_NUMBERS)}\.){_SPACE}*\d",
-    rf"({_L}+\.)[,;:]",
-    rf"(?:(?-i:[A-HJ-XZ])|[dlno]){_A}{_L}{{2,}}",  # O'Brien, o'clock
-    rf"(?:s{_A}mores|ev{_A}ry|li{_A}l|nat{_A}l|o{_A}o|cont{_A}d\.?|ma{_A}am|[eno]e?{_A}er|nor{_A}easter|c{_A}mon"
-    rf"|hallowe{_A}en|hawai{_A}i|xi{_A}an|ol{_A}|somethin{_A}|dunkin{_A})(?!{_L})",
-    r"[A-Za-z0-9._%+-]+@[A-Za-z0-9][A-Za-z0-9.-]*",
-    r"[A-Za-z]+:/{2}[^ \"<>|()\u00a0]+[^ .!?,;:\"'<>|()\u00a0-]",  # http://...
-    r"[A-Za-z]+(?:[!?][A-Za-z]+)+",
+    rf"[A-Za-z](?:\.[A-Za-z])+\.?(?:-{_W}+)+",  # U.S.-based
+    rf"[A-Za-z]\.(?!(?-i:[ ]{_SENTENCE}(?![^ ]))| ?$)",  # J. Smith
+    rf"{_ABBREVIATIONS}\.",
+    rf"(?-i:{_STATES})\.",
+    rf"({_any('fig figs no nos op pp prop')}\.)[ ]?\d",  # no. 5
+    rf"({_W}+(?:[-_]{_W}+)*\.)[,;:]",  # any word before ".,"
+    rf"({_OWN}\.)[,;:]",
+    _OWN,
+    rf"{_L}+[aeiouy]{_A}[aeiou]{_L}*",  # ma'am, Ho'ohu
+    rf"(?:s{_A}mores|ev{_A}ry|li{_A}l|nat{_A}l|cont{_A}d\.?|n?e{_A}er|o{_A}er|nor{_A}easter|c{_A}mon)(?!{_L})",
+    rf"(?:ol|somethin|dunkin){_A}(?!{_L})",
+    r'[A-Za-z0-9][^ "<>|()]{0,99}@[^ "<>|().]+(?:\.[^ "<>|().]+)*',
+    r"(?:https?|ftp)://[^ \"<>|()\u00a0]+[^ .!?,;:\"'<>|()\u00a0-]",
+    r"[A-Za-z][A-Za-z0-9]*(?:[!?][@A-Za-z](?:[A-Za-z0-9.]*[A-Za-z0-9])?)+",
     r"(?-i:[A-Z]+(?:[&+][A-Z]+)+)",  # AT&T
-    rf"n{_A}t(?!{_W})",
+    r"(?-i:[A-Z]+)\$|[cf]#",  # US$
     r"[bwc]/o",
 ]
 _NUMBERS = [
-    r"\d+(?:[,.:]\d+)*",
+    r"[-+]?\d*(?:[,.:]\d+)+|[-+]?\d+",
     r"\d{1,2}[-/]\d{1,2}(?:[-/]\d{2,4})?",
-    rf"\d+(?:{_SPACE}|-)?\d+/\d+",  # 2 1/2
-    r"\d+/\d+",
-    rf"(\d+){_A}s(?!{_W})",
-    r"\.\d+",
+    r"\d+[ -]?\d+/\d+",  # 2 1/2
+    rf"(\d+){_A}s(?!{_L})",
 ]
 _MARKS = [
-    rf"{_A}(?:s|d|m|ll|re|ve)(?!{_W})",
-    rf"{_A}(?:em|till?|cause|n{_A}?|\d\ds)(?!{_W})",
-    rf"({_A}t)(?:is|was)(?!{_W})",
-    r"</?[A-Za-z!?][^<>]*>",
+    rf"{_A}{_CLITIC}(?!{_L})",
+    rf"{_A}n{_A}|{_A}(?:em|till?|cause)|{_A}n(?= |$)|{_A}\d\d(?:s|(?= |$))",
+    rf"({_A}t)(?:is|was)(?!{_L})",
+    r"</?[a-z][a-z0-9:._-]*(?: [^<>]*)?/?>|<![^<>]*>",
     r"&(?:amp|lt|gt|quot|apos|nbsp);",
-    r"[#@][A-Za-z_]\w*",
-    r"[!?]+",
-    r"\.\.\.|\.(?: \.){2}|\u2026",
-    r"-+|[\u2010-\u2015]",
-    r"[<>]?[:;=][-o*']?[()DPdpO\\:{@|\[\]]",  # :-)
-    r"\^_+\^|[-x=~<>']\^|_+",
-    r"''|``|\*+",
+    rf"#{_L}+|@[A-Za-z_]\w*",
+    r"-[lr][rcs]b-",
+    r"[!?]+|\.{3,}|\.(?: \.){2,}|-+|\*+|#+|@+|_+|<+|>+|''|``",
+    r"[`\u2018\u2019\u201b-\u201d\u2039\u203a\u00ab\u00bb]+",
+    rf"[<>]?[:;=](?-i:[-o*']?[()DPdpO\\{{@|\[\]])(?!{_W})",  # :-)
+    r"\^_+\^|[-x=~<>']\^",
 ]
-_RULES: dict[str, list[re.Pattern[str]]] = {
-    "word": [re.compile(r, re.I) for r in _WORDS + _NUMBERS[:1]],
-    "digit": [re.compile(r, re.I) for r in _NUMBERS + _WORDS[:3]],
-    "mark": [re.compile(r, re.I) for r in _MARKS + _NUMBERS[-1:]],
+_RULES = {
+    kind: [re.compile(rule, re.IGNORECASE) for rule in rules]
+    for kind, rules in {"word": _WORDS, "digit": _NUMBERS + _WORDS, "mark": _MARKS + _NUMBERS}.items()
 }
-_PLAIN = re.compile(r"[ \u00a0]*([A-Za-z]+)(?=$|[,;?!]? |\.$)")
+# A word that needs no rule, because of what stands behind it; and a whole caption of such words.
+_PLAIN = re.compile(r"([A-Za-z]+)(?=[,;?!]? |$)")
+_GOES_ON = re.compile(rf"{_W}|{_A}")
 _EASY = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*(?: \.)?")
 
-_REPLACE = {
-    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-    "\u00a3": "#", "\u20a4": "#", "\u20ac": "$", "\u00a2": "cents", "\u00a4": "$",
-    "\u00bd": "1/2", "\u00bc": "1/4", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3",
-    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": "",
-    "\u2026": "...", "\u2014": "--", "\u2013": "--",
-    "\"": "''", "\u201c": "''", "\u201d": "''", "\u2018": "'", "\u2019": "'", "\u00b4": "'",
-    "\u00ab": "''", "\u00bb": "''", "\u2039": "'", "\u203a": "'", "\u201e": "''", "\u201a": "'",
-}  # fmt: skip
+# Other characters that are tokens; what is neither here nor in a word (emoji, for one) vanishes.
+_SEEN = re.compile(
+    r"[!-~\u00a1-\u00bf\u00d7\u00f7\u037e\u0387\u0589\u05be-\u05f4\u0600-\u06d4\u0700-\u070d\u0964\u0965\u0e3f\u0e4f"
+    r"\u2013-\u2023\u2026\u2030-\u203b\u203e-\u2042\u2044\u2070-\u208e\u20a0\u20a4\u20ac\u2100-\u215e\u2190-\u2bff"
+    r"\u3001\u3002\u3012\u30fb\uff01-\uff65\uffe0-\uffe6]"
+)
+_WRITTEN = str.maketrans({
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''",
+    "\u00a3": "#", "\u20ac": "$", "\u20a0": "$", "\u00a4": "$", "\u00a2": "cents",
+    "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3",
+    "\u2018": "`", "\u201b": "`", "\u2019": "'", "\u2039": "`", "\u203a": "'",
+    "\u201c": "``", "\u201d": "''", "\u00ab": "``", "\u00bb": "''",
+    "\u2013": "--", "\u2014": "--", "\u2015": "--", "\u2026": "...", "\u00ad": "-", " ": "\u00a0",
+})  # fmt: skip
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}
 
 
 def fold(text: str) -> str:
@@ -294,58 +179,46 @@ def tokenize(text: str) -> list[str]:
     out: list[str] = []
     place = 0
     while place < len(text):
-        plain = _PLAIN.match(text, place)
-        if plain is not None and not (plain.end() == len(text) - 1 and _abbreviated(text)):
-            word = plain.group(1).lower()
-            place = plain.end()
-            cut = _PAIRS.get(word, 0)
-            out += [word[:cut], word[cut:]] if cut else [word]
-            continue
         if text[place] == " ":
             place += 1
             continue
-        token = _longest(text, place)
+        plain = _PLAIN.match(text, place)
+        token = plain.group(1) if plain is not None else _longest(text, place)
         place += len(token)
-        out += _written(token)
+        token = token.lower()
+        cut = _PAIRS.get(token)
+        if cut is not None and not _GOES_ON.match(text, place):
+            out += [token[:cut], token[cut:]]
+        elif plain is not None:
+            out.append(token)
+        else:
+            token = _written(token)
+            if token and token not in PUNCTUATION:
+                out.append(token)
     return out
 
 
-def _abbreviated(text: str) -> bool:
-    """Tell whether the last word of a caption keeps its full stop."""
-    last = text[text.rfind(" ") + 1 :]
-    return last[:-1].lower() in _KEEP_STOP or (last[:-1].lower() in _CAPITALISED and not last.islower())
-
-
 def _longest(text: str, place: int) -> str:
+    """Return the longest token that begins here by any rule, look-ahead counted; the first rule wins a tie."""
     first = text[place]
-    kind = "digit" if first.isdigit() else "word" if first.isalpha() else "mark"
+    kind = "digit" if first.isdecimal() else "word" if first.isalpha() else "mark"
     best, token = 0, first
     for rule in _RULES[kind]:
         match = rule.match(text, place)
         if match is not None and match.end() - place > best:
             best = match.end() - place
-            token = match.group(1) if rule.groups else match.group()
+            token = match.group(rule.groups)
     return token
 
 
-def _written(token: str) -> list[str]:
-    token = token.lower()
-    token = _REPLACE.get(token, token)
-    if token in PUNCTUATION or not token:
-        return []
-    if token.isalpha() and token in _PAIRS:
-        return [token[: _PAIRS[token]], token[_PAIRS[token] :]]
-    if len(token) > 1 and not token.isalnum():
-        if not token.strip("-"):
-            return []
-        token = (
-            token.replace(" ", "\u00a0").replace("(", "-lrb-").replace(")", "-rrb-").replace("\u2019", "'")
-        )
-        return [token]
-    if len(token) == 1 and not _visible(token):
-        return []
-    return [token]
-
-
-def _visible(char: str) -> bool:
-    return ord(char) < 0x10000 and unicodedata.category(char)[0] not in "C"
+def _written(token: str) -> str:
+    """Return a token of any kind in lower case as the official tool writes it, "" if it vanishes."""
+    if len(token) == 1 and not (token.isalpha() or token.isdecimal()) and not _SEEN.match(token):
+        return ""
+    if token in _ENTITIES:
+        return _ENTITIES[token]
+    if token.strip(". ") == "" and len(token) > 1:
+        return "..."
+    if token.strip("-") == "" and len(token) > 1:
+        return "--"
+    return token.translate(_WRITTEN) if not token.isalnum() or len(token) == 1 else token
