@@ -426,6 +426,6 @@ def test_the_dataset_can_be_used_alone():
     assert sample.name == "p2.jpg"
     assert sample.visual.shape == (1, 3, 11, 13)
     bad = CaptionDataset(FakePairs(5, bad=[2]), dataset.rows, TRANSFORM)
-    with pytest.raises(ImageError, match="p2.jpg: cut off"):
+    with pytest.raises(ImageError, match=r"p2\.jpg: cut off"):
         bad[Pick(0, 2)]
     assert dataclasses.is_dataclass(TRANSFORM)

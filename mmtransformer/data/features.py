@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,22 +136,27 @@ class FeatureCache:
         name = re.sub(r"[^\w.-]", "_", name)
         path = folder / f"{name}-{key}.safetensors"
         if not path.is_file():
-            with _lock(folder / f".{path.name}.lock"):
+            with _lock(folder / f".{path.name}.lock") as alone:
                 if not path.is_file():
-                    pictures = _Pictures(pairs, transform)
+                    for litter in folder.glob(f".{path.name}.*.part") if alone else ():
+                        litter.unlink(missing_ok=True)
                     loader = DataLoader(
-                        pictures,
+                        _Pictures(pairs, transform),
                         batch_size,
                         num_workers=num_workers,
                         collate_fn=list,
                         generator=torch.Generator(),
                     )
-                    if encode is None:
-                        encode = getattr(vision, "forward_features", vision)
-                    with _frozen_on(vision, device):
-                        _write(
-                            path, loader, encode, len(pairs), flip, dtype, autocast, device, name, progress
-                        )
+                    run = encode if encode is not None else getattr(vision, "forward_features", vision)
+                    job = _Job(run, flip, dtype, autocast, torch.device(device))
+                    bar = tqdm(
+                        total=len(pairs),
+                        desc=f"visual tokens of {name}",
+                        unit="picture",
+                        disable=not progress,
+                    )
+                    with bar, _frozen_on(vision, device):
+                        _write(path, pairs, loader, job, bar)
         return cls(path)
 
 
@@ -179,7 +185,7 @@ def cache_key(
     digest = hashlib.sha256()
 
     def add(*parts: object) -> None:
-        digest.update(json.dumps(parts, default=str, ensure_ascii=True).encode() + b"\n")
+        digest.update(json.dumps(parts).encode() + b"\n")
 
     add(_FORMAT, flip, dtype, str(autocast), type(transform).__qualname__, transform.to_dict())
     for path, module in vision.named_modules():
@@ -227,62 +233,63 @@ class _Pictures(Dataset[tuple[int, Tensor | str]]):
             return index, str(error)
 
 
-def _write(
-    path: Path,
-    loader: DataLoader,
-    encode: Callable[[Tensor], Tensor],
-    total: int,
-    flip: bool,
-    dtype: str,
-    autocast: torch.dtype | None,
-    device: torch.device | str,
-    name: str,
-    progress: bool,
-) -> None:
-    """Compute the features and write them to `path` in one piece."""
-    kind, code = _DTYPES[dtype]
-    copies = 2 if flip else 1
+@dataclass
+class _Job:
+    """How features are computed and stored."""
+
+    encode: Callable[[Tensor], Tensor]
+    flip: bool
+    dtype: str
+    autocast: torch.dtype | None
+    device: torch.device
+
+    def run(self, pixels: Tensor) -> Tensor:
+        """From pixels (b 3 height width) to the tokens of all copies (b m p d), as they are stored."""
+        pixels = pixels.to(self.device)
+        both = torch.cat([pixels, pixels.flip(-1)]) if self.flip else pixels
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            tokens = self.encode(both)
+        return (
+            tokens.to(_DTYPES[self.dtype][0])
+            .cpu()
+            .unflatten(0, (-1, len(pixels)))
+            .transpose(0, 1)
+            .contiguous()
+        )
+
+
+def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -> None:
+    """Compute the features and write them to `path` in one piece; pictures that cannot be read are left blank."""
+    total, room = len(pairs), _header_room(len(pairs))
     faults: dict[int, str] = {}
-    temporary = path.with_name(f".{path.name}.part")  # the lock is ours, so a part that lies there is litter
-    body = None  # the tokens' shape and the header's size are known after the first batch
+    one: tuple[int, ...] = ()  # the shape of a picture's features (m p d), known after the first pass
+    step = 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file, torch.inference_mode():
-            for batch in tqdm(loader, desc=f"visual tokens of {name}", unit="batch", disable=not progress):
-                good = [(i, pixels) for i, pixels in batch if isinstance(pixels, Tensor)]
+            for batch in loader:
                 faults |= {i: fault for i, fault in batch if isinstance(fault, str)}
-                tokens = None
-                if good:
-                    pixels = torch.stack([pixels for _, pixels in good]).to(device)
-                    both = torch.cat([pixels, pixels.flip(-1)]) if flip else pixels
-                    with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-                        tokens = encode(both)
-                    tokens = tokens.to(kind).cpu().unflatten(0, (copies, len(good))).transpose(0, 1)
-                    if not tokens.isfinite().all():
-                        bad = [i for (i, _), t in zip(good, tokens, strict=True) if not t.isfinite().all()]
+                good = [(i, pixels) for i, pixels in batch if isinstance(pixels, Tensor)]
+                tokens = job.run(torch.stack([pixels for _, pixels in good])) if good else ()
+                for (i, _), token in zip(good, tokens, strict=True):
+                    if not token.isfinite().all():
                         raise ValueError(
-                            f"the visual tokens of picture {bad[0]} are not finite in {dtype}; "
-                            f"use dtype 'bfloat16' or 'float32', or look at the weights"
+                            f"the visual tokens of picture {i} ({pairs.name(i)}) are not finite in {job.dtype}; "
+                            f"use bfloat16 or float32, or look at the weights"
                         )
-                if body is None:
-                    if tokens is None:
-                        raise ValueError(
-                            f"none of the first {len(batch)} pictures can be read: {batch[0][1]}"
-                        )
-                    body = tuple(tokens.shape[2:])
-                    size = total * copies * body[0] * body[1] * kind.itemsize
-                    free = shutil.disk_usage(path.parent).free
-                    if size + 2**20 > free:
-                        raise ValueError(
-                            f"{path}: the features of {total} pictures take {size:,} bytes and the disk has {free:,} "
-                            f"free; set the cache folder to a larger disk{', or turn flips off' if flip else ''}"
-                        )
-                    file.write(bytes(_header_room(total)))
-                whole = torch.zeros(len(batch), copies, *body, dtype=kind)
-                if tokens is not None:
-                    whole[[row for row, (_, p) in enumerate(batch) if isinstance(p, Tensor)]] = tokens
-                file.write(whole.view(torch.uint8).numpy().data)
-            assert body is not None
-            _write_header(file, (total, copies, *body), code, kind.itemsize, faults)
+                    if not one:
+                        one, step = tuple(token.shape), token.nbytes
+                        _check_space(path, total, step, job.flip)
+                    file.seek(room + i * step)
+                    file.write(token.view(torch.uint8).numpy().data)
+                bar.update(len(batch))
+            if not one:
+                raise ValueError(
+                    f"none of the {total} pictures can be read; the first: {next(iter(faults.values()))}"
+                )
+            file.truncate(room + total * step)
+            file.seek(0)
+            file.write(_header((total, *one), total * step, _DTYPES[job.dtype][1], faults))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -290,34 +297,35 @@ def _write(
         temporary.unlink(missing_ok=True)
 
 
+def _check_space(path: Path, total: int, step: int, flip: bool) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if total * step + _header_room(total) > free:
+        raise ValueError(
+            f"{path}: the features of {total} pictures take {total * step:,} bytes and the disk has {free:,} free; "
+            f"set the cache folder to a larger disk{', or turn flips off' if flip else ''}"
+        )
+
+
 def _header_room(total: int) -> int:
     """Bytes kept for the header: it holds the faults, 1 % of pictures with a few hundred letters each."""
     return 4096 + 64 * -(-total * 20 // 64)
 
 
-def _write_header(
-    file: Any, shape: tuple[int, ...], code: str, itemsize: int, faults: dict[int, str]
-) -> None:
-    """Write safetensors' header into the room left for it: 8 bytes of size, then JSON filled up with spaces."""
-    room = _header_room(shape[0])
-    size = torch.Size(shape).numel() * itemsize
-    letters = 300
-    while True:
+def _header(shape: tuple[int, ...], size: int, code: str, faults: dict[int, str]) -> bytes:
+    """Make safetensors' header for the room left for it: 8 bytes of size, then JSON filled up with spaces."""
+    room = _header_room(shape[0]) - 8
+    for letters in (300, 100, 30, 10, 0):
         short = json.dumps({str(i): fault[:letters] for i, fault in faults.items()}, ensure_ascii=False)
         header = {
             "__metadata__": {"faults": short},
             "visual_tokens": {"dtype": code, "shape": list(shape), "data_offsets": [0, size]},
         }
         text = json.dumps(header, ensure_ascii=False).encode()
-        if len(text) <= room - 8:
-            break
-        if letters == 0:
-            raise ValueError(
-                f"{len(faults)} of {shape[0]} pictures cannot be read; the first: {next(iter(faults.values()))}"
-            )
-        letters //= 2
-    file.seek(0)
-    file.write((room - 8).to_bytes(8, "little") + text.ljust(room - 8))
+        if len(text) <= room:
+            return room.to_bytes(8, "little") + text.ljust(room)
+    raise ValueError(
+        f"{len(faults)} of {shape[0]} pictures cannot be read; the first: {next(iter(faults.values()))}"
+    )
 
 
 @contextlib.contextmanager
@@ -335,13 +343,14 @@ def _frozen_on(vision: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends."""
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold a lock file, if that can be done; the system lets go of it when the process ends, however it ends."""
     with path.open("w") as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
         except (ImportError, OSError):  # no locks here: the last writer wins, with a whole file
-            pass
-        yield
+            alone = False
+        yield alone
