@@ -90,8 +90,8 @@ def faces(needed: frozenset[int]) -> Iterator[Path]:
     lack something.
     """
     yield EMBEDDED
-    yield _dejavu()
-    if needed <= coverage(EMBEDDED) | coverage(_dejavu()):
+    yield dejavu()
+    if needed <= coverage(EMBEDDED) | coverage(dejavu()):
         return
     yield from system_fonts()
 
@@ -141,7 +141,8 @@ def load(path: Path, size: float) -> ImageFont.FreeTypeFont:
 
 
 @cache
-def _dejavu() -> Path:
+def dejavu() -> Path:
+    """The font that comes with matplotlib."""
     import matplotlib
 
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")

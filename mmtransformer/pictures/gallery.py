@@ -127,8 +127,8 @@ def draw_gallery(
 
 def _head(title: str, subtitle: str, total: int) -> Image.Image:
     room = total - 2 * MARGIN
-    titles = wrap(title, TITLE, room) if title else []
-    subtitles = wrap(subtitle, SUBTITLE, room) if subtitle else []
+    titles = wrap(title, TITLE, room, 3) if title else []
+    subtitles = wrap(subtitle, SUBTITLE, room, 6) if subtitle else []
     text = len(titles) * TITLE.line_height + len(subtitles) * SUBTITLE.line_height
     head = Image.new("RGB", (total, MARGIN + text + (20 if text else 0)), PAPER)
     canvas = ImageDraw.Draw(head)
@@ -175,12 +175,13 @@ def _caption(
     canvas: ImageDraw.ImageDraw, y: float, said: Said, room: float, max_references: int, max_lines: int
 ) -> float:
     """Draw a caption, its marks and its references; give where they end."""
-    y = draw_lines(canvas, (PAD, y), wrap(said.text, CAPTION, room, max_lines) or ["(empty)"], CAPTION)
+    lines = wrap(said.text, CAPTION, room, max_lines) or ["(empty)"]
+    y = draw_lines(canvas, (PAD, y), lines, CAPTION)
     chips = _chips(said)
     if chips:
         y = _draw_chips(canvas, y + 5, chips, room) + 3
     for reference in said.references[:max_references]:
-        lines = wrap(reference, REFERENCE, room - 14, max_lines)
+        lines = wrap(reference, REFERENCE, room - 14, max_lines) or ["(empty)"]
         top = y + 6
         y = draw_lines(canvas, (PAD + 14, top), lines, REFERENCE)
         canvas.rectangle((PAD, top + 3, PAD + 2, y - 3), fill=EDGE)

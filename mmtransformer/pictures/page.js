@@ -20,7 +20,7 @@ function paint(canvas, grid, rows, columns) {
       const below = grid[y1 * columns + x0] * (1 - u) + grid[y1 * columns + x1] * u;
       const heat = Math.round(above * (1 - v) + below * v), i = 4 * (y * wide + x);
       image.data.set(palette.subarray(3 * heat, 3 * heat + 3), i);
-      image.data[i + 3] = 50 + 0.55 * heat;
+      image.data[i + 3] = 0.8 * heat;
     }
   }
   context.putImageData(image, 0, 0);

@@ -60,11 +60,7 @@ def html_page(
         body.append(_table(metrics))
     body += ["<main>", *(_card(card, picture_size) for card in cards), "</main>"]
     content = "\n".join(body)
-    face = base64.b64encode(fonts.subset(html.unescape(re.sub(r"<[^>]*>", " ", content)))).decode()
-    css = (
-        f'@font-face {{ font-family: "MMT Hangul"; src: url(data:font/woff;base64,{face}) format("woff"); }}\n'
-        f"{CSS.read_text(encoding='utf-8')}"
-    )
+    css = _korean_face(html.unescape(re.sub(r"<[^>]*>", " ", content))) + CSS.read_text(encoding="utf-8")
     script = SCRIPT.read_text(encoding="utf-8")
     policy = (
         "default-src 'none'; img-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
@@ -88,6 +84,25 @@ def html_page(
 </html>
 """
     return write_whole(path, page.encode("utf-8"))
+
+
+def _korean_face(told: str) -> str:
+    """The rule that gives the page Korean letters: the reader's own font, else those that the text needs, embedded.
+
+    The range keeps the face to Korean, so that it can stand first in the list of families: browsers do not always
+    draw a text anew when a face further down has been decoded.
+    """
+    hangul = "".join(c for c in fonts.clean(told) if re.match("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]", c))
+    if not hangul:
+        return ""
+    own = ", ".join(
+        f'local("{name}")' for name in ("Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans CJK KR")
+    )
+    data = base64.b64encode(fonts.subset(hangul)).decode()
+    return (
+        f'@font-face {{ font-family: "MMT Hangul"; src: {own}, url(data:font/woff;base64,{data}) format("woff"); '
+        "unicode-range: U+1100-11FF, U+3130-318F, U+AC00-D7A3; }\n"
+    )
 
 
 def encode_picture(image: Image.Image, longest: int) -> str:
