@@ -300,6 +300,29 @@ def test_cut_files_are_refused(kind: str, options: dict[str, Any]) -> None:
             load(data[:kept], name="x.bin")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"optimize": True}, {"progressive": True}], ids=str
+)
+def test_a_jpeg_whose_pixels_end_early_is_refused(mode: str, options: dict[str, Any]) -> None:
+    """Zeros (of a copy that stopped) would be read as pixels, and before an end marker decoders fill up with grey."""
+    for height, width in ((96, 128), (97, 129), (89, 117)):
+        whole = encode(smooth(height, width).convert(mode), "JPEG", quality=90, **options)
+        assert load(whole + b"\0" * 999).size == (width, height)
+        for kept in (len(whole) * 9 // 10, len(whole) * 3 // 4, len(whole) // 2):
+            with pytest.raises(ImageError, match="damaged JPEG"):
+                load(whole[:kept] + b"\0" * 9999)
+            if "progressive" not in options:  # which loses detail only, all over the picture
+                with pytest.raises(ImageError, match="its pixels end early"):
+                    load(whole[:kept] + b"\xff\xd9")
+
+
+def test_a_grey_jpeg_is_whole() -> None:
+    for mode in ("RGB", "L"):
+        image = load(encode(Image.new(mode, (37, 41), (128,) * len(mode)), "JPEG"))
+        assert image.getextrema() == ((128, 128),) * 3
+
+
 def test_a_wrong_checksum_is_refused() -> None:
     good = png(3, 2, 8, 0, b"\0\1\2\3\0\4\5\6")
     assert load(good).getpixel((2, 1)) == (6, 6, 6)

@@ -92,6 +92,8 @@ def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_0
         result = _finished(image, name, max_pixels)
         if kind == "PNG":
             _check_png(data, image)
+        if kind == "JPEG":
+            _check_jpeg(data, image)
         return result
 
     return _decoded(name, decode, kind)
@@ -210,6 +212,29 @@ def _what_it_is(data: bytes, kind: str) -> str:
     if not any(data[:512]):
         return "only zero bytes (a failed copy?)"
     return f"not a picture (it starts with {data[:8]!r})"
+
+
+def _check_jpeg(data: bytes, image: Image.Image) -> None:
+    """Raises if the pixels end early: the decoder reads zeros as pixels, and fills up with grey at an end marker."""
+    position = 2
+    while position < len(data) and data[position + 1 : position + 2] != b"\xda":  # the start of the pixels
+        if data[position] == 0xFF and data[position + 1 : position + 2] != b"\xff":
+            position += 2 + int.from_bytes(data[position + 2 : position + 4])
+        else:
+            position += 1
+    end = data.find(b"\xff\xd9", position)
+    if end < 0:
+        raise OSError(f"no end marker in {len(data):,} bytes")
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if any(
+        abs(value - 128) > 16 for value in (last if isinstance(last, tuple) else (last,)) if value is not None
+    ):
+        return  # not filled up
+    # Bytes before the end marker are ignored behind whole pixels, and are pixels if there is room for more.
+    longer = data[:end] + bytes(range(1, 251)) * 4 + data[end:]
+    with JpegImagePlugin.JpegImageFile(io.BytesIO(longer), "") as other:
+        if other.tobytes() != image.tobytes():
+            raise OSError("its pixels end early")
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:
