@@ -157,9 +157,8 @@ def make_row(
     for name, said in columns.captions:
         value = record.get(name)
         # one of several caption columns may stay empty, an only one may not
-        if len(columns.captions) == 1 or not (
-            value is None or (isinstance(value, str) and is_missing(fold(value)))
-        ):
+        empty = value is None or (isinstance(value, str) and is_missing(fold(value)))
+        if len(columns.captions) == 1 or not empty:
             captions += read_captions(value, said or language, image or name, faults)
     if not captions and not faults:
         faults.append(("empty caption", image or ""))

@@ -1,0 +1,337 @@
+"""Looks at image-text pairs before any training: what is missing, broken, doubled, empty or too long."""
+
+import dataclasses
+import hashlib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mmtransformer.data.faults import FIRST, Report, allowed
+from mmtransformer.data.pairs import PairFiles
+from mmtransformer.data.source import Caption, Pairs, PairSource
+from mmtransformer.images import ImageError
+
+_BAR = 24  # width of a histogram's longest bar
+
+
+class Encoder(Protocol):
+    """What a check needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
+
+
+@dataclasses.dataclass
+class Finding:
+    """One kind of trouble.
+
+    Attributes:
+        what: "corrupt pictures".
+        count: How many of them.
+        of: Out of how many.
+        hurts: Whether training or its evaluation would suffer.
+        first: The first offenders.
+        remedy: What to do about it.
+    """
+
+    what: str
+    count: int
+    of: int
+    hurts: bool
+    first: list[str]
+    remedy: str = ""
+
+
+@dataclasses.dataclass
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+        source: What was looked at, in words.
+        pictures: Split -> number of pictures.
+        captions: Split -> number of captions.
+        languages: Language -> number of captions; "unnamed" for those without.
+        words: Words of a caption -> number of captions.
+        sizes: The smallest, middle and largest height and width, each as (height, width); empty without pictures.
+        findings: Every kind of trouble, those that hurt first.
+    """
+
+    source: str
+    pictures: dict[str, int]
+    captions: dict[str, int]
+    languages: dict[str, int]
+    words: dict[int, int]
+    sizes: dict[str, tuple[int, int]]
+    findings: list[Finding]
+
+    @property
+    def hurts(self) -> bool:
+        """Whether training would be hurt."""
+        return any(finding.hurts for finding in self.findings)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, for JSON."""
+        return {**dataclasses.asdict(self), "hurts": self.hurts}
+
+    def __str__(self) -> str:
+        rows = [(split, f"{count:,} pictures", f"{self.captions[split]:,} captions") for split, count in
+                self.pictures.items()]  # fmt: skip
+        lines = [self.source, ""]
+        lines += [f"  {split:<14}{pictures:>18}{captions:>20}" for split, pictures, captions in rows]
+        if self.languages:
+            lines += [
+                "",
+                "  languages     " + ", ".join(f"{code} {n:,}" for code, n in self.languages.items()),
+            ]
+        if self.sizes:
+            said = ", ".join(f"{name} {h} x {w}" for name, (h, w) in self.sizes.items())
+            lines += [f"  height x width  {said}"]
+        lines += ["", *_histogram(self.words)] if self.words else []
+        lines.append("")
+        for finding in self.findings:
+            share = f" of {finding.of:,} ({finding.count / finding.of:.2%})" if finding.of else ""
+            lines.append(
+                f"{'HURTS' if finding.hurts else 'note ':<6} {finding.what}: {finding.count:,}{share}"
+            )
+            lines += [f"         {offender}" for offender in finding.first]
+            lines += [f"         -> {finding.remedy}"] * bool(finding.remedy and finding.hurts)
+        if not self.findings:
+            lines.append("Nothing is wrong.")
+        elif self.hurts:
+            lines.append("Training would be hurt. Repair what is marked HURTS.")
+        else:
+            lines.append("Good enough to train on.")
+        return "\n".join(lines)
+
+
+def check(
+    source: str | Path | PairSource,
+    *,
+    tokenizer: Encoder | None = None,
+    max_len: int = 64,
+    max_bad: float = 0.01,
+    threads: int | None = None,
+    progress: bool = True,
+) -> CheckReport:
+    """Reads every picture and caption once and says what would hurt training.
+
+    A kind of trouble hurts when it concerns more than `max_bad` of the rows, pictures or captions; one picture or
+    caption alone never does, unless `max_bad` is 0. Nothing to train on, or to validate on, always does.
+
+    Args:
+        source: A root for `PairFiles`, or pairs already opened (with `max_bad=1` to see everything).
+        tokenizer: Counts the tokens of a caption; without it words are counted, and what is said to be cut is the
+            least that will be.
+        max_len: The most tokens a caption may have in training; prompt and end take 3 of them.
+        max_bad: Share that is tolerable.
+        threads: Threads that decode; as many as the machine has cores, 8 at most, if not given.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If nothing is there that could be pairs.
+    """
+    pairs = PairFiles(source, max_bad=1.0) if isinstance(source, str | Path) else source
+    splits = {name: pairs.split(name) for name in pairs.splits()}
+    captions = {name: [split.captions(i) for i in range(len(split))] for name, split in splits.items()}
+    looked = _look(splits, threads or min(8, os.cpu_count() or 1), progress)
+    flat = [caption for split in captions.values() for group in split for caption in group]
+    words = Counter(len(caption.text.split()) for caption in flat)
+    findings = _rows(pairs.report, max_bad) if isinstance(pairs, PairFiles) else []
+    findings += _pictures(looked, max_bad)
+    findings += _captions(splits, captions, tokenizer, max_len, max_bad)
+    findings += [
+        Finding(f"no pictures in {name}", 0, 0, True, [], f"{what} needs some")
+        for name, what in (("train", "training"), ("val", "the choice of the best weights"))
+        if name not in splits
+    ]
+    return CheckReport(
+        source=pairs.describe() if isinstance(pairs, PairFiles) else type(pairs).__name__,
+        pictures={name: len(split) for name, split in splits.items()},
+        captions={name: sum(map(len, groups)) for name, groups in captions.items()},
+        languages=dict(Counter(caption.language or "unnamed" for caption in flat).most_common()),
+        words=dict(sorted(words.items())),
+        sizes=_sizes([picture.size for picture in looked if picture.size]),
+        findings=sorted(findings, key=lambda finding: not finding.hurts),
+    )
+
+
+@dataclasses.dataclass
+class _Looked:
+    split: str
+    name: str
+    size: tuple[int, int] | None = None  # height, width
+    digest: bytes = b""
+    error: str = ""
+    blank: bool = False
+
+
+def _look(splits: Mapping[str, Pairs], threads: int, progress: bool) -> list[_Looked]:
+    """Decodes every picture, a few hundred ahead at most."""
+    from tqdm import tqdm
+
+    todo = iter([(name, split, i) for name, split in splits.items() for i in range(len(split))])
+    total = sum(len(split) for split in splits.values())
+    looked: list[_Looked] = []
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, unit=" pictures", desc="check", disable=not progress, leave=False) as bar,
+    ):
+        while chunk := list(islice(todo, 256)):
+            looked += pool.map(lambda item: _look_at(*item), chunk)
+            bar.update(len(chunk))
+    return looked
+
+
+def _look_at(split: str, pairs: Pairs, i: int) -> _Looked:
+    name = pairs.name(i)
+    try:
+        image = pairs.image(i)
+    except ImageError as error:
+        return _Looked(split, name, error=str(error))
+    # of the pixels, so that a copy with other metadata, or in another lossless format, is found as well
+    size = (image.height, image.width)
+    digest = hashlib.blake2b(image.tobytes(), key=repr(size).encode(), digest_size=16).digest()
+    pixels = np.asarray(image)
+    blank = _one_colour(pixels[::16, ::16]) and _one_colour(pixels)
+    return _Looked(split, name, size, digest, blank=blank)
+
+
+def _one_colour(pixels: np.ndarray) -> bool:
+    return bool((pixels == pixels[0, 0]).all())
+
+
+def _hurts(count: int, of: int, max_bad: float) -> bool:
+    return count > allowed(of, max_bad)
+
+
+def _rows(report: Report, max_bad: float) -> list[Finding]:
+    """The manifest's own faults. They are judged together, as training judges them."""
+    hurts = _hurts(report.bad_rows, report.rows, max_bad)
+    remedies = {
+        "missing picture": "put the pictures beside the manifest, or name their folder with images=",
+        "refused path": "write paths relative to the manifest, inside the root",
+        "empty caption": "write captions, or take the rows out",
+        "not UTF-8": "save the file as UTF-8",
+    }
+    found = [
+        Finding(
+            cause, count, report.rows, hurts, report.first[cause], remedies.get(cause, "repair these rows")
+        )
+        for cause, count in report.faults.items()
+    ]
+    return found + [
+        Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()
+    ]
+
+
+def _pictures(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
+    findings: list[Finding] = []
+    total = len(looked)
+
+    def add(what: str, offenders: list[str], remedy: str, may_hurt: bool = True, of: int = total) -> None:
+        if offenders:
+            hurts = may_hurt and _hurts(len(offenders), of, max_bad)
+            findings.append(Finding(what, len(offenders), of, hurts, offenders[:FIRST], remedy))
+
+    add("corrupt pictures", [p.error for p in looked if p.error], "replace them or take them out")
+    first: dict[bytes, _Looked] = {}
+    inside: list[str] = []
+    across: list[str] = []
+    # train first, so that a copy of a training picture is found where it does harm
+    for picture in sorted(looked, key=lambda p: p.split != "train"):
+        if picture.digest and (known := first.setdefault(picture.digest, picture)) is not picture:
+            said = f"{picture.split}/{picture.name} = {known.split}/{known.name}"
+            (inside if known.split == picture.split else across).append(said)
+    held_out = sum(picture.split != "train" for picture in looked)
+    add("pictures that are in two splits", across, "a split column can keep copies together", of=held_out)
+    add("the same picture again in its split", inside, "list its captions together", may_hurt=False)
+    add("pictures of a single colour", [p.name for p in looked if p.blank], "take them out")
+    thin = [
+        f"{picture.name}: {picture.size[0]} x {picture.size[1]}"
+        for picture in looked
+        if picture.size and (min(picture.size) < 16 or max(picture.size) > 8 * min(picture.size))
+    ]
+    add("pictures under 16 pixels, or 8 times longer than wide", thin, "take them out")
+    return findings
+
+
+def _captions(
+    splits: Mapping[str, Pairs],
+    captions: dict[str, list[list[Caption]]],
+    tokenizer: Encoder | None,
+    max_len: int,
+    max_bad: float,
+) -> list[Finding]:
+    room = max_len - 3  # bos, language, eos
+    cut: list[str] = []
+    short: list[str] = []
+    of_pictures: dict[str, set[tuple[str, int]]] = {}
+    total = 0
+    for name, groups in captions.items():
+        for i, group in enumerate(groups):
+            for text in (caption.text for caption in group):
+                total += 1
+                of_pictures.setdefault(text, set()).add((name, i))
+                count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
+                if count > room:
+                    unit = "tokens" if tokenizer else "words"
+                    cut.append(f"{splits[name].name(i)}: {count} {unit}: {text[:60]}...")
+                if _says_little(text):
+                    short.append(f"{splits[name].name(i)}: {text!r}")
+    findings: list[Finding] = []
+    if cut:
+        what = f"captions longer than {room} {'tokens' if tokenizer else 'words'}, to be cut"
+        remedy = f"raise max_len ({max_len}) or split them into sentences"
+        findings.append(Finding(what, len(cut), total, _hurts(len(cut), total, max_bad), cut[:FIRST], remedy))
+    if short:
+        hurts = _hurts(len(short), total, max_bad)
+        findings.append(
+            Finding(
+                "captions that say next to nothing", len(short), total, hurts, short[:FIRST], "rewrite them"
+            )
+        )
+    pictures = sum(map(len, captions.values()))
+    text, places = max(
+        of_pictures.items(), key=lambda item: len(item[1]), default=("", set[tuple[str, int]]())
+    )
+    if len(places) > max(FIRST, pictures // 20):
+        hurts = len(places) > pictures // 2
+        what, remedy = "pictures share one caption", "a model learns to say this of every picture"
+        findings.append(Finding(what, len(places), pictures, hurts, [repr(text[:80])], remedy))
+    return findings
+
+
+def _says_little(text: str) -> bool:
+    """No letter or digit at all, or a single one that isn't a word by itself, as one syllable of Korean can be."""
+    letters = [char for char in text if char.isalnum()]
+    return not letters or (len(letters) == 1 and unicodedata.east_asian_width(letters[0]) not in "WF")
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    if not sizes:
+        return {}
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    return {"smallest": ordered[0], "middle": ordered[len(ordered) // 2], "largest": ordered[-1]}
+
+
+def _histogram(words: dict[int, int]) -> list[str]:
+    """Words a caption, in at most 12 bins of equal width."""
+    width = max(1, -(-(max(words) + 1) // 12))
+    bins: Counter[int] = Counter()
+    for length, count in words.items():
+        bins[length // width] += count
+    most = max(bins.values())
+    lines = ["  words     captions"]
+    for at in range(min(bins), max(bins) + 1):
+        label = f"{at * width}-{at * width + width - 1}" if width > 1 else str(at)
+        bar = "#" * round(_BAR * bins[at] / most)
+        lines.append(f"  {label:<8}{bins[at]:>10,}  {bar}".rstrip())
+    return lines
