@@ -188,8 +188,8 @@ _WORDS |= {
 _PLACE = r"above|below|under|beneath|over|inside|within|around"
 _TOKEN = re.compile(
     rf"(?P<row>from left to right|from right to left|from top to bottom|from bottom to top)\b"
-    rf"|\b(?:on|at|to) the (?P<side>left|right|top|bottom)\b(?! of)"
-    rf"|\bto (?:its|their) (?P<back>left|right)\b"
+    rf"|\b(?:on|at) the (?P<side>left|right|top|bottom)\b(?! of)"
+    rf"|\bto (?:its|their|the) (?P<back>left|right)\b(?! of)"
     rf"|\b(?P<back2>{_PLACE}) (?:it|them|that|those)\b"
     rf"|\b(?:(?:to|on) the )?(?P<of>left|right) of\b"
     rf"|\b(?P<word>{_PLACE}|contains|containing|contain)\b"

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 from mmtransformer.data.meaning import Facts, GroupFacts, Phrase, canonical, chains, word_between
@@ -88,17 +89,24 @@ def with_particle(word: str, particle: str) -> str:
 
 def noun_phrase(group: Group, rng: random.Random) -> str:
     """Adjectives, noun, and number with its counter: "작은 빨간 줄무늬 별 세 개"."""
+    words = [_adjectives_and_noun(group)]
+    if group.count > 1 or rng.random() < 0.5:
+        words.append(_number(group, rng))
+    return " ".join(words)
+
+
+def _adjectives_and_noun(group: Group) -> str:
     words = [_SIZES[group.size], _COLORS[group.color]]
     if group.fill == "outlined":
         words.insert(0, "속이 빈")
     elif group.fill != "solid":
         words.append(_PATTERNS[group.fill])
-    words.append(_SHAPES[group.shape])
-    if group.count > 1:
-        words.append(f"{_COUNTERS[group.count]} 개" if rng.random() < 0.75 else _NATIVE[group.count])
-    elif rng.random() < 0.5:
-        words.append(_NATIVE[1])
-    return " ".join(words)
+    return " ".join([*words, _SHAPES[group.shape]])
+
+
+def _number(group: Group, rng: random.Random) -> str:
+    """Like "세 개" or "셋"; one is 하나."""
+    return f"{_COUNTERS[group.count]} 개" if group.count > 1 and rng.random() < 0.75 else _NATIVE[group.count]
 
 
 def _subject(group: Group, rng: random.Random, particle: str = "이/가") -> str:
@@ -108,7 +116,7 @@ def _subject(group: Group, rng: random.Random, particle: str = "이/가") -> str
 def phrases(scene: Scene) -> list[Phrase]:
     """All sentence patterns that fit a scene; each writes one caption."""
     if len(scene.groups) == 1:
-        return [_bare, _there, _picture, _in_picture]
+        return [_bare, _there, _there_are, _picture, _in_picture]
     kinds = {kind for _, kind, _ in scene.relations}
     if len(scene.groups) == 2:
         if kinds == {"inside"}:
@@ -125,6 +133,12 @@ def _bare(scene: Scene, rng: random.Random) -> str:
 
 def _there(scene: Scene, rng: random.Random) -> str:
     return f"{_subject(scene.groups[0], rng)} 있다"
+
+
+def _there_are(scene: Scene, rng: random.Random) -> str:
+    """Like "작은 빨간 별이 세 개 있다"."""
+    group = scene.groups[0]
+    return f"{with_particle(_adjectives_and_noun(group), '이/가')} {_number(group, rng)} 있다"
 
 
 def _picture(scene: Scene, rng: random.Random) -> str:
@@ -236,8 +250,10 @@ _ATTRIBUTES: dict[str, tuple[str, str | int]] = {
     "빈": ("fill", "outlined"),
     "찬": ("fill", "solid"),
 }
-_COUNTS = {word: n for words in (_COUNTERS, _NATIVE) for n, word in enumerate(words) if word}
-_COUNTS |= {"다섯": 5, "여섯": 6, "일곱": 7, "여덟": 8, "아홉": 9}
+_MANY = {"다섯": 5, "여섯": 6, "일곱": 7, "여덟": 8, "아홉": 9}
+_COUNTS = _MANY | {word: n for n, word in enumerate(_NATIVE) if word}
+_COUNTS |= {f"{word}개": n for word, n in [*_MANY.items(), *((w, n) for n, w in enumerate(_COUNTERS) if w)]}
+_COUNTER = re.compile(r"(?<!\w)(한|두|세|네|다섯|여섯|일곱|여덟|아홉) 개")  # read as one word
 _NOUNS = {word: shape for shape, word in _SHAPES.items()} | {
     "정사각형": "square",
     "네모": "square",
@@ -245,9 +261,7 @@ _NOUNS = {word: shape for shape, word in _SHAPES.items()} | {
 }
 _PLACE_WORDS = {word: place for place, word in _PLACES.items()}
 _PLACE_WORDS |= {"위": "above", "아래": "below", "밑": "below", "안쪽": "inside", "속": "inside"}
-_STEMS = (
-    _NOUNS.keys() | _PLACE_WORDS.keys() | _COUNTS.keys() | _ATTRIBUTES.keys() | {"개", "그", "그것", "그것들"}
-)
+_STEMS = _NOUNS.keys() | _PLACE_WORDS.keys() | _COUNTS.keys() | _ATTRIBUTES.keys() | {"그", "그것", "그것들"}
 _PARTICLES = (
     "에서부터",
     "에서",
@@ -297,7 +311,7 @@ def parse(caption: str) -> Facts:
         """The last group of this clause that carries one of the particles."""
         return next((i for i in range(len(groups) - 1, clause - 1, -1) if cases[i] in particles), None)
 
-    for token in re.findall(r"[^\W_]+|[,.;!?]", caption):
+    for token in re.findall(r"[^\W_]+|[,.;!?]", _COUNTER.sub(r"\1개", " ".join(caption.split()))):
         stem, particle = _split(token)
         if stem in _NOUNS:
             color, size, fill = (adjectives.get(name) for name in ("color", "size", "fill"))
@@ -320,14 +334,13 @@ def parse(caption: str) -> Facts:
                 relations.add(canonical(new - 1, row, new))
             if waiting_side is not None:
                 sides[new], waiting_side = waiting_side, None
-        elif stem in _COUNTS or stem == "개":
-            if last in ("group", "number") and cases[-1] == "":  # 별 세 개가, 별 셋이
-                if stem in _COUNTS:
-                    group = groups[-1]
-                    groups[-1] = GroupFacts(group.shape, group.color, group.size, group.fill, _COUNTS[stem])
-                cases[-1], last = particle, "number"
-            elif stem in _COUNTS:  # 세 개의 별
+        elif stem in _COUNTS:
+            if last == "group" and (cases[-1] == "" or (cases[-1] in _SUBJECT and particle == "")):
+                groups[-1] = replace(groups[-1], count=_COUNTS[stem])  # 별 세 개가, 별 셋이; 별이 세 개 있다
+                cases[-1], last = cases[-1] or particle, "number"
+            else:  # 세 개의 별
                 adjectives = {"count": _COUNTS[stem]}
+                last = ""
         elif stem in _ATTRIBUTES:
             name, value = _ATTRIBUTES[stem]
             adjectives[name], last = value, ""
