@@ -27,7 +27,9 @@ def definition(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -
     return out
 
 
-def qkv(b: int = 6, h: int = 6, q: int = 5, k: int = 7, c: int = 11, n: int = 6, g: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    b: int = 6, h: int = 6, q: int = 5, k: int = 7, c: int = 11, n: int = 6, g: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
     return torch.randn(b, h, q, c), torch.randn(n, g, k, c), torch.randn(n, g, k, 13 if c == 0 else c)
 
@@ -35,7 +37,9 @@ def qkv(b: int = 6, h: int = 6, q: int = 5, k: int = 7, c: int = 11, n: int = 6,
 @pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
 @pytest.mark.parametrize(("n", "g"), [(6, 6), (6, 2), (3, 6), (2, 3), (1, 1)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attend_is_the_definition(monkeypatch: pytest.MonkeyPatch, long: bool, n: int, g: int, masked: bool) -> None:
+def test_attend_is_the_definition(
+    monkeypatch: pytest.MonkeyPatch, long: bool, n: int, g: int, masked: bool
+) -> None:
     monkeypatch.setattr("mmtransformer.attention._CPU_PLAIN_KEYS", 0 if long else 512)
     q, k, v = qkv(n=n, g=g)
     allowed = None
@@ -56,7 +60,9 @@ def test_causal_aligns_the_last_query_with_the_last_key(
     monkeypatch.setattr("mmtransformer.attention._CPU_PLAIN_KEYS", 0 if long else 512)
     q, k, v = qkv(q=asked, k=keys)
     allowed = masks.dense(masks.causal(keys - asked), 6, asked, keys)
-    torch.testing.assert_close(attend(q, k, v, "causal").double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(
+        attend(q, k, v, "causal").double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6
+    )
 
 
 def test_gradients_are_finite_where_a_query_may_look_nowhere() -> None:
@@ -64,7 +70,9 @@ def test_gradients_are_finite_where_a_query_may_look_nowhere() -> None:
     allowed = torch.ones(5, 7, dtype=torch.bool)
     allowed[2] = False
     attend(q, k, v, allowed).square().sum().backward()
-    assert q.grad is not None and q.grad.isfinite().all() and (q.grad[:, :, 2] == 0).all()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    assert (q.grad[:, :, 2] == 0).all()
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -118,7 +126,9 @@ def test_attention_equals_torch_with_the_same_weights() -> None:
     theirs = nn.MultiheadAttention(24, 6, kdim=19, vdim=19, batch_first=True)
     ours = Attention(24, 6, context_dim=19)
     with torch.no_grad():
-        for name, weight in zip("qkv", (theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight), strict=True):
+        for name, weight in zip(
+            "qkv", (theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight), strict=True
+        ):
             getattr(ours, f"{name}_proj").weight.copy_(weight)
         theirs.in_proj_bias.copy_(torch.randn(72))
         for name, bias in zip("qkv", theirs.in_proj_bias.chunk(3), strict=True):
@@ -140,7 +150,9 @@ def test_a_projected_context_is_the_context() -> None:
     kv = layer.project_kv(context)
     assert kv.k.shape == (3, 2, 7, 4)
     assert torch.equal(layer(x, kv), layer(x, context))
-    torch.testing.assert_close(layer(x, context), layer(x, context.repeat_interleave(2, 0)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        layer(x, context), layer(x, context.repeat_interleave(2, 0)), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -164,7 +176,8 @@ def test_cache_reorders_repeats_and_refuses() -> None:
     k = torch.randn(2, 3, 4, 7)
     cache.append(KeyValue(k, -k))
     cache.reorder(torch.tensor([1, 1, 0]))
-    assert torch.equal(cache.filled().k, k[[1, 1, 0]]) and torch.equal(cache.filled().v, -k[[1, 1, 0]])
+    assert torch.equal(cache.filled().k, k[[1, 1, 0]])
+    assert torch.equal(cache.filled().v, -k[[1, 1, 0]])
     new = torch.randn(3, 3, 1, 7)
     assert torch.equal(cache.append(KeyValue(new, new)).k, torch.cat((k[[1, 1, 0]], new), 2))
     with pytest.raises(ValueError, match=r"holds 5 tokens, but 6"):
