@@ -219,10 +219,10 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
             assert same(batches[0], batches[1])
             assert same(batches[0], batches[2])
     first, other = make(augment=augment).dataset("train", training=True), make(augment=augment, seed=1)
-    a, b = first[Pick(0, 3)].visual, first[Pick(1, 3)].visual
+    a, b = first[Pick(0, 3)].pixels, first[Pick(1, 3)].pixels
     assert not torch.equal(a, b)
-    assert not torch.equal(a, other.dataset("train", training=True)[Pick(0, 3)].visual)
-    assert torch.equal(a, first[Pick(0, 3)].visual)
+    assert not torch.equal(a, other.dataset("train", training=True)[Pick(0, 3)].pixels)
+    assert torch.equal(a, first[Pick(0, 3)].pixels)
 
 
 def test_a_picture_with_sides_in_its_captions_is_never_mirrored():
@@ -233,12 +233,12 @@ def test_a_picture_with_sides_in_its_captions_is_never_mirrored():
     pairs = Sided(40)
     data = make(FakeSource(train=pairs, val=pairs), augment=Augment(scale=(1.0, 1.0), flip=True))
     dataset = data.dataset("train", training=True)
-    mirrored = [not torch.equal(dataset[Pick(2, i)].visual[0], TRANSFORM(pairs.image(i))) for i in range(40)]
+    mirrored = [not torch.equal(dataset[Pick(2, i)].pixels[0], TRANSFORM(pairs.image(i))) for i in range(40)]
     assert not any(mirrored[1::2])
     assert 4 < sum(mirrored[::2]) < 16
     i = mirrored.index(True)
     torch.testing.assert_close(
-        dataset[Pick(2, i)].visual[0].flip(-1), TRANSFORM(pairs.image(i)), atol=1e-5, rtol=0
+        dataset[Pick(2, i)].pixels[0].flip(-1), TRANSFORM(pairs.image(i)), atol=1e-5, rtol=0
     )
 
 
@@ -424,7 +424,7 @@ def test_the_dataset_can_be_used_alone():
     dataset = CaptionDataset(pairs, CaptionRows(pairs, tokenizer(), 64), TRANSFORM)
     sample = dataset[Pick(0, 2)]
     assert sample.name == "p2.jpg"
-    assert sample.visual.shape == (1, 3, 11, 13)
+    assert sample.pixels.shape == (1, 3, 11, 13)
     bad = CaptionDataset(FakePairs(5, bad=[2]), dataset.rows, TRANSFORM)
     with pytest.raises(ImageError, match=r"p2\.jpg: cut off"):
         bad[Pick(0, 2)]

@@ -300,9 +300,11 @@ def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
             assert a.pixels is None
             assert a.names == b.names
             assert torch.equal(a.tokens, b.tokens)
-            assert a.visual_tokens.dtype == torch.float32
+            assert a.visual_tokens.dtype == torch.float16, "as the cache has them; the model casts"
             assert a.visual_tokens.shape == (len(a.names), 1, 15, 6)
-            torch.testing.assert_close(a.visual_tokens, captioner.encode(b.pixels), atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(
+                a.visual_tokens.float(), captioner.encode(b.pixels), atol=2e-3, rtol=2e-3
+            )
 
 
 def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
@@ -316,7 +318,7 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
     cache, dataset = data._features["train"], data.dataset("train", training=True)
     drawn = []
     for epoch in range(3):
-        got = [dataset[Pick(epoch, i)].visual[0] for i in range(40)]
+        got = [dataset[Pick(epoch, i)].visual_tokens[0] for i in range(40)]
         mirrored = [torch.equal(got[i], cache[i, True]) for i in range(40)]
         assert all(torch.equal(got[i], cache[i, mirrored[i]]) for i in range(40))
         assert not any(mirrored[1::2]), "captions speak of sides"
@@ -330,7 +332,7 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
         for batch in batches:
             for name, tokens in zip(batch.names, batch.visual_tokens, strict=True):
                 i = int(name[1:-4])
-                assert torch.equal(tokens[0], cache[i, drawn[1][i]].float())
+                assert torch.equal(tokens[0], cache[i, drawn[1][i]])
     assert data._features["val"].tokens.shape[1] == 1, "evaluation needs no mirrored copies"
 
 
@@ -350,3 +352,16 @@ def test_only_frozen_towers_are_cached(tmp_path):
         ValueError, match=r"1 of its parameters are trainable \(blocks\.0\.attn\.out_proj\.bias"
     ):
         data.use_features(captioner)
+
+
+def test_loaders_that_were_made_before_use_the_features_too(tmp_path):
+    data = make(image=TRANSFORM, cache_dir=str(tmp_path))
+    loaders = [
+        data.train_dataloader(),
+        *data.val_dataloader(),
+    ]  # Lightning does so for a schedule that needs the length
+    data.use_features(FakeCaptioner(tower()), progress=False)
+    for loader in loaders:
+        batch = next(iter(loader))
+        assert batch.pixels is None
+        assert batch.visual_tokens.shape[1:] == (1, 15, 6)

@@ -184,6 +184,10 @@ class Files:
         """The path of the archive that holds a file, "" for a file in a folder."""
         return "" if entry.box < 0 else entry.path[: -len(entry.inner) - 1]
 
+    def modified(self, entry: Entry) -> int:
+        """When a file, or the archive that holds it, was last written, in nanoseconds."""
+        return (self.root / entry.path if entry.box < 0 else Path(self.boxes[entry.box])).stat().st_mtime_ns
+
     def _handle(self, box: int) -> int:
         with self._lock:
             if box not in self._handles:

@@ -100,6 +100,7 @@ class CaptionData(lightning.LightningDataModule):
         self._pairs: dict[str, Pairs] = {}
         self._rows: dict[str, CaptionRows] = {}
         self._features: dict[str, FeatureCache] = {}
+        self._datasets: dict[str, list[CaptionDataset]] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -115,6 +116,11 @@ class CaptionData(lightning.LightningDataModule):
                 languages = self.source.languages if self.languages is None else self.languages
                 self._tokenizer = Tokenizer.train(texts, self.vocab_size, languages)
         return self._tokenizer
+
+    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
+        """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
+        self._tokenizer, self.transform = tokenizer, image
+        self._rows, self._features, self._datasets = {}, {}, {}
 
     def pairs(self, split: str) -> Pairs:
         """Return the pairs of a split."""
@@ -198,17 +204,17 @@ class CaptionData(lightning.LightningDataModule):
                     name=split,
                     progress=progress,
                 )
+            for dataset in self._datasets.get(split, ()):  # Lightning may have asked for the loaders already
+                dataset.features = self._features[split]
 
     def dataset(self, split: str, *, training: bool = False) -> CaptionDataset:
         """Return a split as a dataset of `Pick`s."""
-        rows = self.rows(split)
-        return CaptionDataset(
+        rows, every_language = self.rows(split), len(self.rows(split).languages)
+        dataset = CaptionDataset(
             self.pairs(split),
             rows,
             self.transform,
-            captions_per_picture=self.captions_per_picture
-            if training
-            else max(self.captions_per_picture, len(rows.languages)),
+            captions_per_picture=max(self.captions_per_picture, 0 if training else every_language),
             training=training,
             seed=self.seed,
             augment=self.augment if training else None,
@@ -216,6 +222,8 @@ class CaptionData(lightning.LightningDataModule):
             mirror=self.flip_features,
             bad=self._bad(split),
         )
+        self._datasets.setdefault(split, []).append(dataset)
+        return dataset
 
     def _bad(self, split: str) -> BadPictures:
         folder = self.report_dir or (self.trainer.default_root_dir if self.trainer else ".")
@@ -246,7 +254,7 @@ class CaptionData(lightning.LightningDataModule):
             world=world,
             drop_last=training and self.drop_last,
         )
-        collate = Collate(self.tokenizer.pad_id, features=split in self._features)
+        collate = Collate(self.tokenizer.pad_id)
         return ResumableLoader(dataset, sampler, collate, num_workers=self.num_workers)
 
     def train_dataloader(self) -> ResumableLoader:

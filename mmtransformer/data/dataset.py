@@ -25,13 +25,15 @@ class Sample(NamedTuple):
     """One picture with its rows.
 
     Attributes:
-        visual: Pixels (1 3 height width), or visual tokens (1 p d).
+        pixels: (1 3 height width), or None.
+        visual_tokens: (1 p d) in their place, or None.
         rows: Its r captions.
         name: The picture's name.
         references: All captions of the picture.
     """
 
-    visual: Tensor
+    pixels: Tensor | None
+    visual_tokens: Tensor | None
     rows: list[Row]
     name: str
     references: tuple[Caption, ...]
@@ -91,7 +93,8 @@ class CaptionDataset(Dataset[Sample]):
             counted = counted and at == index
         if not counted:
             rows = [row._replace(counted=False) for row in rows]
-        return Sample(visual[None], rows, self.pairs.name(at), self.rows.captions[at])
+        pixels, tokens = (visual[None], None) if self.features is None else (None, visual[None])
+        return Sample(pixels, tokens, rows, self.pairs.name(at), self.rows.captions[at])
 
     def _readable(self, epoch: int, index: int) -> tuple[int, Tensor]:
         """Return the first picture from `index` on that can be read, and its place."""
@@ -126,11 +129,10 @@ class Collate:
 
     Args:
         pad_id: The id that fills the rows up.
-        features: Whether the samples hold visual tokens.
     """
 
-    def __init__(self, pad_id: int, features: bool = False):
-        self.pad_id, self.features = pad_id, features
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
 
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
         """Pad the rows to the longest one and stack the pictures."""
@@ -142,13 +144,17 @@ class Collate:
         tokens[valid] = np.concatenate([row.tokens for row in rows])
         target = valid & (place >= np.array([row.prompt for row in rows])[:, None])
         target &= np.array([row.counted for row in rows])[:, None]
-        visual = torch.stack([sample.visual for sample in samples]).float()  # a cache may hold 16-bit numbers
         return CaptionBatch(
             tokens=torch.from_numpy(tokens),
             valid=torch.from_numpy(valid),
             target=torch.from_numpy(target),
-            pixels=None if self.features else visual,
-            visual_tokens=visual if self.features else None,
+            pixels=_stack([sample.pixels for sample in samples]),
+            visual_tokens=_stack([sample.visual_tokens for sample in samples]),
             names=tuple(sample.name for sample in samples),
             references=tuple(sample.references for sample in samples),
         )
+
+
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None
