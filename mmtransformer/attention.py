@@ -7,6 +7,8 @@ Letters: b rows, q tokens that ask, k tokens that are asked, d width of a token,
 g key/value heads (g divides h), c width of one head, n rows of a shared context (n divides b).
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -129,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
     if isinstance(mask, BlockMask):
         k, v = _spread_rows(q, k), _spread_rows(q, v)
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])  # pyright: ignore[reportReturnType]
+        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'unknown mask word "{mask}": the only one is "causal"')
@@ -210,6 +212,11 @@ def _attend_sdpa(
         )
     allowed = _dense(mask, q, k)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, enable_gqa=grouped)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)  # pyright: ignore[reportReturnType]  # Uncompiled it holds all scores.
 
 
 def _spread_rows(q: Tensor, x: Tensor) -> Tensor:
