@@ -18,6 +18,10 @@ Series = dict[str, list[tuple[float, float]]]
 
 COLOURS = ("#2c52a0", "#d1622b", "#2a8a57", "#9141ac", "#b8860b", "#00838f", "#c2185b", "#5d4037")
 NOT_METRICS = ("step", "epoch")
+LOSS, CHECK, RATE = "loss", "is the picture used?", "learning rate"
+NATS = "cross-entropy (nats a token)"
+AXES = {LOSS: NATS, CHECK: NATS, "grad_norm": "gradient norm", "perplexity": "perplexity (tokens)"}
+"""Panel -> name and unit of its y axis, where its own name does not say it."""
 
 
 def loss_curves(csv_path: str | Path, png_path: str | Path, *, title: str = "") -> Path:
@@ -94,40 +98,30 @@ def read_log(csv_path: str | Path) -> tuple[Series, list[tuple[float, float]]]:
 
 
 def group(series: Series) -> dict[str, list[str]]:
-    """Sort the columns into panels: losses first, then each metric, learning rates last."""
+    """Sort the columns (`split/metric` or `split/metric/language`) into panels: losses first, rates last."""
     panels: dict[str, list[str]] = defaultdict(list)
     for name in series:
         bare = name.removesuffix("_step").removesuffix("_epoch")
-        parts = (
-            [p for p in bare.replace("_", "/", 1).split("/") if p]
-            if bare.startswith(("train_", "val_", "test_"))
-            else bare.split("/")
-        )
-        if (
-            name.startswith(("lr-", "lr_"))
-            or bare in ("lr", "learning_rate")
-            or parts[-1] in ("lr", "learning_rate")
-        ):
-            panels["learning rate"].append(name)
-        elif "loss" in parts[-1]:
-            panels["loss"].append(name)
+        if bare.startswith(("train_", "val_", "test_")):
+            bare = bare.replace("_", "/", 1)
+        parts = bare.split("/")
+        metric = parts[1] if len(parts) > 1 else parts[0]
+        if name.startswith(("lr-", "lr_")) or metric in ("lr", "learning_rate"):
+            panels[RATE].append(name)
+        elif metric.startswith("loss_"):
+            panels[CHECK].append(name)
         else:
-            metric = (
-                parts[1]
-                if len(parts) > 1 and parts[0] in ("train", "val", "test", "compositional")
-                else parts[0]
-            )
             panels[metric].append(name)
-    order = ["loss", *sorted(k for k in panels if k not in ("loss", "learning rate")), "learning rate"]
+    order = [LOSS, CHECK, *sorted(panels.keys() - {LOSS, CHECK, RATE}), RATE]
     return {name: sorted(panels[name]) for name in order if name in panels}
 
 
 def _panel(axes: "Axes", name: str, members: Series) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.set_title(name, fontsize=11, fontweight="bold", loc="left")
+    axes.set_title(name.replace("_", " "), fontsize=11, fontweight="bold", loc="left")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy (nats a token)" if name == "loss" else name)
+    axes.set_ylabel(AXES.get(name, name.replace("_", " ")))
     axes.grid(True, color="#e3e6eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -135,14 +129,14 @@ def _panel(axes: "Axes", name: str, members: Series) -> None:
     for i, (key, points) in enumerate(members.items()):
         colour = COLOURS[i % len(COLOURS)]
         x, y = [p[0] for p in points], [p[1] for p in points]
-        if len(points) > 60 and name == "loss":
+        if len(points) > 60 and name == LOSS:
             axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
             axes.plot(x, _smooth(y), color=colour, linewidth=1.8, label=f"{_plain(key)} (smoothed)")
         else:
-            marker = "o" if len(points) <= 30 and name != "learning rate" else None
+            marker = "o" if len(points) <= 30 and name != RATE else None
             axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4, label=_plain(key))
     values = [v for points in members.values() for _, v in points]
-    if name == "loss" and min(values) > 0 and max(values) > 30 * min(values):
+    if name == LOSS and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

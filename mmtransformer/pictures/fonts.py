@@ -172,11 +172,11 @@ def subset(text: str) -> bytes:
     options = Options()
     options.name_IDs = [0, 1, 2, 6, 13, 14]  # the licence travels with the cut
     options.notdef_outline = True
-    face = TTFont(EMBEDDED, recalcTimestamp=False)
-    cutter = Subsetter(options)
-    cutter.populate(unicodes=characters(text) & coverage(EMBEDDED))
-    cutter.subset(face)
-    face.flavor = "woff"
     file = io.BytesIO()
-    face.save(file)
+    with TTFont(EMBEDDED, recalcTimestamp=False) as face:
+        cutter = Subsetter(options)
+        cutter.populate(unicodes=characters(text) & coverage(EMBEDDED))
+        cutter.subset(face)
+        face.flavor = "woff"
+        face.save(file)
     return file.getvalue()

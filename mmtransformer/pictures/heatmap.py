@@ -109,7 +109,7 @@ def overlay(
     pixels = np.asarray(image.convert("RGB"), np.float32)
     pale = 0.55 * (0.45 * pixels + 0.55 * pixels.mean(axis=2, keepdims=True))
     colour = palette()[np.round(field * 255).astype(np.uint8)].astype(np.float32)
-    strength = 0.65 * field[..., None]
+    strength = 0.72 * field[..., None]
     mixed = (pale + (pixels - pale) * np.sqrt(field)[..., None]) * (1 - strength) + colour * strength
     return Image.fromarray(np.clip(np.round(mixed), 0, 255).astype(np.uint8))
 

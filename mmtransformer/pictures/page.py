@@ -43,7 +43,7 @@ def html_page(
         cards: the pictures with their captions; `Said.heat` brings the heat maps.
         metrics: name -> figure, or name -> (column -> figure); None for no table.
         path: the .html file to write.
-        hint: a line below the title.
+        hint: a line below the title; what stands between backticks is set as a command.
         picture_size: pixels of a picture's longer side, at most.
 
     Returns:
@@ -51,11 +51,11 @@ def html_page(
     """
     body = [f"<h1>{_text(title)}</h1>"]
     heated = any(said.heat is not None for card in cards for said in card.captions)
-    hints = [_text(hint)] if hint else []
+    hints = [re.sub("`([^`]+)`", r"<code>\1</code>", _text(hint))] if hint else []
     if heated:
         hints.append("<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it.")
     if hints:
-        body.append(f'<p class="hint">{" ".join(hints)}</p>')
+        body += [f'<p class="hint">{line}</p>' for line in hints]
     if metrics:
         body.append(_table(metrics))
     body += ["<main>", *(_card(card, picture_size) for card in cards), "</main>"]
@@ -106,14 +106,14 @@ def _korean_face(told: str) -> str:
 
 
 def encode_picture(image: Image.Image, longest: int) -> str:
-    """Give a picture as a `data:` address: WebP, lossless where that is smaller (drawings)."""
+    """Give a picture as a `data:` address: WebP, a small one lossless."""
     image = image.convert("RGB")
     if max(image.size) > longest:
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    files = [io.BytesIO(), io.BytesIO()]
-    image.save(files[0], "WEBP", quality=82, method=4)
-    image.save(files[1], "WEBP", lossless=True, quality=40, method=2)
-    data = min((file.getvalue() for file in files), key=len)
+    lossless = image.width * image.height <= 65_536
+    file = io.BytesIO()
+    image.save(file, "WEBP", lossless=lossless, quality=80 if lossless else 82, method=4)
+    data = file.getvalue()
     return "data:image/webp;base64," + base64.b64encode(data).decode()
 
 
