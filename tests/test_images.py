@@ -333,30 +333,30 @@ def test_a_wrong_checksum_is_refused() -> None:
         load(good[:-12])
 
 
+SEVEN_PASSES = [
+    (2, 2),
+    (2, 2),
+    (1, 4),
+    (3, 3),
+    (3, 7),
+    (6, 6),
+    (5, 13),
+]  # lines and columns of 11 x 13 interlaced
+
+
+@pytest.mark.parametrize("fill", [b"\0", b"\xff"])  # if all is black, only counting can tell
 @pytest.mark.parametrize("interlaced", [0, 1])
 @pytest.mark.parametrize(
     ("depth", "colour", "line"), [(8, 2, 39), (1, 0, 2), (8, 6, 52), (16, 4, 52), (8, 0, 13)]
 )
-def test_a_png_without_its_last_rows_is_refused(interlaced: int, depth: int, colour: int, line: int) -> None:
-    height, width = 11, 13
-    image = Image.new("RGB", (width, height))  # all black, so that only counting can tell
-    if interlaced:
-        sizes = [
-            (2, 2),
-            (2, 2),
-            (1, 4),
-            (3, 3),
-            (3, 7),
-            (6, 6),
-            (5, 13),
-        ]  # lines and columns of the seven passes
-        bits = depth * {0: 1, 2: 3, 4: 2, 6: 4}[colour]
-        raw = b"".join((b"\0" * (1 + (columns * bits + 7) // 8)) * lines for lines, columns in sizes)
-    else:
-        raw = (b"\0" * (1 + line)) * height
-    whole = load(png(width, height, depth, colour, raw, interlaced=interlaced))
-    assert whole.size == image.size
-    missing = png(width, height, depth, colour, raw[: -line - 1], interlaced=interlaced)
+def test_a_png_without_its_last_row_is_refused(
+    fill: bytes, interlaced: int, depth: int, colour: int, line: int
+) -> None:
+    bits = depth * {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    lines = [columns for n, columns in (SEVEN_PASSES if interlaced else [(11, 13)]) for _ in range(n)]
+    raw = b"".join(b"\0" + fill * ((columns * bits + 7) // 8) for columns in lines)
+    assert load(png(13, 11, depth, colour, raw, interlaced=interlaced)).size == (13, 11)
+    missing = png(13, 11, depth, colour, raw[: -line - 1], interlaced=interlaced)
     with pytest.raises(ImageError, match=rf"holds {len(raw) - line - 1} of {len(raw)} bytes of pixels"):
         load(missing)
 

@@ -155,7 +155,7 @@ class Augment:
             raise ValueError(f"jitter is {self.jitter}, must be from 0 to 1")
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """Returns the changed picture; seven numbers are drawn, whatever the settings."""
+        """Returns the changed picture; eight numbers are drawn, whatever the settings."""
         area, shape, x, y, side, *colour = torch.rand(8, generator=generator, dtype=torch.float64).tolist()
         if image.mode != "RGB":
             image = load(image)
