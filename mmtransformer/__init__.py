@@ -1,27 +1,60 @@
-"""Multimodal Transformers on one attention core."""
+"""Multimodal Transformers on one attention core.
 
-from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
-from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
-from mmtransformer.decoder import TextDecoder
-from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
-from mmtransformer.generate import Generated, generate
-from mmtransformer.record import record_attention
-from mmtransformer.vit import VIT_SIZES, PatchEmbed, ViT
+The names below are imported when they are first used, so that `mmt --help` need not wait for torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
+    from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
+    from mmtransformer.decoder import TextDecoder
+    from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
+    from mmtransformer.generate import Generated, generate
+    from mmtransformer.images import Augment, ImageError, ImageTransform
+    from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
+    from mmtransformer.record import record_attention
+    from mmtransformer.tokenizer import Tokenizer
+    from mmtransformer.vit import VIT_SIZES, PatchEmbed, ViT
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "attention": "Attention KVCache KeyValue Rope attend",
+    "captioner": "CaptionBatch Captioner caption_loss freeze",
+    "decoder": "TextDecoder",
+    "encoder_decoder": "EncoderDecoder VisualAdapter",
+    "generate": "Generated generate",
+    "images": "Augment ImageError ImageTransform",
+    "pipeline": "CaptionResult Decoding ImageCaptioner",
+    "record": "record_attention",
+    "tokenizer": "Tokenizer",
+    "vit": "PatchEmbed VIT_SIZES ViT",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "VIT_SIZES",
     "Attention",
+    "Augment",
     "CaptionBatch",
+    "CaptionResult",
     "Captioner",
+    "Decoding",
     "EncoderDecoder",
     "Generated",
+    "ImageCaptioner",
+    "ImageError",
+    "ImageTransform",
     "KVCache",
     "KeyValue",
     "PatchEmbed",
     "Rope",
     "TextDecoder",
+    "Tokenizer",
     "ViT",
     "VisualAdapter",
     "attend",
@@ -30,3 +63,26 @@ __all__ = [
     "generate",
     "record_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"mmtransformer.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """`mmtransformer.generate` is the function: importing the file of that name must not put the file in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,6 +1,6 @@
 """What every kind of image-text data looks like from above: splits of pictures with captions."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
@@ -42,9 +42,16 @@ class Pairs(Protocol):
         ...
 
 
+Split = TypeVar("Split", bound=Pairs, covariant=True)
+
+
 @runtime_checkable
-class PairSource(Protocol):
-    """Image-text data: named splits of pairs, and the languages of its captions."""
+class PairSource(Protocol[Split]):
+    """Image-text data: named splits of pairs, and the languages of its captions.
+
+    It is generic in the kind of its splits, so that a source may give more than `Pairs` and be named in a recipe:
+    jsonargparse compares the types that methods return, and takes a type variable for any.
+    """
 
     languages: tuple[str, ...]
 
@@ -52,7 +59,7 @@ class PairSource(Protocol):
         """The names of the splits there are."""
         ...
 
-    def split(self, name: str) -> Pairs:
+    def split(self, name: str) -> Split:
         """One split.
 
         Raises:

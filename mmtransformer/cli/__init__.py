@@ -1,0 +1,70 @@
+"""`mmt`, the command line: a thin, lazy door. Nothing heavy is imported before it is known what is asked for."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "fit": ("fit", "Train a recipe, score it, and leave model, metrics and galleries in the run's folder."),
+    "validate": ("fit", "Compute the losses of a recipe's validation splits."),
+    "test": ("fit", "Compute the losses of a recipe's test splits."),
+    "caption": ("caption", "Caption pictures with a trained model."),
+    "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
+    "check": ("check", "Look at image-text pairs before training on them."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The words after `mmt`; those of the process unless given.
+
+    Returns:
+        The exit code: 0, 1 where `mmt check` found faults, 2 for what the user can put right, 130 for an interrupt.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        import mmtransformer
+
+        print(f"mmtransformer {mmtransformer.__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        from mmtransformer.cli.errors import suggest
+
+        print(f'mmt: error: no command "{name}"{suggest(name, COMMANDS)}; see mmt --help', file=sys.stderr)
+        return 2
+    try:
+        module = import_module(f"mmtransformer.cli.{COMMANDS[name][0]}")
+        return module.run(name, rest)
+    except KeyboardInterrupt:
+        print("mmt: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from mmtransformer.cli.errors import one_line
+
+        line = one_line(error)
+        if debug or line is None:
+            raise
+        print(f"mmt {name}: error: {line}", file=sys.stderr)
+        return 2
+
+
+def usage() -> str:
+    """The help of `mmt` itself."""
+    lines = ["usage: mmt COMMAND ...", "", "Multimodal Transformers: train them, and caption pictures.", ""]
+    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [
+        "",
+        "  mmt fit --config recipes/caption_scenes.yaml",
+        "  mmt caption cat.jpg --model runs/caption_scenes/model --language ko",
+        "",
+        "mmt COMMAND --help says more; --debug shows the traceback of an error.",
+    ]
+    return "\n".join(lines)

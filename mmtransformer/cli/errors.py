@@ -1,0 +1,95 @@
+"""One clear line for what a user can put right, with "did you mean" for misspelt keys."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean "fit"?`, or nothing if nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def one_line(error: BaseException) -> str | None:
+    """The line to print for an error that a user can put right; None for one that is a fault of the program."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    named = {kind.__name__ for kind in type(error).__mro__}
+    if not named & {"ValueError", "MisconfigurationException", "ArgumentError"}:
+        return None
+    text = str(error)
+    if "DataLoader worker process" in text:  # torch puts the worker's traceback into the message
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text.strip() or type(error).__name__
+
+
+def explain(message: str, keys: Iterable[str]) -> str:
+    """What jsonargparse says of a bad configuration, in one line.
+
+    Args:
+        message: Its message, of many lines.
+        keys: The keys that there are, for suggestions.
+    """
+    keys = list(keys)
+    if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        word = found[1].split()[0].partition("=")[0]
+        if not word.startswith("-"):
+            return f'unexpected word "{word}"; keys are given as --key=value'
+        return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
+    trail = [name for name in re.findall(r'Parser key "([^"]+)"', message) if "." not in name or name in keys]
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    if found := re.search(r"Option '([^']+)' is not accepted", message):
+        word, owner = found[1], classes[-1] if classes else ""
+        return (
+            f"no such key: {'.'.join([*trail, word])} ({owner} has none){suggest(word, arguments_of(owner))}"
+        )
+    if found := re.search(r"the following arguments are required: (.*)", message):
+        missing = [f"--{'.'.join([*trail, word.strip()])}" for word in found[1].split(",")]
+        return f"{classes[-1] if classes else 'the configuration'} needs {', '.join(missing)}"
+    if found := re.search(r"Key \"?'?([\w.]+)'?\"? is not expected", message):
+        return f"no such key: {found[1]}{suggest(found[1], keys)}"
+    groups = r"[Nn]ested key '([\w.]+)'|Group '[\w.]+' does not accept (?:nested )?key '([\w.]+)'"
+    if found := re.search(groups, message):
+        word = found[1] or found[2]
+        known = [key for key in keys if key.endswith(word.rpartition(".")[2])] or keys
+        return f"no such key: {word}{suggest(word, known)}"
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    dull = (
+        "Does not validate against any",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a <class 'NoneType'>",
+    )
+    lines = [line for line in lines if not line.startswith(dull)]
+    lines = [line for line in lines if not line.startswith(("Parser key", "Problem with given class_path"))]
+    reason = "; ".join(lines) or message.strip().splitlines()[-1]
+    return f"{'.'.join(trail)}: {reason}" if trail else reason
+
+
+def arguments_of(class_path: str) -> list[str]:
+    """The constructor's arguments of what a class path names; none if it names nothing."""
+    import importlib
+    import inspect
+
+    module, _, name = class_path.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []
+
+
+def check_file(path: str | Path, what: str) -> Path:
+    """The path, if there is such a file.
+
+    Raises:
+        ValueError: If not, with a file of a similar name, if there is one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise ValueError(f"{path}: no such {what}{suggest(path.name, near)}")

@@ -1,0 +1,246 @@
+"""`mmt fit`, `validate` and `test`: recipes in Lightning's YAML, with overrides from the command line."""
+
+import dataclasses
+import io
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmtransformer.cli.errors import check_file, explain
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.cli import LightningCLI
+
+HELP = """usage: mmt {name} --config RECIPE.yaml [--config OVERLAY.yaml] [--KEY=VALUE ...]
+
+{text}
+
+The keys that one changes most (any key of a recipe can be given so; --help=all lists the Trainer's too):
+
+  --config FILE                        a recipe; a second one lays its keys over the first
+  --ckpt_path last|FILE                go on from a checkpoint
+  --seed_everything N                  seed of weights and data
+  --trainer.max_epochs N               length of the run
+  --trainer.max_steps N                or in optimizer steps
+  --trainer.default_root_dir DIR       the run's folder (runs/NAME_OF_RECIPE)
+  --trainer.accelerator cpu|gpu        where to compute (a GPU if there is one)
+  --trainer.devices N                  how many GPUs
+  --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
+  --trainer.accumulate_grad_batches N  batches an optimizer step
+  --trainer.gradient_clip_val X        clip the gradient's norm
+  --model.lr X                         peak learning rate
+  --model.ema X                        moving average of the weights (0.999)
+  --model.label_smoothing X            share of probability spread over the vocabulary
+  --model.captioner.decoder.depth N    any argument of any part
+  --model.init DIR                     finetune: the model to go on from
+  --data.root DIR                      finetune: your own pairs
+  --data.batch_size N                  pictures a batch
+  --data.num_workers N                 processes that load pictures
+
+  --model.help CLASS, --data.help CLASS    the arguments of a class, with their meaning
+  --print_config                           the whole configuration, resolved
+  --debug                                  show the traceback of an error
+"""
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Runs a recipe.
+
+    Args:
+        name: "fit", "validate" or "test".
+        words: The words after the command.
+    """
+    from mmtransformer.cli import COMMANDS
+
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(HELP.format(name=name, text=COMMANDS[name][1]))
+        return 0
+    words = ["--help" if word == "--help=all" else word for word in words]
+    configs = list(config_files(words))
+    for config in configs:
+        check_file(config, "recipe")
+    if not configs and not any(w == "--help" or ".help" in w or "print_config" in w for w in words):
+        raise ValueError(f"mmt {name} needs a recipe: --config recipes/caption_scenes.yaml")
+    _quiet()
+    folder = Path("runs") / (Path(configs[0]).stem if configs else "run")
+    cli = recipe_cli(list(words), folder)
+    if name == "fit":
+        fit(cli)
+    else:
+        getattr(cli.trainer, name)(
+            cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path")
+        )
+    return 0
+
+
+def config_files(words: Sequence[str]) -> list[str]:
+    """The values of --config, in their order."""
+    found = [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]
+    return [value for word, value in pairwise(words) if word in ("--config", "-c")] + found
+
+
+def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
+    """Parses a configuration and builds trainer, model and data; nothing is run yet.
+
+    Args:
+        words: The command line, without the command.
+        folder: The run's folder, unless the configuration names one.
+    """
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentError
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import CSVLogger
+
+    from mmtransformer.training import Captioning, Progress, Samples
+    from mmtransformer.training.precision import fast_matmuls, pick_precision
+
+    class RecipeCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            try:
+                self.config = parser.parse_args(args)
+            except ArgumentError as error:
+                raise ValueError(explain(str(error), keys_of(parser))) from error
+
+        def after_instantiate_classes(self) -> None:
+            start = self.model.start if isinstance(self.model, Captioning) else None
+            if start is not None:
+                self.datamodule.continue_from(start.tokenizer, start.transform)
+
+        def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
+            config = self.config_init["trainer"]
+            if config.default_root_dir is None:
+                config.default_root_dir = self.config.trainer.default_root_dir = str(folder)
+            root = Path(config.default_root_dir)
+            fast_matmuls()
+            if config.precision is None:
+                choice = pick_precision(config.accelerator)
+                config.precision = choice.precision
+                print(f"precision: {choice.precision}, as {choice.reason}")
+            if config.logger is None:
+                config.logger = CSVLogger(str(root), name="", version="")
+            extra: list[pl.Callback] = []
+            if config.enable_progress_bar is not False:
+                extra += [Progress(), Samples()]
+            if config.enable_checkpointing is not False and not config.fast_dev_run:
+                extra.append(
+                    ModelCheckpoint(root / "checkpoints", filename="last", enable_version_counter=False)
+                )
+            mine = {type(callback) for callback in config.callbacks or []}
+            return self._instantiate_trainer(
+                {**config, **kwargs}, [callback for callback in extra if type(callback) not in mine]
+            )
+
+    return RecipeCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        args=words,
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"exit_on_error": False},
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+    )
+
+
+def keys_of(parser: Any) -> list[str]:
+    """All keys that a parser knows by itself."""
+    return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+
+
+def fit(cli: "LightningCLI") -> None:
+    """Trains, evaluates, and writes the run's folder."""
+    import torch
+
+    from mmtransformer.data.captions import CaptionData
+    from mmtransformer.pipeline import ImageCaptioner
+    from mmtransformer.training import Captioning, evaluate, write_report
+    from mmtransformer.training.captioning import trainable_parameters
+    from mmtransformer.training.evaluation import image_use
+    from mmtransformer.training.report import device_name, how_to, seconds_to_text
+
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    folder = Path(trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = cli.parser.dump(cli.config, skip_none=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    device = trainer.strategy.root_device
+    size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
+    print(f"run folder: {folder}; {size}; {device_name(device)}")
+    began = time.monotonic()
+    trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+    seconds, steps = time.monotonic() - began, trainer.global_step
+    if not (isinstance(module, Captioning) and isinstance(data, CaptionData)) or not trainer.is_global_zero:
+        return
+    print(f"trained {steps} steps in {seconds_to_text(seconds)}; now captioning {', '.join(data.val_splits)}")
+    use = image_use(trainer.callback_metrics, data.val_splits)
+    if not use:  # the run ended before its first validation
+        trainer.validate(module, datamodule=data, verbose=False)
+        use = image_use(trainer.callback_metrics, data.val_splits)
+    limit = trainer.limit_val_batches
+    began = time.monotonic()
+    evaluation = evaluate(
+        module.captioner,
+        data,
+        decoding=module.decoding,
+        device=device,
+        autocast=torch.bfloat16 if device.type == "cuda" and trainer.precision == "bf16-mixed" else None,
+        limit_batches=limit if isinstance(limit, int) else None,
+    )
+    extra = {
+        "image_use": use,
+        "training": {
+            "seconds": round(seconds, 1),
+            "steps": steps,
+            "pictures": module.pictures_seen,
+            "tokens": module.tokens_seen,
+            "device": device_name(device),
+            "precision": str(trainer.precision),
+            "parameters": trainable_parameters(module),
+            "evaluation_seconds": round(time.monotonic() - began, 1),
+        },
+    }
+    model = ImageCaptioner(
+        module.captioner,
+        data.tokenizer,
+        data.transform,
+        decoding=dataclasses.replace(module.decoding),
+        device=device,
+    )
+    write_report(folder, model, data, evaluation, extra=extra)
+    print(f"\n{evaluation.table()}\n")
+    for split, losses in use.items():
+        if "loss_right" in losses:
+            print(
+                f"{split}: loss {losses['loss_right']:.3f} with the right picture, {losses['loss_other_picture']:.3f} "
+                f"with another, {losses['loss_blank_picture']:.3f} with a blank one"
+            )
+    print(
+        f"\nmetrics   {folder / 'metrics.json'}\ngallery   {folder / 'gallery.png'}   {folder / 'gallery.html'}"
+    )
+    print(f"model     {folder / 'model'}\n\nCaption a picture of your own:\n  {how_to(folder, model)}")
+
+
+def _quiet() -> None:
+    """Lightning's advertisements and advice on workers stay out of the way."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)

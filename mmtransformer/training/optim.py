@@ -1,0 +1,75 @@
+"""The optimizer and its schedule: AdamW without decay on vectors, linear warm-up, cosine down."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def adamw(
+    module: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.98),
+    fused: bool = True,
+) -> AdamW:
+    """AdamW over the trainable parameters; norms, biases and other vectors are not decayed.
+
+    Args:
+        module: The module whose parameters with ``requires_grad`` are trained.
+        lr: The peak learning rate.
+        weight_decay: Decoupled decay of matrices and kernels (Loshchilov & Hutter 2019).
+        betas: Decay rates of the two moment estimates.
+        fused: One kernel for all parameters, where the device has it.
+
+    Returns:
+        The optimizer with two parameter groups, the decayed one first.
+
+    Raises:
+        ValueError: If nothing is trainable.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "nothing to train: every parameter of the model is frozen; leave at least one part unfrozen"
+        )
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = fused and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trainable)
+    return AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0
+) -> LambdaLR:
+    """A schedule per step: linear from almost nothing to the peak, then half a cosine down.
+
+    Args:
+        optimizer: The optimizer; its learning rate is the peak.
+        warmup_steps: Steps of the rise; at most ``total_steps`` are used.
+        total_steps: Steps of the whole run.
+        min_lr_ratio: What is left of the peak at the last step, in [0, 1].
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+    if total_steps < 1 or warmup_steps < 0:
+        raise ValueError(
+            f"total_steps ({total_steps}) must be at least 1 and warmup_steps ({warmup_steps}) at least 0"
+        )
+    if not 0.0 <= min_lr_ratio <= 1.0:
+        raise ValueError(f"min_lr_ratio ({min_lr_ratio}) must lie between 0 and 1")
+    warmup = min(warmup_steps, total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
