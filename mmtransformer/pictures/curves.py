@@ -17,10 +17,11 @@ Series = dict[str, list[tuple[float, float]]]
 """Column name -> (step, value) pairs in the order of the steps."""
 
 COLOURS = ("#2c52a0", "#d1622b", "#2a8a57", "#9141ac", "#b8860b", "#00838f", "#c2185b", "#5d4037")
+SPLITS = ("train", "val", "compositional", "test")
 NOT_METRICS = ("step", "epoch")
 LOSS, CHECK, RATE = "loss", "is the picture used?", "learning rate"
 NATS = "cross-entropy (nats a token)"
-AXES = {LOSS: NATS, CHECK: NATS, "grad_norm": "gradient norm", "perplexity": "perplexity (tokens)"}
+AXES = {LOSS: NATS, CHECK: NATS, "grad_norm": "gradient norm", "seconds": "time (s)"}
 """Panel -> name and unit of its y axis, where its own name does not say it."""
 
 
@@ -58,9 +59,12 @@ def loss_curves(csv_path: str | Path, png_path: str | Path, *, title: str = "") 
     heading = fonts.spelt(title or f"Training run {Path(csv_path).resolve().parent.name}")
     face = fonts.font(14, heading).path
     figure.suptitle(heading.replace("$", r"\$"), fontproperties=FontProperties(fname=str(face), size=14))
+    steps = [step for points in series.values() for step, _ in points]
+    edge = max(0.02 * (max(steps) - min(steps)), 0.5)
     for i, (name, members) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         _panel(axes, name, {key: series[key] for key in members})
+        axes.set_xlim(min(steps) - edge, max(steps) + edge)
         if i < columns and epochs:
             _epoch_axis(axes, epochs)
     file = io.BytesIO()
@@ -126,8 +130,10 @@ def _panel(axes: "Axes", name: str, members: Series) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    splits = [key.replace("_", "/").split("/")[0] for key in members]
+    by_split = len(set(splits)) == len(splits) and set(splits) <= set(SPLITS)
     for i, (key, points) in enumerate(members.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = COLOURS[(SPLITS.index(splits[i]) if by_split else i) % len(COLOURS)]
         x, y = [p[0] for p in points], [p[1] for p in points]
         if len(points) > 60 and name == LOSS:
             axes.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
