@@ -46,8 +46,8 @@ _ROOMY = {
     "diamond": 1,
     "pentagon": 1,
 }  # container -> objects it has room for
-_DIAMETERS = {"small": (0.2, 0.225), "large": (0.36, 0.41), "container": (0.60, 0.66)}
-_ANGLE = 12  # degrees, the largest tilt: a square must not become a diamond
+_DIAMETERS = {"small": (0.22, 0.25), "large": (0.36, 0.41), "container": (0.60, 0.66)}
+_ANGLE = 8  # degrees, the largest tilt: a square must not become a diamond
 _INSIDE = 1.1  # least contrast between a solid container and what lies inside
 
 
@@ -263,9 +263,10 @@ def _place(
         owners.reverse()
     diameters = [
         rng.uniform(*_DIAMETERS["container" if inside and o == 1 else u[0].size])
-        for o, u in zip(owners, units)
+        for o, u in zip(owners, units, strict=True)
     ]
-    cells = [d * (1.02 if inside and o == 1 else 1.1) for o, d in zip(owners, diameters)]
+    diameters = [min(d, 0.94 / u[0].count) for d, u in zip(diameters, units, strict=True)]  # four in a lane
+    cells = [d * (1.02 if inside and o == 1 else 1.1) for o, d in zip(owners, diameters, strict=True)]
     slack = 1.0 - sum(cells)
     lanes = [1] * len(units)
     for k in rng.sample(range(len(units)), len(units)):  # a second lane where there is room for one
@@ -286,19 +287,18 @@ def _place(
 
 
 def _spot(rng: random.Random, x: float, y: float, diameter: float, play: float) -> Spot:
-    angle = rng.randrange(-_ANGLE, _ANGLE + 1, 6)
+    angle = rng.choice((-_ANGLE, 0, _ANGLE))
     return Spot(x + rng.uniform(-play, play), y + rng.uniform(-play, play), diameter, angle)
 
 
 def _scatter(rng: random.Random, group: Group) -> tuple[Spot, ...]:
     """One group alone: anywhere in the picture."""
     diameter = rng.uniform(*_DIAMETERS[group.size])
-    cells = 2 if group.size == "large" else 4
+    cells = 2 if group.size == "large" else 3
     chosen = rng.sample(range(cells * cells), group.count)
-    play = (1 / cells - diameter) / 2
+    play = 0.45 * (1 / cells - diameter)
     return tuple(
-        _spot(rng, (c % cells + 0.5) / cells, (c // cells + 0.5) / cells, diameter, max(play, 0.0))
-        for c in chosen
+        _spot(rng, (c % cells + 0.5) / cells, (c // cells + 0.5) / cells, diameter, play) for c in chosen
     )
 
 
