@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 
 from mmtransformer.data.archives import PICTURES, Entry, Files
 from mmtransformer.data.source import Caption
-from mmtransformer.data.tables import Columns, Row, Wanted, find_columns, make_row, read_captions, read_table
+from mmtransformer.data.tables import (
+    Columns,
+    Row,
+    Wanted,
+    find_columns,
+    make_row,
+    read_captions,
+    read_table,
+    sniff,
+)
 from mmtransformer.data.text import CODES, SPLITS, lines, split_word
 
 FORMATS = ("folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet")
@@ -29,7 +38,7 @@ _OTHERS = re.compile(
     r"|image_info_|dataset_?info|package|tokenizer|bad_pictures)[^/]*$",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"(?P<name>.+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)
+_TOKEN = re.compile(r"(?P<name>[^\t]+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)
 _SPLIT_LIST = re.compile(r"(^|[._])(train|dev|val|test)_?images\.txt$", re.IGNORECASE)
 
 
@@ -138,7 +147,7 @@ def _format_of(files: Files, entry: Entry, alone: bool = False) -> str | None:
             return "flickr"
         try:
             # a .txt is a table if its first line names its columns
-            read_table(first.encode(), name, Wanted())
+            find_columns([cell.strip() for cell in first.split(sniff(first))], Wanted(), name)
         except ValueError:
             return "csv" if alone else None
         return "csv"
