@@ -53,7 +53,8 @@ def write_report(
     title = folder.resolve().name.replace("_", " ")
     if cards:
         gallery(cards, folder / "gallery.png", title=title, subtitle=headline(evaluation))
-        html_page(title, cards, page_table(evaluation), folder / "gallery.html", hint=how_to(folder, model))
+        hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
+        html_page(title, cards, page_table(evaluation), folder / "gallery.html", hint=hint)
     if (folder / "metrics.csv").is_file():
         with suppress(ValueError):  # a run of too few steps has no curve
             loss_curves(folder / "metrics.csv", folder / "curves.png", title=title)
