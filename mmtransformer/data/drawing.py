@@ -173,7 +173,7 @@ def _crescent() -> list[tuple[float, float]]:
     return [(x + 0.2, y) for x, y in outer + inner]
 
 
-def _cross(arm: float = 0.34) -> list[tuple[float, float]]:
+def _cross(arm: float = 0.4) -> list[tuple[float, float]]:
     a, b = arm, 0.96
     corners = [
         (-a, -b),
@@ -196,7 +196,7 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _polar(60, (0.95,)),
     "square": _polar(4, (1.17,), start=-45),
     "triangle": [(x * 1.12, y * 1.12 + 0.2) for x, y in _polar(3)],
-    "star": [(x * 1.06, y * 1.06 + 0.06) for x, y in _polar(10, (1.0, 0.42))],
+    "star": [(x * 1.06, y * 1.06 + 0.06) for x, y in _polar(10, (1.0, 0.47))],
     "heart": _heart(),
     "diamond": [(x * 0.78, y) for x, y in _polar(4)],
     "cross": _cross(),
