@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import Image
@@ -568,8 +569,8 @@ def test_a_missing_picture_is_not_replaced_by_a_namesake(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_korean_file_names_in_either_form(form: str, tmp_path: Path) -> None:
-    other = "NFD" if form == "NFC" else "NFC"
+def test_korean_file_names_in_either_form(form: Literal["NFC", "NFD"], tmp_path: Path) -> None:
+    other: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
     names = [f"고양이 사진{i}.png" for i in range(5)]
     draw(tmp_path / "그림", [unicodedata.normalize(form, n) for n in names])
     rows = [{"사진": unicodedata.normalize(other, f"그림/{n}"), "설명": "고양이"} for n in names]

@@ -60,7 +60,9 @@ class Finder:
             )
         path = join("", name) or full
         found = self._look(path, full)
-        return (found, path) if isinstance(found, Entry) else found
+        if isinstance(found, Entry):
+            return found, path
+        return (found[0], repr(name[:120])) if found[0] == "missing picture" else found
 
     def _look(self, path: str, full: str) -> Entry | tuple[str, str]:
         if self.way == 3:
@@ -86,7 +88,7 @@ class Finder:
             return found[0]
         if found:
             return "ambiguous name", f"{path!r} may be {found[0].path} or {found[1].path}"
-        return "missing picture", repr(path)
+        return "missing picture", path
 
     def _drop(self, paths: list[str]) -> tuple[int, int]:
         """How many of the folders that all names start with are to be left out, and how many names that finds."""

@@ -292,7 +292,7 @@ def _cells(line: str, mark: str) -> list[str] | None:
     if '"' not in line:
         return line.split(mark)
     try:
-        rows = list(csv.reader([line], delimiter=mark, strict=True, skipinitialspace=True))
+        rows = list(csv.reader([line.rstrip(" ")], delimiter=mark, strict=True, skipinitialspace=True))
     except csv.Error:
         return None
     return rows[0] if len(rows) == 1 else None
