@@ -22,26 +22,7 @@ from mmtransformer.metrics.diversity import distinct, diversity, repeated
 from mmtransformer.metrics.java import NotComputed, meteor, meteor_numbers, spice
 from mmtransformer.metrics.rouge import longest_common, rouge_l
 
-WORDS = [
-    "a",
-    "dog",
-    "cat",
-    "red",
-    "blue",
-    "runs",
-    "sits",
-    "on",
-    "the",
-    "near",
-    "big",
-    "small",
-    "tree",
-    "house",
-    "man",
-    "woman",
-    "별",
-    "원",
-]
+WORDS = tokenize("a dog cat red blue runs sits on the near big small tree house man woman 별 원")
 FROZEN = json.loads((Path(__file__).parent / "meteor_official.json").read_text("utf-8"))
 
 
@@ -445,7 +426,7 @@ def test_meteor_says_why_it_failed(fake_java) -> None:
     scores = score_captions(*one, spice=False)
     assert scores.values["meteor"] == "not computed: METEOR ended with code 1: out of memory"
     assert "meteor" not in scores.numbers
-    with pytest.raises(ValueError, match="meteor cannot be computed: METEOR ended .* pass meteor='auto'"):
+    with pytest.raises(ValueError, match=r"meteor cannot be computed: METEOR ended .* pass meteor='auto'"):
         score_captions(*one, meteor=True, spice=False)
     fake_java("print('1 2 3')")
     with pytest.raises(NotComputed, match="answered 1 lines for 2 captions"):
