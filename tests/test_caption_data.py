@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import logging
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -332,6 +333,24 @@ def test_a_tokenizer_is_trained_on_the_training_captions(tmp_path):
         make().load_state_dict(data.state_dict())
 
 
+def test_processes_share_the_batches_and_lightnings_sampler_is_refused():
+    def loaders(rank, replaced=False):
+        data = make()
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, default_root_dir=".",
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            _accelerator_connector=SimpleNamespace(use_distributed_sampler=replaced),
+        )  # fmt: skip
+        return data.train_dataloader(), *data.val_dataloader()
+
+    for zero, one in zip(loaders(0), loaders(1), strict=True):
+        assert len(zero) == len(one)
+        names = [name for loader in (zero, one) for batch in loader for name in batch.names]
+        assert len(names) == len(set(names)) in (53, 11)
+    with pytest.raises(ValueError, match=r"set use_distributed_sampler to false: .* 2 processes"):
+        loaders(0, replaced=True)
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         make(batch_size=0)
@@ -429,3 +448,30 @@ def test_the_dataset_can_be_used_alone():
     with pytest.raises(ImageError, match=r"p2\.jpg: cut off"):
         bad[Pick(0, 2)]
     assert dataclasses.is_dataclass(TRANSFORM)
+
+
+def test_a_recipe_can_name_it(tmp_path):
+    from jsonargparse import ArgumentParser
+
+    tokenizer().save(tmp_path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(lightning.LightningDataModule, "data")
+    recipe = f"""
+      data:
+        class_path: mmtransformer.data.captions.CaptionData
+        init_args:
+          source: {{class_path: mmtransformer.data.scenes.Scenes, init_args: {{train_size: 7, val_size: 3}}}}
+          image: {{image_size: [16, 24]}}
+          augment: {{scale: [0.7, 1.0]}}
+          tokenizer: {tmp_path}
+          val_splits: [val, compositional]
+          batch_size: 5
+    """
+    data = parser.instantiate(parser.parse_string(recipe)).data
+    assert isinstance(data, CaptionData)
+    data.setup("fit")
+    first, _ = data.train_dataloader()
+    assert first.pixels.shape == (5, 1, 3, 16, 24)
+    assert len(data.val_dataloader()) == 2
+    assert data.augment == Augment(scale=(0.7, 1.0))
+    assert data.tokenizer.languages == ("en", "ko")

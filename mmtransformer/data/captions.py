@@ -254,8 +254,13 @@ class CaptionData(lightning.LightningDataModule):
             world=world,
             drop_last=training and self.drop_last,
         )
-        collate = Collate(self.tokenizer.pad_id)
-        return ResumableLoader(dataset, sampler, collate, num_workers=self.num_workers)
+        return ResumableLoader(
+            dataset,
+            sampler,
+            Collate(self.tokenizer.pad_id),
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches."""
@@ -268,6 +273,12 @@ class CaptionData(lightning.LightningDataModule):
     def test_dataloader(self) -> list[ResumableLoader]:
         """Return one loader for each of `test_splits`, in this order."""
         return [self.loader(split) for split in self.test_splits]
+
+    def transfer_batch_to_device(
+        self, batch: CaptionBatch, device: torch.device, dataloader_idx: int
+    ) -> CaptionBatch:
+        """Copy a batch to the device beside its computation."""
+        return batch.to(device, non_blocking=True)
 
     def prompts(self, batch: CaptionBatch, language: str | None = None) -> CaptionBatch:
         """Make the batch that generation starts from: the prompt alone, one row a picture.
