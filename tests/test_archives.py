@@ -281,10 +281,10 @@ def test_utf16_and_other_encodings_of_a_whole_file(tmp_path: Path) -> None:
     ):
         PairFiles(tmp_path)
     (tmp_path / "c.tsv").write_text("사진\t설명\nx\ty\n", "cp949")
-    with pytest.raises(ValueError, match="c.tsv:1 is not UTF-8"):
+    with pytest.raises(ValueError, match=r"c.tsv:1 is not UTF-8"):
         PairFiles(tmp_path)
     (tmp_path / "c.tsv").write_text("")
-    with pytest.raises(ValueError, match="c.tsv is empty"):
+    with pytest.raises(ValueError, match=r"c.tsv is empty"):
         PairFiles(tmp_path)
 
 
