@@ -182,10 +182,10 @@ def _score(
 
 
 def split_languages(tokenizer: Tokenizer, languages: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The languages to caption a split in: those of its captions that the tokenizer has a tag for."""
+    """The languages to caption a split in: those of its captions; None, no language named, is one of them."""
     if not tokenizer.languages:
         return (None,)
-    return tuple(code for code in languages if code in tokenizer.languages) or (tokenizer.languages[0],)
+    return tuple(languages)
 
 
 def image_use(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:

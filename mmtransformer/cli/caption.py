@@ -1,0 +1,99 @@
+"""`mmt caption`: pictures in, captions out."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Captions pictures.
+
+    Args:
+        name: The command's name.
+        words: The words after it.
+    """
+    parser = argparse.ArgumentParser(f"mmt {name}", description="Caption pictures with a trained model.")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
+    )
+    parser.add_argument("--language", metavar="CODE", help="language of the captions, such as ko")
+    parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="captions a picture (1)")
+    parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (the model's own setting)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of a caption")
+    parser.add_argument("--sample", action="store_true", help="draw captions at random instead")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the drawing (1.0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from this share of probability only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing (0)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
+    parser.add_argument("--heatmap", metavar="OUT.png", help="draw where the model looked for each word")
+    parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
+    args = parser.parse_args(list(words))
+
+    from mmtransformer.images import load
+    from mmtransformer.pipeline import ImageCaptioner
+
+    if args.heatmap and Path(args.heatmap).suffix.lower() != ".png":
+        raise ValueError(f"--heatmap {args.heatmap}: the heat map is a PNG; let the name end in .png")
+    images = [load(path) for path in args.pictures]
+    model = ImageCaptioner.from_pretrained(args.model, device=args.device)
+    decoding = model.decoding
+    if args.sample:
+        decoding = dataclasses.replace(
+            decoding,
+            do_sample=True,
+            num_beams=1,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+    results = model(
+        images,
+        language=args.language,
+        num_captions=args.num_captions,
+        num_beams=args.beams,
+        max_new_tokens=args.max_new_tokens,
+        decoding=decoding,
+    )
+    for path, captions in zip(args.pictures, results, strict=True):
+        if args.json:
+            said = [
+                {
+                    "text": c.text,
+                    "language": c.language,
+                    "log_prob": c.log_prob,
+                    "tokens": c.tokens,
+                    "token_log_probs": c.token_log_probs,
+                    "finished": c.finished,
+                }
+                for c in captions
+            ]
+            print(json.dumps({"picture": path, "captions": said}, ensure_ascii=False))
+            continue
+        for caption in captions:
+            lead = f"{path}: " if len(args.pictures) > 1 else ""
+            tail = f"   ({caption.log_prob:.2f})" if args.num_captions > 1 else ""
+            print(f"{lead}{caption.text}{tail}")
+    if args.heatmap:
+        _heatmaps(model, args.pictures, images, results, Path(args.heatmap))
+    return 0
+
+
+def _heatmaps(model, pictures: list[str], images: list, results: list, out: Path) -> None:
+    """One sheet a picture: OUT.png, OUT-2.png and so on."""
+    import sys
+
+    from mmtransformer.pictures import grid_box, word_heatmaps
+
+    for i, (picture, image, captions) in enumerate(zip(pictures, images, results, strict=True)):
+        path = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
+        best = captions[0]
+        if not best.words:
+            print(f"{picture}: the caption has no word to draw", file=sys.stderr)
+            continue
+        box = grid_box(image.size, model.transform.size, model.transform.resize)
+        heat = model.heat(image, best)
+        word_heatmaps(image, [word for word, _ in best.words], heat, path, box=box, title=best.text)
+        print(f"{path}: where the model looked in {picture}", file=sys.stderr)

@@ -1,0 +1,50 @@
+"""`mmt check`: what is wrong with image-text pairs, before any training."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Looks at pairs; the exit code is 1 if training would be hurt.
+
+    Args:
+        name: The command's name.
+        words: The words after it.
+    """
+    parser = argparse.ArgumentParser(
+        f"mmt {name}", description="Look at image-text pairs before training on them."
+    )
+    parser.add_argument("root", metavar="ROOT", help="a folder, an archive, or one manifest")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder or archive of the pictures, if not at the root"
+    )
+    parser.add_argument("--model", metavar="DIR", help="count tokens with this model's tokenizer")
+    parser.add_argument("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
+    parser.add_argument(
+        "--max-bad", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write what was found to this file")
+    args = parser.parse_args(list(words))
+
+    import sys
+
+    from mmtransformer.data.check import check
+    from mmtransformer.data.pairs import PairFiles
+    from mmtransformer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(args.model) if args.model else None
+    source = PairFiles(args.root, images=args.images, max_bad=1.0)
+    report = check(
+        source,
+        tokenizer=tokenizer,
+        max_len=args.max_len,
+        max_bad=args.max_bad,
+        progress=sys.stderr.isatty(),
+    )
+    print(report)
+    if args.json:
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return 1 if report.hurts else 0

@@ -1,0 +1,89 @@
+"""`mmt evaluate`: a trained model's captions of a split, scored."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Scores a model.
+
+    Args:
+        name: The command's name.
+        words: The words after it.
+    """
+    parser = argparse.ArgumentParser(
+        f"mmt {name}", description="Caption a split with a trained model, and score it."
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="ROOT",
+        help='a folder, archive or manifest; "scenes" is the embedded data',
+    )
+    parser.add_argument("--split", default="val", help="which split (val)")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder or archive of the pictures, if not at the root"
+    )
+    parser.add_argument("--language", metavar="CODE", help="language of captions whose script does not tell")
+    parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (the model's own setting)")
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X", help="the model's own setting unless told"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only about so many pictures")
+    parser.add_argument("--json", metavar="OUT", help="write the scores to this file")
+    parser.add_argument("--predictions", metavar="OUT", help="write the captions, one line of JSON each")
+    parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
+    args = parser.parse_args(list(words))
+
+    from mmtransformer.data.captions import CaptionData
+    from mmtransformer.data.pairs import PairFiles
+    from mmtransformer.data.scenes import Scenes
+    from mmtransformer.pipeline import ImageCaptioner
+    from mmtransformer.training.evaluation import evaluate
+    from mmtransformer.training.precision import fast_matmuls
+
+    fast_matmuls()
+    model = ImageCaptioner.from_pretrained(args.model, device=args.device)
+    if args.data == "scenes":
+        source = Scenes(image_size=max(model.transform.size))
+    else:
+        known = model.tokenizer.languages
+        source = PairFiles(
+            args.data, images=args.images, language=args.language or (known[0] if known else None)
+        )
+        print(source.describe())
+    data = CaptionData(
+        source,
+        image=model.transform,
+        tokenizer=model.tokenizer,
+        batch_size=args.batch_size,
+        max_len=model.captioner.max_len,
+        val_splits=[args.split],
+    )
+    decoding = dataclasses.replace(
+        model.decoding,
+        num_beams=args.beams or model.decoding.num_beams,
+        length_penalty=model.decoding.length_penalty if args.length_penalty is None else args.length_penalty,
+    )
+    limit = None if args.limit is None else -(-args.limit // args.batch_size)
+    result = evaluate(model.captioner, data, decoding=decoding, device=model.device, limit_batches=limit)
+    print(result.table())
+    if args.json:
+        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    if args.predictions:
+        lines = [
+            json.dumps(p.to_dict(), ensure_ascii=False)
+            for by in result.predictions.values()
+            for some in by.values()
+            for p in some
+        ]
+        Path(args.predictions).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
