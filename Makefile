@@ -50,6 +50,11 @@ format: setup  ## Rewrite the code in the house style.
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# The stamp holds the folder that .venv was made in: programs in .venv do not survive being moved.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
 setup: $(STAMP)  ## Make .venv and install into it. The other commands do this themselves.
 
 $(STAMP): requirements.txt pyproject.toml
@@ -64,13 +69,13 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $(UNFINISHED)
 	@awk '/^[^ ]/ { keep = /^uv==/ } keep' requirements.txt > $(VENV)/uv.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.txt
-	@echo "Installing the pinned packages: about 3 GB to download the first time"
+	@echo "Installing the pinned packages (the first time, about 3 GB are downloaded)"
 	@export UV_DEFAULT_INDEX="$(MIRROR)"; test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; \
 		$(UV) sync --quiet --python $(BIN)/python --no-build --require-hashes \
 			--compile-bytecode requirements.txt \
 		&& $(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 	@rm -f $(UNFINISHED)
-	@touch $(STAMP)
+	@echo "$(CURDIR)" > $(STAMP)
 
 lock: setup  ## Pin anew, in requirements.txt, what pyproject.toml asks for. ARGS=--upgrade takes newer versions.
 	@$(UV) compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \

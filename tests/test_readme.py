@@ -109,9 +109,10 @@ os.execv({str(here / "mmt")!r}, ["mmt", *args])
     make = f"""import subprocess, sys
 target = sys.argv[1]
 lines = subprocess.run({dry_run!r} + sys.argv[1:], capture_output=True, text=True, check=True).stdout
+commands = [line.replace(".venv/bin/", "") for line in lines.splitlines() if line.startswith(".venv/bin/mmt")]
 if target not in {ONLY_LOOKED_UP!r}:
-    script = "set -e\\n" + lines.replace(".venv/bin/", "")
-    sys.exit(subprocess.run(["sh", "-c", script]).returncode)
+    assert commands, lines
+    sys.exit(subprocess.run(["sh", "-ec", chr(10).join(commands)]).returncode)
 """
     for name, source in (("mmt", mmt), ("make", make)):
         (stand_ins / name).write_text(f"#!{sys.executable}\n{source}", "utf-8")
