@@ -430,6 +430,44 @@ def test_a_column_for_each_language(tmp_path: Path) -> None:
     assert "languages en 23, ko 23 (en where nothing says otherwise)" in source.describe()
 
 
+@pytest.mark.parametrize(
+    "header", ["image\ten\tko", "사진\t영어\t한국어", "file_name\tcaption_en\tcaption_korean"]
+)
+def test_columns_named_by_language_alone(header: str, tmp_path: Path) -> None:
+    draw(tmp_path)
+    (tmp_path / "a.tsv").write_text(header + "\n" + "".join(f"{n}\ta key\t열쇠\n" for n in NAMES))
+    assert PairFiles(tmp_path, val_fraction=0).split("train").captions(22) == [
+        Caption("a key", "en"), Caption("열쇠", "ko")]  # fmt: skip
+
+
+def test_folders_of_splits_each_with_its_manifest(tmp_path: Path) -> None:
+    for split, part in (("train", NAMES[:13]), ("validation", NAMES[13:])):  # as "imagefolder" on the hub
+        draw(tmp_path / split, part)
+        lines = [f"{n},{caption(n)}" for n in part]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    source = PairFiles(tmp_path)
+    assert everything(source) == expected(1)
+    assert [(s, len(source.split(s))) for s in source.splits()] == [("train", 13), ("val", 10)]
+
+
+def test_what_a_download_tool_leaves_beside_its_shards(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    for shard in range(3):  # of each sample a picture, a text, a record; of each shard a table and figures
+        files = {}
+        for i in range(5):
+            name = f"{shard:05d}{i:04d}"
+            files[f"{name}.png"] = png(f"{i}.png")
+            files[f"{name}.txt"] = b"a dog"
+            files[f"{name}.json"] = b'{"url": "http://x/y.png", "caption": "a dog"}'
+        pack(tmp_path / f"{shard:05d}.tar", files)
+        pq.write_table(pa.table({"url": ["http://x"], "caption": ["x"]}), tmp_path / f"{shard:05d}.parquet")
+        (tmp_path / f"{shard:05d}_stats.json").write_text('{"count": 5}')
+    source = PairFiles(tmp_path)
+    assert "pictures with text files: 15 pictures, 15 captions" in source.describe()
+    assert source.report.bad_rows == 0
+
+
 def test_hash_split_is_fixed_by_name(tmp_path: Path) -> None:
     names = [f"p{i}.png" for i in range(401)]
     draw(tmp_path, names)

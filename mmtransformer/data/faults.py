@@ -38,14 +38,14 @@ class Report:
         self.faults: dict[str, int] = {}
         self.notes: dict[str, int] = {}
         self.first: dict[str, list[str]] = {}
-        self._last = ""
+        self._bad: set[str] = set()
 
     def fault(self, cause: str, where: str, what: str = "") -> None:
         """Counts one fault of the row at `where`."""
         self.faults[cause] = self.faults.get(cause, 0) + 1
-        if where != self._last:
+        if where not in self._bad:
             self.bad_rows += 1
-            self._last = where
+            self._bad.add(where)
         self._name(cause, where, what)
 
     def note(self, cause: str, where: str, what: str = "") -> None:

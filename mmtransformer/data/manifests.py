@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mmtransformer.data.archives import PICTURES, Entry, Files
+from mmtransformer.data.archives import PICTURES, Entry, Files, nfc
 from mmtransformer.data.source import Caption
 from mmtransformer.data.tables import (
     Columns,
@@ -116,8 +116,14 @@ def _by_box(files: Files) -> list[tuple[list[Entry], int]]:
 def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str) -> list[Manifest]:
     tops = {entry.path.split("/")[skip] for entry in entries}
     lone = len(tops) == 1 and bool(entries) and all(entry.path.count("/") > skip for entry in entries)
+    # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
+    stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(PICTURES)}
+    tars = {box.removesuffix(".tar") + ".parquet" for box in files.boxes if box.endswith(".tar")}
     found: list[Manifest] = []
     for entry in entries:
+        stem = nfc(entry.path).rpartition(".")[0]
+        if stem in stems or stem.rpartition(".")[0] in stems or str(files.root / entry.path) in tars:
+            continue
         parts = entry.path.split("/")[skip + lone :]
         inside = len(parts) == 1 or (
             len(parts) == 2 and (parts[0].lower() in ("annotations", "data") or parts[0].lower() in SPLITS)

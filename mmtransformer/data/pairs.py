@@ -145,9 +145,11 @@ class PairFiles:
         self._missing: list[tuple[str | None, Row, str, str]] = []
         self._said: list[str] = []
         if manifests:
+            listing = ", ".join(m.entry.path for m in manifests[:3])
+            listing += f" and {len(manifests) - 3} more" if len(manifests) > 3 else ""
             for manifest in manifests:
                 columns, rows = read_manifest(files, manifest, wanted)
-                self._said = [f"{_title(manifest)} {', '.join(m.entry.path for m in manifests)}"]
+                self._said = [f"{_title(manifest)} {listing}"]
                 self._said += [str(columns)] if columns else []
                 base = manifest.base if self._pictures_in is files else ""
                 self._add(list(rows), base, manifest.split)

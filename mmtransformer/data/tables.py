@@ -106,6 +106,8 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
         plain = first(CAPTION)
         more = [name for name in names if _stem(name) in CAPTION and _stem(name) != _key(name)]
         captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
+        if not captions:  # columns called just "en" and "ko", or "한국어"
+            captions = tuple((name, code) for name in names if (code := _code(_key(name))))
     missing = [kind for kind, found in (("image", image), ("caption", captions)) if not found]
     if missing:
         raise ValueError(
@@ -122,8 +124,12 @@ def _key(name: str) -> str:
 
 def _language_of(column: str) -> str | None:
     """Returns the language that a column's name says: ko for "caption_ko" and "text_korean"."""
-    ending = _key(column).rpartition("_")[2]
-    return LANGUAGES.get(ending) or (ending if ending in CODES and "_" in _key(column) else None)
+    before, _, ending = _key(column).rpartition("_")
+    return _code(ending) if before or ending in LANGUAGES else None
+
+
+def _code(word: str) -> str | None:
+    return LANGUAGES.get(word) or (word if word in CODES else None)
 
 
 def _stem(column: str) -> str:
