@@ -69,9 +69,7 @@ class Tokenizer:
         backend.no_truncation()  # a hub tokenizer.json may cut texts at 128 tokens without a word
         backend.no_padding()
         backend.add_special_tokens([AddedToken(t, special=True) for t in roles.values() if t is not None])
-        backend.encode_special_tokens = (
-            True  # not saved in tokenizer.json, so set it here and after unpickling
-        )
+        backend.encode_special_tokens = True  # tokenizer.json and pickles do not keep it
         self.backend = backend
         self.bos, self.eos, self.pad_token, self.image = bos, eos, pad, image
         self.languages = tuple(languages)
@@ -222,7 +220,7 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.backend.encode_special_tokens = True  # lost by the pickle of `tokenizers`
+        self.backend.encode_special_tokens = True
 
     # ------------------------------------------------------------------------------------------- using it
 
