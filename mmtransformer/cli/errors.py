@@ -70,6 +70,18 @@ def explain(message: str, keys: Iterable[str]) -> str:
     return f"{'.'.join(trail)}: {reason}" if trail else reason
 
 
+def cause_of(error: ValueError) -> ValueError:
+    """What a constructor said, out of what jsonargparse makes of it when a class cannot be built."""
+    cause: BaseException | None = error
+    while cause is not None and str(cause).startswith(
+        ("Does not validate", "Problem with given", "Parser key")
+    ):
+        cause = cause.__cause__
+    if isinstance(cause, ValueError):
+        return cause
+    return error if cause is None else ValueError(f"{type(cause).__name__}: {cause}")
+
+
 def arguments_of(class_path: str) -> list[str]:
     """The constructor's arguments of what a class path names; none if it names nothing."""
     import importlib

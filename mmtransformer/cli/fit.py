@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtransformer.cli.errors import check_file, explain
+from mmtransformer.cli.errors import cause_of, check_file, explain
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -98,6 +98,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import CSVLogger
 
+    from mmtransformer.data.pairs import PairFiles
     from mmtransformer.training import Captioning, Progress, Samples
     from mmtransformer.training.precision import fast_matmuls, pick_precision
 
@@ -111,10 +112,18 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             except ArgumentError as error:
                 raise ValueError(explain(str(error), keys_of(parser))) from error
 
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                raise cause_of(error) from error
+
         def after_instantiate_classes(self) -> None:
             start = self.model.start if isinstance(self.model, Captioning) else None
             if start is not None:
                 self.datamodule.continue_from(start.tokenizer, start.transform)
+            if isinstance(source := getattr(self.datamodule, "source", None), PairFiles):
+                print(source.describe())
 
         def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
             config = self.config_init["trainer"]
@@ -241,6 +250,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings(
+        "ignore", message=".*in eval mode at the start of training.*"
+    )  # frozen towers are
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)

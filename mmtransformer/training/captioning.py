@@ -5,6 +5,7 @@ Letters: b pictures, r captions of a picture, n = b * r rows.
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -145,7 +146,12 @@ class Captioning(pl.LightningModule):
         data = self.data
         if data is not None and data.cache_features:
             half = self.trainer.precision == "bf16-mixed"
-            data.use_features(self.captioner, device=self.device, autocast=torch.bfloat16 if half else None)
+            data.use_features(
+                self.captioner,
+                device=self.device,
+                autocast=torch.bfloat16 if half else None,
+                progress=sys.stderr.isatty(),
+            )
             self.captioner.train()
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
@@ -323,10 +329,15 @@ def finetune(
 
 def other_pictures(batch: CaptionBatch) -> CaptionBatch:
     """The batch with every picture moved on by one place, so that each text gets another's picture."""
+    visual = batch.pixels if batch.visual_tokens is None else batch.visual_tokens
+    assert visual is not None
+    others = torch.arange(
+        -1, len(visual) - 1, device=visual.device
+    )  # autocast cannot `roll` float16 on a CPU
     return dataclasses.replace(
         batch,
-        pixels=None if batch.pixels is None else batch.pixels.roll(1, 0),
-        visual_tokens=None if batch.visual_tokens is None else batch.visual_tokens.roll(1, 0),
+        pixels=None if batch.pixels is None else batch.pixels[others],
+        visual_tokens=None if batch.visual_tokens is None else batch.visual_tokens[others],
     )
 
 
