@@ -242,6 +242,8 @@ def test_compare_two_runs_in_any_order_of_pictures() -> None:
     second = score_captions(dict(reversed(good.items())), references, meteor=False, spice=False)
     found = compare(first, second)
     assert set(found) == set(first.intervals)
+    in_order = score_captions(good, references, meteor=False, spice=False)
+    assert found["cider_d"].low == pytest.approx(compare(first, in_order)["cider_d"].low)
     for name, row in found.items():
         assert row.difference == pytest.approx(second.numbers[name] - first.numbers[name])
         assert row.low > 0

@@ -39,6 +39,7 @@ def test_there_are_enough_frozen_answers() -> None:
         ("the (red) ball", "the -lrb- red -rrb- ball"),
         ("what?! no!! yes! ok..", "what ?! no !! yes ok"),
         ("cannot, gonna.", "can not gon na"),
+        ("gimme's gonnan't", "gimme 's gonna n't"),
         ("at 5 p.m. on St. James St.", "at 5 p.m. on st. james st."),
         ("mass. mass., Mass. of", "mass mass. mass. of"),
         ("size A. The", "size a the"),
