@@ -20,7 +20,7 @@ from mmtransformer.vit import ViT
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
 class CaptionBatch:
     """Pictures with their texts.
 
@@ -178,5 +178,6 @@ def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: 
         batch, tokens=batch.tokens[:, :-1], valid=batch.valid[:, :-1], target=batch.target[:, :-1]
     )
     logits = captioner.head(captioner.hidden(shorter)[predicts])
-    total = F.cross_entropy(logits.float(), chosen, reduction="sum", label_smoothing=label_smoothing)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
     return Loss(total, torch.tensor(chosen.numel(), device=total.device))

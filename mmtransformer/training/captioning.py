@@ -166,12 +166,12 @@ class Captioning(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """From the sum of gradients to the mean over the tokens of all micro-batches and processes."""
-        count = torch.stack(self._counts).sum().to(torch.float32)
+        count = torch.stack(self._counts).sum()
         world = self.trainer.world_size
         if world > 1:
             count = torch.as_tensor(self.all_gather(count)).sum()
         # Lightning has divided by the micro-batches, DDP by the processes.
-        scale = (self.trainer.accumulate_grad_batches * world / count.clamp(min=1)).item()
+        scale = self.trainer.accumulate_grad_batches * world / max(int(count), 1)
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
