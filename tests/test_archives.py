@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_pairs import NAMES, caption, colour, draw, everything, expected, jsonl, pack, png, rows_jsonl
 
-from mmtransformer.data.archives import Files, join, refusal
+from mmtransformer.data.archives import FileError, Files, join, refusal
 from mmtransformer.data.faults import TooManyFaults
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.data.source import Caption
@@ -167,14 +167,29 @@ def test_bytes_that_change_or_lie_are_errors_not_pictures(tmp_path: Path) -> Non
         split.image(2)
 
 
+def test_captions_in_a_damaged_archive_are_an_error_or_a_fault(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.zip", {"c.jsonl": rows_jsonl().encode()} | {n: png(n) for n in NAMES})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"words 1", b"wolds 1"))
+    with pytest.raises(FileError, match=r"^a.zip/c.jsonl: bytes fail the zip's checksum$"):
+        PairFiles(tmp_path)
+    files = {n: png(n) for n in NAMES} | {n[:3] + ".txt": b"some words" for n in NAMES}
+    path.write_bytes(pack(path, files).read_bytes().replace(b"some words", b"some wolds", 1))
+    source = PairFiles(path)
+    assert source.report.faults == {"caption file that can't be read": 1}
+    assert source.report.first["caption file that can't be read"] == [
+        "p00.png: p00.txt: bytes fail the zip's checksum"
+    ]
+
+
 def test_a_zip_that_claims_less_than_it_unpacks_is_cut_short(tmp_path: Path) -> None:
-    path = pack(tmp_path / "a.zip", {"x.png": b"\0" * 10_000_000}, zipfile.ZIP_DEFLATED)
+    path = pack(tmp_path / "a.zip", {"x.bin": b"\0" * 10_000_000}, zipfile.ZIP_DEFLATED)
     files = Files(path)
     (entry,) = files.entries
     assert len(files.read(entry)) == 10_000_000
-    with pytest.raises(OSError, match="1,001 bytes where its archive says 1,000"):
+    with pytest.raises(FileError, match=r"x.bin: 1,001 bytes where its archive says 1,000"):
         files.read(entry._replace(size=1000))
-    with pytest.raises(OSError, match="over the limit of 1,073,741,824"):
+    with pytest.raises(FileError, match="over the limit of 1,073,741,824"):
         files.read(entry._replace(size=1 << 40))
     again = pickle.loads(pickle.dumps(files))
     assert again.read(again.entries[0]) == bytes(10_000_000)

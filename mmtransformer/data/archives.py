@@ -34,6 +34,10 @@ PICTURES = (
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
 
 
+class FileError(ValueError):
+    """A file that is there but can't be read; the message names it."""
+
+
 class Entry(NamedTuple):
     """Where one file lies.
 
@@ -147,37 +151,40 @@ class Files:
         """The bytes of one file, checked against their length and checksum.
 
         Raises:
-            OSError: If they can't be read, are cut short, or fail the checksum.
+            FileError: If they can't be read, are cut short, or fail the checksum.
         """
+        try:
+            return self._read(entry)
+        except OSError as error:
+            fault = str(error) if error.errno is None else error.strerror
+            raise FileError(f"{entry.path}: {fault}") from None
+
+    def _read(self, entry: Entry) -> bytes:
         if max(entry.size, entry.packed) > MAX_BYTES:
-            raise OSError(
-                f"{entry.path} has {max(entry.size, entry.packed):,} bytes, over the limit of {MAX_BYTES:,}"
-            )
+            raise OSError(f"{max(entry.size, entry.packed):,} bytes, over the limit of {MAX_BYTES:,}")
         if entry.box < 0:
             # O_NONBLOCK: a pipe that took the file's place must not hang the run
             handle = os.open(self.root / entry.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
             with os.fdopen(handle, "rb") as file:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
-                    raise OSError(f"{entry.path} is no longer a regular file")
+                    raise OSError("no longer a regular file")
                 return file.read()
         handle, offset = self._handle(entry.box), entry.offset
         if self.boxes[entry.box].lower().endswith(".zip"):
             header = _pread(handle, 30, offset)
             if header[:4] != b"PK\x03\x04" or len(header) < 30:
-                raise OSError(
-                    f"{entry.path}: no local header at byte {offset}; the zip is damaged or has changed"
-                )
+                raise OSError(f"no local header at byte {offset}; the zip is damaged or has changed")
             offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         data = _pread(handle, entry.packed, offset)
         if len(data) == entry.packed and entry.method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-15).decompress(data, entry.size + 1)
             except zlib.error as error:
-                raise OSError(f"{entry.path}: {error}") from None
+                raise OSError(str(error)) from None
         if len(data) != entry.size:
-            raise OSError(f"{entry.path}: {len(data):,} bytes where its archive says {entry.size:,}")
+            raise OSError(f"{len(data):,} bytes where its archive says {entry.size:,}")
         if entry.crc >= 0 and zlib.crc32(data) != entry.crc:
-            raise OSError(f"{entry.path}: bytes fail the zip's checksum")
+            raise OSError("bytes fail the zip's checksum")
         return data
 
     def archive(self, entry: Entry) -> str:
@@ -195,8 +202,12 @@ class Files:
             return self._handles[box]
 
     def _walk(self, folder: str) -> None:
-        with os.scandir(self.root / folder) as scan:
-            items = sorted(scan, key=lambda item: item.name)
+        try:
+            with os.scandir(self.root / folder) as scan:
+                items = sorted(scan, key=lambda item: item.name)
+        except PermissionError as error:
+            self.refused[nfc(folder or ".")] = str(error.strerror)
+            return
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
             if item.name.startswith(".") or item.name == "__MACOSX":

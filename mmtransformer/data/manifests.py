@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mmtransformer.data.archives import PICTURES, Entry, Files, nfc
+from mmtransformer.data.archives import PICTURES, Entry, FileError, Files, nfc
 from mmtransformer.data.source import Caption
 from mmtransformer.data.tables import (
     Columns,
@@ -359,7 +359,12 @@ def read_folder(files: Files) -> Iterator[Row]:
         beside = texts.get(picture.path.rpartition(".")[0], [])
         for entry, language in beside:
             used.add(entry.path)
-            for line in lines(files.read(entry)):
+            try:
+                data = files.read(entry)
+            except FileError as error:
+                faults.append(("caption file that can't be read", str(error)))
+                continue
+            for line in lines(data):
                 if line.text is None:
                     faults.append(("not UTF-8", f"{entry.path}:{line.number}: {line.hint}"))
                 elif line.text.strip():

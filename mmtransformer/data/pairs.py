@@ -58,7 +58,8 @@ class PairSplit:
         try:
             data = self._files.read(place) if isinstance(place, Entry) else place[0].read(*place[1:])
         except (OSError, ValueError) as error:
-            raise ImageError(f"{label}: can't be read ({error})") from error
+            said = str(error).removeprefix(f"{label}: ")
+            raise ImageError(f"{label}: can't be read ({said}); replace it") from error
         if data is None:
             raise ImageError(f"{label}: the table holds no bytes in this row")
         return load(data, name=label)
