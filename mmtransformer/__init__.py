@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
     from mmtransformer.record import record_attention
     from mmtransformer.tokenizer import Tokenizer
-    from mmtransformer.vit import VIT_SIZES, PatchEmbed, ViT
+    from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOMES = {
     "pipeline": "CaptionResult Decoding ImageCaptioner",
     "record": "record_attention",
     "tokenizer": "Tokenizer",
-    "vit": "PatchEmbed VIT_SIZES ViT",
+    "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -43,6 +43,7 @@ __all__ = [
     "CaptionBatch",
     "CaptionResult",
     "Captioner",
+    "ConvStem",
     "Decoding",
     "EncoderDecoder",
     "Generated",

@@ -5,9 +5,11 @@ Letters: b pictures, p visual tokens, d width of a token, gh gw rows and columns
 
 import math
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +57,43 @@ class PatchEmbed(nn.Module):
         return self.proj(rearrange(pixels, "b c (gh y) (gw x) -> b (gh gw) (c y x)", y=size, x=size))
 
 
+class ConvStem(nn.Module):
+    """Patches by a few 3x3 convolutions that halve the picture: small Transformers learn sooner (arXiv:2106.14881).
+
+    Args:
+        patch_size: side of a patch, px; a power of 2.
+        in_channels: channels of a picture.
+        dim: width d of a visual token; it doubles from convolution to convolution up to this.
+
+    Raises:
+        ValueError: if patch_size is not a power of 2, or dim cannot be halved so often.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        if patch_size != 2**halvings or not halvings or dim % 2 ** (halvings - 1):
+            raise ValueError(
+                f"a convolutional stem needs a patch_size ({patch_size}) that is a power of 2, and a dim ({dim}) "
+                f"divisible by half of it"
+            )
+        widths = [in_channels, *(dim // 2**i for i in reversed(range(halvings)))]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in widths[1:])
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(b channels height width) -> (b (gh gw) d)."""
+        x = pixels.to(
+            memory_format=torch.channels_last
+        )  # The layout that CPUs and tensor cores convolve fast.
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.gelu(norm(conv(x)))
+        return self.proj(rearrange(x, "b d gh gw -> b (gh gw) d"))
+
+
 class ViT(Pretrained, nn.Module):
     """A Vision Transformer: pre-norm encoder blocks over patches, for pictures of any size.
 
@@ -76,6 +115,7 @@ class ViT(Pretrained, nn.Module):
         activation: of the MLPs; SigLIP uses "gelu_tanh", OpenAI's CLIP "quick_gelu".
         norm_eps: of the LayerNorms; 1e-6 as in the paper's code and timm.
         patch_bias: whether the patch projection has a bias.
+        stem: "patch" cuts patches and projects them, as the paper; "conv" convolves (see `ConvStem`).
         norm_pre: a LayerNorm before the first block (CLIP).
         layer_scale: first value of LayerScale (DINOv2, CaiT); None = none.
         dropout: share of a branch's result dropped in training.
@@ -103,6 +143,7 @@ class ViT(Pretrained, nn.Module):
         activation: Activation = "gelu",
         norm_eps: float = 1e-6,
         patch_bias: bool = True,
+        stem: Literal["patch", "conv"] = "patch",
         norm_pre: bool = False,
         layer_scale: float | None = None,
         dropout: float = 0.0,
@@ -117,6 +158,8 @@ class ViT(Pretrained, nn.Module):
             )
         if pool not in ("class", "mean", "attention"):
             raise ValueError(f'pool must be "class", "mean" or "attention", not "{pool}"')
+        if stem not in ("patch", "conv"):
+            raise ValueError(f'stem must be "patch" or "conv", not "{stem}"')
         if pool == "class" and not class_token:
             raise ValueError('pool="class" needs class_token=True; without one, pool "mean" or "attention"')
         if not 0 <= patch_dropout < 1:
@@ -126,19 +169,16 @@ class ViT(Pretrained, nn.Module):
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.class_token, self.num_registers = class_token, num_registers
         self.pool, self.num_classes, self.activation = pool, num_classes, activation
-        self.norm_eps, self.patch_bias, self.norm_pre, self.layer_scale = (
-            norm_eps,
-            patch_bias,
-            norm_pre,
-            layer_scale,
-        )
+        self.norm_eps, self.patch_bias, self.stem = norm_eps, patch_bias, stem
+        self.norm_pre, self.layer_scale = norm_pre, layer_scale
         self.dropout, self.drop_path, self.patch_dropout = dropout, drop_path, patch_dropout
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
 
         norm = partial(make_norm, "layer", dim, norm_eps)
-        self.patch_embed = PatchEmbed(patch_size, in_channels, dim, bias=patch_bias)
+        patches = PatchEmbed(patch_size, in_channels, dim, bias=patch_bias)
+        self.patch_embed = patches if stem == "patch" else ConvStem(patch_size, in_channels, dim)
         self.prefix_tokens = (
             nn.Parameter(torch.zeros(1, self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
         )

@@ -168,6 +168,10 @@ def vit_from_state(
 
 def to_timm(vit: ViT) -> dict[str, Tensor]:
     """Tensors with timm's names, for a timm `VisionTransformer` of the same shape; prefix tokens' positions are 0."""
+    if vit.stem != "patch":
+        raise ValueError(
+            f'timm has no ViT with our stem="{vit.stem}"; only stem="patch" can be written with its names'
+        )
     ours = dict(vit.state_dict())
     positions = ours.pop("pos_embed")
     theirs = to_theirs(_table_of(vit), ours)
