@@ -8,6 +8,7 @@ import tarfile
 import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -631,15 +632,18 @@ def _pixel(split: Pairs, i: int) -> object:
     return split.image(i).getpixel((0, 0))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_the_same_archive(method: str, tmp_path: Path) -> None:
+def test_workers_read_the_same_archive(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(rows_jsonl())
     pack(tmp_path / "a.zip", {n: png(n) for n in NAMES}, zipfile.ZIP_DEFLATED)
     split = PairFiles(tmp_path, val_fraction=0).split("train")
     split.image(0)  # opened before the fork
-    with get_context(method).Pool(2) as pool:
-        got = pool.starmap(_pixel, [(split, i) for i in range(23)] * 3)
-    assert got == [colour(n) for n in NAMES] * 3
+    whole = [colour(n) for n in NAMES]
+    with get_context("fork").Pool(2) as pool:
+        assert pool.starmap(_pixel, [(split, i) for i in range(23)] * 3) == whole * 3
+    with ThreadPoolExecutor(5) as threads:
+        assert list(threads.map(lambda i: _pixel(split, i % 23), range(69))) == whole * 3
+    sent = pickle.loads(pickle.dumps(split))  # as to spawned workers
+    assert [_pixel(sent, i) for i in range(23)] == whole
 
 
 def test_what_fails_later_is_an_image_error_with_the_file(tmp_path: Path) -> None:
