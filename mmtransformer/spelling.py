@@ -43,8 +43,8 @@ class Spelling:
         self.table = _byte_table()
 
     def bytes_of(self, token: str, index: int) -> bytes:
-        """Returns the bytes of one token."""
-        if index in self.added:
+        """Returns the bytes of one token; none for "", an id without a token."""
+        if not token or index in self.added:
             return token.encode()
         if self.kind == "bytes":
             if self.suffix and token.endswith(self.suffix):

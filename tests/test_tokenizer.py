@@ -479,3 +479,11 @@ def test_constructor_names_the_missing_token() -> None:
         Tokenizer(backend, eos="a", image=IMAGE)
     with pytest.raises(ValueError, match=r"the language ko token '<\|ko\|>' is not among"):
         Tokenizer(backend, eos="a", languages=["ko"])
+
+
+def test_gaps_among_the_ids_count() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 9, EOS: 11}, unk_token="a"))
+    loaded = Tokenizer(backend, bos=EOS, pad=EOS)
+    assert loaded.vocab_size == 12
+    assert loaded.decode([9, 0]) == "b a"
+    assert loaded.pieces([9, 5, 9]) == ["b", "", " b"]
