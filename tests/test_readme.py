@@ -8,6 +8,7 @@ commands of the real Makefile, without the set-up.
 import os
 import random
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -115,7 +116,10 @@ if target not in {ONLY_LOOKED_UP!r}:
     sys.exit(subprocess.run(["sh", "-ec", chr(10).join(commands)]).returncode)
 """
     for name, source in (("mmt", mmt), ("make", make)):
-        (stand_ins / name).write_text(f"#!{sys.executable}\n{source}", "utf-8")
+        (stand_ins / f"{name}.py").write_text(source, "utf-8")
+        # Not "#!python": the first line of a program may hold no space, but the folder of .venv may.
+        words = shlex.join([sys.executable, str(stand_ins / f"{name}.py")])
+        (stand_ins / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n', "utf-8")
         (stand_ins / name).chmod(stat.S_IRWXU)
     path = os.pathsep.join([str(stand_ins), str(here), os.environ["PATH"]])
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
