@@ -1,19 +1,26 @@
 """Bad input from outside: paths that leave the root, hostile and damaged archives, odd tables and texts."""
 
+import csv
+import io
 import json
 import os
 import pickle
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_pairs import NAMES, caption, colour, draw, everything, expected, jsonl, pack, png, rows_jsonl
 
 from mmtransformer.data.archives import FileError, Files, join, refusal
 from mmtransformer.data.faults import TooManyFaults
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.data.source import Caption
+from mmtransformer.data.tables import Wanted, read_table
+from mmtransformer.data.text import fold, is_missing
 from mmtransformer.images import ImageError
 
 
@@ -338,3 +345,30 @@ def test_one_empty_caption_of_several_costs_only_itself(tmp_path: Path) -> None:
     assert source.report.faults == {"empty caption": 1}
     assert source.split("train").captions(3) == [Caption("a dog")]
     assert len(source.split("train")) == 23
+
+
+LETTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
+    lambda text: ".png" not in text
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=7), st.sampled_from(",;\t|"), st.booleans())
+def test_whatever_a_spreadsheet_writes_is_read_back(
+    cells: list[tuple[str, str]], mark: str, everywhere: bool
+) -> None:
+    """Also quotes, delimiters and line ends inside of cells, in a quoting of either kind."""
+    out = io.StringIO()
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if everywhere else csv.QUOTE_MINIMAL
+    writer = csv.writer(out, delimiter=mark, lineterminator="\n", quoting=quoting)
+    writer.writerow(["image", "other", "caption"])
+    # the csv module leaves a lone CR in a cell unquoted, which no reader can tell from the end of a line
+    cells = [(one.replace("\r", "\n"), two.replace("\r", "\n")) for one, two in cells]
+    writer.writerows((f"p{i}.png", other, text) for i, (other, text) in enumerate(cells))
+    _, rows = read_table(out.getvalue().encode(), "c.csv", Wanted())
+    got = list(rows)
+    assert [row.image for row in got] == [f"p{i}.png" for i in range(len(cells))]
+    for row, (_, text) in zip(got, cells, strict=True):
+        folded = fold(text)
+        assert [c.text for c in row.captions] == ([] if is_missing(folded) else [folded])
+        assert bool(row.faults) == is_missing(folded)

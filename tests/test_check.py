@@ -65,13 +65,13 @@ DAMAGED = noise(0)[:-40]
 COPY = noise(5, kind="TIFF")  # the pixels of p5.png in another format
 SHADE = io.BytesIO()
 Image.new("RGB", (19, 23), (40, 50, 60)).save(SHADE, "PNG")
-LONG = " ".join(["word"] * 62)
+LONG = " ".join(["word"] * 63)
 
 CASES = [
     ("corrupt pictures", "data", DAMAGED, range(3, 90), "p3.png"),
     ("pictures that are in two splits", "data", COPY, range(185, 211), "val/p185.png = train/p5.png"),
     ("pictures of a single colour", "data", SHADE.getvalue(), range(3, 90), "p3.png"),
-    ("captions longer than 61 words, to be cut", "caption", LONG, range(3, 90), "p3.png: 62 words"),
+    ("captions longer than 62 words, to be cut", "caption", LONG, range(3, 90), "p3.png: 63 words"),
     ("captions that say next to nothing", "caption", "- .", range(3, 90), "p3.png: '- .'"),
     ("captions that say next to nothing", "caption", "a", range(3, 90), "p3.png: 'a'"),
     ("empty caption", "caption", "", range(3, 90), "c.jsonl:4: p3.png ''"),
@@ -139,7 +139,7 @@ class Letters:
 
 def test_tokens_are_counted_where_there_is_a_tokenizer(tmp_path: Path) -> None:
     report = look(build(tmp_path, caption={7: "한" * 30}), tokenizer=Letters(), max_len=80)
-    found = finding(report, "captions longer than 77 tokens, to be cut")
+    found = finding(report, "captions longer than 78 tokens, to be cut")
     assert found.first == ["p7.png: 90 tokens: " + "한" * 30 + "..."]
     assert look(tmp_path, max_len=80).findings == []
 

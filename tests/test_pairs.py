@@ -334,6 +334,11 @@ def test_parquet(kind: str, tmp_path: Path) -> None:
     assert val.captions(3) == [Caption(caption("p22.png", k)) for k in range(3)]
     if kind != "bytes":
         assert val.name(3) == "p22.png"
+    data = bytearray((tmp_path / "train-00000-of-00001.parquet").read_bytes())
+    data[4:-400] = bytes(len(data) - 404)
+    (tmp_path / "bad.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"bad.parquet is (not Parquet|damaged in row group 0)"):
+        PairFiles(tmp_path / "bad.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="is not Parquet"):
         PairFiles(tmp_path / "bad.parquet")

@@ -130,7 +130,8 @@ def check(
         source: A root for `PairFiles`, or pairs already opened (with `max_bad=1` to see everything).
         tokenizer: Counts the tokens of a caption; without it words are counted, and what is said to be cut is the
             least that will be.
-        max_len: The most tokens a caption may have in training; prompt and end take 3 of them.
+        max_len: The most tokens a caption may have in training; its start, its end and its language, if
+            the data names any, take one each.
         max_bad: Share that is tolerable.
         threads: Threads that decode; as many as the machine has cores, 8 at most, if not given.
         progress: Whether to show a progress bar.
@@ -146,7 +147,7 @@ def check(
     words = Counter(len(caption.text.split()) for caption in flat)
     findings = _rows(pairs.report, max_bad) if isinstance(pairs, PairFiles) else []
     findings += _pictures(looked, max_bad)
-    findings += _captions(splits, captions, tokenizer, max_len, max_bad)
+    findings += _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2, max_bad)
     findings += [
         Finding(f"no pictures in {name}", 0, 0, True, [], f"{what} needs some")
         for name, what in (("train", "training"), ("val", "the choice of the best weights"))
@@ -268,9 +269,10 @@ def _captions(
     captions: dict[str, list[list[Caption]]],
     tokenizer: Encoder | None,
     max_len: int,
+    around: int,
     max_bad: float,
 ) -> list[Finding]:
-    room = max_len - 3  # bos, language, eos
+    room = max_len - around
     cut: list[str] = []
     short: list[str] = []
     of_pictures: dict[str, set[tuple[str, int]]] = {}

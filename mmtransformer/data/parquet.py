@@ -76,7 +76,7 @@ def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, I
     path = str(files.root / entry.path)
     try:
         table = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{entry.path} is not Parquet: {error}") from None
     schema = table.schema_arrow
     columns = find_columns(schema.names, wanted, entry.path)
@@ -91,7 +91,12 @@ def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, I
     def rows() -> Iterator[Row]:
         number = 0
         for group in range(table.num_row_groups):
-            for at, record in enumerate(table.read_row_group(group, columns=read).to_pylist()):
+            try:
+                records = table.read_row_group(group, columns=read).to_pylist()
+            except (pa.ArrowException, OSError, ValueError) as error:
+                said = " ".join(str(error).split())
+                raise ValueError(f"{entry.path} is damaged in row group {group}: {said}") from None
+            for at, record in enumerate(records):
                 number += 1
                 where = f"{entry.path}:{number}"
                 if not as_bytes:
