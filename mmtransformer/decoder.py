@@ -107,6 +107,8 @@ class TextDecoder(Pretrained, nn.Module):
         super().__init__()
         if positions not in ("learned", "rotary"):
             raise ValueError(f'positions must be "learned" or "rotary", not "{positions}"')
+        if bias not in ("all", "qkv", "none"):
+            raise ValueError(f'bias must be "all", "qkv" or "none", not "{bias}"')
         if not 1 <= cross_every <= max(depth, 1):
             raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads, self.max_len = (
@@ -185,7 +187,13 @@ class TextDecoder(Pretrained, nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
-        x = self.tok_embed(tokens)
+        try:
+            x = self.tok_embed(tokens)
+        except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
+            raise ValueError(
+                f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to a decoder with a "
+                f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
+            ) from error
         return x if self.pos_embed is None else x + self.pos_embed(positions)
 
     def forward(
@@ -212,7 +220,8 @@ class TextDecoder(Pretrained, nn.Module):
             (b q d), normed.
 
         Raises:
-            ValueError: if there are more tokens than `max_len`, or a token id is outside the vocabulary.
+            ValueError: if there are more tokens than `max_len`, (on a CPU) a token id is outside the vocabulary, or a
+                context is missing, or given to a decoder that cannot read it.
         """
         positions = self._positions(tokens, valid, state)
         return self.run(
@@ -240,9 +249,7 @@ class TextDecoder(Pretrained, nn.Module):
         if mask is None:
             mask = self._mask(x, valid, state)
         rope: Rope | None = self.rotary(positions) if self.rotary is not None else None
-        if isinstance(context, Tensor):
-            context = self.project_context(context)
-        contexts = dict(zip(self.cross_layers, context or (), strict=True))
+        contexts = self._contexts(context)
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if before_block is not None:
@@ -252,6 +259,21 @@ class TextDecoder(Pretrained, nn.Module):
         if state is not None:
             self._remember(state, positions, valid, x)
         return self.last_norm(x)
+
+    def _contexts(self, context: Context | None) -> dict[int, KeyValue]:
+        layers = self.cross_layers
+        if layers and context is None:
+            raise ValueError("this decoder has cross-attention, but no context was given")
+        if not layers and context is not None:
+            raise ValueError("this decoder has no cross-attention, but a context was given")
+        if isinstance(context, Tensor):
+            context = self.project_context(context)
+        context = () if context is None else context
+        if len(context) != len(layers):
+            raise ValueError(
+                f"keys and values for {len(context)} blocks were given, but {len(layers)} read a context"
+            )
+        return dict(zip(layers, context, strict=True))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
@@ -311,5 +333,8 @@ class TextDecoder(Pretrained, nn.Module):
             if known is None:
                 known = torch.ones(rows, past, dtype=torch.bool, device=x.device)
             state.valid = torch.cat((known, new), dim=1)
-        last = positions.max(dim=-1).values + 1
-        state.positions = last.expand(rows) if last.ndim == 0 else last
+        following = (positions + 1).expand(rows, count)
+        if valid is not None:  # Padding takes no position, also where all of a row's new tokens are padding.
+            following = following.masked_fill(~valid, 0)
+        last = following.max(dim=-1).values
+        state.positions = last if state.positions is None else last.maximum(state.positions)
