@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmtransformer.attention import Attention
 from mmtransformer.blocks import MLP, Activation, AttentionPool, EncoderBlock, make_norm
-from mmtransformer.positions import resize_positions
+from mmtransformer.positions import resize_positions, sinusoidal_2d
 from mmtransformer.pretrained import Pretrained
 
 VIT_SIZES: dict[str, dict[str, int]] = {
@@ -116,6 +116,8 @@ class ViT(Pretrained, nn.Module):
         norm_eps: of the LayerNorms; 1e-6 as in the paper's code and timm.
         patch_bias: whether the patch projection has a bias.
         stem: "patch" cuts patches and projects them, as the paper; "conv" convolves (see `ConvStem`).
+        positions: what the table of positions starts from: "learned" from noise (the paper), or from 2-D "sinusoids"
+            (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step.
         norm_pre: a LayerNorm before the first block (CLIP).
         layer_scale: first value of LayerScale (DINOv2, CaiT); None = none.
         dropout: share of a branch's result dropped in training.
@@ -144,6 +146,7 @@ class ViT(Pretrained, nn.Module):
         norm_eps: float = 1e-6,
         patch_bias: bool = True,
         stem: Literal["patch", "conv"] = "patch",
+        positions: Literal["learned", "sinusoids"] = "learned",
         norm_pre: bool = False,
         layer_scale: float | None = None,
         dropout: float = 0.0,
@@ -160,6 +163,8 @@ class ViT(Pretrained, nn.Module):
             raise ValueError(f'pool must be "class", "mean" or "attention", not "{pool}"')
         if stem not in ("patch", "conv"):
             raise ValueError(f'stem must be "patch" or "conv", not "{stem}"')
+        if positions not in ("learned", "sinusoids"):
+            raise ValueError(f'positions must be "learned" or "sinusoids", not "{positions}"')
         if pool == "class" and not class_token:
             raise ValueError('pool="class" needs class_token=True; without one, pool "mean" or "attention"')
         if not 0 <= patch_dropout < 1:
@@ -170,7 +175,7 @@ class ViT(Pretrained, nn.Module):
         self.class_token, self.num_registers = class_token, num_registers
         self.pool, self.num_classes, self.activation = pool, num_classes, activation
         self.norm_eps, self.patch_bias, self.stem = norm_eps, patch_bias, stem
-        self.norm_pre, self.layer_scale = norm_pre, layer_scale
+        self.positions, self.norm_pre, self.layer_scale = positions, norm_pre, layer_scale
         self.dropout, self.drop_path, self.patch_dropout = dropout, drop_path, patch_dropout
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid = (height // patch_size, width // patch_size)
@@ -205,10 +210,14 @@ class ViT(Pretrained, nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Positions, prefix tokens and linear weights ~ N(0, 0.02) cut at 2 std, biases 0 (as DeiT and timm)."""
+        """Positions, prefix tokens and linear weights ~ N(0, 0.02) cut at +-2, biases 0 (as DeiT and timm)."""
         for parameter in (self.pos_embed, self.prefix_tokens):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
+        if self.positions == "sinusoids":
+            self.pos_embed.data.copy_(
+                0.5 * sinusoidal_2d(self.grid, self.dim)
+            )  # As large as fresh patches are.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

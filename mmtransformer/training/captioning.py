@@ -6,7 +6,7 @@ Letters: b pictures, r captions of a picture, n = b * r rows.
 import dataclasses
 import math
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,7 @@ from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freez
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.pipeline import Decoding, ImageCaptioner
 from mmtransformer.training.guard import not_finite
-from mmtransformer.training.optim import adamw, warmup_cosine
+from mmtransformer.training.optim import adamw, muon, warmup_cosine
 
 
 class Captioning(pl.LightningModule):
@@ -33,6 +33,7 @@ class Captioning(pl.LightningModule):
 
     Args:
         captioner: The model.
+        optimizer: "adamw", or "muon" for matrices with AdamW for the rest: small models learn from fewer pictures.
         lr: The peak learning rate.
         weight_decay: Decay of matrices; vectors (norms, biases) have none.
         betas: AdamW's decay rates.
@@ -48,6 +49,7 @@ class Captioning(pl.LightningModule):
         self,
         captioner: Captioner,
         *,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.98),
@@ -59,10 +61,13 @@ class Captioning(pl.LightningModule):
         decoding: Decoding | None = None,
     ) -> None:
         super().__init__()
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f'optimizer must be "adamw" or "muon", not "{optimizer}"')
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         if not 0.0 <= ema < 1.0:
             raise ValueError(f"ema ({ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
+        self.optimizer: Literal["adamw", "muon"] = optimizer
         self.captioner, self.lr, self.weight_decay, self.betas = captioner, lr, weight_decay, betas
         self.warmup_steps, self.min_lr_ratio, self.label_smoothing = (
             warmup_steps,
@@ -88,15 +93,13 @@ class Captioning(pl.LightningModule):
         return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, with warm-up and cosine over the whole run."""
-        # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
-        optimizer = adamw(
-            self.captioner,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            fused=self.trainer.precision != "16-mixed",
-        )
+        """The optimizer, with warm-up and cosine over the whole run."""
+        settings = {"lr": self.lr, "weight_decay": self.weight_decay, "betas": self.betas}
+        if self.optimizer == "muon":
+            optimizer = muon(self.captioner, **settings)
+        else:
+            # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
+            optimizer = adamw(self.captioner, **settings, fused=self.trainer.precision != "16-mixed")
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
