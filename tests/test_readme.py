@@ -20,6 +20,8 @@ from typing import NamedTuple
 import pytest
 from PIL import Image, ImageDraw
 
+from mmtransformer import ViT
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -61,6 +63,9 @@ def reader(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     rng = random.Random(3)
     scene(rng).save(tmp_path / "photo.jpg")
+
+    # In place of the pretrained tower that would be downloaded: a folder of that name comes before the hub.
+    ViT(dim=192, depth=1, num_heads=3).save_pretrained(tmp_path / "deit_tiny_patch16_224")
 
     photos = tmp_path / "photos"
     flickr = tmp_path / "flickr8k"
