@@ -6,6 +6,7 @@ files that were found below the root. So no name, however hostile, can reach a f
 
 import os
 import stat
+import struct
 import tarfile
 import threading
 import unicodedata
@@ -30,6 +31,15 @@ PICTURES = (
     ".tiff",
     ".avif",
     ".ppm",
+)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    OSError,
+    NotImplementedError,
+    ValueError,
+    struct.error,
+    EOFError,
 )
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
 
@@ -257,7 +267,7 @@ class Files:
                 elif inner and not any(p.startswith(".") or p == "__MACOSX" for p in inner.split("/")):
                     assert isinstance(entry, Entry)
                     found[inner] = entry._replace(path=nfc(full), inner=inner, box=len(self.boxes))
-        except (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, UnicodeError) as error:
+        except _DAMAGED as error:
             self.refused[nfc(prefix)] = f"a damaged archive ({error})"
             return
         self.boxes.append(str(path))
@@ -275,9 +285,9 @@ def _pread(handle: int, size: int, offset: int) -> bytes:
 def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
     with zipfile.ZipFile(path) as box:
         for info in box.infolist():
-            if info.is_dir():
-                continue
             name = info.filename
+            if not name or name.endswith("/"):
+                continue
             if not info.flag_bits & 0x800 and not name.isascii():
                 name = _unmangle(name)
             if info.flag_bits & 1:
