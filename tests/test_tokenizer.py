@@ -180,7 +180,7 @@ def test_words_own_every_token_that_holds_their_bytes() -> None:
     bare = Tokenizer.train([], 260)
     ids = [*bare.prompt(), *bare.encode("a 별"), bare.eos_id, *bare.encode("more")]
     assert bare.words(ids) == [("a", [2]), ("별", [4, 5, 6])]
-    assert bare.pieces(ids[:8]) == [BOS, "", "a", " ", "별", "", "", EOS]
+    assert bare.pieces(ids) == [BOS, "", "a", " ", "별", "", "", EOS, *" more"]  # eos ends words only
 
 
 def test_words_of_pieces_that_hold_several_words_or_characters(tokenizer: Tokenizer) -> None:
@@ -487,3 +487,13 @@ def test_gaps_among_the_ids_count() -> None:
     assert loaded.vocab_size == 12
     assert loaded.decode([9, 0]) == "b a"
     assert loaded.pieces([9, 5, 9]) == ["b", "", " b"]
+
+
+def test_added_tokens_that_are_not_special_are_text() -> None:
+    """A hub model may have whole words added behind its vocabulary, spelt as they are read."""
+    backend = Tokenizer.train(CORPUS, 300).backend
+    backend.add_tokens(["ĠĠ빨간별"])
+    loaded = Tokenizer(backend)
+    ids = loaded.encode("a ĠĠ빨간별 b")
+    assert loaded.vocab_size - 1 in ids
+    assert loaded.decode(ids) == "a ĠĠ빨간별 b"
