@@ -16,7 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.captioner import CaptionBatch, Captioner
-from mmtransformer.generate import generate
+from mmtransformer.generate import Generated, generate
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.tokenizer import Tokenizer
@@ -140,21 +140,27 @@ def write_captions(
         generator=generator,
     )
     results = [
-        [
-            CaptionResult(
-                text=tokenizer.decode(g.tokens),
-                language=languages[i % len(languages)],
-                tokens=g.tokens,
-                log_prob=g.log_prob,
-                token_log_probs=g.token_log_probs,
-                words=tokenizer.words(g.tokens),
-                finished=g.finished,
-            )
-            for g in row
-        ]
+        [_result(said, tokenizer, languages[i % len(languages)]) for said in row]
         for i, row in enumerate(rows)
     ]
     return [results[i : i + len(languages)] for i in range(0, len(results), len(languages))]
+
+
+def _result(said: Generated, tokenizer: Tokenizer, language: str | None) -> CaptionResult:
+    # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
+    known = [
+        (t, p) for t, p in zip(said.tokens, said.token_log_probs, strict=True) if t < tokenizer.vocab_size
+    ]
+    tokens = [token for token, _ in known]
+    return CaptionResult(
+        text=tokenizer.decode(tokens),
+        language=language,
+        tokens=tokens,
+        log_prob=said.log_prob,
+        token_log_probs=[log_prob for _, log_prob in known],
+        words=tokenizer.words(tokens),
+        finished=said.finished,
+    )
 
 
 def heat_of(captioner: Captioner, tokenizer: Tokenizer, batch: CaptionBatch, said: CaptionResult) -> Tensor:

@@ -2,6 +2,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -112,7 +113,9 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
     seen: list[torch.Tensor] = []
 
     class Look(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
+        ) -> None:
             seen.extend(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)
 
     doubles = [CaptionBatch(b.tokens, b.valid, b.target, b.pixels.double()) for b in batches]  # type: ignore[union-attr]
@@ -156,7 +159,9 @@ def test_gradient_is_clipped(tmp_path: Path) -> None:
     class Norm(pl.Callback):
         norms: list[float] = []  # noqa: RUF012
 
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
+        ) -> None:
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
@@ -176,9 +181,9 @@ def test_image_use_is_checked(tmp_path: Path, blind: bool) -> None:
         for parameter in model.parameters():  # at initialisation it hardly looks
             parameter.add_(0.2 * torch.randn_like(parameter))
         if blind:
-            for block in model.decoder.blocks:
-                block.cross_attn.out_proj.weight.zero_()
-                block.cross_attn.out_proj.bias.zero_()
+            for name, parameter in model.decoder.named_parameters():
+                if "cross_attn.out_proj" in name:
+                    parameter.zero_()
     data, run = scenes(), trainer(tmp_path)
     run.validate(Captioning(model), datamodule=data, verbose=False)
     for split in ("val", "compositional"):
@@ -262,12 +267,10 @@ def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
 def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> None:
     data, model = scenes(), captioner()
 
-    def tell_the_truth(
-        model: object, tokenizer: object, batch: CaptionBatch, languages: list[str], **_: object
-    ):
+    def tell_the_truth(model: Any, tokenizer: Any, batch: CaptionBatch, languages: list[str], **_: object):
         fake = write_captions(
             model, tokenizer, batch, languages, decoding=Decoding(num_beams=1, max_new_tokens=2)
-        )  # type: ignore[arg-type]
+        )
         for row, references in zip(fake, batch.references, strict=True):
             for said, language in zip(row, languages, strict=True):
                 text = next(text for text, code in references if code == language)

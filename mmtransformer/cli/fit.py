@@ -245,6 +245,8 @@ def fit(cli: "LightningCLI") -> None:
 
 def _quiet() -> None:
     """Lightning's advertisements and advice on workers stay out of the way."""
+    import lightning.pytorch  # noqa: F401 (it sets the level of its loggers when it is imported)
+
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,114 @@
+"""Every recipe runs, from its YAML to the files in its folder, with recipes/tiny.yaml laid over it."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer.cli import main
+from mmtransformer.data.scenes import Scenes
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "tiny")
+
+
+def flickr_folder(folder: Path) -> Path:
+    """Six pictures as Flickr8k's authors hand theirs out."""
+    (folder / "Flicker8k_Dataset").mkdir(parents=True)
+    split = Scenes(image_size=32, train_size=6, phrasings=2, languages=("en",)).split("train")
+    lines = []
+    for i in range(6):
+        split.image(i).save(folder / "Flicker8k_Dataset" / f"{i}.jpg")
+        lines += [f"{i}.jpg#{k}\t{caption.text}" for k, caption in enumerate(split.captions(i))]
+    (folder / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    for name, some in (("train", (0, 1, 2)), ("dev", (3, 4)), ("test", (5,))):
+        text = "".join(f"{i}.jpg\n" for i in some)
+        (folder / f"Flickr_8k.{name}Images.txt").write_text(text, "utf-8")
+    return folder
+
+
+def saved_model(folder: Path) -> Path:
+    source = Scenes(image_size=32, train_size=9).split("train")
+    texts = [caption.text for i in range(9) for caption in source.captions(i)]
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
+    ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
+    return folder
+
+
+def arguments(name: str, folder: Path) -> list[str]:
+    """What a recipe needs beside recipes/tiny.yaml: small data, made here."""
+    if name == "caption_scenes":
+        sizes = {"train_size": 12, "val_size": 3, "compositional_size": 2}
+        return [f"--data.source.{key}={value}" for key, value in sizes.items()]
+    root = f"--data.root={flickr_folder(folder / 'flickr')}"
+    if name == "finetune_pairs":
+        return [root, f"--model.init={saved_model(folder / 'model')}"]
+    vision = ViT(32, 8, 192, 1, 3)
+    vision.save_pretrained(folder / "vit")
+    return [
+        root,
+        f"--model.captioner.vision.source={folder / 'vit'}",
+        "--data.image.image_size=32",
+        f"--data.cache_dir={folder / 'features'}",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
+    run = tmp_path / "run"
+    words = ["--config", str(RECIPES / f"{name}.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(["fit", *words, f"--trainer.default_root_dir={run}", *arguments(name, tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    files = [
+        "config.yaml",
+        "metrics.csv",
+        "metrics.json",
+        "gallery.png",
+        "gallery.html",
+        "predictions_val.jsonl",
+    ]
+    files += [
+        "model/model.safetensors",
+        "model/config.json",
+        "model/tokenizer.json",
+        "model/preprocessor.json",
+    ]
+    files += ["model/README.md", "checkpoints/last.ckpt"]
+    assert [file for file in files if not (run / file).is_file()] == []
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["training"]["steps"] == (3 if name == "caption_scenes" else 1)
+    assert metrics["image_use"]["val"].keys() >= {
+        "loss",
+        "loss_right",
+        "loss_other_picture",
+        "loss_blank_picture",
+    }
+    if name == "caption_scenes":
+        assert {s: set(by) for s, by in metrics["facts"].items()} == {
+            "val": {"en", "ko"},
+            "compositional": {"en", "ko"},
+        }
+    else:
+        assert all("bleu_4" in scores["values"] for scores in metrics["captions"]["val"].values())
+    assert f"caption YOUR_PICTURE.jpg --model {run / 'model'}" in out
+    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner.vocab_size > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_says_what_it_does(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    head = text[: text.index("\nseed_everything")]
+    assert all(line.startswith("#") for line in head.splitlines() if line)
+    assert all(f"#   {word}" in head for word in ("command", "hardware", "time", "score"))
+    assert f"mmt fit --config recipes/{name}.yaml" in head
+    assert "${" not in text
