@@ -141,7 +141,7 @@ def test_every_block_runs(reader: Path) -> None:
         else:
             command = [sys.executable, "-W", "error", "-c", block.code + parts(block.section)]
         done = subprocess.run(
-            command, cwd=reader, env=env, capture_output=True, text=True, check=False, timeout=120
+            command, cwd=reader, env=env, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, (
             f"README.md:{block.line} fails:\n{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
