@@ -231,6 +231,10 @@ def fit(cli: "LightningCLI") -> None:
     )
     write_report(folder, model, data, evaluation, extra=extra)
     print(f"\n{evaluation.table()}\n")
+    for path in sorted(folder.glob("bad_pictures_*.jsonl")):
+        count = len(path.read_text("utf-8").splitlines())
+        if count:
+            print(f"{count} pictures could not be read; they are named in {path}")
     for split, losses in use.items():
         if "loss_right" in losses:
             print(
