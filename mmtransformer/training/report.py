@@ -123,7 +123,7 @@ def headline(evaluation: Evaluation) -> str:
                     f"{split}{'' if code == ANY else f' {code}'}: BLEU-4 {100 * n['bleu_4']:.1f}, "
                     f"CIDEr-D {100 * n['cider_d']:.1f}, ROUGE-L {100 * n['rouge_l']:.1f}"
                 )
-    return "   ".join(parts)
+    return "; ".join(parts)
 
 
 def page_table(evaluation: Evaluation) -> dict[str, Any]:
