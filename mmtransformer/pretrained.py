@@ -19,23 +19,36 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:
-    """How to build this module again: {"class": name, "args": {...}}, nested where an argument is a module."""
-    args = {}
-    for name in list(inspect.signature(type(module).__init__).parameters)[1:]:
+    """How to build this module again: {"class": name, "args": {...}}, nested where an argument is a module.
+
+    Raises:
+        ValueError: if it is not one of the library's public models, and could not be built again.
+    """
+    kind, args = type(module), {}
+    if not isinstance(module, Pretrained) or _public(kind.__name__) is not kind:
+        raise ValueError(
+            f"{kind.__module__}.{kind.__name__} is no public model of mmtransformer: only those are saved"
+        )
+    for name in list(inspect.signature(kind.__init__).parameters)[1:]:
         value = getattr(module, name)
         if isinstance(value, nn.Module):
             value = to_config(value)
         elif isinstance(value, tuple):
             value = list(value)
         args[name] = value
-    return {"class": type(module).__name__, "args": args}
+    return {"class": kind.__name__, "args": args}
+
+
+def _public(name: Any) -> Any:
+    library = importlib.import_module("mmtransformer")
+    return getattr(library, name, None) if isinstance(name, str) and name in library.__all__ else None
 
 
 def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
     """Builds the module that a config describes; only public classes of this library can be named.
 
     Raises:
-        ValueError: for a class or argument that the library does not have.
+        ValueError: for a class or argument that the library does not have, or arguments that do not fit.
     """
     if (
         not isinstance(config, dict)
@@ -43,10 +56,9 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
         or not isinstance(config["args"], dict)
     ):
         raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}')
-    library = importlib.import_module("mmtransformer")
     name = config["class"]
-    found = getattr(library, name, None) if isinstance(name, str) and name in library.__all__ else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    found = _public(name)
+    if not (isinstance(found, type) and issubclass(found, Pretrained)):
         raise ValueError(f'{where}: mmtransformer has no model class "{name}"')
     known = list(inspect.signature(found.__init__).parameters)[1:]
     if unknown := sorted(set(config["args"]) - set(known)):
@@ -55,7 +67,10 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
         k: from_config(v, where) if isinstance(v, dict) and "class" in v else v
         for k, v in config["args"].items()
     }
-    return found(**args)
+    try:
+        return found(**args)  # pyright: ignore[reportReturnType]  # All public ones are modules.
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {name} cannot be built: {error}") from error
 
 
 def find_folder(folder_or_id: str | Path) -> Path:
@@ -126,7 +141,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     """Fills a module, all of it and with nothing left over; tied tensors need to be there once.
 
     Raises:
-        ValueError: naming tensors that are missing, left over, or of another shape.
+        ValueError: naming tensors that are missing, left over, of another shape, or tied here but different there.
     """
     own = module.state_dict()
     storage = {name: tensor.data_ptr() for name, tensor in own.items()}
@@ -138,10 +153,20 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    faults = [f"missing: {_few(missing)}"] * bool(missing) + [f"not in the model: {_few(extra)}"] * bool(
-        extra
-    )
-    faults += [f"shapes: {_few(wrong)}"] * bool(wrong)
+    first = {storage[name]: name for name in reversed(state) if name in own}
+    tied = [(first[storage[name]], name) for name in state if name in own and first[storage[name]] != name]
+    torn = [
+        f"{a} and {b}"
+        for a, b in tied
+        if state[a].shape == state[b].shape and not torch.equal(state[a], state[b])
+    ]
+    kinds = {
+        "missing": missing,
+        "not in the model": extra,
+        "shapes": wrong,
+        "tied in the model, but different": torn,
+    }
+    faults = [f"{kind}: {_few(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise ValueError(f"{where} does not fit {type(module).__name__}; " + "; ".join(faults))
     with torch.no_grad():
@@ -157,12 +182,16 @@ class Pretrained:
     """Saving to and loading from folders, for the library's models (beside `nn.Module`)."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`; tied tensors once."""
+        """Writes `config.json` and `model.safetensors`; tied tensors once.
+
+        Raises:
+            ValueError: if a part is not a public model of this library, before anything is written.
+        """
         assert isinstance(self, nn.Module)
+        text = json.dumps(to_config(self), indent=2, ensure_ascii=False) + "\n"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self, str(folder / WEIGHTS), metadata={"format": "pt"})
-        text = json.dumps(to_config(self), indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
 
     @classmethod

@@ -10,7 +10,7 @@ from mmtransformer.pretrained import load_strictly
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
 
 
-def _table(depth: int, cross: bool) -> list[Row]:
+def _table(depth: int, *, cross: bool, tied: bool) -> list[Row]:
     rows = [
         Row("transformer.wte.weight", ("tok_embed.weight",)),
         Row("transformer.wpe.weight", ("pos_embed.weight",)),
@@ -31,7 +31,8 @@ def _table(depth: int, cross: bool) -> list[Row]:
         rows += layer(f"{theirs}.ln_2", f"{ours}.norm2")
         rows += layer(f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc1", transposed=True)
         rows += layer(f"{theirs}.mlp.c_proj", f"{ours}.mlp.fc2", transposed=True)
-    return rows + layer("transformer.ln_f", "last_norm")
+    rows += layer("transformer.ln_f", "last_norm")
+    return rows if tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
 
 
 def decoder_from_gpt2(config: Any, state: dict[str, Tensor], where: str) -> TextDecoder:
@@ -57,7 +58,7 @@ def decoder_from_gpt2(config: Any, state: dict[str, Tensor], where: str) -> Text
         raise ValueError(
             f"{where} scales attention by layer, or not at all: TextDecoder scales by 1 / sqrt(head_dim)"
         )
-    cross = bool(config.add_cross_attention)
+    cross, tied = bool(config.add_cross_attention), bool(config.tie_word_embeddings)
     decoder = TextDecoder(
         config.vocab_size,
         config.n_embd,
@@ -68,13 +69,19 @@ def decoder_from_gpt2(config: Any, state: dict[str, Tensor], where: str) -> Text
         cross_dim=config.n_embd if cross else None,
         norm_eps=config.layer_norm_epsilon,
         mlp=activations[config.activation_function],
+        tied=tied,
     )
     if not any(name.startswith("transformer.") for name in state):
-        state = {f"transformer.{name}": tensor for name, tensor in state.items()}
+        state = {
+            name if name == "lm_head.weight" else f"transformer.{name}": tensor
+            for name, tensor in state.items()
+        }
     buffers = [
         name for name in state if name.endswith((".attn.bias", ".attn.masked_bias", ".crossattention.bias"))
     ]
-    ours = to_ours(_table(config.n_layer, cross), state, where, ignored=["lm_head.weight", *buffers])
+    copies = ["lm_head.weight"] if tied else []
+    table = _table(config.n_layer, cross=cross, tied=tied)
+    ours = to_ours(table, state, where, ignored=copies + buffers)
     load_strictly(decoder, ours, where)
     return decoder.eval()
 
@@ -85,22 +92,21 @@ def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
     Raises:
         ValueError: if the decoder is not of GPT-2's kind.
     """
-    kind = (
-        decoder.norm,
-        decoder.positions,
-        decoder.bias,
-        decoder.tied,
-        decoder.qk_norm,
-        decoder.num_kv_heads,
+    kind = (decoder.norm, decoder.positions, decoder.bias, decoder.qk_norm)
+    heads = decoder.num_kv_heads in (None, decoder.num_heads) and decoder.head_dim in (
+        None,
+        decoder.dim // decoder.num_heads,
     )
-    same = kind[:5] == ("layer", "learned", "all", True, None) and kind[5] in (None, decoder.num_heads)
     crosses = decoder.cross_dim is None or (decoder.cross_dim == decoder.dim and decoder.cross_every == 1)
-    if not (same and crosses and decoder.mlp != "swiglu"):
+    if not (kind == ("layer", "learned", "all", None) and heads and crosses and decoder.mlp != "swiglu"):
         raise ValueError(
-            f"only a decoder of GPT-2's kind can be written as GPT-2; this one has {kind}, mlp {decoder.mlp}"
+            f"only a decoder of GPT-2's kind can be written as GPT-2; this one has {kind}, mlp {decoder.mlp}, "
+            f"num_kv_heads {decoder.num_kv_heads}, head_dim {decoder.head_dim}, cross_dim {decoder.cross_dim}, "
+            f"cross_every {decoder.cross_every}"
         )
-    theirs = to_theirs(_table(decoder.depth, decoder.cross_dim is not None), dict(decoder.state_dict()))
-    return theirs | {"lm_head.weight": theirs["transformer.wte.weight"]}
+    table = _table(decoder.depth, cross=decoder.cross_dim is not None, tied=decoder.tied)
+    theirs = to_theirs(table, dict(decoder.state_dict()))
+    return {"lm_head.weight": theirs["transformer.wte.weight"]} | theirs
 
 
 def from_transformers(model: nn.Module) -> TextDecoder:

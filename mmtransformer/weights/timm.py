@@ -56,9 +56,22 @@ def from_timm(model: nn.Module) -> ViT:
     """Our ViT with the weights of a timm `VisionTransformer`; equal to 1e-5 in float32.
 
     Raises:
-        ValueError: if the model has parts that `ViT` does not (query/key norms, gated MLPs, a norm after pooling).
+        ValueError: if it is no Vision Transformer, or has parts that `ViT` does not (query/key norms, gated MLPs, a
+            norm after pooling).
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     timm_model: Any = model
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"timm's {type(model).__name__} is not a VisionTransformer, which alone fits ViT")
+    pools = {"token": "class", "avg": "mean", "map": "attention", "": None}
+    if timm_model.global_pool not in pools or (
+        timm_model.pool_include_prefix and timm_model.global_pool == "avg"
+    ):
+        raise ValueError(
+            f'ViT does not pool like timm\'s global_pool="{timm_model.global_pool}" '
+            f"(with prefix tokens: {timm_model.pool_include_prefix})"
+        )
     block = timm_model.blocks[0]
     activations: dict[str, Activation] = {
         "GELU": "gelu",
@@ -77,7 +90,7 @@ def from_timm(model: nn.Module) -> ViT:
         grid=timm_model.patch_embed.grid_size,
         activation=activations[name],
         norm_eps=block.norm1.eps,
-        pool={"token": "class", "avg": "mean", "map": "attention"}.get(timm_model.global_pool),
+        pool=pools[timm_model.global_pool],
         where=f"timm's {type(model).__name__}",
     )
 
@@ -106,11 +119,11 @@ def vit_from_state(
     Raises:
         ValueError: if the tensors are not a Vision Transformer's that `ViT` can hold.
     """
-    for name in ("patch_embed.proj.weight", "pos_embed", "norm.weight"):
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
         if name not in state:
             hint = (
                 ": it norms after pooling (fc_norm), which ViT does not do"
-                if "fc_norm.weight" in state
+                if "fc_norm.weight" in state and name == "norm.weight"
                 else ""
             )
             raise ValueError(f'{where} has no tensor "{name}", so it is not a ViT with timm\'s names{hint}')
@@ -227,10 +240,22 @@ def _from_folder(folder: Path) -> ViT:
     config = read_json(folder / CONFIG)
     if "class" in config:
         return ViT.from_pretrained(folder)
-    heads = config.get("num_heads", config.get("model_args", {}).get("num_heads"))
-    eps = config.get("layer_norm_eps", 1e-6)
+    state = read_safetensors(folder / WEIGHTS)
+    if "pretrained_cfg" in config:  # As timm writes it: the architecture says what shapes do not.
+        import timm
+
+        name, classes = config.get("architecture", ""), state.get("head.bias", torch.empty(0)).shape[0]
+        if not timm.is_model(name):
+            raise ValueError(f'{folder / CONFIG}: timm has no model "{name}"')
+        model = timm.create_model(name, **{"num_classes": classes} | config.get("model_args", {}))
+        load_strictly(model, state, str(folder / WEIGHTS))
+        return from_timm(model)
     return vit_from_state(
-        read_safetensors(folder / WEIGHTS), num_heads=heads, norm_eps=eps, where=str(folder)
+        state,
+        num_heads=config.get("num_heads"),
+        activation=config.get("activation", "gelu"),
+        norm_eps=config.get("layer_norm_eps", 1e-6),
+        where=str(folder),
     )
 
 

@@ -1,0 +1,322 @@
+"""Weights of timm and transformers: their small random models against ours with the same weights, both ways."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.layers import QuickGELU
+from timm.layers.mlp import GluMlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mmtransformer import TextDecoder, ViT
+from mmtransformer.weights import (
+    decoder_to_gpt2,
+    from_timm,
+    from_transformers,
+    load_vit,
+    to_timm,
+    vit_from_state,
+)
+
+BASE: dict[str, Any] = {
+    "img_size": 24, "patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 4, "mlp_ratio": 1.5, "num_classes": 0,
+}  # fmt: skip
+VITS: dict[str, dict[str, Any]] = {
+    "vit with head": {"num_classes": 7},
+    "deit, not square": {"img_size": (16, 40), "num_classes": 7},
+    "dinov2": {"init_values": 1e-5, "patch_size": 6},
+    "dinov2 registers": {"init_values": 1e-5, "reg_tokens": 3, "no_embed_class": True},
+    "registers with positions": {"reg_tokens": 3},
+    "registers, no class": {"reg_tokens": 2, "class_token": False, "no_embed_class": True, "global_pool": "avg",
+                            "fc_norm": False},
+    "siglip": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
+    "clip": {"pre_norm": True, "act_layer": QuickGELU, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
+    "mean of patches": {"global_pool": "avg", "fc_norm": False, "num_classes": 7},
+    "one channel": {"in_chans": 1},
+}  # fmt: skip
+
+
+def shake(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return module.eval()
+
+
+def timm_vit(**options: Any) -> Any:
+    return shake(VisionTransformer(**BASE | options))
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_vit_equals_timm_both_ways(name: str) -> None:
+    theirs = timm_vit(**VITS[name])
+    ours = from_timm(theirs)
+    assert not ours.training
+    pixels = torch.randn(3, theirs.patch_embed.proj.in_channels, *theirs.patch_embed.img_size)
+    close(ours.forward_features(pixels), theirs.forward_features(pixels))
+    close(ours(pixels), theirs(pixels))
+    last = theirs.forward_intermediates(pixels, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
+    close(ours.forward_intermediates(pixels, [0])[0][:, ours.num_prefix_tokens :], last)
+    state = to_timm(ours)
+    back = VisionTransformer(**BASE | VITS[name])
+    if VITS[name].get("no_embed_class"):  # There, positions are of patches only.
+        state["pos_embed"] = state["pos_embed"][:, ours.num_prefix_tokens :]
+    back.load_state_dict(state)
+    close(back.eval()(pixels), theirs(pixels))
+    again = vit_from_state(
+        to_timm(ours),
+        num_heads=4,
+        grid=ours.grid,
+        activation=ours.activation,
+        norm_eps=ours.norm_eps,
+        pool=ours.pool,
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("size", [(40, 16), (16, 16), (56, 64)])
+@pytest.mark.parametrize("name", ["deit, not square", "registers with positions", "siglip"])
+def test_other_sizes_at_run_time_equal_timm(name: str, size: tuple[int, int]) -> None:
+    theirs = timm_vit(**VITS[name], dynamic_img_size=True)
+    ours, pixels = from_timm(theirs), torch.randn(2, 3, *size)
+    close(ours.forward_features(pixels), theirs.forward_features(pixels))
+
+
+def test_parameters_count_as_in_timm() -> None:
+    theirs = timm_vit(num_classes=7, reg_tokens=3, no_embed_class=True)
+    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    assert count(from_timm(theirs)) == count(theirs)
+    with_positions = timm_vit(num_classes=7)  # Its class token's position is added in.
+    assert count(from_timm(with_positions)) == count(with_positions) - 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_pool": "avg"}, r'"norm.weight".*fc_norm'),
+        ({"global_pool": "max", "fc_norm": False}, 'global_pool="max"'),
+        ({"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True}, "prefix tokens: True"),
+        ({"qk_norm": True}, r"unknown: blocks\.0\.attn\.k_norm"),
+        ({"qkv_bias": False}, r"missing: blocks\.0\.attn\.qkv\.bias.*\(2 in all\)"),
+        ({"act_layer": nn.Tanh}, "timm's Tanh"),
+        (
+            {"mlp_layer": GluMlp, "act_layer": "silu"},
+            r"blocks\.0\.mlp\.fc2\.weight is \(20, 15\).*\(20, 30\)",
+        ),
+        ({"patch_size": (8, 12)}, r"patch"),
+    ],
+    ids=str,
+)
+def test_a_timm_model_that_does_not_fit_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_timm(timm_vit(**options))
+
+
+def test_no_vit_at_all() -> None:
+    with pytest.raises(ValueError, match="Linear is not a VisionTransformer"):
+        from_timm(nn.Linear(2, 3))
+    state = timm_vit().state_dict()
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
+        with pytest.raises(ValueError, match=f'my file has no tensor "{name}"'):
+            vit_from_state({k: v for k, v in state.items() if k != name}, where="my file")
+    with pytest.raises(ValueError, match=r"12 positions.*1 prefix"):
+        vit_from_state(state | {"pos_embed": torch.zeros(1, 12, 20)})
+
+
+def test_a_convolutional_stem_is_not_timms() -> None:
+    with pytest.raises(ValueError, match='stem="conv"'):
+        to_timm(ViT(16, 8, 20, 1, 4, stem="conv"))
+
+
+# --- load_vit: a folder of ours, a folder or a file with timm's names, a timm name
+
+
+def write(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(state, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_load_vit_from_our_folder(tmp_path: Path) -> None:
+    vit = shake(ViT((16, 24), 8, 20, 2, 4, num_classes=7, num_registers=2))
+    assert isinstance(vit, ViT)
+    vit.save_pretrained(tmp_path / "vit")
+    pixels = torch.randn(2, 3, 16, 24)
+    kept = load_vit(str(tmp_path / "vit"), keep_head=True)
+    assert torch.equal(kept(pixels), vit(pixels))
+    bare = load_vit(str(tmp_path / "vit"))
+    assert bare.num_classes == 0
+    assert torch.equal(bare(pixels), vit.forward_features(pixels)[:, 0])
+    assert not any(name.startswith("head") for name in bare.state_dict())
+    bare.save_pretrained(tmp_path / "bare")  # What was loaded can be saved.
+    assert torch.equal(ViT.from_pretrained(tmp_path / "bare")(pixels), bare(pixels))
+
+
+def test_load_vit_from_timms_names(tmp_path: Path) -> None:
+    theirs, pixels = timm_vit(num_classes=7, act_layer=QuickGELU), torch.randn(2, 3, 24, 24)
+    theirs.norm.eps = 1e-3
+    for block in theirs.blocks:
+        block.norm1.eps = block.norm2.eps = 1e-3
+    config = {"num_heads": 4, "activation": "quick_gelu", "layer_norm_eps": 1e-3}
+    folder = write(tmp_path / "plain", config, theirs.state_dict())
+    close(load_vit(folder, keep_head=True)(pixels), theirs(pixels))
+    close(load_vit(folder)(pixels), theirs.forward_features(pixels)[:, 0])
+
+
+def test_load_vit_from_a_folder_of_timms(tmp_path: Path) -> None:
+    """There the architecture says what the tensors' shapes do not: heads, activation, epsilon, pooling."""
+    import timm
+
+    args = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 20, "num_heads": 5, "mlp_ratio": 1}
+    for name, classes in (("vit_base_patch16_siglip_224", 0), ("vit_base_patch32_clip_quickgelu_224", 7)):
+        theirs: Any = shake(timm.create_model(name, **{"num_classes": classes} | args))
+        config = {"architecture": name, "pretrained_cfg": {}, "model_args": args}
+        folder = write(tmp_path / name, config, theirs.state_dict())
+        pixels = torch.randn(2, 3, 32, 32)
+        close(load_vit(folder, keep_head=True)(pixels), theirs(pixels))
+    config = {"architecture": "vit_my_own", "pretrained_cfg": {}}
+    with pytest.raises(ValueError, match='timm has no model "vit_my_own"'):
+        load_vit(write(tmp_path / "unknown", config, theirs.state_dict()))
+
+
+def test_load_vit_from_a_file_with_heads_as_in_the_paper(tmp_path: Path) -> None:
+    theirs, pixels = timm_vit(embed_dim=128, num_heads=2), torch.randn(2, 3, 24, 24)
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    close(load_vit(str(tmp_path / "vit.safetensors"))(pixels), theirs(pixels))
+
+
+def test_load_vit_resizes_and_freezes(tmp_path: Path) -> None:
+    theirs, pixels = timm_vit(), torch.randn(2, 3, 40, 16)
+    folder = write(tmp_path / "vit", {"num_heads": 4}, theirs.state_dict())
+    vit = load_vit(folder, image_size=(40, 16), freeze=True)
+    assert vit.image_size == (40, 16)
+    assert not any(p.requires_grad for p in vit.parameters())
+    assert torch.equal(vit(pixels), load_vit(folder)(pixels))
+
+
+def test_load_vit_names_what_is_wrong(tmp_path: Path) -> None:
+    faults = {
+        "vit_tiny_patch16_225": r'"vit_tiny_patch16_225".*vit',
+        "no/such/folder": "no/such/folder: no such folder or file",
+        str(tmp_path / "vit.safetensors"): r"vit\.safetensors: no such file",
+        str(tmp_path): r"config\.json: no such file",
+    }
+    for source, message in faults.items():
+        with pytest.raises(ValueError, match=message):
+            load_vit(source)
+    with pytest.raises(ValueError, match=r"could not load vit_tiny_patch16_224.*give a folder"):
+        load_vit("vit_tiny_patch16_224")  # Tests reach no network.
+    write(tmp_path / "resnet", {"num_heads": 4}, {"conv1.weight": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r'resnet has no tensor "patch_embed\.proj\.weight"'):
+        load_vit(str(tmp_path / "resnet"))
+    TextDecoder(53, 24, 1, 4).save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="decoder holds a TextDecoder, not a ViT"):
+        load_vit(str(tmp_path / "decoder"))
+
+
+# --- GPT-2
+
+
+def gpt2(**options: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        **{"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 29, "n_inner": 37} | options,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return shake(GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_inner": None, "activation_function": "relu", "layer_norm_epsilon": 1e-3},
+        {"add_cross_attention": True},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_decoder_equals_gpt2_both_ways(options: dict[str, Any]) -> None:
+    theirs = gpt2(**options)
+    ours = from_transformers(theirs)
+    assert not ours.training
+    tokens = torch.randint(53, (4, 11))
+    cross = bool(options.get("add_cross_attention"))
+    context = torch.randn(4, 7, 24) if cross else None
+    given = {"encoder_hidden_states": context} if cross else {}
+    close(ours.head(ours(tokens, context)), theirs(tokens, **given).logits)
+    for side in ("left", "right"):
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        for row, count in enumerate((0, 3, 1, 8)):
+            valid[row, slice(0, count) if side == "left" else slice(11 - count, 11)] = False
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        want = theirs(tokens, attention_mask=valid.long(), position_ids=positions, **given).logits
+        close(ours.head(ours(tokens, context, valid=valid))[valid], want[valid])
+    other = gpt2(**options)
+    missing, unexpected = other.load_state_dict(decoder_to_gpt2(ours), strict=False)
+    assert not missing
+    assert not unexpected
+    close(other(tokens, **given).logits, theirs(tokens, **given).logits)
+    again = from_transformers(other)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
+    )
+
+
+def test_gpt2_without_its_head() -> None:
+    theirs = gpt2()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            from_transformers(theirs.transformer).state_dict().values(),
+            from_transformers(theirs).state_dict().values(),
+            strict=True,
+        )
+    )
+
+
+def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
+    from transformers import OPTConfig, OPTModel
+
+    for options, message in (
+        ({"activation_function": "tanh"}, "no activation like tanh"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scales attention by layer"),
+        ({"scale_attn_weights": False}, "scales attention by layer, or not at all"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_transformers(gpt2(**options))
+    opt = OPTModel(OPTConfig(vocab_size=53, hidden_size=24, ffn_dim=37, num_hidden_layers=1, num_attention_heads=4,
+                             word_embed_proj_dim=24, max_position_embeddings=29))  # fmt: skip
+    with pytest.raises(ValueError, match=r'"opt".*gpt2'):
+        from_transformers(opt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "rms"}, "rms"),
+        ({"mlp": "swiglu"}, "swiglu"),
+        ({"num_kv_heads": 2}, "num_kv_heads 2"),
+        ({"head_dim": 5}, "head_dim 5"),
+        ({"cross_dim": 19}, "cross_dim 19"),
+        ({"cross_dim": 24, "cross_every": 2}, "cross_every 2"),
+    ],
+    ids=str,
+)
+def test_only_decoders_of_gpt2s_kind_are_written_as_gpt2(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_to_gpt2(TextDecoder(53, 24, 2, 4, max_len=29, **options))
