@@ -299,7 +299,8 @@ class ViT(Pretrained, nn.Module):
         """Makes the table of positions one for another picture size, so that no resizing happens at run time."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         grid = self.grid_size(height, width)
-        self.pos_embed = nn.Parameter(resize_positions(self.pos_embed.data, self.grid, grid))
+        table = resize_positions(self.pos_embed.data, self.grid, grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         self.image_size, self.grid = (height, width), grid
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

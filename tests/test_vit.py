@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import VIT_SIZES, ViT
-from mmtransformer.vit import drop_tokens
+from mmtransformer import VIT_SIZES, ViT, freeze
+from mmtransformer.positions import sinusoidal_2d
+from mmtransformer.vit import ConvStem, drop_tokens
 
 SMALL: dict[str, Any] = {
     "image_size": (16, 24),
@@ -86,6 +87,36 @@ def test_visual_tokens_are_the_definition(options: dict[str, Any]) -> None:
     torch.testing.assert_close(got.double(), definition(vit, pixels), atol=2e-5, rtol=2e-5)
 
 
+def test_a_convolutional_stem_is_the_definition() -> None:
+    """Each convolution halves the picture and doubles the channels; a norm over the whole picture; GELU."""
+    vit, pixels = small(stem="conv", num_registers=2), torch.randn(2, 3, 16, 40)
+    stem = vit.patch_embed
+    assert isinstance(stem, ConvStem)
+    assert [conv.out_channels for conv in stem.convs] == [5, 10, 20]
+    got, x = stem(pixels), pixels.double()
+    for conv, norm in zip(stem.convs, stem.norms, strict=True):
+        padded = nn.functional.pad(x, (1, 1, 1, 1))
+        windows = padded.unfold(2, 3, 2).unfold(3, 3, 2)  # (b c gh gw y x)
+        x = (
+            torch.einsum("bchwyx,ocyx->bohw", windows, conv.weight.double())
+            + conv.bias.double()[:, None, None]
+        )
+        centred = x - x.mean((1, 2, 3), keepdim=True)
+        x = centred / (centred.square().mean((1, 2, 3), keepdim=True) + norm.eps).sqrt()
+        x = x * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
+        x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+    want = x.flatten(2).mT @ stem.proj.weight.double().T + stem.proj.bias.double()
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
+    assert vit.forward_features(pixels).shape == (2, 3 + 10, 20)
+
+
+def test_positions_start_from_noise_or_from_sinusoids() -> None:
+    noise, waves = (ViT(**SMALL, positions=kind).pos_embed for kind in ("learned", "sinusoids"))
+    assert torch.equal(waves.data[0], 0.5 * sinusoidal_2d((2, 3), 20))
+    assert waves.requires_grad
+    assert 0.01 < noise.std().item() < 0.03
+
+
 def test_pools_and_head() -> None:
     pixels = torch.randn(2, 3, 16, 24)
     for pool, first in (("class", None), ("mean", 3)):
@@ -126,8 +157,9 @@ def test_positions_are_resized_at_run_time_as_once_and_for_all() -> None:
     assert vit.pos_embed.requires_grad
     assert sum(1 for _ in vit.parameters()) == before
     assert torch.equal(vit(pixels), at_run_time)
-    vit.set_input_size(32)
+    freeze(vit).set_input_size(32)
     assert vit.image_size == (32, 32)
+    assert not vit.pos_embed.requires_grad
 
 
 def test_intermediates_are_those_of_the_pass() -> None:
@@ -227,6 +259,10 @@ def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
         ({"image_size": (16, 23)}, r"16 x 23.*\(8\)"),
         ({"pool": "max"}, 'not "max"'),
+        ({"stem": "wide"}, 'not "wide"'),
+        ({"positions": "rotary"}, 'not "rotary"'),
+        ({"stem": "conv", "dim": 22, "num_heads": 2}, r"patch_size \(8\).*dim \(22\)"),
+        ({"stem": "conv", "image_size": 12, "patch_size": 6}, r"patch_size \(6\).*dim \(20\)"),
         ({"class_token": False}, 'pool="class" needs class_token'),
         ({"patch_dropout": 1.0}, r"not 1\.0"),
         ({"drop_path": 1.5}, r"not 1\.5"),
