@@ -173,9 +173,14 @@ class EncoderDecoder(Captioner):
 
     @torch.no_grad()
     def look(self, batch: CaptionBatch) -> Tensor:
-        """Cross-attention over the patches, the mean of all heads and layers: (n q i gh gw)."""
-        with record_attention(self.decoder, keep="cross_attn") as record:
-            self.hidden(batch)
+        """Cross-attention over the patches, the mean of all heads and layers, without dropout: (n q i gh gw)."""
+        training = self.training
+        self.eval()
+        try:
+            with record_attention(self.decoder, keep="cross_attn") as record:
+                self.hidden(batch)
+        finally:
+            self.train(training)
         weights = torch.stack([w.mean(1) for w in record.values()]).mean(0)
         i = self.visual_tokens(batch).shape[1] if batch.pixels is None else batch.pixels.shape[1]
         grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
