@@ -64,7 +64,7 @@ def phrases(scene: Scene) -> list[Phrase]:
     if len(scene.groups) == 2:
         patterns += [_fronted, _with]
         patterns += [] if "inside" in kinds else [_sides]
-    elif len(kinds) == 1 and "inside" not in kinds:
+    if len(kinds) == 1 and "inside" not in kinds:
         patterns.append(_row)
     return patterns
 
@@ -144,8 +144,8 @@ def _sides(scene: Scene, rng: random.Random) -> str:
 
 def _row(scene: Scene, rng: random.Random) -> str:
     """Like "from left to right: A, B and C"."""
-    a, b, c = (noun_phrase(group, rng) for group in scene.groups)
-    return f"{_ROWS[word_between(scene, 0, 1)]}: {a}, {b} and {c}"
+    *first, last = (noun_phrase(group, rng) for group in scene.groups)
+    return f"{_ROWS[word_between(scene, 0, 1)]}: {', '.join(first)} and {last}"
 
 
 # Reading

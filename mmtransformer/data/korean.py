@@ -121,7 +121,7 @@ def phrases(scene: Scene) -> list[Phrase]:
     if len(scene.groups) == 2:
         if kinds == {"inside"}:
             return [_states, _fronted, _walks, _surrounds]
-        return [_states, _fronted, _walks, _sides, _pair]
+        return [_states, _fronted, _walks, _sides, _pair, _row]
     if len(kinds) == 1:
         return [_states, _walks, _row]
     return [_states, _walks]
@@ -222,8 +222,8 @@ def _pair(scene: Scene, rng: random.Random) -> str:
 
 def _row(scene: Scene, rng: random.Random) -> str:
     """Like "왼쪽부터 A, B, C가 있다"."""
-    a, b, c = scene.groups
-    names = f"{noun_phrase(a, rng)}, {noun_phrase(b, rng)}, {_subject(c, rng)}"
+    *first, last = scene.groups
+    names = ", ".join([*(noun_phrase(group, rng) for group in first), _subject(last, rng)])
     return f"{_PLACES[word_between(scene, 0, 1)]}부터 차례로 {names} 있다"
 
 
