@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -406,7 +407,10 @@ def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(program: str) -> Path:
         script = tmp_path / "bin" / "java"
         script.parent.mkdir(exist_ok=True)
-        script.write_text(f"#!{sys.executable} -S\n{program}\n")
+        script.with_suffix(".py").write_text(program)
+        # Not "#!python": that line may hold no space, but the folder of .venv may.
+        words = shlex.join([sys.executable, "-S", str(script.with_suffix(".py"))])
+        script.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         script.chmod(0o755)
         monkeypatch.setenv("PATH", str(script.parent))
         return package

@@ -61,6 +61,8 @@ def meteor_numbers(
     # Other collectors spin for minutes where the cores are busy.
     machine = ["-XX:+UseSerialGC", "-Xmx2G", "-Dfile.encoding=UTF-8"]
     options = ["-", "-", "-stdio", "-l", "en", "-norm"]  # as the COCO evaluation calls it
+    # Its own file, named: by itself it does not find it in a folder whose name has a space.
+    options += ["-a", str(jar.parent / "data" / "paraphrase-en.gz")]
     command = [java, *machine, "-jar", str(jar), *options]
     answer = _run("METEOR", command, "".join(lines), seconds)
     rows = [[float(number) for number in line.split()] for line in answer.splitlines() if line.strip()]
