@@ -168,7 +168,7 @@ def test_english_articles_and_plurals():
         "days",
     ]
     scene = row("2 small orange dotted cross", "1 large white solid arrow")
-    captions = {c for i in range(40) for c in describe(scene, "en", 4, random.Random(i))}
+    captions = {c for i in range(300) for c in describe(scene, "en", 4, random.Random(i))}
     assert "two small orange dotted crosses are to the left of a large white arrow" in captions
     assert "two small dotted orange crosses with a large white arrow to their right" in captions
     assert "there is a large white arrow; to its left are two small orange dotted crosses" in captions

@@ -4,7 +4,7 @@ import random
 import re
 from itertools import pairwise
 
-from mmtransformer.data.meaning import Facts, GroupFacts, Phrase, canonical, chains, word_between
+from mmtransformer.data.meaning import Facts, GroupFacts, Phrase, canonical, reading_order, word_between
 from mmtransformer.data.world import FILLS, SHAPES, SIZES, Group, Relation, Scene
 
 _NUMBERS = ("", "one", "two", "three", "four")
@@ -101,17 +101,17 @@ def _tail(scene: Scene, order: tuple[int, ...], rng: random.Random, verb: bool) 
 
 
 def _states(scene: Scene, rng: random.Random) -> str:
-    return _tail(scene, rng.choice(chains(scene)), rng, verb=True)
+    return _tail(scene, reading_order(scene, rng), rng, verb=True)
 
 
 def _there_states(scene: Scene, rng: random.Random) -> str:
-    order = rng.choice(chains(scene))
+    order = reading_order(scene, rng)
     return f"there {_is(scene.groups[order[0]])} {_tail(scene, order, rng, verb=False)}"
 
 
 def _walks(scene: Scene, rng: random.Random) -> str:
     """Like "there is A; to its right is B; below it is C"."""
-    order = rng.choice(chains(scene))
+    order = reading_order(scene, rng)
     text = f"there {_is(scene.groups[order[0]])} {noun_phrase(scene.groups[order[0]], rng)}"
     for a, b in pairwise(order):
         group = scene.groups[b]
@@ -122,22 +122,22 @@ def _walks(scene: Scene, rng: random.Random) -> str:
 
 
 def _fronted(scene: Scene, rng: random.Random) -> str:
-    """Like "to the left of B is A"."""
-    a, b = rng.choice(chains(scene))
+    """Like "to the right of B is A"."""
+    b, a = reading_order(scene, rng)
     word, group = word_between(scene, a, b), scene.groups[a]
     return f"{_TO.get(word, word)} {noun_phrase(scene.groups[b], rng)} {_is(group)} {noun_phrase(group, rng)}"
 
 
 def _with(scene: Scene, rng: random.Random) -> str:
     """Like "A with B to its right"."""
-    a, b = rng.choice(chains(scene))
+    a, b = reading_order(scene, rng)
     first, second = noun_phrase(scene.groups[a], rng), noun_phrase(scene.groups[b], rng)
     return f"{first} with {second} {_back(word_between(scene, b, a), scene.groups[a])}"
 
 
 def _sides(scene: Scene, rng: random.Random) -> str:
     """Like "A on the left and B on the right"."""
-    a, b = rng.choice(chains(scene))
+    a, b = reading_order(scene, rng)
     first, second = noun_phrase(scene.groups[a], rng), noun_phrase(scene.groups[b], rng)
     return f"{first} {_SIDES[word_between(scene, a, b)]} and {second} {_SIDES[word_between(scene, b, a)]}"
 

@@ -5,7 +5,15 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
-from mmtransformer.data.meaning import Facts, GroupFacts, Phrase, canonical, chains, word_between
+from mmtransformer.data.meaning import (
+    Facts,
+    GroupFacts,
+    Phrase,
+    canonical,
+    chains,
+    reading_order,
+    word_between,
+)
 from mmtransformer.data.world import Group, Relation, Scene
 
 _SHAPES = {
@@ -165,7 +173,8 @@ def _sayable(scene: Scene, rng: random.Random, back: bool = False) -> tuple[int,
             for a, b in pairwise(order if back else order[:2])
         )
     ]
-    return rng.choice(orders)
+    wanted = reading_order(scene, rng)
+    return wanted if wanted in orders else orders[0]
 
 
 def _then(scene: Scene, order: tuple[int, ...], rng: random.Random) -> str:
@@ -195,6 +204,8 @@ def _walks(scene: Scene, rng: random.Random) -> str:
 def _fronted(scene: Scene, rng: random.Random) -> str:
     """Like "B의 왼쪽에 A가 있다"."""
     a, b = _sayable(scene, rng)
+    if word_between(scene, a, b) != "inside":
+        a, b = b, a  # B is named first.
     word = word_between(scene, a, b)
     of = noun_phrase(scene.groups[b], rng) + (" " if word == "inside" else "의 ")
     return f"{of}{_PLACES[word]}에 {_subject(scene.groups[a], rng)} 있다"
@@ -208,14 +219,14 @@ def _surrounds(scene: Scene, rng: random.Random) -> str:
 
 def _sides(scene: Scene, rng: random.Random) -> str:
     """Like "왼쪽에는 A가, 오른쪽에는 B가 있다"."""
-    a, b = rng.choice(chains(scene))
+    a, b = reading_order(scene, rng)
     here, there = _PLACES[word_between(scene, a, b)], _PLACES[word_between(scene, b, a)]
     return f"{here}에는 {_subject(scene.groups[a], rng)}, {there}에는 {_subject(scene.groups[b], rng)} 있다"
 
 
 def _pair(scene: Scene, rng: random.Random) -> str:
     """Like "A와 그 오른쪽의 B"."""
-    a, b = rng.choice(chains(scene))
+    a, b = reading_order(scene, rng)
     first, second = _subject(scene.groups[a], rng, "과/와"), noun_phrase(scene.groups[b], rng)
     return f"{first} 그 {_PLACES[word_between(scene, b, a)]}의 {second}"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mmtransformer.data.world import Group, Relation, Scene
 
 _OPPOSITE = {"left": "right", "above": "below", "inside": "around"}
+_IN_ORDER = 0.8  # share of captions that name the groups in reading order; the others keep "right of" and "below" alive
 _INVERSE = _OPPOSITE | {back: kind for kind, back in _OPPOSITE.items()}
 
 
@@ -60,6 +61,14 @@ def chains(scene: Scene) -> list[tuple[int, ...]]:
     """The orders in which a caption can name the groups so that each is related to the next."""
     forward = tuple(range(len(scene.groups)))
     return [forward, forward[::-1]] if len(forward) > 1 else [forward]
+
+
+def reading_order(scene: Scene, rng: random.Random) -> tuple[int, ...]:
+    """An order to name the groups in: mostly from left to right or from top to bottom, as people do; else turned."""
+    orders = chains(scene)
+    if any(kind == "inside" for _, kind, _ in scene.relations):
+        return rng.choice(orders)
+    return orders[0] if rng.random() < _IN_ORDER else orders[-1]
 
 
 Phrase = Callable[[Scene, random.Random], str]  # one sentence pattern: writes a caption of a scene
