@@ -42,8 +42,6 @@ class CaptionData(lightning.LightningDataModule):
         val_splits: The splits to validate on.
         test_splits: The splits to test on.
         languages: Language codes that the tokenizer which is trained here gets; those of the source unless told.
-        shuffle: Take the training pictures in a new order every epoch, grouped by length; False keeps the source's
-            order, for one that gets harder by and by.
         drop_last: Leave out the last training batch of an epoch if it is not full.
         cache_features: Compute a frozen vision tower's visual tokens once, and read them from `cache_dir`.
         cache_dir: Folder of the visual tokens; "features" beside the runs unless told.
@@ -70,7 +68,6 @@ class CaptionData(lightning.LightningDataModule):
         val_splits: Sequence[str] = ("val",),
         test_splits: Sequence[str] = ("test",),
         languages: Sequence[str] | None = None,
-        shuffle: bool = True,
         drop_last: bool = False,
         cache_features: bool = False,
         cache_dir: str | None = None,
@@ -89,7 +86,7 @@ class CaptionData(lightning.LightningDataModule):
         self.source, self.transform, self.augment = source, image, augment
         self.vocab_size, self.languages = vocab_size, languages
         self.captions_per_picture, self.batch_size, self.max_len = captions_per_picture, batch_size, max_len
-        self.num_workers, self.seed, self.shuffle, self.drop_last = num_workers, seed, shuffle, drop_last
+        self.num_workers, self.seed, self.drop_last = num_workers, seed, drop_last
         self.train_split, self.val_splits, self.test_splits = (
             train_split,
             tuple(val_splits),
@@ -249,7 +246,7 @@ class CaptionData(lightning.LightningDataModule):
             len(dataset),
             self.batch_size,
             seed=self.seed,
-            shuffle=training and self.shuffle,
+            shuffle=training,
             lengths=(lambda epoch: rows.lengths(self.seed, epoch, self.captions_per_picture))
             if training
             else None,

@@ -6,7 +6,6 @@ Because the scene behind a picture is known, captions can be judged exactly (`fa
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from PIL import Image
 
@@ -30,7 +29,6 @@ class SceneSplit:
         held_out: True: every scene has a colour-shape pair that is held out; False: none has.
         languages: the captions' languages, in this order.
         phrasings: captions of each picture in each language.
-        easy: the first so many pictures show one group only.
     """
 
     def __init__(
@@ -44,7 +42,6 @@ class SceneSplit:
         held_out: bool,
         languages: Sequence[str],
         phrasings: int,
-        easy: int = 0,
     ):
         self.split_name, self.size, self.image_size, self.seed = name, size, image_size, seed
         self.world, self.held_out, self.languages, self.phrasings = (
@@ -53,7 +50,6 @@ class SceneSplit:
             tuple(languages),
             phrasings,
         )
-        self.easy, self._easy_world = easy, replace(world, group_shares=(1,))
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -65,8 +61,7 @@ class SceneSplit:
 
     def scene(self, i: int) -> Scene:
         """What picture i shows."""
-        world = self._easy_world if i < self.easy else self.world
-        return world.sample(self._chance(i, "scene"), held_out=self.held_out)
+        return self.world.sample(self._chance(i, "scene"), held_out=self.held_out)
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB."""
@@ -108,8 +103,6 @@ class Scenes:
         compositional_size: pictures with held-out colour-shape pairs.
         languages: language codes of the captions, "en" and "ko".
         phrasings: captions of each training picture in each language.
-        easy_share: share of the training pictures, the first ones, that show one group only: with the order kept
-            (`CaptionData(shuffle=False)`) single objects are learnt before their relations, and both sooner.
         references: captions of each other picture in each language.
         world: what there is to see; fewer words in it are learnt sooner.
 
@@ -126,7 +119,6 @@ class Scenes:
         compositional_size: int = 500,
         languages: Sequence[str] = ("en", "ko"),
         phrasings: int = 1,
-        easy_share: float = 0.0,
         references: int = 3,
         world: World = World(),  # noqa: B008 - frozen
     ):
@@ -139,8 +131,6 @@ class Scenes:
         for field, number in (("phrasings", phrasings), ("references", references)):
             if not 1 <= number <= MAX_PHRASINGS:
                 raise ValueError(f"{field} must be 1 to {MAX_PHRASINGS}, got {number}")
-        if not 0 <= easy_share <= 1:
-            raise ValueError(f"easy_share must be between 0 and 1, got {easy_share}")
         unknown = [language for language in languages if language not in LANGUAGES]
         if unknown or not languages or len(set(languages)) < len(languages):
             raise ValueError(
@@ -149,7 +139,7 @@ class Scenes:
         self.image_size, self.seed, self.world = image_size, seed, world
         self.train_size, self.val_size, self.compositional_size = train_size, val_size, compositional_size
         self.languages: tuple[str, ...] = tuple(languages)
-        self.phrasings, self.easy_share, self.references = phrasings, easy_share, references
+        self.phrasings, self.references = phrasings, references
         self._sizes = sizes
 
     def splits(self) -> tuple[str, ...]:
@@ -173,5 +163,4 @@ class Scenes:
             held_out=name == "compositional",
             languages=self.languages,
             phrasings=self.phrasings if name == "train" else self.references,
-            easy=round(self.easy_share * self.train_size) if name == "train" else 0,
         )
