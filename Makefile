@@ -39,7 +39,7 @@ caption: setup  ## Train the captioner of recipes/caption_scenes.yaml, score it 
 	@$(BIN)/mmt fit --config recipes/caption_scenes.yaml $(ARGS)
 
 test: setup  ## Run all tests. ARGS="-k vit" passes arguments on to pytest.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: setup  ## Check style and types.
 	@$(BIN)/ruff check .
