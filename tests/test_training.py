@@ -17,7 +17,7 @@ from mmtransformer.data.scenes import Scenes
 from mmtransformer.pipeline import Decoding, write_captions
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training import evaluation as evaluation_module
-from mmtransformer.training.optim import adamw, warmup_cosine
+from mmtransformer.training.optim import adamw, muon, warming_average, warmup_cosine
 from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import clock
 
@@ -258,7 +258,7 @@ def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
         )
         for m in (plain.captioner, averaged.captioner)
     ]
-    assert 0 < moved[1] < 0.9 * moved[0]  # the average stays near the first step
+    assert 0 < moved[1] < 0.99 * moved[0]  # the average lags behind
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -341,3 +341,45 @@ def test_samples_change_nothing(tmp_path: Path) -> None:
 
 def test_clock() -> None:
     assert [clock(s) for s in (4.6, 245, 3600)] == ["0:05", "4:05", "1:00:00"]
+
+
+def test_the_average_forgets_where_it_began_in_short_runs_and_keeps_its_decay_in_long_ones() -> None:
+    average = warming_average(0.999)
+    mean = torch.tensor(
+        [1.0, 0.0], dtype=torch.float64
+    )  # the share of the first weights, that of all later ones
+    new = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for step in range(1, 1001):
+        mean = average(mean, new, step)
+    assert mean.sum().item() == pytest.approx(1.0)
+    assert mean[0] < 1e-6  # A fixed decay would have kept 0.37 of them.
+    late = average(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 10**6)
+    assert late.item() == pytest.approx(0.999)
+
+
+def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> None:
+    model = EncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
+    optimizer = muon(model, lr=0.01)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (bool(group.get("use_fallback")), group["weight_decay"] > 0)
+    assert found["decoder.blocks.0.attn.q_proj.weight"] == (False, True)
+    assert found["decoder.tok_embed.weight"] == (True, True)
+    assert found["decoder.blocks.0.norm1.weight"] == (True, False)
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    before = model.decoder.blocks[0].attn.q_proj.weight.clone()
+    caption_loss(model, _batch_of_noise(model)).sum.backward()
+    optimizer.step()
+    change = (model.decoder.blocks[0].attn.q_proj.weight - before).double()
+    values = torch.linalg.svdvals(change)  # An orthogonal update: all directions move alike.
+    assert values.median() > 0.9 * values.max()
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        muon(freeze(model), lr=0.01)
+
+
+def _batch_of_noise(model: EncoderDecoder) -> CaptionBatch:
+    tokens = torch.randint(0, model.vocab_size, (6, 7))
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    return CaptionBatch(tokens, every, every, pixels=torch.randn(3, 1, 3, 16, 16))

@@ -17,7 +17,7 @@ from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freez
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.pipeline import Decoding, ImageCaptioner
 from mmtransformer.training.guard import not_finite
-from mmtransformer.training.optim import adamw, muon, warmup_cosine
+from mmtransformer.training.optim import adamw, muon, warming_average, warmup_cosine
 
 
 class Captioning(pl.LightningModule):
@@ -88,9 +88,9 @@ class Captioning(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average, if there is one."""
-        from lightning.pytorch.callbacks import EMAWeightAveraging
+        from lightning.pytorch.callbacks import WeightAveraging
 
-        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
+        return [WeightAveraging(device=None, avg_fn=warming_average(self.ema))] if self.ema else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with warm-up and cosine over the whole run."""
