@@ -1,6 +1,7 @@
 """Blocks against their definitions, against torch's own layers with the same weights, and by their properties."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ ACTIVATIONS = {
 }
 
 
-def shake(module: nn.Module) -> nn.Module:
+def shake(module: nn.Module) -> Any:
     """Random biases, norms and scales: what starts as 0 or 1 hides mistakes."""
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -169,7 +170,7 @@ def test_layer_scale_stands_on_both_branches() -> None:
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.9999}, {"drop_path": 0.9999}])
-def test_dropped_branches_leave_the_residual(options: dict[str, float]) -> None:
+def test_dropped_branches_leave_the_residual(options: dict[str, Any]) -> None:
     norm = partial(make_norm, "layer", DIM, 1e-5)
     block = EncoderBlock(DIM, Attention(DIM, HEADS), MLP(DIM, HIDDEN), norm, **options)
     x = torch.randn(3, 5, DIM)

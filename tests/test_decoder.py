@@ -25,7 +25,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def make(kind: str = "gpt2", **options: Any) -> TextDecoder:
     torch.manual_seed(2)
-    decoder = TextDecoder(VOCAB, DIM, **{"depth": 3, "num_heads": 4, "max_len": 29} | KINDS[kind] | options)
+    arguments: dict[str, Any] = {"depth": 3, "num_heads": 4, "max_len": 29} | KINDS[kind] | options
+    decoder = TextDecoder(VOCAB, DIM, **arguments)
     for parameter in decoder.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)
     return decoder.eval()
@@ -58,10 +59,11 @@ def looked(layer: Any, x: Tensor, context: Tensor, causal: bool) -> Tensor:
 def definition(decoder: TextDecoder, tokens: Tensor, context: Tensor) -> Tensor:
     """GPT-2 with cross-attention, one row at a time, in float64: logits (b q vocab)."""
     decoder, found = decoder.double(), []
+    blocks: Any = decoder.blocks
     assert decoder.pos_embed is not None
     for row, picture in zip(tokens, context.double(), strict=True):
         x = decoder.tok_embed.weight[row] + decoder.pos_embed.weight[: len(row)]
-        for block in decoder.blocks:
+        for block in blocks:
             y = normed(block.norm1, x)
             x = x + looked(block.attn, y, y, causal=True)
             x = x + looked(block.cross_attn, normed(block.norm_cross, x), picture, causal=False)

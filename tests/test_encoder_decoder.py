@@ -16,7 +16,7 @@ VOCAB = 53
 
 def captioner(adapter: bool = False, **options: Any) -> EncoderDecoder:
     torch.manual_seed(4)
-    decoder = {"max_len": 29, "cross_dim": 12 if adapter else 20} | options
+    decoder: dict[str, Any] = {"max_len": 29, "cross_dim": 12 if adapter else 20} | options
     model = EncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
         TextDecoder(VOCAB, 24, 3, 4, **decoder),
@@ -197,7 +197,8 @@ def test_copies_and_reordered_rows_go_on_like_the_rows_they_came_from(counts: tu
 
 def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given, calls = captioner(), batch(), []
-    for block in model.decoder.blocks:
+    blocks: Any = model.decoder.blocks
+    for block in blocks:
         projected = block.cross_attn.project_kv
         monkeypatch.setattr(
             block.cross_attn, "project_kv", lambda x, f=projected: (calls.append("kv"), f(x))[1]
@@ -257,7 +258,8 @@ def test_look_finds_the_patch_that_a_word_looks_at() -> None:
     model = EncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, cross_dim=20)
     )
-    cross = model.decoder.blocks[0].cross_attn
+    blocks: Any = model.decoder.blocks
+    cross = blocks[0].cross_attn
     for projection in (cross.q_proj, cross.k_proj):
         projection.weight.data.zero_()
     cross.q_proj.bias.data[0], cross.k_proj.weight.data[0, 7] = 9.0, 9.0

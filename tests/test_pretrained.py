@@ -18,7 +18,8 @@ VISION: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "d
 
 
 def decoder(**options: Any) -> TextDecoder:
-    return TextDecoder(53, 24, 2, 4, **{"max_len": 29} | options)
+    arguments: dict[str, Any] = {"max_len": 29} | options
+    return TextDecoder(53, 24, 2, 4, **arguments)
 
 
 def captioner(**options: Any) -> EncoderDecoder:

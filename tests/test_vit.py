@@ -35,7 +35,7 @@ def normed(layer: nn.Module, x: Tensor) -> Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
 
 
-def definition(vit: ViT, pixels: Tensor) -> Tensor:
+def definition(vit: Any, pixels: Tensor) -> Tensor:
     """The paper, one picture and one head at a time, in float64: normed visual tokens (b p d)."""
     vit, found = vit.double(), []
     size, heads = vit.patch_size, vit.num_heads
@@ -90,8 +90,8 @@ def test_visual_tokens_are_the_definition(options: dict[str, Any]) -> None:
 def test_a_convolutional_stem_is_the_definition() -> None:
     """Each convolution halves the picture and doubles the channels; a norm over the whole picture; GELU."""
     vit, pixels = small(stem="conv", num_registers=2), torch.randn(2, 3, 16, 40)
-    stem = vit.patch_embed
-    assert isinstance(stem, ConvStem)
+    assert isinstance(vit.patch_embed, ConvStem)
+    stem: Any = vit.patch_embed
     assert [conv.out_channels for conv in stem.convs] == [5, 10, 20]
     got, x = stem(pixels), pixels.double()
     for conv, norm in zip(stem.convs, stem.norms, strict=True):
@@ -202,7 +202,8 @@ def test_patches_are_dropped_in_training_only_and_stay_in_order() -> None:
 
 
 def test_stochastic_depth_rises_with_depth() -> None:
-    rates = [[getattr(step, "rate", 0) for step in block.branch1] for block in small(drop_path=0.2).blocks]
+    blocks: Any = small(drop_path=0.2).blocks
+    rates = [[getattr(step, "rate", 0) for step in block.branch1] for block in blocks]
     assert rates == [[], [0.1], [0.2]]
 
 
@@ -212,15 +213,17 @@ def test_stochastic_depth_rises_with_depth() -> None:
     [("Ti", 5_524_416), ("S", 21_665_664), ("B", 85_798_656), ("L", 303_301_632), ("H", 630_764_800)],
 )
 def test_parameter_counts_are_the_published(size: str, published: int) -> None:
+    arguments: dict[str, Any] = dict(VIT_SIZES[size])
     with torch.device("meta"):
-        vit = ViT(**VIT_SIZES[size])
+        vit = ViT(**arguments)
     # The class token's position is added into the class token, so there is one vector less.
     assert sum(p.numel() for p in vit.parameters()) == published - vit.dim
 
 
 def test_deit_ti_with_its_head_counts_as_published() -> None:
+    arguments: dict[str, Any] = VIT_SIZES["Ti"] | {"num_classes": 1000}
     with torch.device("meta"):
-        vit = ViT(**VIT_SIZES["Ti"], num_classes=1000)
+        vit = ViT(**arguments)
     assert sum(p.numel() for p in vit.parameters()) == 5_717_416 - vit.dim
 
 
@@ -236,7 +239,7 @@ def test_weights_start_as_documented() -> None:
 
 
 def test_timm_makes_its_groups_with_layer_decay() -> None:
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
     vit = small(num_registers=2, pool="attention", num_classes=7, norm_pre=True)
     optimizer = create_optimizer_v2(vit, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)

@@ -41,7 +41,7 @@ VITS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def shake(module: nn.Module) -> nn.Module:
+def shake(module: nn.Module) -> Any:
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return module.eval()
@@ -71,14 +71,10 @@ def test_vit_equals_timm_both_ways(name: str) -> None:
         state["pos_embed"] = state["pos_embed"][:, ours.num_prefix_tokens :]
     back.load_state_dict(state)
     close(back.eval()(pixels), theirs(pixels))
-    again = vit_from_state(
-        to_timm(ours),
-        num_heads=4,
-        grid=ours.grid,
-        activation=ours.activation,
-        norm_eps=ours.norm_eps,
-        pool=ours.pool,
-    )
+    kept: dict[str, Any] = {
+        key: getattr(ours, key) for key in ("num_heads", "grid", "activation", "norm_eps", "pool")
+    }
+    again = vit_from_state(to_timm(ours), **kept)
     assert all(
         torch.equal(a, b)
         for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
@@ -179,9 +175,16 @@ def test_load_vit_from_a_folder_of_timms(tmp_path: Path) -> None:
     """There the architecture says what the tensors' shapes do not: heads, activation, epsilon, pooling."""
     import timm
 
-    args = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 20, "num_heads": 5, "mlp_ratio": 1}
+    args: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 16,
+        "depth": 1,
+        "embed_dim": 20,
+        "num_heads": 5,
+        "mlp_ratio": 1,
+    }
     for name, classes in (("vit_base_patch16_siglip_224", 0), ("vit_base_patch32_clip_quickgelu_224", 7)):
-        theirs: Any = shake(timm.create_model(name, **{"num_classes": classes} | args))
+        theirs = shake(timm.create_model(name, num_classes=classes, **args))
         config = {"architecture": name, "pretrained_cfg": {}, "model_args": args}
         folder = write(tmp_path / name, config, theirs.state_dict())
         pixels = torch.randn(2, 3, 32, 32)
@@ -232,11 +235,11 @@ def test_load_vit_names_what_is_wrong(tmp_path: Path) -> None:
 def gpt2(**options: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        **{"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 29, "n_inner": 37} | options,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return shake(GPT2LMHeadModel(config))
+    small: dict[str, Any] = {
+        "vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 29, "n_inner": 37,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    return shake(GPT2LMHeadModel(GPT2Config(**small | options)))
 
 
 @pytest.mark.parametrize(
