@@ -20,9 +20,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 Mask = Tensor | BlockMask | Literal["causal"]
 """True = may look. A tensor is (q k), (b q k) or (b h q k), bool; its TYPE picks the kernel."""
 
-# Plain matrix products beat SDPA's CPU kernel for short keys. Measured on 2 cores of a Zen 5 with torch 2.15,
-# bf16, forward + backward: 197 keys 12 against 33 ms, 64 keys 5 against 24 ms; at 1024 keys fp32 the order turns.
-_CPU_PLAIN_KEYS = 512
+# On the CPU plain matrix products beat SDPA's kernel where they run in bfloat16, and lose where they run in float32;
+# beyond this many keys their scores take too much memory. Measured on Zen 5 with torch 2.15, CPU ms of forward and
+# backward, (8 12 197 64): bf16 16 against 49, float32 at matmul precision "medium" 25 against 56, "highest" 44 against
+# 41; the forward pass alone 7 : 13, 9 : 15, 16 : 13. The order is the same at 20, 50 and 577 keys.
+_CPU_PLAIN_KEYS = 1024
 
 
 class KeyValue(NamedTuple):
@@ -139,9 +141,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
             mask = None
     elif mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"a mask is bool (True = may look), not {mask.dtype}")
-    if q.device.type == "cpu" and k.shape[2] <= _CPU_PLAIN_KEYS:
+    if q.device.type == "cpu" and k.shape[2] <= _CPU_PLAIN_KEYS and _plain_is_faster(q, k, dropout):
         return _attend_plain(q, k, v, _dense(mask, q, k), dropout)
     return _attend_sdpa(q, k, v, mask, dropout)
+
+
+def _plain_is_faster(q: Tensor, k: Tensor, dropout: float) -> bool:
+    # Shared keys stay uncopied, and SDPA has no CPU kernel for dropout.
+    if dropout or q.shape[:2] != k.shape[:2]:
+        return True
+    return q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium"
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask | None = None) -> Tensor:

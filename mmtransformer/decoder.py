@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer import masks
@@ -277,7 +276,7 @@ class TextDecoder(Pretrained, nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
-        return F.linear(hidden, self.lm_head.weight)
+        return self.lm_head(hidden)
 
     def new_state(self, max_len: int | None = None) -> DecoderState:
         """An empty state for decoding up to `max_len` tokens.

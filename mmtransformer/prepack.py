@@ -76,7 +76,9 @@ def prepack(model: Module) -> Module:
         ValueError: if this build of torch has no oneDNN, or the model is itself one linear layer.
     """
     if not torch.backends.mkldnn.is_available():
-        raise ValueError("prepack needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none")
+        raise ValueError(
+            "prepack needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none"
+        )
     if type(model) is nn.Linear:
         raise ValueError("prepack works on the layers inside a model: for one layer, use PackedLinear(layer)")
     packed: dict[nn.Module, PackedLinear] = {}  # A layer that stands in several places stays one.

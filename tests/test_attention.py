@@ -40,7 +40,7 @@ def qkv(
 def test_attend_is_the_definition(
     monkeypatch: pytest.MonkeyPatch, long: bool, n: int, g: int, masked: bool
 ) -> None:
-    monkeypatch.setattr("mmtransformer.attention._CPU_PLAIN_KEYS", 0 if long else 512)
+    monkeypatch.setattr("mmtransformer.attention._plain_is_faster", lambda *_: not long)
     q, k, v = qkv(n=n, g=g)
     allowed = None
     if masked:
@@ -57,7 +57,7 @@ def test_attend_is_the_definition(
 def test_causal_aligns_the_last_query_with_the_last_key(
     monkeypatch: pytest.MonkeyPatch, long: bool, asked: int, keys: int
 ) -> None:
-    monkeypatch.setattr("mmtransformer.attention._CPU_PLAIN_KEYS", 0 if long else 512)
+    monkeypatch.setattr("mmtransformer.attention._plain_is_faster", lambda *_: not long)
     q, k, v = qkv(q=asked, k=keys)
     allowed = masks.dense(masks.causal(keys - asked), 6, asked, keys)
     torch.testing.assert_close(
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_definition() -> None:
 
 @pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
 def test_a_masked_key_changes_no_bit(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
-    monkeypatch.setattr("mmtransformer.attention._CPU_PLAIN_KEYS", 0 if long else 512)
+    monkeypatch.setattr("mmtransformer.attention._plain_is_faster", lambda *_: not long)
     q, k, v = qkv()
     allowed = torch.rand(6, 5, 7) > 0.4
     allowed[:, :, 4] = False

@@ -34,37 +34,43 @@ def optimizer(model: nn.Module, memory: Tensor) -> torch.optim.AdamW:
     return adamw
 
 
-def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, precision: str) -> Step:
+def our_step(
+    model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, precision: str
+) -> Step:
     adamw = optimizer(model, memory)
 
-    def step() -> float:
+    def step() -> Tensor:
         torch.set_float32_matmul_precision(precision)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = caption_loss(model, batch)
         (loss.sum / loss.count).backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        return float(loss.sum / loss.count)
+        return loss.sum
 
     return step
 
 
-def peer_step(model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, precision: str) -> Step:
+def peer_step(
+    model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, precision: str
+) -> Step:
     assert batch.pixels is not None
     adamw = optimizer(model, memory)
     labels = batch.tokens.masked_fill(~batch.target, -100)[:, 1:]
     pixels, inputs = batch.pixels[:, 0], batch.tokens[:, :-1]
 
-    def step() -> float:
+    def step() -> Tensor:
         torch.set_float32_matmul_precision(precision)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(pixel_values=pixels, decoder_input_ids=inputs).logits
             # The loss is the peer's own, without its second shift of labels that are shifted already.
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+            loss = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100
+            )
         loss.backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss
 
     return step
 

@@ -16,7 +16,9 @@ from mmtransformer.prepack import prepack
 from mmtransformer.weights import from_timm
 
 
-def training_step(model: nn.Module, pixels: Tensor, labels: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+def training_step(
+    model: nn.Module, pixels: Tensor, labels: Tensor, dtype: torch.dtype
+) -> Callable[[], object]:
     """Forward, loss, backward and update; the optimizer is the same for both sides."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -48,7 +50,9 @@ def main() -> None:
     args = start(__doc__ or "")
     bf16 = torch.bfloat16
 
-    def line(name: str, model: str, batch: int, dtype: torch.dtype, target: float | None, compiled: bool = False) -> None:
+    def line(
+        name: str, model: str, batch: int, dtype: torch.dtype, target: float | None, compiled: bool = False
+    ) -> None:
         if args.only not in name:
             return
         theirs = timm.create_model(model, num_classes=1000)
@@ -67,7 +71,16 @@ def main() -> None:
             if "packed" in name:
                 prepack(ours)
             mine, peer = inference(ours, pixels), inference(theirs, pixels)
-        compare(name, mine, peer, target=target, flops=flops, gemm=args.gemm[dtype], pairs=args.pairs, unit=(batch, "pictures"))
+        compare(
+            name,
+            mine,
+            peer,
+            target=target,
+            flops=flops,
+            gemm=args.gemm[dtype],
+            pairs=args.pairs,
+            unit=(batch, "pictures"),
+        )
 
     ti, b = "vit_tiny_patch16_224", "vit_base_patch16_224"
     line("train Ti/16 bf16, batch 32", ti, 32, bf16, 1.35)

@@ -1,7 +1,7 @@
 """Two ways to do one thing, timed in turns in one run: A B A B ..., and the median of the pairs' ratios.
 
-A ratio of two neighbours is hardly moved by what else the machine does; a time is. CPU time stands beside wall time
-for the same reason.
+A ratio of two neighbours is hardly moved by what else the machine does; a time is. CPU time, which other processes
+move least, decides; wall time stands beside it.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def compare(
         peer: one call of the peer's.
         target: the ratio that is wanted.
         flops: floating point operations of one call of ours, for "% of GEMM rate".
-        gemm: the measured rate of a large matrix product, operations a second.
+        gemm: the measured rate of a large matrix product, operations a CPU second.
         pairs: timed calls of each, after one of each to warm up.
         unit: how many of what one call makes (tokens, pictures), for a rate.
     """
@@ -63,19 +63,19 @@ def compare(
     best = min(b.wall for _, b in rows) / min(a.wall for a, _ in rows)
     line = f"{name:<48} {1e3 * mine:8.1f} ms {1e3 * theirs:8.1f} ms   x{wall:.2f} (cpu x{cpu:.2f}, best x{best:.2f})"
     if target is not None:
-        line += f"  target x{target:.2f} {'hit' if wall >= target else 'MISSED'}"
+        line += f"  target x{target:.2f} {'hit' if cpu >= target else 'MISSED'}"
     if flops and gemm:
-        line += f"  {100 * flops / min(a.wall for a, _ in rows) / gemm:.0f} % of GEMM"
+        line += f"  {100 * flops / min(a.cpu for a, _ in rows) / gemm:.0f} % of GEMM"
     if unit is not None:
         line += f"  {unit[0] / mine:.1f} against {unit[0] / theirs:.1f} {unit[1]}/s"
     print(line, flush=True)
-    return wall
+    return cpu
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 1536, device: str = "cpu") -> float:
-    """Operations a second of a large square matrix product: what the machine can do at best."""
+    """Operations a CPU second of a large square matrix product: what a core can do at best."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    calls = [timed(lambda: torch.mm(a, b)).wall for _ in range(8)]
+    calls = [timed(lambda: torch.mm(a, b)).cpu for _ in range(8)]
     return 2 * size**3 / min(calls)
 
 
@@ -89,8 +89,12 @@ def start(description: str) -> argparse.Namespace:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.gemm = {d: gemm_rate(d) for d in (torch.float32, torch.bfloat16)}
-    print(f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}")
-    print(", ".join(f"{str(d).removeprefix('torch.')} GEMM {r / 1e9:.0f} GFLOP/s" for d, r in args.gemm.items()))
+    print(
+        f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    print(
+        ", ".join(f"{str(d).removeprefix('torch.')} GEMM {r / 1e9:.0f} GFLOP/s" for d, r in args.gemm.items())
+    )
     print(f"{'':<48} {'ours':>11} {'peer':>11}   median of {args.pairs} ratios", flush=True)
     return args
 

@@ -1,0 +1,113 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.prepack import PackedLinear, prepack
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+def vit() -> ViT:
+    torch.manual_seed(3)
+    return ViT(image_size=28, patch_size=7, dim=22, depth=2, num_heads=2, mlp_dim=37, num_classes=5).eval()
+
+
+PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(5))
+
+
+def packed_layers(model: nn.Module) -> list[PackedLinear]:
+    return [m for m in model.modules() if isinstance(m, PackedLinear)]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_results_are_the_same(dtype: torch.dtype, most: float):
+    plain = vit().to(dtype)
+    packed = prepack(copy.deepcopy(plain))
+    with torch.inference_mode():
+        expected, found = plain(PIXELS.to(dtype)), packed(PIXELS.to(dtype))
+    layers = packed_layers(packed)
+    assert len(layers) == 2 * 6 + 2
+    assert all(layer._packed is not None for layer in layers), "the packed weights were not used"
+    assert (found - expected).abs().max() <= most * expected.abs().max().clamp(min=1)
+
+
+def test_parameters_and_state_dict_stay():
+    model = vit()
+    before, parameters = model.state_dict(), dict(model.named_parameters())
+    assert prepack(model) is model
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    prepack(model)
+    assert len(packed_layers(model)) == 14
+
+
+def test_changed_weights_are_packed_again():
+    model, other = prepack(vit()), vit()
+    with torch.no_grad():
+        first = model(PIXELS)
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.load_state_dict(other.state_dict())
+        assert not torch.allclose(model(PIXELS), first)
+        torch.testing.assert_close(model(PIXELS), other(PIXELS), rtol=1e-5, atol=1e-5)
+        model.to(torch.bfloat16)
+        assert model(PIXELS.bfloat16()).dtype == torch.bfloat16
+
+
+def test_training_goes_around_the_packed_weights():
+    model, plain = prepack(vit()), vit()
+    with torch.no_grad():
+        model(PIXELS)
+    for m in (model, plain):
+        m(PIXELS).square().sum().backward()
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
+    with torch.no_grad():
+        for m in (model, plain):
+            for parameter in m.parameters():
+                parameter -= 0.1 * parameter.grad
+        torch.testing.assert_close(model(PIXELS), plain(PIXELS), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_and_copies():
+    model = prepack(vit())
+    with torch.no_grad():
+        expected = model(PIXELS)
+        torch.testing.assert_close(copy.deepcopy(model)(PIXELS), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(PIXELS), vit()(PIXELS), rtol=0, atol=0)
+
+
+def test_saved_as_before(tmp_path):
+    model = prepack(vit())
+    with torch.no_grad():
+        expected = model(PIXELS)
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(ViT.from_pretrained(tmp_path)(PIXELS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tied_head_stays_tied():
+    decoder = TextDecoder(31, 22, 1, 2, max_len=11, cross_dim=22)
+    model = prepack(EncoderDecoder(vit(), decoder).eval())
+    assert model.decoder.lm_head.weight is model.decoder.tok_embed.weight
+    with torch.no_grad():
+        hidden = torch.randn(3, 22)
+        expected = hidden @ model.decoder.tok_embed.weight.T
+        torch.testing.assert_close(model.decoder.head(hidden), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(model.decoder.lm_head, PackedLinear)
+    assert model.decoder.lm_head._packed is not None, "the head went around the packed weights"
+
+
+def test_what_cannot_be_packed(monkeypatch):
+    with pytest.raises(ValueError, match=r"use PackedLinear\(layer\)"):
+        prepack(nn.Linear(3, 5))
+    double = prepack(nn.Sequential(nn.Linear(3, 5).double()))
+    assert not packed_layers(double)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="has none"):
+        prepack(vit())
