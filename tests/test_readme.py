@@ -148,7 +148,7 @@ def test_every_block_runs(reader: Path) -> None:
             code = block.code + (rows if block == block_of_rows else "")
             command = [sys.executable, "-W", "error", "-c", code]
         done = subprocess.run(
-            command, cwd=reader, env=env, capture_output=True, text=True, check=False, timeout=300
+            command, cwd=reader, env=env, capture_output=True, text=True, check=False, timeout=900
         )
         assert done.returncode == 0, (
             f"README.md:{block.line} fails:\n{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
