@@ -210,7 +210,10 @@ class ViT(Pretrained, nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Positions, prefix tokens and linear weights ~ N(0, 0.02) cut at +-2, biases 0 (as DeiT and timm)."""
+        """Positions, prefix tokens and linear weights ~ N(0, 0.02) cut at +-2, biases 0 (as DeiT and timm).
+
+        A convolutional stem keeps torch's larger values: its patches would drown in their positions.
+        """
         for parameter in (self.pos_embed, self.prefix_tokens):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -218,8 +221,8 @@ class ViT(Pretrained, nn.Module):
             self.pos_embed.data.copy_(
                 0.5 * sinusoidal_2d(self.grid, self.dim)
             )  # As large as fresh patches are.
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not (self.stem == "conv" and name.startswith("patch_embed")):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

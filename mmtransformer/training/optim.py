@@ -74,7 +74,8 @@ def muon(
         {"params": others, "weight_decay": weight_decay, "use_fallback": True},
         {"params": vectors, "weight_decay": 0.0, "use_fallback": True},
     ]
-    return Muon([g for g in groups if g["params"]], lr=lr, betas=betas, fallback_lr_scale=0.5)
+    kept = [g for g in groups if g["params"]]
+    return Muon(kept, lr=lr, betas=betas, nesterov=True, fallback_lr_scale=0.5)
 
 
 def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
