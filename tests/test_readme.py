@@ -107,7 +107,8 @@ def environment(folder: Path) -> dict[str, str]:
 args = sys.argv[1:]
 if args and args[0] in ("fit", "validate", "test") and "--config" in args:
     after = args.index("--config") + 2
-    args[after:after] = ["--config", "recipes/tiny.yaml"]
+    fewer = [f"--data.source.{{split}}_size=40" for split in ("train", "val", "compositional")]
+    args[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in args[after - 1])
 os.execv({str(here / "mmt")!r}, ["mmt", *args])
 """
     # The real make by its full name: plain `make` is this stand-in, which would call itself without end.
