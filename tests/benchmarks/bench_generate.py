@@ -61,8 +61,9 @@ def token_cost(model: EncoderDecoder, visual_tokens: int, rows: int = 4) -> tupl
 def main() -> None:
     args = start(__doc__ or "")
     peer = make_peer().eval()
-    with torch.no_grad():
-        peer.decoder.transformer.wte.weight.mul_(5)  # Sharper choices, so that rounding decides none.
+    with torch.no_grad():  # Louder branches, so that texts depend on pictures and rounding decides no token.
+        for parameter in [*peer.decoder.transformer.h.parameters(), *peer.encoder.layers.parameters()]:
+            parameter.mul_(5)
     peer.generation_config.eos_token_id = peer.generation_config.pad_token_id = VOCAB - 1
     ours = prepack(make_ours(peer).eval())
     for rows in (1, 8):
