@@ -30,11 +30,11 @@ class PackedLinear(nn.Linear):
         self.training = linear.training
         self._packed: tuple[tuple, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(... in_features) -> (... out_features)."""
-        if not self._serves(x):
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed(), self.bias, "none", [], "")
+        if not self._serves(input):
+            return F.linear(input, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed(), self.bias, "none", [], "")
 
     def _serves(self, x: Tensor) -> bool:
         return not (
