@@ -109,6 +109,10 @@ def main() -> None:
             cached = replace(full, pixels=None, visual_tokens=ours.encode(cast(Tensor, full.pixels)))
         line(f"{form}, bf16, cached features", bf16, ours, cached, 3.0)
         line(f"{form}, fp32, cached features", fp32, ours, cached, 4.0)
+        # As in the recipe: the captions of a picture share its features. The peer computes each row's picture.
+        shared = replace(cached, visual_tokens=cast(Tensor, cached.visual_tokens)[:2].clone())
+        line(f"{form}, bf16, cached, 4 captions a picture", bf16, ours, shared)
+        line(f"{form}, fp32, cached, 4 captions a picture", fp32, ours, shared)
 
 
 if __name__ == "__main__":
