@@ -360,7 +360,8 @@ def test_the_average_forgets_where_it_began_in_short_runs_and_keeps_its_decay_in
 def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> None:
     model = EncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
     optimizer = muon(model, lr=0.01)
-    assert all(group["nesterov"] for group in optimizer.param_groups)  # Plain momentum learns the scenes later.
+    # With plain momentum the scenes are learnt later.
+    assert all(group["nesterov"] for group in optimizer.param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
     for group in optimizer.param_groups:
