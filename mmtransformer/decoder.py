@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmtransformer import masks
 from mmtransformer.attention import Attention, KeyValue, KVCache, Mask, Rope
 from mmtransformer.blocks import MLP, Activation, DecoderBlock, Norm, SwiGLU, make_norm
-from mmtransformer.positions import Rotary
+from mmtransformer.positions import Rotary, sinusoidal
 from mmtransformer.pretrained import Pretrained
 
 Context = Tensor | Sequence[KeyValue]
@@ -51,7 +51,7 @@ class DecoderState:
 
 
 class TextDecoder(Pretrained, nn.Module):
-    """A pre-norm causal decoder: GPT-2's shape by default (Radford et al. 2019), Llama's with other arguments.
+    """A causal decoder: GPT-2's shape by default (Radford et al. 2019), Llama's with other arguments.
 
     Args:
         vocab_size: number of token ids.
@@ -67,12 +67,14 @@ class TextDecoder(Pretrained, nn.Module):
         norm: "layer" (GPT-2, OPT) or "rms" (Llama).
         norm_eps: of the norms; GPT-2's 1e-5.
         mlp: "swiglu" (Llama) or the activation of a plain MLP; "gelu_tanh" is GPT-2's, "relu" OPT's.
-        positions: "learned" (GPT-2, OPT) or "rotary" (Llama).
+        positions: "learned" (GPT-2, OPT), "rotary" (Llama) or "sinusoidal" (the 2017 Transformer).
         rope_theta: base of the rotary wave lengths.
         rope_scaling: see `positions.Rotary`.
         bias: biases in attention and MLP: "all" (GPT-2, OPT), "qkv" (Qwen2) or "none" (Llama).
         qk_norm: norm of each head's queries and keys (Qwen3: "rms").
         tied: whether the head's weight is the embedding.
+        embed_scale: what embeddings are multiplied by; sqrt(dim) in the 2017 Transformer.
+        pre_norm: norm before each branch, and a last one; False = after each sum, and no last one (2017, OPT-350m).
         dropout: share of embeddings, self-attention weights and branch results dropped in training.
 
     Raises:
@@ -95,17 +97,19 @@ class TextDecoder(Pretrained, nn.Module):
         norm: Norm = "layer",
         norm_eps: float = 1e-5,
         mlp: Activation | Literal["swiglu"] = "gelu_tanh",
-        positions: Literal["learned", "rotary"] = "learned",
+        positions: Literal["learned", "rotary", "sinusoidal"] = "learned",
         rope_theta: float = 10_000.0,
         rope_scaling: dict | None = None,
         bias: Literal["all", "qkv", "none"] = "all",
         qk_norm: Literal["rms", "layer"] | None = None,
         tied: bool = True,
+        embed_scale: float = 1.0,
+        pre_norm: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if positions not in ("learned", "rotary"):
-            raise ValueError(f'positions must be "learned" or "rotary", not "{positions}"')
+        if positions not in ("learned", "rotary", "sinusoidal"):
+            raise ValueError(f'positions must be "learned", "rotary" or "sinusoidal", not "{positions}"')
         if bias not in ("all", "qkv", "none"):
             raise ValueError(f'bias must be "all", "qkv" or "none", not "{bias}"')
         if not 1 <= cross_every <= max(depth, 1):
@@ -122,7 +126,7 @@ class TextDecoder(Pretrained, nn.Module):
         self.num_kv_heads, self.head_dim, self.qk_norm = num_kv_heads, head_dim, qk_norm
         self.norm, self.norm_eps, self.mlp, self.bias = norm, norm_eps, mlp, bias
         self.positions, self.rope_theta, self.rope_scaling = positions, rope_theta, rope_scaling
-        self.tied, self.dropout = tied, dropout
+        self.tied, self.embed_scale, self.pre_norm, self.dropout = tied, embed_scale, pre_norm, dropout
 
         make = partial(make_norm, norm, dim, norm_eps)
         self.tok_embed = nn.Embedding(vocab_size, dim)
@@ -148,11 +152,12 @@ class TextDecoder(Pretrained, nn.Module):
                 else MLP(dim, mlp_dim, activation=mlp, bias=bias == "all"),
                 make,
                 cross_attn=self._cross_attention(i),
+                pre_norm=pre_norm,
                 dropout=dropout,
             )
             for i in range(depth)
         )
-        self.last_norm = make()
+        self.last_norm = make() if pre_norm else nn.Identity()
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.tok_embed.weight
@@ -193,6 +198,9 @@ class TextDecoder(Pretrained, nn.Module):
                 f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to a decoder with a "
                 f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
             ) from error
+        x = x if self.embed_scale == 1 else x * self.embed_scale
+        if self.positions == "sinusoidal":
+            return x + sinusoidal(positions, self.dim).to(x.dtype)
         return x if self.pos_embed is None else x + self.pos_embed(positions)
 
     def forward(
@@ -201,6 +209,7 @@ class TextDecoder(Pretrained, nn.Module):
         context: Context | None = None,
         *,
         valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -211,6 +220,7 @@ class TextDecoder(Pretrained, nn.Module):
             tokens: (b q) long.
             context: what cross-attention reads, its rows dividing b.
             valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
+            context_valid: (n k) bool, True = a real token of the context; None = all are.
             mask: (b q k) who may look at whom, in place of the causal mask (packed rows); not with a state.
             state: tokens decoded so far, from `new_state`; these tokens are appended to it.
             before_block: called as x = before_block(i, x) before block i: the door for bridges.
@@ -228,6 +238,7 @@ class TextDecoder(Pretrained, nn.Module):
             positions,
             context,
             valid=valid,
+            context_valid=context_valid,
             mask=mask,
             state=state,
             before_block=before_block,
@@ -240,6 +251,7 @@ class TextDecoder(Pretrained, nn.Module):
         context: Context | None = None,
         *,
         valid: Tensor | None = None,
+        context_valid: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -248,13 +260,15 @@ class TextDecoder(Pretrained, nn.Module):
         if mask is None:
             mask = self._mask(x, valid, state)
         rope: Rope | None = self.rotary(positions) if self.rotary is not None else None
-        contexts = self._contexts(context)
+        contexts, context_mask = self._contexts(context), None
+        if context_valid is not None:
+            context_mask = context_valid.repeat_interleave(x.shape[0] // context_valid.shape[0], 0)[:, None]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if before_block is not None:
                 x = before_block(i, x)
             cache = None if state is None else state.caches[i]
-            x = block(x, contexts.get(i), mask=mask, rope=rope, cache=cache)
+            x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=rope, cache=cache)
         if state is not None:
             self._remember(state, positions, valid, x)
         return self.last_norm(x)
