@@ -252,6 +252,7 @@ class Attention(nn.Module):
         bias: whether the query, key and value projections have biases.
         out_bias: the same for the output projection; None = as `bias`.
         qk_norm: "rms" or "layer" normalises each head's queries and keys (arXiv:2302.05442; Qwen3); None does not.
+        norm_eps: of these norms.
         dropout: share of attention weights dropped in training.
 
     Raises:
@@ -269,6 +270,7 @@ class Attention(nn.Module):
         bias: bool = True,
         out_bias: bool | None = None,
         qk_norm: Literal["rms", "layer"] | None = None,
+        norm_eps: float = 1e-6,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -291,8 +293,8 @@ class Attention(nn.Module):
         if qk_norm not in (None, "rms", "layer"):
             raise ValueError(f'qk_norm must be "rms", "layer" or None, not "{qk_norm}"')
         norm = {
-            "rms": lambda: nn.RMSNorm(head_dim, eps=1e-6),
-            "layer": lambda: nn.LayerNorm(head_dim, eps=1e-6),
+            "rms": lambda: nn.RMSNorm(head_dim, eps=norm_eps),
+            "layer": lambda: nn.LayerNorm(head_dim, eps=norm_eps),
         }
         self.q_norm = norm[qk_norm]() if qk_norm else nn.Identity()
         self.k_norm = norm[qk_norm]() if qk_norm else nn.Identity()
