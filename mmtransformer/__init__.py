@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmtransformer.generate import Generated, generate
     from mmtransformer.images import Augment, ImageError, ImageTransform
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
+    from mmtransformer.qformer import QFormer
     from mmtransformer.record import record_attention
     from mmtransformer.tokenizer import Tokenizer
     from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
@@ -30,6 +31,7 @@ _HOMES = {
     "generate": "Generated generate",
     "images": "Augment ImageError ImageTransform",
     "pipeline": "CaptionResult Decoding ImageCaptioner",
+    "qformer": "QFormer",
     "record": "record_attention",
     "tokenizer": "Tokenizer",
     "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
@@ -53,6 +55,7 @@ __all__ = [
     "KVCache",
     "KeyValue",
     "PatchEmbed",
+    "QFormer",
     "Rope",
     "TextDecoder",
     "Tokenizer",
