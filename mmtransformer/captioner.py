@@ -32,6 +32,11 @@ class CaptionBatch:
         visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
         names: the b samples' names.
         references: the b samples' captions, each (text, language).
+        pictures: (b i) bool, which of a sample's pictures are real, where samples have different numbers; None = all.
+        media: (n q) long: number (from 1) of the last picture that has come up to and including a token, 0 = none in
+            its own document; None = all pictures stand before the text.
+        media_first: (n q) long: number of the first picture of the token's own document; None = 1.
+        segments: (n q) long: number (from 0) of the token's document in a packed row; None = one document a row.
     """
 
     tokens: Tensor
@@ -41,6 +46,28 @@ class CaptionBatch:
     visual_tokens: Tensor | None = None
     names: tuple[str, ...] = ()
     references: tuple[tuple[tuple[str, str | None], ...], ...] = ()
+    pictures: Tensor | None = None
+    media: Tensor | None = None
+    media_first: Tensor | None = None
+    segments: Tensor | None = None
+
+    @property
+    def visual(self) -> Tensor:
+        """The pictures in whatever form they came, pixels or cached tokens: (b i ...).
+
+        Raises:
+            ValueError: if the batch has neither.
+        """
+        visual = self.pixels if self.visual_tokens is None else self.visual_tokens
+        if visual is None:
+            raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
+        return visual
+
+    def cut(self, length: int) -> Self:
+        """The batch with only the first `length` tokens of every row."""
+        rows = ("tokens", "valid", "target", "media", "media_first", "segments")
+        found = {name: getattr(self, name) for name in rows}
+        return replace(self, **{name: x[:, :length] for name, x in found.items() if x is not None})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch with its tensors on another device."""
@@ -174,10 +201,8 @@ def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: 
     chosen = labels[predicts]
     if not chosen.numel():
         raise ValueError(f"none of the {batch.tokens.shape[0]} rows has a target token")
-    shorter = replace(
-        batch, tokens=batch.tokens[:, :-1], valid=batch.valid[:, :-1], target=batch.target[:, :-1]
-    )
-    logits = captioner.head(captioner.hidden(shorter)[predicts])
+    hidden = captioner.hidden(batch.cut(batch.tokens.shape[1] - 1))
+    logits = captioner.head(hidden[predicts])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
     return Loss(total, torch.tensor(chosen.numel(), device=total.device))

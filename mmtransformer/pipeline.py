@@ -81,10 +81,7 @@ class CaptionResult:
 
 def with_prompts(batch: CaptionBatch, tokenizer: Tokenizer, languages: Sequence[str | None]) -> CaptionBatch:
     """The same pictures with one prompt a language in place of the captions: n = b * r rows."""
-    visual = batch.pixels if batch.visual_tokens is None else batch.visual_tokens
-    if visual is None:
-        raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
-    b = visual.shape[0]
+    b = batch.visual.shape[0]
     prompts = [tokenizer.prompt(language) for language in languages]
     tokens, valid = tokenizer.pad(prompts, side="left")
     device = batch.tokens.device

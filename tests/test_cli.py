@@ -90,8 +90,8 @@ def test_help_is_quick() -> None:
             'no such key: --trainer.max_stesp; did you mean "trainer.max_steps"?',
         ),
         (
-            [*FINETUNE, "--data.root=PAIRS", "--model.lr=abc"],
-            "model.lr: Expected a <class 'float'>. Got value: abc",
+            [*FINETUNE, "--data.root=PAIRS", "--model.optim.lr=abc"],
+            "model.optim.lr: Expected a <class 'float'>. Got value: abc",
         ),
         ([*FINETUNE, "--data.root=NOWHERE", "--model.init=MODEL"], "NOWHERE does not exist"),
         ([*FINETUNE, "--data.root=PAIRS", "--model.init=NOWHERE"], "NOWHERE: no such folder"),

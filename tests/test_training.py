@@ -17,7 +17,7 @@ from mmtransformer.data.scenes import Scenes
 from mmtransformer.pipeline import Decoding, write_captions
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training import evaluation as evaluation_module
-from mmtransformer.training.optim import adamw, muon, warming_average, warmup_cosine
+from mmtransformer.training.optim import Optim, adamw, muon, warming_average, warmup_cosine
 from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import clock
 
@@ -109,7 +109,7 @@ def test_precision_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> N
 
 def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> list[torch.Tensor]:
     """What the optimizer gets to see at its first step."""
-    module = Captioning(captioner().double(), warmup_steps=0)
+    module = Captioning(captioner().double(), optim=Optim(warmup_steps=0))
     seen: list[torch.Tensor] = []
 
     class Look(pl.Callback):
@@ -145,10 +145,10 @@ def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> 
 def test_not_a_number_stops_before_the_weights(tmp_path: Path) -> None:
     bad = batch([4, 6], seed=5)
     bad.pixels[1, 0, 2, 7, 7] = math.nan  # type: ignore[index]
-    module = Captioning(captioner(), lr=0.01, warmup_steps=0)
+    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=0))
     loader = torch.utils.data.DataLoader([batch([4, 6]), bad, batch([3, 3])], batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(
-        NotFinite, match=r"step 1: the loss is nan .* pictures: picture-5-0, picture-5-1\."
+        NotFinite, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\."
     ) as caught:
         trainer(tmp_path, max_steps=3).fit(module, train_dataloaders=loader)
     assert "captioner." in str(caught.value)
@@ -247,7 +247,8 @@ def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
-    plain, averaged = (Captioning(captioner(), lr=0.01, warmup_steps=0, ema=decay) for decay in (0.0, 0.999))
+    optims = [Optim(lr=0.01, warmup_steps=0, ema=decay) for decay in (0.0, 0.999)]
+    plain, averaged = (Captioning(captioner(), optim=optim) for optim in optims)
     for module in (plain, averaged):
         trainer(tmp_path).fit(module, datamodule=scenes())
     start = captioner()
@@ -317,7 +318,7 @@ def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
 
 
 def test_progress_and_samples_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0, max_new_tokens=3)]
+    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
     run = trainer(tmp_path, max_steps=3, callbacks=said, enable_progress_bar=True)
     run.fit(Captioning(captioner()), datamodule=scenes())
     out = capsys.readouterr().out

@@ -39,8 +39,10 @@ def explain(message: str, keys: Iterable[str]) -> str:
         if not word.startswith("-"):
             return f'unexpected word "{word}"; keys are given as --key=value'
         return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
-    trail = [name for name in re.findall(r'Parser key "([^"]+)"', message) if "." not in name or name in keys]
     classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    owned = {argument for owner in classes for argument in arguments_of(owner)}
+    trail = re.findall(r'Parser key "([^"]+)"', message)
+    trail = [name for name in trail if "." not in name or name in keys or name.partition(".")[0] in owned]
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         word, owner = found[1], classes[-1] if classes else ""
         return (

@@ -1,6 +1,5 @@
 """`mmt fit`, `validate` and `test`: recipes in Lightning's YAML, with overrides from the command line."""
 
-import dataclasses
 import io
 import logging
 import sys
@@ -34,8 +33,8 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
   --trainer.accumulate_grad_batches N  batches an optimizer step
   --trainer.gradient_clip_val X        clip the gradient's norm
-  --model.lr X                         peak learning rate
-  --model.ema X                        moving average of the weights (0.999)
+  --model.optim.lr X                   peak learning rate
+  --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
   --model.captioner.decoder.depth N    any argument of any part
   --model.init DIR                     finetune: the model to go on from
@@ -171,15 +170,9 @@ def keys_of(parser: Any) -> list[str]:
 
 
 def fit(cli: "LightningCLI") -> None:
-    """Trains, evaluates, and writes the run's folder."""
-    import torch
-
-    from mmtransformer.data.captions import CaptionData
-    from mmtransformer.pipeline import ImageCaptioner
-    from mmtransformer.training import Captioning, evaluate, write_report
-    from mmtransformer.training.captioning import trainable_parameters
-    from mmtransformer.training.evaluation import image_use
-    from mmtransformer.training.report import device_name, how_to, seconds_to_text
+    """Trains, and lets the task finish: evaluate, and write the run's folder."""
+    from mmtransformer.training import Run, Task
+    from mmtransformer.training.task import device_name, trainable_parameters
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     folder = Path(trainer.default_root_dir)
@@ -191,60 +184,10 @@ def fit(cli: "LightningCLI") -> None:
     print(f"run folder: {folder}; {size}; {device_name(device)}")
     began = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
-    seconds, steps = time.monotonic() - began, trainer.global_step
-    if not (isinstance(module, Captioning) and isinstance(data, CaptionData)) or not trainer.is_global_zero:
-        return
-    print(f"trained {steps} steps in {seconds_to_text(seconds)}; now captioning {', '.join(data.val_splits)}")
-    use = image_use(trainer.callback_metrics, data.val_splits)
-    if not use:  # the run ended before its first validation
-        trainer.validate(module, datamodule=data, verbose=False)
-        use = image_use(trainer.callback_metrics, data.val_splits)
-    limit = trainer.limit_val_batches
-    began = time.monotonic()
-    evaluation = evaluate(
-        module.captioner,
-        data,
-        decoding=module.decoding,
-        device=device,
-        autocast=torch.bfloat16 if device.type == "cuda" and trainer.precision == "bf16-mixed" else None,
-        limit_batches=limit if isinstance(limit, int) else None,
-    )
-    extra = {
-        "image_use": use,
-        "training": {
-            "seconds": round(seconds, 1),
-            "steps": steps,
-            "pictures": module.pictures_seen,
-            "tokens": module.tokens_seen,
-            "device": device_name(device),
-            "precision": str(trainer.precision),
-            "parameters": trainable_parameters(module),
-            "evaluation_seconds": round(time.monotonic() - began, 1),
-        },
-    }
-    model = ImageCaptioner(
-        module.captioner,
-        data.tokenizer,
-        data.transform,
-        decoding=dataclasses.replace(module.decoding),
-        device=device,
-    )
-    write_report(folder, model, data, evaluation, extra=extra)
-    print(f"\n{evaluation.table()}\n")
-    for path in sorted(folder.glob("bad_pictures_*.jsonl")):
-        count = len(path.read_text("utf-8").splitlines())
-        if count:
-            print(f"{count} pictures could not be read; they are named in {path}")
-    for split, losses in use.items():
-        if "loss_right" in losses:
-            print(
-                f"{split}: loss {losses['loss_right']:.3f} with the right picture, {losses['loss_other_picture']:.3f} "
-                f"with another, {losses['loss_blank_picture']:.3f} with a blank one"
-            )
-    print(
-        f"\nmetrics   {folder / 'metrics.json'}\ngallery   {folder / 'gallery.png'}   {folder / 'gallery.html'}"
-    )
-    print(f"model     {folder / 'model'}\n\nCaption a picture of your own:\n  {how_to(folder, model)}")
+    if isinstance(module, Task) and trainer.is_global_zero:
+        limit = trainer.limit_val_batches
+        seconds = time.monotonic() - began
+        module.finish(Run(folder, seconds, device, limit if isinstance(limit, int) else None))
 
 
 def _quiet() -> None:

@@ -3,17 +3,22 @@
 from mmtransformer.training.captioning import Captioning, finetune
 from mmtransformer.training.evaluation import Evaluation, evaluate
 from mmtransformer.training.guard import NotFinite
+from mmtransformer.training.optim import Optim
 from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import Progress
 from mmtransformer.training.report import write_report
 from mmtransformer.training.samples import Samples
+from mmtransformer.training.task import Run, Task
 
 __all__ = [
     "Captioning",
     "Evaluation",
     "NotFinite",
+    "Optim",
     "Progress",
+    "Run",
     "Samples",
+    "Task",
     "evaluate",
     "finetune",
     "pick_precision",

@@ -20,7 +20,7 @@ def not_finite(
         grad_norm: The norm of all gradients.
         step: The optimizer step that was not taken.
         lr: Its learning rate.
-        names: The pictures of the step.
+        names: The samples of the step.
     """
     bad = (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
     first = next(bad, "none: their norm overflows")
@@ -28,6 +28,6 @@ def not_finite(
     return NotFinite(
         f"step {step}: the loss is {loss:.6g} and the gradient's norm {grad_norm:.6g}, which is not finite; "
         f"the weights were left as they were. Learning rate {lr:.3g}; first bad gradient: {first}; "
-        f"pictures: {shown or 'unnamed'}. Lower model.lr, lengthen model.warmup_steps, or set trainer.precision "
-        f"to 32-true"
+        f"samples: {shown or 'unnamed'}. Lower model.optim.lr, lengthen model.optim.warmup_steps, or set "
+        f"trainer.precision to 32-true"
     )

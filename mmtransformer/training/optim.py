@@ -2,11 +2,60 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How weights are learned.
+
+    Args:
+        kind: "adamw", or "muon" for matrices with AdamW for the rest: small models learn from fewer samples.
+        lr: The peak learning rate.
+        weight_decay: Decay of matrices; vectors (norms, biases) have none.
+        betas: AdamW's decay rates.
+        warmup_steps: Steps until the peak.
+        min_lr_ratio: What is left of the peak at the end of the cosine.
+        ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.01
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f'optim.kind must be "adamw" or "muon", not "{self.kind}"')
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
+
+    def build(self, module: nn.Module, *, fused: bool = True) -> Optimizer:
+        """The optimizer of a module's trainable parameters; `fused` is for AdamW."""
+        if self.kind == "muon":
+            return muon(module, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
+        return adamw(module, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, fused=fused)
+
+    def schedule(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+        """Its learning rate over a run of so many steps."""
+        return warmup_cosine(
+            optimizer,
+            warmup_steps=self.warmup_steps,
+            total_steps=total_steps,
+            min_lr_ratio=self.min_lr_ratio,
+        )
 
 
 def adamw(

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
-from mmtransformer.training.captioning import Captioning
+from mmtransformer.training.task import Task
 
 
 class Progress(ProgressBar):
@@ -45,7 +45,7 @@ class Progress(ProgressBar):
         """Starts the clock."""
         self._begin, self._last = time.monotonic(), 0.0
         self._first_step = trainer.global_step
-        self._seen = getattr(pl_module, "pictures_seen", 0)
+        self._seen = getattr(pl_module, "samples_seen", 0)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,26 +72,19 @@ class Progress(ProgressBar):
         total, step = int(trainer.estimated_stepping_batches), trainer.global_step
         left = max(total - step, 0) * seconds / done
         parts = [f"step {step}/{total} ({step / max(total, 1):.0%})"]
-        if isinstance(module, Captioning):
+        if isinstance(module, Task):
             parts.append(f"loss {float(module.last_loss):.3f}")
-            parts.append(f"{(module.pictures_seen - self._seen) / max(seconds, 1e-9):,.0f} pictures/s")
+            parts.append(f"{(module.samples_seen - self._seen) / max(seconds, 1e-9):,.0f} {module.unit}/s")
         parts.append(f"{clock(seconds)} gone, {clock(left)} left")
         return "  ".join(parts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The losses of the validation, with the image-use check beside them."""
-        if trainer.sanity_checking or not isinstance(pl_module, Captioning):
+        """The losses of the validation."""
+        if trainer.sanity_checking or not isinstance(pl_module, Task):
             return
-        metrics = trainer.callback_metrics
         for split in pl_module.split_names:
-            if (loss := metrics.get(f"{split}/loss")) is None:
-                continue
-            text = f"  {split}: loss {float(loss):.3f}"
-            if (other := metrics.get(f"{split}/loss_other_picture")) is not None:
-                blank = metrics[f"{split}/loss_blank_picture"]
-                right = metrics[f"{split}/loss_right"]
-                text += f" (right picture {float(right):.3f}, another {float(other):.3f}, blank {float(blank):.3f})"
-            self.print(text)
+            if f"{split}/loss" in trainer.callback_metrics:
+                self.print(f"  {pl_module.describe(split, trainer.callback_metrics)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the last line standing."""

@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.facts import judge
 from mmtransformer.data.scenes import SceneSplit
@@ -171,10 +169,3 @@ def seconds_to_text(seconds: float) -> str:
     """12 s, or 3 min 5 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def device_name(device: torch.device) -> str:
-    """What computes, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type

@@ -1,4 +1,4 @@
-"""A sample caption now and then, so that one sees a run learn."""
+"""A sample now and then, so that one sees a run learn."""
 
 import time
 from typing import Any
@@ -6,26 +6,27 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from mmtransformer.captioner import Captioner
+from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.dataset import Collate
 from mmtransformer.data.sampler import Pick
 from mmtransformer.pipeline import Decoding, write_captions
-from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.evaluation import split_languages
+from mmtransformer.training.task import Task
 
 
 class Samples(pl.Callback):
-    """Prints what the model says of a held-out picture, every so many seconds; another picture each time.
+    """Prints what the model can do by now (`Task.sample`), every so many seconds.
 
     Nothing random is drawn, so a run with samples and one without are the same.
 
     Args:
         every_seconds: Seconds between samples.
-        max_new_tokens: Most tokens of a sample.
     """
 
-    def __init__(self, every_seconds: float = 40.0, max_new_tokens: int = 40) -> None:
-        self.every_seconds, self.max_new_tokens = every_seconds, max_new_tokens
-        self._last, self._turn = 0.0, 0
+    def __init__(self, every_seconds: float = 40.0) -> None:
+        self.every_seconds = every_seconds
+        self._last = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
@@ -41,34 +42,41 @@ class Samples(pl.Callback):
         self._last = time.monotonic()
 
     def show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Captions one picture of the first validation split, in each of its languages."""
-        if not isinstance(module, Captioning) or module.data is None or not module.data.val_splits:
+        """Prints a task's sample."""
+        if not isinstance(module, Task):
             return
-        data = module.data
-        split = data.val_splits[0]
-        dataset = data.dataset(split)
-        if not len(dataset):
-            return
-        sample = dataset[Pick(0, self._turn % len(dataset))]
-        self._turn += 1
-        batch = Collate(data.tokenizer.pad_id)([sample]).to(module.device)
-        languages = split_languages(data.tokenizer, data.rows(split).languages)
         was_training = module.training
         module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            rows = write_captions(
-                module.captioner,
-                data.tokenizer,
-                batch,
-                languages,
-                decoding=Decoding(num_beams=1, max_new_tokens=self.max_new_tokens),
-            )[0]
+            lines = module.sample()
         module.train(was_training)
         show = trainer.progress_bar_callback.print if trainer.progress_bar_callback else print
-        show(f"  {sample.name}")
-        for language, (said,) in zip(languages, rows, strict=True):
-            reference = next(
-                (text for text, code in sample.references if code == language or language is None), ""
-            )
-            tag = f"{language}: " if language else ""
-            show(f"    {tag}{said.text}\n      (a person: {reference})")
+        for line in lines:
+            show(f"  {line}")
+
+
+def sample_captions(
+    captioner: Captioner, data: CaptionData, device: torch.device, *, turn: int, max_new_tokens: int = 40
+) -> list[str]:
+    """What a captioner says of one held-out picture, in each language, with what a person said.
+
+    Args:
+        captioner: The model, in evaluation mode.
+        data: The data; the picture is one of its first validation split.
+        device: Where to compute.
+        turn: Which picture.
+        max_new_tokens: Most tokens of a caption.
+    """
+    if not data.val_splits or not len(dataset := data.dataset(data.val_splits[0])):
+        return []
+    sample = dataset[Pick(0, turn % len(dataset))]
+    batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
+    languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
+    greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens)
+    (rows,) = write_captions(captioner, data.tokenizer, batch, languages, decoding=greedy)
+    lines = [sample.name]
+    for language, (said,) in zip(languages, rows, strict=True):
+        of_language = (text for text, code in sample.references if code == language or language is None)
+        tag = f"{language}: " if language else ""
+        lines += [f"  {tag}{said.text}", f"    (a person: {next(of_language, '')})"]
+    return lines

@@ -1,0 +1,279 @@
+"""Checkpoint files that are whole or not there: written beside their name, flushed to the disk, then renamed.
+
+What is in them is plain data and tensors, so they are read without running anything (`weights_only=True`), and every
+byte is compared with the check sums that stand in the file.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import os
+import socket
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+SUFFIX = ".ckpt"
+_SLACK = 1 << 20  # bytes of a checkpoint that are not tensors: names, numbers, the archive's directory
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.Size, torch.dtype, torch.device)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or must not be read; the message says which and why."""
+
+
+class CheckpointFiles(CheckpointIO):
+    """Writes and reads the checkpoints of a `Trainer`, as `Trainer(plugins=[CheckpointFiles()])`.
+
+    A process that is killed while it saves, or a disk that is full, leaves the checkpoint that was there before.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes a checkpoint, or leaves the one that is there.
+
+        Args:
+            checkpoint: What Lightning collected.
+            path: The file.
+            storage_options: None; there are no options.
+
+        Raises:
+            CheckpointError: If the disk is full, the folder cannot be written, or something in the checkpoint is
+                not plain data.
+        """
+        if storage_options is not None:
+            raise CheckpointError(f"storage_options ({storage_options}) must be None: there are none")
+        data = plain(checkpoint)
+        write_whole(path, lambda file: torch.save(data, file), tensor_bytes(data) + _SLACK)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint; nothing in the file is ever run.
+
+        Args:
+            path: The file.
+            map_location: Where its tensors go.
+            weights_only: True or None; it is always so.
+
+        Raises:
+            CheckpointError: If there is none, it is damaged, or it wants to run code.
+        """
+        if weights_only is False:
+            raise CheckpointError(f"{path}: checkpoints are read with weights_only=True only")
+        return read(path, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Deletes a checkpoint, if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int) -> None:
+    """Writes a file in one piece: after a crash at any moment there is the old file or the new one.
+
+    Args:
+        path: The file; its folder is made if need be.
+        write: Writes the content to an open file.
+        size: About how many bytes that will be.
+
+    Raises:
+        CheckpointError: If there is no room, or no right to write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = disk_free(path.parent)
+        if free < size:
+            raise OSError(f"only {free:,} bytes are free there")
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's archive writer makes RuntimeErrors of OSErrors
+        cause = next(
+            (e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error
+        )
+        if not isinstance(cause, OSError):
+            raise
+        kept = f"the checkpoint that was there is kept: {path}" if path.exists() else "nothing was written"
+        raise CheckpointError(
+            f"{path}: cannot write the checkpoint of about {size:,} bytes: {cause.strerror or cause}; {kept}. Free "
+            f"some space or set trainer.default_root_dir to another disk, then go on with --resume"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that may still be written in a folder."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name is on the disk too (not on every system can a folder be synchronised)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: str | Path) -> list[Path]:
+    """Deletes what writers that were killed have left; files of a process that lives on this machine stay.
+
+    Args:
+        folder: A folder of checkpoints.
+
+    Returns:
+        What was deleted.
+    """
+    swept = []
+    for litter in Path(folder).glob(f".*{SUFFIX}.*.part"):
+        host, _, number = (
+            litter.suffixes[-2][1:].rpartition("-") if len(litter.suffixes) > 1 else ("", "", "")
+        )
+        if host and litter.name.endswith(f".{socket.gethostname()}-{number}.part") and _lives(number):
+            continue
+        with contextlib.suppress(OSError):
+            litter.unlink()
+            swept.append(litter)
+    return swept
+
+
+def _lives(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(number) != os.getpid()
+
+
+def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint's content; only tensors and plain data are read, nothing is run.
+
+    Args:
+        path: The file.
+        map_location: Where its tensors go.
+
+    Raises:
+        CheckpointError: If there is no such file, it is damaged, or it holds something else.
+    """
+    path = Path(path)
+    if fault := damage(path):
+        raise CheckpointError(f"{path}: {fault}")
+    try:
+        found = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        line = next(
+            (x.strip() for x in reason if "GLOBAL" in x or "Unsupported" in x), reason[0] if reason else ""
+        )
+        raise CheckpointError(
+            f"{path}: refused, as it holds more than tensors and plain data ({line[:200]}); nothing of it was run"
+        ) from None
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise CheckpointError(f"{path}: not a checkpoint of a run (no state_dict)")
+    return found
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's file, in words; None if every byte is as it was written."""
+    if not path.is_file():
+        return "no such checkpoint"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError) as error:
+        return f"not a whole checkpoint ({error})"
+    return f"damaged: {broken} is not what was written" if broken else None
+
+
+def newest(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The file, or None if there is none; and what is wrong with newer ones.
+    """
+    files = [path for path in Path(folder).glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+    faults = []
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if (fault := damage(path)) is None:
+            return path, faults
+        faults.append(f"{path}: {fault}")
+    return None, faults
+
+
+def plain(value: Any, where: str = "") -> Any:
+    """The same as tensors and plain data: paths become text, named things their values, numpy's numbers Python's.
+
+    Args:
+        value: What is to be saved.
+        where: Its place, for errors.
+
+    Raises:
+        CheckpointError: Naming the place of something that could not be read back safely.
+    """
+    if type(value) in _PLAIN or isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(k, where): plain(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return (
+            set(items)
+            if isinstance(value, (set, frozenset))
+            else items
+            if type(value) is list
+            else tuple(items)
+        )
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, enum.Enum):
+        return plain(value.value, where)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+    for kind in (bool, int, float, str):  # subclasses of them
+        if isinstance(value, kind):
+            return kind(value)
+    raise CheckpointError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint must not hold: it could "
+        f"not be read back without running code; keep tensors and plain data"
+    )
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested data, shared storage once."""
+    found: dict[int, int] = {}
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, Mapping):
+            todo += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            todo += item
+    return sum(found.values())

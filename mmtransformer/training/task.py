@@ -1,0 +1,238 @@
+"""Task: what every recipe trains. A loss per token of the global batch, the optimizer, the guard; and a finish."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from mmtransformer.captioner import Loss
+from mmtransformer.training.guard import not_finite
+from mmtransformer.training.optim import Optim, warming_average
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that has ended, for `Task.finish`.
+
+    Attributes:
+        folder: Where its results belong.
+        seconds: How long the training took.
+        device: What it computed on.
+        limit_batches: Most batches of a split that are to be evaluated; None = all.
+    """
+
+    folder: Path
+    seconds: float
+    device: torch.device
+    limit_batches: int | None = None
+
+
+class Task(pl.LightningModule, ABC):
+    """The contract between a recipe and `mmt fit`: a loss to train on, and what is written when training ends.
+
+    A training step returns the SUM of the losses; before the optimizer step the gradient is divided by the count (of
+    tokens, say) that all micro-batches and processes had together. So the gradient is the mean over the global batch,
+    however it was cut up.
+
+    Args:
+        optim: The optimizer and its schedule.
+    """
+
+    unit = "pictures"
+    """What a sample is called where the throughput is shown."""
+
+    def __init__(self, optim: Optim) -> None:
+        super().__init__()
+        self.optim = optim
+        self.samples_seen = self.tokens_seen = 0
+        self.last_loss = torch.tensor(math.nan)
+        self._sums: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self._counts: list[Tensor] = []
+        self._names: list[str] = []
+        self._totals: dict[tuple[str, str], Tensor] = {}
+
+    # ------------------------------------------------------------------------------------- what a task has to say
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Loss:
+        """The training loss of a batch: a sum, and the number that it is to be divided by."""
+
+    @abstractmethod
+    def finish(self, run: Run) -> None:
+        """Evaluates what was trained, and writes metrics.json, model/ and pictures into the run's folder."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The model, whose parameters that require gradients are learned."""
+
+    def names(self, batch: Any) -> Sequence[str]:
+        """The names of a batch's samples: for the count of samples, and for errors."""
+        return batch.names
+
+    def sample(self) -> list[str]:
+        """Lines that show what the model can do by now, printed now and then; none unless a task has some."""
+        return []
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's result in a line."""
+        return f"{split}: loss {float(metrics[f'{split}/loss']):.3f}"
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The moving average, if there is one."""
+        from lightning.pytorch.callbacks import WeightAveraging
+
+        decay = self.optim.ema
+        return [WeightAveraging(device=None, avg_fn=warming_average(decay))] if decay else []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, with warm-up and cosine over the whole run.
+
+        Raises:
+            ValueError: If the run has no end.
+        """
+        # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
+        optimizer = self.optim.build(self.trained, fused=self.trainer.precision != "16-mixed")
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        scheduler = self.optim.schedule(optimizer, max(int(steps), 1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch."""
+        loss = self.loss(batch)
+        names = self.names(batch)
+        self._sums.append(loss.sum.detach())
+        self._counts.append(loss.count)
+        self._names += names
+        self.samples_seen += len(names)
+        self.tokens_seen += int(loss.count)
+        return loss.sum
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """From the sum of gradients to the mean over the tokens of all micro-batches and processes."""
+        count = torch.stack(self._counts).sum()
+        world = self.trainer.world_size
+        if world > 1:
+            count = torch.as_tensor(self.all_gather(count)).sum()
+        # Lightning has divided by the micro-batches, DDP by the processes.
+        scale = self.trainer.accumulate_grad_batches * world / max(int(count), 1)
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, logs, and stops a run whose gradient is not finite."""
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        loss = torch.stack(self._sums).sum() / torch.stack(self._counts).sum().clamp(min=1)
+        value = float(norm)
+        if not math.isfinite(value):
+            raise not_finite(
+                self,
+                loss=float(loss),
+                grad_norm=value,
+                step=self.trainer.global_step,
+                lr=optimizer.param_groups[0]["lr"],
+                names=self._names,
+            )
+        # Lightning's own clipping refuses fused optimizers, and would measure the norm once more.
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
+        self.last_loss = loss
+        if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
+            self.log_dict(
+                {"train/loss": loss, "train/grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]},
+                batch_size=len(self._names),
+            )
+        self._sums, self._counts, self._names = [], [], []
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The names of the validation (or test) splits, as they stand in the log."""
+        data, testing = getattr(self.trainer, "datamodule", None), self.trainer.testing
+        named = getattr(data, "test_splits" if testing else "val_splits", None)
+        if named is not None:
+            return tuple(named)
+        count = self.trainer.num_test_batches if testing else self.trainer.num_val_batches
+        return ("val",) if len(count) == 1 else tuple(f"val{i}" for i in range(len(count)))
+
+    def add(self, split: str, name: str, loss: Loss) -> None:
+        """Adds a batch's sum and count to a mean that is logged as SPLIT/NAME when the validation ends."""
+        pair = torch.stack([loss.sum.detach().double(), loss.count.double()])
+        self._totals[split, name] = self._totals.get((split, name), torch.zeros_like(pair)) + pair
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
+        logs: dict[str, Tensor] = {}
+        for (split, name), pair in self._totals.items():
+            if self.trainer.world_size > 1:
+                pair = torch.as_tensor(self.all_gather(pair)).sum(0)
+            mean = (pair[0] / pair[1]).float()
+            logs[f"{split}/{name}"] = mean
+            if name == "loss":
+                logs[f"{split}/perplexity"] = mean.exp()
+        self._totals = {}
+        self.log_dict(logs, rank_zero_only=True)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the throughput's counters."""
+        checkpoint["seen"] = {"samples": self.samples_seen, "tokens": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the throughput's counters."""
+        seen = checkpoint.get("seen", {})
+        self.samples_seen, self.tokens_seen = seen.get("samples", 0), seen.get("tokens", 0)
+
+    def training_facts(self, run: Run) -> dict[str, Any]:
+        """How the run went, for metrics.json."""
+        return {
+            "seconds": round(run.seconds, 1),
+            "steps": self.trainer.global_step,
+            self.unit: self.samples_seen,
+            "tokens": self.tokens_seen,
+            "device": device_name(run.device),
+            "precision": str(self.trainer.precision),
+            "parameters": trainable_parameters(self),
+        }
+
+
+def trainable_parameters(module: nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
