@@ -210,6 +210,7 @@ class TextDecoder(Pretrained, nn.Module):
         *,
         valid: Tensor | None = None,
         context_valid: Tensor | None = None,
+        segments: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -221,7 +222,9 @@ class TextDecoder(Pretrained, nn.Module):
             context: what cross-attention reads, its rows dividing b.
             valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
             context_valid: (n k) bool, True = a real token of the context; None = all are.
-            mask: (b q k) who may look at whom, in place of the causal mask (packed rows); not with a state.
+            segments: (b q) long, the number of each token's document in a packed row: tokens see their own document
+                only, whose positions begin at 0; not with a state. None = a row is one document.
+            mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
             state: tokens decoded so far, from `new_state`; these tokens are appended to it.
             before_block: called as x = before_block(i, x) before block i: the door for bridges.
 
@@ -229,10 +232,13 @@ class TextDecoder(Pretrained, nn.Module):
             (b q d), normed.
 
         Raises:
-            ValueError: if there are more tokens than `max_len`, (on a CPU) a token id is outside the vocabulary, or a
-                context is missing, or given to a decoder that cannot read it.
+            ValueError: if a document has more tokens than `max_len` (on a CPU only, where it is packed), (on a CPU) a
+                token id is outside the vocabulary, or a context is missing, or given to a decoder that cannot read it.
         """
-        positions = self._positions(tokens, valid, state)
+        if segments is None:
+            positions = self._positions(tokens, valid, state)
+        else:
+            positions, mask = self._packed(segments, valid, mask, state)
         return self.run(
             self.embed(tokens, positions),
             positions,
@@ -318,6 +324,22 @@ class TextDecoder(Pretrained, nn.Module):
         if state is None or state.positions is None:
             return steps
         return state.positions[:, None] + steps
+
+    def _packed(
+        self, segments: Tensor, valid: Tensor | None, mask: Mask | None, state: DecoderState | None
+    ) -> tuple[Tensor, Tensor]:
+        if mask is not None or state is not None:
+            raise ValueError("segments make their own mask: give neither a mask nor a state with them")
+        positions = masks.places(segments)
+        if segments.device.type == "cpu" and (longest := int(positions.max()) + 1) > self.max_len:
+            raise ValueError(
+                f"a packed document has {longest} tokens, but this decoder has {self.max_len} positions"
+            )
+        allowed = masks.all_of(masks.causal(), masks.segments(segments))
+        if valid is not None:
+            allowed = masks.all_of(allowed, masks.padding(valid))
+        rows, count = segments.shape
+        return positions, masks.dense(allowed, rows, count, count, segments.device)
 
     def _mask(self, x: Tensor, valid: Tensor | None, state: DecoderState | None) -> Mask | None:
         past = 0 if state is None else state.length

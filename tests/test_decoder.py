@@ -254,6 +254,40 @@ def test_packed_documents_do_not_see_each_other(kind: str) -> None:
         torch.testing.assert_close(packed[:, 3:], decoder(tokens[:, 3:]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_row_is_its_documents_one_by_one(kind: str) -> None:
+    """Also behind other documents, with padding at the end, and where the row is longer than the decoder's max_len."""
+    decoder = make(kind).double()
+    tokens, context = inputs(decoder, length=11)
+    context = None if context is None else context.double()
+    tokens = torch.cat((tokens, tokens, tokens), dim=1)
+    assert tokens.shape[1] > decoder.max_len
+    sizes = (5, 11, 1, 13, 3)
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes)).expand(len(tokens), -1)
+    packed = decoder(tokens, context, segments=ids)
+    pieces = [decoder(piece, context) for piece in tokens.split(sizes, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(pieces, dim=1), atol=1e-12, rtol=1e-10)
+    valid = torch.arange(33) < 31
+    cut = decoder(tokens, context, segments=ids, valid=valid.expand(len(tokens), -1))
+    torch.testing.assert_close(cut[:, valid], packed[:, valid], atol=1e-12, rtol=1e-10)
+    other = tokens.clone()
+    other[:, 5:16] = (other[:, 5:16] + 1) % VOCAB
+    changed = decoder(other, context, segments=ids)
+    assert torch.equal(changed[:, :5], packed[:, :5])
+    assert torch.equal(changed[:, 16:], packed[:, 16:])
+
+
+def test_segments_refuse_what_does_not_go_with_them() -> None:
+    decoder = make()
+    with pytest.raises(ValueError, match=r"document has 30 tokens.*29 positions"):
+        decoder(torch.zeros(1, 31, dtype=torch.long), segments=torch.tensor([[0] + 30 * [1]]))
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="neither a mask nor a state"):
+        decoder(ids, segments=ids, state=decoder.new_state(3))
+    with pytest.raises(ValueError, match="neither a mask nor a state"):
+        decoder(ids, segments=ids, mask="causal")
+
+
 def test_the_door_opens_before_every_block() -> None:
     decoder = make()
     tokens, _ = inputs(decoder)
