@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
     from mmtransformer.qformer import QFormer
     from mmtransformer.record import record_attention
+    from mmtransformer.seq2seq import TRANSFORMER_SIZES, TextPairs, Transformer
     from mmtransformer.tokenizer import Tokenizer
     from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
 
@@ -33,12 +34,14 @@ _HOMES = {
     "pipeline": "CaptionResult Decoding ImageCaptioner",
     "qformer": "QFormer",
     "record": "record_attention",
+    "seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
     "tokenizer": "Tokenizer",
     "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "TRANSFORMER_SIZES",
     "VIT_SIZES",
     "Attention",
     "Augment",
@@ -58,7 +61,9 @@ __all__ = [
     "QFormer",
     "Rope",
     "TextDecoder",
+    "TextPairs",
     "Tokenizer",
+    "Transformer",
     "ViT",
     "VisualAdapter",
     "attend",

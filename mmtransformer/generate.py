@@ -1,18 +1,58 @@
-"""generate(): captions from any captioner, by greedy search, sampling or beam search.
+"""generate(): texts from any captioner or encoder-decoder, by greedy search, sampling or beam search.
 
 Letters: n rows of prompts, s beams (or samples) of a row, t new tokens, v vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from mmtransformer.captioner import CaptionBatch, Captioner
+from mmtransformer.captioner import State
 
 _IMPOSSIBLE = (
     -1e9
 )  # Finite, so that sums and comparisons of impossible candidates stay ordered and free of NaN.
+
+
+class Prompts(Protocol):
+    """What `generate` reads of a batch; the model reads the rest (pictures, source texts)."""
+
+    tokens: Tensor
+    """(n q) long, padded on the left."""
+    valid: Tensor
+    """(n q) bool, True = a real token."""
+
+
+Batch = TypeVar("Batch", bound=Prompts, contravariant=True)
+
+
+class Writer(Protocol[Batch]):
+    """What `generate` needs of a model: every `Captioner` has it, and so has the 2017 `Transformer`."""
+
+    training: bool
+
+    @property
+    def max_len(self) -> int:
+        """Most text tokens of a row, prompt included."""
+        ...
+
+    def start(self, batch: Batch, *, copies: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
+        """See `Captioner.start`."""
+        ...
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """See `Captioner.step`."""
+        ...
+
+    def eval(self) -> Any:
+        """Evaluation mode."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +116,8 @@ class Rules:
 
 @torch.inference_mode()
 def generate(
-    captioner: Captioner,
-    batch: CaptionBatch,
+    captioner: Writer[Batch],
+    batch: Batch,
     *,
     eos_id: int,
     max_new_tokens: int = 40,
@@ -91,6 +131,7 @@ def generate(
     repetition_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
     length_penalty: float = 1.0,
+    length_offset: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[list[Generated]]:
     """Continues each row's prompt. Names, defaults and results follow transformers' `generate`.
@@ -99,7 +140,7 @@ def generate(
 
     Args:
         captioner: the model; evaluation mode is set for the call.
-        batch: pictures and prompts; prompts are padded on the left.
+        batch: pictures (or source texts) and prompts; prompts are padded on the left.
         eos_id: the id that ends a text.
         max_new_tokens: most new tokens, the end included.
         min_new_tokens: no end before so many tokens.
@@ -113,6 +154,8 @@ def generate(
         no_repeat_ngram: see `Rules`.
         length_penalty: a beam's score is its log-probability divided by its length to this power; above 0 favours
             longer texts.
+        length_offset: o in that length, (o + tokens) / (o + 1); 5 is Google's formula (arXiv:1609.08144, equation 14),
+            which "Attention Is All You Need" used with `length_penalty=0.6`.
         generator: source of randomness for sampling.
 
     Returns:
@@ -122,14 +165,15 @@ def generate(
         ValueError: for numbers that make no sense, alone or together.
     """
     _check(captioner, batch, max_new_tokens, num_beams, num_return, do_sample, temperature, top_k, top_p)
+    if length_offset < 0:
+        raise ValueError(f"length_offset must not be below 0, not {length_offset}")
     rules = Rules(eos_id, min_new_tokens, repetition_penalty, no_repeat_ngram)
     training = captioner.training
     captioner.eval()
     try:
         if num_beams > 1:
-            return _beam_search(
-                captioner, batch, rules, max_new_tokens, num_beams, num_return, length_penalty
-            )
+            divide = _LengthPenalty(length_penalty, length_offset)
+            return _beam_search(captioner, batch, rules, max_new_tokens, num_beams, num_return, divide)
         drawing = _Drawing(temperature, top_k, top_p, generator) if do_sample else None
         return _sample(captioner, batch, rules, max_new_tokens, num_return, drawing)
     finally:
@@ -137,8 +181,8 @@ def generate(
 
 
 def _check(
-    captioner: Captioner,
-    batch: CaptionBatch,
+    captioner: Writer[Batch],
+    batch: Batch,
     max_new_tokens: int,
     num_beams: int,
     num_return: int,
@@ -174,6 +218,15 @@ def _check(
 
 
 @dataclass(frozen=True)
+class _LengthPenalty:
+    power: float
+    offset: float
+
+    def __call__(self, log_probs: Tensor, tokens: int) -> Tensor:
+        return log_probs / ((self.offset + tokens) / (self.offset + 1)) ** self.power
+
+
+@dataclass(frozen=True)
 class _Drawing:
     temperature: float
     top_k: int | None
@@ -195,8 +248,8 @@ class _Drawing:
 
 
 def _sample(
-    captioner: Captioner,
-    batch: CaptionBatch,
+    captioner: Writer[Batch],
+    batch: Batch,
     rules: Rules,
     max_new_tokens: int,
     copies: int,
@@ -232,13 +285,13 @@ def _text(ids: list[int], scores: list[float], eos_id: int) -> Generated:
 
 
 def _beam_search(
-    captioner: Captioner,
-    batch: CaptionBatch,
+    captioner: Writer[Batch],
+    batch: Batch,
     rules: Rules,
     max_new_tokens: int,
     beams: int,
     num_return: int,
-    length_penalty: float,
+    divide: _LengthPenalty,
 ) -> list[list[Generated]]:
     """Beam search over all rows at once; transformers' rules of what is a finished beam and when a row is done."""
     n, prompt = batch.tokens.shape
@@ -270,7 +323,7 @@ def _beam_search(
         last = step + 1 == max_new_tokens
         complete = ends | last
         complete[:, beams:] = False  # Only a candidate that would have stayed in the beam may finish.
-        ended = (total / (step + 1) ** length_penalty).masked_fill(~complete | done, _IMPOSSIBLE)
+        ended = divide(total, step + 1).masked_fill(~complete | done, _IMPOSSIBLE)
         best, pick = torch.cat((best, ended), 1).topk(beams, dim=1)
         new_ids = best_ids.new_full((n, width, max_new_tokens), rules.eos_id)
         new_ids[..., : step + 1] = ids[..., prompt:]
@@ -280,7 +333,7 @@ def _beam_search(
         best_spoken = torch.cat((best_spoken, new_spoken), 1).gather(1, _like(pick, max_new_tokens))
 
         running, keep = total.masked_fill(ends, _IMPOSSIBLE).topk(beams, dim=1)
-        hope = running[:, :1] / (step + 1) ** length_penalty
+        hope = divide(running[:, :1], step + 1)
         done = done | ((best[:, -1:] > _IMPOSSIBLE / 2) & (best[:, -1:] >= hope))
         if last or bool(done.all()):
             break

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mmtransformer"
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
-    2: "positions blocks record prepack pretrained",
+    2: "language positions blocks record prepack pretrained",
     3: "vit decoder encoder seq2seq resampler qformer",
     4: "captioner",
     5: "encoder_decoder flamingo blip2 prefix coca generate weights",
@@ -27,6 +27,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 # The only imports that stay on a floor (files of one folder may always import each other): who -> whom.
 SAME_FLOOR = {
     "tokenizer": {"spelling"},
+    "seq2seq": {"decoder"},
     "training": {"data", "pictures", "pipeline"},
 }
 
