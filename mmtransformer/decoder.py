@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer import masks
-from mmtransformer.attention import Attention, KeyValue, KVCache, Mask, Rope
+from mmtransformer.attention import Attention, KeyValue, Mask
 from mmtransformer.blocks import MLP, Activation, DecoderBlock, Norm, SwiGLU, make_norm
+from mmtransformer.language import Decoder, DecoderState, real_keys, vocabulary_error
 from mmtransformer.positions import Rotary, sinusoidal
 from mmtransformer.pretrained import Pretrained
 
@@ -20,37 +21,7 @@ Context = Tensor | Sequence[KeyValue]
 """What cross-attention reads: (n k d) tokens, or each block's keys and values from `TextDecoder.project_context`."""
 
 
-class DecoderState:
-    """What decoding remembers of the tokens so far: a cache a block, the padding, and each row's next position.
-
-    Args:
-        depth: number of blocks.
-        max_len: most tokens, prompt included.
-    """
-
-    def __init__(self, depth: int, max_len: int) -> None:
-        self.caches = [KVCache(max_len) for _ in range(depth)]
-        self.valid: Tensor | None = None
-        """(b k) bool; None as long as no token is padding."""
-        self.positions: Tensor | None = None
-        """(b) long: the position that a row's next token gets."""
-
-    @property
-    def length(self) -> int:
-        """Tokens so far, padding included."""
-        return self.caches[0].length
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keeps the given rows (b) long, in their order; a row may be named more than once."""
-        for cache in self.caches:
-            cache.reorder(rows)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, rows)
-        if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows)
-
-
-class TextDecoder(Pretrained, nn.Module):
+class TextDecoder(Pretrained, Decoder):
     """A causal decoder: GPT-2's shape by default (Radford et al. 2019), Llama's with other arguments.
 
     Args:
@@ -72,6 +43,8 @@ class TextDecoder(Pretrained, nn.Module):
         rope_scaling: see `positions.Rotary`.
         bias: biases in attention and MLP: "all" (GPT-2, OPT), "qkv" (Qwen2) or "none" (Llama).
         qk_norm: norm of each head's queries and keys (Qwen3: "rms").
+        window: a token looks at so many tokens up to itself (Mistral); None = at all.
+        unrotated_every: the last of every so many blocks does not turn queries and keys (SmolLM3: 4); None = all do.
         tied: whether the head's weight is the embedding.
         embed_scale: what embeddings are multiplied by; sqrt(dim) in the 2017 Transformer.
         pre_norm: norm before each branch, and a last one; False = after each sum, and no last one (2017, OPT-350m).
@@ -102,6 +75,8 @@ class TextDecoder(Pretrained, nn.Module):
         rope_scaling: dict | None = None,
         bias: Literal["all", "qkv", "none"] = "all",
         qk_norm: Literal["rms", "layer"] | None = None,
+        window: int | None = None,
+        unrotated_every: int | None = None,
         tied: bool = True,
         embed_scale: float = 1.0,
         pre_norm: bool = True,
@@ -114,6 +89,12 @@ class TextDecoder(Pretrained, nn.Module):
             raise ValueError(f'bias must be "all", "qkv" or "none", not "{bias}"')
         if not 1 <= cross_every <= max(depth, 1):
             raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 token, not {window}")
+        if unrotated_every is not None and (unrotated_every < 1 or positions != "rotary"):
+            raise ValueError(
+                f'unrotated_every ({unrotated_every}) must be at least 1, with positions "rotary", not "{positions}"'
+            )
         self.vocab_size, self.dim, self.depth, self.num_heads, self.max_len = (
             vocab_size,
             dim,
@@ -126,6 +107,7 @@ class TextDecoder(Pretrained, nn.Module):
         self.num_kv_heads, self.head_dim, self.qk_norm = num_kv_heads, head_dim, qk_norm
         self.norm, self.norm_eps, self.mlp, self.bias = norm, norm_eps, mlp, bias
         self.positions, self.rope_theta, self.rope_scaling = positions, rope_theta, rope_scaling
+        self.window, self.unrotated_every = window, unrotated_every
         self.tied, self.embed_scale, self.pre_norm, self.dropout = tied, embed_scale, pre_norm, dropout
 
         make = partial(make_norm, norm, dim, norm_eps)
@@ -145,6 +127,7 @@ class TextDecoder(Pretrained, nn.Module):
                     bias=bias != "none",
                     out_bias=bias == "all",
                     qk_norm=qk_norm,
+                    norm_eps=norm_eps,
                     dropout=dropout,
                 ),
                 SwiGLU(dim, mlp_dim)
@@ -189,15 +172,15 @@ class TextDecoder(Pretrained, nn.Module):
         layers = (self.blocks[i].cross_attn for i in self.cross_layers)
         return [layer.project_kv(context) for layer in layers if isinstance(layer, Attention)]
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The embeddings of tokens (b q), as they stand in the table: (b q d)."""
         try:
-            x = self.tok_embed(tokens)
+            return self.tok_embed(tokens)
         except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
-            raise ValueError(
-                f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to a decoder with a "
-                f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
-            ) from error
+            raise vocabulary_error(tokens, self.vocab_size) from error
+
+    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads of embeddings (b q d) at positions (q) or (b q): (b q d)."""
         x = x if self.embed_scale == 1 else x * self.embed_scale
         if self.positions == "sinusoidal":
             return x + sinusoidal(positions, self.dim).to(x.dtype)
@@ -235,10 +218,7 @@ class TextDecoder(Pretrained, nn.Module):
             ValueError: if a document has more tokens than `max_len` (on a CPU only, where it is packed), (on a CPU) a
                 token id is outside the vocabulary, or a context is missing, or given to a decoder that cannot read it.
         """
-        if segments is None:
-            positions = self._positions(tokens, valid, state)
-        else:
-            positions, mask = self._packed(segments, valid, mask, state)
+        positions, mask = self.locate(tokens, valid, segments, mask, state)
         return self.run(
             self.embed(tokens, positions),
             positions,
@@ -263,9 +243,8 @@ class TextDecoder(Pretrained, nn.Module):
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """As `forward`, from embeddings (b q d) at positions (q) or (b q): for bridges with other tokens in front."""
-        if mask is None:
-            mask = self._mask(x, valid, state)
-        rope: Rope | None = self.rotary(positions) if self.rotary is not None else None
+        mask = self._mask(x, valid, mask, state)
+        rope = self.rotary(positions) if self.rotary is not None else None
         contexts, context_mask = self._contexts(context), None
         if context_valid is not None:
             context_mask = context_valid.repeat_interleave(x.shape[0] // context_valid.shape[0], 0)[:, None]
@@ -274,9 +253,10 @@ class TextDecoder(Pretrained, nn.Module):
             if before_block is not None:
                 x = before_block(i, x)
             cache = None if state is None else state.caches[i]
-            x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=rope, cache=cache)
+            turned = None if self.unrotated_every and (i + 1) % self.unrotated_every == 0 else rope
+            x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=turned, cache=cache)
         if state is not None:
-            self._remember(state, positions, valid, x)
+            state.remember(positions, valid, *x.shape[:2])
         return self.last_norm(x)
 
     def _contexts(self, context: Context | None) -> dict[int, KeyValue]:
@@ -298,78 +278,40 @@ class TextDecoder(Pretrained, nn.Module):
         """Logits of the next token: (... d) -> (... vocab_size)."""
         return self.lm_head(hidden)
 
-    def new_state(self, max_len: int | None = None) -> DecoderState:
-        """An empty state for decoding up to `max_len` tokens.
+    def score(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
+        return F.linear(hidden, table)
 
-        Raises:
-            ValueError: if the decoder has fewer positions.
-        """
-        max_len = self.max_len if max_len is None else max_len
-        if max_len > self.max_len:
-            raise ValueError(
-                f"{max_len} tokens were asked for, but this decoder has {self.max_len} positions"
-            )
-        return DecoderState(self.depth, max_len)
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The weights of the embedding and of the head, each (vocab_size d): the same tensor where they are tied."""
+        return self.tok_embed.weight, self.lm_head.weight
 
-    def _positions(self, tokens: Tensor, valid: Tensor | None, state: DecoderState | None) -> Tensor:
-        past = 0 if state is None else state.length
-        if past + tokens.shape[1] > self.max_len:
-            raise ValueError(
-                f"{past + tokens.shape[1]} tokens were given, but this decoder has {self.max_len} positions"
-            )
-        if valid is not None:
-            counted = (valid.long().cumsum(1) - 1).clamp(min=0)
-            return counted if state is None or state.positions is None else counted + state.positions[:, None]
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        if state is None or state.positions is None:
-            return steps
-        return state.positions[:, None] + steps
-
-    def _packed(
-        self, segments: Tensor, valid: Tensor | None, mask: Mask | None, state: DecoderState | None
-    ) -> tuple[Tensor, Tensor]:
-        if mask is not None or state is not None:
-            raise ValueError("segments make their own mask: give neither a mask nor a state with them")
-        positions = masks.places(segments)
-        if segments.device.type == "cpu" and (longest := int(positions.max()) + 1) > self.max_len:
-            raise ValueError(
-                f"a packed document has {longest} tokens, but this decoder has {self.max_len} positions"
-            )
-        allowed = masks.all_of(masks.causal(), masks.segments(segments))
-        if valid is not None:
-            allowed = masks.all_of(allowed, masks.padding(valid))
-        rows, count = segments.shape
-        return positions, masks.dense(allowed, rows, count, count, segments.device)
-
-    def _mask(self, x: Tensor, valid: Tensor | None, state: DecoderState | None) -> Mask | None:
-        past = 0 if state is None else state.length
-        known = None if state is None else state.valid
-        if valid is None and known is None:
-            return "causal"
+    def _mask(
+        self, x: Tensor, valid: Tensor | None, given: Mask | None, state: DecoderState | None
+    ) -> Mask | None:
+        """Who may look at whom: the mask given, or causal and without padding; within the window where there is one."""
         rows, count = x.shape[:2]
-        if valid is None:
-            valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
-        if past:
-            if known is None:
-                known = torch.ones(rows, past, dtype=torch.bool, device=x.device)
-            valid = torch.cat((known, valid), dim=1)
-        if count == 1:
-            return valid[:, None, :]
-        allowed = masks.all_of(masks.causal(past), masks.padding(valid))
-        return masks.dense(allowed, rows, count, past + count, x.device)
-
-    @staticmethod
-    def _remember(state: DecoderState, positions: Tensor, valid: Tensor | None, x: Tensor) -> None:
-        rows, count = x.shape[:2]
-        if valid is not None or state.valid is not None:
-            new = torch.ones(rows, count, dtype=torch.bool, device=x.device) if valid is None else valid
-            past = state.length - count
-            known = state.valid
-            if known is None:
-                known = torch.ones(rows, past, dtype=torch.bool, device=x.device)
-            state.valid = torch.cat((known, new), dim=1)
-        following = (positions + 1).expand(rows, count)
-        if valid is not None:  # Padding takes no position, also where all of a row's new tokens are padding.
-            following = following.masked_fill(~valid, 0)
-        last = following.max(dim=-1).values
-        state.positions = last if state.positions is None else last.maximum(state.positions)
+        past = 0 if state is None else state.length
+        narrow = self.window is not None and past + count > self.window
+        if given is None and not narrow:
+            real = real_keys(rows, count, valid, state, past, x.device)
+            if real is None:
+                return "causal"
+            if count == 1:
+                return real[:, None, :]
+            allowed = masks.all_of(masks.causal(past), masks.padding(real))
+            return masks.dense(allowed, rows, count, past + count, x.device)
+        if given is not None and not narrow:
+            return given
+        assert self.window is not None
+        parts = [masks.window(self.window, past)]
+        if given is None:
+            real = real_keys(rows, count, valid, state, past, x.device)
+            parts += [masks.causal(past)] + ([] if real is None else [masks.padding(real)])
+        near = masks.dense(masks.all_of(*parts), rows, count, past + count, x.device)
+        if isinstance(given, Tensor):
+            return near & given
+        if given is not None:
+            raise ValueError(f"a decoder with a window ({self.window}) takes a mask as a tensor only")
+        return near

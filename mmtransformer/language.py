@@ -1,0 +1,241 @@
+"""What every causal language model of the library is to the bridges: `Decoder`, and what it remembers: `DecoderState`.
+
+Letters: b rows, q new tokens, k tokens so far, d width of a token, e width of an embedding, n rows of a table.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer import masks
+from mmtransformer.attention import KVCache, Mask
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far, of one layer or of many."""
+
+    length: int
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows (b) long, in their order."""
+        ...
+
+
+class DecoderState:
+    """What decoding remembers of the tokens so far: a cache a block, the padding, and each row's next position.
+
+    Args:
+        depth: number of blocks.
+        max_len: most tokens, prompt included.
+        caches: other caches than those of our own blocks; None = a `KVCache` a block.
+    """
+
+    def __init__(self, depth: int, max_len: int, *, caches: Sequence[Cache] | None = None) -> None:
+        self.caches = [KVCache(max_len) for _ in range(depth)] if caches is None else list(caches)
+        self.max_len = max_len
+        self.valid: Tensor | None = None
+        """(b k) bool; None as long as no token is padding."""
+        self.positions: Tensor | None = None
+        """(b) long: the position that a row's next token gets."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, padding included."""
+        return self.caches[0].length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows (b) long, in their order; a row may be named more than once."""
+        for cache in self.caches:
+            cache.reorder(rows)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, rows)
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows)
+
+    def remember(self, positions: Tensor, valid: Tensor | None, rows: int, count: int) -> None:
+        """Notes the padding and the positions of `count` tokens a row that have just been cached."""
+        if valid is not None or self.valid is not None:
+            self.valid = real_keys(rows, count, valid, self, self.length - count, positions.device)
+        following = (positions + 1).expand(rows, count)
+        if valid is not None:  # Padding takes no position, also where all of a row's new tokens are padding.
+            following = following.masked_fill(~valid, 0)
+        last = following.max(dim=-1).values
+        self.positions = last if self.positions is None else last.maximum(self.positions)
+
+
+def real_keys(
+    rows: int,
+    count: int,
+    valid: Tensor | None,
+    state: DecoderState | None,
+    past: int,
+    device: torch.device,
+) -> Tensor | None:
+    """Which keys, the `past` ones of a state and the `count` new ones, are real tokens: (b k) bool; None = all."""
+    known = None if state is None else state.valid
+    if valid is None and known is None:
+        return None
+    if valid is None:
+        valid = torch.ones(rows, count, dtype=torch.bool, device=device)
+    if past and known is None:
+        known = torch.ones(rows, past, dtype=torch.bool, device=device)
+    return valid if known is None else torch.cat((known, valid), dim=1)
+
+
+class Decoder(nn.Module, ABC):
+    """The contract of a causal language model: tokens -> logits, with caches, and a door for bridges.
+
+    `TextDecoder` (our own blocks), `HubDecoder` (any language model of transformers) and `ExtendedVocabulary` (either,
+    with new tokens) keep it, and bridges need no more than it.
+
+    Attributes:
+        vocab_size: number of token ids.
+        dim: width d of a token between the blocks.
+        depth: number of blocks.
+        max_len: most tokens of a row, prompt included.
+    """
+
+    vocab_size: int
+    dim: int
+    depth: int
+    max_len: int
+
+    @abstractmethod
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The embeddings of tokens (b q), as they stand in the table: (b q e)."""
+
+    @abstractmethod
+    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads of embeddings (b q e) at positions (q) or (b q): (b q d)."""
+
+    @abstractmethod
+    def run(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        valid: Tensor | None = None,
+        mask: Mask | None = None,
+        state: DecoderState | None = None,
+        before_block: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """As `forward`, from what `embed` gave: for bridges with other tokens in front."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token: (... d) -> (... vocab_size)."""
+
+    @abstractmethod
+    def score(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """Logits of other tokens, whose rows of the head are given: (... d), (n e) -> (... n)."""
+
+    @property
+    @abstractmethod
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The weights of the embedding and of the head, each (vocab_size e): the same tensor where they are tied."""
+
+    def new_state(self, max_len: int | None = None) -> DecoderState:
+        """An empty state for decoding up to `max_len` tokens.
+
+        Raises:
+            ValueError: if the decoder has fewer positions.
+        """
+        max_len = self.max_len if max_len is None else max_len
+        if max_len > self.max_len:
+            raise ValueError(
+                f"{max_len} tokens were asked for, but this decoder has {self.max_len} positions"
+            )
+        return DecoderState(self.depth, max_len)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
+        return self.place(self.lookup(tokens), positions)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        segments: Tensor | None = None,
+        mask: Mask | None = None,
+        state: DecoderState | None = None,
+        before_block: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states of tokens, to be given to `head`.
+
+        Args:
+            tokens: (b q) long.
+            valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
+            segments: (b q) long, the number of each token's document in a packed row: tokens see their own document
+                only, whose positions begin at 0; not with a state. None = a row is one document.
+            mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
+            state: tokens decoded so far, from `new_state`; these tokens are appended to it.
+            before_block: called as x = before_block(i, x) before block i: the door for bridges.
+
+        Returns:
+            (b q d), normed.
+
+        Raises:
+            ValueError: if a document has more tokens than `max_len`, or (on a CPU) an id is outside the vocabulary.
+        """
+        positions, mask = self.locate(tokens, valid, segments, mask, state)
+        x = self.embed(tokens, positions)
+        return self.run(x, positions, valid=valid, mask=mask, state=state, before_block=before_block)
+
+    def locate(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None,
+        segments: Tensor | None,
+        mask: Mask | None,
+        state: DecoderState | None,
+    ) -> tuple[Tensor, Mask | None]:
+        """Where tokens (b q ...) stand, (q), or (b q) where rows differ; and the mask, of packed rows or as given.
+
+        Padding takes no position.
+
+        Raises:
+            ValueError: if there are more tokens than `max_len`, or segments together with a mask or a state.
+        """
+        if segments is not None:
+            if mask is not None or state is not None:
+                raise ValueError(
+                    "segments make the mask of packed rows; give neither a mask nor a state with them"
+                )
+            return self._packed(segments, valid)
+        past = 0 if state is None else state.length
+        if past + tokens.shape[1] > self.max_len:
+            raise ValueError(
+                f"{past + tokens.shape[1]} tokens were given, but this decoder has {self.max_len} positions"
+            )
+        if valid is not None:
+            counted = (valid.long().cumsum(1) - 1).clamp(min=0)
+            known = None if state is None else state.positions
+            return counted if known is None else counted + known[:, None], mask
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        if state is None or state.positions is None:
+            return steps, mask
+        return state.positions[:, None] + steps, mask
+
+    def _packed(self, segments: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        positions = masks.places(segments)
+        if segments.device.type == "cpu" and (longest := int(positions.max()) + 1) > self.max_len:
+            raise ValueError(
+                f"a packed document has {longest} tokens, but this decoder has {self.max_len} positions"
+            )
+        allowed = masks.all_of(masks.causal(), masks.segments(segments))
+        if valid is not None:
+            allowed = masks.all_of(allowed, masks.padding(valid))
+        rows, count = segments.shape
+        return positions, masks.dense(allowed, rows, count, count, segments.device)
+
+
+def vocabulary_error(tokens: Tensor, vocab_size: int) -> ValueError:
+    """What to say where an id is outside the table."""
+    return ValueError(
+        f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to a decoder with a "
+        f"vocabulary of {vocab_size}: model and tokenizer do not belong together"
+    )
