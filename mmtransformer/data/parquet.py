@@ -80,12 +80,16 @@ def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, I
         raise ValueError(f"{entry.path} is not Parquet: {error}") from None
     schema = table.schema_arrow
     columns = find_columns(schema.names, wanted, entry.path)
-    kind = schema.field(columns.image).type
+    kind = schema.field(columns.image).type if columns.image else pa.null()
     inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     as_bytes = inside or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     texts = [name for name, _ in columns.captions] + [c for c in (columns.language, columns.split) if c]
     image_paths = f"{columns.image}.path" if inside and kind.get_field_index("path") >= 0 else None
-    read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes else [columns.image])
+    read = (
+        texts
+        + ([image_paths] if image_paths else [])
+        + ([] if as_bytes or not columns.image else [columns.image])
+    )
     holder = ParquetBytes(path, columns.image)
 
     def rows() -> Iterator[Row]:

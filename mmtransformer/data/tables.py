@@ -55,7 +55,10 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Which columns of a manifest hold what: a caption column comes with the language that its name says."""
+    """Which columns of a manifest hold what: a caption column comes with the language that its name says.
+
+    `image` is "" in a table of texts alone.
+    """
 
     image: str
     captions: tuple[tuple[str, str | None], ...]
@@ -63,7 +66,9 @@ class Columns(NamedTuple):
     split: str | None = None
 
     def __str__(self) -> str:
-        said = [f"image={self.image}", "caption=" + "+".join(name for name, _ in self.captions)]
+        said = [f"image={self.image}"] * bool(self.image) + [
+            "caption=" + "+".join(name for name, _ in self.captions)
+        ]
         said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(
             self.split
         )
@@ -71,12 +76,13 @@ class Columns(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The columns that the user named; None where they are to be found."""
+    """The columns that the user named; None where they are to be found. `pictures` = False: texts alone will do."""
 
     image: str | None = None
     captions: Sequence[str] | None = None
     language: str | None = None
     split: str | None = None
+    pictures: bool = True
 
 
 def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
@@ -108,7 +114,8 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
         captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
         if not captions:  # columns called just "en" and "ko", or "한국어"
             captions = tuple((name, code) for name in names if (code := _code(_key(name))))
-    missing = [kind for kind, found in (("image", image), ("caption", captions)) if not found]
+    image = image or ("" if not wanted.pictures else None)
+    missing = [kind for kind, found in (("image", image), ("caption", captions)) if found in (None, ())]
     if missing:
         raise ValueError(
             f"{where}: no column looks like the {' or the '.join(missing)}; its columns are: {listing}. "
@@ -151,7 +158,9 @@ def make_row(
     """A row of any table-like manifest, its cells checked and its captions folded."""
     faults: list[tuple[str, str]] = []
     image = record.get(columns.image)
-    if not isinstance(image, str) or is_missing(image.strip()):
+    if not columns.image:
+        image = None
+    elif not isinstance(image, str) or is_missing(image.strip()):
         faults.append(("no picture named", "" if image is None else repr(image)[:60]))
         image = None
     language = None
@@ -254,12 +263,13 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
 
 
 def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Columns) -> Iterator[Row]:
-    at, width, image = 0, len(header), header.index(columns.image)
+    at, width = 0, len(header)
+    image = header.index(columns.image) if columns.image else None
     last = columns.captions[-1][0] == header[-1]
 
     def is_row(line: Any) -> bool:
         cells = line.text.split(mark) if line.text is not None else []
-        return len(cells) >= width and looks_like_picture(cells[image])
+        return image is not None and len(cells) >= width and looks_like_picture(cells[image])
 
     while at < len(text):
         line, notes = text[at], ()
