@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mmtransformer"
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
-    2: "language positions blocks record prepack pretrained",
+    2: "language positions blocks record prepack pretrained lora",
     3: "vit decoder encoder seq2seq resampler qformer",
     4: "captioner",
     5: "encoder_decoder flamingo blip2 prefix coca generate weights",
@@ -39,6 +39,7 @@ LAZY = (
     "lightning",
     "matplotlib",
     "transformers",
+    "peft",
     "pyarrow",
     "timm",
     "pandas",

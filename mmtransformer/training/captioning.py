@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmtransformer.captioner import CaptionBatch, Captioner, Loss, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.lora import merge_lora
 from mmtransformer.pipeline import Decoding, ImageCaptioner
 from mmtransformer.training.evaluation import evaluate, image_use
 from mmtransformer.training.optim import Optim
@@ -172,6 +173,7 @@ class Captioning(Task):
             limit_batches=run.limit_batches,
         )
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
+        merge_lora(self.captioner)
         model = ImageCaptioner(
             self.captioner, data.tokenizer, data.transform, decoding=self.decoding, device=run.device
         )

@@ -1,0 +1,61 @@
+"""LoRA: small trainable matrices beside frozen ones (arXiv:2106.09685), through `peft` (the extra `lora`)."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def add_lora(
+    model: Module,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+) -> Module:
+    """Freezes a model and puts a trainable low-rank product beside some of its linear layers, in place.
+
+    At first the products are zero and the model says what it said before. Give the result to a bridge that does not
+    freeze it itself (freeze_decoder: false). What is trained is saved after `merge_lora`, as an ordinary model.
+
+    Args:
+        model: A language model or a vision tower.
+        targets: Ends of the names of the layers; queries and values, as in the paper (section 7.1), unless told.
+        rank: Width of the products.
+        alpha: The products are scaled by alpha / rank.
+        dropout: Share of the products' input dropped in training.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If peft is not installed, or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("add_lora needs peft: pip install 'mmtransformer[lora]'") from error
+    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    for target in targets:
+        if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):
+            raise ValueError(f'no linear layer is called "{target}"; there are {", ".join(linear)}')
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))  # pyright: ignore[reportArgumentType]  # A float is fine.
+    inject_adapter_in_model(config, model)
+    return model
+
+
+def merge_lora(model: Module) -> Module:
+    """Adds every low-rank product to the matrix beside it and takes it away, in place; others are left as they are.
+
+    Returns:
+        The same model, of ordinary layers again.
+    """
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, layer in layers.items():
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model
