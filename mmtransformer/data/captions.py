@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from mmtransformer.captioner import CaptionBatch
 from mmtransformer.data.dataset import CaptionDataset, Collate
 from mmtransformer.data.faults import BadPictures
 from mmtransformer.data.features import FeatureCache
+from mmtransformer.data.mixture import Mixing
 from mmtransformer.data.rows import CaptionRows
 from mmtransformer.data.sampler import PictureSampler, ResumableLoader
 from mmtransformer.data.source import Pairs, PairSource
@@ -28,7 +30,7 @@ class CaptionData(lightning.LightningDataModule):
     """Pictures with captions, in batches grouped by length, the same for any number of workers and processes.
 
     Args:
-        source: Where the pairs come from, such as `PairFiles` or `Scenes`.
+        source: Where the pairs come from, such as `PairFiles`, `Shards`, `Scenes`, or a `Mixture` of some.
         image: How a picture becomes pixels; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         tokenizer: A tokenizer, or a folder to load one from; None trains one on the training captions.
@@ -242,14 +244,20 @@ class CaptionData(lightning.LightningDataModule):
                 f"set use_distributed_sampler to false: CaptionData shares the pictures among the {world} processes "
                 f"itself, and Lightning's sampler would change their order"
             )
+        mixing: Callable[[int], Mixing] | None = getattr(dataset.pairs, "mixing", None)
+        pool = mixing(self.seed) if mixing and training else None
+
+        def lengths(epoch: int) -> np.ndarray:
+            index, turn = (None, epoch) if pool is None else pool.pictures(epoch)
+            return rows.lengths(self.seed, turn, self.captions_per_picture, index)
+
         sampler = PictureSampler(
-            len(dataset),
+            len(dataset) if pool is None else pool.size,
             self.batch_size,
             seed=self.seed,
             shuffle=training,
-            lengths=(lambda epoch: rows.lengths(self.seed, epoch, self.captions_per_picture))
-            if training
-            else None,
+            lengths=lengths if training else None,
+            pool=pool,
             rank=rank,
             world=world,
             drop_last=training and self.drop_last,

@@ -205,7 +205,7 @@ def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Col
     if manifest.format == "csv":
         return read_table(files.read(entry), name, wanted)
     if manifest.format == "jsonl":
-        return _read_records(_json_lines(files.read(entry), name), name, wanted)
+        return _read_records(json_lines(files.read(entry), name), name, wanted)
     if manifest.format == "flickr":
         return None, _flickr(files, entry)
     if manifest.format == "parquet":
@@ -224,7 +224,8 @@ def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Col
     return _read_records(((f"{name}[{i}]", item, "") for i, item in enumerate(data)), name, wanted)
 
 
-def _json_lines(data: bytes, name: str) -> Iterator[tuple[str, Any, str]]:
+def json_lines(data: bytes, name: str) -> Iterator[tuple[str, Any, str]]:
+    """Each line of a JSON-lines file: where it is, the value, and what is wrong with it ("" if nothing)."""
     for line in lines(data):
         where = f"{name}:{line.number}"
         if line.text is None:

@@ -15,7 +15,7 @@ from mmtransformer.data.finder import Finder
 from mmtransformer.data.manifests import Manifest, find_manifests, read_folder, read_manifest
 from mmtransformer.data.source import Caption
 from mmtransformer.data.tables import Row, Wanted
-from mmtransformer.data.text import is_korean
+from mmtransformer.data.text import draw, is_korean
 from mmtransformer.images import ImageError, load
 
 Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet"]
@@ -288,21 +288,16 @@ class PairFiles:
         if self.val_fraction and not any(picture.split == "val" for picture in pictures):
             pool = [picture for picture in pictures if picture.split in (None, "train")]
             for picture in pool:
-                picture.split = "val" if _draw(picture.name) < self.val_fraction else "train"
+                picture.split = "val" if draw(picture.name) < self.val_fraction else "train"
             for empty, pick in (("val", min), ("train", max)):
                 if len(pool) > 1 and not any(picture.split == empty for picture in pool):
-                    pick(pool, key=lambda picture: _draw(picture.name)).split = empty
+                    pick(pool, key=lambda picture: draw(picture.name)).split = empty
             if pool:
                 self._said.append(f"val by hash of the name, {self.val_fraction:.0%} of the pictures")
         splits: dict[str, list[_Picture]] = {}
         for picture in pictures:
             splits.setdefault(picture.split or "train", []).append(picture)
         return dict(sorted(splits.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0])))
-
-
-def _draw(name: str) -> float:
-    """A number in [0, 1) that only depends on the name."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _title(manifest: Manifest) -> str:

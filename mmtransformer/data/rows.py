@@ -90,7 +90,7 @@ class CaptionRows:
         """The number of pictures."""
         return len(self.captions)
 
-    def choose(self, seed: int, epoch: int, index: np.ndarray, rows: int) -> np.ndarray:
+    def choose(self, seed: int, epoch: int | np.ndarray, index: np.ndarray, rows: int) -> np.ndarray:
         """Choose the captions of pictures for an epoch: a pure function of (seed, epoch, index).
 
         A picture with more captions than rows goes through a shuffled list of them, so that none comes again before
@@ -98,14 +98,14 @@ class CaptionRows:
 
         Args:
             seed: Seed of the run.
-            epoch: The epoch.
+            epoch: The epoch, or that of each picture, (b,).
             index: Pictures, (b,).
             rows: Captions of each picture, r.
 
         Returns:
             Caption numbers, (b r).
         """
-        count = self.count[index][:, None]
+        count, epoch = self.count[index][:, None], np.reshape(epoch, (-1, 1))
         turns = np.maximum(count // rows, 1)  # epochs until the list is shuffled anew
         place = np.arange(count.max())
         keys = mix(seed, epoch // turns, index[:, None], place, 2)
@@ -113,9 +113,12 @@ class CaptionRows:
         column = (epoch % turns * rows + np.arange(rows)) % count
         return self.first[index][:, None] + np.take_along_axis(order, column, axis=1)
 
-    def lengths(self, seed: int, epoch: int, rows: int) -> np.ndarray:
-        """Measure the longest chosen caption of every picture in an epoch, in tokens, (n,)."""
-        return np.diff(self.starts)[self.choose(seed, epoch, np.arange(len(self)), rows)].max(axis=1)
+    def lengths(
+        self, seed: int, epoch: int | np.ndarray, rows: int, index: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Measure the longest chosen caption of pictures (of all unless told) in an epoch, in tokens, (n,)."""
+        index = np.arange(len(self)) if index is None else index
+        return np.diff(self.starts)[self.choose(seed, epoch, index, rows)].max(axis=1)
 
     def row(self, caption: int, counted: bool = True) -> Row:
         """Return one caption by its number."""

@@ -9,7 +9,7 @@ picture comes when, which of its captions, whether it is flipped, how it is crop
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,17 @@ class Pick(NamedTuple):
     counted: bool = True
 
 
+class Pool(Protocol):
+    """Which pictures an epoch goes through, where it is not each of them once: a weighted mixture."""
+
+    size: int
+    """Pictures of every epoch."""
+
+    def pictures(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's pictures, (size,), and for each how often it has come before, (size,): a pure function."""
+        ...
+
+
 class PictureSampler(Sampler[list[Pick]]):
     """Yields the batches of one process, as lists of `Pick`.
 
@@ -88,6 +99,9 @@ class PictureSampler(Sampler[list[Pick]]):
         seed: Seed of the order.
         shuffle: Take a new order every epoch; otherwise the pictures come as they are, without grouping.
         lengths: From the epoch to the tokens of every picture, (num_pictures,); None does not group.
+        pool: The pictures of each epoch, where they are not all of them once. A picture's `Pick.epoch` is then the
+            number of times that it has come before, so that it is never cropped or captioned twice in the same way;
+            `num_pictures` is the pool's size, and `lengths` gives those of the pool's pictures in their order.
         block: Pictures that stay together when grouping; a step (`batch_size * world`) unless told. Give the pictures
             of one optimizer step to make gradient accumulation see the same groups as one large batch.
         window: Blocks in which pictures are sorted by length. More gives less padding and less mixing.
@@ -107,6 +121,7 @@ class PictureSampler(Sampler[list[Pick]]):
         seed: int = 0,
         shuffle: bool = True,
         lengths: Callable[[int], np.ndarray] | None = None,
+        pool: Pool | None = None,
         block: int | None = None,
         window: int = 50,
         rank: int = 0,
@@ -127,8 +142,13 @@ class PictureSampler(Sampler[list[Pick]]):
             )
         if (block is not None and block < 1) or window < 1:
             raise ValueError(f"block ({block}) and window ({window}) must be at least 1")
+        if pool is not None and (not shuffle or pool.size != num_pictures):
+            raise ValueError(
+                f"a pool of {pool.size} pictures needs num_pictures={pool.size} (not {num_pictures}) and shuffle"
+            )
         self.num_pictures, self.batch_size, self.seed, self.shuffle = num_pictures, batch_size, seed, shuffle
-        self.lengths, self.block, self.window = lengths, block or self.step, window
+        self.lengths, self.pool = lengths, pool
+        self.block, self.window = block or self.step, window
         self.rank, self.world, self.drop_last = rank, world, drop_last
         self.epoch = 0
         self.start = 0  # pictures of this epoch that the next pass leaves out; only a resumed pass has any
@@ -145,7 +165,7 @@ class PictureSampler(Sampler[list[Pick]]):
             self.epoch, self.start, self.position = epoch, 0, 0
 
     def order(self, epoch: int) -> np.ndarray:
-        """All pictures in the order of an epoch, (num_pictures,): a pure function of (seed, epoch)."""
+        """All pictures (of the pool) in the order of an epoch, (num_pictures,): a pure function of (seed, epoch)."""
         if not self.shuffle:
             return np.arange(self.num_pictures)
         order = np.argsort(mix(self.seed, epoch, np.arange(self.num_pictures)), kind="stable")
@@ -164,12 +184,17 @@ class PictureSampler(Sampler[list[Pick]]):
         return np.concatenate([head.reshape(-1), order[full * self.block :]])
 
     def __iter__(self) -> Iterator[list[Pick]]:
-        epoch, order = self.epoch, self.order(self.epoch)
+        order = self.order(self.epoch)
+        if self.pool is None:
+            picks = np.stack([np.full(self.num_pictures, self.epoch), order], axis=1)
+        else:
+            index, epoch = self.pool.pictures(self.epoch)
+            picks = np.stack([epoch, index], axis=1)[order]
         first, self.start = self.start, 0
         for start in range(first, self._end, self.step):
-            step = order[start : start + self.step]
-            mine = [Pick(epoch, int(i)) for i in step[self.rank :: self.world]]
-            yield mine or [Pick(epoch, int(step[0]), counted=False)]
+            step = picks[start : start + self.step].tolist()
+            mine = [Pick(*pick) for pick in step[self.rank :: self.world]]
+            yield mine or [Pick(*step[0], counted=False)]
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever one is in it."""

@@ -1,5 +1,6 @@
 """Text out of users' files: decoding by line, white space, missing values, languages."""
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -112,3 +113,8 @@ def split_word(name: str) -> str | None:
     """The split that a file or folder name says, such as "captions_train2017.json": train; None if it says none."""
     found = {SPLITS[word] for word in re.findall("[a-z가-힣]+", name.casefold()) if word in SPLITS}
     return found.pop() if len(found) == 1 else None
+
+
+def draw(name: str) -> float:
+    """A number in [0, 1) that only depends on the name: whether what is so called goes to val."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,0 +1,296 @@
+"""Mixtures of data sets by weight: what an epoch holds is a pure function of (seed, epoch), as all else is.
+
+Every part runs through its own shuffles, one after the other, and an epoch takes its share of that endless sequence:
+so no picture of a part comes again before all others of the part had their turn, however small its weight, and a
+resumed run needs no more memory than its place in the epoch.
+
+    part k, epoch e:  places [e * quota_k, (e + 1) * quota_k) of  shuffle(seed, k, 0) + shuffle(seed, k, 1) + ...
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from mmtransformer.data.documents import Document, Documents, DocumentSource
+from mmtransformer.data.sampler import mix
+from mmtransformer.data.source import Caption, Pairs, PairSource
+
+
+class Mixing:
+    """Which members of the parts of a mixture an epoch goes through: a `Pool` for the sampler.
+
+    Args:
+        sizes: Members of each part; they are numbered through, part by part.
+        weights: How much of an epoch comes from each part, in any unit; None = each in proportion to its size.
+        epoch_size: Members of an epoch; None = as many as all parts together.
+        seed: Seed of the shuffles.
+
+    Attributes:
+        size: Members of an epoch.
+        quotas: How many of them come from each part.
+
+    Raises:
+        ValueError: If a part is empty, a weight isn't above 0, or a part would never come.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        epoch_size: int | None = None,
+        seed: int = 0,
+    ):
+        weights = [float(size) for size in sizes] if weights is None else [float(w) for w in weights]
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"every part of a mixture needs a member, the sizes are {list(sizes)}")
+        if len(weights) != len(sizes) or not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"a mixture of {len(sizes)} parts needs as many weights above 0, not {weights}")
+        self.sizes, self.seed = tuple(sizes), seed
+        self.size = sum(sizes) if epoch_size is None else epoch_size
+        self.quotas = _shares(self.size, weights)
+        if min(self.quotas) < 1:
+            raise ValueError(
+                f"an epoch of {self.size} gives the parts {list(self.quotas)}, so one of them never comes; raise its "
+                f"weight (the weights are {weights}) or epoch_size"
+            )
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
+
+    def pictures(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's members (size,), part by part, and for each the shuffle of its part that it comes from (size,)."""
+        index, turns = [], []
+        for part, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):
+            place = np.arange(epoch * quota, (epoch + 1) * quota)
+            turn, place = place // size, place % size
+            chosen = np.empty(quota, np.int64)
+            for number in np.unique(turn):
+                keys = mix(self.seed, int(number), np.arange(size), part, 6)
+                mine = turn == number
+                chosen[mine] = np.argsort(keys, kind="stable")[place[mine]]
+            index.append(chosen + self._offsets[part])
+            turns.append(turn)
+        return np.concatenate(index), np.concatenate(turns)
+
+
+def _shares(total: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """`total` shared out by weight in whole numbers: rounded down, and the rest to the largest remainders."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    rest = sorted(range(len(shares)), key=lambda k: (shares[k] - exact[k], k))[: total - sum(shares)]
+    return tuple(share + (k in rest) for k, share in enumerate(shares))
+
+
+class _Parts:
+    """Members of several splits, numbered through."""
+
+    def __init__(self, sizes: Mapping[str, int], weights: Sequence[float] | None, epoch_size: int | None):
+        self.names = tuple(sizes)
+        self.parts = tuple(sizes.values())
+        self.weights = None if weights is None else tuple(weights)
+        self.epoch_size = epoch_size
+        self._offsets = np.concatenate([[0], np.cumsum(self.parts)])
+
+    def __len__(self) -> int:
+        """The members of all parts."""
+        return int(self._offsets[-1])
+
+    def find(self, i: int) -> tuple[str, int]:
+        """The part that holds member i, and the member's place in it."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"member {i} of a mixture that has {len(self)}")
+        part = int(np.searchsorted(self._offsets, i, side="right")) - 1
+        return self.names[part], i - int(self._offsets[part])
+
+    def mixing(self, seed: int, sizes: Sequence[int] | None = None) -> Mixing:
+        """How a training epoch is mixed; `sizes` in place of the parts' own where their members were packed."""
+        return Mixing(sizes or self.parts, self.weights, epoch_size=self.epoch_size, seed=seed)
+
+
+class MixedPairs(_Parts):
+    """The pairs of several splits, numbered through: a `Pairs`."""
+
+    def __init__(
+        self, splits: Mapping[str, Pairs], weights: Sequence[float] | None, epoch_size: int | None = None
+    ):
+        super().__init__({name: len(split) for name, split in splits.items()}, weights, epoch_size)
+        self.splits = dict(splits)
+
+    def name(self, i: int) -> str:
+        """The part's name and the picture's."""
+        part, at = self.find(i)
+        return f"{part}/{self.splits[part].name(at)}"
+
+    def image(self, i: int) -> Image.Image:
+        """The picture as RGB."""
+        part, at = self.find(i)
+        return self.splits[part].image(at)
+
+    def captions(self, i: int) -> list[Caption]:
+        """All captions of the picture."""
+        part, at = self.find(i)
+        return self.splits[part].captions(at)
+
+    def fingerprint(self, i: int) -> str:
+        """The part's own fingerprint of the picture, if it takes any; else its name."""
+        part, at = self.find(i)
+        own = getattr(self.splits[part], "fingerprint", None)
+        return self.name(i) if own is None else own(at)
+
+
+class MixedDocuments(_Parts):
+    """The documents of several splits, numbered through: a `Documents`."""
+
+    def __init__(
+        self, splits: Mapping[str, Documents], weights: Sequence[float] | None, epoch_size: int | None = None
+    ):
+        super().__init__({name: len(split) for name, split in splits.items()}, weights, epoch_size)
+        self.splits = dict(splits)
+
+    def name(self, i: int) -> str:
+        """The part's name and the document's."""
+        part, at = self.find(i)
+        return f"{part}/{self.splits[part].name(at)}"
+
+    def document(self, i: int) -> Document:
+        """The document's text."""
+        part, at = self.find(i)
+        return self.splits[part].document(at)
+
+    def picture_name(self, i: int, k: int) -> str:
+        """The part's name and the picture's."""
+        part, at = self.find(i)
+        return f"{part}/{self.splits[part].picture_name(at, k)}"
+
+    def picture(self, i: int, k: int) -> Image.Image:
+        """The picture as RGB."""
+        part, at = self.find(i)
+        return self.splits[part].picture(at, k)
+
+
+class Mixture:
+    """Several sources of pairs as one, mixed by weight in training: a `PairSource`.
+
+    A split holds that split of every source that has it, and each source's own split is there as well, as "name/val".
+    Training takes the weights into account; validation sees every picture once.
+
+    Args:
+        sources: The sources by name.
+        weights: How much of a training epoch comes from each source, in any unit; null = in proportion to their sizes.
+        epoch_size: Pictures of a training epoch; null = as many as all sources have together.
+
+    Raises:
+        ValueError: If there are no sources, the weights name others, or one isn't above 0.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, PairSource],
+        weights: dict[str, float] | None = None,
+        epoch_size: int | None = None,
+    ):
+        _check(sources, weights, epoch_size)
+        self.sources, self.weights, self.epoch_size = sources, weights, epoch_size
+        self.languages: tuple[str, ...] = _languages(sources)
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of all splits, those of the sources and those of each source alone."""
+        return _splits(self.sources)
+
+    def split(self, name: str) -> Pairs:
+        """One split, mixed; or "name/val", a source's own.
+
+        Raises:
+            ValueError: If there is no such split; the message lists those there are.
+        """
+        own, parts = _find(self.sources, name)
+        if own is not None:
+            return self.sources[own[0]].split(own[1])
+        splits = {part: self.sources[part].split(name) for part in parts}
+        return MixedPairs(splits, _weights(self.weights, parts), self.epoch_size if name == "train" else None)
+
+
+class DocumentMixture:
+    """Several sources of interleaved documents as one, mixed by weight in training: a `DocumentSource`.
+
+    Weights are of rows: where documents are packed, those of a source share rows with each other only. Pairs take part
+    as `PairDocuments`. Splits are those of `Mixture`.
+
+    Args:
+        sources: The sources by name.
+        weights: How much of a training epoch comes from each source, in any unit; null = in proportion to their sizes.
+        epoch_size: Rows of a training epoch; null = as many as all sources have together.
+
+    Raises:
+        ValueError: If there are no sources, the weights name others, or one isn't above 0.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, DocumentSource],
+        weights: dict[str, float] | None = None,
+        epoch_size: int | None = None,
+    ):
+        _check(sources, weights, epoch_size)
+        self.sources, self.weights, self.epoch_size = sources, weights, epoch_size
+        self.languages: tuple[str, ...] = _languages(sources)
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of all splits, those of the sources and those of each source alone."""
+        return _splits(self.sources)
+
+    def split(self, name: str) -> Documents:
+        """One split, mixed; or "name/val", a source's own.
+
+        Raises:
+            ValueError: If there is no such split; the message lists those there are.
+        """
+        own, parts = _find(self.sources, name)
+        if own is not None:
+            return self.sources[own[0]].split(own[1])
+        splits = {part: self.sources[part].split(name) for part in parts}
+        return MixedDocuments(
+            splits, _weights(self.weights, parts), self.epoch_size if name == "train" else None
+        )
+
+
+Sources = Mapping[str, PairSource] | Mapping[str, DocumentSource]
+
+
+def _check(sources: Sources, weights: Mapping[str, float] | None, epoch_size: int | None) -> None:
+    if not sources:
+        raise ValueError("a mixture needs at least 1 source, there are 0")
+    if slashed := [name for name in sources if "/" in name or not name]:
+        raise ValueError(f"a source of a mixture cannot be named {slashed[0]!r}: no empty name, no slash")
+    if weights is not None and set(weights) != set(sources):
+        raise ValueError(f"weights are given for {', '.join(weights)}; the sources are {', '.join(sources)}")
+    for name, weight in (weights or {}).items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of {name} ({weight}) must be above 0; leave the source out instead")
+    if epoch_size is not None and epoch_size < 1:
+        raise ValueError(f"epoch_size ({epoch_size}) must be at least 1")
+
+
+def _languages(sources: Sources) -> tuple[str, ...]:
+    return tuple(sorted({code for source in sources.values() for code in source.languages}))
+
+
+def _splits(sources: Sources) -> tuple[str, ...]:
+    shared = dict.fromkeys(split for source in sources.values() for split in source.splits())
+    own = [f"{name}/{split}" for name, source in sources.items() for split in source.splits()]
+    return (*shared, *own)
+
+
+def _find(sources: Sources, name: str) -> tuple[tuple[str, str] | None, list[str]]:
+    """Whose own split a name is, or the parts of the mixed split of that name."""
+    part, slash, split = name.partition("/")
+    if slash and part in sources and split in sources[part].splits():
+        return (part, split), []
+    parts = [key for key, source in sources.items() if name in source.splits()]
+    if not parts:
+        raise ValueError(f"the mixture has no split {name!r}; it has: {', '.join(_splits(sources))}")
+    return None, parts
+
+
+def _weights(weights: Mapping[str, float] | None, parts: Sequence[str]) -> list[float] | None:
+    return None if weights is None else [weights[part] for part in parts]
