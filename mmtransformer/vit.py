@@ -283,7 +283,8 @@ class ViT(Pretrained, nn.Module):
         x, found = self.embed(pixels), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = block(x)
-            found[i] = self.norm(x) if norm else x
+            if i in wanted:
+                found[i] = self.norm(x) if norm else x
         return [found[i] for i in wanted]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
