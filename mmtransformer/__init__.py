@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
     from mmtransformer.decoder import TextDecoder
     from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
+    from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate
     from mmtransformer.images import Augment, ImageError, ImageTransform
+    from mmtransformer.media import media_mask, show_mask
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
     from mmtransformer.qformer import QFormer
     from mmtransformer.record import record_attention
+    from mmtransformer.resampler import PerceiverResampler
     from mmtransformer.seq2seq import TRANSFORMER_SIZES, TextPairs, Transformer
     from mmtransformer.tokenizer import Tokenizer
     from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
@@ -29,11 +32,14 @@ _HOMES = {
     "captioner": "CaptionBatch Captioner caption_loss freeze",
     "decoder": "TextDecoder",
     "encoder_decoder": "EncoderDecoder VisualAdapter",
+    "flamingo": "Flamingo",
     "generate": "Generated generate",
     "images": "Augment ImageError ImageTransform",
+    "media": "media_mask show_mask",
     "pipeline": "CaptionResult Decoding ImageCaptioner",
     "qformer": "QFormer",
     "record": "record_attention",
+    "resampler": "PerceiverResampler",
     "seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
     "tokenizer": "Tokenizer",
     "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
@@ -51,6 +57,7 @@ __all__ = [
     "ConvStem",
     "Decoding",
     "EncoderDecoder",
+    "Flamingo",
     "Generated",
     "ImageCaptioner",
     "ImageError",
@@ -58,6 +65,7 @@ __all__ = [
     "KVCache",
     "KeyValue",
     "PatchEmbed",
+    "PerceiverResampler",
     "QFormer",
     "Rope",
     "TextDecoder",
@@ -70,7 +78,9 @@ __all__ = [
     "caption_loss",
     "freeze",
     "generate",
+    "media_mask",
     "record_attention",
+    "show_mask",
 ]
 
 

@@ -282,3 +282,70 @@ class AttentionPool(nn.Module):
         """(b k d) -> (b num_queries d)."""
         pooled = self.attn(self.queries.expand(x.shape[0], -1, -1), x)
         return pooled + self.mlp(self.norm(pooled))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """Attention to pictures, then an MLP, each behind a tanh gate that starts shut (Flamingo, arXiv:2204.14198, 3.1.2).
+
+    With shut gates it changes no bit of the tokens, so a language model that it is put into is at first itself.
+
+    Args:
+        dim: width of a token.
+        attn: attention to the pictures' latents; without an output bias, tokens that see none get nothing from it.
+        mlp: the MLP.
+        norm: builds a norm of width dim.
+        per_channel: a gate for each channel; False = one for the branch.
+        blind_mlp: whether the MLP also works on tokens that see no picture (OpenFlamingo, Idefics). False leaves
+            such tokens as they are, so that text without pictures stays the language model's own, trained or not.
+        dropout: share of a branch's result dropped in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: Attention,
+        mlp: nn.Module,
+        norm: Callable[[], nn.Module],
+        *,
+        per_channel: bool = False,
+        blind_mlp: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.blind_mlp = blind_mlp
+        self.norm1, self.attn, self.norm2, self.mlp = norm(), attn, norm(), mlp
+        self.gate1 = nn.Parameter(torch.zeros(dim if per_channel else 1))
+        self.gate2 = nn.Parameter(torch.zeros(dim if per_channel else 1))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | KeyValue | None,
+        *,
+        mask: Mask | None = None,
+        sees: Tensor | None = None,
+    ) -> Tensor:
+        """Adds what the pictures say.
+
+        Args:
+            x: tokens (b q d).
+            context: latents (n k d) or their keys and values, n dividing b; None = there is no picture at all.
+            mask: who may look at which latent; None = all at all.
+            sees: (b q) bool, which tokens see any latent, as `mask` has it; None = all do.
+
+        Returns:
+            (b q d).
+        """
+        if context is not None:
+            found = self.drop(self.attn(self.norm1(x), context, mask=mask))
+            x = x + self.gate1.tanh() * self._where(sees, found)
+        elif not self.blind_mlp:
+            return x
+        more = self.drop(self.mlp(self.norm2(x)))
+        return x + self.gate2.tanh() * (more if self.blind_mlp else self._where(sees, more))
+
+    @staticmethod
+    def _where(sees: Tensor | None, x: Tensor) -> Tensor:
+        # A choice, not a product: 0 times what is not finite is not 0.
+        return x if sees is None else torch.where(sees[..., None], x, 0.0)

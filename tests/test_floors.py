@@ -17,7 +17,7 @@ FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
     2: "language positions blocks record prepack pretrained lora",
     3: "vit decoder encoder seq2seq resampler qformer",
-    4: "captioner",
+    4: "captioner media",
     5: "encoder_decoder flamingo blip2 prefix coca generate weights",
     6: "data training pictures pipeline",
     7: "cli",
@@ -28,6 +28,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SAME_FLOOR = {
     "tokenizer": {"spelling"},
     "seq2seq": {"decoder"},
+    "media": {"captioner"},
     "training": {"data", "pictures", "pipeline"},
 }
 
