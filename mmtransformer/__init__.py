@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
     from mmtransformer.decoder import TextDecoder
+    from mmtransformer.encoder import TextEncoder
     from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
     from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate
@@ -31,6 +32,7 @@ _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
     "decoder": "TextDecoder",
+    "encoder": "TextEncoder",
     "encoder_decoder": "EncoderDecoder VisualAdapter",
     "flamingo": "Flamingo",
     "generate": "Generated generate",
@@ -69,6 +71,7 @@ __all__ = [
     "QFormer",
     "Rope",
     "TextDecoder",
+    "TextEncoder",
     "TextPairs",
     "Tokenizer",
     "Transformer",
