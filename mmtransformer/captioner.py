@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtransformer.next_token import Loss, next_token_loss
 from mmtransformer.pretrained import Pretrained
 from mmtransformer.vit import ViT
 
@@ -136,6 +136,10 @@ class Captioner(Pretrained, nn.Module, ABC):
     def look(self, batch: CaptionBatch) -> Tensor:
         """Where each text token looks in the pictures: (n q i gh gw), at most 1 in sum over all patches."""
 
+    def loss(self, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
+        """What is trained on: the loss of the captions, for most captioners."""
+        return caption_loss(self, batch, label_smoothing=label_smoothing)
+
     def logits(self, batch: CaptionBatch) -> Tensor:
         """Logits of every token of right-padded rows: (n q vocab)."""
         return self.head(self.hidden(batch))
@@ -172,37 +176,32 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A sum over tokens and their number, both scalars; divide where all parts of a global batch are known."""
-
-    sum: Tensor
-    count: Tensor
-
-
 def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
-    """Cross-entropy of the target tokens: the one place where labels are shifted.
-
-    The head runs on the positions that predict a target, so logits of prompts and padding never exist.
+    """Cross-entropy of the target tokens (`next_token_loss`).
 
     Args:
         captioner: the model.
         batch: right-padded rows.
-        label_smoothing: share of the target's probability that is spread over the vocabulary (arXiv:1512.00567).
+        label_smoothing: share of the target's probability that is spread over the vocabulary.
 
     Raises:
         ValueError: if no token is a target, or a row is longer than the captioner can read.
     """
-    if batch.tokens.shape[1] > captioner.max_len:
-        raise ValueError(
-            f"rows of {batch.tokens.shape[1]} tokens, but the captioner reads {captioner.max_len} at most"
-        )
-    predicts, labels = batch.target[:, 1:], batch.tokens[:, 1:]
-    chosen = labels[predicts]
-    if not chosen.numel():
-        raise ValueError(f"none of the {batch.tokens.shape[0]} rows has a target token")
+    check_rows(captioner, batch)
     hidden = captioner.hidden(batch.cut(batch.tokens.shape[1] - 1))
-    logits = captioner.head(hidden[predicts])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
-    return Loss(total, torch.tensor(chosen.numel(), device=total.device))
+    return next_token_loss(
+        hidden, batch.tokens, batch.target, captioner.head, label_smoothing=label_smoothing
+    )
+
+
+def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
+    """Refuses a batch that nothing can be learnt from.
+
+    Raises:
+        ValueError: if no token is a target, or a row is longer than the captioner can read.
+    """
+    n, q = batch.tokens.shape
+    if q > captioner.max_len:
+        raise ValueError(f"rows of {q} tokens, but the captioner reads {captioner.max_len} at most")
+    if not bool(batch.target[:, 1:].any()):
+        raise ValueError(f"none of the {n} rows has a target token")

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.captioner import CaptionBatch, Captioner, Loss, caption_loss, freeze, is_frozen
+from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.lora import merge_lora
+from mmtransformer.next_token import Loss
 from mmtransformer.pipeline import Decoding, ImageCaptioner
 from mmtransformer.training.evaluation import evaluate, image_use
 from mmtransformer.training.optim import Optim
@@ -62,8 +63,8 @@ class Captioning(Task):
         return self.captioner
 
     def loss(self, batch: CaptionBatch) -> Loss:
-        """The losses of the batch's target tokens."""
-        return caption_loss(self.captioner, batch, label_smoothing=self.label_smoothing)
+        """The losses of the batch's target tokens, and what else the captioner trains on."""
+        return self.captioner.loss(batch, label_smoothing=self.label_smoothing)
 
     def sample(self) -> list[str]:
         """What the model says of a held-out picture, in each of the data's languages; another one each time."""

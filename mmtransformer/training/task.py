@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from mmtransformer.captioner import Loss
+from mmtransformer.next_token import Loss
 from mmtransformer.training.guard import not_finite
 from mmtransformer.training.optim import Optim, warming_average
 

@@ -1,0 +1,49 @@
+"""The loss of predicting the next token: the one place where labels are shifted.
+
+Letters: n rows, q tokens, d width of a hidden state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum over tokens and their number, both scalars; divide where all parts of a global batch are known."""
+
+    sum: Tensor
+    count: Tensor
+
+
+def next_token_loss(
+    hidden: Tensor,
+    tokens: Tensor,
+    target: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    label_smoothing: float = 0.0,
+) -> Loss:
+    """Cross-entropy of the target tokens, each predicted by the position before it.
+
+    The head runs on the positions that predict a target, so logits of prompts and padding never exist.
+
+    Args:
+        hidden: (n q d), or (n q-1 d) without the last token's, which predicts nothing.
+        tokens: (n q) long.
+        target: (n q) bool, True = to be predicted; the first token of a row never is.
+        head: hidden states (m d) -> logits (m vocab).
+        label_smoothing: share of the target's probability that is spread over the vocabulary (arXiv:1512.00567).
+
+    Returns:
+        The sum, and the number of targets; both zero, and the gradient too, where there is no target.
+    """
+    predicts, labels = target[:, 1:], tokens[:, 1:]
+    chosen = labels[predicts]
+    logits = head(hidden[:, : labels.shape[1]][predicts])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
+    return Loss(total, torch.tensor(chosen.numel(), device=total.device))
