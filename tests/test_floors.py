@@ -17,8 +17,8 @@ FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
     2: "next_token language positions blocks record prepack pretrained lora",
     3: "vit decoder encoder seq2seq resampler qformer",
-    4: "captioner media",
-    5: "encoder_decoder flamingo blip2 prefix coca generate weights",
+    4: "captioner objectives media",
+    5: "encoder_decoder flamingo image_text blip2 prefix coca generate weights",
     6: "data training pictures pipeline",
     7: "cli",
 }

@@ -1,0 +1,341 @@
+"""Losses of pictures with texts: contrastive, matching and generation, each importable alone.
+
+    loss = itc_loss(images, texts, temperature)             # (b l e), (n e): as many texts for every picture
+
+They are means over the global batch of all processes, in the sense that data-parallel training asks for: the MEAN over
+the processes of what each returns is the loss of the global batch, and the mean of their gradients (what DDP computes)
+is its gradient, however the batch was cut. One process is the case of a mean over one; no process group is needed.
+
+Letters: b pictures and n texts of this process, B and N those of all processes, l vectors of a picture, e width of a
+vector, m rows, k columns, q tokens, d width of a token.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def processes() -> int:
+    """How many processes share the batch; 1 where no process group was initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all processes. What flows back to a row is the sum of what all processes send to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out, ctx.start, ctx.rows = _all_gather(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.start : ctx.start + ctx.rows]
+
+
+def _all_gather(x: Tensor) -> tuple[Tensor, int, int]:
+    """The rows of all processes in the order of their ranks, which may have different numbers of them."""
+    rows, rank = x.shape[0], dist.get_rank()
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(processes())]
+    dist.all_gather(counts, torch.tensor([rows], device=x.device))
+    numbers = [int(count) for count in counts]
+    padded = x.new_zeros(max(numbers), *x.shape[1:])
+    padded[:rows] = x
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    whole = torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+    return whole, sum(numbers[:rank]), rows
+
+
+def gather(x: Tensor, *, grad: bool = True) -> Tensor:
+    """The rows of all processes, in the order of their ranks; one process gets its own rows back.
+
+    Args:
+        x: (m ...), where m may differ between processes.
+        grad: let gradients flow back to the processes that the rows came from. False saves that exchange: the others'
+            rows are then constants, and the gradient is no longer that of the global batch.
+
+    Returns:
+        (M ...), M rows of all processes.
+    """
+    if processes() == 1:
+        return x
+    if grad and x.is_floating_point():
+        return _Gather.apply(x)  # pyright: ignore[reportReturnType]
+    whole, start, rows = _all_gather(x.detach())
+    return torch.cat((whole[:start], x, whole[start + rows :]))
+
+
+def global_mean(total: Tensor, count: Tensor | int) -> Tensor:
+    """This process's share of a mean over all processes: the mean over processes of the results is that mean.
+
+    Args:
+        total: the sum over this process's terms, a scalar.
+        count: how many terms they are.
+    """
+    count = torch.as_tensor(count, dtype=total.dtype, device=total.device).detach().clone()
+    world = processes()
+    if world > 1:
+        dist.all_reduce(count)
+    return total * (world / count.clamp(min=1))
+
+
+# ---------------------------------------------------------------------------------------------- contrastive
+
+
+class Similarity(NamedTuple):
+    """How near this process's pictures and texts are to those of all processes; ids say what belongs together.
+
+    Attributes:
+        of_images: (b N).
+        of_texts: (n B).
+        image_ids: (b) long; -1 = a filler, which is neither asked nor found.
+        text_ids: (n) long, the id of a text's picture.
+        all_image_ids: (B).
+        all_text_ids: (N).
+    """
+
+    of_images: Tensor
+    of_texts: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    all_image_ids: Tensor
+    all_text_ids: Tensor
+
+
+def compare(
+    images: Tensor,
+    texts: Tensor,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    *,
+    gather_grad: bool = True,
+) -> Similarity:
+    """Similarities of pictures and texts; of a picture's vectors the one that is nearest to the text counts (BLIP-2).
+
+    Args:
+        images: (b l e), or (b e), L2-normed.
+        texts: (n e), L2-normed.
+        image_ids: (b) long, what picture it is, anywhere in the global batch; None = all are different.
+        text_ids: (n) long, the id of its picture; None = each picture has n / b texts, side by side.
+        gather_grad: see `gather`.
+
+    Raises:
+        ValueError: if widths differ, or the texts cannot be shared out.
+    """
+    images = images.unsqueeze(1) if images.ndim == 2 else images
+    if images.ndim != 3 or texts.ndim != 2 or images.shape[-1] != texts.shape[-1]:
+        raise ValueError(
+            f"pictures are (b l e) or (b e) and texts (n e) of one width, not {tuple(images.shape)} and "
+            f"{tuple(texts.shape)}"
+        )
+    b, n = images.shape[0], texts.shape[0]
+    if image_ids is None:
+        image_ids = torch.arange(b, device=texts.device) + _rows_before(b, texts.device)
+    if text_ids is None:
+        if b == 0 or n % b:
+            raise ValueError(f"{n} texts cannot be shared out among {b} pictures: give text_ids")
+        text_ids = image_ids.repeat_interleave(n // b)
+    if image_ids.shape != (b,) or text_ids.shape != (n,):
+        raise ValueError(f"ids are ({b}) and ({n}), not {tuple(image_ids.shape)} and {tuple(text_ids.shape)}")
+    kind = torch.promote_types(images.dtype, torch.float32)
+    with torch.autocast(
+        images.device.type, enabled=False
+    ):  # Divided by a temperature, bfloat16's steps are large.
+        images, texts = images.to(kind), texts.to(kind)
+        of_images = torch.einsum("b l e, n e -> b n l", images, gather(texts, grad=gather_grad)).amax(-1)
+        if processes() == 1:
+            of_texts = of_images.transpose(0, 1)
+        else:
+            everyone = gather(images, grad=gather_grad)
+            of_texts = torch.einsum("b l e, n e -> n b l", everyone, texts).amax(-1)
+    return Similarity(of_images, of_texts, image_ids, text_ids, gather(image_ids), gather(text_ids))
+
+
+def _rows_before(rows: int, device: torch.device) -> int:
+    if processes() == 1:
+        return 0
+    return int(gather(torch.tensor([rows], device=device))[: dist.get_rank()].sum())
+
+
+def contrastive_loss(
+    similarity: Similarity, temperature: Tensor | float, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of finding a picture's texts and a text's picture, the mean of both ways.
+
+    Where several texts belong to a picture (or a picture stands twice in the batch) they share the target.
+
+    Args:
+        similarity: from `compare`.
+        temperature: what similarities are divided by, a scalar.
+        label_smoothing: share of the target that is spread over all candidates.
+    """
+    to_texts = _one_way(
+        similarity.of_images / temperature, similarity.image_ids, similarity.all_text_ids, label_smoothing
+    )
+    to_images = _one_way(
+        similarity.of_texts / temperature, similarity.text_ids, similarity.all_image_ids, label_smoothing
+    )
+    return (to_texts + to_images) / 2
+
+
+def _one_way(logits: Tensor, ids: Tensor, candidates: Tensor, smoothing: float) -> Tensor:
+    real = candidates >= 0
+    same = (ids[:, None] == candidates) & real
+    asked = same.any(1)  # Not fillers, nor pictures without a text.
+    log_probs = logits.masked_fill(~real, torch.finfo(logits.dtype).min).log_softmax(-1)
+    targets = same / same.sum(1, keepdim=True).clamp(min=1)
+    if smoothing:
+        targets = targets * (1 - smoothing) + smoothing * real / real.sum().clamp(min=1)
+    losses = -(targets.to(log_probs.dtype) * log_probs).sum(1)
+    return global_mean((losses * asked).sum(), asked.sum())
+
+
+def itc_loss(
+    images: Tensor,
+    texts: Tensor,
+    temperature: Tensor | float,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gather_grad: bool = True,
+) -> Tensor:
+    """Image-text contrastive loss (ALBEF, arXiv:2107.07651; max over queries: BLIP-2, arXiv:2301.12597).
+
+    Args:
+        images: (b l e), or (b e), L2-normed.
+        texts: (n e), L2-normed.
+        temperature: what similarities are divided by, a scalar; BLIP-2 learns it from 0.07.
+        image_ids: (b) long, what picture it is; None = all are different.
+        text_ids: (n) long, the id of its picture; None = each picture has n / b texts, side by side.
+        label_smoothing: share of the target that is spread over all candidates; BLIP-2's 0.1.
+        gather_grad: whether gradients reach the processes that candidates came from.
+
+    Returns:
+        A scalar.
+    """
+    similarity = compare(images, texts, image_ids, text_ids, gather_grad=gather_grad)
+    return contrastive_loss(similarity, temperature, label_smoothing=label_smoothing)
+
+
+def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, *, gather_grad: bool = True) -> Tensor:
+    """CLIP's symmetric loss (arXiv:2103.00020), also CoCa's: vectors (b e) and (n e), L2-normed.
+
+    Args:
+        images: (b e).
+        texts: (n e), n / b for each picture.
+        log_scale: CLIP's `logit_scale`, the log of what similarities are multiplied by; at most log 100 counts.
+        gather_grad: whether gradients reach the processes that candidates came from.
+    """
+    return itc_loss(
+        images, texts, log_scale.clamp(max=4.605170185988092).neg().exp(), gather_grad=gather_grad
+    )
+
+
+# ------------------------------------------------------------------------------------------------- matching
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A round of SplitMix64 in wrapping int64."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def pair_noise(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) that depend on (seed, row, column) only, so not on how a batch is cut.
+
+    Args:
+        seed: another one gives other numbers.
+        rows: keys (m) long.
+        columns: keys (k) long.
+
+    Returns:
+        (m k) float32.
+    """
+    start = torch.tensor(seed, dtype=torch.long, device=rows.device)
+    golden = -0x61C8864680B583EB
+    mixed = _scramble((_scramble(start + golden) ^ rows) + golden)
+    bits = _scramble((mixed[:, None] ^ columns) + golden)
+    return (((bits >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+
+
+def hard_negatives(scores: Tensor, allowed: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws one column for each row with the probabilities softmax(scores): what is confused most comes most often.
+
+    The draw is that of `torch.multinomial`, by the Gumbel-max trick: no loop, and nothing waits for the device.
+
+    Args:
+        scores: (m k), similarities over temperature.
+        allowed: (m k) bool, what is a negative: not what belongs to the row.
+        noise: (m k), uniform in (0, 1): from `pair_noise`, or `torch.rand`.
+
+    Returns:
+        Columns (m) long, and whether the row has a negative at all (m) bool; where not, the column means nothing.
+    """
+    drawn = scores.detach().float() - (-noise.log()).log()
+    return drawn.masked_fill(~allowed, -torch.inf).argmax(1), allowed.any(1)
+
+
+def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Image-text matching: do this picture and this text belong together?
+
+    Args:
+        logits: (m 2), no and yes.
+        match: (m) bool.
+        counted: (m) bool, which rows count; None = all.
+
+    Returns:
+        A scalar, the mean over all counted rows of all processes.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, match.long(), reduction="none")
+    counted = torch.ones_like(match) if counted is None else counted
+    return global_mean((losses * counted).sum(), counted.sum())
+
+
+# ----------------------------------------------------------------------------------------------- generation
+
+
+def itg_loss(
+    hidden: Tensor,
+    tokens: Tensor,
+    target: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Image-grounded text generation: cross-entropy of each target token, given the picture and the tokens before it.
+
+    The head runs on the positions that predict a target only. Labels are shifted here, as in `caption_loss`.
+
+    Args:
+        hidden: (n q d), or (n q-1 d) without the last token's, which predicts nothing.
+        tokens: (n q) long.
+        target: (n q) bool, which tokens are to be predicted; the first cannot be.
+        head: hidden states (m d) -> logits (m vocab).
+        label_smoothing: share of the target that is spread over the vocabulary.
+
+    Returns:
+        A scalar, the mean over all target tokens of all processes.
+
+    Raises:
+        ValueError: if there is one process and no target token.
+    """
+    predicts, labels = target[:, 1:], tokens[:, 1:]
+    chosen = labels[predicts]
+    if not chosen.numel() and processes() == 1:
+        raise ValueError(f"none of the {tokens.shape[0]} texts has a target token")
+    logits = head(hidden[:, : labels.shape[1]][predicts])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
+    return global_mean(total, chosen.numel())
