@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import enum
 import os
+import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Mapping
@@ -90,9 +91,9 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = disk_free(path.parent)
-        if free < size:
-            raise OSError(f"only {free:,} bytes are free there")
+        disk = shutil.disk_usage(path.parent)
+        if disk.total and disk.free < size:
+            raise OSError(f"only {disk.free:,} bytes are free there")
         with temporary.open("wb") as file:
             write(file)
             file.flush()
@@ -115,12 +116,6 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int
             temporary.unlink(missing_ok=True)
 
 
-def disk_free(folder: Path) -> int:
-    """Bytes that may still be written in a folder."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
-
-
 def _sync_folder(folder: Path) -> None:
     """The new name is on the disk too (not on every system can a folder be synchronised)."""
     with contextlib.suppress(OSError):
@@ -140,12 +135,10 @@ def sweep(folder: str | Path) -> list[Path]:
     Returns:
         What was deleted.
     """
-    swept = []
+    swept, here = [], socket.gethostname()
     for litter in Path(folder).glob(f".*{SUFFIX}.*.part"):
-        host, _, number = (
-            litter.suffixes[-2][1:].rpartition("-") if len(litter.suffixes) > 1 else ("", "", "")
-        )
-        if host and litter.name.endswith(f".{socket.gethostname()}-{number}.part") and _lives(number):
+        host, _, number = litter.name.removesuffix(".part").rpartition(f"{SUFFIX}.")[2].rpartition("-")
+        if host == here and _lives(number):
             continue
         with contextlib.suppress(OSError):
             litter.unlink()

@@ -1,0 +1,179 @@
+"""When a run is saved: now and then, at the end of every epoch, and before it obeys a signal to stop.
+
+A checkpoint is taken between optimizer steps only, and always written in one form, so that there is one way to go on:
+the epoch is in its middle, all batches up to here are done, and a validation that was due is still due.
+"""
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+
+from mmtransformer.training.checkpoints import SUFFIX, CheckpointFiles, sweep
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """The run obeyed a signal, after it was saved; the process ends with 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class Saving(Checkpoint):
+    """Writes checkpoints/last.ckpt, from which the run goes on bit for bit.
+
+    SIGTERM (what schedulers send) and SIGINT (Ctrl+C) end the run after the optimizer step that is being computed: it
+    is saved, and the process ends with 143 or 130. The second Ctrl+C ends it at once.
+
+    Args:
+        folder: Folder of the checkpoint; "checkpoints" in the run's folder unless told.
+        every_steps: Optimizer steps between checkpoints; 0 goes by the clock alone.
+        minutes: Most minutes between checkpoints.
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, *, every_steps: int = 0, minutes: float = 10.0
+    ) -> None:
+        if every_steps < 0 or minutes <= 0:
+            raise ValueError(
+                f"every_steps ({every_steps}) must be at least 0 and minutes ({minutes}) above 0"
+            )
+        self.folder = None if folder is None else Path(folder)
+        self.every_steps, self.minutes = every_steps, minutes
+        self.signal = 0
+        self.path = Path("last" + SUFFIX)
+        self._step, self._clock = -1, 0.0  # of the last checkpoint
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes over the writing of checkpoint files, and clears away what a killed run left."""
+        folder = self.folder or Path(trainer.default_root_dir) / "checkpoints"
+        self.path = Path(trainer.strategy.broadcast(str(folder))) / f"last{SUFFIX}"
+        if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        if trainer.is_global_zero and stage == "fit":
+            sweep(self.path.parent)
+
+    # ----------------------------------------------------------------------------------------------------- when
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listens to signals, in place of Lightning, which loses the run."""
+        self.signal, self._step, self._clock = 0, trainer.global_step, time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # Lightning puts back what was there when the run ends.
+                signal.signal(number, self._listen)
+        loop = trainer.fit_loop
+        batches, places = loop.epoch_loop.batch_progress, loop._combined_loader_states_to_load
+        if places and loop._combined_loader is not None:
+            # Lightning has made the loaders (to count the steps) before it read where they were.
+            loop._combined_loader._load_state_dicts(places)
+            loop._combined_loader_states_to_load = []
+        if loop.restarting and batches.is_last_batch and loop._data_fetcher is not None:
+            loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
+
+    def _listen(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.signal = number
+        text = f"\n{signal.Signals(number).name}: the run stops after this step, and is saved\n"
+        sys.stderr.write(text)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves after an optimizer step, if it is time to or a signal came."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        step, number = trainer.global_step, self._agreed(trainer)
+        due = self.every_steps and step % self.every_steps == 0
+        late = self._late(trainer)
+        last = loop._num_ready_batches_reached() and not self._validation_follows(trainer)
+        if (due or late or number) and not last:  # The epoch's end is saved when it has ended.
+            self._save(trainer)
+            self._stop(trainer, number)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Obeys a signal in the middle of a validation, which is then still due."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (number := self._agreed(trainer)):
+            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                    callback._swap_models(pl_module)  # The average was in the model's place.
+            self._save(trainer, again=True)
+            self._stop(trainer, number)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the epoch."""
+        self._save(trainer, again=True)
+        self._stop(trainer, self._agreed(trainer))
+
+    def _late(self, trainer: pl.Trainer) -> bool:
+        late = time.monotonic() - self._clock > 60 * self.minutes
+        return bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
+
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that any process got, or 0; all processes ask at the same steps."""
+        if trainer.world_size == 1:
+            return self.signal
+        number = torch.tensor(self.signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        if number:
+            if trainer.is_global_zero:
+                sys.stderr.write(
+                    f"stopped at step {trainer.global_step}; go on with --resume ({self.path})\n"
+                )
+            raise Stopped(number)
+
+    # ----------------------------------------------------------------------------------------------------- what
+
+    def _save(self, trainer: pl.Trainer, *, again: bool = False) -> None:
+        if self._step == trainer.global_step and not again:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(self.path)
+        self._step, self._clock = trainer.global_step, time.monotonic()
+
+    def _validation_follows(self, trainer: pl.Trainer) -> bool:
+        fetcher = trainer.fit_loop._data_fetcher
+        return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Brings the loops' counters into the one form that a run goes on from."""
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        batch_ends = batches["current"]["completed"] < batches["current"]["processed"]
+        for counts in (batches["total"], batches["current"]):
+            counts["completed"] = counts["processed"]
+        pending = trainer.validating or (batch_ends and self._validation_follows(trainer))
+        if pending:
+            # "In the middle of a validation", none of whose batches is done: it is done anew.
+            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validation["current"] = dict.fromkeys(validation["current"], 0)
+        elif batch_ends:
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        for counts in (epochs["total"], epochs["current"]):
+            counts["processed"] = counts["completed"]

@@ -1,0 +1,252 @@
+"""Checkpoint files: whole or not there, plain data only."""
+
+import enum
+import math
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmtransformer.training.checkpoints import (
+    CheckpointError,
+    CheckpointFiles,
+    damage,
+    newest,
+    plain,
+    read,
+    sweep,
+    tensor_bytes,
+)
+
+FILES = CheckpointFiles()
+
+
+def checkpoint(step: int = 3, size: int = 1009) -> dict:
+    return {"global_step": step, "state_dict": {"weight": torch.full((size,), float(step))}}
+
+
+def in_child(job: Callable[[], object]) -> int:
+    """Runs a job in a forked process (nothing is imported anew); its id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    class Kind(enum.Enum):
+        CAT = "cat"
+
+    @dataclass
+    class Point:
+        x: float
+
+    path = tmp_path / "new folder" / "a.ckpt"
+    saved = checkpoint() | {
+        "hyper_parameters": {"root": tmp_path, "kind": Kind.CAT, "at": Point(0.5), "n": np.float32(1.5)},
+        "tuple": (1, [2.5, None], {"s"}),
+        "array": np.arange(3),
+        "dtype": torch.bfloat16,
+    }
+    FILES.save_checkpoint(saved, path)
+    found = FILES.load_checkpoint(path)
+    assert found["global_step"] == 3
+    assert torch.equal(found["state_dict"]["weight"], torch.full((1009,), 3.0))
+    assert found["hyper_parameters"] == {"root": str(tmp_path), "kind": "cat", "at": {"x": 0.5}, "n": 1.5}
+    assert found["tuple"] == (1, [2.5, None], {"s"})
+    assert found["array"].tolist() == [0, 1, 2]
+    assert found["dtype"] is torch.bfloat16
+    assert sorted(p.name for p in path.parent.iterdir()) == ["a.ckpt"]
+    FILES.remove_checkpoint(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", [lambda: 0, socket, signal.getsignal, object()])
+def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, value: object) -> None:
+    saved = checkpoint() | {"hyper_parameters": {"parts": [1, {"deep": value}]}}
+    with pytest.raises(
+        CheckpointError, match=r"hyper_parameters\.parts\[1\]\.deep is a .*keep tensors and plain"
+    ):
+        FILES.save_checkpoint(saved, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_tensors_are_counted_and_kept_once(tmp_path: Path) -> None:
+    weight = torch.randn(101, 7)
+    assert tensor_bytes({"a": weight, "b": [weight.T, weight[3]]}) == 101 * 7 * 4
+    FILES.save_checkpoint({"state_dict": {"a": weight, "b": weight}}, tmp_path / "a.ckpt")
+    found = read(tmp_path / "a.ckpt")["state_dict"]
+    assert found["a"].data_ptr() == found["b"].data_ptr()
+
+
+def test_killed_at_any_moment_of_a_save_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    """50 of 50: a process that saves without a pause is killed with -9 after a while, each time another while."""
+    path = tmp_path / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(0, 200_003), path)
+
+    def save() -> None:
+        for step in range(1, 10**6):
+            FILES.save_checkpoint(checkpoint(step, 200_003), path)
+
+    whole, litter, steps = 0, 0, set()
+    for i in range(50):
+        child = in_child(save)
+        time.sleep(0.002 + 0.0007 * i)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        litter += len(list(tmp_path.glob(".*.part")))
+        found = read(path)
+        weight = found["state_dict"]["weight"]
+        whole += bool((weight == found["global_step"]).all()) and len(weight) == 200_003
+        steps.add(found["global_step"])
+        sweep(tmp_path)
+    assert whole == 50
+    assert litter > 5, "none of the kills fell into a save"
+    assert len(steps) > 5
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_sweep_leaves_what_a_living_process_writes(tmp_path: Path) -> None:
+    here = socket.gethostname()
+    names = [f".last.ckpt.{here}-{os.getppid()}.part", f".last.ckpt.{here}-{os.getpid()}.part"]
+    names += [
+        ".last.ckpt.an-other.host-17.part",
+        "last.ckpt",
+        "notes.part",
+        f".last.ckpt.{here}-999999999.part",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    assert sorted(p.name for p in sweep(tmp_path)) == sorted([names[1], names[2], names[5]])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([names[0], "last.ckpt", "notes.part"])
+    assert sweep(tmp_path / "nowhere") == []
+
+
+# ------------------------------------------------------------------------------------------------- full disks
+
+
+def assert_kept(path: Path, size: int, reason: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        FILES.save_checkpoint(checkpoint(4, size), path)
+    text = str(caught.value)
+    assert str(path) in text
+    assert f"about {4 * size + (1 << 20):,} bytes" in text
+    assert reason in text
+    assert "--resume" in text
+    assert read(path)["global_step"] == 3
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(3, 50_021), path)
+
+    def write_too_much() -> None:  # the kernel refuses every byte past the limit
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        assert_kept(path, 200_003, "File too large")
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(write_too_much), 0)[1]) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(words, capture_output=True, check=False).returncode
+    except OSError:
+        done = 1
+    if done:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_small_disk_is_found_too_full_before_anything_is_written(small_disk: Path) -> None:
+    path = small_disk / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(3, 400_009), path)
+    assert_kept(path, 500_009, "bytes are free there")
+    for step in range(5, 9):  # and there is room for it again and again
+        FILES.save_checkpoint(checkpoint(step, 300_007), path)
+    assert read(path)["global_step"] == 8
+
+
+def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(3), path)
+
+    def refuse(self: Path, *arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        assert_kept(path, 1009, "Permission denied")
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        FILES.save_checkpoint(checkpoint(), path / "below a file.ckpt")
+
+
+# -------------------------------------------------------------------------------------------- damaged and hostile
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(), path)
+    whole = path.read_bytes()
+    assert damage(path) is None
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.full((5,), 3.0).numpy().tobytes()) + 400] ^= 0x40
+    for content, reason in (
+        (bytes(flipped), "damaged: archive/data/0 is not what was written"),
+        (whole[: len(whole) // 2], "not a whole checkpoint"),
+        (b"", "not a whole checkpoint"),
+        (b"PK\x03\x04" + os.urandom(997), "not a whole checkpoint"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=reason):
+            read(path)
+    with pytest.raises(CheckpointError, match=r"nowhere\.ckpt: no such checkpoint"):
+        read(tmp_path / "nowhere.ckpt")
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="no state_dict"):
+        read(path)
+    with pytest.raises(CheckpointError, match="weights_only=True only"):
+        FILES.load_checkpoint(path, weights_only=False)
+
+
+def test_newest_is_the_newest_whole_one(tmp_path: Path) -> None:
+    assert newest(tmp_path / "nowhere") == (None, [])
+    for i, name in enumerate(("a", "c", "b")):
+        FILES.save_checkpoint(checkpoint(i), tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", ns=(10**9 * i, 10**9 * i))
+    (tmp_path / ".d.ckpt").touch()
+    assert newest(tmp_path) == (tmp_path / "b.ckpt", [])
+    (tmp_path / "b.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-30])
+    found, faults = newest(tmp_path)
+    assert found == tmp_path / "c.ckpt"
+    assert len(faults) == 1
+    assert "b.ckpt: not a whole checkpoint" in faults[0]
+
+
+def test_numbers_stay_numbers() -> None:
+    class Special(float):
+        pass
+
+    value = plain({"a": Special(math.pi), "b": True, "c": 2**70, 3: (np.int64(5),)})
+    assert value == {"a": math.pi, "b": True, "c": 2**70, 3: (5,)}
+    assert [type(x) for x in (value["a"], value["b"], value[3][0])] == [float, bool, int]
