@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
+    from mmtransformer.blip2 import Blip2
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
     from mmtransformer.decoder import TextDecoder
     from mmtransformer.encoder import TextEncoder
     from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
     from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate
+    from mmtransformer.image_text import ImageText
     from mmtransformer.images import Augment, ImageError, ImageTransform
     from mmtransformer.media import media_mask, show_mask
+    from mmtransformer.objectives import clip_loss, hard_negatives, itc_loss, itg_loss, itm_loss
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
     from mmtransformer.qformer import QFormer
     from mmtransformer.record import record_attention
@@ -30,14 +33,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
+    "blip2": "Blip2",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
     "decoder": "TextDecoder",
     "encoder": "TextEncoder",
     "encoder_decoder": "EncoderDecoder VisualAdapter",
     "flamingo": "Flamingo",
     "generate": "Generated generate",
+    "image_text": "ImageText",
     "images": "Augment ImageError ImageTransform",
     "media": "media_mask show_mask",
+    "objectives": "clip_loss hard_negatives itc_loss itg_loss itm_loss",
     "pipeline": "CaptionResult Decoding ImageCaptioner",
     "qformer": "QFormer",
     "record": "record_attention",
@@ -53,6 +59,7 @@ __all__ = [
     "VIT_SIZES",
     "Attention",
     "Augment",
+    "Blip2",
     "CaptionBatch",
     "CaptionResult",
     "Captioner",
@@ -63,6 +70,7 @@ __all__ = [
     "Generated",
     "ImageCaptioner",
     "ImageError",
+    "ImageText",
     "ImageTransform",
     "KVCache",
     "KeyValue",
@@ -79,8 +87,13 @@ __all__ = [
     "VisualAdapter",
     "attend",
     "caption_loss",
+    "clip_loss",
     "freeze",
     "generate",
+    "hard_negatives",
+    "itc_loss",
+    "itg_loss",
+    "itm_loss",
     "media_mask",
     "record_attention",
     "show_mask",

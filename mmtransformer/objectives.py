@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtransformer.next_token import next_token_loss
+
 # ------------------------------------------------------------------------------------------------ processes
 
 
@@ -316,8 +318,6 @@ def itg_loss(
 ) -> Tensor:
     """Image-grounded text generation: cross-entropy of each target token, given the picture and the tokens before it.
 
-    The head runs on the positions that predict a target only. Labels are shifted here, as in `caption_loss`.
-
     Args:
         hidden: (n q d), or (n q-1 d) without the last token's, which predicts nothing.
         tokens: (n q) long.
@@ -331,11 +331,7 @@ def itg_loss(
     Raises:
         ValueError: if there is one process and no target token.
     """
-    predicts, labels = target[:, 1:], tokens[:, 1:]
-    chosen = labels[predicts]
-    if not chosen.numel() and processes() == 1:
+    loss = next_token_loss(hidden, tokens, target, head, label_smoothing=label_smoothing)
+    if processes() == 1 and not int(loss.count):
         raise ValueError(f"none of the {tokens.shape[0]} texts has a target token")
-    logits = head(hidden[:, : labels.shape[1]][predicts])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
-    return global_mean(total, chosen.numel())
+    return global_mean(loss.sum, loss.count)

@@ -1,0 +1,354 @@
+"""ImageText: what BLIP-2's first stage trains (arXiv:2301.12597, section 3.2): a Q-Former between picture and text.
+
+One model with three heads on shared work: which text belongs to which picture (contrastive), whether this text belongs
+to this picture (matching), and what to say of a picture (generation), which makes it a captioner of its own.
+
+Letters: b samples, i pictures of a sample, p visual tokens of a picture, n rows of text (b divides n, the r = n / b
+texts of a sample stand side by side), q text tokens, l queries, d width of a token, e width of an embedding, k keys.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmtransformer import masks
+from mmtransformer.attention import KeyValue, KVCache
+from mmtransformer.captioner import CaptionBatch, Captioner, freeze
+from mmtransformer.objectives import (
+    Similarity,
+    compare,
+    contrastive_loss,
+    gather,
+    hard_negatives,
+    itg_loss,
+    itm_loss,
+    pair_noise,
+    processes,
+)
+from mmtransformer.qformer import QFormer, QFormerBlock, Seen, Visual
+from mmtransformer.record import record_attention
+from mmtransformer.vit import ViT
+
+
+class Losses(NamedTuple):
+    """The three losses of stage 1, and the share of matching's pairs that were told right (detached)."""
+
+    itc: Tensor
+    itm: Tensor
+    itg: Tensor
+    itm_accuracy: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum, as BLIP-2 weighs them."""
+        return self.itc + self.itm + self.itg
+
+
+class ImageTextState:
+    """Keys and values of the queries and of the text so far, for every block; True in `valid` (n k) = a real token."""
+
+    def __init__(self, caches: list[KVCache], valid: Tensor, positions: Tensor) -> None:
+        self.caches, self.valid, self.positions = caches, valid, positions
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows of text, in their order."""
+        for cache in self.caches:
+            cache.reorder(rows)
+        self.valid, self.positions = self.valid[rows], self.positions[rows]
+
+
+class ImageText(Captioner):
+    """A vision tower and a Q-Former with its text stream, for contrastive, matching and generation losses.
+
+    Args:
+        vision: the vision tower; its `forward_features` gives the visual tokens.
+        qformer: the Q-Former, built with a vocabulary.
+        embed_dim: width e in which pictures and texts are compared.
+        class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
+            [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
+        freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        init_temperature: the learned temperature of the contrastive loss at the start.
+
+    Raises:
+        ValueError: if the parts do not fit.
+    """
+
+    def __init__(
+        self,
+        vision: ViT,
+        qformer: QFormer,
+        *,
+        embed_dim: int = 256,
+        class_id: int | None = None,
+        freeze_vision: bool = False,
+        init_temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        if qformer.vocab_size is None or qformer.tok_embed is None:
+            raise ValueError("stage 1 needs a Q-Former with a text stream: build it with vocab_size")
+        if qformer.visual_dim != vision.dim:
+            raise ValueError(
+                f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision tower's dim ({vision.dim})"
+            )
+        if class_id is not None and not 0 <= class_id < qformer.vocab_size:
+            raise ValueError(f"class_id ({class_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
+        if init_temperature <= 0:
+            raise ValueError(f"init_temperature ({init_temperature}) must be above 0")
+        self.vision, self.qformer, self.embed_dim, self.class_id = vision, qformer, embed_dim, class_id
+        self.freeze_vision, self.init_temperature = freeze_vision, init_temperature
+        dim = qformer.dim
+        self.vision_proj = nn.Linear(dim, embed_dim)
+        self.text_proj = nn.Linear(dim, embed_dim)
+        self.itm_head = nn.Linear(dim, 2)
+        # Its logarithm is learned: a step of any size leaves it above 0.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))
+        self.head_dense = nn.Linear(dim, dim)
+        self.head_norm = nn.LayerNorm(dim, eps=1e-12)
+        self.head_bias = nn.Parameter(torch.zeros(qformer.vocab_size))
+        for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        if freeze_vision:
+            freeze(vision)
+
+    # ------------------------------------------------------------------------------------------ the three heads
+
+    @property
+    def temperature(self) -> Tensor:
+        """What similarities are divided by."""
+        return self.log_temperature.exp()
+
+    def embed_pictures(self, queries: Tensor) -> Tensor:
+        """Queries after the picture (n l d) -> (n l e), L2-normed: what texts are compared with."""
+        return F.normalize(self.vision_proj(queries), dim=-1)
+
+    def embed_texts(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Texts (n q), padded on the right -> (n e), L2-normed.
+
+        Raises:
+            ValueError: if a text has no token at all.
+        """
+        if not bool(valid[:, :1].all()):
+            row = int((~valid[:, 0]).nonzero()[0])
+            raise ValueError(
+                f"text {row} of {len(valid)} is empty, and would fit every picture: leave it out"
+            )
+        hidden = self.qformer.read(self.classed(tokens), valid)
+        return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
+
+    def match(self, visual: Visual, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Whether texts (n q) belong to the pictures beside them: (n 2), no and yes.
+
+        Args:
+            visual: of b pictures, b dividing n: visual tokens (b p d), or the Q-Former's `project_visual` of them.
+            tokens: (n q) long, padded on the right.
+            valid: (n q) bool.
+        """
+        queries, _ = self.qformer.both(visual, self.classed(tokens), valid)
+        return self.itm_head(queries.mean(1))  # The mean of all queries' logits.
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token, (... d) -> (... vocab): BERT's head on the tied embedding."""
+        assert self.qformer.tok_embed is not None
+        x = self.head_norm(F.gelu(self.head_dense(hidden)))
+        return F.linear(x, self.qformer.tok_embed.weight, self.head_bias)
+
+    def classed(self, tokens: Tensor) -> Tensor:
+        """Texts (n q) as they are compared and matched."""
+        if self.class_id is None:
+            return tokens
+        return torch.cat((torch.full_like(tokens[:, :1], self.class_id), tokens[:, 1:]), dim=1)
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def losses(
+        self,
+        batch: CaptionBatch,
+        *,
+        image_ids: Tensor | None = None,
+        seed: int = 0,
+        itc_smoothing: float = 0.1,
+        itg_smoothing: float = 0.1,
+        gather_grad: bool = True,
+    ) -> Losses:
+        """The three losses of a batch, means over the global batch as `objectives` says.
+
+        The pictures are projected once for all passes, and the query pass is shared by contrast and generation.
+
+        Args:
+            batch: pictures and right-padded texts.
+            image_ids: (b) long, what picture it is, the same in all processes; -1 = a filler, which takes no part; None
+                = all are different.
+            seed: of the negatives that are drawn; they depend on it and on the ids, not on how the batch is cut.
+            itc_smoothing: label smoothing of the contrastive loss.
+            itg_smoothing: label smoothing of the generation loss.
+            gather_grad: whether contrastive gradients reach the processes that candidates came from.
+
+        Raises:
+            ValueError: if a text is empty, longer than the Q-Former's positions, or the texts cannot be shared out.
+        """
+        visual_tokens = self.context(batch)
+        b, n = visual_tokens.shape[0], batch.tokens.shape[0]
+        if not n or n % b:
+            raise ValueError(f"{n} texts cannot be shared out among {b} pictures")
+        visual = self.qformer.project_visual(visual_tokens)
+        seen = self.qformer.see(visual)
+        similarity = compare(
+            self.embed_pictures(seen.queries),
+            self.embed_texts(batch.tokens, batch.valid),
+            image_ids,
+            gather_grad=gather_grad,
+        )
+        itc = contrastive_loss(similarity, self.temperature, label_smoothing=itc_smoothing)
+        logits, match, counted = self._matches(batch, visual_tokens, visual, similarity, seed)
+        right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
+        earlier = batch.cut(batch.tokens.shape[1] - 1)
+        said = self.qformer.read(earlier.tokens, earlier.valid, seen)
+        itg = itg_loss(said, batch.tokens, batch.target, self.head, label_smoothing=itg_smoothing)
+        return Losses(itc, itm_loss(logits, match, counted), itg, right)
+
+    def _matches(
+        self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], s: Similarity, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Matching's logits (3n 2) of true pairs, each text with a hard other picture, and each picture with a hard
+        other text; whether they match, and whether they count.
+        """
+        tokens, valid, n = batch.tokens, batch.valid, batch.tokens.shape[0]
+        r = n // len(s.image_ids)
+        number = torch.arange(n, device=tokens.device)
+        keys = s.text_ids * 1_000_003 + number % r
+        temperature, real = self.temperature.detach(), s.text_ids >= 0
+        others = (s.text_ids[:, None] != s.all_image_ids) & (s.all_image_ids >= 0)
+        noise = pair_noise(seed, keys, s.all_image_ids)
+        pictures, some_picture = hard_negatives(s.of_texts / temperature, others, noise)
+        others = (s.text_ids[:, None] != s.all_text_ids) & (s.all_text_ids >= 0)
+        noise = pair_noise(seed + 1, keys, gather(keys))
+        texts, some_text = hard_negatives(s.of_images[number // r] / temperature, others, noise)
+
+        if processes() == 1:
+            other_pictures = [kv.select(pictures) for kv in visual]
+            other_tokens, other_valid = tokens[texts], valid[texts]
+        else:
+            other_pictures = self.qformer.project_visual(gather(visual_tokens)[pictures])
+            longest = int(gather(torch.tensor([tokens.shape[1]], device=tokens.device)).max())
+            more = (0, longest - tokens.shape[1])
+            tokens, valid = F.pad(tokens, more), F.pad(valid, more)
+            other_tokens, other_valid = gather(tokens)[texts], gather(valid.long()).bool()[texts]
+
+        def beside(own: Tensor, other: Tensor) -> Tensor:
+            """A picture's own texts, then as many others, so that they share its keys: (n q) twice -> (2n q)."""
+            both = torch.stack((own.unflatten(0, (-1, r)), other.unflatten(0, (-1, r))), dim=1)
+            return both.flatten(0, 2)
+
+        logits = torch.cat(
+            (
+                self.match(visual, beside(tokens, other_tokens), beside(valid, other_valid)),
+                self.match(other_pictures, tokens, valid),
+            )
+        )
+        yes, no = torch.ones_like(real), torch.zeros_like(real)
+        match = torch.cat((beside(yes, no), no))
+        counted = torch.cat((beside(real, real & some_text), real & some_picture))
+        return logits, match, counted
+
+    # ---------------------------------------------------------------------------------------------- a captioner
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the head scores."""
+        return len(self.head_bias)
+
+    @property
+    def max_len(self) -> int:
+        """Most text tokens of a row."""
+        return self.qformer.max_len
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The vision tower's tokens: (b i 3 height width) -> (b i p d)."""
+        b, i = pixels.shape[:2]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
+        return rearrange(features, "(b i) p d -> b i p d", b=b, i=i)
+
+    def context(self, batch: CaptionBatch) -> Tensor:
+        """All visual tokens of a sample's pictures in a row: (b (i p) d)."""
+        return rearrange(self.visual_tokens(batch), "b i p d -> b (i p) d")
+
+    def hidden(self, batch: CaptionBatch) -> Tensor:
+        """Hidden states (n q d) of generation."""
+        return self.qformer.read(batch.tokens, batch.valid, self.qformer.see(self.context(batch)))
+
+    def start(
+        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, ImageTextState]:
+        """Runs the query pass once and reads the left-padded prompts; see `Captioner.start`."""
+        n, q = batch.tokens.shape
+        if q + max_new_tokens > self.max_len:
+            raise ValueError(
+                f"{q + max_new_tokens} tokens were asked for, but this Q-Former has {self.max_len} positions"
+            )
+        state = self._new_state(self.qformer.see(self.context(batch)), n, q + max_new_tokens)
+        logits = self._append(batch.tokens, batch.valid, state)
+        if copies > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+            state.reorder(rows)
+            logits = logits.index_select(0, rows)
+        return logits, state
+
+    def step(self, tokens: Tensor, state: ImageTextState) -> Tensor:
+        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
+        return self._append(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool), state)
+
+    def _new_state(self, seen: Seen, rows: int, length: int) -> ImageTextState:
+        l, pictures = self.qformer.num_queries, seen.queries.shape[0]
+        order = torch.arange(pictures, device=seen.queries.device).repeat_interleave(rows // pictures)
+        caches = []
+        for memory in seen.memory:
+            caches.append(cache := KVCache(l + length))
+            cache.append(memory.select(order))
+        valid = torch.ones(rows, l, dtype=torch.bool, device=order.device)
+        return ImageTextState(caches, valid, torch.zeros(rows, dtype=torch.long, device=order.device))
+
+    def _append(self, tokens: Tensor, valid: Tensor, state: ImageTextState) -> Tensor:
+        """Reads more tokens (n q): the logits after the last of them (n vocab)."""
+        qformer = self.qformer
+        assert qformer.tok_embed is not None
+        assert qformer.pos_embed is not None
+        past, (n, q) = state.caches[0].length, tokens.shape
+        positions = (state.positions[:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
+        state.positions = state.positions + valid.sum(1)
+        state.valid = torch.cat((state.valid, valid), dim=1)
+        allowed = masks.all_of(masks.causal(past), masks.padding(state.valid))
+        mask = masks.dense(allowed, n, q, past + q, tokens.device)
+        x = qformer.drop(qformer.norm(qformer.tok_embed(tokens) + qformer.pos_embed(positions)))
+        for block, cache in zip(qformer.blocks, state.caches, strict=True):
+            assert isinstance(block, QFormerBlock)
+            kv = cache.append(block.attn.project_kv(x))
+            x = block.finish_text(block.attend(x, kv, mask))
+        return self.head(x[:, -1])
+
+    @torch.no_grad()
+    def look(self, batch: CaptionBatch) -> Tensor:
+        """Where each token looks: its attention to the queries times theirs to the patches, means of all heads and
+        layers: (n q i gh gw).
+        """
+        training = self.training
+        self.eval()
+        try:
+            with record_attention(self.qformer) as record:
+                self.hidden(batch)
+        finally:
+            self.train(training)
+        l = self.qformer.num_queries
+        reads = torch.stack([w.mean(1)[..., :l] for name, w in record.items() if name.endswith(".attn")])
+        sees = torch.stack([w.mean(1) for name, w in record.items() if name.endswith("cross_attn")])
+        reads, sees = reads.mean(0), sees.mean(0)  # (n q l) and (b l (i p))
+        weights = reads @ sees.repeat_interleave(len(reads) // len(sees), 0)
+        i = self.visual_tokens(batch).shape[1] if batch.pixels is None else batch.pixels.shape[1]
+        grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
+        weights = rearrange(weights, "n q (i p) -> n q i p", i=i)[..., self.vision.num_prefix_tokens :]
+        return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
