@@ -162,10 +162,10 @@ class QFormer(Pretrained, nn.Module):
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
-        if num_queries < 1 or depth < 1:
-            raise ValueError(f"num_queries ({num_queries}) and depth ({depth}) must be at least 1")
-        if not 1 <= cross_every <= depth:
-            raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
+        if num_queries < 1 or depth < 1 or cross_every < 1:
+            raise ValueError(
+                f"num_queries ({num_queries}), depth ({depth}) and cross_every ({cross_every}) must be at least 1"
+            )
         self.num_queries, self.dim, self.depth, self.num_heads = num_queries, dim, depth, num_heads
         self.visual_dim, self.cross_every = visual_dim, cross_every
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
@@ -207,6 +207,23 @@ class QFormer(Pretrained, nn.Module):
     def cross_layers(self) -> list[int]:
         """Numbers of the blocks that read the picture."""
         return list(range(0, self.depth, self.cross_every))
+
+    def without_text(self) -> "QFormer":
+        """The queries' part alone, with copies of its weights: what stage 2 keeps of stage 1."""
+        alone = QFormer(
+            self.num_queries,
+            self.dim,
+            self.depth,
+            self.num_heads,
+            self.visual_dim,
+            cross_every=self.cross_every,
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
+            eps=self.eps,
+        ).to(self.query_tokens)
+        own = self.state_dict()
+        alone.load_state_dict({name: own[name] for name in alone.state_dict()})
+        return alone.train(self.training)
 
     def project_visual(self, visual_tokens: Tensor) -> list[KeyValue]:
         """Each cross-attending block's keys and values of visual tokens (n p visual_dim): once, for all passes.

@@ -286,7 +286,11 @@ def test_errors() -> None:
         model.read(torch.tensor([[0, 23]]))
     with pytest.raises(ValueError, match="no text stream: build it with vocab_size"):
         QFormer(L, DIM, 2, HEADS, VISUAL).read(tokens)
-    with pytest.raises(ValueError, match=r"cross_every \(3\) must be between 1 and depth \(2\)"):
-        QFormer(L, DIM, 2, HEADS, VISUAL, cross_every=3)
-    with pytest.raises(ValueError, match=r"num_queries \(0\) and depth \(2\) must be at least 1"):
+    with pytest.raises(
+        ValueError, match=r"num_queries \(0\), depth \(2\) and cross_every \(2\) must be at least 1"
+    ):
         QFormer(0, DIM, 2, HEADS, VISUAL)
+    with pytest.raises(
+        ValueError, match=r"num_queries \(3\), depth \(2\) and cross_every \(0\) must be at least 1"
+    ):
+        QFormer(L, DIM, 2, HEADS, VISUAL, cross_every=0)
