@@ -1,0 +1,335 @@
+"""Texts as a LightningDataModule for a language model: packed rows, the same for any number of workers and processes.
+
+Letters: b rows, q tokens of a row.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader
+from mmtransformer.data.source import Caption
+from mmtransformer.data.text_rows import TextRow, TextRows
+from mmtransformer.data.text_source import TextFiles, TextSource, Unit
+from mmtransformer.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
+class TextBatch:
+    """Packed rows of texts.
+
+    Attributes:
+        tokens: (b q) long: prompt, text and end-of-sequence, again and again.
+        segments: (b q) long: which text (or part of a long one) of the split a token belongs to; -1 = padding.
+        target: (b q) bool, True = a token that the model must predict: text and end, not prompt, not padding.
+        names: the names of the texts, "train 17".
+    """
+
+    tokens: Tensor
+    segments: Tensor
+    target: Tensor
+    names: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextBatch":
+        """The batch with its tensors on another device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("tokens", "segments", "target")
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "TextBatch":
+        """The batch with its tensors in page-locked memory, for copies beside the computation."""
+        return replace(
+            self,
+            tokens=self.tokens.pin_memory(),
+            segments=self.segments.pin_memory(),
+            target=self.target.pin_memory(),
+        )
+
+
+class TextDataset(Dataset[tuple[TextRow, bool]]):
+    """One split's rows; what it returns depends on the `Pick` only.
+
+    Args:
+        rows: The rows.
+        training: Another arrangement every epoch; else always that of epoch 0.
+    """
+
+    def __init__(self, rows: TextRows, *, training: bool = True) -> None:
+        self.rows, self.training = rows, training
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, pick: Pick) -> tuple[TextRow, bool]:
+        """A row of an epoch, and whether it counts."""
+        return self.rows.row(pick.epoch if self.training else 0, pick.index), pick.counted
+
+
+class TextCollate:
+    """Makes one `TextBatch` of rows.
+
+    Args:
+        pad_id: The id that fills up the few rows that are not full.
+        text_of: Of every part the text that it is of.
+        name: The split's name.
+    """
+
+    def __init__(self, pad_id: int, text_of: np.ndarray, name: str) -> None:
+        self.pad_id, self.text_of, self.name = pad_id, text_of, name
+
+    def __call__(self, samples: list[tuple[TextRow, bool]]) -> TextBatch:
+        """Stack the rows."""
+        shape = (len(samples), max(len(row.tokens) for row, _ in samples))
+        tokens, segments = np.full(shape, self.pad_id, np.int64), np.full(shape, -1, np.int64)
+        target, parts = np.zeros(shape, bool), list[int]()
+        for i, (row, counted) in enumerate(samples):
+            end = len(row.tokens)
+            tokens[i, :end], target[i, :end] = row.tokens, row.target & counted
+            segments[i, :end] = row.parts[row.segments]
+            parts += row.parts.tolist() if counted else []
+        return TextBatch(
+            tokens=torch.from_numpy(tokens),
+            segments=torch.from_numpy(segments),
+            target=torch.from_numpy(target),
+            names=tuple(f"{self.name} {text}" for text in self.text_of[parts].tolist()),
+        )
+
+
+class TextData(lightning.LightningDataModule):
+    """Texts for a language model, packed into full rows; no text sees its neighbours.
+
+    Args:
+        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
+        tokenizer: A tokenizer, or a folder to load one from; None trains one on the training texts.
+        vocab_size: The most words of a tokenizer that is trained here.
+        max_len: The most tokens that see each other, prompt and end included; a longer text is divided.
+        row_len: Tokens of a row, in which several texts stand; `max_len` unless told.
+        batch_size: Rows in a batch of one process.
+        num_workers: Processes that make batches. The batches are the same for any number.
+        seed: Seed of order and rows.
+        train_split: The split to train on.
+        val_splits: The splits to validate on.
+        test_splits: The splits to test on.
+        languages: Language codes that the tokenizer which is trained here gets; those of the source unless told.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        *,
+        tokenizer: Tokenizer | str | None = None,
+        vocab_size: int = 4096,
+        max_len: int = 64,
+        row_len: int | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_splits: Sequence[str] = ("val",),
+        test_splits: Sequence[str] = ("test",),
+        languages: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1 row")
+        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} must be a list of splits: [{value}]")
+        self.source, self.vocab_size, self.languages = source, vocab_size, languages
+        self.max_len, self.row_len = max_len, max_len if row_len is None else row_len
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.train_split = train_split
+        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
+        self._given = tokenizer
+        self._tokenizer: Tokenizer | None = None
+        self._rows: dict[str, TextRows] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: the one given, loaded, or trained on the training texts at the first call."""
+        if self._tokenizer is None:
+            if isinstance(self._given, Tokenizer):
+                self._tokenizer = self._given
+            elif self._given is not None:
+                self._tokenizer = Tokenizer.from_folder(self._given)
+            else:
+                texts = (text.text for text in self.texts(self.train_split))
+                languages = self.source.languages if self.languages is None else self.languages
+                self._tokenizer = Tokenizer.train(texts, self.vocab_size, languages)
+        return self._tokenizer
+
+    def texts(self, split: str) -> list[Caption]:
+        """Return the texts of a split."""
+        return self.source.split(split)
+
+    def rows(self, split: str) -> TextRows:
+        """Return the rows of a split, tokenised and packed at the first call; what was divided is reported."""
+        if split not in self._rows:
+            rows = self._rows[split] = TextRows(
+                self.texts(split), self.tokenizer, max_len=self.max_len, row_len=self.row_len, seed=self.seed
+            )
+            if rows.divided:
+                _log.warning(
+                    "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and were divided",
+                    *(split, rows.divided, len(rows.prompt), self.max_len, rows.longest),
+                )
+        return self._rows[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenise and pack the splits of a stage: "fit", "validate" or "test"."""
+        validate, test = self.val_splits, self.test_splits
+        splits = {"fit": (self.train_split, *validate), "validate": validate, "test": test}
+        for split in splits.get(stage or "fit", ()):
+            self.rows(split)
+
+    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
+        """Return the loader of a split: shuffled for training, as it is otherwise.
+
+        Raises:
+            ValueError: If Lightning would replace the sampler.
+        """
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                f"set use_distributed_sampler to false: TextData shares the rows among the {world} processes "
+                f"itself, and Lightning's sampler would change their order"
+            )
+        rows = self.rows(split)
+        sampler = PictureSampler(
+            len(rows), self.batch_size, seed=self.seed, shuffle=training, rank=rank, world=world
+        )
+        return ResumableLoader(
+            TextDataset(rows, training=training),
+            sampler,
+            TextCollate(self.tokenizer.pad_id, rows.text_of, split),
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches."""
+        return self.loader(self.train_split, training=True)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `val_splits`, in this order."""
+        return [self.loader(split) for split in self.val_splits]
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `test_splits`, in this order."""
+        return [self.loader(split) for split in self.test_splits]
+
+    def transfer_batch_to_device(
+        self, batch: TextBatch, device: torch.device, dataloader_idx: int
+    ) -> TextBatch:
+        """Copy a batch to the device beside its computation."""
+        return batch.to(device, non_blocking=True)
+
+    def describe(self) -> str:
+        """How the texts of the splits became rows, a line each."""
+        lines = []
+        for split in (self.train_split, *self.val_splits):
+            rows = self.rows(split)
+            line = (
+                f"{split}: {len(rows.prompt):,} texts of {int(rows.lengths.sum()):,} tokens in {len(rows):,} rows of "
+                f"{rows.row_len}, {rows.padding:.2%} padding"
+            )
+            if rows.divided:
+                line += f"; {rows.divided:,} texts longer than {self.max_len} tokens were divided"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which tokenizer and rows the run uses."""
+        return {"tokenizer": self._tokenizer_hash(), "rows": [self.max_len, self.row_len]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run has the tokenizer and the rows it had.
+
+        Raises:
+            ValueError: If it has others.
+        """
+        if state_dict["tokenizer"] != self._tokenizer_hash():
+            raise ValueError(
+                f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
+                f"{state_dict['tokenizer']}); the training texts or vocab_size ({self.vocab_size}) have changed"
+            )
+        if state_dict["rows"] != [self.max_len, self.row_len]:
+            was = "max_len {} and row_len {}".format(*state_dict["rows"])
+            raise ValueError(
+                f"cannot resume: the run had {was}, now they are {self.max_len} and {self.row_len}"
+            )
+
+    def _tokenizer_hash(self) -> str:
+        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+
+
+def own_texts(
+    paths: list[str],
+    *,
+    unit: Unit = "line",
+    text_column: str | list[str] | None = None,
+    language_column: str | None = None,
+    split_column: str | None = None,
+    language: str | None = None,
+    val_fraction: float = 0.05,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    max_len: int = 64,
+    row_len: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    seed: int = 0,
+    max_bad: float = 0.01,
+) -> TextData:
+    """Texts of one's own in plain text files, JSONL, CSV, COCO and Karpathy JSON, Parquet, zip or tar.
+
+    Args:
+        paths: Files, folders or archives.
+        unit: What a document is in a plain text file: a line, a paragraph or the file.
+        text_column: Column, or columns, with the texts of tables.
+        language_column: Column with the language of a row's texts.
+        split_column: Column with the split.
+        language: The language of texts that neither the data nor their script tells.
+        val_fraction: Share of the texts for validation where the data names none.
+        tokenizer: Folder of a tokenizer; else one is trained.
+        vocab_size: The most words of a tokenizer that is trained.
+        max_len: The most tokens that see each other; a longer text is divided.
+        row_len: Tokens of a row, in which several texts stand.
+        batch_size: Rows in a batch of one process.
+        num_workers: Processes that make batches.
+        seed: Seed of order and rows.
+        max_bad: Share of a table's rows that may be unusable before the run stops.
+    """
+    source = TextFiles(
+        paths,
+        unit=unit,
+        text_column=text_column,
+        language_column=language_column,
+        split_column=split_column,
+        language=language,
+        val_fraction=val_fraction,
+        max_bad=max_bad,
+    )
+    return TextData(
+        source,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        max_len=max_len,
+        row_len=row_len,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+    )
