@@ -17,7 +17,7 @@ from mmtransformer.data.dataset import CaptionDataset, Collate
 from mmtransformer.data.faults import BadPictures
 from mmtransformer.data.features import FeatureCache
 from mmtransformer.data.mixture import Mixing
-from mmtransformer.data.rows import CaptionRows
+from mmtransformer.data.rows import CaptionRows, image_token
 from mmtransformer.data.sampler import PictureSampler, ResumableLoader
 from mmtransformer.data.source import Pairs, PairSource
 from mmtransformer.images import Augment, ImageTransform
@@ -49,6 +49,7 @@ class CaptionData(lightning.LightningDataModule):
         cache_dir: Folder of the visual tokens; "features" beside the runs unless told.
         flip_features: Keep mirrored visual tokens as well, and use them half of the time.
         cache_dtype: Number format of the visual tokens.
+        mark_pictures: Let the prompt show where the picture stands, by the tokenizer's image token, as in documents.
         max_bad: Share of the pictures that may be unreadable before the run stops.
         report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
     """
@@ -75,6 +76,7 @@ class CaptionData(lightning.LightningDataModule):
         cache_dir: str | None = None,
         flip_features: bool = False,
         cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        mark_pictures: bool = False,
         max_bad: float = 0.01,
         report_dir: str | None = None,
     ):
@@ -96,7 +98,7 @@ class CaptionData(lightning.LightningDataModule):
         )
         self.cache_features, self.cache_dir, self.flip_features = cache_features, cache_dir, flip_features
         self.cache_dtype: Literal["float16", "bfloat16", "float32"] = cache_dtype
-        self.max_bad, self.report_dir = max_bad, report_dir
+        self.mark_pictures, self.max_bad, self.report_dir = mark_pictures, max_bad, report_dir
         self._given = tokenizer
         self._tokenizer: Tokenizer | None = None
         self._pairs: dict[str, Pairs] = {}
@@ -133,7 +135,9 @@ class CaptionData(lightning.LightningDataModule):
     def rows(self, split: str) -> CaptionRows:
         """Return the captions of a split, tokenised at the first call; captions that had to be cut are reported."""
         if split not in self._rows:
-            rows = self._rows[split] = CaptionRows(self.pairs(split), self.tokenizer, self.max_len)
+            rows = self._rows[split] = CaptionRows(
+                self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_pictures
+            )
             if rows.cut:
                 _log.warning(
                     "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
@@ -265,7 +269,7 @@ class CaptionData(lightning.LightningDataModule):
         return ResumableLoader(
             dataset,
             sampler,
-            Collate(self.tokenizer.pad_id),
+            Collate(self.tokenizer.pad_id, image_id=self.tokenizer.image_id if self.mark_pictures else None),
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -298,14 +302,12 @@ class CaptionData(lightning.LightningDataModule):
         Returns:
             The same pictures with tokens (b q), q = 1 or 2.
         """
-        prompt = torch.tensor(self.tokenizer.prompt(language if self.tokenizer.languages else None))
+        prompt = self.tokenizer.prompt(language if self.tokenizer.languages else None)
+        prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.mark_pictures)
         tokens = prompt.to(batch.tokens.device).expand(len(batch.names), -1)
-        return dataclasses.replace(
-            batch,
-            tokens=tokens,
-            valid=torch.ones_like(tokens, dtype=torch.bool),
-            target=torch.zeros_like(tokens, dtype=torch.bool),
-        )
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        media = (tokens == self.tokenizer.image_id).long().cumsum(1) if self.mark_pictures else None
+        return dataclasses.replace(batch, tokens=tokens, valid=valid, target=~valid, media=media)
 
     def state_dict(self) -> dict[str, Any]:
         """Which tokenizer the run uses."""

@@ -129,10 +129,11 @@ class Collate:
 
     Args:
         pad_id: The id that fills the rows up.
+        image_id: The image token, where prompts show with it where the picture stands.
     """
 
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, image_id: int | None = None):
+        self.pad_id, self.image_id = pad_id, image_id
 
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
         """Pad the rows to the longest one and stack the pictures."""
@@ -152,6 +153,9 @@ class Collate:
             visual_tokens=_stack([sample.visual_tokens for sample in samples]),
             names=tuple(sample.name for sample in samples),
             references=tuple(sample.references for sample in samples),
+            media=None
+            if self.image_id is None
+            else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * valid),
         )
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmtransformer.data.documents import Document, Documents
-from mmtransformer.data.rows import names_a_side
+from mmtransformer.data.rows import image_token, names_a_side
 from mmtransformer.data.sampler import mix
 from mmtransformer.tokenizer import Tokenizer
 
@@ -196,20 +196,6 @@ class DocumentRows:
     def _last_words(self, ids: list[int], room: int) -> list[int]:
         starts = [min(places) for _, places in self.tokenizer.words(ids)]
         return ids[min((start for start in starts if len(ids) - start <= room), default=len(ids)) :]
-
-
-def image_token(tokenizer: Tokenizer) -> int:
-    """The id of the token that stands for a picture in text.
-
-    Raises:
-        ValueError: The tokenizer has none.
-    """
-    if tokenizer.image_id is None:
-        raise ValueError(
-            f"the tokenizer ({tokenizer.vocab_size} tokens) has no image token, so no text can say where a picture "
-            'stands; add one: "image_token" in its tokenizer_config.json names a token of the vocabulary'
-        )
-    return tokenizer.image_id
 
 
 def _pack(

@@ -24,6 +24,20 @@ def names_a_side(text: str) -> bool:
     return _SIDES.search(text) is not None
 
 
+def image_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that stands for a picture in text.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    if tokenizer.image_id is None:
+        raise ValueError(
+            f"the tokenizer ({tokenizer.vocab_size} tokens) has no image token, so no text can say where a picture "
+            'stands; add one: "image_token" in its tokenizer_config.json names a token of the vocabulary'
+        )
+    return tokenizer.image_id
+
+
 class Row(NamedTuple):
     """One caption, ready for a batch.
 
@@ -39,23 +53,25 @@ class Row(NamedTuple):
 
 
 class CaptionRows:
-    """The captions of one split as ids: [bos, language tag] + caption + eos.
+    """The captions of one split as ids: [bos, language tag, image token if asked] + caption + eos.
 
     Args:
         pairs: The split.
         tokenizer: Turns captions into ids.
         max_len: The most tokens of a row, prompt and eos included. A longer caption is cut, and then it does not
             teach that it ends there.
+        mark: Whether the prompt ends with the image token.
 
     Raises:
-        ValueError: If a picture has no caption, a caption's language has no tag in the tokenizer, or `max_len` leaves
-            no room.
+        ValueError: If the tokenizer has no image token and should have one, a picture has no caption, a caption's
+            language has no tag in the tokenizer, or `max_len` leaves no room.
     """
 
-    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, max_len: int):
-        if max_len < 4:
+    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, max_len: int, *, mark: bool = False):
+        if max_len < 4 + mark:
             raise ValueError(
-                f"max_len ({max_len}) must be at least 4 tokens: bos, language, one of caption, eos"
+                f"max_len ({max_len}) must be at least {4 + mark} tokens: bos, language, "
+                f"{'image, ' * mark}one of caption, eos"
             )
         self.max_len, self.cut, self.longest = max_len, 0, 0
         self.captions: list[tuple[Caption, ...]] = [tuple(pairs.captions(i)) for i in range(len(pairs))]
@@ -66,7 +82,8 @@ class CaptionRows:
                 f"tokenizer has no language tags; train one on these captions (tokenizer: null)"
             )
         tags = tokenizer.languages
-        prompts = {code: tokenizer.prompt(code if tags else None) for code in self.languages}
+        ending = [image_token(tokenizer)] if mark else []
+        prompts = {code: tokenizer.prompt(code if tags else None) + ending for code in self.languages}
         tokens, starts, prompt = [], [0], []
         for i, captions in enumerate(self.captions):
             if not captions:
