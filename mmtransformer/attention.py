@@ -238,6 +238,12 @@ def cast_once(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    # In the norm's own type: under autocast RMSNorm would otherwise fall back to a slow kernel, and say so.
+    weight = getattr(norm, "weight", None)
+    return norm(x) if weight is None else norm(x.to(weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention: self, masked or cross (Vaswani et al., arXiv:1706.03762, section 3.2.2).
 
@@ -301,14 +307,14 @@ class Attention(nn.Module):
 
     def project_q(self, x: Tensor) -> Tensor:
         """Projects the tokens that ask: (b q d) -> (b h q c)."""
-        return self.q_norm(rearrange(self.q_proj(x), "b q (h c) -> b h q c", h=self.num_heads))
+        return _normed(self.q_norm, rearrange(self.q_proj(x), "b q (h c) -> b h q c", h=self.num_heads))
 
     def project_kv(self, context: Tensor) -> KeyValue:
         """Projects a context once: (n k d) -> keys and values (n g k c), to be passed as `context` many times."""
         context = cast_once(context)
         k = rearrange(self.k_proj(context), "n k (g c) -> n g k c", g=self.num_kv_heads)
         v = rearrange(self.v_proj(context), "n k (g c) -> n g k c", g=self.num_kv_heads)
-        return KeyValue(self.k_norm(k), v)
+        return KeyValue(_normed(self.k_norm, k), v)
 
     def project(
         self, x: Tensor, context: Tensor | KeyValue | None, rope: Rope | None, cache: KVCache | None
