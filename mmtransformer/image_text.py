@@ -8,7 +8,7 @@ texts of a sample stand side by side), q text tokens, l queries, d width of a to
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,8 @@ class ImageText(Captioner):
         class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
             [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        train_norm: whether the last norm of a frozen tower learns, as in BLIP-2's own code; `encode` then gives, and a
+            cache keeps, the tokens before it.
         init_temperature: the learned temperature of the contrastive loss at the start.
 
     Raises:
@@ -85,6 +87,7 @@ class ImageText(Captioner):
         embed_dim: int = 256,
         class_id: int | None = None,
         freeze_vision: bool = False,
+        train_norm: bool = False,
         init_temperature: float = 0.07,
     ) -> None:
         super().__init__()
@@ -98,8 +101,11 @@ class ImageText(Captioner):
             raise ValueError(f"class_id ({class_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
         if init_temperature <= 0:
             raise ValueError(f"init_temperature ({init_temperature}) must be above 0")
+        if train_norm and not freeze_vision:
+            raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
         self.vision, self.qformer, self.embed_dim, self.class_id = vision, qformer, embed_dim, class_id
-        self.freeze_vision, self.init_temperature = freeze_vision, init_temperature
+        self.freeze_vision, self.train_norm = freeze_vision, train_norm
+        self.init_temperature = init_temperature
         dim = qformer.dim
         self.vision_proj = nn.Linear(dim, embed_dim)
         self.text_proj = nn.Linear(dim, embed_dim)
@@ -114,6 +120,14 @@ class ImageText(Captioner):
             nn.init.zeros_(layer.bias)
         if freeze_vision:
             freeze(vision)
+            vision.norm.requires_grad_(train_norm)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every captioner's; a frozen tower stays in evaluation mode though its last norm may learn."""
+        super().train(mode)
+        if self.freeze_vision:
+            self.vision.eval()
+        return self
 
     # ------------------------------------------------------------------------------------------ the three heads
 
@@ -268,15 +282,21 @@ class ImageText(Captioner):
         return self.qformer.max_len
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The vision tower's tokens: (b i 3 height width) -> (b i p d)."""
-        b, i = pixels.shape[:2]
+        """The vision tower's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d)."""
+        b, flat = pixels.shape[0], rearrange(pixels, "b i c h w -> (b i) c h w")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
-        return rearrange(features, "(b i) p d -> b i p d", b=b, i=i)
+            if self.train_norm:
+                features = self.vision.forward_intermediates(flat, [-1])[0]
+            else:
+                features = self.vision.forward_features(flat)
+        return rearrange(features, "(b i) p d -> b i p d", b=b)
 
     def context(self, batch: CaptionBatch) -> Tensor:
         """All visual tokens of a sample's pictures in a row: (b (i p) d)."""
-        return rearrange(self.visual_tokens(batch), "b i p d -> b (i p) d")
+        visual_tokens = rearrange(self.visual_tokens(batch), "b i p d -> b (i p) d").to(
+            self.vision_proj.weight.dtype
+        )
+        return self.vision.norm(visual_tokens) if self.train_norm else visual_tokens
 
     def hidden(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d) of generation."""
@@ -304,14 +324,14 @@ class ImageText(Captioner):
         return self._append(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool), state)
 
     def _new_state(self, seen: Seen, rows: int, length: int) -> ImageTextState:
-        l, pictures = self.qformer.num_queries, seen.queries.shape[0]
-        order = torch.arange(pictures, device=seen.queries.device).repeat_interleave(rows // pictures)
+        l, device = self.qformer.num_queries, seen.queries.device
         caches = []
-        for memory in seen.memory:
+        for memory in seen.memory:  # The first block's is one row for all pictures: it has not read them yet.
+            known = torch.arange(memory.k.shape[0], device=device)
             caches.append(cache := KVCache(l + length))
-            cache.append(memory.select(order))
-        valid = torch.ones(rows, l, dtype=torch.bool, device=order.device)
-        return ImageTextState(caches, valid, torch.zeros(rows, dtype=torch.long, device=order.device))
+            cache.append(memory.select(known.repeat_interleave(rows // len(known))))
+        valid = torch.ones(rows, l, dtype=torch.bool, device=device)
+        return ImageTextState(caches, valid, torch.zeros(rows, dtype=torch.long, device=device))
 
     def _append(self, tokens: Tensor, valid: Tensor, state: ImageTextState) -> Tensor:
         """Reads more tokens (n q): the logits after the last of them (n vocab)."""
