@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
     from mmtransformer.blip2 import Blip2
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
+    from mmtransformer.coca import CoCa
     from mmtransformer.decoder import TextDecoder
     from mmtransformer.encoder import TextEncoder
     from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
+    from mmtransformer.few_shot import FewShot
     from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate
     from mmtransformer.image_text import ImageText
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mmtransformer.media import media_mask, show_mask
     from mmtransformer.objectives import clip_loss, hard_negatives, itc_loss, itg_loss, itm_loss
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
+    from mmtransformer.prefix import PrefixCaptioner
     from mmtransformer.qformer import QFormer
     from mmtransformer.record import record_attention
     from mmtransformer.resampler import PerceiverResampler
@@ -35,9 +38,11 @@ _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
     "blip2": "Blip2",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
+    "coca": "CoCa",
     "decoder": "TextDecoder",
     "encoder": "TextEncoder",
     "encoder_decoder": "EncoderDecoder VisualAdapter",
+    "few_shot": "FewShot",
     "flamingo": "Flamingo",
     "generate": "Generated generate",
     "image_text": "ImageText",
@@ -46,6 +51,7 @@ _HOMES = {
     "objectives": "clip_loss hard_negatives itc_loss itg_loss itm_loss",
     "pipeline": "CaptionResult Decoding ImageCaptioner",
     "qformer": "QFormer",
+    "prefix": "PrefixCaptioner",
     "record": "record_attention",
     "resampler": "PerceiverResampler",
     "seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
@@ -63,9 +69,11 @@ __all__ = [
     "CaptionBatch",
     "CaptionResult",
     "Captioner",
+    "CoCa",
     "ConvStem",
     "Decoding",
     "EncoderDecoder",
+    "FewShot",
     "Flamingo",
     "Generated",
     "ImageCaptioner",
@@ -76,6 +84,7 @@ __all__ = [
     "KeyValue",
     "PatchEmbed",
     "PerceiverResampler",
+    "PrefixCaptioner",
     "QFormer",
     "Rope",
     "TextDecoder",

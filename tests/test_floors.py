@@ -16,10 +16,10 @@ PACKAGE = ROOT / "mmtransformer"
 FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
     2: "next_token language positions blocks record prepack pretrained lora",
-    3: "vit decoder encoder seq2seq resampler qformer",
-    4: "captioner objectives media",
-    5: "encoder_decoder flamingo image_text blip2 prefix coca generate weights",
-    6: "data training pictures pipeline",
+    3: "vit decoder hub encoder seq2seq resampler qformer",
+    4: "captioner soft_prompt objectives media",
+    5: "encoder_decoder flamingo image_text blip2 prefix coca generate prompts weights",
+    6: "data training pictures pipeline few_shot",
     7: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -29,7 +29,9 @@ SAME_FLOOR = {
     "tokenizer": {"spelling"},
     "seq2seq": {"decoder"},
     "media": {"captioner"},
-    "training": {"data", "pictures", "pipeline"},
+    "soft_prompt": {"captioner"},
+    "training": {"data", "pictures", "pipeline", "few_shot"},
+    "few_shot": {"data"},
 }
 
 # Libraries that only some floors may import, anywhere in a file.
