@@ -19,6 +19,7 @@ from mmtransformer.captioner import CaptionBatch, Captioner
 from mmtransformer.generate import Generated, generate
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.pretrained import find_folder, read_json
+from mmtransformer.prompts import Prompts, with_prompts
 from mmtransformer.tokenizer import Tokenizer
 
 PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation.json", "README.md"
@@ -41,6 +42,8 @@ class Decoding:
         top_k: Draw from the k likeliest only.
         top_p: Draw from the fewest tokens that hold this share of probability.
         seed: Seed of the drawing.
+        mark_pictures: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
+            was trained so, on interleaved documents.
     """
 
     num_beams: int = 3
@@ -54,6 +57,7 @@ class Decoding:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    mark_pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,20 +83,6 @@ class CaptionResult:
     finished: bool
 
 
-def with_prompts(batch: CaptionBatch, tokenizer: Tokenizer, languages: Sequence[str | None]) -> CaptionBatch:
-    """The same pictures with one prompt a language in place of the captions: n = b * r rows."""
-    b = batch.visual.shape[0]
-    prompts = [tokenizer.prompt(language) for language in languages]
-    tokens, valid = tokenizer.pad(prompts, side="left")
-    device = batch.tokens.device
-    return dataclasses.replace(
-        batch,
-        tokens=tokens.repeat(b, 1).to(device),
-        valid=valid.repeat(b, 1).to(device),
-        target=torch.zeros_like(valid).repeat(b, 1).to(device),
-    )
-
-
 def write_captions(
     captioner: Captioner,
     tokenizer: Tokenizer,
@@ -101,6 +91,7 @@ def write_captions(
     *,
     num_captions: int = 1,
     decoding: Decoding | None = None,
+    prompts: Prompts | None = None,
 ) -> list[list[list[CaptionResult]]]:
     """Captions the pictures of a batch, in each language; every picture is encoded once.
 
@@ -111,12 +102,16 @@ def write_captions(
         languages: The languages; None where the tokenizer has none.
         num_captions: Captions a picture and language.
         decoding: How to search.
+        prompts: Makes the prompts, with examples for instance; None makes plain ones.
 
     Returns:
         For each picture, for each language, its captions, best first.
     """
     d = decoding or Decoding()
-    batch = with_prompts(batch, tokenizer, languages)
+    if prompts is None:
+        batch = with_prompts(batch, tokenizer, languages, mark=d.mark_pictures)
+    else:
+        batch = prompts(batch, languages)
     room = captioner.max_len - batch.tokens.shape[1]
     generator = torch.Generator(batch.tokens.device).manual_seed(d.seed) if d.do_sample else None
     rows = generate(
@@ -160,16 +155,39 @@ def _result(said: Generated, tokenizer: Tokenizer, language: str | None) -> Capt
     )
 
 
-def heat_of(captioner: Captioner, tokenizer: Tokenizer, batch: CaptionBatch, said: CaptionResult) -> Tensor:
+def heat_of(
+    captioner: Captioner,
+    tokenizer: Tokenizer,
+    batch: CaptionBatch,
+    said: CaptionResult,
+    prompts: Prompts | None = None,
+    *,
+    mark: bool = False,
+) -> Tensor:
     """Where the model looked while it wrote each word, (words gh gw), for a batch of one picture.
 
     The position that predicts a token is the one that looks for it; a word takes the mean of its tokens.
+
+    Args:
+        captioner: The model.
+        tokenizer: Its tokenizer.
+        batch: The picture.
+        said: What the model said of it.
+        prompts: What made the prompt it was said after, if not plain ones.
+        mark: Whether the plain prompt marks the picture.
     """
-    prompt = tokenizer.prompt(said.language)
-    tokens = torch.tensor([[*prompt, *said.tokens]], device=batch.tokens.device)
+    if prompts is None:
+        prompt = with_prompts(batch, tokenizer, [said.language], mark=mark)
+    else:
+        prompt = prompts(batch, [said.language])
+    tokens = torch.cat([prompt.tokens, prompt.tokens.new_tensor([said.tokens])], 1)
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    look = captioner.look(dataclasses.replace(batch, tokens=tokens, valid=valid, target=~valid))[0, :, 0]
-    first = len(prompt) - 1
+    media = prompt.media
+    if media is not None:
+        media = torch.cat([media, media[:, -1:].expand(-1, len(said.tokens))], 1)
+    whole = dataclasses.replace(prompt, tokens=tokens, valid=valid, target=~valid, media=media)
+    look = captioner.look(whole)[0, :, -1]
+    first = prompt.tokens.shape[1] - 1
     if not said.words:
         return look.new_zeros(0, *look.shape[1:]).cpu()
     return torch.stack([look[[first + p for p in places]].mean(0) for _, places in said.words]).float().cpu()
@@ -241,6 +259,7 @@ class ImageCaptioner:
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
+        prompts: Prompts | None = None,
         batch_size: int = 16,
     ) -> list[list[CaptionResult]]:
         """Captions pictures.
@@ -252,6 +271,7 @@ class ImageCaptioner:
             num_beams: Beams, in place of the model's own setting.
             max_new_tokens: Most tokens of a caption, in place of the model's own setting.
             decoding: All settings of the search, in place of the model's own.
+            prompts: Makes the prompts: `FewShot` puts examples before each picture.
             batch_size: Pictures at once.
 
         Returns:
@@ -274,7 +294,13 @@ class ImageCaptioner:
             batch = self.batch(many[start : start + batch_size])
             with fast_autocast(self.device):
                 rows = write_captions(
-                    self.captioner, self.tokenizer, batch, [language], num_captions=num_captions, decoding=d
+                    self.captioner,
+                    self.tokenizer,
+                    batch,
+                    [language],
+                    num_captions=num_captions,
+                    decoding=d,
+                    prompts=prompts,
                 )
             captions += [row[0] for row in rows]
         return captions
@@ -294,14 +320,22 @@ class ImageCaptioner:
         return language or (known[0] if known else None)
 
     @torch.inference_mode()
-    def heat(self, image: Picture, caption: CaptionResult) -> Tensor:
+    def heat(self, image: Picture, caption: CaptionResult, prompts: Prompts | None = None) -> Tensor:
         """Where the model looked while it wrote each word of a caption: (words gh gw).
 
         Args:
             image: The picture.
             caption: What the model said of it.
+            prompts: What made the prompts when it was captioned.
         """
-        return heat_of(self.captioner, self.tokenizer, self.batch([image]), caption)
+        return heat_of(
+            self.captioner,
+            self.tokenizer,
+            self.batch([image]),
+            caption,
+            prompts,
+            mark=self.decoding.mark_pictures,
+        )
 
     def batch(self, images: Sequence[Picture]) -> CaptionBatch:
         """Pictures as a batch without texts."""
