@@ -17,7 +17,8 @@ from mmtransformer.data.scenes import Scenes
 from mmtransformer.pipeline import Decoding, write_captions
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training import evaluation as evaluation_module
-from mmtransformer.training.optim import Optim, adamw, muon, warming_average, warmup_cosine
+from mmtransformer.training.average import Average
+from mmtransformer.training.optim import Optim, adamw, muon, warmup_cosine
 from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import clock
 
@@ -345,17 +346,23 @@ def test_clock() -> None:
 
 
 def test_the_average_forgets_where_it_began_in_short_runs_and_keeps_its_decay_in_long_ones() -> None:
-    average = warming_average(0.999)
-    mean = torch.tensor(
-        [1.0, 0.0], dtype=torch.float64
-    )  # the share of the first weights, that of all later ones
-    new = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    for step in range(1, 1001):
-        mean = average(mean, new, step)
+    average, module = Average(0.999), nn.Linear(2, 1, bias=False).double()
+    start, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    nn.init.zeros_(module.weight).data += start  # the share of the first weights, that of all later ones
+    average.update(module)
+    nn.init.zeros_(module.weight).data += new
+    for _ in range(1000):
+        average.update(module)
+    mean = average.weights["weight"][0].clone()
     assert mean.sum().item() == pytest.approx(1.0)
     assert mean[0] < 1e-6  # A fixed decay would have kept 0.37 of them.
-    late = average(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 10**6)
-    assert late.item() == pytest.approx(0.999)
+    average.count = 10**6
+    nn.init.zeros_(module.weight)
+    average.update(module)
+    assert average.weights["weight"][0].tolist() == pytest.approx((0.999 * mean).tolist(), rel=1e-12)
+    average.swap(module)
+    assert module.weight[0].tolist() == pytest.approx((0.999 * mean).tolist(), rel=1e-12)
+    assert average.weights["weight"][0].tolist() == [0.0, 0.0]
 
 
 def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> None:

@@ -1,12 +1,11 @@
 """The optimizers and their schedule: AdamW without decay on vectors, Muon for matrices, linear warm-up, cosine down."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -134,19 +133,6 @@ def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
             "nothing to train: every parameter of the model is frozen; leave at least one part unfrozen"
         )
     return trainable
-
-
-def warming_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """An exponential moving average for `AveragedModel` that looks back over a tenth of the run at most.
-
-    With a fixed decay of 0.999 a run of 1000 steps would keep a third of the random weights that it began with; so the
-    decay of step n is (1 + n) / (10 + n), until that reaches `decay`.
-    """
-
-    def average(mean: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-        return mean.lerp(new, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
-
-    return average
 
 
 def warmup_cosine(

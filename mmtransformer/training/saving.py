@@ -1,7 +1,6 @@
 """When a run is saved: now and then, at the end of every epoch, and before it obeys a signal to stop.
 
-A checkpoint is taken between optimizer steps only, and always written in one form, so that there is one way to go on:
-the epoch is in its middle, all batches up to here are done, and a validation that was due is still due.
+A checkpoint is taken between optimizer steps only (see resume.py for what is in it).
 """
 
 import signal
@@ -14,9 +13,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint
 
+from mmtransformer.training.average import Average
 from mmtransformer.training.checkpoints import SUFFIX, CheckpointFiles, sweep
+from mmtransformer.training.resume import validation_follows
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -63,22 +64,12 @@ class Saving(Checkpoint):
         if trainer.is_global_zero and stage == "fit":
             sweep(self.path.parent)
 
-    # ----------------------------------------------------------------------------------------------------- when
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listens to signals, in place of Lightning, which loses the run."""
         self.signal, self._step, self._clock = 0, trainer.global_step, time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning puts back what was there when the run ends.
                 signal.signal(number, self._listen)
-        loop = trainer.fit_loop
-        batches, places = loop.epoch_loop.batch_progress, loop._combined_loader_states_to_load
-        if places and loop._combined_loader is not None:
-            # Lightning has made the loaders (to count the steps) before it read where they were.
-            loop._combined_loader._load_state_dicts(places)
-            loop._combined_loader_states_to_load = []
-        if loop.restarting and batches.is_last_batch and loop._data_fetcher is not None:
-            loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
 
     def _listen(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:
@@ -98,7 +89,7 @@ class Saving(Checkpoint):
         step, number = trainer.global_step, self._agreed(trainer)
         due = self.every_steps and step % self.every_steps == 0
         late = self._late(trainer)
-        last = loop._num_ready_batches_reached() and not self._validation_follows(trainer)
+        last = loop._num_ready_batches_reached() and not validation_follows(trainer)
         if (due or late or number) and not last:  # The epoch's end is saved when it has ended.
             self._save(trainer)
             self._stop(trainer, number)
@@ -115,8 +106,8 @@ class Saving(Checkpoint):
         """Obeys a signal in the middle of a validation, which is then still due."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and (number := self._agreed(trainer)):
             for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                    callback._swap_models(pl_module)  # The average was in the model's place.
+                if isinstance(callback, Average) and callback.swapped:
+                    callback.swap(pl_module)
             self._save(trainer, again=True)
             self._stop(trainer, number)
 
@@ -144,8 +135,6 @@ class Saving(Checkpoint):
                 )
             raise Stopped(number)
 
-    # ----------------------------------------------------------------------------------------------------- what
-
     def _save(self, trainer: pl.Trainer, *, again: bool = False) -> None:
         if self._step == trainer.global_step and not again:
             return
@@ -153,27 +142,3 @@ class Saving(Checkpoint):
             logger.save()
         trainer.save_checkpoint(self.path)
         self._step, self._clock = trainer.global_step, time.monotonic()
-
-    def _validation_follows(self, trainer: pl.Trainer) -> bool:
-        fetcher = trainer.fit_loop._data_fetcher
-        return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Brings the loops' counters into the one form that a run goes on from."""
-        loops = checkpoint["loops"]["fit_loop"]
-        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-        validation = loops["epoch_loop.val_loop.batch_progress"]
-        batch_ends = batches["current"]["completed"] < batches["current"]["processed"]
-        for counts in (batches["total"], batches["current"]):
-            counts["completed"] = counts["processed"]
-        pending = trainer.validating or (batch_ends and self._validation_follows(trainer))
-        if pending:
-            # "In the middle of a validation", none of whose batches is done: it is done anew.
-            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            validation["current"] = dict.fromkeys(validation["current"], 0)
-        elif batch_ends:
-            loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-        for counts in (epochs["total"], epochs["current"]):
-            counts["processed"] = counts["completed"]

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from mmtransformer.next_token import Loss
+from mmtransformer.training.average import Average
+from mmtransformer.training.checkpoints import CheckpointError
 from mmtransformer.training.guard import not_finite
-from mmtransformer.training.optim import Optim, warming_average
+from mmtransformer.training.optim import Optim
+from mmtransformer.training.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Task(pl.LightningModule, ABC):
         self._counts: list[Tensor] = []
         self._names: list[str] = []
         self._totals: dict[tuple[str, str], Tensor] = {}
+        self._seed: int | None = None
+        self._hashes: dict[str, str] | None = None
 
     # ------------------------------------------------------------------------------------- what a task has to say
 
@@ -89,10 +94,7 @@ class Task(pl.LightningModule, ABC):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average, if there is one."""
-        from lightning.pytorch.callbacks import WeightAveraging
-
-        decay = self.optim.ema
-        return [WeightAveraging(device=None, avg_fn=warming_average(decay))] if decay else []
+        return [Average(self.optim.ema)] if self.optim.ema else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with warm-up and cosine over the whole run.
@@ -107,6 +109,16 @@ class Task(pl.LightningModule, ABC):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         scheduler = self.optim.schedule(optimizer, max(int(steps), 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Goes on where the run was, if it was resumed."""
+        go_on(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes what the step draws a function of seed, step and process."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        seed_step(self._seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch."""
@@ -205,11 +217,34 @@ class Task(pl.LightningModule, ABC):
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the throughput's counters."""
+        """Adds what the run needs to go on bit for bit, and leaves frozen weights out."""
+        if self._hashes is None:
+            self._hashes = frozen_hashes(self)
+        pack(self, checkpoint, self._hashes)
+        settle(self.trainer, checkpoint)
+        checkpoint["optim"] = asdict(self.optim)
+        checkpoint["seed"] = self._seed
         checkpoint["seen"] = {"samples": self.samples_seen, "tokens": self.tokens_seen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the throughput's counters."""
+        """Takes over what `on_save_checkpoint` has added.
+
+        Raises:
+            CheckpointError: If the run had another model or another optimizer.
+        """
+        if self._hashes is None:
+            self._hashes = frozen_hashes(self)
+        unpack(self, checkpoint, self._hashes)
+        then, now = checkpoint.get("optim", {}), asdict(self.optim)
+        changed = [
+            f"{key} was {then[key]} and is now {now[key]}" for key in then if then[key] != now.get(key)
+        ]
+        if changed and self.trainer.state.fn == "fit":
+            raise CheckpointError(
+                f"cannot resume with another optimizer: optim.{', optim.'.join(changed)}; a run that goes on keeps "
+                f"what it began with"
+            )
+        self._seed = checkpoint.get("seed")
         seen = checkpoint.get("seen", {})
         self.samples_seen, self.tokens_seen = seen.get("samples", 0), seen.get("tokens", 0)
 
