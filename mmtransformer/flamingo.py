@@ -14,12 +14,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mmtransformer import masks
 from mmtransformer.attention import Attention, KeyValue, cast_once
 from mmtransformer.blocks import MLP, Activation, GatedCrossAttentionBlock, Norm, SwiGLU, make_norm
 from mmtransformer.captioner import CaptionBatch, Captioner, freeze
-from mmtransformer.decoder import DecoderState, TextDecoder
-from mmtransformer.media import Media, check_media, document_positions, media_mask
+from mmtransformer.language import Decoder, DecoderState
+from mmtransformer.media import Media, check_media, media_mask
 from mmtransformer.record import record_attention
 from mmtransformer.resampler import PerceiverResampler
 from mmtransformer.vit import ViT
@@ -50,7 +49,7 @@ class Flamingo(Captioner):
     """Gated cross-attention blocks before some blocks of a language model (Flamingo, arXiv:2204.14198).
 
     At first its logits are the language model's, bit for bit, whatever the pictures. The model itself is neither
-    edited nor hooked: everything goes through `TextDecoder`'s `before_block`.
+    edited nor hooked: everything goes through its `before_block` door.
 
     Args:
         vision: the vision tower.
@@ -82,7 +81,7 @@ class Flamingo(Captioner):
     def __init__(
         self,
         vision: ViT,
-        decoder: TextDecoder,
+        decoder: Decoder,
         *,
         resampler: PerceiverResampler | None = None,
         cross_every: int = 1,
@@ -202,14 +201,7 @@ class Flamingo(Captioner):
         """Hidden states (n q d); rows are padded on the right, and may hold several documents."""
         context, mask = self._read(batch)
         door = self._door(batch.tokens, context, mask)
-        if batch.segments is None:
-            return self.decoder(self._known(batch.tokens), before_block=door)
-        n, q = batch.tokens.shape
-        allowed = masks.all_of(masks.causal(), masks.segments(batch.segments))
-        own = masks.dense(allowed, n, q, q, batch.tokens.device)
-        positions = document_positions(batch.segments)
-        x = self.decoder.embed(self._known(batch.tokens), positions)
-        return self.decoder.run(x, positions, mask=own, before_block=door)
+        return self.decoder(self._known(batch.tokens), segments=batch.segments, before_block=door)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""

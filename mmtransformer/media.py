@@ -1,4 +1,4 @@
-"""Pictures anywhere in the text: which token sees which picture, and where documents begin.
+"""Pictures anywhere in the text: which token sees which picture.
 
 Letters: b samples, i pictures of a sample, n rows of text (b divides n), q text tokens.
 """
@@ -85,11 +85,3 @@ def show_mask(
     mask = torch.ones(batch.tokens.shape[1], i, dtype=torch.bool) if seen is None else seen[row]
     labels = [str(t) for t in batch.tokens[row].tolist()] if words is None else list(words)
     return masks.show(mask, labels, [str(picture) for picture in range(1, i + 1)])
-
-
-def document_positions(segments: Tensor) -> Tensor:
-    """Each token's place in its own document, from the documents' numbers: (n q) -> (n q), both long."""
-    places = torch.arange(segments.shape[1], device=segments.device)
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return places - (begins * places).cummax(1).values
