@@ -5,7 +5,7 @@ Letters: b rows, q new tokens, k tokens so far, d width of a token, e width of a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ class Cache(Protocol):
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b) long, in their order."""
         ...
+
+
+class PromptBatch(NamedTuple):
+    """Texts to go on from, for `generate`.
+
+    Attributes:
+        tokens: (b q) long, padded on the left.
+        valid: (b q) bool, True = a real token.
+    """
+
+    tokens: Tensor
+    valid: Tensor
 
 
 class DecoderState:
@@ -149,6 +161,28 @@ class Decoder(nn.Module, ABC):
                 f"{max_len} tokens were asked for, but this decoder has {self.max_len} positions"
             )
         return DecoderState(self.depth, max_len)
+
+    def start(
+        self, batch: PromptBatch, *, copies: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, DecoderState]:
+        """Reads left-padded prompts, so that `generate` writes what follows; then every row stands `copies` times.
+
+        Returns:
+            Logits of the first new token (b * copies, vocab_size), and the state to give to `step`.
+        """
+        rows, count = batch.tokens.shape
+        state = self.new_state(count + max_new_tokens)
+        valid = None if bool(batch.valid.all()) else batch.valid
+        logits = self.head(self(batch.tokens, valid=valid, state=state)[:, -1])
+        if copies > 1:
+            order = torch.arange(rows, device=logits.device).repeat_interleave(copies)
+            state.reorder(order)
+            logits = logits.index_select(0, order)
+        return logits, state
+
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
+        return self.head(self(tokens[:, None], state=state)[:, 0])
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
