@@ -1,6 +1,7 @@
 """Training: the LightningModules, what watches over them, and what a run leaves in its folder."""
 
 from mmtransformer.training.captioning import Captioning, finetune
+from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles
 from mmtransformer.training.evaluation import Evaluation, evaluate
 from mmtransformer.training.guard import NotFinite
 from mmtransformer.training.optim import Optim
@@ -8,16 +9,23 @@ from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import Progress
 from mmtransformer.training.report import write_report
 from mmtransformer.training.samples import Samples
+from mmtransformer.training.stage1 import QFormerStage1
+from mmtransformer.training.saving import Saving, Stopped
 from mmtransformer.training.task import Run, Task
 
 __all__ = [
     "Captioning",
+    "CheckpointError",
+    "CheckpointFiles",
     "Evaluation",
     "NotFinite",
     "Optim",
     "Progress",
+    "QFormerStage1",
     "Run",
     "Samples",
+    "Saving",
+    "Stopped",
     "Task",
     "evaluate",
     "finetune",
