@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from mmtransformer.few_shot import FewShot
     from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate
+    from mmtransformer.hub import HubDecoder
     from mmtransformer.image_text import ImageText
     from mmtransformer.images import Augment, ImageError, ImageTransform
+    from mmtransformer.language import Decoder, DecoderState
+    from mmtransformer.linear_attention import LinearAttention
     from mmtransformer.media import media_mask, show_mask
     from mmtransformer.objectives import clip_loss, hard_negatives, itc_loss, itg_loss, itm_loss
     from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
@@ -46,9 +49,12 @@ _HOMES = {
     "flamingo": "Flamingo",
     "generate": "Generated generate",
     "image_text": "ImageText",
+    "hub": "HubDecoder",
     "images": "Augment ImageError ImageTransform",
+    "linear_attention": "LinearAttention",
     "media": "media_mask show_mask",
     "objectives": "clip_loss hard_negatives itc_loss itg_loss itm_loss",
+    "language": "Decoder DecoderState",
     "pipeline": "CaptionResult Decoding ImageCaptioner",
     "qformer": "QFormer",
     "prefix": "PrefixCaptioner",
@@ -71,17 +77,21 @@ __all__ = [
     "Captioner",
     "CoCa",
     "ConvStem",
+    "Decoder",
+    "DecoderState",
     "Decoding",
     "EncoderDecoder",
     "FewShot",
     "Flamingo",
     "Generated",
+    "HubDecoder",
     "ImageCaptioner",
     "ImageError",
     "ImageText",
     "ImageTransform",
     "KVCache",
     "KeyValue",
+    "LinearAttention",
     "PatchEmbed",
     "PerceiverResampler",
     "PrefixCaptioner",
