@@ -17,7 +17,10 @@ from mmtransformer.attention import KVCache, Mask
 class Cache(Protocol):
     """Keys and values of the tokens so far, of one layer or of many."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        ...
 
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b) long, in their order."""

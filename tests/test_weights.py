@@ -293,7 +293,7 @@ def test_gpt2_without_its_head() -> None:
 
 
 def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
-    from transformers import OPTConfig, OPTModel
+    from transformers import GPTNeoXConfig, GPTNeoXModel
 
     for options, message in (
         ({"activation_function": "tanh"}, "no activation like tanh"),
@@ -302,10 +302,10 @@ def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             from_transformers(gpt2(**options))
-    opt = OPTModel(OPTConfig(vocab_size=53, hidden_size=24, ffn_dim=37, num_hidden_layers=1, num_attention_heads=4,
-                             word_embed_proj_dim=24, max_position_embeddings=29))  # fmt: skip
-    with pytest.raises(ValueError, match=r'"opt".*gpt2'):
-        from_transformers(opt)
+    neox = GPTNeoXModel(GPTNeoXConfig(vocab_size=53, hidden_size=24, intermediate_size=37, num_hidden_layers=1,
+                                      num_attention_heads=4, max_position_embeddings=29))  # fmt: skip
+    with pytest.raises(ValueError, match=r'"gpt_neox" is not one of.*gpt2, opt, llama'):
+        from_transformers(neox)
 
 
 @pytest.mark.parametrize(

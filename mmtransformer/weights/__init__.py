@@ -1,7 +1,8 @@
 """Weights of other projects, in both directions: one key table a family."""
 
 from mmtransformer.weights.bert import bert_table, encoder_to_bert, from_bert, load_encoder
-from mmtransformer.weights.gpt2 import decoder_to_gpt2, from_transformers
+from mmtransformer.weights.gpt2 import decoder_to_gpt2
+from mmtransformer.weights.lm import from_transformers, load_lm, save_as_hub, to_transformers
 from mmtransformer.weights.timm import from_timm, load_vit, to_timm, vit_from_state
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "from_timm",
     "from_transformers",
     "load_encoder",
+    "load_lm",
     "load_vit",
+    "save_as_hub",
     "to_timm",
+    "to_transformers",
     "vit_from_state",
 ]
