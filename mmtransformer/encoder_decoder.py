@@ -12,7 +12,7 @@ from mmtransformer.attention import Attention, KeyValue
 from mmtransformer.blocks import MLP, EncoderBlock
 from mmtransformer.captioner import CaptionBatch, Captioner, freeze
 from mmtransformer.decoder import DecoderState, TextDecoder
-from mmtransformer.pretrained import Pretrained
+from mmtransformer.pretrained import Pretrained, from_config, to_config
 from mmtransformer.record import record_attention
 from mmtransformer.vit import ViT, drop_tokens
 
@@ -90,6 +90,7 @@ class EncoderDecoder(Captioner):
         decoder: a text decoder whose `cross_dim` is the width of the visual tokens (of the adapter's, if there is one).
         adapter: trainable layers between the two, (b p d) -> (b p cross_dim); None = the tower's tokens as they are.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        freeze_decoder: the same for all of the decoder but its cross-attention (as SmallCap, arXiv:2209.15323).
 
     Raises:
         ValueError: if the widths of the parts do not fit.
@@ -102,6 +103,7 @@ class EncoderDecoder(Captioner):
         *,
         adapter: VisualAdapter | None = None,
         freeze_vision: bool = False,
+        freeze_decoder: bool = False,
     ) -> None:
         super().__init__()
         given = vision.dim if adapter is None else adapter.dim
@@ -114,9 +116,14 @@ class EncoderDecoder(Captioner):
             raise ValueError(
                 f"the adapter's visual_dim ({adapter.visual_dim}) must be the vision tower's dim ({vision.dim})"
             )
-        self.vision, self.decoder, self.adapter, self.freeze_vision = vision, decoder, adapter, freeze_vision
+        self.vision, self.decoder, self.adapter = vision, decoder, adapter
+        self.freeze_vision, self.freeze_decoder = freeze_vision, freeze_decoder
         if freeze_vision:
             freeze(vision)
+        if freeze_decoder:
+            freeze(decoder)
+            for name, parameter in decoder.named_parameters():
+                parameter.requires_grad_(_crosses(name))
 
     @property
     def vocab_size(self) -> int:
@@ -186,3 +193,30 @@ class EncoderDecoder(Captioner):
         grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
         weights = rearrange(weights, "n q (i p) -> n q i p", i=i)[..., self.vision.num_prefix_tokens :]
         return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
+
+
+def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_every: int = 1) -> TextDecoder:
+    """A language model's copy that also reads a context; at first it says what the model says.
+
+    Args:
+        decoder: a decoder without cross-attention.
+        cross_dim: width of the context's tokens.
+        cross_every: the last of every so many blocks reads the context.
+
+    Raises:
+        ValueError: if it has cross-attention already.
+    """
+    if decoder.cross_dim is not None:
+        raise ValueError(f"the decoder has cross-attention already, to tokens of width {decoder.cross_dim}")
+    config = to_config(decoder)
+    config["args"] |= {"cross_dim": cross_dim, "cross_every": cross_every}
+    new = from_config(config)
+    assert isinstance(new, TextDecoder)
+    own = {name: x for name, x in new.state_dict().items() if _crosses(name)}
+    own |= {name: torch.zeros_like(x) for name, x in own.items() if "out_proj" in name}
+    new.load_state_dict(dict(decoder.state_dict()) | own)
+    return new
+
+
+def _crosses(name: str) -> bool:
+    return ".cross_attn." in name or ".norm_cross." in name

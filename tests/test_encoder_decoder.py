@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, VisualAdapter, ViT, record_attention
 from mmtransformer.captioner import Captioner
-from mmtransformer.encoder_decoder import EncoderDecoderState
+from mmtransformer.encoder_decoder import EncoderDecoderState, add_cross_attention
 from mmtransformer.weights import from_transformers
 
 VOCAB = 53
@@ -311,3 +311,22 @@ def test_an_adapter_drops_tokens_in_training_only() -> None:
 def test_the_contract_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Captioner()  # pyright: ignore[reportAbstractUsage]
+
+
+def test_cross_attention_added_to_a_frozen_language_model() -> None:
+    torch.manual_seed(8)
+    language = TextDecoder(VOCAB, 24, 3, 4, max_len=29, positions="rotary", mlp="swiglu", bias="none").eval()
+    reads = add_cross_attention(language, 20, cross_every=2)
+    given, model = batch(), EncoderDecoder(ViT((16, 24), 8, 20, 1, 4), reads, freeze_decoder=True).train()
+    torch.testing.assert_close(model.eval().logits(given), language.head(language(given.tokens)))
+    trained = {n for n, p in model.decoder.named_parameters() if p.requires_grad}
+    assert {n.split(".")[1] for n in trained} == {"1"}
+    assert {n.split(".")[2] for n in trained} == {"cross_attn", "norm_cross"}
+    assert sum(p.numel() for p in model.decoder.parameters() if not p.requires_grad) == sum(
+        p.numel() for p in language.parameters()
+    )
+    model.logits(given).square().sum().backward()
+    moved = {n for n, p in model.decoder.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"blocks.1.cross_attn.out_proj.weight", "blocks.1.cross_attn.out_proj.bias"}
+    with pytest.raises(ValueError, match="cross-attention already, to tokens of width 20"):
+        add_cross_attention(reads, 20)
