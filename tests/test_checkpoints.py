@@ -144,7 +144,7 @@ def assert_kept(path: Path, size: int, reason: str) -> None:
         FILES.save_checkpoint(checkpoint(4, size), path)
     text = str(caught.value)
     assert str(path) in text
-    assert f"about {4 * size + (1 << 20):,} bytes" in text
+    assert f"cannot write about {4 * size + (1 << 20):,} bytes" in text
     assert reason in text
     assert "--resume" in text
     assert read(path)["global_step"] == 3

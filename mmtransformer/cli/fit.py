@@ -23,6 +23,7 @@ HELP = """usage: mmt {name} --config RECIPE.yaml [--config OVERLAY.yaml] [--KEY=
 The keys that one changes most (any key of a recipe can be given so; --help=all lists the Trainer's too):
 
   --config FILE                        a recipe; a second one lays its keys over the first
+  --resume                             go on where the run in this folder stopped, if it has begun
   --ckpt_path last|FILE                go on from a checkpoint
   --seed_everything N                  seed of weights and data
   --trainer.max_epochs N               length of the run
@@ -60,7 +61,8 @@ def run(name: str, words: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(HELP.format(name=name, text=COMMANDS[name][1]))
         return 0
-    words = ["--help" if word == "--help=all" else word for word in words]
+    spelt = {"--help=all": "--help", "--resume": "--resume=true"}
+    words = [spelt.get(word, word) for word in words]
     configs = list(config_files(words))
     for config in configs:
         check_file(config, "recipe")
@@ -72,9 +74,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if name == "fit":
         fit(cli)
     else:
-        getattr(cli.trainer, name)(
-            cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path")
-        )
+        getattr(cli.trainer, name)(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint(cli))
     return 0
 
 
@@ -93,17 +93,22 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     """
     import lightning.pytorch as pl
     from jsonargparse import ArgumentError
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.loggers import CSVLogger
 
     from mmtransformer.data.pairs import PairFiles
     from mmtransformer.training import Captioning, Progress, Samples
+    from mmtransformer.training.checkpoints import CheckpointFiles
+    from mmtransformer.training.log import MetricsLog
     from mmtransformer.training.precision import fast_matmuls, pick_precision
+    from mmtransformer.training.saving import Saving
 
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+            parser.add_argument(
+                "--resume", type=bool, default=False, help="go on from the newest whole checkpoint, if any"
+            )
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             try:
@@ -135,15 +140,15 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 config.precision = choice.precision
                 print(f"precision: {choice.precision}, as {choice.reason}")
             if config.logger is None:
-                config.logger = CSVLogger(str(root), name="", version="")
+                config.logger = MetricsLog(root)
             extra: list[pl.Callback] = []
             if config.enable_progress_bar is not False:
                 extra += [Progress(), Samples()]
             if config.enable_checkpointing is not False and not config.fast_dev_run:
-                extra.append(
-                    ModelCheckpoint(root / "checkpoints", filename="last", enable_version_counter=False)
-                )
+                extra.append(Saving())
             mine = {type(callback) for callback in config.callbacks or []}
+            if not any(isinstance(plugin, CheckpointIO) for plugin in config.plugins or []):
+                config.plugins = [*(config.plugins or []), CheckpointFiles()]
             return self._instantiate_trainer(
                 {**config, **kwargs}, [callback for callback in extra if type(callback) not in mine]
             )
@@ -160,8 +165,37 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_kwargs={"exit_on_error": False},
-        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        trainer_defaults={
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,  # The data share themselves out, the same for any number of processes.
+        },
     )
+
+
+def checkpoint(cli: "LightningCLI") -> str | None:
+    """The checkpoint to go on from: the one that is named, or the newest whole one of the run's folder.
+
+    Raises:
+        ValueError: If a checkpoint is asked for and there is none.
+    """
+    from mmtransformer.training.checkpoints import newest
+
+    named, resume = cli.config.get("ckpt_path"), cli.config.get("resume")
+    if named not in (None, "last"):
+        return str(check_file(named, "checkpoint"))
+    if not (named or resume):
+        return None
+    folder = Path(cli.trainer.default_root_dir) / "checkpoints"
+    found, faults = newest(folder)
+    for fault in faults:
+        print(f"passed over {fault}")
+    if found is None and (faults or not resume):
+        raise ValueError(
+            f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew"
+        )
+    print(f"going on from {found}" if found else f"{folder}: nothing to go on from, the run starts anew")
+    return str(found) if found else None
 
 
 def keys_of(parser: Any) -> list[str]:
@@ -183,7 +217,7 @@ def fit(cli: "LightningCLI") -> None:
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     print(f"run folder: {folder}; {size}; {device_name(device)}")
     began = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=cli.config.get("ckpt_path"))
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint(cli))
     if isinstance(module, Task) and trainer.is_global_zero:
         limit = trainer.limit_val_batches
         seconds = time.monotonic() - began

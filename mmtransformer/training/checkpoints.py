@@ -106,10 +106,10 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int
         )
         if not isinstance(cause, OSError):
             raise
-        kept = f"the checkpoint that was there is kept: {path}" if path.exists() else "nothing was written"
+        kept = "the file that was there is kept" if path.exists() else "nothing was written"
         raise CheckpointError(
-            f"{path}: cannot write the checkpoint of about {size:,} bytes: {cause.strerror or cause}; {kept}. Free "
-            f"some space or set trainer.default_root_dir to another disk, then go on with --resume"
+            f"{path}: cannot write about {size:,} bytes: {cause.strerror or cause}; {kept}. Free some space, or set "
+            f"trainer.default_root_dir to another disk, then go on with --resume"
         ) from error
     finally:
         with contextlib.suppress(OSError):

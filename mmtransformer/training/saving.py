@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from mmtransformer.training.average import Average
 from mmtransformer.training.checkpoints import SUFFIX, CheckpointFiles, sweep
+from mmtransformer.training.log import MetricsLog
 from mmtransformer.training.resume import validation_follows
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -115,6 +116,22 @@ class Saving(Checkpoint):
         """Saves the epoch."""
         self._save(trainer, again=True)
         self._stop(trainer, self._agreed(trainer))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes how far the log has come."""
+        checkpoint["rows"] = max(
+            (log.rows for log in trainer.loggers if isinstance(log, MetricsLog)), default=0
+        )
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Goes on with the log."""
+        for log in trainer.loggers if trainer.state.fn == "fit" else []:
+            if isinstance(log, MetricsLog):
+                log.go_on(checkpoint.get("rows", 0))
 
     def _late(self, trainer: pl.Trainer) -> bool:
         late = time.monotonic() - self._clock > 60 * self.minutes
