@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mmtransformer"
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
-    2: "next_token language positions blocks record prepack pretrained lora",
+    2: "next_token language positions blocks linear_attention record prepack pretrained lora",
     3: "vit decoder hub encoder seq2seq resampler qformer",
     4: "captioner soft_prompt objectives media",
     5: "encoder_decoder flamingo image_text blip2 prefix coca generate prompts weights",
