@@ -1,0 +1,131 @@
+"""`mmt ablate`: every bridge on the same towers, data and steps, with as many parameters; one table and one picture."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Trains the bridges one after the other.
+
+    Args:
+        name: The command's name.
+        words: The words after it.
+    """
+    parser = argparse.ArgumentParser(
+        f"mmt {name}",
+        description="Train several bridges between the vision tower and the language model of a recipe, with the same "
+        "number of trained parameters, steps and pictures, and compare them. Further words are keys of `mmt fit`.",
+    )
+    parser.add_argument("--recipe", metavar="FILE", required=True, help="a captioning recipe")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="overlays, as of mmt fit"
+    )
+    parser.add_argument("--bridges", default="cross,flamingo,qformer,prefix", help="which ones (all four)")
+    parser.add_argument(
+        "--parameters", type=int, metavar="N", help="of each bridge (as many as the recipe's has)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder (runs/ablate_NAME_OF_RECIPE)")
+    args, rest = parser.parse_known_args(list(words))
+    bridges = args.bridges.split(",")
+
+    from mmtransformer.cli.errors import check_file
+    from mmtransformer.training.ablation import check_bridges
+
+    check_bridges(bridges)
+    for file in (args.recipe, *args.config):
+        check_file(file, "recipe")
+    out = Path(args.out or Path("runs") / f"ablate_{Path(args.recipe).stem}")
+    configs = [word for file in (args.recipe, *args.config) for word in ("--config", file)]
+    parameters, rows = args.parameters, {}
+    for bridge in bridges:
+        print(f"\n== {bridge} ==")
+        rows[bridge], parameters = train(bridge, [*configs, *rest], out / bridge, parameters)
+    report(out, rows, parameters)
+    return 0
+
+
+def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -> tuple[dict[str, Any], int]:
+    """Trains one bridge in the place of the recipe's own.
+
+    Args:
+        bridge: Its name.
+        words: The recipe and its overrides, as words of `mmt fit`.
+        folder: Where its run goes.
+        parameters: How many numbers it learns; None = as many as the recipe's own bridge.
+
+    Returns:
+        What the run's metrics.json says, and the number asked for.
+
+    Raises:
+        ValueError: If the recipe trains no captioner with a vision tower and a language model.
+    """
+    from mmtransformer.captioner import is_frozen
+    from mmtransformer.cli.fit import fit, recipe_cli
+    from mmtransformer.language import Decoder
+    from mmtransformer.training import Captioning
+    from mmtransformer.training.ablation import Frozen, bridge_parameters, sized
+
+    cli = recipe_cli([*words, f"--trainer.default_root_dir={folder}"], folder)
+    module = cli.model
+    decoder = getattr(module.captioner, "decoder", None) if isinstance(module, Captioning) else None
+    if not isinstance(module, Captioning) or not isinstance(decoder, Decoder):
+        raise ValueError("ablate needs a recipe of mmtransformer.training.Captioning with a language model")
+    captioner = module.captioner
+    parameters = bridge_parameters(captioner) if parameters is None else parameters
+    frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
+    module.captioner = sized(bridge, captioner.vision, decoder, parameters, frozen)
+    module.captioner.train()
+    learned = bridge_parameters(module.captioner)
+    print(f"{learned:,} parameters in the bridge ({learned / parameters - 1:+.1%} of {parameters:,})")
+    fit(cli)
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    return metrics | {"bridge_parameters": learned}, parameters
+
+
+def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
+    """Prints the table, and writes it as ablation.json and ablation.png."""
+    from mmtransformer.pictures.comparison import comparison
+
+    table = {bridge: scores_of(metrics) for bridge, metrics in rows.items()}
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    lines = [f"{'':<32}" + "".join(f"{bridge:>12}" for bridge in table)]
+    for name in names:
+        cells = (row.get(name) for row in table.values())
+        lines.append(f"{name:<32}" + "".join(f"{'' if x is None else show(x):>12}" for x in cells))
+    print("\n" + "\n".join(lines))
+    (out / "ablation.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    shown = [name for name in names if name.startswith(("facts", "BLEU-4", "CIDEr", "ROUGE"))]
+    bars = {name: {bridge: row[name] for bridge, row in table.items() if name in row} for name in shown}
+    logs = {bridge: out / bridge / "metrics.csv" for bridge in rows}
+    title = f"Bridges of {parameters / 1e6:.2f} million parameters"
+    path = comparison(bars, logs, out / "ablation.png", title=title)
+    print(f"\ntable     {out / 'ablation.json'}\npicture   {path}")
+
+
+def show(x: float) -> str:
+    """A number with three or four digits that matter."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+
+
+def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a run's metrics.json that are compared."""
+    found: dict[str, float] = {}
+    for split, by in metrics.get("facts", {}).items():
+        found |= {f"facts % {split} {language}": 100 * x for language, x in by.items()}
+    if not found:
+        for split, by in metrics.get("captions", {}).items():
+            for language, scores in by.items():
+                label = f"{split}" if language == "any" else f"{split} {language}"
+                names = {"bleu_4": "BLEU-4", "cider_d": "CIDEr-D", "rouge_l": "ROUGE-L"}
+                values = scores["values"]
+                found |= {
+                    f"{text} {label}": 100 * values[key] for key, text in names.items() if key in values
+                }
+    for split, losses in metrics.get("image_use", {}).items():
+        found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
+    training = metrics["training"]
+    found |= {"bridge parameters": metrics["bridge_parameters"], "steps": training["steps"]}
+    return found | {"seconds": training["seconds"]}
