@@ -181,6 +181,26 @@ class PicturePairs:
         return [self._captions[i]]
 
 
+class DocumentPairs:
+    """Interleaved data as pairs: every picture with the text that follows it. A `PairSource`.
+
+    Args:
+        source: the documents.
+    """
+
+    def __init__(self, source: DocumentSource):
+        self.source = source
+        self.languages: tuple[str, ...] = source.languages
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits of the documents."""
+        return self.source.splits()
+
+    def split(self, name: str) -> PicturePairs:
+        """One split as pairs."""
+        return PicturePairs(self.source.split(name))
+
+
 def texts_of(documents: Documents) -> Iterator[str]:
     """Every text of a split that is not empty, for a tokenizer to be trained on."""
     for i in range(len(documents)):

@@ -13,7 +13,7 @@ import torch
 from mmtransformer.captioner import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.document_dataset import CollateDocuments, DocumentDataset
-from mmtransformer.data.documents import Documents, DocumentSource, texts_of
+from mmtransformer.data.documents import DocumentPairs, Documents, DocumentSource, texts_of
 from mmtransformer.data.faults import BadPictures
 from mmtransformer.data.mixture import MixedDocuments, Mixing
 from mmtransformer.data.packing import DocumentRows
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class InterleavedData(lightning.LightningDataModule):
     """Documents with pictures anywhere in their text, in batches that are the same for any workers and processes.
 
-    With `captions` the run also validates on pairs and is scored by captioning them: what the model was trained for is
-    what a picture's image token is followed by.
+    The run also validates on pairs, and is scored by captioning their pictures, each behind an image token as it stands
+    in documents.
 
     Args:
         documents: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairDocuments`, or a
@@ -46,7 +46,7 @@ class InterleavedData(lightning.LightningDataModule):
         seed: Seed of order, packing and augmentation.
         train_split: The split to train on.
         val_splits: The splits of the documents to validate on; they are logged as documents_SPLIT.
-        captions: Pairs to caption and score when the run ends.
+        captions: Pairs to caption and score; None = the pictures of the documents, with the texts that follow them.
         caption_splits: The splits of these pairs.
         languages: Language codes that the tokenizer which is trained here gets; those of the documents unless told.
         drop_last: Leave out the last training batch of an epoch if it is not full.
@@ -89,8 +89,8 @@ class InterleavedData(lightning.LightningDataModule):
         self.train_split, self.document_splits = train_split, tuple(val_splits)
         self.languages, self.max_bad, self.report_dir = languages, max_bad, report_dir
         self._given, self._tokenizer = tokenizer, None if isinstance(tokenizer, str) else tokenizer
-        self._pairs = captions
-        self._caption_splits: tuple[str, ...] = tuple(caption_splits) if captions is not None else ()
+        self._pairs = DocumentPairs(documents) if captions is None else captions
+        self._caption_splits = tuple(caption_splits)
         self._captions: CaptionData | None = None
         self._documents: dict[str, Documents] = {}
         self._rows: dict[str, DocumentRows] = {}
@@ -108,9 +108,9 @@ class InterleavedData(lightning.LightningDataModule):
         return self._tokenizer
 
     @property
-    def captions(self) -> CaptionData | None:
-        """The pairs that the run is scored on, with this data's tokenizer and transform; None if it has none."""
-        if self._captions is None and self._pairs is not None:
+    def captions(self) -> CaptionData:
+        """The pairs that the run is scored on, with this data's tokenizer and transform."""
+        if self._captions is None:
             self._captions = CaptionData(
                 self._pairs,
                 image=self.transform,
@@ -119,14 +119,13 @@ class InterleavedData(lightning.LightningDataModule):
                 max_len=self.max_len,
                 num_workers=self.num_workers,
                 seed=self.seed,
-                train_split=self._caption_splits[0],
                 val_splits=self._caption_splits,
                 test_splits=(),
                 mark_pictures=True,
                 max_bad=self.max_bad,
                 report_dir=self.report_dir,
             )
-            self._captions.trainer = self.trainer
+        self._captions.trainer = self.trainer
         return self._captions
 
     @property
@@ -180,9 +179,7 @@ class InterleavedData(lightning.LightningDataModule):
             self.rows(split)
             if trainer is not None and trainer.is_global_zero and not trainer.ckpt_path:
                 self._bad(split).reset()
-        if self.captions is not None:
-            self.captions.trainer = trainer
-            self.captions.setup("validate")
+        self.captions.setup("validate")
 
     def _bad(self, split: str) -> BadPictures:
         folder = self.report_dir or (self.trainer.default_root_dir if self.trainer else ".")
@@ -252,8 +249,8 @@ class InterleavedData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Return one loader for each of `val_splits`, in this order."""
-        pairs = self.captions.val_dataloader() if self.captions is not None else []
-        return [*(self.loader(split) for split in self.document_splits), *pairs]
+        documents = [self.loader(split) for split in self.document_splits]
+        return documents + self.captions.val_dataloader()
 
     def transfer_batch_to_device(
         self, batch: CaptionBatch, device: torch.device, dataloader_idx: int

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.lora import merge_lora
 from mmtransformer.next_token import Loss
 from mmtransformer.pipeline import Decoding, ImageCaptioner
@@ -92,6 +93,7 @@ class Captioning(Task):
         data = self.data
         if data is None:
             return
+        self.decoding = dataclasses.replace(self.decoding, mark_pictures=data.mark_pictures)
         if data.tokenizer.vocab_size > self.captioner.vocab_size:
             raise ValueError(
                 f"wrong vocabulary: the tokenizer has {data.tokenizer.vocab_size} tokens, but the model scores "
@@ -112,8 +114,9 @@ class Captioning(Task):
 
     @property
     def data(self) -> CaptionData | None:
-        """The run's data, if it is a CaptionData."""
+        """The run's pairs: its data, or those that interleaved data is scored on; None for data of other kinds."""
         data = getattr(self.trainer, "datamodule", None)
+        data = data.captions if isinstance(data, InterleavedData) else data
         return data if isinstance(data, CaptionData) else None
 
     def on_fit_start(self) -> None:
@@ -236,11 +239,14 @@ def finetune(
 
 
 def other_pictures(batch: CaptionBatch) -> CaptionBatch:
-    """The batch with every picture moved on by one place, so that each text gets another's picture."""
-    # autocast cannot `roll` float16 on a CPU
-    others = torch.arange(-1, len(batch.visual) - 1, device=batch.visual.device)
-    return dataclasses.replace(
-        batch,
-        pixels=None if batch.pixels is None else batch.pixels[others],
-        visual_tokens=None if batch.visual_tokens is None else batch.visual_tokens[others],
-    )
+    """The batch with every (real) picture moved on by one place, so that each text gets another's picture."""
+    shape = batch.visual.shape[:2]
+    real = torch.ones(shape, dtype=torch.bool) if batch.pictures is None else batch.pictures.cpu()
+    places = real.flatten().nonzero()[:, 0]
+    order = torch.arange(real.numel())  # autocast cannot `roll` float16 on a CPU
+    order[places] = places.roll(1)
+
+    def move(visual: Tensor | None) -> Tensor | None:
+        return None if visual is None else visual.flatten(0, 1)[order.to(visual.device)].unflatten(0, shape)
+
+    return dataclasses.replace(batch, pixels=move(batch.pixels), visual_tokens=move(batch.visual_tokens))

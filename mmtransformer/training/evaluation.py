@@ -16,6 +16,7 @@ from mmtransformer.data.scenes import SceneSplit
 from mmtransformer.data.source import Pairs
 from mmtransformer.metrics import CaptionScores, score_captions
 from mmtransformer.pipeline import CaptionResult, Decoding, write_captions
+from mmtransformer.prompts import Prompts
 from mmtransformer.tokenizer import Tokenizer
 
 
@@ -116,6 +117,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
     bootstrap: int = 1000,
+    prompts: Prompts | None = None,
 ) -> Evaluation:
     """Captions whole splits in every language that they have, and scores the captions.
 
@@ -128,6 +130,7 @@ def evaluate(
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
         bootstrap: Resampled sets behind the confidence intervals.
+        prompts: Makes the prompts, with examples for instance (`FewShot`); None makes plain ones.
 
     Returns:
         Captions and scores.
@@ -148,7 +151,12 @@ def evaluate(
                 torch.autocast(torch.device(device).type, autocast, autocast is not None),
             ):
                 rows = write_captions(
-                    captioner, data.tokenizer, batch.to(device), codes, decoding=result.decoding
+                    captioner,
+                    data.tokenizer,
+                    batch.to(device),
+                    codes,
+                    decoding=result.decoding,
+                    prompts=prompts,
                 )
             for name, references, row in zip(batch.names, batch.references, rows, strict=True):
                 if name in seen:  # a stand-in for a picture that cannot be read

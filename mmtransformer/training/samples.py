@@ -72,7 +72,7 @@ def sample_captions(
     sample = dataset[Pick(0, turn % len(dataset))]
     batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
-    greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens)
+    greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens, mark_pictures=data.mark_pictures)
     (rows,) = write_captions(captioner, data.tokenizer, batch, languages, decoding=greedy)
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):
