@@ -35,6 +35,7 @@ class Decoding:
         max_new_tokens: Most tokens of a caption, its end included.
         min_new_tokens: No end before so many tokens.
         length_penalty: A beam's log-probability is divided by its length to this power; above 0 favours longer ones.
+        length_offset: o in that length, (o + tokens) / (o + 1); 5 is Google's formula, see `generate`.
         repetition_penalty: Above 1, tokens that were used get less likely.
         no_repeat_ngram: No n-gram of this length comes twice; 0 = they may.
         do_sample: Draw tokens instead of taking the likeliest.
@@ -50,6 +51,7 @@ class Decoding:
     max_new_tokens: int = 60
     min_new_tokens: int = 0
     length_penalty: float = 1.0
+    length_offset: float = 0.0
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     do_sample: bool = False
@@ -129,6 +131,7 @@ def write_captions(
         repetition_penalty=d.repetition_penalty,
         no_repeat_ngram=d.no_repeat_ngram,
         length_penalty=d.length_penalty,
+        length_offset=d.length_offset,
         generator=generator,
     )
     results = [

@@ -1,4 +1,4 @@
-"""The optimizers and their schedule: AdamW without decay on vectors, Muon for matrices, linear warm-up, cosine down."""
+"""The optimizers and their schedules: AdamW without decay on vectors, Muon for matrices; warm-up, then cosine or root."""
 
 import math
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ class Optim:
         weight_decay: Decay of matrices; vectors (norms, biases) have none.
         betas: AdamW's decay rates.
         warmup_steps: Steps until the peak.
+        decay: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the length
+            of the run (Vaswani et al. 2017; their peak is `noam_peak`).
         min_lr_ratio: What is left of the peak at the end of the cosine.
         ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
 
@@ -32,12 +34,15 @@ class Optim:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 100
+    decay: Literal["cosine", "inverse_sqrt"] = "cosine"
     min_lr_ratio: float = 0.01
     ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f'optim.kind must be "adamw" or "muon", not "{self.kind}"')
+        if self.decay not in ("cosine", "inverse_sqrt"):
+            raise ValueError(f'optim.decay must be "cosine" or "inverse_sqrt", not "{self.decay}"')
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
 
@@ -49,6 +54,8 @@ class Optim:
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
         """Its learning rate over a run of so many steps."""
+        if self.decay == "inverse_sqrt":
+            return warmup_inverse_sqrt(optimizer, warmup_steps=self.warmup_steps)
         return warmup_cosine(
             optimizer,
             warmup_steps=self.warmup_steps,
@@ -164,3 +171,25 @@ def warmup_cosine(
         return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, factor)
+
+
+def warmup_inverse_sqrt(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> LambdaLR:
+    """A schedule per step: linear to the peak, then peak * sqrt(warmup_steps / step) ("Noam"; arXiv:1706.03762, 5.3).
+
+    Args:
+        optimizer: The optimizer; its learning rate is the peak.
+        warmup_steps: Steps of the rise.
+
+    Raises:
+        ValueError: If there is no warm-up.
+    """
+    if warmup_steps < 1:
+        raise ValueError(f'decay "inverse_sqrt" needs warmup_steps of at least 1, not {warmup_steps}')
+    return LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup_steps, (warmup_steps / (step + 1)) ** 0.5)
+    )
+
+
+def noam_peak(dim: int, warmup_steps: int = 4000) -> float:
+    """The paper's peak for a model of width dim, (dim * warmup_steps)^-1/2: 7e-4 for its base model."""
+    return (dim * warmup_steps) ** -0.5
