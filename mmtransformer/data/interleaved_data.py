@@ -158,16 +158,17 @@ class InterleavedData(lightning.LightningDataModule):
                 seed=self.seed,
                 parts=parts,
             )
+            all_ = f"of {len(documents)} documents"
             for count, what in (
                 (
                     rows.divided,
-                    f"longer than a row ({self.max_len} tokens, {self.max_pictures} pictures): divided",
+                    f"{all_} are longer than a row ({self.max_len} tokens, {self.max_pictures} pictures): divided",
                 ),
-                (rows.cut, "with a text that is longer than a row: cut"),
-                (rows.silent, "without a text after a picture: left out"),
+                (rows.cut, "texts are longer than a row: cut"),
+                (rows.silent, f"{all_} have no text after a picture: left out"),
             ):
                 if count:
-                    _log.warning("%s: %d of %d documents are %s", split, count, len(documents), what)
+                    _log.warning("%s: %d %s", split, count, what)
         return self._rows[split]
 
     def setup(self, stage: str | None = None) -> None:
