@@ -1,4 +1,4 @@
-"""The optimizers and their schedules: AdamW without decay on vectors, Muon for matrices; warm-up, then cosine or root."""
+"""The optimizers and their schedules: AdamW without decay on vectors, Muon for matrices; warm-up, then a decline."""
 
 import math
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Optim:
         weight_decay: Decay of matrices; vectors (norms, biases) have none.
         betas: AdamW's decay rates.
         warmup_steps: Steps until the peak.
-        decay: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the length
-            of the run (Vaswani et al. 2017; their peak is `noam_peak`).
+        decay: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the
+            length of the run (Vaswani et al. 2017; their peak is `noam_peak`).
         min_lr_ratio: What is left of the peak at the end of the cosine.
         ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
 
