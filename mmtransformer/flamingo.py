@@ -63,11 +63,12 @@ class Flamingo(Captioner):
         mlp_dim: their hidden width; None = 4 times the decoder's.
         norm: "layer" or "rms" (Idefics).
         norm_eps: of the gated blocks' norms.
-        qk_norm: norm of each head's queries and keys.
+        qk_norm: norm of each head's queries and keys in the gated attention.
         per_channel: gates a channel instead of a branch.
         blind_mlp: whether the gated MLPs also work on tokens that see no picture, as in OpenFlamingo and Idefics; False
             keeps the language model as it was wherever there is no picture to see.
         media: which pictures a token sees; see `media_mask`.
+        patches_only: leave out the vision tower's class token and registers, as OpenFlamingo does.
         dropout: share of the gated branches' results dropped in training.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
         freeze_decoder: the same for the language model.
@@ -96,6 +97,7 @@ class Flamingo(Captioner):
         per_channel: bool = False,
         blind_mlp: bool = False,
         media: Media = "last",
+        patches_only: bool = False,
         dropout: float = 0.0,
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
@@ -122,6 +124,7 @@ class Flamingo(Captioner):
         self.mlp, self.norm, self.norm_eps = mlp, norm, norm_eps
         self.per_channel, self.blind_mlp, self.dropout = per_channel, blind_mlp, dropout
         self.media: Media = check_media(media)
+        self.patches_only = patches_only
         self.freeze_vision, self.freeze_decoder, self.new_tokens = freeze_vision, freeze_decoder, new_tokens
 
         width = decoder.dim
@@ -129,7 +132,13 @@ class Flamingo(Captioner):
             GatedCrossAttentionBlock(
                 width,
                 Attention(
-                    width, num_heads, head_dim=head_dim, context_dim=vision.dim, bias=False, qk_norm=qk_norm
+                    width,
+                    num_heads,
+                    head_dim=head_dim,
+                    context_dim=vision.dim,
+                    bias=False,
+                    qk_norm=qk_norm,
+                    norm_eps=norm_eps,
                 ),
                 SwiGLU(width, mlp_dim)
                 if mlp == "swiglu"
@@ -193,8 +202,12 @@ class Flamingo(Captioner):
         latents = found.new_zeros(b * i, *found.shape[1:]).index_copy(0, real, found)
         return rearrange(latents, "(b i) l d -> b i l d", b=b)
 
+    @property
+    def _skipped(self) -> int:
+        return self.vision.num_prefix_tokens if self.patches_only else 0
+
     def _resample(self, visual_tokens: Tensor) -> Tensor:
-        visual_tokens = visual_tokens.to(next(self.gated_blocks.parameters()).dtype)
+        visual_tokens = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
         return visual_tokens if self.resampler is None else self.resampler(visual_tokens)
 
     def hidden(self, batch: CaptionBatch) -> Tensor:
@@ -320,14 +333,13 @@ class Flamingo(Captioner):
         layers = torch.stack([weights.mean(1) for weights in words.values()])
         mean = torch.einsum("j, j n q k -> n q k", (share / share.sum()).float(), layers)
         mean = rearrange(mean, "(b r) q (i l) -> b i (r q) l", b=b, i=i)
-        found = rearrange(mean @ patches, "b i (r q) p -> (b r) q i p", q=q)[
-            ..., self.vision.num_prefix_tokens :
-        ]
+        found = rearrange(mean @ patches, "b i (r q) p -> (b r) q i p", q=q)
+        found = found[..., self.vision.num_prefix_tokens - self._skipped :]
         return rearrange(found, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
 
     def _patches_of_latents(self, visual_tokens: Tensor) -> Tensor:
         """What each latent holds of each visual token, at most 1 in sum: (b i l p)."""
-        b, i, p = visual_tokens.shape[:3]
+        b, i, p = visual_tokens.shape[0], visual_tokens.shape[1], visual_tokens.shape[2] - self._skipped
         if self.resampler is None:
             return torch.eye(p, device=visual_tokens.device).expand(b, i, p, p)
         with record_attention(self.resampler) as record:

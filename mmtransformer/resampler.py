@@ -89,7 +89,7 @@ class PerceiverResampler(Pretrained, nn.Module):
         self.picture_embed = None if max_pictures is None else nn.Parameter(torch.randn(max_pictures, dim))
         self.blocks = nn.ModuleList(
             ResamplerBlock(
-                _attention(dim, num_heads, head_dim, qk_norm, norm_eps),
+                Attention(dim, num_heads, head_dim=head_dim, bias=False, qk_norm=qk_norm, norm_eps=norm_eps),
                 MLP(dim, mlp_dim, activation=activation, bias=False),
                 lambda: nn.LayerNorm(dim, eps=norm_eps),
             )
@@ -133,13 +133,3 @@ class PerceiverResampler(Pretrained, nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay spares, beside biases and norms (timm's protocol)."""
         return {"latents", "frame_embed", "picture_embed"}
-
-
-def _attention(
-    dim: int, num_heads: int, head_dim: int, qk_norm: Literal["rms", "layer"] | None, eps: float
-) -> Attention:
-    attn = Attention(dim, num_heads, head_dim=head_dim, bias=False, qk_norm=qk_norm)
-    for norm in (attn.q_norm, attn.k_norm):
-        if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
-            norm.eps = eps
-    return attn

@@ -29,6 +29,7 @@ SAME_FLOOR = {
     "tokenizer": {"spelling"},
     "seq2seq": {"decoder"},
     "media": {"captioner"},
+    "weights": {"flamingo", "blip2", "image_text"},
     "soft_prompt": {"captioner"},
     "training": {"data", "pictures", "pipeline", "few_shot"},
     "few_shot": {"data"},
