@@ -207,7 +207,7 @@ class Mixture:
         if own is not None:
             return self.sources[own[0]].split(own[1])
         splits = {part: self.sources[part].split(name) for part in parts}
-        return MixedPairs(splits, _weights(self.weights, parts), self.epoch_size if name == "train" else None)
+        return MixedPairs(splits, _weights(self.weights, parts), self.epoch_size)
 
 
 class DocumentMixture:
@@ -249,9 +249,7 @@ class DocumentMixture:
         if own is not None:
             return self.sources[own[0]].split(own[1])
         splits = {part: self.sources[part].split(name) for part in parts}
-        return MixedDocuments(
-            splits, _weights(self.weights, parts), self.epoch_size if name == "train" else None
-        )
+        return MixedDocuments(splits, _weights(self.weights, parts), self.epoch_size)
 
 
 Sources = Mapping[str, PairSource] | Mapping[str, DocumentSource]
