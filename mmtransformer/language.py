@@ -5,7 +5,8 @@ Letters: b rows, q new tokens, k tokens so far, d width of a token, e width of a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class Cache(Protocol):
         ...
 
 
-class PromptBatch(NamedTuple):
+@dataclass
+class PromptBatch:
     """Texts to go on from, for `generate`.
 
     Attributes:
@@ -151,6 +153,11 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def tables(self) -> tuple[Tensor, Tensor]:
         """The weights of the embedding and of the head, each (vocab_size e): the same tensor where they are tied."""
+
+    @property
+    def lookup_scale(self) -> float:
+        """What `lookup` multiplies the rows of the table with."""
+        return 1.0
 
     def new_state(self, max_len: int | None = None) -> DecoderState:
         """An empty state for decoding up to `max_len` tokens.

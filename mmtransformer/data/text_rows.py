@@ -92,6 +92,8 @@ class TextRows:
         place = np.arange(len(self.text_of)) - np.repeat(np.cumsum(count) - count, count)
         self._begin = self.starts[self.text_of] + place * (max_len - 1)
         self._end = np.minimum(self._begin + max_len, self.starts[self.text_of + 1])
+        self.first = place == 0
+        """(p,) bool: the part is the text's first, or all of it."""
         self._skip = np.where(place == 0, self.prompt[self.text_of], 1)
         self.lengths = self._end - self._begin
         """(p,) tokens of every part."""
@@ -109,6 +111,12 @@ class TextRows:
     def padding(self) -> float:
         """The share of the rows' places that holds no token."""
         return 1 - float(self.lengths.sum()) / (len(self) * self.row_len)
+
+    @property
+    def target(self) -> np.ndarray:
+        """(t,) bool: which of `tokens` are to be predicted: texts and ends, not prompts."""
+        sizes = np.diff(self.starts)
+        return np.arange(len(self.tokens)) >= np.repeat(self.starts[:-1] + self.prompt, sizes)
 
     def parts(self, epoch: int) -> np.ndarray:
         """Which part stands where in an epoch, row after row: (p,), each part once."""

@@ -30,7 +30,7 @@ class TextBatch:
 
     Attributes:
         tokens: (b q) long: prompt, text and end-of-sequence, again and again.
-        segments: (b q) long: which text (or part of a long one) of the split a token belongs to; -1 = padding.
+        segments: (b q) long: which text (or part of a long one) of the split a token belongs to; below 0 = padding.
         target: (b q) bool, True = a token that the model must predict: text and end, not prompt, not padding.
         names: the names of the texts, "train 17".
     """
@@ -93,7 +93,8 @@ class TextCollate:
     def __call__(self, samples: list[tuple[TextRow, bool]]) -> TextBatch:
         """Stack the rows."""
         shape = (len(samples), max(len(row.tokens) for row, _ in samples))
-        tokens, segments = np.full(shape, self.pad_id, np.int64), np.full(shape, -1, np.int64)
+        tokens = np.full(shape, self.pad_id, np.int64)
+        segments = np.tile(-1 - np.arange(shape[1]), (shape[0], 1))  # padding sees nothing but itself
         target, parts = np.zeros(shape, bool), list[int]()
         for i, (row, counted) in enumerate(samples):
             end = len(row.tokens)

@@ -4,13 +4,14 @@ from mmtransformer.training.captioning import Captioning, finetune
 from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles
 from mmtransformer.training.evaluation import Evaluation, evaluate
 from mmtransformer.training.guard import NotFinite
+from mmtransformer.training.language import LanguageModelling
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import Progress
 from mmtransformer.training.report import write_report
 from mmtransformer.training.samples import Samples
-from mmtransformer.training.stage1 import QFormerStage1
 from mmtransformer.training.saving import Saving, Stopped
+from mmtransformer.training.stage1 import QFormerStage1
 from mmtransformer.training.task import Run, Task
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointFiles",
     "Evaluation",
+    "LanguageModelling",
     "NotFinite",
     "Optim",
     "Progress",
