@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
-    from mmtransformer.blip2 import Blip2
+    from mmtransformer.blip2 import Blip2, from_stage1
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
     from mmtransformer.coca import CoCa
     from mmtransformer.decoder import TextDecoder
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from mmtransformer.seq2seq import TRANSFORMER_SIZES, TextPairs, Transformer
     from mmtransformer.tokenizer import Tokenizer
     from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
+    from mmtransformer.vocabulary import ExtendedVocabulary
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
-    "blip2": "Blip2",
+    "blip2": "Blip2 from_stage1",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
     "coca": "CoCa",
     "decoder": "TextDecoder",
@@ -62,6 +63,7 @@ _HOMES = {
     "resampler": "PerceiverResampler",
     "seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
     "tokenizer": "Tokenizer",
+    "vocabulary": "ExtendedVocabulary",
     "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -81,6 +83,7 @@ __all__ = [
     "DecoderState",
     "Decoding",
     "EncoderDecoder",
+    "ExtendedVocabulary",
     "FewShot",
     "Flamingo",
     "Generated",
@@ -108,6 +111,7 @@ __all__ = [
     "caption_loss",
     "clip_loss",
     "freeze",
+    "from_stage1",
     "generate",
     "hard_negatives",
     "itc_loss",

@@ -190,6 +190,11 @@ class HubDecoder(Pretrained, Decoder):
         """The weights of the embedding and of the head, each (vocab_size e): the same tensor where they are tied."""
         return self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
 
+    @property
+    def lookup_scale(self) -> float:
+        """What some embeddings do to their rows (Gemma 3)."""
+        return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+
     def lookup(self, tokens: Tensor) -> Tensor:
         """The embeddings of tokens (b q), as the model's table gives them: (b q e)."""
         try:
@@ -230,6 +235,12 @@ class HubDecoder(Pretrained, Decoder):
             if not self.takes_masks:
                 raise ValueError(
                     f"transformers' {type(self.model).__name__} ignores masks (b q k), or cannot take them"
+                )
+            window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+            if window and past + count > window:
+                raise ValueError(
+                    f"rows of {past + count} tokens with a mask are longer than the window of {window} in layers of "
+                    f"transformers' {type(self.model).__name__}, which a mask would undo"
                 )
             hidden_from = ~mask.expand(rows, count, past + count)[:, None]
             # Added to the scores, as some families do themselves; a bool would be added there as 0 and 1.

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mmtransformer"
 FLOORS = {
     1: "attention masks images tokenizer spelling metrics",
     2: "next_token language positions blocks linear_attention record prepack pretrained lora",
-    3: "vit decoder hub encoder seq2seq resampler qformer",
+    3: "vit decoder hub vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt objectives media",
     5: "encoder_decoder flamingo image_text blip2 prefix coca generate prompts weights",
     6: "data training pictures pipeline few_shot",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmtransformer
-from mmtransformer import EncoderDecoder, TextDecoder, VisualAdapter, ViT
+from mmtransformer import EncoderDecoder, ExtendedVocabulary, HubDecoder, TextDecoder, VisualAdapter, ViT
 from mmtransformer.pretrained import Pretrained, find_folder, from_config, load_strictly, read_json, to_config
 
 VISION: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 1, "num_heads": 4}
@@ -41,6 +41,15 @@ MODELS = {
         mlp_dim=31, cross_dim=19, cross_every=2, num_kv_heads=2, head_dim=10, norm="rms", norm_eps=1e-3,
         mlp="swiglu", positions="rotary", rope_theta=5e3, rope_scaling={"rope_type": "linear", "factor": 2.0},
         bias="qkv", qk_norm="rms", tied=False, dropout=0.1,
+    ),
+    "TextDecoder with a window": lambda: decoder(
+        positions="rotary", window=5, unrotated_every=2, norm="rms", mlp="swiglu", bias="none"
+    ),
+    "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
+    "HubDecoder": lambda: HubDecoder(
+        {"model_type": "gpt_neox", "vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "intermediate_size": 31},
+        max_len=29,
     ),
     "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
     "EncoderDecoder": lambda: captioner(freeze_vision=True),
