@@ -6,6 +6,7 @@ instructions make them differ), gh gw rows and columns of patches.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -216,6 +217,49 @@ class Blip2(Captioner):
         to_patches = to_patches.repeat_interleave(to_queries.shape[0] // to_patches.shape[0], 0)
         weights = torch.einsum("nqil,nilp->nqip", to_queries, to_patches)
         return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
+
+
+def from_stage1(
+    folder: str | Path,
+    decoder: Decoder,
+    *,
+    vision: ViT | None = None,
+    freeze_vision: bool = True,
+    freeze_decoder: bool = True,
+) -> Blip2:
+    """Stage 2 from what stage 1 left: its vision tower and its Q-Former, whose text stream is dropped.
+
+    Args:
+        folder: the run's folder of stage 1 (`ImageText`), or the model's in it.
+        decoder: the language model that is to be spoken to.
+        vision: another vision tower of the same width; None = that of stage 1.
+        freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        freeze_decoder: whether the language model is taken out of training.
+
+    Raises:
+        ValueError: if the folder has no such model, or the vision tower is of another width.
+    """
+    inside = Path(folder) / "model"
+    stage1 = Captioner.from_pretrained(inside if inside.is_dir() else folder)
+    qformer = getattr(stage1, "qformer", None)
+    if not isinstance(qformer, QFormer):
+        raise ValueError(
+            f"{folder} holds a {type(stage1).__name__}, which has no Q-Former: give a run of stage 1"
+        )
+    if vision is not None and vision.dim != qformer.visual_dim:
+        raise ValueError(
+            f"the Q-Former of {folder} reads visual tokens {qformer.visual_dim} wide, but the vision tower given makes "
+            f"them {vision.dim} wide"
+        )
+    model = Blip2(
+        stage1.vision if vision is None else vision,
+        qformer.without_text(),
+        decoder,
+        freeze_vision=freeze_vision,
+        train_norm=freeze_vision and bool(getattr(stage1, "train_norm", False)),
+        freeze_decoder=freeze_decoder,
+    )
+    return model.train()
 
 
 def _instruction(batch: CaptionBatch) -> tuple[Tensor, Tensor]:

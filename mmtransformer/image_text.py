@@ -187,6 +187,7 @@ class ImageText(Captioner):
         seed: int = 0,
         itc_smoothing: float = 0.1,
         itg_smoothing: float = 0.1,
+        match_texts: int | None = None,
         gather_grad: bool = True,
     ) -> Losses:
         """The three losses of a batch, means over the global batch as `objectives` says.
@@ -200,6 +201,8 @@ class ImageText(Captioner):
             seed: of the negatives that are drawn; they depend on it and on the ids, not on how the batch is cut.
             itc_smoothing: label smoothing of the contrastive loss.
             itg_smoothing: label smoothing of the generation loss.
+            match_texts: how many of a picture's r texts are matched, the first ones; None = all. Matching is most of a
+                step's work.
             gather_grad: whether contrastive gradients reach the processes that candidates came from.
 
         Raises:
@@ -218,7 +221,10 @@ class ImageText(Captioner):
             gather_grad=gather_grad,
         )
         itc = contrastive_loss(similarity, self.temperature, label_smoothing=itc_smoothing)
-        logits, match, counted = self._matches(batch, visual_tokens, visual, similarity, seed)
+        r = n // b if match_texts is None else match_texts
+        if not 1 <= r <= n // b:
+            raise ValueError(f"match_texts ({r}) must be from 1 to the {n // b} texts of a picture")
+        logits, match, counted = self._matches(batch, visual_tokens, visual, similarity, r, seed)
         right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
         earlier = batch.cut(batch.tokens.shape[1] - 1)
         said = self.qformer.read(earlier.tokens, earlier.valid, seen)
@@ -226,23 +232,32 @@ class ImageText(Captioner):
         return Losses(itc, itm_loss(logits, match, counted), itg, right)
 
     def _matches(
-        self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], s: Similarity, seed: int
+        self,
+        batch: CaptionBatch,
+        visual_tokens: Tensor,
+        visual: list[KeyValue],
+        s: Similarity,
+        r: int,
+        seed: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Matching's logits (3n 2) of true pairs, each text with a hard other picture, and each picture with a hard
-        other text; whether they match, and whether they count.
-        """
-        tokens, valid, n = batch.tokens, batch.valid, batch.tokens.shape[0]
-        r = n // len(s.image_ids)
-        number = torch.arange(n, device=tokens.device)
-        keys = s.text_ids * 1_000_003 + number % r
-        temperature, real = self.temperature.detach(), s.text_ids >= 0
-        others = (s.text_ids[:, None] != s.all_image_ids) & (s.all_image_ids >= 0)
-        noise = pair_noise(seed, keys, s.all_image_ids)
-        pictures, some_picture = hard_negatives(s.of_texts / temperature, others, noise)
-        others = (s.text_ids[:, None] != s.all_text_ids) & (s.all_text_ids >= 0)
-        noise = pair_noise(seed + 1, keys, gather(keys))
-        texts, some_text = hard_negatives(s.of_images[number // r] / temperature, others, noise)
+        """Matching of r texts a picture (m = b r): logits (3m 2), whether they match, and whether they count.
 
+        True pairs, each text with a hard other picture, and each picture with a hard other text.
+        """
+        every, b = batch.tokens.shape[0], len(s.image_ids)
+        number = torch.arange(every, device=batch.tokens.device)
+        all_keys = gather(s.text_ids * 1_000_003 + number % (every // b))
+        number = number.unflatten(0, (b, -1))[:, :r].flatten()  # of the texts to be matched
+        ids, keys = s.text_ids[number], s.text_ids[number] * 1_000_003 + number % (every // b)
+        temperature, real = self.temperature.detach(), ids >= 0
+        others = (ids[:, None] != s.all_image_ids) & (s.all_image_ids >= 0)
+        noise = pair_noise(seed, keys, s.all_image_ids)
+        pictures, some_picture = hard_negatives(s.of_texts[number] / temperature, others, noise)
+        others = (ids[:, None] != s.all_text_ids) & (s.all_text_ids >= 0)
+        noise = pair_noise(seed + 1, keys, all_keys)
+        texts, some_text = hard_negatives(s.of_images[number // (every // b)] / temperature, others, noise)
+
+        tokens, valid = batch.tokens, batch.valid
         if processes() == 1:
             other_pictures = [kv.select(pictures) for kv in visual]
             other_tokens, other_valid = tokens[texts], valid[texts]
@@ -252,9 +267,10 @@ class ImageText(Captioner):
             more = (0, longest - tokens.shape[1])
             tokens, valid = F.pad(tokens, more), F.pad(valid, more)
             other_tokens, other_valid = gather(tokens)[texts], gather(valid.long()).bool()[texts]
+        tokens, valid = tokens[number], valid[number]
 
         def beside(own: Tensor, other: Tensor) -> Tensor:
-            """A picture's own texts, then as many others, so that they share its keys: (n q) twice -> (2n q)."""
+            """A picture's own texts, then as many others, so that they share its keys: (m q) twice -> (2m q)."""
             both = torch.stack((own.unflatten(0, (-1, r)), other.unflatten(0, (-1, r))), dim=1)
             return both.flatten(0, 2)
 

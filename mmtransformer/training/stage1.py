@@ -34,6 +34,7 @@ class QFormerStage1(Captioning):
         optim: The optimizer and its schedule.
         itc_smoothing: Label smoothing of the contrastive loss, in training only.
         label_smoothing: That of the generation loss.
+        match_texts: How many of a picture's captions of a batch are matched; None = all. It is most of a step's work.
         gather_grad: Whether contrastive gradients reach the processes that candidates came from.
         rerank: How many of the nearest are matched again when retrieval is evaluated; 0 = none.
         seed: Of the negatives.
@@ -50,6 +51,7 @@ class QFormerStage1(Captioning):
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         itc_smoothing: float = 0.1,
         label_smoothing: float = 0.1,
+        match_texts: int | None = None,
         gather_grad: bool = True,
         rerank: int = 16,
         seed: int = 0,
@@ -67,12 +69,8 @@ class QFormerStage1(Captioning):
             raise ValueError(f"itc_smoothing ({itc_smoothing}) must be at least 0 and below 1")
         if rerank < 0:
             raise ValueError(f"rerank ({rerank}) must be at least 0")
-        self.itc_smoothing, self.gather_grad, self.rerank, self.seed = (
-            itc_smoothing,
-            gather_grad,
-            rerank,
-            seed,
-        )
+        self.itc_smoothing, self.match_texts, self.gather_grad = itc_smoothing, match_texts, gather_grad
+        self.rerank, self.seed = rerank, seed
         self._micro = 0  # batches since the last optimizer step
 
     def setup(self, stage: str) -> None:
@@ -105,6 +103,7 @@ class QFormerStage1(Captioning):
             seed=int(mix(self.seed, *step)) >> 2,
             itc_smoothing=self.itc_smoothing if training else 0.0,
             itg_smoothing=self.label_smoothing if training else 0.0,
+            match_texts=self.match_texts if training else None,
             gather_grad=self.gather_grad,
         )
 
