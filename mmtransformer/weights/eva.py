@@ -1,4 +1,4 @@
-"""BLIP-2's vision tower (EVA-ViT-g, arXiv:2211.07636, in the published ones), by transformers' names -> `ViT`, and back.
+"""BLIP-2's vision tower (EVA-ViT-g, arXiv:2211.07636, in the published ones) by transformers' names -> `ViT`, and back.
 
 One matrix projects queries, keys and values there; its bias has a part for keys, which changes nothing.
 """
