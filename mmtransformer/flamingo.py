@@ -71,9 +71,7 @@ class Flamingo(Captioner):
         patches_only: leave out the vision tower's class token and registers, as OpenFlamingo does.
         dropout: share of the gated branches' results dropped in training.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
-        freeze_decoder: the same for the language model.
-        new_tokens: so many ids after the decoder's own are understood, and learn their embeddings, while all others
-            stay as they are.
+        freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
 
     Raises:
         ValueError: if the parts do not fit, or there is no such block.
@@ -101,7 +99,6 @@ class Flamingo(Captioner):
         dropout: float = 0.0,
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
-        new_tokens: int = 0,
     ) -> None:
         super().__init__()
         if resampler is not None and resampler.dim != vision.dim:
@@ -125,7 +122,7 @@ class Flamingo(Captioner):
         self.per_channel, self.blind_mlp, self.dropout = per_channel, blind_mlp, dropout
         self.media: Media = check_media(media)
         self.patches_only = patches_only
-        self.freeze_vision, self.freeze_decoder, self.new_tokens = freeze_vision, freeze_decoder, new_tokens
+        self.freeze_vision, self.freeze_decoder = freeze_vision, freeze_decoder
 
         width = decoder.dim
         self.gated_blocks = nn.ModuleList(
@@ -150,30 +147,15 @@ class Flamingo(Captioner):
             )
             for _ in layers
         )
-        # A new token is learned as what it adds to token 0: so the decoder's own way of embedding is not asked.
-        self.new_embed = nn.Embedding(new_tokens, width) if new_tokens else None
-        self.new_head = nn.Linear(width, new_tokens, bias=False) if new_tokens else None
-        self._init_new_tokens()
         if freeze_vision:
             freeze(vision)
         if freeze_decoder:
             freeze(decoder)
 
-    def _init_new_tokens(self) -> None:
-        if self.new_embed is None or self.new_head is None:
-            return
-        nn.init.normal_(self.new_embed.weight, std=0.02)
-        own = next(self.decoder.parameters())
-        with (
-            torch.no_grad()
-        ):  # The mean of all words' weights: any other, and a new word could outdo them all.
-            rows = torch.eye(self.decoder.dim, device=own.device, dtype=own.dtype)
-            self.new_head.weight.copy_(self.decoder.head(rows).mean(-1))
-
     @property
     def vocab_size(self) -> int:
         """Number of token ids that the head scores."""
-        return self.decoder.vocab_size + self.new_tokens
+        return self.decoder.vocab_size
 
     @property
     def max_len(self) -> int:
@@ -213,13 +195,12 @@ class Flamingo(Captioner):
     def hidden(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, and may hold several documents."""
         context, mask = self._read(batch)
-        door = self._door(batch.tokens, context, mask)
-        return self.decoder(self._known(batch.tokens), segments=batch.segments, before_block=door)
+        door = self._door(context, mask)
+        return self.decoder(batch.tokens, segments=batch.segments, before_block=door)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""
-        logits = self.decoder.head(hidden)
-        return logits if self.new_head is None else torch.cat((logits, self.new_head(hidden)), -1)
+        return self.decoder.head(hidden)
 
     def start(
         self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
@@ -233,10 +214,10 @@ class Flamingo(Captioner):
         decoder = self.decoder.new_state(q + max_new_tokens)
         valid = None if bool(batch.valid.all()) else batch.valid
         hidden = self.decoder(
-            self._known(batch.tokens),
+            batch.tokens,
             valid=valid,
             state=decoder,
-            before_block=self._door(batch.tokens, context, mask),
+            before_block=self._door(context, mask),
         )
         logits = self.head(hidden[:, -1])
         if context is not None and mask is not None:
@@ -250,9 +231,8 @@ class Flamingo(Captioner):
 
     def step(self, tokens: Tensor, state: FlamingoState) -> Tensor:
         """Adds a token to each row: (m) -> logits of the next (m vocab)."""
-        asked = tokens[:, None]
-        door = self._door(asked, state.context, state.mask)
-        return self.head(self.decoder(self._known(asked), state=state.decoder, before_block=door)[:, 0])
+        door = self._door(state.context, state.mask)
+        return self.head(self.decoder(tokens[:, None], state=state.decoder, before_block=door)[:, 0])
 
     @property
     def _layers(self) -> list[Attention]:
@@ -269,27 +249,18 @@ class Flamingo(Captioner):
             seen = repeat(seen, "n q i -> n q (i l)", l=latents.shape[2])
         return cast_once(rearrange(latents, "b i l d -> b (i l) d")), seen
 
-    def _door(self, tokens: Tensor, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None) -> Door:
+    def _door(self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None) -> Door:
         """What runs before each of the decoder's blocks."""
         sees = None if mask is None else mask.any(-1)
         place = {layer: number for number, layer in enumerate(self.cross_layers)}
 
         def before_block(i: int, x: Tensor) -> Tensor:
-            if i == 0 and self.new_embed is not None:
-                new = tokens - self.decoder.vocab_size
-                x = torch.where((new >= 0)[..., None], x + self.new_embed(new.clamp(min=0)), x)
             if i not in place:
                 return x
             read = context if context is None or isinstance(context, Tensor) else context[place[i]]
             return self.gated_blocks[place[i]](x, read, mask=mask, sees=sees)
 
         return before_block
-
-    def _known(self, tokens: Tensor) -> Tensor:
-        """The tokens with 0 in the place of those that the decoder does not know."""
-        if self.new_embed is None:
-            return tokens
-        return tokens.masked_fill((tokens >= self.decoder.vocab_size) & (tokens < self.vocab_size), 0)
 
     def _seen_from_now_on(
         self, context: list[KeyValue], mask: Tensor, batch: CaptionBatch
