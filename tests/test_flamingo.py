@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmtransformer import (
     CaptionBatch,
     Flamingo,
+    HubDecoder,
     PerceiverResampler,
     TextDecoder,
     ViT,
@@ -671,3 +672,42 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Flamingo(vision, decoder, media="first")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"32 tokens.*31 positions"):
         flamingo().logits(batch(q=32))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB}
+    hub = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            family, **sizes, intermediate_size=31, max_position_embeddings=31, bos_token_id=1, eos_token_id=2
+        )
+    )
+    for parameter in hub.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    decoder, vision = HubDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
+    model = Flamingo(
+        vision, decoder, resampler=PerceiverResampler(20, 1, 3, 7, 5), num_heads=3, head_dim=7
+    ).eval()
+    (given, prompt), names = few_shot(("..I..I......", "I......", "......."), 9), set(hub.state_dict())
+    first = laid_out("..I.I..", ".......")
+    want = hub(first.tokens).logits
+    assert torch.equal(model.logits(first), want)
+    for block in model.gated_blocks:
+        for parameter in block.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    logits, state = model.start(prompt, max_new_tokens=3)
+    steps = [logits] + [model.step(given.tokens[:, t], state) for t in (9, 10, 11)]
+    for r, row in enumerate(("..I..I......", "I......", ".......")):
+        assert given.pixels is not None
+        tokens = given.tokens[r][given.valid[r]][None]
+        alone = replace(laid_out(row), tokens=tokens, pixels=given.pixels[r : r + 1, : row.count("I")])
+        want = model.logits(alone)[0, -4:]
+        torch.testing.assert_close(torch.stack([step[r] for step in steps]), want, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(model.logits(first)[0], hub(first.tokens).logits[0])
+    assert torch.equal(model.logits(first)[1], hub(first.tokens).logits[1])  # It sees no picture.
+    assert set(hub.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Flamingo.from_pretrained(tmp_path).logits(first), model.logits(first))
