@@ -43,7 +43,8 @@ MODELS = {
         bias="qkv", qk_norm="rms", tied=False, dropout=0.1,
     ),
     "TextDecoder with a window": lambda: decoder(
-        positions="rotary", window=5, unrotated_every=2, norm="rms", mlp="swiglu", bias="none"
+        positions="rotary", window=5, unrotated_every=2, norm="rms", mlp="swiglu", bias="none", embed_scale=2.0,
+        pre_norm=False,
     ),
     "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
     "HubDecoder": lambda: HubDecoder(
