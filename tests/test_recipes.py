@@ -9,6 +9,7 @@ import pytest
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.scenes import Scenes
+from mmtransformer.weights import load_lm
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "tiny")
@@ -44,6 +45,11 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name == "caption_scenes":
         sizes = {"train_size": 12, "val_size": 3, "compositional_size": 2}
         return [f"--data.source.{key}={value}" for key, value in sizes.items()]
+    if name == "lm_scenes":
+        sizes = {"train_size": 40, "val_size": 3, "compositional_size": 2}
+        return [f"--data.source.pairs.{key}={value}" for key, value in sizes.items()]
+    if name == "lm_captions":
+        return [f"--data.paths=[{flickr_folder(folder / 'flickr')}]", "--data.max_len=48"]
     root = f"--data.root={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
@@ -69,22 +75,16 @@ def test_recipe_runs(
         code = main(["fit", *words, f"--trainer.default_root_dir={run}", *arguments(name, tmp_path)])
     out, err = capsys.readouterr()
     assert code == 0, err
-    files = [
-        "config.yaml",
-        "metrics.csv",
-        "metrics.json",
-        "gallery.png",
-        "gallery.html",
-        "predictions_val.jsonl",
-    ]
-    files += [
-        "model/model.safetensors",
-        "model/config.json",
-        "model/tokenizer.json",
-        "model/preprocessor.json",
-    ]
-    files += ["model/README.md", "checkpoints/last.ckpt"]
-    assert [file for file in files if not (run / file).is_file()] == []
+    always = (
+        "config.yaml metrics.csv metrics.json checkpoints/last.ckpt model/model.safetensors model/config.json"
+    )
+    assert [file for file in f"{always} model/README.md".split() if not (run / file).is_file()] == []
+    CHECKS.get(name, check_captioner)(name, run, out)
+
+
+def check_captioner(name: str, run: Path, out: str) -> None:
+    files = "gallery.png gallery.html predictions_val.jsonl model/tokenizer.json model/preprocessor.json"
+    assert [file for file in files.split() if not (run / file).is_file()] == []
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert metrics["training"]["steps"] == (3 if name == "caption_scenes" else 1)
     assert metrics["image_use"]["val"].keys() >= {
@@ -102,6 +102,20 @@ def test_recipe_runs(
         assert all("bleu_4" in scores["values"] for scores in metrics["captions"]["val"].values())
     assert f"caption YOUR_PICTURE.jpg --model {run / 'model'}" in out
     assert ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner.vocab_size > 0
+
+
+def check_language_model(name: str, run: Path, out: str) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    languages = {"en", "ko", "all"} if name == "lm_scenes" else {"all"}
+    assert set(metrics["scores"]["val"]) == languages
+    assert set(metrics["ngrams"]) == {"2", "3", "4", "5"}
+    assert "5-grams" in out
+    assert (run / "texts.txt").read_text("utf-8").strip()
+    decoder, tokenizer = load_lm(run / "model"), Tokenizer.from_folder(run / "model")
+    assert decoder.vocab_size >= tokenizer.vocab_size
+
+
+CHECKS = {"lm_scenes": check_language_model, "lm_captions": check_language_model}
 
 
 @pytest.mark.parametrize("name", NAMES)
