@@ -47,9 +47,12 @@ def arguments(name: str, folder: Path) -> list[str]:
         return [f"--data.source.{key}={value}" for key, value in sizes.items()]
     if name == "lm_scenes":
         sizes = {"train_size": 40, "val_size": 3, "compositional_size": 2}
-        return [f"--data.source.pairs.{key}={value}" for key, value in sizes.items()]
+        return [f"--data.source.pairs.{key}={value}" for key, value in sizes.items()] + [
+            "--model.num_texts=3"
+        ]
     if name == "lm_captions":
-        return [f"--data.paths=[{flickr_folder(folder / 'flickr')}]", "--data.max_len=48"]
+        paths = f"--data.paths=[{flickr_folder(folder / 'flickr')}]"
+        return [paths, "--data.max_len=48", "--model.num_texts=3"]
     root = f"--data.root={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
