@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
     from mmtransformer.few_shot import FewShot
     from mmtransformer.flamingo import Flamingo
-    from mmtransformer.generate import Generated, generate
+    from mmtransformer.generate import Generated, generate, stream
     from mmtransformer.hub import HubDecoder
     from mmtransformer.image_text import ImageText
     from mmtransformer.images import Augment, ImageError, ImageTransform
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mmtransformer.resampler import PerceiverResampler
     from mmtransformer.seq2seq import TRANSFORMER_SIZES, TextPairs, Transformer
     from mmtransformer.tokenizer import Tokenizer
+    from mmtransformer.translator import Translator
     from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
     from mmtransformer.vocabulary import ExtendedVocabulary
 
@@ -48,7 +49,7 @@ _HOMES = {
     "encoder_decoder": "EncoderDecoder VisualAdapter",
     "few_shot": "FewShot",
     "flamingo": "Flamingo",
-    "generate": "Generated generate",
+    "generate": "Generated generate stream",
     "image_text": "ImageText",
     "hub": "HubDecoder",
     "images": "Augment ImageError ImageTransform",
@@ -64,6 +65,7 @@ _HOMES = {
     "seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
     "tokenizer": "Tokenizer",
     "vocabulary": "ExtendedVocabulary",
+    "translator": "Translator",
     "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -105,6 +107,7 @@ __all__ = [
     "TextPairs",
     "Tokenizer",
     "Transformer",
+    "Translator",
     "ViT",
     "VisualAdapter",
     "attend",
@@ -120,6 +123,7 @@ __all__ = [
     "media_mask",
     "record_attention",
     "show_mask",
+    "stream",
 ]
 
 

@@ -14,24 +14,26 @@ PACKAGE = ROOT / "mmtransformer"
 
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
-    1: "attention masks images tokenizer spelling metrics",
+    1: "attention masks images tokenizer tokenizer_files spelling metrics",
     2: "next_token language positions blocks linear_attention record prepack pretrained lora",
     3: "vit decoder hub vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt objectives media",
-    5: "encoder_decoder flamingo image_text blip2 prefix coca generate prompts weights",
-    6: "data training pictures pipeline few_shot",
+    5: "encoder_decoder flamingo image_text blip2 prefix coca search generate prompts weights",
+    6: "data training pictures pipeline translator few_shot",
     7: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
 # The only imports that stay on a floor (files of one folder may always import each other): who -> whom.
 SAME_FLOOR = {
-    "tokenizer": {"spelling"},
+    "tokenizer": {"spelling", "tokenizer_files"},
     "seq2seq": {"decoder"},
+    "generate": {"search"},
     "media": {"captioner"},
     "weights": {"flamingo", "blip2", "image_text"},
     "soft_prompt": {"captioner"},
-    "training": {"data", "pictures", "pipeline", "few_shot"},
+    "translator": {"data", "pipeline"},
+    "training": {"data", "pictures", "translator", "pipeline", "few_shot"},
     "few_shot": {"data"},
 }
 

@@ -13,6 +13,7 @@ from mmtransformer.training.samples import Samples
 from mmtransformer.training.saving import Saving, Stopped
 from mmtransformer.training.stage1 import QFormerStage1
 from mmtransformer.training.task import Run, Task
+from mmtransformer.training.translation import Translation
 
 __all__ = [
     "Captioning",
@@ -29,6 +30,7 @@ __all__ = [
     "Saving",
     "Stopped",
     "Task",
+    "Translation",
     "evaluate",
     "finetune",
     "pick_precision",

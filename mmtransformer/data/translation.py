@@ -1,0 +1,259 @@
+"""Translations as a LightningDataModule for an encoder-decoder.
+
+Letters: n pairs, k source tokens, q target tokens.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mmtransformer.data.parallel import Parallel, ParallelSource
+from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader
+from mmtransformer.seq2seq import TextPairs
+from mmtransformer.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class PairRow(NamedTuple):
+    """One pair as ids: the source with its end, and the target with prompt and end."""
+
+    source: list[int]
+    tokens: list[int]
+    prompt: int
+    name: str
+    counted: bool = True
+
+
+def source_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """What the encoder reads of a text: its ids and the end; which language it is in, the model sees."""
+    return [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+class TranslationRows(Dataset[PairRow]):
+    """The pairs of a split, tokenised; those that are longer than `max_len` are left out.
+
+    Args:
+        pairs: The pairs.
+        tokenizer: The tokenizer.
+        max_len: The most tokens of a source or a target, with prompt and end.
+
+    Attributes:
+        pairs: Those that were kept.
+        too_long: How many were left out.
+        longest: Tokens of the longest text of all.
+    """
+
+    def __init__(self, pairs: Sequence[Parallel], tokenizer: Tokenizer, max_len: int) -> None:
+        self.pairs: list[Parallel] = []
+        self.longest = self.too_long = 0
+        self._rows: list[tuple[np.ndarray, np.ndarray, int]] = []
+        for pair in pairs:
+            prompt = tokenizer.prompt(pair.language)
+            source = source_ids(tokenizer, pair.source)
+            tokens = [*prompt, *tokenizer.encode(pair.text), tokenizer.eos_id]
+            self.longest = max(self.longest, len(source), len(tokens))
+            if max(len(source), len(tokens)) > max_len:
+                self.too_long += 1
+                continue
+            self.pairs.append(pair)
+            self._rows.append((np.array(source, np.int32), np.array(tokens, np.int32), len(prompt)))
+        if not self._rows:
+            raise ValueError(
+                f"none of {len(pairs)} pairs is within max_len ({max_len} tokens): the longest has {self.longest}"
+            )
+        self.lengths = np.array([len(source) + len(tokens) for source, tokens, _ in self._rows])
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return len(self._rows)
+
+    def __getitem__(self, pick: Pick) -> PairRow:
+        """The pair that is picked."""
+        source, tokens, prompt = self._rows[pick.index]
+        pair = self.pairs[pick.index]
+        name = f"{pair.name} {pair.direction}"
+        return PairRow(source.tolist(), tokens.tolist(), prompt, name, pick.counted)
+
+
+class PairCollate:
+    """Makes one `TextPairs` of rows.
+
+    Args:
+        tokenizer: Whose padding is used.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[PairRow]) -> TextPairs:
+        """Stack the rows."""
+        source, source_valid = self.tokenizer.pad([row.source for row in rows])
+        tokens, valid = self.tokenizer.pad([row.tokens for row in rows])
+        counted = torch.tensor([row.counted for row in rows])[:, None]
+        first = torch.tensor([row.prompt for row in rows])[:, None]
+        target = valid & counted & (torch.arange(tokens.shape[1]) >= first)
+        return TextPairs(source, source_valid, tokens, valid, target, tuple(row.name for row in rows))
+
+
+class TranslationData(lightning.LightningDataModule):
+    """Texts with translations, in batches grouped by length, the same for any number of workers and processes.
+
+    Args:
+        source: Where the pairs come from, such as `SceneTranslations` or `ParallelTable`.
+        tokenizer: A tokenizer, or a folder to load one from; None trains one on the training texts of both sides.
+        vocab_size: The most words of a tokenizer that is trained here.
+        batch_size: Pairs in a batch of one process.
+        max_len: The most tokens of a source or a target, with prompt and end; longer pairs are left out, and counted.
+        num_workers: Processes that make batches. The batches are the same for any number.
+        seed: Seed of the order.
+        train_split: The split to train on.
+        val_splits: The splits to validate on.
+        test_splits: The splits to test on.
+    """
+
+    def __init__(
+        self,
+        source: ParallelSource,
+        *,
+        tokenizer: Tokenizer | str | None = None,
+        vocab_size: int = 8192,
+        batch_size: int = 64,
+        max_len: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_splits: Sequence[str] = ("val",),
+        test_splits: Sequence[str] = ("test",),
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1 pair")
+        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} must be a list of splits: [{value}]")
+        self.source, self.vocab_size = source, vocab_size
+        self.batch_size, self.max_len, self.num_workers, self.seed = batch_size, max_len, num_workers, seed
+        self.train_split = train_split
+        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
+        self._given = tokenizer
+        self._tokenizer: Tokenizer | None = None
+        self._pairs: dict[str, list[Parallel]] = {}
+        self._rows: dict[str, TranslationRows] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: the one given, loaded, or trained on the training texts at the first call."""
+        if self._tokenizer is None:
+            if isinstance(self._given, Tokenizer):
+                self._tokenizer = self._given
+            elif self._given is not None:
+                self._tokenizer = Tokenizer.from_folder(self._given)
+            else:
+                texts = (text for pair in self.pairs(self.train_split) for text in (pair.source, pair.text))
+                self._tokenizer = Tokenizer.train(texts, self.vocab_size, self.source.languages)
+        return self._tokenizer
+
+    def pairs(self, split: str) -> list[Parallel]:
+        """Return the pairs of a split, the longest too."""
+        if split not in self._pairs:
+            self._pairs[split] = self.source.split(split)
+        return self._pairs[split]
+
+    def rows(self, split: str) -> TranslationRows:
+        """Return the pairs of a split, tokenised at the first call; how many are left out is reported."""
+        if split not in self._rows:
+            rows = self._rows[split] = TranslationRows(self.pairs(split), self.tokenizer, self.max_len)
+            if rows.too_long:
+                _log.warning(
+                    "%s: %d of %d pairs are longer than max_len (%d tokens; the longest has %d) and were left out",
+                    *(split, rows.too_long, len(rows) + rows.too_long, self.max_len, rows.longest),
+                )
+        return self._rows[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the splits of a stage: "fit", "validate" or "test"."""
+        validate, test = self.val_splits, self.test_splits
+        splits = {"fit": (self.train_split, *validate), "validate": validate, "test": test}
+        for split in splits.get(stage or "fit", ()):
+            self.rows(split)
+
+    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
+        """Return the loader of a split: shuffled and grouped by length for training, as it is otherwise.
+
+        Raises:
+            ValueError: If Lightning would replace the sampler.
+        """
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                f"set use_distributed_sampler to false: TranslationData shares the pairs among the {world} processes "
+                f"itself, and Lightning's sampler would change their order"
+            )
+        rows = self.rows(split)
+        sampler = PictureSampler(
+            len(rows),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=training,
+            lengths=(lambda _: rows.lengths) if training else None,
+            rank=rank,
+            world=world,
+        )
+        return ResumableLoader(
+            rows,
+            sampler,
+            PairCollate(self.tokenizer),
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches."""
+        return self.loader(self.train_split, training=True)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `val_splits`, in this order."""
+        return [self.loader(split) for split in self.val_splits]
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `test_splits`, in this order."""
+        return [self.loader(split) for split in self.test_splits]
+
+    def transfer_batch_to_device(
+        self, batch: TextPairs, device: torch.device, dataloader_idx: int
+    ) -> TextPairs:
+        """Copy a batch to the device beside its computation."""
+        return batch.to(device, non_blocking=True)
+
+    def describe(self) -> str:
+        """What there is, a line a split."""
+        return "\n".join(
+            f"{split}: {len(self.rows(split)):,} pairs, {self.rows(split).lengths.mean():.1f} tokens each"
+            for split in (self.train_split, *self.val_splits)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which tokenizer the run uses."""
+        return {"tokenizer": self._tokenizer_hash()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run has the tokenizer it had.
+
+        Raises:
+            ValueError: If it has another one.
+        """
+        if state_dict["tokenizer"] != self._tokenizer_hash():
+            raise ValueError(
+                f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
+                f"{state_dict['tokenizer']}); the training texts or vocab_size ({self.vocab_size}) have changed"
+            )
+
+    def _tokenizer_hash(self) -> str:
+        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
