@@ -12,9 +12,9 @@ import threading
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 ARCHIVES = (".zip", ".tar")
 SQUEEZED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -41,6 +41,7 @@ _DAMAGED = (
     struct.error,
     EOFError,
 )
+_OPEN = 256  # archives that are kept open
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
 
 
@@ -142,6 +143,15 @@ class Files:
             raise ValueError(f"{given}: {self.refused.get(nfc(asked), 'a hidden file')}")
         self._prepare()
 
+    @classmethod
+    def of_boxes(cls, boxes: Sequence[str | Path]) -> Self:
+        """Archives whose entries are known from elsewhere (an index): none is opened before it is read."""
+        files = cls.__new__(cls)
+        files.root, files.boxes, files.asked = Path(), [str(box) for box in boxes], None
+        files.entries, files.refused, files.by_path = [], {}, {}
+        files._prepare()
+        return files
+
     def _prepare(self) -> None:
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -179,7 +189,16 @@ class Files:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise OSError("no longer a regular file")
                 return file.read()
-        handle, offset = self._handle(entry.box), entry.offset
+        if len(self.boxes) > _OPEN:  # more than a process may hold open
+            handle = os.open(self.boxes[entry.box], os.O_RDONLY)
+            try:
+                return self._read_at(handle, entry)
+            finally:
+                os.close(handle)
+        return self._read_at(self._handle(entry.box), entry)
+
+    def _read_at(self, handle: int, entry: Entry) -> bytes:
+        offset = entry.offset
         if self.boxes[entry.box].lower().endswith(".zip"):
             header = _pread(handle, 30, offset)
             if header[:4] != b"PK\x03\x04" or len(header) < 30:

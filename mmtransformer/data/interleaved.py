@@ -24,18 +24,16 @@ from mmtransformer.data.documents import Document
 from mmtransformer.data.faults import Report, TooManyFaults
 from mmtransformer.data.finder import Finder
 from mmtransformer.data.manifests import json_lines
+from mmtransformer.data.settle import settle_languages, settle_splits
+from mmtransformer.data.source import Caption
 from mmtransformer.data.text import (
-    draw,
     fold,
     is_broken,
-    is_korean,
     is_missing,
     language_code,
     split_word,
 )
 from mmtransformer.images import ImageError, load
-
-_ORDER = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclasses.dataclass(slots=True)
@@ -161,8 +159,16 @@ class InterleavedFiles:
             )
         self._files = pictures_in
         _unique(documents)
-        self.languages: tuple[str, ...] = self._settle_languages(documents, language)
-        self._splits = self._settle_splits(documents, val_fraction)
+        texts = [[Caption(" ".join(document.texts), document.language)] for document in documents]
+        self.languages: tuple[str, ...]
+        self.languages, said = settle_languages(texts, language)
+        self._said.append(said)
+        for document, (text,) in zip(documents, texts, strict=True):
+            document.language = text.language
+        names, splits = [d.name for d in documents], [d.split for d in documents]
+        members, said = settle_splits(names, splits, val_fraction, "documents")
+        self._said += [said] if said else []
+        self._splits = {split: [documents[i] for i in some] for split, some in members.items()}
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits that hold documents: train, val, test, then any others."""
@@ -241,34 +247,6 @@ class InterleavedFiles:
                     )
             if len(places) == len(document.pictures):
                 document.places = places
-
-    def _settle_languages(self, documents: list[_Read], language: str | None) -> tuple[str, ...]:
-        open_ = [document for document in documents if document.language is None]
-        korean = [document for document in open_ if is_korean(" ".join(document.texts))]
-        rest = language or ("en" if len(open_) < len(documents) or korean else None)
-        for document in open_:
-            document.language = rest
-        for document in korean:
-            document.language = "ko"
-        counts = Counter(document.language for document in documents)
-        languages = tuple(sorted(code for code in counts if code))
-        said = ", ".join(f"{code} {counts[code]}" for code in languages)
-        self._said.append(f"languages {said}" if said else "no language named")
-        return languages
-
-    def _settle_splits(self, documents: list[_Read], val_fraction: float) -> dict[str, list[_Read]]:
-        if val_fraction and not any(document.split == "val" for document in documents):
-            pool = [document for document in documents if document.split in (None, "train")]
-            for document in pool:
-                document.split = "val" if draw(document.name) < val_fraction else "train"
-            for empty, pick in (("val", min), ("train", max)):
-                if len(pool) > 1 and not any(document.split == empty for document in pool):
-                    pick(pool, key=lambda document: draw(document.name)).split = empty
-            self._said.append(f"val by hash of the name, {val_fraction:.0%} of the documents")
-        splits: dict[str, list[_Read]] = {}
-        for document in documents:
-            splits.setdefault(document.split or "train", []).append(document)
-        return dict(sorted(splits.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0])))
 
 
 def _unique(documents: list[_Read]) -> None:

@@ -13,15 +13,14 @@ from mmtransformer.data.archives import Entry, Files, nfc
 from mmtransformer.data.faults import Report, TooManyFaults
 from mmtransformer.data.finder import Finder
 from mmtransformer.data.manifests import Manifest, find_manifests, read_folder, read_manifest
+from mmtransformer.data.settle import settle_languages, settle_splits
 from mmtransformer.data.source import Caption
 from mmtransformer.data.tables import Row, Wanted
-from mmtransformer.data.text import draw, is_korean
 from mmtransformer.images import ImageError, load
 
 Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet"]
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
            "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file"}  # fmt: skip
-_ORDER = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclasses.dataclass(slots=True)
@@ -168,8 +167,13 @@ class PairFiles:
         if not pictures and max_bad < 1:
             raise TooManyFaults(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
         self._settle_names(pictures)
-        self._settle_languages(pictures, language)
-        self._splits = self._settle_splits(pictures)
+        self.languages: tuple[str, ...]
+        self.languages, said = settle_languages([picture.captions for picture in pictures], language)
+        self._said.append(said)
+        names, splits = [p.name for p in pictures], [p.split for p in pictures]
+        members, said = settle_splits(names, splits, val_fraction)
+        self._said += [said] if said else []
+        self._splits = {split: [pictures[i] for i in some] for split, some in members.items()}
         del self._found, self._missing
 
     def splits(self) -> tuple[str, ...]:
@@ -257,47 +261,6 @@ class PairFiles:
                     if isinstance(place, Entry)
                     else f"{Path(place[0].path).name}/{place[1]}/{place[2]}/{picture.name}"
                 )
-
-    def _settle_languages(self, pictures: list[_Picture], language: str | None) -> None:
-        named = {c.language for picture in pictures for c in picture.captions} - {None}
-        open_ = [c.text for picture in pictures for c in picture.captions if c.language is None]
-        korean = sum(map(is_korean, open_))
-        total = len(open_)
-        rest = language
-        if language is None and (named or 100 * korean >= total > 0):
-            rest = "en"
-        by_script = korean > 0 and rest is not None
-        if language is None and not named and 100 * (total - korean) < total:
-            rest, by_script = "ko", False  # Korean, with a "KTX" here and there
-        if open_ and rest is not None:
-            for picture in pictures:
-                for i, caption in enumerate(picture.captions):
-                    if caption.language is None:
-                        code = "ko" if by_script and is_korean(caption.text) else rest
-                        picture.captions[i] = Caption(caption.text, code)
-        counts = Counter(c.language for picture in pictures for c in picture.captions)
-        self.languages: tuple[str, ...] = tuple(sorted(code for code in counts if code))
-        if self.languages:
-            said = ", ".join(f"{code} {counts[code]}" for code in self.languages)
-            assumed = language is None and rest == "en" and korean < total
-            self._said.append(f"languages {said}" + (" (en where nothing says otherwise)" if assumed else ""))
-        else:
-            self._said.append("no language named")
-
-    def _settle_splits(self, pictures: list[_Picture]) -> dict[str, list[_Picture]]:
-        if self.val_fraction and not any(picture.split == "val" for picture in pictures):
-            pool = [picture for picture in pictures if picture.split in (None, "train")]
-            for picture in pool:
-                picture.split = "val" if draw(picture.name) < self.val_fraction else "train"
-            for empty, pick in (("val", min), ("train", max)):
-                if len(pool) > 1 and not any(picture.split == empty for picture in pool):
-                    pick(pool, key=lambda picture: draw(picture.name)).split = empty
-            if pool:
-                self._said.append(f"val by hash of the name, {self.val_fraction:.0%} of the pictures")
-        splits: dict[str, list[_Picture]] = {}
-        for picture in pictures:
-            splits.setdefault(picture.split or "train", []).append(picture)
-        return dict(sorted(splits.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0])))
 
 
 def _title(manifest: Manifest) -> str:
