@@ -1,117 +1,18 @@
-"""generate(): texts from any captioner or encoder-decoder, by greedy search, sampling or beam search.
+"""generate() and stream(): texts from any model with start and step, by greedy search, sampling or beam search.
 
-Letters: n rows of prompts, s beams (or samples) of a row, t new tokens, v vocabulary.
+Letters: n rows of prompts.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
-from mmtransformer.captioner import State
-
-_IMPOSSIBLE = (
-    -1e9
-)  # Finite, so that sums and comparisons of impossible candidates stay ordered and free of NaN.
-
-
-class Prompts(Protocol):
-    """What `generate` reads of a batch; the model reads the rest (pictures, source texts)."""
-
-    tokens: Tensor
-    """(n q) long, padded on the left."""
-    valid: Tensor
-    """(n q) bool, True = a real token."""
-
-
-Batch = TypeVar("Batch", bound=Prompts, contravariant=True)
-
-
-class Writer(Protocol[Batch]):
-    """What `generate` needs of a model: every `Captioner` has it, and so has the 2017 `Transformer`."""
-
-    training: bool
-
-    @property
-    def max_len(self) -> int:
-        """Most text tokens of a row, prompt included."""
-        ...
-
-    def start(self, batch: Batch, *, copies: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
-        """See `Captioner.start`."""
-        ...
-
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
-        """See `Captioner.step`."""
-        ...
-
-    def eval(self) -> Any:
-        """Evaluation mode."""
-        ...
-
-    def train(self, mode: bool = True) -> Any:
-        """Training mode."""
-        ...
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One text that was generated.
-
-    Attributes:
-        tokens: its ids, without the prompt and the end-of-sequence.
-        log_prob: log-probability of the whole text under the model, natural log, the end-of-sequence included.
-        token_log_probs: that of each token of `tokens`.
-        finished: whether the model ended it; False = cut at `max_new_tokens`.
-    """
-
-    tokens: list[int]
-    log_prob: float
-    token_log_probs: list[float]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is done to the scores of the next token before one is chosen; the names and effects are transformers'.
-
-    Attributes:
-        eos_id: the id that ends a text.
-        min_new_tokens: no end before so many tokens.
-        repetition_penalty: above 1, tokens of prompt and text get less likely (CTRL, arXiv:1909.05858).
-        no_repeat_ngram: no n-gram of this length comes twice; 0 = they may.
-    """
-
-    eos_id: int
-    min_new_tokens: int = 0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-
-    def apply(self, scores: Tensor, history: Tensor, known: Tensor, new_tokens: int) -> Tensor:
-        """Changed scores (m v), for rows whose prompt and text are `history` (m t) where `known` (m t) is True."""
-        if self.repetition_penalty != 1.0:
-            used = (
-                torch.zeros_like(scores, dtype=torch.int8)
-                .scatter_add_(1, history, known.to(torch.int8))
-                .bool()
-            )
-            penalised = torch.where(
-                scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty
-            )
-            scores = torch.where(used, penalised, scores)
-        size = self.no_repeat_ngram
-        if size and history.shape[1] >= size:
-            grams, real = history.unfold(1, size, 1), known.unfold(1, size, 1).all(-1)
-            last = history[:, history.shape[1] - size + 1 :]
-            repeats = (grams[..., :-1] == last[:, None]).all(-1) & real
-            banned = torch.zeros_like(scores, dtype=torch.int8).scatter_add_(
-                1, grams[..., -1], repeats.to(torch.int8)
-            )
-            scores = scores.masked_fill(banned.bool(), float("-inf"))
-        if new_tokens < self.min_new_tokens:
-            scores = scores.index_fill(1, torch.tensor([self.eos_id], device=scores.device), float("-inf"))
-        return scores
+from mmtransformer.captioner import Captioner
+from mmtransformer.search.beams import Beams, LengthPenalty, beam_search
+from mmtransformer.search.guidance import Guided
+from mmtransformer.search.rules import Batch, Generated, Rules, Writer
+from mmtransformer.search.sample import Drawing, sample, walk
+from mmtransformer.search.words import OwingBeams, Word, required_words
 
 
 @torch.inference_mode()
@@ -132,6 +33,10 @@ def generate(
     no_repeat_ngram: int = 0,
     length_penalty: float = 1.0,
     length_offset: float = 0.0,
+    num_beam_groups: int = 1,
+    diversity_penalty: float = 0.0,
+    required: Sequence[Word] = (),
+    image_guidance: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> list[list[Generated]]:
     """Continues each row's prompt. Names, defaults and results follow transformers' `generate`.
@@ -156,6 +61,11 @@ def generate(
             longer texts.
         length_offset: o in that length, (o + tokens) / (o + 1); 5 is Google's formula (arXiv:1609.08144, equation 14),
             which "Attention Is All You Need" used with `length_penalty=0.6`.
+        num_beam_groups: groups that the beams are divided into, each avoiding the words of those before it.
+        diversity_penalty: how much a group avoids them (diverse beam search, arXiv:1610.02424).
+        required: words that must come, each as the ways to spell it in tokens (see `search.words`); needs beams.
+        image_guidance: above 1, what the picture makes likelier than a blank one does counts for more
+            (arXiv:2207.12598); it takes twice the work. Reported log-probabilities are then the guided ones.
         generator: source of randomness for sampling.
 
     Returns:
@@ -165,23 +75,97 @@ def generate(
         ValueError: for numbers that make no sense, alone or together.
     """
     _check(captioner, batch, max_new_tokens, num_beams, num_return, do_sample, temperature, top_k, top_p)
-    if length_offset < 0:
-        raise ValueError(f"length_offset must not be below 0, not {length_offset}")
+    _check_beams(num_beams, num_beam_groups, diversity_penalty, length_offset, required, max_new_tokens)
+    model = _guided(captioner, image_guidance)
     rules = Rules(eos_id, min_new_tokens, repetition_penalty, no_repeat_ngram)
     training = captioner.training
     captioner.eval()
     try:
-        if num_beams > 1:
-            divide = _LengthPenalty(length_penalty, length_offset)
-            return _beam_search(captioner, batch, rules, max_new_tokens, num_beams, num_return, divide)
-        drawing = _Drawing(temperature, top_k, top_p, generator) if do_sample else None
-        return _sample(captioner, batch, rules, max_new_tokens, num_return, drawing)
+        if num_beams == 1:
+            drawing = Drawing(temperature, top_k, top_p, generator) if do_sample else None
+            return sample(model, batch, rules, max_new_tokens, num_return, drawing)
+        divide = LengthPenalty(length_penalty, length_offset)
+        size = num_beams // num_beam_groups
+        new = (batch.tokens.shape[0], size, max_new_tokens, rules, divide, batch.tokens.device)
+        if required:
+            return required_words(model, batch, rules, max_new_tokens, OwingBeams(*new, required), num_return)
+        groups = [Beams(*new) for _ in range(num_beam_groups)]
+        return beam_search(model, batch, rules, max_new_tokens, groups, num_return, diversity_penalty)
     finally:
         captioner.train(training)
 
 
-def _check(
+@torch.inference_mode()
+def stream(
     captioner: Writer[Batch],
+    batch: Batch,
+    *,
+    eos_id: int,
+    max_new_tokens: int = 40,
+    min_new_tokens: int = 0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+    image_guidance: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields tokens while they are written: what `generate` would give with the same arguments, a step at a time.
+
+    Args:
+        captioner: the model; evaluation mode is set until the last token, or until the iterator is closed.
+        batch: pictures (or source texts) and prompts; prompts are padded on the left.
+        eos_id: see `generate`, as all that follow.
+        max_new_tokens: see `generate`.
+        min_new_tokens: see `generate`.
+        do_sample: see `generate`.
+        temperature: see `generate`.
+        top_k: see `generate`.
+        top_p: see `generate`.
+        repetition_penalty: see `generate`.
+        no_repeat_ngram: see `generate`.
+        image_guidance: see `generate`.
+        generator: see `generate`.
+
+    Yields:
+        The new id of each row; None where its text has ended.
+
+    Raises:
+        ValueError: for numbers that make no sense.
+    """
+    _check(captioner, batch, max_new_tokens, 1, 1, do_sample, temperature, top_k, top_p)
+    rules = Rules(eos_id, min_new_tokens, repetition_penalty, no_repeat_ngram)
+    drawing = Drawing(temperature, top_k, top_p, generator) if do_sample else None
+    training, ended = captioner.training, [False] * batch.tokens.shape[0]
+    captioner.eval()
+    try:
+        model = _guided(captioner, image_guidance)
+        for tokens, _ in walk(model, batch, rules, max_new_tokens, 1, drawing):
+            ids = tokens.tolist()
+            ended = [was or token == eos_id for was, token in zip(ended, ids, strict=True)]
+            yield [None if end else token for end, token in zip(ended, ids, strict=True)]
+            if all(ended):
+                return
+    finally:
+        captioner.train(training)
+
+
+def _guided(captioner: Writer[Batch], scale: float) -> Writer[Batch]:
+    if scale == 1.0:
+        return captioner
+    if scale < 0:
+        raise ValueError(f"image_guidance must not be below 0, not {scale}")
+    if not isinstance(captioner, Captioner):
+        raise ValueError(
+            f"image_guidance is for captioners, and a {type(captioner).__name__} sees no picture"
+        )
+    return Guided(captioner, scale)  # pyright: ignore[reportReturnType]  # Its batches are a captioner's.
+
+
+def _check(
+    model: Writer[Batch],
     batch: Batch,
     max_new_tokens: int,
     num_beams: int,
@@ -194,10 +178,10 @@ def _check(
     prompt = batch.tokens.shape[1]
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if prompt + max_new_tokens > captioner.max_len:
+    if prompt + max_new_tokens > model.max_len:
         raise ValueError(
-            f"a prompt of {prompt} and {max_new_tokens} new tokens are more than the {captioner.max_len} that the "
-            f"captioner reads; at most {captioner.max_len - prompt} new tokens fit"
+            f"a prompt of {prompt} and {max_new_tokens} new tokens are more than the {model.max_len} that the "
+            f"captioner reads; at most {model.max_len - prompt} new tokens fit"
         )
     if num_beams < 1 or num_return < 1:
         raise ValueError(f"num_beams ({num_beams}) and num_return ({num_return}) must be at least 1")
@@ -217,138 +201,31 @@ def _check(
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
 
 
-@dataclass(frozen=True)
-class _LengthPenalty:
-    power: float
-    offset: float
-
-    def __call__(self, log_probs: Tensor, tokens: int) -> Tensor:
-        return log_probs / ((self.offset + tokens) / (self.offset + 1)) ** self.power
-
-
-@dataclass(frozen=True)
-class _Drawing:
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    generator: torch.Generator | None
-
-    def draw(self, scores: Tensor) -> Tensor:
-        """One id a row, (m v) -> (m)."""
-        scores = scores / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[1]:
-            least = scores.topk(self.top_k, dim=1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = scores.sort(dim=1, descending=True)
-            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
-            scores = scores.masked_fill(dropped, float("-inf"))
-        return torch.multinomial(scores.softmax(1), 1, generator=self.generator)[:, 0]
-
-
-def _sample(
-    captioner: Writer[Batch],
-    batch: Batch,
-    rules: Rules,
+def _check_beams(
+    num_beams: int,
+    num_beam_groups: int,
+    diversity_penalty: float,
+    length_offset: float,
+    required: Sequence[Word],
     max_new_tokens: int,
-    copies: int,
-    drawing: _Drawing | None,
-) -> list[list[Generated]]:
-    logits, state = captioner.start(batch, copies=copies, max_new_tokens=max_new_tokens)
-    history = batch.tokens.repeat_interleave(copies, 0)
-    known = batch.valid.repeat_interleave(copies, 0)
-    prompt = history.shape[1]
-    rows = history.shape[0]
-    done = torch.zeros(rows, dtype=torch.bool, device=history.device)
-    log_probs: list[Tensor] = []
-    for step in range(max_new_tokens):
-        scores = rules.apply(logits.float(), history, known, step)
-        tokens = scores.argmax(1) if drawing is None else drawing.draw(scores)
-        tokens = tokens.masked_fill(done, rules.eos_id)
-        log_probs.append(logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0])
-        history = torch.cat((history, tokens[:, None]), 1)
-        known = torch.cat((known, ~done[:, None]), 1)
-        done = done | (tokens == rules.eos_id)
-        if step + 1 == max_new_tokens or bool(done.all()):
-            break
-        logits = captioner.step(tokens, state)
-    new, scored = history[:, prompt:].tolist(), torch.stack(log_probs, 1).tolist()
-    texts = [_text(ids, scores, rules.eos_id) for ids, scores in zip(new, scored, strict=True)]
-    return [texts[i : i + copies] for i in range(0, rows, copies)]
-
-
-def _text(ids: list[int], scores: list[float], eos_id: int) -> Generated:
-    finished = eos_id in ids
-    length = ids.index(eos_id) if finished else len(ids)
-    return Generated(ids[:length], sum(scores[: length + finished]), scores[:length], finished)
-
-
-def _beam_search(
-    captioner: Writer[Batch],
-    batch: Batch,
-    rules: Rules,
-    max_new_tokens: int,
-    beams: int,
-    num_return: int,
-    divide: _LengthPenalty,
-) -> list[list[Generated]]:
-    """Beam search over all rows at once; transformers' rules of what is a finished beam and when a row is done."""
-    n, prompt = batch.tokens.shape
-    logits, state = captioner.start(batch, copies=beams, max_new_tokens=max_new_tokens)
-    device, vocab = logits.device, logits.shape[1]
-    known = batch.valid.repeat_interleave(beams, 0)
-    history = batch.tokens.repeat_interleave(beams, 0)
-    spoken = torch.zeros(n, beams, 0, device=device)  # log-probability of each new token
-    running = torch.full((n, beams), _IMPOSSIBLE, device=device)
-    running[:, 0] = 0.0
-    best = torch.full((n, beams), _IMPOSSIBLE, device=device)  # normalised scores of finished texts
-    best_ids = torch.full((n, beams, max_new_tokens), rules.eos_id, dtype=torch.long, device=device)
-    best_spoken = torch.zeros(n, beams, max_new_tokens, device=device)
-    done = torch.zeros(n, 1, dtype=torch.bool, device=device)
-    first_row = torch.arange(n, device=device)[:, None] * beams
-    width = min(2 * beams, beams * vocab)
-    for step in range(max_new_tokens):
-        raw = logits.float().log_softmax(1)
-        scores = rules.apply(raw, history, known, step).view(n, beams, vocab)
-        total, where = (running[..., None] + scores).view(n, beams * vocab).topk(width, dim=1)
-        beam, token = where // vocab, where % vocab
-        ids = torch.cat(
-            (history.view(n, beams, -1).gather(1, _like(beam, history.shape[1])), token[..., None]), 2
+) -> None:
+    if length_offset < 0:
+        raise ValueError(f"length_offset must not be below 0, not {length_offset}")
+    if num_beam_groups < 1 or num_beams % num_beam_groups:
+        raise ValueError(f"num_beams ({num_beams}) must be a multiple of num_beam_groups ({num_beam_groups})")
+    if diversity_penalty < 0 or (diversity_penalty and num_beam_groups == 1):
+        raise ValueError(
+            f"diversity_penalty ({diversity_penalty}) must not be below 0, and needs num_beam_groups above 1"
         )
-        said = raw.view(n, beams * vocab).gather(1, where)
-        said = torch.cat((spoken.gather(1, _like(beam, step)), said[..., None]), 2)
-
-        ends = token == rules.eos_id
-        last = step + 1 == max_new_tokens
-        complete = ends | last
-        complete[:, beams:] = False  # Only a candidate that would have stayed in the beam may finish.
-        ended = divide(total, step + 1).masked_fill(~complete | done, _IMPOSSIBLE)
-        best, pick = torch.cat((best, ended), 1).topk(beams, dim=1)
-        new_ids = best_ids.new_full((n, width, max_new_tokens), rules.eos_id)
-        new_ids[..., : step + 1] = ids[..., prompt:]
-        new_spoken = best_spoken.new_zeros(n, width, max_new_tokens)
-        new_spoken[..., : step + 1] = said
-        best_ids = torch.cat((best_ids, new_ids), 1).gather(1, _like(pick, max_new_tokens))
-        best_spoken = torch.cat((best_spoken, new_spoken), 1).gather(1, _like(pick, max_new_tokens))
-
-        running, keep = total.masked_fill(ends, _IMPOSSIBLE).topk(beams, dim=1)
-        hope = divide(running[:, :1], step + 1)
-        done = done | ((best[:, -1:] > _IMPOSSIBLE / 2) & (best[:, -1:] >= hope))
-        if last or bool(done.all()):
-            break
-        history = ids.gather(1, _like(keep, ids.shape[2])).view(n * beams, -1)
-        spoken = said.gather(1, _like(keep, step + 1))
-        source = (first_row + beam.gather(1, keep)).view(-1)
-        known = torch.cat((known, torch.ones_like(known[:, :1])), 1)
-        state.reorder(source)
-        logits = captioner.step(history[:, -1], state)
-    ids, said, found = best_ids.tolist(), best_spoken.tolist(), (best > _IMPOSSIBLE / 2).tolist()
-    return [
-        [_text(ids[row][k], said[row][k], rules.eos_id) for k in range(num_return) if found[row][k]]
-        for row in range(n)
-    ]
-
-
-def _like(index: Tensor, width: int) -> Tensor:
-    return index[..., None].expand(-1, -1, width)
+    if not required:
+        return
+    if num_beams == 1 or num_beam_groups > 1:
+        raise ValueError(
+            f"required words need beams in one group: num_beams is {num_beams}, num_beam_groups {num_beam_groups}"
+        )
+    if any(not word or any(not ids for ids in word) for word in required):
+        raise ValueError("a required word has no token: give at least one spelling, of at least one token")
+    if (least := sum(min(map(len, word)) for word in required)) > max_new_tokens:
+        raise ValueError(
+            f"the required words have {least} tokens, more than max_new_tokens ({max_new_tokens})"
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, ViT, generate
-from mmtransformer.generate import Generated, Rules
+from mmtransformer.search.rules import Generated, Rules
 from mmtransformer.weights import from_transformers
 
 EOS, VOCAB, WIDTH = 2, 53, 24
