@@ -163,6 +163,18 @@ def test_resume_with_another_number_of_processes():
         assert sorted(step) == sorted(itertools.chain(*together))
 
 
+def test_an_epoch_that_was_begun_with_another_batch_is_seen_to_its_end():
+    old, new = PictureSampler(N, 8, seed=5, lengths=lengths), PictureSampler(N, 3, seed=5, lengths=lengths)
+    old.set_epoch(2)
+    begun = indices(old)[:5]
+    old.position = 40
+    new.load_state_dict(old.state_dict())
+    assert sorted(itertools.chain(*begun, *indices(new))) == list(range(N))
+    assert new.state_dict() == old.state_dict()
+    new.set_epoch(3)
+    np.testing.assert_array_equal(new.order(3), PictureSampler(N, 3, seed=5, lengths=lengths).order(3))
+
+
 def test_a_pass_that_was_left_early_starts_again():
     each = loader()
     first = next(iter(each))

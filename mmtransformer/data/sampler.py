@@ -153,6 +153,9 @@ class PictureSampler(Sampler[list[Pick]]):
         self.epoch = 0
         self.start = 0  # pictures of this epoch that the next pass leaves out; only a resumed pass has any
         self.position = 0  # pictures of this epoch that all processes together have consumed
+        self.begun: tuple[int, int] | None = (
+            None  # an epoch that was begun with blocks of another size, and that size
+        )
 
     @property
     def sampler(self) -> "PictureSampler":
@@ -171,17 +174,18 @@ class PictureSampler(Sampler[list[Pick]]):
         order = np.argsort(mix(self.seed, epoch, np.arange(self.num_pictures)), kind="stable")
         if self.lengths is None:
             return order
-        lengths, size = self.lengths(epoch), self.block * self.window
+        block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block
+        lengths, size = self.lengths(epoch), block * self.window
         order = np.concatenate(
             [
                 part[np.argsort(lengths[part], kind="stable")]
                 for part in (order[i : i + size] for i in range(0, len(order), size))
             ]
         )
-        full = len(order) // self.block  # the incomplete block stays last
+        full = len(order) // block  # the incomplete block stays last
         blocks = np.argsort(mix(self.seed, epoch, np.arange(full), 1), kind="stable")
-        head = order[: full * self.block].reshape(full, self.block)[blocks]
-        return np.concatenate([head.reshape(-1), order[full * self.block :]])
+        head = order[: full * block].reshape(full, block)[blocks]
+        return np.concatenate([head.reshape(-1), order[full * block :]])
 
     def __iter__(self) -> Iterator[list[Pick]]:
         order = self.order(self.epoch)
@@ -211,6 +215,7 @@ class PictureSampler(Sampler[list[Pick]]):
             "position": self.position,
             "seed": self.seed,
             "num_pictures": self.num_pictures,
+            "block": self.begun[1] if self.begun and self.begun[0] == self.epoch else self.block,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -226,6 +231,7 @@ class PictureSampler(Sampler[list[Pick]]):
                     f"pictures differs; use the data and seed of the run, or start a new one"
                 )
         self.epoch, self.start, self.position = state["epoch"], state["position"], state["position"]
+        self.begun = (state["epoch"], state.get("block", self.block))
 
 
 class ResumableLoader(DataLoader):

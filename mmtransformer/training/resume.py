@@ -174,12 +174,17 @@ def settle(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     batch_ends = batches["current"]["completed"] < batches["current"]["processed"]
     for counts in (batches["total"], batches["current"]):
         counts["completed"] = counts["processed"]
-    if trainer.validating or (batch_ends and validation_follows(trainer)):
+    steps, follows = loops["epoch_loop.state_dict"], validation_follows(trainer)
+    if trainer.validating or (batch_ends and follows):
         # "In the middle of a validation", none of whose batches is done: it is done anew.
         validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         validation["current"] = dict.fromkeys(validation["current"], 0)
     elif batch_ends:
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        steps["_batches_that_stepped"] += 1
+    elif (
+        follows
+    ):  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
+        steps["_batches_that_stepped"] -= 1
     for counts in (epochs["total"], epochs["current"]):
         counts["processed"] = counts["completed"]
 

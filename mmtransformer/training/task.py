@@ -170,11 +170,15 @@ class Task(pl.LightningModule, ABC):
             torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
         self.last_loss = loss
         if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
-            self.log_dict(
-                {"train/loss": loss, "train/grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]},
-                batch_size=len(self._names),
-            )
+            lr = optimizer.param_groups[0]["lr"]
+            self._log({"train/loss": float(loss), "train/grad_norm": value, "lr": lr})
         self._sums, self._counts, self._names = [], [], []
+
+    def _log(self, row: dict[str, float]) -> None:
+        """Writes a row before the step's checkpoint, which Lightning's own log would come after."""
+        row |= {"epoch": self.trainer.current_epoch}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, self.trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------- validation
 

@@ -1,0 +1,149 @@
+"""A run of a captioner that takes a fifth of a second, in forked processes that may be killed: for several tests."""
+
+import hashlib
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
+from mmtransformer.captioner import CaptionBatch
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.scenes import Scenes
+from mmtransformer.images import Augment
+from mmtransformer.training.captioning import Captioning
+from mmtransformer.training.log import MetricsLog
+from mmtransformer.training.optim import Optim
+from mmtransformer.training.saving import Saving
+
+VOCAB = 300
+
+
+def captioner(
+    vocab: int = VOCAB, dim: int = 24, depth: int = 1, *, freeze_vision: bool = False, seed: int = 3
+) -> EncoderDecoder:
+    """A captioner with dropout."""
+    torch.manual_seed(seed)
+    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", dropout=0.1)
+    decoder = TextDecoder(vocab, dim, depth, 2, max_len=60, cross_dim=24, dropout=0.1)
+    return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
+
+
+def scenes(batch_size: int = 4, train_size: int = 11, **arguments: Any) -> CaptionData:
+    """Eleven pictures, augmented."""
+    source = Scenes(image_size=32, train_size=train_size, val_size=5, compositional_size=3)
+    arguments = {"vocab_size": VOCAB, "max_len": 60, "augment": Augment(scale=(0.6, 1.0))} | arguments
+    return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)
+
+
+class Witness(pl.Callback):
+    """Writes down every batch, loss and validation; and sends this process a signal at one of them."""
+
+    def __init__(self, path: Path, at: int = -1, number: int = 9, where: str = "train") -> None:
+        self.path, self.at, self.number, self.where = path, at, number, where
+        self.batches = 0
+
+    def tell(self, *words: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(words) + "\n")
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: CaptionBatch,
+        batch_idx: int,
+    ) -> None:
+        assert batch.pixels is not None
+        pixels = hashlib.sha256(batch.pixels.numpy().tobytes() + batch.tokens.numpy().tobytes()).hexdigest()[
+            :12
+        ]
+        step = [trainer.current_epoch, batch_idx, trainer.global_step]
+        self.tell(*step, pixels, float(outputs["loss"]).hex(), list(batch.names))
+        self.batches += 1
+        if self.batches == self.at and self.where == "train":
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self.batches == self.at and self.where == "validation":
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        losses = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self.tell("validation", trainer.global_step, losses)
+
+
+def in_child(job: Callable[[], object]) -> int:
+    """Runs a job in a forked process, where nothing has to be imported; its exit code, or minus its signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            job()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def fit(
+    folder: Path,
+    witness: Witness,
+    *,
+    resume: bool = False,
+    every_steps: int = 1,
+    workers: int = 0,
+    ema: float = 0.9,
+    batch_size: int = 4,
+    captioner: Callable[[], EncoderDecoder] = captioner,
+    **arguments: Any,
+) -> str:
+    """Trains in `folder`, or goes on there; a hash of the weights that come of it."""
+    warnings.simplefilter("ignore")
+    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=2, ema=ema), image_use_batches=0)
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=MetricsLog(folder),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        callbacks=[witness, Saving(every_steps=every_steps)],
+        **({"max_epochs": 3} | arguments),
+    )
+    data = scenes(batch_size, num_workers=workers)
+    trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None)
+    weights = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
+    return hashlib.sha256(weights).hexdigest()
+
+
+def run(
+    folder: Path, log: Path, *, at: int = -1, number: int = 9, where: str = "train", **arguments: Any
+) -> int:
+    """`fit` in a forked process; what it saw stands in `log`. Its exit code, or minus its signal."""
+
+    def job() -> None:
+        witness = Witness(log, at, number, where)
+        witness.tell("end", fit(folder, witness, **arguments))
+
+    return in_child(job)
+
+
+def lines(log: Path) -> list[Any]:
+    """What a run has seen."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
