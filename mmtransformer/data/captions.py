@@ -21,6 +21,7 @@ from mmtransformer.data.rows import CaptionRows, image_token
 from mmtransformer.data.sampler import PictureSampler, ResumableLoader
 from mmtransformer.data.source import Pairs, PairSource
 from mmtransformer.images import Augment, ImageTransform
+from mmtransformer.pretrained import find_folder
 from mmtransformer.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class CaptionData(lightning.LightningDataModule):
         source: Where the pairs come from, such as `PairFiles`, `Shards`, `Scenes`, or a `Mixture` of some.
         image: How a picture becomes pixels; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
-        tokenizer: A tokenizer, or a folder to load one from; None trains one on the training captions.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions.
         vocab_size: The most words of a tokenizer that is trained here.
         captions_per_picture: Captions of a picture in a batch; they share one pass of the vision tower.
         batch_size: Pictures in a batch of one process.
@@ -113,7 +114,7 @@ class CaptionData(lightning.LightningDataModule):
             if isinstance(self._given, Tokenizer):
                 self._tokenizer = self._given
             elif self._given is not None:
-                self._tokenizer = Tokenizer.from_folder(self._given)
+                self._tokenizer = Tokenizer.from_folder(find_folder(self._given))
             else:
                 pairs = self.pairs(self.train_split)
                 texts = (caption.text for i in range(len(pairs)) for caption in pairs.captions(i))

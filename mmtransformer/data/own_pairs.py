@@ -44,7 +44,7 @@ def own_pairs(
         val_fraction: Share of the pictures for validation where the data names none.
         image: How a picture becomes pixels; a saved model that is fine-tuned brings its own.
         augment: Random changes to training pictures.
-        tokenizer: Folder of a tokenizer; a saved model that is fine-tuned brings its own; else one is trained.
+        tokenizer: Folder or hub name of a tokenizer; a model that is fine-tuned brings its own; else one is trained.
         vocab_size: The most words of a tokenizer that is trained.
         captions_per_picture: Captions of a picture in a batch.
         batch_size: Pictures in a batch of one process.
