@@ -9,7 +9,7 @@ import pytest
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.scenes import Scenes
-from mmtransformer.weights import load_lm
+from mmtransformer.weights import load_lm, save_as_hub
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "tiny")
@@ -40,8 +40,24 @@ def saved_model(folder: Path) -> Path:
     return folder
 
 
+def language_model(folder: Path, family: str = "ours") -> list[str]:
+    """The arguments that put a small language model with its tokenizer into a recipe: ours, or as a hub has it."""
+    source = Scenes(image_size=32, train_size=9).split("train")
+    texts = [caption.text for i in range(9) for caption in source.captions(i)]
+    tokenizer = Tokenizer.train(texts, 300, ("en", "ko") if family == "ours" else ())
+    decoder = TextDecoder(300, 16, 2, 2, max_len=64)
+    if family == "gpt2":
+        save_as_hub(decoder, folder, "gpt2")
+    else:
+        decoder.save_pretrained(folder)
+    tokenizer.save(folder)
+    return [f"--model.captioner.decoder.source={folder}", f"--data.tokenizer={folder}"]
+
+
 def arguments(name: str, folder: Path) -> list[str]:
     """What a recipe needs beside recipes/tiny.yaml: small data, made here."""
+    if name == "flamingo_scenes":
+        return arguments("caption_scenes", folder) + language_model(folder / "lm")
     if name == "caption_scenes":
         sizes = {"train_size": 12, "val_size": 3, "compositional_size": 2}
         return [f"--data.source.{key}={value}" for key, value in sizes.items()]
@@ -56,14 +72,15 @@ def arguments(name: str, folder: Path) -> list[str]:
     root = f"--data.root={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
-    vision = ViT(32, 8, 192, 1, 3)
+    dim = 768 if name == "flamingo_coco" else 192
+    vision = ViT(32, 8, dim, 1, 3)
     vision.save_pretrained(folder / "vit")
-    return [
-        root,
-        f"--model.captioner.vision.source={folder / 'vit'}",
-        "--data.image.image_size=32",
-        f"--data.cache_dir={folder / 'features'}",
-    ]
+    sources = [root, f"--model.captioner.vision.source={folder / 'vit'}", "--data.image.image_size=32"]
+    if name == "flamingo_coco":
+        smaller = ["--model.captioner.resampler.depth=1", "--data.max_len=60"]
+        return sources + smaller + language_model(folder / "lm", "gpt2")
+    sources += [f"--data.cache_dir={folder / 'features'}"]
+    return sources + (language_model(folder / "lm") if name == "flamingo_flickr8k" else [])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,14 +106,14 @@ def check_captioner(name: str, run: Path, out: str) -> None:
     files = "gallery.png gallery.html predictions_val.jsonl model/tokenizer.json model/preprocessor.json"
     assert [file for file in files.split() if not (run / file).is_file()] == []
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
-    assert metrics["training"]["steps"] == (3 if name == "caption_scenes" else 1)
+    assert metrics["training"]["steps"] == (3 if name.endswith("_scenes") else 1)
     assert metrics["image_use"]["val"].keys() >= {
         "loss",
         "loss_right",
         "loss_other_picture",
         "loss_blank_picture",
     }
-    if name == "caption_scenes":
+    if name.endswith("_scenes"):
         assert {s: set(by) for s, by in metrics["facts"].items()} == {
             "val": {"en", "ko"},
             "compositional": {"en", "ko"},
