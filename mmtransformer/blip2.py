@@ -7,7 +7,7 @@ instructions make them differ), gh gw rows and columns of patches.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -17,6 +17,9 @@ from mmtransformer.captioner import CaptionBatch, Captioner, freeze
 from mmtransformer.language import Decoder, DecoderState
 from mmtransformer.qformer import QFormer
 from mmtransformer.record import record_attention
+from mmtransformer.seq2seq import Transformer, TransformerState
+from mmtransformer.soft_prompt import hidden_behind, refuse_documents, start_behind
+from mmtransformer.soft_source import hidden_from, prompt_of, start_from
 from mmtransformer.vit import ViT
 
 
@@ -39,7 +42,8 @@ class Blip2(Captioner):
     Args:
         vision: the vision tower; its `forward_features` gives the visual tokens.
         qformer: gathers them; without a text stream, or with one where `instruct` is set.
-        decoder: a causal language model, ours or any of transformers'.
+        decoder: a causal language model, ours or any of transformers', which reads queries, prompt and caption; or an
+            encoder-decoder, whose encoder reads queries and prompt, its decoder a begin token and the caption.
         instruct: whether the prompt goes into the Q-Former too (InstructBLIP, arXiv:2305.06500, section 2.3).
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
         train_norm: whether the last norm of a frozen tower learns, as in BLIP-2's own code; `encode` then gives, and a
@@ -54,7 +58,7 @@ class Blip2(Captioner):
         self,
         vision: ViT,
         qformer: QFormer,
-        decoder: Decoder,
+        decoder: Decoder | Transformer,
         *,
         instruct: bool = False,
         freeze_vision: bool = True,
@@ -66,7 +70,7 @@ class Blip2(Captioner):
             raise ValueError(
                 f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision tower's dim ({vision.dim})"
             )
-        if qformer.num_queries >= decoder.max_len:
+        if qformer.num_queries >= decoder.max_len and not isinstance(decoder, Transformer):
             raise ValueError(
                 f"the decoder's {decoder.max_len} positions leave no room for text after {qformer.num_queries} queries"
             )
@@ -80,7 +84,8 @@ class Blip2(Captioner):
             raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
         self.vision, self.qformer, self.decoder, self.instruct = vision, qformer, decoder, instruct
         self.freeze_vision, self.train_norm, self.freeze_decoder = freeze_vision, train_norm, freeze_decoder
-        self.proj = nn.Linear(qformer.dim, decoder.tables[0].shape[1])
+        width = decoder.dim if isinstance(decoder, Transformer) else decoder.tables[0].shape[1]
+        self.proj = nn.Linear(qformer.dim, width)
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
         if freeze_vision:
@@ -104,7 +109,8 @@ class Blip2(Captioner):
     @property
     def max_len(self) -> int:
         """Most text tokens of a row beside one picture, prompt included; queries are not counted."""
-        return self.decoder.max_len - self.qformer.num_queries
+        behind = 0 if isinstance(self.decoder, Transformer) else self.qformer.num_queries
+        return self.decoder.max_len - behind
 
     def encode(self, pixels: Tensor) -> Tensor:
         """The vision tower's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d)."""
@@ -116,12 +122,9 @@ class Blip2(Captioner):
                 features = self.vision.forward_features(flat)
         return rearrange(features, "(b i) p d -> b i p d", b=b)
 
-    def queries(self, batch: CaptionBatch) -> Tensor:
+    def front(self, batch: CaptionBatch) -> Tensor:
         """What stands in front of the text: the queries of all pictures of a sample, projected, (m (i l) e)."""
-        if batch.media is not None or batch.segments is not None:
-            raise ValueError(
-                "Blip2 reads pictures before the text: batches with media or segments are Flamingo's"
-            )
+        refuse_documents(batch, "Blip2")
         visual_tokens = self.visual_tokens(batch).to(self.proj.weight.dtype)
         b, i = visual_tokens.shape[:2]
         x = rearrange(visual_tokens, "b i p d -> (b i) p d")
@@ -133,31 +136,11 @@ class Blip2(Captioner):
         queries = self.qformer(x, *(rearrange(t, "b i r q -> (b i r) q") for t in rows))
         return rearrange(self.proj(queries), "(b i r) l e -> (b r) (i l) e", b=b, i=i)
 
-    def _joined(self, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of queries and text (n (i l)+q e); which of the queries are those of real pictures (n (i l))."""
-        text, queries = (
-            self.decoder.lookup(batch.tokens),
-            self.queries(batch).to(self.decoder.tables[0].dtype),
-        )
-        copies = text.shape[0] // queries.shape[0]
-        x = torch.cat((queries.repeat_interleave(copies, 0), text), dim=1)
-        if batch.pictures is None:
-            return x, None
-        known = batch.pictures.repeat_interleave(self.qformer.num_queries, 1)
-        return x, known.repeat_interleave(text.shape[0] // known.shape[0], 0)
-
-    def _run(self, x: Tensor, valid: Tensor | None, state: DecoderState | None) -> Tensor:
-        positions, mask = self.decoder.locate(x, valid, None, None, state)
-        return self.decoder.run(
-            self.decoder.place(x, positions), positions, valid=valid, mask=mask, state=state
-        )
-
     def hidden(self, batch: CaptionBatch) -> Tensor:
-        """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
-        x, known = self._joined(batch)
-        q = batch.tokens.shape[1]
-        valid = None if known is None else torch.cat((known, torch.ones_like(batch.valid)), dim=1)
-        return self._run(x, valid, None)[:, x.shape[1] - q :]
+        """Hidden states of right-padded rows: (n q d)."""
+        if isinstance(self.decoder, Transformer):
+            return hidden_from(self.decoder, self.front(batch), batch)
+        return hidden_behind(self.decoder, self.front(batch), batch)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""
@@ -165,25 +148,16 @@ class Blip2(Captioner):
 
     def start(
         self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, DecoderState]:
+    ) -> tuple[Tensor, DecoderState | TransformerState]:
         """Computes the queries once and reads the left-padded prompts; see `Captioner.start`."""
-        x, known = self._joined(batch)
-        valid = None
-        if known is not None or not bool(batch.valid.all()):
-            front = batch.valid.new_ones(x.shape[0], x.shape[1] - batch.tokens.shape[1])
-            valid = torch.cat((front if known is None else known, batch.valid), dim=1)
-        state = self.decoder.new_state(x.shape[1] + max_new_tokens)
-        hidden = self._run(x, valid, state)
-        logits = self.head(hidden[:, -1])
-        if copies > 1:
-            rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(copies)
-            state.reorder(rows)
-            logits = logits.index_select(0, rows)
-        return logits, state
+        front = self.front(batch)
+        if isinstance(self.decoder, Transformer):
+            return start_from(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
+        return start_behind(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
 
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        return self.head(self.decoder(tokens[:, None], state=state)[:, 0])
+        return self.decoder.step(tokens, state)
 
     @torch.no_grad()
     def look(self, batch: CaptionBatch) -> Tensor:
@@ -193,35 +167,37 @@ class Blip2(Captioner):
             ValueError: if the decoder's attention cannot be recorded, as that of a hub model.
         """
         training, l = self.training, self.qformer.num_queries
+        # An encoder-decoder reads the queries first of all, through its encoder.
+        kind, start = (
+            (".cross_attn", 0) if isinstance(self.decoder, Transformer) else (".attn", -batch.tokens.shape[1])
+        )
         self.eval()
         try:
             with (
-                record_attention(self.decoder, keep=lambda name: name.endswith(".attn")) as reads,
+                record_attention(
+                    self.decoder, keep=lambda name: name.endswith(kind) and "blocks" in name
+                ) as reads,
                 record_attention(self.qformer, keep="cross_attn") as sees,
             ):
                 self.hidden(batch)
         finally:
             self.train(training)
         visual = batch.visual
-        i, q = visual.shape[1], batch.tokens.shape[1]
+        b, i = visual.shape[:2]
         grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
-        to_queries = torch.stack([w.mean(1) for w in reads.values()]).mean(0)[:, -q:, : i * l]
-        to_patches = torch.stack([w.mean(1) for w in sees.values()]).mean(0)[
-            ..., self.vision.num_prefix_tokens :
-        ]
+        to_queries = torch.stack([w.mean(1) for w in reads.values()]).mean(0)[:, start:, : i * l]
+        to_patches = torch.stack([w.mean(1) for w in sees.values()]).mean(0)
+        to_patches = rearrange(to_patches, "(b i r) l p -> (b r) i l p", b=b, i=i)
+        to_patches = to_patches[..., self.vision.num_prefix_tokens :]
+        to_patches = to_patches.repeat_interleave(len(to_queries) // len(to_patches), 0)
         to_queries = rearrange(to_queries, "n q (i l) -> n q i l", i=i)
-        if self.instruct:
-            to_patches = rearrange(to_patches, "(b i r) l p -> (b r) i l p", b=visual.shape[0], i=i)
-        else:
-            to_patches = rearrange(to_patches, "(b i) l p -> b i l p", i=i)
-        to_patches = to_patches.repeat_interleave(to_queries.shape[0] // to_patches.shape[0], 0)
         weights = torch.einsum("nqil,nilp->nqip", to_queries, to_patches)
         return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
 
 
 def from_stage1(
     folder: str | Path,
-    decoder: Decoder,
+    decoder: Decoder | Transformer,
     *,
     vision: ViT | None = None,
     freeze_vision: bool = True,
@@ -265,10 +241,6 @@ def from_stage1(
 def _instruction(batch: CaptionBatch) -> tuple[Tensor, Tensor]:
     """What the Q-Former reads of each row, padded on the right: (n t) ids, and which are real."""
     if isinstance(batch, InstructBatch) and batch.instruction is not None:
-        valid = batch.instruction_valid
-        return batch.instruction, torch.ones_like(
-            batch.instruction, dtype=torch.bool
-        ) if valid is None else valid
-    prompt = batch.valid & (batch.target.long().cumsum(1) == 0)
-    first = (~prompt).long().argsort(dim=1, stable=True)[:, : int(prompt.sum(1).max())]
-    return batch.tokens.gather(1, first), prompt.gather(1, first)
+        tokens, valid = batch.instruction, batch.instruction_valid
+        return tokens, torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    return prompt_of(batch)

@@ -191,7 +191,14 @@ class Transformer(Pretrained, nn.Module):
             positions = (valid.long().cumsum(1) - 1).clamp(min=0)
         return self.decoder.embed(tokens, positions)
 
-    def encode(self, tokens: Tensor, *, valid: Tensor | None = None, before: Tensor | None = None) -> Source:
+    def encode(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        before: Tensor | None = None,
+        before_valid: Tensor | None = None,
+    ) -> Source:
         """Reads sources.
 
         Args:
@@ -199,6 +206,7 @@ class Transformer(Pretrained, nn.Module):
             valid: (n k) bool, True = a real token; None = all are.
             before: (n p d), embeddings that stand in front of the tokens and take no position, such as a Q-Former's
                 queries (as BLIP-2 feeds an encoder-decoder, arXiv:2301.12597, figure 3).
+            before_valid: (n p) bool, which of them are to be read; None = all.
 
         Returns:
             The encoder's tokens (n (p k) d), with their padding.
@@ -211,8 +219,11 @@ class Transformer(Pretrained, nn.Module):
                     f"not {tuple(before.shape)}"
                 )
             x = torch.cat((before.to(x.dtype), x), dim=1)
-            if valid is not None:
-                valid = torch.cat((valid.new_ones(before.shape[:2]), valid), dim=1)
+            if valid is not None and before_valid is None:
+                before_valid = valid.new_ones(before.shape[:2])
+            if before_valid is not None:
+                valid = before_valid.new_ones(tokens.shape) if valid is None else valid
+                valid = torch.cat((before_valid, valid), dim=1)
         mask = None if valid is None else valid[:, None, :]
         x = self.drop(x)
         for block in self.blocks:

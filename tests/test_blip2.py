@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, ViT, caption_loss, generate
+from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, Transformer, ViT, caption_loss, generate
 from mmtransformer.blip2 import InstructBatch
 
 VOCAB, L = 53, 3
@@ -16,10 +16,11 @@ VOCAB, L = 53, 3
 def blip2(instruct: bool = False, **options: Any) -> Blip2:
     torch.manual_seed(4)
     decoder: dict[str, Any] = {"max_len": 31} | options.pop("decoder", {})
+    kind: Any = Transformer if decoder.pop("seq2seq", False) else TextDecoder
     model = Blip2(
         ViT((16, 24), 8, 20, 2, 4, num_registers=1),
         QFormer(L, 12, 3, 3, 20, vocab_size=VOCAB if instruct else None, max_len=17, dropout=0.3),
-        TextDecoder(VOCAB, 24, 3, 4, **decoder),
+        kind(VOCAB, 24, 3, 4, **decoder),
         instruct=instruct,
         **options,
     )
@@ -42,6 +43,7 @@ def pixels(given: CaptionBatch) -> Tensor:
     return given.pixels
 
 
+SEQ2SEQ = {"seq2seq": True, "mlp_dim": 31, "decoder_depth": 2}
 LLAMA = {
     "norm": "rms",
     "mlp": "swiglu",
@@ -121,7 +123,27 @@ def test_padding_and_later_tokens_change_nothing() -> None:
     assert torch.equal(model.logits(given)[:, :4], model.logits(later)[:, :4])
 
 
-@pytest.mark.parametrize("decoder", [{}, LLAMA])
+@pytest.mark.parametrize("i", [1, 2])
+def test_an_encoder_reads_queries_and_prompt_a_decoder_begin_and_caption(i: int) -> None:
+    model, given = blip2(decoder=SEQ2SEQ), batch(i=i)
+    assert isinstance(model.decoder, Transformer)
+    assert model.max_len == 31
+    given.tokens[:, 1] = torch.tensor([3, 4, 5, 6, 7, 8])
+    given.target[3] = given.valid[3] & (torch.arange(7) >= 1)  # A row without a prompt.
+    logits = model.logits(given)
+    for row in range(6):
+        start, end = (1 if row == 3 else 2), int(given.valid[row].sum())
+        seen = [model.vision.forward_features(p[None]) for p in pixels(given)[row // 2]]
+        front = torch.cat([model.proj(model.qformer(x)) for x in seen], 1)
+        tokens = given.tokens[row][None]
+        source = model.decoder.encode(tokens[:, 1:start], before=front)
+        spoken = torch.cat((tokens[:, :1], tokens[:, start:end]), 1)
+        want = model.decoder.head(model.decoder.decode(spoken, source))[0]
+        torch.testing.assert_close(logits[row, :1], want[:1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[row, start:end], want[1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
 def test_a_missing_picture_is_as_if_it_were_not_there(decoder: dict[str, Any]) -> None:
     model, given = blip2(decoder=decoder), batch(i=2)
     known = torch.tensor([[True, False], [True, True], [False, True]])
@@ -136,7 +158,7 @@ def test_a_missing_picture_is_as_if_it_were_not_there(decoder: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("instruct", [False, True])
-@pytest.mark.parametrize("decoder", [{}, LLAMA])
+@pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_decoding_step_by_step_is_the_whole_pass(
     instruct: bool, decoder: dict[str, Any], copies: int
@@ -163,7 +185,8 @@ def test_decoding_step_by_step_is_the_whole_pass(
         alone = CaptionBatch(
             tokens, yes, target, pixels=pixels(prompts)[source // 2][None], pictures=known[source // 2][None]
         )  # fmt: skip
-        want = model.logits(alone)[0, len(prompt) - 1 :]
+        want = model.logits(alone)[0]
+        want = torch.cat((want[:1], want[len(prompt) :])) if "seq2seq" in decoder else want[len(prompt) - 1 :]
         torch.testing.assert_close(found[row], want, atol=2e-5, rtol=2e-5)
 
 
@@ -191,16 +214,16 @@ def test_the_queries_are_computed_once_a_caption(monkeypatch: pytest.MonkeyPatch
 
 def test_an_instruction_changes_what_the_queries_gather() -> None:
     model, given = blip2(instruct=True), batch(i=2)
-    queries = model.queries(given)
+    queries = model.front(given)
     assert queries.shape == (6, 2 * L, 24)
     for row in range(6):
         features = model.vision.forward_features(pixels(given)[row // 2])
         want = model.proj(model.qformer(features, given.tokens[[row, row], :2]))
         torch.testing.assert_close(queries[row], want.flatten(0, 1), atol=1e-5, rtol=1e-5)
     captions = replace(given, tokens=torch.cat((given.tokens[:, :2], given.tokens[:, 2:] * 0), 1))
-    assert torch.equal(model.queries(captions), queries)  # What must be predicted is not read.
+    assert torch.equal(model.front(captions), queries)  # What must be predicted is not read.
     prompts = replace(given, tokens=torch.cat(((given.tokens[:, :2] + 1) % VOCAB, given.tokens[:, 2:]), 1))
-    assert not torch.isclose(model.queries(prompts), queries).all(-1).any()
+    assert not torch.isclose(model.front(prompts), queries).all(-1).any()
 
 
 def test_an_instruction_in_the_qformers_own_words() -> None:
@@ -209,18 +232,19 @@ def test_an_instruction_in_the_qformers_own_words() -> None:
     real = torch.arange(5) < torch.tensor([5, 3, 1, 4, 2, 5])[:, None]
     fields = (given.tokens, given.valid, given.target, given.pixels)
     instructed = InstructBatch(*fields, instruction=words, instruction_valid=real)
-    queries = model.queries(instructed)
+    queries = model.front(instructed)
     other = replace(instructed, instruction=words.where(real, 0))
-    assert torch.equal(model.queries(other), queries)
+    assert torch.equal(model.front(other), queries)
     same = replace(instructed, instruction=given.tokens[:, :2], instruction_valid=None)
-    torch.testing.assert_close(model.queries(same), model.queries(given), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.front(same), model.front(given), atol=1e-5, rtol=1e-5)
     assert isinstance(instructed.cut(3), InstructBatch)
-    assert torch.equal(model.queries(instructed.cut(3)), queries)
+    assert torch.equal(model.front(instructed.cut(3)), queries)
 
 
+@pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
 @pytest.mark.parametrize("instruct", [False, True])
-def test_look_composes_two_attentions(instruct: bool) -> None:
-    model, given = blip2(instruct).train(), batch(i=2)
+def test_look_composes_two_attentions(instruct: bool, decoder: dict[str, Any]) -> None:
+    model, given = blip2(instruct, decoder=decoder).train(), batch(i=2)
     heat = model.look(given)
     assert model.training
     assert heat.shape == (6, 7, 2, 2, 3)
@@ -252,8 +276,33 @@ def test_look_finds_the_patch_that_a_query_reads() -> None:
     torch.testing.assert_close(heat[0, 0, 0, 1, 2], heat[0, 0].sum())
 
 
-def test_saved_and_loaded(tmp_path: object) -> None:
-    model, given = blip2(instruct=True), batch()
+def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from mmtransformer.hub import HubDecoder
+
+    torch.manual_seed(6)
+    lm = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+                                          intermediate_size=31, max_position_embeddings=29)).eval()  # fmt: skip
+    own = blip2()
+    model = Blip2(own.vision, own.qformer, HubDecoder.from_model(lm)).eval()
+    model.proj.load_state_dict(own.proj.state_dict())
+    given = batch()
+    logits = model.logits(given)
+    front = model.front(given).repeat_interleave(2, 0)
+    x = torch.cat((front, lm.get_input_embeddings()(given.tokens)), 1)
+    torch.testing.assert_close(logits, lm(inputs_embeds=x).logits[:, L:], atol=1e-5, rtol=1e-5)
+    first, state = model.start(given.cut(2), copies=2, max_new_tokens=4)
+    torch.testing.assert_close(first[::2], logits[:, 1], atol=1e-5, rtol=1e-5)
+    following = model.step(given.tokens[:, 2].repeat_interleave(2), state)
+    torch.testing.assert_close(following[::2], logits[:, 2], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no attention layer is kept by"):
+        model.look(given)
+
+
+@pytest.mark.parametrize("decoder", [{}, SEQ2SEQ])
+def test_saved_and_loaded(tmp_path: object, decoder: dict[str, Any]) -> None:
+    model, given = blip2(instruct=True, decoder=decoder), batch()
     model.save_pretrained(str(tmp_path))
     again = Blip2.from_pretrained(str(tmp_path))
     assert torch.equal(again.logits(given), model.logits(given))
