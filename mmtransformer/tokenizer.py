@@ -25,6 +25,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from mmtransformer.spelling import Spelling
+from mmtransformer.tokenizer_files import read_backend, read_settings
 
 PAD, BOS, EOS, IMAGE = "<|pad|>", "<|bos|>", "<|eos|>", "<|image|>"
 
@@ -112,9 +113,7 @@ class Tokenizer:
         Raises:
             ValueError: If `vocab_size` is too small, or a language code is malformed or doubled.
         """
-        for code in languages:
-            if not _LANGUAGE.fullmatch(code):
-                raise ValueError(f'language {code!r} is not a code such as "en", "ko" or "pt-BR"')
+        _check_languages(languages)
         if len(set(languages)) != len(languages):
             raise ValueError(f"languages {list(languages)} names one of them twice")
         specials = [PAD, BOS, EOS, IMAGE, *(f"<|{code}|>" for code in languages)]
@@ -151,8 +150,8 @@ class Tokenizer:
             ValueError: If no tokenizer or no eos token is found, or a file cannot be read; names the file and key.
         """
         folder = Path(folder)
-        settings = _read_settings(folder)
-        backend = _read_backend(folder, settings)
+        settings = read_settings(folder)
+        backend = read_backend(folder, settings)
         vocab = backend.get_vocab()
         names = {token_id: token for token, token_id in vocab.items()}
 
@@ -199,6 +198,39 @@ class Tokenizer:
             languages=languages,
         )
 
+    def with_specials(
+        self, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
+    ) -> Self:
+        """Returns a tokenizer with more special tokens: what a hub's tokenizer lacks to drive a multimodal model.
+
+        Tokens that are there keep their ids. The others get the ids from `vocab_size` on, in the order of the
+        arguments, so `ExtendedVocabulary(decoder, more.vocab_size - old.vocab_size, first=old.vocab_size)` is a decoder
+        that knows them.
+
+        Args:
+            image: Whether `<|image|>` is wanted, which stands for a picture inside text.
+            languages: Codes of languages that are wanted beside those known; each gets a token such as `<|ko|>`.
+            tokens: Others, such as "<|endofchunk|>"; no text will get them.
+
+        Raises:
+            ValueError: If a language code is malformed, or the ids of the vocabulary have gaps that new ids fall in.
+        """
+        _check_languages(languages)
+        known = (*self.languages, *(code for code in dict.fromkeys(languages) if code not in self.languages))
+        mark = (self.image or IMAGE) if image else self.image
+        wanted = [IMAGE] * (image and self.image is None) + [f"<|{code}|>" for code in known] + list(tokens)
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        new = [token for token in dict.fromkeys(wanted) if backend.token_to_id(token) is None]
+        backend.add_special_tokens([AddedToken(token, special=True) for token in wanted])
+        ids = [backend.token_to_id(token) for token in new]
+        if ids != list(range(self.vocab_size, self.vocab_size + len(new))):
+            raise ValueError(
+                f"{', '.join(new)} got the ids {ids}, not those from {self.vocab_size} on: this tokenizer's "
+                f"{len(self.backend.get_vocab())} tokens have gaps among their ids"
+            )
+        roles = {"bos": self.bos, "eos": self.eos, "pad": self.pad_token}
+        return type(self)(backend, **roles, image=mark, languages=known)
+
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which the hub's libraries read as well."""
         folder = Path(folder)
@@ -230,7 +262,9 @@ class Tokenizer:
             return [self.bos_id]
         if language not in self._language_ids:
             known = ", ".join(self.languages) or "none"
-            raise ValueError(f"language {language!r} is unknown to this tokenizer; it knows: {known}")
+            raise ValueError(
+                f"language {language!r} is unknown to this tokenizer; it knows: {known} (others: `with_specials`)"
+            )
         return [self.bos_id, self._language_ids[language]]
 
     def encode(self, text: str) -> list[int]:
@@ -351,47 +385,7 @@ class Tokenizer:
                     pending = pending[len(pending) - waiting :]
 
 
-def _read_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reads the files beside a tokenizer that name its special tokens."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    settings = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
-        if (path := folder / name).is_file():
-            try:
-                settings[name] = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path}: not readable as JSON: {error}") from error
-            if not isinstance(settings[name], dict):
-                raise ValueError(f"{path}: holds a {type(settings[name]).__name__}, not an object")
-    return settings
-
-
-def _read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizers.Tokenizer:
-    """Reads the tokenizer itself from whichever files are there."""
-    config = settings.get("tokenizer_config.json", {})
-    path = folder
-    try:
-        if (path := folder / "tokenizer.json").is_file():
-            return tokenizers.Tokenizer.from_file(str(path))
-        if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
-            spaced = bool(config.get("add_prefix_space"))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
-            backend.decoder = decoders.ByteLevel()
-            if not settings and backend.token_to_id("<|endoftext|>") is not None:  # GPT-2 as it was published
-                settings["GPT-2"] = {"eos_token": "<|endoftext|>"}
-            return backend
-        if (path := folder / "vocab.txt").is_file():
-            backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-            backend.normalizer = normalizers.BertNormalizer(lowercase=bool(config.get("do_lower_case", True)))
-            backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-            backend.decoder = decoders.WordPiece()
-            settings.setdefault("BERT", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
-            return backend
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
-    raise ValueError(
-        f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
-        f"it holds: {', '.join(sorted(p.name for p in folder.iterdir())[:9]) or 'nothing'}"
-    )
+def _check_languages(codes: Sequence[str]) -> None:
+    for code in codes:
+        if not _LANGUAGE.fullmatch(code):
+            raise ValueError(f'language {code!r} is not a code such as "en", "ko" or "pt-BR"')

@@ -471,6 +471,66 @@ def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> No
         Tokenizer.from_folder(tmp_path)
 
 
+HUBS = {"gpt2": gpt2, "llama": llama, "bert": lambda folder: bert(folder)}
+
+
+def bert(folder: Path) -> Path:
+    folder.mkdir()
+    words = "[PAD] [UNK] [CLS] [SEP] a red star ##s , . 별 ##이"
+    (folder / "vocab.txt").write_text("\n".join(words.split()), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("hub", HUBS)
+def test_special_tokens_are_added_behind_those_of_a_hub(hub: str, tmp_path: Path) -> None:
+    old = Tokenizer.from_folder(HUBS[hub](tmp_path / "hub"))
+    assert old.image_id is None
+    before = {text: old.encode(text) for text in ("a red star", "별이 <|image|> <|ko|>")}
+    new = old.with_specials(image=True, languages=["en", "ko"], tokens=["<|endofchunk|>"])
+    count = old.vocab_size
+    assert new.vocab_size == count + 4
+    assert new.image_id == count
+    assert new.prompt("en") == [old.bos_id, count + 1]
+    assert new.prompt("ko") == [old.bos_id, count + 2]
+    assert new.backend.token_to_id("<|endofchunk|>") == count + 3
+    assert (new.bos_id, new.eos_id, new.pad_id) == (old.bos_id, old.eos_id, old.pad_id)
+    assert (old.image_id, old.vocab_size, old.languages) == (None, count, ())  # the old one is as it was
+    for text, ids in before.items():
+        assert new.encode(text) == ids
+    assert new.decode([count, *before["a red star"], count + 2]) == "a red star"
+    new.save(tmp_path / "new")
+    again = Tokenizer.from_folder(tmp_path / "new")
+    assert (again.image_id, again.languages, again.vocab_size) == (count, ("en", "ko"), count + 4)
+    assert again.encode("별이 <|image|> <|endofchunk|>") == new.encode("별이 <|image|> <|endofchunk|>")
+    assert again.with_specials(image=True, languages=["ko"]).backend.to_str() == again.backend.to_str()
+    more = again.with_specials(languages=["ko", "fr", "fr"])
+    assert (more.languages, more.prompt("fr")[1]) == (("en", "ko", "fr"), count + 4)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert theirs.convert_tokens_to_ids(["<|image|>", "<|en|>", "<|ko|>"]) == [count, count + 1, count + 2]
+
+
+def test_special_tokens_cannot_fall_in_gaps(tokenizer: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 9, EOS: 1}, unk_token="a"))
+    gaps = Tokenizer(backend, bos=EOS, pad=EOS)
+    with pytest.raises(
+        ValueError, match=r"<\|image\|> got the ids \[3\], not those from 10 on.* 3 tokens have gaps"
+    ):
+        gaps.with_specials(image=True)
+    with pytest.raises(ValueError, match="language 'K-O' is not a code"):
+        tokenizer.with_specials(languages=["K-O"])
+
+
+def test_a_decoder_learns_the_tokens_that_a_tokenizer_was_given(tmp_path: Path) -> None:
+    from mmtransformer import ExtendedVocabulary, TextDecoder
+
+    old = Tokenizer.from_folder(llama(tmp_path / "llama"))
+    new = old.with_specials(image=True, languages=["ko"])
+    decoder = TextDecoder(old.vocab_size, 24, 1, 4, max_len=29)
+    decoder = ExtendedVocabulary(decoder, new.vocab_size - old.vocab_size, first=old.vocab_size)
+    ids = torch.tensor([[*new.prompt("ko"), new.image_id or 0, *new.encode("red 별")]])
+    assert decoder.head(decoder(ids)).shape == (1, ids.shape[1], new.vocab_size)
+
+
 def test_constructor_names_the_missing_token() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, PAD: 1, BOS: 2}, unk_token="a"))
     with pytest.raises(ValueError, match=r"the eos token '<\|eos\|>' is not among the 3 tokens"):
