@@ -5,6 +5,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmtransformer.few_shot import FewShot
+    from mmtransformer.pipeline import ImageCaptioner
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -26,7 +31,16 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument("--sample", action="store_true", help="draw captions at random instead")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the drawing (1.0)")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from this share of probability only")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the drawing, and of the choice of examples (0)"
+    )
+    parser.add_argument(
+        "--shots", metavar="DIR", help="pictures with captions, to be shown to the model as examples"
+    )
+    parser.add_argument("--num-shots", type=int, metavar="N", help="examples before each picture (4)")
+    parser.add_argument(
+        "--nearest", action="store_true", help="choose the examples that are most like the picture, not any"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
     parser.add_argument("--heatmap", metavar="OUT.png", help="draw where the model looked for each word")
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
@@ -37,6 +51,8 @@ def run(name: str, words: Sequence[str]) -> int:
 
     if args.heatmap and Path(args.heatmap).suffix.lower() != ".png":
         raise ValueError(f"--heatmap {args.heatmap}: the heat map is a PNG; let the name end in .png")
+    if args.shots is None and (args.num_shots is not None or args.nearest):
+        raise ValueError("--num-shots and --nearest need examples to choose from: --shots FOLDER")
     images = [load(path) for path in args.pictures]
     model = ImageCaptioner.from_pretrained(args.model, device=args.device)
     decoding = model.decoding
@@ -49,6 +65,7 @@ def run(name: str, words: Sequence[str]) -> int:
             top_p=args.top_p,
             seed=args.seed,
         )
+    prompts = None if args.shots is None else _examples(model, args)
     results = model(
         images,
         language=args.language,
@@ -56,6 +73,7 @@ def run(name: str, words: Sequence[str]) -> int:
         num_beams=args.beams,
         max_new_tokens=args.max_new_tokens,
         decoding=decoding,
+        prompts=prompts,
     )
     for path, captions in zip(args.pictures, results, strict=True):
         if args.json:
@@ -77,11 +95,36 @@ def run(name: str, words: Sequence[str]) -> int:
             tail = f"   ({caption.log_prob:.2f})" if args.num_captions > 1 else ""
             print(f"{lead}{caption.text}{tail}")
     if args.heatmap:
-        _heatmaps(model, args.pictures, images, results, Path(args.heatmap))
+        _heatmaps(model, args.pictures, images, results, Path(args.heatmap), prompts)
     return 0
 
 
-def _heatmaps(model, pictures: list[str], images: list, results: list, out: Path) -> None:
+def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
+    """The examples of --shots: those to train on where the data names any, else all."""
+    from mmtransformer.data.opening import open_pairs
+    from mmtransformer.few_shot import FewShot
+
+    source = open_pairs(args.shots, val_fraction=0.0)
+    splits = source.splits()
+    return FewShot(
+        source.split("train" if "train" in splits else splits[0]),
+        model.captioner,
+        model.tokenizer,
+        model.transform,
+        num_shots=4 if args.num_shots is None else args.num_shots,
+        choose="nearest" if args.nearest else "random",
+        seed=args.seed,
+    )
+
+
+def _heatmaps(
+    model: "ImageCaptioner",
+    pictures: list[str],
+    images: list,
+    results: list,
+    out: Path,
+    prompts: "FewShot | None",
+) -> None:
     """One sheet a picture: OUT.png, OUT-2.png and so on."""
     import sys
 
@@ -94,6 +137,6 @@ def _heatmaps(model, pictures: list[str], images: list, results: list, out: Path
             print(f"{picture}: the caption has no word to draw", file=sys.stderr)
             continue
         box = grid_box(image.size, model.transform.size, model.transform.resize)
-        heat = model.heat(image, best)
+        heat = model.heat(image, best, prompts)
         word_heatmaps(image, [word for word, _ in best.words], heat, path, box=box, title=best.text)
         print(f"{path}: where the model looked in {picture}", file=sys.stderr)

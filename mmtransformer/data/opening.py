@@ -1,0 +1,97 @@
+"""From a path to pairs, whatever lies there: files with captions, tar shards, or interleaved documents."""
+
+import glob
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+from mmtransformer.data.archives import PICTURES, Files
+from mmtransformer.data.document_records import document_files
+from mmtransformer.data.documents import DocumentPairs
+from mmtransformer.data.faults import Report
+from mmtransformer.data.interleaved import InterleavedFiles
+from mmtransformer.data.pairs import PairFiles
+from mmtransformer.data.shards import Shards, find_shards
+from mmtransformer.data.tar_index import TEXTS
+
+_PEEK = 64  # members that tell what a tar is
+
+
+class InterleavedPairs(DocumentPairs):
+    """Interleaved files as pairs, with what was found in them and what was wrong."""
+
+    source: InterleavedFiles
+
+    @property
+    def report(self) -> Report:
+        """What is wrong with the documents."""
+        return self.source.report
+
+    def describe(self) -> str:
+        """What was found."""
+        return self.source.describe()
+
+
+def open_pairs(
+    root: str | Path,
+    *,
+    images: str | Path | None = None,
+    language: str | None = None,
+    val_fraction: float = 0.1,
+    max_bad: float = 0.01,
+) -> PairFiles | Shards | InterleavedPairs:
+    """Opens what a path names: `Shards`, the pictures of `InterleavedFiles` with the texts after them, or `PairFiles`.
+
+    Args:
+        root: A folder, an archive, a manifest, or a pattern of tar shards.
+        images: Folder or archive with the pictures, if not at or below the root.
+        language: The language of captions that neither the data nor their script tells.
+        val_fraction: Share of the pictures for val where the data names none.
+        max_bad: Share that may be unusable.
+
+    Raises:
+        ValueError: If nothing is there that could be pairs.
+    """
+    if images is None and are_shards(root):
+        return Shards(str(root), language=language, val_fraction=val_fraction, max_bad=max_bad)
+    if are_documents(root):
+        return InterleavedPairs(
+            InterleavedFiles(
+                root, images=images, language=language, val_fraction=val_fraction, max_bad=max_bad
+            )
+        )
+    return PairFiles(root, images=images, language=language, val_fraction=val_fraction, max_bad=max_bad)
+
+
+def are_documents(root: str | Path) -> bool:
+    """Whether a path is, or holds, JSON lines of interleaved documents."""
+    path = Path(root).expanduser()
+    some = path.glob("*") if path.is_dir() else [path]
+    if not any(item.suffix.lower() in (".jsonl", ".ndjson") and item.is_file() for item in some):
+        return False
+    return bool(document_files(Files(root)))
+
+
+def are_shards(root: str | Path) -> bool:
+    """Whether a path is a pattern, or tars alone, whose members are pictures with their captions beside them."""
+    path = Path(root).expanduser()
+    if not path.exists():
+        return "{" in str(root) or glob.has_magic(str(root))
+    if path.is_dir():
+        files = [item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")]
+        if not files or any(item.suffix.lower() != ".tar" for item in files):
+            return False
+    elif path.suffix.lower() != ".tar":
+        return False
+    try:
+        with tarfile.open(find_shards(str(path))[0], "r:") as box:
+            names = [info.name.lower() for info in islice(box, _PEEK)]
+    except (tarfile.TarError, OSError, ValueError, EOFError):
+        return True  # shards, but damaged ones: they say how
+    pictures = {_key(name) for name in names if name.endswith(PICTURES)}
+    return any(_key(name) in pictures for name in names if name.rpartition(".")[2] in TEXTS)
+
+
+def _key(name: str) -> str:
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
