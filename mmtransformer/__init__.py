@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
     from mmtransformer.coca import CoCa
     from mmtransformer.decoder import TextDecoder
+    from mmtransformer.decoding import CaptionResult, Decoding
     from mmtransformer.encoder import TextEncoder
     from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
     from mmtransformer.few_shot import FewShot
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mmtransformer.linear_attention import LinearAttention
     from mmtransformer.media import media_mask, show_mask
     from mmtransformer.objectives import clip_loss, hard_negatives, itc_loss, itg_loss, itm_loss
-    from mmtransformer.pipeline import CaptionResult, Decoding, ImageCaptioner
+    from mmtransformer.pipeline import ImageCaptioner
     from mmtransformer.prefix import PrefixCaptioner
     from mmtransformer.qformer import QFormer
     from mmtransformer.record import record_attention
@@ -57,7 +58,8 @@ _HOMES = {
     "media": "media_mask show_mask",
     "objectives": "clip_loss hard_negatives itc_loss itg_loss itm_loss",
     "language": "Decoder DecoderState",
-    "pipeline": "CaptionResult Decoding ImageCaptioner",
+    "decoding": "CaptionResult Decoding",
+    "pipeline": "ImageCaptioner",
     "qformer": "QFormer",
     "prefix": "PrefixCaptioner",
     "record": "record_attention",

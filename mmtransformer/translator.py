@@ -9,8 +9,9 @@ from typing import Self
 import torch
 
 from mmtransformer.data.translation import source_ids
+from mmtransformer.decoding import Decoding
 from mmtransformer.generate import generate
-from mmtransformer.pipeline import CARD, GENERATION, Decoding, fast_autocast
+from mmtransformer.pipeline import CARD, GENERATION, fast_autocast
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.record import record_attention
 from mmtransformer.seq2seq import TextPairs, Transformer

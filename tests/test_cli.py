@@ -9,7 +9,7 @@ import pytest
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import COMMANDS, main
 from mmtransformer.data.scenes import Scenes
-from mmtransformer.pipeline import Decoding
+from mmtransformer.decoding import Decoding
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = [

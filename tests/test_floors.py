@@ -18,7 +18,7 @@ FLOORS = {
     2: "next_token language positions blocks linear_attention record prepack pretrained lora",
     3: "vit decoder hub vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives media",
-    5: "encoder_decoder flamingo image_text blip2 prefix coca search generate prompts weights",
+    5: "encoder_decoder flamingo image_text blip2 prefix coca search generate decoding prompts weights",
     6: "data training pictures pipeline translator few_shot",
     7: "cli",
 }
@@ -29,6 +29,7 @@ SAME_FLOOR = {
     "tokenizer": {"spelling", "tokenizer_files"},
     "seq2seq": {"decoder"},
     "generate": {"search"},
+    "decoding": {"generate", "search", "prompts"},
     "media": {"captioner"},
     "weights": {"flamingo", "blip2", "image_text"},
     "soft_prompt": {"captioner"},

@@ -2,13 +2,26 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, ViT, generate, stream
+from mmtransformer import (
+    CaptionBatch,
+    Decoding,
+    EncoderDecoder,
+    ImageCaptioner,
+    ImageTransform,
+    TextDecoder,
+    Tokenizer,
+    ViT,
+    generate,
+    stream,
+)
 from mmtransformer.search.guidance import blank_pictures
 
 EOS, VOCAB = 2, 23
@@ -243,3 +256,46 @@ def test_guidance_needs_a_picture() -> None:
     model, tokens = TextDecoder(VOCAB, 20, 1, 4), torch.ones(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="a TextDecoder sees no picture"):
         generate(model, CaptionBatch(tokens, tokens > 0, tokens > 0), eos_id=EOS, image_guidance=2.0)
+
+
+# --------------------------------------------------------------------------------------------------------- pipeline
+
+
+def words_and_model() -> tuple[ImageCaptioner, Any]:
+    texts = ["a red star", "a blue dot and a red ring", "빨간 별 하나", "파란 점과 빨간 고리"]
+    tokenizer = Tokenizer.train(texts, 290, ("en", "ko"))
+    torch.manual_seed(2)
+    model = EncoderDecoder(
+        ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+    )
+    picture = Image.new("RGB", (16, 16), (200, 30, 30))
+    return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), picture
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_a_streamed_caption_is_the_greedy_one(language: str) -> None:
+    captioner, picture = words_and_model()
+    greedy = Decoding(num_beams=1, max_new_tokens=30)
+    (said,) = captioner(picture, language=language, decoding=greedy)[0]
+    parts = list(captioner.stream(picture, language=language, decoding=greedy))
+    assert "".join(parts) == said.text
+    assert all(parts)
+
+
+@pytest.mark.parametrize(("language", "word"), [("en", "star"), ("ko", "고리")])
+def test_a_caption_contains_the_words_that_it_must(language: str, word: str) -> None:
+    captioner, picture = words_and_model()
+    plain = Decoding(num_beams=3, max_new_tokens=14)
+    (before,) = captioner(picture, language=language, decoding=plain)[0]
+    (said,) = captioner(picture, language=language, decoding=replace(plain, must_contain=(word,)))[0]
+    assert word not in before.text
+    assert word in said.text
+    with pytest.raises(ValueError, match="an empty word"):
+        captioner(picture, decoding=replace(plain, must_contain=(" ",)))
+
+
+def test_settings_of_the_search_are_saved_with_the_model(tmp_path: Path) -> None:
+    captioner, _ = words_and_model()
+    captioner.decoding = Decoding(num_beams=4, num_beam_groups=2, diversity_penalty=0.5, must_contain=("별",))
+    captioner.save_pretrained(tmp_path)
+    assert ImageCaptioner.from_pretrained(tmp_path, device="cpu").decoding == captioner.decoding

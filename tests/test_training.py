@@ -14,7 +14,7 @@ from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDe
 from mmtransformer.captioner import CaptionBatch, caption_loss, freeze
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes import Scenes
-from mmtransformer.pipeline import Decoding, write_captions
+from mmtransformer.decoding import Decoding, write_captions
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training import evaluation as evaluation_module
 from mmtransformer.training.average import Average

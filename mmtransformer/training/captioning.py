@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
+from mmtransformer.decoding import Decoding
 from mmtransformer.lora import merge_lora
 from mmtransformer.next_token import Loss
-from mmtransformer.pipeline import Decoding, ImageCaptioner
+from mmtransformer.pipeline import ImageCaptioner
 from mmtransformer.training.evaluation import evaluate, image_use
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import how_to, seconds_to_text, write_report

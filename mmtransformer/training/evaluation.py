@@ -14,8 +14,8 @@ from mmtransformer.data.facts import FactScores
 from mmtransformer.data.facts import score as score_facts
 from mmtransformer.data.scenes import SceneSplit
 from mmtransformer.data.source import Pairs
+from mmtransformer.decoding import CaptionResult, Decoding, write_captions
 from mmtransformer.metrics import CaptionScores, score_captions
-from mmtransformer.pipeline import CaptionResult, Decoding, write_captions
 from mmtransformer.prompts import Prompts
 from mmtransformer.tokenizer import Tokenizer
 

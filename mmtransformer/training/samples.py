@@ -10,7 +10,7 @@ from mmtransformer.captioner import Captioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.dataset import Collate
 from mmtransformer.data.sampler import Pick
-from mmtransformer.pipeline import Decoding, write_captions
+from mmtransformer.decoding import Decoding, write_captions
 from mmtransformer.training.evaluation import split_languages
 from mmtransformer.training.task import Task
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmtransformer.captioner import CaptionBatch, Loss
 from mmtransformer.data.sampler import mix
+from mmtransformer.decoding import Decoding
 from mmtransformer.image_text import ImageText, Losses
-from mmtransformer.pipeline import Decoding
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.retrieval import Retrieval, evaluate_retrieval
@@ -110,11 +110,10 @@ class QFormerStage1(Captioning):
     def loss(self, batch: CaptionBatch) -> Loss:
         """The sum of the three, each a mean over the global batch already: it counts as one."""
         found = self.losses(batch, training=True)
+        if self._micro == 0 and self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
+            logs = {f"train/{name}": float(value.detach()) for name, value in found._asdict().items()}
+            self._log(logs | {"temperature": float(self.captioner.temperature.detach())})
         self._micro += 1
-        if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
-            logs = {f"train/{name}": value.detach() for name, value in found._asdict().items()}
-            logs["temperature"] = self.captioner.temperature.detach()
-            self.log_dict(logs, batch_size=len(batch.names))
         return Loss(found.total, torch.ones((), dtype=torch.long, device=found.total.device))
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:

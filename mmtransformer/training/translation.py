@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from mmtransformer.data.facts import judge
 from mmtransformer.data.parallel import Parallel
 from mmtransformer.data.translation import TranslationData
+from mmtransformer.decoding import Decoding
 from mmtransformer.metrics import score_captions
 from mmtransformer.next_token import Loss, next_token_loss
 from mmtransformer.pictures import loss_curves
-from mmtransformer.pipeline import Decoding
 from mmtransformer.seq2seq import TextPairs, Transformer
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import seconds_to_text
