@@ -17,7 +17,7 @@ from mmtransformer.data.faults import Report, TooManyFaults
 from mmtransformer.data.settle import settle_languages, settle_splits
 from mmtransformer.data.source import Caption
 from mmtransformer.data.tar_index import TEXTS, ShardError, ShardSample, read_index
-from mmtransformer.data.text import split_word
+from mmtransformer.data.text import SPLITS, split_word
 from mmtransformer.images import ImageError, load
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -131,7 +131,7 @@ class Shards:
                 self.report.note(
                     "index not kept, so shards are read anew each time: name a cache_dir", unkept
                 )
-            split = split_word(path.name) or split_word(path.parent.name)
+            split = split_word(path.name) or SPLITS.get(path.parent.name.casefold())
             for sample in samples:
                 self.report.rows += 1
                 where = f"{path.name}:{sample.key}"
