@@ -159,7 +159,9 @@ class Translator:
         known = {field.name for field in dataclasses.fields(Decoding)}
         if settings is not None and (unknown := sorted(set(settings) - known)):
             raise ValueError(f"{folder / GENERATION}: unknown keys {unknown}; known: {sorted(known)}")
-        decoding = None if settings is None else Decoding(**settings)
+        decoding = None
+        if settings is not None:  # JSON has lists only.
+            decoding = Decoding(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         return cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
 
     def _card(self, folder: Path, text: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.scenes import Scenes
+from mmtransformer.translator import Translator
 from mmtransformer.weights import load_lm, save_as_hub
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -66,6 +67,9 @@ def arguments(name: str, folder: Path) -> list[str]:
         return [f"--data.source.pairs.{key}={value}" for key, value in sizes.items()] + [
             "--model.num_texts=3"
         ]
+    if name == "translate_scenes":
+        sizes = {"train_size": 9, "val_size": 2, "compositional_size": 2}
+        return [f"--data.source.scenes.{key}={value}" for key, value in sizes.items()]
     if name == "lm_captions":
         paths = f"--data.paths=[{flickr_folder(folder / 'flickr')}]"
         return [paths, "--data.max_len=48", "--model.num_texts=3"]
@@ -135,7 +139,22 @@ def check_language_model(name: str, run: Path, out: str) -> None:
     assert decoder.vocab_size >= tokenizer.vocab_size
 
 
-CHECKS = {"lm_scenes": check_language_model, "lm_captions": check_language_model}
+def check_translation(name: str, run: Path, out: str) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    scores = metrics["translation"]["compositional"]
+    assert set(scores) == {"en-ko", "ko-en"}
+    assert set(scores["en-ko"]) == {"bleu_4", "bleu_low", "bleu_high", "exact", "facts", "pairs"}
+    assert "BLEU-4" in out
+    lines = (run / "translations_val.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 4
+    assert len(Translator.from_pretrained(run / "model", device="cpu")(["a red star"] * 3, "ko")) == 3
+
+
+CHECKS = {
+    "translate_scenes": check_translation,
+    "lm_scenes": check_language_model,
+    "lm_captions": check_language_model,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
