@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -161,7 +161,8 @@ class Translator:
             raise ValueError(f"{folder / GENERATION}: unknown keys {unknown}; known: {sorted(known)}")
         decoding = None
         if settings is not None:  # JSON has lists only.
-            decoding = Decoding(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+            decoding = Decoding(**values)
         return cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
 
     def _card(self, folder: Path, text: str) -> str:
