@@ -194,10 +194,10 @@ def _one_way(logits: Tensor, ids: Tensor, candidates: Tensor, smoothing: float) 
     same = (ids[:, None] == candidates) & real
     asked = same.any(1)  # Not fillers, nor pictures without a text.
     log_probs = logits.masked_fill(~real, torch.finfo(logits.dtype).min).log_softmax(-1)
-    targets = same / same.sum(1, keepdim=True).clamp(min=1)
+    targets = same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)
     if smoothing:
-        targets = targets * (1 - smoothing) + smoothing * real / real.sum().clamp(min=1)
-    losses = -(targets.to(log_probs.dtype) * log_probs).sum(1)
+        targets = targets * (1 - smoothing) + smoothing * real.to(targets.dtype) / real.sum().clamp(min=1)
+    losses = -(targets * log_probs).sum(1)
     return global_mean((losses * asked).sum(), asked.sum())
 
 
