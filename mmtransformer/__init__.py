@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
     from mmtransformer.blip2 import Blip2, from_stage1
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
+    from mmtransformer.classifier import ImageClassifier
     from mmtransformer.coca import CoCa
     from mmtransformer.decoder import TextDecoder
     from mmtransformer.decoding import CaptionResult, Decoding
@@ -44,6 +45,7 @@ _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
     "blip2": "Blip2 from_stage1",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
+    "classifier": "ImageClassifier",
     "coca": "CoCa",
     "decoder": "TextDecoder",
     "encoder": "TextEncoder",
@@ -93,6 +95,7 @@ __all__ = [
     "Generated",
     "HubDecoder",
     "ImageCaptioner",
+    "ImageClassifier",
     "ImageError",
     "ImageText",
     "ImageTransform",

@@ -19,7 +19,7 @@ FLOORS = {
     3: "vit decoder hub vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives media",
     5: "encoder_decoder flamingo image_text blip2 prefix coca search generate decoding prompts weights",
-    6: "data training pictures pipeline translator few_shot",
+    6: "data training pictures pipeline translator classifier few_shot",
     7: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -35,7 +35,8 @@ SAME_FLOOR = {
     "soft_prompt": {"captioner"},
     "soft_source": {"captioner"},
     "translator": {"data", "pipeline"},
-    "training": {"data", "pictures", "translator", "pipeline", "few_shot"},
+    "classifier": {"pipeline"},
+    "training": {"data", "pictures", "translator", "classifier", "pipeline", "few_shot"},
     "few_shot": {"data"},
 }
 

@@ -2,6 +2,7 @@
 
 from mmtransformer.training.captioning import Captioning, finetune
 from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles
+from mmtransformer.training.classify import Classification
 from mmtransformer.training.evaluation import Evaluation, evaluate
 from mmtransformer.training.guard import NotFinite
 from mmtransformer.training.language import LanguageModelling
@@ -19,6 +20,7 @@ __all__ = [
     "Captioning",
     "CheckpointError",
     "CheckpointFiles",
+    "Classification",
     "Evaluation",
     "LanguageModelling",
     "NotFinite",

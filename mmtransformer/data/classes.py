@@ -1,0 +1,257 @@
+"""Pictures with classes as a LightningDataModule for a classifier.
+
+Letters: b pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmtransformer.data.class_sources import Classified, ClassSource
+from mmtransformer.data.faults import BadPictures, TooManyFaults
+from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader, generator
+from mmtransformer.images import Augment, ImageError, ImageTransform
+
+
+@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
+class ClassBatch:
+    """Pictures with their classes.
+
+    Attributes:
+        pixels: (b 3 height width).
+        labels: (b) long, numbers of classes.
+        counted: (b) bool; False = a filler, which is not learned from and not scored.
+        names: the b pictures' names.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    counted: Tensor
+    names: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ClassBatch":
+        """The batch with its tensors on another device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("pixels", "labels", "counted")
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "ClassBatch":
+        """The batch with its tensors in page-locked memory, for copies beside the computation."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class ClassSample(NamedTuple):
+    """One picture."""
+
+    pixels: Tensor
+    label: int
+    counted: bool
+    name: str
+
+
+class ClassDataset(Dataset[ClassSample]):
+    """One split; what it returns depends on the `Pick` only.
+
+    A picture that cannot be read is recorded and the next one that can be read takes its place; in evaluation that
+    one does not count.
+
+    Args:
+        pictures: The pictures.
+        transform: From picture to pixels.
+        augment: Changes training pictures at random, by (seed, epoch, index); None for evaluation.
+        training: Whether stand-ins count.
+        seed: Seed of the run.
+        bad: Where pictures that cannot be read are recorded; None raises the first error.
+    """
+
+    def __init__(
+        self,
+        pictures: Classified,
+        transform: ImageTransform,
+        *,
+        augment: Augment | None = None,
+        training: bool = False,
+        seed: int = 0,
+        bad: BadPictures | None = None,
+    ) -> None:
+        self.pictures, self.transform, self.augment = pictures, transform, augment
+        self.training, self.seed, self.bad = training, seed, bad
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.pictures)
+
+    def __getitem__(self, pick: Pick) -> ClassSample:
+        """The picture that is picked."""
+        at, pixels = self._readable(pick)
+        counted = pick.counted and (self.training or at == pick.index)
+        return ClassSample(pixels, self.pictures.label(at), counted, self.pictures.name(at))
+
+    def _readable(self, pick: Pick) -> tuple[int, Tensor]:
+        for step in range(len(self)):
+            at = (pick.index + step) % len(self)
+            try:
+                image = self.pictures.image(at)
+            except ImageError as error:
+                if self.bad is None:
+                    raise
+                self.bad.record(self.pictures.name(at), error)
+                continue
+            if self.augment is not None:
+                image = self.augment(image, generator(self.seed, pick.epoch, at, 4))
+            return at, self.transform(image)
+        raise TooManyFaults(f"none of the {len(self)} pictures can be read")
+
+
+def collate(samples: list[ClassSample]) -> ClassBatch:
+    """Stack pictures."""
+    return ClassBatch(
+        torch.stack([sample.pixels for sample in samples]),
+        torch.tensor([sample.label for sample in samples]),
+        torch.tensor([sample.counted for sample in samples]),
+        tuple(sample.name for sample in samples),
+    )
+
+
+class ClassData(lightning.LightningDataModule):
+    """Pictures with a class each, in batches that are the same for any number of workers and processes.
+
+    Args:
+        source: Where the pictures come from, such as `ImageFolder` or `SceneShapes`.
+        image: How a picture becomes pixels; saved with the model.
+        augment: Random changes to training pictures, seeded by (seed, epoch, index).
+        batch_size: Pictures in a batch of one process.
+        num_workers: Processes that load pictures. The batches are the same for any number.
+        seed: Seed of order and augmentation.
+        train_split: The split to train on.
+        val_splits: The splits to validate on.
+        test_splits: The splits to test on.
+        max_bad: Share of the pictures that may be unreadable before the run stops.
+        report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
+    """
+
+    def __init__(
+        self,
+        source: ClassSource,
+        *,
+        image: ImageTransform,
+        augment: Augment | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_splits: Sequence[str] = ("val",),
+        test_splits: Sequence[str] = ("test",),
+        max_bad: float = 0.01,
+        report_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1 picture")
+        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} must be a list of splits: [{value}]")
+        self.source, self.transform, self.augment = source, image, augment
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.train_split = train_split
+        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
+        self.max_bad, self.report_dir = max_bad, report_dir
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers."""
+        return self.source.classes
+
+    def pictures(self, split: str) -> Classified:
+        """Return the pictures of a split."""
+        return self.source.split(split)
+
+    def dataset(self, split: str, *, training: bool = False) -> ClassDataset:
+        """Return a split as a dataset; augmented in training."""
+        pictures = self.pictures(split)
+        augment = self.augment if training else None
+        return ClassDataset(
+            pictures, self.transform, augment=augment, training=training, seed=self.seed, bad=self._bad(split)
+        )
+
+    def _bad(self, split: str) -> BadPictures:
+        folder = self.report_dir or (self.trainer.default_root_dir if self.trainer else ".")
+        path = Path(folder) / f"bad_pictures_{split}.jsonl"
+        return BadPictures(path, len(self.pictures(split)), self.max_bad)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Empties the report on unreadable pictures, unless a run goes on."""
+        if (trainer := self.trainer) is not None and trainer.is_global_zero and not trainer.ckpt_path:
+            for split in (self.train_split, *self.val_splits) if stage == "fit" else ():
+                self._bad(split).reset()
+
+    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
+        """Return the loader of a split: shuffled for training, as it is otherwise.
+
+        Raises:
+            ValueError: If Lightning would replace the sampler.
+        """
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                f"set use_distributed_sampler to false: ClassData shares the pictures among the {world} processes "
+                f"itself, and Lightning's sampler would change their order"
+            )
+        dataset = self.dataset(split, training=training)
+        sampler = PictureSampler(
+            len(dataset), self.batch_size, seed=self.seed, shuffle=training, rank=rank, world=world
+        )
+        return ResumableLoader(
+            dataset,
+            sampler,
+            collate,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches."""
+        return self.loader(self.train_split, training=True)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `val_splits`, in this order."""
+        return [self.loader(split) for split in self.val_splits]
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `test_splits`, in this order."""
+        return [self.loader(split) for split in self.test_splits]
+
+    def transfer_batch_to_device(
+        self, batch: ClassBatch, device: torch.device, dataloader_idx: int
+    ) -> ClassBatch:
+        """Copy a batch to the device beside its computation."""
+        return batch.to(device, non_blocking=True)
+
+    def describe(self) -> str:
+        """What there is: "8 classes (circle, square ...); train 20,000, val 500"."""
+        names = ", ".join(self.classes[:8]) + (" ..." if len(self.classes) > 8 else "")
+        splits = (self.train_split, *self.val_splits)
+        counts = ", ".join(f"{split} {len(self.pictures(split)):,}" for split in splits)
+        return f"{len(self.classes)} classes ({names}); {counts}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which classes the run learns."""
+        return {"classes": list(self.classes)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a resumed run has the classes it had.
+
+        Raises:
+            ValueError: If it has others.
+        """
+        if state_dict["classes"] != list(self.classes):
+            was, now = (", ".join(names) for names in (state_dict["classes"], self.classes))
+            raise ValueError(f"cannot resume: the classes were {was} and are now {now}")
