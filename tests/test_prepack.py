@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
-from mmtransformer.prepack import PackedLinear, prepack
+from mmtransformer.prepack import Int8Linear, PackedLinear, prepack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -111,3 +111,46 @@ def test_what_cannot_be_packed(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="has none"):
         prepack(vit())
+
+
+# -------------------------------------------------------------------------------------------------------- eight bits
+
+
+def test_eight_bits_by_definition() -> None:
+    torch.manual_seed(3)
+    plain = nn.Linear(37, 23)
+    x = torch.randn(2, 5, 37)
+    with torch.inference_mode():
+        ours = Int8Linear(plain)(x)
+        steps = plain.weight.double().abs().amax(1, keepdim=True) / 127
+        step = x.double().abs().max() / 127
+        weight, rows = (plain.weight.double() / steps).round() * steps, (x.double() / step).round() * step
+        want = rows @ weight.T + plain.bias.double()
+    assert ours.shape == (2, 5, 23)
+    torch.testing.assert_close(ours.double(), want, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(ours, plain(x))
+
+
+def test_eight_bits_are_near_and_follow_the_weight() -> None:
+    torch.manual_seed(4)
+    model = prepack(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 11)), int8=True)
+    x = torch.randn(7, 64)
+    exact = model(x)  # with gradients it is an ordinary linear layer
+    with torch.inference_mode():
+        near = model(x)
+    assert 0 < (near - exact).abs().max() < 0.05 * exact.std()
+    with torch.no_grad():
+        model[2].weight.mul_(2.0)
+        model[2].bias.mul_(2.0)
+        torch.testing.assert_close(model(x), 2 * near, atol=1e-5, rtol=1e-4)
+    back = prepack(model)  # and back to all bits
+    assert type(back[0]) is PackedLinear
+    with torch.no_grad():
+        torch.testing.assert_close(back(x), 2 * exact, atol=1e-4, rtol=1e-4)
+
+
+def test_eight_bits_of_nothing_but_zeros() -> None:
+    plain = nn.Linear(8, 3)
+    with torch.no_grad():
+        plain.weight.zero_()
+        torch.testing.assert_close(Int8Linear(plain)(torch.zeros(2, 8)), plain.bias.expand(2, 3))
