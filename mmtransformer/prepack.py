@@ -127,5 +127,5 @@ def prepack(model: Module, *, int8: bool = False) -> Module:
                 torch.float32,
                 torch.bfloat16,
             ):
-                parent.add_module(name, packed.setdefault(child, kind(child))  # pyright: ignore[reportArgumentType])
+                parent.add_module(name, packed.setdefault(child, kind(child)))  # pyright: ignore[reportArgumentType]
     return model
