@@ -5,7 +5,7 @@ with record_attention(model.decoder, keep="cross_attn") as record:
 record["blocks.0.cross_attn"]        # (b h q k)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -47,6 +47,34 @@ def record_attention(model: nn.Module, keep: str | Callable[[str], bool] = "") -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rollout(weights: Iterable[Tensor]) -> Tensor:
+    """How much each token of the first layer is in each token of the last: attention rollout (arXiv:2005.00928).
+
+    Heads are averaged, a residual counts as much as its branch, and layers are multiplied.
+
+    Args:
+        weights: self-attention of each layer, first layer first, each (b h q q); such as `record.values()`.
+
+    Returns:
+        (b q q), the last layer's tokens over the first layer's; each row sums to 1 if the layers' do.
+
+    Raises:
+        ValueError: if there is no layer, or one that is not self-attention over the same tokens.
+    """
+    found: Tensor | None = None
+    for layer in weights:
+        mean = layer.float().mean(1)
+        if mean.shape[1] != mean.shape[2] or (found is not None and found.shape != mean.shape):
+            raise ValueError(
+                f"rollout takes square weights (b h q q) of equal size, not {tuple(layer.shape)}"
+            )
+        mixed = (mean + torch.eye(mean.shape[1], device=mean.device)) / 2
+        found = mixed if found is None else mixed @ found
+    if found is None:
+        raise ValueError("rollout needs the weights of 1 layer at least, not of 0")
+    return found
 
 
 def _recorder(name: str, record: dict[str, Tensor]) -> Callable:

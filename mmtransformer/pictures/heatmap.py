@@ -36,6 +36,7 @@ def word_heatmaps(
     columns: int = 6,
     panel: int = 240,
     title: str = "",
+    scale: str = "of a word's attention on one patch",
 ) -> Image.Image:
     """Draw one panel a word: the picture, with the heat of that word laid over it.
 
@@ -50,6 +51,7 @@ def word_heatmaps(
         columns: panels a row.
         panel: pixels of a panel's width.
         title: a line above, such as the whole caption.
+        scale: what the brightest colour's number is.
 
     Returns:
         The sheet.
@@ -81,7 +83,7 @@ def word_heatmaps(
         for j, line in enumerate(label):
             at = x + (panel - width(line, WORD)) / 2
             draw(canvas, (at, y + size[1] + 6 + j * WORD.line_height), line, WORD)
-    _scale(sheet, canvas, top)
+    _scale(sheet, canvas, top, scale)
     if path is not None:
         file = io.BytesIO()
         sheet.save(file, "PNG", optimize=True)
@@ -182,10 +184,10 @@ def _spread(level: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
     return np.clip(np.asarray(field), 0, 1)
 
 
-def _scale(sheet: Image.Image, canvas: ImageDraw.ImageDraw, top: float) -> None:
+def _scale(sheet: Image.Image, canvas: ImageDraw.ImageDraw, top: float, text: str) -> None:
     """Draw the colour scale at the foot of the sheet."""
     x, y, long = MARGIN, sheet.height - 36, 180
     bar = palette()[np.linspace(0, 255, long).astype(np.uint8)]
     sheet.paste(Image.fromarray(np.repeat(bar[None], 10, axis=0)), (x + 16, y + 5))
     draw(canvas, (x, y), "0", SMALL)
-    draw(canvas, (x + 16 + long + 8, y), f"{show_number(top)} of a word's attention on one patch", SMALL)
+    draw(canvas, (x + 16 + long + 8, y), f"{show_number(top)} {text}", SMALL)

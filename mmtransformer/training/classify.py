@@ -16,7 +16,7 @@ from mmtransformer.classifier import ImageClassifier
 from mmtransformer.data.classes import ClassBatch, ClassData
 from mmtransformer.images import ImageError
 from mmtransformer.next_token import Loss
-from mmtransformer.pictures import Card, Said, gallery, loss_curves
+from mmtransformer.pictures import Card, Said, gallery, loss_curves, rollout_sheet
 from mmtransformer.pipeline import fast_autocast
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import seconds_to_text
@@ -147,6 +147,7 @@ class Classification(Task):
         title = run.folder.resolve().name.replace("_", " ")
         if cards := make_cards(classifier, data, self.num_cards):
             gallery(cards, run.folder / "gallery.png", title=title, columns=6, card_width=200)
+            rollout_sheet(self.vit, cards[0].image, data.transform, run.folder / "attention.png", title=title)
         with suppress(ValueError):  # a run of too few steps has no curve
             loss_curves(run.folder / "metrics.csv", run.folder / "curves.png", title=title)
         print(  # noqa: T201

@@ -13,7 +13,7 @@ from mmtransformer.data.translation import TranslationData
 from mmtransformer.decoding import Decoding
 from mmtransformer.metrics import score_captions
 from mmtransformer.next_token import Loss, next_token_loss
-from mmtransformer.pictures import loss_curves
+from mmtransformer.pictures import attention_sheet, loss_curves
 from mmtransformer.seq2seq import TextPairs, Transformer
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import seconds_to_text
@@ -195,6 +195,7 @@ class Translation(Task):
         plain = {split: {key: asdict(score) for key, score in by.items()} for split, by in scores.items()}
         text = json.dumps({"translation": plain, "training": facts}, indent=2, ensure_ascii=False)
         (run.folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        self._draw(translator, data, run)
         found = table(scores)
         translator.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
         with suppress(ValueError):  # a run of too few steps has no curve
@@ -208,6 +209,18 @@ class Translation(Task):
                 + [f"model     {run.folder / 'model'}"]
             )
         )
+
+    def _draw(self, translator: Translator, data: TranslationData, run: Run) -> None:
+        """Where the decoder looked while it wrote the first translation of each direction."""
+        if not data.val_splits:
+            return
+        for direction, (pair, *_) in by_direction(data.rows(data.val_splits[0]).pairs).items():
+            (said,) = translator(pair.source, pair.language)
+            queries, keys, weights = translator.look(pair.source, said, pair.language)
+            named = {f"block {i}": block for i, block in enumerate(weights)}
+            with suppress(ValueError):  # too long to be seen
+                path = run.folder / f"attention_{direction}.png"
+                attention_sheet(named, queries, keys, path, title=f"{pair.source} → {said}")
 
 
 def by_direction(pairs: Sequence[Parallel]) -> dict[str, list[Parallel]]:
