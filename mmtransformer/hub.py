@@ -125,7 +125,9 @@ class HubDecoder(Pretrained, Decoder):
         if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
             raise ValueError(f"transformers' {name} is not a causal language model with a head")
         self.model = model
-        self.config: dict[str, Any] = model.config.to_dict()
+        self.config: dict[str, Any] = {
+            k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"
+        }
         text: Any = model.config.get_text_config()
         lengths = [getattr(text, n) for n in _LENGTHS if isinstance(getattr(text, n, None), int)]
         self.max_len = max_len or (lengths[0] if lengths else _NO_LENGTH)

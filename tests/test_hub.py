@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtransformer import Decoder, HubDecoder
+from mmtransformer import CaptionBatch, Decoder, HubDecoder, generate
+from mmtransformer.pretrained import to_config
 
 VOCAB, LENGTH = 53, 9
 IDS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -65,6 +66,7 @@ def close(one: Tensor, other: Tensor) -> None:
 def test_it_is_the_model_bit_for_bit_and_keeps_its_names(family: str) -> None:
     decoder, asked = make(family), tokens()
     assert isinstance(decoder, Decoder)
+    assert json.loads(json.dumps(to_config(decoder)))["args"]["config"]["model_type"] == family
     want, names = decoder.model(asked, use_cache=False).logits, list(decoder.model.state_dict())
     assert torch.equal(decoder.head(decoder(asked)), want)
     opened: list[int] = []
@@ -130,6 +132,21 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     packed = decoder(asked, segments=ids)
     close(packed[:, :4], decoder(asked[:, :4]))
     close(packed[:, 4:], decoder(asked[:, 4:]))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "gemma2", "qwen2"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_it_writes_what_transformers_generate_writes(family: str, beams: int) -> None:
+    decoder, asked = make(family), tokens(3)
+    valid = torch.ones_like(asked, dtype=torch.bool)
+    valid[1, :4] = False
+    asked[~valid] = 0
+    found = generate(decoder, CaptionBatch(asked, valid, ~valid), eos_id=2, max_new_tokens=8, num_beams=beams)
+    want = decoder.model.generate(
+        asked, attention_mask=valid.long(), max_new_tokens=8, num_beams=beams, do_sample=False, use_cache=True
+    )[:, LENGTH:].tolist()
+    for (mine,), theirs in zip(found, want, strict=True):
+        assert mine.tokens == (theirs[: theirs.index(2)] if 2 in theirs else theirs)
 
 
 def test_later_tokens_change_no_earlier_one_and_gradients_reach_the_door() -> None:

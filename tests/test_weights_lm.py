@@ -93,6 +93,8 @@ def test_logits_equal_transformers(name: str) -> None:
     assert not ours.training
     tokens = torch.randint(3, VOCAB, (4, LENGTH))
     close(ours.head(ours(tokens)), theirs(tokens).logits)
+    short = tokens[:, :13]  # within the 16 that scaled models were trained on
+    close(ours.head(ours(short)), theirs(short).logits)
     for side in ("left", "right"):
         valid = padded(side)
         given: dict[str, Any] = {"attention_mask": valid.long()}
@@ -340,6 +342,18 @@ def test_rope_in_old_and_new_spelling() -> None:
     assert (rope_of(old, "")[1] or {})["rope_type"] == (rope_of(new, "")[1] or {})["rope_type"] == "linear"
     yarn = base | {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 16}}
     assert (rope_of(yarn, "")[1] or {})["factor"] == 4.0
+
+
+def test_angles_stay_float32_in_a_model_of_bfloat16() -> None:
+    ours = from_transformers(make("llama yarn"))
+    rotary = ours.rotary
+    assert rotary is not None
+    positions = torch.arange(60)
+    want = rotary(positions).sin
+    ours.bfloat16()
+    assert ours.blocks[0].attn.q_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(rotary(positions).sin, want)
+    assert (ours(torch.randint(3, VOCAB, (2, LENGTH))).float()).isfinite().all()
 
 
 def test_windows_forget_and_stay_within_packed_documents() -> None:
