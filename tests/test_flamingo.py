@@ -711,3 +711,44 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
     assert set(hub.state_dict()) == names
     model.save_pretrained(tmp_path)
     assert torch.equal(Flamingo.from_pretrained(tmp_path).logits(first), model.logits(first))
+
+
+def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
+    """Rows as the interleaved data packs them: image tokens, several documents, several pictures."""
+    from mmtransformer import ImageTransform
+    from mmtransformer.data.documents import PairDocuments
+    from mmtransformer.data.interleaved_data import InterleavedData
+    from mmtransformer.data.scenes import Scenes
+
+    documents = PairDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
+    data = InterleavedData(
+        documents, image=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_pictures=4
+    )
+    data.setup("fit")
+    given = next(iter(data.train_dataloader()))
+    torch.manual_seed(0)
+    decoder = TextDecoder(data.tokenizer.vocab_size, 24, 2, 4, max_len=120)
+    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, media="all_previous", num_heads=3, head_dim=7)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.eval()
+    assert given.segments is not None
+    assert given.media is not None
+    assert given.media_first is not None
+    assert given.pixels is not None
+    found, read = model.logits(given), 0
+    for row in range(len(given.tokens)):
+        for number in given.segments[row][given.valid[row]].unique():
+            mine = (given.segments[row] == number) & given.valid[row]
+            first, last = int(given.media_first[row][mine][0]), int(given.media[row][mine].max())
+            tokens, yes = given.tokens[row][mine][None], mine[mine][None]
+            alone = CaptionBatch(
+                tokens, yes, yes, given.pixels[row : row + 1, first - 1 : last],
+                media=(given.media[row][mine] - first + 1).clamp(min=0)[None],
+            )  # fmt: skip
+            torch.testing.assert_close(found[row][mine], model.logits(alone)[0], atol=2e-5, rtol=2e-5)
+            read += 1
+    assert read > 2
+    loss = caption_loss(model, given)
+    loss.sum.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.gated_blocks.parameters())
