@@ -1,0 +1,66 @@
+"""Greedy generation of a language model shaped as GPT-2 small (50,257 words, random weights, fp32, 64 new tokens a row),
+against transformers' generate with the same weights: the ids must be the same.
+
+python tests/benchmarks/bench_lm.py [--threads N] [--pairs N] [--only NAME]
+"""
+
+import torch
+import transformers
+from harness import compare, start
+from torch import Tensor, nn
+
+from mmtransformer import CaptionBatch, TextDecoder, generate
+from mmtransformer.prepack import prepack
+from mmtransformer.weights import from_transformers
+
+PROMPT, NEW, VOCAB = 16, 64, 50257
+TARGETS = {1: 1.4, 8: 2.2, 32: 1.0}
+
+
+def make_peer() -> nn.Module:
+    """GPT-2 small with branches three times as loud, so that what is written depends on all of it."""
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in peer.transformer.h.parameters():
+            parameter.mul_(3)
+    peer.generation_config.eos_token_id = peer.generation_config.pad_token_id = VOCAB - 1
+    return peer
+
+
+def ours_ids(model: TextDecoder, tokens: Tensor) -> list[list[int]]:
+    yes = torch.ones_like(tokens, dtype=torch.bool)
+    batch = CaptionBatch(tokens, yes, ~yes)
+    found = generate(model, batch, eos_id=VOCAB - 1, max_new_tokens=NEW, min_new_tokens=NEW)
+    return [texts[0].tokens for texts in found]
+
+
+def peer_ids(peer: nn.Module, tokens: Tensor) -> list[list[int]]:
+    with torch.inference_mode():
+        out = peer.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )  # fmt: skip
+    return out[:, PROMPT:].tolist()
+
+
+def main() -> None:
+    args = start(__doc__ or "")
+    peer = make_peer()
+    ours = prepack(from_transformers(peer))
+    for rows, target in TARGETS.items():
+        name, tokens = f"greedy, {NEW} tokens, rows: {rows}", torch.randint(0, VOCAB - 1, (rows, PROMPT))
+        if args.only in name:
+            same = ours_ids(ours, tokens) == peer_ids(peer, tokens)
+            print(f"{name}: {'the same ids' if same else 'OTHER IDS'}")
+            compare(
+                f"{name}, fp32, packed",
+                lambda tokens=tokens: ours_ids(ours, tokens),
+                lambda tokens=tokens: peer_ids(peer, tokens),
+                pairs=args.pairs,
+                target=target,
+                unit=(rows * NEW, "tokens"),
+            )
+
+
+if __name__ == "__main__":
+    main()
