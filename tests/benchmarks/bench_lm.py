@@ -1,4 +1,4 @@
-"""Greedy generation of a language model shaped as GPT-2 small (50,257 words, random weights, fp32, 64 new tokens a row),
+"""Greedy generation of a language model shaped as GPT-2 small (50,257 words, random weights, fp32, 64 new tokens),
 against transformers' generate with the same weights: the ids must be the same.
 
 python tests/benchmarks/bench_lm.py [--threads N] [--pairs N] [--only NAME]
