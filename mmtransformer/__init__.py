@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate, stream
     from mmtransformer.hub import HubDecoder
+    from mmtransformer.hub_seq2seq import HubSeq2Seq
     from mmtransformer.image_text import ImageText
     from mmtransformer.images import Augment, ImageError, ImageTransform
     from mmtransformer.language import Decoder, DecoderState
@@ -53,6 +54,7 @@ _HOMES = {
     "few_shot": "FewShot",
     "flamingo": "Flamingo",
     "generate": "Generated generate stream",
+    "hub_seq2seq": "HubSeq2Seq",
     "image_text": "ImageText",
     "hub": "HubDecoder",
     "images": "Augment ImageError ImageTransform",
@@ -94,6 +96,7 @@ __all__ = [
     "Flamingo",
     "Generated",
     "HubDecoder",
+    "HubSeq2Seq",
     "ImageCaptioner",
     "ImageClassifier",
     "ImageError",

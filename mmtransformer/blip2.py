@@ -17,9 +17,9 @@ from mmtransformer.captioner import CaptionBatch, Captioner, freeze
 from mmtransformer.language import Decoder, DecoderState
 from mmtransformer.qformer import QFormer
 from mmtransformer.record import record_attention
-from mmtransformer.seq2seq import Transformer, TransformerState
+from mmtransformer.seq2seq import TransformerState
 from mmtransformer.soft_prompt import hidden_behind, refuse_documents, start_behind
-from mmtransformer.soft_source import hidden_from, prompt_of, start_from
+from mmtransformer.soft_source import SourceReader, hidden_from, prompt_of, put_back, start_from
 from mmtransformer.vit import ViT
 
 
@@ -43,7 +43,8 @@ class Blip2(Captioner):
         vision: the vision tower; its `forward_features` gives the visual tokens.
         qformer: gathers them; without a text stream, or with one where `instruct` is set.
         decoder: a causal language model, ours or any of transformers', which reads queries, prompt and caption; or an
-            encoder-decoder, whose encoder reads queries and prompt, its decoder a begin token and the caption.
+            encoder-decoder (ours, or a T5), whose encoder reads queries and prompt, its decoder a begin token and the
+            caption.
         instruct: whether the prompt goes into the Q-Former too (InstructBLIP, arXiv:2305.06500, section 2.3).
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
         train_norm: whether the last norm of a frozen tower learns, as in BLIP-2's own code; `encode` then gives, and a
@@ -58,7 +59,7 @@ class Blip2(Captioner):
         self,
         vision: ViT,
         qformer: QFormer,
-        decoder: Decoder | Transformer,
+        decoder: Decoder | SourceReader,
         *,
         instruct: bool = False,
         freeze_vision: bool = True,
@@ -70,7 +71,7 @@ class Blip2(Captioner):
             raise ValueError(
                 f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision tower's dim ({vision.dim})"
             )
-        if qformer.num_queries >= decoder.max_len and not isinstance(decoder, Transformer):
+        if qformer.num_queries >= decoder.max_len and not isinstance(decoder, SourceReader):
             raise ValueError(
                 f"the decoder's {decoder.max_len} positions leave no room for text after {qformer.num_queries} queries"
             )
@@ -84,7 +85,7 @@ class Blip2(Captioner):
             raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
         self.vision, self.qformer, self.decoder, self.instruct = vision, qformer, decoder, instruct
         self.freeze_vision, self.train_norm, self.freeze_decoder = freeze_vision, train_norm, freeze_decoder
-        width = decoder.dim if isinstance(decoder, Transformer) else decoder.tables[0].shape[1]
+        width = decoder.dim if isinstance(decoder, SourceReader) else decoder.tables[0].shape[1]
         self.proj = nn.Linear(qformer.dim, width)
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
@@ -109,7 +110,7 @@ class Blip2(Captioner):
     @property
     def max_len(self) -> int:
         """Most text tokens of a row beside one picture, prompt included; queries are not counted."""
-        behind = 0 if isinstance(self.decoder, Transformer) else self.qformer.num_queries
+        behind = 0 if isinstance(self.decoder, SourceReader) else self.qformer.num_queries
         return self.decoder.max_len - behind
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class Blip2(Captioner):
 
     def hidden(self, batch: CaptionBatch) -> Tensor:
         """Hidden states of right-padded rows: (n q d)."""
-        if isinstance(self.decoder, Transformer):
+        if isinstance(self.decoder, SourceReader):
             return hidden_from(self.decoder, self.front(batch), batch)
         return hidden_behind(self.decoder, self.front(batch), batch)
 
@@ -151,7 +152,7 @@ class Blip2(Captioner):
     ) -> tuple[Tensor, DecoderState | TransformerState]:
         """Computes the queries once and reads the left-padded prompts; see `Captioner.start`."""
         front = self.front(batch)
-        if isinstance(self.decoder, Transformer):
+        if isinstance(self.decoder, SourceReader):
             return start_from(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
         return start_behind(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
 
@@ -167,16 +168,11 @@ class Blip2(Captioner):
             ValueError: if the decoder's attention cannot be recorded, as that of a hub model.
         """
         training, l = self.training, self.qformer.num_queries
-        # An encoder-decoder reads the queries first of all, through its encoder.
-        kind, start = (
-            (".cross_attn", 0) if isinstance(self.decoder, Transformer) else (".attn", -batch.tokens.shape[1])
-        )
+        kind = ".cross_attn" if isinstance(self.decoder, SourceReader) else ".attn"
         self.eval()
         try:
             with (
-                record_attention(
-                    self.decoder, keep=lambda name: name.endswith(kind) and "blocks" in name
-                ) as reads,
+                record_attention(self.decoder, keep=lambda name: name.endswith(kind)) as reads,
                 record_attention(self.qformer, keep="cross_attn") as sees,
             ):
                 self.hidden(batch)
@@ -185,7 +181,11 @@ class Blip2(Captioner):
         visual = batch.visual
         b, i = visual.shape[:2]
         grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
-        to_queries = torch.stack([w.mean(1) for w in reads.values()]).mean(0)[:, start:, : i * l]
+        to_queries = torch.stack([w.mean(1) for w in reads.values()]).mean(0)[..., : i * l]
+        if isinstance(self.decoder, SourceReader):
+            to_queries = put_back(to_queries, batch)
+        else:
+            to_queries = to_queries[:, i * l :]
         to_patches = torch.stack([w.mean(1) for w in sees.values()]).mean(0)
         to_patches = rearrange(to_patches, "(b i r) l p -> (b r) i l p", b=b, i=i)
         to_patches = to_patches[..., self.vision.num_prefix_tokens :]
@@ -197,7 +197,7 @@ class Blip2(Captioner):
 
 def from_stage1(
     folder: str | Path,
-    decoder: Decoder | Transformer,
+    decoder: Decoder | SourceReader,
     *,
     vision: ViT | None = None,
     freeze_vision: bool = True,

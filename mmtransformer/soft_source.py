@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioner import CaptionBatch
+from mmtransformer.hub_seq2seq import HubSeq2Seq
 from mmtransformer.seq2seq import Source, Transformer, TransformerState
+
+SourceReader = Transformer | HubSeq2Seq
+"""An encoder-decoder: it reads a source, and writes a target."""
 
 
 def prompt_of(batch: CaptionBatch, *, begin: bool = True) -> tuple[Tensor, Tensor]:
@@ -24,7 +28,7 @@ def prompt_of(batch: CaptionBatch, *, begin: bool = True) -> tuple[Tensor, Tenso
     prompt = _prompt(batch)
     if not begin:
         prompt = prompt & (prompt.long().cumsum(1) > 1)
-    order = (~prompt).long().argsort(dim=1, stable=True)[:, : int(prompt.sum(1).max())]
+    order = _moved_left(prompt)
     return batch.tokens.gather(1, order), prompt.gather(1, order)
 
 
@@ -32,21 +36,37 @@ def _prompt(batch: CaptionBatch) -> Tensor:
     return batch.valid & (batch.target.long().cumsum(1) == 0)
 
 
-def hidden_from(model: Transformer, front: Tensor, batch: CaptionBatch) -> Tensor:
-    """The hidden states of text whose pictures and prompt the encoder reads: (n q d).
+def _written(batch: CaptionBatch) -> Tensor:
+    """What the decoder reads: begin token and caption (n q) bool."""
+    prompt = _prompt(batch)
+    return batch.valid & ~(prompt & (prompt.long().cumsum(1) > 1))
+
+
+def _moved_left(kept: Tensor) -> Tensor:
+    """Where the kept tokens (n q) stand, in their order, as far as the longest row of them goes: (n t) long."""
+    return (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+
+
+def put_back(x: Tensor, batch: CaptionBatch) -> Tensor:
+    """What was found for begin token and caption (n t d), at the places of these in their rows (n q d)."""
+    place = (_written(batch).long().cumsum(1) - 1).clamp(min=0)
+    return x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+
+
+def hidden_from(model: SourceReader, front: Tensor, batch: CaptionBatch) -> Tensor:
+    """The hidden states of text whose pictures and prompt the encoder reads: (n q d); a prompt's mean nothing.
 
     Args:
         model: the encoder-decoder.
         front: what stands before the prompt (m k d).
         batch: the text, and which pictures are real.
     """
-    prompt = _prompt(batch)
-    read_here = batch.valid & ~(prompt & (prompt.long().cumsum(1) > 1))
-    return model.decode(batch.tokens, _source(model, front, batch), valid=read_here)
+    tokens = batch.tokens.gather(1, _moved_left(_written(batch)))
+    return put_back(model.decode(tokens, _source(model, front, batch)), batch)
 
 
 def start_from(
-    model: Transformer, front: Tensor, batch: CaptionBatch, *, copies: int, max_new_tokens: int
+    model: SourceReader, front: Tensor, batch: CaptionBatch, *, copies: int, max_new_tokens: int
 ) -> tuple[Tensor, TransformerState]:
     """Reads pictures and prompts, then repeats every row `copies` times; see `Captioner.start`.
 
@@ -54,7 +74,7 @@ def start_from(
         Logits of the first new token (n * copies, vocab), and the state of decoding.
     """
     source = model.project(_source(model, front, batch))
-    state = model.decoder.new_state(1 + max_new_tokens)
+    state = (model.decoder if isinstance(model, Transformer) else model).new_state(1 + max_new_tokens)
     first = batch.valid.long().argmax(1, keepdim=True)
     logits = model.head(model.decode(batch.tokens.gather(1, first), source, state=state)[:, 0])
     if copies > 1:
@@ -64,7 +84,7 @@ def start_from(
     return logits, TransformerState(state, source)
 
 
-def _source(model: Transformer, front: Tensor, batch: CaptionBatch) -> Source:
+def _source(model: SourceReader, front: Tensor, batch: CaptionBatch) -> Source:
     tokens, valid = prompt_of(batch, begin=False)
     n, real = len(tokens), None
     if batch.pictures is not None:

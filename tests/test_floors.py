@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mmtransformer"
 FLOORS = {
     1: "attention masks images tokenizer tokenizer_files spelling metrics",
     2: "next_token language positions blocks linear_attention record prepack pretrained lora",
-    3: "vit decoder hub vocabulary encoder seq2seq resampler qformer",
+    3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives media",
     5: "encoder_decoder flamingo image_text blip2 prefix coca search generate decoding prompts weights",
     6: "data training pictures pipeline translator classifier few_shot",
@@ -28,6 +28,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SAME_FLOOR = {
     "tokenizer": {"spelling", "tokenizer_files"},
     "seq2seq": {"decoder"},
+    "hub_seq2seq": {"seq2seq"},
     "generate": {"search"},
     "decoding": {"generate", "search", "prompts"},
     "media": {"captioner"},

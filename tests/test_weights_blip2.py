@@ -22,6 +22,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     LlamaConfig,
     OPTConfig,
+    T5Config,
 )
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
@@ -115,6 +116,54 @@ def test_conditional_generation(kind: type, language: Any) -> None:
     again.load_state_dict(tensors, strict=True)
     with torch.no_grad():
         close(again(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:], want)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None:
+    """Prompts go to the encoder; those of T5 begin a target with id 0."""
+    t5 = T5Config(vocab_size=VOCAB, d_model=12, d_kv=4, d_ff=37, num_layers=2, num_heads=3, dropout_rate=0.0,
+                  tie_word_embeddings=tied, decoder_start_token_id=0, feed_forward_proj="gated-gelu")  # fmt: skip
+    theirs = noisy(Blip2ForConditionalGeneration(config(language=t5)))
+    ours = from_blip2(theirs)
+    assert isinstance(ours, Blip2)
+    pixels, tokens, _ = texts(q=6)
+    tokens[:, 0] = 0
+    lengths, prompts = torch.tensor([6, 5, 6]), torch.tensor([3, 2, 4])  # The begin token is one of them.
+    places = torch.arange(6)
+    given = CaptionBatch(
+        tokens, places < lengths[:, None], (places >= prompts[:, None]) & (places < lengths[:, None]),
+        pixels=pixels[:, None],
+    )  # fmt: skip
+    logits = ours.logits(given)
+    for row in range(3):
+        start, end = int(prompts[row]), int(lengths[row])
+        source = torch.cat((torch.full((1, L), IMAGE), tokens[row : row + 1, 1:start]), 1)
+        target = torch.cat((tokens[row : row + 1, :1], tokens[row : row + 1, start:end]), 1)
+        want = theirs(pixel_values=pixels[row : row + 1], input_ids=source, decoder_input_ids=target).logits[
+            0
+        ]
+        close(logits[row, 0], want[0])
+        close(logits[row, start:end], want[1:])
+    begun = batch(
+        pixels, tokens[:, :3], torch.tensor([[False, True, True], [False, False, True], [True, True, True]])
+    )
+    begun.tokens[0, 1] = begun.tokens[1, 2] = 0
+    begun.target[:] = False
+    found = generate(ours, begun, eos_id=1, max_new_tokens=6, num_beams=3)
+    for row, left in enumerate((2, 3, 1)):
+        source = torch.cat((torch.full((1, L), IMAGE), begun.tokens[row : row + 1, left:]), 1)
+        want = theirs.generate(pixels[row : row + 1], source, num_beams=3, max_new_tokens=6, pad_token_id=1)[
+            0, 1:
+        ]
+        assert found[row][0].tokens == [token for token in want.tolist() if token > 1]
+    save_blip2_as_hub(ours, tmp_path, image_token_id=IMAGE)
+    again = load_blip2(tmp_path)
+    assert torch.equal(again.logits(given), logits)
+    ours.save_pretrained(tmp_path / "own")
+    assert torch.equal(Blip2.from_pretrained(tmp_path / "own").logits(given), logits)
+    back = Blip2ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    close(back(pixel_values=pixels[:1], input_ids=placed(tokens[:1, 1:3]), decoder_input_ids=tokens[:1, [0, 3, 4, 5]])
+          .logits[0, 1:], logits[0, 3:])  # fmt: skip
 
 
 def test_generation_with_beams_and_prompts_of_different_lengths() -> None:

@@ -8,13 +8,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer.blip2 import Blip2
+from mmtransformer.decoder import TextDecoder
+from mmtransformer.hub import HubDecoder
+from mmtransformer.hub_seq2seq import HubSeq2Seq
 from mmtransformer.image_text import ImageText
+from mmtransformer.language import Decoder
 from mmtransformer.pretrained import CONFIG, WEIGHTS, find_folder, load_strictly, read_json
 from mmtransformer.qformer import QFormer
 from mmtransformer.weights.eva import vision_from_blip2, vision_to_blip2
 from mmtransformer.weights.lm import decoder_from_state, read_tensors, to_transformers
 from mmtransformer.weights.qformer import BLIP2, INSTRUCTBLIP, qformer_table, under
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.table import Row, UnsupportedModel, layer, to_ours, to_theirs
 
 # What transformers takes for granted where a config.json does not say it.
 _USUAL = {"num_query_tokens": 32, "image_text_hidden_size": 256}
@@ -130,12 +134,24 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], where: st
         instruct = config["model_type"] == "instructblip"
         qformer = _qformer(config, text=instruct, where=where)
         language = {name.removeprefix("language_model."): t for name, t in parts["language_model"].items()}
-        decoder = decoder_from_state(config["text_config"], language, f"{where}, language model")
+        decoder = _language_model(config["text_config"], language, f"{where}, language model")
         model = Blip2(vision, qformer, decoder, instruct=instruct)
         ours = to_ours(_bridge_table(model), bridge, where)
         ours |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()}
     load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, where)
     return model.eval()
+
+
+def _language_model(config: dict[str, Any], state: dict[str, Tensor], where: str) -> Decoder | HubSeq2Seq:
+    if config["model_type"] in ("t5", "mt5", "umt5"):
+        model: HubDecoder | HubSeq2Seq = HubSeq2Seq(config)
+    else:
+        try:
+            return decoder_from_state(config, state, where)
+        except UnsupportedModel:
+            model = HubDecoder(config)
+    load_strictly(model.model, state, where)
+    return model
 
 
 def _bridge_table(model: Blip2) -> list[Row]:
@@ -171,7 +187,12 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
         return config, tensors | to_theirs(_image_text_table(model), own)
     kind = "InstructBlip" if model.instruct else "Blip2"
     config |= {"model_type": "instructblip"} if model.instruct else {}
-    text, language = to_transformers(model.decoder)  # pyright: ignore[reportArgumentType]  # It says what it can write.
+    if isinstance(model.decoder, HubDecoder | HubSeq2Seq):
+        text, language = model.decoder.config, dict(model.decoder.model.state_dict())
+    elif isinstance(model.decoder, TextDecoder):
+        text, language = to_transformers(model.decoder)
+    else:
+        raise ValueError(f"transformers has no language model like {type(model.decoder).__name__}")
     config |= {"architectures": [f"{kind}ForConditionalGeneration"], "text_config": text}
     tensors |= to_theirs(_bridge_table(model), own)
     return config, tensors | {f"language_model.{name}": tensor for name, tensor in language.items()}
@@ -216,8 +237,10 @@ def save_blip2_as_hub(
                 f"decoder's {model.vocab_size} ids that no text has"
             )
         config["image_token_index"] = image_token_id
-        if getattr(model.decoder, "tied", False):
-            del tensors["language_model.lm_head.weight"]  # A file holds a tensor once.
+        if isinstance(model.decoder, TextDecoder) and model.decoder.tied:
+            del tensors["language_model.lm_head.weight"]
+    places: dict[int, str] = {}  # A file holds a tensor once.
+    tensors = {name: t for name, t in tensors.items() if places.setdefault(t.data_ptr(), name) == name}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
