@@ -162,7 +162,7 @@ class ImageText(Captioner):
             tokens: (n q) long, padded on the right.
             valid: (n q) bool.
         """
-        queries, _ = self.qformer.both(visual, self.classed(tokens), valid)
+        queries = self.qformer(visual, self.classed(tokens), valid)
         return self.itm_head(queries.mean(1))  # The mean of all queries' logits.
 
     def head(self, hidden: Tensor) -> Tensor:
