@@ -177,7 +177,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
-    """Cross-entropy of the target tokens (`next_token_loss`).
+    """Cross-entropy of the target tokens (`next_token_loss`); zero, gradient too, where there are none.
 
     Args:
         captioner: the model.
@@ -185,7 +185,7 @@ def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: 
         label_smoothing: share of the target's probability that is spread over the vocabulary.
 
     Raises:
-        ValueError: if no token is a target, or a row is longer than the captioner can read.
+        ValueError: if a row is longer than the captioner can read.
     """
     check_rows(captioner, batch)
     hidden = captioner.hidden(batch.cut(batch.tokens.shape[1] - 1))
@@ -195,13 +195,12 @@ def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: 
 
 
 def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
-    """Refuses a batch that nothing can be learnt from.
+    """Refuses rows that cannot be read to their end.
 
     Raises:
-        ValueError: if no token is a target, or a row is longer than the captioner can read.
+        ValueError: if a row is longer than the captioner can read.
     """
-    n, q = batch.tokens.shape
-    if q > captioner.max_len:
-        raise ValueError(f"rows of {q} tokens, but the captioner reads {captioner.max_len} at most")
-    if not bool(batch.target[:, 1:].any()):
-        raise ValueError(f"none of the {n} rows has a target token")
+    if batch.tokens.shape[1] > captioner.max_len:
+        raise ValueError(
+            f"rows of {batch.tokens.shape[1]} tokens, but the captioner reads {captioner.max_len} at most"
+        )

@@ -124,11 +124,19 @@ def test_errors_of_the_loss_name_the_numbers() -> None:
     model, given = captioner(), batch((14, 3))
     with pytest.raises(ValueError, match=r"rows of 14 tokens.*13 at most"):
         caption_loss(model, given)
-    given = batch((7, 3))
-    with pytest.raises(ValueError, match="none of the 2 rows has a target"):
-        caption_loss(model, replace(given, target=torch.zeros_like(given.target)))
     with pytest.raises(ValueError, match="pixels or visual_tokens"):
-        caption_loss(model, replace(given, pixels=None))
+        caption_loss(model, replace(batch((7, 3)), pixels=None))
+
+
+def test_a_batch_without_targets_has_no_loss_but_a_gradient() -> None:
+    """It keeps a process in step with the others, whose gradients are added to its own."""
+    model, given = captioner(), batch((7, 3))
+    loss = caption_loss(model, replace(given, target=torch.zeros_like(given.target)), label_smoothing=0.1)
+    assert (float(loss.sum.detach()), int(loss.count)) == (0.0, 0)
+    loss.sum.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
 
 
 def test_a_batch_moves_with_its_names() -> None:

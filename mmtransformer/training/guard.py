@@ -1,16 +1,34 @@
-"""A loss or gradient that is not finite stops the run, before it reaches the weights."""
+"""What stops a run rather than being trained through: numbers that are not finite, memory that runs out."""
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+MOST_IN_A_ROW = 10
+"""Steps that may be skipped one after the other before a run that skips them stops all the same."""
 
 
 class NotFinite(ValueError):
     """A loss or a gradient became NaN or infinite; the message says where."""
 
 
+class OutOfMemory(ValueError):
+    """The device's memory does not do; the message says what would."""
+
+
 def not_finite(
-    module: nn.Module, *, loss: float, grad_norm: float, step: int, lr: float, names: Sequence[str]
+    module: nn.Module,
+    *,
+    loss: float,
+    grad_norm: float,
+    step: int,
+    lr: float,
+    names: Sequence[str],
+    culprit: str | None = None,
 ) -> NotFinite:
     """The error to raise, with everything that helps to find the cause.
 
@@ -21,13 +39,102 @@ def not_finite(
         step: The optimizer step that was not taken.
         lr: Its learning rate.
         names: The samples of the step.
+        culprit: What `first_bad_module` found.
     """
     bad = (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    first = next(bad, "none: their norm overflows")
+    first = next(bad, None)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    where = f"first bad module: {culprit}; " if culprit else ""
+    where += f"first bad gradient: {first}" if first else "every gradient is finite by itself"
     return NotFinite(
-        f"step {step}: the loss is {loss:.6g} and the gradient's norm {grad_norm:.6g}, which is not finite; "
-        f"the weights were left as they were. Learning rate {lr:.3g}; first bad gradient: {first}; "
-        f"samples: {shown or 'unnamed'}. Lower model.optim.lr, lengthen model.optim.warmup_steps, or set "
-        f"trainer.precision to 32-true"
+        f"step {step}: the loss is {loss:.6g} and the gradient's norm {grad_norm:.6g}, which is not finite; the "
+        f"weights were left as they were. Learning rate {lr:.3g}; {where}; samples: {shown or 'unnamed'}. Lower "
+        f"model.optim.lr, lengthen model.optim.warmup_steps, set trainer.precision to 32-true, or leave such steps out "
+        f"with model.optim.nonfinite=skip"
     )
+
+
+def first_bad_module(module: nn.Module, compute: Callable[[], object]) -> str | None:
+    """Where numbers stop being finite on the way forward.
+
+    Args:
+        module: The model.
+        compute: Runs it once more on the bad batch.
+
+    Returns:
+        The path of the module whose output is the first that is not finite though its inputs are; or what was wrong
+        with the inputs already; None if the way forward is clean.
+    """
+    found: list[str] = []
+
+    def look(name: str, part: nn.Module) -> Callable[..., None]:
+        def hook(part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                own = [n for n, p in part.named_parameters() if not p.isfinite().all()]
+                inputs = "" if _finite((args, kwargs)) else ", whose input is not finite already"
+                weights = f", whose weight {own[0]} is not finite" if own else ""
+                found.append(f"{name} ({type(part).__name__}){weights or inputs}")
+
+        return hook
+
+    handles = [
+        part.register_forward_hook(look(name, part), with_kwargs=True)
+        for name, part in module.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            compute()
+    except Exception as error:  # a look for a cause must not hide the fault
+        found.append(f"unknown ({type(error).__name__})")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(_finite(v) for v in value.values())
+    return all(_finite(v) for v in value) if isinstance(value, (tuple, list)) else True
+
+
+@contextlib.contextmanager
+def memory_advice(device: torch.device, step: Callable[[], int], names: Callable[[], int]) -> Iterator[None]:
+    """Turns "out of memory" into a message that says what to change.
+
+    Args:
+        device: Where it computes.
+        step: The optimizer step.
+        names: The number of samples in the batch.
+
+    Raises:
+        OutOfMemory: In place of the device's own error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if (
+            type(error) is RuntimeError
+            and "can't allocate memory" not in text
+            and "out of memory" not in text
+        ):
+            raise
+        size, have = names(), ""
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            have = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
+        less = f"data.batch_size={max(size // 2, 1)} --trainer.accumulate_grad_batches=2"
+        raise OutOfMemory(
+            f"step {step()}: out of memory on {device}{have} with batches of {size} samples. These help, and leave the "
+            f"gradient what it is: --{less} (times what it is now), --activation_checkpointing=true, "
+            f"--trainer.precision=bf16-mixed; `mmt plan` says what takes the memory. ({text.splitlines()[0][:160]})"
+        ) from error
+
+
+def is_finite(*numbers: float) -> bool:
+    """Whether none is NaN or infinite."""
+    return all(math.isfinite(number) for number in numbers)

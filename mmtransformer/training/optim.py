@@ -24,6 +24,8 @@ class Optim:
             length of the run (Vaswani et al. 2017; their peak is `noam_peak`).
         min_lr_ratio: What is left of the peak at the end of the cosine.
         ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
+        nonfinite: What happens at a step whose loss or gradient is NaN or infinite: "stop" ends the run, "skip" leaves
+            the weights as they are and counts the step (10 in a row end the run all the same).
 
     Raises:
         ValueError: If a number is out of its range.
@@ -37,12 +39,15 @@ class Optim:
     decay: Literal["cosine", "inverse_sqrt"] = "cosine"
     min_lr_ratio: float = 0.01
     ema: float = 0.0
+    nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f'optim.kind must be "adamw" or "muon", not "{self.kind}"')
         if self.decay not in ("cosine", "inverse_sqrt"):
             raise ValueError(f'optim.decay must be "cosine" or "inverse_sqrt", not "{self.decay}"')
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f'optim.nonfinite must be "stop" or "skip", not "{self.nonfinite}"')
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
 

@@ -1,8 +1,10 @@
 """Task: what every recipe trains. A loss per token of the global batch, the optimizer, the guard; and a finish."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmtransformer.next_token import Loss
 from mmtransformer.training.average import Average
 from mmtransformer.training.checkpoints import CheckpointError
-from mmtransformer.training.guard import not_finite
+from mmtransformer.training.guard import MOST_IN_A_ROW, first_bad_module, is_finite, memory_advice, not_finite
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
 
@@ -59,6 +62,8 @@ class Task(pl.LightningModule, ABC):
         self._sums: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self._counts: list[Tensor] = []
         self._names: list[str] = []
+        self._batch: Any = None  # the last of them
+        self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
         self._totals: dict[tuple[str, str], Tensor] = {}
         self._seed: int | None = None
         self._hashes: dict[str, str] | None = None
@@ -122,8 +127,10 @@ class Task(pl.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch."""
-        loss = self.loss(batch)
         names = self.names(batch)
+        with self._memory_advice(len(names)):
+            loss = self.loss(batch)
+        self._batch = batch
         self._sums.append(loss.sum.detach())
         self._counts.append(loss.count)
         self._names += names
@@ -131,17 +138,18 @@ class Task(pl.LightningModule, ABC):
         self.tokens_seen += int(loss.count)
         return loss.sum
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """From the sum of gradients to the mean over the tokens of all micro-batches and processes."""
-        count = torch.stack(self._counts).sum()
-        world = self.trainer.world_size
-        if world > 1:
-            count = torch.as_tensor(self.all_gather(count)).sum()
-        # Lightning has divided by the micro-batches, DDP by the processes.
-        scale = self.trainer.accumulate_grad_batches * world / max(int(count), 1)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if scale != 1.0:
-            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward, with advice where the memory ends."""
+        with self._memory_advice(len(self._names)):
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, with advice where the memory ends."""
+        with self._memory_advice(len(self._names)):
+            super().optimizer_step(*args, **kwargs)
+
+    def _memory_advice(self, size: int) -> AbstractContextManager[None]:
+        return memory_advice(self.device, lambda: self.trainer.global_step, lambda: size)
 
     def configure_gradient_clipping(
         self,
@@ -149,30 +157,69 @@ class Task(pl.LightningModule, ABC):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips, logs, and stops a run whose gradient is not finite."""
+        """From the sum of gradients to the mean over the global batch; clips, logs, and guards the weights.
+
+        Raises:
+            NotFinite: If loss or gradient are not, unless such steps are to be skipped.
+            ValueError: If there is nothing to learn from in the global batch.
+        """
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        loss = torch.stack(self._sums).sum() / torch.stack(self._counts).sum().clamp(min=1)
-        value = float(norm)
-        if not math.isfinite(value):
-            raise not_finite(
+        grads = [p.grad for p in params if p.grad is not None]
+        loss, count, norm = self._global(grads)
+        if not count:
+            raise ValueError(f"step {self.trainer.global_step}: none of the samples has a target token")
+        # Lightning has divided by the micro-batches, DDP by the processes.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
+        loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
+        names, batch = self._names, self._batch
+        self._sums, self._counts, self._names, self._batch = [], [], [], None
+        finite = is_finite(loss, norm)
+        # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
+        if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
+            compute = (lambda: self.loss(batch)) if self.trainer.world_size == 1 else None
+            culprit = first_bad_module(self, compute) if compute else None
+            fault = not_finite(
                 self,
-                loss=float(loss),
-                grad_norm=value,
+                loss=loss,
+                grad_norm=norm,
                 step=self.trainer.global_step,
-                lr=optimizer.param_groups[0]["lr"],
-                names=self._names,
+                lr=lr,
+                names=names,
+                culprit=culprit,
             )
+            self._in_a_row += 1
+            if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
+                raise fault
+            self.skipped += 1
+            if self.trainer.is_global_zero:
+                warnings.warn(f"step left out ({self.skipped} so far): {fault}", stacklevel=2)
+            for parameter in params:
+                parameter.grad = None  # An optimizer passes over what has no gradient.
+            return
+        self._in_a_row = 0
         # Lightning's own clipping refuses fused optimizers, and would measure the norm once more.
-        if gradient_clip_val and gradient_clip_algorithm == "value":
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        factor = (
+            scale * min(1.0, gradient_clip_val / (norm + 1e-6)) if by_norm and gradient_clip_val else scale
+        )
+        if factor != 1.0 and finite:
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        if gradient_clip_val and not by_norm:
             torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
-        self.last_loss = loss
+        self.last_loss = torch.tensor(loss)
         if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
-            lr = optimizer.param_groups[0]["lr"]
-            self._log({"train/loss": float(loss), "train/grad_norm": value, "lr": lr})
-        self._sums, self._counts, self._names = [], [], []
+            self._log({"train/loss": loss, "train/grad_norm": norm, "lr": lr})
+
+    def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
+        """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
+        sums = torch.stack([torch.stack(self._sums).sum().double(), torch.stack(self._counts).sum().double()])
+        if self.trainer.world_size > 1:
+            sums = torch.as_tensor(self.all_gather(sums)).sum(0)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        loss, count, value = torch.cat([sums, norm.double()[None]]).tolist()
+        return loss, count, value
 
     def _log(self, row: dict[str, float]) -> None:
         """Writes a row before the step's checkpoint, which Lightning's own log would come after."""
@@ -228,7 +275,8 @@ class Task(pl.LightningModule, ABC):
         settle(self.trainer, checkpoint)
         checkpoint["optim"] = asdict(self.optim)
         checkpoint["seed"] = self._seed
-        checkpoint["seen"] = {"samples": self.samples_seen, "tokens": self.tokens_seen}
+        seen = {"samples": self.samples_seen, "tokens": self.tokens_seen, "skipped": self.skipped}
+        checkpoint["seen"] = seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what `on_save_checkpoint` has added.
@@ -251,6 +299,7 @@ class Task(pl.LightningModule, ABC):
         self._seed = checkpoint.get("seed")
         seen = checkpoint.get("seen", {})
         self.samples_seen, self.tokens_seen = seen.get("samples", 0), seen.get("tokens", 0)
+        self.skipped = seen.get("skipped", 0)
 
     def training_facts(self, run: Run) -> dict[str, Any]:
         """How the run went, for metrics.json."""
@@ -259,6 +308,7 @@ class Task(pl.LightningModule, ABC):
             "steps": self.trainer.global_step,
             self.unit: self.samples_seen,
             "tokens": self.tokens_seen,
+            "skipped_steps": self.skipped,
             "device": device_name(run.device),
             "precision": str(self.trainer.precision),
             "parameters": trainable_parameters(self),
