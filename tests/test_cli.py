@@ -160,8 +160,17 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
     code, out, err = mmt(capsys, "caption", pictures[0], "--model", str(model), "--heatmap", str(heat))
     assert code == 0
     assert heat.is_file() or "no word to draw" in err
+    page = tmp_path / "words.html"
+    must = ["--must-contain", "star", "--max-new-tokens", "12"]
+    code, out, err = mmt(capsys, "caption", *pictures, "--model", str(model), "--heatmap", str(page), *must)
+    assert code == 0
+    assert [("star" in line) for line in out.splitlines()] == [True, True]
+    assert page.read_text("utf-8").count("data:image") >= 2
     code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), "--sample", "--beams", "1")
     assert (code, len(out.splitlines())) == (0, 1)
+    three = ["--different", "--num-captions", "3", "--image-guidance", "2"]
+    code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), *three)
+    assert (code, len(set(out.splitlines()))) == (0, 3)
 
 
 def test_evaluate(

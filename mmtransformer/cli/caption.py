@@ -41,16 +41,34 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument(
         "--nearest", action="store_true", help="choose the examples that are most like the picture, not any"
     )
+    parser.add_argument("--different", action="store_true", help="captions that avoid each other's words")
+    parser.add_argument(
+        "--must-contain",
+        metavar="WORD",
+        action="append",
+        default=[],
+        help="a word that must come; may be repeated",
+    )
+    parser.add_argument(
+        "--image-guidance",
+        type=float,
+        metavar="X",
+        help="above 1, what only this picture says counts for more (1)",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
-    parser.add_argument("--heatmap", metavar="OUT.png", help="draw where the model looked for each word")
+    parser.add_argument(
+        "--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)"
+    )
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
     args = parser.parse_args(list(words))
 
     from mmtransformer.images import load
     from mmtransformer.pipeline import ImageCaptioner
 
-    if args.heatmap and Path(args.heatmap).suffix.lower() != ".png":
-        raise ValueError(f"--heatmap {args.heatmap}: the heat map is a PNG; let the name end in .png")
+    if args.heatmap and Path(args.heatmap).suffix.lower() not in (".png", ".html"):
+        raise ValueError(
+            f"--heatmap {args.heatmap}: a heat map is a picture or a page; let the name end in .png or .html"
+        )
     if args.shots is None and (args.num_shots is not None or args.nearest):
         raise ValueError("--num-shots and --nearest need examples to choose from: --shots FOLDER")
     images = [load(path) for path in args.pictures]
@@ -65,6 +83,20 @@ def run(name: str, words: Sequence[str]) -> int:
             top_p=args.top_p,
             seed=args.seed,
         )
+    if args.different:
+        decoding = dataclasses.replace(
+            decoding,
+            do_sample=False,
+            num_beams=max(args.num_captions, 2),
+            num_beam_groups=max(args.num_captions, 2),
+            diversity_penalty=1.0,
+        )
+    if args.must_contain:
+        decoding = dataclasses.replace(
+            decoding, must_contain=tuple(args.must_contain), num_beams=max(decoding.num_beams, 5)
+        )
+    if args.image_guidance is not None:
+        decoding = dataclasses.replace(decoding, image_guidance=args.image_guidance)
     prompts = None if args.shots is None else _examples(model, args)
     results = model(
         images,
@@ -125,18 +157,26 @@ def _heatmaps(
     out: Path,
     prompts: "FewShot | None",
 ) -> None:
-    """One sheet a picture: OUT.png, OUT-2.png and so on."""
+    """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
     import sys
 
-    from mmtransformer.pictures import grid_box, word_heatmaps
+    from mmtransformer.pictures import Card, Said, grid_box, html_page, word_heatmaps
 
+    cards = []
     for i, (picture, image, captions) in enumerate(zip(pictures, images, results, strict=True)):
-        path = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
-        best = captions[0]
-        if not best.words:
+        box, best = grid_box(image.size, model.transform.size, model.transform.resize), captions[0]
+        words = [word for word, _ in best.words]
+        if not words:
             print(f"{picture}: the caption has no word to draw", file=sys.stderr)
             continue
-        box = grid_box(image.size, model.transform.size, model.transform.resize)
         heat = model.heat(image, best, prompts)
-        word_heatmaps(image, [word for word, _ in best.words], heat, path, box=box, title=best.text)
+        if out.suffix.lower() == ".html":
+            said = Said(best.text, best.language, words=words, heat=heat, box=box)
+            cards.append(Card(image, [said], heading=picture))
+            continue
+        path = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
+        word_heatmaps(image, words, heat, path, box=box, title=best.text)
         print(f"{path}: where the model looked in {picture}", file=sys.stderr)
+    if cards:
+        html_page("Where the model looked", cards, None, out)
+        print(f"{out}: where the model looked; point at a word", file=sys.stderr)
