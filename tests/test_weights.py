@@ -13,7 +13,7 @@ from timm.layers.mlp import GluMlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mmtransformer import TextDecoder, ViT
+from mmtransformer import EncoderDecoder, TextDecoder, ViT
 from mmtransformer.weights import (
     decoder_to_gpt2,
     from_timm,
@@ -323,3 +323,13 @@ def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
 def test_only_decoders_of_gpt2s_kind_are_written_as_gpt2(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decoder_to_gpt2(TextDecoder(53, 24, 2, 4, max_len=29, **options))
+
+
+def test_the_tower_of_a_saved_captioner(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    vision = ViT(16, 8, 20, 1, 4)
+    EncoderDecoder(vision, TextDecoder(31, 20, 1, 4, cross_dim=20)).save_pretrained(tmp_path)
+    found = load_vit(str(tmp_path), freeze=True)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(found.forward_features(pixels), vision.eval().forward_features(pixels))
+    assert not any(p.requires_grad for p in found.parameters())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.blocks import Activation
+from mmtransformer.captioner import Captioner
 from mmtransformer.captioner import freeze as freeze_module
 from mmtransformer.pretrained import CONFIG, WEIGHTS, load_strictly, read_json, read_safetensors
 from mmtransformer.vit import ViT
@@ -211,8 +212,9 @@ def load_vit(
     """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
 
     Args:
-        source: a folder (saved by this library, or `config.json` and `model.safetensors` with timm's names), a
-            `.safetensors` file with timm's names, or the name of a timm model, which timm then fetches from the hub.
+        source: a folder (a ViT saved by this library, or a captioner, whose tower is taken, or `config.json` and
+            `model.safetensors` with timm's names), a `.safetensors` file with timm's names, or the name of a timm
+            model, which timm then fetches from the hub.
         image_size: picture size to resize the positions to, px; None = as trained.
         freeze: whether the tower is taken out of training.
         keep_head: whether a classifier is kept; captioners do not read it.
@@ -239,7 +241,9 @@ def load_vit(
 def _from_folder(folder: Path) -> ViT:
     config = read_json(folder / CONFIG)
     if "class" in config:
-        return ViT.from_pretrained(folder)
+        if config["class"] == ViT.__name__:
+            return ViT.from_pretrained(folder)
+        return Captioner.from_pretrained(folder).vision
     state = read_safetensors(folder / WEIGHTS)
     if "pretrained_cfg" in config:  # As timm writes it: the architecture says what shapes do not.
         import timm
