@@ -104,7 +104,7 @@ def draw_gallery(
         raise ValueError("a gallery needs at least one card")
     columns = min(columns, len(cards))
     total = 2 * MARGIN + columns * card_width + (columns - 1) * GAP
-    head = _head(title, subtitle, total)
+    head = draw_head(title, subtitle, total)
     panels = [_panel(card, card_width, max_references, max_lines) for card in cards]
     feet = [head.height] * columns
     places: list[tuple[int, int]] = []
@@ -121,11 +121,12 @@ def draw_gallery(
     sheet = Image.new("RGB", (total, height), PAPER)
     sheet.paste(head, (0, 0))
     for place, panel in zip(places, panels, strict=True):
-        _frame(sheet, place, panel)
+        draw_frame(sheet, place, panel)
     return sheet
 
 
-def _head(title: str, subtitle: str, total: int) -> Image.Image:
+def draw_head(title: str, subtitle: str, total: int) -> Image.Image:
+    """Draw the top of a sheet that is `total` pixels wide."""
     room = total - 2 * MARGIN
     titles = wrap(title, TITLE, room, 3) if title else []
     subtitles = wrap(subtitle, SUBTITLE, room, 6) if subtitle else []
@@ -179,7 +180,7 @@ def _caption(
     y = draw_lines(canvas, (PAD, y), lines, CAPTION)
     chips = _chips(said)
     if chips:
-        y = _draw_chips(canvas, y + 5, chips, room) + 3
+        y = draw_chips(canvas, y + 5, chips, room) + 3
     for reference in said.references[:max_references]:
         lines = wrap(reference, REFERENCE, room - 14, max_lines) or ["(empty)"]
         top = y + 6
@@ -205,22 +206,27 @@ def _chips(said: Said) -> list[tuple[str, Colour, Colour]]:
     return chips
 
 
-def _draw_chips(
-    canvas: ImageDraw.ImageDraw, y: float, chips: list[tuple[str, Colour, Colour]], room: float
+def draw_chips(
+    canvas: ImageDraw.ImageDraw,
+    y: float,
+    chips: list[tuple[str, Colour, Colour]],
+    room: float,
+    left: float = PAD,
 ) -> float:
-    x, height = float(PAD), CHIP.line_height + 4
+    """Draw marks (text, ink, tint) beside each other from `left` on, and give where they end."""
+    x, height = float(left), CHIP.line_height + 4
     for text, ink, tint in chips:
         text = (wrap(text, CHIP, room - 20, 1) or ["?"])[0]
         wide = width(text, CHIP) + 16
-        if x > PAD and x + wide > PAD + room:
-            x, y = PAD, y + height + 5
+        if x > left and x + wide > left + room:
+            x, y = left, y + height + 5
         canvas.rounded_rectangle((x, y, x + wide, y + height), radius=height / 2, fill=tint)
         draw(canvas, (x + 8, y + 2), text, CHIP(ink))
         x += wide + 6
     return y + height
 
 
-def _frame(sheet: Image.Image, place: tuple[int, int], panel: Image.Image) -> None:
+def draw_frame(sheet: Image.Image, place: tuple[int, int], panel: Image.Image) -> None:
     """Lay a card on the sheet with rounded corners and a fine edge."""
     w, h = panel.size
     mask = Image.new("L", (w * 2, h * 2), 0)

@@ -3,8 +3,10 @@
 Letters: c pictures and t captions of a split, l vectors of a picture, e width of a vector, k candidates.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,13 @@ from torch import Tensor
 
 from mmtransformer.captioner import CaptionBatch
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.facts import judge
+from mmtransformer.data.scenes import SceneSplit
+from mmtransformer.data.source import Pairs
 from mmtransformer.image_text import ImageText
+from mmtransformer.images import ImageError
 from mmtransformer.metrics.retrieval import recall_at_k
+from mmtransformer.pictures.retrieval import FoundPictures, FoundTexts, Mark, retrieval_sheet
 from mmtransformer.tokenizer import Tokenizer
 from mmtransformer.training.evaluation import ANY
 
@@ -78,6 +85,67 @@ class Retrieval:
                             f"{'  ' + label + after:<44}{cells}{recalls[f'{way}_median_rank']:>8.0f}"
                         )
         return "\n".join(lines)
+
+
+def draw_retrieval(
+    retrieval: Retrieval,
+    data: CaptionData,
+    path: str | Path,
+    *,
+    title: str = "",
+    searches: int = 6,
+    top: int = 5,
+) -> None:
+    """Draws what some texts and some pictures found, evenly over splits and languages.
+
+    Of drawn scenes it is known whether a caption of another picture is true as well.
+
+    Args:
+        retrieval: What was found.
+        data: What it was found in.
+        path: The picture to write.
+        title: Its title.
+        searches: Searches by text, and by picture.
+        top: How many of the nearest are shown.
+    """
+    pools = [(split, code, s) for split, by in retrieval.splits.items() for code, s in by.items()]
+    by_text: list[FoundPictures] = []
+    by_picture: list[FoundTexts] = []
+    for turn in range(searches):
+        split, code, s = pools[turn % len(pools)]
+        pairs, scores = data.pairs(split), s.similarity if s.matched is None else s.matched
+        language, share = None if code == ANY else code, (turn + 0.5) / searches
+        column, row = int(share * len(s.texts)), int(share * len(s.pictures))
+        with contextlib.suppress(ImageError):  # it was found by its cached features, and has gone since
+            best = np.argsort(-scores[:, column], kind="stable")[:top].tolist()
+            marks: list[Mark] = [_mark(pairs, s, i, column, language) for i in best]
+            rank = int((scores[:, column] >= scores[s.owner[column], column]).sum())
+            images = [pairs.image(s.pictures[i]) for i in best]
+            by_text.append(FoundPictures(s.texts[column], images, marks, rank, language))
+        with contextlib.suppress(ImageError):
+            best = np.argsort(-scores[row], kind="stable")[:top].tolist()
+            kinds: list[Mark] = [_mark(pairs, s, row, j, language) for j in best]
+            own = np.array(s.owner) == row
+            rank = 1 + int((scores[row][~own] >= scores[row][own].max()).sum())
+            image = pairs.image(s.pictures[row])
+            by_picture.append(FoundTexts(image, [s.texts[j] for j in best], kinds, rank, language))
+    if by_text or by_picture:
+        subtitle = "; ".join(
+            f"{split}{'' if code == ANY else f' {code}'}: recall@1 "
+            f"{100 * s.recalls()['itc']['text_recall@1']:.1f} % of captions, "
+            f"{100 * s.recalls()['itc']['image_recall@1']:.1f} % of pictures"
+            for split, code, s in pools
+        )
+        retrieval_sheet(by_text, by_picture, path, title=title, subtitle=subtitle)
+
+
+def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) -> Mark:
+    if s.owner[column] == row:
+        return "own"
+    if isinstance(pairs, SceneSplit) and language:
+        claims = judge(s.texts[column], pairs.scene(s.pictures[row]), language).claims
+        return "true" if claims and all(right for _, right in claims) else "other"
+    return "other"
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from mmtransformer.decoding import Decoding
 from mmtransformer.image_text import ImageText, Losses
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.retrieval import Retrieval, evaluate_retrieval
+from mmtransformer.training.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.task import Run
 
 
@@ -161,7 +161,9 @@ class QFormerStage1(Captioning):
         path = run.folder / "metrics.json"
         metrics = json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1}
         path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"\n{stage1_table(retrieval, stage1)}\n")  # noqa: T201
+        title = run.folder.resolve().name.replace("_", " ")
+        draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=title)
+        print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201
 
 
 def picture_ids(batch: CaptionBatch) -> Tensor | None:
