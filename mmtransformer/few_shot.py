@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mmtransformer.captioner import CaptionBatch, Captioner
@@ -28,6 +29,19 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.tokenizer import Tokenizer
 
 _KEPT = 256  # examples whose visual tokens are kept in memory
+
+
+def check_reader(captioner: Captioner) -> None:
+    """Makes sure that a model reads pictures anywhere in the text.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if getattr(captioner, "media", "none") == "none":
+        raise ValueError(
+            f"{type(captioner).__name__} reads the pictures of a text as a whole, so it cannot tell examples from the "
+            f'picture to be captioned; that takes a Flamingo with media="last" or "all_previous"'
+        )
 
 
 class FewShot:
@@ -61,12 +75,7 @@ class FewShot:
         choose: Literal["random", "nearest"] = "random",
         seed: int = 0,
     ):
-        if getattr(captioner, "media", "none") == "none":
-            raise ValueError(
-                f"{num_shots} examples were asked for, but {type(captioner).__name__} reads the pictures of one text "
-                f'as a whole; examples need a model that reads pictures inside the text: a Flamingo with media="last" '
-                f'or "all_previous"'
-            )
+        check_reader(captioner)
         if num_shots < 0 or num_shots > len(examples):
             raise ValueError(
                 f"num_shots ({num_shots}) must be from 0 to the number of examples ({len(examples)})"
@@ -85,7 +94,18 @@ class FewShot:
         self._seen: OrderedDict[int, Tensor] = OrderedDict()  # example -> (p d)
         self._features: Tensor | None = None
 
-    @torch.inference_mode()
+    def batch(self, images: Sequence[Image.Image], names: Sequence[str] = ()) -> CaptionBatch:
+        """Pictures as a batch of one picture a sample, to be called with.
+
+        Args:
+            images: The pictures.
+            names: Their names; an example of the same name is not used.
+        """
+        pixels = torch.stack([self.transform(image) for image in images])[:, None]
+        none = torch.zeros(len(images), 0, dtype=torch.long)
+        return CaptionBatch(none, none.bool(), none.bool(), pixels=pixels, names=tuple(names))
+
+    @torch.no_grad()
     def __call__(self, batch: CaptionBatch, languages: Sequence[str | None]) -> CaptionBatch:
         """Puts the examples before the pictures of a batch of one picture a sample: n = b * r rows.
 

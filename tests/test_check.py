@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mmtransformer.data.check import CheckReport, Finding, check
 from mmtransformer.data.pairs import PairFiles
+from mmtransformer.data.scenes import Scenes
 from mmtransformer.data.source import Caption
 from mmtransformer.images import ImageError
 
@@ -199,3 +201,33 @@ def test_any_source_of_pairs_can_be_checked(tmp_path: Path) -> None:
     build(tmp_path)
     report = check(PairFiles(tmp_path, val_fraction=0), progress=False)
     assert report.findings == []
+
+
+def test_interleaved_documents_and_shards_are_looked_at_as_well(tmp_path: Path) -> None:
+    split = Scenes(image_size=32, train_size=12).split("train")
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    lines = []
+    for i in range(12):
+        split.image(i).save(documents / f"{i}.png")
+        lines.append({"text": f"see <image> {split.captions(i)[0].text}", "images": [f"{i}.png"]})
+    lines.append({"text": "two <image> marks <image> here", "images": ["0.png"]})
+    (documents / "broken.png").write_bytes(b"nothing")
+    lines.append({"text": "a <image> broken one", "images": ["broken.png"]})
+    (documents / "d.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    report = check(documents, progress=False)
+    assert "interleaved documents d.jsonl: 13 documents, 13 pictures" in report.source
+    found = {finding.what: finding for finding in report.findings}
+    assert found["marks and pictures differ in number"].count == 1
+    assert "d.jsonl:13" in found["marks and pictures differ in number"].first[0]
+    assert "broken.png (picture 1 of d.jsonl:14)" in found["corrupt pictures"].first[0]
+    assert sum(report.captions.values()) == 13
+    with tarfile.open(tmp_path / "a.tar", "w") as box:
+        for i in range(12):
+            (tmp_path / "c.txt").write_text(split.captions(i)[0].text)
+            box.add(documents / f"{i}.png", f"{i}.png")
+            box.add(tmp_path / "c.txt", f"{i}.txt")
+    report = check(tmp_path / "a.tar", progress=False)
+    assert "1 tar shard" in report.source
+    assert sum(report.pictures.values()) == 12
+    assert not report.hurts

@@ -16,7 +16,11 @@ def run(name: str, words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         f"mmt {name}", description="Look at image-text pairs before training on them."
     )
-    parser.add_argument("root", metavar="ROOT", help="a folder, an archive, or one manifest")
+    parser.add_argument(
+        "root",
+        metavar="ROOT",
+        help="a folder, an archive, one manifest or documents.jsonl, or a pattern of tar shards",
+    )
     parser.add_argument(
         "--images", metavar="DIR", help="folder or archive of the pictures, if not at the root"
     )
@@ -31,11 +35,11 @@ def run(name: str, words: Sequence[str]) -> int:
     import sys
 
     from mmtransformer.data.check import check
-    from mmtransformer.data.pairs import PairFiles
+    from mmtransformer.data.opening import open_pairs
     from mmtransformer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(args.model) if args.model else None
-    source = PairFiles(args.root, images=args.images, max_bad=1.0)
+    source = open_pairs(args.root, images=args.images, max_bad=1.0)
     report = check(
         source,
         tokenizer=tokenizer,

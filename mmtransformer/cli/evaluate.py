@@ -24,7 +24,7 @@ def run(name: str, words: Sequence[str]) -> int:
         "--data",
         required=True,
         metavar="ROOT",
-        help='a folder, archive or manifest; "scenes" is the embedded data',
+        help='a folder, archive, manifest or pattern of tar shards; "scenes" is the embedded data',
     )
     parser.add_argument("--split", default="val", help="which split (val)")
     parser.add_argument(
@@ -35,6 +35,15 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument(
         "--length-penalty", type=float, metavar="X", help="the model's own setting unless told"
     )
+    parser.add_argument(
+        "--num-shots",
+        type=int,
+        metavar="N",
+        help="put N training pictures with captions before each as examples",
+    )
+    parser.add_argument(
+        "--nearest", action="store_true", help="choose the examples that are most like the picture"
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
     parser.add_argument("--limit", type=int, metavar="N", help="only about so many pictures")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file")
@@ -43,19 +52,22 @@ def run(name: str, words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
 
     from mmtransformer.data.captions import CaptionData
-    from mmtransformer.data.pairs import PairFiles
+    from mmtransformer.data.opening import open_pairs
     from mmtransformer.data.scenes import Scenes
+    from mmtransformer.few_shot import FewShot
     from mmtransformer.pipeline import ImageCaptioner
     from mmtransformer.training.evaluation import evaluate
     from mmtransformer.training.precision import fast_matmuls
 
+    if args.nearest and args.num_shots is None:
+        raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")
     fast_matmuls()
     model = ImageCaptioner.from_pretrained(args.model, device=args.device)
     if args.data == "scenes":
         source = Scenes(image_size=max(model.transform.size))
     else:
         known = model.tokenizer.languages
-        source = PairFiles(
+        source = open_pairs(
             args.data, images=args.images, language=args.language or (known[0] if known else None)
         )
         print(source.describe())
@@ -72,8 +84,20 @@ def run(name: str, words: Sequence[str]) -> int:
         num_beams=args.beams or model.decoding.num_beams,
         length_penalty=model.decoding.length_penalty if args.length_penalty is None else args.length_penalty,
     )
+    prompts = None
+    if args.num_shots is not None:
+        prompts = FewShot(
+            source.split("train"),
+            model.captioner,
+            model.tokenizer,
+            model.transform,
+            num_shots=args.num_shots,
+            choose="nearest" if args.nearest else "random",
+        )
     limit = None if args.limit is None else -(-args.limit // args.batch_size)
-    result = evaluate(model.captioner, data, decoding=decoding, device=model.device, limit_batches=limit)
+    result = evaluate(
+        model.captioner, data, decoding=decoding, device=model.device, limit_batches=limit, prompts=prompts
+    )
     print(result.table())
     if args.json:
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)

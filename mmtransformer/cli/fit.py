@@ -34,6 +34,8 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
   --trainer.accumulate_grad_batches N  batches an optimizer step
   --trainer.gradient_clip_val X        clip the gradient's norm
+  --activation_checkpointing=true      less memory for a third more work
+  --compile=true                       compiled blocks
   --model.optim.lr X                   peak learning rate
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
@@ -96,12 +98,12 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from mmtransformer.data.pairs import PairFiles
     from mmtransformer.training import Captioning, Progress, Samples
     from mmtransformer.training.checkpoints import CheckpointFiles
     from mmtransformer.training.log import MetricsLog
     from mmtransformer.training.precision import fast_matmuls, pick_precision
     from mmtransformer.training.saving import Saving
+    from mmtransformer.training.throughput import Throughput
 
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -109,6 +111,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             parser.add_argument(
                 "--resume", type=bool, default=False, help="go on from the newest whole checkpoint, if any"
             )
+            text = "compute blocks again in the backward pass, in place of keeping what is in them"
+            parser.add_argument("--activation_checkpointing", type=bool, default=False, help=text)
+            parser.add_argument("--compile", type=bool, default=False, help="compile the blocks")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             try:
@@ -126,8 +131,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             start = self.model.start if isinstance(self.model, Captioning) else None
             if start is not None:
                 self.datamodule.continue_from(start.tokenizer, start.transform)
-            if isinstance(source := getattr(self.datamodule, "source", None), PairFiles):
-                print(source.describe())
+            if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
+                print(describe())
 
         def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
             config = self.config_init["trainer"]
@@ -144,11 +149,15 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             extra: list[pl.Callback] = []
             if config.enable_progress_bar is not False:
                 extra += [Progress(), Samples()]
+            if config.logger is not False and not config.barebones:
+                extra.append(Throughput())
             if config.enable_checkpointing is not False and not config.fast_dev_run:
                 extra.append(Saving())
             mine = {type(callback) for callback in config.callbacks or []}
-            if not any(isinstance(plugin, CheckpointIO) for plugin in config.plugins or []):
-                config.plugins = [*(config.plugins or []), CheckpointFiles()]
+            plugins = config.plugins or []
+            plugins = plugins if isinstance(plugins, list) else [plugins]
+            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                config.plugins = [*plugins, CheckpointFiles()]
             return self._instantiate_trainer(
                 {**config, **kwargs}, [callback for callback in extra if type(callback) not in mine]
             )
@@ -206,9 +215,16 @@ def keys_of(parser: Any) -> list[str]:
 def fit(cli: "LightningCLI") -> None:
     """Trains, and lets the task finish: evaluate, and write the run's folder."""
     from mmtransformer.training import Run, Task
+    from mmtransformer.training.speed import checkpoint_activations, compile_blocks
     from mmtransformer.training.task import device_name, trainable_parameters
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    if cli.config.get("activation_checkpointing"):
+        print(
+            f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass"
+        )
+    if cli.config.get("compile"):
+        print(f"{compile_blocks(module)} blocks are compiled at their first use")
     folder = Path(trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = cli.parser.dump(cli.config, skip_none=False)

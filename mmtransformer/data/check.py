@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from mmtransformer.data.faults import FIRST, Report, allowed
-from mmtransformer.data.pairs import PairFiles
+from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.source import Caption, Pairs, PairSource
 from mmtransformer.images import ImageError
 
@@ -127,7 +127,8 @@ def check(
     caption alone never does, unless `max_bad` is 0. Nothing to train on, or to validate on, always does.
 
     Args:
-        source: A root for `PairFiles`, or pairs already opened (with `max_bad=1` to see everything).
+        source: A path to pairs, tar shards or interleaved documents, or pairs already opened (with `max_bad=1` to see
+            everything).
         tokenizer: Counts the tokens of a caption; without it words are counted, and what is said to be cut is the
             least that will be.
         max_len: The most tokens a caption may have in training; its start, its end and its language, if
@@ -139,13 +140,14 @@ def check(
     Raises:
         ValueError: If nothing is there that could be pairs.
     """
-    pairs = PairFiles(source, max_bad=1.0) if isinstance(source, str | Path) else source
+    pairs = open_pairs(source, max_bad=1.0) if isinstance(source, str | Path) else source
+    report, describe = getattr(pairs, "report", None), getattr(pairs, "describe", None)
     splits = {name: pairs.split(name) for name in pairs.splits()}
     captions = {name: [split.captions(i) for i in range(len(split))] for name, split in splits.items()}
     looked = _look(splits, threads or min(8, os.cpu_count() or 1), progress)
     flat = [caption for split in captions.values() for group in split for caption in group]
     words = Counter(len(caption.text.split()) for caption in flat)
-    findings = _rows(pairs.report, max_bad) if isinstance(pairs, PairFiles) else []
+    findings = _rows(report, max_bad) if isinstance(report, Report) else []
     findings += _pictures(looked, max_bad)
     findings += _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2, max_bad)
     findings += [
@@ -154,7 +156,7 @@ def check(
         if name not in splits
     ]
     return CheckReport(
-        source=pairs.describe() if isinstance(pairs, PairFiles) else type(pairs).__name__,
+        source=describe() if describe else type(pairs).__name__,
         pictures={name: len(split) for name, split in splits.items()},
         captions={name: sum(map(len, groups)) for name, groups in captions.items()},
         languages=dict(Counter(caption.language or "unnamed" for caption in flat).most_common()),
@@ -221,6 +223,7 @@ def _rows(report: Report, max_bad: float) -> list[Finding]:
         "refused path": "write paths relative to the manifest, inside the root",
         "empty caption": "write captions, or take the rows out",
         "not UTF-8": "save the file as UTF-8",
+        "marks and pictures differ in number": "write one <image> where each picture of the list stands",
     }
     found = [
         Finding(

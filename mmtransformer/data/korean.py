@@ -16,7 +16,7 @@ from mmtransformer.data.meaning import (
 )
 from mmtransformer.data.world import Group, Relation, Scene
 
-_SHAPES = {
+SHAPE_WORDS = {
     "circle": "원",
     "square": "사각형",
     "triangle": "삼각형",
@@ -28,7 +28,7 @@ _SHAPES = {
     "pentagon": "오각형",
     "arrow": "화살표",
 }
-_COLORS = {
+COLOR_WORDS = {
     "red": "빨간",
     "orange": "주황색",
     "yellow": "노란",
@@ -104,12 +104,12 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
 
 
 def _adjectives_and_noun(group: Group) -> str:
-    words = [_SIZES[group.size], _COLORS[group.color]]
+    words = [_SIZES[group.size], COLOR_WORDS[group.color]]
     if group.fill == "outlined":
         words.insert(0, "속이 빈")
     elif group.fill != "solid":
         words.append(_PATTERNS[group.fill])
-    return " ".join([*words, _SHAPES[group.shape]])
+    return " ".join([*words, SHAPE_WORDS[group.shape]])
 
 
 def _number(group: Group, rng: random.Random) -> str:
@@ -242,11 +242,11 @@ def _row(scene: Scene, rng: random.Random) -> str:
 
 _ATTRIBUTES: dict[str, tuple[str, str | int]] = {
     **{word: ("size", size) for size, word in _SIZES.items()},
-    **{word: ("color", color) for color, word in _COLORS.items()},
-    **{word + "색": ("color", color) for color, word in _COLORS.items() if not word.endswith("색")},
+    **{word: ("color", color) for color, word in COLOR_WORDS.items()},
+    **{word + "색": ("color", color) for color, word in COLOR_WORDS.items() if not word.endswith("색")},
     **{
         word[:-1]: ("color", color)
-        for color, word in _COLORS.items()
+        for color, word in COLOR_WORDS.items()
         if word.endswith("색") and len(word) > 2
     },
     "붉은": ("color", "red"),
@@ -265,7 +265,7 @@ _MANY = {"다섯": 5, "여섯": 6, "일곱": 7, "여덟": 8, "아홉": 9}
 _COUNTS = _MANY | {word: n for n, word in enumerate(_NATIVE) if word}
 _COUNTS |= {f"{word}개": n for word, n in [*_MANY.items(), *((w, n) for n, w in enumerate(_COUNTERS) if w)]}
 _COUNTER = re.compile(r"(?<!\w)(한|두|세|네|다섯|여섯|일곱|여덟|아홉) 개")  # read as one word
-_NOUNS = {word: shape for shape, word in _SHAPES.items()} | {
+_NOUNS = {word: shape for shape, word in SHAPE_WORDS.items()} | {
     "정사각형": "square",
     "네모": "square",
     "달": "crescent",

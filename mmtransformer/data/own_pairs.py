@@ -1,7 +1,9 @@
 """Your own pairs as the data of a recipe: one function, so that a recipe needs no more than `--data.root FOLDER`."""
 
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.opening import are_documents, are_shards, open_pairs
 from mmtransformer.data.pairs import Format, PairFiles
+from mmtransformer.data.source import PairSource
 from mmtransformer.images import Augment, ImageTransform
 
 
@@ -32,8 +34,10 @@ def own_pairs(
 ) -> CaptionData:
     """Pairs in a folder, CSV, TSV, JSONL, JSON (COCO, Karpathy), Parquet, zip or tar; the format is detected.
 
+    Tar shards are read by their index, and of interleaved documents each picture with the text that follows it.
+
     Args:
-        root: A folder, an archive, or one manifest.
+        root: A folder, an archive, one manifest, or a pattern of tar shards.
         format: The format, if it cannot be told.
         images: Folder or archive with the pictures, if not at or below the root.
         image_column: Column with the picture's path.
@@ -56,18 +60,24 @@ def own_pairs(
         flip_features: Keep mirrored visual tokens as well.
         max_bad: Share of rows, or of pictures, that may be unusable before the run stops.
     """
-    source = PairFiles(
-        root,
-        format=format,
-        images=images,
-        image_column=image_column,
-        caption_column=caption_column,
-        language_column=language_column,
-        split_column=split_column,
-        language=language,
-        val_fraction=val_fraction,
-        max_bad=max_bad,
-    )
+    named = (image_column, caption_column, language_column, split_column)
+    if format == "auto" and not any(named) and (are_shards(root) or are_documents(root)):
+        source: PairSource = open_pairs(
+            root, images=images, language=language, val_fraction=val_fraction, max_bad=max_bad
+        )
+    else:
+        source = PairFiles(
+            root,
+            format=format,
+            images=images,
+            image_column=image_column,
+            caption_column=caption_column,
+            language_column=language_column,
+            split_column=split_column,
+            language=language,
+            val_fraction=val_fraction,
+            max_bad=max_bad,
+        )
     return CaptionData(
         source,
         image=image or ImageTransform(),

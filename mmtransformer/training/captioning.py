@@ -6,7 +6,7 @@ Letters: b pictures, r captions of a picture, n = b * r rows.
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freez
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.decoding import Decoding
+from mmtransformer.few_shot import check_reader
 from mmtransformer.lora import merge_lora
 from mmtransformer.next_token import Loss
 from mmtransformer.pipeline import ImageCaptioner
@@ -22,6 +23,7 @@ from mmtransformer.training.evaluation import evaluate, image_use
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import how_to, seconds_to_text, write_report
 from mmtransformer.training.samples import sample_captions
+from mmtransformer.training.shots import score_shots
 from mmtransformer.training.task import Run, Task
 
 
@@ -38,6 +40,8 @@ class Captioning(Task):
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
         image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         decoding: How captions are searched for when the run is evaluated; saved with the model.
+        shots: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for models
+            that read pictures inside the text.
     """
 
     def __init__(
@@ -48,13 +52,16 @@ class Captioning(Task):
         label_smoothing: float = 0.0,
         image_use_batches: int = 4,
         decoding: Decoding | None = None,
+        shots: Sequence[int] = (),
     ) -> None:
         super().__init__(optim)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         self.captioner, self.label_smoothing = captioner, label_smoothing
         self.image_use_batches = image_use_batches
-        self.decoding = decoding or Decoding()
+        self.decoding, self.shots = decoding or Decoding(), tuple(shots)
+        if self.shots:
+            check_reader(captioner)
         self._turn = 0  # of the samples that are shown
         self.start: ImageCaptioner | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
@@ -177,12 +184,25 @@ class Captioning(Task):
             autocast=torch.bfloat16 if half else None,
             limit_batches=run.limit_batches,
         )
+        extra = {}
+        if self.shots:
+            scored = score_shots(
+                self.captioner,
+                trainer.datamodule,  # pyright: ignore[reportAttributeAccessIssue]
+                self.shots,
+                decoding=self.decoding,
+                device=run.device,
+                autocast=torch.bfloat16 if half else None,
+                limit_batches=run.limit_batches,
+            )
+            extra["few_shot"] = scored.to_dict()
+            print(f"\n{scored.table()}")  # noqa: T201
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
             self.captioner, data.tokenizer, data.transform, decoding=self.decoding, device=run.device
         )
-        write_report(run.folder, model, data, evaluation, extra={"image_use": use, "training": facts})
+        write_report(run.folder, model, data, evaluation, extra=extra | {"image_use": use, "training": facts})
         lines = ["", evaluation.table(), ""]
         bad = {
             path: len(path.read_text("utf-8").splitlines())
