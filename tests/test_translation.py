@@ -1,5 +1,6 @@
 """Translations: the pairs, their batches, the Translator, the task and its scores; the schedule of the paper."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mmtransformer import TextPairs, Tokenizer, Transformer, Translator
+from mmtransformer.cli import main
 from mmtransformer.data.grammar import parse
 from mmtransformer.data.meaning import Facts
 from mmtransformer.data.parallel import Parallel, ParallelTable, SceneTranslations, plain_caption
@@ -207,6 +209,29 @@ def test_translator_is_saved_and_loaded(tmp_path: Path) -> None:
     (tmp_path / "model" / "generation.json").write_text('{"beams": 3}', "utf-8")
     with pytest.raises(ValueError, match=r"generation\.json: unknown keys \['beams'\]"):
         Translator.from_pretrained(tmp_path / "model")
+
+
+def test_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator = Translator(
+        small(), tokenizer(), decoding=Decoding(num_beams=1, max_new_tokens=5), device="cpu"
+    )
+    translator.save_pretrained(tmp_path / "model")
+    words = ["translate", "--model", str(tmp_path / "model"), "--language", "ko", "--device", "cpu"]
+    texts = ["a small red star", "별 세 개"]
+    said = translator(texts, "ko")
+    picture = tmp_path / "look.png"
+    assert main([*words, *texts, "--attention", str(picture)]) == 0
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in said)
+    assert picture.is_file()
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n" + texts[1] + "\n"))
+    assert main([*words, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row == {"text": texts[1], "language": "ko", "translation": said[1]}
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(words) == 2
+    assert "nothing to translate" in capsys.readouterr().err
 
 
 def test_where_it_looked() -> None:
