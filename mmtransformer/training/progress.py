@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
 from mmtransformer.training.task import Task
+from mmtransformer.training.throughput import Throughput
 
 
 class Progress(ProgressBar):
@@ -75,6 +76,8 @@ class Progress(ProgressBar):
         if isinstance(module, Task):
             parts.append(f"loss {float(module.last_loss):.3f}")
             parts.append(f"{(module.samples_seen - self._seen) / max(seconds, 1e-9):,.0f} {module.unit}/s")
+        meters = (c for c in getattr(trainer, "callbacks", ()) if isinstance(c, Throughput))
+        parts += [meter.words(module.device) for meter in meters]
         parts.append(f"{clock(seconds)} gone, {clock(left)} left")
         return "  ".join(parts)
 
