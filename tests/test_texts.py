@@ -60,7 +60,8 @@ def test_rows_of_captions_are_full_but_for_the_last(row_len: int) -> None:
     lengths = np.clip(draw.normal(14, 4, 9973).round() + 30 * (draw.random(9973) < 0.01), 5, 60)
     rows = fill_rows(lengths.astype(int), row_len)
     assert len(rows) <= -(-int(lengths.sum()) // row_len) + 1
-    assert sum(sum(row) < row_len for row in rows) <= 3
+    spare = [i for i, row in enumerate(rows) if sum(row) < row_len]
+    assert min(spare) >= 0.99 * len(rows) - 2
 
 
 def test_texts_that_do_not_fit_together_are_packed_as_well_as_they_can_be() -> None:

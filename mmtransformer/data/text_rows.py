@@ -159,7 +159,7 @@ def fill_rows(lengths: np.ndarray, row_len: int, seed: int = 0) -> list[list[int
     left = np.bincount(lengths, minlength=row_len + 1)
     order = lengths[np.argsort(mix(seed, np.arange(len(lengths)), 6), kind="stable")].tolist()
     early = [0] * (row_len + 1)  # texts of a length that were placed before it was their turn
-    near = 2 * int(np.median(lengths))
+    near, shortest = 2 * int(np.median(lengths)), int(lengths.min())
     rows: list[list[int]] = []
     at = 0
     while True:
@@ -170,7 +170,9 @@ def fill_rows(lengths: np.ndarray, row_len: int, seed: int = 0) -> list[list[int
                 at += 1
             if at == len(order):
                 break
-            if room <= near and (some := _exactly(left, room)):
+            rest = room - order[at]
+            ending = room <= near or (rest < shortest and rest != 0)
+            if ending and (some := _exactly(left, room)):
                 ahead = some
             elif order[at] <= room:
                 some, ahead = [order[at]], []
