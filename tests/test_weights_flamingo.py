@@ -9,7 +9,15 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-from mmtransformer import CaptionBatch, Flamingo, PerceiverResampler, TextDecoder, ViT, generate
+from mmtransformer import (
+    CaptionBatch,
+    ExtendedVocabulary,
+    Flamingo,
+    PerceiverResampler,
+    TextDecoder,
+    ViT,
+    generate,
+)
 from mmtransformer.attention import Attention
 from mmtransformer.blocks import GatedCrossAttentionBlock, SwiGLU, make_norm
 from mmtransformer.pretrained import load_strictly
@@ -96,8 +104,9 @@ def test_the_resampler_of_idefics(norms: bool) -> None:
         {},
         {"cross_layer_interval": 2, "qk_layer_norms": True, "perceiver_norms": True, "alpha_type": "vector"},
         {"additional_vocab_size": 3, "tie_word_embeddings": True},
+        {"additional_vocab_size": 2},
     ],
-    ids=["plain", "norms, every 2, vector", "more words, tied"],
+    ids=["plain", "norms, every 2, vector", "more words, tied", "more words"],
 )
 def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
     torch.manual_seed(3)
@@ -117,8 +126,7 @@ def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
     torch.testing.assert_close(
         from_idefics(theirs, media="all_previous").logits(given), want, atol=1e-4, rtol=1e-4
     )
-    if options.get("additional_vocab_size"):
-        return
+    assert isinstance(ours.decoder, ExtendedVocabulary) == bool(options.get("additional_vocab_size"))
     back = to_idefics(ours)
     state = theirs.state_dict()
     assert set(back) == set(state)
@@ -156,6 +164,11 @@ def test_an_idefics_that_flamingo_cannot_be_is_refused() -> None:
         to_idefics(ours)
     with pytest.raises(ValueError, match=r"no resampler, mlp gelu and norm layer"):
         to_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)))
+    ours = from_idefics(IdeficsForVisionText2Text(config(additional_vocab_size=2)))
+    assert isinstance(ours.decoder, ExtendedVocabulary)
+    ours.decoder.first = 50
+    with pytest.raises(ValueError, match="behind the other 53, not from id 50"):
+        to_idefics(ours)
 
 
 # --- OpenFlamingo: no package of it can be installed, so its definition is written down here, with its names

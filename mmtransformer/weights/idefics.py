@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 from mmtransformer.decoder import TextDecoder
 from mmtransformer.flamingo import Flamingo
+from mmtransformer.language import Decoder
 from mmtransformer.media import Media
 from mmtransformer.pretrained import load_strictly
 from mmtransformer.resampler import PerceiverResampler
 from mmtransformer.vit import ViT
+from mmtransformer.vocabulary import ExtendedVocabulary
 from mmtransformer.weights.llama import decoder_from_llama, decoder_to_llama
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
 
+_ROWS, _HEAD = "model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight"
 _ACTIVATIONS = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
@@ -104,9 +107,16 @@ def from_idefics(model: nn.Module, *, media: Media = "last") -> Flamingo:
             "rms_norm_eps", "hidden_act", "rope_parameters",
         )
     }  # fmt: skip
-    extra = config.additional_vocab_size
-    text |= {"vocab_size": config.vocab_size + extra, "tie_word_embeddings": False}
-    decoder = decoder_from_llama(text, _language_state(state, tied=config.tie_word_embeddings), where)
+    text |= {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    parts = (
+        "model.vision_model.",
+        "model.perceiver_resampler.",
+        "model.gated_cross_attn_layers.",
+        _ROWS,
+        _HEAD,
+    )
+    words = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
+    decoder = _with_more_words(decoder_from_llama(text, words, where), state)
     vision = _vision(config.vision_config, _under(state, "model.vision_model."), where)
     perceiver = config.perceiver_config
     qk_norm = perceiver.qk_layer_norms_perceiver
@@ -146,14 +156,16 @@ def from_idefics(model: nn.Module, *, media: Media = "last") -> Flamingo:
 
 
 def to_idefics(model: Flamingo) -> dict[str, Tensor]:
-    """Tensors named as in `IdeficsForVisionText2Text`, for a config without additional vocabulary.
+    """Tensors named as in `IdeficsForVisionText2Text`; an `ExtendedVocabulary`'s new tokens are the additional ones.
 
     The tower's last norm must be the plain one, as `from_idefics` makes it: there, nobody reads it.
 
     Raises:
         ValueError: if the captioner is of another kind.
     """
-    decoder, resampler, vision = model.decoder, model.resampler, model.vision
+    resampler, vision = model.resampler, model.vision
+    longer = model.decoder if isinstance(model.decoder, ExtendedVocabulary) else None
+    decoder = model.decoder if longer is None else longer.decoder
     if (
         not isinstance(decoder, TextDecoder)
         or resampler is None
@@ -174,6 +186,13 @@ def to_idefics(model: Flamingo) -> dict[str, Tensor]:
             f"{resampler.activation}"
         )
     theirs = decoder_to_llama(decoder)
+    if longer is not None:
+        if longer.first != decoder.vocab_size:
+            raise ValueError(
+                f"Idefics has its additional words behind the other {decoder.vocab_size}, not from id {longer.first}"
+            )
+        theirs[_ROWS] = longer.new_embed.weight.detach()
+        theirs[_HEAD] = theirs[_ROWS] if longer.new_head is None else longer.new_head.weight.detach()
     tower = to_theirs(_vision_table(vision.depth), dict(vision.state_dict()))
     patches = tower["embeddings.patch_embedding.weight"]
     tower["embeddings.patch_embedding.weight"] = patches.unflatten(
@@ -206,20 +225,16 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _language_state(state: dict[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    """The language model's tensors as Llama names them, the additional vocabulary behind its own."""
-    parts = ("model.vision_model.", "model.perceiver_resampler.", "model.gated_cross_attn_layers.")
-    found = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
-    more = [
-        found.pop(name, None)
-        for name in ("model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight")
-    ]
-    if tied:
-        found["lm_head.weight"], more[1] = found["model.embed_tokens.weight"], more[0]
-    for name, rows in zip(("model.embed_tokens.weight", "lm_head.weight"), more, strict=True):
-        if rows is not None:
-            found[name] = torch.cat((found[name], rows))
-    return found
+def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
+    """The decoder with the additional vocabulary, if there is one: its rows learn, as they do there."""
+    if _ROWS not in state:
+        return decoder
+    longer = ExtendedVocabulary(decoder, len(state[_ROWS]))
+    with torch.no_grad():
+        longer.new_embed.weight.copy_(state[_ROWS])
+        if longer.new_head is not None:
+            longer.new_head.weight.copy_(state[_HEAD])
+    return longer
 
 
 def _vision(config: Any, state: dict[str, Tensor], where: str) -> ViT:
