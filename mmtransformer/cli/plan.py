@@ -1,0 +1,106 @@
+"""`mmt plan`: what a recipe will need of memory and disk, before it is run."""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+    from mmtransformer.training.plan import Needs, Watch
+
+HELP = """usage: mmt plan RECIPE.yaml [--config OVERLAY.yaml] [--KEY=VALUE ...]
+
+Says what a recipe needs: bytes of weights, gradients, optimizer, moving average, activations, checkpoint and feature
+cache. A few steps are run with a quarter and with half of the recipe's batch, on this machine, and nothing is written.
+All keys of `mmt fit` can be given; so one sees at once what --data.batch_size, --activation_checkpointing=true or
+--trainer.precision change.
+"""
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Plans a recipe.
+
+    Args:
+        name: The command's name.
+        words: The words after it.
+    """
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0
+    from mmtransformer.cli.errors import check_file
+    from mmtransformer.cli.fit import config_files
+
+    words = list(words)
+    if not words[0].startswith("-"):
+        words = ["--config", *words]
+    for config in config_files(words):
+        check_file(config, "recipe")
+    needs, samples, unit = plan(words)
+    print(needs.table(samples, unit))
+    return 0
+
+
+def plan(words: list[str]) -> tuple["Needs", int, str]:
+    """Runs a few steps of two sizes.
+
+    Args:
+        words: The words of `mmt fit`.
+
+    Returns:
+        What the recipe needs; the samples of its batch, and what they are called.
+
+    Raises:
+        ValueError: If the recipe's data has no batch_size.
+    """
+    from mmtransformer.training.plan import cache_bytes, extended
+
+    with tempfile.TemporaryDirectory() as folder:
+        first = _cli(words, [], folder)
+        data, module = first.datamodule, first.model
+        batch = getattr(data, "batch_size", None)
+        if not isinstance(batch, int):
+            raise ValueError(f"{type(data).__name__} has no batch_size that could be planned with")
+        sizes = sorted({max(batch // 4, 1), max(batch // 2, 1)})
+        watches = [_watch(words, size, folder) for size in sizes]
+        samples = batch * watches[-1].samples // sizes[-1]
+        needs = extended(watches[0], watches[-1], samples)
+        if getattr(data, "cache_features", False):
+            needs.cache = cache_bytes(module, data)
+    return needs, samples, getattr(module, "unit", "samples")
+
+
+def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
+    from mmtransformer.cli.fit import recipe_cli
+
+    quiet = [
+        "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.accumulate_grad_batches=1",
+    ]
+    quiet += ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0", "--resume=false"]
+    return recipe_cli([*words, *quiet, *more, f"--trainer.default_root_dir={folder}"], Path(folder))
+
+
+def _watch(words: list[str], size: int, folder: str) -> "Watch":
+    """A few steps with batches of `size`."""
+    from mmtransformer.training.plan import STEPS, Watch
+    from mmtransformer.training.speed import checkpoint_activations
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    cli = _cli(words, [f"--data.batch_size={size}", f"--trainer.max_steps={STEPS}"], folder)
+    if hasattr(cli.datamodule, "cache_features"):
+        cli.datamodule.cache_features = (
+            False  # It would be computed for all pictures; its reading needs nothing.
+        )
+    if cli.config.get("activation_checkpointing"):
+        checkpoint_activations(cli.model)
+    watch = Watch()
+    cli.trainer.callbacks.append(watch)  # pyright: ignore[reportAttributeAccessIssue]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return watch
