@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmtransformer import TextDecoder, Tokenizer
+from mmtransformer import Decoder, ExtendedVocabulary, TextDecoder, Tokenizer
 from mmtransformer.hub import HubDecoder
 from mmtransformer.weights import from_transformers, load_lm, save_as_hub, to_transformers
 from mmtransformer.weights.llama import rope_of
@@ -220,6 +220,35 @@ def test_a_model_that_text_decoder_cannot_be_is_a_hub_decoder(tmp_path: Path) ->
         assert torch.equal(found.head(found(tokens)), theirs(tokens).logits), name
         with pytest.raises(ValueError, match="TextDecoder"):
             from_transformers(theirs)
+
+
+def test_recipes_build_an_extended_language_model_and_its_tokenizer(tmp_path: Path) -> None:
+    from jsonargparse import ArgumentParser
+
+    tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300)
+    decoder = TextDecoder(tokenizer.vocab_size, 24, 2, 4, max_len=29)
+    save_as_hub(decoder, tmp_path, tokenizer=tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]) == (0, 1, 2)
+
+    def build(decoder: Decoder, tokenizer: Tokenizer | str) -> tuple[Any, Any]:
+        return decoder, tokenizer
+
+    parser, source = ArgumentParser(), str(tmp_path)
+    parser.add_function_arguments(build)
+    languages = {"source": source, "languages": ["en", "ko"]}
+    given = {
+        "decoder": {
+            "class_path": "mmtransformer.weights.load_lm",
+            "init_args": {"source": source, "new_tokens": 2},
+        },
+        "tokenizer": {"class_path": "mmtransformer.weights.load_tokenizer", "init_args": languages},
+    }
+    built = parser.instantiate(parser.parse_object(given))
+    assert isinstance(built.decoder, ExtendedVocabulary)
+    assert built.decoder.vocab_size == built.tokenizer.vocab_size == tokenizer.vocab_size + 2
+    same(built.decoder.decoder, decoder)
+    assert built.tokenizer.prompt("ko") == [1, tokenizer.vocab_size + 1]
 
 
 # --- what is refused

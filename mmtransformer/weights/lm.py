@@ -1,6 +1,7 @@
 """Language models of transformers -> our decoders, from memory, a folder or the hub, and back into a folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmtransformer.hub import HubDecoder
 from mmtransformer.language import Decoder
 from mmtransformer.pretrained import CONFIG, WEIGHTS, Pretrained, find_folder, read_json, read_safetensors
 from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.vocabulary import ExtendedVocabulary
 from mmtransformer.weights.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
 from mmtransformer.weights.llama import (
     LLAMAS,
@@ -116,8 +118,8 @@ def save_as_hub(
     (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
 
 
-def load_lm(source: str | Path) -> Decoder:
-    """A language model, from what is there, in evaluation mode: for recipes (`class_path: mmtransformer.weights.load_lm`).
+def load_lm(source: str | Path, *, new_tokens: int = 0, first: int | None = None) -> Decoder:
+    """A language model in evaluation mode, from what is there: for recipes (`mmtransformer.weights.load_lm`).
 
     It is a `TextDecoder` where that can be the model (transformers is then not needed), else a `HubDecoder`. Only
     safetensors are read, never a pickle, and no code that comes with a model is run.
@@ -125,11 +127,17 @@ def load_lm(source: str | Path) -> Decoder:
     Args:
         source: a folder saved by this library, a folder as hubs have it (`config.json` with `model.safetensors`, or
             with shards and their `model.safetensors.index.json`), or the name of a hub's repository, to be fetched.
+        new_tokens: ids that are added to the model's, see `ExtendedVocabulary`; what `load_tokenizer` adds.
+        first: the first of them; None = the model's vocab_size. A hub's tokenizer may have fewer tokens.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder = find_folder(source)
+    decoder = _load(find_folder(source))
+    return ExtendedVocabulary(decoder, new_tokens, first=first).eval() if new_tokens else decoder
+
+
+def _load(folder: Path) -> Decoder:
     config = read_json(folder / CONFIG)
     if "class" in config:
         model = Pretrained.from_pretrained(folder)
@@ -145,6 +153,28 @@ def load_lm(source: str | Path) -> Decoder:
         return decoder_from_state(config, read_tensors(folder) if known else {}, str(folder))
     except UnsupportedModel as reason:
         return HubDecoder.from_folder(folder, reason=str(reason))
+
+
+def load_tokenizer(
+    source: str | Path,
+    *,
+    image: bool = False,
+    languages: Sequence[str] = (),
+    tokens: Sequence[str] = (),
+) -> Tokenizer:
+    """A tokenizer with the special tokens that a bridge needs: for recipes (`mmtransformer.weights.load_tokenizer`).
+
+    Args:
+        source: a folder, or the name of a hub's repository.
+        image: see `Tokenizer.with_specials`, as all that follow.
+        languages: codes of languages.
+        tokens: others.
+
+    Raises:
+        ValueError: if there is no tokenizer, or it cannot get these tokens.
+    """
+    tokenizer = Tokenizer.from_folder(find_folder(source))
+    return tokenizer.with_specials(image=image, languages=languages, tokens=tokens)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
