@@ -60,6 +60,11 @@ class TextPairs:
         }
         return replace(self, **moved)
 
+    def pin_memory(self) -> Self:
+        """The batch with its tensors in page-locked memory, for copies beside the computation."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: x.pin_memory() for k, x in found.items() if isinstance(x, Tensor)})
+
 
 class Source(NamedTuple):
     """What the decoder reads of a source.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +291,28 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     row = json.loads(capsys.readouterr().out)
     assert row["classes"][0]["class"] == best[0][0]
     assert main([*words, str(tmp_path / "none.png")]) == 2
+
+
+def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Path) -> None:
+    """As the recipe's header says it."""
+    recipes = Path(__file__).parents[1] / "recipes"
+    root = folder(tmp_path / "data", {"train/red": 6, "train/green": 6, "val/red": 2, "val/green": 1})
+    vit = ViT(32, 8, 16, 1, 2, num_classes=5)
+    vit.save_pretrained(tmp_path / "vit")
+    words = ["fit", "--config", str(recipes / "vit_classify.yaml"), "--config", str(recipes / "tiny.yaml")]
+    words += ["--data.source=mmtransformer.data.class_sources.ImageFolder", f"--data.source.root={root}"]
+    words += ["--model.vit=mmtransformer.weights.load_vit", f"--model.vit.source={tmp_path / 'vit'}"]
+    words += ["--data.image.image_size=48", "--data.val_splits=[val]", "--trainer.max_steps=1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
+    tuned = ImageClassifier.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    assert tuned.classes == ("green", "red")
+    assert tuned.transform.size == (48, 48)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
+    assert metrics["classification"]["val"]["pictures"] == 3
+    moved = (tuned.vit.blocks[0].mlp.fc1.weight - vit.blocks[0].mlp.fc1.weight).abs().max()  # pyright: ignore
+    assert 0 < float(moved.detach()) < 0.1
 
 
 def test_cards_say_whether_it_is_right() -> None:

@@ -158,6 +158,10 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(encoder(tokens, types), encoder(tokens, types))
     encoder.train()
     assert not torch.equal(encoder(tokens, types), encoder(tokens, types))
+    bare = TextEncoder(VOCAB, DIM, 0, HEADS, dropout=0.25)
+    hidden = bare(tokens, types)
+    assert 0.15 < float((hidden == 0).float().mean()) < 0.35
+    torch.testing.assert_close(hidden[hidden != 0], (bare.embed(tokens, types) / 0.75)[hidden != 0])
 
 
 # --- errors, folders

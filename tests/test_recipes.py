@@ -5,8 +5,19 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import (
+    EncoderDecoder,
+    ImageCaptioner,
+    ImageClassifier,
+    ImageText,
+    ImageTransform,
+    QFormer,
+    TextDecoder,
+    Tokenizer,
+    ViT,
+)
 from mmtransformer.cli import main
 from mmtransformer.data.scenes import Scenes
 from mmtransformer.translator import Translator
@@ -55,10 +66,50 @@ def language_model(folder: Path, family: str = "ours") -> list[str]:
     return [f"--model.captioner.decoder.source={folder}", f"--data.tokenizer={folder}"]
 
 
+def stage1(folder: Path) -> str:
+    """The argument that names a small model of stage 1."""
+    qformer = QFormer(3, 16, 2, 2, 16, vocab_size=301, max_len=64)
+    ImageText(ViT(32, 8, 16, 1, 2), qformer, class_id=300).save_pretrained(folder)
+    return f"--model.captioner.folder={folder}"
+
+
+def bert(folder: Path) -> list[str]:
+    """The arguments that start a Q-Former from a small BERT with its tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
+    BertModel(BertConfig(vocab_size=300, max_position_embeddings=40, **sizes)).save_pretrained(folder)
+    source = Scenes(image_size=32, train_size=9).split("train")
+    Tokenizer.train([c.text for i in range(9) for c in source.captions(i)], 300).save(folder)
+    return [
+        f"--model.captioner.qformer.source={folder}",
+        f"--data.tokenizer={folder}",
+        "--model.captioner.class_id=300",
+    ]
+
+
 def arguments(name: str, folder: Path) -> list[str]:
     """What a recipe needs beside recipes/tiny.yaml: small data, made here."""
+    if name == "qformer_stage1_scenes":
+        return arguments("caption_scenes", folder)
+    if name == "qformer_stage2_scenes":
+        return [
+            *arguments("caption_scenes", folder),
+            *language_model(folder / "lm"),
+            stage1(folder / "stage1"),
+            "--data.image.image_size=32",
+            "--data.source.image_size=32",
+        ]
     if name == "flamingo_scenes":
-        return arguments("caption_scenes", folder) + language_model(folder / "lm")
+        ViT(64, 8, 192, 1, 3).save_pretrained(folder / "vit")
+        vision = f"--model.captioner.vision.source={folder / 'vit'}"
+        return [*arguments("caption_scenes", folder), *language_model(folder / "lm"), vision]
+    if name == "few_shot_scenes":
+        return [
+            "--data.documents.train_size=12",
+            "--data.documents.val_size=2",
+            "--model.decoding.max_new_tokens=3",
+        ]
     if name == "caption_scenes":
         sizes = {"train_size": 12, "val_size": 3, "compositional_size": 2}
         return [f"--data.source.{key}={value}" for key, value in sizes.items()]
@@ -67,6 +118,9 @@ def arguments(name: str, folder: Path) -> list[str]:
         return [f"--data.source.pairs.{key}={value}" for key, value in sizes.items()] + [
             "--model.num_texts=3"
         ]
+    if name == "vit_classify":
+        sizes = {"train_size": 12, "val_size": 5, "compositional_size": 5}
+        return [f"--data.source.scenes.{key}={value}" for key, value in sizes.items()]
     if name == "translate_scenes":
         sizes = {"train_size": 9, "val_size": 2, "compositional_size": 2}
         return [f"--data.source.scenes.{key}={value}" for key, value in sizes.items()]
@@ -76,13 +130,19 @@ def arguments(name: str, folder: Path) -> list[str]:
     root = f"--data.root={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
-    dim = 768 if name == "flamingo_coco" else 192
+    if name in ("qformer_stage2_flickr8k", "qformer_coco"):
+        language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
+        cache = [f"--data.cache_dir={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []
+        return [root, *language, stage1(folder / "stage1"), "--data.image.image_size=32", *cache]
+    dim = {"flamingo_coco": 768, "qformer_stage1_coco": 1024}.get(name, 192)
     vision = ViT(32, 8, dim, 1, 3)
     vision.save_pretrained(folder / "vit")
     sources = [root, f"--model.captioner.vision.source={folder / 'vit'}", "--data.image.image_size=32"]
     if name == "flamingo_coco":
         smaller = ["--model.captioner.resampler.depth=1", "--data.max_len=60"]
         return sources + smaller + language_model(folder / "lm", "gpt2")
+    if name == "qformer_stage1_coco":
+        return sources + bert(folder / "bert")
     sources += [f"--data.cache_dir={folder / 'features'}"]
     return sources + (language_model(folder / "lm") if name == "flamingo_flickr8k" else [])
 
@@ -128,6 +188,16 @@ def check_captioner(name: str, run: Path, out: str) -> None:
     assert ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner.vocab_size > 0
 
 
+def check_stage1(name: str, run: Path, out: str) -> None:
+    check_captioner(name, run, out)
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["stage1"]["val"].keys() >= {"itc", "itm", "itg", "itm_accuracy", "itg_perplexity"}
+    for found in metrics["retrieval"]["val"].values():
+        assert found["itc"].keys() == found["itm"].keys() >= {"text_recall@1", "image_recall@10"}
+    assert "caption -> picture, matched again" in out
+    assert (run / "retrieval.png").read_bytes()[1:4] == b"PNG"
+
+
 def check_language_model(name: str, run: Path, out: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     languages = {"en", "ko", "all"} if name == "lm_scenes" else {"all"}
@@ -147,10 +217,41 @@ def check_translation(name: str, run: Path, out: str) -> None:
     assert "BLEU-4" in out
     lines = (run / "translations_val.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 4
+    assert (run / "attention_ko-en.png").is_file()
     assert len(Translator.from_pretrained(run / "model", device="cpu")(["a red star"] * 3, "ko")) == 3
 
 
+def check_classification(name: str, run: Path, out: str) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    scores = metrics["classification"]["compositional"]
+    assert (scores["pictures"], len(scores["confusion"])) == (4, 8)
+    assert "worst classes" in out
+    assert [
+        f for f in ("gallery.png", "attention.png", "model/classes.json") if not (run / f).is_file()
+    ] == []
+    classifier = ImageClassifier.from_pretrained(run / "model", device="cpu")
+    ((name, share),) = classifier(Image.new("RGB", (50, 40)))[0]
+    assert name in classifier.classes
+    assert 0.1 < share < 1.0
+
+
+def check_few_shot(name: str, run: Path, out: str) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert set(metrics["captions"]["val"]) == {"en", "ko"}
+    assert metrics["image_use"]["val"]["loss_other_picture"] > 0
+    scores = metrics["few_shot"]["scores"]
+    assert {"description, en", "color, ko", "fill, en"} < set(scores)
+    assert all(set(by) == {"0", "1", "2", "4"} for by in scores.values())
+    assert "% of answers right after so many examples" in out
+    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").decoding.mark_pictures
+
+
 CHECKS = {
+    "qformer_stage1_scenes": check_stage1,
+    "qformer_stage1_flickr8k": check_stage1,
+    "qformer_stage1_coco": check_stage1,
+    "few_shot_scenes": check_few_shot,
+    "vit_classify": check_classification,
     "translate_scenes": check_translation,
     "lm_scenes": check_language_model,
     "lm_captions": check_language_model,

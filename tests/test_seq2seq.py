@@ -257,6 +257,25 @@ def test_embeddings_in_front_of_the_source() -> None:
         model.encode(batch.source, before=torch.zeros(3, 4, 19))
 
 
+def test_dropout_falls_on_embeddings_branches_and_attention_in_training_only() -> None:
+    batch = pairs()
+    bare = Transformer(VOCAB, DIM, 0, HEADS, decoder_depth=0, dropout=0.25)
+    context = bare.encode(batch.source).context
+    assert isinstance(context, Tensor)
+    dropped = float((context == 0).float().mean())
+    assert 0.15 < dropped < 0.35
+    torch.testing.assert_close(context[context != 0], (bare.embed(batch.source) / 0.75)[context != 0])
+    model = make(dropout=0.25)
+    layers = [module.p for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
+    assert layers == [0.25] * (
+        1 + 2 * model.depth + 1 + model.decoder_depth
+    )  # one for all of a decoder block
+    rates = [module.dropout for module in model.modules() if isinstance(module, Attention)]
+    assert rates == [0.25] * model.depth + [0.25, 0.0] * model.decoder_depth
+    assert torch.equal(model.logits(batch), model.logits(batch))
+    assert not torch.equal(model.train().logits(batch), model.logits(batch))
+
+
 # --- generation
 
 
