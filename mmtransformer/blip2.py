@@ -162,7 +162,10 @@ class Blip2(Captioner):
 
     @torch.no_grad()
     def look(self, batch: CaptionBatch) -> Tensor:
-        """The text's attention to the queries times theirs to the patches, means of heads and layers: (n q i gh gw).
+        """Where each text token looks in the pictures, through the queries: (n q i gh gw).
+
+        Its attention to the queries, the mean of all heads and layers, times what each query holds of the patches
+        (`QFormer.held`).
 
         Raises:
             ValueError: if the decoder's attention cannot be recorded, as that of a hub model.
@@ -173,7 +176,7 @@ class Blip2(Captioner):
         try:
             with (
                 record_attention(self.decoder, keep=lambda name: name.endswith(kind)) as reads,
-                record_attention(self.qformer, keep="cross_attn") as sees,
+                record_attention(self.qformer) as sees,
             ):
                 self.hidden(batch)
         finally:
@@ -186,8 +189,7 @@ class Blip2(Captioner):
             to_queries = put_back(to_queries, batch)
         else:
             to_queries = to_queries[:, i * l :]
-        to_patches = torch.stack([w.mean(1) for w in sees.values()]).mean(0)
-        to_patches = rearrange(to_patches, "(b i r) l p -> (b r) i l p", b=b, i=i)
+        to_patches = rearrange(self.qformer.held(sees), "(b i r) l p -> (b r) i l p", b=b, i=i)
         to_patches = to_patches[..., self.vision.num_prefix_tokens :]
         to_patches = to_patches.repeat_interleave(len(to_queries) // len(to_patches), 0)
         to_queries = rearrange(to_queries, "n q (i l) -> n q i l", i=i)

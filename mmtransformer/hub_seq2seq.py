@@ -121,8 +121,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         b = tokens.shape[0]
         if b % context.shape[0]:
             raise ValueError(f"rows of targets ({b}) must be a multiple of sources ({context.shape[0]})")
-        if cache is None or not cache.length:  # Later the cache has what it needs of the context.
-            context = context.repeat_interleave(b // context.shape[0], 0)
+        context = context.repeat_interleave(b // context.shape[0], 0)
         try:
             return self.model.get_decoder()(
                 input_ids=tokens,

@@ -13,6 +13,7 @@ Training needs several passes over the same pictures, and nothing is computed tw
 Letters: n pictures, b rows of text (n divides b), p visual tokens, l queries, q text tokens, d width, k keys.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -210,17 +211,8 @@ class QFormer(Pretrained, nn.Module):
 
     def without_text(self) -> "QFormer":
         """The queries' part alone, with copies of its weights: what stage 2 keeps of stage 1."""
-        alone = QFormer(
-            self.num_queries,
-            self.dim,
-            self.depth,
-            self.num_heads,
-            self.visual_dim,
-            cross_every=self.cross_every,
-            mlp_dim=self.mlp_dim,
-            dropout=self.dropout,
-            eps=self.eps,
-        ).to(self.query_tokens)
+        args = {name: getattr(self, name) for name in inspect.signature(QFormer).parameters}
+        alone = QFormer(**args | {"vocab_size": None}).to(self.query_tokens)
         own = self.state_dict()
         alone.load_state_dict({name: own[name] for name in alone.state_dict()})
         return alone.train(self.training)
@@ -340,6 +332,24 @@ class QFormer(Pretrained, nn.Module):
             queries, text = block.finish_queries(x[:, :l], found.get(i)), block.finish_text(x[:, l:])
             x = torch.cat((queries, text), dim=1)
         return x[:, :l], x[:, l:]
+
+    def held(self, record: dict[str, Tensor]) -> Tensor:
+        """What each query holds of each visual token, at most 1 in sum: (b l p), of any query or joint pass.
+
+        It is followed from block to block as in attention rollout (arXiv:2005.00928): half of a query is what it was
+        before, half is what it takes in.
+
+        Args:
+            record: the weights of all its attention layers, from `record_attention`.
+        """
+        l, crossing = self.num_queries, record["blocks.0.cross_attn"].mean(1)
+        held = torch.zeros_like(crossing)
+        for i in range(self.depth):
+            among = record[f"blocks.{i}.attn"].mean(1)[:, :l, :l]
+            held = (held + among @ held) / 2
+            if i in self.cross_layers:
+                held = (held + record[f"blocks.{i}.cross_attn"].mean(1)) / 2
+        return held
 
     def _each(self) -> Iterator[tuple[int, QFormerBlock]]:
         return enumerate(cast(Iterable[QFormerBlock], self.blocks))

@@ -233,6 +233,31 @@ def test_attention_can_be_recorded() -> None:
     assert not record["blocks.4.attn"][2, :, :, L + 1 :].any()
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_what_queries_hold_is_followed_from_block_to_block(joint: bool) -> None:
+    model, (visual, tokens, valid) = qformer(), inputs(pictures=4)
+    with record_attention(model) as record:
+        model(visual, tokens, valid) if joint else model(visual)
+    held = model.held(record)
+    assert held.shape == (4, L, 13)
+    for row in range(4):
+        want = [[0.0] * 13 for _ in range(L)]
+        for i in range(DEPTH):
+            among = record[f"blocks.{i}.attn"].mean(1)[row if joint or i else 0]
+            mixed = [
+                [sum(float(among[j, m]) * want[m][p] for m in range(L)) for p in range(13)] for j in range(L)
+            ]
+            want = [
+                [(a + b) / 2 for a, b in zip(old, new, strict=True)]
+                for old, new in zip(want, mixed, strict=True)
+            ]
+            if i % 2 == 0:
+                seen = record[f"blocks.{i}.cross_attn"].mean(1)[row]
+                want = [[(want[j][p] + float(seen[j, p])) / 2 for p in range(13)] for j in range(L)]
+        torch.testing.assert_close(held[row], torch.tensor(want), atol=1e-5, rtol=1e-5)
+    assert (held.sum(-1) <= 1).all()
+
+
 def test_saved_and_loaded(tmp_path: object) -> None:
     model, (visual, tokens, valid) = qformer(), inputs()
     model.save_pretrained(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,17 +146,19 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
         close(logits[row, 0], want[0])
         close(logits[row, start:end], want[1:])
     begun = batch(
-        pixels, tokens[:, :3], torch.tensor([[False, True, True], [False, False, True], [True, True, True]])
+        pixels,
+        tokens[:, :3].clone(),
+        torch.tensor([[False, True, True], [False, False, True], [True, True, True]]),
     )
     begun.tokens[0, 1] = begun.tokens[1, 2] = 0
-    begun.target[:] = False
+    begun = replace(begun, target=torch.zeros_like(begun.valid))
     found = generate(ours, begun, eos_id=1, max_new_tokens=6, num_beams=3)
     for row, left in enumerate((2, 3, 1)):
         source = torch.cat((torch.full((1, L), IMAGE), begun.tokens[row : row + 1, left:]), 1)
-        want = theirs.generate(pixels[row : row + 1], source, num_beams=3, max_new_tokens=6, pad_token_id=1)[
-            0, 1:
-        ]
-        assert found[row][0].tokens == [token for token in want.tolist() if token > 1]
+        want = theirs.generate(
+            pixels[row : row + 1], source, num_beams=3, max_new_tokens=6, decoder_start_token_id=0
+        )  # fmt: skip
+        assert found[row][0].tokens == [token for token in want[0, 1:].tolist() if token > 1]
     save_blip2_as_hub(ours, tmp_path, image_token_id=IMAGE)
     again = load_blip2(tmp_path)
     assert torch.equal(again.logits(given), logits)
