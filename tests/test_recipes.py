@@ -135,7 +135,7 @@ def arguments(name: str, folder: Path) -> list[str]:
         cache = [f"--data.cache_dir={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []
         return [root, *language, stage1(folder / "stage1"), "--data.image.image_size=32", *cache]
     dim = {"flamingo_coco": 768, "qformer_stage1_coco": 1024}.get(name, 192)
-    vision = ViT(32, 8, dim, 1, 3)
+    vision = ViT(32, 8, dim, 1, 4 if dim % 3 else 3)
     vision.save_pretrained(folder / "vit")
     sources = [root, f"--model.captioner.vision.source={folder / 'vit'}", "--data.image.image_size=32"]
     if name == "flamingo_coco":

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from PIL import Image
 from torch import Tensor
 
 from mmtransformer import (
@@ -30,9 +31,12 @@ from mmtransformer.data.scenes import Scenes
 from mmtransformer.data.source import Caption
 from mmtransformer.decoding import Decoding
 from mmtransformer.metrics.retrieval import recall_at_k
+from mmtransformer.pictures.gallery import GAP
+from mmtransformer.pictures.retrieval import INKS, WIDE, FoundPictures, FoundTexts, retrieval_sheet
 from mmtransformer.training import Optim, QFormerStage1, Run
 from mmtransformer.training.retrieval import evaluate_retrieval
 from mmtransformer.training.stage1 import picture_ids
+from mmtransformer.weights import qformer_from_bert
 
 VOCAB = 420
 
@@ -131,21 +135,6 @@ def test_pictures_have_ids_of_their_own() -> None:
     assert picture_ids(replace(given, names=())) is None
 
 
-def test_it_learns_to_find(tmp_path: Path) -> None:
-    """Sixteen pictures by heart: chance would find the caption of one in sixteen."""
-    data = scenes(
-        Scenes(image_size=32, train_size=16, languages=("ko",)),
-        batch_size=16,
-        val_splits=["train"],
-        languages=["ko"],
-    )
-    module = QFormerStage1(model(), optim=Optim(kind="muon", lr=5e-3, warmup_steps=10), itc_smoothing=0.0)
-    trainer(tmp_path, max_steps=60, max_epochs=60, limit_val_batches=0).fit(module, datamodule=data)
-    found = evaluate_retrieval(module.captioner, data).to_dict()["train"]["ko"]["itc"]
-    assert found["text_recall@1"] > 0.5
-    assert found["image_recall@1"] > 0.5
-
-
 def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     forward = ViT.forward_features
@@ -183,6 +172,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
         assert 0 <= scores["itm_accuracy"] <= 1
     assert "val ko: 4 pictures, 12 captions" in out
     assert "matching" in out
+    assert (tmp_path / "retrieval.png").read_bytes()[1:4] == b"PNG"
     assert "contrast" in module.describe("val", metrics)
     assert {"loss_right", "loss_other_picture", "loss_blank_picture"} <= said["image_use"]["val"].keys()
 
@@ -239,6 +229,50 @@ def test_recall_is_that_of_all_pairs() -> None:
     assert found.matched is not None
     np.testing.assert_allclose(found.matched[again], (scores + np.array(matched))[again], atol=1e-5)
     assert found.matched[~again].max() < found.matched[again].min()
+
+
+def colours(image: Image.Image) -> set[tuple[int, ...]]:
+    return {tuple(x) for x in np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).tolist()}
+
+
+def test_a_sheet_shows_what_was_found(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (30 + 10 * i, 40), (40 * i, 80, 120)) for i in range(3)]
+    pictures = FoundPictures("큰 빨간 원 하나", images, ["other", "own", "true"], 2, "ko")
+    texts = FoundTexts(images[0], ["a red circle", "two stars"], ["other", "other"], 7)
+    one, both = tmp_path / "one.png", tmp_path / "both.png"
+    retrieval_sheet([pictures], [], one, title="found")
+    retrieval_sheet([pictures], [texts], both, title="found")
+    with Image.open(one) as left, Image.open(both) as whole:
+        assert whole.width == left.width + WIDE + GAP
+        frames = {INKS["own"][1], INKS["true"][1]}
+        assert colours(left) >= frames
+        assert INKS["own"][1] not in colours(whole.crop((left.width, 0, *whole.size)))
+    with pytest.raises(ValueError, match="3 pictures were found, but 2 are marked"):
+        retrieval_sheet([replace(pictures, marks=["own", "other"])], [], one)
+    with pytest.raises(ValueError, match="at least one search"):
+        retrieval_sheet([], [], one)
+
+
+@torch.no_grad()
+def test_a_q_former_starts_from_bert(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 31}
+    bert = BertModel(
+        BertConfig(vocab_size=53, max_position_embeddings=17, **sizes), add_pooling_layer=False
+    ).eval()
+    for parameter in bert.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    bert.embeddings.token_type_embeddings.weight.zero_()  # a Q-Former has none
+    bert.save_pretrained(tmp_path)
+    qformer = qformer_from_bert(str(tmp_path), num_queries=5, visual_dim=13, extra_ids=2).eval()
+    assert (qformer.vocab_size, qformer.max_len, qformer.visual_dim, qformer.num_queries) == (55, 17, 13, 5)
+    tokens = torch.randint(0, 53, (3, 11))
+    torch.testing.assert_close(qformer.read(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match='model_type is "gpt2", not "bert"'):
+        qformer_from_bert(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.pretrained import CONFIG, WEIGHTS, find_folder, read_json, read_safetensors
 from mmtransformer.qformer import QFormer
 from mmtransformer.weights.table import Row, layer
 
@@ -113,6 +114,48 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
         for name, tensor in found.items():
             own[name].copy_(tensor)
     return qformer
+
+
+def qformer_from_bert(
+    source: str,
+    *,
+    num_queries: int = 32,
+    visual_dim: int = 1408,
+    cross_every: int = 2,
+    extra_ids: int = 1,
+    dropout: float = 0.1,
+) -> QFormer:
+    """A Q-Former of BERT's size that starts from it (in recipes `class_path: mmtransformer.weights.qformer_from_bert`).
+
+    Args:
+        source: a folder with BERT's `config.json` and `model.safetensors`, or its name on the hub.
+        num_queries: how many queries.
+        visual_dim: width of the visual tokens.
+        cross_every: the first of every so many blocks reads the picture.
+        extra_ids: ids of the text stream beyond BERT's vocabulary, such as `ImageText`'s `class_id`.
+        dropout: share of embeddings, attention weights and branch results dropped in training.
+
+    Raises:
+        ValueError: if it is no BERT, or lacks something.
+    """
+    folder = find_folder(source)
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") != "bert":
+        raise ValueError(f'{folder / CONFIG}: model_type is "{config.get("model_type")}", not "bert"')
+    qformer = QFormer(
+        num_queries,
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        visual_dim,
+        cross_every=cross_every,
+        mlp_dim=config["intermediate_size"],
+        vocab_size=config["vocab_size"] + extra_ids,
+        max_len=config["max_position_embeddings"],
+        dropout=dropout,
+        eps=config.get("layer_norm_eps", 1e-12),
+    )
+    return init_from_bert(qformer, read_safetensors(folder / WEIGHTS))
 
 
 def _grown(table: Tensor, own: Tensor) -> Tensor:
