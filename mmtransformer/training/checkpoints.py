@@ -190,6 +190,8 @@ def damage(path: Path) -> str | None:
         return "no such checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                return "not a checkpoint: its parts are compressed, and could be of any size"
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError) as error:
         return f"not a whole checkpoint ({error})"

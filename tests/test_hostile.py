@@ -1,0 +1,276 @@
+"""Files made to do harm: checkpoints, model folders and recipes that want to run code. None does."""
+
+import io
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer.cli import main
+from mmtransformer.cli.errors import one_line
+from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles, newest
+from mmtransformer.weights import load_lm
+
+ROOT = Path(__file__).parents[1]
+
+
+class Harm:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+class HarmfulDict(dict):
+    """A dictionary that is more than one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self['path'])!r}, 'w').close()",)
+
+
+@pytest.fixture
+def harm(tmp_path: Path) -> Path:
+    """The file that must not come to be."""
+    return tmp_path / "harm was done"
+
+
+def saved(content: Any, **arguments: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **arguments)
+    return file.getvalue()
+
+
+def repacked(data: bytes, change: Callable[[str, bytes], tuple[str, bytes]], **more: bytes) -> bytes:
+    """A torch archive with changed members, and more of them."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for info in old.infolist():
+            new.writestr(*change(info.filename, old.read(info)))
+        for name, content in more.items():
+            new.writestr(name, content)
+    return file.getvalue()
+
+
+def script(harm: Path) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), file)
+    return file.getvalue()
+
+
+def bomb(harm: Path) -> bytes:
+    """A thousand times as large as it looks."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"state_dict": {}}, 2))
+        archive.writestr("archive/data/0", bytes(1 << 27))
+    return file.getvalue()
+
+
+CHECKPOINTS: dict[str, Callable[[Path], bytes]] = {
+    "a bare pickle": lambda harm: pickle.dumps({"state_dict": Harm(harm)}),
+    "at the root": lambda harm: saved(Harm(harm)),
+    "deep in the hyper-parameters": lambda harm: saved({"state_dict": {}, "hparams": {"a": [1, {"b": Harm(harm)}]}}),
+    "as a weight": lambda harm: saved({"state_dict": {"weight": Harm(harm)}}),
+    "in the optimizer's state": lambda harm: saved({"state_dict": {}, "optimizers": [{"state": {0: (Harm(harm),)}}]}),
+    "as a key": lambda harm: saved({"state_dict": {}, "callbacks": {Harm(harm): 1}}),
+    "a dictionary that is more": lambda harm: saved({"state_dict": HarmfulDict(path=harm)}),
+    "the format of old": lambda harm: saved({"state_dict": {}, "x": Harm(harm)}, _use_new_zipfile_serialization=False),
+    "a module as a whole": lambda harm: saved({"state_dict": {}, "model": nn.Linear(2, 2)}),
+    "a script": script,
+    "names that climb out": lambda harm: repacked(
+        saved({"state_dict": {}}), lambda name, data: (name, data), **{f"../../../../..{harm}": b"x"}
+    ),
+    "a pickle behind the pickle": lambda harm: repacked(
+        saved({"state_dict": {}}),
+        lambda name, data: (name, pickle.dumps(Harm(harm)) if name.endswith("data.pkl") else data),
+    ),
+    "a bomb": bomb,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_checkpoint_runs_nothing(kind: str, tmp_path: Path, harm: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(CHECKPOINTS[kind](harm))
+    assert not harm.exists()
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: ") as caught:
+        CheckpointFiles().load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    newest(tmp_path)
+    assert not harm.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt"]
+
+
+def test_the_harm_is_real(harm: Path) -> None:
+    """What the library refuses would do harm elsewhere."""
+    torch.load(io.BytesIO(CHECKPOINTS["as a weight"](harm)), weights_only=False)
+    assert harm.exists()
+
+
+# -------------------------------------------------------------------------------------------------- model folders
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    decoder = TextDecoder(300, 16, 1, 2, max_len=24, cross_dim=16)
+    captioner = EncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    tokenizer = Tokenizer.train(["a red star", "a blue dog"], 300)
+    ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)
+    return folder
+
+
+def header(length: int, text: bytes) -> bytes:
+    return struct.pack("<Q", length) + text
+
+
+def tensor(start: int, end: int, shape: list[int], kind: str = "F32") -> bytes:
+    text = json.dumps({"weight": {"dtype": kind, "shape": shape, "data_offsets": [start, end]}}).encode()
+    return header(len(text), text) + bytes(16)
+
+
+FILES: dict[str, tuple[str, Callable[[Path], bytes]]] = {
+    "weights: a pickle": ("model.safetensors", lambda harm: pickle.dumps(Harm(harm))),
+    "weights: a torch archive": ("model.safetensors", lambda harm: saved(Harm(harm))),
+    "weights: an endless header": ("model.safetensors", lambda harm: header(2**63 - 1, b"{}")),
+    "weights: a header of 100 MB": ("model.safetensors", lambda harm: header(10**8 + 1, b"{" + b" " * 1000)),
+    "weights: a header that is not JSON": ("model.safetensors", lambda harm: header(8, b"import os")),
+    "weights: past the end": ("model.safetensors", lambda harm: tensor(0, 10**12, [25 * 10**10])),
+    "weights: before the start": ("model.safetensors", lambda harm: tensor(-16, 16, [8])),
+    "weights: an overflowing shape": ("model.safetensors", lambda harm: tensor(0, 16, [2**62, 2**62, 2**62])),
+    "weights: of no known type": ("model.safetensors", lambda harm: tensor(0, 16, [4], "PICKLE")),
+    "config: a function": ("config.json", lambda harm: json.dumps({"class": "os.system", "args": {}}).encode()),
+    "config: a class of Python": (
+        "config.json",
+        lambda harm: json.dumps({"class": "subprocess.Popen", "args": {"args": ["touch", str(harm)]}}).encode(),
+    ),
+    "config: a class inside": (
+        "config.json",
+        lambda harm: json.dumps(
+            {"class": "EncoderDecoder", "args": {"vision": {"class": "Popen", "args": {}}, "decoder": {}}}
+        ).encode(),
+    ),
+    "config: a public name that is no model": (
+        "config.json",
+        lambda harm: json.dumps({"class": "Tokenizer", "args": {"backend": str(harm)}}).encode(),
+    ),
+    "config: not a name": ("config.json", lambda harm: json.dumps({"class": ["ViT"], "args": {}}).encode()),
+    "config: too deep": ("config.json", lambda harm: b'{"class":' * 100_000),
+    "preprocessor: what is not its own": (
+        "preprocessor.json",
+        lambda harm: json.dumps({"image_size": 16, "class_path": "os.system"}).encode(),
+    ),
+    "tokenizer: a pickle": ("tokenizer.json", lambda harm: pickle.dumps(Harm(harm))),
+    "tokenizer: too deep": ("tokenizer.json", lambda harm: b"[" * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_model_folder_runs_nothing(kind: str, tmp_path: Path, harm: Path, model: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    name, content = FILES[kind]
+    (folder / name).write_bytes(content(harm))
+    with pytest.raises(ValueError) as caught:
+        ImageCaptioner.from_pretrained(folder, device="cpu")
+    assert one_line(caught.value)
+    assert not harm.exists()
+
+
+def test_code_that_comes_with_a_hub_model_is_not_run(tmp_path: Path, harm: Path) -> None:
+    pytest.importorskip("transformers")
+    code = f"open({str(harm)!r}, 'w').close()\nclass Own: pass\n"
+    (tmp_path / "own.py").write_text(code)
+    kinds = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"}
+    config = {"model_type": "own", "auto_map": kinds, "architectures": ["Own"]}
+    for kind in ("own", "gpt_neo"):  # unknown to transformers, and known
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        (tmp_path / "pytorch_model.bin").write_bytes(saved({"weight": Harm(harm)}))
+        with pytest.raises(ValueError):
+            load_lm(tmp_path)
+        assert not harm.exists()
+
+
+# -------------------------------------------------------------------------------------------------------- recipes
+
+
+def recipe(model: Any, **more: Any) -> str:
+    return json.dumps({"model": model, "trainer": {"max_steps": 1, "accelerator": "cpu", **more}})
+
+
+RECIPES: dict[str, Callable[[str], str]] = {
+    "a model of Python's": lambda harm: recipe(
+        {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
+    ),
+    "a function": lambda harm: recipe({"class_path": "os.system", "init_args": {"command": f"touch {harm}"}}),
+    "a part of the model": lambda harm: recipe(
+        {
+            "class_path": "mmtransformer.training.Captioning",
+            "init_args": {
+                "captioner": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
+            },
+        }
+    ),
+    "a callback": lambda harm: recipe(
+        None, callbacks=[{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}]
+    ),
+    "a logger": lambda harm: recipe(
+        None, logger={"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
+    ),
+    "a plugin": lambda harm: recipe(
+        None, plugins=[{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}]
+    ),
+    "a strategy": lambda harm: recipe(
+        None, strategy={"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
+    ),
+    "YAML's own way": lambda harm: f"model: !!python/object/apply:os.system ['touch \"{harm}\"']\n",
+    "YAML's new object": lambda harm: f"model: !!python/object/new:subprocess.Popen [['touch', {harm!r}]]\n",
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_recipe_runs_only_what_fits(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPES[kind]("harm"))
+    words = ["--config", str(ROOT / "recipes/caption_scenes.yaml"), "--config", str(path)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(["fit", *words, "--data.source.train_size=8"])
+    assert code == 2
+    assert "mmt fit: error: " in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_a_hostile_checkpoint_stops_mmt_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.ckpt").write_bytes(CHECKPOINTS["as a weight"](harm))
+    words = ["fit", "--config", str(ROOT / "recipes/caption_scenes.yaml"), "--resume"]
+    words += ["--config", str(ROOT / "recipes/tiny.yaml"), f"--trainer.default_root_dir={tmp_path}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main([*words, "--data.source.train_size=8", "--trainer.enable_progress_bar=false"])
+    assert code == 2
+    assert "refused, as it holds more than tensors and plain data" in capsys.readouterr().err
+    assert not harm.exists()
