@@ -322,6 +322,11 @@ class Tokenizer:
             inside = True
         return words
 
+    def spellings(self) -> list[bytes]:
+        """Returns the bytes that each id stands for, white space included; none for special tokens."""
+        ids = range(self.vocab_size)
+        return [b"" if i in self._specials else self._spelling.bytes_of(self._token(i), i) for i in ids]
+
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["right", "left"] = "right"
     ) -> tuple[Tensor, Tensor]:

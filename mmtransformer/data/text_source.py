@@ -39,6 +39,18 @@ class TextSource(Protocol):
         ...
 
 
+class GroupedTexts(TextSource, Protocol):
+    """Texts in groups that belong together, such as the captions of one picture."""
+
+    def groups(self, name: str) -> list[tuple[Caption, ...]]:
+        """One split, group by group; `split` gives the same texts one after the other.
+
+        Raises:
+            ValueError: there is no such split; the message lists those there are.
+        """
+        ...
+
+
 class CaptionTexts:
     """The captions of any image-text data, without its pictures: a language model of what people say of pictures.
 
@@ -56,8 +68,12 @@ class CaptionTexts:
 
     def split(self, name: str) -> list[Caption]:
         """One split: all captions of its pictures, picture by picture."""
+        return [caption for group in self.groups(name) for caption in group]
+
+    def groups(self, name: str) -> list[tuple[Caption, ...]]:
+        """One split, the captions of each picture together."""
         pairs = self.pairs.split(name)
-        return [caption for i in range(len(pairs)) for caption in pairs.captions(i)]
+        return [tuple(pairs.captions(i)) for i in range(len(pairs))]
 
 
 class _Group(NamedTuple):
@@ -118,7 +134,7 @@ class TextFiles:
         groups = [group for path in paths for group in self._settle_splits(str(path))]
         self._splits = _settle_languages(groups, language)
         self.repeated = self._drop_repeated()
-        found = {text.language for texts in self._splits.values() for text in texts} - {None}
+        found = {text.language for name in self._splits for text in self.split(name)} - {None}
         self.languages: tuple[str, ...] = tuple(sorted(code for code in found if code))
 
     def splits(self) -> tuple[str, ...]:
@@ -127,17 +143,19 @@ class TextFiles:
 
     def split(self, name: str) -> list[Caption]:
         """One split."""
+        return [text for group in self.groups(name) for text in group]
+
+    def groups(self, name: str) -> list[tuple[Caption, ...]]:
+        """One split, texts of one row, picture or piece of plain text together."""
         if name not in self._splits:
             raise ValueError(f"the texts have no split {name!r}; they have: {', '.join(self._splits)}")
         return self._splits[name]
 
     def describe(self) -> str:
         """What was found: "36,619 texts; splits train 31,000, val 5,619; languages en, ko"."""
-        total = sum(map(len, self._splits.values()))
-        parts = [
-            f"{total:,} texts",
-            "splits " + ", ".join(f"{s} {len(t):,}" for s, t in self._splits.items()),
-        ]
+        sizes = {name: len(self.split(name)) for name in self._splits}
+        parts = [f"{sum(sizes.values()):,} texts"]
+        parts.append("splits " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         parts.append("languages " + ", ".join(self.languages) if self.languages else "no language named")
         if self.repeated:
             parts.append(f"{self.repeated:,} left out of train, which val or test has word for word")
@@ -200,12 +218,13 @@ class TextFiles:
 
     def _drop_repeated(self) -> int:
         """Takes out of train what another split says word for word; returns how many texts that were."""
-        train = self._splits.get("train", [])
-        said = {_key(text) for name, texts in self._splits.items() if name != "train" for text in texts}
-        kept = [text for text in train if _key(text) not in said]
-        if train:
-            self._splits["train"] = kept
-        return len(train) - len(kept)
+        if "train" not in self._splits:
+            return 0
+        said = {_key(text) for name in self._splits if name != "train" for text in self.split(name)}
+        before = len(self.split("train"))
+        kept = [tuple(t for t in group if _key(t) not in said) for group in self._splits["train"]]
+        self._splits["train"] = [group for group in kept if group]
+        return before - len(self.split("train"))
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -224,7 +243,7 @@ def _key(text: Caption) -> str:
     return nfc(text.text).casefold()
 
 
-def _settle_languages(groups: Sequence[_Group], language: str | None) -> dict[str, list[Caption]]:
+def _settle_languages(groups: Sequence[_Group], language: str | None) -> dict[str, list[tuple[Caption, ...]]]:
     """The splits, every text with its language: as the data says, or its script, or `language`."""
     texts = [text for group in groups for text in group.texts]
     counts = Counter("ko" if is_korean(t.text) else "" for t in texts if t.language is None)
@@ -232,12 +251,13 @@ def _settle_languages(groups: Sequence[_Group], language: str | None) -> dict[st
     rest = language
     if rest is None and (named or 100 * counts["ko"] >= counts.total() > 0):
         rest = "en" if named or 100 * counts[""] >= counts.total() else "ko"
-    splits: dict[str, list[Caption]] = {}
+
+    def settled(text: Caption) -> Caption:
+        if text.language is not None or rest is None:
+            return text
+        return Caption(text.text, "ko" if is_korean(text.text) else rest)
+
+    splits: dict[str, list[tuple[Caption, ...]]] = {}
     for group in groups:
-        split = splits.setdefault(group.split or "train", [])
-        for text in group.texts:
-            code = text.language
-            if code is None and rest is not None:
-                code = "ko" if is_korean(text.text) else rest
-            split.append(Caption(text.text, code))
+        splits.setdefault(group.split or "train", []).append(tuple(map(settled, group.texts)))
     return dict(sorted(splits.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0])))

@@ -6,6 +6,7 @@ from mmtransformer.training.classify import Classification
 from mmtransformer.training.evaluation import Evaluation, evaluate
 from mmtransformer.training.guard import NotFinite
 from mmtransformer.training.language import LanguageModelling
+from mmtransformer.training.masked import MaskedLanguageModelling
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.precision import pick_precision
 from mmtransformer.training.progress import Progress
@@ -23,6 +24,7 @@ __all__ = [
     "Classification",
     "Evaluation",
     "LanguageModelling",
+    "MaskedLanguageModelling",
     "NotFinite",
     "Optim",
     "Progress",
