@@ -15,6 +15,7 @@ from mmtransformer import (
     ImageTransform,
     QFormer,
     TextDecoder,
+    TextEncoder,
     Tokenizer,
     ViT,
 )
@@ -127,6 +128,8 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name == "lm_captions":
         paths = f"--data.paths=[{flickr_folder(folder / 'flickr')}]"
         return [paths, "--data.max_len=48", "--model.num_texts=3"]
+    if name == "bert_captions":
+        return [f"--data.paths=[{flickr_folder(folder / 'flickr')}]"]
     root = f"--data.root={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
@@ -209,6 +212,15 @@ def check_language_model(name: str, run: Path, out: str) -> None:
     assert decoder.vocab_size >= tokenizer.vocab_size
 
 
+def check_masked(name: str, run: Path, out: str) -> None:
+    scores = json.loads((run / "metrics.json").read_text("utf-8"))["scores"]["val"]
+    assert scores.keys() >= {"words", "unigram_words", "bigram_words", "pairs"}
+    assert f"bigrams {scores['bigram_words']:.1%}" in out
+    assert "[" in (run / "filled.txt").read_text("utf-8")
+    tokenizer = Tokenizer.from_folder(run / "model")
+    assert TextEncoder.from_pretrained(run / "model").vocab_size >= tokenizer.vocab_size
+
+
 def check_translation(name: str, run: Path, out: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     scores = metrics["translation"]["compositional"]
@@ -255,6 +267,7 @@ CHECKS = {
     "translate_scenes": check_translation,
     "lm_scenes": check_language_model,
     "lm_captions": check_language_model,
+    "bert_captions": check_masked,
 }
 
 
