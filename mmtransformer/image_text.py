@@ -116,7 +116,7 @@ class ImageText(Captioner):
         self.head_norm = nn.LayerNorm(dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(qformer.vocab_size))
         for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=dim**-0.5)  # As `QFormer.init_weights`.
             nn.init.zeros_(layer.bias)
         if freeze_vision:
             freeze(vision)
@@ -369,22 +369,23 @@ class ImageText(Captioner):
 
     @torch.no_grad()
     def look(self, batch: CaptionBatch) -> Tensor:
-        """Where each token looks: its attention to the queries times theirs to the patches, means of all heads and
-        layers: (n q i gh gw).
+        """Where each token looks, (n q i gh gw): its attention to the queries, the mean of heads and layers, times what
+        they hold of the patches (`QFormer.held`).
         """
-        training = self.training
+        training, l = self.training, self.qformer.num_queries
         self.eval()
         try:
-            with record_attention(self.qformer) as record:
-                self.hidden(batch)
+            with record_attention(self.qformer) as sees:
+                seen = self.qformer.see(self.context(batch))
+            with record_attention(self.qformer, keep=lambda name: name.endswith(".attn")) as reads:
+                self.qformer.read(batch.tokens, batch.valid, seen)
         finally:
             self.train(training)
-        l = self.qformer.num_queries
-        reads = torch.stack([w.mean(1)[..., :l] for name, w in record.items() if name.endswith(".attn")])
-        sees = torch.stack([w.mean(1) for name, w in record.items() if name.endswith("cross_attn")])
-        reads, sees = reads.mean(0), sees.mean(0)  # (n q l) and (b l (i p))
-        weights = reads @ sees.repeat_interleave(len(reads) // len(sees), 0)
-        i = self.visual_tokens(batch).shape[1] if batch.pixels is None else batch.pixels.shape[1]
-        grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
+        to_queries = torch.stack([w.mean(1)[..., :l] for w in reads.values()]).mean(0)
+        held = self.qformer.held(sees)
+        weights = to_queries @ held.repeat_interleave(len(to_queries) // len(held), 0)
+        i, grid = batch.visual.shape[1], self.vision.grid
+        if batch.pixels is not None:
+            grid = self.vision.grid_size(*batch.pixels.shape[3:])
         weights = rearrange(weights, "n q (i p) -> n q i p", i=i)[..., self.vision.num_prefix_tokens :]
         return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])

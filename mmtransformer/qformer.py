@@ -193,16 +193,20 @@ class QFormer(Pretrained, nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Queries, embeddings and linear weights ~ N(0, 0.02), biases 0 (BERT).
+        """Queries and embeddings ~ N(0, 0.02), linear weights ~ N(0, 1 / their inputs), biases 0.
 
-        Queries that start equal, at zero say, get equal gradients and stay equal for ever.
+        BERT's 0.02 for linear weights too is about half of that at its width of 768, and too little at smaller ones: what
+        the pictures add to the queries is then lost at first. Sixteen scenes learnt by heart, 32 wide: after 20 steps the
+        contrastive loss was 0.1, with 0.02 it was still that of chance, 2.8. Queries that start equal, at zero say, get
+        equal gradients and stay equal for ever.
         """
         nn.init.normal_(self.query_tokens, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
 
     @property
     def cross_layers(self) -> list[int]:
@@ -211,7 +215,7 @@ class QFormer(Pretrained, nn.Module):
 
     def without_text(self) -> "QFormer":
         """The queries' part alone, with copies of its weights: what stage 2 keeps of stage 1."""
-        args = {name: getattr(self, name) for name in inspect.signature(QFormer).parameters}
+        args: dict[str, Any] = {name: getattr(self, name) for name in inspect.signature(QFormer).parameters}
         alone = QFormer(**args | {"vocab_size": None}).to(self.query_tokens)
         own = self.state_dict()
         alone.load_state_dict({name: own[name] for name in alone.state_dict()})
