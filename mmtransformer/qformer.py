@@ -195,10 +195,10 @@ class QFormer(Pretrained, nn.Module):
     def init_weights(self) -> None:
         """Queries and embeddings ~ N(0, 0.02), linear weights ~ N(0, 1 / their inputs), biases 0.
 
-        BERT's 0.02 for linear weights too is about half of that at its width of 768, and too little at smaller ones: what
-        the pictures add to the queries is then lost at first. Sixteen scenes learnt by heart, 32 wide: after 20 steps the
-        contrastive loss was 0.1, with 0.02 it was still that of chance, 2.8. Queries that start equal, at zero say, get
-        equal gradients and stay equal for ever.
+        BERT's 0.02 for linear weights too is about half of that at its width of 768, and too little at smaller ones:
+        what pictures add to the queries is lost at first. On sixteen scenes to be learnt by heart, 32 wide, the
+        contrastive loss was 0.1 after 20 steps; with 0.02 it was that of chance, 2.8. Queries that start equal, at zero
+        say, get equal gradients and stay equal for ever.
         """
         nn.init.normal_(self.query_tokens, std=0.02)
         for module in self.modules():
