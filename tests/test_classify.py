@@ -14,7 +14,7 @@ from torch import nn
 
 from mmtransformer import ImageClassifier, ImageTransform, ViT
 from mmtransformer.cli import main
-from mmtransformer.data.class_sources import ImageFolder, SceneShapes
+from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
 from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
 from mmtransformer.data.faults import BadPictures, TooManyFaults
 from mmtransformer.data.sampler import Pick
@@ -139,7 +139,9 @@ def test_a_broken_picture_is_named_and_stood_in_for(tmp_path: Path) -> None:
     source = ImageFolder(
         folder(tmp_path / "data", {"train/red": 9, "train/green": 9, "val/red": 2, "val/green": 2})
     )
-    broken = source.split("val").files[1].path
+    held = source.split("val")
+    assert isinstance(held, FileSplit)
+    broken = held.files[1].path
     broken.write_bytes(broken.read_bytes()[:40])
     report = tmp_path / "bad.jsonl"
     pictures, picks = source.split("val"), [Pick(0, i) for i in range(4)]

@@ -142,7 +142,7 @@ class ImageFolder:
         """The names of the splits."""
         return tuple(self._splits)
 
-    def split(self, name: str) -> FileSplit:
+    def split(self, name: str) -> Classified:  # as the protocol says it: recipes are checked against that
         """One split."""
         if name not in self._splits:
             raise ValueError(f"the pictures have no split {name!r}; there are {', '.join(self._splits)}")
