@@ -15,7 +15,7 @@ Letters: n pictures, b rows of text (n divides b), p visual tokens, l queries, q
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +216,8 @@ class QFormer(Pretrained, nn.Module):
     def without_text(self) -> "QFormer":
         """The queries' part alone, with copies of its weights: what stage 2 keeps of stage 1."""
         args: dict[str, Any] = {name: getattr(self, name) for name in inspect.signature(QFormer).parameters}
-        alone = QFormer(**args | {"vocab_size": None}).to(self.query_tokens)
+        args["vocab_size"] = None
+        alone = QFormer(**args).to(self.query_tokens)
         own = self.state_dict()
         alone.load_state_dict({name: own[name] for name in alone.state_dict()})
         return alone.train(self.training)

@@ -143,8 +143,7 @@ class ExtendedVocabulary(Pretrained, Decoder):
         assert isinstance(found, Decoder)
         embedding, head = (table.data_ptr() for table in self.decoder.tables)
         whole = dict(zip((head, embedding), reversed(self.tables), strict=True))
-        state = {
-            name: whole.get(tensor.data_ptr(), tensor) for name, tensor in self.decoder.state_dict().items()
-        }
+        own: dict[str, Tensor] = dict(self.decoder.state_dict())
+        state = {name: whole.get(tensor.data_ptr(), tensor) for name, tensor in own.items()}
         load_strictly(found, state, "the decoder with its new tokens")
         return found.train(self.decoder.training)

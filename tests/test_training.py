@@ -341,6 +341,16 @@ def test_samples_change_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = captioner()
+    freeze(model.vision)
+    data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
+    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
+    run = trainer(tmp_path, callbacks=said, enable_progress_bar=True, precision="bf16-mixed")
+    run.fit(Captioning(model), datamodule=data)
+    assert "(a person: " in capsys.readouterr().out
+
+
 def test_clock() -> None:
     assert [clock(s) for s in (4.6, 245, 3600)] == ["0:05", "4:05", "1:00:00"]
 

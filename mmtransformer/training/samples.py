@@ -70,7 +70,8 @@ def sample_captions(
     if not data.val_splits or not len(dataset := data.dataset(data.val_splits[0])):
         return []
     sample = dataset[Pick(0, turn % len(dataset))]
-    batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
+    with torch.autocast(device.type, enabled=False):  # on a CPU it cannot stack a cache's float16
+        batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
     greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens, mark_pictures=data.mark_pictures)
     (rows,) = write_captions(captioner, data.tokenizer, batch, languages, decoding=greedy)
