@@ -29,6 +29,7 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.tokenizer import Tokenizer
 
 _KEPT = 256  # examples whose visual tokens are kept in memory
+_AT_ONCE = 32  # examples that are encoded together
 
 
 def check_reader(captioner: Captioner) -> None:
@@ -91,6 +92,8 @@ class FewShot:
         )
         self.num_shots, self.choose, self.seed = num_shots, choose, seed
         self._captions = [examples.captions(i) for i in range(len(examples))]
+        self._places: dict[str | None, int] = {examples.name(i): i for i in range(len(examples))}
+        self._able_in: dict[tuple[str | None, ...], np.ndarray] = {}
         self._seen: OrderedDict[int, Tensor] = OrderedDict()  # example -> (p d)
         self._features: Tensor | None = None
 
@@ -122,17 +125,17 @@ class FewShot:
             )
         visual = self.captioner.encode(given) if visual is None else visual
         names = batch.names or (None,) * len(given)
-        able = [i for i in range(len(self.examples)) if all(self._in(i, code) for code in languages)]
+        able = self._able(tuple(languages))
         chosen: list[list[int]] = []
         for row, name in enumerate(names):
-            others = [i for i in able if name is None or self.examples.name(i) != name]
+            others = able[able != self._places.get(name, -1)]
             if len(others) < self.num_shots:
                 codes = ", ".join(code for code in languages if code) or "any language"
                 raise ValueError(
                     f"{self.num_shots} examples were asked for, but only {len(others)} of {len(self.examples)} can be "
                     f"used (another picture, with captions in {codes})"
                 )
-            chosen.append(self._choose(np.array(others, np.int64), given[row], visual[row, 0]))
+            chosen.append(self._choose(others, given[row], visual[row, 0]))
         rows = [self._row(some, language) for some in chosen for language in languages]
         tokens, valid = self.tokenizer.pad(rows, side="left")
         tokens, valid = tokens.to(visual.device), valid.to(visual.device)
@@ -155,6 +158,13 @@ class FewShot:
         """An example's captions in a language; those that name none are in any."""
         found = self._captions[example]
         return [c for c in found if language is None or c.language in (None, language)]
+
+    def _able(self, languages: tuple[str | None, ...]) -> np.ndarray:
+        """The examples that have captions in all of the languages."""
+        if languages not in self._able_in:
+            found = [i for i in range(len(self.examples)) if all(self._in(i, code) for code in languages)]
+            self._able_in[languages] = np.array(found, np.int64)
+        return self._able_in[languages]
 
     def _choose(self, others: np.ndarray, given: Tensor, query: Tensor) -> list[int]:
         """The examples of one picture, as it was given and as visual tokens (p d); the most alike last."""
@@ -205,7 +215,12 @@ class FewShot:
     def _all_features(self) -> tuple[Tensor, Tensor]:
         """The features of all examples, of length 1 and around their mean (examples d), and the mean (1 d)."""
         if self._features is None:
-            found = [self._pool(self._visual(i)[None]) for i in range(len(self.examples))]
+            device = next(self.captioner.parameters()).device
+            found: list[Tensor] = []
+            for start in range(0, len(self.examples), _AT_ONCE):
+                places = range(start, min(start + _AT_ONCE, len(self.examples)))
+                pixels = torch.stack([self.transform(self.examples.image(i)) for i in places])
+                found.append(self._pool(self.captioner.encode(pixels[:, None].to(device))[:, 0]))
             self._features = torch.cat(found)
         mean = self._features.mean(0, keepdim=True)
         return F.normalize(self._features - mean, dim=-1), mean

@@ -350,16 +350,16 @@ def test_mmt_caption_refuses_with_the_numbers(
     picture, shot = str(folder / "3.png"), ["--shots", str(folder)]
     words = ["caption", picture, "--model", str(folder / "model"), "--device", "cpu"]
     code, _, err = mmt(capsys, *words, "--num-shots", "2")
-    assert code == 1
+    assert code == 2
     assert "--shots FOLDER" in err
     code, _, err = mmt(capsys, *words, *shot, "--num-shots", "10")
-    assert code == 1
+    assert code == 2
     assert "num_shots (10) must be from 0 to the number of examples (9)" in err
     decoder = TextDecoder(310, 12, 1, 2, max_len=64, cross_dim=12)
     other = EncoderDecoder(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), decoder)
     words[3] = str(saved(tmp_path / "other", other))
     code, _, err = mmt(capsys, *words, *shot)
-    assert code == 1
+    assert code == 2
     assert "EncoderDecoder reads the pictures of a text as a whole, so it cannot tell examples from" in err
 
 
@@ -368,8 +368,8 @@ def test_mmt_caption_refuses_with_the_numbers(
 
 def test_a_prompt_longer_than_the_model_reads() -> None:
     model = captioner(max_len=64)
-    with pytest.raises(ValueError, match=r"the prompt of 6 examples is (\d+) tokens long") as error:
-        shots(model, num_shots=6, choose="nearest")(queries("red"), ["en"])
+    with pytest.raises(ValueError, match=r"the prompt of 12 examples is (\d+) tokens long") as error:
+        shots(model, num_shots=12, choose="nearest")(queries("red"), ["en"])
     long, new, needed, most, fits = map(
         int,
         re.fullmatch(
@@ -379,7 +379,7 @@ def test_a_prompt_longer_than_the_model_reads() -> None:
         ).groups(),  # type: ignore[union-attr]
     )
     assert long + new == needed > most == 64
-    assert 0 < fits < 6
+    assert 0 < fits < 12
     batch = shots(model, num_shots=fits, choose="nearest")(queries("red"), ["en"])
     assert batch.tokens.shape[1] + new <= 64
 

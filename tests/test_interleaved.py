@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from mmtransformer.data.document_dataset import lay_out
+from mmtransformer import Flamingo, TextDecoder, ViT
+from mmtransformer.data.document_dataset import CollateDocuments, lay_out
 from mmtransformer.data.documents import (
     Document,
     DocumentPairs,
@@ -604,6 +605,35 @@ def test_a_document_that_names_a_side_is_not_mirrored() -> None:
             turned[dataset.rows.row(i)[0].document % 2] += bool(pixels[0, 0, 0] > 0)
     assert turned[1] == 0
     assert 4 < turned[0] < 20
+
+
+@pytest.mark.parametrize("media", ["last", "all_previous"])
+@torch.no_grad()
+def test_a_packed_document_is_read_as_if_it_were_alone(media: str) -> None:
+    documents = Fake(some_documents(9, 5, pictures=2))
+    image = ImageTransform(16)
+    packed = make(documents, max_len=97, max_pictures=9, image=image)
+    alone = make(documents, pack=False, image=image)
+    torch.manual_seed(0)
+    vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
+    decoder = TextDecoder(300, 20, 2, 2, max_len=97)
+    model = Flamingo(vision, decoder, num_heads=2, head_dim=5, media=media).eval()  # type: ignore[arg-type]
+    for block in model.gated_blocks:
+        block.gate1.data.fill_(2.0)  # type: ignore[union-attr]
+    singles = alone.dataset("train")
+    where = {singles.rows.row(i)[0].document: i for i in range(len(singles))}
+    collate = CollateDocuments(tokenizer().pad_id)
+    whole = collate([packed.dataset("train")[Pick(0, i)] for i in range(len(packed.rows("train")))])
+    logits = model.logits(whole)
+    checked = 0
+    for r in range(len(whole.tokens)):
+        for number, piece in enumerate(packed.rows("train").row(r)):
+            assert whole.segments is not None
+            mine = whole.segments[r] == number
+            own = model.logits(collate([singles[Pick(0, where[piece.document])]]))[0]
+            torch.testing.assert_close(logits[r, mine], own, atol=1e-5, rtol=0)
+            checked += 1
+    assert checked == 9 > len(whole.tokens)
 
 
 def test_what_was_divided_and_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:

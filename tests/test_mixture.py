@@ -187,6 +187,15 @@ def test_a_picture_that_comes_again_has_another_caption() -> None:
     assert all(len(set(texts)) == 3 for texts in small), "three captions in three turns"
 
 
+def test_a_run_with_other_weights_is_not_resumed() -> None:
+    state = make(two_sources(weights={"big": 1.0, "small": 3.0}, epoch_size=40)).state_dict()
+    make(two_sources(weights={"big": 2.0, "small": 6.0}, epoch_size=40)).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"took \[10, 30\] pictures of its sources, and now takes \[20, 20\]"
+    ):
+        make(two_sources(weights={"big": 1.0, "small": 1.0}, epoch_size=40)).load_state_dict(state)
+
+
 def test_batches_of_a_mixture_do_not_depend_on_workers_and_are_grouped_by_length() -> None:
     one, two = (
         make(two_sources(weights={"big": 2.0, "small": 1.0}), num_workers=workers, batch_size=4)

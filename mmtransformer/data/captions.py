@@ -263,6 +263,7 @@ class CaptionData(lightning.LightningDataModule):
             shuffle=training,
             lengths=lengths if training else None,
             pool=pool,
+            block=self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1),
             rank=rank,
             world=world,
             drop_last=training and self.drop_last,
@@ -311,20 +312,29 @@ class CaptionData(lightning.LightningDataModule):
         return dataclasses.replace(batch, tokens=tokens, valid=valid, target=~valid, media=media)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which tokenizer the run uses."""
-        return {"tokenizer": self._tokenizer_hash()}
+        """Which tokenizer the run uses, and how its pictures are mixed."""
+        return {"tokenizer": self._tokenizer_hash(), "mixture": self._quotas()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the tokenizer it had.
+        """Check that a resumed run has the tokenizer and the mixture it had.
 
         Raises:
-            ValueError: If it has another one.
+            ValueError: If it has others.
         """
+        if state_dict.get("mixture", []) != self._quotas():
+            raise ValueError(
+                f"cannot resume: an epoch of the run took {state_dict.get('mixture', [])} pictures of its sources, and "
+                f"now takes {self._quotas()}; use the weights of the run, or start a new one"
+            )
         if state_dict["tokenizer"] != self._tokenizer_hash():
             raise ValueError(
                 f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
                 f"{state_dict['tokenizer']}); the training captions or vocab_size ({self.vocab_size}) have changed"
             )
+
+    def _quotas(self) -> list[int]:
+        mixing: Callable[[int], Mixing] | None = getattr(self.pairs(self.train_split), "mixing", None)
+        return [] if mixing is None else list(mixing(self.seed).quotas)
 
     def _tokenizer_hash(self) -> str:
         return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]

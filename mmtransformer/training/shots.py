@@ -85,8 +85,9 @@ def score_shots(
                 questions = source.pairs("questions", most, way, language)
                 examples = source.pairs("examples", _EXAMPLES, way, language)
                 by = scores[f"{way}, {language}"] = {}
+                few = FewShot(examples, captioner, data.tokenizer, data.transform, num_shots=max(shots))
                 for count in shots:
-                    few = FewShot(examples, captioner, data.tokenizer, data.transform, num_shots=count)
+                    few.num_shots = count
                     with torch.autocast(device.type, autocast, autocast is not None):
                         said = _say(captioner, data, questions, few, decoding, device)
                     if way == "description":
@@ -100,8 +101,9 @@ def score_shots(
     captions = data.captions if isinstance(data, InterleavedData) else data
     examples = captions.pairs(captions.train_split)
     found: dict[str, dict[int, float]] = {}
+    few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_shots=max(shots))
     for count in shots:
-        few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_shots=count)
+        few.num_shots = count
         result = evaluate(
             captioner,
             captions,
