@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
-    from mmtransformer.blip2 import Blip2, from_stage1
+    from mmtransformer.blip2 import Blip2, InstructBatch, from_stage1
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
     from mmtransformer.classifier import ImageClassifier
     from mmtransformer.coca import CoCa
@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
-    "blip2": "Blip2 from_stage1",
+    "blip2": "Blip2 InstructBatch from_stage1",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
     "classifier": "ImageClassifier",
     "coca": "CoCa",
@@ -102,6 +102,7 @@ __all__ = [
     "ImageError",
     "ImageText",
     "ImageTransform",
+    "InstructBatch",
     "KVCache",
     "KeyValue",
     "LinearAttention",

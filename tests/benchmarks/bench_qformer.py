@@ -1,0 +1,306 @@
+"""The Q-Former (32 queries, 768 wide, 12 layers, 257 x 1408 visual tokens, 32 text tokens, 4 rows) against
+transformers' Blip2QFormerModel (SDPA) with the same weights; BLIP-2's stage 2 (ViT-Ti/16, 6-layer Q-Former, frozen
+OPT-125m shape, 8 captions of 9 to 21 tokens) and its decoding with 5 beams, against transformers'
+Blip2ForConditionalGeneration; and a whole stage-1 step against the same step by LAVIS's passes.
+
+In stage 2 ours trains as in bench_captioner, with fused AdamW and, in float32, matrix products that compute in bfloat16
+inside; the peer as it comes, and in the lines "same ..." with both of these. Elsewhere the two sides have the same
+optimizer and precision. No dropout on either side unless said.
+
+python tests/benchmarks/bench_qformer.py [--threads N] [--pairs N] [--only NAME]
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from harness import compare, start
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    OPTConfig,
+)
+
+from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
+from mmtransformer.image_text import ImageText
+from mmtransformer.prepack import prepack
+from mmtransformer.weights import from_blip2
+from mmtransformer.weights.qformer import BLIP2, qformer_table
+from mmtransformer.weights.table import to_ours
+
+ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 4, 8, 32, 32, 5, 20
+IMAGE, BEGIN, VOCAB = 50_271, 2, 50_272
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def optimizer(model: nn.Module, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=fused or None)
+
+
+def training(
+    loss: Callable[[], Tensor],
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    precision: str = "highest",
+) -> Callable[[], object]:
+    """One training step; precision "medium" = matrix products of float32 compute in bfloat16 inside."""
+    adamw = optimizer(model, fused)
+
+    def step() -> None:
+        torch.set_float32_matmul_precision(precision)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss()
+        value.backward()
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------- the Q-Former alone
+
+
+def qformers(dropout: float = 0.0) -> tuple[QFormer, Any]:
+    """Ours with words of its own, and the peer, which reads embeddings."""
+    config = Blip2QFormerConfig(use_qformer_text_input=True, vocab_size=1000, hidden_dropout_prob=dropout,
+                                attention_probs_dropout_prob=dropout)  # fmt: skip
+    peer = Blip2QFormerModel(config)
+    ours = QFormer(vocab_size=1000, dropout=dropout)
+    named = {f"qformer.{name}": tensor for name, tensor in peer.state_dict().items()}
+    for row in qformer_table(ours, BLIP2):
+        if row.theirs not in named:
+            named[row.theirs] = ours.state_dict()[row.ours[0]]
+    ours.load_state_dict(to_ours(qformer_table(ours, BLIP2), named, "the peer"))
+    return ours, peer
+
+
+def bench_qformer(args: Any, dropout: float) -> None:
+    ours, peer = qformers(dropout)
+    assert ours.tok_embed is not None
+    assert ours.pos_embed is not None
+    words, places = ours.tok_embed, ours.pos_embed
+    visual, tokens = torch.randn(ROWS, 257, 1408), torch.randint(1000, (ROWS, TEXT))
+
+    def theirs(text: bool) -> Tensor:
+        embeds = ours.query_tokens.expand(ROWS, -1, -1)
+        if text:
+            embeds = torch.cat((embeds, words(tokens) + places.weight[:TEXT]), 1)
+        return peer(embeds, query_length=QUERIES, encoder_hidden_states=visual).last_hidden_state
+
+    def mine(text: bool) -> Tensor:
+        return torch.cat(ours.both(visual, tokens), 1) if text else ours(visual)
+
+    for text, what in ((False, "queries"), (True, "queries and text")):
+        ours.eval(), peer.eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            torch.testing.assert_close(mine(text), theirs(text), atol=1e-4, rtol=1e-4)
+        flops = counter.get_total_flops() / 2  # Of one of the two.
+        for name, dtype in DTYPES.items():
+            line = f"Q-Former, {what}, forward, {name}"
+            if args.only in line and not dropout:
+                ours.eval(), peer.eval()
+
+                def forward(
+                    run: Callable[[bool], Tensor], dtype: torch.dtype = dtype, text: bool = text
+                ) -> None:
+                    torch.set_float32_matmul_precision("highest")
+                    with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+                        run(text)
+
+                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=flops,
+                        gemm=args.gemm[dtype], pairs=args.pairs)  # fmt: skip
+            line = f"Q-Former, {what}, training, {name}" + (f", dropout {dropout}" if dropout else "")
+            if args.only in line:
+                ours.train(), peer.train()
+                own = training(lambda text=text: mine(text).square().mean(), ours, dtype)
+                other = training(lambda text=text: theirs(text).square().mean(), peer, dtype)
+                compare(
+                    line, own, other, target=1.0, flops=3 * flops, gemm=args.gemm[dtype], pairs=args.pairs
+                )
+
+
+# --------------------------------------------------------------------------------------------------------- stage 2
+
+
+def stage2() -> tuple[Blip2, Any]:
+    vision = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3,
+              "image_size": 224, "patch_size": 16, "initializer_range": 0.02}  # fmt: skip
+    qformer = {"num_hidden_layers": 6, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    text = OPTConfig(dropout=0.0)
+    peer = Blip2ForConditionalGeneration(
+        Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=QUERIES,
+                    image_token_index=IMAGE)
+    )  # fmt: skip
+    nn.init.normal_(peer.query_tokens, std=0.02)
+    peer.vision_model.requires_grad_(False)
+    peer.language_model.requires_grad_(False)
+    ours = from_blip2(peer)
+    assert isinstance(ours, Blip2)
+    return ours, peer
+
+
+def captions(rows: int = CAPTIONS, shortest: int = 9, longest: int = 21) -> CaptionBatch:
+    lengths = torch.linspace(shortest, longest, rows).round().long()
+    tokens = torch.randint(4, IMAGE, (rows, longest))
+    tokens[:, 0] = BEGIN
+    valid = torch.arange(longest) < lengths[:, None]
+    target = valid & (torch.arange(longest) > 0)
+    return CaptionBatch(tokens.where(valid, 1), valid, target, pixels=torch.randn(rows, 1, 3, 224, 224))
+
+
+def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
+    ours.train(), peer.train()
+    full = captions()
+    with torch.no_grad():
+        cached = replace(full, pixels=None, visual_tokens=ours.encode(cast(Tensor, full.pixels)))
+    ids = torch.cat((torch.full((CAPTIONS, QUERIES), IMAGE), full.tokens), 1)
+    known = torch.cat((torch.ones(CAPTIONS, QUERIES, dtype=torch.long), full.valid.long()), 1)
+    labels = full.tokens.masked_fill(~full.target, -100)
+    # The peer's own loss takes labels of the whole row only.
+    labels = torch.cat((torch.full((CAPTIONS, QUERIES), -100), labels), 1)
+    pixels = cast(Tensor, full.pixels)[:, 0]
+
+    def theirs() -> Tensor:
+        return peer(pixel_values=pixels, input_ids=ids, attention_mask=known, labels=labels).loss
+
+    def mine(batch: CaptionBatch) -> Tensor:
+        loss = caption_loss(ours, batch)
+        return loss.sum / loss.count
+
+    with torch.no_grad():
+        torch.testing.assert_close(mine(full), theirs(), atol=1e-4, rtol=1e-4)
+    for name, dtype in DTYPES.items():
+        for kind, batch in (("", full), (", cached features", cached)):
+            goal = {("fp32", ""): 2.0, ("bf16", ""): 1.5}.get((name, kind), 3.0 if name == "fp32" else 2.2)
+            for same in (False, True):
+                line = f"stage 2, {name}{kind}" + (", same optimizer and precision" if same else "")
+                if args.only in line:
+                    own = training(lambda b=batch: mine(b), ours, dtype, precision="medium")
+                    other = training(
+                        theirs, peer, dtype, fused=same, precision="medium" if same else "highest"
+                    )
+                    compare(line, own, other, target=None if same else goal, pairs=args.pairs,
+                            unit=(CAPTIONS, "captions"))  # fmt: skip
+
+
+def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
+    ours.eval(), peer.eval()
+    with torch.no_grad():  # Louder branches, so that texts depend on pictures and rounding decides no token.
+        for model in (ours, peer):
+            louder = [model.decoder.blocks, model.qformer.blocks] if model is ours else [
+                model.language_model.model.decoder.layers, model.qformer.encoder.layer
+            ]  # fmt: skip
+            for parameter in (
+                p for part in louder for name, p in part.named_parameters() if "norm" not in name.lower()
+            ):
+                parameter.mul_(3)
+    prepack(ours)
+    torch.set_float32_matmul_precision("highest")
+    for rows in (1, 8):
+        full = captions(rows)
+        begin = full.tokens[:, :1]
+        prompts = CaptionBatch(begin, begin > 0, begin < 0, pixels=full.pixels)
+        ids = torch.cat((torch.full((rows, QUERIES), IMAGE), begin), 1)
+        pixels = cast(Tensor, full.pixels)[:, 0]
+
+        def mine(prompts: CaptionBatch = prompts) -> list[list[int]]:
+            found = generate(
+                ours, prompts, eos_id=BEGIN, max_new_tokens=NEW, min_new_tokens=NEW, num_beams=BEAMS
+            )
+            return [texts[0].tokens for texts in found]
+
+        def theirs(pixels: Tensor = pixels, ids: Tensor = ids) -> list[list[int]]:
+            with torch.inference_mode():
+                out = peer.generate(pixels, ids, torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+                                    num_beams=BEAMS)  # fmt: skip
+            return out[:, -NEW:].tolist()
+
+        line = f"{BEAMS} beams, {NEW} tokens, pictures: {rows}"
+        if args.only in line:
+            print(f"{line}: {'the same ids' if mine() == theirs() else 'OTHER IDS'}")
+            compare(
+                f"{line}, fp32, packed",
+                mine,
+                theirs,
+                target=2.0,
+                pairs=args.pairs,
+                unit=(rows * NEW, "tokens"),
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- stage 1
+
+
+def by_lavis(model: ImageText, visual: Tensor, batch: CaptionBatch) -> Tensor:
+    """The three losses by LAVIS's passes: matching projects and reads all pictures again, three times."""
+    qformer, tokens, valid = model.qformer, batch.tokens, batch.valid
+    seen = qformer.see(visual)
+    pictures, words = model.embed_pictures(seen.queries), model.embed_texts(tokens, valid)
+    similarity = (pictures @ words.T).amax(1) / model.temperature
+    goal = torch.arange(ROWS)
+    itc = (F.cross_entropy(similarity, goal, label_smoothing=0.1)
+           + F.cross_entropy(similarity.T, goal, label_smoothing=0.1)) / 2  # fmt: skip
+    own = torch.eye(ROWS, dtype=torch.bool)
+    weights = similarity.detach().masked_fill(own, -1e4).softmax(1)
+    other_texts = torch.multinomial(weights, 1)[:, 0]
+    other_pictures = torch.multinomial(similarity.detach().T.masked_fill(own, -1e4).softmax(1), 1)[:, 0]
+    rows = torch.cat((visual, visual[other_pictures], visual))
+    queries, _ = qformer.both(rows, torch.cat((tokens, tokens, tokens[other_texts])),
+                              torch.cat((valid, valid, valid[other_texts])))  # fmt: skip
+    logits = model.itm_head(queries).mean(1)
+    itm = F.cross_entropy(logits, torch.cat((torch.ones(ROWS), torch.zeros(2 * ROWS))).long())
+    said = model.head(qformer.read(tokens, valid, seen)[:, :-1])
+    labels = tokens.masked_fill(~batch.target, -100)[:, 1:]
+    return itc + itm + F.cross_entropy(said.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+def bench_stage1(args: Any) -> None:
+    """Bert's vocabulary, the published sizes; visual tokens come from a cache, as a frozen tower's may."""
+    if not any(args.only in f"stage 1, {name}" for name in DTYPES):
+        return
+    model = ImageText(
+        ViT(224, 14, 1408, 1, 16), QFormer(vocab_size=30_523, dropout=0.0), freeze_vision=True
+    ).train()
+    tokens = torch.randint(1, 30_000, (ROWS, TEXT))
+    valid = torch.arange(TEXT) < torch.linspace(9, TEXT, ROWS).round().long()[:, None]
+    target = valid & (torch.arange(TEXT) > 0)
+    batch = CaptionBatch(tokens, valid, target, visual_tokens=torch.randn(ROWS, 1, 257, 1408))
+    visual = cast(Tensor, batch.visual_tokens)[:, 0]
+    for name, dtype in DTYPES.items():
+        if args.only in f"stage 1, {name}":
+            own = training(lambda: model.losses(batch).total, model, dtype)
+            other = training(lambda: by_lavis(model, visual, batch), model, dtype)
+            compare(f"stage 1, {name}", own, other, target=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
+
+
+def main() -> None:
+    args = start(__doc__ or "")
+    # A part is built only where one of its lines is asked for.
+    if any(args.only in f"Q-Former, queries{and_text}, {how}, {name}, dropout 0.1" for and_text in ("", " and text")
+           for how in ("forward", "training") for name in DTYPES):  # fmt: skip
+        for dropout in (0.0, 0.1):
+            bench_qformer(args, dropout)
+    bench_stage1(args)
+    kinds = ("", ", same optimizer and precision", ", cached features, same optimizer and precision")
+    trains = any(args.only in f"stage 2, {name}{kind}" for name in DTYPES for kind in kinds)
+    writes = any(
+        args.only in f"{BEAMS} beams, {NEW} tokens, pictures: {rows}, fp32, packed" for rows in (1, 8)
+    )
+    if trains or writes:
+        ours, peer = stage2()
+        if trains:
+            bench_stage2(args, ours, peer)
+        if writes:
+            bench_generate(args, ours, peer)
+
+
+if __name__ == "__main__":
+    main()
