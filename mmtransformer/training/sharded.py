@@ -1,0 +1,165 @@
+"""Weights shared out among processes (FSDP2): gradients, moments and averages too; frozen towers block by block.
+
+Every process holds a part of each weight, and has the whole of it while it is used. A checkpoint holds whole weights,
+named and numbered as those of any other run, so one process may go on with what many began, and the other way round.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from mmtransformer.training.speed import blocks
+
+STEPS = ("training_step", "validation_step", "test_step")
+"""What of a task needs whole weights; they are gathered before and let go of after each."""
+
+
+class Sharded(ModelParallelStrategy):
+    """Shares a task's weights out among all processes: `--trainer.strategy=mmtransformer.training.sharded.Sharded`."""
+
+    def __init__(self) -> None:
+        super().__init__(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """All processes share the data."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state on the first process, numbered as an optimizer numbers it."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        assert self.model is not None
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if not state.get("param_groups"):
+            return {}
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        number = {name: i for i, name in enumerate(names)}
+        groups = [group | {"params": [number[n] for n in group["params"]]} for group in state["param_groups"]]
+        return {"state": {number[n]: s for n, s in state["state"].items()}, "param_groups": groups}
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Every process reads the whole file."""
+        return self.checkpoint_io.load_checkpoint(str(checkpoint_path), weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Each process keeps its part; frozen weights are what they are."""
+        state = {name: t for name, t in checkpoint["state_dict"].items() if not isinstance(t, DTensor)}
+        assert self.model is not None
+        set_model_state_dict(self.model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Each process keeps its part."""
+        assert self.model is not None
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                "state": {names[number]: values for number, values in saved["state"].items()},
+                "param_groups": [
+                    g | {"params": [names[i] for i in g["params"]]} for g in saved["param_groups"]
+                ],
+            }
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+
+
+def share_out(task: LightningModule, mesh: DeviceMesh) -> None:
+    """Shards a task: blocks that are used as a whole by themselves, all else together.
+
+    A block whose keys and values are computed from outside it (`Attention.project_kv`) needs its weights before its own
+    turn, so it belongs to what is gathered for the whole step.
+
+    Args:
+        task: The task; its class gets a subclass of torch's making.
+        mesh: The processes.
+    """
+    for block in blocks(task):
+        if not any("Cross" in type(part).__name__ or "cross" in name for name, part in block.named_modules()):
+            fully_shard(block, mesh=mesh)
+    fully_shard(task, mesh=mesh)
+    for name in STEPS:
+        register_fsdp_forward_method(task, name)
+
+
+def gather(task: LightningModule) -> None:
+    """Gives every process the whole weights again, and takes the sharding away: the task is as it was before.
+
+    Args:
+        task: What `share_out` was given; all processes call this at once.
+    """
+    whole: list[tuple[nn.Module, str, nn.Parameter]] = []
+    done: dict[nn.Parameter, nn.Parameter] = {}
+    sharded = [part for part in task.modules() if isinstance(part, FSDPModule)]
+    let_go(task)
+    for part in task.modules():
+        for name, parameter in part._parameters.items():
+            if isinstance(parameter, DTensor):
+                if parameter not in done:
+                    done[parameter] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
+                whole.append((part, name, done[parameter]))
+    for part in sharded:
+        _forget(part)
+    for part, name, parameter in whole:
+        part._parameters[name] = parameter
+    for name in STEPS:
+        task.__dict__.pop(name, None)
+
+
+def _forget(part: nn.Module) -> None:
+    """Takes torch's hooks and class off a module (there is no public way)."""
+    state = part._get_fsdp_state()  # pyright: ignore[reportCallIssue]
+    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+        handle.remove()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        if group is not None:
+            for handles in (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for handle in handles.values():
+                    handle.remove()
+    part.__class__ = type(part).__mro__[2]
+
+
+def let_go(module: nn.Module) -> None:
+    """Lets go of whole weights that a step (a validation's, say) has left gathered; shares alone remain."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a shared-out tensor that this process holds; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, weight: Tensor) -> Tensor:
+    """The whole of which `part` is this process's share, shared out as `weight` is; all processes call this at once."""
+    if not isinstance(weight, DTensor):
+        return part
+    mesh, places = weight.device_mesh, weight.placements
+    shared = DTensor.from_local(part, mesh, places, shape=weight.shape, stride=weight.stride())
+    return shared.full_tensor()
+
+
+def share_of(whole: Tensor, weight: Tensor) -> Tensor:
+    """This process's share of a whole tensor, as `weight` is shared out."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements).to_local()
