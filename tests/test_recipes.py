@@ -58,7 +58,7 @@ def language_model(folder: Path, family: str = "ours") -> list[str]:
     source = Scenes(image_size=32, train_size=9).split("train")
     texts = [caption.text for i in range(9) for caption in source.captions(i)]
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko") if family == "ours" else ())
-    decoder = TextDecoder(300, 16, 2, 2, max_len=64)
+    decoder = TextDecoder(300, 16, 2, 2, max_len=128)
     if family == "gpt2":
         save_as_hub(decoder, folder, "gpt2")
     else:
