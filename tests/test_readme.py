@@ -105,10 +105,12 @@ def environment(folder: Path) -> dict[str, str]:
     stand_ins.mkdir()
     mmt = f"""import os, sys
 args = sys.argv[1:]
-if args and args[0] in ("fit", "validate", "test") and "--config" in args:
-    after = args.index("--config") + 2
-    fewer = [f"--data.source.{{split}}_size=40" for split in ("train", "val", "compositional")]
+if args and args[0] in ("fit", "validate", "test", "ablate"):
+    after = args.index("--recipe" if args[0] == "ablate" else "--config") + 2
+    source = "data.source.pairs" if "lm_scenes" in args[after - 1] else "data.source"
+    fewer = [f"--{{source}}.{{split}}_size=40" for split in ("train", "val", "compositional")]
     args[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in args[after - 1])
+    args += ["--bridges", "qformer,prefix"] * (args[0] == "ablate")  # two of the four: it is slow
 os.execv({str(here / "mmt")!r}, ["mmt", *args])
 """
     # The real make by its full name: plain `make` is this stand-in, which would call itself without end.
