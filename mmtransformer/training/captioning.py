@@ -167,11 +167,12 @@ class Captioning(Task):
         data, trainer = self.data, self.trainer
         if data is None:
             return
+        whole = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # a validation sets another
         took = f"trained {trainer.global_step} steps in {seconds_to_text(run.seconds)}"
         print(f"{took}; now captioning {', '.join(data.val_splits)}")  # noqa: T201
         facts = self.training_facts(run)
         use = image_use(trainer.callback_metrics, data.val_splits)
-        if not use:  # the run ended before its first validation
+        if not use and trainer.world_size == 1:  # the run ended before its first validation
             trainer.validate(self, datamodule=data, verbose=False)
             use = image_use(trainer.callback_metrics, data.val_splits)
         began = time.monotonic()
@@ -184,19 +185,7 @@ class Captioning(Task):
             autocast=torch.bfloat16 if half else None,
             limit_batches=run.limit_batches,
         )
-        extra = {}
-        if self.shots:
-            scored = score_shots(
-                self.captioner,
-                trainer.datamodule,  # pyright: ignore[reportAttributeAccessIssue]
-                self.shots,
-                decoding=self.decoding,
-                device=run.device,
-                autocast=torch.bfloat16 if half else None,
-                limit_batches=run.limit_batches,
-            )
-            extra["few_shot"] = scored.to_dict()
-            print(f"\n{scored.table()}")  # noqa: T201
+        extra = {"few_shot": self._score_shots(whole, run, half)} if self.shots else {}
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
@@ -223,6 +212,24 @@ class Captioning(Task):
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
         lines += [f"  {how_to(run.folder, model)}"]
         print("\n".join(lines))  # noqa: T201
+
+    def _score_shots(self, data: CaptionData | InterleavedData, run: Run, half: bool) -> dict[str, object]:
+        """The scores after examples; a prompt that does not fit is said, and does not cost the run its model."""
+        try:
+            scored = score_shots(
+                self.captioner,
+                data,
+                self.shots,
+                decoding=self.decoding,
+                device=run.device,
+                autocast=torch.bfloat16 if half else None,
+                limit_batches=run.limit_batches,
+            )
+        except ValueError as error:
+            print(f"not scored after examples (shots {list(self.shots)}): {error}")  # noqa: T201
+            return {"error": str(error)}
+        print(f"\n{scored.table()}")  # noqa: T201
+        return scored.to_dict()
 
 
 def finetune(
