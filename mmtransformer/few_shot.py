@@ -32,16 +32,21 @@ _KEPT = 256  # examples whose visual tokens are kept in memory
 _AT_ONCE = 32  # examples that are encoded together
 
 
-def check_reader(captioner: Captioner) -> None:
+def check_reader(captioner: Captioner, *, blind: bool = False) -> None:
     """Makes sure that a model reads pictures anywhere in the text.
+
+    Args:
+        captioner: The model.
+        blind: Whether one that is told to see no picture (media="none") will do.
 
     Raises:
         ValueError: It does not.
     """
-    if getattr(captioner, "media", "none") == "none":
+    media = getattr(captioner, "media", None)
+    if media is None or (media == "none" and not blind):
         raise ValueError(
-            f"{type(captioner).__name__} reads the pictures of a text as a whole, so it cannot tell examples from the "
-            f'picture to be captioned; that takes a Flamingo with media="last" or "all_previous"'
+            f"{type(captioner).__name__} reads the pictures of a text as a whole, so it cannot tell which of them a "
+            f'word belongs to; documents and examples take a Flamingo with media="last" or "all_previous"'
         )
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from mmtransformer import Flamingo, TextDecoder, ViT
+from mmtransformer import EncoderDecoder, Flamingo, TextDecoder, ViT
 from mmtransformer.data.document_dataset import CollateDocuments, lay_out
 from mmtransformer.data.documents import (
     Document,
@@ -37,6 +37,7 @@ from mmtransformer.data.scenes import Scenes
 from mmtransformer.data.source import Pairs, PairSource
 from mmtransformer.images import Augment, ImageError, ImageTransform
 from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.training import Captioning
 
 TRANSFORM = ImageTransform(image_size=(11, 13))
 WORDS = ["a", "red", "star", "and", "three", "blue", "circles", "빨간", "별과", "파란", "원", "세", "개"]
@@ -751,3 +752,17 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         ValueError, match=r"cannot resume: the number of rows of the run was \d+ and is now \d+"
     ):
         fit(tmp_path, ckpt=tmp_path / "8.ckpt", max_len=64)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+def test_a_model_that_does_not_heed_where_pictures_stand_is_refused(tmp_path: Path) -> None:
+    vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
+    captioner = EncoderDecoder(vision, TextDecoder(300, 12, 1, 2, max_len=64, cross_dim=12))
+    trainer = lightning.Trainer(
+        max_steps=1, num_sanity_val_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r'EncoderDecoder reads the pictures of a text as a whole.*media="last"'
+    ):
+        trainer.fit(Captioning(captioner), make(image=ImageTransform(16)))

@@ -96,9 +96,12 @@ class Captioning(Task):
         """Checks that model and data fit, before anything is computed.
 
         Raises:
-            ValueError: If the vocabulary or the captions are larger than the model, or the pictures of another size.
+            ValueError: If the vocabulary or the captions are larger than the model, the pictures are of another size,
+                or the data is interleaved and the model does not heed where pictures stand.
         """
         data = self.data
+        if isinstance(getattr(self.trainer, "datamodule", None), InterleavedData):
+            check_reader(self.captioner, blind=True)
         if data is None:
             return
         self.decoding = dataclasses.replace(self.decoding, mark_pictures=data.mark_pictures)
