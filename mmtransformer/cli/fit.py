@@ -147,10 +147,10 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.logger is None:
                 config.logger = MetricsLog(root)
             extra: list[pl.Callback] = []
+            if config.logger is not False and not config.barebones:
+                extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.
             if config.enable_progress_bar is not False:
                 extra += [Progress(), Samples()]
-            if config.logger is not False and not config.barebones:
-                extra.append(Throughput())
             if config.enable_checkpointing is not False and not config.fast_dev_run:
                 extra.append(Saving())
             mine = {type(callback) for callback in config.callbacks or []}
