@@ -411,6 +411,7 @@ def test_own_texts_is_the_data_of_a_recipe(tmp_path: Path) -> None:
     data = own_texts([str(tmp_path / "a.txt")], vocab_size=300, max_len=16, row_len=33, batch_size=2)
     batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape == (2, 33)
+    assert data.describe().startswith("50 texts; splits train ")
     assert batch.tokens.dtype == torch.long
     moved = batch.to("cpu")
     assert torch.equal(moved.tokens, batch.tokens)

@@ -164,6 +164,17 @@ class MaskedData(lightning.LightningDataModule):
         """Copy a batch to the device beside its computation."""
         return batch.to(device, non_blocking=True)
 
+    def describe(self) -> str:
+        """What was found, and how the texts of the splits became rows, a line each."""
+        lines = [self.source.describe()] if isinstance(self.source, TextFiles) else []
+        for split in (self.train_split, *self.val_splits):
+            rows = self.rows(split)
+            _, other = rows.seconds(0)
+            kinds = f"{int((other == 0).sum()):,} of one group, {int((other == 1).sum()):,} not"
+            line = f"{split}: {len(rows):,} rows of at most {self.max_len} tokens"
+            lines.append(f"{line}, pairs of texts: {kinds}" if self.pairs else line)
+        return "\n".join(lines)
+
     def state_dict(self) -> dict[str, Any]:
         """Which tokenizer the run uses."""
         return {"tokenizer": self._tokenizer_hash()}

@@ -64,13 +64,17 @@ class Masking:
         self.ordinary = np.array([i for i, data in enumerate(spelt) if data])
         """The ids that text is made of: what a token may be changed into."""
         self._opens = np.array([not data or data[0] in _MARKS for data in spelt])
-        self._closes = np.array([not data or data[-1] in _MARKS for data in spelt])
+        self._closes = np.array([not data or (data[-1] in _MARKS and not data.isspace()) for data in spelt])
+        self._blank = np.array([data.isspace() for data in spelt])
 
     def words(self, ids: np.ndarray) -> np.ndarray:
         """The number of each token's word, (q,) from 0, in one text: white space and marks divide words."""
         if not len(ids):
             return np.zeros(0, np.int64)
         begins = self._opens[ids]
+        begins[1:] &= ~self._blank[
+            ids[:-1]
+        ]  # a space that is a token of its own belongs to the word behind it
         begins[1:] |= self._closes[ids[:-1]]
         begins[0] = False
         return np.cumsum(begins)

@@ -239,8 +239,8 @@ class TextData(lightning.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def describe(self) -> str:
-        """How the texts of the splits became rows, a line each."""
-        lines = []
+        """What was found, and how the texts of the splits became rows, a line each."""
+        lines = [self.source.describe()] if isinstance(self.source, TextFiles) else []
         for split in (self.train_split, *self.val_splits):
             rows = self.rows(split)
             line = (

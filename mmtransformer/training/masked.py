@@ -93,6 +93,11 @@ class MaskedLanguageModelling(Task):
                 f"lower it, or raise the encoder's max_len"
             )
 
+    def on_fit_start(self) -> None:
+        """Says what the texts are."""
+        if self.data is not None and self.trainer.is_global_zero:
+            print(self.data.describe())  # noqa: T201
+
     # ------------------------------------------------------------------------------------------------ training
 
     def loss(self, batch: MaskedBatch) -> Loss:
