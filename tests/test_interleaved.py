@@ -179,6 +179,28 @@ def test_all_three_forms_say_the_same(tmp_path: Path) -> None:
     assert [split.name(i) for i in range(3)] == ["a", "b", "c"]
 
 
+def test_pictures_that_hardly_match_are_left_out(tmp_path: Path) -> None:
+    folder(tmp_path, 2)
+
+    def matched(*similar: float) -> dict[str, object]:
+        infos = [
+            {"image_name": f"p/{k}.png", "matched_text_index": k, "matched_sim": value}
+            for k, value in enumerate(similar)
+        ]
+        return {"text_list": ["one", "two", "three"], "image_info": infos}
+
+    write(tmp_path / "d.jsonl", [matched(0.3, 0.2), matched(0.1, 0.2), matched(0.24, 0.5)])
+    source = InterleavedFiles(tmp_path, val_fraction=0, min_similarity=0.24)
+    split = source.split("train")
+    assert [split.document(i).texts for i in range(len(split))] == [
+        ("", "one\ntwo\nthree"),
+        ("", "one", "two\nthree"),
+    ]
+    assert source.report.rows == 2
+    assert source.report.notes == {"no picture matches its sentence by 0.24, left out": 1}
+    assert len(InterleavedFiles(tmp_path, val_fraction=0).split("train")) == 3
+
+
 def test_join_pieces() -> None:
     assert join_pieces(["a", "b", None, None, "c"]) == ("a\nb", "", "c")
     assert join_pieces([None]) == ("", "")

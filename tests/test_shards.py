@@ -479,6 +479,11 @@ def test_a_path_is_told_what_it_holds(tmp_path: Path) -> None:
     assert isinstance(open_pairs(plain), PairFiles)
     packed = pack(tmp_path / "c.tar", [("a.png", picture(1)), ("captions.csv", b"image,caption\na.png,x")])
     assert not are_shards(packed)
+    pairs = plain / "pairs.jsonl"
+    pairs.write_text('{"image": "0.png", "text": "a caption", "split": "train"}\n')
+    assert not are_documents(pairs)
+    assert isinstance(open_pairs(pairs), PairFiles)
+    pairs.unlink()
     line = json.dumps({"text": "a <image> b", "images": ["0.png"]})
     (plain / "documents.jsonl").write_text(line + "\n")
     assert are_documents(plain)

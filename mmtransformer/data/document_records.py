@@ -21,6 +21,10 @@ class LineFault(Exception):
         self.cause, self.what = cause, what
 
 
+class LineNote(Exception):
+    """Why a line that nothing is wrong with is left out."""
+
+
 def document_files(files: Files) -> list[Entry]:
     """The files below a root that hold interleaved documents: the one that was asked for, or those at the top."""
     if files.asked is not None:
@@ -52,14 +56,21 @@ def holds_documents(files: Files, entry: Entry) -> bool:
     return any(forms) or (isinstance(record.get("text"), str) and listed)
 
 
-def read_pieces(record: dict[str, Any], mark: str) -> tuple[tuple[str, ...], list[str]]:
+def read_pieces(
+    record: dict[str, Any], mark: str, min_similarity: float = 0.0
+) -> tuple[tuple[str, ...], list[str]]:
     """The texts and the pictures' names of a document in any of the three forms.
+
+    Args:
+        record: The line.
+        mark: What stands for a picture in a text.
+        min_similarity: MMC4's pictures that match their sentence less are left out.
 
     Raises:
         LineFault: If it is in none of them, or its marks and its pictures differ in number.
     """
     if "text_list" in record and "image_info" in record:
-        return _matched(record["text_list"], record["image_info"])
+        return _matched(record["text_list"], record["image_info"], min_similarity)
     key = next((key for key in _LISTS if key in record), None)
     if key is None:
         raise LineFault("no list of pictures", f"its keys are {', '.join(record)[:80]}")
@@ -94,7 +105,7 @@ def _parallel(texts: list[Any], pictures: list[Any]) -> tuple[tuple[str, ...], l
     return join_pieces([text or None for text in texts]), [_picture_name(p) for p in pictures if p]
 
 
-def _matched(texts: Any, infos: Any) -> tuple[tuple[str, ...], list[str]]:
+def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], list[str]]:
     """MMC4's form: each picture stands before the sentence that it was matched with."""
     if not (isinstance(texts, list) and isinstance(infos, list) and all(isinstance(t, str) for t in texts)):
         raise LineFault("no text", "text_list must be a list of texts and image_info a list of pictures")
@@ -103,7 +114,13 @@ def _matched(texts: Any, infos: Any) -> tuple[tuple[str, ...], list[str]]:
         at = info.get("matched_text_index") if isinstance(info, dict) else None
         if not isinstance(at, int) or not 0 <= at < len(texts):
             raise LineFault("a picture without its text", f"matched_text_index {at!r} of {len(texts)} texts")
-        before.setdefault(at, []).append(_picture_name(info))
+        similar = info.get("matched_sim", 0)
+        if least and not isinstance(similar, int | float):
+            raise LineFault("a similarity that is no number", f"{similar!r:.60}")
+        if not least or similar >= least:
+            before.setdefault(at, []).append(_picture_name(info))
+    if infos and not before:
+        raise LineNote(f"no picture matches its sentence by {least}, left out")
     pieces: list[str | None] = []
     for at, text in enumerate(texts):
         pieces += [None] * len(before.get(at, ())) + [text]

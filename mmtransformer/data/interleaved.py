@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from mmtransformer.data.archives import Entry, FileError, Files
-from mmtransformer.data.document_records import MARK, LineFault, document_files, read_pieces
+from mmtransformer.data.document_records import MARK, LineFault, LineNote, document_files, read_pieces
 from mmtransformer.data.documents import Document
 from mmtransformer.data.faults import Report, TooManyFaults
 from mmtransformer.data.finder import Finder
@@ -108,6 +108,8 @@ class InterleavedFiles:
         root: A folder, an archive, or one file.
         images: Folder or archive with the pictures, if not at or below the root.
         mark: What stands for a picture in a text.
+        min_similarity: Pictures of MMC4 whose "matched_sim" with their sentence is less are left out; OpenFlamingo took
+            0.24.
         language: The language of documents that neither the data nor their script tells.
         val_fraction: Share of the documents for val where the data names none; 0 for no val.
         max_bad: Share of documents that may be unusable; one always may, unless this is 0.
@@ -122,6 +124,7 @@ class InterleavedFiles:
         *,
         images: str | Path | None = None,
         mark: str = MARK,
+        min_similarity: float = 0.0,
         language: str | None = None,
         val_fraction: float = 0.05,
         max_bad: float = 0.01,
@@ -134,6 +137,7 @@ class InterleavedFiles:
         if not mark.strip():
             raise ValueError(f"mark ({mark!r}) must be a word that stands for a picture, such as {MARK}")
         self.root, self.mark, self.report = Path(root).expanduser(), mark, Report()
+        self.min_similarity = min_similarity
         files = Files(root)
         manifests = document_files(files)
         if not manifests:
@@ -201,10 +205,13 @@ class InterleavedFiles:
             try:
                 if not isinstance(record, dict):
                     raise LineFault(*(fault or f"not a JSON object: {record!r:.60}").split(": ", 1))
-                texts, pictures = read_pieces(record, self.mark)
+                texts, pictures = read_pieces(record, self.mark, self.min_similarity)
                 yield self._document(record, where, texts, pictures, split)
             except LineFault as found:
                 self.report.fault(found.cause, where, found.what)
+            except LineNote as note:
+                self.report.rows -= 1
+                self.report.note(str(note), where)
 
     def _document(
         self,

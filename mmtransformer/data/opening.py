@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from mmtransformer.data.archives import PICTURES, Files
-from mmtransformer.data.document_records import document_files
+from mmtransformer.data.document_records import document_files, holds_documents
 from mmtransformer.data.documents import DocumentPairs
 from mmtransformer.data.faults import Report
 from mmtransformer.data.interleaved import InterleavedFiles
@@ -69,7 +69,9 @@ def are_documents(root: str | Path) -> bool:
     some = path.glob("*") if path.is_dir() else [path]
     if not any(item.suffix.lower() in (".jsonl", ".ndjson") and item.is_file() for item in some):
         return False
-    return bool(document_files(Files(root)))
+    files = Files(root)
+    found = document_files(files)
+    return bool(found) and all(holds_documents(files, entry) for entry in found)
 
 
 def are_shards(root: str | Path) -> bool:
