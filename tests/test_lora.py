@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from mmtransformer import TextDecoder, ViT
+from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, ViT, caption_loss
 from mmtransformer.lora import add_lora, merge_lora
+from mmtransformer.weights import load_lm
 
 TOKENS = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -75,3 +76,25 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"mmtransformer\[lora\]"):
         add_lora(decoder())
+
+
+def test_a_language_model_for_a_recipe(tmp_path) -> None:
+    decoder().float().save_pretrained(tmp_path)
+    model = load_lm(tmp_path, lora_rank=3, lora_targets=["q_proj", "fc2"])
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-4] + n.split(".")[-3] for n in trainable} == {
+        "q_projlora_A", "q_projlora_B", "fc2lora_A", "fc2lora_B",
+    }  # fmt: skip
+    blip2 = Blip2(
+        ViT(16, 8, 16, 1, 2), QFormer(3, 16, 1, 2, 16, dropout=0.0), model, freeze_decoder=False
+    ).train()
+    batch = CaptionBatch(TOKENS, TOKENS >= 0, TOKENS >= 0, pixels=torch.randn(3, 1, 3, 16, 16))
+    caption_loss(blip2, batch).sum.backward()
+    learned = {n for n, p in blip2.decoder.named_parameters() if p.grad is not None}
+    assert learned == trainable
+    perturbed(model)
+    before = blip2.eval().logits(batch)
+    merge_lora(blip2).save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(
+        Blip2.from_pretrained(tmp_path / "merged").logits(batch), before, atol=1e-5, rtol=1e-4
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmtransformer.decoder import TextDecoder
 from mmtransformer.hub import HubDecoder
 from mmtransformer.language import Decoder
+from mmtransformer.lora import add_lora
 from mmtransformer.pretrained import CONFIG, WEIGHTS, Pretrained, find_folder, read_json, read_safetensors
 from mmtransformer.tokenizer import Tokenizer
 from mmtransformer.vocabulary import ExtendedVocabulary
@@ -53,7 +54,10 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], where: 
             f'{where}: the family "{family}" is not one of TextDecoder\'s ({", ".join(_READERS)}); HubDecoder takes '
             "any language model of transformers (extra: hf)"
         )
-    return _READERS[family](config, state, where)
+    try:
+        return _READERS[family](config, state, where)
+    except (TypeError, AttributeError, ArithmeticError) as error:  # A number that is a text, or none, or 0.
+        raise ValueError(f"{where}: the config cannot be read: {error}") from error
 
 
 def to_transformers(
@@ -118,7 +122,14 @@ def save_as_hub(
     (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
 
 
-def load_lm(source: str | Path, *, new_tokens: int = 0, first: int | None = None) -> Decoder:
+def load_lm(
+    source: str | Path,
+    *,
+    new_tokens: int = 0,
+    first: int | None = None,
+    lora_rank: int = 0,
+    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> Decoder:
     """A language model in evaluation mode, from what is there: for recipes (`mmtransformer.weights.load_lm`).
 
     It is a `TextDecoder` where that can be the model (transformers is then not needed), else a `HubDecoder`. Only
@@ -129,11 +140,16 @@ def load_lm(source: str | Path, *, new_tokens: int = 0, first: int | None = None
             with shards and their `model.safetensors.index.json`), or the name of a hub's repository, to be fetched.
         new_tokens: ids that are added to the model's, see `ExtendedVocabulary`; what `load_tokenizer` adds.
         first: the first of them; None = the model's vocab_size. A hub's tokenizer may have fewer tokens.
+        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
+            must then not freeze the model itself (freeze_decoder: false).
+        lora_targets: ends of the names of the layers that get them.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
     decoder = _load(find_folder(source))
+    if lora_rank:
+        add_lora(decoder, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
     return ExtendedVocabulary(decoder, new_tokens, first=first).eval() if new_tokens else decoder
 
 
@@ -144,7 +160,7 @@ def _load(folder: Path) -> Decoder:
         if not isinstance(model, Decoder):
             raise ValueError(f"{folder} holds a {type(model).__name__}, not a language model")
         return model
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise ValueError(
             f'{folder / CONFIG} has neither "class" (a model of this library) nor "model_type" (one of transformers)'
         )
