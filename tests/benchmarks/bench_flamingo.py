@@ -10,6 +10,7 @@ python tests/benchmarks/bench_flamingo.py [--threads N] [--pairs N] [--only NAME
 """
 
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -90,6 +91,8 @@ def memory(name: str) -> int:
 
 
 def print_memory(dtype: torch.dtype, threads: int) -> None:
+    # Freed memory goes back at once, so that what is held can be seen.
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     sizes = []
     for ours in (True, False):
         context = multiprocessing.get_context("spawn")
