@@ -62,7 +62,9 @@ def test_itc_is_its_definition(smoothing: float) -> None:
         label_smoothing=smoothing,
     )
     assert loss.dtype == torch.float64
-    assert float(loss) == pytest.approx(itc_by_hand(images, texts, image_ids, text_ids, 0.13, smoothing), abs=1e-13)
+    assert float(loss) == pytest.approx(
+        itc_by_hand(images, texts, image_ids, text_ids, 0.13, smoothing), abs=1e-13
+    )
 
 
 def test_texts_stand_beside_their_picture_unless_ids_say_otherwise() -> None:
