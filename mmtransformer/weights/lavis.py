@@ -1,4 +1,8 @@
-"""LAVIS's BLIP-2 and InstructBLIP, of both stages -> `ImageText` and `Blip2`, and back."""
+"""LAVIS's BLIP-2 and InstructBLIP, of both stages -> `ImageText` and `Blip2`, and back.
+
+Its files are pickles, which this library does not open: `torch.load(path, weights_only=True)["model"]` gives the
+tensors without running what a file may bring along.
+"""
 
 import math
 import re
