@@ -89,12 +89,12 @@ def test_killed_and_resumed_is_the_unbroken_run(
 @pytest.mark.slow
 def test_killed_at_25_random_moments(tmp_path: Path, unbroken: Any) -> None:
     draw = random.Random(5)
+    batches = {"steps": 8, "part of an epoch": 6}
+    validated = {"validation in mid-epoch": 2, "part of an epoch": 2}  # batches before the first validation
     for i in range(25):
-        setting = SETTINGS[draw.choice(list(SETTINGS))]
-        where = draw.choice(["train", "train", "validation"])
-        batches = {"max_steps": 8, "limit_train_batches": 6}
-        most = next((number for key, number in batches.items() if key in setting), 9)
-        at = draw.randint(1, most) if where == "train" else 3 if "limit_train_batches" not in setting else 2
+        name, where = draw.choice(list(SETTINGS)), draw.choice(["train", "train", "validation"])
+        at = draw.randint(1, batches.get(name, 9)) if where == "train" else validated.get(name, 3)
+        setting = SETTINGS[name]
         folder = tmp_path / str(i)
         folder.mkdir()
         check(folder, unbroken(**setting), setting, at=at, where=where)

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "ablate": ("ablate", "Train several bridges on the towers and data of one recipe, and compare them."),
     "check": ("check", "Look at image-text pairs before training on them."),
+    "plan": ("plan", "Say what a recipe needs of memory and disk, before it is run."),
 }
 
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import time
 import warnings
@@ -225,11 +226,11 @@ def fit(cli: "LightningCLI") -> None:
         )
     if cli.config.get("compile"):
         print(f"{compile_blocks(module)} blocks are compiled at their first use")
-    folder = Path(trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = cli.parser.dump(cli.config, skip_none=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
-    device = trainer.strategy.root_device
+    folder, device = Path(trainer.default_root_dir), trainer.strategy.root_device
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = cli.parser.dump(cli.config, skip_none=False)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     print(f"run folder: {folder}; {size}; {device_name(device)}")
     began = time.monotonic()
@@ -254,5 +255,9 @@ def _quiet() -> None:
         "ignore", message=".*in eval mode at the start of training.*"
     )  # frozen towers are
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank:  # Of many processes one speaks.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)

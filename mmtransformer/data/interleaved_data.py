@@ -232,6 +232,7 @@ class InterleavedData(lightning.LightningDataModule):
             shuffle=training,
             lengths=lengths if training else None,
             pool=pool,
+            block=self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1),
             rank=rank,
             world=world,
             drop_last=training and self.drop_last,

@@ -203,6 +203,7 @@ class TranslationData(lightning.LightningDataModule):
             seed=self.seed,
             shuffle=training,
             lengths=(lambda _: rows.lengths) if training else None,
+            block=self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1),
             rank=rank,
             world=world,
         )

@@ -6,6 +6,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.training.resume import bare
+from mmtransformer.training.sharded import let_go, like, local, share_of
+
 
 class Average(pl.Callback):
     """An exponential moving average that looks back over a tenth of the run at most.
@@ -27,6 +30,7 @@ class Average(pl.Callback):
         """Whether the average stands in the model's place, as it does during a validation."""
         self._step = -1
         self._kept = False
+        self._like: dict[str, Tensor] = {}  # the weights themselves, which may be shared out among processes
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """A new run begins with a new average."""
@@ -36,6 +40,8 @@ class Average(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where the run stands."""
         self._step = trainer.global_step
+        self._like = {bare(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.weights = {name: share_of(weight, self._like[name]) for name, weight in self.weights.items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +99,8 @@ class Average(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The average and its number of steps."""
-        return {"count": self.count, "weights": self.weights}
+        weights = {name: like(weight, self._like.get(name, weight)) for name, weight in self.weights.items()}
+        return {"count": self.count, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with an average."""
@@ -102,6 +109,6 @@ class Average(pl.Callback):
 
 
 def trained_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that are learned, by name, without their gradients."""
-    found = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    return {name.replace("_orig_mod.", ""): weight for name, weight in found.items()}
+    """The weights that are learned, by name, without their gradients; this process's share of them."""
+    let_go(module)
+    return {bare(name): local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}

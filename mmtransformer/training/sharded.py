@@ -38,6 +38,11 @@ class Sharded(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state is in the same file, and `load_optimizer_state_dict` takes it."""
+        return True
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state on the first process, numbered as an optimizer numbers it."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)

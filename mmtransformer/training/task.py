@@ -21,6 +21,7 @@ from mmtransformer.training.checkpoints import CheckpointError
 from mmtransformer.training.guard import MOST_IN_A_ROW, first_bad_module, is_finite, memory_advice, not_finite
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
+from mmtransformer.training.sharded import Sharded, gather, share_out
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,28 @@ class Task(pl.LightningModule, ABC):
         """The moving average, if there is one."""
         return [Average(self.optim.ema)] if self.optim.ema else []
 
+    def configure_model(self) -> None:
+        """Shares the weights out among the processes, with the strategy `Sharded`."""
+        if isinstance(self.trainer.strategy, Sharded):
+            self._hashes = frozen_hashes(self)
+            assert self.device_mesh is not None
+            share_out(self, self.device_mesh["data_parallel"])
+
+    def on_fit_end(self) -> None:
+        """Gives every process whole weights again."""
+        if isinstance(self.trainer.strategy, Sharded):
+            gather(self)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with warm-up and cosine over the whole run.
 
         Raises:
-            ValueError: If the run has no end.
+            ValueError: If the run has no end, or the optimizer needs whole weights where they are shared out.
         """
+        if self.optim.kind == "muon" and isinstance(self.trainer.strategy, Sharded):
+            raise ValueError(
+                "optim.kind=muon needs whole matrices, and Sharded shares them out; take adamw, or ddp"
+            )
         # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
         optimizer = self.optim.build(self.trained, fused=self.trainer.precision != "16-mixed")
         steps = self.trainer.estimated_stepping_batches

@@ -82,6 +82,7 @@ class Throughput(pl.Callback):
         if self._batches > 2 and every and trainer.global_step % every == 0:
             self.measure(pl_module)
             row = {
+                "epoch": trainer.current_epoch,
                 "train/samples_per_second": self.samples_per_second,
                 "train/tokens_per_second": self.tokens_per_second,
                 "train/mfu": self.mfu,

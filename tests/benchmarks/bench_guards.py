@@ -1,0 +1,113 @@
+"""What the guards cost: a training step with all of them beside one without, alternating in one run.
+
+    python tests/benchmarks/bench_guards.py
+
+Guarded is what `mmt fit` does: seeded batches, the gradient's global norm and check, the log, the meter, and the signal
+watch (asked at every step; no checkpoint falls due). Bare is the same model, batches and optimizer in a plain
+loop that scales the gradient and clips it, which any training does.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.captioner import CaptionBatch
+from mmtransformer.training.captioning import Captioning
+from mmtransformer.training.log import MetricsLog
+from mmtransformer.training.optim import Optim, adamw
+from mmtransformer.training.saving import Saving
+from mmtransformer.training.throughput import Throughput
+
+
+def model() -> EncoderDecoder:
+    torch.manual_seed(3)
+    vision = ViT(64, 8, 192, 4, 6, class_token=False, pool="mean")
+    return EncoderDecoder(vision, TextDecoder(640, 192, 3, 6, max_len=64, cross_dim=192))
+
+
+def batches(count: int, size: int) -> list[CaptionBatch]:
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(count):
+        tokens = torch.randint(3, 640, (size, 48), generator=generator)
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        pixels = torch.randn(size, 1, 3, 64, 64, generator=generator)
+        found.append(CaptionBatch(tokens, valid, valid, pixels, names=tuple(map(str, range(size)))))
+    return found
+
+
+class Clock(pl.Callback):
+    """Seconds of every step, with the bare steps done in between."""
+
+    def __init__(self, bare: Any) -> None:
+        self.bare, self.guarded, self.plain = bare, [], []
+        self._began = 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        began = time.perf_counter()
+        self.bare(batch)
+        self.plain.append(time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--size", type=int, default=32)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    bare = model().train()
+    optimizer = adamw(bare, lr=1e-3)
+
+    def plain(batch: CaptionBatch) -> None:
+        loss = bare.loss(batch)
+        loss.sum.backward()
+        grads = [p.grad for p in bare.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, 1 / int(loss.count))
+        torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    clock = Clock(plain)
+
+    class Timed(Captioning):
+        """The guarded step, timed from the seed to the last callback."""
+
+    ends: list[float] = []
+
+    class First(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.guarded.append(time.perf_counter())
+
+    class Last(Saving):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            super().on_train_batch_end(*arguments)
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=MetricsLog(folder), enable_model_summary=False, enable_progress_bar=False,
+            default_root_dir=folder, max_steps=args.steps, gradient_clip_val=1.0, log_every_n_steps=20,
+            callbacks=[clock, First(), Throughput(), Last(minutes=1e6)],
+        )  # fmt: skip
+        loader = torch.utils.data.DataLoader(batches(args.steps, args.size), batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(Timed(model(), optim=Optim()), train_dataloaders=loader)
+    guarded = [end - begin for begin, end in zip(clock.guarded, ends, strict=True)]
+    skip = 5  # the counted batch, and the first ones
+    pairs = list(zip(guarded[skip:], clock.plain[skip:], strict=True))
+    share = statistics.median(a / b for a, b in pairs) - 1
+    plain_ms, guarded_ms = (1e3 * statistics.median(values) for values in zip(*pairs, strict=True))
+    print(
+        f"a step of {args.size} pictures: bare {plain_ms:.1f} ms, guarded {guarded_ms:.1f} ms: {share:+.2%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
