@@ -28,6 +28,7 @@ from mmtransformer import (
 from mmtransformer.attention import Attention
 from mmtransformer.captioner import is_frozen
 from mmtransformer.flamingo import FlamingoState
+from mmtransformer.training.speed import checkpoint_activations
 from mmtransformer.vocabulary import ExtendedVocabulary
 
 VOCAB, DEPTH = 53, 3
@@ -424,6 +425,26 @@ def test_the_backward_pass_stops_below_the_first_gated_block() -> None:
         True,
         True,
     ]
+
+
+def test_recomputation_reaches_the_frozen_blocks_above_the_first_gated_one() -> None:
+    plain, saving, given, calls = (
+        flamingo(cross_layers=[1]).train(),
+        flamingo(cross_layers=[1]).train(),
+        batch(),
+        [],
+    )
+    checkpoint_activations(saving)
+    blocks: Any = saving.decoder.blocks
+    for i, block in enumerate(blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    for model in (plain, saving):
+        caption_loss(model, given).sum.backward()
+    assert sorted(calls) == [0, 1, 1, 2, 2]
+    for mine, theirs in zip(saving.gated_blocks.parameters(), plain.gated_blocks.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_what_is_not_frozen_learns() -> None:

@@ -39,10 +39,12 @@ def checkpoint_activations(module: nn.Module) -> int:
 
 def _recompute(block: nn.Module) -> None:
     forward = block.forward
+    frozen = not any(parameter.requires_grad for parameter in block.parameters())
 
     @wraps(forward)
     def again(*args: Any, **kwargs: Any) -> Any:
-        if block.training and torch.is_grad_enabled():
+        # A frozen block stays in evaluation mode, and yet keeps what the gradient of its input needs.
+        if torch.is_grad_enabled() and (block.training or frozen):
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
 
