@@ -116,7 +116,7 @@ def test_killed_at_any_moment_of_a_save_the_last_checkpoint_is_whole(tmp_path: P
         sweep(tmp_path)
     assert whole == 50
     assert litter > 5, "none of the kills fell into a save"
-    assert len(steps) > 5
+    assert len(steps) >= 2
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 

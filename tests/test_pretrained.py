@@ -11,7 +11,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmtransformer
-from mmtransformer import EncoderDecoder, ExtendedVocabulary, HubDecoder, TextDecoder, VisualAdapter, ViT
+from mmtransformer import (
+    Blip2,
+    CoCa,
+    EncoderDecoder,
+    ExtendedVocabulary,
+    Flamingo,
+    HubDecoder,
+    HubSeq2Seq,
+    ImageText,
+    PerceiverResampler,
+    PrefixCaptioner,
+    QFormer,
+    TextDecoder,
+    TextEncoder,
+    Transformer,
+    VisualAdapter,
+    ViT,
+)
 from mmtransformer.pretrained import Pretrained, find_folder, from_config, load_strictly, read_json, to_config
 
 VISION: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 1, "num_heads": 4}
@@ -25,6 +42,11 @@ def decoder(**options: Any) -> TextDecoder:
 def captioner(**options: Any) -> EncoderDecoder:
     adapter = VisualAdapter(20, 12, 1, 3, dropout=0.1, token_dropout=0.2)
     return EncoderDecoder(ViT(**VISION), decoder(cross_dim=12), adapter=adapter, **options)
+
+
+def qformer(**options: Any) -> QFormer:
+    arguments: dict[str, Any] = {"cross_every": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5} | options
+    return QFormer(3, 12, 2, 3, 20, **arguments)
 
 
 MODELS = {
@@ -54,6 +76,47 @@ MODELS = {
     ),
     "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
     "EncoderDecoder": lambda: captioner(freeze_vision=True),
+    "EncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
+    "PerceiverResampler": lambda: PerceiverResampler(
+        20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_pictures=3, norm_eps=1e-3
+    ),
+    "Flamingo": lambda: Flamingo(
+        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_every=2, num_heads=3,
+        head_dim=10, mlp="swiglu", mlp_dim=31, norm="rms", norm_eps=1e-3, qk_norm="rms", per_channel=True,
+        blind_mlp=True, media="all_previous", patches_only=True, dropout=0.1, freeze_vision=False,
+        freeze_decoder=False,
+    ),
+    "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),
+    "QFormer": lambda: qformer(vocab_size=37, max_len=11),
+    "ImageText": lambda: ImageText(
+        ViT(**VISION), qformer(vocab_size=37), embed_dim=7, class_id=36, freeze_vision=True, train_norm=True,
+        init_temperature=0.1,
+    ),
+    "Blip2": lambda: Blip2(
+        ViT(**VISION), qformer(vocab_size=37), decoder(), instruct=True, freeze_vision=False, freeze_decoder=False
+    ),
+    "Blip2 with a norm that learns": lambda: Blip2(ViT(**VISION), qformer(), decoder(), train_norm=True),
+    "PrefixCaptioner": lambda: PrefixCaptioner(
+        ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, shuffle=2, freeze_vision=False, freeze_decoder=False
+    ),
+    "CoCa": lambda: CoCa(
+        ViT(**VISION), decoder(), decoder(cross_dim=20, positions="rotary"), num_queries=5, num_heads=4, embed_dim=7,
+        caption_weight=1.5, contrastive_weight=0.5, freeze_vision=True,
+    ),
+    "TextEncoder": lambda: TextEncoder(
+        53, 24, 2, 4, mlp_dim=31, max_len=17, num_types=3, activation="relu", norm_eps=1e-5, pooler=False,
+        word_head=True, dropout=0.2,
+    ),
+    "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, sentence_head=True),
+    "Transformer": lambda: Transformer(
+        53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, pre_norm=True, activation="gelu", norm_eps=1e-3,
+        tied=False, dropout=0.2,
+    ),
+    "HubSeq2Seq": lambda: HubSeq2Seq(
+        {"model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 6, "d_ff": 31, "num_layers": 2,
+         "num_heads": 4, "decoder_start_token_id": 0},
+        max_len=29,
+    ),
     "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip
 

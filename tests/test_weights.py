@@ -225,7 +225,7 @@ def test_load_vit_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'resnet has no tensor "patch_embed\.proj\.weight"'):
         load_vit(str(tmp_path / "resnet"))
     TextDecoder(53, 24, 1, 4).save_pretrained(tmp_path / "decoder")
-    with pytest.raises(ValueError, match="decoder holds a TextDecoder, not a ViT"):
+    with pytest.raises(ValueError, match="decoder holds a TextDecoder, neither a ViT nor a captioner"):
         load_vit(str(tmp_path / "decoder"))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmtransformer.blocks import Activation
 from mmtransformer.captioner import Captioner
 from mmtransformer.captioner import freeze as freeze_module
-from mmtransformer.pretrained import CONFIG, WEIGHTS, load_strictly, read_json, read_safetensors
+from mmtransformer.pretrained import CONFIG, WEIGHTS, Pretrained, load_strictly, read_json, read_safetensors
 from mmtransformer.vit import ViT
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
 
@@ -243,7 +243,12 @@ def _from_folder(folder: Path) -> ViT:
     if "class" in config:
         if config["class"] == ViT.__name__:
             return ViT.from_pretrained(folder)
-        return Captioner.from_pretrained(folder).vision
+        model = Pretrained.from_pretrained(folder)
+        if not isinstance(model, Captioner):
+            raise ValueError(
+                f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one"
+            )
+        return model.vision
     state = read_safetensors(folder / WEIGHTS)
     if "pretrained_cfg" in config:  # As timm writes it: the architecture says what shapes do not.
         import timm
