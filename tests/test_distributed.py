@@ -1,0 +1,244 @@
+"""Two processes train the model that one trains: gloo on a CPU, one pair of processes for all comparisons."""
+
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.training.captioning import Captioning
+from mmtransformer.training.checkpoints import read
+from mmtransformer.training.guard import NotFinite
+from mmtransformer.training.log import MetricsLog
+from mmtransformer.training.optim import Optim
+from mmtransformer.training.saving import Saving
+from mmtransformer.training.sharded import Sharded
+
+
+def model(*, freeze_vision: bool = False) -> EncoderDecoder:
+    """Without dropout, which every process draws for itself."""
+    torch.manual_seed(3)
+    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean")
+    decoder = TextDecoder(tiny.VOCAB, 24, 1, 2, max_len=60, cross_dim=24)
+    return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
+
+
+def fit(
+    folder: Path,
+    *,
+    batch_size: int,
+    steps: int = 16,
+    world: int = 1,
+    resume: bool = False,
+    strategy: Any = None,
+    freeze_vision: bool = False,
+    look: pl.Callback | None = None,
+    precision: Any = "64-true",
+    **arguments: Any,
+) -> Captioning:
+    """Trains on 19 pictures an epoch: the last batch is uneven, and one process gets none of it."""
+    warnings.simplefilter("ignore")
+    optim = Optim(lr=0.003, warmup_steps=3, ema=0.9)
+    captioner = model(freeze_vision=freeze_vision)
+    captioner = captioner.double() if precision == "64-true" else captioner
+    module = Captioning(captioner, optim=optim, image_use_batches=0)
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy or ("ddp" if world > 1 else "auto"),
+        precision=precision,
+        gradient_clip_val=1.0,
+        logger=MetricsLog(folder),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        max_steps=steps,
+        callbacks=[Saving(every_steps=5), *([look] if look else [])],
+        **arguments,
+    )
+    data = tiny.scenes(batch_size, train_size=19, val_splits=["val"])
+    trainer.fit(module, datamodule=data, ckpt_path=last if resume else None)
+    return module
+
+
+def weights(module: Captioning) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.captioner.named_parameters()}
+
+
+def pair(job: Callable[[int], object]) -> list[int]:
+    """Runs a job in two processes, with the variables that `torchrun` sets; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank: int) -> int:
+        def run() -> None:
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": 2,
+                "LOCAL_WORLD_SIZE": 2,
+                "GROUP_RANK": 0,
+            }
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+            os.environ |= {name: str(value) for name, value in variables.items()}
+            job(rank)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+        pid = os.fork()
+        if pid == 0:
+            os._exit(tiny.in_child(run) % 256)
+        return pid
+
+    children = [child(rank) for rank in range(2)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+class BadGradient(pl.Callback):
+    """One process's loss becomes NaN at a step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3 and trainer.global_rank == 1:
+            batch.pixels[0] = torch.nan
+
+
+class Stop(pl.Callback):
+    """The scheduler sends one process a signal."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def begin(folder: Path, **arguments: Any) -> None:
+    """As `fit`, but stopped after seven of its steps."""
+    with pytest.raises(SystemExit):
+        fit(folder, look=Stop(7), **arguments)
+    assert read(folder / "checkpoints/last.ckpt")["global_step"] == 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
+    """All that two processes compute, in files; and what one began for them."""
+    begin(folder / "one then two", batch_size=8)
+
+    def job(rank: int) -> None:
+        found = {
+            "ddp": weights(fit(folder / "ddp", batch_size=4, world=2)),
+            "accumulation": weights(
+                fit(folder / "accumulated", batch_size=2, world=2, accumulate_grad_batches=2)
+            ),
+            "one then two": weights(fit(folder / "one then two", batch_size=4, world=2, resume=True)),
+        }
+        begin(folder / "two then one", batch_size=4, world=2)
+        try:
+            fit(folder / "bad", batch_size=4, world=2, look=BadGradient())
+        except NotFinite as error:
+            (folder / f"bad-{rank}.txt").write_text(str(error))
+        torch.save(found, folder / f"weights-{rank}.pt")
+
+    assert pair(job) == [0, 0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Tensor]:
+    return weights(fit(folder / "one", batch_size=8))
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_two_processes_train_the_model_of_one(two: Path, one: dict[str, Tensor]) -> None:
+    ranks = [torch.load(two / f"weights-{rank}.pt") for rank in range(2)]
+    for name in ("ddp", "accumulation", "one then two"):
+        assert apart(ranks[0][name], ranks[1][name]) == 0.0
+        assert apart(ranks[0][name], one) < 1e-12
+    start = {name: p.detach().double() for name, p in model().named_parameters()}
+    assert apart(start, one) > 1e-3
+
+
+def test_accumulation_trains_the_same_model(folder: Path, one: dict[str, Tensor]) -> None:
+    assert apart(weights(fit(folder / "4 + 4", batch_size=4, accumulate_grad_batches=2)), one) < 1e-12
+
+
+def test_one_process_goes_on_with_what_two_began(two: Path, one: dict[str, Tensor]) -> None:
+    assert apart(weights(fit(two / "two then one", batch_size=8, resume=True)), one) < 1e-12
+
+
+def test_two_processes_log_the_loss_of_one(two: Path, one: dict[str, Tensor]) -> None:
+    def rows(name: str) -> list[list[float]]:
+        text = (two / name / "metrics.csv").read_text().splitlines()[1:]
+        return [[float(cell) for cell in line.split(",") if cell] for line in text]
+
+    assert len(rows("one")) > 16
+    for a, b in zip(rows("ddp"), rows("one"), strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_a_bad_number_of_one_process_stops_both(two: Path) -> None:
+    texts = [(two / f"bad-{rank}.txt").read_text() for rank in range(2)]
+    assert all("step 3: the loss is nan" in text for text in texts)
+    named = [text.partition("samples: ")[2].partition(".")[0].split(", ") for text in texts]
+    assert not set(named[0]) & set(named[1])
+
+
+def test_a_signal_to_one_process_saves_and_stops_both(folder: Path) -> None:
+    codes = pair(lambda rank: fit(folder / "term", batch_size=4, world=2, look=Stop(5, rank=1)))
+    assert codes == [143, 143]
+    assert read(folder / "term/checkpoints/last.ckpt")["global_step"] == 5
+
+
+def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -> None:
+    """FSDP2 (which Lightning has no float64 for) trains what one process trains, and each goes on with the other's."""
+    settings: dict[str, Any] = {"freeze_vision": True, "batch_size": 8, "precision": "32-true"}
+    alone = weights(fit(folder / "alone", **settings))
+    begin(folder / "alone then shared", **settings)
+
+    def job(rank: int) -> None:
+        settings: dict[str, Any] = {"freeze_vision": True, "batch_size": 4, "precision": "32-true"}
+        settings |= {"world": 2, "strategy": Sharded()}
+        module = fit(folder / "shared", **settings)
+        assert type(module) is Captioning
+        assert not any(isinstance(p, DTensor) for p in module.parameters())
+        settings["strategy"] = Sharded()
+        again = fit(folder / "alone then shared", resume=True, **settings)
+        settings["strategy"] = Sharded()
+        begin(folder / "shared then alone", **settings)
+        torch.save([weights(module), weights(again)], folder / f"shared-{rank}.pt")
+        tokens = module.captioner.logits(next(iter(module.trainer.datamodule.val_dataloader()[0])))  # type: ignore[attr-defined]
+        assert tokens.isfinite().all()
+
+    assert pair(job) == [0, 0]
+    for rank in range(2):
+        for found in torch.load(folder / f"shared-{rank}.pt"):
+            assert apart(found, alone) < 1e-5
+    assert apart(weights(fit(folder / "shared then alone", resume=True, **settings)), alone) < 1e-5
+    shared, whole = (read(folder / name / "checkpoints/last.ckpt") for name in ("shared", "alone"))
+    assert shared["state_dict"].keys() == whole["state_dict"].keys()
+    assert not any(".vision." in name for name in shared["state_dict"])
