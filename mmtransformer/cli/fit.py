@@ -255,9 +255,9 @@ def _quiet() -> None:
         "ignore", message=".*in eval mode at the start of training.*"
     )  # frozen towers are
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    if rank_zero_only.rank:  # Of many processes one speaks.
+    if getattr(rank_zero_only, "rank", 0):  # Of many processes one speaks.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
