@@ -23,7 +23,7 @@ def comparison(
         logs: run -> its metrics.csv.
         png_path: the picture to write.
         title: a line above.
-        loss: the column of the curves; where a log has none, its training loss is drawn.
+        loss: the column of the curves; where a log has no curve of it (three points), the training loss is drawn.
 
     Returns:
         The picture's path.
@@ -52,9 +52,11 @@ def comparison(
     left.invert_yaxis()
     left.set_title("scores", fontsize=11, fontweight="bold", loc="left")
 
-    for run, path in logs.items():
-        series, _ = read_log(path)
-        points = series.get(loss) or series.get("train/loss", [])
+    found_series = {run: read_log(path)[0] for run, path in logs.items()}
+    if any(len(series.get(loss, [])) < 3 for series in found_series.values()):
+        loss = "train/loss"
+    for run, series in found_series.items():
+        points = series.get(loss, [])
         x, y = [p[0] for p in points], [p[1] for p in points]
         right.plot(x, y, color=colours[run], label=run, marker="o" if len(x) <= 30 else None, markersize=4)
     right.set_title(loss, fontsize=11, fontweight="bold", loc="left")
