@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, Captioner, TextDecoder, ViT
+from mmtransformer import Blip2, CaptionBatch, Captioner, QFormer, TextDecoder, ViT
 from mmtransformer.training import Optim
 from mmtransformer.training.ablation import Frozen, sized
 
@@ -35,10 +35,15 @@ def trained(bridge: str, steps: int) -> Captioner:
     torch.manual_seed(1)
     vision = ViT(GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", positions="sinusoids")
     language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions="rotary")
-    model = sized(bridge, vision, language, 60_000, Frozen(freeze_vision=False, freeze_decoder=False)).train()
+    frozen = Frozen(freeze_vision=False, freeze_decoder=False)
+    if bridge == "qformer":  # Of two heads and few queries: with one head all queries look at the same patches.
+        queries = QFormer(8, 32, 2, 2, 32, cross_every=1, dropout=0.0)
+        model = Blip2(vision, queries, language, **frozen).train()
+    else:
+        model = sized(bridge, vision, language, 60_000, frozen).train()
     optim, generator = Optim(kind="muon", lr=1e-2, warmup_steps=20), torch.Generator().manual_seed(0)
     optimizer = optim.build(model)
-    schedule = optim.schedule(optimizer, steps)
+    schedule = optim.schedule(optimizer, 5 * steps)
     for _ in range(steps):
         loss = model.loss(pictures(64, generator)[0])
         optimizer.zero_grad()
@@ -48,10 +53,10 @@ def trained(bridge: str, steps: int) -> Captioner:
     return model.eval()
 
 
-# Through latents and queries the way to a patch is longer, and learnt later: these have learnt it in part.
+# Through latents the way to a patch is longer, and learnt later: Flamingo has learnt it in part.
 @pytest.mark.parametrize(
     ("bridge", "steps", "right", "times"),
-    [("cross", 200, 0.9, 6), ("flamingo", 250, 0.6, 3), ("qformer", 250, 0.3, 1.2)],
+    [("cross", 200, 0.9, 6), ("flamingo", 250, 0.6, 3), ("qformer", 200, 0.8, 6)],
 )
 def test_the_heat_of_a_word_lies_on_its_object(bridge: str, steps: int, right: float, times: float) -> None:
     model = trained(bridge, steps)
@@ -62,7 +67,7 @@ def test_the_heat_of_a_word_lies_on_its_object(bridge: str, steps: int, right: f
     heat = model.look(batch)[:, :2, 0].flatten(2)  # of the positions that predict the two colours
     own = heat.gather(2, cells.unsqueeze(-1))[..., 0]
     assert (own / heat.mean(-1)).median() > times
-    assert (own > heat.mean(-1)).float().mean() > (0.6 if bridge == "qformer" else 0.85)
+    assert (own > heat.mean(-1)).float().mean() > 0.85
     if bridge == "cross":
         other = heat.gather(2, cells.flip(1).unsqueeze(-1))[..., 0]
         assert (own > other).float().mean() > 0.8
