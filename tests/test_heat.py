@@ -36,7 +36,7 @@ def trained(bridge: str, steps: int) -> Captioner:
     vision = ViT(GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", positions="sinusoids")
     language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions="rotary")
     frozen = Frozen(freeze_vision=False, freeze_decoder=False)
-    if bridge == "qformer":  # Of two heads and few queries: with one head all queries look at the same patches.
+    if bridge == "qformer":  # With the one head that `sized` makes of 32, all queries look at the same place.
         queries = QFormer(8, 32, 2, 2, 32, cross_every=1, dropout=0.0)
         model = Blip2(vision, queries, language, **frozen).train()
     else:
