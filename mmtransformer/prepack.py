@@ -69,7 +69,8 @@ class PackedLinear(nn.Linear):
 class Int8Linear(PackedLinear):
     """A `PackedLinear` whose packed copy has 8 bits a weight, with a scale for each output.
 
-    What comes in is rounded to 8 bits too, with one scale for all of it. Serves float32 only.
+    What comes in is rounded to 8 bits too, each row by a scale of its own, so that no row depends on those beside it.
+    Serves float32 only.
     """
 
     def _serves(self, x: Tensor) -> bool:
@@ -86,14 +87,15 @@ class Int8Linear(PackedLinear):
 
     def _product(self, x: Tensor, packed: Any) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        scale = (rows.abs().amax() / 127).clamp(min=1e-12)
+        scale = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
         # Unsigned with its zero at 128: oneDNN's kernels for signed values are hundreds of times slower.
         rounded = (rows / scale).round_().add_(128).to(torch.uint8)
         zero = torch.full((1,), 128, dtype=torch.int32)
+        # It takes one scale for all rows: theirs, and the bias behind it, come after the product.
         out = torch.ops.onednn.qlinear_pointwise.tensor(
-            rounded, scale.view(1), zero, *packed, self.bias, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return out.view(*x.shape[:-1], self.out_features)
+            rounded, torch.ones(1), zero, *packed, None, 1.0, 0, torch.float32, "none", [], ""
+        ).mul_(scale)
+        return (out if self.bias is None else out.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
 
 def prepack(model: Module, *, int8: bool = False) -> Module:

@@ -119,16 +119,26 @@ def test_what_cannot_be_packed(monkeypatch):
 def test_eight_bits_by_definition() -> None:
     torch.manual_seed(3)
     plain = nn.Linear(37, 23)
-    x = torch.randn(2, 5, 37)
+    x = torch.randn(2, 5, 37) * torch.tensor([0.1, 1, 10, 100, 1000])[:, None]
     with torch.inference_mode():
         ours = Int8Linear(plain)(x)
         steps = plain.weight.double().abs().amax(1, keepdim=True) / 127
-        step = x.double().abs().max() / 127
+        step = x.double().abs().amax(-1, keepdim=True) / 127
         weight, rows = (plain.weight.double() / steps).round() * steps, (x.double() / step).round() * step
         want = rows @ weight.T + plain.bias.double()
     assert ours.shape == (2, 5, 23)
     torch.testing.assert_close(ours.double(), want, atol=1e-4, rtol=1e-4)
     assert not torch.equal(ours, plain(x))
+
+
+def test_eight_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(3)
+    layer, x = Int8Linear(nn.Linear(37, 23)), torch.randn(5, 37)
+    with torch.inference_mode():
+        alone = torch.cat([layer(row) for row in x.split(1)])
+        torch.testing.assert_close(layer(x), alone, atol=1e-6, rtol=1e-6)
+        x[3] *= 1000
+        torch.testing.assert_close(layer(x)[[0, 1, 2, 4]], alone[[0, 1, 2, 4]], atol=1e-6, rtol=1e-6)
 
 
 def test_eight_bits_are_near_and_follow_the_weight() -> None:
