@@ -7,12 +7,12 @@ sample's pictures, and are consecutive), q text tokens, d width of a token, gh g
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from mmtransformer.batch import Batch
 from mmtransformer.next_token import Loss, next_token_loss
 from mmtransformer.pretrained import Pretrained
 from mmtransformer.vit import ViT
@@ -20,8 +20,8 @@ from mmtransformer.vit import ViT
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
-class CaptionBatch:
+@dataclass
+class CaptionBatch(Batch):
     """Pictures with their texts.
 
     Attributes:
@@ -68,19 +68,6 @@ class CaptionBatch:
         rows = ("tokens", "valid", "target", "media", "media_first", "segments")
         found = {name: getattr(self, name) for name in rows}
         return replace(self, **{name: x[:, :length] for name, x in found.items() if x is not None})
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The batch with its tensors on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)
-        }
-        return replace(self, **moved)
-
-    def pin_memory(self) -> Self:
-        """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, Tensor)})
 
 
 class State(Protocol):

@@ -4,7 +4,7 @@ Letters: n rows of sources, k source tokens, b rows of targets (n divides b), q 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.attention import Attention, KeyValue
+from mmtransformer.batch import Batch
 from mmtransformer.blocks import MLP, Activation, EncoderBlock, make_norm
 from mmtransformer.decoder import DecoderState, TextDecoder
 from mmtransformer.pretrained import Pretrained
@@ -23,8 +24,8 @@ TRANSFORMER_SIZES: dict[str, dict[str, Any]] = {
 """The paper's two sizes (its table 3): `Transformer(37000, **TRANSFORMER_SIZES["big"])`."""
 
 
-@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
-class TextPairs:
+@dataclass
+class TextPairs(Batch):
     """Sources with their targets.
 
     Attributes:
@@ -51,19 +52,6 @@ class TextPairs:
             valid=self.valid[:, :length],
             target=self.target[:, :length],
         )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The batch with its tensors on another device."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            k: x.to(device, non_blocking=non_blocking) for k, x in found.items() if isinstance(x, Tensor)
-        }
-        return replace(self, **moved)
-
-    def pin_memory(self) -> Self:
-        """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: x.pin_memory() for k, x in found.items() if isinstance(x, Tensor)})
 
 
 class Source(NamedTuple):

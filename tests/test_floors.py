@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mmtransformer"
 
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
-    1: "attention masks images tokenizer tokenizer_files spelling metrics",
+    1: "attention masks images tokenizer tokenizer_files spelling metrics batch",
     2: "next_token language positions blocks linear_attention record prepack pretrained lora",
     3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives media",

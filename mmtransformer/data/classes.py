@@ -4,7 +4,7 @@ Letters: b pictures.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource
 from mmtransformer.data.faults import BadPictures, TooManyFaults
 from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader, generator
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
-@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
-class ClassBatch:
+@dataclass
+class ClassBatch(Batch):
     """Pictures with their classes.
 
     Attributes:
@@ -34,18 +35,6 @@ class ClassBatch:
     labels: Tensor
     counted: Tensor
     names: tuple[str, ...] = ()
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ClassBatch":
-        """The batch with its tensors on another device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("pixels", "labels", "counted")
-        }
-        return replace(self, **moved)
-
-    def pin_memory(self) -> "ClassBatch":
-        """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        return replace(self, pixels=self.pixels.pin_memory())
 
 
 class ClassSample(NamedTuple):

@@ -7,7 +7,7 @@ Letters: b rows, q tokens of a row, n texts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmtransformer.batch import Batch
 from mmtransformer.data.masking import Masking
 from mmtransformer.data.sampler import Pick, mix
 from mmtransformer.data.source import Caption
 from mmtransformer.tokenizer import Tokenizer
 
 
-@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
-class MaskedBatch:
+@dataclass
+class MaskedBatch(Batch):
     """Rows with hidden tokens.
 
     Attributes:
@@ -44,16 +45,6 @@ class MaskedBatch:
     valid: Tensor
     other: Tensor
     names: tuple[str, ...] = ()
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "MaskedBatch":
-        """The batch with its tensors on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "names"}
-        return replace(self, **{k: x.to(device, non_blocking=non_blocking) for k, x in tensors.items()})
-
-    def pin_memory(self) -> "MaskedBatch":
-        """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "names"}
-        return replace(self, **{k: x.pin_memory() for k, x in tensors.items()})
 
 
 class MaskedRows:

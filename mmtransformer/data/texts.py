@@ -6,7 +6,7 @@ Letters: b rows, q tokens of a row.
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmtransformer.batch import Batch
 from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader
 from mmtransformer.data.source import Caption
 from mmtransformer.data.text_rows import TextRow, TextRows
@@ -24,8 +25,8 @@ from mmtransformer.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 
-@dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
-class TextBatch:
+@dataclass
+class TextBatch(Batch):
     """Packed rows of texts.
 
     Attributes:
@@ -39,23 +40,6 @@ class TextBatch:
     segments: Tensor
     target: Tensor
     names: tuple[str, ...] = ()
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TextBatch":
-        """The batch with its tensors on another device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("tokens", "segments", "target")
-        }
-        return replace(self, **moved)
-
-    def pin_memory(self) -> "TextBatch":
-        """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        return replace(
-            self,
-            tokens=self.tokens.pin_memory(),
-            segments=self.segments.pin_memory(),
-            target=self.target.pin_memory(),
-        )
 
 
 class TextDataset(Dataset[tuple[TextRow, bool]]):

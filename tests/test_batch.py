@@ -1,0 +1,49 @@
+"""Batches: all of their tensors move, and nothing else changes."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmtransformer.batch import Batch
+from mmtransformer.captioner import CaptionBatch
+from mmtransformer.data.classes import ClassBatch
+from mmtransformer.data.masked_rows import MaskedBatch
+from mmtransformer.data.texts import TextBatch
+from mmtransformer.seq2seq import TextPairs
+
+
+@dataclass
+class Sounds(Batch):
+    waves: Tensor
+    labels: Tensor
+    rate: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+
+def test_tensors_move_and_the_rest_stays() -> None:
+    batch = Sounds(torch.ones(2, 3), torch.arange(2), names=("a", "b"))
+    moved = batch.to("meta")
+    assert type(moved) is Sounds
+    assert [moved.waves.device.type, moved.labels.device.type, moved.rate] == ["meta", "meta", None]
+    assert moved.names == ("a", "b")
+    assert [batch.waves.device.type, batch.labels.device.type] == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("kind", [CaptionBatch, TextPairs, ClassBatch, MaskedBatch, TextBatch])
+def test_every_tensor_of_every_batch_moves(kind: type[Batch]) -> None:
+    given = {field.name: torch.zeros(2) for field in dataclasses.fields(kind) if "Tensor" in str(field.type)}
+    moved = kind(**given, names=("a", "b")).to("meta")  # type: ignore[call-arg]
+    assert len(given) >= 3
+    assert {name: getattr(moved, name).device.type for name in given} == dict.fromkeys(given, "meta")
+
+
+def test_every_tensor_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: pinned.append(tuple(x.shape)) or x + 1)
+    batch = Sounds(torch.ones(2, 3), torch.arange(2), names=("a", "b")).pin_memory()
+    assert pinned == [(2, 3), (2,)]
+    assert (batch.waves == 2).all()
+    assert (batch.rate, batch.names) == (None, ("a", "b"))
