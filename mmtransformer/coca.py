@@ -17,7 +17,7 @@ from mmtransformer.blocks import AttentionPool
 from mmtransformer.captioner import CaptionBatch, Captioner, check_rows, freeze
 from mmtransformer.decoder import DecoderState, TextDecoder
 from mmtransformer.next_token import Loss, next_token_loss
-from mmtransformer.objectives import clip_loss
+from mmtransformer.objectives import clip_loss, gather, picture_ids, refuse_empty
 from mmtransformer.record import record_attention
 from mmtransformer.soft_prompt import refuse_documents
 from mmtransformer.vit import ViT
@@ -161,15 +161,24 @@ class CoCa(Captioner):
         """The captions' loss and the contrast, from one pass over pictures and texts (section 3.2).
 
         The contrast, a mean over the batch, is multiplied by the number of target tokens, so that it stays a mean.
+        Pictures of one name are positives of each other, and those without a target token take no part.
+
+        Raises:
+            ValueError: if a text is empty, or a row is longer than can be read.
         """
         check_rows(self, batch)
+        if self.contrastive_weight:
+            refuse_empty(batch.valid)
         pooled, lower = self.pooled(batch), self._gathered(batch)
         hidden = self._above(lower[:, : batch.tokens.shape[1] - 1], pooled)
         said = next_token_loss(hidden, batch.tokens, batch.target, self.head, label_smoothing=label_smoothing)
         total = self.caption_weight * said.sum
         if self.contrastive_weight:
-            contrast = clip_loss(self._image_vectors(pooled), self._text_vectors(lower), self.log_scale)
-            total = total + self.contrastive_weight * contrast * said.count
+            vectors = self._image_vectors(pooled), self._text_vectors(lower)
+            ids = picture_ids(batch.names, batch.target)
+            contrast = clip_loss(*vectors, self.log_scale, image_ids=ids)
+            tokens = gather(said.count[None]).double().mean()  # Of a process, in the mean.
+            total = total + self.contrastive_weight * contrast * tokens.to(contrast.dtype)
         return Loss(total, said.count)
 
     def start(

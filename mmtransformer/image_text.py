@@ -28,6 +28,7 @@ from mmtransformer.objectives import (
     itm_loss,
     pair_noise,
     processes,
+    refuse_empty,
 )
 from mmtransformer.qformer import QFormer, QFormerBlock, Seen, Visual
 from mmtransformer.record import record_attention
@@ -146,11 +147,7 @@ class ImageText(Captioner):
         Raises:
             ValueError: if a text has no token at all.
         """
-        if not bool(valid[:, :1].all()):
-            row = int((~valid[:, 0]).nonzero()[0])
-            raise ValueError(
-                f"text {row} of {len(valid)} is empty, and would fit every picture: leave it out"
-            )
+        refuse_empty(valid)
         hidden = self.qformer.read(self.classed(tokens), valid)
         return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 

@@ -10,7 +10,8 @@ Letters: b pictures and n texts of this process, B and N those of all processes,
 vector, m rows, k columns, q tokens, d width of a token.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,24 @@ class Similarity(NamedTuple):
     text_ids: Tensor
     all_image_ids: Tensor
     all_text_ids: Tensor
+
+
+def picture_ids(names: Sequence[str], target: Tensor) -> Tensor | None:
+    """What picture each of a batch is, the same in every process: what `compare` takes as image_ids.
+
+    Args:
+        names: the b pictures' names; none = all are different, and the result is None.
+        target: (n q) bool, the tokens that are to be predicted of the n texts, n / b of each picture side by side.
+
+    Returns:
+        (b) long; -1 where none of a picture's texts has a target: a filler.
+    """
+    if not names:
+        return None
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    numbers = [int.from_bytes(digest, "little") >> 1 for digest in digests]
+    counted = target.unflatten(0, (len(names), -1)).flatten(1).any(1)
+    return torch.tensor(numbers, device=target.device).masked_fill(~counted, -1)
 
 
 def compare(
@@ -229,18 +248,36 @@ def itc_loss(
     return contrastive_loss(similarity, temperature, label_smoothing=label_smoothing)
 
 
-def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, *, gather_grad: bool = True) -> Tensor:
+def clip_loss(
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    gather_grad: bool = True,
+) -> Tensor:
     """CLIP's symmetric loss (arXiv:2103.00020), also CoCa's: vectors (b e) and (n e), L2-normed.
 
     Args:
         images: (b e).
-        texts: (n e), n / b for each picture.
+        texts: (n e), n / b for each picture, side by side.
         log_scale: CLIP's `logit_scale`, the log of what similarities are multiplied by; at most log 100 counts.
+        image_ids: (b) long, what picture it is; -1 = a filler, which takes no part; None = all are different.
         gather_grad: whether gradients reach the processes that candidates came from.
     """
-    return itc_loss(
-        images, texts, log_scale.clamp(max=4.605170185988092).neg().exp(), gather_grad=gather_grad
-    )
+    temperature = log_scale.clamp(max=4.605170185988092).neg().exp()
+    return itc_loss(images, texts, temperature, image_ids=image_ids, gather_grad=gather_grad)
+
+
+def refuse_empty(valid: Tensor) -> None:
+    """Refuses texts without any token, (n q) bool and padded on the right: they would fit every picture.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if not bool(valid[:, :1].all()):
+        row = int((~valid[:, 0]).nonzero()[0])
+        raise ValueError(f"text {row} of {len(valid)} is empty, and would fit every picture: leave it out")
 
 
 # ------------------------------------------------------------------------------------------------- matching

@@ -1,10 +1,12 @@
 """PrefixCaptioner and CoCa: by definition, cached as uncached, batched as one by one, and what they refuse."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -190,6 +192,86 @@ def test_frozen_parts_learn_nothing() -> None:
     assert not model.decoder.training
     caption_loss(model, batch()).sum.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"proj"}
+
+
+def test_what_takes_part_in_cocas_contrast() -> None:
+    """A picture that stands there twice is no negative of itself, and one without a target is not asked or found."""
+    model, given = coca(caption_weight=0.0), replace(batch(), names=("a", "b", "a"))
+    scores = model.log_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
+    same = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]]).float()
+    to_texts = -(scores.log_softmax(1) * same / same.sum(1, keepdim=True)).sum(1).mean()
+    to_images = -(scores.log_softmax(0) * same / same.sum(0)).sum(0).mean()
+    found = model.loss(given)
+    torch.testing.assert_close(found.sum / found.count, (to_texts + to_images) / 2, atol=1e-4, rtol=1e-4)
+    with_filler = replace(batch(), names=("a", "b", "c"))
+    with_filler.target[4:] = False
+    assert with_filler.pixels is not None
+    rows = {k: getattr(with_filler, k)[:4] for k in ("tokens", "valid", "target")}
+    alone = model.loss(CaptionBatch(**rows, pixels=with_filler.pixels[:2], names=("a", "b")))
+    torch.testing.assert_close(model.loss(with_filler).sum, alone.sum, atol=1e-4, rtol=1e-4)
+
+
+def test_an_empty_text_is_refused_where_texts_are_compared() -> None:
+    given = batch()
+    given.valid[3] = given.target[3] = False
+    with pytest.raises(ValueError, match="text 3 of 6 is empty, and would fit every picture"):
+        coca().loss(given)
+    assert coca(contrastive_weight=0.0).loss(given).count == given.target[:, 1:].sum()
+
+
+def test_one_single_pair_is_a_batch(model: Any) -> None:
+    whole = batch()
+    assert whole.pixels is not None
+    given = CaptionBatch(*(x[:1] for x in (whole.tokens, whole.valid, whole.target)), pixels=whole.pixels[:1])
+    loss = model.loss(given)
+    loss.sum.backward()
+    assert loss.sum.shape == ()
+    assert loss.sum.isfinite()
+    assert loss.count == 6
+    torch.testing.assert_close(model.logits(given)[0], model.logits(whole)[0], atol=1e-5, rtol=1e-5)
+
+
+def run(rank: int, world: int, folder: str) -> None:
+    """One process with two of three pictures, or the third; the loss and the gradients of the global batch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        torch.save(loss_and_gradients(rank, world), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
+    model, given = coca().double(), batch()
+    assert given.pixels is not None
+    mine, names = torch.arange(3)[rank::world], "abc"
+    rows = (mine[:, None] * 2 + torch.arange(2)).flatten()
+    part = CaptionBatch(
+        given.tokens[rows], given.valid[rows], given.target[rows], given.pixels[mine].double(),
+        names=tuple(names[i] for i in mine),
+    )  # fmt: skip
+    loss = model.loss(part)
+    loss.sum.backward()
+    sums = [loss.sum.detach(), loss.count.double()]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    if world > 1:
+        for x in (*sums, *grads):
+            dist.all_reduce(x)
+    return sums[0] / sums[1], [g / sums[1] for g in grads]
+
+
+def test_cocas_loss_in_two_processes_is_that_in_one(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    workers = [context.Process(target=run, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    loss, grads = loss_and_gradients(0, 1)
+    for rank in range(2):
+        found, parts = torch.load(tmp_path / f"{rank}.pt")
+        assert float(found) == pytest.approx(float(loss), abs=1e-13)
+        assert max(float((a - b).abs().max()) for a, b in zip(parts, grads, strict=True)) < 1e-13
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ from mmtransformer.data.scenes import Scenes
 from mmtransformer.data.source import Caption
 from mmtransformer.decoding import Decoding
 from mmtransformer.metrics.retrieval import recall_at_k
+from mmtransformer.objectives import picture_ids
 from mmtransformer.pictures.gallery import GAP
 from mmtransformer.pictures.retrieval import INKS, WIDE, FoundPictures, FoundTexts, retrieval_sheet
 from mmtransformer.training import Optim, QFormerStage1, Run
 from mmtransformer.training.retrieval import evaluate_retrieval
-from mmtransformer.training.stage1 import picture_ids
 from mmtransformer.weights import qformer_from_bert
 
 VOCAB = 420
@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
     parts = []
     for micro, b in enumerate((first, second)):
         seed = int(mix(0, 0, micro)) >> 2
-        parts.append(m.losses(b, image_ids=picture_ids(b), seed=seed, match_texts=1).total)
+        parts.append(m.losses(b, image_ids=picture_ids(b.names, b.target), seed=seed, match_texts=1).total)
     (sum(parts) / 2).backward()  # type: ignore[operator]
     expected = [p.grad for p in m.parameters() if p.grad is not None]
     assert len(found) == len(expected) > 20
@@ -123,16 +123,16 @@ def test_pictures_have_ids_of_their_own() -> None:
     tokens = torch.ones(6, 3).long()
     target = torch.tensor([1, 1, 1, 0, 0, 0]).bool()[:, None].expand(6, 3)
     given = CaptionBatch(tokens, tokens > 0, target, names=("a", "b", "a"))
-    ids = picture_ids(given)
+    ids = picture_ids(given.names, given.target)
     assert ids is not None
     assert ids[0] > 0
     assert ids[1] > 0
     assert ids[0] != ids[1]
     assert ids[2] == -1  # none of its texts counts
-    same = picture_ids(replace(given, target=torch.ones_like(target)))
+    same = picture_ids(given.names, torch.ones_like(target))
     assert same is not None
     assert same[2] == same[0] == ids[0]
-    assert picture_ids(replace(given, names=())) is None
+    assert picture_ids((), given.target) is None
 
 
 def test_it_learns_to_find() -> None:

@@ -3,7 +3,6 @@
 Letters: b pictures, n texts.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from mmtransformer.captioner import CaptionBatch, Loss
 from mmtransformer.data.sampler import mix
 from mmtransformer.decoding import Decoding
 from mmtransformer.image_text import ImageText, Losses
+from mmtransformer.objectives import picture_ids
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
@@ -99,7 +99,7 @@ class QFormerStage1(Captioning):
         step = (self.trainer.global_step, self._micro) if training else (0, -1)
         return self.captioner.losses(
             batch,
-            image_ids=picture_ids(batch),
+            image_ids=picture_ids(batch.names, batch.target),
             seed=int(mix(self.seed, *step)) >> 2,
             itc_smoothing=self.itc_smoothing if training else 0.0,
             itg_smoothing=self.label_smoothing if training else 0.0,
@@ -164,22 +164,6 @@ class QFormerStage1(Captioning):
         title = run.folder.resolve().name.replace("_", " ")
         draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=title)
         print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201
-
-
-def picture_ids(batch: CaptionBatch) -> Tensor | None:
-    """What picture each of a batch is, (b) long, the same in every process; -1 where none of its texts counts.
-
-    Without names all are different (None).
-    """
-    if not batch.names:
-        return None
-    b = len(batch.names)
-    hashes = [
-        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
-        for name in batch.names
-    ]
-    counted = batch.target.unflatten(0, (b, -1)).flatten(1).any(1)
-    return torch.tensor(hashes, device=batch.tokens.device).masked_fill(~counted, -1)
 
 
 def stage1_scores(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
