@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
     from mmtransformer.blip2 import Blip2, InstructBatch, from_stage1
     from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
+    from mmtransformer.captured import Captured
     from mmtransformer.classifier import ImageClassifier
     from mmtransformer.coca import CoCa
     from mmtransformer.decoder import TextDecoder
@@ -46,6 +47,7 @@ _HOMES = {
     "attention": "Attention KVCache KeyValue Rope attend",
     "blip2": "Blip2 InstructBatch from_stage1",
     "captioner": "CaptionBatch Captioner caption_loss freeze",
+    "captured": "Captured",
     "classifier": "ImageClassifier",
     "coca": "CoCa",
     "decoder": "TextDecoder",
@@ -85,6 +87,7 @@ __all__ = [
     "CaptionBatch",
     "CaptionResult",
     "Captioner",
+    "Captured",
     "CoCa",
     "ConvStem",
     "Decoder",

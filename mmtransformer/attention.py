@@ -68,16 +68,22 @@ class KVCache:
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
         self.length = 0
+        self.place: Tensor | None = None
+        """(1) long: where the next token goes, once the cache is fixed; `length` then counts no further."""
         self._k: Tensor | None = None
         self._v: Tensor | None = None
+        self._spare: KeyValue | None = None
 
     def append(self, new: KeyValue) -> KeyValue:
-        """Adds the keys and values of new tokens, returns those of all tokens so far.
+        """Adds the keys and values of new tokens, returns those of all tokens so far (fixed: of all there is room for).
 
         Raises:
             ValueError: if the tokens do not fit.
         """
         rows, heads, count, width = new.k.shape
+        if self.place is not None:
+            k, v = self.filled()
+            return KeyValue(k.index_copy_(2, self.place, new.k), v.index_copy_(2, self.place, new.v))
         end = self.length + count
         if end > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens, but {end} are needed: raise max_len")
@@ -90,21 +96,44 @@ class KVCache:
         return self.filled()
 
     def filled(self) -> KeyValue:
-        """The keys and values of all tokens so far."""
+        """The keys and values of all tokens so far; of a fixed cache, of all that there is room for."""
         if self._k is None or self._v is None:
             raise ValueError("the cache is empty")
+        if self.place is not None:
+            return KeyValue(self._k, self._v)
         return KeyValue(self._k[:, :, : self.length], self._v[:, :, : self.length])
 
+    def fix(self, place: Tensor) -> None:
+        """From now on tokens come one by one, and each costs the same operations on the same tensors.
+
+        Args:
+            place: (1) long, where the next token goes; who calls moves it on.
+        """
+        assert self._k is not None
+        assert self._v is not None
+        for x in (self._k, self._v):
+            x[:, :, self.length :] = 0  # Weight 0 times what is not finite would not be 0.
+        self.place = place
+
+    @torch.no_grad()  # Decoding only; and what is written into given memory could have no gradient.
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b), in their order; a row may be named more than once (beams)."""
         if self._k is None or self._v is None:
             return
-        kept = self.filled().select(rows)
-        if rows.shape[0] != self._k.shape[0]:
-            shape = (rows.shape[0], self._k.shape[1], self.max_len, self._k.shape[3])
-            self._k, self._v = self._k.new_empty(shape), self._v.new_empty(shape)
-        self._k[:, :, : self.length] = kept.k
-        self._v[:, :, : self.length] = kept.v
+        shape = (rows.shape[0], *self._k.shape[1:])
+        if self._spare is None or self._spare.k.shape != shape:
+            self._spare = KeyValue(self._k.new_empty(shape), self._v.new_empty(shape))
+        now = self.filled()
+        kept = KeyValue(*(x[:, :, : now.k.shape[2]] for x in self._spare))
+        torch.index_select(now.k, 0, rows, out=kept.k)
+        torch.index_select(now.v, 0, rows, out=kept.v)
+        if self.place is not None and shape == self._k.shape:  # What is recorded knows this memory, no other.
+            self._k.copy_(kept.k)
+            self._v.copy_(kept.v)
+            return
+        old = KeyValue(self._k, self._v)
+        self._k, self._v = self._spare
+        self._spare = old if old.k.shape == shape else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: float = 0.0) -> Tensor:

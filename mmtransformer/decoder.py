@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmtransformer import masks
 from mmtransformer.attention import Attention, KeyValue, Mask
 from mmtransformer.blocks import MLP, Activation, DecoderBlock, Norm, SwiGLU, make_norm
-from mmtransformer.language import Decoder, DecoderState, real_keys, vocabulary_error
+from mmtransformer.language import Decoder, DecoderState, vocabulary_error
 from mmtransformer.positions import Rotary, sinusoidal
 from mmtransformer.pretrained import Pretrained
 
@@ -292,24 +292,24 @@ class TextDecoder(Pretrained, Decoder):
     ) -> Mask | None:
         """Who may look at whom: the mask given, or causal and without padding; within the window where there is one."""
         rows, count = x.shape[:2]
-        past = 0 if state is None else state.length
-        narrow = self.window is not None and past + count > self.window
+        past = 0 if state is None else state.past
+        real = valid if state is None else state.keys(rows, count, valid, x.device)
+        total = past + count if isinstance(past, int) else real.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+        narrow = self.window is not None and total > self.window
         if given is None and not narrow:
-            real = real_keys(rows, count, valid, state, past, x.device)
             if real is None:
                 return "causal"
             if count == 1:
                 return real[:, None, :]
             allowed = masks.all_of(masks.causal(past), masks.padding(real))
-            return masks.dense(allowed, rows, count, past + count, x.device)
+            return masks.dense(allowed, rows, count, total, x.device)
         if given is not None and not narrow:
             return given
         assert self.window is not None
         parts = [masks.window(self.window, past)]
         if given is None:
-            real = real_keys(rows, count, valid, state, past, x.device)
             parts += [masks.causal(past)] + ([] if real is None else [masks.padding(real)])
-        near = masks.dense(masks.all_of(*parts), rows, count, past + count, x.device)
+        near = masks.dense(masks.all_of(*parts), rows, count, total, x.device)
         if isinstance(given, Tensor):
             return near & given
         if given is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmtransformer.attention import Attention, KeyValue, cast_once
 from mmtransformer.blocks import MLP, Activation, GatedCrossAttentionBlock, Norm, SwiGLU, make_norm
 from mmtransformer.captioner import CaptionBatch, Captioner, freeze
-from mmtransformer.language import Decoder, DecoderState
+from mmtransformer.language import Decoder, DecoderState, kept_rows
 from mmtransformer.media import Media, check_media, media_mask
 from mmtransformer.record import record_attention
 from mmtransformer.resampler import PerceiverResampler
@@ -36,13 +36,14 @@ class FlamingoState:
     """
 
     def __init__(self, decoder: DecoderState, context: list[KeyValue] | None, mask: Tensor | None) -> None:
-        self.decoder, self.context, self.mask = decoder, context, mask
+        self.decoder, self.context = decoder, context
+        self.mask = None if mask is None else mask.clone(memory_format=torch.contiguous_format)
 
     def reorder(self, rows: Tensor) -> None:
         """Reorders what belongs to rows of text; the pictures' keys and values stay where they are."""
         self.decoder.reorder(rows)
         if self.mask is not None:
-            self.mask = self.mask.index_select(0, rows)
+            self.mask = kept_rows(self.mask, rows)
 
 
 class Flamingo(Captioner):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.attention import Mask
-from mmtransformer.language import Decoder, DecoderState, real_keys, vocabulary_error
+from mmtransformer.language import Decoder, DecoderState, vocabulary_error
 from mmtransformer.pretrained import Pretrained
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
@@ -250,7 +250,7 @@ class HubDecoder(Pretrained, Decoder):
                 hidden_from, torch.finfo(x.dtype).min
             )
         else:
-            real = real_keys(rows, count, valid, state, past, x.device)
+            real = valid if state is None else state.keys(rows, count, valid, x.device)
             given["attention_mask"] = None if real is None else real.long()
         with ExitStack() as hooks:
             if before_block is not None:

@@ -53,29 +53,84 @@ class DecoderState:
     def __init__(self, depth: int, max_len: int, *, caches: Sequence[Cache] | None = None) -> None:
         self.caches = [KVCache(max_len) for _ in range(depth)] if caches is None else list(caches)
         self.max_len = max_len
-        self.valid: Tensor | None = None
-        """(b k) bool; None as long as no token is padding."""
         self.positions: Tensor | None = None
         """(b) long: the position that a row's next token gets."""
+        self.place: Tensor | None = None
+        """(1) long: the place that the next token gets in the caches, once the state is fixed."""
+        self._valid: Tensor | None = None  # (b max_len); None as long as no token is padding.
 
     @property
     def length(self) -> int:
-        """Tokens so far, padding included."""
+        """Tokens so far, padding included; of a fixed state, when it was fixed."""
         return self.caches[0].length
+
+    @property
+    def past(self) -> int | Tensor:
+        """Tokens before the next one, as a tensor where the state is fixed."""
+        return self.length if self.place is None else self.place
+
+    def fix(self) -> None:
+        """From now on tokens come one by one, and a step does the same operations on the same tensors every time.
+
+        So a step can be recorded and played again (`Captured`).
+
+        Raises:
+            ValueError: if nothing was read yet, or the caches are not the library's own.
+        """
+        for cache in self.caches:
+            if not isinstance(cache, KVCache):
+                raise ValueError(
+                    f"a {type(cache).__name__} grows with every token, so no step is like another: only decoders of "
+                    "the library's own blocks can be recorded"
+                )
+        if self.positions is None:
+            raise ValueError("a state is fixed after its prompt was read, and this one has read nothing")
+        rows, device = self.positions.shape[0], self.positions.device
+        if self._valid is None:
+            self._valid = torch.arange(self.max_len, device=device).expand(rows, -1) < self.length
+        self.place = torch.full((1,), self.length, device=device)
+        for cache in self.caches:
+            cache.fix(self.place)  # pyright: ignore[reportAttributeAccessIssue]  # All are KVCaches.
 
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b) long, in their order; a row may be named more than once."""
         for cache in self.caches:
             cache.reorder(rows)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, rows)
+        if self._valid is not None:
+            self._valid = kept_rows(self._valid, rows)
         if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows)
+            self.positions = kept_rows(self.positions, rows)
+
+    def keys(self, rows: int, count: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which keys, those so far and `count` new ones, are real tokens: (b k) bool; None = all.
+
+        Args:
+            rows: b.
+            count: how many tokens a row come next.
+            valid: which of them are real (b count); None = all.
+            device: where they are.
+        """
+        if self.place is not None:
+            assert self._valid is not None
+            return self._valid.index_fill_(1, self.place, True)
+        end = self.length + count
+        if self._valid is None and valid is not None:
+            self._valid = torch.zeros(rows, self.max_len, dtype=torch.bool, device=device)
+            self._valid[:, : self.length] = True
+        if self._valid is None:
+            return None
+        if end > self.max_len:
+            raise ValueError(f"the state holds {self.max_len} tokens, but {end} are needed: raise max_len")
+        self._valid[:, self.length : end] = True if valid is None else valid
+        return self._valid[:, :end]
 
     def remember(self, positions: Tensor, valid: Tensor | None, rows: int, count: int) -> None:
-        """Notes the padding and the positions of `count` tokens a row that have just been cached."""
-        if valid is not None or self.valid is not None:
-            self.valid = real_keys(rows, count, valid, self, self.length - count, positions.device)
+        """Notes the positions of `count` tokens a row that have just been cached."""
+        if self.place is not None:
+            assert self.positions is not None
+            self.positions += 1
+            self.place += 1
+            return
         following = (positions + 1).expand(rows, count)
         if valid is not None:  # Padding takes no position, also where all of a row's new tokens are padding.
             following = following.masked_fill(~valid, 0)
@@ -83,23 +138,10 @@ class DecoderState:
         self.positions = last if self.positions is None else last.maximum(self.positions)
 
 
-def real_keys(
-    rows: int,
-    count: int,
-    valid: Tensor | None,
-    state: DecoderState | None,
-    past: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Which keys, the `past` ones of a state and the `count` new ones, are real tokens: (b k) bool; None = all."""
-    known = None if state is None else state.valid
-    if valid is None and known is None:
-        return None
-    if valid is None:
-        valid = torch.ones(rows, count, dtype=torch.bool, device=device)
-    if past and known is None:
-        known = torch.ones(rows, past, dtype=torch.bool, device=device)
-    return valid if known is None else torch.cat((known, valid), dim=1)
+def kept_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The given rows of a tensor, in their order: in the same memory if they are as many."""
+    kept = x.index_select(0, rows)
+    return x.copy_(kept) if kept.shape == x.shape else kept
 
 
 class Decoder(nn.Module, ABC):

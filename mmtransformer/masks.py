@@ -16,7 +16,7 @@ Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Row, query and key indices (long, broadcastable) -> bool: may this query of this row look at this key?"""
 
 
-def causal(offset: int = 0) -> Predicate:
+def causal(offset: int | Tensor = 0) -> Predicate:
     """Each token looks at itself and at those before it; `offset` keys stand before the first query (a cache)."""
     return lambda b, q, k: q + offset >= k
 
@@ -31,7 +31,7 @@ def prefix(lengths: Tensor, offset: int = 0) -> Predicate:
     return lambda b, q, k: (k < lengths[b]) | (q + offset >= k)
 
 
-def window(size: int, offset: int = 0) -> Predicate:
+def window(size: int, offset: int | Tensor = 0) -> Predicate:
     """A token looks at those at most `size` - 1 places away, on both sides; with `causal` it is Mistral's window."""
     if size < 1:
         raise ValueError(f"window size must be at least 1, not {size}")

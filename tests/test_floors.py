@@ -18,7 +18,7 @@ FLOORS = {
     2: "next_token language positions blocks linear_attention record prepack pretrained lora",
     3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives media",
-    5: "encoder_decoder flamingo image_text blip2 prefix coca search generate decoding prompts weights",
+    5: "encoder_decoder flamingo image_text blip2 prefix coca search generate captured decoding prompts weights",
     6: "data training pictures pipeline translator classifier few_shot",
     7: "cli",
 }
@@ -30,6 +30,7 @@ SAME_FLOOR = {
     "seq2seq": {"decoder"},
     "hub_seq2seq": {"seq2seq"},
     "generate": {"search"},
+    "captured": {"search"},
     "decoding": {"generate", "search", "prompts"},
     "media": {"captioner"},
     "weights": {"flamingo", "blip2", "image_text"},

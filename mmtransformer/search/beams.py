@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmtransformer.search.rules import IMPOSSIBLE, Batch, Generated, Rules, Writer, stop_every, text_of
+from mmtransformer.search.rules import (
+    IMPOSSIBLE,
+    Batch,
+    Generated,
+    Prompts,
+    Rules,
+    Writer,
+    stop_every,
+    text_of,
+)
 
 
 @dataclass(frozen=True)
@@ -132,14 +141,14 @@ def beam_search(
     size, beams = groups[0].size, sum(group.size for group in groups)
     logits, state = model.start(batch, copies=beams, max_new_tokens=max_new_tokens)
     device, vocab = logits.device, logits.shape[1]
-    known = torch.nn.functional.pad(batch.valid, (0, max_new_tokens), value=True).repeat_interleave(beams, 0)
-    before = batch.tokens.repeat_interleave(beams, 0)
+    history, known = room(batch, beams, max_new_tokens)
     first_row = torch.arange(n, device=device)[:, None] * beams
     for step in range(max_new_tokens):
         raw = logits.float().log_softmax(1)
-        written = torch.cat([group.ids[..., :step] for group in groups], 1).view(n * beams, step)
-        history = torch.cat((before, written), 1)
-        scores = rules.apply(raw, history, known[:, : prompt + step], step).view(n, beams, vocab)
+        if rules.look_back:
+            torch.cat([group.ids for group in groups], 1, out=history.view(n, beams, -1)[..., prompt:])
+        at = prompt + step
+        scores = rules.apply(raw, history[:, :at], known[:, :at], step).view(n, beams, vocab)
         sources, tokens = [], []
         for turn, group in enumerate(groups):
             mine = slice(turn * size, (turn + 1) * size)
@@ -159,6 +168,15 @@ def beam_search(
     found = zip(*(group.finished.rows() for group in groups), strict=True)
     ordered = [sorted((text for part in parts for text in part), key=lambda x: -x[0]) for parts in found]
     return [[text for _, text in row[:num_return]] for row in ordered]
+
+
+def room(batch: Prompts, copies: int, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+    """Prompts with room for new ids behind them, and which are real (new ones are): (m prompt + t) each."""
+    tokens, valid = (x.repeat_interleave(copies, 0) for x in (batch.tokens, batch.valid))
+    return (
+        torch.nn.functional.pad(tokens, (0, max_new_tokens)),
+        torch.nn.functional.pad(valid, (0, max_new_tokens), value=True),
+    )
 
 
 def _all_done(groups: list[Beams]) -> bool:

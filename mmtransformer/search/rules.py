@@ -30,7 +30,10 @@ Batch = TypeVar("Batch", bound=Prompts, contravariant=True)
 class Writer(Protocol[Batch]):
     """What a search needs of a model: every `Captioner` has it, every `Decoder`, and the 2017 `Transformer`."""
 
-    training: bool
+    @property
+    def training(self) -> bool:
+        """Whether it is in training mode."""
+        ...
 
     @property
     def max_len(self) -> int:
@@ -94,6 +97,11 @@ class Rules:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
 
+    @property
+    def look_back(self) -> bool:
+        """Whether what was written before matters."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram > 0
+
     def apply(self, scores: Tensor, history: Tensor, known: Tensor, new_tokens: int) -> Tensor:
         """Changed scores (m v), for rows whose prompt and text are `history` (m t) where `known` (m t) is True."""
         if self.repetition_penalty != 1.0:
@@ -112,7 +120,8 @@ class Rules:
             banned = banned.scatter_add_(1, grams[..., -1], repeats.to(torch.int8)).bool()
             scores = scores.masked_fill(banned, float("-inf"))
         if new_tokens < self.min_new_tokens:
-            scores = scores.index_fill(1, torch.tensor([self.eos_id], device=scores.device), float("-inf"))
+            scores = scores.clone()
+            scores[:, self.eos_id] = float("-inf")
         return scores
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmtransformer.search.beams import Beams, LengthPenalty, like
+from mmtransformer.search.beams import Beams, LengthPenalty, like, room
 from mmtransformer.search.rules import IMPOSSIBLE, Batch, Generated, Rules, Writer, stop_every
 
 Word = Sequence[Sequence[int]]
@@ -131,13 +131,13 @@ def required_words(
     """
     n, prompt = batch.tokens.shape
     logits, state = model.start(batch, copies=beams.size, max_new_tokens=max_new_tokens)
-    known = torch.nn.functional.pad(batch.valid, (0, max_new_tokens), value=True)
-    known, before = (x.repeat_interleave(beams.size, 0) for x in (known, batch.tokens))
+    history, known = room(batch, beams.size, max_new_tokens)
     first_row = torch.arange(n, device=logits.device)[:, None] * beams.size
     for step in range(max_new_tokens):
         raw = logits.float().log_softmax(1)
-        history = torch.cat((before, beams.ids[..., :step].flatten(0, 1)), 1)
-        scores = rules.apply(raw, history, known[:, : prompt + step], step)
+        if rules.look_back:
+            history[:, prompt:] = beams.ids.flatten(0, 1)
+        scores = rules.apply(raw, history[:, : prompt + step], known[:, : prompt + step], step)
         beam, token = beams.advance(*(x.view(n, beams.size, -1) for x in (raw, scores)), step)
         done = (step + 1) % stop_every(logits.device) == 0 and bool(beams.finished.done.all())
         if step + 1 == max_new_tokens or done:
