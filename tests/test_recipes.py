@@ -92,7 +92,9 @@ def bert(folder: Path) -> list[str]:
 def arguments(name: str, folder: Path) -> list[str]:
     """What a recipe needs beside recipes/tiny.yaml: small data, made here."""
     if name == "qformer_stage1_scenes":
-        return arguments("caption_scenes", folder)
+        ViT(64, 8, 192, 1, 3).save_pretrained(folder / "vit")
+        vision = f"--model.captioner.vision.source={folder / 'vit'}"
+        return [*arguments("caption_scenes", folder), vision]
     if name == "qformer_stage2_scenes":
         return [
             *arguments("caption_scenes", folder),
