@@ -141,7 +141,7 @@ class Captioner(Pretrained, nn.Module, ABC):
             return batch.visual_tokens
         if batch.pixels is None:
             raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
-        return self.encode(batch.pixels)
+        return self.encode(batch.pixels.to(next(self.vision.parameters()).dtype))
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but frozen towers: no dropout, no stochastic depth where nothing learns."""

@@ -9,6 +9,7 @@ import torch
 
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.pipeline import CARD, PREPROCESSOR, Picture, fast_autocast
+from mmtransformer.prepack import for_inference
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.vit import ViT
 
@@ -94,6 +95,8 @@ class ImageClassifier:
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
+        On a CPU its linear weights are packed (`prepack.for_inference`).
+
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
@@ -102,7 +105,9 @@ class ImageClassifier:
         if not isinstance(names, list):
             raise ValueError(f'{folder / CLASSES}: no list "classes"')
         transform = ImageTransform.from_dict(read_json(folder / PREPROCESSOR))
-        return cls(ViT.from_pretrained(folder), [str(name) for name in names], transform, device=device)
+        found = cls(ViT.from_pretrained(folder), [str(name) for name in names], transform, device=device)
+        for_inference(found.vit)
+        return found
 
     def _card(self, folder: Path, text: str) -> str:
         parameters = sum(p.numel() for p in self.vit.parameters())

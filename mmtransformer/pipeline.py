@@ -17,6 +17,7 @@ from torch import Tensor
 from mmtransformer.captioner import CaptionBatch, Captioner
 from mmtransformer.decoding import CaptionResult, Decoding, heat_of, stream_caption, write_captions
 from mmtransformer.images import ImageTransform, load
+from mmtransformer.prepack import Precision, for_inference
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.prompts import Prompts
 from mmtransformer.tokenizer import Tokenizer
@@ -28,12 +29,16 @@ Picture = str | Path | bytes | BinaryIO | Image
 class ImageCaptioner:
     """Captions pictures with a trained model.
 
+    With the first picture the model is made ready for it (`ready`): on a CPU its linear weights are packed.
+
     Args:
         captioner: The model.
         tokenizer: Its tokenizer.
         transform: How a picture becomes pixels.
         decoding: How captions are searched for, unless a call says otherwise.
         device: Where to compute; a GPU if there is one.
+        precision: What to compute with: "fp32" is the weights as they are; "bf16" and, on a CPU, "int8" are faster and
+            round.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class ImageCaptioner:
         *,
         decoding: Decoding | None = None,
         device: torch.device | str | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         if tokenizer.vocab_size > captioner.vocab_size:
             raise ValueError(
@@ -53,9 +59,17 @@ class ImageCaptioner:
         self.device = torch.device(device) if device is not None else _best_device()
         self.captioner = captioner.to(self.device).eval()
         self.tokenizer, self.transform, self.decoding = tokenizer, transform, decoding or Decoding()
+        self.precision: Precision = precision
+        self._ready = False
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        folder_or_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        precision: Precision = "fp32",
+    ) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
         Raises:
@@ -65,7 +79,19 @@ class ImageCaptioner:
         captioner = Captioner.from_pretrained(folder)
         transform = ImageTransform.from_dict(read_json(folder / PREPROCESSOR))
         decoding = _decoding(folder / GENERATION) if (folder / GENERATION).is_file() else None
-        return cls(captioner, Tokenizer.from_folder(folder), transform, decoding=decoding, device=device)
+        tokenizer = Tokenizer.from_folder(folder)
+        return cls(captioner, tokenizer, transform, decoding=decoding, device=device, precision=precision)
+
+    def ready(self) -> Captioner:
+        """The model as it captions: in its precision, and packed where it runs on a CPU (`prepack.for_inference`).
+
+        Raises:
+            ValueError: If it cannot be had in this precision here.
+        """
+        if not self._ready:
+            for_inference(self.captioner, self.precision)
+            self._ready = True
+        return self.captioner
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Writes model, tokenizer, image transform, decoding and a model card.
@@ -126,7 +152,7 @@ class ImageCaptioner:
             batch = self.batch(many[start : start + batch_size])
             with fast_autocast(self.device):
                 rows = write_captions(
-                    self.captioner,
+                    self.ready(),
                     self.tokenizer,
                     batch,
                     [language],
@@ -174,7 +200,7 @@ class ImageCaptioner:
         with torch.inference_mode():
             batch = self.batch([image])
         return stream_caption(
-            self.captioner,
+            self.ready(),
             self.tokenizer,
             batch,
             self.language(language),
@@ -192,7 +218,7 @@ class ImageCaptioner:
             prompts: What made the prompts when it was captioned.
         """
         return heat_of(
-            self.captioner,
+            self.ready(),
             self.tokenizer,
             self.batch([image]),
             caption,

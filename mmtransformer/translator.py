@@ -12,6 +12,7 @@ from mmtransformer.data.translation import source_ids
 from mmtransformer.decoding import Decoding
 from mmtransformer.generate import generate
 from mmtransformer.pipeline import CARD, GENERATION, fast_autocast
+from mmtransformer.prepack import for_inference
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.record import record_attention
 from mmtransformer.seq2seq import TextPairs, Transformer
@@ -150,6 +151,8 @@ class Translator:
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
+        On a CPU its linear weights are packed (`prepack.for_inference`).
+
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
@@ -163,7 +166,9 @@ class Translator:
         if settings is not None:  # JSON has lists only.
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
             decoding = Decoding(**values)
-        return cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
+        found = cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
+        for_inference(found.model)
+        return found
 
     def _card(self, folder: Path, text: str) -> str:
         known = self.tokenizer.languages

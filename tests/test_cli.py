@@ -171,6 +171,9 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
     three = ["--different", "--num-captions", "3", "--image-guidance", "2"]
     code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), *three)
     assert (code, len(set(out.splitlines()))) == (0, 3)
+    for precision in ("bf16", "int8"):
+        code, out, _ = mmt(capsys, "caption", *pictures, "--model", str(model), "--precision", precision)
+        assert (code, len(out.splitlines())) == (0, 2)
 
 
 def test_evaluate(
@@ -192,6 +195,11 @@ def test_evaluate(
     rows = [json.loads(line) for line in said.read_text("utf-8").splitlines()]
     assert {row["language"] for row in rows} == set(captions)
     assert sum(c["pictures"] for c in captions.values()) == len(rows)
+    code, out, _ = mmt(
+        capsys, "evaluate", "--model", str(model), *words, "--precision", "bf16", "--limit", "1"
+    )
+    assert code == 0
+    assert "BLEU-4" in out
 
 
 def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path) -> None:

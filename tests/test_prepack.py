@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
-from mmtransformer.prepack import Int8Linear, PackedLinear, prepack
+from mmtransformer.prepack import Int8Linear, PackedLinear, for_inference, prepack
+from mmtransformer.prepack import _memory as prepack_memory
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -164,3 +165,37 @@ def test_eight_bits_of_nothing_but_zeros() -> None:
     with torch.no_grad():
         plain.weight.zero_()
         torch.testing.assert_close(Int8Linear(plain)(torch.zeros(2, 8)), plain.bias.expand(2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------ for inference
+
+
+def test_a_model_is_made_ready_in_its_precision() -> None:
+    kinds = {"fp32": PackedLinear, "bf16": PackedLinear, "int8": Int8Linear}
+    for precision, kind in kinds.items():
+        model = vit()
+        with torch.inference_mode():
+            assert for_inference(model, precision) is model
+        assert {type(layer) for layer in packed_layers(model)} == {kind}
+        assert len(packed_layers(model)) == 14
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        model(PIXELS.to(dtype)).sum().backward()  # and may still be trained
+    with pytest.raises(ValueError, match='one of fp32, bf16, int8, not "fp16"'):
+        for_inference(vit(), "fp16")  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_that_would_fill_the_memory_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the memory: each weight counts once, with four bytes, or with one where it is asked for."""
+    shared = nn.Linear(10, 25, bias=False)
+    make = lambda: nn.Sequential(shared, nn.Linear(25, 10, bias=False), shared)  # noqa: E731
+    for memory, packed in ((4 * 4 * 500, 3), (4 * 4 * 500 - 1, 0)):
+        monkeypatch.setattr("mmtransformer.prepack._memory", lambda memory=memory: memory)
+        assert sum(isinstance(layer, PackedLinear) for layer in for_inference(make())) == packed
+    assert isinstance(for_inference(make(), "int8")[0], Int8Linear)
+    monkeypatch.undo()
+    assert 2**28 < prepack_memory() < 2**50
+    on_meta = make().to("meta")
+    assert not packed_layers(for_inference(on_meta))
+    with pytest.raises(ValueError, match="int8 weights are for CPUs"):
+        for_inference(on_meta, "int8")

@@ -22,6 +22,7 @@ from mmtransformer import (
     generate,
     stream,
 )
+from mmtransformer.decoding import write_captions
 from mmtransformer.search.guidance import blank_pictures
 
 EOS, VOCAB = 2, 23
@@ -225,6 +226,9 @@ def test_cached_features_are_guided_by_the_features_of_a_blank_picture() -> None
     cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
     found = [generate(model, b, eos_id=EOS, max_new_tokens=7, image_guidance=2.0) for b in (given, cached)]
     assert [text.tokens for (text,) in found[0]] == [text.tokens for (text,) in found[1]]
+    half = captioner().bfloat16()
+    kept = replace(cached, visual_tokens=cached.visual_tokens.half())  # pyright: ignore[reportOptionalMemberAccess]
+    assert generate(half, kept, eos_id=EOS, max_new_tokens=7, image_guidance=2.0)
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -270,6 +274,26 @@ def words_and_model() -> tuple[ImageCaptioner, Any]:
     )
     picture = Image.new("RGB", (16, 16), (200, 30, 30))
     return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), picture
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_a_captioner_is_made_ready_with_its_first_picture() -> None:
+    said = {}
+    for precision in ("fp32", "bf16", "int8"):
+        captioner, picture = words_and_model()
+        captioner.precision = precision
+        head = captioner.captioner.get_submodule("decoder.lm_head")
+        assert type(head) is torch.nn.Linear
+        want = write_captions(captioner.captioner, captioner.tokenizer, captioner.batch([picture]), ["ko"])
+        (said[precision],) = captioner(picture, language="ko", decoding=Decoding())[0]
+        assert captioner.ready().get_submodule("decoder.lm_head").weight is head.weight
+        assert type(captioner.ready().get_submodule("decoder.lm_head")) is not torch.nn.Linear
+        assert said[precision].log_prob == pytest.approx(want[0][0][0].log_prob, rel=0.02)
+        assert captioner.heat(picture, said[precision]).isfinite().all()
+        guided = Decoding(num_beams=1, image_guidance=2.0)
+        assert "".join(captioner.stream(picture, decoding=guided)) is not None
+    assert said["fp32"].text == want[0][0][0].text
+    assert said["fp32"].log_prob != said["int8"].log_prob
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])

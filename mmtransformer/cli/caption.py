@@ -60,6 +60,9 @@ def run(name: str, words: Sequence[str]) -> int:
         "--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)"
     )
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
+    )
     args = parser.parse_args(list(words))
 
     from mmtransformer.images import load
@@ -72,7 +75,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.shots is None and (args.num_shots is not None or args.nearest):
         raise ValueError("--num-shots and --nearest need examples to choose from: --shots FOLDER")
     images = [load(path) for path in args.pictures]
-    model = ImageCaptioner.from_pretrained(args.model, device=args.device)
+    model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     decoding = model.decoding
     if args.sample:
         decoding = dataclasses.replace(

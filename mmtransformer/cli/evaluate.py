@@ -49,6 +49,9 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file")
     parser.add_argument("--predictions", metavar="OUT", help="write the captions, one line of JSON each")
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
+    )
     args = parser.parse_args(list(words))
 
     from mmtransformer.data.captions import CaptionData
@@ -62,7 +65,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.nearest and args.num_shots is None:
         raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")
     fast_matmuls()
-    model = ImageCaptioner.from_pretrained(args.model, device=args.device)
+    model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     if args.data == "scenes":
         source = Scenes(image_size=max(model.transform.size))
     else:
@@ -96,7 +99,7 @@ def run(name: str, words: Sequence[str]) -> int:
         )
     limit = None if args.limit is None else -(-args.limit // args.batch_size)
     result = evaluate(
-        model.captioner, data, decoding=decoding, device=model.device, limit_batches=limit, prompts=prompts
+        model.ready(), data, decoding=decoding, device=model.device, limit_batches=limit, prompts=prompts
     )
     print(result.table())
     if args.json:

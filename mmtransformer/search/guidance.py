@@ -71,5 +71,6 @@ def blank_pictures(captioner: Captioner, batch: CaptionBatch) -> CaptionBatch:
         return replace(batch, pixels=torch.zeros_like(batch.pixels))
     tokens = batch.visual
     height, width = (side * captioner.vision.patch_size for side in captioner.vision.grid)
-    pixels = torch.zeros(1, tokens.shape[1], 3, height, width, device=tokens.device)
+    dtype = next(captioner.vision.parameters()).dtype
+    pixels = torch.zeros(1, tokens.shape[1], 3, height, width, device=tokens.device, dtype=dtype)
     return replace(batch, visual_tokens=captioner.encode(pixels).to(tokens.dtype).expand_as(tokens))
