@@ -3,13 +3,16 @@ transformers' generate with the same weights; the ids must be the same.
 
 Then what a token costs while the picture's tokens grow, and that beams share the picture's keys and values.
 
-python tests/benchmarks/bench_generate.py [--threads N] [--pairs N] [--only NAME]
+python tests/benchmarks/bench_generate.py [--threads N] [--pairs N] [--only NAME] [--weights fp32|bf16|int8]
+
+`--weights` is what ours computes with; the peer stays in float32.
 """
 
+from dataclasses import replace
 from statistics import median
 
 import torch
-from harness import compare, start, timed
+from harness import agreement, compare, start, timed
 from peer import VOCAB, caption_batch, make_ours, make_peer
 from torch import Tensor, nn
 
@@ -59,26 +62,28 @@ def token_cost(model: EncoderDecoder, visual_tokens: int, rows: int = 4) -> tupl
 
 
 def main() -> None:
-    args = start(__doc__ or "")
+    args = start(__doc__ or "", weights=("fp32", "bf16", "int8"))
     peer = make_peer().eval()
     with torch.no_grad():  # Louder branches, so that texts depend on pictures and rounding decides no token.
         for parameter in [*peer.decoder.transformer.h.parameters(), *peer.encoder.layers.parameters()]:
             parameter.mul_(3)
     peer.generation_config.eos_token_id = peer.generation_config.pad_token_id = VOCAB - 1
-    ours = prepack(make_ours(peer).eval())
+    ours = make_ours(peer).eval()
+    ours = prepack(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows in (1, 8):
         name, batch = f"{BEAMS} beams, {NEW} tokens, pictures: {rows}", prompts(rows)
         if args.only in name:
-            same = ours_ids(ours, batch) == peer_ids(peer, batch)
-            print(f"{name}: {'the same ids' if same else 'OTHER IDS'}")
+            assert batch.pixels is not None
+            own = replace(batch, pixels=batch.pixels.to(next(ours.parameters()).dtype))
+            print(f"{name}: {agreement(ours_ids(ours, own), peer_ids(peer, batch))}")
             compare(
-                f"{name}, fp32, packed",
-                lambda batch=batch: ours_ids(ours, batch),
+                f"{name}, {args.weights}, packed",
+                lambda batch=own: ours_ids(ours, batch),
                 lambda batch=batch: peer_ids(peer, batch),
                 pairs=args.pairs,
                 unit=(rows * NEW, "tokens"),
             )
-    if args.only in "token cost":
+    if args.only in "token cost" and args.weights == "fp32":
         print(f"a step of 4 pictures with {BEAMS} beams each; keys and values of the pictures, all layers:")
         for visual_tokens in (49, 197, 577):
             cost, size = token_cost(ours, visual_tokens)

@@ -1,12 +1,14 @@
 """Greedy generation of a language model shaped as GPT-2 small (50,257 words, random weights, fp32, 64 new tokens),
 against transformers' generate with the same weights: the ids must be the same.
 
-python tests/benchmarks/bench_lm.py [--threads N] [--pairs N] [--only NAME]
+python tests/benchmarks/bench_lm.py [--threads N] [--pairs N] [--only NAME] [--weights fp32|bf16|int8]
+
+`--weights` is what ours computes with; the peer stays in float32.
 """
 
 import torch
 import transformers
-from harness import compare, start
+from harness import agreement, compare, start
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, TextDecoder, generate
@@ -44,20 +46,20 @@ def peer_ids(peer: nn.Module, tokens: Tensor) -> list[list[int]]:
 
 
 def main() -> None:
-    args = start(__doc__ or "")
+    args = start(__doc__ or "", weights=("fp32", "bf16", "int8"))
     peer = make_peer()
-    ours = prepack(from_transformers(peer))
+    ours = from_transformers(peer)
+    ours = prepack(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows, target in TARGETS.items():
         name, tokens = f"greedy, {NEW} tokens, rows: {rows}", torch.randint(0, VOCAB - 1, (rows, PROMPT))
         if args.only in name:
-            same = ours_ids(ours, tokens) == peer_ids(peer, tokens)
-            print(f"{name}: {'the same ids' if same else 'OTHER IDS'}")
+            print(f"{name}: {agreement(ours_ids(ours, tokens), peer_ids(peer, tokens))}")
             compare(
-                f"{name}, fp32, packed",
+                f"{name}, {args.weights}, packed",
                 lambda tokens=tokens: ours_ids(ours, tokens),
                 lambda tokens=tokens: peer_ids(peer, tokens),
                 pairs=args.pairs,
-                target=target,
+                target=target if args.weights == "fp32" else None,
                 unit=(rows * NEW, "tokens"),
             )
 

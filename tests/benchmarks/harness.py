@@ -79,12 +79,19 @@ def gemm_rate(dtype: torch.dtype, size: int = 1536, device: str = "cpu") -> floa
     return 2 * size**3 / min(calls)
 
 
-def start(description: str) -> argparse.Namespace:
-    """Reads the command line, sets the threads, prints the machine."""
+def start(description: str, *, weights: tuple[str, ...] = ()) -> argparse.Namespace:
+    """Reads the command line, sets the threads, prints the machine.
+
+    Args:
+        description: what `--help` says.
+        weights: choices of `--weights`, the first by default; none = there is no such option.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=9, help="timed calls of each side")
     parser.add_argument("--only", default="", help="run the lines whose name has this in it")
+    if weights:
+        parser.add_argument("--weights", choices=weights, default=weights[0], help="what ours computes with")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -104,3 +111,15 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def agreement(ours: list[list[int]], peer: list[list[int]]) -> str:
+    """How many texts are the peer's to the last id, and how many ids of the others are up to where they part."""
+    parted = [
+        next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        for mine, theirs in zip(ours, peer, strict=True)
+        if mine != theirs
+    ]
+    if not parted:
+        return "the same ids"
+    return f"{len(ours) - len(parted)} of {len(ours)} texts have the same ids, the others part at tokens {parted}"
