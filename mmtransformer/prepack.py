@@ -130,8 +130,9 @@ def prepack(model: Module, *, int8: bool = False) -> Module:
     packed: dict[nn.Module, PackedLinear] = {}  # A layer that stands in several places stays one.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() would leave out a second place.
-            plain = isinstance(child, nn.Linear) and type(child) in (nn.Linear, PackedLinear, Int8Linear)
-            if plain and child.weight.dtype in (torch.float32, torch.bfloat16):
+            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, PackedLinear, Int8Linear):
+                continue
+            if child.weight.dtype in (torch.float32, torch.bfloat16):
                 parent.add_module(name, packed.setdefault(child, kind(child)))
     return model
 
