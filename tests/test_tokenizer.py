@@ -396,6 +396,119 @@ def test_bert_folder(tmp_path: Path, cased: bool) -> None:
     assert Tokenizer.from_folder(tmp_path / "again").encode("A stars") == loaded.encode("A stars")
 
 
+# ------------------------------------------------------------------------- Korean in the hub's three other forms
+
+SENTENCES = [
+    "빨간 별이 세 개 있다.",
+    "파란 원 위에 작은 빨간 별",
+    "별빛이 파란 원을 비춘다, 밤새",
+    "작은 별과 큰 별",
+]
+
+
+def wordpiece(folder: Path, lowercase: bool = False) -> Path:
+    """The form of Korean BERTs: a trained WordPiece; the lower-casing one takes syllables apart, as Google's does."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend.train_from_iterator(
+        SENTENCES, trainers.WordPieceTrainer(vocab_size=90, special_tokens=specials, show_progress=False)
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return kept(
+        folder,
+        backend,
+        {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
+    )
+
+
+def unigram(folder: Path) -> Path:
+    """The form of T5, mT5 and XLM-R: SentencePiece's unigram model."""
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return kept(folder, backend, {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+
+
+def sentencepiece_bpe(folder: Path) -> Path:
+    """The form of Llama 2: SentencePiece's BPE, with bytes for what is unknown."""
+    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=340, special_tokens=specials[:3], initial_alphabet=specials[3:],
+                                    show_progress=False)
+    )  # fmt: skip
+    description = json.loads(backend.to_str())
+    vocab = description["model"]["vocab"]
+    vocab |= {token: len(vocab) + i for i, token in enumerate(specials[3:])}  # a trainer knows no byte tokens
+    return kept(
+        folder,
+        tokenizers.Tokenizer.from_str(json.dumps(description)),
+        {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    )
+
+
+def kept(folder: Path, backend: tokenizers.Tokenizer, roles: dict[str, str]) -> Path:
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return write(folder, tokenizer_config=roles | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+FORMS = {
+    "WordPiece": wordpiece,
+    "WordPiece lower": lambda folder: wordpiece(folder, lowercase=True),
+    "SentencePiece unigram": unigram,
+    "SentencePiece BPE": sentencepiece_bpe,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_korean_in_the_forms_of_the_hub(form: str, tmp_path: Path) -> None:
+    """Ids and texts are those of transformers on the same file; words own their tokens; saved, it is the same."""
+    transformers = pytest.importorskip("transformers")
+    folder = FORMS[form](tmp_path / "hub")
+    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    split = 0
+    for text in (*SENTENCES, "빨간 원이 별빛", "작은 원과 파란 별."):
+        ids = ours.encode(text)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert nfc(ours.decode(ids)) == text
+        assert (
+            nfc(theirs.decode(ids, clean_up_tokenization_spaces=False)).replace(" .", ".").replace(" ,", ",")
+            == text
+        )
+        words = ours.words(ids)
+        assert [nfc(word) for word, _ in words] == text.split()
+        assert sorted({place for _, places in words for place in places}) == [
+            place for place, piece in enumerate(ours.pieces(ids)) if piece.strip()
+        ]
+        split += sum(len(places) > 1 for _, places in words)
+    assert split, "no word has several tokens: the pieces inside words were not looked at"
+    ours.save(tmp_path / "again")
+    again = Tokenizer.from_folder(tmp_path / "again")
+    for text in SENTENCES:
+        assert again.decode(again.encode(text)) == ours.decode(ours.encode(text))
+        assert again.encode(text) == ours.encode(text)
+    unknown = ours.encode("별 뷁 별")
+    assert ours.decode(unknown).startswith(ours.decode(ours.encode("별")))
+    if form == "SentencePiece BPE":
+        assert ours.decode(unknown) == "별 뷁 별"
+
+
 def test_clip_folder(tmp_path: Path) -> None:
     vocab = {
         "<|startoftext|>": 0,
