@@ -92,6 +92,8 @@ class Blip2(Captioner):
         if freeze_vision:
             freeze(vision)
             vision.norm.requires_grad_(train_norm)
+            if train_norm:  # Of a tower kept in bfloat16, too, it learns in the format of what else learns.
+                vision.norm.to(qformer.query_tokens.dtype)
         if freeze_decoder:
             freeze(decoder)
 

@@ -41,6 +41,24 @@ def activation_function(name: Activation) -> Callable[[Tensor], Tensor]:
     return table[name]
 
 
+def real_places(valid: Tensor | None) -> Tensor | None:
+    """Where the real tokens of rows (b q) bool stand in (b * q): (t) long; None = all are to be computed.
+
+    On the CPU only, where padding costs what tokens cost: elsewhere to count them would be to wait for the device.
+    """
+    if valid is None or valid.device.type != "cpu" or torch.compiler.is_compiling() or bool(valid.all()):
+        return None
+    return valid.flatten().nonzero()[:, 0]
+
+
+def on_real(layer: Callable[[Tensor], Tensor], x: Tensor, real: Tensor | None) -> Tensor:
+    """layer(x) for tokens (b q d) that are real, as `real_places` finds them; padding stays as it is."""
+    if real is None:
+        return layer(x)
+    flat = x.flatten(0, 1)
+    return flat.index_copy(0, real, layer(flat.index_select(0, real)).to(flat.dtype)).view_as(x)
+
+
 class MLP(nn.Module):
     """Two linear layers with an activation between them.
 

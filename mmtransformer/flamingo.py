@@ -254,12 +254,14 @@ class Flamingo(Captioner):
         """What runs before each of the decoder's blocks."""
         sees = None if mask is None else mask.any(-1)
         place = {layer: number for number, layer in enumerate(self.cross_layers)}
+        learns = next(self.gated_blocks.parameters()).dtype
 
         def before_block(i: int, x: Tensor) -> Tensor:
             if i not in place:
                 return x
             read = context if context is None or isinstance(context, Tensor) else context[place[i]]
-            return self.gated_blocks[place[i]](x, read, mask=mask, sees=sees)
+            # A frozen language model may be kept in bfloat16: the gated blocks keep the format they learn in.
+            return self.gated_blocks[place[i]](x.to(learns), read, mask=mask, sees=sees).to(x.dtype)
 
         return before_block
 

@@ -122,6 +122,8 @@ class ImageText(Captioner):
         if freeze_vision:
             freeze(vision)
             vision.norm.requires_grad_(train_norm)
+            if train_norm:  # Of a tower kept in bfloat16, too, it learns in the format of what else learns.
+                vision.norm.to(qformer.query_tokens.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """As every captioner's; a frozen tower stays in evaluation mode though its last norm may learn."""

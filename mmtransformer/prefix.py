@@ -92,7 +92,7 @@ class PrefixCaptioner(Captioner):
         patches = self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :]
         squares = "b i (gh s1 gw s2) d -> b i (gh gw) (s1 s2 d)"
         x = rearrange(
-            patches.to(self.decoder.tables[0].dtype),
+            patches.to(next(self.proj.parameters()).dtype),
             squares,
             gh=gh // self.shuffle,
             s1=self.shuffle,

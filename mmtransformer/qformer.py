@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmtransformer import masks
 from mmtransformer.attention import Attention, KeyValue, Mask
-from mmtransformer.blocks import MLP
+from mmtransformer.blocks import MLP, on_real, real_places
 from mmtransformer.pretrained import Pretrained
 
 Visual = Tensor | Sequence[KeyValue]
@@ -121,10 +121,11 @@ class QFormerBlock(nn.Module):
             x = self.norm_cross(x + self.drop(self.cross_attn(x, visual)))
         return self.query_norm(x + self.drop(self.query_mlp(x)))
 
-    def finish_text(self, x: Tensor) -> Tensor:
-        """What follows for text: its MLP; (b q d) -> (b q d)."""
-        assert self.mlp is not None
-        return self.norm2(x + self.drop(self.mlp(x)))
+    def finish_text(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """What follows for text: its MLP, of `real_places` only; (b q d) -> (b q d)."""
+        mlp = self.mlp
+        assert mlp is not None
+        return on_real(lambda some: self.norm2(some + self.drop(mlp(some))), x, real)
 
 
 class QFormer(Pretrained, nn.Module):
@@ -286,11 +287,12 @@ class QFormer(Pretrained, nn.Module):
         mask: Mask | None = None if valid is None else valid[:, None, :].expand(-1, tokens.shape[1], -1)
         if seen is not None:  # Every token then sees all queries, and padding stands behind what may be seen.
             mask = "causal"
+        real = real_places(valid)
         for i, block in self._each():
             kv = block.attn.project_kv(x)
             if seen is not None:
                 kv = _in_front(seen.memory[i], kv)
-            x = block.finish_text(block.attend(x, kv, mask))
+            x = block.finish_text(block.attend(x, kv, mask), real)
         return x
 
     def both(
@@ -328,14 +330,14 @@ class QFormer(Pretrained, nn.Module):
         b, l = tokens.shape[0], self.num_queries
         x = torch.cat((self.query_tokens.expand(b, -1, -1), self._embed(tokens)), dim=1)
         x = self.drop(self.norm(x))
-        mask = None if valid is None else mode_mask("bidirectional", l, valid)
+        mask, real = None if valid is None else mode_mask("bidirectional", l, valid), real_places(valid)
         for i, block in self._each():
             kv = block.attn.project_kv(x)
             if i + 1 == self.depth and not keep_text:  # Nobody reads the text's last state.
-                x, mask = x[:, :l], None if mask is None else mask[:, :l]
-            x = block.attend(x, kv, mask)
-            queries, text = block.finish_queries(x[:, :l], found.get(i)), block.finish_text(x[:, l:])
-            x = torch.cat((queries, text), dim=1)
+                mask = None if mask is None else mask[:, :l]
+                return block.finish_queries(block.attend(x[:, :l], kv, mask), found.get(i)), x[:, l:]
+            queries, text = block.attend(x, kv, mask).tensor_split((l,), dim=1)
+            x = torch.cat((block.finish_queries(queries, found.get(i)), block.finish_text(text, real)), dim=1)
         return x[:, :l], x[:, l:]
 
     def held(self, record: dict[str, Tensor]) -> Tensor:

@@ -249,7 +249,7 @@ class ViT(Pretrained, nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != self.in_channels:
             raise ValueError(f"pixels are (b {self.in_channels} height width), not {tuple(pixels.shape)}")
         grid = self.grid_size(*pixels.shape[2:])
-        x = self.patch_embed(pixels)
+        x = self.patch_embed(pixels.to(self.pos_embed.dtype))
         x = x + resize_positions(self.pos_embed, self.grid, grid).to(x.dtype)
         if self.training and self.patch_dropout:
             x = drop_tokens(x, self.patch_dropout)

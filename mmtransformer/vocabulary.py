@@ -86,7 +86,7 @@ class ExtendedVocabulary(Pretrained, Decoder):
         is_new = (place >= 0) & (place < self.new_tokens)
         old = self.decoder.lookup(tokens.masked_fill(is_new, 0))
         new = self.new_embed(place.clamp(0, self.new_tokens - 1)) * self.decoder.lookup_scale
-        return torch.where(is_new[..., None], new, old)
+        return torch.where(is_new[..., None], new.to(old.dtype), old)
 
     def place(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads of embeddings (b q e) at positions (q) or (b q): (b q d)."""
@@ -108,11 +108,11 @@ class ExtendedVocabulary(Pretrained, Decoder):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token, new and old: (... d) -> (... vocab_size)."""
         rows = self.new_embed if self.new_head is None else self.new_head
-        return self._put(self.decoder.head(hidden), self.decoder.score(hidden, rows.weight), -1)
+        return self._put(self.decoder.head(hidden), self.score(hidden, rows.weight), -1)
 
     def score(self, hidden: Tensor, table: Tensor) -> Tensor:
-        """As the decoder's."""
-        return self.decoder.score(hidden, table)
+        """As the decoder's; rows in its number format or another."""
+        return self.decoder.score(hidden, table.to(hidden.dtype))
 
     def new_state(self, max_len: int | None = None) -> DecoderState:
         """As the decoder's."""

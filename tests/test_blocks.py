@@ -18,6 +18,8 @@ from mmtransformer.blocks import (
     SwiGLU,
     activation_function,
     make_norm,
+    on_real,
+    real_places,
 )
 
 DIM, HIDDEN, HEADS = 24, 37, 4
@@ -51,6 +53,26 @@ def test_mlp_is_the_definition(name: str, bias: bool) -> None:
     layer = shake(MLP(DIM, HIDDEN, activation=name, bias=bias))  # pyright: ignore[reportArgumentType]
     want = linear(layer.fc2, ACTIVATIONS[name](linear(layer.fc1, x.double())))
     torch.testing.assert_close(layer(x).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_is_not_computed() -> None:
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    real, layer = real_places(valid), MLP(7, 11)
+    assert real is not None
+    assert real.tolist() == [0, 1, 3]
+    x = torch.randn(2, 3, 7, requires_grad=True)
+    rows: list[int] = []
+    layer.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[0]))
+    out = on_real(layer, x, real)
+    assert rows == [3]
+    torch.testing.assert_close(out[valid], layer(x)[valid])
+    assert torch.equal(out[~valid], x[~valid])
+    (found,) = torch.autograd.grad(out[valid].square().sum(), x)
+    (want,) = torch.autograd.grad(layer(x)[valid].square().sum(), x)
+    torch.testing.assert_close(found, want)
+    assert real_places(None) is None
+    assert real_places(torch.ones(2, 3, dtype=torch.bool)) is None
+    assert real_places(valid.to("meta")) is None
 
 
 def test_swiglu_is_the_definition() -> None:

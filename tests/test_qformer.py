@@ -171,6 +171,22 @@ def test_padding_changes_nothing() -> None:
     assert torch.equal(model(visual, tokens, valid), model(visual, other, valid))
 
 
+def test_the_text_mlps_do_not_compute_padding() -> None:
+    model, (visual, tokens, valid) = qformer(), inputs()
+    assert not valid.all()
+    rows: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[:-1].numel()))
+    real = int(valid.sum())
+    model.read(tokens, valid)
+    assert rows == [real] * DEPTH
+    model.read(tokens, valid, model.see(visual))
+    model.both(visual, tokens, valid)
+    assert rows == [real] * 3 * DEPTH
+    model(visual, tokens, valid)
+    assert rows == [real] * (4 * DEPTH - 1)  # Nobody reads the text's last state.
+
+
 def test_what_the_modes_hide_leaves_no_trace() -> None:
     model, (visual, tokens, valid) = qformer(), inputs()
     valid = torch.ones_like(valid)

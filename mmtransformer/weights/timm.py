@@ -1,6 +1,7 @@
 """timm's Vision Transformers (ViT, DeiT, DINOv2, CLIP, SigLIP ...) -> `ViT`, and back."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from mmtransformer.blocks import Activation
 from mmtransformer.captioner import Captioner
 from mmtransformer.captioner import freeze as freeze_module
+from mmtransformer.lora import add_lora
 from mmtransformer.pretrained import CONFIG, WEIGHTS, Pretrained, load_strictly, read_json, read_safetensors
 from mmtransformer.vit import ViT
+from mmtransformer.weights.number import DType, kept_in
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
 
 
@@ -208,6 +211,9 @@ def load_vit(
     image_size: int | tuple[int, int] | None = None,
     freeze: bool = False,
     keep_head: bool = False,
+    dtype: DType = "float32",
+    lora_rank: int = 0,
+    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
 ) -> ViT:
     """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
 
@@ -218,10 +224,19 @@ def load_vit(
         image_size: picture size to resize the positions to, px; None = as trained.
         freeze: whether the tower is taken out of training.
         keep_head: whether a classifier is kept; captioners do not read it.
+        dtype: "bfloat16" keeps a tower that stays frozen in half the memory.
+        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
+            must then not freeze the tower itself (freeze_vision: false).
+        lora_targets: ends of the names of the layers that get them.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
+    if lora_rank and (freeze or dtype != "float32"):
+        raise ValueError(
+            f"lora_rank ({lora_rank}) needs freeze false and dtype float32, not {str(freeze).lower()} and {dtype}: the "
+            f"products learn, and are added to the weights in the end"
+        )
     path = Path(source)
     if path.is_dir():
         vit = _from_folder(path)
@@ -235,6 +250,9 @@ def load_vit(
         vit.head, vit.num_classes = nn.Identity(), 0
     if image_size is not None:
         vit.set_input_size(image_size)
+    if lora_rank:
+        add_lora(vit, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
+    kept_in(vit, dtype)
     return freeze_module(vit) if freeze else vit
 
 

@@ -1,18 +1,21 @@
-"""The Q-Former (32 queries, 768 wide, 12 layers, 257 x 1408 visual tokens, 32 text tokens, 4 rows) against
+"""The Q-Former (32 queries, 768 wide, 12 layers, 257 x 1408 visual tokens, 32 text tokens, 16 pictures) against
 transformers' Blip2QFormerModel (SDPA) with the same weights; BLIP-2's stage 2 (ViT-Ti/16, 6-layer Q-Former, frozen
 OPT-125m shape, 8 captions of 9 to 21 tokens) and its decoding with 5 beams, against transformers'
-Blip2ForConditionalGeneration; and a whole stage-1 step against the same step by LAVIS's passes.
+Blip2ForConditionalGeneration; and a whole stage-1 step of 8 pairs against the same step by LAVIS's passes.
 
 In stage 2 ours trains as in bench_captioner, with fused AdamW and, in float32, matrix products that compute in bfloat16
-inside; the peer as it comes, and in the lines "same ..." with both of these. Elsewhere the two sides have the same
+inside; the peer as it comes, and in the lines "same ..." with both; "frozen parts in bf16" are ours, loaded with
+dtype="bfloat16". LAVIS computes the padding of texts, as ours does not. Elsewhere the two sides have the same
 optimizer and precision. No dropout on either side unless said.
 
 python tests/benchmarks/bench_qformer.py [--threads N] [--pairs N] [--only NAME]
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,15 +32,18 @@ from transformers import (
 )
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
+from mmtransformer import qformer as qformer_module
 from mmtransformer.image_text import ImageText
 from mmtransformer.prepack import prepack
 from mmtransformer.weights import from_blip2
+from mmtransformer.weights.number import kept_in
 from mmtransformer.weights.qformer import BLIP2, qformer_table
 from mmtransformer.weights.table import to_ours
 
-ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 4, 8, 32, 32, 5, 20
+PICTURES, ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 16, 8, 8, 32, 32, 5, 20
 IMAGE, BEGIN, VOCAB = 50_271, 2, 50_272
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FROZEN_HALF, SAME = ", frozen parts in bf16", ", same optimizer and precision"
 
 
 def optimizer(model: nn.Module, fused: bool) -> torch.optim.AdamW:
@@ -46,14 +52,14 @@ def optimizer(model: nn.Module, fused: bool) -> torch.optim.AdamW:
 
 def training(
     loss: Callable[[], Tensor],
-    model: nn.Module,
+    model: nn.Module | torch.optim.AdamW,
     dtype: torch.dtype,
     *,
     fused: bool = True,
     precision: str = "highest",
 ) -> Callable[[], object]:
     """One training step; precision "medium" = matrix products of float32 compute in bfloat16 inside."""
-    adamw = optimizer(model, fused)
+    adamw = optimizer(model, fused) if isinstance(model, nn.Module) else model
 
     def step() -> None:
         torch.set_float32_matmul_precision(precision)
@@ -64,6 +70,13 @@ def training(
         adamw.zero_grad(set_to_none=True)
 
     return step
+
+
+def flops(run: Callable[[], object]) -> float:
+    """Floating point operations of the matrix products that a call really makes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------------------------------------- the Q-Former alone
@@ -88,22 +101,25 @@ def bench_qformer(args: Any, dropout: float) -> None:
     assert ours.tok_embed is not None
     assert ours.pos_embed is not None
     words, places = ours.tok_embed, ours.pos_embed
-    visual, tokens = torch.randn(ROWS, 257, 1408), torch.randint(1000, (ROWS, TEXT))
+    visual, tokens = torch.randn(PICTURES, 257, 1408), torch.randint(1000, (PICTURES, TEXT))
 
     def theirs(text: bool) -> Tensor:
-        embeds = ours.query_tokens.expand(ROWS, -1, -1)
+        embeds = ours.query_tokens.expand(PICTURES, -1, -1)
         if text:
             embeds = torch.cat((embeds, words(tokens) + places.weight[:TEXT]), 1)
         return peer(embeds, query_length=QUERIES, encoder_hidden_states=visual).last_hidden_state
 
-    def mine(text: bool) -> Tensor:
-        return torch.cat(ours.both(visual, tokens), 1) if text else ours(visual)
+    def mine(text: bool, model: QFormer = ours) -> Tensor:
+        return torch.cat(model.both(visual, tokens), 1) if text else model(visual)
 
-    for text, what in ((False, "queries"), (True, "queries and text")):
-        ours.eval(), peer.eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+    ours.eval(), peer.eval()
+    with torch.no_grad():  # Before anything is trained.
+        for text in (False, True):
             torch.testing.assert_close(mine(text), theirs(text), atol=1e-4, rtol=1e-4)
-        flops = counter.get_total_flops() / 2  # Of one of the two.
+    for text, what in ((False, "queries"), (True, "queries and text")):
+        asked = flops(lambda text=text: mine(text))
+        trained = flops(lambda text=text: mine(text).square().mean().backward())
+        ours.zero_grad(set_to_none=True)
         for name, dtype in DTYPES.items():
             line = f"Q-Former, {what}, forward, {name}"
             if args.only in line and not dropout:
@@ -116,16 +132,19 @@ def bench_qformer(args: Any, dropout: float) -> None:
                     with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
                         run(text)
 
-                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=flops,
+                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=asked,
                         gemm=args.gemm[dtype], pairs=args.pairs)  # fmt: skip
+                if dtype == torch.float32:
+                    packed = prepack(copy.deepcopy(ours))
+                    compare(f"{line}, packed", lambda f=forward, p=packed: f(partial(mine, model=p)),
+                            lambda f=forward: f(theirs), target=1.0, flops=asked, gemm=args.gemm[dtype],
+                            pairs=args.pairs)  # fmt: skip
             line = f"Q-Former, {what}, training, {name}" + (f", dropout {dropout}" if dropout else "")
             if args.only in line:
                 ours.train(), peer.train()
                 own = training(lambda text=text: mine(text).square().mean(), ours, dtype)
                 other = training(lambda text=text: theirs(text).square().mean(), peer, dtype)
-                compare(
-                    line, own, other, target=1.0, flops=3 * flops, gemm=args.gemm[dtype], pairs=args.pairs
-                )
+                compare(line, own, other, target=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs)
 
 
 # --------------------------------------------------------------------------------------------------------- stage 2
@@ -172,36 +191,27 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
     def theirs() -> Tensor:
         return peer(pixel_values=pixels, input_ids=ids, attention_mask=known, labels=labels).loss
 
-    def mine(batch: CaptionBatch) -> Tensor:
-        loss = caption_loss(ours, batch)
+    def mine(model: Blip2, batch: CaptionBatch) -> Tensor:
+        loss = caption_loss(model, batch)
         return loss.sum / loss.count
 
     with torch.no_grad():
-        torch.testing.assert_close(mine(full), theirs(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine(ours, full), theirs(), atol=1e-4, rtol=1e-4)
+    half = copy.deepcopy(ours)  # Autocast then has no frozen weight to cast in every step.
+    kept_in(half.decoder, "bfloat16"), kept_in(half.vision, "bfloat16")
     for name, dtype in DTYPES.items():
         for kind, batch in (("", full), (", cached features", cached)):
             goal = {("fp32", ""): 2.0, ("bf16", ""): 1.5}.get((name, kind), 3.0 if name == "fp32" else 2.2)
-            for same in (False, True):
-                line = f"stage 2, {name}{kind}" + (", same optimizer and precision" if same else "")
+            for how, model in (("", ours), (FROZEN_HALF, half), (SAME, ours)):
+                line = f"stage 2, {name}{kind}{how}"
                 if args.only in line:
-                    own = training(lambda b=batch: mine(b), ours, dtype, precision="medium")
+                    same = how == SAME
+                    own = training(partial(mine, model, batch), model, dtype, precision="medium")
                     other = training(
                         theirs, peer, dtype, fused=same, precision="medium" if same else "highest"
                     )
                     compare(line, own, other, target=None if same else goal, pairs=args.pairs,
                             unit=(CAPTIONS, "captions"))  # fmt: skip
-    line = "stage 2, bf16, frozen parts kept in bf16"
-    if args.only in line:  # Autocast then has no frozen weight to cast in every step.
-        half = copy.deepcopy(ours)
-        half.decoder.bfloat16(), half.vision.bfloat16()
-
-        def with_half() -> Tensor:
-            loss = caption_loss(half, full)
-            return loss.sum / loss.count
-
-        own = training(with_half, half, torch.bfloat16, precision="medium")
-        other = training(theirs, peer, torch.bfloat16, fused=False)
-        compare(line, own, other, target=1.5, pairs=args.pairs, unit=(CAPTIONS, "captions"))
 
 
 def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
@@ -252,6 +262,18 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
 # --------------------------------------------------------------------------------------------------------- stage 1
 
 
+@contextmanager
+def padding_computed() -> Iterator[None]:
+    """LAVIS computes padding as it does tokens."""
+    real_places = qformer_module.real_places
+    qformer_module.real_places = lambda valid: None
+    try:
+        yield
+    finally:
+        qformer_module.real_places = real_places
+
+
+@padding_computed()
 def by_lavis(model: ImageText, visual: Tensor, batch: CaptionBatch) -> Tensor:
     """The three losses by LAVIS's passes: matching projects and reads all pictures again, three times."""
     qformer, tokens, valid = model.qformer, batch.tokens, batch.valid
@@ -287,10 +309,11 @@ def bench_stage1(args: Any) -> None:
     target = valid & (torch.arange(TEXT) > 0)
     batch = CaptionBatch(tokens, valid, target, visual_tokens=torch.randn(ROWS, 1, 257, 1408))
     visual = cast(Tensor, batch.visual_tokens)[:, 0]
+    adamw = optimizer(model, fused=True)  # Of both sides, which train the same weights.
     for name, dtype in DTYPES.items():
         if args.only in f"stage 1, {name}":
-            own = training(lambda: model.losses(batch).total, model, dtype)
-            other = training(lambda: by_lavis(model, visual, batch), model, dtype)
+            own = training(lambda: model.losses(batch).total, adamw, dtype)
+            other = training(lambda: by_lavis(model, visual, batch), adamw, dtype)
             compare(f"stage 1, {name}", own, other, target=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
 
 
@@ -302,9 +325,12 @@ def main() -> None:
         for dropout in (0.0, 0.1):
             bench_qformer(args, dropout)
     bench_stage1(args)
-    kinds = ("", ", same optimizer and precision", ", cached features, same optimizer and precision")
-    kinds = (*kinds, ", frozen parts kept in bf16")
-    trains = any(args.only in f"stage 2, {name}{kind}" for name in DTYPES for kind in kinds)
+    trains = any(
+        args.only in f"stage 2, {name}{kind}{how}"
+        for name in DTYPES
+        for kind in ("", ", cached features")
+        for how in ("", FROZEN_HALF, SAME)
+    )
     writes = any(
         args.only in f"{BEAMS} beams, {NEW} tokens, pictures: {rows}, fp32, packed" for rows in (1, 8)
     )
