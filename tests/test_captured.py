@@ -309,3 +309,50 @@ def test_a_cuda_graph_says_what_the_model_says(kind: str) -> None:
             assert [[text[0] for text in row] for row in told(captured, batch, **options)] == [
                 [text[0] for text in row] for row in told(model, batch, **options)
             ]
+
+
+# --- how often a search looks whether it may stop
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a value is taken out of a tensor: on a GPU each of them waits for all that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(word in str(func) for word in SYNCS)
+        return func(*args, **(kwargs or {}))
+
+
+SEARCHES: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "top_k": 5, "top_p": 0.9},
+    {"num_beams": 3, "no_repeat_ngram": 3, "repetition_penalty": 1.2, "min_new_tokens": 20},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
+    {"num_beams": 5, "required": [[[7, 9]], [[11]]]},
+    {"num_beams": 2, "image_guidance": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", SEARCHES, ids=str)
+def test_a_gpu_is_waited_for_every_eight_tokens_only(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a GPU gets for `stop_every`: the same texts, and as many looks as there are eights of tokens."""
+    torch.manual_seed(0)
+    model = noisy(EncoderDecoder(vit(), decoder(cross_dim=DIM)))
+    batch = batch_for(model, 1)
+    draw = lambda: {"generator": torch.Generator().manual_seed(5)} if "do_sample" in options else {}  # noqa: E731
+    want = told(model, batch, **options, **draw())
+    for module in ("sample", "beams", "words"):
+        monkeypatch.setattr(f"mmtransformer.search.{module}.stop_every", lambda device: 8)
+    assert told(model, batch, **options, **draw()) == want
+    counts = []
+    for new in (7, 15, 31):
+        with Looks() as looks:
+            generate(model, batch, eos_id=0, max_new_tokens=new, **options, **draw())
+        counts.append(looks.count)
+    assert counts[1] - counts[0] <= 1, counts
+    assert counts[2] - counts[1] <= 2, counts
