@@ -1,14 +1,10 @@
 """Pictures with captions as a LightningDataModule for a captioner."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import lightning
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,17 +13,16 @@ from mmtransformer.data.dataset import CaptionDataset, Collate
 from mmtransformer.data.faults import BadPictures
 from mmtransformer.data.features import FeatureCache
 from mmtransformer.data.mixture import Mixing
+from mmtransformer.data.module import Data, Lengths
 from mmtransformer.data.rows import CaptionRows, image_token
-from mmtransformer.data.sampler import PictureSampler, ResumableLoader
 from mmtransformer.data.source import Pairs, PairSource
 from mmtransformer.images import Augment, ImageTransform
-from mmtransformer.pretrained import find_folder
 from mmtransformer.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-class CaptionData(lightning.LightningDataModule):
+class CaptionData(Data):
     """Pictures with captions, in batches grouped by length, the same for any number of workers and processes.
 
     Args:
@@ -55,6 +50,8 @@ class CaptionData(lightning.LightningDataModule):
         report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
     """
 
+    unit = "picture"
+
     def __init__(
         self,
         source: PairSource,
@@ -81,50 +78,39 @@ class CaptionData(lightning.LightningDataModule):
         max_bad: float = 0.01,
         report_dir: str | None = None,
     ):
-        super().__init__()
-        for name, value in (("captions_per_picture", captions_per_picture), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
-        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of splits: [{value}]")
-        self.source, self.transform, self.augment = source, image, augment
-        self.vocab_size, self.languages = vocab_size, languages
-        self.captions_per_picture, self.batch_size, self.max_len = captions_per_picture, batch_size, max_len
-        self.num_workers, self.seed, self.drop_last = num_workers, seed, drop_last
-        self.train_split, self.val_splits, self.test_splits = (
-            train_split,
-            tuple(val_splits),
-            tuple(test_splits),
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+            drop_last=drop_last,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
         )
+        if captions_per_picture < 1:
+            raise ValueError(f"captions_per_picture ({captions_per_picture}) must be at least 1")
+        self.source, self.transform, self.augment = source, image, augment
+        self.captions_per_picture, self.max_len, self.languages = captions_per_picture, max_len, languages
         self.cache_features, self.cache_dir, self.flip_features = cache_features, cache_dir, flip_features
         self.cache_dtype: Literal["float16", "bfloat16", "float32"] = cache_dtype
         self.mark_pictures, self.max_bad, self.report_dir = mark_pictures, max_bad, report_dir
-        self._given = tokenizer
-        self._tokenizer: Tokenizer | None = None
         self._pairs: dict[str, Pairs] = {}
         self._rows: dict[str, CaptionRows] = {}
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer: the one given, loaded, or trained on the training captions at the first call."""
-        if self._tokenizer is None:
-            if isinstance(self._given, Tokenizer):
-                self._tokenizer = self._given
-            elif self._given is not None:
-                self._tokenizer = Tokenizer.from_folder(find_folder(self._given))
-            else:
-                pairs = self.pairs(self.train_split)
-                texts = (caption.text for i in range(len(pairs)) for caption in pairs.captions(i))
-                languages = self.source.languages if self.languages is None else self.languages
-                self._tokenizer = Tokenizer.train(texts, self.vocab_size, languages)
-        return self._tokenizer
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training captions."""
+        pairs = self.pairs(self.train_split)
+        texts = (caption.text for i in range(len(pairs)) for caption in pairs.captions(i))
+        languages = self.source.languages if self.languages is None else self.languages
+        return Tokenizer.train(texts, self.vocab_size, languages)
 
     def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
-        self._tokenizer, self.transform = tokenizer, image
+        self.tokenizer, self.transform = tokenizer, image
         self._rows, self._features, self._datasets = {}, {}, {}
 
     def pairs(self, split: str) -> Pairs:
@@ -146,20 +132,11 @@ class CaptionData(lightning.LightningDataModule):
                 )
         return self._rows[split]
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise the splits of a stage: "fit", "validate" or "test"."""
-        for split in self._splits_of(stage):
-            self.rows(split)
-            if (trainer := self.trainer) is not None and trainer.is_global_zero and not trainer.ckpt_path:
-                self._bad(split).reset()
-
-    def _splits_of(self, stage: str | None) -> tuple[str, ...]:
-        splits = {
-            "fit": (self.train_split, *self.val_splits),
-            "validate": self.val_splits,
-            "test": self.test_splits,
-        }
-        return splits.get(stage or "fit", ())
+    def prepare(self, split: str) -> None:
+        """Read and tokenise a split; its report on unreadable pictures is emptied, unless a run goes on."""
+        self.rows(split)
+        if self.begins:
+            self._bad(split).reset()
 
     def use_features(
         self,
@@ -195,7 +172,7 @@ class CaptionData(lightning.LightningDataModule):
             )
         encode: Callable[[Tensor], Tensor] | None = getattr(captioner, "encode", None)
         folder = self.cache_dir or "features"
-        for split in self._splits_of(stage):
+        for split in self.splits_of(stage):
             if split not in self._features:
                 self._features[split] = FeatureCache.build(
                     vision,
@@ -233,66 +210,22 @@ class CaptionData(lightning.LightningDataModule):
         return dataset
 
     def _bad(self, split: str) -> BadPictures:
-        folder = self.report_dir or (self.trainer.default_root_dir if self.trainer else ".")
-        return BadPictures(Path(folder) / f"bad_pictures_{split}.jsonl", len(self.pairs(split)), self.max_bad)
+        path = self.report_folder(self.report_dir) / f"bad_pictures_{split}.jsonl"
+        return BadPictures(path, len(self.pairs(split)), self.max_bad)
 
-    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled, grouped and augmented for training, plain otherwise.
+    def collate(self, split: str, *, training: bool = False) -> Collate:
+        """What makes a `CaptionBatch` of pictures with their captions."""
+        return Collate(self.tokenizer.pad_id, self.tokenizer.image_id if self.mark_pictures else None)
 
-        Raises:
-            ValueError: If Lightning would replace the sampler.
-        """
-        dataset, rows = self.dataset(split, training=training), self.rows(split)
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"set use_distributed_sampler to false: CaptionData shares the pictures among the {world} processes "
-                f"itself, and Lightning's sampler would change their order"
-            )
-        mixing: Callable[[int], Mixing] | None = getattr(dataset.pairs, "mixing", None)
-        pool = mixing(self.seed) if mixing and training else None
+    def lengths(self, split: str) -> Lengths:
+        """How long the captions are that an epoch chooses."""
+        rows = self.rows(split)
+        return lambda epoch, index: rows.lengths(self.seed, epoch, self.captions_per_picture, index)
 
-        def lengths(epoch: int) -> np.ndarray:
-            index, turn = (None, epoch) if pool is None else pool.pictures(epoch)
-            return rows.lengths(self.seed, turn, self.captions_per_picture, index)
-
-        sampler = PictureSampler(
-            len(dataset) if pool is None else pool.size,
-            self.batch_size,
-            seed=self.seed,
-            shuffle=training,
-            lengths=lengths if training else None,
-            pool=pool,
-            block=self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1),
-            rank=rank,
-            world=world,
-            drop_last=training and self.drop_last,
-        )
-        return ResumableLoader(
-            dataset,
-            sampler,
-            Collate(self.tokenizer.pad_id, image_id=self.tokenizer.image_id if self.mark_pictures else None),
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches."""
-        return self.loader(self.train_split, training=True)
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `val_splits`, in this order."""
-        return [self.loader(split) for split in self.val_splits]
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `test_splits`, in this order."""
-        return [self.loader(split) for split in self.test_splits]
-
-    def transfer_batch_to_device(
-        self, batch: CaptionBatch, device: torch.device, dataloader_idx: int
-    ) -> CaptionBatch:
-        """Copy a batch to the device beside its computation."""
-        return batch.to(device, non_blocking=True)
+    def mixing(self, split: str) -> Mixing | None:
+        """How a training epoch is mixed; None if it is no mixture."""
+        mixing: Callable[[int], Mixing] | None = getattr(self.pairs(split), "mixing", None)
+        return None if mixing is None else mixing(self.seed)
 
     def prompts(self, batch: CaptionBatch, language: str | None = None) -> CaptionBatch:
         """Make the batch that generation starts from: the prompt alone, one row a picture.
@@ -311,30 +244,20 @@ class CaptionData(lightning.LightningDataModule):
         media = (tokens == self.tokenizer.image_id).long().cumsum(1) if self.mark_pictures else None
         return dataclasses.replace(batch, tokens=tokens, valid=valid, target=~valid, media=media)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which tokenizer the run uses, and how its pictures are mixed."""
-        return {"tokenizer": self._tokenizer_hash(), "mixture": self._quotas()}
+    def identity(self) -> dict[str, Any]:
+        """How the pictures are mixed, and the tokenizer."""
+        mixing = self.mixing(self.train_split)
+        return {"mixture": [] if mixing is None else list(mixing.quotas), "tokenizer": self.tokenizer_hash}
+
+    def changed(self, name: str, was: Any, now: Any) -> str:
+        """What to say when the mixture or the tokenizer is not what it was."""
+        if name == "mixture":
+            return (
+                f"an epoch of the run took {was} pictures of its sources, and now takes {now}; use the weights of "
+                f"the run, or start a new one"
+            )
+        return super().changed(name, was, now)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the tokenizer and the mixture it had.
-
-        Raises:
-            ValueError: If it has others.
-        """
-        if state_dict.get("mixture", []) != self._quotas():
-            raise ValueError(
-                f"cannot resume: an epoch of the run took {state_dict.get('mixture', [])} pictures of its sources, and "
-                f"now takes {self._quotas()}; use the weights of the run, or start a new one"
-            )
-        if state_dict["tokenizer"] != self._tokenizer_hash():
-            raise ValueError(
-                f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
-                f"{state_dict['tokenizer']}); the training captions or vocab_size ({self.vocab_size}) have changed"
-            )
-
-    def _quotas(self) -> list[int]:
-        mixing: Callable[[int], Mixing] | None = getattr(self.pairs(self.train_split), "mixing", None)
-        return [] if mixing is None else list(mixing(self.seed).quotas)
-
-    def _tokenizer_hash(self) -> str:
-        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+        """Check that a run which goes on has what it had; one from before there were mixtures had none."""
+        super().load_state_dict({"mixture": [], **state_dict})

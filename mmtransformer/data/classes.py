@@ -3,12 +3,10 @@
 Letters: b pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +14,8 @@ from torch.utils.data import Dataset
 from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource
 from mmtransformer.data.faults import BadPictures, TooManyFaults
-from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader, generator
+from mmtransformer.data.module import Data
+from mmtransformer.data.sampler import Pick, generator
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -110,7 +109,7 @@ def collate(samples: list[ClassSample]) -> ClassBatch:
     )
 
 
-class ClassData(lightning.LightningDataModule):
+class ClassData(Data):
     """Pictures with a class each, in batches that are the same for any number of workers and processes.
 
     Args:
@@ -127,6 +126,8 @@ class ClassData(lightning.LightningDataModule):
         report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
     """
 
+    unit = "picture"
+
     def __init__(
         self,
         source: ClassSource,
@@ -142,16 +143,15 @@ class ClassData(lightning.LightningDataModule):
         max_bad: float = 0.01,
         report_dir: str | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1 picture")
-        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of splits: [{value}]")
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+        )
         self.source, self.transform, self.augment = source, image, augment
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.train_split = train_split
-        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
         self.max_bad, self.report_dir = max_bad, report_dir
 
     @property
@@ -171,58 +171,19 @@ class ClassData(lightning.LightningDataModule):
             pictures, self.transform, augment=augment, training=training, seed=self.seed, bad=self._bad(split)
         )
 
-    def _bad(self, split: str) -> BadPictures:
-        folder = self.report_dir or (self.trainer.default_root_dir if self.trainer else ".")
-        path = Path(folder) / f"bad_pictures_{split}.jsonl"
-        return BadPictures(path, len(self.pictures(split)), self.max_bad)
+    def collate(self, split: str, *, training: bool = False) -> Callable[[list[ClassSample]], ClassBatch]:
+        """What makes a `ClassBatch` of pictures."""
+        return collate
 
     def setup(self, stage: str | None = None) -> None:
         """Empties the report on unreadable pictures, unless a run goes on."""
-        if (trainer := self.trainer) is not None and trainer.is_global_zero and not trainer.ckpt_path:
-            for split in (self.train_split, *self.val_splits) if stage == "fit" else ():
+        if stage == "fit" and self.begins:
+            for split in self.splits_of(stage):
                 self._bad(split).reset()
 
-    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled for training, as it is otherwise.
-
-        Raises:
-            ValueError: If Lightning would replace the sampler.
-        """
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"set use_distributed_sampler to false: ClassData shares the pictures among the {world} processes "
-                f"itself, and Lightning's sampler would change their order"
-            )
-        dataset = self.dataset(split, training=training)
-        sampler = PictureSampler(
-            len(dataset), self.batch_size, seed=self.seed, shuffle=training, rank=rank, world=world
-        )
-        return ResumableLoader(
-            dataset,
-            sampler,
-            collate,
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches."""
-        return self.loader(self.train_split, training=True)
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `val_splits`, in this order."""
-        return [self.loader(split) for split in self.val_splits]
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `test_splits`, in this order."""
-        return [self.loader(split) for split in self.test_splits]
-
-    def transfer_batch_to_device(
-        self, batch: ClassBatch, device: torch.device, dataloader_idx: int
-    ) -> ClassBatch:
-        """Copy a batch to the device beside its computation."""
-        return batch.to(device, non_blocking=True)
+    def _bad(self, split: str) -> BadPictures:
+        path = self.report_folder(self.report_dir) / f"bad_pictures_{split}.jsonl"
+        return BadPictures(path, len(self.pictures(split)), self.max_bad)
 
     def describe(self) -> str:
         """What there is: "8 classes (circle, square ...); train 20,000, val 500"."""
@@ -231,16 +192,10 @@ class ClassData(lightning.LightningDataModule):
         counts = ", ".join(f"{split} {len(self.pictures(split)):,}" for split in splits)
         return f"{len(self.classes)} classes ({names}); {counts}"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which classes the run learns."""
+    def identity(self) -> dict[str, Any]:
+        """The classes."""
         return {"classes": list(self.classes)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the classes it had.
-
-        Raises:
-            ValueError: If it has others.
-        """
-        if state_dict["classes"] != list(self.classes):
-            was, now = (", ".join(names) for names in (state_dict["classes"], self.classes))
-            raise ValueError(f"cannot resume: the classes were {was} and are now {now}")
+    def changed(self, name: str, was: Any, now: Any) -> str:
+        """What to say when the classes are not what they were."""
+        return f"the classes were {', '.join(was)} and are now {', '.join(now)}"

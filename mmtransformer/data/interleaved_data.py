@@ -1,23 +1,19 @@
 """Interleaved documents, and mixtures of them with pairs, as a LightningDataModule for a captioner."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
-import torch
 
-from mmtransformer.captioner import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.document_dataset import CollateDocuments, DocumentDataset
 from mmtransformer.data.documents import DocumentPairs, Documents, DocumentSource, texts_of
 from mmtransformer.data.faults import BadPictures
 from mmtransformer.data.mixture import MixedDocuments, Mixing
+from mmtransformer.data.module import Data, Lengths, list_of_splits
 from mmtransformer.data.packing import DocumentRows
-from mmtransformer.data.sampler import PictureSampler, ResumableLoader
+from mmtransformer.data.sampler import ResumableLoader
 from mmtransformer.data.source import PairSource
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.tokenizer import Tokenizer
@@ -25,7 +21,7 @@ from mmtransformer.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 
-class InterleavedData(lightning.LightningDataModule):
+class InterleavedData(Data):
     """Documents with pictures anywhere in their text, in batches that are the same for any workers and processes.
 
     The run also validates on pairs, and is scored by captioning their pictures, each behind an image token as it stands
@@ -36,7 +32,7 @@ class InterleavedData(lightning.LightningDataModule):
             `DocumentMixture` of some.
         image: How a picture becomes pixels; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, document, picture).
-        tokenizer: A tokenizer with an image token, or a folder to load one from; None trains one on the documents.
+        tokenizer: A tokenizer with an image token, or where to load one from (a folder or hub name); None trains one.
         vocab_size: The most words of a tokenizer that is trained here.
         batch_size: Rows in a batch of one process.
         max_len: The most tokens of a row.
@@ -77,35 +73,31 @@ class InterleavedData(lightning.LightningDataModule):
         max_bad: float = 0.01,
         report_dir: str | None = None,
     ):
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1")
-        for name, value in (("val_splits", val_splits), ("caption_splits", caption_splits)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of splits: [{value}]")
-        self.source, self.transform, self.augment, self.vocab_size = documents, image, augment, vocab_size
-        self.batch_size, self.max_len, self.max_pictures, self.pack = batch_size, max_len, max_pictures, pack
-        self.num_workers, self.seed, self.drop_last = num_workers, seed, drop_last
-        self.train_split, self.document_splits = train_split, tuple(val_splits)
+        self.document_splits = list_of_splits("val_splits", val_splits)
+        self._caption_splits = list_of_splits("caption_splits", caption_splits)
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=[f"documents_{split}" for split in val_splits] + list(caption_splits),  # as logged
+            test_splits=(),
+            drop_last=drop_last,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+        )
+        self.source, self.transform, self.augment = documents, image, augment
+        self.max_len, self.max_pictures, self.pack = max_len, max_pictures, pack
         self.languages, self.max_bad, self.report_dir = languages, max_bad, report_dir
-        self._given, self._tokenizer = tokenizer, None if isinstance(tokenizer, str) else tokenizer
         self._pairs = DocumentPairs(documents) if captions is None else captions
-        self._caption_splits = tuple(caption_splits)
         self._captions: CaptionData | None = None
         self._documents: dict[str, Documents] = {}
         self._rows: dict[str, DocumentRows] = {}
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer: the one given, loaded, or trained on the training documents at the first call."""
-        if self._tokenizer is None:
-            if isinstance(self._given, str):
-                self._tokenizer = Tokenizer.from_folder(self._given)
-            else:
-                languages = self.source.languages if self.languages is None else self.languages
-                texts = texts_of(self.documents(self.train_split))
-                self._tokenizer = Tokenizer.train(texts, self.vocab_size, languages)
-        return self._tokenizer
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training documents."""
+        languages = self.source.languages if self.languages is None else self.languages
+        return Tokenizer.train(texts_of(self.documents(self.train_split)), self.vocab_size, languages)
 
     @property
     def captions(self) -> CaptionData:
@@ -128,14 +120,9 @@ class InterleavedData(lightning.LightningDataModule):
         self._captions.trainer = self.trainer
         return self._captions
 
-    @property
-    def val_splits(self) -> tuple[str, ...]:
-        """The names of the validation loaders, as they stand in the log: documents first, then pairs."""
-        return (*(f"documents_{split}" for split in self.document_splits), *self._caption_splits)
-
     def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
-        self._tokenizer, self.transform = tokenizer, image
+        self.tokenizer, self.transform = tokenizer, image
         self._rows, self._captions = {}, None
 
     def documents(self, split: str) -> Documents:
@@ -171,21 +158,24 @@ class InterleavedData(lightning.LightningDataModule):
                     _log.warning("%s: %d %s", split, count, what)
         return self._rows[split]
 
+    def splits_of(self, stage: str | None) -> tuple[str, ...]:
+        """The splits of the documents for a stage."""
+        return (self.train_split, *self.document_splits) if stage in (None, "fit") else self.document_splits
+
+    def prepare(self, split: str) -> None:
+        """Read and tokenise a split; its report on unreadable pictures is emptied, unless a run goes on."""
+        self.rows(split)
+        if self.begins:
+            self._bad(split).reset()
+
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits of a stage: "fit" or "validate"."""
-        trainer = self.trainer
-        for split in {"fit": (self.train_split, *self.document_splits)}.get(
-            stage or "fit", self.document_splits
-        ):
-            self.rows(split)
-            if trainer is not None and trainer.is_global_zero and not trainer.ckpt_path:
-                self._bad(split).reset()
+        super().setup(stage)
         self.captions.setup("validate")
 
     def _bad(self, split: str) -> BadPictures:
-        folder = self.report_dir or (self.trainer.default_root_dir if self.trainer else ".")
-        total = int(self.rows(split).pictures.sum())
-        return BadPictures(Path(folder) / f"bad_pictures_documents_{split}.jsonl", total, self.max_bad)
+        path = self.report_folder(self.report_dir) / f"bad_pictures_documents_{split}.jsonl"
+        return BadPictures(path, int(self.rows(split).pictures.sum()), self.max_bad)
 
     def dataset(self, split: str, *, training: bool = False) -> DocumentDataset:
         """Return a split as a dataset of `Pick`s."""
@@ -208,79 +198,27 @@ class InterleavedData(lightning.LightningDataModule):
             else None
         )
 
-    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled, mixed, grouped by length and augmented for training, else plain.
+    def collate(self, split: str, *, training: bool = False) -> CollateDocuments:
+        """What makes a `CaptionBatch` of rows."""
+        return CollateDocuments(self.tokenizer.pad_id)
 
-        Raises:
-            ValueError: If Lightning would replace the sampler.
-        """
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"set use_distributed_sampler to false: InterleavedData shares the rows among the {world} processes "
-                f"itself, and Lightning's sampler would change their order"
-            )
-        rows, pool = self.rows(split), self.mixing(split) if training else None
-
-        def lengths(epoch: int) -> np.ndarray:
-            return rows.lengths if pool is None else rows.lengths[pool.pictures(epoch)[0]]
-
-        sampler = PictureSampler(
-            len(rows) if pool is None else pool.size,
-            self.batch_size,
-            seed=self.seed,
-            shuffle=training,
-            lengths=lengths if training else None,
-            pool=pool,
-            block=self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1),
-            rank=rank,
-            world=world,
-            drop_last=training and self.drop_last,
-        )
-        return ResumableLoader(
-            self.dataset(split, training=training),
-            sampler,
-            CollateDocuments(self.tokenizer.pad_id),
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches."""
-        return self.loader(self.train_split, training=True)
+    def lengths(self, split: str) -> Lengths:
+        """How long rows are."""
+        rows = self.rows(split)
+        return lambda epoch, index: rows.lengths[index]
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Return one loader for each of `val_splits`, in this order."""
         documents = [self.loader(split) for split in self.document_splits]
         return documents + self.captions.val_dataloader()
 
-    def transfer_batch_to_device(
-        self, batch: CaptionBatch, device: torch.device, dataloader_idx: int
-    ) -> CaptionBatch:
-        """Copy a batch to the device beside its computation."""
-        return batch.to(device, non_blocking=True)
+    test_dataloader = lightning.LightningDataModule.test_dataloader  # none: Lightning says what is missing
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which tokenizer and which rows the run uses."""
-        return self._identity()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the tokenizer, the rows and the mixture it had.
-
-        Raises:
-            ValueError: If it has others.
-        """
-        for key, value in self._identity().items():
-            if state_dict[key] != value:
-                raise ValueError(
-                    f"cannot resume: the {key} of the run was {state_dict[key]} and is now {value}, so its batches "
-                    f"differ; use the data and settings of the run, or start a new one"
-                )
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """The tokenizer, the training rows, and how they are mixed."""
         rows, mixing = self.rows(self.train_split), self.mixing(self.train_split)
         return {
-            "tokenizer": hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16],
+            "tokenizer": self.tokenizer_hash,
             "number of rows": len(rows),
             "number of tokens": int(rows.lengths.sum()),
             "mixture": [] if mixing is None else list(mixing.quotas),

@@ -1,30 +1,27 @@
 """Pairs of texts with hidden words as a LightningDataModule, for a `TextEncoder`."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-import lightning
-import torch
-
-from mmtransformer.data.masked_rows import MaskedBatch, MaskedCollate, MaskedDataset, MaskedRows
+from mmtransformer.data.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.masking import Masking, with_mask
-from mmtransformer.data.sampler import PictureSampler, ResumableLoader
+from mmtransformer.data.module import Data, Lengths
 from mmtransformer.data.text_source import GroupedTexts, TextFiles, Unit
 from mmtransformer.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-class MaskedData(lightning.LightningDataModule):
+class MaskedData(Data):
     """Texts with hidden words, alone or in pairs.
 
     Validation hides all of the words that are asked for, always the same ones.
 
     Args:
         source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
-        tokenizer: A tokenizer, or a folder to load one from, which gets a mask token if it has none; None trains one.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one. A mask token is added.
         vocab_size: The most words of a tokenizer that is trained here, the mask token included.
         pairs: Whether rows are pairs of texts, half of the time of one group.
         share: Share of the tokens that are to be filled in.
@@ -55,34 +52,29 @@ class MaskedData(lightning.LightningDataModule):
         val_splits: Sequence[str] = ("val",),
         test_splits: Sequence[str] = ("test",),
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1 row")
-        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of splits: [{value}]")
-        self.source, self.vocab_size, self.pairs = source, vocab_size, pairs
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+        )
+        self.source, self.pairs = source, pairs
         self.share, self.whole_words, self.max_len = share, whole_words, max_len
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.train_split = train_split
-        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
-        self._given = tokenizer
-        self._tokenizer: Tokenizer | None = None
         self._rows: dict[str, MaskedRows] = {}
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with a mask token: the one given, loaded, or trained on the training texts."""
-        if self._tokenizer is None:
-            if isinstance(self._given, Tokenizer):
-                found = self._given
-            elif self._given is not None:
-                found = Tokenizer.from_folder(self._given)
-            else:
-                texts = (text.text for text in self.source.split(self.train_split))
-                found = Tokenizer.train(texts, self.vocab_size - 1, self.source.languages)
-            self._tokenizer = with_mask(found)
-        return self._tokenizer
+        return with_mask(super().tokenizer)
+
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training texts, with room for the mask token."""
+        texts = (text.text for text in self.source.split(self.train_split))
+        return Tokenizer.train(texts, self.vocab_size - 1, self.source.languages)
 
     def masking(self, *, training: bool) -> Masking:
         """How words are hidden: 80 % masked, 10 % changed, 10 % left in training, all masked in validation."""
@@ -109,60 +101,28 @@ class MaskedData(lightning.LightningDataModule):
                 )
         return self._rows[split]
 
-    def setup(self, stage: str | None = None) -> None:
-        """Tokenise the splits of a stage: "fit", "validate" or "test"."""
-        validate, test = self.val_splits, self.test_splits
-        splits = {"fit": (self.train_split, *validate), "validate": validate, "test": test}
-        for split in splits.get(stage or "fit", ()):
-            self.rows(split)
+    def prepare(self, split: str) -> None:
+        """Tokenise a split."""
+        self.rows(split)
 
-    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled and grouped by length for training, as it is otherwise.
-
-        Raises:
-            ValueError: If Lightning would replace the sampler.
-        """
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"set use_distributed_sampler to false: MaskedData shares the rows among the {world} processes "
-                f"itself, and Lightning's sampler would change their order"
-            )
-        rows, tokenizer = self.rows(split), self.tokenizer
-        sampler = PictureSampler(
-            len(rows),
-            self.batch_size,
-            seed=self.seed,
-            shuffle=training,
-            lengths=rows.lengths if training else None,
-            rank=rank,
-            world=world,
-        )
-        return ResumableLoader(
-            MaskedDataset(rows, tokenizer.bos_id, tokenizer.eos_id, training=training),
-            sampler,
-            MaskedCollate(self.masking(training=training), tokenizer.pad_id, split),
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+    def dataset(self, split: str, *, training: bool = False) -> MaskedDataset:
+        """Return a split's rows; in training with other second texts and masks every epoch."""
+        return MaskedDataset(
+            self.rows(split), self.tokenizer.bos_id, self.tokenizer.eos_id, training=training
         )
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches."""
-        return self.loader(self.train_split, training=True)
+    def collate(self, split: str, *, training: bool = False) -> MaskedCollate:
+        """What makes a `MaskedBatch` of rows."""
+        return MaskedCollate(self.masking(training=training), self.tokenizer.pad_id, split)
 
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `val_splits`, in this order."""
-        return [self.loader(split) for split in self.val_splits]
+    def lengths(self, split: str) -> Lengths:
+        """How long rows are, with the second texts of an epoch."""
+        rows = self.rows(split)
+        return lambda epoch, index: rows.lengths(int(epoch))[index]
 
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `test_splits`, in this order."""
-        return [self.loader(split) for split in self.test_splits]
-
-    def transfer_batch_to_device(
-        self, batch: MaskedBatch, device: torch.device, dataloader_idx: int
-    ) -> MaskedBatch:
-        """Copy a batch to the device beside its computation."""
-        return batch.to(device, non_blocking=True)
+    def block(self, world: int) -> int:
+        """Rows of similar length that are trained on together: those of one batch of all processes."""
+        return self.batch_size * world
 
     def describe(self) -> str:
         """What was found, and how the texts of the splits became rows, a line each."""
@@ -175,24 +135,9 @@ class MaskedData(lightning.LightningDataModule):
             lines.append(f"{line}, pairs of texts: {kinds}" if self.pairs else line)
         return "\n".join(lines)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which tokenizer the run uses."""
-        return {"tokenizer": self._tokenizer_hash()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the tokenizer it had.
-
-        Raises:
-            ValueError: If it has another one.
-        """
-        if state_dict["tokenizer"] != self._tokenizer_hash():
-            raise ValueError(
-                f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
-                f"{state_dict['tokenizer']}); the training texts or vocab_size ({self.vocab_size}) have changed"
-            )
-
-    def _tokenizer_hash(self) -> str:
-        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, Any]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer_hash}
 
 
 def own_masked(

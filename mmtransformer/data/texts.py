@@ -3,20 +3,19 @@
 Letters: b rows, q tokens of a row.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
-from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader
+from mmtransformer.data.module import Data
+from mmtransformer.data.sampler import Pick
 from mmtransformer.data.source import Caption
 from mmtransformer.data.text_rows import TextRow, TextRows
 from mmtransformer.data.text_source import TextFiles, TextSource, Unit
@@ -93,12 +92,12 @@ class TextCollate:
         )
 
 
-class TextData(lightning.LightningDataModule):
+class TextData(Data):
     """Texts for a language model, packed into full rows; no text sees its neighbours.
 
     Args:
         source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
-        tokenizer: A tokenizer, or a folder to load one from; None trains one on the training texts.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training texts.
         vocab_size: The most words of a tokenizer that is trained here.
         max_len: The most tokens that see each other, prompt and end included; a longer text is divided.
         row_len: Tokens of a row, in which several texts stand; `max_len` unless told.
@@ -127,34 +126,25 @@ class TextData(lightning.LightningDataModule):
         test_splits: Sequence[str] = ("test",),
         languages: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1 row")
-        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of splits: [{value}]")
-        self.source, self.vocab_size, self.languages = source, vocab_size, languages
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+        )
+        self.source, self.languages = source, languages
         self.max_len, self.row_len = max_len, max_len if row_len is None else row_len
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.train_split = train_split
-        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
-        self._given = tokenizer
-        self._tokenizer: Tokenizer | None = None
         self._rows: dict[str, TextRows] = {}
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer: the one given, loaded, or trained on the training texts at the first call."""
-        if self._tokenizer is None:
-            if isinstance(self._given, Tokenizer):
-                self._tokenizer = self._given
-            elif self._given is not None:
-                self._tokenizer = Tokenizer.from_folder(self._given)
-            else:
-                texts = (text.text for text in self.texts(self.train_split))
-                languages = self.source.languages if self.languages is None else self.languages
-                self._tokenizer = Tokenizer.train(texts, self.vocab_size, languages)
-        return self._tokenizer
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training texts."""
+        texts = (text.text for text in self.texts(self.train_split))
+        languages = self.source.languages if self.languages is None else self.languages
+        return Tokenizer.train(texts, self.vocab_size, languages)
 
     def texts(self, split: str) -> list[Caption]:
         """Return the texts of a split."""
@@ -173,54 +163,17 @@ class TextData(lightning.LightningDataModule):
                 )
         return self._rows[split]
 
-    def setup(self, stage: str | None = None) -> None:
-        """Tokenise and pack the splits of a stage: "fit", "validate" or "test"."""
-        validate, test = self.val_splits, self.test_splits
-        splits = {"fit": (self.train_split, *validate), "validate": validate, "test": test}
-        for split in splits.get(stage or "fit", ()):
-            self.rows(split)
+    def prepare(self, split: str) -> None:
+        """Tokenise and pack a split."""
+        self.rows(split)
 
-    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled for training, as it is otherwise.
+    def dataset(self, split: str, *, training: bool = False) -> TextDataset:
+        """Return a split's rows; arranged anew every epoch in training."""
+        return TextDataset(self.rows(split), training=training)
 
-        Raises:
-            ValueError: If Lightning would replace the sampler.
-        """
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"set use_distributed_sampler to false: TextData shares the rows among the {world} processes "
-                f"itself, and Lightning's sampler would change their order"
-            )
-        rows = self.rows(split)
-        sampler = PictureSampler(
-            len(rows), self.batch_size, seed=self.seed, shuffle=training, rank=rank, world=world
-        )
-        return ResumableLoader(
-            TextDataset(rows, training=training),
-            sampler,
-            TextCollate(self.tokenizer.pad_id, rows.text_of, split),
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches."""
-        return self.loader(self.train_split, training=True)
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `val_splits`, in this order."""
-        return [self.loader(split) for split in self.val_splits]
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `test_splits`, in this order."""
-        return [self.loader(split) for split in self.test_splits]
-
-    def transfer_batch_to_device(
-        self, batch: TextBatch, device: torch.device, dataloader_idx: int
-    ) -> TextBatch:
-        """Copy a batch to the device beside its computation."""
-        return batch.to(device, non_blocking=True)
+    def collate(self, split: str, *, training: bool = False) -> TextCollate:
+        """What makes a `TextBatch` of rows."""
+        return TextCollate(self.tokenizer.pad_id, self.rows(split).text_of, split)
 
     def describe(self) -> str:
         """What was found, and how the texts of the splits became rows, a line each."""
@@ -236,29 +189,15 @@ class TextData(lightning.LightningDataModule):
             lines.append(line)
         return "\n".join(lines)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which tokenizer and rows the run uses."""
-        return {"tokenizer": self._tokenizer_hash(), "rows": [self.max_len, self.row_len]}
+    def identity(self) -> dict[str, Any]:
+        """The tokenizer, and the size of texts and rows."""
+        return {"tokenizer": self.tokenizer_hash, "rows": [self.max_len, self.row_len]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the tokenizer and the rows it had.
-
-        Raises:
-            ValueError: If it has others.
-        """
-        if state_dict["tokenizer"] != self._tokenizer_hash():
-            raise ValueError(
-                f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
-                f"{state_dict['tokenizer']}); the training texts or vocab_size ({self.vocab_size}) have changed"
-            )
-        if state_dict["rows"] != [self.max_len, self.row_len]:
-            was = "max_len {} and row_len {}".format(*state_dict["rows"])
-            raise ValueError(
-                f"cannot resume: the run had {was}, now they are {self.max_len} and {self.row_len}"
-            )
-
-    def _tokenizer_hash(self) -> str:
-        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+    def changed(self, name: str, was: Any, now: Any) -> str:
+        """What to say when the tokenizer or the rows are not what they were."""
+        if name == "rows":
+            return "the run had max_len {} and row_len {}, now they are {} and {}".format(*was, *now)
+        return super().changed(name, was, now)
 
 
 def own_texts(

@@ -3,18 +3,17 @@
 Letters: n pairs, k source tokens, q target tokens.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import lightning
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mmtransformer.data.module import Data, Lengths
 from mmtransformer.data.parallel import Parallel, ParallelSource
-from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader
+from mmtransformer.data.sampler import Pick
 from mmtransformer.seq2seq import TextPairs
 from mmtransformer.tokenizer import Tokenizer
 
@@ -102,12 +101,12 @@ class PairCollate:
         return TextPairs(source, source_valid, tokens, valid, target, tuple(row.name for row in rows))
 
 
-class TranslationData(lightning.LightningDataModule):
+class TranslationData(Data):
     """Texts with translations, in batches grouped by length, the same for any number of workers and processes.
 
     Args:
         source: Where the pairs come from, such as `SceneTranslations` or `ParallelTable`.
-        tokenizer: A tokenizer, or a folder to load one from; None trains one on the training texts of both sides.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on both sides' texts.
         vocab_size: The most words of a tokenizer that is trained here.
         batch_size: Pairs in a batch of one process.
         max_len: The most tokens of a source or a target, with prompt and end; longer pairs are left out, and counted.
@@ -117,6 +116,8 @@ class TranslationData(lightning.LightningDataModule):
         val_splits: The splits to validate on.
         test_splits: The splits to test on.
     """
+
+    unit = "pair"
 
     def __init__(
         self,
@@ -132,33 +133,24 @@ class TranslationData(lightning.LightningDataModule):
         val_splits: Sequence[str] = ("val",),
         test_splits: Sequence[str] = ("test",),
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1 pair")
-        for name, value in (("val_splits", val_splits), ("test_splits", test_splits)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of splits: [{value}]")
-        self.source, self.vocab_size = source, vocab_size
-        self.batch_size, self.max_len, self.num_workers, self.seed = batch_size, max_len, num_workers, seed
-        self.train_split = train_split
-        self.val_splits, self.test_splits = tuple(val_splits), tuple(test_splits)
-        self._given = tokenizer
-        self._tokenizer: Tokenizer | None = None
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+        )
+        self.source, self.max_len = source, max_len
         self._pairs: dict[str, list[Parallel]] = {}
         self._rows: dict[str, TranslationRows] = {}
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer: the one given, loaded, or trained on the training texts at the first call."""
-        if self._tokenizer is None:
-            if isinstance(self._given, Tokenizer):
-                self._tokenizer = self._given
-            elif self._given is not None:
-                self._tokenizer = Tokenizer.from_folder(self._given)
-            else:
-                texts = (text for pair in self.pairs(self.train_split) for text in (pair.source, pair.text))
-                self._tokenizer = Tokenizer.train(texts, self.vocab_size, self.source.languages)
-        return self._tokenizer
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training texts of both sides."""
+        texts = (text for pair in self.pairs(self.train_split) for text in (pair.source, pair.text))
+        return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
     def pairs(self, split: str) -> list[Parallel]:
         """Return the pairs of a split, the longest too."""
@@ -177,61 +169,22 @@ class TranslationData(lightning.LightningDataModule):
                 )
         return self._rows[split]
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise the splits of a stage: "fit", "validate" or "test"."""
-        validate, test = self.val_splits, self.test_splits
-        splits = {"fit": (self.train_split, *validate), "validate": validate, "test": test}
-        for split in splits.get(stage or "fit", ()):
-            self.rows(split)
+    def prepare(self, split: str) -> None:
+        """Read and tokenise a split."""
+        self.rows(split)
 
-    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
-        """Return the loader of a split: shuffled and grouped by length for training, as it is otherwise.
+    def dataset(self, split: str, *, training: bool = False) -> TranslationRows:
+        """Return a split's pairs."""
+        return self.rows(split)
 
-        Raises:
-            ValueError: If Lightning would replace the sampler.
-        """
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"set use_distributed_sampler to false: TranslationData shares the pairs among the {world} processes "
-                f"itself, and Lightning's sampler would change their order"
-            )
+    def collate(self, split: str, *, training: bool = False) -> PairCollate:
+        """What makes a `TextPairs` of pairs."""
+        return PairCollate(self.tokenizer)
+
+    def lengths(self, split: str) -> Lengths:
+        """How long the two texts of a pair are together."""
         rows = self.rows(split)
-        sampler = PictureSampler(
-            len(rows),
-            self.batch_size,
-            seed=self.seed,
-            shuffle=training,
-            lengths=(lambda _: rows.lengths) if training else None,
-            block=self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1),
-            rank=rank,
-            world=world,
-        )
-        return ResumableLoader(
-            rows,
-            sampler,
-            PairCollate(self.tokenizer),
-            num_workers=self.num_workers,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches."""
-        return self.loader(self.train_split, training=True)
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `val_splits`, in this order."""
-        return [self.loader(split) for split in self.val_splits]
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """Return one loader for each of `test_splits`, in this order."""
-        return [self.loader(split) for split in self.test_splits]
-
-    def transfer_batch_to_device(
-        self, batch: TextPairs, device: torch.device, dataloader_idx: int
-    ) -> TextPairs:
-        """Copy a batch to the device beside its computation."""
-        return batch.to(device, non_blocking=True)
+        return lambda epoch, index: rows.lengths[index]
 
     def describe(self) -> str:
         """What there is, a line a split."""
@@ -240,21 +193,6 @@ class TranslationData(lightning.LightningDataModule):
             for split in (self.train_split, *self.val_splits)
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Which tokenizer the run uses."""
-        return {"tokenizer": self._tokenizer_hash()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run has the tokenizer it had.
-
-        Raises:
-            ValueError: If it has another one.
-        """
-        if state_dict["tokenizer"] != self._tokenizer_hash():
-            raise ValueError(
-                f"cannot resume: the tokenizer is not that of the run ({self._tokenizer_hash()}, was "
-                f"{state_dict['tokenizer']}); the training texts or vocab_size ({self.vocab_size}) have changed"
-            )
-
-    def _tokenizer_hash(self) -> str:
-        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, Any]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer_hash}
