@@ -34,7 +34,7 @@ def two_sources(**options: object) -> Mixture:
 @given(
     sizes=st.lists(st.integers(1, 23), min_size=1, max_size=4),
     weights=st.data(),
-    epoch_size=st.integers(29, 101),
+    epoch_size=st.integers(79, 151),
     seed=st.integers(0, 2**31),
 )
 def test_every_part_goes_through_all_its_members_before_any_comes_again(
