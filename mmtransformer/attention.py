@@ -162,7 +162,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
     if isinstance(mask, BlockMask):
         k, v = _spread_rows(q, k), _spread_rows(q, v)
-        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return _compiled_flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'unknown mask word "{mask}": the only one is "causal"')
@@ -253,8 +253,11 @@ def _attend_sdpa(
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)  # pyright: ignore[reportReturnType]  # Uncompiled it holds all scores.
+def _compiled_flex(device: str) -> Callable[..., Tensor]:
+    """FlexAttention compiled, since uncompiled it holds all scores."""
+    # On a CPU torch 2.15 writes C++ that does not compile where lengths vary: there each length is compiled by itself.
+    dynamic = False if device == "cpu" else None
+    return torch.compile(flex_attention, dynamic=dynamic)  # pyright: ignore[reportReturnType]
 
 
 def _spread_rows(q: Tensor, x: Tensor) -> Tensor:

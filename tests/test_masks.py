@@ -52,7 +52,7 @@ def test_all_of_and_any_of() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_block_mask_attends_as_the_dense_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "mmtransformer.attention._compiled_flex", lambda: flex_attention
+        "mmtransformer.attention._compiled_flex", lambda device: flex_attention
     )  # Compiling takes a minute.
     valid = torch.rand(2, 128) > 0.3
     predicate = masks.all_of(masks.causal(), masks.padding(valid))
@@ -61,6 +61,18 @@ def test_a_block_mask_attends_as_the_dense_one_does(monkeypatch: pytest.MonkeyPa
     q, k, v = (torch.randn(2, 3, 128, 16) for _ in range(3))
     dense = masks.dense(predicate, 2, 128, 128)
     torch.testing.assert_close(attend(q, k, v, block), attend(q, k, v, dense), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_longformers_block_mask_is_compiled_for_any_length_on_a_cpu() -> None:
+    """A minute of compiling; torch's C++ for lengths that vary does not compile."""
+    for length in (256, 384):
+        q, k, v = (torch.randn(1, 2, length, 16) for _ in range(3))
+        pattern = masks.any_of(masks.window(32), masks.global_tokens(torch.arange(length)[None] < 2))
+        with torch.inference_mode():
+            found = attend(q, k, v, masks.block(pattern, 1, length, length, "cpu"))
+            want = attend(q, k, v, masks.dense(pattern, 1, length, length))
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
 
 def test_show_labels_and_refuses_batches() -> None:
