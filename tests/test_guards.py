@@ -1,5 +1,6 @@
 """Faults are said, not trained through: numbers that are not finite, and memory that runs out."""
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -37,7 +38,9 @@ def batch(seed: int, poison: float | None = None) -> CaptionBatch:
     return CaptionBatch(tokens, valid, target, pixels, names=tuple(f"picture-{seed}-{i}" for i in range(3)))
 
 
-def train(folder: Path, batches: list[CaptionBatch], **optim: Any) -> tuple[Captioning, pl.Trainer]:
+def train(
+    folder: Path, batches: list[CaptionBatch], accumulate: int = 1, **optim: Any
+) -> tuple[Captioning, pl.Trainer]:
     module = Captioning(tiny.captioner(), optim=Optim(**({"lr": 0.01, "warmup_steps": 1} | optim)))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -46,7 +49,8 @@ def train(folder: Path, batches: list[CaptionBatch], **optim: Any) -> tuple[Capt
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=folder,
-        max_steps=len(batches),
+        max_steps=len(batches) // accumulate,
+        accumulate_grad_batches=accumulate,
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, train_dataloaders=loader)
@@ -66,6 +70,34 @@ def test_the_message_says_where(tmp_path: Path, poison: float) -> None:
     assert "Learning rate 0.1" in text
     assert "nonfinite=skip" in text
     assert one_line(caught.value) == text
+
+
+def test_of_an_accumulated_step_the_bad_part_is_named(tmp_path: Path) -> None:
+    """Not the part that came last, nor all of them."""
+    with pytest.raises(NotFinite) as caught:
+        train(tmp_path, [batch(0), batch(1), batch(2), batch(3, math.nan), batch(4), batch(5)], accumulate=3)
+    text = str(caught.value)
+    assert text.startswith("step 1: the loss is nan")
+    assert "samples: picture-3-0, picture-3-1, picture-3-2." in text
+    assert "first bad module: captioner.vision.patch_embed" in text
+
+
+def test_every_sample_of_a_bad_step_stands_in_a_file(tmp_path: Path) -> None:
+    many = batch(1, math.inf)
+    names = tuple(f"그림-{i}" for i in range(17))
+    rows = torch.arange(17) % 3
+    many = CaptionBatch(
+        many.tokens[rows], many.valid[rows], many.target[rows], many.pixels[rows], names=names
+    )  # type: ignore[index]
+    with pytest.raises(NotFinite, match="그림-7 and 9 more") as caught:
+        train(tmp_path, [batch(0), many], lr=0.25)
+    assert f"(all in {tmp_path / 'not_finite.jsonl'})" in str(caught.value)
+    (line,) = (tmp_path / "not_finite.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(line)
+    assert row["samples"] == list(names)
+    assert (row["step"], row["loss"], row["lr"]) == (1, "nan", 0.25)
+    assert row["module"].startswith("captioner.vision.patch_embed")
+    assert row["gradient"].startswith("captioner.")
 
 
 def test_weights_are_what_they_were_before_the_bad_step(

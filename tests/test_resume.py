@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "validation in mid-epoch": {"val_check_interval": 0.67},
     "part of an epoch": {"limit_train_batches": 2, "every_steps": 3},
     "workers": {"workers": 2},
+    "mixture": {"mixture": True, "every_steps": 2},
 }
 
 
@@ -78,6 +79,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         ("validation in mid-epoch", {"at": 5}),
         ("part of an epoch", {"at": 5}),
         ("workers", {"at": 4}),
+        ("mixture", {"at": 6}),
+        ("workers", {"at": 4, "number": signal.SIGTERM, "all": True}),
+        ("workers", {"at": 6, "number": signal.SIGINT, "all": True, "where": "validation"}),
     ],
 )
 def test_killed_and_resumed_is_the_unbroken_run(
@@ -99,6 +103,17 @@ def test_killed_at_25_random_moments(tmp_path: Path, unbroken: Any) -> None:
         folder = tmp_path / str(i)
         folder.mkdir()
         check(folder, unbroken(**setting), setting, at=at, where=where)
+
+
+@pytest.mark.parametrize(("workers", "mixture"), [(1, False), (2, False), (4, False), (4, True)])
+def test_any_number_of_workers_sees_the_same_pixels_and_losses(
+    unbroken: Any, workers: int, mixture: bool
+) -> None:
+    """To the last bit, grouped by length and augmented; and the weights that come of it are the same."""
+    setting = {"max_steps": 4, "max_epochs": -1, "ema": 0.0, "mixture": mixture}
+    seen, log = unbroken(**setting, workers=workers)
+    assert (seen, log) == unbroken(**setting, workers=0)
+    assert len({line[3] for line in seen if line[0] != "validation" and line[0] != "end"}) == 4
 
 
 def test_every_picture_is_seen_once_an_epoch(unbroken: Any) -> None:

@@ -1,4 +1,7 @@
 import itertools
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -110,7 +113,8 @@ def test_drop_last():
     assert len(PictureSampler(N, 7)) == len(list(PictureSampler(N, 7))) == 15
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_batches_do_not_depend_on_workers_and_leave_the_global_generator_alone(workers):
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -203,3 +207,21 @@ def test_impossible_sizes_are_refused():
 
 def test_a_pick_counts_unless_told():
     assert Pick(1, 2).counted
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not known here")
+def test_workers_outlive_the_signals_of_others_and_obey_their_parent():
+    """A scheduler signals every process of a job; a worker that died of it would take the run along."""
+    mine = loader(workers=2)
+    batches = iter(mine)
+    got = [next(batches)]
+    workers = mine._iterator._workers
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(0.1)
+    got += list(batches)
+    assert all(torch.equal(a, b) for a, b in zip(got, loader(), strict=True))
+    assert all(worker.is_alive() for worker in workers)
+    workers[0].terminate()
+    workers[0].join(10)
+    assert workers[0].exitcode == 0

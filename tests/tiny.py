@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import subprocess
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import torch
 from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
 from mmtransformer.captioner import CaptionBatch
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.mixture import Mixture
 from mmtransformer.data.scenes import Scenes
 from mmtransformer.images import Augment
 from mmtransformer.training.captioning import Captioning
@@ -35,19 +39,37 @@ def captioner(
     return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
 
-def scenes(batch_size: int = 4, train_size: int = 11, **arguments: Any) -> CaptionData:
-    """Eleven pictures, augmented."""
+def scenes(
+    batch_size: int = 4, train_size: int = 11, *, mixture: bool = False, **arguments: Any
+) -> CaptionData:
+    """Eleven pictures, augmented; or as many from two sources, two of the one for one of the other."""
     source = Scenes(image_size=32, train_size=train_size, val_size=5, compositional_size=3)
+    if mixture:
+        other = Scenes(image_size=32, train_size=5, val_size=2, compositional_size=1, seed=7)
+        source = Mixture({"a": source, "b": other}, {"a": 2.0, "b": 1.0}, epoch_size=train_size)
     arguments = {"vocab_size": VOCAB, "max_len": 60, "augment": Augment(scale=(0.6, 1.0))} | arguments
     return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)
 
 
 class Witness(pl.Callback):
-    """Writes down every batch, loss and validation; and sends this process a signal at one of them."""
+    """Writes down every batch, loss and validation; and sends a signal at one of them.
 
-    def __init__(self, path: Path, at: int = -1, number: int = 9, where: str = "train") -> None:
-        self.path, self.at, self.number, self.where = path, at, number, where
+    The signal goes to this process, or with `all` to its workers as well, as a scheduler or a terminal sends it.
+    """
+
+    def __init__(
+        self, path: Path, at: int = -1, number: int = 9, where: str = "train", all: bool = False
+    ) -> None:
+        self.path, self.at, self.number, self.where, self.all = path, at, number, where, all
         self.batches = 0
+
+    def kill(self) -> None:
+        if self.all:
+            workers = [str(child.pid) for child in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", f"-{int(self.number)}", *workers], check=True)  # not by their parent
+            time.sleep(0.3)
+        os.kill(os.getpid(), self.number)
 
     def tell(self, *words: Any) -> None:
         with self.path.open("a") as file:
@@ -69,11 +91,11 @@ class Witness(pl.Callback):
         self.tell(*step, pixels, float(outputs["loss"]).hex(), list(batch.names))
         self.batches += 1
         if self.batches == self.at and self.where == "train":
-            os.kill(os.getpid(), self.number)
+            self.kill()
 
     def on_validation_batch_end(self, *_: Any) -> None:
         if self.batches == self.at and self.where == "validation":
-            os.kill(os.getpid(), self.number)
+            self.kill()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         losses = {k: float(v).hex() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -108,6 +130,7 @@ def fit(
     workers: int = 0,
     ema: float = 0.9,
     batch_size: int = 4,
+    mixture: bool = False,
     captioner: Callable[[], EncoderDecoder] = captioner,
     **arguments: Any,
 ) -> str:
@@ -126,19 +149,26 @@ def fit(
         callbacks=[witness, Saving(every_steps=every_steps)],
         **({"max_epochs": 3} | arguments),
     )
-    data = scenes(batch_size, num_workers=workers)
+    data = scenes(batch_size, mixture=mixture, num_workers=workers)
     trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None)
     weights = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
     return hashlib.sha256(weights).hexdigest()
 
 
 def run(
-    folder: Path, log: Path, *, at: int = -1, number: int = 9, where: str = "train", **arguments: Any
+    folder: Path,
+    log: Path,
+    *,
+    at: int = -1,
+    number: int = 9,
+    where: str = "train",
+    all: bool = False,
+    **arguments: Any,
 ) -> int:
     """`fit` in a forked process; what it saw stands in `log`. Its exit code, or minus its signal."""
 
     def job() -> None:
-        witness = Witness(log, at, number, where)
+        witness = Witness(log, at, number, where, all)
         witness.tell("end", fit(folder, witness, **arguments))
 
     return in_child(job)

@@ -32,6 +32,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --trainer.default_root_dir DIR       the run's folder (runs/NAME_OF_RECIPE)
   --trainer.accelerator cpu|gpu        where to compute (a GPU if there is one)
   --trainer.devices N                  how many GPUs
+  --trainer.strategy ddp|sharded       how they share a run: the batches, or the weights as well
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
   --trainer.accumulate_grad_batches N  batches an optimizer step
   --trainer.gradient_clip_val X        clip the gradient's norm
@@ -104,6 +105,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.log import MetricsLog
     from mmtransformer.training.precision import fast_matmuls, pick_precision
     from mmtransformer.training.saving import Saving
+    from mmtransformer.training.sharded import Sharded
     from mmtransformer.training.throughput import Throughput
 
     class RecipeCLI(LightningCLI):
@@ -147,6 +149,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 print(f"precision: {choice.precision}, as {choice.reason}")
             if config.logger is None:
                 config.logger = MetricsLog(root)
+            if config.strategy == "sharded":
+                config.strategy = Sharded()
             extra: list[pl.Callback] = []
             if config.logger is not False and not config.barebones:
                 extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.

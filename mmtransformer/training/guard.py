@@ -1,8 +1,10 @@
 """What stops a run rather than being trained through: numbers that are not finite, memory that runs out."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 MOST_IN_A_ROW = 10
 """Steps that may be skipped one after the other before a run that skips them stops all the same."""
+RECORD = "not_finite.jsonl"
+"""The file of the run's folder that lists every such step, with all its samples."""
 
 
 class NotFinite(ValueError):
@@ -29,6 +33,7 @@ def not_finite(
     lr: float,
     names: Sequence[str],
     culprit: str | None = None,
+    record: Path | None = None,
 ) -> NotFinite:
     """The error to raise, with everything that helps to find the cause.
 
@@ -38,12 +43,19 @@ def not_finite(
         grad_norm: The norm of all gradients.
         step: The optimizer step that was not taken.
         lr: Its learning rate.
-        names: The samples of the step.
+        names: The samples of the step, or of the part of it whose loss is not finite.
         culprit: What `first_bad_module` found.
+        record: A file that gets a line with all of this; the message names eight samples.
     """
     bad = (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
     first = next(bad, None)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if record is not None:
+        row = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "lr": lr, "module": culprit}
+        line = json.dumps(row | {"gradient": first, "samples": list(names)}, ensure_ascii=False)
+        with contextlib.suppress(OSError), record.open("a", encoding="utf-8") as file:  # never hide the fault
+            file.write(line + "\n")
+        shown += f" (all in {record})" if len(names) > 8 else ""
     where = f"first bad module: {culprit}; " if culprit else ""
     where += f"first bad gradient: {first}" if first else "every gradient is finite by itself"
     return NotFinite(

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mmtransformer.training.checkpoints import write_whole
+from mmtransformer.training.checkpoints import CheckpointError, write_whole
 
 
 class MetricsLog(Logger):
@@ -77,8 +77,9 @@ class MetricsLog(Logger):
             self.columns += new
             self._write(self._read() + rows)
         else:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns).writerows(rows)
+            text = io.StringIO(newline="")
+            csv.DictWriter(text, self.columns, restval="").writerows(rows)
+            self._append(text.getvalue().encode())
 
     @rank_zero_only
     def go_on(self, rows: int) -> None:
@@ -98,6 +99,16 @@ class MetricsLog(Logger):
             return []
         with self.path.open(encoding="utf-8", newline="") as file:
             return [{k: v for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
+
+    def _append(self, data: bytes) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot add {len(data):,} bytes: {error.strerror or error}. Free some space, then go on "
+                f"with --resume"
+            ) from error
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")

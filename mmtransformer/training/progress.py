@@ -26,7 +26,7 @@ class Progress(ProgressBar):
         self._enabled = True
         self._shown = 0  # characters of the line that stands in the terminal
         self._begin = self._last = 0.0
-        self._first_step = self._seen = 0
+        self._first_step, self._seen = 0, (0, 0)  # samples and tokens before this start
 
     def disable(self) -> None:
         """No output (Lightning calls it on all processes but the first)."""
@@ -46,7 +46,7 @@ class Progress(ProgressBar):
         """Starts the clock."""
         self._begin, self._last = time.monotonic(), 0.0
         self._first_step = trainer.global_step
-        self._seen = getattr(pl_module, "samples_seen", 0)
+        self._seen = (getattr(pl_module, "samples_seen", 0), getattr(pl_module, "tokens_seen", 0))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +75,11 @@ class Progress(ProgressBar):
         parts = [f"step {step}/{total} ({step / max(total, 1):.0%})"]
         if isinstance(module, Task):
             parts.append(f"loss {float(module.last_loss):.3f}")
-            parts.append(f"{(module.samples_seen - self._seen) / max(seconds, 1e-9):,.0f} {module.unit}/s")
+            # This process's, times the processes: a step is shared out evenly.
+            rate = trainer.world_size / max(seconds, 1e-9)
+            samples, tokens = module.samples_seen - self._seen[0], module.tokens_seen - self._seen[1]
+            parts.append(f"{rate * samples:,.0f} {module.unit}/s")
+            parts.append(f"{rate * tokens:,.0f} tokens/s")
         meters = (c for c in getattr(trainer, "callbacks", ()) if isinstance(c, Throughput))
         parts += [meter.words(module.device) for meter in meters]
         parts.append(f"{clock(seconds)} gone, {clock(left)} left")

@@ -4,6 +4,7 @@ A checkpoint is taken between optimizer steps only (see resume.py for what is in
 """
 
 import signal
+import socket
 import sys
 import threading
 import time
@@ -55,9 +56,11 @@ class Saving(Checkpoint):
         self.signal = 0
         self.path = Path("last" + SUFFIX)
         self._step, self._clock = -1, 0.0  # of the last checkpoint
+        self._from = 0  # the step that the run goes on from
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes over the writing of checkpoint files, and clears away what a killed run left."""
+        self._from = 0
         folder = self.folder or Path(trainer.default_root_dir) / "checkpoints"
         self.path = Path(trainer.strategy.broadcast(str(folder))) / f"last{SUFFIX}"
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
@@ -65,8 +68,13 @@ class Saving(Checkpoint):
         if trainer.is_global_zero and stage == "fit":
             sweep(self.path.parent)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compares the processes, before they wait for one another."""
+        self._same_start(trainer)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listens to signals, in place of Lightning, which loses the run."""
+        self._same_start(trainer)  # `Sharded` reads its checkpoint late.
         self.signal, self._step, self._clock = 0, trainer.global_step, time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning puts back what was there when the run ends.
@@ -129,6 +137,7 @@ class Saving(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Goes on with the log."""
+        self._from = checkpoint["global_step"]
         for log in trainer.loggers if trainer.state.fn == "fit" else []:
             if isinstance(log, MetricsLog):
                 log.go_on(checkpoint.get("rows", 0))
@@ -142,7 +151,8 @@ class Saving(Checkpoint):
         if trainer.world_size == 1:
             return self.signal
         number = torch.tensor(self.signal, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(number, reduce_op="max"))
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
 
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         if number:
@@ -159,3 +169,21 @@ class Saving(Checkpoint):
             logger.save()
         trainer.save_checkpoint(self.path)
         self._step, self._clock = trainer.global_step, time.monotonic()
+
+    def _same_start(self, trainer: pl.Trainer) -> None:
+        """A node that cannot see the run's folder would begin anew beside the others, or wait for them forever.
+
+        Raises:
+            ValueError: If not all processes go on from the same step.
+        """
+        if trainer.world_size == 1:
+            return
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, (socket.gethostname(), self._from))
+        for i, (host, step) in enumerate(found):
+            if step != found[0][1]:
+                raise ValueError(
+                    f"process {i} (on {host}) would go on from step {step}, process 0 (on {found[0][0]}) from step "
+                    f"{found[0][1]}: the run's folder, {trainer.default_root_dir}, must be on a disk that all nodes "
+                    f"share"
+                )

@@ -28,7 +28,7 @@ STEPS = ("training_step", "validation_step", "test_step")
 
 
 class Sharded(ModelParallelStrategy):
-    """Shares a task's weights out among all processes: `--trainer.strategy=mmtransformer.training.sharded.Sharded`."""
+    """Shares a task's weights out among all processes: `mmt fit ... --trainer.strategy sharded`."""
 
     def __init__(self) -> None:
         super().__init__(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False)

@@ -18,7 +18,14 @@ from torch.distributed.tensor import DTensor
 from mmtransformer.next_token import Loss
 from mmtransformer.training.average import Average
 from mmtransformer.training.checkpoints import CheckpointError
-from mmtransformer.training.guard import MOST_IN_A_ROW, first_bad_module, is_finite, memory_advice, not_finite
+from mmtransformer.training.guard import (
+    MOST_IN_A_ROW,
+    RECORD,
+    first_bad_module,
+    is_finite,
+    memory_advice,
+    not_finite,
+)
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
 from mmtransformer.training.sharded import Sharded, gather, share_out
@@ -64,6 +71,7 @@ class Task(pl.LightningModule, ABC):
         self._counts: list[Tensor] = []
         self._names: list[str] = []
         self._batch: Any = None  # the last of them
+        self._suspect: tuple[Any, list[str]] | None = None  # the first of them whose loss is not finite
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
         self._totals: dict[tuple[str, str], Tensor] = {}
         self._seed: int | None = None
@@ -110,7 +118,8 @@ class Task(pl.LightningModule, ABC):
             share_out(self, self.device_mesh["data_parallel"])
 
     def on_fit_end(self) -> None:
-        """Gives every process whole weights again."""
+        """Gives every process whole weights again, and the first one the counts of all."""
+        self._take_counts(self._all_counts())
         if isinstance(self.trainer.strategy, Sharded):
             gather(self)
 
@@ -147,12 +156,15 @@ class Task(pl.LightningModule, ABC):
         names = self.names(batch)
         with self._memory_advice(len(names)):
             loss = self.loss(batch)
+        total, count = torch.stack([loss.sum.detach().double(), loss.count.double()]).tolist()
+        if self._suspect is None and not math.isfinite(total):
+            self._suspect = batch, list(names)
         self._batch = batch
         self._sums.append(loss.sum.detach())
         self._counts.append(loss.count)
         self._names += names
         self.samples_seen += len(names)
-        self.tokens_seen += int(loss.count)
+        self.tokens_seen += int(count)
         return loss.sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -188,13 +200,13 @@ class Task(pl.LightningModule, ABC):
         # Lightning has divided by the micro-batches, DDP by the processes.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
         loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
-        names, batch = self._names, self._batch
-        self._sums, self._counts, self._names, self._batch = [], [], [], None
+        batch, names = self._suspect or (self._batch, self._names)
+        self._sums, self._counts, self._names, self._batch, self._suspect = [], [], [], None, None
         finite = is_finite(loss, norm)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
-            compute = (lambda: self.loss(batch)) if self.trainer.world_size == 1 else None
-            culprit = first_bad_module(self, compute) if compute else None
+            # All processes come by here, so what they compute together they compute together once more.
+            whole = not isinstance(self.trainer.strategy, Sharded)
             fault = not_finite(
                 self,
                 loss=loss,
@@ -202,7 +214,8 @@ class Task(pl.LightningModule, ABC):
                 step=self.trainer.global_step,
                 lr=lr,
                 names=names,
-                culprit=culprit,
+                culprit=first_bad_module(self, lambda: self.loss(batch)) if whole else None,
+                record=Path(self.trainer.default_root_dir) / RECORD,
             )
             self._in_a_row += 1
             if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
@@ -230,13 +243,18 @@ class Task(pl.LightningModule, ABC):
     def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
         """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
         sums = torch.stack([torch.stack(self._sums).sum().double(), torch.stack(self._counts).sum().double()])
-        if self.trainer.world_size > 1:
-            sums = torch.as_tensor(self.all_gather(sums)).sum(0)
+        sums = self._added_up(sums)
         norm = torch.nn.utils.get_total_norm(grads)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         loss, count, value = torch.cat([sums, norm.double()[None]]).tolist()
         return loss, count, value
+
+    def _added_up(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(numbers)
+        return numbers
 
     def _log(self, row: dict[str, float]) -> None:
         """Writes a row before the step's checkpoint, which Lightning's own log would come after."""
@@ -265,8 +283,7 @@ class Task(pl.LightningModule, ABC):
         """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
         logs: dict[str, Tensor] = {}
         for (split, name), pair in self._totals.items():
-            if self.trainer.world_size > 1:
-                pair = torch.as_tensor(self.all_gather(pair)).sum(0)
+            pair = self._added_up(pair)
             mean = (pair[0] / pair[1]).float()
             logs[f"{split}/{name}"] = mean
             if name == "loss":
@@ -292,8 +309,8 @@ class Task(pl.LightningModule, ABC):
         settle(self.trainer, checkpoint)
         checkpoint["optim"] = asdict(self.optim)
         checkpoint["seed"] = self._seed
-        seen = {"samples": self.samples_seen, "tokens": self.tokens_seen, "skipped": self.skipped}
-        checkpoint["seen"] = seen
+        samples, tokens = self._all_counts()
+        checkpoint["seen"] = {"samples": samples, "tokens": tokens, "skipped": self.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what `on_save_checkpoint` has added.
@@ -315,8 +332,18 @@ class Task(pl.LightningModule, ABC):
             )
         self._seed = checkpoint.get("seed")
         seen = checkpoint.get("seen", {})
-        self.samples_seen, self.tokens_seen = seen.get("samples", 0), seen.get("tokens", 0)
+        self._take_counts((seen.get("samples", 0), seen.get("tokens", 0)))
         self.skipped = seen.get("skipped", 0)
+
+    def _all_counts(self) -> tuple[int, int]:
+        """Samples and tokens of all processes; each counts its own."""
+        counts = torch.tensor([self.samples_seen, self.tokens_seen], device=self.device)
+        samples, tokens = self._added_up(counts).tolist()
+        return samples, tokens
+
+    def _take_counts(self, counts: tuple[int, int]) -> None:
+        """Gives the first process what all have counted."""
+        self.samples_seen, self.tokens_seen = counts if self.global_rank == 0 else (0, 0)
 
     def training_facts(self, run: Run) -> dict[str, Any]:
         """How the run went, for metrics.json."""
