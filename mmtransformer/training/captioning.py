@@ -20,6 +20,7 @@ from mmtransformer.lora import merge_lora
 from mmtransformer.next_token import Loss
 from mmtransformer.pipeline import ImageCaptioner
 from mmtransformer.training.evaluation import evaluate, image_use
+from mmtransformer.training.fitting import check_texts
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import how_to, seconds_to_text, write_report
 from mmtransformer.training.samples import sample_captions
@@ -105,17 +106,7 @@ class Captioning(Task):
         if data is None:
             return
         self.decoding = dataclasses.replace(self.decoding, mark_pictures=data.mark_pictures)
-        if data.tokenizer.vocab_size > self.captioner.vocab_size:
-            raise ValueError(
-                f"wrong vocabulary: the tokenizer has {data.tokenizer.vocab_size} tokens, but the model scores "
-                f"{self.captioner.vocab_size}; set the decoder's vocab_size to at least {data.tokenizer.vocab_size}, "
-                f"or data.vocab_size to {self.captioner.vocab_size}"
-            )
-        if data.max_len > self.captioner.max_len:
-            raise ValueError(
-                f"data.max_len ({data.max_len}) is more than the {self.captioner.max_len} tokens that the model reads; "
-                f"lower it, or raise the decoder's max_len"
-            )
+        check_texts(data, data.max_len, self.captioner, "decoder")
         patch = getattr(self.captioner.vision, "patch_size", None)
         if isinstance(patch, int) and any(side % patch for side in data.transform.size):
             raise ValueError(

@@ -3,9 +3,7 @@
 Letters: b pictures.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,10 +14,10 @@ from mmtransformer.classifier import ImageClassifier
 from mmtransformer.data.classes import ClassBatch, ClassData
 from mmtransformer.images import ImageError
 from mmtransformer.next_token import Loss
-from mmtransformer.pictures import Card, Said, gallery, loss_curves, rollout_sheet
+from mmtransformer.pictures import Card, Said, gallery, rollout_sheet
 from mmtransformer.pipeline import fast_autocast
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.report import seconds_to_text
+from mmtransformer.training.report import draw_curves, seconds_to_text, write_metrics
 from mmtransformer.training.task import Run, Task
 from mmtransformer.vit import ViT
 
@@ -139,8 +137,7 @@ class Classification(Task):
             split: self._confusion(data, split, run.device, run.limit_batches) for split in data.val_splits
         }
         scores = {split: class_scores(matrix, data.classes) for split, matrix in confusions.items()}
-        text = json.dumps({"classification": scores, "training": facts}, indent=2, ensure_ascii=False)
-        (run.folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        write_metrics(run.folder, {"classification": scores, "training": facts})
         found = table(scores)
         classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
         classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
@@ -148,8 +145,7 @@ class Classification(Task):
         if cards := make_cards(classifier, data, self.num_cards):
             gallery(cards, run.folder / "gallery.png", title=title, columns=6, card_width=200)
             rollout_sheet(self.vit, cards[0].image, data.transform, run.folder / "attention.png", title=title)
-        with suppress(ValueError):  # a run of too few steps has no curve
-            loss_curves(run.folder / "metrics.csv", run.folder / "curves.png", title=title)
+        draw_curves(run.folder, title)
         print(  # noqa: T201
             f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}\n\n{found}\n\n"
             f"metrics   {run.folder / 'metrics.json'}\ngallery   {run.folder / 'gallery.png'}\n"

@@ -3,9 +3,7 @@
 Letters: b rows, q tokens of a row.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ from mmtransformer.data.texts import TextBatch, TextData
 from mmtransformer.language import Decoder
 from mmtransformer.lora import merge_lora
 from mmtransformer.next_token import Loss, next_token_loss
-from mmtransformer.pictures import loss_curves
 from mmtransformer.pretrained import Pretrained
 from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.training.fitting import check_texts
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.report import seconds_to_text
+from mmtransformer.training.report import draw_curves, seconds_to_text, write_metrics
 from mmtransformer.training.task import Run, Task
 from mmtransformer.training.text_scores import (
     ALL,
@@ -90,17 +88,7 @@ class LanguageModelling(Task):
         data = self.data
         if data is None:
             return
-        if data.tokenizer.vocab_size > self.decoder.vocab_size:
-            raise ValueError(
-                f"wrong vocabulary: the tokenizer has {data.tokenizer.vocab_size} tokens, but the model scores "
-                f"{self.decoder.vocab_size}; set the decoder's vocab_size to at least {data.tokenizer.vocab_size}, "
-                f"or data.vocab_size to {self.decoder.vocab_size}"
-            )
-        if data.max_len > self.decoder.max_len:
-            raise ValueError(
-                f"data.max_len ({data.max_len}) is more than the {self.decoder.max_len} tokens that the model reads; "
-                f"lower it, or raise the decoder's max_len"
-            )
+        check_texts(data, data.max_len, self.decoder, "decoder")
 
     def on_fit_start(self) -> None:
         """Says how the texts became rows."""
@@ -178,9 +166,7 @@ class LanguageModelling(Task):
             "training": facts,
         }
         lines = table(scores, ngrams)
-        (run.folder / "metrics.json").write_text(
-            json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_metrics(run.folder, metrics)
         made_up = [
             f"{language}: {text}" if language else text
             for language, texts in written.items()
@@ -188,10 +174,7 @@ class LanguageModelling(Task):
         ]
         (run.folder / "texts.txt").write_text("\n".join(made_up) + "\n", encoding="utf-8")
         save_language_model(decoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
-        with suppress(ValueError):  # a run of too few steps has no curve
-            loss_curves(
-                run.folder / "metrics.csv", run.folder / "curves.png", title=run.folder.resolve().name
-            )
+        draw_curves(run.folder)
         shown = [f"  {text}" for language in written for text in self._first(written, language)]
         print(  # noqa: T201
             "\n".join(

@@ -1,8 +1,6 @@
 """MaskedLanguageModelling: a text encoder that fills in hidden words and tells which texts belong together."""
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,11 +14,11 @@ from mmtransformer.data.masked import MaskedData
 from mmtransformer.data.masked_rows import MaskedBatch
 from mmtransformer.encoder import TextEncoder
 from mmtransformer.next_token import Loss
-from mmtransformer.pictures import loss_curves
 from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.training.fitting import check_texts
 from mmtransformer.training.masked_scores import count_neighbours, fill_in, score_masked
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.report import seconds_to_text
+from mmtransformer.training.report import draw_curves, seconds_to_text, write_metrics
 from mmtransformer.training.task import Run, Task
 
 
@@ -81,17 +79,7 @@ class MaskedLanguageModelling(Task):
             raise ValueError(
                 f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.pairs: false"
             )
-        if data.tokenizer.vocab_size > self.encoder.vocab_size:
-            raise ValueError(
-                f"wrong vocabulary: the tokenizer has {data.tokenizer.vocab_size} tokens, but the model scores "
-                f"{self.encoder.vocab_size}; set the encoder's vocab_size to at least {data.tokenizer.vocab_size}, "
-                f"or data.vocab_size to {self.encoder.vocab_size}"
-            )
-        if data.max_len > self.encoder.max_len:
-            raise ValueError(
-                f"data.max_len ({data.max_len}) is more than the {self.encoder.max_len} tokens that the model reads; "
-                f"lower it, or raise the encoder's max_len"
-            )
+        check_texts(data, data.max_len, self.encoder, "encoder")
 
     def on_fit_start(self) -> None:
         """Says what the texts are."""
@@ -167,9 +155,7 @@ class MaskedLanguageModelling(Task):
             "scores": {s: asdict(score) for s, score in scores.items()},
             "training": facts,
         }
-        (run.folder / "metrics.json").write_text(
-            json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_metrics(run.folder, metrics)
         lines = "\n".join(f"{split}: {score}" for split, score in scores.items())
         filled = [
             line
@@ -179,10 +165,7 @@ class MaskedLanguageModelling(Task):
         ]
         (run.folder / "filled.txt").write_text("\n".join(filled) + "\n", encoding="utf-8")
         save_encoder(encoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
-        with suppress(ValueError):  # a run of too few steps has no curve
-            loss_curves(
-                run.folder / "metrics.csv", run.folder / "curves.png", title=run.folder.resolve().name
-            )
+        draw_curves(run.folder)
         shown = ["", lines, "", "It fills in [word: what stood there], for example:"]
         shown += [f"  {line}" for line in filled[:6]]
         shown += ["", f"metrics   {run.folder / 'metrics.json'}", f"texts     {run.folder / 'filled.txt'}"]

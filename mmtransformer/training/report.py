@@ -42,9 +42,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = evaluation.to_dict() | dict(extra or {})
-    (folder / "metrics.json").write_text(
-        json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_metrics(folder, metrics)
     evaluation.write(folder)
     model.save_pretrained(folder / "model", card=f"## Scores\n\n```\n{evaluation.table()}\n```")
     cards = make_cards(model, data, evaluation, num_cards)
@@ -54,9 +52,20 @@ def write_report(
         hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
         html_page(title, cards, page_table(evaluation), folder / "gallery.html", hint=hint)
     if (folder / "metrics.csv").is_file():
-        with suppress(ValueError):  # a run of too few steps has no curve
-            loss_curves(folder / "metrics.csv", folder / "curves.png", title=title)
+        draw_curves(folder, title)
     return metrics
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Writes what was measured into the run's metrics.json."""
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def draw_curves(folder: Path, title: str | None = None) -> None:
+    """Draws the losses of the run's metrics.csv, under its name unless told; too few steps have no curve."""
+    with suppress(ValueError):
+        loss_curves(folder / "metrics.csv", folder / "curves.png", title=title or folder.resolve().name)
 
 
 def make_cards(

@@ -17,6 +17,7 @@ from mmtransformer.image_text import ImageText, Losses
 from mmtransformer.objectives import picture_ids
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.optim import Optim
+from mmtransformer.training.report import write_metrics
 from mmtransformer.training.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.task import Run
 
@@ -160,7 +161,7 @@ class QFormerStage1(Captioning):
         stage1 = stage1_scores(self.trainer.callback_metrics, data.val_splits)
         path = run.folder / "metrics.json"
         metrics = json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1}
-        path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_metrics(run.folder, metrics)
         title = run.folder.resolve().name.replace("_", " ")
         draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=title)
         print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201

@@ -13,10 +13,11 @@ from mmtransformer.data.translation import TranslationData
 from mmtransformer.decoding import Decoding
 from mmtransformer.metrics import score_captions
 from mmtransformer.next_token import Loss, next_token_loss
-from mmtransformer.pictures import attention_sheet, loss_curves
+from mmtransformer.pictures import attention_sheet
 from mmtransformer.seq2seq import TextPairs, Transformer
+from mmtransformer.training.fitting import check_texts
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.report import seconds_to_text
+from mmtransformer.training.report import draw_curves, seconds_to_text, write_metrics
 from mmtransformer.training.task import Run, Task
 from mmtransformer.translator import PAPER, Translator
 
@@ -117,17 +118,7 @@ class Translation(Task):
         data = self.data
         if data is None:
             return
-        if data.tokenizer.vocab_size > self.model.vocab_size:
-            raise ValueError(
-                f"wrong vocabulary: the tokenizer has {data.tokenizer.vocab_size} tokens, but the model scores "
-                f"{self.model.vocab_size}; set the model's vocab_size to at least {data.tokenizer.vocab_size}, or "
-                f"data.vocab_size to {self.model.vocab_size}"
-            )
-        if data.max_len > self.model.max_len:
-            raise ValueError(
-                f"data.max_len ({data.max_len}) is more than the {self.model.max_len} tokens that the model reads; "
-                f"lower it, or raise the model's max_len"
-            )
+        check_texts(data, data.max_len, self.model, "model")
 
     def on_fit_start(self) -> None:
         """Says what there is to learn from."""
@@ -193,15 +184,11 @@ class Translation(Task):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             (run.folder / f"translations_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         plain = {split: {key: asdict(score) for key, score in by.items()} for split, by in scores.items()}
-        text = json.dumps({"translation": plain, "training": facts}, indent=2, ensure_ascii=False)
-        (run.folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        write_metrics(run.folder, {"translation": plain, "training": facts})
         self._draw(translator, data, run)
         found = table(scores)
         translator.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
-        with suppress(ValueError):  # a run of too few steps has no curve
-            loss_curves(
-                run.folder / "metrics.csv", run.folder / "curves.png", title=run.folder.resolve().name
-            )
+        draw_curves(run.folder)
         print(  # noqa: T201
             "\n".join(
                 [f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}", "", found, ""]
