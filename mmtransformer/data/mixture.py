@@ -8,6 +8,7 @@ resumed run needs no more memory than its place in the epoch.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,27 @@ from PIL import Image
 from mmtransformer.data.documents import Document, Documents, DocumentSource
 from mmtransformer.data.sampler import mix
 from mmtransformer.data.source import Caption, Pairs, PairSource
+
+
+class _Members(Protocol):
+    """What pairs and documents have alike."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str: ...
+
+
+Split = TypeVar("Split", bound=_Members, covariant=True)
+
+
+class _Source(Protocol[Split]):
+    """What sources of pairs and of documents have alike."""
+
+    languages: tuple[str, ...]
+
+    def splits(self) -> tuple[str, ...]: ...
+
+    def split(self, name: str) -> Split: ...
 
 
 class Mixing:
@@ -81,12 +103,15 @@ def _shares(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(share + (k in rest) for k, share in enumerate(shares))
 
 
-class _Parts:
+class _Parts(Generic[Split]):
     """Members of several splits, numbered through."""
 
-    def __init__(self, sizes: Mapping[str, int], weights: Sequence[float] | None, epoch_size: int | None):
-        self.names = tuple(sizes)
-        self.parts = tuple(sizes.values())
+    def __init__(
+        self, splits: Mapping[str, Split], weights: Sequence[float] | None, epoch_size: int | None = None
+    ):
+        self.splits = dict(splits)
+        self.names = tuple(splits)
+        self.parts = tuple(len(split) for split in splits.values())
         self.weights = None if weights is None else tuple(weights)
         self.epoch_size = epoch_size
         self._offsets = np.concatenate([[0], np.cumsum(self.parts)])
@@ -102,24 +127,18 @@ class _Parts:
         part = int(np.searchsorted(self._offsets, i, side="right")) - 1
         return self.names[part], i - int(self._offsets[part])
 
+    def name(self, i: int) -> str:
+        """The part's name and the member's."""
+        part, at = self.find(i)
+        return f"{part}/{self.splits[part].name(at)}"
+
     def mixing(self, seed: int, sizes: Sequence[int] | None = None) -> Mixing:
         """How a training epoch is mixed; `sizes` in place of the parts' own where their members were packed."""
         return Mixing(sizes or self.parts, self.weights, epoch_size=self.epoch_size, seed=seed)
 
 
-class MixedPairs(_Parts):
+class MixedPairs(_Parts[Pairs]):
     """The pairs of several splits, numbered through: a `Pairs`."""
-
-    def __init__(
-        self, splits: Mapping[str, Pairs], weights: Sequence[float] | None, epoch_size: int | None = None
-    ):
-        super().__init__({name: len(split) for name, split in splits.items()}, weights, epoch_size)
-        self.splits = dict(splits)
-
-    def name(self, i: int) -> str:
-        """The part's name and the picture's."""
-        part, at = self.find(i)
-        return f"{part}/{self.splits[part].name(at)}"
 
     def image(self, i: int) -> Image.Image:
         """The picture as RGB."""
@@ -138,19 +157,8 @@ class MixedPairs(_Parts):
         return self.name(i) if own is None else own(at)
 
 
-class MixedDocuments(_Parts):
+class MixedDocuments(_Parts[Documents]):
     """The documents of several splits, numbered through: a `Documents`."""
-
-    def __init__(
-        self, splits: Mapping[str, Documents], weights: Sequence[float] | None, epoch_size: int | None = None
-    ):
-        super().__init__({name: len(split) for name, split in splits.items()}, weights, epoch_size)
-        self.splits = dict(splits)
-
-    def name(self, i: int) -> str:
-        """The part's name and the document's."""
-        part, at = self.find(i)
-        return f"{part}/{self.splits[part].name(at)}"
 
     def document(self, i: int) -> Document:
         """The document's text."""
@@ -168,7 +176,50 @@ class MixedDocuments(_Parts):
         return self.splits[part].picture(at, k)
 
 
-class Mixture:
+class _Sources(Generic[Split]):
+    """Several sources, and the weights of those that have a split."""
+
+    def __init__(
+        self, sources: Mapping[str, _Source[Split]], weights: dict[str, float] | None, epoch_size: int | None
+    ):
+        if not sources:
+            raise ValueError("a mixture needs at least 1 source, there are 0")
+        if slashed := [name for name in sources if "/" in name or not name]:
+            raise ValueError(f"a source of a mixture cannot be named {slashed[0]!r}: no empty name, no slash")
+        if weights is not None and set(weights) != set(sources):
+            raise ValueError(
+                f"weights are given for {', '.join(weights)}; the sources are {', '.join(sources)}"
+            )
+        for name, weight in (weights or {}).items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"the weight of {name} ({weight}) must be above 0; leave the source out instead"
+                )
+        if epoch_size is not None and epoch_size < 1:
+            raise ValueError(f"epoch_size ({epoch_size}) must be at least 1")
+        self.sources, self.weights, self.epoch_size = sources, weights, epoch_size
+        languages = {code for source in sources.values() for code in source.languages}
+        self.languages: tuple[str, ...] = tuple(sorted(languages))
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of all splits, those of the sources and those of each source alone."""
+        shared = dict.fromkeys(split for source in self.sources.values() for split in source.splits())
+        own = [f"{name}/{split}" for name, source in self.sources.items() for split in source.splits()]
+        return (*shared, *own)
+
+    def _find(self, name: str) -> tuple[Split | dict[str, Split], list[float] | None]:
+        """A source's own split of that name; or that split of every source which has it, and their weights."""
+        part, slash, split = name.partition("/")
+        if slash and part in self.sources and split in self.sources[part].splits():
+            return self.sources[part].split(split), None
+        parts = [key for key, source in self.sources.items() if name in source.splits()]
+        if not parts:
+            raise ValueError(f"the mixture has no split {name!r}; it has: {', '.join(self.splits())}")
+        weights = None if self.weights is None else [self.weights[key] for key in parts]
+        return {key: self.sources[key].split(name) for key in parts}, weights
+
+
+class Mixture(_Sources[Pairs]):
     """Several sources of pairs as one, mixed by weight in training: a `PairSource`.
 
     A split holds that split of every source that has it, and each source's own split is there as well, as "name/val".
@@ -189,13 +240,7 @@ class Mixture:
         weights: dict[str, float] | None = None,
         epoch_size: int | None = None,
     ):
-        _check(sources, weights, epoch_size)
-        self.sources, self.weights, self.epoch_size = sources, weights, epoch_size
-        self.languages: tuple[str, ...] = _languages(sources)
-
-    def splits(self) -> tuple[str, ...]:
-        """The names of all splits, those of the sources and those of each source alone."""
-        return _splits(self.sources)
+        super().__init__(sources, weights, epoch_size)
 
     def split(self, name: str) -> Pairs:
         """One split, mixed; or "name/val", a source's own.
@@ -203,14 +248,11 @@ class Mixture:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        own, parts = _find(self.sources, name)
-        if own is not None:
-            return self.sources[own[0]].split(own[1])
-        splits = {part: self.sources[part].split(name) for part in parts}
-        return MixedPairs(splits, _weights(self.weights, parts), self.epoch_size)
+        found, weights = self._find(name)
+        return MixedPairs(found, weights, self.epoch_size) if isinstance(found, dict) else found
 
 
-class DocumentMixture:
+class DocumentMixture(_Sources[Documents]):
     """Several sources of interleaved documents as one, mixed by weight in training: a `DocumentSource`.
 
     Weights are of rows: where documents are packed, those of a source share rows with each other only. Pairs take part
@@ -231,13 +273,7 @@ class DocumentMixture:
         weights: dict[str, float] | None = None,
         epoch_size: int | None = None,
     ):
-        _check(sources, weights, epoch_size)
-        self.sources, self.weights, self.epoch_size = sources, weights, epoch_size
-        self.languages: tuple[str, ...] = _languages(sources)
-
-    def splits(self) -> tuple[str, ...]:
-        """The names of all splits, those of the sources and those of each source alone."""
-        return _splits(self.sources)
+        super().__init__(sources, weights, epoch_size)
 
     def split(self, name: str) -> Documents:
         """One split, mixed; or "name/val", a source's own.
@@ -245,50 +281,5 @@ class DocumentMixture:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        own, parts = _find(self.sources, name)
-        if own is not None:
-            return self.sources[own[0]].split(own[1])
-        splits = {part: self.sources[part].split(name) for part in parts}
-        return MixedDocuments(splits, _weights(self.weights, parts), self.epoch_size)
-
-
-Sources = Mapping[str, PairSource] | Mapping[str, DocumentSource]
-
-
-def _check(sources: Sources, weights: Mapping[str, float] | None, epoch_size: int | None) -> None:
-    if not sources:
-        raise ValueError("a mixture needs at least 1 source, there are 0")
-    if slashed := [name for name in sources if "/" in name or not name]:
-        raise ValueError(f"a source of a mixture cannot be named {slashed[0]!r}: no empty name, no slash")
-    if weights is not None and set(weights) != set(sources):
-        raise ValueError(f"weights are given for {', '.join(weights)}; the sources are {', '.join(sources)}")
-    for name, weight in (weights or {}).items():
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"the weight of {name} ({weight}) must be above 0; leave the source out instead")
-    if epoch_size is not None and epoch_size < 1:
-        raise ValueError(f"epoch_size ({epoch_size}) must be at least 1")
-
-
-def _languages(sources: Sources) -> tuple[str, ...]:
-    return tuple(sorted({code for source in sources.values() for code in source.languages}))
-
-
-def _splits(sources: Sources) -> tuple[str, ...]:
-    shared = dict.fromkeys(split for source in sources.values() for split in source.splits())
-    own = [f"{name}/{split}" for name, source in sources.items() for split in source.splits()]
-    return (*shared, *own)
-
-
-def _find(sources: Sources, name: str) -> tuple[tuple[str, str] | None, list[str]]:
-    """Whose own split a name is, or the parts of the mixed split of that name."""
-    part, slash, split = name.partition("/")
-    if slash and part in sources and split in sources[part].splits():
-        return (part, split), []
-    parts = [key for key, source in sources.items() if name in source.splits()]
-    if not parts:
-        raise ValueError(f"the mixture has no split {name!r}; it has: {', '.join(_splits(sources))}")
-    return None, parts
-
-
-def _weights(weights: Mapping[str, float] | None, parts: Sequence[str]) -> list[float] | None:
-    return None if weights is None else [weights[part] for part in parts]
+        found, weights = self._find(name)
+        return MixedDocuments(found, weights, self.epoch_size) if isinstance(found, dict) else found
