@@ -179,7 +179,10 @@ def _plain_is_faster(q: Tensor, k: Tensor, dropout: float) -> bool:
     # Shared keys stay uncopied, and SDPA has no CPU kernel for dropout.
     if dropout or q.shape[:2] != k.shape[:2]:
         return True
-    return q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium"
+    if q.dtype != torch.float32:
+        return True
+    # torch.compile cannot ask for the precision, and would break the graph here.
+    return not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "medium"
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask | None = None) -> Tensor:

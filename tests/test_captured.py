@@ -182,11 +182,12 @@ def test_streams_and_guidance_can_play_it() -> None:
     assert list(stream(Captured(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
 
 
-def test_a_compiled_step_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "transformer", "cross-attention", "flamingo"])
+def test_a_compiled_step_says_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
-    model = noisy(MODELS["llama"]())
+    model = noisy(MODELS[kind]())
     captured = Captured(model, compiled)
     for seed in (1, 2):
         batch = batch_for(model, seed)
