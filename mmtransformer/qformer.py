@@ -336,7 +336,7 @@ class QFormer(Pretrained, nn.Module):
             if i + 1 == self.depth and not keep_text:  # Nobody reads the text's last state.
                 mask = None if mask is None else mask[:, :l]
                 return block.finish_queries(block.attend(x[:, :l], kv, mask), found.get(i)), x[:, l:]
-            queries, text = block.attend(x, kv, mask).tensor_split((l,), dim=1)
+            queries, text = block.attend(x, kv, mask).split((l, tokens.shape[1]), dim=1)
             x = torch.cat((block.finish_queries(queries, found.get(i)), block.finish_text(text, real)), dim=1)
         return x[:, :l], x[:, l:]
 

@@ -38,7 +38,10 @@ def start_behind(
     valid = None
     if real is not None or not bool(batch.valid.all()):
         before = batch.valid.new_ones(x.shape[0], x.shape[1] - batch.tokens.shape[1])
-        valid = torch.cat((before if real is None else real, batch.valid), dim=1)
+        # Padding goes to the front: a window counts places, and the queries are as near to each prompt.
+        order = torch.cat((before, batch.valid), dim=1).long().argsort(dim=1, stable=True)
+        x = x.gather(1, order[..., None].expand_as(x))
+        valid = torch.cat((before if real is None else real, batch.valid), dim=1).gather(1, order)
     state = decoder.new_state(x.shape[1] + max_new_tokens)
     positions, _ = decoder.locate(x, valid, None, None, state)
     hidden = decoder.run(decoder.place(x, positions), positions, valid=valid, state=state)

@@ -71,6 +71,18 @@ def test_queries_stand_in_front_of_the_text(decoder: dict[str, Any], i: int) -> 
         torch.testing.assert_close(logits[row], want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("instruct", [False, True])
+@pytest.mark.parametrize("decoder", [{}, SEQ2SEQ])
+def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> None:
+    model, whole = blip2(instruct, decoder=decoder), batch()
+    one = CaptionBatch(*(x[:1] for x in (whole.tokens, whole.valid, whole.target)), pixels=pixels(whole)[:1])
+    loss = caption_loss(model, one)
+    loss.sum.backward()
+    assert loss.sum.shape == ()
+    assert loss.count == 5
+    torch.testing.assert_close(model.logits(one)[0], model.logits(whole)[0], atol=1e-5, rtol=1e-5)
+
+
 def test_the_loss_falls_on_caption_tokens_only() -> None:
     model, given = blip2(), batch()
     loss = caption_loss(model, given)
@@ -276,6 +288,61 @@ def test_look_finds_the_patch_that_a_query_reads() -> None:
     torch.testing.assert_close(heat[0, 0, 0, 1, 2], heat[0, 0].sum())
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT2": {
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 29,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "OPT": {"hidden_size": 24, "ffn_dim": 31, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "Llama": {"num_key_value_heads": 2},
+    "Mistral": {"num_key_value_heads": 2, "sliding_window": 4},
+    "Qwen2": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 10},
+    "SmolLM3": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "pad_token_id": 0, "eos_token_id": 1},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_decoder_family_reads_queries(family: str) -> None:
+    """As transformers' model of the family reads them as embeddings; and step by step, padded on the left."""
+    import transformers
+
+    from mmtransformer.weights import from_transformers
+
+    torch.manual_seed(6)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 31}
+    sizes |= {"max_position_embeddings": 29}
+    given = FAMILIES[family] if family in ("GPT2", "OPT") else sizes | FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, **given)
+    kind = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    lm = getattr(transformers, kind)(config).eval()
+    for parameter in lm.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    own = blip2()
+    model = Blip2(own.vision, own.qformer, from_transformers(lm)).eval()
+    model.proj.load_state_dict(own.proj.state_dict())
+    rows = batch()
+    logits = model.logits(rows)
+    front = model.front(rows).repeat_interleave(2, 0)
+    x = torch.cat((front, lm.get_input_embeddings()(rows.tokens)), 1)
+    torch.testing.assert_close(logits, lm(inputs_embeds=x).logits[:, L:], atol=1e-4, rtol=1e-4)
+    prompts = CaptionBatch(rows.tokens[:3, :3], torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]).bool(),
+                           torch.zeros(3, 3, dtype=torch.bool), pixels=rows.pixels)  # fmt: skip
+    first, state = model.start(prompts, max_new_tokens=2)
+    following = model.step(torch.tensor([5, 6, 7]), state)
+    for row in range(3):
+        tokens = torch.cat((prompts.tokens[row, row:], torch.tensor([5 + row])))[None]
+        yes = torch.ones_like(tokens, dtype=torch.bool)
+        alone = model.logits(CaptionBatch(tokens, yes, yes, pixels=pixels(rows)[row : row + 1]))[0]
+        torch.testing.assert_close(
+            torch.stack((first[row], following[row])), alone[-2:], atol=1e-4, rtol=1e-4
+        )
+
+
 def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -348,6 +415,10 @@ def test_errors() -> None:
         caption_loss(model, given)
     with pytest.raises(ValueError, match="batches with media or segments are Flamingo's"):
         model.hidden(replace(given, media=given.tokens))
+    instructed, long = blip2(instruct=True), torch.zeros(6, 18, dtype=torch.long)
+    fields = (given.tokens, given.valid, given.target, batch().pixels)
+    with pytest.raises(ValueError, match="a text of 18 tokens, but this Q-Former has 17 positions"):
+        instructed.hidden(InstructBatch(*fields, instruction=long))
     with pytest.raises(ValueError, match="needs pixels or visual_tokens"):
         model.hidden(replace(given, pixels=None))
 

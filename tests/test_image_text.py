@@ -15,7 +15,7 @@ from torch import Tensor
 from mmtransformer import CaptionBatch, ImageText, QFormer, ViT, caption_loss, generate, itc_loss
 from mmtransformer import image_text as home
 from mmtransformer.captioner import Captioner
-from mmtransformer.objectives import pair_noise
+from mmtransformer.objectives import Similarity, pair_noise
 from mmtransformer.qformer import mode_mask
 
 VOCAB, CLASS, PAD = 53, 52, 0
@@ -132,6 +132,21 @@ def test_pictures_are_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- properties
+
+
+@torch.no_grad()
+def test_matching_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negatives and all three kinds of pairs, on a device where nothing has a value to wait for."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # It does not know this device.
+    m, given = model().to("meta"), batch().to("meta")
+    visual_tokens = torch.empty(4, 5, m.vision.dim, dtype=m.itm_head.weight.dtype, device="meta")
+    near = torch.empty(4, 8, device="meta")
+    ids = torch.empty(4, dtype=torch.long, device="meta")
+    s = Similarity(near, near.T, ids, ids.repeat_interleave(2), ids, ids.repeat_interleave(2))
+    visual = m.qformer.project_visual(visual_tokens)
+    logits, match, counted = m._matches(given, visual_tokens, visual, s, 2, 0)
+    assert logits.shape == (3 * 8, 2)
+    assert match.shape == counted.shape == (3 * 8,)
 
 
 @torch.no_grad()

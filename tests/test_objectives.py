@@ -163,6 +163,18 @@ def test_without_another_picture_there_is_no_negative() -> None:
     assert int(columns[1]) == 0
 
 
+def test_matching_waits_for_no_device() -> None:
+    """On the meta device nothing has a value: a loop over rows or .item() would fail."""
+    scores, same = torch.empty(7, 5, device="meta"), torch.empty(7, 5, dtype=torch.bool, device="meta")
+    keys = torch.empty(7, dtype=torch.long, device="meta")
+    chosen, found = hard_negatives(scores, ~same, pair_noise(3, keys, keys[:5]))
+    assert chosen.shape == found.shape == (7,)
+    logits = torch.empty(7, 2, device="meta", requires_grad=True)
+    loss = itm_loss(logits, found, found)
+    loss.backward()
+    assert loss.device.type == "meta"
+
+
 def test_itm_is_cross_entropy_of_what_counts() -> None:
     logits, match = torch.randn(7, 2, dtype=torch.float64), torch.tensor([1, 0, 0, 1, 0, 1, 1]).bool()
     counted = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
