@@ -264,6 +264,7 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
         module = fit(folder / "shared", **settings)
         assert type(module) is Captioning
         assert not any(isinstance(p, DTensor) for p in module.parameters())
+        module.captioner.save_pretrained(folder / f"model-{rank}")
         settings["strategy"] = Sharded()
         again = fit(folder / "alone then shared", resume=True, **settings)
         settings["strategy"] = Sharded()

@@ -116,7 +116,9 @@ def gather(task: LightningModule) -> None:
         for name, parameter in part._parameters.items():
             if isinstance(parameter, DTensor):
                 if parameter not in done:
-                    done[parameter] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
+                    # A weight that does not divide evenly comes as the front part of a larger buffer.
+                    weight = parameter.full_tensor().detach().clone()
+                    done[parameter] = nn.Parameter(weight, parameter.requires_grad)
                 whole.append((part, name, done[parameter]))
     for part in sharded:
         _forget(part)
