@@ -51,6 +51,11 @@ def scenes(
     return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, of any number format."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 class Witness(pl.Callback):
     """Writes down every batch, loss and validation; and sends a signal at one of them.
 
@@ -84,9 +89,7 @@ class Witness(pl.Callback):
         batch_idx: int,
     ) -> None:
         assert batch.pixels is not None
-        pixels = hashlib.sha256(batch.pixels.numpy().tobytes() + batch.tokens.numpy().tobytes()).hexdigest()[
-            :12
-        ]
+        pixels = hashlib.sha256(raw(batch.pixels) + raw(batch.tokens)).hexdigest()[:12]
         step = [trainer.current_epoch, batch_idx, trainer.global_step]
         self.tell(*step, pixels, float(outputs["loss"]).hex(), list(batch.names))
         self.batches += 1
@@ -151,7 +154,7 @@ def fit(
     )
     data = scenes(batch_size, mixture=mixture, num_workers=workers)
     trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None)
-    weights = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
+    weights = b"".join(raw(p.detach()) for p in module.parameters())
     return hashlib.sha256(weights).hexdigest()
 
 

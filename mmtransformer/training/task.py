@@ -318,6 +318,8 @@ class Task(pl.LightningModule, ABC):
         Raises:
             CheckpointError: If the run had another model or another optimizer.
         """
+        # Lightning would do so later, and round a checkpoint in float64 to float32 on the way.
+        self.trainer.precision_plugin.convert_module(self)
         if self._hashes is None:
             self._hashes = frozen_hashes(self)
         unpack(self, checkpoint, self._hashes)
