@@ -27,6 +27,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 # The only imports that stay on a floor (files of one folder may always import each other): who -> whom.
 SAME_FLOOR = {
     "tokenizer": {"spelling", "tokenizer_files"},
+    "prepack": {"blocks"},
     "seq2seq": {"decoder"},
     "hub_seq2seq": {"seq2seq"},
     "generate": {"search"},

@@ -1,10 +1,13 @@
 import copy
+import unittest.mock
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.blocks import MLP, Activation
 from mmtransformer.prepack import Int8Linear, PackedLinear, for_inference, prepack
 from mmtransformer.prepack import _memory as prepack_memory
 
@@ -33,6 +36,27 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
     assert len(layers) == 2 * 6 + 2
     assert all(layer._packed is not None for layer in layers), "the packed weights were not used"
     assert (found - expected).abs().max() <= most * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_an_activation_is_computed_with_its_product(activation: Any):
+    torch.manual_seed(3)
+    plain, x = nn.Sequential(MLP(22, 37, activation=activation)).eval(), torch.randn(3, 5, 22)
+    packed, calls = prepack(copy.deepcopy(plain)), []
+    assert [name for name, _ in packed.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+        with unittest.mock.patch.object(
+            PackedLinear, "forward", lambda self, x: calls.append(self) or nn.Linear.forward(self, x)
+        ):
+            packed(x)
+        fused = activation in ("gelu", "gelu_tanh", "relu")
+        assert calls == [packed[0].fc2] if fused else calls == [packed[0].fc1, packed[0].fc2]
+        packed[0].fc1.register_forward_hook(lambda layer, args, out: calls.append(out.shape))
+        packed(x)
+        assert calls[-1] == (3, 5, 37), "a hook was passed over"
+    packed(x).sum().backward()
+    assert packed[0].fc1.weight.grad.any()
 
 
 def test_parameters_and_state_dict_stay():
