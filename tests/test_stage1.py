@@ -17,6 +17,7 @@ from torch import Tensor
 from mmtransformer import (
     Blip2,
     CaptionBatch,
+    CoCa,
     ImageCaptioner,
     ImageText,
     ImageTransform,
@@ -34,7 +35,7 @@ from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.objectives import picture_ids
 from mmtransformer.pictures.gallery import GAP
 from mmtransformer.pictures.retrieval import INKS, WIDE, FoundPictures, FoundTexts, retrieval_sheet
-from mmtransformer.training import Optim, QFormerStage1, Run
+from mmtransformer.training import Captioning, Optim, QFormerStage1, Run
 from mmtransformer.training.retrieval import evaluate_retrieval
 from mmtransformer.weights import qformer_from_bert
 
@@ -320,6 +321,20 @@ def test_an_empty_caption_is_refused(tmp_path: Path) -> None:
         ValueError, match="train: 1 of 11 captions are empty, the first is one of scenes-0-train-000003"
     ):
         trainer(tmp_path).fit(module, datamodule=scenes(WithAnEmptyCaption()))
+
+
+def test_an_empty_caption_is_refused_by_coca_while_it_contrasts(tmp_path: Path) -> None:
+    def coca(weight: float) -> CoCa:
+        text = TextDecoder(VOCAB, 16, 1, 2, max_len=90)
+        upper = TextDecoder(VOCAB, 16, 1, 2, max_len=90, cross_dim=24, positions="rotary")
+        return CoCa(ViT(32, 8, 24, 1, 3), text, upper, num_queries=3, embed_dim=8, contrastive_weight=weight)
+
+    data = scenes(WithAnEmptyCaption())
+    with pytest.raises(
+        ValueError, match="1 of 11 captions are empty, the first is one of scenes-0-train-000003"
+    ):
+        trainer(tmp_path).fit(Captioning(coca(1.0)), datamodule=data)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(Captioning(coca(0.0)), datamodule=data)
 
 
 def test_a_caption_longer_than_the_positions_is_refused(tmp_path: Path) -> None:

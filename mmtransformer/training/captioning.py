@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
+from mmtransformer.coca import CoCa
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.decoding import Decoding
@@ -20,7 +21,7 @@ from mmtransformer.lora import merge_lora
 from mmtransformer.next_token import Loss
 from mmtransformer.pipeline import ImageCaptioner
 from mmtransformer.training.evaluation import evaluate, image_use
-from mmtransformer.training.fitting import check_texts
+from mmtransformer.training.fitting import check_texts, refuse_empty_captions
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import how_to, seconds_to_text, write_report
 from mmtransformer.training.samples import sample_captions
@@ -107,6 +108,8 @@ class Captioning(Task):
             return
         self.decoding = dataclasses.replace(self.decoding, mark_pictures=data.mark_pictures)
         check_texts(data, data.max_len, self.captioner, "decoder")
+        if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
+            refuse_empty_captions(data, testing=stage == "test")
         patch = getattr(self.captioner.vision, "patch_size", None)
         if isinstance(patch, int) and any(side % patch for side in data.transform.size):
             raise ValueError(

@@ -16,6 +16,7 @@ from mmtransformer.decoding import Decoding
 from mmtransformer.image_text import ImageText, Losses
 from mmtransformer.objectives import picture_ids
 from mmtransformer.training.captioning import Captioning
+from mmtransformer.training.fitting import refuse_empty_captions
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.report import write_metrics
 from mmtransformer.training.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
@@ -81,19 +82,8 @@ class QFormerStage1(Captioning):
             ValueError: If one is, or the model and the data do not fit.
         """
         super().setup(stage)
-        if (data := self.data) is None:
-            return
-        named = (data.test_splits,) if stage == "test" else ((data.train_split,), data.val_splits)
-        for split in (split for some in named for split in some):
-            rows, pairs = data.rows(split), data.pairs(split)
-            words = rows.starts[1:] - rows.starts[:-1] - rows.prompt
-            empty = (words <= 1).nonzero()[0]  # nothing, or the end alone
-            if len(empty):
-                first = pairs.name(int((rows.first <= empty[0]).sum()) - 1)
-                raise ValueError(
-                    f"{split}: {len(empty)} of {len(words)} captions are empty, the first is one of {first}; in a "
-                    f"contrastive batch an empty caption fits every picture: leave it out"
-                )
+        if self.data is not None:
+            refuse_empty_captions(self.data, testing=stage == "test")
 
     def losses(self, batch: CaptionBatch, *, training: bool) -> Losses:
         """The three losses of a batch; smoothed, and with new negatives each step, in training."""
