@@ -1,9 +1,12 @@
 """Checkpoint files: whole or not there, plain data only."""
 
 import enum
+import io
 import math
 import os
 import resource
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
 
+from mmtransformer.training import checkpoints
 from mmtransformer.training.checkpoints import (
     CheckpointError,
     CheckpointFiles,
@@ -26,6 +31,7 @@ from mmtransformer.training.checkpoints import (
     sweep,
     tensor_bytes,
 )
+from mmtransformer.training.log import MetricsLog
 
 FILES = CheckpointFiles()
 
@@ -93,31 +99,136 @@ def test_shared_tensors_are_counted_and_kept_once(tmp_path: Path) -> None:
     assert found["a"].data_ptr() == found["b"].data_ptr()
 
 
-def test_killed_at_any_moment_of_a_save_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
-    """50 of 50: a process that saves without a pause is killed with -9 after a while, each time another while."""
-    path = tmp_path / "last.ckpt"
-    FILES.save_checkpoint(checkpoint(0, 200_003), path)
+class Saver:
+    """A process that saves one checkpoint after the other, each when it is told to."""
 
-    def save() -> None:
-        for step in range(1, 10**6):
-            FILES.save_checkpoint(checkpoint(step, 200_003), path)
+    def __init__(self, path: Path, first: int, size: int) -> None:
+        (told, self._tell), (self._hear, says) = os.pipe(), os.pipe()
 
-    whole, litter, steps = 0, 0, set()
-    for i in range(50):
-        child = in_child(save)
-        time.sleep(0.002 + 0.0007 * i)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        litter += len(list(tmp_path.glob(".*.part")))
+        def job() -> None:
+            for step in range(first, 10**6):
+                os.read(told, 1)
+                FILES.save_checkpoint(checkpoint(step, size), path)
+                os.write(says, b".")
+
+        self.pid = in_child(job)
+        self._ends = told, says
+
+    def save(self) -> float:
+        """Has it save once; the seconds that took."""
+        began = time.perf_counter()
+        self.begin()
+        os.read(self._hear, 1)
+        return time.perf_counter() - began
+
+    def begin(self) -> None:
+        """Has it begin to save."""
+        os.write(self._tell, b".")
+
+    def is_done(self) -> bool:
+        """Whether the save that was begun has ended."""
+        return bool(select.select([self._hear], [], [], 0)[0])
+
+    def kill(self) -> bool:
+        """Kills it; whether the save that was begun had ended."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        done = self.is_done()
+        for end in (*self._ends, self._tell, self._hear):
+            os.close(end)
+        return done
+
+
+def kill_in_saves(folder: Path, times: int, size: int) -> tuple[int, int, int, list[int]]:
+    """Kills a saving process with -9 so many times, each at another part of a save.
+
+    The next save begins only when it is told to: the process is killed in the save that was meant, or after it.
+
+    Returns:
+        How often the checkpoint was whole and one of the two that it may be; how often the kill fell into the save, and
+        left litter; the steps that were found.
+    """
+    path = folder / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(0, size), path)
+    whole, inside, litter, steps = 0, 0, 0, [0]
+    for i in range(times):
+        saver, saves = Saver(path, steps[-1] + 1, size), 1 + i % 3
+        seconds = min(saver.save() for _ in range(saves))
+        saver.begin()
+        part = path.with_name(f".{path.name}.{socket.gethostname()}-{saver.pid}.part")
+        while i % 5 and not part.exists() and not saver.is_done():  # every fifth is killed before
+            pass
+        time.sleep(0.35 * seconds * i / times if i % 5 else 0)
+        inside += not saver.kill()
+        litter += len(list(folder.glob(".*.part")))
         found = read(path)
-        weight = found["state_dict"]["weight"]
-        whole += bool((weight == found["global_step"]).all()) and len(weight) == 200_003
-        steps.add(found["global_step"])
-        sweep(tmp_path)
+        weight, step = found["state_dict"]["weight"], found["global_step"]
+        whole += bool((weight == step).all()) and step - steps[-1] - saves in (0, 1)
+        steps.append(step)
+        sweep(folder)
+    assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
+    return whole, inside, litter, steps
+
+
+def test_killed_at_any_moment_of_a_save_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    """50 of 50; and every kill finds another step, as there was at least one save between two of them."""
+    whole, inside, litter, steps = kill_in_saves(tmp_path, 50, 200_003)
     assert whole == 50
-    assert litter > 5, "none of the kills fell into a save"
-    assert len(steps) >= 2
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert inside >= 10, "too few kills fell into a save"
+    assert litter > 0
+    assert len(set(steps)) == 51
+
+
+@pytest.mark.parametrize("stage", ["open", "write", "fsync", "replace", "sync", "unlink"])
+def test_killed_at_each_stage_of_a_save(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own hand, just before and just after each call that the disk sees; a write is cut in half."""
+    path = tmp_path / "last.ckpt"
+    where = {
+        "open": (Path, "open"),
+        "fsync": (os, "fsync"),
+        "replace": (Path, "replace"),
+        "sync": (checkpoints, "_sync_folder"),
+        "unlink": (Path, "unlink"),
+    }
+    for before in (True, False):
+        FILES.save_checkpoint(checkpoint(3), path)
+
+        def die() -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def job(before: bool = before) -> None:
+            if stage == "write":  # the archive is half there
+                save = torch.save
+
+                def half(data: object, file: BinaryIO) -> None:
+                    whole = io.BytesIO()
+                    save(data, whole)
+                    file.write(whole.getvalue()[: len(whole.getvalue()) // (2 if before else 1)])
+                    file.flush()
+                    die()
+
+                torch.save = half
+            else:
+                owner, name = where[stage]
+                true = getattr(owner, name)
+
+                def call(*arguments: Any, **more: Any) -> Any:
+                    if before:
+                        die()
+                    result = true(*arguments, **more)
+                    die()
+                    return result
+
+                setattr(owner, name, call)
+            FILES.save_checkpoint(checkpoint(4), path)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(in_child(job), 0)[1]) == -signal.SIGKILL
+        renamed = stage in ("sync", "unlink") or (stage == "replace" and not before)
+        found = read(path)
+        assert found["global_step"] == (4 if renamed else 3)
+        assert bool((found["state_dict"]["weight"] == found["global_step"]).all())
+        sweep(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_sweep_leaves_what_a_living_process_writes(tmp_path: Path) -> None:
@@ -185,6 +296,48 @@ def test_a_small_disk_is_found_too_full_before_anything_is_written(small_disk: P
     for step in range(5, 9):  # and there is room for it again and again
         FILES.save_checkpoint(checkpoint(step, 300_007), path)
     assert read(path)["global_step"] == 8
+
+
+def test_killed_in_saves_on_a_small_disk_that_fills_up(small_disk: Path) -> None:
+    """Room for three files: the litter of two kills fills it; what is told to save next says so, or sweeps first."""
+    path, size = small_disk / "last.ckpt", 300_007
+    assert kill_in_saves(small_disk, 10, size)[0] == 10
+    step = read(path)["global_step"]
+    for i in range(2):
+        litter = small_disk / f".last.ckpt.{socket.gethostname()}-99999999{i}.part"
+        litter.write_bytes(bytes(4 * size))
+    with pytest.raises(
+        CheckpointError, match=r"cannot write about 2,248,604 bytes: only [\d,]+ bytes are free"
+    ):
+        FILES.save_checkpoint(checkpoint(step + 1, size), path)
+    assert read(path)["global_step"] == step
+    assert len(sweep(small_disk)) == 2
+    FILES.save_checkpoint(checkpoint(step + 1, size), path)
+    assert read(path)["global_step"] == step + 1
+
+
+def test_a_disk_that_others_fill_in_the_middle_of_a_save(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was room when it began: the kernel says ENOSPC."""
+    path = small_disk / "last.ckpt"
+    FILES.save_checkpoint(checkpoint(3, 400_009), path)
+    free = shutil.disk_usage(small_disk)._replace(free=10**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    assert_kept(path, 900_007, "No space left on device")
+
+
+def test_a_log_on_a_full_disk_names_path_and_bytes(small_disk: Path) -> None:
+    log = MetricsLog(small_disk)
+    log.log_metrics({"loss": 1.0}, 0)
+    log.save()
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    for step in range(1, 500):
+        log.log_metrics({"loss": 0.5}, step)
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.csv: cannot add [\d,]+ bytes: No space left on device"
+    ):
+        log.save()
 
 
 def test_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
