@@ -31,6 +31,14 @@ NOT_RUN: dict[str, str] = {}
 # Commands of make that are looked up in the Makefile only: they would run this test again, or set up.
 ONLY_LOOKED_UP = ("test", "setup", "lint")
 
+# Where a recipe of drawn pictures says how many there are, and of which splits; data.source and all three if not here.
+SIZES = {
+    "lm_scenes.yaml": ("data.source.pairs", ("train", "val", "compositional")),
+    "translate_scenes.yaml": ("data.source.scenes", ("train", "val", "compositional")),
+    "vit_classify.yaml": ("data.source.scenes", ("train", "val", "compositional")),
+    "few_shot_scenes.yaml": ("data.documents", ("train", "val")),
+}
+
 
 class Block(NamedTuple):
     """A fenced block of README."""
@@ -107,9 +115,10 @@ def environment(folder: Path) -> dict[str, str]:
 args = sys.argv[1:]
 if args and args[0] in ("fit", "validate", "test", "ablate"):
     after = args.index("--recipe" if args[0] == "ablate" else "--config") + 2
-    source = "data.source.pairs" if "lm_scenes" in args[after - 1] else "data.source"
-    fewer = [f"--{{source}}.{{split}}_size=40" for split in ("train", "val", "compositional")]
-    args[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in args[after - 1])
+    recipe = os.path.basename(args[after - 1])
+    source, splits = {SIZES!r}.get(recipe, ("data.source", ("train", "val", "compositional")))
+    fewer = [f"--{{source}}.{{split}}_size={{40 if split == 'train' else 8}}" for split in splits]
+    args[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in recipe or recipe in {SIZES!r})
     args += ["--bridges", "qformer,prefix"] * (args[0] == "ablate")  # two of the four: it is slow
 os.execv({str(here / "mmt")!r}, ["mmt", *args])
 """
