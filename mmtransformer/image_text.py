@@ -30,7 +30,8 @@ from mmtransformer.objectives import (
     processes,
     refuse_empty,
 )
-from mmtransformer.qformer import QFormer, QFormerBlock, Seen, Visual
+from mmtransformer.qformer import QFormer, Seen, Visual
+from mmtransformer.qformer_block import QFormerBlock
 from mmtransformer.record import record_attention
 from mmtransformer.vit import ViT
 

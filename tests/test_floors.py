@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mmtransformer"
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
     1: "attention masks images tokenizer tokenizer_files spelling metrics batch",
-    2: "next_token language positions blocks linear_attention record prepack pretrained lora",
+    2: "next_token language positions blocks qformer_block linear_attention record prepack pretrained lora",
     3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives media",
     5: "encoder_decoder flamingo image_text blip2 prefix coca search generate captured decoding prompts weights",
@@ -28,6 +28,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 SAME_FLOOR = {
     "tokenizer": {"spelling", "tokenizer_files"},
     "prepack": {"blocks"},
+    "qformer_block": {"blocks"},
     "seq2seq": {"decoder"},
     "hub_seq2seq": {"seq2seq"},
     "generate": {"search"},

@@ -16,7 +16,7 @@ from mmtransformer import CaptionBatch, ImageText, QFormer, ViT, caption_loss, g
 from mmtransformer import image_text as home
 from mmtransformer.captioner import Captioner
 from mmtransformer.objectives import Similarity, pair_noise
-from mmtransformer.qformer import mode_mask
+from mmtransformer.qformer_block import mode_mask
 
 VOCAB, CLASS, PAD = 53, 52, 0
 

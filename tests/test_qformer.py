@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from mmtransformer import QFormer, attention, masks, record_attention
 from mmtransformer.attention import Attention
-from mmtransformer.qformer import Mode, mode_mask
+from mmtransformer.qformer_block import Mode, mode_mask
 
 L, DIM, DEPTH, HEADS, VISUAL, VOCAB = 3, 20, 5, 4, 14, 23
 MODES: list[Mode] = ["bidirectional", "multimodal_causal", "unimodal"]
