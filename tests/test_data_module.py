@@ -185,8 +185,10 @@ def test_samples_of_like_length_come_together_and_a_mixture_is_an_epoch(tokenize
     assert [p[1] for picks in data.val_dataloader()[0] for p in picks] == list(range(5))
     data.trainer = trainer(accumulate_grad_batches=3)
     assert data.train_dataloader().place.block == 12
-    picks = picks_of(Evens(size=12, tokenizer=tokenizer).train_dataloader(), 2)
-    assert sorted(picks) == [(2, i, True) for i in range(0, 12, 2)]
+    loader = Evens(size=12, tokenizer=tokenizer).train_dataloader()
+    assert sorted(picks_of(loader, 2)) == [(2, i, True) for i in range(0, 12, 2)]
+    assert loader.place.lengths is not None
+    assert loader.place.lengths(2).tolist() == [200, 202, 204, 206, 208, 210]
 
 
 def test_processes_share_the_samples_and_lightnings_sampler_is_refused() -> None:
