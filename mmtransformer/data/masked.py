@@ -120,10 +120,6 @@ class MaskedData(Data):
         rows = self.rows(split)
         return lambda epoch, index: rows.lengths(int(epoch))[index]
 
-    def block(self, world: int) -> int:
-        """Rows of similar length that are trained on together: those of one batch of all processes."""
-        return self.batch_size * world
-
     def describe(self) -> str:
         """What was found, and how the texts of the splits became rows, a line each."""
         lines = [self.source.describe()] if isinstance(self.source, TextFiles) else []
