@@ -1,5 +1,6 @@
 """Two processes train the model that one trains: gloo on a CPU, one pair of processes for all comparisons."""
 
+import csv
 import dataclasses
 import os
 import signal
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.next_token import Loss
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.checkpoints import read
 from mmtransformer.training.guard import NotFinite
@@ -123,6 +125,14 @@ class BadGradient(pl.Callback):
             batch.pixels[0] = torch.nan
 
 
+class Extra(pl.Callback):
+    """Only one process has something to add to a validation."""
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+            pl_module.add("val", "extra", Loss(torch.tensor(6.0), torch.tensor(4)))
+
+
 class Stop(pl.Callback):
     """The scheduler sends one process a signal."""
 
@@ -155,7 +165,7 @@ def two(folder: Path) -> Path:
         found = {
             "ddp": weights(fit(folder / "ddp", batch_size=4, world=2)),
             "accumulation": weights(
-                fit(folder / "accumulated", batch_size=2, world=2, accumulate_grad_batches=2)
+                fit(folder / "accumulated", batch_size=2, world=2, accumulate_grad_batches=2, look=Extra())
             ),
             "one then two": weights(fit(folder / "one then two", batch_size=4, world=2, resume=True)),
             "frozen": weights(fit(folder / "frozen", batch_size=4, world=2, freeze_vision=True)),
@@ -207,6 +217,11 @@ def test_what_was_seen_is_that_of_all_processes(two: Path, one: dict[str, Tensor
     assert seen[0] == seen[1] == seen[2]
     assert seen[0]["samples"] == 5 * 19 + 8  # 16 steps; an epoch has three
     assert seen[0]["tokens"] > 5 * seen[0]["samples"]
+
+
+def test_what_one_process_alone_has_to_add_is_logged(two: Path) -> None:
+    rows = list(csv.DictReader((two / "accumulated/metrics.csv").read_text().splitlines()))
+    assert {row["val/extra"] for row in rows} == {"", "1.5"}
 
 
 def test_a_process_that_does_not_see_the_folder_is_named(two: Path) -> None:

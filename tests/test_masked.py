@@ -1,5 +1,6 @@
 """Masked language modelling: which words are hidden, which texts are paired, baselines by definition, and a run."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -325,6 +326,19 @@ def test_the_loss_is_words_plus_pairs() -> None:
     only, none = module.losses(alone)
     assert int(none.count) == 0
     torch.testing.assert_close(module.loss(alone).sum, only.sum)
+
+
+def test_without_pairs_every_weight_still_has_a_gradient() -> None:
+    """Of several processes one may have no pairs in its batch; the others wait for the head's gradient all the same."""
+    module = MaskedLanguageModelling(encoder_of())
+    batch = next(iter(data_of().train_dataloader()))
+    alone = dataclasses.replace(batch, other=torch.full_like(batch.other, -1))
+    loss = module.loss(alone)
+    assert torch.equal(loss.sum, module.losses(alone)[0].sum)
+    loss.sum.backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert module.encoder.sentence_proj is not None
+    assert not module.encoder.sentence_proj.weight.grad.any()  # type: ignore[union-attr]
 
 
 def test_padding_changes_no_loss() -> None:

@@ -92,8 +92,8 @@ class MaskedLanguageModelling(Task):
         """The losses of the hidden tokens; that of the pairs is added to each of them."""
         words, pairs = self.losses(batch)
         total = words.sum
-        if int(pairs.count) and self.pair_weight:
-            total = total + self.pair_weight * pairs.sum / pairs.count * words.count
+        if self.encoder.sentence_head and self.pair_weight:  # Without pairs too: DDP waits for the head's gradient.
+            total = total + self.pair_weight * pairs.sum / pairs.count.clamp(min=1) * words.count
         return Loss(total, words.count)
 
     def losses(self, batch: MaskedBatch) -> tuple[Loss, Loss]:
@@ -106,7 +106,7 @@ class MaskedLanguageModelling(Task):
         )
         found = Loss(words, torch.tensor(labels.numel(), device=words.device))
         known = batch.other >= 0
-        if not self.encoder.sentence_head or not bool(known.any()):
+        if not self.encoder.sentence_head:
             return found, Loss(words.new_zeros(()), torch.tensor(0, device=words.device))
         logits = _at_least_float(self.encoder.follows(hidden[known]))
         pairs = F.cross_entropy(logits, batch.other[known], reduction="sum")

@@ -163,7 +163,9 @@ class Task(pl.LightningModule, ABC):
         self._sums.append(loss.sum.detach())
         self._counts.append(loss.count)
         self._names += names
-        self.samples_seen += len(names)
+        self.samples_seen += (
+            len(names) if count else 0
+        )  # A filler, which keeps processes in step, has no target.
         self.tokens_seen += int(count)
         return loss.sum
 
@@ -281,11 +283,15 @@ class Task(pl.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
+        found: list[dict[tuple[str, str], list[float]]] = [{k: v.tolist() for k, v in self._totals.items()}]
+        if self.trainer.world_size > 1:  # A process may have had nothing to add: the names come along.
+            mine, found = found[0], [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, mine)
         logs: dict[str, Tensor] = {}
-        for (split, name), pair in self._totals.items():
-            pair = self._added_up(pair)
-            mean = (pair[0] / pair[1]).float()
-            logs[f"{split}/{name}"] = mean
+        for split, name in sorted({key for totals in found for key in totals}):
+            pairs = [totals[split, name] for totals in found if (split, name) in totals]
+            value, count = (sum(numbers) for numbers in zip(*pairs, strict=True))
+            logs[f"{split}/{name}"] = mean = torch.tensor(value / count if count else math.nan)
             if name == "loss":
                 logs[f"{split}/perplexity"] = mean.exp()
         self._totals = {}
