@@ -124,6 +124,10 @@ class Captured(Generic[Batch]):
         Raises:
             ValueError: under autocast, whose casts of the weights a recording would lose.
         """
+        with torch.cuda.device_of(tokens):
+            return self._play(tokens, state)
+
+    def _play(self, tokens: Tensor, state: CapturedState) -> Tensor:
         state.tokens.copy_(tokens)
         if state.play is None:
             kind = tokens.device.type
