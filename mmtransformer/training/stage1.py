@@ -110,7 +110,9 @@ class QFormerStage1(Captioning):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """The sum of the three losses."""
         total = super().training_step(batch, batch_idx)
-        self.tokens_seen += int(batch.target.sum()) - 1  # The loss counted as one.
+        tokens = int(batch.target.sum())
+        self.tokens_seen += tokens - 1  # The loss counted as one.
+        self.samples_seen -= 0 if tokens else len(batch.names)  # a filler
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
