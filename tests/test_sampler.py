@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ import torch
 
 from mmtransformer.data.rows import share_of_padding
 from mmtransformer.data.sampler import Pick, PictureSampler, ResumableLoader, generator, mix
+from mmtransformer.data.workers import deaf
 
 N = 101
 
@@ -225,3 +227,24 @@ def test_workers_outlive_the_signals_of_others_and_obey_their_parent():
     workers[0].terminate()
     workers[0].join(10)
     assert workers[0].exitcode == 0
+
+
+def deaf_and_waiting(ready):
+    deaf(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not known here")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_parent_is_who_started_a_worker_however_it_was_started(method):
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    worker = context.Process(target=deaf_and_waiting, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(30)
+    worker.terminate()
+    worker.join(10)
+    if worker.is_alive():
+        worker.kill()
+    assert worker.exitcode == 0

@@ -1,5 +1,6 @@
 """Loading workers obey the process that started them, and nobody else."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +23,9 @@ def deaf(worker: int) -> None:
 
 
 def _obey_parent() -> None:
+    # Not os.getppid(): that is the fork server where one does the forking, as is the default from Python 3.14 on.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
             os._exit(0)
