@@ -231,6 +231,7 @@ class HubDecoder(Pretrained, Decoder):
             given["past_key_values"] = state.caches[0].cache  # pyright: ignore[reportAttributeAccessIssue]
         if "position_ids" in inspect.signature(base.forward).parameters:
             given["position_ids"] = positions.expand(rows, count)
+        real = valid if state is None else state.keys(rows, count, valid, x.device)
         if mask is not None:
             if not isinstance(mask, Tensor):
                 raise ValueError(f"a HubDecoder takes masks as bool tensors (b q k) only, not {mask!r:.50}")
@@ -250,7 +251,6 @@ class HubDecoder(Pretrained, Decoder):
                 hidden_from, torch.finfo(x.dtype).min
             )
         else:
-            real = valid if state is None else state.keys(rows, count, valid, x.device)
             given["attention_mask"] = None if real is None else real.long()
         with ExitStack() as hooks:
             if before_block is not None:

@@ -134,6 +134,18 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     close(packed[:, 4:], decoder(asked[:, 4:]))
 
 
+def test_padding_is_remembered_where_a_mask_was_given() -> None:
+    decoder = make("llama")
+    tokens, following = torch.randint(3, VOCAB, (2, 5)), torch.randint(3, VOCAB, (2, 1))
+    valid = torch.arange(5) >= torch.tensor([0, 2])[:, None]
+    seen = []
+    for mask in (None, valid[:, None] & torch.ones(5, 5, dtype=torch.bool).tril()):
+        state = decoder.new_state(9)
+        decoder(tokens, valid=valid, mask=mask, state=state)
+        seen.append(decoder(following, state=state))
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "bloom", "gemma2", "qwen2"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_it_writes_what_transformers_generate_writes(family: str, beams: int) -> None:
