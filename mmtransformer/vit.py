@@ -259,7 +259,12 @@ class ViT(Pretrained, nn.Module):
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """All visual tokens after the last norm, prefix tokens first: (b channels height width) -> (b p d)."""
-        return self.norm(self._run(self.embed(pixels)))
+        return self._normed(self._run(self.embed(pixels)))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The last norm, which may learn in float32 behind blocks that are kept in bfloat16."""
+        own = next(self.norm.parameters()).dtype
+        return self.norm(x if own == self.pos_embed.dtype else x.to(own))
 
     def _run(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -284,7 +289,7 @@ class ViT(Pretrained, nn.Module):
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = block(x)
             if i in wanted:
-                found[i] = self.norm(x) if norm else x
+                found[i] = self._normed(x) if norm else x
         return [found[i] for i in wanted]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

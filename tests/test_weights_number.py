@@ -123,6 +123,21 @@ def test_a_bridge_learns_between_parts_in_bfloat16(
     assert len(texts) == 3
 
 
+def test_a_last_norm_that_learns_gives_float32(folders: tuple[Path, Path]) -> None:
+    """A GPU's LayerNorm refuses bfloat16 beside weights in float32; a CPU's would round its result."""
+    half, whole = (load_vit(str(folders[0]), dtype=dtype) for dtype in ("bfloat16", "float32"))
+    half.norm.float()
+    pixels = torch.randn(3, 3, *SIZE)
+    for read in (
+        lambda vit: vit.forward_features(pixels),
+        lambda vit: vit.forward_intermediates(pixels, [-1], norm=True)[0],
+    ):
+        found = read(half)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())
+        torch.testing.assert_close(found, read(whole), rtol=0.05, atol=0.05)
+
+
 def test_new_tokens_stay_in_float32(folders: tuple[Path, Path]) -> None:
     half, whole = (load_lm(folders[1], new_tokens=2, dtype=dtype) for dtype in ("bfloat16", "float32"))
     for model in (half, whole):
