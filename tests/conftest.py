@@ -34,15 +34,15 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def settings_restored() -> Iterator[None]:
-    """Training sets some of torch's global settings; the next test must not see them."""
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    grad, deterministic = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_default_dtype(dtype)
-    torch.set_float32_matmul_precision(precision)
-    torch.set_grad_enabled(grad)
-    torch.use_deterministic_algorithms(deterministic)
+    """Training sets some of torch's global settings; the next test must not see them, whichever fixture trained."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(torch.float32)  # module fixtures that are set up next see it too
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(autouse=True)

@@ -216,7 +216,7 @@ def test_workers_outlive_the_signals_of_others_and_obey_their_parent():
     """A scheduler signals every process of a job; a worker that died of it would take the run along."""
     mine = loader(workers=2)
     batches = iter(mine)
-    got = [next(batches)]
+    got = [next(batches), next(batches)]  # one of each worker: both have begun
     workers = mine._iterator._workers
     for name in ("TERM", "INT"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
