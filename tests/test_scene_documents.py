@@ -19,7 +19,7 @@ from mmtransformer.data.words import say
 from mmtransformer.data.world import FILLS, SHAPES, Group
 from mmtransformer.decoding import CaptionResult, Decoding
 from mmtransformer.training import shots as shots_module
-from mmtransformer.training.shots import score_shots
+from mmtransformer.training.shots import ShotScores, score_shots
 
 KOREAN = re.compile("[가-힣]")
 
@@ -192,3 +192,11 @@ def test_the_facts_of_a_description_are_scored() -> None:
     said = [questions.captions(i)[0].text for i in range(5)]
     assert score_facts(said, [questions.scene(i) for i in range(5)], "en").facts == 1
     assert answer(questions.scene(0), "count", "ko", random.Random(0)) in ("하나", "둘", "셋", "넷")
+
+
+def test_the_means_of_all_kinds_stand_in_a_line() -> None:
+    scored = ShotScores("% of answers right", {"a": {0: 0.1, 2: 0.9}, "b": {0: 0.3, 2: 1.0}, "c": {2: 0.5}})
+    assert (
+        scored.headline()
+        == "% of answers right after so many examples: 0: 20.0, 2: 80.0; shown here after none"
+    )

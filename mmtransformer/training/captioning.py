@@ -182,13 +182,14 @@ class Captioning(Task):
             autocast=torch.bfloat16 if half else None,
             limit_batches=run.limit_batches,
         )
-        extra = {"few_shot": self._score_shots(whole, run, half)} if self.shots else {}
+        shots, note = self._score_shots(whole, run, half) if self.shots else ({}, "")
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
             self.captioner, data.tokenizer, data.transform, decoding=self.decoding, device=run.device
         )
-        write_report(run.folder, model, data, evaluation, extra=extra | {"image_use": use, "training": facts})
+        extra = shots | {"image_use": use, "training": facts}
+        write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
         bad = {
             path: len(path.read_text("utf-8").splitlines())
@@ -210,8 +211,10 @@ class Captioning(Task):
         lines += [f"  {how_to(run.folder, model)}"]
         print("\n".join(lines))  # noqa: T201
 
-    def _score_shots(self, data: CaptionData | InterleavedData, run: Run, half: bool) -> dict[str, object]:
-        """The scores after examples; a prompt that does not fit is said, and does not cost the run its model."""
+    def _score_shots(
+        self, data: CaptionData | InterleavedData, run: Run, half: bool
+    ) -> tuple[dict[str, object], str]:
+        """The scores after examples, and a line of them; a prompt that does not fit is said, and costs no model."""
         try:
             scored = score_shots(
                 self.captioner,
@@ -224,9 +227,9 @@ class Captioning(Task):
             )
         except ValueError as error:
             print(f"not scored after examples (shots {list(self.shots)}): {error}")  # noqa: T201
-            return {"error": str(error)}
+            return {"few_shot": {"error": str(error)}}, ""
         print(f"\n{scored.table()}")  # noqa: T201
-        return scored.to_dict()
+        return {"few_shot": scored.to_dict()}, scored.headline()
 
 
 def finetune(

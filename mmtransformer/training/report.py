@@ -24,6 +24,7 @@ def write_report(
     evaluation: Evaluation,
     *,
     extra: Mapping[str, Any] | None = None,
+    note: str = "",
     num_cards: int = 24,
 ) -> dict[str, Any]:
     """Writes everything that one wants to see after a run.
@@ -34,6 +35,7 @@ def write_report(
         data: What it was evaluated on.
         evaluation: Captions and scores.
         extra: More for `metrics.json`: time, steps, the image-use check.
+        note: More for the line at the top of the gallery.
         num_cards: Pictures in the galleries.
 
     Returns:
@@ -48,7 +50,8 @@ def write_report(
     cards = make_cards(model, data, evaluation, num_cards)
     title = folder.resolve().name.replace("_", " ")
     if cards:
-        gallery(cards, folder / "gallery.png", title=title, subtitle=headline(evaluation))
+        subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
+        gallery(cards, folder / "gallery.png", title=title, subtitle=subtitle)
         hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
         html_page(title, cards, page_table(evaluation), folder / "gallery.html", hint=hint)
     if (folder / "metrics.csv").is_file():

@@ -7,6 +7,7 @@ users saw); so the scores of all numbers are reported side by side.
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -44,6 +45,13 @@ class ShotScores:
                 f"  {name:<42}" + "".join(f"{100 * by[k]:>8.1f}" if k in by else f"{'':>8}" for k in shots)
             )
         return "\n".join(lines)
+
+    def headline(self) -> str:
+        """The means of all that was asked for, in a line."""
+        shots = sorted({k for by in self.scores.values() for k in by})
+        means = [fmean(by[k] for by in self.scores.values() if k in by) for k in shots]
+        found = ", ".join(f"{k}: {100 * mean:.1f}" for k, mean in zip(shots, means, strict=True))
+        return f"{self.unit} after so many examples: {found}; shown here after none"
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for metrics.json."""
