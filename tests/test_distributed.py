@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import os
 import signal
 import socket
@@ -289,6 +290,10 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
         assert first.pixels is not None
         logits = module.captioner.logits(dataclasses.replace(first, pixels=first.pixels.double()))
         assert logits.isfinite().all()
+        (found,) = module.trainer.validate(module, datamodule=module.trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+        assert math.isfinite(found["val/loss"])  # once more shared out, and whole again
+        assert not any(isinstance(p, DTensor) for p in module.parameters())
+        assert apart(weights(module), torch.load(folder / f"shared-{rank}.pt")[0]) == 0
 
     assert pair(job) == [0, 0]
     for rank in range(2):

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -142,6 +144,9 @@ def _forget(part: nn.Module) -> None:
                 for handle in handles.values():
                     handle.remove()
     part.__class__ = type(part).__mro__[2]
+    _module_state_mapping.pop(part, None)  # Else it could not be shared out again.
+    for key in (REGISTRY_KEY, STATE_KEY):
+        part.__dict__.pop(key, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def let_go(module: nn.Module) -> None:

@@ -118,8 +118,11 @@ class Task(pl.LightningModule, ABC):
             share_out(self, self.device_mesh["data_parallel"])
 
     def on_fit_end(self) -> None:
-        """Gives every process whole weights again, and the first one the counts of all."""
+        """Gives the first process the counts of all."""
         self._take_counts(self._all_counts())
+
+    def teardown(self, stage: str) -> None:
+        """Gives every process whole weights again, after a validation too."""
         if isinstance(self.trainer.strategy, Sharded):
             gather(self)
 
