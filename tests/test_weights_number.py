@@ -19,8 +19,9 @@ from mmtransformer import (
     caption_loss,
     generate,
 )
-from mmtransformer.captioner import Captioner
+from mmtransformer.captioner import Captioner, freeze
 from mmtransformer.lora import merge_lora
+from mmtransformer.training import Captioning
 from mmtransformer.weights import load_lm, load_vit
 from mmtransformer.weights.number import kept_in
 
@@ -202,6 +203,23 @@ def test_what_cannot_be(folders: tuple[Path, Path]) -> None:
         ValueError, match=r"lora_rank \(4\) needs freeze false and dtype float32, not true and float32"
     ):
         load_vit(vision, freeze=True, lora_rank=4)
+
+
+def test_what_is_kept_in_bfloat16_may_not_learn_unless_all_does(folders: tuple[Path, Path]) -> None:
+    """AdamW's steps of 1e-4 would leave a weight of 0.5 where it is."""
+    vision, lm = map(str, folders)
+    model = PrefixCaptioner(load_vit(vision), load_lm(lm, dtype="bfloat16"), freeze_decoder=False)
+    count = len(list(model.decoder.parameters()))
+    module = Captioning(model)
+    trainer = {"strategy": None, "precision": "bf16-mixed", "estimated_stepping_batches": 7}
+    module.trainer = type("Trainer", (), trainer)()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=rf"{count} of the parameters that learn .* \(captioner\.decoder\."):
+        module.configure_optimizers()
+    module.trainer.precision = "bf16-true"  # type: ignore[misc]
+    assert module.configure_optimizers()
+    freeze(model.decoder)
+    module.trainer.precision = "bf16-mixed"  # type: ignore[misc]
+    assert module.configure_optimizers()
 
 
 def test_tied_weights_stay_tied() -> None:

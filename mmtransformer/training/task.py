@@ -130,8 +130,15 @@ class Task(pl.LightningModule, ABC):
         """The optimizer, with warm-up and cosine over the whole run.
 
         Raises:
-            ValueError: If the run has no end, or the optimizer needs whole weights where they are shared out.
+            ValueError: If the run has no end, the optimizer needs whole weights where they are shared out, or what
+                learns is kept in bfloat16.
         """
+        half = [n for n, p in self.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+        if half and self.trainer.precision != "bf16-true":
+            raise ValueError(
+                f"{len(half)} of the parameters that learn are kept in bfloat16 ({half[0]}, ...), which rounds small "
+                f"steps away: load that part with dtype float32, or freeze it"
+            )
         if self.optim.kind == "muon" and isinstance(self.trainer.strategy, Sharded):
             raise ValueError(
                 "optim.kind=muon needs whole matrices, and Sharded shares them out; take adamw, or ddp"
