@@ -92,7 +92,8 @@ class MaskedLanguageModelling(Task):
         """The losses of the hidden tokens; that of the pairs is added to each of them."""
         words, pairs = self.losses(batch)
         total = words.sum
-        if self.encoder.sentence_head and self.pair_weight:  # Without pairs too: DDP waits for the head's gradient.
+        # Without pairs too: DDP waits for the head's gradient.
+        if self.encoder.sentence_head and self.pair_weight:
             total = total + self.pair_weight * pairs.sum / pairs.count.clamp(min=1) * words.count
         return Loss(total, words.count)
 
