@@ -258,7 +258,8 @@ def _attend_sdpa(
 @cache
 def _compiled_flex(device: str) -> Callable[..., Tensor]:
     """FlexAttention compiled, since uncompiled it holds all scores."""
-    # On a CPU torch 2.15 writes C++ that does not compile where lengths vary: there each length is compiled by itself.
+    # On a CPU torch 2.15 writes C++ that does not compile where lengths vary: there each length is compiled by itself,
+    # as far as torch's limit goes (torch._dynamo.config.recompile_limit); more run uncompiled, with torch's warning.
     dynamic = False if device == "cpu" else None
     return torch.compile(flex_attention, dynamic=dynamic)  # pyright: ignore[reportReturnType]
 

@@ -55,7 +55,13 @@ class CapturedState:
         self.play: Step | None = None
 
     def reorder(self, rows: Tensor) -> None:
-        """Reorders the model's state, in place."""
+        """Reorders the model's state, in place.
+
+        Raises:
+            ValueError: if there are more or fewer rows than before: what is recorded writes into the memory of so many.
+        """
+        if len(rows) != len(self.tokens):
+            raise ValueError(f"a recorded step has {len(self.tokens)} rows: reorder them, not {len(rows)}")
         self.state.reorder(rows)
 
 

@@ -85,6 +85,8 @@ class ImageCaptioner:
     def ready(self) -> Captioner:
         """The model as it captions: in its precision, and packed where it runs on a CPU (`prepack.for_inference`).
 
+        It is converted in place, with the first picture: what `save_pretrained` writes after that is in its precision.
+
         Raises:
             ValueError: If it cannot be had in this precision here.
         """

@@ -255,6 +255,8 @@ def test_recording_leaves_no_mark() -> None:
     inner: Any = state.state
     assert inner.place.tolist() == [own.length]
     assert torch.equal(inner.positions, own.positions)
+    with pytest.raises(ValueError, match=f"a recorded step has {len(plain)} rows: reorder them, not 1"):
+        state.reorder(torch.tensor([0]))
 
 
 # --- errors

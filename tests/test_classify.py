@@ -186,6 +186,7 @@ def test_a_vit_without_a_head_gets_one_for_the_data() -> None:
     assert isinstance(module.vit.head, nn.Linear)
     assert module.vit.head.weight.shape == (8, 16)
     assert module.vit.num_classes == 8
+    assert torch.equal(module.vit.head.weight, task().vit.head.weight)  # the same in every process
     assert task(ViT(32, 8, 16, 1, 2, num_classes=8)).vit.num_classes == 8
     with pytest.raises(ValueError, match=r"tells 5 classes apart, but the data has 8"):
         task(ViT(32, 8, 16, 1, 2, num_classes=5))

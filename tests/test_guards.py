@@ -96,6 +96,7 @@ def test_every_sample_of_a_bad_step_stands_in_a_file(tmp_path: Path) -> None:
     row = json.loads(line)
     assert row["samples"] == list(names)
     assert (row["step"], row["loss"], row["lr"]) == (1, "nan", 0.25)
+    assert (row["process"], row["bad_here"]) == (0, True)
     assert row["module"].startswith("captioner.vision.patch_embed")
     assert row["gradient"].startswith("captioner.")
 

@@ -253,9 +253,14 @@ class Data(lightning.LightningDataModule, ABC):
         """Check that a run which goes on has the `identity` it had.
 
         Raises:
-            ValueError: If it has another one.
+            ValueError: If it has another one, or the checkpoint does not say.
         """
         for name, now in self.identity().items():
+            if name not in state_dict:
+                raise ValueError(
+                    f"cannot resume: the checkpoint does not say its {name}: it is not of this "
+                    f"{type(self).__name__}"
+                )
             if state_dict[name] != now:
                 raise ValueError(f"cannot resume: {self.changed(name, state_dict[name], now)}")
 

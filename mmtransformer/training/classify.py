@@ -77,7 +77,8 @@ class Classification(Task):
         classes = len(data.classes)
         if not self.vit.num_classes:
             head = nn.Linear(self.vit.dim, classes)
-            nn.init.trunc_normal_(head.weight, std=0.02)
+            chance = torch.Generator().manual_seed(data.seed)  # the same head in one process and in many
+            nn.init.trunc_normal_(head.weight, std=0.02, generator=chance)
             nn.init.zeros_(head.bias)
             self.vit.head, self.vit.num_classes = head, classes
         if self.vit.num_classes != classes:

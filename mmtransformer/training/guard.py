@@ -13,7 +13,7 @@ from torch import Tensor, nn
 MOST_IN_A_ROW = 10
 """Steps that may be skipped one after the other before a run that skips them stops all the same."""
 RECORD = "not_finite.jsonl"
-"""The file of the run's folder that lists every such step, with all its samples."""
+"""The file of the run's folder with a line for every such step and process: all samples of the part that was bad."""
 
 
 class NotFinite(ValueError):
@@ -32,6 +32,8 @@ def not_finite(
     step: int,
     lr: float,
     names: Sequence[str],
+    process: int = 0,
+    bad_here: bool = True,
     culprit: str | None = None,
     record: Path | None = None,
 ) -> NotFinite:
@@ -44,6 +46,8 @@ def not_finite(
         step: The optimizer step that was not taken.
         lr: Its learning rate.
         names: The samples of the step, or of the part of it whose loss is not finite.
+        process: The number of this process.
+        bad_here: Whether the loss of one of its own samples is not finite; the fault may be another process's.
         culprit: What `first_bad_module` found.
         record: A file that gets a line with all of this; the message names eight samples.
     """
@@ -51,7 +55,8 @@ def not_finite(
     first = next(bad, None)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     if record is not None:
-        row = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "lr": lr, "module": culprit}
+        row = {"step": step, "process": process, "bad_here": bad_here, "loss": str(loss), "lr": lr}
+        row |= {"grad_norm": str(grad_norm), "module": culprit}
         line = json.dumps(row | {"gradient": first, "samples": list(names)}, ensure_ascii=False)
         with contextlib.suppress(OSError), record.open("a", encoding="utf-8") as file:  # never hide the fault
             file.write(line + "\n")

@@ -212,6 +212,7 @@ class Task(pl.LightningModule, ABC):
         # Lightning has divided by the micro-batches, DDP by the processes.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
         loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
+        suspect = self._suspect is not None
         batch, names = self._suspect or (self._batch, self._names)
         self._sums, self._counts, self._names, self._batch, self._suspect = [], [], [], None, None
         finite = is_finite(loss, norm)
@@ -226,6 +227,8 @@ class Task(pl.LightningModule, ABC):
                 step=self.trainer.global_step,
                 lr=lr,
                 names=names,
+                process=self.global_rank,
+                bad_here=suspect,
                 culprit=first_bad_module(self, lambda: self.loss(batch)) if whole else None,
                 record=Path(self.trainer.default_root_dir) / RECORD,
             )
@@ -233,7 +236,7 @@ class Task(pl.LightningModule, ABC):
             if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
                 raise fault
             self.skipped += 1
-            if self.trainer.is_global_zero:
+            if suspect or self.trainer.is_global_zero:  # whose samples are bad says so too
                 warnings.warn(f"step left out ({self.skipped} so far): {fault}", stacklevel=2)
             for parameter in params:
                 parameter.grad = None  # An optimizer passes over what has no gradient.
