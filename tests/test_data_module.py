@@ -232,7 +232,9 @@ def test_a_run_goes_on_with_what_it_had(tokenizer: Tokenizer, tmp_path: Path) ->
         ValueError, match=rf"cannot resume: .*not that of the run .* was {data.tokenizer_hash}\).*\(4096\)"
     ):
         Rich(tokenizer=other).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"cannot resume: the checkpoint does not say its size: .* this Rich"):
+    with pytest.raises(
+        ValueError, match=r"cannot resume: the checkpoint does not say its size: .* this Rich"
+    ):
         Rich(tokenizer=tokenizer).load_state_dict({"tokenizer": data.tokenizer_hash})
     Plain().load_state_dict({})
     assert Plain().state_dict() == {}
