@@ -167,7 +167,7 @@ class Blip2(Captioner):
         """Where each text token looks in the pictures, through the queries: (n q i gh gw).
 
         Its attention to the queries, the mean of all heads and layers, times what each query holds of the patches
-        (`QFormer.held`). The queries have looked before there is any text: they tell what is described from what is not,
+        (`QFormer.held`). The queries have looked before there is any text: they tell what is described from the rest,
         but hardly one word's object from another's.
 
         Raises:
