@@ -122,6 +122,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def open_weights(folder: Path) -> None:
+    """Lets those read the weights who may read the config beside them: safetensors writes for its user alone."""
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
@@ -193,6 +198,7 @@ class Pretrained:
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self, str(folder / WEIGHTS), metadata={"format": "pt"})
         (folder / CONFIG).write_text(text, encoding="utf-8")
+        open_weights(folder)
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path) -> Self:

@@ -348,3 +348,9 @@ def test_files_that_are_not_json_objects_are_named(tmp_path: Path, content: byte
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         read_json(tmp_path / "config.json")
+
+
+def test_weights_may_be_read_by_those_who_may_read_the_config(tmp_path: Path) -> None:
+    decoder().save_pretrained(tmp_path)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
+    assert modes["model.safetensors"] == modes["config.json"]

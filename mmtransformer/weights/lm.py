@@ -12,7 +12,15 @@ from mmtransformer.decoder import TextDecoder
 from mmtransformer.hub import HubDecoder
 from mmtransformer.language import Decoder
 from mmtransformer.lora import add_lora
-from mmtransformer.pretrained import CONFIG, WEIGHTS, Pretrained, find_folder, read_json, read_safetensors
+from mmtransformer.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    Pretrained,
+    find_folder,
+    open_weights,
+    read_json,
+    read_safetensors,
+)
 from mmtransformer.tokenizer import Tokenizer
 from mmtransformer.vocabulary import ExtendedVocabulary
 from mmtransformer.weights.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
@@ -121,6 +129,7 @@ def save_as_hub(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
+    open_weights(folder)
 
 
 def load_lm(
