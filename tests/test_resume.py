@@ -264,9 +264,14 @@ def test_mmt_fit_resumes_by_itself(
     code, text = mmt("--resume", "--trainer.max_steps=2")
     assert code == 0, text
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
+    report = tmp_path / "bad_pictures_train.jsonl"
+    report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
     code, text = mmt("--resume")
     assert code == 0, text
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
+    assert (
+        report.read_text("utf-8") == '{"name": "그림.png"}\n'
+    )  # a run that goes on keeps what it has reported
     code, text = mmt("--resume", "--model.captioner.decoder.depth=2")
     assert code == 2
     last = text.strip().splitlines()[-1]
@@ -274,3 +279,5 @@ def test_mmt_fit_resumes_by_itself(
         "mmt fit: error: cannot resume with another model: captioner.decoder.depth was 3 and is now 2" in last
     )
     assert TextDecoder.__name__ not in last
+    code, text = mmt("--trainer.max_steps=1")
+    assert (code, report.exists()) == (0, False), text  # one that starts anew does not

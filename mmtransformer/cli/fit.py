@@ -238,7 +238,11 @@ def fit(cli: "LightningCLI") -> None:
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     print(f"run folder: {folder}; {size}; {device_name(device)}")
     began = time.monotonic()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint(cli))
+    trainer.ckpt_path = checkpoint(
+        cli
+    )  # Not an argument of fit: data ask in setup already whether a run goes on.
+    trainer.fit(module, datamodule=data)
+    trainer.ckpt_path = None
     if isinstance(module, Task) and trainer.is_global_zero:
         limit = trainer.limit_val_batches
         seconds = time.monotonic() - began
