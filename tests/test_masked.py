@@ -309,23 +309,29 @@ def test_neighbours_refuse_what_cannot_be() -> None:
 def test_the_loss_is_words_plus_pairs() -> None:
     data, encoder = data_of(), encoder_of().double()
     batch = next(iter(data.train_dataloader()))
+    batch.other[2:4] = -1
     module = MaskedLanguageModelling(encoder, pair_weight=0.3)
     words, pairs = module.losses(batch)
     hidden = encoder(batch.tokens, batch.types, valid=batch.valid)
     logits = encoder.words(hidden).log_softmax(-1)
     want = -logits.gather(-1, batch.labels[..., None])[..., 0][batch.target].sum()
-    torch.testing.assert_close(words.sum, want)
-    assert int(words.count) == int(batch.target.sum())
+    torch.testing.assert_close(words.sum(), want)
+    assert len(words) == int(batch.target.sum())
     known = batch.other >= 0
+    assert 0 < known.sum() < len(known)
     told = encoder.follows(hidden)[known].log_softmax(-1)
-    torch.testing.assert_close(pairs.sum, F.nll_loss(told, batch.other[known], reduction="sum"))
+    torch.testing.assert_close(pairs, F.nll_loss(told, batch.other[known], reduction="none"))
     loss = module.loss(batch)
-    mean = words.sum / words.count + 0.3 * pairs.sum / pairs.count
-    torch.testing.assert_close(loss.sum / loss.count, mean)
+    row = torch.zeros(len(known), dtype=torch.float64)
+    row[known] = pairs
+    beside = row[:, None].expand(batch.target.shape)[batch.target]  # each hidden token's pair
+    torch.testing.assert_close(loss.sum / loss.count, (words + 0.3 * beside).mean())
     alone = next(iter(data_of(pairs=False).train_dataloader()))
     only, none = module.losses(alone)
-    assert int(none.count) == 0
-    torch.testing.assert_close(module.loss(alone).sum, only.sum)
+    assert len(none) == 0
+    torch.testing.assert_close(module.loss(alone).sum, only.sum())
+    headless = MaskedLanguageModelling(encoder_of(sentence_head=False).double(), pair_weight=0.3)
+    torch.testing.assert_close(headless.loss(batch).sum, headless.losses(batch)[0].sum())
 
 
 def test_without_pairs_every_weight_still_has_a_gradient() -> None:
@@ -334,7 +340,7 @@ def test_without_pairs_every_weight_still_has_a_gradient() -> None:
     batch = next(iter(data_of().train_dataloader()))
     alone = dataclasses.replace(batch, other=torch.full_like(batch.other, -1))
     loss = module.loss(alone)
-    assert torch.equal(loss.sum, module.losses(alone)[0].sum)
+    assert torch.equal(loss.sum, module.losses(alone)[0].sum())
     loss.sum.backward()
     assert all(p.grad is not None for p in module.parameters())
     assert module.encoder.sentence_proj is not None
@@ -354,8 +360,8 @@ def test_padding_changes_no_loss() -> None:
             for name in ("tokens", "labels", "target", "words", "types", "valid")
         }
         parts.append(module.losses(MaskedBatch(**cut, other=batch.other[b : b + 1])))
-    torch.testing.assert_close(torch.stack([one.sum for one, _ in parts]).sum(), whole.sum)
-    torch.testing.assert_close(torch.stack([two.sum for _, two in parts]).sum(), pairs.sum)
+    torch.testing.assert_close(torch.cat([one for one, _ in parts]), whole)
+    torch.testing.assert_close(torch.cat([two for _, two in parts]), pairs)
 
 
 def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
@@ -369,6 +375,30 @@ def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
         num_sanity_val_steps=0,
         **arguments,
     )
+
+
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path) -> None:
+    """Words and pairs: eight steps of one batch of 16 rows, of 4 of 4 and of 16 single rows."""
+
+    def trained(batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+        module = MaskedLanguageModelling(encoder_of(), optim=Optim(lr=0.01, warmup_steps=0))
+        run = trainer(
+            tmp_path,
+            precision="64-true",
+            max_steps=8,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+        )
+        run.fit(module, datamodule=data_of(batch_size=batch_size))
+        return {name: p.detach() for name, p in module.named_parameters()}
+
+    one = trained(16, 1)
+    for batch_size, accumulate in ((4, 4), (1, 16)):
+        other = trained(batch_size, accumulate)
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-12
+    start = {f"encoder.{name}": p.detach() for name, p in encoder_of().named_parameters()}
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-2
 
 
 def test_a_run_learns_and_leaves_model_scores_and_filled_texts(

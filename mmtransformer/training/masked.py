@@ -26,7 +26,9 @@ class MaskedLanguageModelling(Task):
     """Trains a text encoder as BERT was (Devlin et al., arXiv:1810.04805): hidden words, and pairs of texts.
 
     The loss is the mean over hidden tokens, plus the mean over pairs where there are any. Whether two texts belong
-    together stands in the place of BERT's next sentence: texts of one group are captions of one picture.
+    together stands in the place of BERT's next sentence: texts of one group are captions of one picture. A pair weighs
+    as much as its row has hidden tokens, so that one count, theirs, makes means of both sums, and the gradient does not
+    depend on how a global batch is cut up.
 
     Args:
         encoder: The model, with its word head, and its sentence head if rows are pairs.
@@ -89,37 +91,33 @@ class MaskedLanguageModelling(Task):
     # ------------------------------------------------------------------------------------------------ training
 
     def loss(self, batch: MaskedBatch) -> Loss:
-        """The losses of the hidden tokens; that of the pairs is added to each of them."""
+        """The losses of the hidden tokens, each with the loss of its row's pair beside it."""
         words, pairs = self.losses(batch)
-        total = words.sum
-        # Without pairs too: DDP waits for the head's gradient.
-        if self.encoder.sentence_head and self.pair_weight:
-            total = total + self.pair_weight * pairs.sum / pairs.count.clamp(min=1) * words.count
-        return Loss(total, words.count)
+        total = words.sum()
+        if self.encoder.sentence_head:  # without pairs too: DDP waits for the head's gradient
+            hidden = batch.target.sum(1)[batch.other >= 0]
+            total = total + self.pair_weight * (pairs * hidden).sum()
+        return Loss(total, torch.tensor(words.numel(), device=total.device))
 
-    def losses(self, batch: MaskedBatch) -> tuple[Loss, Loss]:
-        """The losses of hidden tokens and of pairs."""
+    def losses(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """The losses of all hidden tokens and of all pairs, in the order of the rows."""
         types = batch.types if self.encoder.num_types > 1 else None
-        hidden = self.encoder(batch.tokens, types, valid=batch.valid)
-        labels = batch.labels[batch.target]
-        words = F.cross_entropy(
-            _at_least_float(self.encoder.words(hidden[batch.target])), labels, reduction="sum"
-        )
-        found = Loss(words, torch.tensor(labels.numel(), device=words.device))
-        known = batch.other >= 0
+        states = self.encoder(batch.tokens, types, valid=batch.valid)
+        guessed = _at_least_float(self.encoder.words(states[batch.target]))
+        words = F.cross_entropy(guessed, batch.labels[batch.target], reduction="none")
         if not self.encoder.sentence_head:
-            return found, Loss(words.new_zeros(()), torch.tensor(0, device=words.device))
-        logits = _at_least_float(self.encoder.follows(hidden[known]))
-        pairs = F.cross_entropy(logits, batch.other[known], reduction="sum")
-        return found, Loss(pairs, known.sum())
+            return words, words.new_zeros(0)
+        known = batch.other >= 0
+        told = _at_least_float(self.encoder.follows(states[known]))
+        return words, F.cross_entropy(told, batch.other[known], reduction="none")
 
     def validation_step(self, batch: MaskedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the losses."""
         split = self.split_names[dataloader_idx]
         words, pairs = self.losses(batch)
-        self.add(split, "loss", words)
-        if int(pairs.count):
-            self.add(split, "pair_loss", pairs)
+        for name, each in (("loss", words), ("pair_loss", pairs)):
+            if each.numel():
+                self.add(split, name, Loss(each.sum(), torch.tensor(each.numel(), device=each.device)))
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's losses."""
