@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmtransformer.few_shot import FewShot
     from mmtransformer.flamingo import Flamingo
     from mmtransformer.generate import Generated, generate, stream
+    from mmtransformer.hard_pairs import hard_negatives
     from mmtransformer.hub import HubDecoder
     from mmtransformer.hub_seq2seq import HubSeq2Seq
     from mmtransformer.image_text import ImageText
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mmtransformer.language import Decoder, DecoderState
     from mmtransformer.linear_attention import LinearAttention
     from mmtransformer.media import media_mask, show_mask
-    from mmtransformer.objectives import clip_loss, hard_negatives, itc_loss, itg_loss, itm_loss
+    from mmtransformer.objectives import clip_loss, itc_loss, itg_loss, itm_loss
     from mmtransformer.pipeline import ImageCaptioner
     from mmtransformer.prefix import PrefixCaptioner
     from mmtransformer.qformer import QFormer
@@ -62,7 +63,8 @@ _HOMES = {
     "images": "Augment ImageError ImageTransform",
     "linear_attention": "LinearAttention",
     "media": "media_mask show_mask",
-    "objectives": "clip_loss hard_negatives itc_loss itg_loss itm_loss",
+    "hard_pairs": "hard_negatives",
+    "objectives": "clip_loss itc_loss itg_loss itm_loss",
     "language": "Decoder DecoderState",
     "decoding": "CaptionResult Decoding",
     "pipeline": "ImageCaptioner",

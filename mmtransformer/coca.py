@@ -17,7 +17,8 @@ from mmtransformer.blocks import AttentionPool
 from mmtransformer.captioner import CaptionBatch, Captioner, check_rows, freeze
 from mmtransformer.decoder import DecoderState, TextDecoder
 from mmtransformer.next_token import Loss, next_token_loss
-from mmtransformer.objectives import clip_loss, gather, picture_ids, refuse_empty
+from mmtransformer.objectives import clip_loss, picture_ids, refuse_empty
+from mmtransformer.processes import gather
 from mmtransformer.record import record_attention
 from mmtransformer.soft_prompt import refuse_documents
 from mmtransformer.vit import ViT

@@ -18,18 +18,9 @@ from torch import Tensor, nn
 from mmtransformer import masks
 from mmtransformer.attention import KeyValue, KVCache
 from mmtransformer.captioner import CaptionBatch, Captioner, freeze
-from mmtransformer.objectives import (
-    Similarity,
-    compare,
-    contrastive_loss,
-    gather,
-    hard_negatives,
-    itg_loss,
-    itm_loss,
-    pair_noise,
-    processes,
-    refuse_empty,
-)
+from mmtransformer.hard_pairs import HardPairs, hard_pairs
+from mmtransformer.objectives import compare, contrastive_loss, itg_loss, itm_loss, refuse_empty
+from mmtransformer.processes import gather, processes
 from mmtransformer.qformer import QFormer, Seen, Visual
 from mmtransformer.qformer_block import QFormerBlock
 from mmtransformer.record import record_attention
@@ -224,7 +215,8 @@ class ImageText(Captioner):
         r = n // b if match_texts is None else match_texts
         if not 1 <= r <= n // b:
             raise ValueError(f"match_texts ({r}) must be from 1 to the {n // b} texts of a picture")
-        logits, match, counted = self._matches(batch, visual_tokens, visual, similarity, r, seed)
+        pairs = hard_pairs(similarity, self.temperature, texts=r, seed=seed)
+        logits, match, counted = self._matches(batch, visual_tokens, visual, pairs)
         right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
         earlier = batch.cut(batch.tokens.shape[1] - 1)
         said = self.qformer.read(earlier.tokens, earlier.valid, seen)
@@ -232,47 +224,28 @@ class ImageText(Captioner):
         return Losses(itc, itm_loss(logits, match, counted), itg, right)
 
     def _matches(
-        self,
-        batch: CaptionBatch,
-        visual_tokens: Tensor,
-        visual: list[KeyValue],
-        s: Similarity,
-        r: int,
-        seed: int,
+        self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], pairs: HardPairs
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Matching of r texts a picture (m = b r): logits (3m 2), whether they match, and whether they count.
 
         True pairs, each text with a hard other picture, and each picture with a hard other text.
         """
-        every, b = batch.tokens.shape[0], len(s.image_ids)
-        number = torch.arange(every, device=batch.tokens.device)
-        all_keys = gather(s.text_ids * 1_000_003 + number % (every // b))
-        number = number.unflatten(0, (b, -1))[:, :r].flatten()  # of the texts to be matched
-        ids, keys = s.text_ids[number], s.text_ids[number] * 1_000_003 + number % (every // b)
-        temperature, real = self.temperature.detach(), ids >= 0
-        others = (ids[:, None] != s.all_image_ids) & (s.all_image_ids >= 0)
-        noise = pair_noise(seed, keys, s.all_image_ids)
-        pictures, some_picture = hard_negatives(s.of_texts[number] / temperature, others, noise)
-        others = (ids[:, None] != s.all_text_ids) & (s.all_text_ids >= 0)
-        noise = pair_noise(seed + 1, keys, all_keys)
-        texts, some_text = hard_negatives(s.of_images[number // (every // b)] / temperature, others, noise)
-
         tokens, valid = batch.tokens, batch.valid
         if processes() == 1:
-            other_pictures = [kv.select(pictures) for kv in visual]
-            other_tokens, other_valid = tokens[texts], valid[texts]
+            other_pictures = [kv.select(pairs.pictures) for kv in visual]
+            other_tokens, other_valid = tokens[pairs.texts], valid[pairs.texts]
         else:
-            other_pictures = self.qformer.project_visual(gather(visual_tokens)[pictures])
+            other_pictures = self.qformer.project_visual(gather(visual_tokens)[pairs.pictures])
             longest = int(gather(torch.tensor([tokens.shape[1]], device=tokens.device)).max())
             more = (0, longest - tokens.shape[1])
             tokens, valid = F.pad(tokens, more), F.pad(valid, more)
-            other_tokens, other_valid = gather(tokens)[texts], gather(valid.long()).bool()[texts]
-        tokens, valid = tokens[number], valid[number]
+            other_tokens, other_valid = gather(tokens)[pairs.texts], gather(valid.long()).bool()[pairs.texts]
+        tokens, valid = tokens[pairs.rows], valid[pairs.rows]
 
         def beside(own: Tensor, other: Tensor) -> Tensor:
             """A picture's own texts, then as many others, so that they share its keys: (m q) twice -> (2m q)."""
-            both = torch.stack((own.unflatten(0, (-1, r)), other.unflatten(0, (-1, r))), dim=1)
-            return both.flatten(0, 2)
+            own, other = (x.unflatten(0, (len(visual_tokens), -1)) for x in (own, other))
+            return torch.stack((own, other), dim=1).flatten(0, 2)
 
         logits = torch.cat(
             (
@@ -280,9 +253,10 @@ class ImageText(Captioner):
                 self.match(other_pictures, tokens, valid),
             )
         )
+        real = pairs.real
         yes, no = torch.ones_like(real), torch.zeros_like(real)
         match = torch.cat((beside(yes, no), no))
-        counted = torch.cat((beside(real, real & some_text), real & some_picture))
+        counted = torch.cat((beside(real, real & pairs.has_text), real & pairs.has_picture))
         return logits, match, counted
 
     # ---------------------------------------------------------------------------------------------- a captioner

@@ -7,89 +7,19 @@ the processes of what each returns is the loss of the global batch, and the mean
 is its gradient, however the batch was cut. One process is the case of a mean over one; no process group is needed.
 
 Letters: b pictures and n texts of this process, B and N those of all processes, l vectors of a picture, e width of a
-vector, m rows, k columns, q tokens, d width of a token.
+vector, m rows, q tokens, d width of a token.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.next_token import next_token_loss
-
-# ------------------------------------------------------------------------------------------------ processes
-
-
-def processes() -> int:
-    """How many processes share the batch; 1 where no process group was initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all processes. What flows back to a row is the sum of what all processes send to it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out, ctx.start, ctx.rows = _all_gather(x)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return grad[ctx.start : ctx.start + ctx.rows]
-
-
-def _all_gather(x: Tensor) -> tuple[Tensor, int, int]:
-    """The rows of all processes in the order of their ranks, which may have different numbers of them."""
-    rows, rank = x.shape[0], dist.get_rank()
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(processes())]
-    dist.all_gather(counts, torch.tensor([rows], device=x.device))
-    numbers = [int(count) for count in counts]
-    padded = x.new_zeros(max(numbers), *x.shape[1:])
-    padded[:rows] = x
-    parts = [torch.empty_like(padded) for _ in numbers]
-    dist.all_gather(parts, padded)
-    whole = torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
-    return whole, sum(numbers[:rank]), rows
-
-
-def gather(x: Tensor, *, grad: bool = True) -> Tensor:
-    """The rows of all processes, in the order of their ranks; one process gets its own rows back.
-
-    Args:
-        x: (m ...), where m may differ between processes.
-        grad: let gradients flow back to the processes that the rows came from. False saves that exchange: the others'
-            rows are then constants, and the gradient is no longer that of the global batch.
-
-    Returns:
-        (M ...), M rows of all processes.
-    """
-    if processes() == 1:
-        return x
-    if grad and x.is_floating_point():
-        return _Gather.apply(x)  # pyright: ignore[reportReturnType]
-    whole, start, rows = _all_gather(x.detach())
-    return torch.cat((whole[:start], x, whole[start + rows :]))
-
-
-def global_mean(total: Tensor, count: Tensor | int) -> Tensor:
-    """This process's share of a mean over all processes: the mean over processes of the results is that mean.
-
-    Args:
-        total: the sum over this process's terms, a scalar.
-        count: how many terms they are.
-    """
-    count = torch.as_tensor(count, dtype=total.dtype, device=total.device).detach().clone()
-    world = processes()
-    if world > 1:
-        dist.all_reduce(count)
-    return total * (world / count.clamp(min=1))
-
+from mmtransformer.processes import gather, global_mean, processes, rows_before
 
 # ---------------------------------------------------------------------------------------------- contrastive
 
@@ -160,7 +90,7 @@ def compare(
         )
     b, n = images.shape[0], texts.shape[0]
     if image_ids is None:
-        image_ids = torch.arange(b, device=texts.device) + _rows_before(b, texts.device)
+        image_ids = torch.arange(b, device=texts.device) + rows_before(b, texts.device)
     if text_ids is None:
         if b == 0 or n % b:
             raise ValueError(f"{n} texts cannot be shared out among {b} pictures: give text_ids")
@@ -179,12 +109,6 @@ def compare(
             everyone = gather(images, grad=gather_grad)
             of_texts = torch.einsum("b l e, n e -> n b l", everyone, texts).amax(-1)
     return Similarity(of_images, of_texts, image_ids, text_ids, gather(image_ids), gather(text_ids))
-
-
-def _rows_before(rows: int, device: torch.device) -> int:
-    if processes() == 1:
-        return 0
-    return int(gather(torch.tensor([rows], device=device))[: dist.get_rank()].sum())
 
 
 def contrastive_loss(
@@ -281,48 +205,6 @@ def refuse_empty(valid: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- matching
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """A round of SplitMix64 in wrapping int64."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def pair_noise(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1) that depend on (seed, row, column) only, so not on how a batch is cut.
-
-    Args:
-        seed: another one gives other numbers.
-        rows: keys (m) long.
-        columns: keys (k) long.
-
-    Returns:
-        (m k) float32.
-    """
-    start = torch.tensor(seed, dtype=torch.long, device=rows.device)
-    golden = -0x61C8864680B583EB
-    mixed = _scramble((_scramble(start + golden) ^ rows) + golden)
-    bits = _scramble((mixed[:, None] ^ columns) + golden)
-    return (((bits >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
-
-
-def hard_negatives(scores: Tensor, allowed: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one column for each row with the probabilities softmax(scores): what is confused most comes most often.
-
-    The draw is that of `torch.multinomial`, by the Gumbel-max trick: no loop, and nothing waits for the device.
-
-    Args:
-        scores: (m k), similarities over temperature.
-        allowed: (m k) bool, what is a negative: not what belongs to the row.
-        noise: (m k), uniform in (0, 1): from `pair_noise`, or `torch.rand`.
-
-    Returns:
-        Columns (m) long, and whether the row has a negative at all (m) bool; where not, the column means nothing.
-    """
-    drawn = scores.detach().float() - (-noise.log()).log()
-    return drawn.masked_fill(~allowed, -torch.inf).argmax(1), allowed.any(1)
 
 
 def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "mmtransformer"
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
     1: "attention masks images tokenizer tokenizer_files spelling metrics batch",
-    2: "next_token language positions blocks qformer_block linear_attention record prepack pretrained lora",
+    2: "next_token processes language positions blocks qformer_block linear_attention record prepack pretrained lora",
     3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
-    4: "captioner soft_prompt soft_source objectives media",
+    4: "captioner soft_prompt soft_source objectives hard_pairs media",
     5: "encoder_decoder flamingo image_text blip2 prefix coca search generate captured decoding prompts weights",
     6: "data training pictures pipeline translator classifier few_shot",
     7: "cli",
@@ -34,6 +34,7 @@ SAME_FLOOR = {
     "generate": {"search"},
     "captured": {"search"},
     "decoding": {"generate", "search", "prompts"},
+    "hard_pairs": {"objectives"},
     "media": {"captioner"},
     "weights": {"flamingo", "blip2", "image_text"},
     "soft_prompt": {"captioner"},

@@ -15,7 +15,8 @@ from torch import Tensor
 from mmtransformer import CaptionBatch, ImageText, QFormer, ViT, caption_loss, generate, itc_loss
 from mmtransformer import image_text as home
 from mmtransformer.captioner import Captioner
-from mmtransformer.objectives import Similarity, pair_noise
+from mmtransformer.hard_pairs import hard_pairs, pair_noise
+from mmtransformer.objectives import Similarity
 from mmtransformer.qformer_block import mode_mask
 
 VOCAB, CLASS, PAD = 53, 52, 0
@@ -144,7 +145,8 @@ def test_matching_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.empty(4, dtype=torch.long, device="meta")
     s = Similarity(near, near.T, ids, ids.repeat_interleave(2), ids, ids.repeat_interleave(2))
     visual = m.qformer.project_visual(visual_tokens)
-    logits, match, counted = m._matches(given, visual_tokens, visual, s, 2, 0)
+    pairs = hard_pairs(s, m.temperature, texts=2, seed=0)
+    logits, match, counted = m._matches(given, visual_tokens, visual, pairs)
     assert logits.shape == (3 * 8, 2)
     assert match.shape == counted.shape == (3 * 8,)
 

@@ -9,17 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer.objectives import (
-    clip_loss,
-    compare,
-    contrastive_loss,
-    gather,
-    hard_negatives,
-    itc_loss,
-    itg_loss,
-    itm_loss,
-    pair_noise,
-)
+from mmtransformer.hard_pairs import hard_negatives, pair_noise
+from mmtransformer.objectives import clip_loss, compare, contrastive_loss, itc_loss, itg_loss, itm_loss
+from mmtransformer.processes import gather
 
 
 def unit(*shape: int) -> Tensor:
