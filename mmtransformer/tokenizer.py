@@ -16,6 +16,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,7 +26,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from mmtransformer.spelling import Spelling
-from mmtransformer.tokenizer_files import read_backend, read_settings
+from mmtransformer.tokenizer_files import find_token, read_backend, read_settings
 
 PAD, BOS, EOS, IMAGE = "<|pad|>", "<|bos|>", "<|eos|>", "<|image|>"
 
@@ -153,30 +154,7 @@ class Tokenizer:
         settings = read_settings(folder)
         backend = read_backend(folder, settings)
         vocab = backend.get_vocab()
-        names = {token_id: token for token, token_id in vocab.items()}
-
-        def find(*roles: str) -> str | None:
-            for role in roles:
-                for file, values in settings.items():
-                    token = values.get(f"{role}_token")
-                    token = token.get("content") if isinstance(token, dict) else token
-                    index = values.get(f"{role}_token_id")
-                    index = index[0] if isinstance(index, list) and index else index
-                    if token is None and isinstance(index, int) and index >= 0:  # -1 means none
-                        if index not in names:
-                            raise ValueError(
-                                f"{folder / file}: {role}_token_id is {index}, an id without a token"
-                            )
-                        token = names[index]
-                    if isinstance(token, str):
-                        if token not in vocab:
-                            raise ValueError(
-                                f"{folder / file}: {role}_token is {token!r}, "
-                                f"which is not among the tokenizer's {len(vocab)} tokens"
-                            )
-                        return token
-            return None
-
+        find = partial(find_token, folder, settings, vocab)
         eos = find("eos", "sep")
         if eos is None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Reading the files that a tokenizer is kept in, by this library, by hubs, or as GPT-2 and BERT were published."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,37 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
         f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
         f"it holds: {', '.join(sorted(p.name for p in folder.iterdir())[:9]) or 'nothing'}"
     )
+
+
+def find_token(
+    folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int], *roles: str
+) -> str | None:
+    """Looks a special token up: the first of the roles that a file names, by its text or by its id.
+
+    Args:
+        folder: Where the files are, for errors.
+        settings: What `read_settings` has read, a file each.
+        vocab: The tokenizer's tokens and their ids.
+        roles: "eos" and the like, what is wanted most first.
+
+    Raises:
+        ValueError: If a file names a token that there is not; names the file and key.
+    """
+    for role in roles:
+        for file, values in settings.items():
+            token = values.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            index = values.get(f"{role}_token_id")
+            index = index[0] if isinstance(index, list) and index else index
+            if token is None and isinstance(index, int) and index >= 0:  # -1 means none
+                token = next((text for text, i in vocab.items() if i == index), None)
+                if token is None:
+                    raise ValueError(f"{folder / file}: {role}_token_id is {index}, an id without a token")
+            if isinstance(token, str):
+                if token not in vocab:
+                    raise ValueError(
+                        f"{folder / file}: {role}_token is {token!r}, "
+                        f"which is not among the tokenizer's {len(vocab)} tokens"
+                    )
+                return token
+    return None
