@@ -105,7 +105,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.log import MetricsLog
     from mmtransformer.training.precision import fast_matmuls, pick_precision
     from mmtransformer.training.saving import Saving
-    from mmtransformer.training.sharded import Sharded
+    from mmtransformer.training.sharded import Sharded, number_format
     from mmtransformer.training.throughput import Throughput
 
     class RecipeCLI(LightningCLI):
@@ -147,10 +147,16 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 choice = pick_precision(config.accelerator)
                 config.precision = choice.precision
                 print(f"precision: {choice.precision}, as {choice.reason}")
+            else:
+                print(f"precision: {config.precision}, as asked")
             if config.logger is None:
                 config.logger = MetricsLog(root)
+            plugins = config.plugins or []
+            plugins = plugins if isinstance(plugins, list) else [plugins]
             if config.strategy == "sharded":
                 config.strategy = Sharded()
+                config.precision, more = number_format(config.precision)
+                plugins = [*plugins, *more]
             extra: list[pl.Callback] = []
             if config.logger is not False and not config.barebones:
                 extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.
@@ -159,10 +165,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.enable_checkpointing is not False and not config.fast_dev_run:
                 extra.append(Saving())
             mine = {type(callback) for callback in config.callbacks or []}
-            plugins = config.plugins or []
-            plugins = plugins if isinstance(plugins, list) else [plugins]
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                config.plugins = [*plugins, CheckpointFiles()]
+                plugins = [*plugins, CheckpointFiles()]
+            config.plugins = plugins
             return self._instantiate_trainer(
                 {**config, **kwargs}, [callback for callback in extra if type(callback) not in mine]
             )
@@ -241,7 +246,12 @@ def fit(cli: "LightningCLI") -> None:
     trainer.ckpt_path = checkpoint(
         cli
     )  # Not an argument of fit: data ask in setup already whether a run goes on.
-    trainer.fit(module, datamodule=data)
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit as stop:  # what Lightning makes of an interrupt
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     trainer.ckpt_path = None
     if isinstance(module, Task) and trainer.is_global_zero:
         limit = trainer.limit_val_batches

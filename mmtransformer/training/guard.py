@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ class OutOfMemory(ValueError):
 
 
 def not_finite(
-    module: nn.Module,
     *,
     loss: float,
     grad_norm: float,
@@ -35,12 +34,12 @@ def not_finite(
     process: int = 0,
     bad_here: bool = True,
     culprit: str | None = None,
+    gradient: str | None = None,
     record: Path | None = None,
 ) -> NotFinite:
     """The error to raise, with everything that helps to find the cause.
 
     Args:
-        module: The model, its gradients in place.
         loss: The loss a token.
         grad_norm: The norm of all gradients.
         step: The optimizer step that was not taken.
@@ -49,20 +48,22 @@ def not_finite(
         process: The number of this process.
         bad_here: Whether the loss of one of its own samples is not finite; the fault may be another process's.
         culprit: What `first_bad_module` found.
+        gradient: The name of the first gradient that is not finite.
         record: A file that gets a line with all of this; the message names eight samples.
     """
-    bad = (n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    first = next(bad, None)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     if record is not None:
         row = {"step": step, "process": process, "bad_here": bad_here, "loss": str(loss), "lr": lr}
         row |= {"grad_norm": str(grad_norm), "module": culprit}
-        line = json.dumps(row | {"gradient": first, "samples": list(names)}, ensure_ascii=False)
-        with contextlib.suppress(OSError), record.open("a", encoding="utf-8") as file:  # never hide the fault
-            file.write(line + "\n")
+        with contextlib.suppress(OSError):  # never hide the fault
+            _note(
+                record, json.dumps(row | {"gradient": gradient, "samples": list(names)}, ensure_ascii=False)
+            )
         shown += f" (all in {record})" if len(names) > 8 else ""
+    if not bad_here and not math.isfinite(loss):
+        shown = "those of another process, whose message names them"
     where = f"first bad module: {culprit}; " if culprit else ""
-    where += f"first bad gradient: {first}" if first else "every gradient is finite by itself"
+    where += f"first bad gradient: {gradient}" if gradient else "every gradient is finite by itself"
     return NotFinite(
         f"step {step}: the loss is {loss:.6g} and the gradient's norm {grad_norm:.6g}, which is not finite; the "
         f"weights were left as they were. Learning rate {lr:.3g}; {where}; samples: {shown or 'unnamed'}. Lower "
@@ -71,26 +72,45 @@ def not_finite(
     )
 
 
-def first_bad_module(module: nn.Module, compute: Callable[[], object]) -> str | None:
+def _note(record: Path, line: str) -> None:
+    """Adds a line; a run that goes on before the step of a line may write the same once more, and does not."""
+    with record.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        if f"{line}\n" not in file:
+            file.write(f"{line}\n")
+
+
+def first_bad_module(
+    module: nn.Module, compute: Callable[[], object], bad: Collection[str] | None = None
+) -> str | None:
     """Where numbers stop being finite on the way forward.
+
+    Nothing that is done beside `compute` waits for another process, so of processes that compute together each may look
+    at its own batch. (One whose memory ends here, without a backward pass, ends as a run would whose memory ends: with
+    an error in all.)
 
     Args:
         module: The model.
         compute: Runs it once more on the bad batch.
+        bad: Its weights that are not finite, where this process does not hold all of them.
 
     Returns:
         The path of the module whose output is the first that is not finite though its inputs are; or what was wrong
         with the inputs already; None if the way forward is clean.
     """
     found: list[str] = []
+    if bad is None:
+        weights = module.named_parameters(remove_duplicate=False)
+        bad = {n for n, p in weights if not p.isfinite().all()}
 
     def look(name: str, part: nn.Module) -> Callable[..., None]:
         def hook(part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not found and not _finite(output):
-                own = [n for n, p in part.named_parameters() if not p.isfinite().all()]
+                own = [n for n, _ in part.named_parameters() if f"{name}.{n}" in bad]
                 inputs = "" if _finite((args, kwargs)) else ", whose input is not finite already"
                 weights = f", whose weight {own[0]} is not finite" if own else ""
-                found.append(f"{name} ({type(part).__name__}){weights or inputs}")
+                kind = type(part).__name__.removeprefix("FSDP")  # of weights that are shared out
+                found.append(f"{name} ({kind}){weights or inputs}")
 
         return hook
 
@@ -100,7 +120,7 @@ def first_bad_module(module: nn.Module, compute: Callable[[], object]) -> str | 
         if name
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would be made anew
             compute()
     except Exception as error:  # a look for a cause must not hide the fault
         found.append(f"unknown ({type(error).__name__})")

@@ -12,6 +12,7 @@ from mmtransformer.data.dataset import Collate
 from mmtransformer.data.sampler import Pick
 from mmtransformer.decoding import Decoding, write_captions
 from mmtransformer.training.evaluation import split_languages
+from mmtransformer.training.sharded import Sharded
 from mmtransformer.training.task import Task
 
 
@@ -36,10 +37,18 @@ class Samples(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Shows a sample, if it is time."""
-        if time.monotonic() - self._last < self.every_seconds or not trainer.is_global_zero:
-            return
-        self.show(trainer, pl_module)
-        self._last = time.monotonic()
+        if not isinstance(trainer.strategy, Sharded):
+            self._show(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where weights are shared out, they are whole only here."""
+        if isinstance(trainer.strategy, Sharded) and trainer.state.fn == "fit":
+            self._show(trainer, pl_module)
+
+    def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if time.monotonic() - self._last >= self.every_seconds and trainer.is_global_zero:
+            self.show(trainer, module)
+            self._last = time.monotonic()
 
     def show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Prints a task's sample."""

@@ -4,10 +4,13 @@ Every process holds a part of each weight, and has the whole of it while it is u
 named and numbered as those of any other run, so one process may go on with what many began, and the other way round.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -25,7 +28,7 @@ from torch.optim import Optimizer
 
 from mmtransformer.training.speed import blocks
 
-STEPS = ("training_step", "validation_step", "test_step")
+STEPS = ("training_step", "validation_step", "test_step", "compute_again")
 """What of a task needs whole weights; they are gathered before and let go of after each."""
 
 
@@ -39,6 +42,24 @@ class Sharded(ModelParallelStrategy):
         """All processes share the data."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def on_validation_start(self) -> None:
+        """A validation has whole weights, as the end of the run has."""
+        assert self.lightning_module is not None
+        hold(self.lightning_module)
+
+    def on_validation_end(self) -> None:
+        """Shares them out again."""
+        assert self.lightning_module is not None
+        let_go_again(self.lightning_module)
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self.on_validation_start()
+
+    def on_test_end(self) -> None:
+        """As `on_validation_end`."""
+        self.on_validation_end()
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -86,6 +107,28 @@ class Sharded(ModelParallelStrategy):
             set_optimizer_state_dict(self.model, optimizer, state, options=options)
 
 
+def number_format(precision: str | int) -> tuple[str | None, list[DoublePrecision]]:
+    """How Lightning takes a precision beside `Sharded`: it refuses the word for float64, not the thing.
+
+    Args:
+        precision: As in ``Trainer(precision=...)``.
+
+    Returns:
+        The precision to give it, and the plugins that are to go with it.
+
+    Raises:
+        ValueError: If it is float16, whose scaler would have to see all shares of the gradients.
+    """
+    word = str(precision)
+    if word in ("64", "64-true"):
+        return None, [DoublePrecision()]
+    if word in ("16", "16-mixed"):
+        raise ValueError(
+            f"trainer.precision={word} does not go with trainer.strategy=sharded; take bf16-mixed, 32-true or 64-true"
+        )
+    return word, []
+
+
 def share_out(task: LightningModule, mesh: DeviceMesh) -> None:
     """Shards a task: blocks that are used as a whole by themselves, all else together.
 
@@ -102,6 +145,33 @@ def share_out(task: LightningModule, mesh: DeviceMesh) -> None:
     fully_shard(task, mesh=mesh)
     for name in STEPS:
         register_fsdp_forward_method(task, name)
+
+
+def hold(task: LightningModule) -> None:
+    """Gives every process the whole weights, until `let_go_again`: no use of a block waits for another process then.
+
+    In a validation processes need not do the same: one has fewer batches, one alone shows a sample.
+
+    Args:
+        task: What `share_out` was given; all processes call this at once.
+    """
+    task._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue] (else a block would be taken for the root)
+    for part in _shared(task):
+        part.unshard()
+        if part is not task:  # which keeps its own after a step anyway
+            part.set_reshard_after_forward(False, recurse=False)
+
+
+def let_go_again(task: LightningModule) -> None:
+    """Ends what `hold` began."""
+    let_go(task)
+    for part in _shared(task):
+        if part is not task:
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def _shared(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def gather(task: LightningModule) -> None:
@@ -151,9 +221,18 @@ def _forget(part: nn.Module) -> None:
 
 def let_go(module: nn.Module) -> None:
     """Lets go of whole weights that a step (a validation's, say) has left gathered; shares alone remain."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in _shared(module):
+        part.reshard()
+
+
+def not_finite_in(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of tensors that are not finite, whichever process holds that part; all processes call this at once."""
+    mine = {name for name, tensor in tensors.items() if not local(tensor.detach()).isfinite().all()}
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return mine
+    found: list[set[str]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return set().union(*found)
 
 
 def local(tensor: Tensor) -> Tensor:

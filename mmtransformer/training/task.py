@@ -28,7 +28,7 @@ from mmtransformer.training.guard import (
 )
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
-from mmtransformer.training.sharded import Sharded, gather, share_out
+from mmtransformer.training.sharded import Sharded, gather, not_finite_in, share_out
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Task(pl.LightningModule, ABC):
     def configure_model(self) -> None:
         """Shares the weights out among the processes, with the strategy `Sharded`."""
         if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.precision_plugin.convert_module(self)  # A hash is that of the run's number format.
             self._hashes = frozen_hashes(self)
             assert self.device_mesh is not None
             share_out(self, self.device_mesh["data_parallel"])
@@ -152,8 +153,10 @@ class Task(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Goes on where the run was, if it was resumed."""
+        """Goes on where the run was, if it was resumed; else forgets what an earlier one met in its folder."""
         go_on(self.trainer)
+        if self.trainer.is_global_zero and not self.trainer.ckpt_path:
+            (Path(self.trainer.default_root_dir) / RECORD).unlink(missing_ok=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes what the step draws a function of seed, step and process."""
@@ -173,9 +176,7 @@ class Task(pl.LightningModule, ABC):
         self._sums.append(loss.sum.detach())
         self._counts.append(loss.count)
         self._names += names
-        self.samples_seen += (
-            len(names) if count else 0
-        )  # A filler, which keeps processes in step, has no target.
+        self.samples_seen += len(names) if count else 0  # A filler, to keep processes in step, has no target.
         self.tokens_seen += int(count)
         return loss.sum
 
@@ -219,9 +220,9 @@ class Task(pl.LightningModule, ABC):
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
             # All processes come by here, so what they compute together they compute together once more.
-            whole = not isinstance(self.trainer.strategy, Sharded)
+            weights = dict(self.named_parameters(remove_duplicate=False))
+            bad = not_finite_in({n: p.grad for n, p in weights.items() if p.grad is not None})
             fault = not_finite(
-                self,
                 loss=loss,
                 grad_norm=norm,
                 step=self.trainer.global_step,
@@ -229,7 +230,8 @@ class Task(pl.LightningModule, ABC):
                 names=names,
                 process=self.global_rank,
                 bad_here=suspect,
-                culprit=first_bad_module(self, lambda: self.loss(batch)) if whole else None,
+                culprit=first_bad_module(self, lambda: self.compute_again(batch), not_finite_in(weights)),
+                gradient=next((name for name in weights if name in bad), None),
                 record=Path(self.trainer.default_root_dir) / RECORD,
             )
             self._in_a_row += 1
@@ -254,6 +256,11 @@ class Task(pl.LightningModule, ABC):
         self.last_loss = torch.tensor(loss)
         if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
             self._log({"train/loss": loss, "train/grad_norm": norm, "lr": lr})
+
+    def compute_again(self, batch: Any) -> None:
+        """The way forward of a training step, in its number format, to see where numbers stop being finite."""
+        with self.trainer.precision_plugin.forward_context():
+            self.loss(batch)
 
     def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
         """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
