@@ -196,7 +196,7 @@ def validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def go_on(trainer: pl.Trainer) -> None:
-    """Puts the loaders where the run was: Lightning makes them (to count the steps) before it reads the place.
+    """Puts the loaders where the run was: Lightning may make them (to count the steps) before it reads the place.
 
     The place is a number of pictures, so it is good for any number of processes and workers.
 
@@ -213,7 +213,7 @@ def go_on(trainer: pl.Trainer) -> None:
         loop._combined_loader_states_to_load = []
     if batches.is_last_batch and loop._data_fetcher is not None:
         loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
-    elif places and isinstance(found := loader.flattened[0], ResumableLoader):
+    elif isinstance(found := loader.flattened[0], ResumableLoader):
         done = -(-found.place.start // found.place.step)  # where it was, in batches of this size
         for name in ("ready", "started", "processed", "completed"):
             setattr(batches.current, name, done)
