@@ -8,12 +8,15 @@ import importlib
 import inspect
 import json
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
+
+from mmtransformer.outside import built_from, check_plain, said
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -67,10 +70,38 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
         k: from_config(v, where) if isinstance(v, dict) and "class" in v else v
         for k, v in config["args"].items()
     }
+    hints = _hints(found)
+    if odd := [key for key, value in args.items() if not _fits(value, hints.get(key, Any))]:
+        raise ValueError(
+            f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints[odd[0]]}"
+        )
     try:
         return found(**args)  # pyright: ignore[reportReturnType]  # All public ones are modules.
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {name} cannot be built: {error}") from error
+    except Exception as error:  # numbers that make no sense bring out almost any
+        raise ValueError(f"{where}: {name} cannot be built: {said(error)}") from error
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind.__init__)
+    except NameError:  # a name that only the type checker knows
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of an annotation's kind; what JSON cannot hold is left to the constructor."""
+    origin = get_origin(hint) or hint
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    if origin in (bool, str, type(None)):
+        return isinstance(value, type(None) if hint is None else origin)
+    if isinstance(origin, type) and issubclass(origin, nn.Module):
+        return isinstance(value, nn.Module)
+    return True
 
 
 def find_folder(folder_or_id: str | Path) -> Path:
@@ -111,11 +142,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is missing or not a JSON object.
     """
+    check_plain(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, not a JSON object")
@@ -133,8 +163,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: naming the file, if it is missing or damaged.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
@@ -208,8 +237,10 @@ class Pretrained:
             ValueError: if a file is missing or damaged, or weights and config do not fit in every name and shape.
         """
         folder = find_folder(folder_or_id)
-        model = from_config(read_json(folder / CONFIG), str(folder / CONFIG))
+        config, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+        with built_from(state, str(folder / CONFIG)):
+            model = from_config(config, str(folder / CONFIG))
         if not isinstance(model, cls):
             raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
-        load_strictly(model, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        load_strictly(model, state, str(folder / WEIGHTS))
         return model.eval()

@@ -8,6 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from mmtransformer.outside import check_plain
+
 
 def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Reads the files beside a tokenizer that name its special tokens."""
@@ -15,10 +17,11 @@ def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{folder}: no such folder")
     settings = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
-        if (path := folder / name).is_file():
+        if (path := folder / name).exists():
+            check_plain(path)
             try:
                 settings[name] = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: not readable as JSON: {error}") from error
             if not isinstance(settings[name], dict):
                 raise ValueError(f"{path}: holds a {type(settings[name]).__name__}, not an object")
@@ -29,6 +32,9 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
     """Reads the tokenizer itself from whichever files are there."""
     config = settings.get("tokenizer_config.json", {})
     path = folder
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"):
+        if (folder / name).exists():
+            check_plain(folder / name)
     try:
         if (path := folder / "tokenizer.json").is_file():
             return tokenizers.Tokenizer.from_file(str(path))
@@ -47,7 +53,11 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
             backend.decoder = decoders.WordPiece()
             settings.setdefault("BERT", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
             return backend
-    except Exception as error:  # `tokenizers` raises bare Exception
+    except (
+        BaseException
+    ) as error:  # `tokenizers` raises bare Exception, and in its depths Rust's panic, which is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
     raise ValueError(
         f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "

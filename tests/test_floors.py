@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mmtransformer"
 
 # One line a floor; a name is a module or a folder of the package.
 FLOORS = {
-    1: "attention masks images tokenizer tokenizer_files spelling metrics batch",
+    1: "attention masks images tokenizer tokenizer_files outside spelling metrics batch",
     2: "next_token processes language positions blocks qformer_block linear_attention record prepack pretrained lora",
     3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
     4: "captioner soft_prompt soft_source objectives hard_pairs media",
@@ -27,6 +27,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 # The only imports that stay on a floor (files of one folder may always import each other): who -> whom.
 SAME_FLOOR = {
     "tokenizer": {"spelling", "tokenizer_files"},
+    "tokenizer_files": {"outside"},
     "prepack": {"blocks"},
     "qformer_block": {"blocks"},
     "seq2seq": {"decoder"},

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import nn
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.cli.errors import one_line
+from mmtransformer.cli.trust import check_names
 from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles, newest
 from mmtransformer.weights import load_lm
 
@@ -214,6 +216,12 @@ def recipe(model: Any, **more: Any) -> str:
     return json.dumps({"model": model, "trainer": {"max_steps": 1, "accelerator": "cpu", **more}})
 
 
+def hook(what: Any) -> str:
+    """A recipe whose callback calls something, as a type that asks for any callable lets it."""
+    callback = {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"setup": what}}
+    return json.dumps({"trainer": {"callbacks": [callback]}})
+
+
 RECIPES: dict[str, Callable[[str], str]] = {
     "a model of Python's": lambda harm: recipe(
         {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
@@ -239,6 +247,42 @@ RECIPES: dict[str, Callable[[str], str]] = {
     "a strategy": lambda harm: recipe(
         None, strategy={"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
     ),
+    "a hook that is called with what the recipe gives": lambda harm: hook(
+        {"class_path": "os.system", "init_args": {"command": f"touch {harm}"}}
+    ),
+    "a hook that reads pickles": lambda harm: hook(
+        {"class_path": "torch.load", "init_args": {"f": "evil.ckpt", "weights_only": False}}
+    ),
+    "a hook that makes an archive run": lambda harm: hook(
+        {"class_path": "torch.jit.load", "init_args": {"f": "evil.pt"}}
+    ),
+    "a hook of Python's own": lambda harm: hook("os.system"),
+    "a strategy's hook": lambda harm: json.dumps(
+        {
+            "trainer": {
+                "strategy": {
+                    "class_path": "lightning.pytorch.strategies.DDPStrategy",
+                    "init_args": {
+                        "ddp_comm_hook": {
+                            "class_path": "os.system",
+                            "init_args": {"command": f"touch {harm}"},
+                        }
+                    },
+                }
+            }
+        }
+    ),
+    "a reader of checkpoints in place of a class": lambda harm: recipe(
+        {
+            "class_path": "mmtransformer.training.Captioning.load_from_checkpoint",
+            "init_args": {"checkpoint_path": "evil.ckpt", "weights_only": False},
+        }
+    ),
+    "too deep": lambda harm: "model: " + "[" * 100_000,
+    "aliases of aliases": lambda harm: "".join(
+        [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'] * 10)}]\n" for i in range(9)]
+    ),
+    "an alias of itself": lambda harm: "model: &a [*a]\n",
     "YAML's own way": lambda harm: f"model: !!python/object/apply:os.system ['touch \"{harm}\"']\n",
     "YAML's new object": lambda harm: f"model: !!python/object/new:subprocess.Popen [['touch', {harm!r}]]\n",
 }
@@ -251,13 +295,32 @@ def test_a_recipe_runs_only_what_fits(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPES[kind]("harm"))
+    Path("evil.ckpt").write_bytes(saved({"state_dict": {}, "x": Harm(tmp_path / "harm")}))
+    Path("evil.pt").write_bytes(script(tmp_path))
     words = ["--config", str(ROOT / "recipes/caption_scenes.yaml"), "--config", str(path)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = main(["fit", *words, "--data.source.train_size=8"])
     assert code == 2
-    assert "mmt fit: error: " in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+    told = capsys.readouterr().err
+    assert "mmt fit: error: " in told
+    assert told.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt", "evil.pt", "recipe.yaml"]
+
+
+def own_hook(*args: Any, **kwargs: Any) -> None:
+    """What a user may name: it is in a module of their own."""
+
+
+def test_a_recipe_may_name_what_is_its_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "own_module", sys.modules[__name__])
+    monkeypatch.setattr(own_hook, "__module__", "own_module")
+    reader = {"class_path": "mmtransformer.weights.load_vit", "init_args": {"source": "folder"}}
+    relu = {"class_path": "torch.nn.ReLU"}
+    check_names({"a": own_hook, "b": [reader, relu], "c": {"class_path": "own_module.nn.Identity"}})
+    for name in ("os.system", "torch.load", "subprocess.run", "own_module.own_hook"):  # the last says no type
+        with pytest.raises(ValueError, match=f"{name} is not run"):
+            check_names({"a": [{"b": {"class_path": name, "init_args": {}}}]})
 
 
 def test_a_hostile_checkpoint_stops_mmt_in_one_line(

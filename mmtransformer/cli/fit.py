@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
+from mmtransformer.cli.trust import check_names, check_recipe
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -119,10 +120,13 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             parser.add_argument("--compile", type=bool, default=False, help="compile the blocks")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            for file in config_files(args):
+                check_recipe(file)
             try:
                 self.config = parser.parse_args(args)
             except ArgumentError as error:
                 raise ValueError(explain(str(error), keys_of(parser))) from error
+            check_names(self.config)
 
         def instantiate_classes(self) -> None:
             try:

@@ -1,0 +1,93 @@
+"""Files from outside: what they claim is looked at before memory is taken for it, and before they are followed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace,
+           torch.logspace, torch.eye, torch.empty_strided}  # fmt: skip
+_MOST_JSON = 1 << 28  # bytes; a tokenizer's largest has some tens of millions
+
+
+def check_plain(path: Path) -> None:
+    """Refuses what cannot be the file of a model: a pipe, a device, a link that leads elsewhere, a file without end.
+
+    Links may lead to the folder itself, or, as in the hub's cache, from snapshots/REVISION/ to blobs/.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    if not (
+        target.is_relative_to(folder) or (folder.parent.name == "snapshots" and target.is_relative_to(blobs))
+    ):
+        raise ValueError(
+            f"{path}: a link that leads out of its folder, to {target}; put the file there itself"
+        )
+    if path.suffix in (".json", ".txt") and (size := path.stat().st_size) > _MOST_JSON:
+        raise ValueError(f"{path}: {size:,} bytes are too many for it ({_MOST_JSON:,} at most)")
+
+
+def said(error: Exception) -> str:
+    """The first line of an error, with its kind where that is no part of the library's own words."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return line if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__}: {line}"
+
+
+class _Bounded(TorchFunctionMode):
+    """Within it, no more tensors and numbers are made than are allowed; asked for more, nothing is taken."""
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        self.tensors, self.numbers = tensors, numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKERS:
+            plain = {key: value for key, value in kwargs.items() if key not in ("generator", "pin_memory")}
+            self.tensors -= 1
+            self.numbers -= func(*args, **plain | {"device": "meta"}).numel()
+            if min(self.tensors, self.numbers) < 0:
+                raise ValueError("the config asks for a far larger model than its weights are")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def built_from(state: dict[str, Tensor], where: str) -> Iterator[None]:
+    """Where a model is built to hold tensors that are there: nothing much larger is, and any error names the file.
+
+    Sizes that a config only claims are found out before memory is taken for them.
+
+    Args:
+        state: the tensors.
+        where: what they come from.
+
+    Raises:
+        ValueError: if the model would be far larger, or what is said of it makes no sense.
+    """
+    numbers = sum(tensor.numel() for tensor in state.values())
+    try:
+        with _Bounded(4096 + 16 * len(state), (1 << 26) + 4 * numbers):
+            yield
+    except ValueError as error:
+        if where in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{where}: cannot be read as a model: {said(error)}") from error
