@@ -2,10 +2,12 @@
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +21,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.cli import main
 from mmtransformer.next_token import Loss
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.checkpoints import read
 from mmtransformer.training.guard import NotFinite
 from mmtransformer.training.log import MetricsLog
 from mmtransformer.training.optim import Optim
+from mmtransformer.training.samples import Samples
 from mmtransformer.training.saving import Saving
-from mmtransformer.training.sharded import Sharded
+from mmtransformer.training.sharded import Sharded, number_format
+from mmtransformer.training.speed import checkpoint_activations
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def model(*, freeze_vision: bool = False) -> EncoderDecoder:
@@ -47,27 +54,27 @@ def fit(
     strategy: Any = None,
     freeze_vision: bool = False,
     look: pl.Callback | None = None,
-    precision: Any = "64-true",
+    recompute: bool = False,
     **arguments: Any,
 ) -> Captioning:
     """Trains on 19 pictures an epoch: the last batch is uneven, and one process gets none of it."""
     warnings.simplefilter("ignore")
-    torch.set_default_dtype(torch.float32)
     optim = Optim(lr=0.003, warmup_steps=3, ema=0.9)
     captioner = model(freeze_vision=freeze_vision).double()
     data = tiny.scenes(batch_size, train_size=19, val_splits=["val"])
-    if precision == "32-true":  # Lightning knows no float64 for `Sharded`
-        torch.set_default_dtype(torch.float64)
-        data.on_after_batch_transfer = lambda batch, _: dataclasses.replace(  # type: ignore[method-assign]
-            batch, pixels=batch.pixels.double()
-        )
-    module = Captioning(captioner, optim=optim, image_use_batches=0)
+    precision, plugins, looks = "64-true", [], 0
+    if isinstance(strategy, Sharded):  # A process may look at more batches of a validation than the others.
+        (precision, plugins), looks = number_format("64-true"), 2
+    module = Captioning(captioner, optim=optim, image_use_batches=looks)
+    if recompute:
+        checkpoint_activations(module)
     last = folder / "checkpoints" / "last.ckpt"
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,
         strategy=strategy or ("ddp" if world > 1 else "auto"),
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
+        plugins=plugins,
         gradient_clip_val=1.0,
         logger=MetricsLog(folder),
         enable_model_summary=False,
@@ -114,8 +121,17 @@ def pair(job: Callable[[int], object]) -> list[int]:
             os._exit(tiny.in_child(run) % 256)
         return pid
 
+    codes: dict[int, int] = {}
     children = [child(rank) for rank in range(2)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    late = time.monotonic() + 180
+    while len(codes) < 2:  # Processes that wait for one another would wait forever.
+        for pid in children:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+            elif pid not in codes and time.monotonic() > late:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[pid] for pid in children]
 
 
 class BadGradient(pl.Callback):
@@ -254,12 +270,22 @@ def test_two_processes_log_the_loss_of_one(two: Path, one: dict[str, Tensor]) ->
 
 
 def test_a_bad_number_of_one_process_stops_both(two: Path) -> None:
-    texts = [(two / f"bad-{rank}.txt").read_text() for rank in range(2)]
+    said_of_a_bad_number(two, "bad", "vision.pos_embed")
+
+
+def said_of_a_bad_number(folder: Path, name: str, gradient: str) -> None:
+    """Of two processes the second's samples were bad, and it names them and the module."""
+    texts = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
     assert all("step 3: the loss is nan" in text for text in texts)
-    named = [text.partition("samples: ")[2].partition(".")[0].split(", ") for text in texts]
-    assert not set(named[0]) & set(named[1])
+    rows = map(json.loads, (folder / name / "not_finite.jsonl").read_text().splitlines())
+    found = {row["process"]: row for row in rows}
+    assert [found[rank]["bad_here"] for rank in range(2)] == [False, True]
+    assert f"samples: {', '.join(found[1]['samples'])}. " in texts[1]
+    assert "samples: those of another process, whose message names them" in texts[0]
     assert "first bad module: captioner.vision.patch_embed" in texts[1]
     assert "first bad module" not in texts[0]
+    # Gradients are the sum of all processes'; shared out, the first process may hold none of what is bad.
+    assert all(f"first bad gradient: captioner.{gradient}; " in text for text in texts), texts
 
 
 def test_a_signal_to_one_process_saves_and_stops_both(folder: Path) -> None:
@@ -270,22 +296,28 @@ def test_a_signal_to_one_process_saves_and_stops_both(folder: Path) -> None:
 
 def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -> None:
     """FSDP2 trains what one process trains, and each goes on with the other's."""
-    settings: dict[str, Any] = {"freeze_vision": True, "batch_size": 8, "precision": "32-true"}
+    settings: dict[str, Any] = {"freeze_vision": True, "batch_size": 8}
     alone = weights(fit(folder / "alone", **settings))
     begin(folder / "alone then shared", **settings)
 
     def job(rank: int) -> None:
-        settings: dict[str, Any] = {"freeze_vision": True, "batch_size": 4, "precision": "32-true"}
-        settings |= {"world": 2, "strategy": Sharded()}
-        module = fit(folder / "shared", **settings)
+        # Of the five pictures of a validation one process gets three, in two batches, the other two, in one.
+        settings: dict[str, Any] = {"freeze_vision": True, "batch_size": 2, "accumulate_grad_batches": 2}
+
+        def shared(name: str, call: Callable[..., Any] = fit, **more: Any) -> Any:
+            return call(folder / name, **settings, world=2, strategy=Sharded(), **more)
+
+        module = shared("shared", look=Samples(every_seconds=0.0), recompute=True)
         assert type(module) is Captioning
         assert not any(isinstance(p, DTensor) for p in module.parameters())
         module.captioner.save_pretrained(folder / f"model-{rank}")
-        settings["strategy"] = Sharded()
-        again = fit(folder / "alone then shared", resume=True, **settings)
-        settings["strategy"] = Sharded()
-        begin(folder / "shared then alone", **settings)
+        again = shared("alone then shared", resume=True)
+        shared("shared then alone", begin)
         torch.save([weights(module), weights(again)], folder / f"shared-{rank}.pt")
+        try:
+            shared("bad, shared", look=BadGradient())
+        except NotFinite as error:
+            (folder / f"bad, shared-{rank}.txt").write_text(str(error))
         first = next(iter(module.trainer.datamodule.val_dataloader()[0]))  # type: ignore[attr-defined]
         assert first.pixels is not None
         logits = module.captioner.logits(dataclasses.replace(first, pixels=first.pixels.double()))
@@ -303,3 +335,40 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
     shared, whole = (read(folder / name / "checkpoints/last.ckpt") for name in ("shared", "alone"))
     assert shared["state_dict"].keys() == whole["state_dict"].keys()
     assert not any(".vision." in name for name in shared["state_dict"])
+    assert shared["frozen"] == whole["frozen"]
+    said_of_a_bad_number(folder, "bad, shared", "decoder.tok_embed.weight")
+
+
+def test_mmt_shares_weights_out(folder: Path) -> None:
+    """As one asks for it, in float64; and one process goes on."""
+    small = {
+        "vision.dim": 48,
+        "vision.depth": 1,
+        "decoder.dim": 48,
+        "decoder.depth": 1,
+        "decoder.cross_dim": 48,
+    }
+    words = ["fit", f"--config={RECIPES / 'caption_scenes.yaml'}", f"--config={RECIPES / 'tiny.yaml'}"]
+    words += [f"--model.captioner.{key}={value}" for key, value in small.items()]
+    words += [f"--data.source.{key}" for key in ("train_size=12", "val_size=5", "compositional_size=1")]
+    optim = {"kind": "adamw", "ema": 0.9, "warmup_steps": 2, "decay": "inverse_sqrt"}
+    words += [f"--model.optim.{key}={value}" for key, value in optim.items()]
+    words += ["--trainer.precision=64-true", "--trainer.gradient_clip_val=0.5"]
+
+    def mmt(name: str, *more: str) -> int:
+        warnings.simplefilter("ignore")
+        Captioning.finish = lambda self, run: None  # type: ignore[method-assign]
+        return main([*words, f"--trainer.default_root_dir={folder / name}", *more])
+
+    def job(rank: int) -> None:
+        sharded = ["--trainer.strategy=sharded", "--trainer.devices=2", "--data.batch_size=2"]
+        assert mmt("mmt, shared", "--trainer.max_steps=2", *sharded) == 0
+        half = "--trainer.precision=16-mixed"
+        assert mmt("mmt, half", *sharded, half) == 2
+
+    assert tiny.in_child(lambda: mmt("mmt")) == 0
+    assert pair(job) == [0, 0]
+    assert tiny.in_child(lambda: mmt("mmt, shared", "--resume")) == 0
+    one, two = (read(folder / name / "checkpoints/last.ckpt") for name in ("mmt", "mmt, shared"))
+    assert one["global_step"] == two["global_step"] == 3
+    assert apart(one["state_dict"], two["state_dict"]) < 1e-12

@@ -228,6 +228,8 @@ def keys_of(parser: Any) -> list[str]:
 
 def fit(cli: "LightningCLI") -> None:
     """Trains, and lets the task finish: evaluate, and write the run's folder."""
+    import torch
+
     from mmtransformer.training import Run, Task
     from mmtransformer.training.speed import checkpoint_activations, compile_blocks
     from mmtransformer.training.task import device_name, trainable_parameters
@@ -260,7 +262,8 @@ def fit(cli: "LightningCLI") -> None:
     if isinstance(module, Task) and trainer.is_global_zero:
         limit = trainer.limit_val_batches
         seconds = time.monotonic() - began
-        module.finish(Run(folder, seconds, device, limit if isinstance(limit, int) else None))
+        with torch.compiler.set_stance("force_eager"):  # For caches of every length it would compile anew.
+            module.finish(Run(folder, seconds, device, limit if isinstance(limit, int) else None))
 
 
 def _quiet() -> None:

@@ -56,7 +56,9 @@ class Samples(pl.Callback):
             return
         was_training = module.training
         module.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        # Compiled blocks would be compiled anew for caches of every length.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.no_grad(), trainer.precision_plugin.forward_context():
             lines = module.sample()
         module.train(was_training)
         show = trainer.progress_bar_callback.print if trainer.progress_bar_callback else print
