@@ -16,7 +16,14 @@ from torch import nn
 from mmtransformer.captioner import CaptionBatch
 from mmtransformer.cli.errors import one_line
 from mmtransformer.training.captioning import Captioning
-from mmtransformer.training.guard import MOST_IN_A_ROW, NotFinite, OutOfMemory, first_bad_module
+from mmtransformer.training.guard import (
+    MOST_IN_A_ROW,
+    RECORD,
+    NotFinite,
+    OutOfMemory,
+    first_bad_module,
+    not_finite,
+)
 from mmtransformer.training.optim import Optim
 
 
@@ -39,7 +46,7 @@ def batch(seed: int, poison: float | None = None) -> CaptionBatch:
 
 
 def train(
-    folder: Path, batches: list[CaptionBatch], accumulate: int = 1, **optim: Any
+    folder: Path, batches: list[CaptionBatch], accumulate: int = 1, precision: Any = "32-true", **optim: Any
 ) -> tuple[Captioning, pl.Trainer]:
     module = Captioning(tiny.captioner(), optim=Optim(**({"lr": 0.01, "warmup_steps": 1} | optim)))
     trainer = pl.Trainer(
@@ -51,6 +58,7 @@ def train(
         default_root_dir=folder,
         max_steps=len(batches) // accumulate,
         accumulate_grad_batches=accumulate,
+        precision=precision,
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, train_dataloaders=loader)
@@ -99,6 +107,40 @@ def test_every_sample_of_a_bad_step_stands_in_a_file(tmp_path: Path) -> None:
     assert (row["process"], row["bad_here"]) == (0, True)
     assert row["module"].startswith("captioner.vision.patch_embed")
     assert row["gradient"].startswith("captioner.")
+
+
+def test_a_run_that_starts_anew_forgets_an_older_runs_faults(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("of an older run\n", "utf-8")
+    with pytest.raises(NotFinite):
+        train(tmp_path, [batch(0), batch(1, math.nan)])
+    (line,) = (tmp_path / RECORD).read_text("utf-8").splitlines()
+    assert json.loads(line)["step"] == 1
+    train(tmp_path, [batch(0)])
+    assert not (tmp_path / RECORD).exists()
+
+
+def test_a_step_that_is_taken_again_is_noted_once(tmp_path: Path) -> None:
+    record = tmp_path / RECORD
+    for step in (3, 5, 5):
+        not_finite(loss=math.nan, grad_norm=1.0, step=step, lr=0.1, names=["a"], record=record)
+    assert [json.loads(line)["step"] for line in record.read_text("utf-8").splitlines()] == [3, 5]
+
+
+def test_the_look_for_the_bad_module_computes_as_the_step_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run's number format: what float32 can hold is not where bfloat16 failed."""
+    seen = []
+    loss = Captioning.loss
+
+    def look(self: Captioning, batch: CaptionBatch) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(self, batch)
+
+    monkeypatch.setattr(Captioning, "loss", look)
+    with pytest.raises(NotFinite, match="first bad module"):
+        train(tmp_path, [batch(0), batch(1, math.nan)], precision="bf16-mixed")
+    assert seen == [True, True, True]
 
 
 def test_weights_are_what_they_were_before_the_bad_step(

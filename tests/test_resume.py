@@ -15,6 +15,7 @@ from mmtransformer import TextDecoder
 from mmtransformer.cli import main
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.checkpoints import CheckpointError, read
+from mmtransformer.training.guard import RECORD
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, pack, seed_step, unpack
 
@@ -138,6 +139,33 @@ def test_in_the_middle_of_an_epoch_the_batch_may_change(tmp_path: Path) -> None:
     for epoch in range(3):
         names = [name for line in seen if line[0] == epoch for name in line[-1]]
         assert len(names) == len(set(names)) == 11
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 4, "max_epochs": -1}, {"max_epochs": 2}])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 4)])
+def test_a_step_may_be_cut_otherwise_in_mid_epoch(
+    tmp_path: Path, unbroken: Any, batch_size: int, accumulate: int, length: dict[str, int]
+) -> None:
+    """Every step has the pictures that it had, and the epochs end where they ended."""
+
+    def steps(lines: list[Any], last: int = 0) -> list[list[str]]:
+        found, names = [], []
+        for line in lines:
+            if isinstance(line[0], int):
+                names += line[-1]
+                if line[2] > last:
+                    found.append(sorted(names))
+                    last, names = line[2], []
+        return found
+
+    setting = {"batch_size": 4, "accumulate_grad_batches": 2} | length
+    assert tiny.run(tmp_path / "run", tmp_path / "log", at=2, number=signal.SIGTERM, **setting) == 143
+    setting = {"batch_size": batch_size, "accumulate_grad_batches": accumulate} | length
+    assert tiny.run(tmp_path / "run", tmp_path / "after", resume=True, **setting) == 0
+    seen = steps(tiny.lines(tmp_path / "log")) + steps(tiny.lines(tmp_path / "after"), 1)
+    whole, _ = unbroken(batch_size=8)
+    assert [len(names) for names in seen] == [8, 3, 8, 3]
+    assert seen == steps(whole)[:4]
 
 
 def test_a_run_that_has_ended_goes_on_to_the_same_end(tmp_path: Path, unbroken: Any) -> None:
@@ -264,14 +292,14 @@ def test_mmt_fit_resumes_by_itself(
     code, text = mmt("--resume", "--trainer.max_steps=2")
     assert code == 0, text
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
-    report = tmp_path / "bad_pictures_train.jsonl"
-    report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
+    reports = [tmp_path / "bad_pictures_train.jsonl", tmp_path / RECORD]
+    for report in reports:
+        report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
     code, text = mmt("--resume")
     assert code == 0, text
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
-    assert (
-        report.read_text("utf-8") == '{"name": "그림.png"}\n'
-    )  # a run that goes on keeps what it has reported
+    for report in reports:  # a run that goes on keeps what it has reported
+        assert report.read_text("utf-8") == '{"name": "그림.png"}\n'
     code, text = mmt("--resume", "--model.captioner.decoder.depth=2")
     assert code == 2
     last = text.strip().splitlines()[-1]
@@ -280,4 +308,4 @@ def test_mmt_fit_resumes_by_itself(
     )
     assert TextDecoder.__name__ not in last
     code, text = mmt("--trainer.max_steps=1")
-    assert (code, report.exists()) == (0, False), text  # one that starts anew does not
+    assert (code, [r.exists() for r in reports]) == (0, [False, False]), text  # one that starts anew does not
