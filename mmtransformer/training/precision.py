@@ -1,8 +1,15 @@
 """Which arithmetic this machine is fast at: bfloat16 where the hardware has it, else float32 with fast matmuls."""
 
+import os
 from typing import Literal, NamedTuple
 
 import torch
+
+KERNELS = 128
+"""Kernels of matrix products that a CPU keeps in a run."""
+
+KERNEL_BYTES = 632_000
+"""Of a kernel of oneDNN 3.13 for matrices of any size: it is described twice, in 0.3 MB, in each of two caches."""
 
 Precision = Literal["bf16-mixed", "32-true"]
 
@@ -37,3 +44,17 @@ def pick_precision(accelerator: str = "auto") -> PrecisionChoice:
 def fast_matmuls() -> None:
     """Let float32 matmuls use TF32 (GPU) or bfloat16 (CPU) inside: twice as fast on a CPU with avx512_bf16."""
     torch.set_float32_matmul_precision("medium")
+    few_kernels()
+
+
+def few_kernels() -> int:
+    """Lets a CPU keep the kernels of the last `KERNELS` shapes of products, where oneDNN by itself keeps 1024.
+
+    Batches of many lengths have many shapes, so that 0.65 GB would be kept of kernels that are hardly used again. This
+    must come before the first product of a process; a number that the environment has already stays.
+
+    Returns:
+        How many are kept.
+    """
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    return max(int(os.environ.setdefault(name, str(KERNELS))) for name in names)
