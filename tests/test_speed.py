@@ -2,7 +2,6 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +14,6 @@ from mmtransformer.captioner import CaptionBatch
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.log import MetricsLog
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.plan import LiveBytes, Needs, Watch, extended
 from mmtransformer.training.speed import blocks, checkpoint_activations, compile_blocks
 from mmtransformer.training.throughput import Throughput, gemm_rate
 
@@ -113,61 +111,3 @@ def test_the_rate_of_products_is_measured() -> None:
         gemm_rate(torch.device("cpu"), torch.float32, 512),
     )
     assert 1e6 < slow < fast < 1e15
-
-
-# ------------------------------------------------------------------------------------------------------ the plan
-
-
-def test_live_bytes_are_those_of_living_tensors() -> None:
-    count = LiveBytes()
-    with count:
-        a = torch.zeros(1000)
-        b = a.view(10, 100)[2:5]
-        c = a + 1
-        del c
-        d = torch.zeros(250, dtype=torch.float64)
-    assert count.live == 4000 + 2000
-    assert count.peak == 8000
-    del a
-    assert count.live == 6000  # b holds it
-    del b, d
-    assert count.live == 0
-
-
-def test_needs_grow_in_a_line_with_the_batch() -> None:
-    small, large = (
-        Watch(Needs(parameters=7, activations=110), 2),
-        Watch(Needs(parameters=7, activations=210), 4),
-    )
-    assert extended(small, large, 8) == Needs(parameters=7, activations=410)
-    assert extended(small, large, 8).memory == 417
-    text = Needs(1500, 300, 1200, 2_400_000, 0, 7 * 10**9, 2000, 99).table(8, "pictures")
-    for part in (
-        "1.5 kB  (300 B of them frozen)",
-        "2.4 MB",
-        "7.00 GB  (batches of 8 pictures)",
-        "99 B  on the disk",
-    ):
-        assert part in text
-
-
-def test_a_run_is_watched(tmp_path: Path) -> None:
-    watch = Watch()
-    arguments: dict[str, Any] = {
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
-    trainer = pl.Trainer(
-        accelerator="cpu", enable_progress_bar=False, max_steps=3, callbacks=[watch], limit_val_batches=0,
-        default_root_dir=tmp_path, **arguments,
-    )  # fmt: skip
-    task = Captioning(tiny.captioner(freeze_vision=True), optim=Optim(ema=0.9))
-    trainer.fit(task, datamodule=tiny.scenes())
-    needs = watch.needs
-    learned = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    assert needs.gradients == needs.average == 4 * learned
-    assert 8 * learned <= needs.optimizer <= 8 * learned + 8 * 100
-    assert needs.frozen == sum(4 * p.numel() for p in task.captioner.vision.parameters())
-    assert needs.activations > 4 * 4 * 13 * 24
-    assert watch.samples == 4

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 HELP = """usage: mmt plan RECIPE.yaml [--config OVERLAY.yaml] [--KEY=VALUE ...]
 
-Says what a recipe needs: bytes of weights, gradients, optimizer, moving average, activations, checkpoint and feature
-cache. A few steps are run with a quarter and with half of the recipe's batch, on this machine, and nothing is written.
+Says what a recipe needs to train: bytes of weights, gradients, optimizer, moving average, activations, checkpoint and
+feature cache; on a CPU also of what it keeps for matrix products, and of Python with its libraries. A few steps are run
+with a quarter and with half of the recipe's batch, on this machine, and nothing is written.
 All keys of `mmt fit` can be given; so one sees at once what --data.batch_size, --activation_checkpointing=true or
 --trainer.precision change.
 """
@@ -60,17 +61,24 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         first = _cli(words, [], folder)
-        data, module = first.datamodule, first.model
-        batch = getattr(data, "batch_size", None)
+        batch, cached = (
+            getattr(first.datamodule, "batch_size", None),
+            getattr(first.datamodule, "cache_features", False),
+        )
         if not isinstance(batch, int):
-            raise ValueError(f"{type(data).__name__} has no batch_size that could be planned with")
+            raise ValueError(
+                f"{type(first.datamodule).__name__} has no batch_size that could be planned with"
+            )
+        del first  # Its weights are not what a run needs.
         sizes = sorted({max(batch // 4, 1), max(batch // 2, 1)})
-        watches = [_watch(words, size, folder) for size in sizes]
-        samples = batch * watches[-1].samples // sizes[-1]
-        needs = extended(watches[0], watches[-1], samples)
-        if getattr(data, "cache_features", False):
-            needs.cache = cache_bytes(module, data)
-    return needs, samples, getattr(module, "unit", "samples")
+        watches = [_watch(words, size, folder)[0] for size in sizes[:-1]]
+        watch, cli = _watch(words, sizes[-1], folder)
+        watches.append(watch)
+        samples = batch * watch.samples // sizes[-1]
+        needs = extended(watches[0], watch, samples)
+        if cached:
+            needs.cache = cache_bytes(cli.model, cli.datamodule)
+    return needs, samples, getattr(cli.model, "unit", "samples")
 
 
 def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
@@ -85,7 +93,7 @@ def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
     return recipe_cli([*words, *quiet, *more, f"--trainer.default_root_dir={folder}"], Path(folder))
 
 
-def _watch(words: list[str], size: int, folder: str) -> "Watch":
+def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "LightningCLI"]:
     """A few steps with batches of `size`."""
     from mmtransformer.training.plan import STEPS, Watch
     from mmtransformer.training.speed import checkpoint_activations
@@ -103,4 +111,4 @@ def _watch(words: list[str], size: int, folder: str) -> "Watch":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    return watch
+    return watch, cli

@@ -1,17 +1,17 @@
-"""What `mmt plan` says of a recipe's memory beside what three of its steps take, in processes of their own.
+"""What `mmt plan` says of a recipe's memory beside what its first steps take, on a CPU with Linux, a process for each.
 
     python tests/benchmarks/bench_plan.py caption_scenes lm_scenes translate_scenes
+    python tests/benchmarks/bench_plan.py bert_captions --words="--data.paths=[captions.csv]"
 
-Measured is the growth of the process's peak from the start of training, and the weights that were there before; three
-steps with batches of four come first, so that code which is loaded at its first use is not counted. On a CPU the
-allocator keeps what it freed unless it is told not to, hence MALLOC_TRIM_THRESHOLD_.
+Measured is the peak of the process's memory that no file backs: VmHWM less RssFile of /proc/self/status. Of the whole
+process most is Python with its libraries, which hardly differs from recipe to recipe; so the rest is compared as well:
+what comes to it from the start of training, and the weights. malloc keeps what it is given back; its peak with that is
+the last number. For the others it is told not to, by MALLOC_TRIM_THRESHOLD_.
 """
 
 import argparse
-import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,58 +23,73 @@ import lightning.pytorch as pl
 import torch
 
 from mmtransformer.cli.plan import _cli, plan
+from mmtransformer.training.plan import private_bytes
 
 ROOT = Path(__file__).parents[2]
 
 
-class Growth(pl.Callback):
+class Begin(pl.Callback):
     """Bytes in use where training begins, and of the weights."""
 
     def __init__(self) -> None:
-        self.begin = self.weights = 0
+        self.bytes = self.weights = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.begin = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         self.weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+        self.bytes = private_bytes()
 
 
-def measure(words: list[str]) -> int:
-    """Bytes that three steps of a recipe take."""
-    growth = Growth()
+def measure(words: list[str], steps: int) -> dict[str, int]:
+    """Bytes that the first steps of a recipe take: the whole process, and what of it was there before."""
+    begin = Begin()
     with tempfile.TemporaryDirectory() as folder:
-        cli = _cli(words, ["--trainer.max_steps=3"], folder)
-        cli.trainer.callbacks.append(growth)  # type: ignore[attr-defined]
+        cli = _cli(words, [f"--trainer.max_steps={steps}"], folder)
+        cli.trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak - growth.begin + growth.weights
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    status = {words[0]: int(words[1]) * 1024 for words in lines if words[0] in ("VmHWM:", "RssFile:")}
+    return {"bytes": status["VmHWM:"] - status["RssFile:"], "before": begin.bytes - begin.weights}
+
+
+def in_process(arguments: list[str], **environment: str) -> dict[str, int]:
+    """The last line of another process of this file."""
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="+", help="names of recipes")
+    parser.add_argument("--words", default="", help="keys that are changed, as for mmt fit")
+    parser.add_argument("--steps", type=int, default=60, help="steps that are measured")
     parser.add_argument("--part", choices=["measure", "plan"], help="what one process does")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name in args.recipes:
-        words = ["--config", str(ROOT / f"recipes/{name}.yaml")]
+        words = ["--config", str(ROOT / f"recipes/{name}.yaml"), *args.words.split()]
         if args.part:
-            if args.part == "measure":
-                measure([*words, "--data.batch_size=4"])
-                gc.collect()
-            print(json.dumps(measure(words) if args.part == "measure" else plan(words)[0].memory))
+            found = measure(words, args.steps) if args.part == "measure" else {"bytes": plan(words)[0].memory}
+            print(json.dumps(found))
             continue
-        found = []
-        for part in ("measure", "plan"):
-            command = [sys.executable, "-W", "ignore", __file__, name, "--part", part]
-            environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0"}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            found.append(int(done.stdout.splitlines()[-1]))
-        measured, planned = found
-        print(
-            f"{name}: measured {measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB: {planned / measured - 1:+.1%}",
-            flush=True,
-        )
+        mine = [name, f"--words={args.words}", f"--steps={args.steps}", "--part"]
+        planned = in_process([*mine, "plan"])["bytes"]
+        took = in_process([*mine, "measure"], MALLOC_TRIM_THRESHOLD_="0")
+        kept = in_process([*mine, "measure"])
+        pairs = (planned, took["bytes"]), (planned - took["before"], took["bytes"] - took["before"])
+        text = [f"planned {a / 1e6:.0f} MB, measured {b / 1e6:.0f} MB: {a / b - 1:+.1%}" for a, b in pairs]
+        text.append(f"malloc keeps {(kept['bytes'] - took['bytes']) / 1e6:.0f} MB more")
+        print(f"{name}: {text[0]}; less what was there before, {text[1]}; {text[2]}", flush=True)
 
 
 if __name__ == "__main__":
