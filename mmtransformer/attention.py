@@ -7,7 +7,7 @@ Letters: b rows, q tokens that ask, k tokens that are asked, d width of a token,
 g key/value heads (g divides h), c width of one head, n rows of a shared context (n divides b).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -70,8 +70,7 @@ class KVCache:
         self.length = 0
         self.place: Tensor | None = None
         """(1) long: where the next token goes, once the cache is fixed; `length` then counts no further."""
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+        self._kv: KeyValue | None = None
         self._spare: KeyValue | None = None
 
     def append(self, new: KeyValue) -> KeyValue:
@@ -80,28 +79,30 @@ class KVCache:
         Raises:
             ValueError: if the tokens do not fit.
         """
-        rows, heads, count, width = new.k.shape
         if self.place is not None:
             k, v = self.filled()
             return KeyValue(k.index_copy_(2, self.place, new.k), v.index_copy_(2, self.place, new.v))
+        count = new.k.shape[2]
         end = self.length + count
         if end > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens, but {end} are needed: raise max_len")
-        if self._k is None or self._v is None:
-            self._k = new.k.new_empty(rows, heads, self.max_len, width)
-            self._v = new.v.new_empty(rows, heads, self.max_len, width)
-        self._k[:, :, self.length : end] = new.k
-        self._v[:, :, self.length : end] = new.v
+        if self._kv is None:
+            self._kv = KeyValue(*(x.new_empty(*x.shape[:2], self.max_len, x.shape[3]) for x in new))
+        for held, x in zip(self._kv, new, strict=True):
+            held.narrow(2, self.length, count).copy_(x)
         self.length = end
         return self.filled()
 
     def filled(self) -> KeyValue:
         """The keys and values of all tokens so far; of a fixed cache, of all that there is room for."""
-        if self._k is None or self._v is None:
+        if self._kv is None:
             raise ValueError("the cache is empty")
-        if self.place is not None:
-            return KeyValue(self._k, self._v)
-        return KeyValue(self._k[:, :, : self.length], self._v[:, :, : self.length])
+        k, v = self._kv
+        return (
+            self._kv
+            if self.place is not None
+            else KeyValue(k.narrow(2, 0, self.length), v.narrow(2, 0, self.length))
+        )
 
     def fix(self, place: Tensor) -> None:
         """From now on tokens come one by one, and each costs the same operations on the same tensors.
@@ -109,31 +110,27 @@ class KVCache:
         Args:
             place: (1) long, where the next token goes; who calls moves it on.
         """
-        assert self._k is not None
-        assert self._v is not None
-        for x in (self._k, self._v):
+        assert self._kv is not None
+        for x in self._kv:
             x[:, :, self.length :] = 0  # Weight 0 times what is not finite would not be 0.
         self.place = place
 
     @torch.no_grad()  # Decoding only; and what is written into given memory could have no gradient.
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b), in their order; a row may be named more than once (beams)."""
-        if self._k is None or self._v is None:
+        if self._kv is None:
             return
-        shape = (rows.shape[0], *self._k.shape[1:])
+        held = self._kv
+        shape = (rows.shape[0], *held.k.shape[1:])
         if self._spare is None or self._spare.k.shape != shape:
-            self._spare = KeyValue(self._k.new_empty(shape), self._v.new_empty(shape))
-        now = self.filled()
-        kept = KeyValue(*(x[:, :, : now.k.shape[2]] for x in self._spare))
-        torch.index_select(now.k, 0, rows, out=kept.k)
-        torch.index_select(now.v, 0, rows, out=kept.v)
-        if self.place is not None and shape == self._k.shape:  # What is recorded knows this memory, no other.
-            self._k.copy_(kept.k)
-            self._v.copy_(kept.v)
+            self._spare = KeyValue(held.k.new_empty(shape), held.v.new_empty(shape))
+        for x, kept in zip(self.filled(), self._spare, strict=True):
+            torch.index_select(x, 0, rows, out=kept.narrow(2, 0, x.shape[2]))
+        if self.place is not None and shape == held.k.shape:  # What is recorded knows this memory, no other.
+            for x, kept in zip(held, self._spare, strict=True):
+                x.copy_(kept)
             return
-        old = KeyValue(self._k, self._v)
-        self._k, self._v = self._spare
-        self._spare = old if old.k.shape == shape else None
+        self._kv, self._spare = self._spare, held if held.k.shape == shape else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: float = 0.0) -> Tensor:
@@ -170,14 +167,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
             mask = None
     elif mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"a mask is bool (True = may look), not {mask.dtype}")
-    if q.device.type == "cpu" and k.shape[2] <= _CPU_PLAIN_KEYS and _plain_is_faster(q, k, dropout):
+    if q.device.type == "cpu" and k.shape[2] <= _CPU_PLAIN_KEYS and _plain_is_faster(q, k, mask, dropout):
         return _attend_plain(q, k, v, _dense(mask, q, k), dropout)
     return _attend_sdpa(q, k, v, mask, dropout)
 
 
-def _plain_is_faster(q: Tensor, k: Tensor, dropout: float) -> bool:
+def _plain_is_faster(q: Tensor, k: Tensor, mask: Mask | None, dropout: float) -> bool:
     # Shared keys stay uncopied, and SDPA has no CPU kernel for dropout.
-    if dropout or q.shape[:2] != k.shape[:2]:
+    if dropout or q.shape[1] != k.shape[1] or (q.shape[0] != k.shape[0] and mask is not None):
         return True
     if q.dtype != torch.float32:
         return True
@@ -274,10 +271,11 @@ def cast_once(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+def _heads(x: Tensor, count: int, norm: nn.RMSNorm | nn.LayerNorm | nn.Identity | None = None) -> Tensor:
+    # (b q (h c)) -> (b h q c). Not by rearrange: to read its words takes longer, and every token comes by here.
+    x = x.unflatten(-1, (count, -1)).transpose(1, 2)
     # In the norm's own type: under autocast RMSNorm would otherwise fall back to a slow kernel, and say so.
-    weight = getattr(norm, "weight", None)
-    return norm(x) if weight is None else norm(x.to(weight.dtype)).to(x.dtype)
+    return x if norm is None or isinstance(norm, nn.Identity) else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -341,26 +339,33 @@ class Attention(nn.Module):
         self.q_norm = norm[qk_norm]() if qk_norm else nn.Identity()
         self.k_norm = norm[qk_norm]() if qk_norm else nn.Identity()
 
+    def read(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+        """What each of these layers says of tokens that all of them read."""
+        return [layer(x) for layer in layers]
+
     def project_q(self, x: Tensor) -> Tensor:
         """Projects the tokens that ask: (b q d) -> (b h q c)."""
-        return _normed(self.q_norm, rearrange(self.q_proj(x), "b q (h c) -> b h q c", h=self.num_heads))
+        return _heads(self.q_proj(x), self.num_heads, self.q_norm)
 
     def project_kv(self, context: Tensor) -> KeyValue:
         """Projects a context once: (n k d) -> keys and values (n g k c), to be passed as `context` many times."""
-        context = cast_once(context)
-        k = rearrange(self.k_proj(context), "n k (g c) -> n g k c", g=self.num_kv_heads)
-        v = rearrange(self.v_proj(context), "n k (g c) -> n g k c", g=self.num_kv_heads)
-        return KeyValue(_normed(self.k_norm, k), v)
+        return self._key_value(*self.read(cast_once(context), self.k_proj, self.v_proj))
+
+    def _key_value(self, k: Tensor, v: Tensor) -> KeyValue:
+        return KeyValue(_heads(k, self.num_kv_heads, self.k_norm), _heads(v, self.num_kv_heads))
 
     def project(
         self, x: Tensor, context: Tensor | KeyValue | None, rope: Rope | None, cache: KVCache | None
     ) -> tuple[Tensor, KeyValue]:
         """Queries (b h q c), and the keys and values they meet; new tokens are appended to the cache."""
         x = cast_once(x)
-        q = self.project_q(x)
         if isinstance(context, KeyValue):
-            return q, context
-        kv = self.project_kv(x if context is None else context)
+            return self.project_q(x), context
+        if context is None:
+            q, k, v = self.read(x, self.q_proj, self.k_proj, self.v_proj)
+            q, kv = _heads(q, self.num_heads, self.q_norm), self._key_value(k, v)
+        else:
+            q, kv = self.project_q(x), self.project_kv(context)
         if rope is not None:
             q, kv = rope.rotate(q), KeyValue(rope.rotate(kv.k), kv.v)
         return q, kv if cache is None else cache.append(kv)
@@ -388,4 +393,4 @@ class Attention(nn.Module):
         """
         q, kv = self.project(x, context, rope, cache)
         out = attend(q, kv.k, kv.v, mask, self.dropout if self.training else 0.0)
-        return self.out_proj(rearrange(out, "b h q c -> b q (h c)"))
+        return self.out_proj(out.transpose(1, 2).flatten(2))

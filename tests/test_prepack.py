@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer.attention import Attention
 from mmtransformer.blocks import MLP, Activation
 from mmtransformer.prepack import Int8Linear, PackedLinear, for_inference, prepack
 from mmtransformer.prepack import _memory as prepack_memory
@@ -32,9 +33,13 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
     packed = prepack(copy.deepcopy(plain))
     with torch.inference_mode():
         expected, found = plain(PIXELS.to(dtype)), packed(PIXELS.to(dtype))
-    layers = packed_layers(packed)
-    assert len(layers) == 2 * 6 + 2
-    assert all(layer._packed is not None for layer in layers), "the packed weights were not used"
+    assert len(packed_layers(packed)) == 2 * 6 + 2
+    joint = [block.attn for block in packed.blocks]
+    assert all(set(attn._packed) == {3} for attn in joint), "queries, keys and values were not one product"
+    parts = [layer for attn in joint for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    for layer in packed_layers(packed):
+        in_joint = any(layer is part for part in parts)
+        assert (layer._packed is None) == in_joint, "the packed weights were not used, or packed twice"
     assert (found - expected).abs().max() <= most * expected.abs().max().clamp(min=1)
 
 
@@ -57,6 +62,68 @@ def test_an_activation_is_computed_with_its_product(activation: Any):
         assert calls[-1] == (3, 5, 37), "a hook was passed over"
     packed(x).sum().backward()
     assert packed[0].fc1.weight.grad.any()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
+    torch.manual_seed(3)
+    plain = nn.ModuleDict(
+        {"self": Attention(22, 2, bias=bias), "cross": Attention(22, 2, context_dim=13, bias=bias)}
+    )
+    model, calls = prepack(copy.deepcopy(plain).eval(), int8=int8), []
+    x, context = torch.randn(3, 5, 22), torch.randn(3, 7, 13)
+    product = type(model["self"].q_proj).product
+
+    def counted(x: torch.Tensor, packed: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(x.shape)
+        return product(x, packed, bias)
+
+    def both() -> list[torch.Tensor]:
+        q, kv = model["self"].project(x, None, None, None)
+        return [q, *kv, *model["cross"].project_kv(context)]
+
+    def one_by_one() -> list[torch.Tensor]:
+        mine, other = model["self"], model["cross"]
+        found = [mine.q_proj(x), mine.k_proj(x), mine.v_proj(x), other.k_proj(context), other.v_proj(context)]
+        return [part.unflatten(-1, (2, 11)).transpose(1, 2) for part in found]
+
+    with torch.inference_mode():
+        with unittest.mock.patch.object(type(model["self"].q_proj), "product", staticmethod(counted)):
+            found = both()
+            assert calls == [x.shape, context.shape]
+        torch.testing.assert_close(found, one_by_one(), rtol=1e-5, atol=1e-5)
+        exact, kv = plain["self"].project(x, None, None, None)
+        torch.testing.assert_close(found[:3], [exact, *kv], rtol=0, atol=0.05 if int8 else 1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        torch.testing.assert_close(both(), one_by_one(), rtol=1e-5, atol=1e-5)
+        before = both()
+        prepack(model, int8=not int8)
+        assert not torch.equal(both()[0], before[0]), "weights packed in the other way were used"
+        torch.testing.assert_close(both(), one_by_one(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(model)["self"](x), model["self"](x))
+
+
+def test_parts_that_are_not_alike_are_products_of_their_own():
+    torch.manual_seed(3)
+    x, plain = torch.randn(3, 5, 22), Attention(22, 2)
+    with torch.inference_mode():
+        for change in ("hook", "bias", "layer"):
+            model, seen = prepack(nn.Sequential(copy.deepcopy(plain)))[0], []
+            expected = [model.q_proj(x), model.k_proj(x), model.v_proj(x)]
+            if change == "hook":
+                model.k_proj.register_forward_hook(lambda layer, args, out, seen=seen: seen.append(out.shape))
+            elif change == "bias":
+                expected[1] = expected[1] - model.k_proj.bias
+                model.k_proj.bias = None
+            else:
+                model.v_proj = nn.Sequential(model.v_proj)
+            found = model.read(x, model.q_proj, model.k_proj, model.v_proj)
+            torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-5)
+            assert not model._packed
+            assert len(seen) == (change == "hook")
 
 
 def test_parameters_and_state_dict_stay():

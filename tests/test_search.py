@@ -23,7 +23,9 @@ from mmtransformer import (
     stream,
 )
 from mmtransformer.decoding import write_captions
+from mmtransformer.search.beams import Beams, LengthPenalty
 from mmtransformer.search.guidance import blank_pictures
+from mmtransformer.search.rules import Rules
 
 EOS, VOCAB = 2, 23
 
@@ -131,6 +133,24 @@ def test_diverse_beams_by_definition(groups: int, size: int, penalty: float) -> 
                 float(next_log_probs(model, one(given, row), list(ids[:k]))[ids[k]]) for k in range(len(ids))
             ]
             assert text.log_prob == pytest.approx(sum(log_probs), abs=1e-4)
+
+
+@pytest.mark.parametrize(("size", "vocab"), [(1, 7), (3, 5), (5, 101), (7, 3)])
+def test_a_beam_goes_on_with_the_likeliest_of_all_beams_and_tokens(size: int, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    for trial in range(20):
+        beams = Beams(2, size, 4, Rules(eos_id=0), LengthPenalty(1.0), torch.device("cpu"))
+        beams.running = torch.randn(2, size, generator=generator)
+        scores = torch.randn(2, size, vocab, generator=generator) * (10 if trial % 2 else 0.1)
+        total = beams.running[..., None] + scores
+        total[..., 0] = float("-inf")  # What ends is not gone on with.
+        total = total.flatten(1)
+        beam, token = beams.advance(scores, scores, 0)
+        likeliest = total.argsort(1, descending=True)[:, :size]
+        assert torch.equal(beam * vocab + token, likeliest)
+        assert torch.equal(beams.running, total.gather(1, likeliest))
+        assert torch.equal(beams.spoken[..., 0], scores.flatten(1).gather(1, likeliest))
+        assert torch.equal(beams.ids[..., 0], token)
 
 
 def test_groups_begin_with_different_words() -> None:

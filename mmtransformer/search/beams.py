@@ -93,9 +93,13 @@ class Beams:
         """
         n, size, vocab = scores.shape
         width = min(2 * size, size * vocab)
-        total, where = (self.running[..., None] + scores).view(n, -1).topk(width, dim=1)
-        beam, token = where // vocab, where % vocab
-        ids, spoken = self.extended(beam, token, raw.reshape(n, -1).gather(1, where), step)
+        total = self.running[..., None] + scores
+        # What is among the best of all has a token that is among the best of the tokens' best: one search over (n v).
+        likely = total.amax(1).topk(min(width, vocab), dim=1).indices
+        total, at = total.gather(2, likely[:, None].expand(-1, size, -1)).flatten(1).topk(width, dim=1)
+        beam, token = at // likely.shape[1], likely.gather(1, at % likely.shape[1])
+        said = raw.reshape(n, -1).gather(1, beam * vocab + token)
+        ids, spoken = self.extended(beam, token, said, step)
         ends, last = token == self.rules.eos_id, step + 1 == self.max_new_tokens
         complete = ends | last
         complete[:, size:] = False  # Only a candidate that would have stayed in the beam may finish.
