@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from mmtransformer.images import ImageTransform, load
-from mmtransformer.pipeline import CARD, PREPROCESSOR, Picture, fast_autocast
+from mmtransformer.pipeline import CARD, PREPROCESSOR, Picture, fast_autocast, read_transform
 from mmtransformer.prepack import for_inference
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.vit import ViT
@@ -104,7 +104,7 @@ class ImageClassifier:
         names = read_json(folder / CLASSES).get("classes")
         if not isinstance(names, list):
             raise ValueError(f'{folder / CLASSES}: no list "classes"')
-        transform = ImageTransform.from_dict(read_json(folder / PREPROCESSOR))
+        transform = read_transform(folder / PREPROCESSOR)
         found = cls(ViT.from_pretrained(folder), [str(name) for name in names], transform, device=device)
         for_inference(found.vit)
         return found

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mmtransformer.attention import Mask
 from mmtransformer.language import Decoder, DecoderState, vocabulary_error
-from mmtransformer.pretrained import Pretrained
+from mmtransformer.outside import built_from
+from mmtransformer.pretrained import CONFIG, Pretrained, read_json, shapes_in
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 _NO_LENGTH = 2048  # Models without a table of positions (ALiBi) name no length.
@@ -65,11 +66,12 @@ class HubDecoder(Pretrained, Decoder):
     def __init__(self, config: dict[str, Any], *, max_len: int | None = None) -> None:
         super().__init__()
         transformers = _transformers()
+        _refuse_strangers(config, "the config")
         settings = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
         try:
             built = transformers.AutoConfig.for_model(config.get("model_type", ""), **settings)
             model = transformers.AutoModelForCausalLM.from_config(built, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a config that makes no sense brings out almost any
             raise ValueError(
                 f"transformers {transformers.__version__} cannot build a language model of the family "
                 f'"{config.get("model_type")}": {_first_line(error)}'
@@ -101,16 +103,22 @@ class HubDecoder(Pretrained, Decoder):
             ValueError: if transformers is missing, or weights and model do not fit in every name and shape.
         """
         transformers = _transformers(reason)
-        try:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                dtype=torch.float32,
+        _refuse_strangers(read_json(Path(folder) / CONFIG), str(folder))
+        if (other := Path(folder) / "adapter_config.json").exists():
+            raise ValueError(
+                f"{other}: an adapter of a model that is elsewhere; merge it into its model first"
             )
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
+        try:
+            with built_from(shapes_in(Path(folder)), str(folder)):
+                model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(folder),
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    dtype=torch.float32,
+                )
+        except Exception as error:
             raise ValueError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
         faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
         if faults:
@@ -289,6 +297,14 @@ class HubDecoder(Pretrained, Decoder):
         """
         state = super().new_state(max_len)
         return DecoderState(self.depth, state.max_len, caches=[HubCache(self.model.config)])
+
+
+def _refuse_strangers(config: Any, where: str) -> None:
+    """Kernels by the name of a hub's repository are code from outside: transformers would fetch and run it."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ValueError(f"{where}: {key} is {value!r:.80}, code from outside; no such code is run")
+        _refuse_strangers(value, where)
 
 
 def _open_door(

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+T = TypeVar("T")
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace,
            torch.logspace, torch.eye, torch.empty_strided}  # fmt: skip
 _MOST_JSON = 1 << 28  # bytes; a tokenizer's largest has some tens of millions
@@ -34,6 +37,57 @@ def check_plain(path: Path) -> None:
         )
     if path.suffix in (".json", ".txt") and (size := path.stat().st_size) > _MOST_JSON:
         raise ValueError(f"{path}: {size:,} bytes are too many for it ({_MOST_JSON:,} at most)")
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The annotations of a constructor's arguments, as far as they can be told."""
+    try:
+        return get_type_hints(kind.__init__)
+    except NameError:  # a name that only the type checker knows
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of an annotation's kind; what JSON cannot hold is left to the constructor."""
+    hint = type(None) if hint is None else hint
+    origin = get_origin(hint) or hint
+    if origin in (Union, UnionType):
+        return any(fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    if origin in (bool, str, type(None)):
+        return isinstance(value, origin)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = get_args(hint)
+        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+        return len(kinds) == len(value) and all(map(fits, value, kinds))
+    if isinstance(origin, type) and (issubclass(origin, nn.Module) or origin is tuple):
+        return isinstance(value, origin) or (origin is not tuple and isinstance(value, nn.Module))
+    return True
+
+
+def settings_of(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """A dataclass of plain settings, out of a file.
+
+    Args:
+        kind: the dataclass.
+        values: what the file says.
+        where: the file.
+
+    Raises:
+        ValueError: naming the file, for a key that there is not, and a value of another kind or without sense.
+    """
+    hints, known = get_type_hints(kind), [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{where}: unknown keys {unknown}; known: {known}")
+    if odd := [key for key, value in values.items() if not fits(value, hints[key])]:
+        raise ValueError(f"{where}: {odd[0]} is {values[odd[0]]!r:.80}, not {hints[odd[0]]}")
+    try:
+        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    except Exception as error:
+        raise ValueError(f"{where}: {said(error)}") from error
 
 
 def said(error: Exception) -> str:
@@ -77,17 +131,12 @@ def built_from(state: dict[str, Tensor], where: str) -> Iterator[None]:
     try:
         with _Bounded(4096 + 16 * len(state), (1 << 26) + 4 * numbers):
             yield
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # numbers and shapes that make no sense bring out almost any
+        ours = type(error) is ValueError or type(error).__module__.startswith("mmtransformer")
+        if not ours:
+            raise ValueError(f"{where}: model or config cannot be read: {said(error)}") from error
         if where in str(error):
             raise
         raise type(error)(f"{where}: {error}") from error
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-        RecursionError,
-    ) as error:
-        raise ValueError(f"{where}: cannot be read as a model: {said(error)}") from error

@@ -5,6 +5,7 @@ Letters: gh gw rows and columns of patches.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor
 from mmtransformer.captioner import CaptionBatch, Captioner
 from mmtransformer.decoding import CaptionResult, Decoding, heat_of, stream_caption, write_captions
 from mmtransformer.images import ImageTransform, load
+from mmtransformer.outside import settings_of
 from mmtransformer.prepack import Precision, for_inference
 from mmtransformer.pretrained import find_folder, read_json
 from mmtransformer.prompts import Prompts
 from mmtransformer.tokenizer import Tokenizer
 
 PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation.json", "README.md"
+_MOST_BEAMS, _MOST_PIXELS = 4096, 100_000_000
 Picture = str | Path | bytes | BinaryIO | Image
 
 
@@ -77,8 +80,7 @@ class ImageCaptioner:
         """
         folder = find_folder(folder_or_id)
         captioner = Captioner.from_pretrained(folder)
-        transform = ImageTransform.from_dict(read_json(folder / PREPROCESSOR))
-        decoding = _decoding(folder / GENERATION) if (folder / GENERATION).is_file() else None
+        transform, decoding = read_transform(folder / PREPROCESSOR), read_decoding(folder / GENERATION)
         tokenizer = Tokenizer.from_folder(folder)
         return cls(captioner, tokenizer, transform, decoding=decoding, device=device, precision=precision)
 
@@ -273,12 +275,30 @@ def _best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _decoding(path: Path) -> Decoding:
-    values = read_json(path)
-    known = [field.name for field in dataclasses.fields(Decoding)]
-    if unknown := [key for key in values if key not in known]:
-        raise ValueError(f"{path}: unknown keys {unknown}; known: {known}")
-    return Decoding(**values)
+def read_decoding(path: Path) -> Decoding | None:
+    """How a saved model searches, if its folder says so.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or asks for what makes no sense.
+    """
+    if not path.exists():
+        return None
+    decoding = settings_of(Decoding, read_json(path), str(path))
+    if max(decoding.num_beams, decoding.num_beam_groups) > _MOST_BEAMS:
+        raise ValueError(f"{path}: {decoding.num_beams:,} beams are more than {_MOST_BEAMS:,}")
+    return decoding
+
+
+def read_transform(path: Path) -> ImageTransform:
+    """How a saved model's pictures become pixels.
+
+    Raises:
+        ValueError: naming the file, if it is missing, damaged or asks for what makes no sense.
+    """
+    transform = settings_of(ImageTransform, read_json(path), str(path))
+    if (pixels := math.prod(transform.size)) > _MOST_PIXELS:
+        raise ValueError(f"{path}: pictures of {pixels:,} pixels are larger than {_MOST_PIXELS:,}")
+    return transform
 
 
 def _write_json(path: Path, value: object) -> None:

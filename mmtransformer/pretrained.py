@@ -8,15 +8,14 @@ import importlib
 import inspect
 import json
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from mmtransformer.outside import built_from, check_plain, said
+from mmtransformer.outside import built_from, check_plain, fits, hints_of, said
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -70,38 +69,18 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
         k: from_config(v, where) if isinstance(v, dict) and "class" in v else v
         for k, v in config["args"].items()
     }
-    hints = _hints(found)
-    if odd := [key for key, value in args.items() if not _fits(value, hints.get(key, Any))]:
+    hints = hints_of(found)
+    minus = [
+        key for key, value in args.items() if isinstance(value, int) and value < 0
+    ]  # a size, all of them
+    if odd := minus + [key for key, value in args.items() if not fits(value, hints.get(key, Any))]:
         raise ValueError(
-            f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints[odd[0]]}"
+            f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints.get(odd[0])}"
         )
     try:
         return found(**args)  # pyright: ignore[reportReturnType]  # All public ones are modules.
     except Exception as error:  # numbers that make no sense bring out almost any
         raise ValueError(f"{where}: {name} cannot be built: {said(error)}") from error
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(kind.__init__)
-    except NameError:  # a name that only the type checker knows
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of an annotation's kind; what JSON cannot hold is left to the constructor."""
-    origin = get_origin(hint) or hint
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin in (int, float):
-        return isinstance(value, (int, origin)) and not isinstance(value, bool)
-    if origin in (bool, str, type(None)):
-        return isinstance(value, type(None) if hint is None else origin)
-    if isinstance(origin, type) and issubclass(origin, nn.Module):
-        return isinstance(value, nn.Module)
-    return True
 
 
 def find_folder(folder_or_id: str | Path) -> Path:
@@ -169,6 +148,24 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def shapes_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, by name, without their numbers.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
+    shapes: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        check_plain(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    return shapes
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -162,6 +162,10 @@ class Tokenizer:
                 f"(looked for eos_token, eos_token_id and sep_token in {', '.join(settings) or 'no config file'})"
             )
         languages = settings.get("tokenizer_config.json", {}).get("languages", [])
+        if not isinstance(languages, list) or not all(isinstance(code, str) for code in languages):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: languages is {languages!r:.80}, not a list of codes"
+            )
         if missing := [code for code in languages if f"<|{code}|>" not in vocab]:
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'}: languages names {missing[0]!r}, "

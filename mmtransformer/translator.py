@@ -4,16 +4,16 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from mmtransformer.data.translation import source_ids
 from mmtransformer.decoding import Decoding
 from mmtransformer.generate import generate
-from mmtransformer.pipeline import CARD, GENERATION, fast_autocast
+from mmtransformer.pipeline import CARD, GENERATION, fast_autocast, read_decoding
 from mmtransformer.prepack import for_inference
-from mmtransformer.pretrained import find_folder, read_json
+from mmtransformer.pretrained import find_folder
 from mmtransformer.record import record_attention
 from mmtransformer.seq2seq import TextPairs, Transformer
 from mmtransformer.tokenizer import Tokenizer
@@ -158,14 +158,7 @@ class Translator:
         """
         folder = find_folder(folder_or_id)
         model = Transformer.from_pretrained(folder)
-        settings = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
-        known = {field.name for field in dataclasses.fields(Decoding)}
-        if settings is not None and (unknown := sorted(set(settings) - known)):
-            raise ValueError(f"{folder / GENERATION}: unknown keys {unknown}; known: {sorted(known)}")
-        decoding = None
-        if settings is not None:  # JSON has lists only.
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-            decoding = Decoding(**values)
+        decoding = read_decoding(folder / GENERATION)
         found = cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
         for_inference(found.model)
         return found

@@ -41,6 +41,7 @@ _DAMAGED = (
     struct.error,
     EOFError,
 )
+SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPEN = 256  # archives that are kept open
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
 
@@ -130,6 +131,8 @@ class Files:
         asked = ""
         if self.root.is_dir():
             self._walk("")
+        elif not self.root.is_file():
+            raise ValueError(f"{given}: not a regular file")
         elif self.root.name.lower().endswith(ARCHIVES + SQUEEZED):
             self._open_box("", self.root)
             if self.refused.get(""):
@@ -318,6 +321,11 @@ def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
                 )
             elif stat.S_ISLNK(info.external_attr >> 16):
                 yield name, "a link inside an archive"
+            elif info.file_size > max(SMALL_BYTES, MOST_RATIO * info.compress_size):
+                yield (
+                    name,
+                    f"{info.file_size:,} bytes out of {info.compress_size:,}: a bomb, or nothing but one byte",
+                )
             else:
                 yield (
                     name,
@@ -349,7 +357,11 @@ def _unmangle(name: str) -> str:
 
 def _list_tar(path: Path) -> Iterator[tuple[str, Entry | str]]:
     with tarfile.open(path, "r:") as box:
+        last = -1
         for info in box:
+            if info.offset <= last or info.size < 0:
+                raise tarfile.ReadError(f"a header at byte {info.offset} leads backwards")
+            last = info.offset
             if info.isdir():
                 continue
             if not info.isreg() or info.issparse():

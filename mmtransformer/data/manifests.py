@@ -189,10 +189,15 @@ def _load_json(files: Files, entry: Entry) -> Any:
         raise ValueError(f"{entry.path} is nested too deeply to be captions") from None
     except json.JSONDecodeError as error:
         if text.lstrip()[:1] == "{" and error.msg == "Extra data":  # JSON lines under another name
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            found = list(json_lines(text.encode(), entry.path))
+            if fault := next((f"{where} is {what}" for where, _, what in found if what), ""):
+                raise ValueError(fault) from None
+            return [value for _, value, _ in found]
         raise ValueError(
             f"{entry.path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}"
         ) from None
+    except ValueError as error:  # a number of 5,000 digits
+        raise ValueError(f"{entry.path} is not JSON: {error}") from None
 
 
 def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Columns | None, Iterator[Row]]:
@@ -273,7 +278,8 @@ def _coco(data: dict[str, Any], name: str) -> Iterator[Row]:
             continue
         faults: list[tuple[str, str]] = []
         captions: list[Caption] = []
-        for i, value in found.pop(image.get("id"), ()):
+        key = image.get("id")
+        for i, value in found.pop(key, ()) if isinstance(key, str | int) else ():
             captions += read_captions(value, None, f"{image['file_name']} (annotations[{i}])", faults)
         if not captions and not faults:
             faults.append(("no caption", image["file_name"]))
@@ -291,10 +297,11 @@ def _karpathy(data: dict[str, Any], name: str) -> Iterator[Row]:
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
             yield Row(None, (), None, where, (("no picture named", f"{image!r:.60}"),))
             continue
-        path = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+        folder, sentences = image.get("filepath"), image.get("sentences")
+        path = f"{folder}/{image['filename']}" if folder and isinstance(folder, str) else image["filename"]
         faults: list[tuple[str, str]] = []
         captions: list[Caption] = []
-        for sentence in image.get("sentences") or ():
+        for sentence in sentences if isinstance(sentences, list) else ():
             if (
                 isinstance(sentence, dict)
                 and "raw" not in sentence

@@ -86,7 +86,9 @@ def are_shards(root: str | Path) -> bool:
     elif path.suffix.lower() != ".tar":
         return False
     try:
-        with tarfile.open(find_shards(str(path))[0], "r:") as box:
+        if not (first := find_shards(str(path))[0]).is_file():
+            return True
+        with tarfile.open(first, "r:") as box:
             names = [info.name.lower() for info in islice(box, _PEEK)]
     except (tarfile.TarError, OSError, ValueError, EOFError):
         return True  # shards, but damaged ones: they say how

@@ -170,6 +170,10 @@ class ParallelTable:
         return self._splits[name]
 
 
+def _whole(digits: str) -> int | str:
+    return int(digits) if len(digits) < 4000 else digits  # Python refuses longer numbers
+
+
 def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The number and the cells of each row."""
     if not path.is_file():
@@ -187,11 +191,13 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line, parse_int=_whole)
                     if not isinstance(row, dict):
                         raise ValueError(f"{path}:{number}: not an object")
                     yield number, {key: "" if value is None else str(value) for key, value in row.items()}
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8: save it as UTF-8") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON in every line: {error}") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}: not a table in every line: {error}") from error

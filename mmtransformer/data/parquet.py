@@ -5,9 +5,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from mmtransformer.data.archives import Entry, Files
+from mmtransformer.data.archives import MOST_RATIO, SMALL_BYTES, Entry, Files
 from mmtransformer.data.tables import Columns, Row, Wanted, find_columns, make_row
 
+_SMALL_ROWS = 1_000_000  # that a file of any size may have
 CACHE_BYTES = 1 << 28  # row groups kept in memory by each process
 
 
@@ -38,7 +39,7 @@ class ParquetBytes:
         self.__dict__.update(state)
         self._prepare()
 
-    def read(self, group: int, row: int) -> bytes:
+    def read(self, group: int, row: int) -> bytes | None:
         """The bytes of the picture in one row of a row group.
 
         Raises:
@@ -57,7 +58,20 @@ class ParquetBytes:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             value = self._groups[group][row].as_py()
-        return value["bytes"] if isinstance(value, dict) else value
+        value = value["bytes"] if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, bytes):  # a text would be taken for a path
+            raise OSError(f"a {type(value).__name__} where the picture's bytes should be")
+        return value
+
+
+def _refuse_bombs(metadata: Any, entry: Entry) -> None:
+    """A few kilobytes can stand for billions of equal rows, or for gigabytes of one byte."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if metadata.num_rows > max(_SMALL_ROWS, entry.size):
+        raise ValueError(f"{entry.path}: {metadata.num_rows:,} rows out of {entry.size:,} bytes: a bomb")
+    if largest > max(SMALL_BYTES, MOST_RATIO * entry.size):
+        raise ValueError(f"{entry.path}: a row group of {largest:,} bytes out of {entry.size:,}: a bomb")
 
 
 def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
@@ -78,6 +92,7 @@ def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, I
         table = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{entry.path} is not Parquet: {error}") from None
+    _refuse_bombs(table.metadata, entry)
     schema = table.schema_arrow
     columns = find_columns(schema.names, wanted, entry.path)
     kind = schema.field(columns.image).type if columns.image else pa.null()

@@ -6,7 +6,8 @@
 import glob
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -214,12 +215,19 @@ def find_shards(pattern: str) -> list[Path]:
         raise ValueError(f"{pattern[:80]!r} would run a command; shards are files: give their paths")
     if re.match(r"\s*\w+://", pattern):
         raise ValueError(f"{pattern[:80]!r} is an address, and nothing is downloaded: fetch the shards first")
-    names = list(_expand(pattern))
+    names = list(islice(_expand(pattern), _MOST + 1))
+    if len(names) > _MOST:
+        raise ValueError(f"{pattern[:80]!r} stands for more than {_MOST:,} shards")
     found: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            found += sorted(item for item in path.rglob("*.tar") if not item.name.startswith("."))
+            inside = sorted(item for item in path.rglob("*.tar") if not item.name.startswith("."))
+            if out := [item for item in inside if not item.resolve().is_relative_to(path.resolve())]:
+                raise ValueError(
+                    f"{out[0]}: a link that leads out of {path}, to {out[0].resolve()}: name that folder, or the shards"
+                )
+            found += inside
         elif glob.has_magic(name) and not path.exists():
             found += sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (absolute ones too)
         else:
@@ -234,11 +242,12 @@ def find_shards(pattern: str) -> list[Path]:
     return found
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str) -> Iterator[str]:
     """A pattern with {0000..0123} or {a,b} written out, as the shell does."""
     match = _RANGE.search(pattern) or _CHOICE.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     if match.re is _RANGE:
         first, last = int(match[1]), int(match[2])
         if not first <= last < first + _MOST:
@@ -247,7 +256,8 @@ def _expand(pattern: str) -> list[str]:
     else:
         options = match[1].split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [name for option in options for name in _expand(head + option + tail)]
+    for option in options:
+        yield from _expand(head + option + tail)
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:

@@ -30,6 +30,7 @@ CAPTION = (
 )  # fmt: skip
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
+_NESTED = 16  # lists inside lists of captions
 _JOINED = 100  # lines that one quoted CSV field may span
 
 
@@ -186,8 +187,13 @@ def _split(value: Any) -> str | None:
     return None if is_missing(word) else split_word(word) or word
 
 
-def read_captions(value: Any, language: str | None, of: str, faults: list[tuple[str, str]]) -> list[Caption]:
+def read_captions(
+    value: Any, language: str | None, of: str, faults: list[tuple[str, str]], depth: int = 0
+) -> list[Caption]:
     """Captions out of one cell: a text, a list, a mapping {"en": ..., "ko": ...}, or COCO's {"raw": ...}."""
+    if depth > _NESTED:
+        faults.append(("a caption that is nested too deeply", of))
+        return []
     if isinstance(value, str):
         if value[:1] == "[" and value[-1:] == "]":
             try:
@@ -195,7 +201,7 @@ def read_captions(value: Any, language: str | None, of: str, faults: list[tuple[
             except (ValueError, RecursionError):
                 inner = None
             if isinstance(inner, list) and inner and all(isinstance(item, str) for item in inner):
-                return read_captions(inner, language, of, faults)
+                return read_captions(inner, language, of, faults, depth + 1)
         if is_broken(value):
             faults.append(("not valid Unicode", f"{of} {value[:60]!a}"))
             return []
@@ -212,11 +218,11 @@ def read_captions(value: Any, language: str | None, of: str, faults: list[tuple[
             except ValueError as error:
                 faults.append(("not a language", str(error)))
                 return []
-            return read_captions(text, own or language, of, faults)
+            return read_captions(text, own or language, of, faults, depth + 1)
         if value and all(key in CODES for key in value):
-            return [c for key, item in value.items() for c in read_captions(item, key, of, faults)]
+            return [c for key, item in value.items() for c in read_captions(item, key, of, faults, depth + 1)]
     if isinstance(value, list | tuple) and value:
-        return [c for item in value for c in read_captions(item, language, of, faults)]
+        return [c for item in value for c in read_captions(item, language, of, faults, depth + 1)]
     if value is None or isinstance(value, list | tuple):
         faults.append(("empty caption", of))
     else:

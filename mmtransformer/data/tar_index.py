@@ -22,6 +22,7 @@ from mmtransformer.data.text import CODES, lines
 TEXTS = ("txt", "caption", "cap", "text", "json")
 _FORMAT = 1  # raise it when the meaning of the file changes
 _MAX_TEXT = 1 << 22  # bytes of a caption; more is none
+_MOST_INDEX = 1 << 30  # bytes
 _BLOCK = 512
 
 
@@ -79,6 +80,9 @@ def read_index(shard: Path, cache_dir: Path | None = None) -> tuple[list[ShardSa
 def _load(path: Path, identity: dict[str, int]) -> list[ShardSample] | None:
     """The samples of a kept index; None if there is none, it is of another shard, or it is damaged."""
     try:
+        # An index is a file like any other: a pipe in its place would hang, a link to a device never end.
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_INDEX:
+            return None
         head, *rows = path.read_text("utf-8").splitlines()
         head = json.loads(head)
         if head != identity | {"samples": len(rows)}:
@@ -112,7 +116,9 @@ def _keep(path: Path, identity: dict[str, int], samples: list[ShardSample]) -> s
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("\n".join(rows) + "\n", "utf-8")
+        temporary.unlink(missing_ok=True)  # never through a link that lies there
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write("\n".join(rows) + "\n")
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

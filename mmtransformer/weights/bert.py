@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmtransformer.blocks import Activation
 from mmtransformer.encoder import TextEncoder
+from mmtransformer.outside import built_from
 from mmtransformer.pretrained import (
     CONFIG,
     WEIGHTS,
@@ -162,4 +163,6 @@ def load_encoder(source: str) -> TextEncoder:
         return TextEncoder.from_pretrained(folder)
     if (family := config.get("model_type")) != "bert":
         raise ValueError(f'{folder / CONFIG}: the family "{family}" is not known here: bert is')
-    return encoder_from_bert(config, read_safetensors(folder / WEIGHTS), str(folder))
+    state = read_safetensors(folder / WEIGHTS)
+    with built_from(state, str(folder)):
+        return encoder_from_bert(config, state, str(folder))

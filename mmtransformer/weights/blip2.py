@@ -13,6 +13,7 @@ from mmtransformer.hub import HubDecoder
 from mmtransformer.hub_seq2seq import HubSeq2Seq
 from mmtransformer.image_text import ImageText
 from mmtransformer.language import Decoder
+from mmtransformer.outside import built_from
 from mmtransformer.pretrained import CONFIG, WEIGHTS, find_folder, load_strictly, open_weights, read_json
 from mmtransformer.qformer import QFormer
 from mmtransformer.weights.eva import vision_from_blip2, vision_to_blip2
@@ -208,11 +209,13 @@ def load_blip2(source: str | Path) -> Blip2 | ImageText:
     config = read_json(folder / CONFIG)
     if (kind := config.get("model_type")) not in ("blip-2", "instructblip"):
         raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip-2" or "instructblip"')
-    for part, defaults in _DEFAULTS.items():  # Configs of the published models leave out what is usual.
-        config[part] = defaults | config.get(part, {})
-    usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
-    config["text_config"] = usual | config.get("text_config", {})
-    return blip2_from_state(_USUAL | config, read_tensors(folder), str(folder))
+    state = read_tensors(folder)
+    with built_from(state, str(folder)):
+        for part, defaults in _DEFAULTS.items():  # Configs of the published models leave out what is usual.
+            config[part] = defaults | config.get(part, {})
+        usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
+        config["text_config"] = usual | config.get("text_config", {})
+        return blip2_from_state(_USUAL | config, state, str(folder))
 
 
 def save_blip2_as_hub(

@@ -12,6 +12,7 @@ from mmtransformer.decoder import TextDecoder
 from mmtransformer.hub import HubDecoder
 from mmtransformer.language import Decoder
 from mmtransformer.lora import add_lora
+from mmtransformer.outside import built_from
 from mmtransformer.pretrained import (
     CONFIG,
     WEIGHTS,
@@ -63,10 +64,8 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], where: 
             f'{where}: the family "{family}" is not one of TextDecoder\'s ({", ".join(_READERS)}); HubDecoder takes '
             "any language model of transformers (extra: hf)"
         )
-    try:
+    with built_from(state, where):
         return _READERS[family](config, state, where)
-    except (TypeError, AttributeError, ArithmeticError) as error:  # A number that is a text, or none, or 0.
-        raise ValueError(f"{where}: the config cannot be read: {error}") from error
 
 
 def to_transformers(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.outside import built_from
 from mmtransformer.pretrained import CONFIG, WEIGHTS, find_folder, read_json, read_safetensors
 from mmtransformer.qformer import QFormer
 from mmtransformer.weights.table import Row, layer
@@ -142,20 +143,22 @@ def qformer_from_bert(
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "bert":
         raise ValueError(f'{folder / CONFIG}: model_type is "{config.get("model_type")}", not "bert"')
-    qformer = QFormer(
-        num_queries,
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["num_attention_heads"],
-        visual_dim,
-        cross_every=cross_every,
-        mlp_dim=config["intermediate_size"],
-        vocab_size=config["vocab_size"] + extra_ids,
-        max_len=config["max_position_embeddings"],
-        dropout=dropout,
-        eps=config.get("layer_norm_eps", 1e-12),
-    )
-    return init_from_bert(qformer, read_safetensors(folder / WEIGHTS))
+    state = read_safetensors(folder / WEIGHTS)
+    with built_from(state, str(folder)):
+        qformer = QFormer(
+            num_queries,
+            config["hidden_size"],
+            config["num_hidden_layers"],
+            config["num_attention_heads"],
+            visual_dim,
+            cross_every=cross_every,
+            mlp_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"] + extra_ids,
+            max_len=config["max_position_embeddings"],
+            dropout=dropout,
+            eps=config.get("layer_norm_eps", 1e-12),
+        )
+        return init_from_bert(qformer, state)
 
 
 def _grown(table: Tensor, own: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """timm's Vision Transformers (ViT, DeiT, DINOv2, CLIP, SigLIP ...) -> `ViT`, and back."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmtransformer.blocks import Activation
 from mmtransformer.captioner import Captioner
 from mmtransformer.captioner import freeze as freeze_module
 from mmtransformer.lora import add_lora
+from mmtransformer.outside import built_from
 from mmtransformer.pretrained import CONFIG, WEIGHTS, Pretrained, load_strictly, read_json, read_safetensors
 from mmtransformer.vit import ViT
 from mmtransformer.weights.number import DType, kept_in
@@ -241,7 +243,9 @@ def load_vit(
     if path.is_dir():
         vit = _from_folder(path)
     elif path.suffix == ".safetensors" or path.exists():
-        vit = vit_from_state(read_safetensors(path), where=str(path))
+        state = read_safetensors(path)
+        with built_from(state, str(path)):
+            vit = vit_from_state(state, where=str(path))
     elif "/" in source and not source.startswith(("hf-hub:", "timm/")):
         raise ValueError(f"{source}: no such folder or file")
     else:
@@ -268,22 +272,35 @@ def _from_folder(folder: Path) -> ViT:
             )
         return model.vision
     state = read_safetensors(folder / WEIGHTS)
-    if "pretrained_cfg" in config:  # As timm writes it: the architecture says what shapes do not.
-        import timm
+    with built_from(state, str(folder / CONFIG)):
+        if "pretrained_cfg" in config:  # As timm writes it: the architecture says what shapes do not.
+            return _as_timm_wrote(folder, config, state)
+        return vit_from_state(
+            state,
+            num_heads=config.get("num_heads"),
+            activation=config.get("activation", "gelu"),
+            norm_eps=config.get("layer_norm_eps", 1e-6),
+            where=str(folder),
+        )
 
-        name, classes = config.get("architecture", ""), state.get("head.bias", torch.empty(0)).shape[0]
-        if not timm.is_model(name):
-            raise ValueError(f'{folder / CONFIG}: timm has no model "{name}"')
-        model = timm.create_model(name, **{"num_classes": classes} | config.get("model_args", {}))
-        load_strictly(model, state, str(folder / WEIGHTS))
-        return from_timm(model)
-    return vit_from_state(
-        state,
-        num_heads=config.get("num_heads"),
-        activation=config.get("activation", "gelu"),
-        norm_eps=config.get("layer_norm_eps", 1e-6),
-        where=str(folder),
-    )
+
+def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> ViT:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    name, classes = config.get("architecture", ""), state.get("head.bias", torch.empty(0)).shape[0]
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f'{folder / CONFIG}: timm has no model "{name}"')
+    given = config.get("model_args", {})
+    # timm's own arguments would read other files (checkpoint_path) and fetch some (pretrained_cfg).
+    allowed = set(inspect.signature(VisionTransformer).parameters)
+    if other := sorted(set(given) - allowed):
+        raise ValueError(
+            f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer"
+        )
+    model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
+    load_strictly(model, state, str(folder / WEIGHTS))
+    return from_timm(model)
 
 
 def _from_name(name: str) -> ViT:
