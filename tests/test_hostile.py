@@ -82,6 +82,21 @@ def bomb(harm: Path) -> bytes:
     return file.getvalue()
 
 
+def doubled(times: int) -> dict[str, Any]:
+    """A few values in the file, more than memory has room for where they are shown or compared."""
+    value: dict[str, Any] = {"a": "x"}
+    for _ in range(times):
+        value = {"a": value, "b": value}
+    return value
+
+
+def nested(times: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(times):
+        value = {"a": value}
+    return value
+
+
 CHECKPOINTS: dict[str, Callable[[Path], bytes]] = {
     "a bare pickle": lambda harm: pickle.dumps({"state_dict": Harm(harm)}),
     "at the root": lambda harm: saved(Harm(harm)),
@@ -101,6 +116,19 @@ CHECKPOINTS: dict[str, Callable[[Path], bytes]] = {
         lambda name, data: (name, pickle.dumps(Harm(harm)) if name.endswith("data.pkl") else data),
     ),
     "a bomb": bomb,
+    "weights that are none": lambda harm: saved({"state_dict": {"weight": "x"}}),
+    "weights without names": lambda harm: saved({"state_dict": {5: torch.zeros(1)}}),
+    "weights that are sparse": lambda harm: saved({"state_dict": {"weight": torch.eye(3).to_sparse()}}),
+    "weights without numbers": lambda harm: saved({"state_dict": {"weight": torch.empty(3, device="meta")}}),
+    "no weights": lambda harm: saved({"state_dict": None}),
+    "a list for the loops": lambda harm: saved({"state_dict": {}, "loops": []}),
+    "a word for the rows": lambda harm: saved({"state_dict": {}, "rows": "x"}),
+    "a step before the first": lambda harm: saved({"state_dict": {}, "global_step": -5}),
+    "nothing but loops": lambda harm: saved({"state_dict": {}, "loops": {}}),
+    "of no version": lambda harm: saved({"state_dict": {}, "pytorch-lightning_version": "x"}),
+    "a number for a module of data": lambda harm: saved({"state_dict": {}, "CaptionData": 5}),
+    "what is there twice, again and again": lambda harm: saved({"state_dict": {}, "model": doubled(40)}),
+    "too deep to be shown": lambda harm: saved({"state_dict": {}, "model": nested(100)}),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import enum
 import os
+import re
 import shutil
 import socket
 import zipfile
@@ -22,6 +23,24 @@ from torch import Tensor
 
 SUFFIX = ".ckpt"
 _SLACK = 1 << 20  # bytes of a checkpoint that are not tensors: names, numbers, the archive's directory
+_MOST_DEPTH, _MOST_VALUES = 60, 10_000_000
+_KINDS: dict[str, Any] = {
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "rows": int,
+    "frozen": dict,
+    "model": dict,
+    "optim": dict,
+    "seed": int | None,
+    "seen": dict,
+}
+_NEEDED = ("epoch", "global_step", "pytorch-lightning_version")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.Size, torch.dtype, torch.device)
 
 
@@ -69,7 +88,12 @@ class CheckpointFiles(CheckpointIO):
         """
         if weights_only is False:
             raise CheckpointError(f"{path}: checkpoints are read with weights_only=True only")
-        return read(path, map_location)
+        found = read(path, map_location)
+        if "loops" in found and (missing := [key for key in _NEEDED if key not in found]):
+            raise CheckpointError(f"{path}: not a checkpoint of a run (no {', '.join(missing)})")
+        if not re.match(r"\d+\.\d+", found.get("pytorch-lightning_version", "2.0")):
+            raise CheckpointError(f"{path}: not a checkpoint of a run (of no version of Lightning)")
+        return found
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint, if it is there."""
@@ -181,7 +205,37 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict) or "state_dict" not in found:
         raise CheckpointError(f"{path}: not a checkpoint of a run (no state_dict)")
+    if fault := _nonsense(found):
+        raise CheckpointError(f"{path}: not a checkpoint of a run ({fault})")
     return found
+
+
+def _nonsense(found: dict[Any, Any]) -> str | None:
+    """What no run can have written, in words; None if everything is of the kind that it should be."""
+    for key, kind in _KINDS.items():
+        if key in found and (not isinstance(found[key], kind) or isinstance(found[key], bool)):
+            return f"{key} is a {type(found[key]).__name__}"
+    for key, value in found.items():  # A data module's part has its class's name.
+        if not isinstance(key, str) or (key[:1].isupper() and not isinstance(value, dict)):
+            return f"{key!r:.80} is a {type(value).__name__}"
+    if any(found.get(key, 0) < 0 for key in ("global_step", "epoch", "rows")):
+        return "a count below 0"
+    for name, value in found["state_dict"].items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            return f"the weight {name!r:.80} is a {type(value).__name__}"
+        if value.layout != torch.strided or value.device.type == "meta":
+            return f"the weight {name!r:.80} is no plain tensor"
+    todo, count = [(found, 0)], 0
+    while todo:  # What is small in the file can be there many times over.
+        item, depth = todo.pop()
+        inner = (
+            item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
+        )
+        todo += [(value, depth + 1) for value in inner]
+        count += 1
+        if depth > _MOST_DEPTH or count > _MOST_VALUES:
+            return f"nested more than {_MOST_DEPTH} deep, or more than {_MOST_VALUES:,} values"
+    return None
 
 
 def damage(path: Path) -> str | None:
