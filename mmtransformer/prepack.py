@@ -75,7 +75,7 @@ class PackedLinear(nn.Linear):
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled("cpu")
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or x.dtype != self.weight.dtype
             or not x.numel()
         )
@@ -118,17 +118,15 @@ class Int8Linear(PackedLinear):
     def product(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
         """As `PackedLinear.product`."""
         weight, scale, zero, middle = packed
-        rows = x.reshape(-1, x.shape[-1])
-        most = rows.abs().amax(1, keepdim=True).clamp_(min=1e-10)
+        most = x.abs().amax(-1, keepdim=True).clamp_(min=1e-10)
         # Unsigned with its zero at 128: oneDNN's kernels for signed values are hundreds of times slower. The type cuts
         # off what is behind the point: the half that was added makes that rounding.
-        rounded = torch.addcdiv(middle, rows, most, value=127).to(torch.uint8)
+        rounded = torch.addcdiv(middle, x, most, value=127).to(torch.uint8)
         # It takes one scale for all rows: theirs, and the bias behind it, come after the product.
         out = torch.ops.onednn.qlinear_pointwise.default(
             rounded, 1 / 127, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        out = out.mul_(most) if bias is None else torch.addcmul(bias, out, most)
-        return out.view(*x.shape[:-1], -1)
+        return out.mul_(most) if bias is None else torch.addcmul(bias, out, most)
 
 
 class PackedAttention(Attention):
@@ -157,7 +155,7 @@ class PackedAttention(Attention):
         if not isinstance(first, PackedLinear) or not first.serves(x) or not _alike(layers):
             return super().read(x, *layers)
         weights = [layer.weight for layer in layers]
-        state, found = (type(first), *_state(*weights)), self._packed.get(len(layers))
+        state, found = (type(first), *map(_state, weights)), self._packed.get(len(layers))
         if found is None or found[0] != state:
             with torch.no_grad():
                 found = self._packed[len(layers)] = state, first.pack(torch.cat(weights))
@@ -271,9 +269,9 @@ def _hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _state(*tensors: Tensor) -> tuple:
-    """Storage and version, which tell tensors that were loaded, moved or trained since."""
-    return tuple((x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in tensors)
+def _state(x: Tensor) -> tuple:
+    """Storage and version, which tell a tensor that was loaded, moved or trained since."""
+    return x.data_ptr(), x.dtype, None if x.is_inference() else x._version
 
 
 def _memory() -> float:
