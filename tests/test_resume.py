@@ -1,5 +1,6 @@
 """A run that is killed at any moment and goes on is, bit for bit, the run that was not."""
 
+import os
 import random
 import signal
 from functools import partial
@@ -14,7 +15,7 @@ from lightning.pytorch.plugins import Precision
 from mmtransformer import TextDecoder
 from mmtransformer.cli import main
 from mmtransformer.training.captioning import Captioning
-from mmtransformer.training.checkpoints import CheckpointError, read
+from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles, read
 from mmtransformer.training.guard import RECORD
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, pack, seed_step, unpack
@@ -271,11 +272,11 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
 def test_mmt_fit_resumes_by_itself(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Captioning, "finish", lambda self, run: None)
+    monkeypatch.setattr(Captioning, "finish", lambda self, run: print(f"took {run.seconds:.0f} s"))
     words = ["fit", "--config", str(ROOT / "recipes/caption_scenes.yaml")]
     words += ["--config", str(ROOT / "recipes/tiny.yaml"), f"--trainer.default_root_dir={tmp_path}"]
     words += ["--data.source.train_size=12", "--data.source.val_size=3", "--data.source.compositional_size=2"]
-    words += ["--trainer.enable_progress_bar=false"]
+    words += ["--trainer.enable_progress_bar=false", "--model.optim.ema=0.9"]
 
     def mmt(*more: str) -> tuple[int, str]:
         def job() -> None:
@@ -291,12 +292,24 @@ def test_mmt_fit_resumes_by_itself(
     assert (code, "no whole checkpoint to go on from" in text) == (2, True)
     code, text = mmt("--resume", "--trainer.max_steps=2")
     assert code == 0, text
+    assert (
+        "the gradient is clipped at 1; a moving average of the weights (0.9) is validated, and kept" in text
+    )
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
+    path = tmp_path / "checkpoints/last.ckpt"
+    CheckpointFiles().save_checkpoint(read(path) | {"seconds": 7000.0}, path)
     reports = [tmp_path / "bad_pictures_train.jsonl", tmp_path / RECORD]
     for report in reports:
         report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
+    with monkeypatch.context() as patch:  # the second Ctrl+C ends a run at once
+        patch.setattr(
+            Captioning, "training_step", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+        )
+        code, text = mmt("--resume")
+        assert (code, "mmt: interrupted" in text) == (130, True), text
     code, text = mmt("--resume")
     assert code == 0, text
+    assert 7000 < int(text.partition("took ")[2].split()[0]) < 7600  # with the time before it was resumed
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
     for report in reports:  # a run that goes on keeps what it has reported
         assert report.read_text("utf-8") == '{"name": "그림.png"}\n'

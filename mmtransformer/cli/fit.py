@@ -231,6 +231,8 @@ def fit(cli: "LightningCLI") -> None:
     import torch
 
     from mmtransformer.training import Run, Task
+    from mmtransformer.training.saving import Saving
+    from mmtransformer.training.sharded import Sharded
     from mmtransformer.training.speed import checkpoint_activations, compile_blocks
     from mmtransformer.training.task import device_name, trainable_parameters
 
@@ -243,11 +245,19 @@ def fit(cli: "LightningCLI") -> None:
         print(f"{compile_blocks(module)} blocks are compiled at their first use")
     folder, device = Path(trainer.default_root_dir), trainer.strategy.root_device
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
         text = cli.parser.dump(cli.config, skip_none=False)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     print(f"run folder: {folder}; {size}; {device_name(device)}")
+    said = [f"the gradient is clipped at {clip:g}"] if (clip := trainer.gradient_clip_val) else []
+    if isinstance(module, Task) and (decay := module.optim.ema):
+        said.append(f"a moving average of the weights ({decay:g}) is validated, and kept")
+    if (world := trainer.world_size) > 1:
+        how = "share the weights" if isinstance(trainer.strategy, Sharded) else "have the weights whole"
+        said.append(f"{world} processes {how}")
+    if said:
+        print("; ".join(said))
     began = time.monotonic()
     trainer.ckpt_path = checkpoint(
         cli
@@ -261,8 +271,11 @@ def fit(cli: "LightningCLI") -> None:
     trainer.ckpt_path = None
     if isinstance(module, Task) and trainer.is_global_zero:
         limit = trainer.limit_val_batches
-        seconds = time.monotonic() - began
-        with torch.compiler.set_stance("force_eager"):  # For caches of every length it would compile anew.
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
+        seconds = earlier + time.monotonic() - began
+        # For caches of every length it would compile anew.
+        with torch.compiler.set_stance("force_eager"):
             module.finish(Run(folder, seconds, device, limit if isinstance(limit, int) else None))
 
 

@@ -57,10 +57,13 @@ class Saving(Checkpoint):
         self.path = Path("last" + SUFFIX)
         self._step, self._clock = -1, 0.0  # of the last checkpoint
         self._from = 0  # the step that the run goes on from
+        self.earlier = 0.0
+        """Seconds that the run had taken when it was saved, if it was resumed."""
+        self._began = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes over the writing of checkpoint files, and clears away what a killed run left."""
-        self._from = 0
+        self._from, self.earlier, self._began = 0, 0.0, time.monotonic()
         folder = self.folder or Path(trainer.default_root_dir) / "checkpoints"
         self.path = Path(trainer.strategy.broadcast(str(folder))) / f"last{SUFFIX}"
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
@@ -128,7 +131,8 @@ class Saving(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes how far the log has come."""
+        """Notes how far the log has come, and how long the run took."""
+        checkpoint["seconds"] = self.earlier + time.monotonic() - self._began
         checkpoint["rows"] = max(
             (log.rows for log in trainer.loggers if isinstance(log, MetricsLog)), default=0
         )
@@ -137,7 +141,7 @@ class Saving(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Goes on with the log."""
-        self._from = checkpoint["global_step"]
+        self._from, self.earlier = checkpoint["global_step"], checkpoint.get("seconds", 0.0)
         for log in trainer.loggers if trainer.state.fn == "fit" else []:
             if isinstance(log, MetricsLog):
                 log.go_on(checkpoint.get("rows", 0))
