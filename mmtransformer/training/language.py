@@ -103,19 +103,13 @@ class LanguageModelling(Task):
         return next_token_loss(hidden, batch.tokens, batch.target, self.decoder.head)
 
     def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds up the loss."""
-        self.add(self.split_names[dataloader_idx], "loss", self.loss(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss and perplexity, and bits a byte, which do not depend on the tokenizer."""
-        data = self.data
-        if data is not None:
-            for split in self.split_names:
-                if (pair := self._totals.get((split, "loss"))) is not None:
-                    rows = data.rows(split)
-                    bits = float(rows.target.sum() / rows.bytes.sum() / torch.tensor(2.0).log())
-                    self._totals[split, "bits_per_byte"] = pair * torch.tensor([bits, 1.0]).to(pair)
-        super().on_validation_epoch_end()
+        """Adds up the loss, and as bits a byte, which do not depend on the tokenizer."""
+        split, loss = self.split_names[dataloader_idx], self.loss(batch)
+        self.add(split, "loss", loss)
+        if self.data is not None:
+            rows = self.data.rows(split)
+            bits = float(rows.target.sum() / rows.bytes.sum() / torch.tensor(2.0).log())
+            self.add(split, "bits_per_byte", Loss(loss.sum * bits, loss.count))
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's loss and perplexity."""

@@ -29,6 +29,7 @@ from mmtransformer.training.guard import (
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
 from mmtransformer.training.sharded import Sharded, gather, not_finite_in, share_out
+from mmtransformer.training.sums import Means, StepParts, added_up
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,9 @@ class Task(pl.LightningModule, ABC):
         self.optim = optim
         self.samples_seen = self.tokens_seen = 0
         self.last_loss = torch.tensor(math.nan)
-        self._sums: list[Tensor] = []  # of the micro-batches since the last optimizer step
-        self._counts: list[Tensor] = []
-        self._names: list[str] = []
-        self._batch: Any = None  # the last of them
-        self._suspect: tuple[Any, list[str]] | None = None  # the first of them whose loss is not finite
+        self._parts = StepParts()
+        self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
-        self._totals: dict[tuple[str, str], Tensor] = {}
         self._seed: int | None = None
         self._hashes: dict[str, str] | None = None
 
@@ -169,25 +166,19 @@ class Task(pl.LightningModule, ABC):
         names = self.names(batch)
         with self._memory_advice(len(names)):
             loss = self.loss(batch)
-        total, count = torch.stack([loss.sum.detach().double(), loss.count.double()]).tolist()
-        if self._suspect is None and not math.isfinite(total):
-            self._suspect = batch, list(names)
-        self._batch = batch
-        self._sums.append(loss.sum.detach())
-        self._counts.append(loss.count)
-        self._names += names
+        count = self._parts.add(batch, names, loss)
         self.samples_seen += len(names) if count else 0  # A filler, to keep processes in step, has no target.
-        self.tokens_seen += int(count)
+        self.tokens_seen += count
         return loss.sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward, with advice where the memory ends."""
-        with self._memory_advice(len(self._names)):
+        with self._memory_advice(self._parts.size):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step, with advice where the memory ends."""
-        with self._memory_advice(len(self._names)):
+        with self._memory_advice(self._parts.size):
             super().optimizer_step(*args, **kwargs)
 
     def _memory_advice(self, size: int) -> AbstractContextManager[None]:
@@ -213,9 +204,7 @@ class Task(pl.LightningModule, ABC):
         # Lightning has divided by the micro-batches, DDP by the processes.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
         loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
-        suspect = self._suspect is not None
-        batch, names = self._suspect or (self._batch, self._names)
-        self._sums, self._counts, self._names, self._batch, self._suspect = [], [], [], None, None
+        parts, self._parts = self._parts, StepParts()
         finite = is_finite(loss, norm)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
@@ -227,10 +216,12 @@ class Task(pl.LightningModule, ABC):
                 grad_norm=norm,
                 step=self.trainer.global_step,
                 lr=lr,
-                names=names,
+                names=parts.suspects,
                 process=self.global_rank,
-                bad_here=suspect,
-                culprit=first_bad_module(self, lambda: self.compute_again(batch), not_finite_in(weights)),
+                bad_here=parts.bad,
+                culprit=first_bad_module(
+                    self, lambda: self.compute_again(parts.suspect), not_finite_in(weights)
+                ),
                 gradient=next((name for name in weights if name in bad), None),
                 record=Path(self.trainer.default_root_dir) / RECORD,
             )
@@ -238,7 +229,7 @@ class Task(pl.LightningModule, ABC):
             if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
                 raise fault
             self.skipped += 1
-            if suspect or self.trainer.is_global_zero:  # whose samples are bad says so too
+            if parts.bad or self.trainer.is_global_zero:  # whose samples are bad says so too
                 warnings.warn(f"step left out ({self.skipped} so far): {fault}", stacklevel=2)
             for parameter in params:
                 parameter.grad = None  # An optimizer passes over what has no gradient.
@@ -264,19 +255,12 @@ class Task(pl.LightningModule, ABC):
 
     def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
         """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
-        sums = torch.stack([torch.stack(self._sums).sum().double(), torch.stack(self._counts).sum().double()])
-        sums = self._added_up(sums)
+        sums = added_up(self._parts.total(), self.trainer.world_size)
         norm = torch.nn.utils.get_total_norm(grads)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         loss, count, value = torch.cat([sums, norm.double()[None]]).tolist()
         return loss, count, value
-
-    def _added_up(self, numbers: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(numbers)
-        return numbers
 
     def _log(self, row: dict[str, float]) -> None:
         """Writes a row before the step's checkpoint, which Lightning's own log would come after."""
@@ -298,24 +282,11 @@ class Task(pl.LightningModule, ABC):
 
     def add(self, split: str, name: str, loss: Loss) -> None:
         """Adds a batch's sum and count to a mean that is logged as SPLIT/NAME when the validation ends."""
-        pair = torch.stack([loss.sum.detach().double(), loss.count.double()])
-        self._totals[split, name] = self._totals.get((split, name), torch.zeros_like(pair)) + pair
+        self._means.add(split, name, loss)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
-        found: list[dict[tuple[str, str], list[float]]] = [{k: v.tolist() for k, v in self._totals.items()}]
-        if self.trainer.world_size > 1:  # A process may have had nothing to add: the names come along.
-            mine, found = found[0], [{}] * self.trainer.world_size
-            torch.distributed.all_gather_object(found, mine)
-        logs: dict[str, Tensor] = {}
-        for split, name in sorted({key for totals in found for key in totals}):
-            pairs = [totals[split, name] for totals in found if (split, name) in totals]
-            value, count = (sum(numbers) for numbers in zip(*pairs, strict=True))
-            logs[f"{split}/{name}"] = mean = torch.tensor(value / count if count else math.nan)
-            if name == "loss":
-                logs[f"{split}/perplexity"] = mean.exp()
-        self._totals = {}
-        self.log_dict(logs, rank_zero_only=True)
+        self.log_dict(self._means.take(self.trainer.world_size), rank_zero_only=True)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As `validation_step`."""
@@ -366,7 +337,7 @@ class Task(pl.LightningModule, ABC):
     def _all_counts(self) -> tuple[int, int]:
         """Samples and tokens of all processes; each counts its own."""
         counts = torch.tensor([self.samples_seen, self.tokens_seen], device=self.device)
-        samples, tokens = self._added_up(counts).tolist()
+        samples, tokens = added_up(counts, self.trainer.world_size).tolist()
         return samples, tokens
 
     def _take_counts(self, counts: tuple[int, int]) -> None:
