@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 import sys
+import types
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -349,6 +350,18 @@ def test_a_recipe_may_name_what_is_its_users_own(monkeypatch: pytest.MonkeyPatch
     for name in ("os.system", "torch.load", "subprocess.run", "own_module.own_hook"):  # the last says no type
         with pytest.raises(ValueError, match=f"{name} is not run"):
             check_names({"a": [{"b": {"class_path": name, "init_args": {}}}]})
+
+
+def test_a_recipe_may_name_an_installed_module_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("some_library")
+    library.__file__ = "/usr/lib/python3/site-packages/some_library/__init__.py"
+    for name, bases in (("Net", (torch.nn.Module,)), ("Caller", ())):
+        kind = type(name, bases, {"__module__": "some_library", "__call__": lambda self: None})
+        setattr(library, name, kind)
+    monkeypatch.setitem(sys.modules, "some_library", library)
+    check_names({"model": {"class_path": "some_library.Net", "init_args": {}}})
+    with pytest.raises(ValueError, match=r"some_library\.Caller is not run"):
+        check_names({"hook": {"class_path": "some_library.Caller"}})
 
 
 def test_a_hostile_checkpoint_stops_mmt_in_one_line(

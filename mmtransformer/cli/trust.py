@@ -62,7 +62,7 @@ def check_names(config: Any) -> None:
     """Refuses what a parsed configuration would call though no type asks for it.
 
     A function is called for a class's instance only if it is one of this library, or of the user's own modules, and its
-    annotation says what it returns; a class that is only asked to be callable must be of a library of models.
+    annotation says what it returns; a class that can be called must be a module of torch, or of a library of models.
 
     Args:
         config: What the parser made of recipes and command line.
@@ -70,11 +70,14 @@ def check_names(config: Any) -> None:
     Raises:
         ValueError: Naming what is refused.
     """
+    from torch import nn
+
     for name, found in _named(config):
         top = (getattr(found, "__module__", None) or "").partition(".")[0]
         mine = top == "mmtransformer" or _is_own(top)
         if inspect.isclass(found):
-            bad = "__call__" in dir(found) and not (mine or top in _HOOKS)
+            callable_ = "__call__" in dir(found) and not issubclass(found, nn.Module)
+            bad = callable_ and not (mine or top in _HOOKS)
         elif name is not None:
             bad = not mine or not inspect.isclass(_returned(found))
         else:
