@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,9 +18,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mmtransformer.cli.plan import run
+from mmtransformer.data.sampler import PictureSampler
 from mmtransformer.training.captioning import Captioning
 from mmtransformer.training.optim import Optim
-from mmtransformer.training.plan import LiveBytes, Needs, Watch, extended, private_bytes
+from mmtransformer.training.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
 from mmtransformer.training.precision import KERNEL_BYTES, KERNELS, few_kernels
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -100,8 +102,10 @@ def test_bytes_of_the_process_follow_what_it_holds() -> None:
     assert private_bytes() - begin == pytest.approx(40e6, rel=0.05)
     pieces = [torch.ones(5000) for _ in range(2000)]  # Small enough to lie on malloc's heap.
     assert private_bytes() - begin == pytest.approx(80e6, rel=0.05)
+    last = pieces[-1]  # Below it the heap does not shrink by itself.
     del held, pieces
     assert abs(private_bytes() - begin) < 4e6
+    assert last.sum() == 5000
 
 
 def test_the_number_of_kernels_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +151,24 @@ def test_a_cpu_keeps_few_kernels_of_the_planned_size() -> None:
     assert few + many == pytest.approx(
         KERNELS * KERNEL_BYTES, rel=0.1
     )  # 400 more shapes, and no more than that.
+
+
+@pytest.mark.parametrize(("rows", "third"), [(200, 2), (18, 2), (13, 1), (6, 0), (5, 0)])
+def test_the_batch_with_the_longest_sample_comes_third(rows: int, third: int) -> None:
+    lengths = np.random.default_rng(3).permutation(rows)
+    plain, sampler = (PictureSampler(rows, 6, seed=5, lengths=lambda _: lengths, window=4) for _ in range(2))
+    longest_soon(sampler)
+    before, after = list(plain), list(sampler)
+    full = [batch for batch in before if len(batch) == 6] or before
+    longest = max(full, key=lambda batch: lengths[[pick.index for pick in batch]].max())
+    others = [batch for batch in before if batch is not longest]
+    assert after == [*others[:third], longest, *others[third:]]
+
+
+def test_samples_of_one_length_keep_their_order() -> None:
+    plain, sampler = PictureSampler(20, 6, seed=5), PictureSampler(20, 6, seed=5)
+    longest_soon(sampler)
+    assert list(plain) == list(sampler)
 
 
 def test_needs_grow_in_a_line_with_the_batch() -> None:
@@ -201,6 +223,7 @@ class Lengths(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+        self.register_buffer("table", torch.ones(10_000_000))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.linear(torch.ones(int(batch), 8, dtype=torch.bfloat16)).float().sum()
@@ -226,8 +249,13 @@ def test_unlike_lengths_come_to_as_many_kernels_as_are_kept(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(Lengths(), torch.utils.data.DataLoader(lengths, batch_size=1))  # type: ignore[arg-type]
+        module = Lengths()
+        trainer.fit(module, torch.utils.data.DataLoader(lengths, batch_size=1))  # type: ignore[arg-type]
     assert watch.needs.kernels == expected * KERNEL_BYTES
+    assert watch.needs.parameters == 40_000_000 + 2 * 64
+    if Path("/proc/self/status").exists():
+        # The tensors and the kernels that are there already are not the program's.
+        assert watch.needs.program == pytest.approx(private_bytes() - 40e6 - 4 * KERNEL_BYTES, abs=8e6)
 
 
 def test_a_recipe_is_planned(capsys: pytest.CaptureFixture[str]) -> None:

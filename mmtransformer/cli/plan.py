@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -93,6 +93,21 @@ def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
     return recipe_cli([*words, *quiet, *more, f"--trainer.default_root_dir={folder}"], Path(folder))
 
 
+def longest(data: Any) -> None:
+    """Lets the batch with the longest sample come third in the training data."""
+    from mmtransformer.training.plan import longest_soon
+
+    make = data.train_dataloader
+
+    def loader() -> Any:
+        found = make()
+        if place := getattr(found, "place", None):
+            longest_soon(place)
+        return found
+
+    data.train_dataloader = loader
+
+
 def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "LightningCLI"]:
     """A few steps with batches of `size`."""
     from mmtransformer.training.plan import STEPS, Watch
@@ -106,6 +121,7 @@ def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "Lightnin
         )
     if cli.config.get("activation_checkpointing"):
         checkpoint_activations(cli.model)
+    longest(cli.datamodule)
     watch = Watch()
     cli.trainer.callbacks.append(watch)  # pyright: ignore[reportAttributeAccessIssue]
     with warnings.catch_warnings():

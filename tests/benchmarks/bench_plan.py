@@ -5,8 +5,9 @@
 
 Measured is the peak of the process's memory that no file backs: VmHWM less RssFile of /proc/self/status. Of the whole
 process most is Python with its libraries, which hardly differs from recipe to recipe; so the rest is compared as well:
-what comes to it from the start of training, and the weights. malloc keeps what it is given back; its peak with that is
-the last number. For the others it is told not to, by MALLOC_TRIM_THRESHOLD_.
+what comes to it from the start of training, and the weights. The batch with the longest sample, which a whole run has,
+comes third. malloc keeps what it is given back, unless MALLOC_TRIM_THRESHOLD_ tells it not to, which is done here; with
+--kept its peak without is measured too.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from mmtransformer.cli.plan import _cli, plan
+from mmtransformer.cli.plan import _cli, longest, plan
 from mmtransformer.training.plan import private_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ def measure(words: list[str], steps: int) -> dict[str, int]:
     begin = Begin()
     with tempfile.TemporaryDirectory() as folder:
         cli = _cli(words, [f"--trainer.max_steps={steps}"], folder)
+        longest(cli.datamodule)
         cli.trainer.callbacks.append(begin)  # type: ignore[attr-defined]
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
@@ -54,14 +56,9 @@ def measure(words: list[str], steps: int) -> dict[str, int]:
 def in_process(arguments: list[str], **environment: str) -> dict[str, int]:
     """The last line of another process of this file."""
     command = [sys.executable, "-W", "ignore", __file__, *arguments]
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -71,7 +68,8 @@ def main() -> None:
     )
     parser.add_argument("recipes", nargs="+", help="names of recipes")
     parser.add_argument("--words", default="", help="keys that are changed, as for mmt fit")
-    parser.add_argument("--steps", type=int, default=60, help="steps that are measured")
+    parser.add_argument("--steps", type=int, default=50, help="steps that are measured")
+    parser.add_argument("--kept", action="store_true", help="measure what malloc keeps, too")
     parser.add_argument("--part", choices=["measure", "plan"], help="what one process does")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -85,11 +83,12 @@ def main() -> None:
         mine = [name, f"--words={args.words}", f"--steps={args.steps}", "--part"]
         planned = in_process([*mine, "plan"])["bytes"]
         took = in_process([*mine, "measure"], MALLOC_TRIM_THRESHOLD_="0")
-        kept = in_process([*mine, "measure"])
         pairs = (planned, took["bytes"]), (planned - took["before"], took["bytes"] - took["before"])
         text = [f"planned {a / 1e6:.0f} MB, measured {b / 1e6:.0f} MB: {a / b - 1:+.1%}" for a, b in pairs]
-        text.append(f"malloc keeps {(kept['bytes'] - took['bytes']) / 1e6:.0f} MB more")
-        print(f"{name}: {text[0]}; less what was there before, {text[1]}; {text[2]}", flush=True)
+        if args.kept:
+            kept = in_process([*mine, "measure"])["bytes"]
+            text.append(f"malloc keeps {(kept - took['bytes']) / 1e6:.0f} MB more")
+        print(f"{name}: {text[0]}; less what was there before, {'; '.join(text[1:])}", flush=True)
 
 
 if __name__ == "__main__":
