@@ -237,10 +237,10 @@ def _attend_sdpa(
     rows, shared = q.shape[0], k.shape[0]
     grouped = q.shape[1] != k.shape[1]
     if mask is None and rows != shared:
-        asked = q.shape[2]
-        q = rearrange(q, "(n m) h q c -> n h (m q) c", n=shared)
+        asked = q.shape[2]  # "(n m) h q c -> n h (m q) c", and back: not by rearrange, see `_heads`.
+        q = q.unflatten(0, (shared, -1)).transpose(1, 2).flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=grouped)
-        return rearrange(out, "n h (m q) c -> (n m) h q c", q=asked)
+        return out.unflatten(2, (-1, asked)).transpose(1, 2).flatten(0, 1)
     k, v = _spread_rows(q, k), _spread_rows(q, v)
     if mask is None or (isinstance(mask, str) and q.shape[2] == k.shape[2]):
         # SDPA's is_causal aligns the FIRST query with the first key: right only where the lengths are equal.

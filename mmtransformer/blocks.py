@@ -27,6 +27,11 @@ def make_norm(kind: Norm, dim: int, eps: float) -> nn.Module:
     raise ValueError(f'norm must be "layer" or "rms", not "{kind}"')
 
 
+def make_dropout(rate: float) -> nn.Module:
+    """Dropout, where there is any: a layer that drops nothing still costs every token a call."""
+    return nn.Dropout(rate) if rate else nn.Identity()
+
+
 def activation_function(name: Activation) -> Callable[[Tensor], Tensor]:
     """The named activation; "gelu_tanh" is GPT-2's and SigLIP's, "quick_gelu" OpenAI CLIP's: they are not the same."""
     table: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,7 +89,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
         self.activation: Activation = activation
         activation_function(activation)  # An unknown name fails here.
-        self.drop = nn.Dropout(dropout)
+        self.drop = make_dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
@@ -223,7 +228,7 @@ class DecoderBlock(nn.Module):
             self.norm_cross = norm()
         self.cross_attn = cross_attn
         self.norm2, self.mlp = norm(), mlp
-        self.drop = nn.Dropout(dropout)
+        self.drop = make_dropout(dropout)
 
     def forward(
         self,
@@ -334,7 +339,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.norm1, self.attn, self.norm2, self.mlp = norm(), attn, norm(), mlp
         self.gate1 = nn.Parameter(torch.zeros(dim if per_channel else 1))
         self.gate2 = nn.Parameter(torch.zeros(dim if per_channel else 1))
-        self.drop = nn.Dropout(dropout)
+        self.drop = make_dropout(dropout)
 
     def forward(
         self,

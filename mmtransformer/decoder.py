@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmtransformer import masks
 from mmtransformer.attention import Attention, KeyValue, Mask
-from mmtransformer.blocks import MLP, Activation, DecoderBlock, Norm, SwiGLU, make_norm
+from mmtransformer.blocks import MLP, Activation, DecoderBlock, Norm, SwiGLU, make_dropout, make_norm
 from mmtransformer.language import Decoder, DecoderState, vocabulary_error
 from mmtransformer.positions import Rotary, sinusoidal
 from mmtransformer.pretrained import Pretrained
@@ -115,7 +115,7 @@ class TextDecoder(Pretrained, Decoder):
         self.pos_embed = nn.Embedding(max_len, dim) if positions == "learned" else None
         width = dim // num_heads if head_dim is None else head_dim
         self.rotary = Rotary(width, theta=rope_theta, scaling=rope_scaling) if positions == "rotary" else None
-        self.drop = nn.Dropout(dropout)
+        self.drop = make_dropout(dropout)
         self.blocks = nn.ModuleList(
             DecoderBlock(
                 dim,
