@@ -4,9 +4,14 @@ A model's constructor arguments are its configuration: each is kept as an attrib
 read off the model, and one that was built by hand is saved as well as one from a recipe.
 """
 
+import errno
 import importlib
 import inspect
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,6 +136,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def weights_written_to(path: Path) -> Iterator[None]:
+    """Where safetensors writes a file: what stops it is an OSError that names the file, as everywhere else."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else str(error), str(path)) from error
+
+
 def open_weights(folder: Path) -> None:
     """Lets those read the weights who may read the config beside them: safetensors writes for its user alone."""
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
@@ -222,7 +238,8 @@ class Pretrained:
         text = json.dumps(to_config(self), indent=2, ensure_ascii=False) + "\n"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / WEIGHTS), metadata={"format": "pt"})
+        with weights_written_to(folder / WEIGHTS):
+            save_model(self, str(folder / WEIGHTS), metadata={"format": "pt"})
         (folder / CONFIG).write_text(text, encoding="utf-8")
         open_weights(folder)
 

@@ -150,9 +150,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.precision is None:
                 choice = pick_precision(config.accelerator)
                 config.precision = choice.precision
-                print(f"precision: {choice.precision}, as {choice.reason}")
+                reason = choice.reason
             else:
-                print(f"precision: {config.precision}, as asked")
+                reason = f"{config.precision} was asked for"
             if config.logger is None:
                 config.logger = MetricsLog(root)
             plugins = config.plugins or []
@@ -172,9 +172,10 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 plugins = [*plugins, CheckpointFiles()]
             config.plugins = plugins
-            return self._instantiate_trainer(
-                {**config, **kwargs}, [callback for callback in extra if type(callback) not in mine]
-            )
+            extra = [callback for callback in extra if type(callback) not in mine]
+            trainer = self._instantiate_trainer({**config, **kwargs}, extra)
+            print(f"precision: {trainer.precision}, as {reason}")  # On a CPU float16 becomes bfloat16.
+            return trainer
 
     return RecipeCLI(
         pl.LightningModule,
@@ -231,6 +232,7 @@ def fit(cli: "LightningCLI") -> None:
     import torch
 
     from mmtransformer.training import Run, Task
+    from mmtransformer.training.checkpoints import SUFFIX, written_to
     from mmtransformer.training.saving import Saving
     from mmtransformer.training.sharded import Sharded
     from mmtransformer.training.speed import checkpoint_activations, compile_blocks
@@ -246,8 +248,9 @@ def fit(cli: "LightningCLI") -> None:
     folder, device = Path(trainer.default_root_dir), trainer.strategy.root_device
     if trainer.is_global_zero:
         text = cli.parser.dump(cli.config, skip_none=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        with written_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     print(f"run folder: {folder}; {size}; {device_name(device)}")
     said = [f"the gradient is clipped at {clip:g}"] if (clip := trainer.gradient_clip_val) else []
@@ -274,8 +277,9 @@ def fit(cli: "LightningCLI") -> None:
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
         seconds = earlier + time.monotonic() - began
+        last = folder / "checkpoints" / f"last{SUFFIX}"
         # For caches of every length it would compile anew.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), written_to(folder, last):
             module.finish(Run(folder, seconds, device, limit if isinstance(limit, int) else None))
 
 

@@ -25,7 +25,11 @@ def write_whole(path: str | Path, data: bytes) -> Path:
             file.write(data)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # an error of a file that is open names none
+            error.filename = str(path)
         raise
     return path

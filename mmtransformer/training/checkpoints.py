@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,6 +138,41 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_to(folder: Path, checkpoint: Path | None = None) -> Iterator[None]:
+    """Where a run's results are written: what a full disk or a missing right stops is said with path and bytes.
+
+    Args:
+        folder: The run's folder.
+        checkpoint: Where the trained weights are kept meanwhile, if they are.
+
+    Raises:
+        CheckpointError: In place of what the system says, which names no file that is open.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise  # not the system's: a picture that cannot be made, say
+        path = Path(error.filename) if isinstance(error.filename, str) else _latest(folder)
+        size = path.stat().st_size if path.is_file() else 0
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        kept = checkpoint is not None and checkpoint.is_file()
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror}; {size:,} bytes of it are there, {free:,} bytes are free"
+            + (
+                f". The trained weights are whole in {checkpoint}: free some space, and --resume finishes"
+                * kept
+            )
+        ) from error
+
+
+def _latest(folder: Path) -> Path:
+    """The file that was written last, of those that are results."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != SUFFIX]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=folder)
 
 
 def _sync_folder(folder: Path) -> None:

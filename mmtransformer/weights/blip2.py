@@ -14,7 +14,15 @@ from mmtransformer.hub_seq2seq import HubSeq2Seq
 from mmtransformer.image_text import ImageText
 from mmtransformer.language import Decoder
 from mmtransformer.outside import built_from
-from mmtransformer.pretrained import CONFIG, WEIGHTS, find_folder, load_strictly, open_weights, read_json
+from mmtransformer.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    find_folder,
+    load_strictly,
+    open_weights,
+    read_json,
+    weights_written_to,
+)
 from mmtransformer.qformer import QFormer
 from mmtransformer.weights.eva import vision_from_blip2, vision_to_blip2
 from mmtransformer.weights.lm import decoder_from_state, read_tensors, to_transformers
@@ -246,6 +254,7 @@ def save_blip2_as_hub(
     tensors = {name: t for name, t in tensors.items() if places.setdefault(t.data_ptr(), name) == name}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with weights_written_to(folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     open_weights(folder)

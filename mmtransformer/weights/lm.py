@@ -21,6 +21,7 @@ from mmtransformer.pretrained import (
     open_weights,
     read_json,
     read_safetensors,
+    weights_written_to,
 )
 from mmtransformer.tokenizer import Tokenizer
 from mmtransformer.vocabulary import ExtendedVocabulary
@@ -126,7 +127,8 @@ def save_as_hub(
         tensors.pop("lm_head.weight")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with weights_written_to(folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
     open_weights(folder)
 
