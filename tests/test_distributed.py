@@ -18,9 +18,10 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer import EncoderDecoder, QFormer, TextDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.next_token import Loss
 from mmtransformer.training.captioning import Captioning
@@ -30,7 +31,7 @@ from mmtransformer.training.log import MetricsLog
 from mmtransformer.training.optim import Optim
 from mmtransformer.training.samples import Samples
 from mmtransformer.training.saving import Saving
-from mmtransformer.training.sharded import Sharded, number_format
+from mmtransformer.training.sharded import Sharded, number_format, share_out
 from mmtransformer.training.speed import checkpoint_activations
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -372,3 +373,36 @@ def test_mmt_shares_weights_out(folder: Path) -> None:
     one, two = (read(folder / name / "checkpoints/last.ckpt") for name in ("mmt", "mmt, shared"))
     assert one["global_step"] == two["global_step"] == 3
     assert apart(one["state_dict"], two["state_dict"]) < 1e-12
+
+
+class Reads(pl.LightningModule):
+    """A Q-Former, whose blocks are never called as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qformer = QFormer(3, 8, 3, 2, 8, dropout=0.0)
+
+    def training_step(self, visual: Tensor) -> Tensor:
+        return self.qformer(visual).square().sum()
+
+
+def test_a_q_formers_weights_may_be_shared_out() -> None:
+    def job() -> None:
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        task = Reads()
+        share_out(task, init_device_mesh("cpu", (1,)))
+        task.training_step(torch.randn(2, 5, 8)).backward()
+        assert all(isinstance(weight.grad, DTensor) for weight in task.parameters())
+
+    assert tiny.in_child(job) == 0
+
+
+def test_a_single_number_cannot_be_shared_out() -> None:
+    task = Reads()
+    task.qformer.log_temperature = torch.nn.Parameter(torch.zeros(()))
+    with pytest.raises(
+        ValueError, match=r"cannot share out qformer\.log_temperature, .* --trainer\.strategy ddp"
+    ):
+        share_out(task, None)  # type: ignore[arg-type]

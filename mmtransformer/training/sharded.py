@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from mmtransformer.qformer_block import QFormerBlock
 from mmtransformer.training.speed import blocks
 
 STEPS = ("training_step", "validation_step", "test_step", "compute_again")
@@ -133,18 +134,29 @@ def share_out(task: LightningModule, mesh: DeviceMesh) -> None:
     """Shards a task: blocks that are used as a whole by themselves, all else together.
 
     A block whose keys and values are computed from outside it (`Attention.project_kv`) needs its weights before its own
-    turn, so it belongs to what is gathered for the whole step.
+    turn, so it belongs to what is gathered for the whole step; so do a Q-Former's, whose parts are called one by one.
 
     Args:
         task: The task; its class gets a subclass of torch's making.
         mesh: The processes.
+
+    Raises:
+        ValueError: If a weight is a single number, such as the temperature of a contrastive loss.
     """
+    if single := [name for name, weight in task.named_parameters() if not weight.ndim]:
+        raise ValueError(
+            f"trainer.strategy=sharded cannot share out {single[0]}, which is a single number; take "
+            f"--trainer.strategy ddp"
+        )
     for block in blocks(task):
-        if not any("Cross" in type(part).__name__ or "cross" in name for name, part in block.named_modules()):
+        if not isinstance(block, QFormerBlock) and not any(
+            "Cross" in type(part).__name__ or "cross" in name for name, part in block.named_modules()
+        ):
             fully_shard(block, mesh=mesh)
     fully_shard(task, mesh=mesh)
     for name in STEPS:
-        register_fsdp_forward_method(task, name)
+        if hasattr(task, name):  # a task of `Task` has them all
+            register_fsdp_forward_method(task, name)
 
 
 def hold(task: LightningModule) -> None:
