@@ -259,11 +259,13 @@ def test_the_compilers_prefix_does_not_matter() -> None:
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     module = Captioning(tiny.captioner(), optim=Optim(lr=0.01))
-    checkpoint = saved() | {"optim": {"kind": "adamw", "lr": 0.02}}
+    checkpoint = saved() | {"optim": {"kind": "adamw", "lr": 0.02}, "optimizer_states": [{}]}
     state = type("State", (), {"fn": "fit"})
     module.trainer = type("Trainer", (), {"state": state, "precision_plugin": Precision()})()  # type: ignore[assignment]
     with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.02 and is now 0\.01"):
         module.on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match="holds nothing of the optimizer"):
+        module.on_load_checkpoint(saved() | {"optimizer_states": []})
 
 
 # --------------------------------------------------------------------------------------------- the command line

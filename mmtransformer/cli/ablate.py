@@ -1,6 +1,7 @@
 """`mmt ablate`: every bridge on the same towers, data and steps, with as many parameters; one table and one picture."""
 
 import argparse
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(name: str, words: Sequence[str]) -> int:
     for bridge in bridges:
         print(f"\n== {bridge} ==")
         rows[bridge], parameters = train(bridge, [*configs, *rest], out / bridge, parameters)
+        gc.collect()  # Trainer and model hold each other: without it the next bridge would find them in memory.
     report(out, rows, parameters)
     return 0
 

@@ -313,7 +313,7 @@ class Task(pl.LightningModule, ABC):
         """Takes over what `on_save_checkpoint` has added.
 
         Raises:
-            CheckpointError: If the run had another model or another optimizer.
+            CheckpointError: If the run had another model or another optimizer, or left nothing of it behind.
         """
         # Lightning would do so later, and round a checkpoint in float64 to float32 on the way.
         self.trainer.precision_plugin.convert_module(self)
@@ -324,7 +324,13 @@ class Task(pl.LightningModule, ABC):
         changed = [
             f"{key} was {then[key]} and is now {now[key]}" for key in then if then[key] != now.get(key)
         ]
-        if changed and self.trainer.state.fn == "fit":
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and not checkpoint.get("optimizer_states"):
+            raise CheckpointError(
+                "cannot resume: the checkpoint holds nothing of the optimizer. Take another one, or start a new run "
+                "from the weights"
+            )
+        if changed and fitting:
             raise CheckpointError(
                 f"cannot resume with another optimizer: optim.{', optim.'.join(changed)}; a run that goes on keeps "
                 f"what it began with"
