@@ -302,7 +302,7 @@ class HubDecoder(Pretrained, Decoder):
 def _refuse_strangers(config: Any, where: str) -> None:
     """Kernels by the name of a hub's repository are code from outside: transformers would fetch and run it."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key.endswith("_implementation") and "/" in str(value):
+        if str(key).endswith("_implementation") and "/" in str(value):
             raise ValueError(f"{where}: {key} is {value!r:.80}, code from outside; no such code is run")
         _refuse_strangers(value, where)
 
