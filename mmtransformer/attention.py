@@ -173,7 +173,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
 
 
 def _plain_is_faster(q: Tensor, k: Tensor, mask: Mask | None, dropout: float) -> bool:
-    # Shared keys stay uncopied, and SDPA has no CPU kernel for dropout.
+    # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout.
     if dropout or q.shape[1] != k.shape[1] or (q.shape[0] != k.shape[0] and mask is not None):
         return True
     if q.dtype != torch.float32:

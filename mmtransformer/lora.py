@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.autograd.graph import increment_version
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -56,6 +57,7 @@ def merge_lora(model: Module) -> Module:
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     for name, layer in layers.items():
         layer.merge()
+        increment_version(layer.get_base_layer().weight)  # peft changes it unseen, through .data
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     return model

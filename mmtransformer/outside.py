@@ -27,13 +27,9 @@ def check_plain(path: Path) -> None:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
-    folder, target = path.parent.resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs"
-    if not (
-        target.is_relative_to(folder) or (folder.parent.name == "snapshots" and target.is_relative_to(blobs))
-    ):
+    if leads_out(path, path.parent):
         raise ValueError(
-            f"{path}: a link that leads out of its folder, to {target}; put the file there itself"
+            f"{path}: a link that leads out of its folder, to {path.resolve()}; put the file there itself"
         )
     if path.suffix in (".json", ".txt") and (size := path.stat().st_size) > _MOST_JSON:
         raise ValueError(f"{path}: {size:,} bytes are too many for it ({_MOST_JSON:,} at most)")
@@ -88,6 +84,16 @@ def settings_of(kind: type[T], values: dict[str, Any], where: str) -> T:
         return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
     except Exception as error:
         raise ValueError(f"{where}: {said(error)}") from error
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a file below a folder is a link to elsewhere; in the hub's cache `blobs` is no elsewhere."""
+    target = path.resolve()
+    if target.is_relative_to(root.resolve()):
+        return False
+    places = [*path.absolute().parents, *path.parent.resolve().parents]
+    caches = [place.parent / "blobs" for place in places if place.name == "snapshots"]
+    return not any(target.is_relative_to(blobs.resolve()) for blobs in caches)
 
 
 def said(error: Exception) -> str:

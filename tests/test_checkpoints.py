@@ -81,6 +81,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_what_users_keep_in_a_checkpoint_is_read_again(tmp_path: Path) -> None:
+    kept = checkpoint() | {"EMA_decay": 0.99}
+    kept["state_dict"] = {**kept["state_dict"], "part._extra_state": {"seen": 3}}
+    FILES.save_checkpoint(kept, tmp_path / "a.ckpt")
+    found = FILES.load_checkpoint(tmp_path / "a.ckpt")
+    assert found["EMA_decay"] == 0.99
+    assert found["state_dict"]["part._extra_state"] == {"seen": 3}
+
+
 @pytest.mark.parametrize("value", [lambda: 0, socket, signal.getsignal, object()])
 def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, value: object) -> None:
     saved = checkpoint() | {"hyper_parameters": {"parts": [1, {"deep": value}]}}

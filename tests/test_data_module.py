@@ -236,6 +236,8 @@ def test_a_run_goes_on_with_what_it_had(tokenizer: Tokenizer, tmp_path: Path) ->
         ValueError, match=r"cannot resume: the checkpoint does not say its size: .* this Rich"
     ):
         Rich(tokenizer=tokenizer).load_state_dict({"tokenizer": data.tokenizer_hash})
+    with pytest.raises(ValueError, match="cannot resume: the checkpoint does not say its"):
+        Rich(tokenizer=tokenizer).load_state_dict(5)  # type: ignore[arg-type]
     Plain().load_state_dict({})
     assert Plain().state_dict() == {}
 

@@ -139,8 +139,15 @@ def test_a_disk_that_fills_up_or_is_locked_when_the_training_ends(
 
 
 def test_what_is_no_fault_of_the_disk_is_left_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="broken picture"), written_to(tmp_path):
-        raise OSError("broken picture")
+    for other in (
+        OSError("broken picture"),
+        FileNotFoundError(2, "No such file or directory", "/data/pictures/1.jpg"),
+        PermissionError(13, "Permission denied", "/data/pictures/1.jpg"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ):
+        with pytest.raises(type(other)) as left, written_to(tmp_path):
+            raise other
+        assert left.value is other
     (tmp_path / "a").mkdir()
     with (
         pytest.raises(CheckpointError, match="/a: cannot be written: Is a directory") as caught,

@@ -220,7 +220,7 @@ def test_the_first_bad_module_is_found() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("where", ["loss", "backward"])
+@pytest.mark.parametrize("where", ["loss", "backward", "optimizer"])
 @pytest.mark.parametrize(
     "error",
     [
@@ -239,8 +239,15 @@ def test_out_of_memory_says_what_helps(
 
     if where == "loss":
         monkeypatch.setattr(Captioning, "loss", fail)
-    else:
+    elif where == "backward":
         monkeypatch.setattr(pl.LightningModule, "backward", fail)
+    else:  # where the optimizer first takes room for its moments
+
+        def after_backward(self: Any, *args: Any) -> None:
+            args[-1]()
+            fail()
+
+        monkeypatch.setattr(pl.LightningModule, "optimizer_step", after_backward)
     with pytest.raises(OutOfMemory) as caught:
         train(tmp_path, [batch(0)])
     text = str(caught.value)

@@ -127,7 +127,6 @@ CHECKPOINTS: dict[str, Callable[[Path], bytes]] = {
     "a step before the first": lambda harm: saved({"state_dict": {}, "global_step": -5}),
     "nothing but loops": lambda harm: saved({"state_dict": {}, "loops": {}}),
     "of no version": lambda harm: saved({"state_dict": {}, "pytorch-lightning_version": "x"}),
-    "a number for a module of data": lambda harm: saved({"state_dict": {}, "CaptionData": 5}),
     "what is there twice, again and again": lambda harm: saved({"state_dict": {}, "model": doubled(40)}),
     "too deep to be shown": lambda harm: saved({"state_dict": {}, "model": nested(100)}),
 }  # fmt: skip
@@ -350,6 +349,16 @@ def test_a_recipe_may_name_what_is_its_users_own(monkeypatch: pytest.MonkeyPatch
     for name in ("os.system", "torch.load", "subprocess.run", "own_module.own_hook"):  # the last says no type
         with pytest.raises(ValueError, match=f"{name} is not run"):
             check_names({"a": [{"b": {"class_path": name, "init_args": {}}}]})
+
+
+def test_a_recipe_may_name_what_is_in_a_folder_without_init(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_folder/parts").mkdir(parents=True)
+    text = "from mmtransformer import ViT\n\n\ndef tower() -> ViT:\n    return ViT(16, 8, 24, 1, 4)\n"
+    (tmp_path / "own_folder/parts/mine.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_names({"vision": {"class_path": "own_folder.parts.mine.tower", "init_args": {}}})
 
 
 def test_a_recipe_may_name_an_installed_module_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

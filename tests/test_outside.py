@@ -21,7 +21,7 @@ from mmtransformer import (
     ViT,
 )
 from mmtransformer.hub import HubDecoder
-from mmtransformer.outside import built_from, fits, settings_of
+from mmtransformer.outside import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
     load_blip2,
     load_encoder,
@@ -306,3 +306,25 @@ def test_settings_are_read_as_they_were_written() -> None:
         settings_of(Decoding, {"beams": 2}, "x.json")
     with pytest.raises(ValueError, match=r"x\.json: resize is 'stretch', not"):
         settings_of(ImageTransform, {"resize": "stretch"}, "x.json")
+
+
+def test_links_of_the_hubs_cache_lead_nowhere_else(tmp_path: Path) -> None:
+    """Files of a snapshot and of a folder in it, shards too, with the blobs on another disk; and what is outside."""
+    from mmtransformer.data.shards import find_shards
+
+    disk, cache = tmp_path / "disk", tmp_path / "datasets--a--b"
+    inside = cache / "snapshots" / "rev" / "part"
+    inside.mkdir(parents=True)
+    disk.mkdir()
+    (cache / "blobs").symlink_to(disk)
+    (disk / "abc").write_text("{}")
+    (tmp_path / "secret").write_text("{}")
+    for folder in (inside, inside.parent):
+        up = "../" * (2 + (folder == inside)) + "blobs/abc"
+        for name in ("config.json", "00.tar"):
+            (folder / name).symlink_to(up)
+        check_plain(folder / "config.json")
+    assert len(find_shards(str(cache / "snapshots" / "rev"))) == 2
+    (inside / "bad.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        check_plain(inside / "bad.json")

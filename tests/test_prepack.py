@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
 from mmtransformer.attention import Attention
@@ -302,3 +302,49 @@ def test_weights_that_would_fill_the_memory_are_not_packed(monkeypatch: pytest.M
     assert not packed_layers(for_inference(on_meta))
     with pytest.raises(ValueError, match="int8 weights are for CPUs"):
         for_inference(on_meta, "int8")
+
+
+def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
+    from mmtransformer.lora import add_lora, merge_lora
+
+    model = TextDecoder(31, 24, 2, 4, max_len=9).eval()
+    tokens = torch.randint(31, (2, 7))
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(tokens)
+
+    prepack(model)
+    logits()
+    add_lora(model, ["q_proj", "v_proj", "fc1"], rank=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    want = logits()
+    merge_lora(model)
+    torch.testing.assert_close(logits(), want, atol=1e-4, rtol=1e-4)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)  # What nobody can see.
+    want = copy.deepcopy(model)(tokens).detach()
+    torch.testing.assert_close(prepack(model)(tokens), want)
+    torch.testing.assert_close(logits(), want, atol=1e-4, rtol=1e-4)
+    for _ in range(9):  # The next weight may lie where the last one lay.
+        layer = model.blocks[0].attn.q_proj
+        layer.weight = nn.Parameter(torch.randn(24, 24))
+        want = copy.deepcopy(model)(tokens).detach()
+        torch.testing.assert_close(logits(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_attention_keeps_hooks_and_stays_one_where_it_was_one() -> None:
+    attn = Attention(24, 4)
+    both = nn.ModuleList([nn.Sequential(attn), nn.Sequential(attn)]).eval()
+    seen = []
+    attn.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    x = torch.randn(2, 5, 24)
+    want = attn(x)
+    prepack(both)
+    assert both[0][0] is both[1][0]
+    with torch.no_grad():
+        torch.testing.assert_close(both[0](x), want, atol=1e-5, rtol=1e-4)
+    assert len(seen) == 2

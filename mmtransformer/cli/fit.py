@@ -109,6 +109,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.sharded import Sharded, number_format
     from mmtransformer.training.throughput import Throughput
 
+    fast_matmuls()  # Before a model of the user's computes anything, too.
+
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
@@ -146,7 +148,6 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.default_root_dir is None:
                 config.default_root_dir = self.config.trainer.default_root_dir = str(folder)
             root = Path(config.default_root_dir)
-            fast_matmuls()
             if config.precision is None:
                 choice = pick_precision(config.accelerator)
                 config.precision = choice.precision

@@ -74,7 +74,7 @@ def check_names(config: Any) -> None:
 
     for name, found in _named(config):
         top = (getattr(found, "__module__", None) or "").partition(".")[0]
-        mine = top == "mmtransformer" or _is_own(top)
+        mine = top == "mmtransformer" or _is_own(found)
         if inspect.isclass(found):
             callable_ = "__call__" in dir(found) and not issubclass(found, nn.Module)
             bad = callable_ and not (mine or top in _HOOKS)
@@ -127,8 +127,10 @@ def _returned(function: Any) -> Any:
         return None
 
 
-def _is_own(top: str) -> bool:
-    """Whether a module is the user's: neither Python's nor installed."""
-    file = getattr(sys.modules.get(top), "__file__", None)
+def _is_own(found: Any) -> bool:
+    """Whether something is of a module of the user's: neither Python's nor installed."""
+    name = getattr(found, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
     installed = {"site-packages", "dist-packages"}
-    return file is not None and top not in sys.stdlib_module_names and not installed & set(Path(file).parts)
+    own = name.partition(".")[0] not in sys.stdlib_module_names
+    return file is not None and own and not installed & set(Path(file).parts)

@@ -256,7 +256,7 @@ class Data(lightning.LightningDataModule, ABC):
             ValueError: If it has another one, or the checkpoint does not say.
         """
         for name, now in self.identity().items():
-            if name not in state_dict:
+            if not isinstance(state_dict, dict) or name not in state_dict:
                 raise ValueError(
                     f"cannot resume: the checkpoint does not say its {name}: it is not of this "
                     f"{type(self).__name__}"

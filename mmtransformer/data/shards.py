@@ -20,6 +20,7 @@ from mmtransformer.data.source import Caption
 from mmtransformer.data.tar_index import TEXTS, ShardError, ShardSample, read_index
 from mmtransformer.data.text import SPLITS, split_word
 from mmtransformer.images import ImageError, load
+from mmtransformer.outside import leads_out
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*)\}")
@@ -223,7 +224,7 @@ def find_shards(pattern: str) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             inside = sorted(item for item in path.rglob("*.tar") if not item.name.startswith("."))
-            if out := [item for item in inside if not item.resolve().is_relative_to(path.resolve())]:
+            if out := [item for item in inside if leads_out(item, path)]:
                 raise ValueError(
                     f"{out[0]}: a link that leads out of {path}, to {out[0].resolve()}: name that folder, or the shards"
                 )

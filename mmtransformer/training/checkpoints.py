@@ -7,6 +7,7 @@ byte is compared with the check sums that stand in the file.
 import contextlib
 import dataclasses
 import enum
+import errno
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from torch import Tensor
 
 SUFFIX = ".ckpt"
 _SLACK = 1 << 20  # bytes of a checkpoint that are not tensors: names, numbers, the archive's directory
+_NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _MOST_DEPTH, _MOST_VALUES = 60, 10_000_000
 _KINDS: dict[str, Any] = {
     "state_dict": dict,
@@ -39,6 +41,7 @@ _KINDS: dict[str, Any] = {
     "optim": dict,
     "seed": int | None,
     "seen": dict,
+    "seconds": int | float,
 }
 _NEEDED = ("epoch", "global_step", "pytorch-lightning_version")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.Size, torch.dtype, torch.device)
@@ -154,9 +157,11 @@ def written_to(folder: Path, checkpoint: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:
-            raise  # not the system's: a picture that cannot be made, say
-        path = Path(error.filename) if isinstance(error.filename, str) else _latest(folder)
+        named = Path(error.filename) if isinstance(error.filename, str) else None
+        inside = named is not None and named.absolute().is_relative_to(folder.absolute())
+        if not (inside or (named is None and error.errno in _NOT_WRITTEN)):
+            raise  # a picture that cannot be read, say
+        path = named or _latest(folder)
         size = path.stat().st_size if path.is_file() else 0
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         kept = checkpoint is not None and checkpoint.is_file()
@@ -250,12 +255,13 @@ def _nonsense(found: dict[Any, Any]) -> str | None:
     for key, kind in _KINDS.items():
         if key in found and (not isinstance(found[key], kind) or isinstance(found[key], bool)):
             return f"{key} is a {type(found[key]).__name__}"
-    for key, value in found.items():  # A data module's part has its class's name.
-        if not isinstance(key, str) or (key[:1].isupper() and not isinstance(value, dict)):
-            return f"{key!r:.80} is a {type(value).__name__}"
+    if odd := [key for key in found if not isinstance(key, str)]:
+        return f"{odd[0]!r:.80} is no name"
     if any(found.get(key, 0) < 0 for key in ("global_step", "epoch", "rows")):
         return "a count below 0"
     for name, value in found["state_dict"].items():
+        if isinstance(name, str) and name.rpartition(".")[2] == "_extra_state":
+            continue  # of a module of somebody's own, which may keep any plain data there
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             return f"the weight {name!r:.80} is a {type(value).__name__}"
         if value.layout != torch.strided or value.device.type == "meta":

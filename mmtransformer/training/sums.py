@@ -21,7 +21,6 @@ class StepParts:
     """What one process has seen of a global batch: its micro-batches since the last optimizer step.
 
     Attributes:
-        size: Samples of the last of them.
         names: The names of all samples.
         bad: Whether the loss of one of them is not finite.
         suspect: The batch to look at if something is wrong: the first bad one, else the last.
@@ -29,7 +28,6 @@ class StepParts:
     """
 
     def __init__(self) -> None:
-        self.size = 0
         self.names: list[str] = []
         self.bad = False
         self.suspect: Any = None
@@ -50,7 +48,6 @@ class StepParts:
                 self.bad, self.suspects = True, list(names)
         self._losses.append(both)
         self.names += names
-        self.size = len(names)
         return int(count)
 
     def total(self) -> Tensor:

@@ -69,6 +69,7 @@ class Task(pl.LightningModule, ABC):
         self.samples_seen = self.tokens_seen = 0
         self.last_loss = torch.tensor(math.nan)
         self._parts = StepParts()
+        self._size = 0  # samples of the last micro-batch
         self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
         self._seed: int | None = None
@@ -164,7 +165,8 @@ class Task(pl.LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch."""
         names = self.names(batch)
-        with self._memory_advice(len(names)):
+        self._size = len(names)
+        with self._memory_advice():
             loss = self.loss(batch)
         count = self._parts.add(batch, names, loss)
         self.samples_seen += len(names) if count else 0  # A filler, to keep processes in step, has no target.
@@ -173,16 +175,16 @@ class Task(pl.LightningModule, ABC):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward, with advice where the memory ends."""
-        with self._memory_advice(self._parts.size):
+        with self._memory_advice():
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step, with advice where the memory ends."""
-        with self._memory_advice(self._parts.size):
+        with self._memory_advice():
             super().optimizer_step(*args, **kwargs)
 
-    def _memory_advice(self, size: int) -> AbstractContextManager[None]:
-        return memory_advice(self.device, lambda: self.trainer.global_step, lambda: size)
+    def _memory_advice(self) -> AbstractContextManager[None]:
+        return memory_advice(self.device, lambda: self.trainer.global_step, lambda: self._size)
 
     def configure_gradient_clipping(
         self,
