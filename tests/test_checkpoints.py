@@ -9,7 +9,6 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from mmtransformer.training import checkpoints
@@ -285,17 +285,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_last_checkpoint(tmp_path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(words, capture_output=True, check=False).returncode
-    except OSError:
-        done = 1
-    if done:
-        pytest.skip("only root can mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    yield from tiny.disk(tmp_path / "disk", "4m")
 
 
 def test_a_small_disk_is_found_too_full_before_anything_is_written(small_disk: Path) -> None:

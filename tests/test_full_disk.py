@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from safetensors import SafetensorError
 
 from mmtransformer import pretrained
@@ -88,17 +89,7 @@ def test_results_that_cannot_be_written(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(words, capture_output=True, check=False).returncode
-    except OSError:
-        done = 1
-    if done:
-        pytest.skip("only root can mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    yield from tiny.disk(tmp_path / "disk", "200m")
 
 
 @pytest.mark.slow

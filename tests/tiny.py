@@ -8,11 +8,12 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 
 from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
@@ -180,3 +181,17 @@ def run(
 def lines(log: Path) -> list[Any]:
     """What a run has seen."""
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of a size such as "4m", until the test ends; who may not mount one skips the test."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(words, capture_output=True, check=False).returncode
+    except OSError:
+        done = 1
+    if done:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

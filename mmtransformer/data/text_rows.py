@@ -5,7 +5,9 @@ which row is settled once, and an epoch only says which text stands in which pla
 (seed, epoch), with every text in exactly one place. Between epochs texts meet other neighbours, which they do not see.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +104,11 @@ class TextRows:
         self._slots = np.argsort(slots, kind="stable")
         self._rows = np.concatenate([[0], np.cumsum([len(row) for row in plan])])
         self._filled: tuple[int, np.ndarray] | None = None
+
+    @cached_property
+    def bits_per_byte(self) -> float:
+        """What makes bits a byte of text of a mean loss in nats a target token."""
+        return float(self.target.sum() / self.bytes.sum() / math.log(2.0))
 
     def __len__(self) -> int:
         """The number of rows, the same in every epoch."""

@@ -107,8 +107,7 @@ class LanguageModelling(Task):
         split, loss = self.split_names[dataloader_idx], self.loss(batch)
         self.add(split, "loss", loss)
         if self.data is not None:
-            rows = self.data.rows(split)
-            bits = float(rows.target.sum() / rows.bytes.sum() / torch.tensor(2.0).log())
+            bits = self.data.rows(split).bits_per_byte
             self.add(split, "bits_per_byte", Loss(loss.sum * bits, loss.count))
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
