@@ -3,162 +3,104 @@
 The names below are imported when they are first used, so that `mmt --help` need not wait for torch.
 """
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmtransformer.lazy import lazy
 
 if TYPE_CHECKING:
-    from mmtransformer.attention import Attention, KeyValue, KVCache, Rope, attend
-    from mmtransformer.blip2 import Blip2, InstructBatch, from_stage1
-    from mmtransformer.captioner import CaptionBatch, Captioner, caption_loss, freeze
-    from mmtransformer.captured import Captured
-    from mmtransformer.classifier import ImageClassifier
-    from mmtransformer.coca import CoCa
-    from mmtransformer.decoder import TextDecoder
-    from mmtransformer.decoding import CaptionResult, Decoding
-    from mmtransformer.encoder import TextEncoder
-    from mmtransformer.encoder_decoder import EncoderDecoder, VisualAdapter
-    from mmtransformer.few_shot import FewShot
-    from mmtransformer.flamingo import Flamingo
-    from mmtransformer.generate import Generated, generate, stream
-    from mmtransformer.hard_pairs import hard_negatives
-    from mmtransformer.hub import HubDecoder
-    from mmtransformer.hub_seq2seq import HubSeq2Seq
-    from mmtransformer.image_text import ImageText
-    from mmtransformer.images import Augment, ImageError, ImageTransform
-    from mmtransformer.language import Decoder, DecoderState
-    from mmtransformer.linear_attention import LinearAttention
-    from mmtransformer.media import media_mask, show_mask
-    from mmtransformer.objectives import clip_loss, itc_loss, itg_loss, itm_loss
-    from mmtransformer.pipeline import ImageCaptioner
-    from mmtransformer.prefix import PrefixCaptioner
-    from mmtransformer.qformer import QFormer
-    from mmtransformer.record import record_attention
-    from mmtransformer.resampler import PerceiverResampler
-    from mmtransformer.seq2seq import TRANSFORMER_SIZES, TextPairs, Transformer
-    from mmtransformer.tokenizer import Tokenizer
-    from mmtransformer.translator import Translator
-    from mmtransformer.vit import VIT_SIZES, ConvStem, PatchEmbed, ViT
-    from mmtransformer.vocabulary import ExtendedVocabulary
+    from mmtransformer.backbones.base import Decoder as Decoder
+    from mmtransformer.backbones.base import DecoderState as DecoderState
+    from mmtransformer.backbones.decoder import TextDecoder as TextDecoder
+    from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
+    from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
+    from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
+    from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
+    from mmtransformer.backbones.seq2seq import TRANSFORMER_SIZES as TRANSFORMER_SIZES
+    from mmtransformer.backbones.seq2seq import TextPairs as TextPairs
+    from mmtransformer.backbones.seq2seq import Transformer as Transformer
+    from mmtransformer.backbones.vit import VIT_SIZES as VIT_SIZES
+    from mmtransformer.backbones.vit import ConvStem as ConvStem
+    from mmtransformer.backbones.vit import PatchEmbed as PatchEmbed
+    from mmtransformer.backbones.vit import ViT as ViT
+    from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
+    from mmtransformer.captioners.base import Captioner as Captioner
+    from mmtransformer.captioners.base import caption_loss as caption_loss
+    from mmtransformer.captioners.base import freeze as freeze
+    from mmtransformer.captioners.blip2 import Blip2 as Blip2
+    from mmtransformer.captioners.blip2 import InstructBatch as InstructBatch
+    from mmtransformer.captioners.blip2 import from_stage1 as from_stage1
+    from mmtransformer.captioners.coca import CoCa as CoCa
+    from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
+    from mmtransformer.captioners.encoder_decoder import VisualAdapter as VisualAdapter
+    from mmtransformer.captioners.flamingo import Flamingo as Flamingo
+    from mmtransformer.captioners.image_attention_mask import media_mask as media_mask
+    from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
+    from mmtransformer.captioners.image_text import ImageText as ImageText
+    from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
+    from mmtransformer.connectors.qformer import QFormer as QFormer
+    from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
+    from mmtransformer.generation.captions import CaptionResult as CaptionResult
+    from mmtransformer.generation.captions import Decoding as Decoding
+    from mmtransformer.generation.cuda_graph import Captured as Captured
+    from mmtransformer.generation.loop import Generated as Generated
+    from mmtransformer.generation.loop import generate as generate
+    from mmtransformer.generation.loop import stream as stream
+    from mmtransformer.images import Augment as Augment
+    from mmtransformer.images import ImageError as ImageError
+    from mmtransformer.images import ImageTransform as ImageTransform
+    from mmtransformer.layers.attention import Attention as Attention
+    from mmtransformer.layers.attention import KeyValue as KeyValue
+    from mmtransformer.layers.attention import KVCache as KVCache
+    from mmtransformer.layers.attention import Rope as Rope
+    from mmtransformer.layers.attention import attend as attend
+    from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
+    from mmtransformer.layers.record import record_attention as record_attention
+    from mmtransformer.losses.contrastive import clip_loss as clip_loss
+    from mmtransformer.losses.contrastive import itc_loss as itc_loss
+    from mmtransformer.losses.contrastive import itg_loss as itg_loss
+    from mmtransformer.losses.contrastive import itm_loss as itm_loss
+    from mmtransformer.losses.hard_negatives import hard_negatives as hard_negatives
+    from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
+    from mmtransformer.pipelines.few_shot import FewShot as FewShot
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
+    from mmtransformer.pipelines.translator import Translator as Translator
+    from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "attention": "Attention KVCache KeyValue Rope attend",
-    "blip2": "Blip2 InstructBatch from_stage1",
-    "captioner": "CaptionBatch Captioner caption_loss freeze",
-    "captured": "Captured",
-    "classifier": "ImageClassifier",
-    "coca": "CoCa",
-    "decoder": "TextDecoder",
-    "encoder": "TextEncoder",
-    "encoder_decoder": "EncoderDecoder VisualAdapter",
-    "few_shot": "FewShot",
-    "flamingo": "Flamingo",
-    "generate": "Generated generate stream",
-    "hub_seq2seq": "HubSeq2Seq",
-    "image_text": "ImageText",
-    "hub": "HubDecoder",
+# Where the public names are defined, floor by floor.
+_CONTENTS = {
+    "layers.attention": "Attention KVCache KeyValue Rope attend",
+    "layers.linear_attention": "LinearAttention",
+    "layers.record": "record_attention",
+    "backbones.base": "Decoder DecoderState",
+    "backbones.decoder": "TextDecoder",
+    "backbones.encoder": "TextEncoder",
+    "backbones.extended_vocabulary": "ExtendedVocabulary",
+    "backbones.hub_decoder": "HubDecoder",
+    "backbones.hub_seq2seq": "HubSeq2Seq",
+    "backbones.seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
+    "backbones.vit": "ConvStem PatchEmbed VIT_SIZES ViT",
+    "connectors.qformer": "QFormer",
+    "connectors.resampler": "PerceiverResampler",
+    "losses.contrastive": "clip_loss itc_loss itg_loss itm_loss",
+    "losses.hard_negatives": "hard_negatives",
+    "captioners.base": "CaptionBatch Captioner caption_loss freeze",
+    "captioners.blip2": "Blip2 InstructBatch from_stage1",
+    "captioners.coca": "CoCa",
+    "captioners.encoder_decoder": "EncoderDecoder VisualAdapter",
+    "captioners.flamingo": "Flamingo",
+    "captioners.image_attention_mask": "media_mask show_mask",
+    "captioners.image_text": "ImageText",
+    "captioners.prefix": "PrefixCaptioner",
+    "generation.captions": "CaptionResult Decoding",
+    "generation.cuda_graph": "Captured",
+    "generation.loop": "Generated generate stream",
+    "text.tokenizer": "Tokenizer",
     "images": "Augment ImageError ImageTransform",
-    "linear_attention": "LinearAttention",
-    "media": "media_mask show_mask",
-    "hard_pairs": "hard_negatives",
-    "objectives": "clip_loss itc_loss itg_loss itm_loss",
-    "language": "Decoder DecoderState",
-    "decoding": "CaptionResult Decoding",
-    "pipeline": "ImageCaptioner",
-    "qformer": "QFormer",
-    "prefix": "PrefixCaptioner",
-    "record": "record_attention",
-    "resampler": "PerceiverResampler",
-    "seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
-    "tokenizer": "Tokenizer",
-    "vocabulary": "ExtendedVocabulary",
-    "translator": "Translator",
-    "vit": "ConvStem PatchEmbed VIT_SIZES ViT",
+    "pipelines.classifier": "ImageClassifier",
+    "pipelines.few_shot": "FewShot",
+    "pipelines.image_captioner": "ImageCaptioner",
+    "pipelines.translator": "Translator",
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
-
-__all__ = [
-    "TRANSFORMER_SIZES",
-    "VIT_SIZES",
-    "Attention",
-    "Augment",
-    "Blip2",
-    "CaptionBatch",
-    "CaptionResult",
-    "Captioner",
-    "Captured",
-    "CoCa",
-    "ConvStem",
-    "Decoder",
-    "DecoderState",
-    "Decoding",
-    "EncoderDecoder",
-    "ExtendedVocabulary",
-    "FewShot",
-    "Flamingo",
-    "Generated",
-    "HubDecoder",
-    "HubSeq2Seq",
-    "ImageCaptioner",
-    "ImageClassifier",
-    "ImageError",
-    "ImageText",
-    "ImageTransform",
-    "InstructBatch",
-    "KVCache",
-    "KeyValue",
-    "LinearAttention",
-    "PatchEmbed",
-    "PerceiverResampler",
-    "PrefixCaptioner",
-    "QFormer",
-    "Rope",
-    "TextDecoder",
-    "TextEncoder",
-    "TextPairs",
-    "Tokenizer",
-    "Transformer",
-    "Translator",
-    "ViT",
-    "VisualAdapter",
-    "attend",
-    "caption_loss",
-    "clip_loss",
-    "freeze",
-    "from_stage1",
-    "generate",
-    "hard_negatives",
-    "itc_loss",
-    "itg_loss",
-    "itm_loss",
-    "media_mask",
-    "record_attention",
-    "show_mask",
-    "stream",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"mmtransformer.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
-
-
-class _Package(ModuleType):
-    """`mmtransformer.generate` is the function: importing the file of that name must not put the file in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

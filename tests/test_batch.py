@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmtransformer.backbones.seq2seq import TextPairs
 from mmtransformer.batch import Batch
-from mmtransformer.captioner import CaptionBatch
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.classes import ClassBatch
-from mmtransformer.data.masked_rows import MaskedBatch
-from mmtransformer.data.texts import TextBatch
-from mmtransformer.seq2seq import TextPairs
+from mmtransformer.data.text_only.masked_rows import MaskedBatch
+from mmtransformer.data.text_only.texts import TextBatch
 
 
 @dataclass

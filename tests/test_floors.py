@@ -1,6 +1,7 @@
-"""The shape of the house: modules import only from lower floors, and files stay short, portable and lazy."""
+"""The shape of the house: files import only from lower rooms, and files stay short, portable and lazy."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,44 +13,48 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmtransformer"
 
-# One line a floor; a name is a module or a folder of the package.
-FLOORS = {
-    1: "attention masks images tokenizer tokenizer_files outside spelling metrics batch",
-    2: "next_token processes language positions blocks qformer_block linear_attention record prepack pretrained lora",
-    3: "vit decoder hub hub_seq2seq vocabulary encoder seq2seq resampler qformer",
-    4: "captioner soft_prompt soft_source objectives hard_pairs media",
-    5: "encoder_decoder flamingo image_text blip2 prefix coca search generate captured decoding prompts weights",
-    6: "data training pictures pipeline translator classifier few_shot",
-    7: "cli",
-}
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+# The rooms from the ground up: a file imports only from its own room and from those above it in this list.
+ROOMS = [
+    "lazy",
+    "batch",
+    "layers",
+    "serialization",
+    "text",
+    "images",
+    "metrics",
+    "backbones",
+    "connectors",
+    "losses",
+    "captioners",
+    "generation",
+    "weights",
+    "weights/vision",
+    "weights/text",
+    "weights/captioners",
+    "plots",
+    "data/loading",
+    "data/files",
+    "data/documents",
+    "data/text_only",
+    "data/scenes",
+    "data",
+    "pipelines",
+    "training/evaluation",
+    "training/engine",
+    "training/callbacks",
+    "training/tasks",
+    "training",
+    "cli",
+]
 
-# The only imports that stay on a floor (files of one folder may always import each other): who -> whom.
-SAME_FLOOR = {
-    "tokenizer": {"spelling", "tokenizer_files"},
-    "tokenizer_files": {"outside"},
-    "prepack": {"blocks"},
-    "qformer_block": {"blocks"},
-    "seq2seq": {"decoder"},
-    "hub_seq2seq": {"seq2seq"},
-    "generate": {"search"},
-    "captured": {"search"},
-    "decoding": {"generate", "search", "prompts"},
-    "hard_pairs": {"objectives"},
-    "media": {"captioner"},
-    "weights": {"flamingo", "blip2", "image_text"},
-    "soft_prompt": {"captioner"},
-    "soft_source": {"captioner"},
-    "translator": {"data", "pipeline"},
-    "classifier": {"pipeline"},
-    "training": {"data", "pictures", "translator", "classifier", "pipeline", "few_shot"},
-    "few_shot": {"data"},
-}
+# Libraries that only some rooms may import, anywhere in a file.
+LIGHTNING = ("data", "training", "cli")
+LIBRARY_ROOMS = {"lightning": LIGHTNING, "pytorch_lightning": (), "jsonargparse": ("cli",)}
 
-# Libraries that only some floors may import, anywhere in a file.
-LIBRARY_FLOORS = {"lightning": {6, 7}, "pytorch_lightning": set(), "jsonargparse": {7}}
+# The one dynamic import of the library by a name that is not its own: a saved model's class, among the public names.
+DYNAMIC = "serialization/pretrained.py"
 
-# What `import mmtransformer`, and any module of floors 1-5, must not pull in: slow to import, or optional.
+# What `import mmtransformer`, and any module below plots, must not pull in: slow to import, or optional.
 LAZY = (
     "lightning",
     "matplotlib",
@@ -62,16 +67,17 @@ LAZY = (
     "jsonargparse",
 )
 
-MAX_LINES = 400
+MAX_LINES, MAX_FILES = 400, 15
 
 
 def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def name_of(path: Path) -> str:
-    """The name in the floor table: mmtransformer/data/scenes.py -> data."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(path: Path) -> str:
+    """mmtransformer/data/files/tables.py -> data/files; a file at the top is a room of its own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "/".join(parts[:-1]) or parts[0]
 
 
 def imports(path: Path, *, when_loaded: bool = False) -> Iterator[tuple[int, str]]:
@@ -95,39 +101,55 @@ def imports(path: Path, *, when_loaded: bool = False) -> Iterator[tuple[int, str
             nodes += ast.iter_child_nodes(node)
 
 
+def file_of(name: str) -> Path:
+    """The file of a dotted name: mmtransformer.layers.masks -> mmtransformer/layers/masks.py."""
+    path = PACKAGE.parent / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def faults(path: Path) -> list[str]:
     """What is wrong with a file's imports, one line each."""
-    who, where = name_of(path), path.relative_to(ROOT)
-    if who not in FLOOR:
-        return [f"{where}: {who} is on no floor yet; add it to FLOORS in {Path(__file__).name}"]
+    room, where = room_of(path), path.relative_to(ROOT)
+    if room not in ROOMS:
+        return [f"{where}: {room} is no room yet; add it to ROOMS in {Path(__file__).name}"]
     found = []
     for line, imported in imports(path):
         library, _, rest = imported.partition(".")
-        if library in LIBRARY_FLOORS and FLOOR[who] not in LIBRARY_FLOORS[library]:
-            allowed = sorted(LIBRARY_FLOORS[library]) or "none"
-            found.append(
-                f"{where}:{line}: {library} may be imported on floors {allowed}, not on {FLOOR[who]}"
-            )
-        if library != "mmtransformer":
+        if library in LIBRARY_ROOMS and room.partition("/")[0] not in LIBRARY_ROOMS[library]:
+            allowed = ", ".join(LIBRARY_ROOMS[library]) or "no room"
+            found.append(f"{where}:{line}: {library} may be imported in {allowed}, not in {room}")
+        if library != "mmtransformer" or (not rest and room == "cli"):  # mmt asks the package for its version
             continue
-        whom = rest.partition(".")[0]
-        if not whom and FLOOR[who] == max(FLOORS):  # the command line asks the package for its version
+        whom = room_of(file_of(imported)) if rest else ""
+        if path.name == "__init__.py" and whom.startswith(
+            f"{room}/"
+        ):  # what a folder shows of what lies in it
             continue
-        if whom not in FLOOR:
-            what = f"{whom} is on no floor" if whom else "import from the module that defines the name"
-            found.append(f"{where}:{line}: {imported}: {what}")
-        elif FLOOR[whom] > FLOOR[who]:
-            found.append(f"{where}:{line}: {who} (floor {FLOOR[who]}) imports {whom} (floor {FLOOR[whom]})")
-        elif FLOOR[whom] == FLOOR[who] and whom != who and whom not in SAME_FLOOR.get(who, ()):
-            found.append(
-                f"{where}:{line}: {who} imports {whom}, which stands on the same floor ({FLOOR[who]})"
-            )
+        if whom not in ROOMS:
+            found.append(f"{where}:{line}: {imported}: import from the module that defines the name")
+        elif ROOMS.index(whom) > ROOMS.index(room):
+            found.append(f"{where}:{line}: {room} imports {whom}, which stands above it")
     return found
 
 
-def test_modules_import_only_from_lower_floors() -> None:
+def test_modules_import_only_from_lower_rooms() -> None:
     found = [fault for path in modules() for fault in faults(path)]
     assert not found, "\n".join(found)
+
+
+def test_what_is_imported_by_a_name_is_known() -> None:
+    dynamic = [path for path in modules() if re.search(r"import_module\(", path.read_text("utf-8"))]
+    names = {str(path.relative_to(PACKAGE)) for path in dynamic if room_of(path) not in ("cli", "lazy")}
+    assert names == {DYNAMIC}
+
+
+def test_no_folder_shows_a_function_with_the_name_of_one_of_its_files() -> None:
+    found = []
+    for init in [PACKAGE / "__init__.py", *PACKAGE.rglob("*/__init__.py")]:
+        package = importlib.import_module(".".join(init.relative_to(ROOT).parent.parts))
+        files = {path.stem for path in init.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+        found += [f"{package.__name__}.{name}" for name in files & set(getattr(package, "__all__", ()))]
+    assert not found, found
 
 
 def test_no_two_files_import_each_other() -> None:
@@ -148,31 +170,36 @@ def test_no_two_files_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
-        ("from mmtransformer.vit import ViT", "blocks (floor 2) imports vit (floor 3)"),
         (
-            "def f():\n    from . import captioner",
-            "blocks.py:2: blocks (floor 2) imports captioner (floor 4)",
+            "from mmtransformer.backbones.vit import ViT",
+            "layers imports backbones, which stands above it",
         ),
-        ("import mmtransformer.record", "blocks imports record, which stands on the same floor (2)"),
-        ("import lightning.pytorch as pl", "lightning may be imported on floors [6, 7], not on 2"),
-        ("from mmtransformer import ViT", "ViT is on no floor"),
+        (
+            "def f():\n    from mmtransformer.captioners import base",
+            "novelty.py:2: layers imports captioners, which stands above it",
+        ),
+        ("import lightning.pytorch as pl", "lightning may be imported in data, training, cli, not in layers"),
+        ("from mmtransformer import ViT", "import from the module that defines the name"),
     ],
 )
 def test_a_fault_is_found(source: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "mmtransformer"
-    package.mkdir()
+    for room in ("layers", "backbones", "captioners", "attic"):
+        (package / room).mkdir(parents=True)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     monkeypatch.setitem(globals(), "PACKAGE", package)
-    for name in ("blocks", "novelty"):
-        (package / f"{name}.py").write_text(source, "utf-8")
-    assert fault in "\n".join(faults(package / "blocks.py"))
-    assert "novelty is on no floor yet" in faults(package / "novelty.py")[0]
+    (package / "captioners" / "base.py").touch()
+    for room in ("layers", "attic"):
+        (package / room / "novelty.py").write_text(source, "utf-8")
+    assert fault in "\n".join(faults(package / "layers" / "novelty.py"))
+    assert "attic is no room yet" in faults(package / "attic" / "novelty.py")[0]
 
 
-@pytest.mark.parametrize("floors", [0, 5], ids=["the package", "every module of floors 1-5"])
-def test_import_is_lazy(floors: int) -> None:
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules()]
-    names = ["mmtransformer", *(n for n in names if FLOOR.get(n.split(".")[1], 8) <= floors)]
+@pytest.mark.parametrize("top", ["lazy", "weights/captioners"], ids=["the package", "up to weights"])
+def test_import_is_lazy(top: str) -> None:
+    below = ROOMS[: ROOMS.index(top) + 1]
+    names = [path.relative_to(ROOT).with_suffix("").parts for path in modules() if room_of(path) in below]
+    names = ["mmtransformer", *(".".join(parts) for parts in names)]
     script = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n" + (
         f"print(*sorted(set({LAZY}) & set(sys.modules)))"
     )
@@ -181,6 +208,12 @@ def test_import_is_lazy(floors: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [], f"import {names[-1]}, or one before it, also imports {done.stdout}"
+
+
+def test_folders_stay_small() -> None:
+    counts = {f: len([p for p in f.iterdir() if p.is_file()]) for f in {path.parent for path in modules()}}
+    large = [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in counts.items() if n > MAX_FILES]
+    assert not large, f"folders of more than {MAX_FILES} files: {', '.join(large)}"
 
 
 def test_files_stay_short() -> None:

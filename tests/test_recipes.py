@@ -20,8 +20,8 @@ from mmtransformer import (
     ViT,
 )
 from mmtransformer.cli import main
-from mmtransformer.data.scenes import Scenes
-from mmtransformer.translator import Translator
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.pipelines.translator import Translator
 from mmtransformer.weights import load_lm, save_as_hub
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from second_device import GPU, Graph, OnGPU, SecondDevice, Stream, WrongDevice
-from test_captured import DIM, EOS, MODELS, QUERIES, VOCAB, batch_for, noisy, told, vit
+from test_cuda_graph import DIM, EOS, MODELS, QUERIES, VOCAB, batch_for, noisy, told, vit
 from test_recipes import NAMES, RECIPES, arguments
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -128,7 +128,7 @@ def test_the_same_gradients_and_heat(kind: str) -> None:
 
 def test_an_encoder_learns_there() -> None:
     """Hidden words and pairs, with padding."""
-    from mmtransformer.data.masked_rows import MaskedBatch
+    from mmtransformer.data.text_only.masked_rows import MaskedBatch
     from mmtransformer.training import MaskedLanguageModelling
 
     encoder = TextEncoder(VOCAB, DIM, 2, 4, max_len=9, word_head=True, sentence_head=True, dropout=0.0)

@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
-from mmtransformer.captioner import CaptionBatch
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.mixture import Mixture
-from mmtransformer.data.scenes import Scenes
+from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import Augment
-from mmtransformer.training.captioning import Captioning
-from mmtransformer.training.log import MetricsLog
-from mmtransformer.training.optim import Optim
-from mmtransformer.training.saving import Saving
+from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.engine.log import MetricsLog
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.tasks.captioning import Captioning
 
 VOCAB = 300
 

@@ -33,7 +33,7 @@ def run(name: str, words: Sequence[str]) -> int:
     bridges = args.bridges.split(",")
 
     from mmtransformer.cli.errors import check_file
-    from mmtransformer.training.ablation import check_bridges
+    from mmtransformer.training.evaluation.ablation import check_bridges
 
     check_bridges(bridges)
     for file in (args.recipe, *args.config):
@@ -64,11 +64,11 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
     Raises:
         ValueError: If the recipe trains no captioner with a vision tower and a language model.
     """
-    from mmtransformer.captioner import is_frozen
+    from mmtransformer.backbones.base import Decoder
+    from mmtransformer.captioners.base import is_frozen
     from mmtransformer.cli.fit import fit, recipe_cli
-    from mmtransformer.language import Decoder
     from mmtransformer.training import Captioning
-    from mmtransformer.training.ablation import Frozen, bridge_parameters, sized
+    from mmtransformer.training.evaluation.ablation import Frozen, bridge_parameters, sized
 
     cli = recipe_cli([*words, f"--trainer.default_root_dir={folder}"], folder)
     module = cli.model
@@ -89,7 +89,7 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
 
 def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
     """Prints the table, and writes it as ablation.json and ablation.png."""
-    from mmtransformer.pictures.comparison import comparison
+    from mmtransformer.plots.comparison import comparison
 
     table = {bridge: scores_of(metrics) for bridge, metrics in rows.items()}
     names = list(dict.fromkeys(name for row in table.values() for name in row))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmtransformer.few_shot import FewShot
-    from mmtransformer.pipeline import ImageCaptioner
+    from mmtransformer.pipelines.few_shot import FewShot
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -66,7 +66,7 @@ def run(name: str, words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
 
     from mmtransformer.images import load
-    from mmtransformer.pipeline import ImageCaptioner
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     if args.heatmap and Path(args.heatmap).suffix.lower() not in (".png", ".html"):
         raise ValueError(
@@ -137,7 +137,7 @@ def run(name: str, words: Sequence[str]) -> int:
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
     """The examples of --shots: those to train on where the data names any, else all."""
     from mmtransformer.data.opening import open_pairs
-    from mmtransformer.few_shot import FewShot
+    from mmtransformer.pipelines.few_shot import FewShot
 
     source = open_pairs(args.shots, val_fraction=0.0)
     splits = source.splits()
@@ -163,7 +163,7 @@ def _heatmaps(
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
     import sys
 
-    from mmtransformer.pictures import Card, Said, grid_box, html_page, word_heatmaps
+    from mmtransformer.plots import Card, Said, grid_box, html_page, word_heatmaps
 
     cards = []
     for i, (picture, image, captions) in enumerate(zip(pictures, images, results, strict=True)):

@@ -27,8 +27,8 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
     args = parser.parse_args(list(words))
 
-    from mmtransformer.classifier import ImageClassifier
     from mmtransformer.images import load
+    from mmtransformer.pipelines.classifier import ImageClassifier
 
     images = [load(path) for path in args.pictures]
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
@@ -40,7 +40,7 @@ def run(name: str, words: Sequence[str]) -> int:
             told = ", ".join(f"{label} {share:.1%}" for label, share in best)
             print(f"{path}: {told}" if len(args.pictures) > 1 else told)
     if args.attention:
-        from mmtransformer.pictures import rollout_sheet
+        from mmtransformer.plots import rollout_sheet
 
         rollout_sheet(classifier.vit, images[0], classifier.transform, args.attention, title=args.pictures[0])
     return 0

@@ -56,11 +56,11 @@ def run(name: str, words: Sequence[str]) -> int:
 
     from mmtransformer.data.captions import CaptionData
     from mmtransformer.data.opening import open_pairs
-    from mmtransformer.data.scenes import Scenes
-    from mmtransformer.few_shot import FewShot
-    from mmtransformer.pipeline import ImageCaptioner
-    from mmtransformer.training.evaluation import evaluate
-    from mmtransformer.training.precision import fast_matmuls
+    from mmtransformer.data.scenes.scenes import Scenes
+    from mmtransformer.pipelines.few_shot import FewShot
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
+    from mmtransformer.training.engine.precision import fast_matmuls
+    from mmtransformer.training.evaluation.evaluation import evaluate
 
     if args.nearest and args.num_shots is None:
         raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")

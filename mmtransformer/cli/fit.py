@@ -102,12 +102,12 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from mmtransformer.training import Captioning, Progress, Samples
-    from mmtransformer.training.checkpoints import CheckpointFiles
-    from mmtransformer.training.log import MetricsLog
-    from mmtransformer.training.precision import fast_matmuls, pick_precision
-    from mmtransformer.training.saving import Saving
-    from mmtransformer.training.sharded import Sharded, number_format
-    from mmtransformer.training.throughput import Throughput
+    from mmtransformer.training.callbacks.saving import Saving
+    from mmtransformer.training.engine.checkpoints import CheckpointFiles
+    from mmtransformer.training.engine.log import MetricsLog
+    from mmtransformer.training.engine.precision import fast_matmuls, pick_precision
+    from mmtransformer.training.engine.sharded import Sharded, number_format
+    from mmtransformer.training.engine.throughput import Throughput
 
     fast_matmuls()  # Before a model of the user's computes anything, too.
 
@@ -204,7 +204,7 @@ def checkpoint(cli: "LightningCLI") -> str | None:
     Raises:
         ValueError: If a checkpoint is asked for and there is none.
     """
-    from mmtransformer.training.checkpoints import newest
+    from mmtransformer.training.engine.checkpoints import newest
 
     named, resume = cli.config.get("ckpt_path"), cli.config.get("resume")
     if named not in (None, "last"):
@@ -233,11 +233,11 @@ def fit(cli: "LightningCLI") -> None:
     import torch
 
     from mmtransformer.training import Run, Task
-    from mmtransformer.training.checkpoints import SUFFIX, written_to
-    from mmtransformer.training.saving import Saving
-    from mmtransformer.training.sharded import Sharded
-    from mmtransformer.training.speed import checkpoint_activations, compile_blocks
-    from mmtransformer.training.task import device_name, trainable_parameters
+    from mmtransformer.training.callbacks.saving import Saving
+    from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
+    from mmtransformer.training.engine.sharded import Sharded
+    from mmtransformer.training.engine.speed import checkpoint_activations, compile_blocks
+    from mmtransformer.training.engine.task import device_name, trainable_parameters
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-    from mmtransformer.training.plan import Needs, Watch
+    from mmtransformer.training.engine.plan import Needs, Watch
 
 HELP = """usage: mmt plan RECIPE.yaml [--config OVERLAY.yaml] [--KEY=VALUE ...]
 
@@ -57,7 +57,7 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
     Raises:
         ValueError: If the recipe's data has no batch_size.
     """
-    from mmtransformer.training.plan import cache_bytes, extended
+    from mmtransformer.training.engine.plan import cache_bytes, extended
 
     with tempfile.TemporaryDirectory() as folder:
         first = _cli(words, [], folder)
@@ -95,7 +95,7 @@ def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
 
 def longest(data: Any) -> None:
     """Lets the batch with the longest sample come third in the training data."""
-    from mmtransformer.training.plan import longest_soon
+    from mmtransformer.training.engine.plan import longest_soon
 
     make = data.train_dataloader
 
@@ -110,8 +110,8 @@ def longest(data: Any) -> None:
 
 def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "LightningCLI"]:
     """A few steps with batches of `size`."""
-    from mmtransformer.training.plan import STEPS, Watch
-    from mmtransformer.training.speed import checkpoint_activations
+    from mmtransformer.training.engine.plan import STEPS, Watch
+    from mmtransformer.training.engine.speed import checkpoint_activations
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cli = _cli(words, [f"--data.batch_size={size}", f"--trainer.max_steps={STEPS}"], folder)

@@ -29,7 +29,7 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
     args = parser.parse_args(list(words))
 
-    from mmtransformer.translator import Translator
+    from mmtransformer.pipelines.translator import Translator
 
     texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
@@ -40,7 +40,7 @@ def run(name: str, words: Sequence[str]) -> int:
         row = {"text": text, "language": args.language, "translation": translation}
         print(json.dumps(row, ensure_ascii=False) if args.json else translation)
     if args.attention:
-        from mmtransformer.pictures import attention_sheet
+        from mmtransformer.plots import attention_sheet
 
         queries, keys, weights = translator.look(texts[0], said[0], args.language)
         named = {f"block {i}": block for i, block in enumerate(weights)}

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.captioner import CaptionBatch
-from mmtransformer.data.dataset import CaptionDataset, Collate
-from mmtransformer.data.faults import BadPictures
-from mmtransformer.data.features import FeatureCache
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.data.loading.dataset import CaptionDataset, Collate
+from mmtransformer.data.loading.errors import BadPictures
+from mmtransformer.data.loading.features import FeatureCache
+from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.loading.rows import CaptionRows, image_token
+from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import Mixing
-from mmtransformer.data.module import Data, Lengths
-from mmtransformer.data.rows import CaptionRows, image_token
-from mmtransformer.data.source import Pairs, PairSource
 from mmtransformer.images import Augment, ImageTransform
-from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mmtransformer.data.faults import FIRST, Report, allowed
+from mmtransformer.data.loading.errors import FIRST, Report, allowed
+from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
-from mmtransformer.data.source import Caption, Pairs, PairSource
 from mmtransformer.images import ImageError
 
 _BAR = 24  # width of a histogram's longest bar

@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from mmtransformer.data.scenes import Scenes, SceneSplit
-from mmtransformer.data.text import draw, split_word
+from mmtransformer.data.files.text import draw, split_word
+from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import load
 
 ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jfif"))

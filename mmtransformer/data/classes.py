@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource
-from mmtransformer.data.faults import BadPictures, TooManyFaults
-from mmtransformer.data.module import Data
-from mmtransformer.data.sampler import Pick, generator
+from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.sampler import Pick, generator
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 

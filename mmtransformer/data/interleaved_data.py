@@ -7,16 +7,16 @@ from typing import Any
 import lightning
 
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.document_dataset import CollateDocuments, DocumentDataset
-from mmtransformer.data.documents import DocumentPairs, Documents, DocumentSource, texts_of
-from mmtransformer.data.faults import BadPictures
+from mmtransformer.data.documents.document_dataset import CollateDocuments, DocumentDataset
+from mmtransformer.data.documents.documents import DocumentPairs, Documents, DocumentSource, texts_of
+from mmtransformer.data.documents.packing import DocumentRows
+from mmtransformer.data.loading.errors import BadPictures
+from mmtransformer.data.loading.module import Data, Lengths, list_of_splits
+from mmtransformer.data.loading.sampler import ResumableLoader
+from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.mixture import MixedDocuments, Mixing
-from mmtransformer.data.module import Data, Lengths, list_of_splits
-from mmtransformer.data.packing import DocumentRows
-from mmtransformer.data.sampler import ResumableLoader
-from mmtransformer.data.source import PairSource
 from mmtransformer.images import Augment, ImageTransform
-from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 

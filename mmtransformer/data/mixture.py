@@ -13,9 +13,9 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from mmtransformer.data.documents import Document, Documents, DocumentSource
-from mmtransformer.data.sampler import mix
-from mmtransformer.data.source import Caption, Pairs, PairSource
+from mmtransformer.data.documents.documents import Document, Documents, DocumentSource
+from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 
 
 class _Members(Protocol):

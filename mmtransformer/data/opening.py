@@ -5,14 +5,14 @@ import tarfile
 from itertools import islice
 from pathlib import Path
 
-from mmtransformer.data.archives import PICTURES, Files
-from mmtransformer.data.document_records import document_files, holds_documents
-from mmtransformer.data.documents import DocumentPairs
-from mmtransformer.data.faults import Report
-from mmtransformer.data.interleaved import InterleavedFiles
+from mmtransformer.data.documents.document_records import document_files, holds_documents
+from mmtransformer.data.documents.documents import DocumentPairs
+from mmtransformer.data.documents.interleaved import InterleavedFiles
+from mmtransformer.data.files.archives import PICTURES, Files
+from mmtransformer.data.files.shards import Shards, find_shards
+from mmtransformer.data.files.tar_index import TEXTS
+from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.pairs import PairFiles
-from mmtransformer.data.shards import Shards, find_shards
-from mmtransformer.data.tar_index import TEXTS
 
 _PEEK = 64  # members that tell what a tar is
 

@@ -1,9 +1,9 @@
 """Your own pairs as the data of a recipe: one function, so that a recipe needs no more than `--data.root FOLDER`."""
 
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.opening import are_documents, are_shards, open_pairs
 from mmtransformer.data.pairs import Format, PairFiles
-from mmtransformer.data.source import PairSource
 from mmtransformer.images import Augment, ImageTransform
 
 

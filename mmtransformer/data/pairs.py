@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from mmtransformer.data.archives import Entry, Files, nfc
-from mmtransformer.data.faults import Report, TooManyFaults
-from mmtransformer.data.finder import Finder
-from mmtransformer.data.manifests import Manifest, find_manifests, read_folder, read_manifest
-from mmtransformer.data.settle import settle_languages, settle_splits
-from mmtransformer.data.source import Caption
-from mmtransformer.data.tables import Row, Wanted
+from mmtransformer.data.files.archives import Entry, Files, nfc
+from mmtransformer.data.files.finder import Finder
+from mmtransformer.data.files.manifests import Manifest, find_manifests, read_folder, read_manifest
+from mmtransformer.data.files.normalize import settle_languages, settle_splits
+from mmtransformer.data.files.tables import Row, Wanted
+from mmtransformer.data.loading.errors import Report, TooManyFaults
+from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 
 Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet"]
@@ -83,7 +83,7 @@ class PairFiles:
     """Pictures with captions as people keep them, read in place, in folders, zips and tars.
 
     The format is detected, and `describe()` says it: pictures with a .txt each, CSV or TSV, JSONL, JSON, COCO
-    captions, Karpathy's JSON, Flickr8k's token file, Parquet (`mmtransformer.data.manifests` lists them).
+    captions, Karpathy's JSON, Flickr8k's token file, Parquet (`mmtransformer.data.files.manifests` lists them).
 
     Splits. What the data says holds: a split column, folders train/, val/, test/, manifests named by split. Where it
     says none, or has no val, the pictures whose name hashes below `val_fraction` are val: a picture is always in the

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.data.module import Data, Lengths
-from mmtransformer.data.parallel import Parallel, ParallelSource
-from mmtransformer.data.sampler import Pick
-from mmtransformer.seq2seq import TextPairs
-from mmtransformer.tokenizer import Tokenizer
+from mmtransformer.backbones.seq2seq import TextPairs
+from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.scenes.parallel import Parallel, ParallelSource
+from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 

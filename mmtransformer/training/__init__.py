@@ -1,42 +1,51 @@
 """Training: the LightningModules, what watches over them, and what a run leaves in its folder."""
 
-from mmtransformer.training.captioning import Captioning, finetune
-from mmtransformer.training.checkpoints import CheckpointError, CheckpointFiles
-from mmtransformer.training.classify import Classification
-from mmtransformer.training.evaluation import Evaluation, evaluate
-from mmtransformer.training.guard import NotFinite
-from mmtransformer.training.language import LanguageModelling
-from mmtransformer.training.masked import MaskedLanguageModelling
-from mmtransformer.training.optim import Optim
-from mmtransformer.training.precision import pick_precision
-from mmtransformer.training.progress import Progress
-from mmtransformer.training.report import write_report
-from mmtransformer.training.samples import Samples
-from mmtransformer.training.saving import Saving, Stopped
-from mmtransformer.training.stage1 import QFormerStage1
-from mmtransformer.training.task import Run, Task
-from mmtransformer.training.translation import Translation
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Captioning",
-    "CheckpointError",
-    "CheckpointFiles",
-    "Classification",
-    "Evaluation",
-    "LanguageModelling",
-    "MaskedLanguageModelling",
-    "NotFinite",
-    "Optim",
-    "Progress",
-    "QFormerStage1",
-    "Run",
-    "Samples",
-    "Saving",
-    "Stopped",
-    "Task",
-    "Translation",
-    "evaluate",
-    "finetune",
-    "pick_precision",
-    "write_report",
-]
+from mmtransformer.lazy import lazy
+
+if TYPE_CHECKING:
+    from mmtransformer.training.callbacks.progress import Progress as Progress
+    from mmtransformer.training.callbacks.samples import Samples as Samples
+    from mmtransformer.training.callbacks.saving import Saving as Saving
+    from mmtransformer.training.callbacks.saving import Stopped as Stopped
+    from mmtransformer.training.engine.checkpoints import CheckpointError as CheckpointError
+    from mmtransformer.training.engine.checkpoints import CheckpointFiles as CheckpointFiles
+    from mmtransformer.training.engine.guard import NotFinite as NotFinite
+    from mmtransformer.training.engine.optim import Optim as Optim
+    from mmtransformer.training.engine.precision import pick_precision as pick_precision
+    from mmtransformer.training.engine.task import Run as Run
+    from mmtransformer.training.engine.task import Task as Task
+    from mmtransformer.training.evaluation.evaluation import Evaluation as Evaluation
+    from mmtransformer.training.evaluation.evaluation import evaluate as evaluate
+    from mmtransformer.training.evaluation.report import write_report as write_report
+    from mmtransformer.training.tasks.captioning import Captioning as Captioning
+    from mmtransformer.training.tasks.captioning import finetune as finetune
+    from mmtransformer.training.tasks.classification import Classification as Classification
+    from mmtransformer.training.tasks.language_modelling import LanguageModelling as LanguageModelling
+    from mmtransformer.training.tasks.masked_language_modelling import (
+        MaskedLanguageModelling as MaskedLanguageModelling,
+    )
+    from mmtransformer.training.tasks.stage1 import QFormerStage1 as QFormerStage1
+    from mmtransformer.training.tasks.translation import Translation as Translation
+
+# Where the public names are defined, floor by floor.
+_CONTENTS = {
+    "evaluation.evaluation": "Evaluation evaluate",
+    "evaluation.report": "write_report",
+    "engine.checkpoints": "CheckpointError CheckpointFiles",
+    "engine.guard": "NotFinite",
+    "engine.optim": "Optim",
+    "engine.precision": "pick_precision",
+    "engine.task": "Run Task",
+    "callbacks.progress": "Progress",
+    "callbacks.samples": "Samples",
+    "callbacks.saving": "Saving Stopped",
+    "tasks.captioning": "Captioning finetune",
+    "tasks.classification": "Classification",
+    "tasks.language_modelling": "LanguageModelling",
+    "tasks.masked_language_modelling": "MaskedLanguageModelling",
+    "tasks.stage1": "QFormerStage1",
+    "tasks.translation": "Translation",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -24,7 +24,7 @@ from peer_flamingo import PATCHES, VISUAL, PeerFlamingo, ours_of
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, Flamingo, caption_loss, generate
-from mmtransformer.prepack import prepack
+from mmtransformer.layers.weight_packing import prepack
 
 NEW = 20
 

@@ -17,7 +17,7 @@ from peer import VOCAB, caption_batch, make_ours, make_peer
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, EncoderDecoder, generate
-from mmtransformer.prepack import prepack
+from mmtransformer.layers.weight_packing import prepack
 
 BEAMS, NEW = 5, 20
 

@@ -18,12 +18,12 @@ import lightning.pytorch as pl
 import torch
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
-from mmtransformer.captioner import CaptionBatch
-from mmtransformer.training.captioning import Captioning
-from mmtransformer.training.log import MetricsLog
-from mmtransformer.training.optim import Optim, adamw
-from mmtransformer.training.saving import Saving
-from mmtransformer.training.throughput import Throughput
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.engine.log import MetricsLog
+from mmtransformer.training.engine.optim import Optim, adamw
+from mmtransformer.training.engine.throughput import Throughput
+from mmtransformer.training.tasks.captioning import Captioning
 
 
 def model() -> EncoderDecoder:

@@ -12,7 +12,7 @@ from harness import agreement, compare, start
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, TextDecoder, generate
-from mmtransformer.prepack import prepack
+from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_transformers
 
 PROMPT, NEW, VOCAB = 16, 64, 50257

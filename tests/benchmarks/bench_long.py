@@ -15,9 +15,9 @@ from statistics import median
 import torch
 from harness import cpu_name, timed
 
-from mmtransformer import masks
-from mmtransformer.attention import attend
-from mmtransformer.linear_attention import linear_attend, random_directions
+from mmtransformer.layers import masks
+from mmtransformer.layers.attention import attend
+from mmtransformer.layers.linear_attention import linear_attend, random_directions
 
 HEADS, WIDTH, FEATURES, WINDOW, GLOBALS = 8, 64, 256, 128, 2
 

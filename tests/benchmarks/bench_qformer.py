@@ -33,11 +33,11 @@ from transformers import (
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
 from mmtransformer import qformer as qformer_module
-from mmtransformer.image_text import ImageText
-from mmtransformer.prepack import prepack
+from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_blip2
+from mmtransformer.weights.captioners.qformer import BLIP2, qformer_table
 from mmtransformer.weights.number import kept_in
-from mmtransformer.weights.qformer import BLIP2, qformer_table
 from mmtransformer.weights.table import to_ours
 
 PICTURES, ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 16, 8, 8, 32, 32, 5, 20

@@ -12,7 +12,7 @@ from harness import compare, start
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmtransformer.prepack import prepack
+from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_timm
 
 

@@ -12,9 +12,9 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from mmtransformer import Flamingo, PerceiverResampler, ViT
-from mmtransformer.pretrained import load_strictly
+from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights import from_transformers
-from mmtransformer.weights.idefics import gated_table, resampler_table
+from mmtransformer.weights.captioners.idefics import gated_table, resampler_table
 from mmtransformer.weights.table import to_ours
 
 VISUAL, PATCHES, LATENTS, DEPTH, HEADS, HEAD_DIM = 768, 197, 64, 2, 16, 96

@@ -1,0 +1,1 @@
+"""Towers that read pictures or text: ViT, decoders, encoders."""

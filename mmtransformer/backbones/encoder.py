@@ -1,0 +1,213 @@
+"""TextEncoder: tokens -> hidden states that see both ways, with BERT's heads (Devlin et al., arXiv:1810.04805).
+
+Letters: b rows, q tokens, d width of a token.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtransformer.layers import masks
+from mmtransformer.layers.attention import Attention, Mask
+from mmtransformer.layers.blocks import MLP, Activation, EncoderBlock, activation_function, make_norm
+from mmtransformer.serialization.pretrained import Pretrained
+
+
+class WordHead(nn.Module):
+    """Hidden states -> logits of the words behind masks: dense, activation, norm, and the embedding as last matrix.
+
+    Args:
+        dim: width d of a token.
+        vocab_size: number of token ids.
+        activation: between dense layer and norm.
+        norm_eps: of the norm.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, activation: Activation, norm_eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.activation: Activation = activation
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """(... d) with the embedding (vocab d) -> (... vocab)."""
+        x = self.norm(activation_function(self.activation)(self.dense(hidden)))
+        return F.linear(x, embedding, self.bias)
+
+
+class TextEncoder(Pretrained, nn.Module):
+    """A post-norm Transformer encoder over text: BERT-base with the defaults.
+
+    Args:
+        vocab_size: number of token ids.
+        dim: width d of a token.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_dim: hidden width of the MLPs; None = 4 dim.
+        max_len: most tokens of a row.
+        num_types: token types (first and second sentence); 0 = none.
+        activation: of the MLPs and the word head.
+        norm_eps: of the norms.
+        pooler: whether there is a dense layer on the first token, for whole texts.
+        word_head: whether there is a head for masked words.
+        sentence_head: whether there is a head that tells whether the second sentence follows the first.
+        dropout: share of embeddings, attention weights and branch results dropped in training.
+
+    Raises:
+        ValueError: if the numbers do not divide, or sentences are to be judged without a pooler.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        *,
+        mlp_dim: int | None = None,
+        max_len: int = 512,
+        num_types: int = 2,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-12,
+        pooler: bool = True,
+        word_head: bool = False,
+        sentence_head: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if sentence_head and not pooler:
+            raise ValueError("sentence_head=True reads the pooled first token: it needs pooler=True")
+        self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
+        self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
+        self.max_len, self.num_types = max_len, num_types
+        self.activation, self.norm_eps, self.dropout = activation, norm_eps, dropout
+        self.pooler, self.word_head, self.sentence_head = pooler, word_head, sentence_head
+
+        norm = partial(make_norm, "layer", dim, norm_eps)
+        self.tok_embed = nn.Embedding(vocab_size, dim)
+        self.pos_embed = nn.Embedding(max_len, dim)
+        self.type_embed = nn.Embedding(num_types, dim) if num_types else None
+        self.norm = norm()
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                dim,
+                Attention(dim, num_heads, dropout=dropout),
+                MLP(dim, mlp_dim, activation=activation),
+                norm,
+                pre_norm=False,
+                dropout=dropout,
+            )
+            for _ in range(depth)
+        )
+        self.pool_proj = nn.Linear(dim, dim) if pooler else None
+        self.words_proj = WordHead(dim, vocab_size, activation, norm_eps) if word_head else None
+        self.sentence_proj = nn.Linear(dim, 2) if sentence_head else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear weights and embeddings ~ N(0, 0.02), biases 0, as the reference code."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.bias)
+
+    def embed(
+        self, tokens: Tensor, types: Tensor | None = None, *, positions: Tensor | None = None
+    ) -> Tensor:
+        """What the first block reads, without dropout: words, positions and types, normed.
+
+        Args:
+            tokens: (b q) long.
+            types: (b q) long, 0 = first sentence; None = all 0.
+            positions: (q) or (b q) long; None = in order from 0.
+
+        Returns:
+            (b q d).
+
+        Raises:
+            ValueError: if there are more than `max_len` tokens, types are given to an encoder that has none, or (on a
+                CPU) an id is outside the vocabulary.
+        """
+        count = tokens.shape[1]
+        if count > self.max_len:
+            raise ValueError(f"{count} tokens were given, but this encoder has {self.max_len} positions")
+        if types is not None and self.type_embed is None:
+            raise ValueError("token types were given, but this encoder has none (num_types 0)")
+        try:
+            x = self.tok_embed(tokens)
+        except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
+            raise ValueError(
+                f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to an encoder with a "
+                f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
+            ) from error
+        if positions is None:
+            positions = torch.arange(count, device=tokens.device)
+        if self.type_embed is not None:
+            x = x + (self.type_embed.weight[0] if types is None else self.type_embed(types))
+        return self.norm(x + self.pos_embed(positions))
+
+    def run(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
+        """The blocks, from embeddings: (b q d) -> (b q d), each token looking where the mask lets it."""
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return x
+
+    def forward(
+        self,
+        tokens: Tensor,
+        types: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states.
+
+        Args:
+            tokens: (b q) long.
+            types: (b q) long, 0 = first sentence, 1 = second; None = all 0.
+            valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
+            segments: (b q) long, the number of each token's document in a packed row: tokens see their own document
+                only, and positions start again with each; None = one document a row.
+
+        Returns:
+            (b q d).
+        """
+        b, q = tokens.shape
+        positions, mask = None, None
+        if segments is not None:
+            place = torch.arange(q, device=tokens.device)
+            starts = torch.ones_like(segments, dtype=torch.bool)
+            starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            positions = place - torch.where(starts, place, 0).cummax(1).values
+            allowed = masks.segments(segments)
+            if valid is not None:
+                allowed = masks.all_of(allowed, masks.padding(valid))
+            mask = masks.dense(allowed, b, q, q, tokens.device)
+        elif valid is not None:
+            positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+            mask = valid[:, None, :]
+        return self.run(self.embed(tokens, types, positions=positions), mask=mask)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """A whole text from its first token: (b q d) -> (b d), in (-1, 1)."""
+        return torch.tanh(_present(self.pool_proj, "pooler")(hidden[:, 0]))
+
+    def words(self, hidden: Tensor) -> Tensor:
+        """Logits of the words behind masks, for the masked places only, since they are many: (... d) -> (... vocab)."""
+        return _present(self.words_proj, "word_head")(hidden, self.tok_embed.weight)
+
+    def follows(self, hidden: Tensor) -> Tensor:
+        """Logits of whether the second sentence follows the first (0) or not (1): (b q d) -> (b 2)."""
+        return _present(self.sentence_proj, "sentence_head")(self.pool(hidden))
+
+
+def _present(head: nn.Module | None, name: str) -> nn.Module:
+    if head is None:
+        raise ValueError(f"this encoder was built without its {name}: build it with {name}=True")
+    return head

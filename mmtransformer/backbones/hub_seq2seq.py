@@ -1,0 +1,155 @@
+"""HubSeq2Seq: an encoder-decoder of transformers (T5, Flan-T5, mT5) behind our `Transformer`'s methods (extra: hf).
+
+Letters: n rows of sources, k source tokens, p embeddings in front of them, b rows of targets (n divides b), q target
+tokens, d width of a token.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.backbones.base import DecoderState, vocabulary_error
+from mmtransformer.backbones.seq2seq import Source, TransformerState
+from mmtransformer.serialization.pretrained import Pretrained
+
+_FAMILIES = ("t5", "mt5", "umt5")
+_LENGTH = 2048  # T5's positions are relative: they name no length.
+
+
+class PairCache:
+    """The caches of self- and cross-attention of a transformers decoder, as `DecoderState` wants them."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+
+    @property
+    def length(self) -> int:
+        """Target tokens so far."""
+        return int(self.cache.get_seq_length())
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows (b) long, in their order."""
+        if self.length:
+            self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]  # A LongTensor.
+
+
+class HubSeq2Seq(Pretrained, nn.Module):
+    """An encoder-decoder of transformers, as a language model for bridges.
+
+    Args:
+        config: what the model's config.json says, `model_type` included; weights are random until they are loaded.
+        max_len: most tokens of a target.
+
+    Raises:
+        ValueError: if transformers is missing, or the family is not T5's.
+    """
+
+    def __init__(self, config: dict[str, Any], *, max_len: int = _LENGTH) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoConfig, AutoModelForSeq2SeqLM
+        except ImportError as error:
+            raise ValueError('HubSeq2Seq needs transformers: pip install "mmtransformer[hf]"') from error
+        family = config.get("model_type", "")
+        if family not in _FAMILIES:
+            raise ValueError(f'HubSeq2Seq holds {", ".join(_FAMILIES)}, not "{family}"')
+        settings = {name: value for name, value in config.items() if name != "model_type"}
+        self._adopt(
+            AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **settings)).eval(), max_len
+        )
+
+    @classmethod
+    def from_model(cls, model: nn.Module, *, max_len: int = _LENGTH) -> Self:
+        """A language model around one that transformers has built; it is taken over, not copied.
+
+        Raises:
+            ValueError: if the family is not T5's.
+        """
+        config: Any = model.config
+        if config.model_type not in _FAMILIES:
+            raise ValueError(f'HubSeq2Seq holds {", ".join(_FAMILIES)}, not "{config.model_type}"')
+        found = cls.__new__(cls)
+        nn.Module.__init__(found)
+        found._adopt(model, max_len)
+        return found
+
+    def _adopt(self, model: Any, max_len: int) -> None:
+        self.model, self.config, self.max_len = model, model.config.to_dict(), max_len
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.dim: int = model.config.d_model
+
+    def encode(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        before: Tensor | None = None,
+        before_valid: Tensor | None = None,
+    ) -> Source:
+        """Reads sources (n k) long behind embeddings (n p d); see `Transformer.encode`.
+
+        Positions are relative, so that what stands in front takes its place as tokens do.
+
+        Returns:
+            The encoder's tokens (n (p k) d), with their padding.
+        """
+        try:
+            x = self.model.get_input_embeddings()(tokens)
+        except IndexError as error:
+            raise vocabulary_error(tokens, self.vocab_size) from error
+        if before is not None:
+            x = torch.cat((before.to(x.dtype), x), dim=1)
+            if valid is not None and before_valid is None:
+                before_valid = valid.new_ones(before.shape[:2])
+            if before_valid is not None:
+                valid = before_valid.new_ones(tokens.shape) if valid is None else valid
+                valid = torch.cat((before_valid, valid), dim=1)
+        mask = None if valid is None else valid.long()
+        return Source(self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, valid)
+
+    def project(self, source: Source) -> Source:
+        """The source as it is: transformers' cache projects it with the first token of a target, once."""
+        return source
+
+    def decode(self, tokens: Tensor, source: Source, *, state: DecoderState | None = None) -> Tensor:
+        """Hidden states (b q d) of right-padded target tokens (b q) long; see `Transformer.decode`."""
+        context, valid, cache = source.context, source.valid, None if state is None else state.caches[0]
+        assert isinstance(context, Tensor)
+        b = tokens.shape[0]
+        if b % context.shape[0]:
+            raise ValueError(f"rows of targets ({b}) must be a multiple of sources ({context.shape[0]})")
+        context = context.repeat_interleave(b // context.shape[0], 0)
+        try:
+            return self.model.get_decoder()(
+                input_ids=tokens,
+                encoder_hidden_states=context,
+                encoder_attention_mask=None
+                if valid is None
+                else valid.repeat_interleave(b // len(valid), 0).long(),
+                past_key_values=None if cache is None else cache.cache,  # pyright: ignore[reportAttributeAccessIssue]
+                use_cache=cache is not None,
+            ).last_hidden_state
+        except IndexError as error:
+            raise vocabulary_error(tokens, self.vocab_size) from error
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the next target token: (... d) -> (... vocab_size)."""
+        scaled = self.dim**-0.5 if self.model.config.scale_decoder_outputs else 1.0
+        return self.model.lm_head(hidden * scaled)
+
+    def new_state(self, max_len: int) -> DecoderState:
+        """An empty state for decoding up to `max_len` tokens.
+
+        Raises:
+            ValueError: if that is more than this model's.
+        """
+        if max_len > self.max_len:
+            raise ValueError(f"{max_len} tokens were asked for, but this model writes {self.max_len} at most")
+        return DecoderState(1, max_len, caches=[PairCache(self.model.config)])
+
+    def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
+        """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
+        return self.head(self.decode(tokens[:, None], state.source, state=state.decoder)[:, 0])

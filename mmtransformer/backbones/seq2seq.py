@@ -1,0 +1,286 @@
+"""Transformer: the encoder-decoder of "Attention Is All You Need" (Vaswani et al., arXiv:1706.03762).
+
+Letters: n rows of sources, k source tokens, b rows of targets (n divides b), q target tokens, d width of a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.backbones.decoder import DecoderState, TextDecoder
+from mmtransformer.batch import Batch
+from mmtransformer.layers.attention import Attention, KeyValue
+from mmtransformer.layers.blocks import MLP, Activation, EncoderBlock, make_norm
+from mmtransformer.serialization.pretrained import Pretrained
+
+TRANSFORMER_SIZES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "big": {"dim": 1024, "num_heads": 16, "mlp_dim": 4096, "dropout": 0.3},
+}
+"""The paper's two sizes (its table 3): `Transformer(37000, **TRANSFORMER_SIZES["big"])`."""
+
+
+@dataclass
+class TextPairs(Batch):
+    """Sources with their targets.
+
+    Attributes:
+        source: (n k) long, padded on either side.
+        source_valid: (n k) bool, True = a real token.
+        tokens: (n q) long: prompt, target and end-of-sequence, padded on the right; a prompt alone, on the left.
+        valid: (n q) bool, True = a real token.
+        target: (n q) bool, True = a token that the model must predict: target and end, not prompt, not padding.
+        names: what the n rows are called in messages.
+    """
+
+    source: Tensor
+    source_valid: Tensor
+    tokens: Tensor
+    valid: Tensor
+    target: Tensor
+    names: tuple[str, ...] = ()
+
+    def cut(self, length: int) -> Self:
+        """The batch with only the first `length` tokens of every target."""
+        return replace(
+            self,
+            tokens=self.tokens[:, :length],
+            valid=self.valid[:, :length],
+            target=self.target[:, :length],
+        )
+
+
+class Source(NamedTuple):
+    """What the decoder reads of a source.
+
+    Attributes:
+        context: the encoder's tokens (n k d), or each decoder block's keys and values of them (`project`).
+        valid: (n k) bool, True = a real token; None = all are.
+    """
+
+    context: Tensor | Sequence[KeyValue]
+    valid: Tensor | None
+
+
+class TransformerState:
+    """What decoding remembers: the caches of the targets, and the keys and values of the sources."""
+
+    def __init__(self, decoder: DecoderState, source: Source) -> None:
+        self.decoder, self.source = decoder, source
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorders the targets; the sources' keys and values stay where they are, shared by their rows."""
+        self.decoder.reorder(rows)
+
+
+class Transformer(Pretrained, nn.Module):
+    """The 2017 encoder-decoder: post-norm, sinusoidal positions, one matrix for both embeddings and the head.
+
+    As in its reference code, dropout also falls on self-attention weights; the paper names results of branches and
+    sums of embeddings and positions only. `generate` decodes it (`start`, `step`); the paper used 4 beams,
+    `length_penalty=0.6` and `length_offset=5`.
+
+    Args:
+        vocab_size: number of token ids, of source and target together.
+        dim: width d of a token.
+        depth: encoder blocks.
+        num_heads: attention heads.
+        decoder_depth: decoder blocks; None = depth.
+        mlp_dim: hidden width of the MLPs.
+        max_len: most tokens of a source, and of a target; positions are computed, so it costs nothing.
+        pre_norm: norm before each branch and after the last block, which trains without warm-up (arXiv:2002.04745);
+            False = after each sum, as in the paper.
+        activation: of the MLPs.
+        norm_eps: of the norms.
+        tied: whether the head's weight is the embedding.
+        dropout: share of embeddings, self-attention weights and branch results dropped in training.
+
+    Raises:
+        ValueError: if the numbers do not divide.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 512,
+        depth: int = 6,
+        num_heads: int = 8,
+        *,
+        decoder_depth: int | None = None,
+        mlp_dim: int = 2048,
+        max_len: int = 1024,
+        pre_norm: bool = False,
+        activation: Activation = "relu",
+        norm_eps: float = 1e-5,
+        tied: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim ({dim}) must be even for sinusoidal positions")
+        self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
+        self.decoder_depth = decoder_depth = depth if decoder_depth is None else decoder_depth
+        self.mlp_dim, self.max_len, self.pre_norm = mlp_dim, max_len, pre_norm
+        self.activation, self.norm_eps, self.tied, self.dropout = activation, norm_eps, tied, dropout
+
+        norm = partial(make_norm, "layer", dim, norm_eps)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                dim,
+                Attention(dim, num_heads, dropout=dropout),
+                MLP(dim, mlp_dim, activation=activation),
+                norm,
+                pre_norm=pre_norm,
+                dropout=dropout,
+            )
+            for _ in range(depth)
+        )
+        self.last_norm = norm() if pre_norm else nn.Identity()
+        self.decoder = TextDecoder(
+            vocab_size,
+            dim,
+            decoder_depth,
+            num_heads,
+            max_len=max_len,
+            mlp_dim=mlp_dim,
+            cross_dim=dim,
+            norm_eps=norm_eps,
+            mlp=activation,
+            positions="sinusoidal",
+            tied=tied,
+            embed_scale=dim**0.5,
+            pre_norm=pre_norm,
+            dropout=dropout,
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear weights uniform by Xavier Glorot, biases 0, embeddings ~ N(0, 1 / dim), as the reference code."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.decoder.tok_embed.weight, std=self.dim**-0.5)  # Tied, so after the head.
+
+    def embed(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Scaled embeddings and positions of source tokens (n k) -> (n k d); padding takes no position.
+
+        Raises:
+            ValueError: if there are more than `max_len` tokens, or (on a CPU) an id is outside the vocabulary.
+        """
+        if tokens.shape[1] > self.max_len:
+            raise ValueError(
+                f"a source of {tokens.shape[1]} tokens was given, but this model reads {self.max_len} at most"
+            )
+        if valid is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        return self.decoder.embed(tokens, positions)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        before: Tensor | None = None,
+        before_valid: Tensor | None = None,
+    ) -> Source:
+        """Reads sources.
+
+        Args:
+            tokens: (n k) long.
+            valid: (n k) bool, True = a real token; None = all are.
+            before: (n p d), embeddings that stand in front of the tokens and take no position, such as a Q-Former's
+                queries (as BLIP-2 feeds an encoder-decoder, arXiv:2301.12597, figure 3).
+            before_valid: (n p) bool, which of them are to be read; None = all.
+
+        Returns:
+            The encoder's tokens (n (p k) d), with their padding.
+        """
+        x = self.embed(tokens, valid)
+        if before is not None:
+            if before.shape[0] != x.shape[0] or before.shape[2] != self.dim:
+                raise ValueError(
+                    f"what stands before {x.shape[0]} sources must be ({x.shape[0]}, any, {self.dim}), "
+                    f"not {tuple(before.shape)}"
+                )
+            x = torch.cat((before.to(x.dtype), x), dim=1)
+            if valid is not None and before_valid is None:
+                before_valid = valid.new_ones(before.shape[:2])
+            if before_valid is not None:
+                valid = before_valid.new_ones(tokens.shape) if valid is None else valid
+                valid = torch.cat((before_valid, valid), dim=1)
+        mask = None if valid is None else valid[:, None, :]
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return Source(self.last_norm(x), valid)
+
+    def project(self, source: Source) -> Source:
+        """The source as keys and values of every decoder block: once a source, not once a token."""
+        context, valid = source
+        return Source(self.decoder.project_context(context), valid) if isinstance(context, Tensor) else source
+
+    def decode(
+        self,
+        tokens: Tensor,
+        source: Source,
+        *,
+        valid: Tensor | None = None,
+        state: DecoderState | None = None,
+    ) -> Tensor:
+        """Hidden states of target tokens, to be given to `head`.
+
+        Args:
+            tokens: (b q) long, n dividing b: each source serves b / n consecutive rows.
+            source: from `encode`, or from `project` where tokens come one by one.
+            valid: (b q) bool; needed only where targets are padded on the left.
+            state: target tokens so far (`decoder.new_state`); these are appended.
+
+        Returns:
+            (b q d).
+        """
+        return self.decoder(tokens, source.context, valid=valid, context_valid=source.valid, state=state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the next target token: (... d) -> (... vocab_size)."""
+        return self.decoder.head(hidden)
+
+    def hidden(self, batch: TextPairs) -> Tensor:
+        """Hidden states (n q d) of right-padded targets; the causal mask alone hides their padding."""
+        return self.decode(batch.tokens, self.encode(batch.source, valid=batch.source_valid))
+
+    def logits(self, batch: TextPairs) -> Tensor:
+        """Logits of every target token, each from the true tokens before it (teacher forcing): (n q vocab_size)."""
+        return self.head(self.hidden(batch))
+
+    def start(
+        self, batch: TextPairs, *, copies: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, TransformerState]:
+        """Reads sources and left-padded prompts, once; then every row stands `copies` times, side by side.
+
+        Returns:
+            Logits of the first new token (n * copies, vocab_size), and the state to give to `step`.
+        """
+        n, length = batch.tokens.shape
+        source_valid = None if bool(batch.source_valid.all()) else batch.source_valid
+        source = self.project(self.encode(batch.source, valid=source_valid))
+        state = self.decoder.new_state(length + max_new_tokens)
+        valid = None if bool(batch.valid.all()) else batch.valid
+        logits = self.head(self.decode(batch.tokens, source, valid=valid, state=state)[:, -1])
+        if copies > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+            state.reorder(rows)
+            logits = logits.index_select(0, rows)
+        return logits, TransformerState(state, source)
+
+    def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
+        """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
+        return self.head(self.decode(tokens[:, None], state.source, state=state.decoder)[:, 0])

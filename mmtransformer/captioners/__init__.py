@@ -1,0 +1,1 @@
+"""Pictures and a prompt -> logits: one file a captioner."""

@@ -1,0 +1,365 @@
+"""ImageText: what BLIP-2's first stage trains (arXiv:2301.12597, section 3.2): a Q-Former between picture and text.
+
+One model with three heads on shared work: which text belongs to which picture (contrastive), whether this text belongs
+to this picture (matching), and what to say of a picture (generation), which makes it a captioner of its own.
+
+Letters: b samples, i pictures of a sample, p visual tokens of a picture, n rows of text (b divides n, the r = n / b
+texts of a sample stand side by side), q text tokens, l queries, d width of a token, e width of an embedding, k keys.
+"""
+
+import math
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
+from mmtransformer.connectors.qformer import QFormer, Seen, Visual
+from mmtransformer.connectors.qformer_block import QFormerBlock
+from mmtransformer.layers import masks
+from mmtransformer.layers.attention import KeyValue, KVCache
+from mmtransformer.layers.record import record_attention
+from mmtransformer.losses.contrastive import compare, contrastive_loss, itg_loss, itm_loss, refuse_empty
+from mmtransformer.losses.distributed import gather, processes
+from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
+
+
+class Losses(NamedTuple):
+    """The three losses of stage 1, and the share of matching's pairs that were told right (detached)."""
+
+    itc: Tensor
+    itm: Tensor
+    itg: Tensor
+    itm_accuracy: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum, as BLIP-2 weighs them."""
+        return self.itc + self.itm + self.itg
+
+
+class ImageTextState:
+    """Keys and values of the queries and of the text so far, for every block; True in `valid` (n k) = a real token."""
+
+    def __init__(self, caches: list[KVCache], valid: Tensor, positions: Tensor) -> None:
+        self.caches, self.valid, self.positions = caches, valid, positions
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows of text, in their order."""
+        for cache in self.caches:
+            cache.reorder(rows)
+        self.valid, self.positions = self.valid[rows], self.positions[rows]
+
+
+class ImageText(Captioner):
+    """A vision tower and a Q-Former with its text stream, for contrastive, matching and generation losses.
+
+    Args:
+        vision: the vision tower; its `forward_features` gives the visual tokens.
+        qformer: the Q-Former, built with a vocabulary.
+        embed_dim: width e in which pictures and texts are compared.
+        class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
+            [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
+        freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        train_norm: whether the last norm of a frozen tower learns, as in BLIP-2's own code; `encode` then gives, and a
+            cache keeps, the tokens before it.
+        init_temperature: the learned temperature of the contrastive loss at the start.
+
+    Raises:
+        ValueError: if the parts do not fit.
+    """
+
+    def __init__(
+        self,
+        vision: ViT,
+        qformer: QFormer,
+        *,
+        embed_dim: int = 256,
+        class_id: int | None = None,
+        freeze_vision: bool = False,
+        train_norm: bool = False,
+        init_temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        if qformer.vocab_size is None or qformer.tok_embed is None:
+            raise ValueError("stage 1 needs a Q-Former with a text stream: build it with vocab_size")
+        if qformer.visual_dim != vision.dim:
+            raise ValueError(
+                f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision tower's dim ({vision.dim})"
+            )
+        if class_id is not None and not 0 <= class_id < qformer.vocab_size:
+            raise ValueError(f"class_id ({class_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
+        if init_temperature <= 0:
+            raise ValueError(f"init_temperature ({init_temperature}) must be above 0")
+        if train_norm and not freeze_vision:
+            raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
+        self.vision, self.qformer, self.embed_dim, self.class_id = vision, qformer, embed_dim, class_id
+        self.freeze_vision, self.train_norm = freeze_vision, train_norm
+        self.init_temperature = init_temperature
+        dim = qformer.dim
+        self.vision_proj = nn.Linear(dim, embed_dim)
+        self.text_proj = nn.Linear(dim, embed_dim)
+        self.itm_head = nn.Linear(dim, 2)
+        # Its logarithm is learned: a step of any size leaves it above 0.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(init_temperature)))
+        self.head_dense = nn.Linear(dim, dim)
+        self.head_norm = nn.LayerNorm(dim, eps=1e-12)
+        self.head_bias = nn.Parameter(torch.zeros(qformer.vocab_size))
+        for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):
+            nn.init.normal_(layer.weight, std=dim**-0.5)  # As `QFormer.init_weights`.
+            nn.init.zeros_(layer.bias)
+        if freeze_vision:
+            freeze(vision)
+            vision.norm.requires_grad_(train_norm)
+            if train_norm:  # Of a tower kept in bfloat16, too, it learns in the format of what else learns.
+                vision.norm.to(qformer.query_tokens.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """As every captioner's; a frozen tower stays in evaluation mode though its last norm may learn."""
+        super().train(mode)
+        if self.freeze_vision:
+            self.vision.eval()
+        return self
+
+    # ------------------------------------------------------------------------------------------ the three heads
+
+    @property
+    def temperature(self) -> Tensor:
+        """What similarities are divided by."""
+        return self.log_temperature.exp()
+
+    def embed_pictures(self, queries: Tensor) -> Tensor:
+        """Queries after the picture (n l d) -> (n l e), L2-normed: what texts are compared with."""
+        return F.normalize(self.vision_proj(queries), dim=-1)
+
+    def embed_texts(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Texts (n q), padded on the right -> (n e), L2-normed.
+
+        Raises:
+            ValueError: if a text has no token at all.
+        """
+        refuse_empty(valid)
+        hidden = self.qformer.read(self.classed(tokens), valid)
+        return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
+
+    def match(self, visual: Visual, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Whether texts (n q) belong to the pictures beside them: (n 2), no and yes.
+
+        Args:
+            visual: of b pictures, b dividing n: visual tokens (b p d), or the Q-Former's `project_visual` of them.
+            tokens: (n q) long, padded on the right.
+            valid: (n q) bool.
+        """
+        queries = self.qformer(visual, self.classed(tokens), valid)
+        return self.itm_head(queries.mean(1))  # The mean of all queries' logits.
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token, (... d) -> (... vocab): BERT's head on the tied embedding."""
+        assert self.qformer.tok_embed is not None
+        x = self.head_norm(F.gelu(self.head_dense(hidden)))
+        return F.linear(x, self.qformer.tok_embed.weight, self.head_bias)
+
+    def classed(self, tokens: Tensor) -> Tensor:
+        """Texts (n q) as they are compared and matched."""
+        if self.class_id is None:
+            return tokens
+        return torch.cat((torch.full_like(tokens[:, :1], self.class_id), tokens[:, 1:]), dim=1)
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def losses(
+        self,
+        batch: CaptionBatch,
+        *,
+        image_ids: Tensor | None = None,
+        seed: int = 0,
+        itc_smoothing: float = 0.1,
+        itg_smoothing: float = 0.1,
+        match_texts: int | None = None,
+        gather_grad: bool = True,
+    ) -> Losses:
+        """The three losses of a batch, means over the global batch as `objectives` says.
+
+        The pictures are projected once for all passes, and the query pass is shared by contrast and generation.
+
+        Args:
+            batch: pictures and right-padded texts.
+            image_ids: (b) long, what picture it is, the same in all processes; -1 = a filler, which takes no part; None
+                = all are different.
+            seed: of the negatives that are drawn; they depend on it and on the ids, not on how the batch is cut.
+            itc_smoothing: label smoothing of the contrastive loss.
+            itg_smoothing: label smoothing of the generation loss.
+            match_texts: how many of a picture's r texts are matched, the first ones; None = all. Matching is most of a
+                step's work.
+            gather_grad: whether contrastive gradients reach the processes that candidates came from.
+
+        Raises:
+            ValueError: if a text is empty, longer than the Q-Former's positions, or the texts cannot be shared out.
+        """
+        visual_tokens = self.context(batch)
+        b, n = visual_tokens.shape[0], batch.tokens.shape[0]
+        if not n or n % b:
+            raise ValueError(f"{n} texts cannot be shared out among {b} pictures")
+        visual = self.qformer.project_visual(visual_tokens)
+        seen = self.qformer.see(visual)
+        similarity = compare(
+            self.embed_pictures(seen.queries),
+            self.embed_texts(batch.tokens, batch.valid),
+            image_ids,
+            gather_grad=gather_grad,
+        )
+        itc = contrastive_loss(similarity, self.temperature, label_smoothing=itc_smoothing)
+        r = n // b if match_texts is None else match_texts
+        if not 1 <= r <= n // b:
+            raise ValueError(f"match_texts ({r}) must be from 1 to the {n // b} texts of a picture")
+        pairs = hard_pairs(similarity, self.temperature, texts=r, seed=seed)
+        logits, match, counted = self._matches(batch, visual_tokens, visual, pairs)
+        right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
+        earlier = batch.cut(batch.tokens.shape[1] - 1)
+        said = self.qformer.read(earlier.tokens, earlier.valid, seen)
+        itg = itg_loss(said, batch.tokens, batch.target, self.head, label_smoothing=itg_smoothing)
+        return Losses(itc, itm_loss(logits, match, counted), itg, right)
+
+    def _matches(
+        self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], pairs: HardPairs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Matching of r texts a picture (m = b r): logits (3m 2), whether they match, and whether they count.
+
+        True pairs, each text with a hard other picture, and each picture with a hard other text.
+        """
+        tokens, valid = batch.tokens, batch.valid
+        if processes() == 1:
+            other_pictures = [kv.select(pairs.pictures) for kv in visual]
+            other_tokens, other_valid = tokens[pairs.texts], valid[pairs.texts]
+        else:
+            other_pictures = self.qformer.project_visual(gather(visual_tokens)[pairs.pictures])
+            longest = int(gather(torch.tensor([tokens.shape[1]], device=tokens.device)).max())
+            more = (0, longest - tokens.shape[1])
+            tokens, valid = F.pad(tokens, more), F.pad(valid, more)
+            other_tokens, other_valid = gather(tokens)[pairs.texts], gather(valid.long()).bool()[pairs.texts]
+        tokens, valid = tokens[pairs.rows], valid[pairs.rows]
+
+        def beside(own: Tensor, other: Tensor) -> Tensor:
+            """A picture's own texts, then as many others, so that they share its keys: (m q) twice -> (2m q)."""
+            own, other = (x.unflatten(0, (len(visual_tokens), -1)) for x in (own, other))
+            return torch.stack((own, other), dim=1).flatten(0, 2)
+
+        logits = torch.cat(
+            (
+                self.match(visual, beside(tokens, other_tokens), beside(valid, other_valid)),
+                self.match(other_pictures, tokens, valid),
+            )
+        )
+        real = pairs.real
+        yes, no = torch.ones_like(real), torch.zeros_like(real)
+        match = torch.cat((beside(yes, no), no))
+        counted = torch.cat((beside(real, real & pairs.has_text), real & pairs.has_picture))
+        return logits, match, counted
+
+    # ---------------------------------------------------------------------------------------------- a captioner
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the head scores."""
+        return len(self.head_bias)
+
+    @property
+    def max_len(self) -> int:
+        """Most text tokens of a row."""
+        return self.qformer.max_len
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The vision tower's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d)."""
+        b, flat = pixels.shape[0], rearrange(pixels, "b i c h w -> (b i) c h w")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            if self.train_norm:
+                features = self.vision.forward_intermediates(flat, [-1])[0]
+            else:
+                features = self.vision.forward_features(flat)
+        return rearrange(features, "(b i) p d -> b i p d", b=b)
+
+    def context(self, batch: CaptionBatch) -> Tensor:
+        """All visual tokens of a sample's pictures in a row: (b (i p) d)."""
+        visual_tokens = rearrange(self.visual_tokens(batch), "b i p d -> b (i p) d").to(
+            self.vision_proj.weight.dtype
+        )
+        return self.vision.norm(visual_tokens) if self.train_norm else visual_tokens
+
+    def hidden(self, batch: CaptionBatch) -> Tensor:
+        """Hidden states (n q d) of generation."""
+        return self.qformer.read(batch.tokens, batch.valid, self.qformer.see(self.context(batch)))
+
+    def start(
+        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, ImageTextState]:
+        """Runs the query pass once and reads the left-padded prompts; see `Captioner.start`."""
+        n, q = batch.tokens.shape
+        if q + max_new_tokens > self.max_len:
+            raise ValueError(
+                f"{q + max_new_tokens} tokens were asked for, but this Q-Former has {self.max_len} positions"
+            )
+        state = self._new_state(self.qformer.see(self.context(batch)), n, q + max_new_tokens)
+        logits = self._append(batch.tokens, batch.valid, state)
+        if copies > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+            state.reorder(rows)
+            logits = logits.index_select(0, rows)
+        return logits, state
+
+    def step(self, tokens: Tensor, state: ImageTextState) -> Tensor:
+        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
+        return self._append(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool), state)
+
+    def _new_state(self, seen: Seen, rows: int, length: int) -> ImageTextState:
+        l, device = self.qformer.num_queries, seen.queries.device
+        caches = []
+        for memory in seen.memory:  # The first block's is one row for all pictures: it has not read them yet.
+            known = torch.arange(memory.k.shape[0], device=device)
+            caches.append(cache := KVCache(l + length))
+            cache.append(memory.select(known.repeat_interleave(rows // len(known))))
+        valid = torch.ones(rows, l, dtype=torch.bool, device=device)
+        return ImageTextState(caches, valid, torch.zeros(rows, dtype=torch.long, device=device))
+
+    def _append(self, tokens: Tensor, valid: Tensor, state: ImageTextState) -> Tensor:
+        """Reads more tokens (n q): the logits after the last of them (n vocab)."""
+        qformer = self.qformer
+        assert qformer.tok_embed is not None
+        assert qformer.pos_embed is not None
+        past, (n, q) = state.caches[0].length, tokens.shape
+        positions = (state.positions[:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
+        state.positions = state.positions + valid.sum(1)
+        state.valid = torch.cat((state.valid, valid), dim=1)
+        allowed = masks.all_of(masks.causal(past), masks.padding(state.valid))
+        mask = masks.dense(allowed, n, q, past + q, tokens.device)
+        x = qformer.drop(qformer.norm(qformer.tok_embed(tokens) + qformer.pos_embed(positions)))
+        for block, cache in zip(qformer.blocks, state.caches, strict=True):
+            assert isinstance(block, QFormerBlock)
+            kv = cache.append(block.attn.project_kv(x))
+            x = block.finish_text(block.attend(x, kv, mask))
+        return self.head(x[:, -1])
+
+    @torch.no_grad()
+    def look(self, batch: CaptionBatch) -> Tensor:
+        """Where each token looks, (n q i gh gw): its attention to the queries, the mean of heads and layers, times what
+        they hold of the patches (`QFormer.held`).
+        """
+        training, l = self.training, self.qformer.num_queries
+        self.eval()
+        try:
+            with record_attention(self.qformer) as sees:
+                seen = self.qformer.see(self.context(batch))
+            with record_attention(self.qformer, keep=lambda name: name.endswith(".attn")) as reads:
+                self.qformer.read(batch.tokens, batch.valid, seen)
+        finally:
+            self.train(training)
+        to_queries = torch.stack([w.mean(1)[..., :l] for w in reads.values()]).mean(0)
+        held = self.qformer.held(sees)
+        weights = to_queries @ held.repeat_interleave(len(to_queries) // len(held), 0)
+        i, grid = batch.visual.shape[1], self.vision.grid
+        if batch.pixels is not None:
+            grid = self.vision.grid_size(*batch.pixels.shape[3:])
+        weights = rearrange(weights, "n q (i p) -> n q i p", i=i)[..., self.vision.num_prefix_tokens :]
+        return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])

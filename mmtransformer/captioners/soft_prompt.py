@@ -1,0 +1,75 @@
+"""Pictures as a soft prompt: embeddings in front of the text of a causal language model.
+
+Letters: b samples, i pictures of a sample, l embeddings of a picture, k = i * l, m rows of embeddings (m divides n),
+n rows of text (b divides n), q text tokens, d width of a hidden state, e width of the decoder's embeddings.
+"""
+
+import torch
+from torch import Tensor
+
+from mmtransformer.backbones.base import Decoder, DecoderState
+from mmtransformer.captioners.base import CaptionBatch
+
+
+def hidden_behind(decoder: Decoder, front: Tensor, batch: CaptionBatch) -> Tensor:
+    """The hidden states of right-padded text behind its pictures: (n q d).
+
+    Args:
+        decoder: the language model.
+        front: what stands before the text (m k e), k = i * l.
+        batch: the text, and which pictures are real.
+    """
+    x, real = _joined(decoder, front, batch)
+    valid = None if real is None else torch.cat((real, torch.ones_like(batch.valid)), dim=1)
+    positions, _ = decoder.locate(x, valid, None, None, None)
+    hidden = decoder.run(decoder.place(x, positions), positions, valid=valid)
+    return hidden[:, x.shape[1] - batch.tokens.shape[1] :]
+
+
+def start_behind(
+    decoder: Decoder, front: Tensor, batch: CaptionBatch, *, copies: int, max_new_tokens: int
+) -> tuple[Tensor, DecoderState]:
+    """Reads pictures and left-padded prompts, then repeats every row `copies` times; see `Captioner.start`.
+
+    Returns:
+        Logits of the first new token (n * copies, vocab), and the decoder's state.
+    """
+    x, real = _joined(decoder, front, batch)
+    valid = None
+    if real is not None or not bool(batch.valid.all()):
+        before = batch.valid.new_ones(x.shape[0], x.shape[1] - batch.tokens.shape[1])
+        # Padding goes to the front: a window counts places, and the queries are as near to each prompt.
+        order = torch.cat((before, batch.valid), dim=1).long().argsort(dim=1, stable=True)
+        x = x.gather(1, order[..., None].expand_as(x))
+        valid = torch.cat((before if real is None else real, batch.valid), dim=1).gather(1, order)
+    state = decoder.new_state(x.shape[1] + max_new_tokens)
+    positions, _ = decoder.locate(x, valid, None, None, state)
+    hidden = decoder.run(decoder.place(x, positions), positions, valid=valid, state=state)
+    logits = decoder.head(hidden[:, -1])
+    if copies > 1:
+        rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(copies)
+        state.reorder(rows)
+        logits = logits.index_select(0, rows)
+    return logits, state
+
+
+def refuse_documents(batch: CaptionBatch, who: str) -> None:
+    """Refuses pictures that stand inside the text.
+
+    Raises:
+        ValueError: if the batch has some.
+    """
+    if batch.media is not None or batch.segments is not None:
+        raise ValueError(
+            f"{who} reads pictures before the text: batches with media or segments are Flamingo's"
+        )
+
+
+def _joined(decoder: Decoder, front: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of pictures and text (n k+q e); which of the former are those of real pictures (n k)."""
+    text = decoder.lookup(batch.tokens)
+    x = torch.cat((front.to(text.dtype).repeat_interleave(text.shape[0] // front.shape[0], 0), text), dim=1)
+    if batch.pictures is None:
+        return x, None
+    real = batch.pictures.repeat_interleave(front.shape[1] // batch.pictures.shape[1], 1)
+    return x, real.repeat_interleave(text.shape[0] // real.shape[0], 0)

@@ -1,0 +1,94 @@
+"""Pictures as part of a source: embeddings in front of what the encoder of an encoder-decoder reads.
+
+A row of text is a begin token, a prompt and a caption. The encoder reads pictures and prompt, the decoder the begin
+token and the caption, as BLIP-2 feeds T5 (arXiv:2301.12597, figure 3).
+
+Letters: b samples, i pictures of a sample, k embeddings of them, m rows of embeddings (m divides n), n rows of text (b
+divides n), q text tokens, t prompt tokens, d width of a token.
+"""
+
+import torch
+from torch import Tensor
+
+from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
+from mmtransformer.backbones.seq2seq import Source, Transformer, TransformerState
+from mmtransformer.captioners.base import CaptionBatch
+
+SourceReader = Transformer | HubSeq2Seq
+"""An encoder-decoder: it reads a source, and writes a target."""
+
+
+def prompt_of(batch: CaptionBatch, *, begin: bool = True) -> tuple[Tensor, Tensor]:
+    """The tokens before the first that must be predicted, moved to the left: (n t) ids, and which are real.
+
+    Args:
+        batch: rows of text, padded on either side.
+        begin: whether each row's first token is among them.
+    """
+    prompt = _prompt(batch)
+    if not begin:
+        prompt = prompt & (prompt.long().cumsum(1) > 1)
+    order = _moved_left(prompt)
+    return batch.tokens.gather(1, order), prompt.gather(1, order)
+
+
+def _prompt(batch: CaptionBatch) -> Tensor:
+    return batch.valid & (batch.target.long().cumsum(1) == 0)
+
+
+def _written(batch: CaptionBatch) -> Tensor:
+    """What the decoder reads: begin token and caption (n q) bool."""
+    prompt = _prompt(batch)
+    return batch.valid & ~(prompt & (prompt.long().cumsum(1) > 1))
+
+
+def _moved_left(kept: Tensor) -> Tensor:
+    """Where the kept tokens (n q) stand, in their order, as far as the longest row of them goes: (n t) long."""
+    return (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+
+
+def put_back(x: Tensor, batch: CaptionBatch) -> Tensor:
+    """What was found for begin token and caption (n t d), at the places of these in their rows (n q d)."""
+    place = (_written(batch).long().cumsum(1) - 1).clamp(min=0)
+    return x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+
+
+def hidden_from(model: SourceReader, front: Tensor, batch: CaptionBatch) -> Tensor:
+    """The hidden states of text whose pictures and prompt the encoder reads: (n q d); a prompt's mean nothing.
+
+    Args:
+        model: the encoder-decoder.
+        front: what stands before the prompt (m k d).
+        batch: the text, and which pictures are real.
+    """
+    tokens = batch.tokens.gather(1, _moved_left(_written(batch)))
+    return put_back(model.decode(tokens, _source(model, front, batch)), batch)
+
+
+def start_from(
+    model: SourceReader, front: Tensor, batch: CaptionBatch, *, copies: int, max_new_tokens: int
+) -> tuple[Tensor, TransformerState]:
+    """Reads pictures and prompts, then repeats every row `copies` times; see `Captioner.start`.
+
+    Returns:
+        Logits of the first new token (n * copies, vocab), and the state of decoding.
+    """
+    source = model.project(_source(model, front, batch))
+    state = (model.decoder if isinstance(model, Transformer) else model).new_state(1 + max_new_tokens)
+    first = batch.valid.long().argmax(1, keepdim=True)
+    logits = model.head(model.decode(batch.tokens.gather(1, first), source, state=state)[:, 0])
+    if copies > 1:
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
+        state.reorder(rows)
+        logits = logits.index_select(0, rows)
+    return logits, TransformerState(state, source)
+
+
+def _source(model: SourceReader, front: Tensor, batch: CaptionBatch) -> Source:
+    tokens, valid = prompt_of(batch, begin=False)
+    n, real = len(tokens), None
+    if batch.pictures is not None:
+        real = batch.pictures.repeat_interleave(front.shape[1] // batch.pictures.shape[1], 1)
+        real = real.repeat_interleave(n // len(real), 0)
+    front = front.repeat_interleave(n // len(front), 0)
+    return model.encode(tokens, valid=valid, before=front, before_valid=real)

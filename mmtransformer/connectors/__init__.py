@@ -1,0 +1,1 @@
+"""From visual tokens to what a language model reads."""

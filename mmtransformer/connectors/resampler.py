@@ -1,0 +1,135 @@
+"""PerceiverResampler: any number of visual tokens -> a fixed number of latents.
+
+Letters: b rows, i pictures of a row, t frames of a picture, p visual tokens of a frame, l latents, d width.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.blocks import MLP, Activation
+from mmtransformer.serialization.pretrained import Pretrained
+
+
+class ResamplerBlock(nn.Module):
+    """Latents look at the visual tokens and at each other in one attention, then pass an MLP (arXiv:2204.14198, 3.1.1).
+
+    Args:
+        attn: the attention.
+        mlp: the MLP.
+        norm: builds a norm of the latents' width.
+    """
+
+    def __init__(self, attn: Attention, mlp: nn.Module, norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.norm_context, self.norm1, self.attn, self.norm2, self.mlp = norm(), norm(), attn, norm(), mlp
+
+    def forward(self, latents: Tensor, visual_tokens: Tensor) -> Tensor:
+        """(b l d) and (b p d) -> (b l d)."""
+        asking = self.norm1(latents)
+        asked = torch.cat((self.norm_context(visual_tokens), asking), dim=1)
+        latents = latents + self.attn(asking, asked)
+        return latents + self.mlp(self.norm2(latents))
+
+
+class PerceiverResampler(Pretrained, nn.Module):
+    """Learned latents that gather a picture, or the frames of a video (Flamingo, arXiv:2204.14198, 3.1.1).
+
+    The defaults are OpenFlamingo's; Idefics has 16 heads of 96 and `activation="relu"`. There are no biases.
+
+    Args:
+        dim: width of visual tokens and latents.
+        depth: number of blocks.
+        num_heads: attention heads.
+        head_dim: width of one head.
+        num_latents: latents of a picture.
+        mlp_dim: hidden width of the MLPs; None = 4 dim.
+        activation: of the MLPs.
+        qk_norm: "layer" normalises each head's queries and keys, as Idefics can; None does not.
+        max_frames: most frames of a picture, each with a learned time embedding; None = pictures have one frame.
+        max_pictures: most pictures of a row, where each number has a learned embedding too; None = they have none.
+        norm_eps: of all norms.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 6,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        num_latents: int = 64,
+        *,
+        mlp_dim: int | None = None,
+        activation: Activation = "gelu",
+        qk_norm: Literal["rms", "layer"] | None = None,
+        max_frames: int | None = None,
+        max_pictures: int | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_latents": num_latents, "max_frames": max_frames, "max_pictures": max_pictures}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        self.dim, self.depth, self.num_heads, self.head_dim = dim, depth, num_heads, head_dim
+        self.num_latents, self.qk_norm, self.norm_eps = num_latents, qk_norm, norm_eps
+        self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
+        self.activation: Activation = activation
+        self.max_frames, self.max_pictures = max_frames, max_pictures
+
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.frame_embed = None if max_frames is None else nn.Parameter(torch.randn(max_frames, dim))
+        self.picture_embed = None if max_pictures is None else nn.Parameter(torch.randn(max_pictures, dim))
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(
+                Attention(dim, num_heads, head_dim=head_dim, bias=False, qk_norm=qk_norm, norm_eps=norm_eps),
+                MLP(dim, mlp_dim, activation=activation, bias=False),
+                lambda: nn.LayerNorm(dim, eps=norm_eps),
+            )
+            for _ in range(depth)
+        )
+        self.last_norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(self, visual_tokens: Tensor) -> Tensor:
+        """Gathers each picture by itself.
+
+        Args:
+            visual_tokens: (b i p d), or with frames (b i t p d).
+
+        Returns:
+            (b i l d), normed.
+
+        Raises:
+            ValueError: for another width or number of dimensions, or more frames or pictures than there are
+                embeddings for.
+        """
+        if visual_tokens.ndim not in (4, 5) or visual_tokens.shape[-1] != self.dim:
+            raise ValueError(
+                f"visual tokens are (b i p {self.dim}) or (b i t p {self.dim}), not {tuple(visual_tokens.shape)}"
+            )
+        x = visual_tokens if visual_tokens.ndim == 5 else visual_tokens.unsqueeze(2)
+        b, i, t = x.shape[:3]
+        if t > (self.max_frames or 1):
+            raise ValueError(f"{t} frames of a picture were given, but max_frames is {self.max_frames}")
+        if self.max_pictures is not None and i > self.max_pictures:
+            raise ValueError(f"{i} pictures of a row were given, but max_pictures is {self.max_pictures}")
+        if self.frame_embed is not None:
+            x = x + self.frame_embed[:t, None]
+        if self.picture_embed is not None:
+            x = x + self.picture_embed[:i, None, None]
+        x = rearrange(x, "b i t p d -> (b i) (t p) d")
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        for block in self.blocks:
+            latents = block(latents, x)
+        return rearrange(self.last_norm(latents), "(b i) l d -> b i l d", b=b)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay spares, beside biases and norms (timm's protocol)."""
+        return {"latents", "frame_embed", "picture_embed"}

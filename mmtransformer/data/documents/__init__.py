@@ -1,0 +1,1 @@
+"""Documents of text and pictures, and their packing into rows."""

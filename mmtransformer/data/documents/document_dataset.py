@@ -1,0 +1,193 @@
+"""Rows of documents with their pictures, as samples that depend on what is picked, and on nothing else.
+
+Letters: b rows; i pictures of a row; q tokens.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.data.documents.documents import Documents
+from mmtransformer.data.documents.packing import DocumentRows, Piece
+from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.sampler import Pick, generator
+from mmtransformer.images import Augment, ImageError, ImageTransform
+
+
+class Layout(NamedTuple):
+    """What a row says of each of its tokens; see `CaptionBatch`.
+
+    Attributes:
+        tokens: (q,) ids.
+        target: (q,) bool.
+        media: (q,) number of the last picture of the token's document so far, from 1; 0 = none yet.
+        media_first: (q,) number of the first picture of its document.
+        segments: (q,) number of its document, from 0.
+    """
+
+    tokens: np.ndarray
+    target: np.ndarray
+    media: np.ndarray
+    media_first: np.ndarray
+    segments: np.ndarray
+
+
+def lay_out(pieces: list[Piece], image_id: int) -> Layout:
+    """Lays documents side by side. The loss is where Flamingo puts it: on text that follows a picture of its own
+    document, its end included; not on image tokens, nor on what comes before the first picture.
+    """
+    tokens = np.concatenate([piece.tokens for piece in pieces]).astype(np.int64)
+    sizes = [len(piece.tokens) for piece in pieces]
+    before = np.repeat(np.cumsum([0] + [piece.pictures for piece in pieces[:-1]]), sizes)
+    media = np.cumsum(tokens == image_id)
+    media[media == before] = 0
+    return Layout(
+        tokens=tokens,
+        target=(media > 0) & (tokens != image_id),
+        media=media,
+        media_first=before + 1,
+        segments=np.repeat(np.arange(len(pieces)), sizes),
+    )
+
+
+class DocumentSample(NamedTuple):
+    """One row.
+
+    Attributes:
+        layout: Its tokens.
+        pixels: (i 3 height width); zeros where a picture could not be read.
+        pictures: (i,) bool, which could be read.
+        name: The first document's name, and how many more there are.
+    """
+
+    layout: Layout
+    pixels: Tensor
+    pictures: np.ndarray
+    name: str
+
+
+class DocumentDataset(Dataset[DocumentSample]):
+    """The rows of one split; what it returns depends on the `Pick` only, not on the process or on what was read before.
+
+    A picture that cannot be read is recorded. Its mark stays in the text, so that all others keep their numbers; it is
+    blank and hidden, and the text that follows it is not a target. A row that has no target left is replaced by the
+    next one.
+
+    Args:
+        documents: The documents.
+        rows: Their rows.
+        transform: From picture to pixels.
+        training: Augment, and train on stand-ins; otherwise nothing is random, and a stand-in does not count.
+        seed: Seed of the run.
+        augment: Changes pictures at random before the transform. The pictures of a document that speaks of left or
+            right are never mirrored.
+        bad: Where pictures that cannot be read are recorded; None raises the first error.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        rows: DocumentRows,
+        transform: ImageTransform,
+        *,
+        training: bool = True,
+        seed: int = 0,
+        augment: Augment | None = None,
+        bad: BadPictures | None = None,
+    ):
+        self.documents, self.rows, self.transform = documents, rows, transform
+        self.training, self.seed, self.augment, self.bad = training, seed, augment, bad
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, pick: Pick) -> DocumentSample:
+        """Return a row with its pictures for an epoch."""
+        epoch, index, counted = pick
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            sample = self._sample(epoch, at)
+            if sample.layout.target.any():
+                if not counted or (step and not self.training):
+                    sample.layout.target[:] = False
+                return sample
+        raise TooManyFaults(f"none of the {len(self)} rows has a text whose picture can be read")
+
+    def _sample(self, epoch: int, at: int) -> DocumentSample:
+        pieces = self.rows.row(at)
+        layout = lay_out(pieces, self.rows.image_id)
+        places = [(piece.document, piece.first + k) for piece in pieces for k in range(piece.pictures)]
+        pixels = [self._pixels(epoch, document, k) for document, k in places]
+        pictures = np.array([one is not None for one in pixels])
+        for number in (np.flatnonzero(~pictures) + 1).tolist():
+            blind = layout.media == number
+            layout.target[blind], layout.media[blind] = False, 0
+        blank = torch.zeros(3, *self.transform.size)
+        more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
+        name = self.documents.name(pieces[0].document) + more
+        return DocumentSample(
+            layout, torch.stack([blank if p is None else p for p in pixels]), pictures, name
+        )
+
+    def _pixels(self, epoch: int, document: int, k: int) -> Tensor | None:
+        try:
+            image = self.documents.picture(document, k)
+        except ImageError as error:
+            if self.bad is None:
+                raise
+            self.bad.record(self.documents.picture_name(document, k), error)
+            return None
+        if self.training and self.augment is not None:
+            flip = self.augment.flip and bool(self.rows.mirrors[document])
+            augment = dataclasses.replace(self.augment, flip=flip)
+            image = augment(image, generator(self.seed, epoch, document, k, 7))
+        return self.transform(image)
+
+
+class CollateDocuments:
+    """Makes one `CaptionBatch` of rows.
+
+    Args:
+        pad_id: The id that fills the rows up.
+    """
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, samples: list[DocumentSample]) -> CaptionBatch:
+        """Pad tokens on the right to the longest row, and pictures with blank ones to the most of a row."""
+        lengths = np.array([len(sample.layout.tokens) for sample in samples])
+        valid = np.arange(lengths.max()) < lengths[:, None]
+
+        def spread(rows: list[np.ndarray], fill: int | np.ndarray) -> Tensor:
+            out = np.full(valid.shape, fill, rows[0].dtype)
+            out[valid] = np.concatenate(rows)
+            return torch.from_numpy(out)
+
+        layouts = [sample.layout for sample in samples]
+        documents = np.array([layout.segments[-1] + 1 for layout in layouts])[
+            :, None
+        ]  # padding is one of its own
+        most = max(len(sample.pixels) for sample in samples)
+        pixels = samples[0].pixels.new_zeros(len(samples), most, *samples[0].pixels.shape[1:])
+        pictures = torch.zeros(len(samples), most, dtype=torch.bool)
+        for i, sample in enumerate(samples):
+            pixels[i, : len(sample.pixels)] = sample.pixels
+            pictures[i, : len(sample.pixels)] = torch.from_numpy(sample.pictures)
+        return CaptionBatch(
+            tokens=spread([layout.tokens for layout in layouts], self.pad_id),
+            valid=torch.from_numpy(valid),
+            target=spread([layout.target for layout in layouts], False),
+            pixels=pixels,
+            names=tuple(sample.name for sample in samples),
+            pictures=pictures,
+            media=spread([layout.media for layout in layouts], 0),
+            media_first=spread([layout.media_first for layout in layouts], 1),
+            segments=spread([layout.segments for layout in layouts], documents),
+        )

@@ -1,0 +1,135 @@
+"""One line of an interleaved file: the three forms that documents come in, and what can be wrong with each."""
+
+import json
+from typing import Any
+
+from mmtransformer.data.documents.documents import cut_at_marks, join_pieces
+from mmtransformer.data.files.archives import Entry, Files
+from mmtransformer.data.files.text import is_missing
+
+MARK = "<image>"
+_SUFFIXES = (".jsonl", ".ndjson")
+_LISTS = ("images", "pictures", "image_paths", "image", "이미지", "사진")
+_NAMES = ("image_name", "path", "file_name", "filename", "filepath", "image", "name")
+
+
+class LineFault(Exception):
+    """What is wrong with one line."""
+
+    def __init__(self, cause: str, what: str = ""):
+        super().__init__(cause)
+        self.cause, self.what = cause, what
+
+
+class LineNote(Exception):
+    """Why a line that nothing is wrong with is left out."""
+
+
+def document_files(files: Files) -> list[Entry]:
+    """The files below a root that hold interleaved documents: the one that was asked for, or those at the top."""
+    if files.asked is not None:
+        return [files.asked]
+    found = [
+        entry
+        for entry in files.entries
+        if entry.inner.count("/") == 0 and entry.path.lower().endswith(_SUFFIXES)
+    ]
+    return [entry for entry in found if holds_documents(files, entry)]
+
+
+def holds_documents(files: Files, entry: Entry) -> bool:
+    """Whether a file's first line is an interleaved document, well-formed or not."""
+    if not entry.path.lower().endswith(_SUFFIXES):
+        return False
+    first = files.read(entry)[: 1 << 20].removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict):
+        return False
+    listed = any(isinstance(record.get(key), list) for key in _LISTS)
+    forms = (
+        "text_list" in record and "image_info" in record,
+        isinstance(record.get("texts"), list) and listed,
+    )
+    return any(forms) or (isinstance(record.get("text"), str) and listed)
+
+
+def read_pieces(
+    record: dict[str, Any], mark: str, min_similarity: float = 0.0
+) -> tuple[tuple[str, ...], list[str]]:
+    """The texts and the pictures' names of a document in any of the three forms.
+
+    Args:
+        record: The line.
+        mark: What stands for a picture in a text.
+        min_similarity: MMC4's pictures that match their sentence less are left out.
+
+    Raises:
+        LineFault: If it is in none of them, or its marks and its pictures differ in number.
+    """
+    if "text_list" in record and "image_info" in record:
+        return _matched(record["text_list"], record["image_info"], min_similarity)
+    key = next((key for key in _LISTS if key in record), None)
+    if key is None:
+        raise LineFault("no list of pictures", f"its keys are {', '.join(record)[:80]}")
+    pictures, texts = record[key], record.get("texts", record.get("text"))
+    if isinstance(pictures, str | dict):
+        pictures = [pictures]
+    if not isinstance(pictures, list):
+        raise LineFault("no list of pictures", f"{key} is {pictures!r:.60}")
+    if isinstance(texts, list):
+        return _parallel(texts, pictures)
+    if not isinstance(texts, str):
+        raise LineFault("no text", f"{texts!r:.60}")
+    pieces = cut_at_marks(texts, mark)
+    if len(pieces) - 1 != len(pictures):
+        raise LineFault(
+            "marks and pictures differ in number",
+            f"{len(pieces) - 1} {mark} in the text, {len(pictures)} in {key}: {texts[:60]!r}",
+        )
+    return pieces, [_picture_name(picture) for picture in pictures]
+
+
+def _parallel(texts: list[Any], pictures: list[Any]) -> tuple[tuple[str, ...], list[str]]:
+    if len(texts) != len(pictures):
+        raise LineFault("lists of different length", f"{len(texts)} texts, {len(pictures)} images")
+    both = [i for i, (t, p) in enumerate(zip(texts, pictures, strict=True)) if bool(t) == bool(p)]
+    if both:
+        raise LineFault(
+            "neither a text nor a picture", f"place {both[0]} of the lists must have exactly one of the two"
+        )
+    if odd := [text for text in texts if text and not isinstance(text, str)]:
+        raise LineFault("a text that is not text", f"{odd[0]!r:.60}")
+    return join_pieces([text or None for text in texts]), [_picture_name(p) for p in pictures if p]
+
+
+def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], list[str]]:
+    """MMC4's form: each picture stands before the sentence that it was matched with."""
+    if not (isinstance(texts, list) and isinstance(infos, list) and all(isinstance(t, str) for t in texts)):
+        raise LineFault("no text", "text_list must be a list of texts and image_info a list of pictures")
+    before: dict[int, list[str]] = {}
+    for info in infos:
+        at = info.get("matched_text_index") if isinstance(info, dict) else None
+        if not isinstance(at, int) or not 0 <= at < len(texts):
+            raise LineFault("a picture without its text", f"matched_text_index {at!r} of {len(texts)} texts")
+        similar = info.get("matched_sim", 0)
+        if least and not isinstance(similar, int | float):
+            raise LineFault("a similarity that is no number", f"{similar!r:.60}")
+        if not least or similar >= least:
+            before.setdefault(at, []).append(_picture_name(info))
+    if infos and not before:
+        raise LineNote(f"no picture matches its sentence by {least}, left out")
+    pieces: list[str | None] = []
+    for at, text in enumerate(texts):
+        pieces += [None] * len(before.get(at, ())) + [text]
+    return join_pieces(pieces), [name for at in sorted(before) for name in before[at]]
+
+
+def _picture_name(value: Any) -> str:
+    if isinstance(value, dict):
+        value = next((value[key] for key in _NAMES if key in value), None)
+    if not isinstance(value, str) or is_missing(value.strip()):
+        raise LineFault("no picture named", f"{value!r:.60}")
+    return value

@@ -1,0 +1,1 @@
+"""Reading users' files: archives, tables, manifests, shards."""

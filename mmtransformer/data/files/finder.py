@@ -1,0 +1,113 @@
+"""From the name that a manifest gives a picture to the one file that it can mean."""
+
+from collections.abc import Iterable
+
+from mmtransformer.data.files.archives import Entry, Files, join, nfc, refusal
+
+
+class Finder:
+    """Looks the names of one manifest up among the files below the root; never a file that only might be meant.
+
+    There are three ways to read a name, and one manifest is read in one way only:
+
+    1. as written: relative to the manifest, to the root, or to the inside of any archive;
+    2. with folders in front left out: "a.jpg" for photos/a.jpg, if only one file fits;
+    3. with the first folders, the same for all names, too many: "data/images/a.jpg" for images/a.jpg.
+
+    The first way that finds at least half of the names is taken, or else the one that finds most.
+
+    Args:
+        files: Where pictures may lie.
+        base: The manifest's folder.
+        names: All names in the manifest.
+    """
+
+    def __init__(self, files: Files, base: str, names: Iterable[str]):
+        self.files = files
+        self.base = base
+        self.inner: dict[str, list[Entry]] = {}
+        self.by_last: dict[str, list[Entry]] = {}
+        self.dropped = 0
+        for entry in files.entries:
+            if entry.box >= 0:
+                self.inner.setdefault(entry.inner, []).append(entry)
+            self.by_last.setdefault(nfc(entry.path).rpartition("/")[2], []).append(entry)
+        paths = [
+            path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None
+        ]
+        best, most = 1, -1
+        for way in (1, 2, 3):
+            self.way = way
+            if way == 3:
+                self.dropped, count = self._drop(paths)
+            else:
+                count = sum(isinstance(self._look(path, path), Entry) for path in paths)
+            if count > most:
+                best, most = way, count
+            if 2 * count >= len(paths):
+                break
+        self.way = best
+
+    def find(self, name: str) -> tuple[Entry, str] | tuple[str, str]:
+        """The file that a name means, and the name in its plain form; or the cause and what is wrong with it."""
+        if (reason := refusal(name)) is not None:
+            return "refused path", f"{name[:120]!r} is {reason}"
+        full = join(self.base, name)
+        if full is None:
+            return (
+                "refused path",
+                f"{name[:120]!r} climbs out of the root: give a folder higher up as the root",
+            )
+        path = join("", name) or full
+        found = self._look(path, full)
+        if isinstance(found, Entry):
+            return found, path
+        return (found[0], repr(name[:120])) if found[0] == "missing picture" else found
+
+    def _look(self, path: str, full: str) -> Entry | tuple[str, str]:
+        if self.way == 3:
+            path = full = "/".join(path.split("/")[self.dropped :])
+        by_path = self.files.by_path
+        based = f"{self.base}/{path}" if self.base else path
+        for key in (full, based, path):
+            if key in by_path:
+                return by_path[key]
+            reason = next(
+                (self.files.refused[above] for above in _above(key) if above in self.files.refused), None
+            )
+            if reason is not None:
+                return "refused path", f"{path!r} is {reason}"
+        found = self.inner.get(path, [])
+        if self.way == 2 and not found:
+            found = [
+                e for e in self.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)
+            ]
+            loose = [entry for entry in found if entry.box < 0]
+            found = loose if len(loose) == 1 else found  # an unpacked copy beside its archive
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return "ambiguous name", f"{path!r} may be {found[0].path} or {found[1].path}"
+        return "missing picture", path
+
+    def _drop(self, paths: list[str]) -> tuple[int, int]:
+        """How many of the folders that all names start with are to be left out, and how many names that finds."""
+        if not paths:
+            return 0, 0
+        folders = [path.split("/")[:-1] for path in paths]
+        low, high = min(folders), max(folders)
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
+        )
+        best = (0, 0)
+        for self.dropped in range(1, shared + 1):
+            count = sum(isinstance(self._look(path, path), Entry) for path in paths)
+            best = best if best[1] >= count else (self.dropped, count)
+        return best
+
+
+def _above(path: str) -> Iterable[str]:
+    """A path and every folder above it."""
+    while path:
+        yield path
+        path = path.rpartition("/")[0]

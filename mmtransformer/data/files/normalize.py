@@ -1,0 +1,71 @@
+"""What users' data leaves open, decided in one way for all formats: the language of a text, the split of a picture."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mmtransformer.data.files.text import draw, is_korean
+from mmtransformer.data.loading.source import Caption
+
+_ORDER = {"train": 0, "val": 1, "test": 2}
+
+
+def settle_languages(groups: Sequence[list[Caption]], language: str | None) -> tuple[tuple[str, ...], str]:
+    """Names the language of captions that name none: Korean by its script, the others as `PairFiles` says.
+
+    Args:
+        groups: The captions of each picture; changed in place.
+        language: The language of captions that neither the data nor their script tells.
+
+    Returns:
+        All languages there are, and what was found, in words.
+    """
+    named = {c.language for group in groups for c in group} - {None}
+    open_ = [c.text for group in groups for c in group if c.language is None]
+    korean, total = sum(map(is_korean, open_)), len(open_)
+    rest = language
+    if language is None and (named or 100 * korean >= total > 0):
+        rest = "en"
+    by_script = korean > 0 and rest is not None
+    if language is None and not named and 100 * (total - korean) < total:
+        rest, by_script = "ko", False  # Korean, with a "KTX" here and there
+    if open_ and rest is not None:
+        for group in groups:
+            for i, caption in enumerate(group):
+                if caption.language is None:
+                    group[i] = Caption(caption.text, "ko" if by_script and is_korean(caption.text) else rest)
+    counts = Counter(c.language for group in groups for c in group)
+    languages = tuple(sorted(code for code in counts if code))
+    if not languages:
+        return (), "no language named"
+    said = "languages " + ", ".join(f"{code} {counts[code]}" for code in languages)
+    assumed = language is None and rest == "en" and korean < total
+    return languages, said + (" (en where nothing says otherwise)" if assumed else "")
+
+
+def settle_splits(
+    names: Sequence[str], splits: Sequence[str | None], val_fraction: float, what: str = "pictures"
+) -> tuple[dict[str, list[int]], str]:
+    """Shares members out to splits: as the data says, and where it has no val, by a hash of the name.
+
+    Args:
+        names: The members' names.
+        splits: What the data says of each.
+        val_fraction: Share that goes to val; 0 for no val.
+        what: What the members are called.
+
+    Returns:
+        The members of each split (train, val, test, then any others), and what was done, in words.
+    """
+    found, said = list(splits), ""
+    if val_fraction and "val" not in found:
+        pool = [i for i, split in enumerate(found) if split in (None, "train")]
+        for i in pool:
+            found[i] = "val" if draw(names[i]) < val_fraction else "train"
+        for empty, pick in (("val", min), ("train", max)):
+            if len(pool) > 1 and not any(found[i] == empty for i in pool):
+                found[pick(pool, key=lambda i: draw(names[i]))] = empty
+        said = f"val by hash of the name, {val_fraction:.0%} of the {what}" if pool else ""
+    members: dict[str, list[int]] = {}
+    for i, split in enumerate(found):
+        members.setdefault(split or "train", []).append(i)
+    return dict(sorted(members.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0]))), said

@@ -1,0 +1,128 @@
+"""Parquet: captions and pictures in one table, as data sets are handed out on the hub (extra: parquet)."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES, Entry, Files
+from mmtransformer.data.files.tables import Columns, Row, Wanted, find_columns, make_row
+
+_SMALL_ROWS = 1_000_000  # that a file of any size may have
+CACHE_BYTES = 1 << 28  # row groups kept in memory by each process
+
+
+class ParquetBytes:
+    """The pictures in one Parquet file, read by row group, the latest groups kept in memory.
+
+    Can be pickled and forked: the file is opened on first use in each process.
+
+    Args:
+        path: The file.
+        column: Its column of pictures: bytes, or a struct with a field `bytes`.
+    """
+
+    def __init__(self, path: str, column: str):
+        self.path = path
+        self.column = column
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._file: Any = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "column": self.column}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def read(self, group: int, row: int) -> bytes | None:
+        """The bytes of the picture in one row of a row group.
+
+        Raises:
+            OSError: If the file can't be read any more.
+        """
+        import pyarrow.parquet as pq
+
+        with self._lock:
+            if self._file is None:
+                self._file = pq.ParquetFile(self.path)
+            if group not in self._groups:
+                self._groups[group] = self._file.read_row_group(group, columns=[self.column]).column(
+                    self.column
+                )
+                while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > CACHE_BYTES:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            value = self._groups[group][row].as_py()
+        value = value["bytes"] if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, bytes):  # a text would be taken for a path
+            raise OSError(f"a {type(value).__name__} where the picture's bytes should be")
+        return value
+
+
+def _refuse_bombs(metadata: Any, entry: Entry) -> None:
+    """A few kilobytes can stand for billions of equal rows, or for gigabytes of one byte."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if metadata.num_rows > max(_SMALL_ROWS, entry.size):
+        raise ValueError(f"{entry.path}: {metadata.num_rows:,} rows out of {entry.size:,} bytes: a bomb")
+    if largest > max(SMALL_BYTES, MOST_RATIO * entry.size):
+        raise ValueError(f"{entry.path}: a row group of {largest:,} bytes out of {entry.size:,}: a bomb")
+
+
+def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
+    """Reads captions and paths; of pictures kept as bytes only the places, as `Row.key`.
+
+    Raises:
+        ValueError: If pyarrow is missing, the file lies in an archive or isn't Parquet, or no column fits.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(f"{entry.path}: Parquet needs pyarrow: pip install mmtransformer[parquet]") from None
+    if entry.box >= 0:
+        raise ValueError(f"{entry.path}: Parquet inside an archive can't be read in place: unpack it")
+    path = str(files.root / entry.path)
+    try:
+        table = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{entry.path} is not Parquet: {error}") from None
+    _refuse_bombs(table.metadata, entry)
+    schema = table.schema_arrow
+    columns = find_columns(schema.names, wanted, entry.path)
+    kind = schema.field(columns.image).type if columns.image else pa.null()
+    inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    as_bytes = inside or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    texts = [name for name, _ in columns.captions] + [c for c in (columns.language, columns.split) if c]
+    image_paths = f"{columns.image}.path" if inside and kind.get_field_index("path") >= 0 else None
+    read = (
+        texts
+        + ([image_paths] if image_paths else [])
+        + ([] if as_bytes or not columns.image else [columns.image])
+    )
+    holder = ParquetBytes(path, columns.image)
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for group in range(table.num_row_groups):
+            try:
+                records = table.read_row_group(group, columns=read).to_pylist()
+            except (pa.ArrowException, OSError, ValueError) as error:
+                said = " ".join(str(error).split())
+                raise ValueError(f"{entry.path} is damaged in row group {group}: {said}") from None
+            for at, record in enumerate(records):
+                number += 1
+                where = f"{entry.path}:{number}"
+                if not as_bytes:
+                    yield make_row(record, columns, where)
+                    continue
+                named = (record.get(columns.image) or {}).get("path") if image_paths else None
+                row = make_row({**record, columns.image: named or where}, columns, where)
+                yield row._replace(image=row.image or where, key=(holder, group, at))
+
+    return columns, rows()

@@ -1,0 +1,320 @@
+"""Rows of manifests: which column is what, and reading CSV and TSV so that no odd line loses the file."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mmtransformer.data.files.archives import PICTURES
+from mmtransformer.data.files.text import (
+    CODES,
+    LANGUAGES,
+    fold,
+    is_broken,
+    is_missing,
+    language_code,
+    lines,
+    split_word,
+)
+from mmtransformer.data.loading.source import Caption
+
+IMAGE = (
+    "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
+    "file_name", "filename", "image_name", "path", "img", "picture", "photo", "jpg", "png", "file", "image_url", "url",
+    "이미지", "사진", "그림", "파일", "파일명", "경로",
+)  # fmt: skip
+CAPTION = (
+    "captions", "caption", "title", "text", "texts", "txt", "sentences", "sentence", "descriptions", "description",
+    "comment", "alt_text", "alt", "raw", "캡션", "설명", "문장", "텍스트", "제목",
+)  # fmt: skip
+LANGUAGE = ("language", "lang", "locale", "언어")
+SPLIT = ("split", "subset", "partition", "분할")
+_NESTED = 16  # lists inside lists of captions
+_JOINED = 100  # lines that one quoted CSV field may span
+
+
+class Row(NamedTuple):
+    """One row of a manifest, as written there.
+
+    Attributes:
+        image: The picture's name or path; None where its bytes lie in the manifest itself.
+        captions: Its captions, folded; missing ones are already gone.
+        split: The split's name, if the row says one.
+        where: "captions.csv:7".
+        faults: What was wrong in the row: (cause, what).
+        key: Where the bytes lie (Parquet), else None.
+    """
+
+    image: str | None
+    captions: tuple[Caption, ...]
+    split: str | None
+    where: str
+    faults: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    key: Any = None
+
+
+class Columns(NamedTuple):
+    """Which columns of a manifest hold what: a caption column comes with the language that its name says.
+
+    `image` is "" in a table of texts alone.
+    """
+
+    image: str
+    captions: tuple[tuple[str, str | None], ...]
+    language: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        said = [f"image={self.image}"] * bool(self.image) + [
+            "caption=" + "+".join(name for name, _ in self.captions)
+        ]
+        said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(
+            self.split
+        )
+        return "columns " + " ".join(said)
+
+
+class Wanted(NamedTuple):
+    """The columns that the user named; None where they are to be found. `pictures` = False: texts alone will do."""
+
+    image: str | None = None
+    captions: Sequence[str] | None = None
+    language: str | None = None
+    split: str | None = None
+    pictures: bool = True
+
+
+def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
+    """Decides which columns are used.
+
+    Args:
+        names: All columns of the manifest.
+        wanted: Those that the user named.
+        where: The manifest, for the error.
+
+    Raises:
+        ValueError: If a named column isn't there, or none looks like a picture or a caption.
+    """
+    listing = ", ".join(names) or "none"
+    for name in (wanted.image, *(wanted.captions or ()), wanted.language, wanted.split):
+        if name is not None and name not in names:
+            raise ValueError(f"{where} has no column {name!r}; its columns are: {listing}")
+    by_key = {_key(name): name for name in reversed(names)}
+
+    def first(aliases: Sequence[str]) -> str | None:
+        return next((by_key[alias] for alias in aliases if alias in by_key), None)
+
+    image = wanted.image or first(IMAGE)
+    if wanted.captions:
+        captions = tuple((name, _language_of(name)) for name in wanted.captions)
+    else:
+        plain = first(CAPTION)
+        more = [name for name in names if _stem(name) in CAPTION and _stem(name) != _key(name)]
+        captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
+        if not captions:  # columns called just "en" and "ko", or "한국어"
+            captions = tuple((name, code) for name in names if (code := _code(_key(name))))
+    image = image or ("" if not wanted.pictures else None)
+    missing = [kind for kind, found in (("image", image), ("caption", captions)) if found in (None, ())]
+    if missing:
+        raise ValueError(
+            f"{where}: no column looks like the {' or the '.join(missing)}; its columns are: {listing}. "
+            f"Name it: {', '.join(kind + '_column=...' for kind in missing)}"
+        )
+    assert image is not None
+    return Columns(image, captions, wanted.language or first(LANGUAGE), wanted.split or first(SPLIT))
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().casefold())
+
+
+def _language_of(column: str) -> str | None:
+    """Returns the language that a column's name says: ko for "caption_ko" and "text_korean"."""
+    before, _, ending = _key(column).rpartition("_")
+    return _code(ending) if before or ending in LANGUAGES else None
+
+
+def _code(word: str) -> str | None:
+    return LANGUAGES.get(word) or (word if word in CODES else None)
+
+
+def _stem(column: str) -> str:
+    """Returns the column that this is a variant of: "caption" for "caption_ko" and "caption_2"."""
+    key = _key(column)
+    if _language_of(column) is not None:
+        return key.rpartition("_")[0]
+    return re.sub(r"_?\d+$", "", key)
+
+
+def looks_like_picture(cell: str) -> bool:
+    """Whether a cell ends like the name of a picture."""
+    return cell.strip().lower().endswith(PICTURES)
+
+
+def make_row(
+    record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()
+) -> Row:
+    """A row of any table-like manifest, its cells checked and its captions folded."""
+    faults: list[tuple[str, str]] = []
+    image = record.get(columns.image)
+    if not columns.image:
+        image = None
+    elif not isinstance(image, str) or is_missing(image.strip()):
+        faults.append(("no picture named", "" if image is None else repr(image)[:60]))
+        image = None
+    language = None
+    try:
+        language = language_code(str(record.get(columns.language) or "")) if columns.language else None
+    except ValueError as error:
+        faults.append(("not a language", str(error)))
+    captions: list[Caption] = []
+    for name, said in columns.captions:
+        value = record.get(name)
+        # one of several caption columns may stay empty, an only one may not
+        empty = value is None or (isinstance(value, str) and is_missing(fold(value)))
+        if len(columns.captions) == 1 or not empty:
+            captions += read_captions(value, said or language, image or name, faults)
+    if not captions and not faults:
+        faults.append(("empty caption", image or ""))
+    split = record.get(columns.split) if columns.split else None
+    return Row(image, tuple(captions), _split(split), where, tuple(faults), notes)
+
+
+def _split(value: Any) -> str | None:
+    word = fold(value).casefold() if isinstance(value, str) else ""
+    return None if is_missing(word) else split_word(word) or word
+
+
+def read_captions(
+    value: Any, language: str | None, of: str, faults: list[tuple[str, str]], depth: int = 0
+) -> list[Caption]:
+    """Captions out of one cell: a text, a list, a mapping {"en": ..., "ko": ...}, or COCO's {"raw": ...}."""
+    if depth > _NESTED:
+        faults.append(("a caption that is nested too deeply", of))
+        return []
+    if isinstance(value, str):
+        if value[:1] == "[" and value[-1:] == "]":
+            try:
+                inner = json.loads(value)
+            except (ValueError, RecursionError):
+                inner = None
+            if isinstance(inner, list) and inner and all(isinstance(item, str) for item in inner):
+                return read_captions(inner, language, of, faults, depth + 1)
+        if is_broken(value):
+            faults.append(("not valid Unicode", f"{of} {value[:60]!a}"))
+            return []
+        text = fold(value)
+        if is_missing(text):
+            faults.append(("empty caption", f"{of} {value.strip()[:20]!r}"))
+            return []
+        return [Caption(text, language)]
+    if isinstance(value, dict):
+        text = next((value[key] for key in ("raw", "caption", "text", "sentence") if key in value), None)
+        if text is not None:
+            try:
+                own = language_code(str(value.get("language") or value.get("lang") or ""))
+            except ValueError as error:
+                faults.append(("not a language", str(error)))
+                return []
+            return read_captions(text, own or language, of, faults, depth + 1)
+        if value and all(key in CODES for key in value):
+            return [c for key, item in value.items() for c in read_captions(item, key, of, faults, depth + 1)]
+    if isinstance(value, list | tuple) and value:
+        return [c for item in value for c in read_captions(item, language, of, faults, depth + 1)]
+    if value is None or isinstance(value, list | tuple):
+        faults.append(("empty caption", of))
+    else:
+        faults.append(("a caption that is not text", f"{of} {value!r:.60}"))
+    return []
+
+
+def sniff(header: str) -> str:
+    """The delimiter of a table: the one of tab, comma, semicolon and bar that cuts its header into most columns."""
+    return max("\t,;|", key=lambda mark: (len(_cells(header, mark) or ()), mark == "\t"))
+
+
+def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
+    """Reads CSV, TSV and the like, with or without a header.
+
+    Line by line, so that a bad byte or a stray quote costs no other line. A quoted field may span lines, unless
+    the lines inside it are rows of their own: then the quote is taken for a letter, and noted.
+
+    Args:
+        data: The file.
+        name: Its name, for file:line.
+        wanted: The columns that the user named.
+
+    Returns:
+        The columns, and the rows, read as they are asked for.
+    """
+    text = list(lines(data))
+    while text and text[0].text is not None and not text[0].text.strip():
+        text.pop(0)
+    if not text or text[0].text is None:
+        raise ValueError(f"{name}:1 is not UTF-8: {text[0].hint}" if text else f"{name} is empty")
+    mark = sniff(text[0].text)
+    header = [cell.strip() for cell in _cells(text[0].text, mark) or text[0].text.split(mark)]
+    start = 1
+    if (len(header) == 2 or wanted.image is None) and any(looks_like_picture(cell) for cell in header):
+        if len(header) != 2:
+            raise ValueError(
+                f"{name} has no header line and {len(header)} columns; write one, such as image{mark}caption"
+            )
+        header = ["image", "caption"] if looks_like_picture(header[0]) else ["caption", "image"]
+        start = 0
+    columns = find_columns(header, wanted, name)
+    return columns, _rows(text[start:], name, mark, header, columns)
+
+
+def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Columns) -> Iterator[Row]:
+    at, width = 0, len(header)
+    image = header.index(columns.image) if columns.image else None
+    last = columns.captions[-1][0] == header[-1]
+
+    def is_row(line: Any) -> bool:
+        cells = line.text.split(mark) if line.text is not None else []
+        return image is not None and len(cells) >= width and looks_like_picture(cells[image])
+
+    while at < len(text):
+        line, notes = text[at], ()
+        where = f"{name}:{line.number}"
+        at += 1
+        if line.text is None:
+            yield Row(None, (), None, where, (("not UTF-8", line.hint),))
+            continue
+        if not line.text.strip():
+            continue
+        whole, more = line.text, at
+        cells = _cells(whole, mark)
+        while cells is None and more < len(text) and more - at < _JOINED:
+            if text[more].text is None or is_row(text[more]):
+                break
+            whole += "\n" + text[more].text
+            more += 1
+            cells = _cells(whole, mark)
+        if cells is None:
+            cells = line.text.split(mark)
+            notes = (("stray quote, kept as text", line.text[:80]),)
+        else:
+            at = more
+        if len(cells) > width and last:  # an unquoted caption with commas, at the end of its row
+            cells = [*cells[: width - 1], mark.join(cells[width - 1 :])]
+        if len(cells) != width:
+            what = f"{len(cells)} cells where the header has {width}: {line.text[:80]}"
+            yield Row(None, (), None, where, (("wrong number of cells", what),))
+            continue
+        record = {key: cell.strip() for key, cell in zip(header, cells, strict=True)}
+        yield make_row(record, columns, where, notes)
+
+
+def _cells(line: str, mark: str) -> list[str] | None:
+    """The cells of a line; None while a quote is open or closed in the middle of a cell."""
+    if '"' not in line:
+        return line.split(mark)
+    try:
+        rows = list(csv.reader([line.rstrip(" ")], delimiter=mark, strict=True, skipinitialspace=True))
+    except csv.Error:
+        return None
+    return rows[0] if len(rows) == 1 else None

@@ -1,0 +1,164 @@
+"""One split of captioned pictures as a dataset whose samples depend on what is picked, and on nothing else.
+
+Letters: b pictures; r captions of a picture; n = b * r rows; q tokens; i pictures a sample (1); p visual tokens;
+d dimensions.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.features import FeatureCache
+from mmtransformer.data.loading.rows import CaptionRows, Row
+from mmtransformer.data.loading.sampler import Pick, generator, mix
+from mmtransformer.data.loading.source import Caption, Pairs
+from mmtransformer.images import Augment, ImageError, ImageTransform
+
+
+class Sample(NamedTuple):
+    """One picture with its rows.
+
+    Attributes:
+        pixels: (1 3 height width), or None.
+        visual_tokens: (1 p d) in their place, or None.
+        rows: Its r captions.
+        name: The picture's name.
+        references: All captions of the picture.
+    """
+
+    pixels: Tensor | None
+    visual_tokens: Tensor | None
+    rows: list[Row]
+    name: str
+    references: tuple[Caption, ...]
+
+
+class CaptionDataset(Dataset[Sample]):
+    """One split; what it returns depends on the `Pick` only, not on the process or on what was read before.
+
+    A picture that cannot be read is recorded and the next one that can be read takes its place.
+
+    Args:
+        pairs: The pictures.
+        rows: Their captions.
+        transform: From picture to pixels.
+        captions_per_picture: Rows of each picture, r.
+        training: Choose captions by (seed, epoch, index), augment, and train on stand-ins. Otherwise the captions are
+            always the same ones, nothing is random, and a stand-in does not count.
+        seed: Seed of the run.
+        augment: Changes pictures at random before the transform. A picture whose captions speak of left or right is
+            never mirrored.
+        features: The visual tokens, to be used in place of pixels.
+        mirror: Use the mirrored visual tokens half of the time in training.
+        bad: Where pictures that cannot be read are recorded; None raises the first error.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        rows: CaptionRows,
+        transform: ImageTransform,
+        *,
+        captions_per_picture: int = 1,
+        training: bool = True,
+        seed: int = 0,
+        augment: Augment | None = None,
+        features: FeatureCache | None = None,
+        mirror: bool = False,
+        bad: BadPictures | None = None,
+    ):
+        self.pairs, self.rows, self.transform = pairs, rows, transform
+        self.captions_per_picture, self.training, self.seed = captions_per_picture, training, seed
+        self.augment, self.features, self.mirror, self.bad = augment, features, mirror, bad
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.rows)
+
+    def __getitem__(self, pick: Pick) -> Sample:
+        """Return a picture with its captions for an epoch."""
+        epoch, index, counted = pick
+        at, visual = self._readable(epoch, index)
+        if self.training:
+            chosen = self.rows.choose(self.seed, epoch, np.array([at]), self.captions_per_picture)[0]
+            rows = [self.rows.row(int(caption)) for caption in chosen]
+        else:
+            rows = self.rows.fixed(at, self.captions_per_picture)
+            counted = counted and at == index
+        if not counted:
+            rows = [row._replace(counted=False) for row in rows]
+        pixels, tokens = (visual[None], None) if self.features is None else (None, visual[None])
+        return Sample(pixels, tokens, rows, self.pairs.name(at), self.rows.captions[at])
+
+    def _readable(self, epoch: int, index: int) -> tuple[int, Tensor]:
+        """Return the first picture from `index` on that can be read, and its place."""
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                return at, self._visual(epoch, at)
+            except ImageError as error:
+                if self.bad is None:
+                    raise
+                self.bad.record(self.pairs.name(at), error)
+        raise TooManyFaults(f"none of the {len(self)} pictures can be read")
+
+    def _visual(self, epoch: int, i: int) -> Tensor:
+        if self.features is not None:
+            mirror = (
+                self.training
+                and self.mirror
+                and self.rows.mirrors[i]
+                and int(mix(self.seed, epoch, i, 3)) >> 63
+            )
+            return self.features[i, bool(mirror)]
+        image = self.pairs.image(i)
+        if self.training and self.augment is not None:
+            augment = self.augment if self.rows.mirrors[i] else dataclasses.replace(self.augment, flip=False)
+            image = augment(image, generator(self.seed, epoch, i, 4))
+        return self.transform(image)
+
+
+class Collate:
+    """Makes one `CaptionBatch` of samples.
+
+    Args:
+        pad_id: The id that fills the rows up.
+        image_id: The image token, where prompts show with it where the picture stands.
+    """
+
+    def __init__(self, pad_id: int, image_id: int | None = None):
+        self.pad_id, self.image_id = pad_id, image_id
+
+    def __call__(self, samples: list[Sample]) -> CaptionBatch:
+        """Pad the rows to the longest one and stack the pictures."""
+        rows = [row for sample in samples for row in sample.rows]
+        lengths = np.array([len(row.tokens) for row in rows])
+        place = np.arange(lengths.max())
+        valid = place < lengths[:, None]
+        tokens = np.full(valid.shape, self.pad_id, np.int64)
+        tokens[valid] = np.concatenate([row.tokens for row in rows])
+        target = valid & (place >= np.array([row.prompt for row in rows])[:, None])
+        target &= np.array([row.counted for row in rows])[:, None]
+        return CaptionBatch(
+            tokens=torch.from_numpy(tokens),
+            valid=torch.from_numpy(valid),
+            target=torch.from_numpy(target),
+            pixels=_stack([sample.pixels for sample in samples]),
+            visual_tokens=_stack([sample.visual_tokens for sample in samples]),
+            names=tuple(sample.name for sample in samples),
+            references=tuple(sample.references for sample in samples),
+            media=None
+            if self.image_id is None
+            else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * valid),
+        )
+
+
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None

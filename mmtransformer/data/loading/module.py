@@ -1,0 +1,276 @@
+"""Data: what every data module is. One of your own says what a sample is, and how samples become a batch.
+
+The batches are a pure function of (seed, epoch), the same for any number of workers and processes; see `sampler`.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mmtransformer.data.loading.sampler import PictureSampler, Pool, ResumableLoader
+from mmtransformer.serialization.pretrained import find_folder
+from mmtransformer.text.tokenizer import Tokenizer
+
+Lengths = Callable[[int | np.ndarray, np.ndarray], np.ndarray]
+"""From an epoch (or that of each sample, (n,)) and the places of samples, (n,), to their tokens, (n,)."""
+
+
+class Data(lightning.LightningDataModule, ABC):
+    """The contract between data and a run: it shuffles, groups, shares out among processes, stops and goes on.
+
+    `dataset` and `collate` are to be filled in; the other hooks can be, where data has texts, lengths, a mixture. What
+    is random in a sample is drawn from its `Pick`, then a run is the same wherever it is interrupted:
+
+        @dataclass
+        class SoundBatch(Batch):
+            waves: Tensor  # (b t)
+            counted: Tensor  # (b) bool, False = a filler, to be left out of the loss
+            names: tuple[str, ...]
+
+        class Sounds(Dataset):
+            def __init__(self, waves: Tensor, noise: float, seed: int):
+                self.waves, self.noise, self.seed = waves, noise, seed
+
+            def __len__(self):
+                return len(self.waves)
+
+            def __getitem__(self, pick: Pick):
+                chance = generator(self.seed, pick.epoch, pick.index)
+                wave = self.waves[pick.index] + self.noise * torch.randn(self.waves.shape[1], generator=chance)
+                return wave, pick.counted, f"sound {pick.index}"
+
+        def stack(samples):
+            waves, counted, names = zip(*samples, strict=True)
+            return SoundBatch(torch.stack(waves), torch.tensor(counted), names)
+
+        class SoundData(Data):
+            unit = "sound"
+
+            def __init__(self, folder: str, *, batch_size: int = 8, num_workers: int = 0, seed: int = 0):
+                super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+                self.folder = folder
+
+            def dataset(self, split, *, training=False):
+                return Sounds(torch.load(f"{self.folder}/{split}.pt"), 0.1 if training else 0.0, self.seed)
+
+            def collate(self, split, *, training=False):
+                return stack
+
+    A recipe names it by its path (`class_path: sounds.SoundData`), and its arguments are the recipe's keys.
+
+    Args:
+        batch_size: Samples in a batch of one process.
+        num_workers: Processes that load samples. The batches are the same for any number.
+        seed: Seed of the order.
+        train_split: The split to train on.
+        val_splits: The splits to validate on.
+        test_splits: The splits to test on.
+        drop_last: Leave out the last training batch of an epoch if it is not full.
+        tokenizer: Of data with texts: a tokenizer, or a folder or hub name to load one from; None trains one.
+        vocab_size: The most words of a tokenizer that is trained here.
+
+    Raises:
+        ValueError: If there is no sample in a batch, or the splits are a string.
+    """
+
+    unit = "row"
+    """What a sample is called where something is wrong."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_splits: Sequence[str] = ("val",),
+        test_splits: Sequence[str] = ("test",),
+        drop_last: bool = False,
+        tokenizer: Tokenizer | str | None = None,
+        vocab_size: int = 4096,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
+        self.batch_size, self.drop_last = batch_size, drop_last
+        self.num_workers, self.seed, self.train_split = num_workers, seed, train_split
+        self.val_splits = list_of_splits("val_splits", val_splits)
+        self.test_splits = list_of_splits("test_splits", test_splits)
+        self.vocab_size, self._given = vocab_size, tokenizer
+
+    # -------------------------------------------------------------------------------- what data must say of itself
+
+    @abstractmethod
+    def dataset(self, split: str, *, training: bool = False) -> Dataset[Any]:
+        """A split's samples: it has a length, and what it returns for a `Pick` depends on the `Pick` only."""
+
+    @abstractmethod
+    def collate(self, split: str, *, training: bool = False) -> Callable[[list[Any]], Any]:
+        """What makes a `Batch` of a list of samples."""
+
+    # --------------------------------------------------------------------------------- what data may say of itself
+
+    def prepare(self, split: str) -> None:
+        """Read a split of the run's stage before anything is computed: what is wrong with it is told at once."""
+
+    def lengths(self, split: str) -> Lengths | None:
+        """How long samples are: those of similar length are trained on together. None = they are not grouped."""
+        return None
+
+    def mixing(self, split: str) -> Pool | None:
+        """Which samples a training epoch takes, where that is not each of them once (None)."""
+        return None
+
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training texts: for data that has texts, and was given no tokenizer."""
+        raise ValueError(f"{type(self).__name__} has no tokenizer, nor texts that one could be trained on")
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must have again when it goes on: plain values by name, saved with it and compared."""
+        return {}
+
+    def changed(self, name: str, was: Any, now: Any) -> str:
+        """What to say of a part of the `identity` that is not what it was, behind "cannot resume: "."""
+        if name == "tokenizer":
+            return (
+                f"the tokenizer is not that of the run ({now}, was {was}); the training texts or vocab_size "
+                f"({self.vocab_size}) have changed"
+            )
+        return (
+            f"the {name} of the run was {was} and is now {now}, so its batches differ; use the data and settings of "
+            f"the run, or start a new one"
+        )
+
+    # ------------------------------------------------------------------------------------- what all data have alike
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: the one given, loaded, or trained on the training texts at the first call."""
+        if self._given is None:
+            return self.train_tokenizer()
+        given = self._given
+        return given if isinstance(given, Tokenizer) else Tokenizer.from_folder(find_folder(given))
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Tells tokenizers apart: for the `identity`."""
+        return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+
+    def report_folder(self, named: str | None = None) -> Path:
+        """Where reports on the data belong: the folder that is named, or that of the run."""
+        return Path(named or (self.trainer.default_root_dir if self.trainer else "."))
+
+    @property
+    def begins(self) -> bool:
+        """Whether this is the first process of a run that starts anew: the one to remove an earlier run's reports."""
+        return self.trainer is not None and self.trainer.is_global_zero and not self.trainer.ckpt_path
+
+    def splits_of(self, stage: str | None) -> tuple[str, ...]:
+        """The splits of a stage: "fit", "validate" or "test"."""
+        validate, test = self.val_splits, self.test_splits
+        splits = {"fit": (self.train_split, *validate), "validate": validate, "test": test}
+        return splits.get(stage or "fit", ())
+
+    def block(self, world: int) -> int:
+        """Samples of similar length that are trained on together: those of an optimizer step of all processes."""
+        return self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Prepare the splits of a stage: "fit", "validate" or "test"."""
+        for split in self.splits_of(stage):
+            self.prepare(split)
+
+    def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
+        """Return the loader of a split: shuffled, mixed and grouped by length for training, as it is otherwise.
+
+        Raises:
+            ValueError: If Lightning would replace the sampler.
+        """
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                f"set use_distributed_sampler to false: {type(self).__name__} shares the {self.unit}s among the "
+                f"{world} processes itself, and Lightning's sampler would change their order"
+            )
+        dataset = self.dataset(split, training=training)
+        size = len(dataset)  # pyright: ignore[reportArgumentType]
+        pool, tokens = (self.mixing(split), self.lengths(split)) if training else (None, None)
+
+        def lengths(epoch: int) -> np.ndarray:
+            assert tokens is not None
+            index, turn = (np.arange(size), epoch) if pool is None else pool.pictures(epoch)
+            return tokens(turn, index)
+
+        sampler = PictureSampler(
+            size if pool is None else pool.size,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=training,
+            lengths=None if tokens is None else lengths,
+            pool=pool,
+            block=self.block(world),
+            rank=rank,
+            world=world,
+            drop_last=training and self.drop_last,
+        )
+        return ResumableLoader(
+            dataset,
+            sampler,
+            self.collate(split, training=training),
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches."""
+        return self.loader(self.train_split, training=True)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `val_splits`, in this order."""
+        return [self.loader(split) for split in self.val_splits]
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader for each of `test_splits`, in this order."""
+        return [self.loader(split) for split in self.test_splits]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device beside its computation."""
+        return batch.to(device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The `identity`, which is saved with a run."""
+        return self.identity()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a run which goes on has the `identity` it had.
+
+        Raises:
+            ValueError: If it has another one, or the checkpoint does not say.
+        """
+        for name, now in self.identity().items():
+            if not isinstance(state_dict, dict) or name not in state_dict:
+                raise ValueError(
+                    f"cannot resume: the checkpoint does not say its {name}: it is not of this "
+                    f"{type(self).__name__}"
+                )
+            if state_dict[name] != now:
+                raise ValueError(f"cannot resume: {self.changed(name, state_dict[name], now)}")
+
+
+def list_of_splits(name: str, splits: Sequence[str]) -> tuple[str, ...]:
+    """An argument that names several splits.
+
+    Raises:
+        ValueError: If it is a string, which would be taken for a list of letters.
+    """
+    if isinstance(splits, str):
+        raise ValueError(f"{name} must be a list of splits: [{splits}]")
+    return tuple(splits)

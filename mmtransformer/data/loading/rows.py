@@ -1,0 +1,167 @@
+"""Captions as rows of ids: tokenised once, kept in flat arrays, chosen by hash."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.source import Caption, Pairs
+from mmtransformer.text.tokenizer import Tokenizer
+
+# A mirrored picture would make these words wrong. Too many matches only cost a flip ("오른" is also "climbed").
+_SIDES = re.compile(
+    r"\b(?:left|right)|clockwise|왼|오른|좌측|우측|좌우|좌회전|우회전|시계\s?방향|반시계"
+    r"|(?<![가-힣])[좌우](?:로|에|의|는|에서|편|상단|하단)?(?![가-힣])"
+    r"|[左右]|\b(?:links|rechts|gauche|droite?s?|izquierd|derech|esquerd|direit|sinistr|destr)",
+    re.IGNORECASE,
+)
+
+
+def names_a_side(text: str) -> bool:
+    """Tell whether a caption speaks of left or right, so that its picture must not be mirrored."""
+    return _SIDES.search(text) is not None
+
+
+def image_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that stands for a picture in text.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    if tokenizer.image_id is None:
+        raise ValueError(
+            f"the tokenizer ({tokenizer.vocab_size} tokens) has no image token, so no text can say where a picture "
+            'stands; add one: "image_token" in its tokenizer_config.json names a token of the vocabulary'
+        )
+    return tokenizer.image_id
+
+
+class Row(NamedTuple):
+    """One caption, ready for a batch.
+
+    Attributes:
+        tokens: (q,) prompt, caption and eos; eos is missing where the caption was cut.
+        prompt: How many of them are the prompt.
+        counted: Whether the caption is a target of training or of the validation loss.
+    """
+
+    tokens: np.ndarray
+    prompt: int
+    counted: bool
+
+
+class CaptionRows:
+    """The captions of one split as ids: [bos, language tag, image token if asked] + caption + eos.
+
+    Args:
+        pairs: The split.
+        tokenizer: Turns captions into ids.
+        max_len: The most tokens of a row, prompt and eos included. A longer caption is cut, and then it does not
+            teach that it ends there.
+        mark: Whether the prompt ends with the image token.
+
+    Raises:
+        ValueError: If the tokenizer has no image token and should have one, a picture has no caption, a caption's
+            language has no tag in the tokenizer, or `max_len` leaves no room.
+    """
+
+    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, max_len: int, *, mark: bool = False):
+        if max_len < 4 + mark:
+            raise ValueError(
+                f"max_len ({max_len}) must be at least {4 + mark} tokens: bos, language, "
+                f"{'image, ' * mark}one of caption, eos"
+            )
+        self.max_len, self.cut, self.longest = max_len, 0, 0
+        self.captions: list[tuple[Caption, ...]] = [tuple(pairs.captions(i)) for i in range(len(pairs))]
+        self.languages = tuple(dict.fromkeys(c.language for captions in self.captions for c in captions))
+        if not tokenizer.languages and len(self.languages) > 1:
+            raise ValueError(
+                f"the captions are in {len(self.languages)} languages ({', '.join(map(str, self.languages))}) but the "
+                f"tokenizer has no language tags; train one on these captions (tokenizer: null)"
+            )
+        tags = tokenizer.languages
+        ending = [image_token(tokenizer)] if mark else []
+        prompts = {code: tokenizer.prompt(code if tags else None) + ending for code in self.languages}
+        tokens, starts, prompt = [], [0], []
+        for i, captions in enumerate(self.captions):
+            if not captions:
+                raise ValueError(f"picture {pairs.name(i)!r} has no caption; leave it out or write one")
+            for caption in captions:
+                row = [*prompts[caption.language], *tokenizer.encode(caption.text), tokenizer.eos_id]
+                self.longest = max(self.longest, len(row))
+                if len(row) > max_len:
+                    self.cut += 1
+                tokens.append(np.asarray(row[:max_len], np.int32))
+                starts.append(starts[-1] + len(tokens[-1]))
+                prompt.append(len(prompts[caption.language]))
+        self.count = np.array([len(captions) for captions in self.captions])
+        self.first = np.concatenate([[0], np.cumsum(self.count)])
+        self.tokens, self.starts, self.prompt = np.concatenate(tokens), np.array(starts), np.array(prompt)
+        self.mirrors = np.array(
+            [not any(names_a_side(c.text) for c in captions) for captions in self.captions]
+        )
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return len(self.captions)
+
+    def choose(self, seed: int, epoch: int | np.ndarray, index: np.ndarray, rows: int) -> np.ndarray:
+        """Choose the captions of pictures for an epoch: a pure function of (seed, epoch, index).
+
+        A picture with more captions than rows goes through a shuffled list of them, so that none comes again before
+        the others had their turn; one with fewer repeats some.
+
+        Args:
+            seed: Seed of the run.
+            epoch: The epoch, or that of each picture, (b,).
+            index: Pictures, (b,).
+            rows: Captions of each picture, r.
+
+        Returns:
+            Caption numbers, (b r).
+        """
+        count, epoch = self.count[index][:, None], np.reshape(epoch, (-1, 1))
+        turns = np.maximum(count // rows, 1)  # epochs until the list is shuffled anew
+        place = np.arange(count.max())
+        keys = mix(seed, epoch // turns, index[:, None], place, 2)
+        order = np.argsort(np.where(place < count, keys, np.iinfo(np.uint64).max), axis=1, kind="stable")
+        column = (epoch % turns * rows + np.arange(rows)) % count
+        return self.first[index][:, None] + np.take_along_axis(order, column, axis=1)
+
+    def lengths(
+        self, seed: int, epoch: int | np.ndarray, rows: int, index: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Measure the longest chosen caption of pictures (of all unless told) in an epoch, in tokens, (n,)."""
+        index = np.arange(len(self)) if index is None else index
+        return np.diff(self.starts)[self.choose(seed, epoch, index, rows)].max(axis=1)
+
+    def row(self, caption: int, counted: bool = True) -> Row:
+        """Return one caption by its number."""
+        return Row(
+            self.tokens[self.starts[caption] : self.starts[caption + 1]], int(self.prompt[caption]), counted
+        )
+
+    def fixed(self, i: int, rows: int) -> list[Row]:
+        """Return the captions of picture i that evaluation uses: the first of each language, the second, and so on.
+
+        Where there are fewer than `rows`, the first one is repeated without being counted.
+        """
+        seen: dict[str | None, int] = {}
+        ranks = []
+        for j, caption in enumerate(self.captions[i]):
+            seen[caption.language] = seen.get(caption.language, -1) + 1
+            ranks.append((seen[caption.language], self.languages.index(caption.language), j))
+        chosen = [j for _, _, j in sorted(ranks)[:rows]]
+        first = int(self.first[i])
+        return [self.row(first + j) for j in chosen] + [
+            self.row(first + chosen[0], counted=False) for _ in range(rows - len(chosen))
+        ]
+
+
+def share_of_padding(lengths: np.ndarray, batches: Sequence[Sequence[int]]) -> float:
+    """Measure which share of the batches' token places is padding, with one row of `lengths` an index."""
+    real = sum(int(lengths[list(batch)].sum()) for batch in batches)
+    room = sum(len(batch) * int(lengths[list(batch)].max()) for batch in batches)
+    return 1 - real / room

@@ -1,0 +1,244 @@
+"""Interleaved documents of drawn scenes, without any file: pictures, and what is said of each, in one and the same way.
+
+Every document has a way of speaking (`WAYS`) that all its texts keep to: a whole description, the colour alone, the
+number alone, ... Nothing but the texts before tells a picture which way it is, so a model that writes the last text
+right has learnt from the examples before it: that is what few-shot prompting is measured by (`SceneDocumentSplit.pairs`
+are the examples, `answer` the truth).
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from PIL import Image
+
+from mmtransformer.data.documents.documents import Document
+from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.scenes.drawing import draw
+from mmtransformer.data.scenes.grammar import LANGUAGES, describe
+from mmtransformer.data.scenes.words import say
+from mmtransformer.data.scenes.world import Scene, World
+
+Way = Literal["description", "color", "shape", "count", "size", "fill"]
+WAYS: tuple[Way, ...] = get_args(Way)
+_SMALLEST = 32  # px
+_OPENINGS = {
+    "en": ("pictures:", "some pictures", "look at these", "an album"),
+    "ko": ("그림들:", "그림 몇 장", "이것들을 보세요", "앨범"),
+}
+
+
+class SceneDocumentSplit:
+    """One split of `SceneDocuments`: documents by index, drawn when they are asked for.
+
+    Args:
+        name: the split's name, part of the key of all chance.
+        size: number of documents.
+        image_size: side of the square pictures, px.
+        seed: part of the key of all chance.
+        world: what there is to see.
+        pictures: the fewest and the most pictures of a document.
+        ways: the ways of speaking there are.
+        languages: the languages there are.
+        openings: share of documents that begin with a few words before the first picture.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        *,
+        image_size: int,
+        seed: int,
+        world: World,
+        pictures: tuple[int, int],
+        ways: Sequence[Way],
+        languages: Sequence[str],
+        openings: float,
+    ):
+        self.split_name, self.size, self.image_size, self.seed, self.world = (
+            name,
+            size,
+            image_size,
+            seed,
+            world,
+        )
+        self.pictures, self.ways, self.languages, self.openings = (
+            pictures,
+            tuple(ways),
+            tuple(languages),
+            openings,
+        )
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return self.size
+
+    def name(self, i: int) -> str:
+        """The name of document i."""
+        return f"scene-documents-{self.seed}-{self.split_name}-{self._check(i):06d}"
+
+    def way(self, i: int) -> Way:
+        """The way of speaking that all texts of document i keep to."""
+        return self._chance(i, "way").choice(self.ways)
+
+    def language(self, i: int) -> str:
+        """The language of document i."""
+        return self._chance(i, "language").choice(self.languages)
+
+    def scene(self, i: int, k: int) -> Scene:
+        """What picture k of document i shows."""
+        return self.world.sample(self._chance(i, f"scene {k}"))
+
+    def document(self, i: int) -> Document:
+        """The texts of document i."""
+        language, way, chance = self.language(i), self.way(i), self._chance(i, "text")
+        opening = chance.choice(_OPENINGS[language]) if chance.random() < self.openings else ""
+        count = chance.randint(*self.pictures)
+        texts = [answer(self.scene(i, k), way, language, chance) for k in range(count)]
+        return Document((opening, *texts), language)
+
+    def picture_name(self, i: int, k: int) -> str:
+        """The name of picture k of document i."""
+        return f"{self.name(i)}/{k}"
+
+    def picture(self, i: int, k: int) -> Image.Image:
+        """Picture k of document i as RGB."""
+        return draw(self.scene(i, k), self.image_size, self.world.clutter)
+
+    def _check(self, i: int) -> int:
+        if not 0 <= i < self.size:
+            raise IndexError(f"document {i} of split {self.split_name!r}, which has {self.size}")
+        return i
+
+    def _chance(self, i: int, what: str) -> random.Random:
+        return random.Random(f"scene documents/{self.seed}/{self.split_name}/{self._check(i)}/{what}")
+
+
+class ScenePairs:
+    """Drawn scenes with one thing said of each, in one way and language: examples and questions of a few-shot test.
+
+    Args:
+        name: the split's name, part of the key of all chance.
+        size: number of pictures.
+        way: the way of speaking.
+        language: the language.
+        image_size: side of the square pictures, px.
+        seed: part of the key of all chance.
+        world: what there is to see.
+    """
+
+    def __init__(
+        self, name: str, size: int, way: Way, language: str, image_size: int, seed: int, world: World
+    ):
+        self.split_name, self.size, self.language = name, size, language
+        self.way: Way = way
+        self.image_size, self.seed, self.world = image_size, seed, world
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return self.size
+
+    def name(self, i: int) -> str:
+        """The name of picture i; the same picture in all ways and languages."""
+        return f"scenes-{self.seed}-{self.split_name}-{i:06d}"
+
+    def scene(self, i: int) -> Scene:
+        """What picture i shows."""
+        if not 0 <= i < self.size:
+            raise IndexError(f"picture {i} of split {self.split_name!r}, which has {self.size}")
+        return self.world.sample(random.Random(f"scene pairs/{self.seed}/{self.split_name}/{i}"))
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i as RGB."""
+        return draw(self.scene(i), self.image_size, self.world.clutter)
+
+    def captions(self, i: int) -> list[Caption]:
+        """What is said of picture i."""
+        chance = random.Random(f"scene pairs/{self.seed}/{self.split_name}/{i}/text")
+        return [Caption(answer(self.scene(i), self.way, self.language, chance), self.language)]
+
+
+class SceneDocuments:
+    """Documents of drawn scenes: a `DocumentSource` with the splits train and val.
+
+    Args:
+        image_size: side of the square pictures, px.
+        seed: another seed is another data set.
+        train_size: documents to train on.
+        val_size: documents to validate on.
+        pictures: the fewest and the most pictures of a document.
+        ways: the ways of speaking, one a document: "description", or one fact of the picture's first group: "color",
+            "shape", "count", "size", "fill".
+        languages: language codes, "en" and "ko"; one a document.
+        openings: share of documents that begin with a few words before the first picture.
+        world: what there is to see.
+
+    Raises:
+        ValueError: a number out of range, or an unknown way or language.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 64,
+        seed: int = 0,
+        train_size: int = 20000,
+        val_size: int = 200,
+        pictures: tuple[int, int] = (2, 5),
+        ways: Sequence[Way] = WAYS,
+        languages: Sequence[str] = ("en", "ko"),
+        openings: float = 0.2,
+        world: World = World(group_shares=(1.0,)),  # noqa: B008 - frozen
+    ):
+        if image_size < _SMALLEST:
+            raise ValueError(f"image_size must be at least {_SMALLEST} px, got {image_size}")
+        for field, number in (("train_size", train_size), ("val_size", val_size)):
+            if number < 1:
+                raise ValueError(f"{field} must be at least 1, got {number}")
+        if not 1 <= pictures[0] <= pictures[1]:
+            raise ValueError(
+                f"pictures must be the fewest (at least 1) and the most of a document, got {pictures}"
+            )
+        if not 0 <= openings <= 1:
+            raise ValueError(f"openings is a share, from 0 to 1, got {openings}")
+        for field, values, known in (("ways", ways, WAYS), ("languages", languages, tuple(LANGUAGES))):
+            if not values or set(values) - set(known) or len(set(values)) < len(values):
+                raise ValueError(f"{field} must be different ones of {', '.join(known)}, got {list(values)}")
+        self.image_size, self.seed, self.train_size, self.val_size = image_size, seed, train_size, val_size
+        self.pictures, self.ways, self.openings, self.world = pictures, tuple(ways), openings, world
+        self.languages: tuple[str, ...] = tuple(languages)
+
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits."""
+        return ("train", "val")
+
+    def split(self, name: str) -> SceneDocumentSplit:
+        """One split.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if name not in self.splits():
+            raise ValueError(f"scene documents have no split {name!r}; there are train, val")
+        return SceneDocumentSplit(
+            name,
+            self.train_size if name == "train" else self.val_size,
+            image_size=self.image_size,
+            seed=self.seed,
+            world=self.world,
+            pictures=self.pictures,
+            ways=self.ways,
+            languages=self.languages,
+            openings=self.openings,
+        )
+
+    def pairs(self, name: str, size: int, way: Way, language: str) -> ScenePairs:
+        """Pictures of their own with what is said of them in one way: examples ("shots") and questions of a test."""
+        return ScenePairs(name, size, way, language, self.image_size, self.seed, self.world)
+
+
+def answer(scene: Scene, way: Way, language: str, rng: random.Random) -> str:
+    """What is said of a scene in one way: a description, or one fact of its first group."""
+    if way == "description":
+        return describe(scene, language, 1, rng)[0]
+    return say(scene.groups[0], way, language)

@@ -1,0 +1,1 @@
+"""Text without pictures: rows for language models, and masked ones."""

@@ -1,0 +1,195 @@
+"""Pairs of texts with hidden words as a LightningDataModule, for a `TextEncoder`."""
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
+from mmtransformer.data.text_only.masking import Masking, with_mask
+from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, Unit
+from mmtransformer.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class MaskedData(Data):
+    """Texts with hidden words, alone or in pairs.
+
+    Validation hides all of the words that are asked for, always the same ones.
+
+    Args:
+        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one. A mask token is added.
+        vocab_size: The most words of a tokenizer that is trained here, the mask token included.
+        pairs: Whether rows are pairs of texts, half of the time of one group.
+        share: Share of the tokens that are to be filled in.
+        whole_words: Hide words with all of their tokens; else single tokens.
+        max_len: The most tokens of a row.
+        batch_size: Rows in a batch of one process.
+        num_workers: Processes that make batches. The batches are the same for any number.
+        seed: Seed of order, pairs and masks.
+        train_split: The split to train on.
+        val_splits: The splits to validate on.
+        test_splits: The splits to test on.
+    """
+
+    def __init__(
+        self,
+        source: GroupedTexts,
+        *,
+        tokenizer: Tokenizer | str | None = None,
+        vocab_size: int = 4096,
+        pairs: bool = True,
+        share: float = 0.15,
+        whole_words: bool = True,
+        max_len: int = 64,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_splits: Sequence[str] = ("val",),
+        test_splits: Sequence[str] = ("test",),
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+        )
+        self.source, self.pairs = source, pairs
+        self.share, self.whole_words, self.max_len = share, whole_words, max_len
+        self._rows: dict[str, MaskedRows] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, with a mask token: the one given, loaded, or trained on the training texts."""
+        return with_mask(super().tokenizer)
+
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training texts, with room for the mask token."""
+        texts = (text.text for text in self.source.split(self.train_split))
+        return Tokenizer.train(texts, self.vocab_size - 1, self.source.languages)
+
+    def masking(self, *, training: bool) -> Masking:
+        """How words are hidden: 80 % masked, 10 % changed, 10 % left in training, all masked in validation."""
+        hidden, changed = (0.8, 0.1) if training else (1.0, 0.0)
+        return Masking(
+            self.tokenizer, share=self.share, whole_words=self.whole_words, hidden=hidden, changed=changed
+        )
+
+    def rows(self, split: str) -> MaskedRows:
+        """Return the rows of a split, tokenised at the first call; texts that are cut are reported."""
+        if split not in self._rows:
+            rows = self._rows[split] = MaskedRows(
+                self.source.groups(split),
+                self.tokenizer,
+                self.masking(training=False),
+                max_len=self.max_len,
+                pairs=self.pairs,
+                seed=self.seed,
+            )
+            if rows.cut:
+                _log.warning(
+                    "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and are cut",
+                    *(split, rows.cut, len(rows), self.max_len, int(rows.sizes.max()) + 2),
+                )
+        return self._rows[split]
+
+    def prepare(self, split: str) -> None:
+        """Tokenise a split."""
+        self.rows(split)
+
+    def dataset(self, split: str, *, training: bool = False) -> MaskedDataset:
+        """Return a split's rows; in training with other second texts and masks every epoch."""
+        return MaskedDataset(
+            self.rows(split), self.tokenizer.bos_id, self.tokenizer.eos_id, training=training
+        )
+
+    def collate(self, split: str, *, training: bool = False) -> MaskedCollate:
+        """What makes a `MaskedBatch` of rows."""
+        return MaskedCollate(self.masking(training=training), self.tokenizer.pad_id, split)
+
+    def lengths(self, split: str) -> Lengths:
+        """How long rows are, with the second texts of an epoch."""
+        rows = self.rows(split)
+        return lambda epoch, index: rows.lengths(int(epoch))[index]
+
+    def describe(self) -> str:
+        """What was found, and how the texts of the splits became rows, a line each."""
+        lines = [self.source.describe()] if isinstance(self.source, TextFiles) else []
+        for split in (self.train_split, *self.val_splits):
+            rows = self.rows(split)
+            _, other = rows.seconds(0)
+            kinds = f"{int((other == 0).sum()):,} of one group, {int((other == 1).sum()):,} not"
+            line = f"{split}: {len(rows):,} rows of at most {self.max_len} tokens"
+            lines.append(f"{line}, pairs of texts: {kinds}" if self.pairs else line)
+        return "\n".join(lines)
+
+    def identity(self) -> dict[str, Any]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer_hash}
+
+
+def own_masked(
+    paths: list[str],
+    *,
+    unit: Unit = "line",
+    text_column: str | list[str] | None = None,
+    split_column: str | None = None,
+    val_fraction: float = 0.05,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    pairs: bool = True,
+    share: float = 0.15,
+    whole_words: bool = True,
+    max_len: int = 64,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+    max_bad: float = 0.01,
+) -> MaskedData:
+    """Texts of one's own with hidden words: plain text, JSONL, CSV, COCO and Karpathy JSON, Parquet, zip, tar.
+
+    Args:
+        paths: Files, folders or archives.
+        unit: What a document is in a plain text file: a line, a paragraph or the file.
+        text_column: Column, or columns, with the texts of tables; those of one row belong together.
+        split_column: Column with the split.
+        val_fraction: Share of the texts for validation where the data names none.
+        tokenizer: Folder of a tokenizer; else one is trained.
+        vocab_size: The most words of a tokenizer that is trained.
+        pairs: Whether rows are pairs of texts, half of the time of one picture or row of a table.
+        share: Share of the tokens that are to be filled in.
+        whole_words: Hide words with all of their tokens; else single tokens.
+        max_len: The most tokens of a row.
+        batch_size: Rows in a batch of one process.
+        num_workers: Processes that make batches.
+        seed: Seed of order, pairs and masks.
+        max_bad: Share of a table's rows that may be unusable before the run stops.
+    """
+    source = TextFiles(
+        paths,
+        unit=unit,
+        text_column=text_column,
+        split_column=split_column,
+        val_fraction=val_fraction,
+        max_bad=max_bad,
+    )
+    return MaskedData(
+        source,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        pairs=pairs,
+        share=share,
+        whole_words=whole_words,
+        max_len=max_len,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+    )

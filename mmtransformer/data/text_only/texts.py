@@ -1,0 +1,259 @@
+"""Texts as a LightningDataModule for a language model: packed rows, the same for any number of workers and processes.
+
+Letters: b rows, q tokens of a row.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmtransformer.batch import Batch
+from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.text_only.text_rows import TextRow, TextRows
+from mmtransformer.data.text_only.text_source import TextFiles, TextSource, Unit
+from mmtransformer.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TextBatch(Batch):
+    """Packed rows of texts.
+
+    Attributes:
+        tokens: (b q) long: prompt, text and end-of-sequence, again and again.
+        segments: (b q) long: which text (or part of a long one) of the split a token belongs to; below 0 = padding.
+        target: (b q) bool, True = a token that the model must predict: text and end, not prompt, not padding.
+        names: the names of the texts, "train 17".
+    """
+
+    tokens: Tensor
+    segments: Tensor
+    target: Tensor
+    names: tuple[str, ...] = ()
+
+
+class TextDataset(Dataset[tuple[TextRow, bool]]):
+    """One split's rows; what it returns depends on the `Pick` only.
+
+    Args:
+        rows: The rows.
+        training: Another arrangement every epoch; else always that of epoch 0.
+    """
+
+    def __init__(self, rows: TextRows, *, training: bool = True) -> None:
+        self.rows, self.training = rows, training
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, pick: Pick) -> tuple[TextRow, bool]:
+        """A row of an epoch, and whether it counts."""
+        return self.rows.row(pick.epoch if self.training else 0, pick.index), pick.counted
+
+
+class TextCollate:
+    """Makes one `TextBatch` of rows.
+
+    Args:
+        pad_id: The id that fills up the few rows that are not full.
+        text_of: Of every part the text that it is of.
+        name: The split's name.
+    """
+
+    def __init__(self, pad_id: int, text_of: np.ndarray, name: str) -> None:
+        self.pad_id, self.text_of, self.name = pad_id, text_of, name
+
+    def __call__(self, samples: list[tuple[TextRow, bool]]) -> TextBatch:
+        """Stack the rows."""
+        shape = (len(samples), max(len(row.tokens) for row, _ in samples))
+        tokens = np.full(shape, self.pad_id, np.int64)
+        segments = np.tile(-1 - np.arange(shape[1]), (shape[0], 1))  # padding sees nothing but itself
+        target, parts = np.zeros(shape, bool), list[int]()
+        for i, (row, counted) in enumerate(samples):
+            end = len(row.tokens)
+            tokens[i, :end], target[i, :end] = row.tokens, row.target & counted
+            segments[i, :end] = row.parts[row.segments]
+            parts += row.parts.tolist() if counted else []
+        return TextBatch(
+            tokens=torch.from_numpy(tokens),
+            segments=torch.from_numpy(segments),
+            target=torch.from_numpy(target),
+            names=tuple(f"{self.name} {text}" for text in self.text_of[parts].tolist()),
+        )
+
+
+class TextData(Data):
+    """Texts for a language model, packed into full rows; no text sees its neighbours.
+
+    Args:
+        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training texts.
+        vocab_size: The most words of a tokenizer that is trained here.
+        max_len: The most tokens that see each other, prompt and end included; a longer text is divided.
+        row_len: Tokens of a row, in which several texts stand; `max_len` unless told.
+        batch_size: Rows in a batch of one process.
+        num_workers: Processes that make batches. The batches are the same for any number.
+        seed: Seed of order and rows.
+        train_split: The split to train on.
+        val_splits: The splits to validate on.
+        test_splits: The splits to test on.
+        languages: Language codes that the tokenizer which is trained here gets; those of the source unless told.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        *,
+        tokenizer: Tokenizer | str | None = None,
+        vocab_size: int = 4096,
+        max_len: int = 64,
+        row_len: int | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_splits: Sequence[str] = ("val",),
+        test_splits: Sequence[str] = ("test",),
+        languages: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            train_split=train_split,
+            val_splits=val_splits,
+            test_splits=test_splits,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+        )
+        self.source, self.languages = source, languages
+        self.max_len, self.row_len = max_len, max_len if row_len is None else row_len
+        self._rows: dict[str, TextRows] = {}
+
+    def train_tokenizer(self) -> Tokenizer:
+        """Train a tokenizer on the training texts."""
+        texts = (text.text for text in self.texts(self.train_split))
+        languages = self.source.languages if self.languages is None else self.languages
+        return Tokenizer.train(texts, self.vocab_size, languages)
+
+    def texts(self, split: str) -> list[Caption]:
+        """Return the texts of a split."""
+        return self.source.split(split)
+
+    def rows(self, split: str) -> TextRows:
+        """Return the rows of a split, tokenised and packed at the first call; what was divided is reported."""
+        if split not in self._rows:
+            rows = self._rows[split] = TextRows(
+                self.texts(split), self.tokenizer, max_len=self.max_len, row_len=self.row_len, seed=self.seed
+            )
+            if rows.divided:
+                _log.warning(
+                    "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and were divided",
+                    *(split, rows.divided, len(rows.prompt), self.max_len, rows.longest),
+                )
+        return self._rows[split]
+
+    def prepare(self, split: str) -> None:
+        """Tokenise and pack a split."""
+        self.rows(split)
+
+    def dataset(self, split: str, *, training: bool = False) -> TextDataset:
+        """Return a split's rows; arranged anew every epoch in training."""
+        return TextDataset(self.rows(split), training=training)
+
+    def collate(self, split: str, *, training: bool = False) -> TextCollate:
+        """What makes a `TextBatch` of rows."""
+        return TextCollate(self.tokenizer.pad_id, self.rows(split).text_of, split)
+
+    def describe(self) -> str:
+        """What was found, and how the texts of the splits became rows, a line each."""
+        lines = [self.source.describe()] if isinstance(self.source, TextFiles) else []
+        for split in (self.train_split, *self.val_splits):
+            rows = self.rows(split)
+            line = (
+                f"{split}: {len(rows.prompt):,} texts of {int(rows.lengths.sum()):,} tokens in {len(rows):,} rows of "
+                f"{rows.row_len}, {rows.padding:.2%} padding"
+            )
+            if rows.divided:
+                line += f"; {rows.divided:,} texts longer than {self.max_len} tokens were divided"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def identity(self) -> dict[str, Any]:
+        """The tokenizer, and the size of texts and rows."""
+        return {"tokenizer": self.tokenizer_hash, "rows": [self.max_len, self.row_len]}
+
+    def changed(self, name: str, was: Any, now: Any) -> str:
+        """What to say when the tokenizer or the rows are not what they were."""
+        if name == "rows":
+            return "the run had max_len {} and row_len {}, now they are {} and {}".format(*was, *now)
+        return super().changed(name, was, now)
+
+
+def own_texts(
+    paths: list[str],
+    *,
+    unit: Unit = "line",
+    text_column: str | list[str] | None = None,
+    language_column: str | None = None,
+    split_column: str | None = None,
+    language: str | None = None,
+    val_fraction: float = 0.05,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    max_len: int = 64,
+    row_len: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    seed: int = 0,
+    max_bad: float = 0.01,
+) -> TextData:
+    """Texts of one's own in plain text files, JSONL, CSV, COCO and Karpathy JSON, Parquet, zip or tar.
+
+    Args:
+        paths: Files, folders or archives.
+        unit: What a document is in a plain text file: a line, a paragraph or the file.
+        text_column: Column, or columns, with the texts of tables.
+        language_column: Column with the language of a row's texts.
+        split_column: Column with the split.
+        language: The language of texts that neither the data nor their script tells.
+        val_fraction: Share of the texts for validation where the data names none.
+        tokenizer: Folder of a tokenizer; else one is trained.
+        vocab_size: The most words of a tokenizer that is trained.
+        max_len: The most tokens that see each other; a longer text is divided.
+        row_len: Tokens of a row, in which several texts stand.
+        batch_size: Rows in a batch of one process.
+        num_workers: Processes that make batches.
+        seed: Seed of order and rows.
+        max_bad: Share of a table's rows that may be unusable before the run stops.
+    """
+    source = TextFiles(
+        paths,
+        unit=unit,
+        text_column=text_column,
+        language_column=language_column,
+        split_column=split_column,
+        language=language,
+        val_fraction=val_fraction,
+        max_bad=max_bad,
+    )
+    return TextData(
+        source,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        max_len=max_len,
+        row_len=row_len,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+    )

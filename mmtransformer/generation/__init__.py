@@ -1,0 +1,1 @@
+"""Texts from any model with prefill and step: greedy search, sampling, beams."""

@@ -1,0 +1,76 @@
+"""Guidance: what a picture makes likelier than a blank one does, made likelier still.
+
+Letters: n rows of text, m rows while decoding, v vocabulary.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmtransformer.captioners.base import CaptionBatch, Captioner, State
+
+
+class Both(NamedTuple):
+    """The states with the picture and with a blank one."""
+
+    right: State
+    blank: State
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorders both."""
+        self.right.reorder(rows)
+        self.blank.reorder(rows)
+
+
+class Guided:
+    """A captioner whose log-probabilities are blank + scale * (right - blank) (arXiv:2207.12598, equation 6).
+
+    Args:
+        captioner: the model.
+        scale: 1 = no guidance; above 1 what the picture says counts for more than how captions usually go.
+    """
+
+    def __init__(self, captioner: Captioner, scale: float) -> None:
+        self.captioner, self.scale, self.training = captioner, scale, captioner.training
+
+    @property
+    def max_len(self) -> int:
+        """That of the captioner."""
+        return self.captioner.max_len
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self.captioner.eval()
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode."""
+        self.captioner.train(mode)
+
+    def start(self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, Both]:
+        """Reads the prompts twice, with their pictures and with blank ones."""
+        right, state = self.captioner.start(batch, copies=copies, max_new_tokens=max_new_tokens)
+        blank, other = self.captioner.start(
+            blank_pictures(self.captioner, batch), copies=copies, max_new_tokens=max_new_tokens
+        )
+        return self._guided(right, blank), Both(state, other)
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """Adds a token to each row of both."""
+        right = self.captioner.step(tokens, state.right)
+        return self._guided(right, self.captioner.step(tokens, state.blank))
+
+    def _guided(self, right: Tensor, blank: Tensor) -> Tensor:
+        return blank.float().log_softmax(1).lerp(right.float().log_softmax(1), self.scale)
+
+
+def blank_pictures(captioner: Captioner, batch: CaptionBatch) -> CaptionBatch:
+    """The batch with grey pictures (the mean colour of the transform) in place of its own."""
+    if batch.pixels is not None:
+        return replace(batch, pixels=torch.zeros_like(batch.pixels))
+    tokens = batch.visual
+    height, width = (side * captioner.vision.patch_size for side in captioner.vision.grid)
+    dtype = next(captioner.vision.parameters()).dtype
+    pixels = torch.zeros(1, tokens.shape[1], 3, height, width, device=tokens.device, dtype=dtype)
+    return replace(batch, visual_tokens=captioner.encode(pixels).to(tokens.dtype).expand_as(tokens))

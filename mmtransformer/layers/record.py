@@ -1,0 +1,101 @@
+"""Attention weights of any layer, on request; without a recording nothing is computed or kept.
+
+with record_attention(model.decoder, keep="cross_attn") as record:
+    model.logits(batch)
+record["blocks.0.cross_attn"]        # (b h q k)
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.layers.attention import Attention, KeyValue, KVCache, Mask, Rope, attention_weights
+
+
+@contextmanager
+def record_attention(model: nn.Module, keep: str | Callable[[str], bool] = "") -> Iterator[dict[str, Tensor]]:
+    """Records the weights of attention layers while the context is open; the result of the model stays the same.
+
+    The weights are computed again beside the fast kernel, in float32 and without gradient. A layer that runs several
+    times (decoding with a cache) keeps its last weights.
+
+    Args:
+        model: any module with `Attention` layers inside.
+        keep: which layers: part of the name, or a function of the name; "" = all.
+
+    Yields:
+        A dictionary, filled as the model runs: layer name -> weights (b h q k).
+
+    Raises:
+        ValueError: if no layer is kept.
+    """
+    wanted = keep if callable(keep) else lambda name: keep in name
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, Attention) and wanted(name)
+    }
+    if not layers:
+        raise ValueError(f"no attention layer is kept by {keep!r} in {type(model).__name__}")
+    record: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(_recorder(name, record), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rollout(weights: Iterable[Tensor]) -> Tensor:
+    """How much each token of the first layer is in each token of the last: attention rollout (arXiv:2005.00928).
+
+    Heads are averaged, a residual counts as much as its branch, and layers are multiplied.
+
+    Args:
+        weights: self-attention of each layer, first layer first, each (b h q q); such as `record.values()`.
+
+    Returns:
+        (b q q), the last layer's tokens over the first layer's; each row sums to 1 if the layers' do.
+
+    Raises:
+        ValueError: if there is no layer, or one that is not self-attention over the same tokens.
+    """
+    found: Tensor | None = None
+    for layer in weights:
+        mean = layer.float().mean(1)
+        if mean.shape[1] != mean.shape[2] or (found is not None and found.shape != mean.shape):
+            raise ValueError(
+                f"rollout takes square weights (b h q q) of equal size, not {tuple(layer.shape)}"
+            )
+        mixed = (mean + torch.eye(mean.shape[1], device=mean.device)) / 2
+        found = mixed if found is None else mixed @ found
+    if found is None:
+        raise ValueError("rollout needs the weights of 1 layer at least, not of 0")
+    return found
+
+
+def _recorder(name: str, record: dict[str, Tensor]) -> Callable:
+    def hook(layer: Attention, args: tuple, kwargs: dict, output: Tensor) -> None:
+        record[name] = _weights(layer, *args, **kwargs)
+
+    return hook
+
+
+@torch.no_grad()
+def _weights(
+    layer: Attention,
+    x: Tensor,
+    context: Tensor | KeyValue | None = None,
+    *,
+    mask: Mask | None = None,
+    rope: Rope | None = None,
+    cache: KVCache | None = None,
+) -> Tensor:
+    if cache is not None:  # The layer has run: its cache already holds the new keys.
+        q = layer.project_q(x)
+        return attention_weights(q if rope is None else rope.rotate(q), cache.filled().k, mask)
+    q, kv = layer.project(x, context, rope, None)
+    return attention_weights(q, kv.k, mask)

@@ -1,0 +1,1 @@
+"""Saved models in one call: captions, translations, classes, few-shot prompts. No Lightning."""

@@ -1,0 +1,131 @@
+"""ImageClassifier: pictures in, classes out, and everything that belongs to a saved model in one folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.images import ImageTransform, load
+from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.pipelines.image_captioner import CARD, PREPROCESSOR, Picture, fast_autocast, read_transform
+from mmtransformer.serialization.pretrained import find_folder, read_json
+
+CLASSES = "classes.json"
+
+
+class ImageClassifier:
+    """Classifies pictures with a trained ViT.
+
+    Args:
+        vit: The model, with a head.
+        classes: The names of its classes, in the order of their numbers.
+        transform: How a picture becomes pixels.
+        device: Where to compute; a GPU if there is one.
+
+    Raises:
+        ValueError: If the head has not as many classes as there are names.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        classes: Sequence[str],
+        transform: ImageTransform,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if vit.num_classes != len(classes):
+            raise ValueError(
+                f"the model tells {vit.num_classes} classes apart, but there are {len(classes)} names"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.vit, self.classes, self.transform = vit.to(self.device).eval(), tuple(classes), transform
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: Picture | Sequence[Picture], *, top: int = 1, batch_size: int = 64
+    ) -> list[list[tuple[str, float]]]:
+        """Classifies pictures.
+
+        Args:
+            images: A picture (path, bytes, file or PIL image), or a list of them.
+            top: How many classes of each.
+            batch_size: Pictures at once.
+
+        Returns:
+            For each picture its likeliest classes with their probabilities, best first.
+
+        Raises:
+            ImageError: If a picture cannot be used; names the file, the fault and the remedy.
+        """
+        many: list[Picture] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        found: list[list[tuple[str, float]]] = []
+        for start in range(0, len(many), batch_size):
+            some = [self.transform(load(image)) for image in many[start : start + batch_size]]
+            with fast_autocast(self.device):
+                logits = self.vit(torch.stack(some).to(self.device))
+            best = logits.float().softmax(-1).topk(min(top, len(self.classes)), dim=-1)
+            for shares, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                found.append([(self.classes[i], share) for i, share in zip(numbers, shares, strict=True)])
+        return found
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
+        """Writes model, classes, image transform and a model card.
+
+        Args:
+            folder: Where to; made if it is not there.
+            card: Text for the model card, below its heading: how it was trained, its scores.
+        """
+        folder = Path(folder)
+        self.vit.save_pretrained(folder)
+        for name, value in (
+            (CLASSES, {"classes": list(self.classes)}),
+            (PREPROCESSOR, self.transform.to_dict()),
+        ):
+            text = json.dumps(value, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+        """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
+
+        On a CPU its linear weights are packed (`prepack.for_inference`).
+
+        Raises:
+            ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
+        """
+        folder = find_folder(folder_or_id)
+        names = read_json(folder / CLASSES).get("classes")
+        if not isinstance(names, list):
+            raise ValueError(f'{folder / CLASSES}: no list "classes"')
+        transform = read_transform(folder / PREPROCESSOR)
+        found = cls(ViT.from_pretrained(folder), [str(name) for name in names], transform, device=device)
+        for_inference(found.vit)
+        return found
+
+    def _card(self, folder: Path, text: str) -> str:
+        parameters = sum(p.numel() for p in self.vit.parameters())
+        return f"""---
+library_name: mmtransformer
+pipeline_tag: image-classification
+---
+
+# {folder.parent.name if folder.name == "model" else folder.name}
+
+A ViT of mmtransformer that tells {len(self.classes)} classes apart: {parameters / 1e6:.1f} million parameters.
+
+```python
+from mmtransformer import ImageClassifier
+
+classifier = ImageClassifier.from_pretrained("{folder.name}")  # this folder
+print(classifier("picture.jpg", top=3)[0])
+```
+
+{text}
+"""

@@ -1,0 +1,188 @@
+"""Translator: texts in, translations out, and everything that belongs to a saved model in one folder."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from mmtransformer.backbones.seq2seq import TextPairs, Transformer
+from mmtransformer.data.translation import source_ids
+from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.loop import generate
+from mmtransformer.layers.record import record_attention
+from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.pipelines.image_captioner import CARD, GENERATION, fast_autocast, read_decoding
+from mmtransformer.serialization.pretrained import find_folder
+from mmtransformer.text.tokenizer import Tokenizer
+
+PAPER = Decoding(num_beams=4, length_penalty=0.6, length_offset=5.0)
+"""How the 2017 Transformer translated."""
+
+
+class Translator:
+    """Translates texts with a trained encoder-decoder.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer; its languages are those that the model writes.
+        decoding: How translations are searched for; the paper's 4 beams unless told.
+        device: Where to compute; a GPU if there is one.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        decoding: Decoding | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model scores {model.vocab_size}; "
+                f"they do not belong together"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.tokenizer, self.decoding = tokenizer, decoding or PAPER
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        language: str,
+        *,
+        num_beams: int | None = None,
+        batch_size: int = 64,
+    ) -> list[str]:
+        """Translates texts; those of similar length are read together.
+
+        Args:
+            texts: A text, or many.
+            language: The language to write, such as "ko".
+            num_beams: Beams, in place of the model's own setting.
+            batch_size: Texts at once.
+
+        Returns:
+            The translations, in the order of the texts.
+
+        Raises:
+            ValueError: If the model does not know the language, or a text is longer than it reads.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        prompt = self.tokenizer.prompt(language)
+        sources = [source_ids(self.tokenizer, text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(sources[i]))
+        found = [""] * len(texts)
+        d = self.decoding
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = self._batch([sources[i] for i in chosen], prompt)
+            room = self.model.max_len - len(prompt)
+            with fast_autocast(self.device):
+                rows = generate(
+                    self.model,
+                    batch,
+                    eos_id=self.tokenizer.eos_id,
+                    max_new_tokens=min(d.max_new_tokens, room),
+                    min_new_tokens=d.min_new_tokens,
+                    num_beams=d.num_beams if num_beams is None else num_beams,
+                    repetition_penalty=d.repetition_penalty,
+                    no_repeat_ngram=d.no_repeat_ngram,
+                    length_penalty=d.length_penalty,
+                    length_offset=d.length_offset,
+                )
+            for i, (best, *_) in zip(chosen, rows, strict=True):
+                # A model may score more ids than its tokenizer has; those say nothing.
+                found[i] = self.tokenizer.decode([t for t in best.tokens if t < self.tokenizer.vocab_size])
+        return found
+
+    def _batch(self, sources: list[list[int]], prompt: list[int]) -> TextPairs:
+        source, source_valid = self.tokenizer.pad(sources)
+        tokens = torch.tensor([prompt] * len(sources))
+        every = torch.ones_like(tokens, dtype=torch.bool)
+        return TextPairs(source, source_valid, tokens, every, ~every).to(self.device)
+
+    @torch.no_grad()
+    def look(self, text: str, translation: str, language: str) -> tuple[list[str], list[str], torch.Tensor]:
+        """Where the decoder looked in the text while it wrote each token of a translation.
+
+        Args:
+            text: The source.
+            translation: What was written, or what might have been.
+            language: Its language.
+
+        Returns:
+            The translation's pieces (q, the last is the end), the source's pieces (k, the last is the end), and the
+            weights of each decoder block and head: (blocks heads q k).
+        """
+        prompt, said = self.tokenizer.prompt(language), self.tokenizer.encode(translation)
+        source = source_ids(self.tokenizer, text)
+        tokens = torch.tensor([[*prompt, *said]], device=self.device)
+        with record_attention(self.model.decoder, keep="cross_attn") as record:
+            self.model.decode(tokens, self.model.encode(torch.tensor([source], device=self.device)))
+        weights = torch.stack([x[0, :, len(prompt) - 1 :] for x in record.values()]).float().cpu()
+        pieces = self.tokenizer.pieces
+        return pieces([*said, self.tokenizer.eos_id]), pieces(source), weights
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
+        """Writes model, tokenizer, decoding and a model card.
+
+        Args:
+            folder: Where to; made if it is not there.
+            card: Text for the model card, below its heading: how it was trained, its scores.
+        """
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save(folder)
+        text = json.dumps(dataclasses.asdict(self.decoding), indent=2)
+        (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
+        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+        """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
+
+        On a CPU its linear weights are packed (`prepack.for_inference`).
+
+        Raises:
+            ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
+        """
+        folder = find_folder(folder_or_id)
+        model = Transformer.from_pretrained(folder)
+        decoding = read_decoding(folder / GENERATION)
+        found = cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
+        for_inference(found.model)
+        return found
+
+    def _card(self, folder: Path, text: str) -> str:
+        known = self.tokenizer.languages
+        parameters = sum(p.numel() for p in self.model.parameters())
+        head = ["library_name: mmtransformer", "pipeline_tag: translation"]
+        head += [f"language: [{', '.join(known)}]"] if known else []
+        return f"""---
+{chr(10).join(head)}
+---
+
+# {folder.parent.name if folder.name == "model" else folder.name}
+
+A Transformer of mmtransformer that translates texts: {parameters / 1e6:.1f} million parameters,
+{self.tokenizer.vocab_size} tokens, languages {", ".join(known)}.
+
+```python
+from mmtransformer import Translator
+
+translator = Translator.from_pretrained("{folder.name}")  # this folder
+print(translator("a text", "{known[-1] if known else "ko"}")[0])
+```
+
+{text}
+"""

@@ -1,0 +1,206 @@
+"""A gallery as one HTML file: nothing is loaded from outside, and a word under the pointer shows its heat map."""
+
+import base64
+import hashlib
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmtransformer.plots import fonts
+from mmtransformer.plots.cards import Card, Said, show_number
+from mmtransformer.plots.files import write_whole
+from mmtransformer.plots.heatmap import as_heat, heat_top, palette
+
+Number = float | int | str | None | tuple[float, float, float]
+"""A figure; a text; None for "not computed"; or (value, low, high) with its confidence interval."""
+
+CSS = Path(__file__).parent / "assets" / "page.css"
+SCRIPT = Path(__file__).parent / "assets" / "page.js"
+
+
+def html_page(
+    title: str,
+    cards: Sequence[Card],
+    metrics: Mapping[str, Number | Mapping[str, Number]] | None,
+    path: str | Path,
+    *,
+    hint: str = "",
+    picture_size: int = 448,
+) -> Path:
+    """Write cards and metrics as a self-contained HTML page.
+
+    The page reads well without scripts; with them, a word that is pointed at, tapped, or reached with the arrow keys
+    shows where the model looked. Captions are strangers' text: they are escaped, and the page's own policy lets no
+    script run but its own and nothing be fetched.
+
+    Args:
+        title: the page's title.
+        cards: the pictures with their captions; `Said.heat` brings the heat maps.
+        metrics: name -> figure, or name -> (column -> figure); None for no table.
+        path: the .html file to write.
+        hint: a line below the title; what stands between backticks is set as a command.
+        picture_size: pixels of a picture's longer side, at most.
+
+    Returns:
+        The path.
+    """
+    body = [f"<h1>{_text(title)}</h1>"]
+    heated = any(said.heat is not None for card in cards for said in card.captions)
+    hints = [re.sub("`([^`]+)`", r"<code>\1</code>", _text(hint))] if hint else []
+    if heated:
+        hints.append("<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it.")
+    if hints:
+        body += [f'<p class="hint">{line}</p>' for line in hints]
+    if metrics:
+        body.append(_table(metrics))
+    body += ["<main>", *(_card(card, picture_size) for card in cards), "</main>"]
+    content = "\n".join(body)
+    css = _korean_face(html.unescape(re.sub(r"<[^>]*>", " ", content))) + CSS.read_text(encoding="utf-8")
+    script = SCRIPT.read_text(encoding="utf-8")
+    policy = (
+        "default-src 'none'; img-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'"
+    )
+    colours = base64.b64encode(palette().tobytes()).decode()
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title>
+<style>
+{css}</style>
+</head>
+<body data-palette="{colours}">
+{content}
+<script>{script}</script>
+</body>
+</html>
+"""
+    return write_whole(path, page.encode("utf-8"))
+
+
+def _korean_face(told: str) -> str:
+    """The rule that gives the page Korean letters: the reader's own font, else those that the text needs, embedded.
+
+    The range keeps the face to Korean, so that it can stand first in the list of families: browsers do not always
+    draw a text anew when a face further down has been decoded.
+    """
+    hangul = "".join(c for c in fonts.clean(told) if re.match("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]", c))
+    if not hangul:
+        return ""
+    own = ", ".join(
+        f'local("{name}")' for name in ("Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans CJK KR")
+    )
+    data = base64.b64encode(fonts.subset(hangul)).decode()
+    return (
+        f'@font-face {{ font-family: "MMT Hangul"; src: {own}, url(data:font/woff;base64,{data}) format("woff"); '
+        "unicode-range: U+1100-11FF, U+3130-318F, U+AC00-D7A3; }\n"
+    )
+
+
+def encode_picture(image: Image.Image, longest: int) -> str:
+    """Give a picture as a `data:` address: WebP, a small one lossless."""
+    image = image.convert("RGB")
+    if max(image.size) > longest:
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    lossless = image.width * image.height <= 65_536
+    file = io.BytesIO()
+    image.save(file, "WEBP", lossless=lossless, quality=80 if lossless else 82, method=4)
+    data = file.getvalue()
+    return "data:image/webp;base64," + base64.b64encode(data).decode()
+
+
+def _card(card: Card, picture_size: int) -> str:
+    first = card.captions[0].text if card.captions else card.heading
+    heading = f"<h2>{_text(card.heading)}</h2>" if card.heading else ""
+    heat = "<canvas aria-hidden=true></canvas>" if any(s.heat is not None for s in card.captions) else ""
+    wide, high = card.image.size
+    return (
+        f'<article>\n<div class="picture"><img src="{encode_picture(card.image, picture_size)}" '
+        f'width="{wide}" height="{high}" alt="{_text(first)}">{heat}</div>\n'
+        f'<div class="text">{heading}{"".join(_said(said) for said in card.captions)}</div>\n</article>'
+    )
+
+
+def _said(said: Said) -> str:
+    """A caption with its marks and references."""
+    language = _language(said.language)
+    chips = []
+    if said.language:
+        chips.append(f'<li class="language">{_text(said.language)}</li>')
+    if said.facts:
+        right = sum(ok for _, ok in said.facts)
+        mark = '"good">✓' if said.correct else '"bad">✗'
+        chips.append(f"<li class={mark} {right}/{len(said.facts)} facts</li>")
+        chips += [f'<li class="bad">✗ {_text(fact)}</li>' for fact, ok in said.facts if not ok]
+    if said.score is not None:
+        chips.append(f"<li>log p {said.score:.2f}</li>")
+    marks = f'\n<ul class="chips">{"".join(chips)}</ul>' if chips else ""
+    items = "".join(f'<li dir="auto">{_text(r)}</li>' for r in said.references)
+    references = f'\n<ul class="references"{language}>{items}</ul>' if items else ""
+    return f"\n<section>{_words(said, language)}{marks}{references}</section>"
+
+
+def _words(said: Said, language: str) -> str:
+    """The caption itself; with heat, every word in a span and the grids as bytes."""
+    if said.heat is None or not said.words:
+        return f'<p class="said" dir="auto"{language}>{_text(said.text) or "(empty)"}</p>'
+    heat = as_heat(said.heat, len(said.words))
+    level = np.round(np.clip(heat / heat_top(heat), 0, 1) * 255).astype(np.uint8)
+    grid = " ".join([*map(str, heat.shape[1:]), *(f"{v:.4g}" for v in said.box)])
+    spans = " ".join(f"<span>{_text(word)}</span>" for word in said.words)
+    data = base64.b64encode(level.tobytes()).decode()
+    return f'<p class="said heated" dir="auto"{language} data-grid="{grid}" data-heat="{data}">{spans}</p>'
+
+
+def _table(metrics: Mapping[str, Number | Mapping[str, Number]]) -> str:
+    columns: dict[str, None] = {}
+    for value in metrics.values():
+        columns |= dict.fromkeys(value) if isinstance(value, Mapping) else {"": None}
+    head = ""
+    if list(columns) != [""]:
+        head = (
+            "<thead><tr><th></th>"
+            + "".join(f"<th scope=col>{_text(c)}</th>" for c in columns)
+            + "</tr></thead>"
+        )
+    rows = []
+    for name, value in metrics.items():
+        cells = value if isinstance(value, Mapping) else {"": value}
+        row = "".join(f"<td>{_figure(cells[c]) if c in cells else ''}</td>" for c in columns)
+        rows.append(f"<tr><th scope=row>{_text(name)}</th>{row}</tr>")
+    return f'<div class="metrics"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _figure(value: Number) -> str:
+    if value is None:
+        return "not computed"
+    if isinstance(value, tuple):
+        middle, low, high = map(show_number, value)
+        return f"{middle} <small>[{low}, {high}]</small>"
+    return _text(show_number(value)) if isinstance(value, (int, float)) else _text(value)
+
+
+def _text(text: str) -> str:
+    """Escape a stranger's text, without direction overrides, control characters and broken halves of characters."""
+    text = "".join(c if not 0xD800 <= ord(c) < 0xE000 else "\ufffd" for c in text)
+    hidden = {ord(c): None for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f"}
+    return html.escape(
+        "".join(c for c in text.translate(hidden) if c in "\n\t" or (ord(c) >= 32 and c != "\x7f"))
+    )
+
+
+def _language(code: str | None) -> str:
+    """The `lang` attribute, if the code is one."""
+    return f' lang="{code}"' if code and re.fullmatch(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", code) else ""
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,1 +1,0 @@
-"""How the next token is chosen: rules on its scores, greedy search and sampling, beams, required words, guidance."""

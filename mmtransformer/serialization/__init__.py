@@ -1,0 +1,1 @@
+"""Models in folders, and files from outside that are not trusted."""

@@ -1,0 +1,260 @@
+"""Models in folders: `config.json` that says how to build one, `model.safetensors` that fills it. Never a pickle.
+
+A model's constructor arguments are its configuration: each is kept as an attribute of the same name, so a config is
+read off the model, and one that was built by hand is saved as well as one from a recipe.
+"""
+
+import errno
+import importlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def to_config(module: nn.Module) -> dict[str, Any]:
+    """How to build this module again: {"class": name, "args": {...}}, nested where an argument is a module.
+
+    Raises:
+        ValueError: if it is not one of the library's public models, and could not be built again.
+    """
+    kind, args = type(module), {}
+    if not isinstance(module, Pretrained) or _public(kind.__name__) is not kind:
+        raise ValueError(
+            f"{kind.__module__}.{kind.__name__} is no public model of mmtransformer: only those are saved"
+        )
+    for name in list(inspect.signature(kind.__init__).parameters)[1:]:
+        value = getattr(module, name)
+        if isinstance(value, nn.Module):
+            value = to_config(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        args[name] = value
+    return {"class": kind.__name__, "args": args}
+
+
+def _public(name: Any) -> Any:
+    library = importlib.import_module("mmtransformer")
+    return getattr(library, name, None) if isinstance(name, str) and name in library.__all__ else None
+
+
+def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
+    """Builds the module that a config describes; only public classes of this library can be named.
+
+    Raises:
+        ValueError: for a class or argument that the library does not have, or arguments that do not fit.
+    """
+    if (
+        not isinstance(config, dict)
+        or set(config) != {"class", "args"}
+        or not isinstance(config["args"], dict)
+    ):
+        raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}')
+    name = config["class"]
+    found = _public(name)
+    if not (isinstance(found, type) and issubclass(found, Pretrained)):
+        raise ValueError(f'{where}: mmtransformer has no model class "{name}"')
+    known = list(inspect.signature(found.__init__).parameters)[1:]
+    if unknown := sorted(set(config["args"]) - set(known)):
+        raise ValueError(f"{where}: {name} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+    args = {
+        k: from_config(v, where) if isinstance(v, dict) and "class" in v else v
+        for k, v in config["args"].items()
+    }
+    hints = hints_of(found)
+    minus = [
+        key for key, value in args.items() if isinstance(value, int) and value < 0
+    ]  # a size, all of them
+    if odd := minus + [key for key, value in args.items() if not fits(value, hints.get(key, Any))]:
+        raise ValueError(
+            f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints.get(odd[0])}"
+        )
+    try:
+        return found(**args)  # pyright: ignore[reportReturnType]  # All public ones are modules.
+    except Exception as error:  # numbers that make no sense bring out almost any
+        raise ValueError(f"{where}: {name} cannot be built: {said(error)}") from error
+
+
+def find_folder(folder_or_id: str | Path) -> Path:
+    """The folder itself, or a hub repository's files (safetensors, JSON, text), fetched once into the hub's cache.
+
+    Raises:
+        ValueError: if there is no such folder and no such repository, or the hub cannot be reached.
+    """
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _looks_like_id(str(folder_or_id)):
+        raise ValueError(f"{folder_or_id}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            snapshot_download(str(folder_or_id), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md"])
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{folder_or_id}: no such folder here, and the hub did not give it: {reason}"
+        ) from error
+
+
+def _looks_like_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) in (1, 2) and all(
+        p and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: naming the file, if it is missing or not a JSON object.
+    """
+    check_plain(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+@contextmanager
+def weights_written_to(path: Path) -> Iterator[None]:
+    """Where safetensors writes a file: what stops it is an OSError that names the file, as everywhere else."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else str(error), str(path)) from error
+
+
+def open_weights(folder: Path) -> None:
+    """Lets those read the weights who may read the config beside them: safetensors writes for its user alone."""
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: naming the file, if it is missing or damaged.
+    """
+    check_plain(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def shapes_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, by name, without their numbers.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
+    shapes: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        check_plain(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    return shapes
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Fills a module, all of it and with nothing left over; tied tensors need to be there once.
+
+    Raises:
+        ValueError: naming tensors that are missing, left over, of another shape, or tied here but different there.
+    """
+    own = module.state_dict()
+    storage = {name: tensor.data_ptr() for name, tensor in own.items()}
+    filled = {storage[name] for name in state if name in storage}
+    missing = [name for name in own if name not in state and storage[name] not in filled]
+    extra = [name for name in state if name not in own]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)}, the model wants {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    first = {storage[name]: name for name in reversed(state) if name in own}
+    tied = [(first[storage[name]], name) for name in state if name in own and first[storage[name]] != name]
+    torn = [
+        f"{a} and {b}"
+        for a, b in tied
+        if state[a].shape == state[b].shape and not torch.equal(state[a], state[b])
+    ]
+    kinds = {
+        "missing": missing,
+        "not in the model": extra,
+        "shapes": wrong,
+        "tied in the model, but different": torn,
+    }
+    faults = [f"{kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise ValueError(f"{where} does not fit {type(module).__name__}; " + "; ".join(faults))
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class Pretrained:
+    """Saving to and loading from folders, for the library's models (beside `nn.Module`)."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`; tied tensors once.
+
+        Raises:
+            ValueError: if a part is not a public model of this library, before anything is written.
+        """
+        assert isinstance(self, nn.Module)
+        text = json.dumps(to_config(self), indent=2, ensure_ascii=False) + "\n"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with weights_written_to(folder / WEIGHTS):
+            save_model(self, str(folder / WEIGHTS), metadata={"format": "pt"})
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        open_weights(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | Path) -> Self:
+        """Loads a model that was saved here, from a folder or from the hub, in evaluation mode.
+
+        Raises:
+            ValueError: if a file is missing or damaged, or weights and config do not fit in every name and shape.
+        """
+        folder = find_folder(folder_or_id)
+        config, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+        with built_from(state, str(folder / CONFIG)):
+            model = from_config(config, str(folder / CONFIG))
+        if not isinstance(model, cls):
+            raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
+        load_strictly(model, state, str(folder / WEIGHTS))
+        return model.eval()

@@ -1,0 +1,99 @@
+"""Reading the files that a tokenizer is kept in, by this library, by hubs, or as GPT-2 and BERT were published."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from mmtransformer.serialization.untrusted import check_plain
+
+
+def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Reads the files beside a tokenizer that name its special tokens."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+        if (path := folder / name).exists():
+            check_plain(path)
+            try:
+                settings[name] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: not readable as JSON: {error}") from error
+            if not isinstance(settings[name], dict):
+                raise ValueError(f"{path}: holds a {type(settings[name]).__name__}, not an object")
+    return settings
+
+
+def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizers.Tokenizer:
+    """Reads the tokenizer itself from whichever files are there."""
+    config = settings.get("tokenizer_config.json", {})
+    path = folder
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"):
+        if (folder / name).exists():
+            check_plain(folder / name)
+    try:
+        if (path := folder / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(path))
+        if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
+            spaced = bool(config.get("add_prefix_space"))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+            backend.decoder = decoders.ByteLevel()
+            if not settings and backend.token_to_id("<|endoftext|>") is not None:  # GPT-2 as it was published
+                settings["GPT-2"] = {"eos_token": "<|endoftext|>"}
+            return backend
+        if (path := folder / "vocab.txt").is_file():
+            backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
+            backend.normalizer = normalizers.BertNormalizer(lowercase=bool(config.get("do_lower_case", True)))
+            backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            backend.decoder = decoders.WordPiece()
+            settings.setdefault("BERT", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+            return backend
+    except (
+        BaseException
+    ) as error:  # `tokenizers` raises bare Exception, and in its depths Rust's panic, which is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
+    raise ValueError(
+        f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
+        f"it holds: {', '.join(sorted(p.name for p in folder.iterdir())[:9]) or 'nothing'}"
+    )
+
+
+def find_token(
+    folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int], *roles: str
+) -> str | None:
+    """Looks a special token up: the first of the roles that a file names, by its text or by its id.
+
+    Args:
+        folder: Where the files are, for errors.
+        settings: What `read_settings` has read, a file each.
+        vocab: The tokenizer's tokens and their ids.
+        roles: "eos" and the like, what is wanted most first.
+
+    Raises:
+        ValueError: If a file names a token that there is not; names the file and key.
+    """
+    for role in roles:
+        for file, values in settings.items():
+            token = values.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            index = values.get(f"{role}_token_id")
+            index = index[0] if isinstance(index, list) and index else index
+            if token is None and isinstance(index, int) and index >= 0:  # -1 means none
+                token = next((text for text, i in vocab.items() if i == index), None)
+                if token is None:
+                    raise ValueError(f"{folder / file}: {role}_token_id is {index}, an id without a token")
+            if isinstance(token, str):
+                if token not in vocab:
+                    raise ValueError(
+                        f"{folder / file}: {role}_token is {token!r}, "
+                        f"which is not among the tokenizer's {len(vocab)} tokens"
+                    )
+                return token
+    return None

@@ -1,0 +1,193 @@
+"""When a run is saved: now and then, at the end of every epoch, and before it obeys a signal to stop.
+
+A checkpoint is taken between optimizer steps only (see resume.py for what is in it).
+"""
+
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from mmtransformer.training.engine.average import Average
+from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, sweep
+from mmtransformer.training.engine.log import MetricsLog
+from mmtransformer.training.engine.resume import validation_follows
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """The run obeyed a signal, after it was saved; the process ends with 128 + the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class Saving(Checkpoint):
+    """Writes checkpoints/last.ckpt, from which the run goes on bit for bit.
+
+    SIGTERM (what schedulers send) and SIGINT (Ctrl+C) end the run after the optimizer step that is being computed: it
+    is saved, and the process ends with 143 or 130. The second Ctrl+C ends it at once.
+
+    Args:
+        folder: Folder of the checkpoint; "checkpoints" in the run's folder unless told.
+        every_steps: Optimizer steps between checkpoints; 0 goes by the clock alone.
+        minutes: Most minutes between checkpoints.
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, *, every_steps: int = 0, minutes: float = 10.0
+    ) -> None:
+        if every_steps < 0 or minutes <= 0:
+            raise ValueError(
+                f"every_steps ({every_steps}) must be at least 0 and minutes ({minutes}) above 0"
+            )
+        self.folder = None if folder is None else Path(folder)
+        self.every_steps, self.minutes = every_steps, minutes
+        self.signal = 0
+        self.path = Path("last" + SUFFIX)
+        self._step, self._clock = -1, 0.0  # of the last checkpoint
+        self._from = 0  # the step that the run goes on from
+        self.earlier = 0.0
+        """Seconds that the run had taken when it was saved, if it was resumed."""
+        self._began = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes over the writing of checkpoint files, and clears away what a killed run left."""
+        self._from, self.earlier, self._began = 0, 0.0, time.monotonic()
+        folder = self.folder or Path(trainer.default_root_dir) / "checkpoints"
+        self.path = Path(trainer.strategy.broadcast(str(folder))) / f"last{SUFFIX}"
+        if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        if trainer.is_global_zero and stage == "fit":
+            sweep(self.path.parent)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compares the processes, before they wait for one another."""
+        self._same_start(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listens to signals, in place of Lightning, which loses the run."""
+        self._same_start(trainer)  # `Sharded` reads its checkpoint late.
+        self.signal, self._step, self._clock = 0, trainer.global_step, time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # Lightning puts back what was there when the run ends.
+                signal.signal(number, self._listen)
+
+    def _listen(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.signal = number
+        text = f"\n{signal.Signals(number).name}: the run stops after this step, and is saved\n"
+        sys.stderr.write(text)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves after an optimizer step, if it is time to or a signal came."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        step, number = trainer.global_step, self._agreed(trainer)
+        due = self.every_steps and step % self.every_steps == 0
+        late = self._late(trainer)
+        last = loop._num_ready_batches_reached() and not validation_follows(trainer)
+        if (due or late or number) and not last:  # The epoch's end is saved when it has ended.
+            self._save(trainer)
+            self._stop(trainer, number)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Obeys a signal in the middle of a validation, which is then still due."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (number := self._agreed(trainer)):
+            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, Average) and callback.swapped:
+                    callback.swap(pl_module)
+            self._save(trainer, again=True)
+            self._stop(trainer, number)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the epoch."""
+        self._save(trainer, again=True)
+        self._stop(trainer, self._agreed(trainer))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes how far the log has come, and how long the run took."""
+        checkpoint["seconds"] = self.earlier + time.monotonic() - self._began
+        checkpoint["rows"] = max(
+            (log.rows for log in trainer.loggers if isinstance(log, MetricsLog)), default=0
+        )
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Goes on with the log."""
+        self._from, self.earlier = checkpoint["global_step"], checkpoint.get("seconds", 0.0)
+        for log in trainer.loggers if trainer.state.fn == "fit" else []:
+            if isinstance(log, MetricsLog):
+                log.go_on(checkpoint.get("rows", 0))
+
+    def _late(self, trainer: pl.Trainer) -> bool:
+        late = time.monotonic() - self._clock > 60 * self.minutes
+        return bool(trainer.strategy.broadcast(late)) if trainer.world_size > 1 else late
+
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that any process got, or 0; all processes ask at the same steps."""
+        if trainer.world_size == 1:
+            return self.signal
+        number = torch.tensor(self.signal, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        if number:
+            if trainer.is_global_zero:
+                sys.stderr.write(
+                    f"stopped at step {trainer.global_step}; go on with --resume ({self.path})\n"
+                )
+            raise Stopped(number)
+
+    def _save(self, trainer: pl.Trainer, *, again: bool = False) -> None:
+        if self._step == trainer.global_step and not again:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(self.path)
+        self._step, self._clock = trainer.global_step, time.monotonic()
+
+    def _same_start(self, trainer: pl.Trainer) -> None:
+        """A node that cannot see the run's folder would begin anew beside the others, or wait for them forever.
+
+        Raises:
+            ValueError: If not all processes go on from the same step.
+        """
+        if trainer.world_size == 1:
+            return
+        found: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, (socket.gethostname(), self._from))
+        for i, (host, step) in enumerate(found):
+            if step != found[0][1]:
+                raise ValueError(
+                    f"process {i} (on {host}) would go on from step {step}, process 0 (on {found[0][0]}) from step "
+                    f"{found[0][1]}: the run's folder, {trainer.default_root_dir}, must be on a disk that all nodes "
+                    f"share"
+                )

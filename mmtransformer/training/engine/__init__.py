@@ -1,0 +1,1 @@
+"""The training loop around Lightning: steps, checkpoints, resume, guards."""

@@ -1,0 +1,219 @@
+"""Going on where a run stopped: what stands in its checkpoint beside Lightning's own, and how it is put back.
+
+A run is a function of its recipe, its seed and the number of steps: the order of the pictures is f(seed, epoch), their
+augmentation f(seed, epoch, index) (see data/sampler.py), and what is drawn in a step, such as dropout, f(seed, step,
+process). So the checkpoint holds weights, optimizer, averages and counters, and no state of any generator.
+
+Frozen weights are left out; a hash of each says what is expected in their place.
+"""
+
+import hashlib
+import json
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.data.loading.sampler import ResumableLoader, mix
+from mmtransformer.serialization.pretrained import Pretrained, to_config
+from mmtransformer.training.engine.checkpoints import CheckpointError
+
+_COMPILED = "_orig_mod."
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds all generators for one batch, so that what it draws depends on nothing that came before it.
+
+    Args:
+        seed: The run's seed.
+        step: The batch's number in the run.
+        rank: The process.
+    """
+    word = int(mix(seed, step, rank, 5)) >> 1
+    torch.manual_seed(word)
+    random.seed(word)
+    np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002 (for code that draws from the global generator)
+
+
+# ------------------------------------------------------------------------------------------------------ weights
+
+
+def pack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Leaves frozen weights and the compiler's prefix out of a checkpoint, and adds what is needed to compare.
+
+    Args:
+        module: The run's module.
+        checkpoint: What Lightning collected; it is changed.
+        hashes: The module's `frozen_hashes`.
+    """
+    state = {bare(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in hashes}
+    checkpoint["frozen"] = hashes
+    checkpoint["model"] = configs(module)
+
+
+def unpack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Fills a checkpoint's weights up with the module's frozen ones, if they are what the run had.
+
+    Args:
+        module: The module that goes on.
+        checkpoint: What was read; it is changed.
+        hashes: The module's `frozen_hashes`.
+
+    Raises:
+        CheckpointError: In one line, what is another model's: a size, a vocabulary, frozen weights.
+    """
+    own = {bare(name): (name, tensor) for name, tensor in module.state_dict().items()}
+    saved = {bare(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    expected: dict[str, str] = checkpoint.get("frozen", {})
+    if faults := _faults({name: tensor for name, (_, tensor) in own.items()}, saved, expected, hashes):
+        changed = _differences(checkpoint.get("model", {}), configs(module))
+        faults = ([f"{place} was {old} and is now {new}" for place, old, new in changed] or []) + faults
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise CheckpointError(
+            f"cannot resume with another model: {shown}. Use the recipe of the run (config.yaml in its folder), or "
+            f"start a new run, without --resume"
+        )
+    checkpoint["state_dict"] = {name: saved.get(key, tensor) for key, (name, tensor) in own.items()}
+
+
+def _faults(
+    own: dict[str, Tensor], saved: dict[str, Tensor], expected: dict[str, str], hashes: dict[str, str]
+) -> list[str]:
+    """What does not fit, the most telling first."""
+    shapes = [
+        f"{name} was {tuple(saved[name].shape)} and is now {tuple(own[name].shape)}"
+        for name in own
+        if name in saved and saved[name].shape != own[name].shape
+    ]
+    other = [name for name in expected if name in hashes and hashes[name] != expected[name]]
+    faults = shapes + (
+        [f"the frozen weights of {_tower(other)} are not those of the run (first: {other[0]})"]
+        if other
+        else []
+    )
+    for words, names in (
+        ("were frozen and are now trained", [n for n in expected if n in own and n not in hashes]),
+        ("were trained and are now frozen", [n for n in hashes if n in saved]),
+        ("are not in the run", [n for n in own if n not in saved and n not in expected]),
+        ("are no longer in the model", [n for n in (*saved, *expected) if n not in own]),
+    ):
+        if names:
+            faults.append(f"{len(names)} weights of {_tower(names)} {words} (first: {names[0]})")
+    return faults
+
+
+def _tower(names: list[str]) -> str:
+    """What names have in common: captioner.vision, say."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for words in zip(*parts, strict=False):
+        if len(set(words)) > 1:
+            break
+        common.append(words[0])
+    return ".".join(common) or "the model"
+
+
+def bare(name: str) -> str:
+    """A weight's name without what `torch.compile` puts before it."""
+    return name.replace(_COMPILED, "")
+
+
+def frozen_hashes(module: nn.Module) -> dict[str, str]:
+    """The name of every frozen weight -> 16 hexadecimal digits of its type, shape and bytes."""
+    found = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        if not weight.requires_grad:
+            tensor = weight.detach().cpu().contiguous()
+            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            found[bare(name)] = digest.hexdigest()[:16]
+    return found
+
+
+def configs(module: nn.Module) -> dict[str, Any]:
+    """How the library's models in a module are built, by their place: what an error can name."""
+    found = {}
+    for name, part in module.named_children():
+        if isinstance(part, Pretrained):
+            try:
+                found[name] = json.loads(json.dumps(to_config(part), default=str))
+            except (ValueError, AttributeError):
+                continue  # not one that can be saved; its shapes are compared nevertheless
+    return found
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            path = place if key == "args" else f"{place}.{key}" if place else key
+            found += _differences(old.get(key), new.get(key), path)
+        return found
+    return [] if old == new else [(place, old, new)]
+
+
+# ------------------------------------------------------------------------------------------------------ counters
+
+
+def settle(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Brings the loops' counters into the one form that a run goes on from.
+
+    The epoch is in its middle, all batches up to here are done, and a validation that was due is still due.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What Lightning collected; it is changed.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    batch_ends = batches["current"]["completed"] < batches["current"]["processed"]
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"]
+    steps, follows = loops["epoch_loop.state_dict"], validation_follows(trainer)
+    if trainer.validating or (batch_ends and follows):
+        # "In the middle of a validation", none of whose batches is done: it is done anew.
+        validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        validation["current"] = dict.fromkeys(validation["current"], 0)
+    elif batch_ends:
+        steps["_batches_that_stepped"] += 1
+    elif (
+        follows
+    ):  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
+        steps["_batches_that_stepped"] -= 1
+    for counts in (epochs["total"], epochs["current"]):
+        counts["processed"] = counts["completed"]
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def go_on(trainer: pl.Trainer) -> None:
+    """Puts the loaders where the run was: Lightning may make them (to count the steps) before it reads the place.
+
+    The place is a number of pictures, so it is good for any number of processes and workers.
+
+    Args:
+        trainer: The trainer, at the start of its training.
+    """
+    loop = trainer.fit_loop
+    places, loader = loop._combined_loader_states_to_load, loop._combined_loader
+    batches = loop.epoch_loop.batch_progress
+    if not loop.restarting or loader is None:
+        return
+    if places:
+        loader._load_state_dicts(places)
+        loop._combined_loader_states_to_load = []
+    if batches.is_last_batch and loop._data_fetcher is not None:
+        loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
+    elif isinstance(found := loader.flattened[0], ResumableLoader):
+        done = -(-found.place.start // found.place.step)  # where it was, in batches of this size
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(batches.current, name, done)

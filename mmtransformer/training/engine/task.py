@@ -1,0 +1,378 @@
+"""Task: what every recipe trains. A loss per token of the global batch, the optimizer, the guard; and a finish."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.training.engine.average import Average
+from mmtransformer.training.engine.checkpoints import CheckpointError
+from mmtransformer.training.engine.guard import (
+    MOST_IN_A_ROW,
+    RECORD,
+    first_bad_module,
+    is_finite,
+    memory_advice,
+    not_finite,
+)
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
+from mmtransformer.training.engine.sharded import Sharded, gather, not_finite_in, share_out
+from mmtransformer.training.engine.sums import Means, StepParts, added_up
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that has ended, for `Task.finish`.
+
+    Attributes:
+        folder: Where its results belong.
+        seconds: How long the training took.
+        device: What it computed on.
+        limit_batches: Most batches of a split that are to be evaluated; None = all.
+    """
+
+    folder: Path
+    seconds: float
+    device: torch.device
+    limit_batches: int | None = None
+
+
+class Task(pl.LightningModule, ABC):
+    """The contract between a recipe and `mmt fit`: a loss to train on, and what is written when training ends.
+
+    A training step returns the SUM of the losses; before the optimizer step the gradient is divided by the count (of
+    tokens, say) that all micro-batches and processes had together. So the gradient is the mean over the global batch,
+    however it was cut up.
+
+    Args:
+        optim: The optimizer and its schedule.
+    """
+
+    unit = "pictures"
+    """What a sample is called where the throughput is shown."""
+
+    def __init__(self, optim: Optim) -> None:
+        super().__init__()
+        self.optim = optim
+        self.samples_seen = self.tokens_seen = 0
+        self.last_loss = torch.tensor(math.nan)
+        self._parts = StepParts()
+        self._size = 0  # samples of the last micro-batch
+        self._means = Means()
+        self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
+        self._seed: int | None = None
+        self._hashes: dict[str, str] | None = None
+
+    # ------------------------------------------------------------------------------------- what a task has to say
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Loss:
+        """The training loss of a batch: a sum, and the number that it is to be divided by."""
+
+    @abstractmethod
+    def finish(self, run: Run) -> None:
+        """Evaluates what was trained, and writes metrics.json, model/ and pictures into the run's folder."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The model, whose parameters that require gradients are learned."""
+
+    def names(self, batch: Any) -> Sequence[str]:
+        """The names of a batch's samples: for the count of samples, and for errors."""
+        return batch.names
+
+    def sample(self) -> list[str]:
+        """Lines that show what the model can do by now, printed now and then; none unless a task has some."""
+        return []
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's result in a line."""
+        return f"{split}: loss {float(metrics[f'{split}/loss']):.3f}"
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The moving average, if there is one."""
+        return [Average(self.optim.ema)] if self.optim.ema else []
+
+    def configure_model(self) -> None:
+        """Shares the weights out among the processes, with the strategy `Sharded`."""
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.precision_plugin.convert_module(self)  # A hash is that of the run's number format.
+            self._hashes = frozen_hashes(self)
+            assert self.device_mesh is not None
+            share_out(self, self.device_mesh["data_parallel"])
+
+    def on_fit_end(self) -> None:
+        """Gives the first process the counts of all."""
+        self._take_counts(self._all_counts())
+
+    def teardown(self, stage: str) -> None:
+        """Gives every process whole weights again, after a validation too."""
+        if isinstance(self.trainer.strategy, Sharded):
+            gather(self)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, with warm-up and cosine over the whole run.
+
+        Raises:
+            ValueError: If the run has no end, the optimizer needs whole weights where they are shared out, or what
+                learns is kept in bfloat16.
+        """
+        half = [n for n, p in self.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+        if half and self.trainer.precision != "bf16-true":
+            raise ValueError(
+                f"{len(half)} of the parameters that learn are kept in bfloat16 ({half[0]}, ...), which rounds small "
+                f"steps away: load that part with dtype float32, or freeze it"
+            )
+        if self.optim.kind == "muon" and isinstance(self.trainer.strategy, Sharded):
+            raise ValueError(
+                "optim.kind=muon needs whole matrices, and Sharded shares them out; take adamw, or ddp"
+            )
+        # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
+        optimizer = self.optim.build(self.trained, fused=self.trainer.precision != "16-mixed")
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        scheduler = self.optim.schedule(optimizer, max(int(steps), 1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Goes on where the run was, if it was resumed; else forgets what an earlier one met in its folder."""
+        go_on(self.trainer)
+        if self.trainer.is_global_zero and not self.trainer.ckpt_path:
+            (Path(self.trainer.default_root_dir) / RECORD).unlink(missing_ok=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes what the step draws a function of seed, step and process."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        seed_step(self._seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch."""
+        names = self.names(batch)
+        self._size = len(names)
+        with self._memory_advice():
+            loss = self.loss(batch)
+        count = self._parts.add(batch, names, loss)
+        self.samples_seen += len(names) if count else 0  # A filler, to keep processes in step, has no target.
+        self.tokens_seen += count
+        return loss.sum
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward, with advice where the memory ends."""
+        with self._memory_advice():
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, with advice where the memory ends."""
+        with self._memory_advice():
+            super().optimizer_step(*args, **kwargs)
+
+    def _memory_advice(self) -> AbstractContextManager[None]:
+        return memory_advice(self.device, lambda: self.trainer.global_step, lambda: self._size)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """From the sum of gradients to the mean over the global batch; clips, logs, and guards the weights.
+
+        Raises:
+            NotFinite: If loss or gradient are not, unless such steps are to be skipped.
+            ValueError: If there is nothing to learn from in the global batch.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        loss, count, norm = self._global(grads)
+        if not count:
+            raise ValueError(f"step {self.trainer.global_step}: none of the samples has a target token")
+        # Lightning has divided by the micro-batches, DDP by the processes.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
+        loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
+        parts, self._parts = self._parts, StepParts()
+        finite = is_finite(loss, norm)
+        # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
+        if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
+            # All processes come by here, so what they compute together they compute together once more.
+            weights = dict(self.named_parameters(remove_duplicate=False))
+            bad = not_finite_in({n: p.grad for n, p in weights.items() if p.grad is not None})
+            fault = not_finite(
+                loss=loss,
+                grad_norm=norm,
+                step=self.trainer.global_step,
+                lr=lr,
+                names=parts.suspects,
+                process=self.global_rank,
+                bad_here=parts.bad,
+                culprit=first_bad_module(
+                    self, lambda: self.compute_again(parts.suspect), not_finite_in(weights)
+                ),
+                gradient=next((name for name in weights if name in bad), None),
+                record=Path(self.trainer.default_root_dir) / RECORD,
+            )
+            self._in_a_row += 1
+            if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
+                raise fault
+            self.skipped += 1
+            if parts.bad or self.trainer.is_global_zero:  # whose samples are bad says so too
+                warnings.warn(f"step left out ({self.skipped} so far): {fault}", stacklevel=2)
+            for parameter in params:
+                parameter.grad = None  # An optimizer passes over what has no gradient.
+            return
+        self._in_a_row = 0
+        # Lightning's own clipping refuses fused optimizers, and would measure the norm once more.
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        factor = (
+            scale * min(1.0, gradient_clip_val / (norm + 1e-6)) if by_norm and gradient_clip_val else scale
+        )
+        if factor != 1.0 and finite:
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        if gradient_clip_val and not by_norm:
+            torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
+        self.last_loss = torch.tensor(loss)
+        if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
+            self._log({"train/loss": loss, "train/grad_norm": norm, "lr": lr})
+
+    def compute_again(self, batch: Any) -> None:
+        """The way forward of a training step, in its number format, to see where numbers stop being finite."""
+        with self.trainer.precision_plugin.forward_context():
+            self.loss(batch)
+
+    def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
+        """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
+        sums = added_up(self._parts.total(), self.trainer.world_size)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        loss, count, value = torch.cat([sums, norm.double()[None]]).tolist()
+        return loss, count, value
+
+    def _log(self, row: dict[str, float]) -> None:
+        """Writes a row before the step's checkpoint, which Lightning's own log would come after."""
+        row |= {"epoch": self.trainer.current_epoch}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, self.trainer.global_step)
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The names of the validation (or test) splits, as they stand in the log."""
+        data, testing = getattr(self.trainer, "datamodule", None), self.trainer.testing
+        named = getattr(data, "test_splits" if testing else "val_splits", None)
+        if named is not None:
+            return tuple(named)
+        count = self.trainer.num_test_batches if testing else self.trainer.num_val_batches
+        return ("val",) if len(count) == 1 else tuple(f"val{i}" for i in range(len(count)))
+
+    def add(self, split: str, name: str, loss: Loss) -> None:
+        """Adds a batch's sum and count to a mean that is logged as SPLIT/NAME when the validation ends."""
+        self._means.add(split, name, loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
+        self.log_dict(self._means.take(self.trainer.world_size), rank_zero_only=True)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the run needs to go on bit for bit, and leaves frozen weights out."""
+        if self._hashes is None:
+            self._hashes = frozen_hashes(self)
+        pack(self, checkpoint, self._hashes)
+        settle(self.trainer, checkpoint)
+        checkpoint["optim"] = asdict(self.optim)
+        checkpoint["seed"] = self._seed
+        samples, tokens = self._all_counts()
+        checkpoint["seen"] = {"samples": samples, "tokens": tokens, "skipped": self.skipped}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over what `on_save_checkpoint` has added.
+
+        Raises:
+            CheckpointError: If the run had another model or another optimizer, or left nothing of it behind.
+        """
+        # Lightning would do so later, and round a checkpoint in float64 to float32 on the way.
+        self.trainer.precision_plugin.convert_module(self)
+        if self._hashes is None:
+            self._hashes = frozen_hashes(self)
+        unpack(self, checkpoint, self._hashes)
+        then, now = checkpoint.get("optim", {}), asdict(self.optim)
+        changed = [
+            f"{key} was {then[key]} and is now {now[key]}" for key in then if then[key] != now.get(key)
+        ]
+        fitting = self.trainer.state.fn == "fit"
+        if fitting and not checkpoint.get("optimizer_states"):
+            raise CheckpointError(
+                "cannot resume: the checkpoint holds nothing of the optimizer. Take another one, or start a new run "
+                "from the weights"
+            )
+        if changed and fitting:
+            raise CheckpointError(
+                f"cannot resume with another optimizer: optim.{', optim.'.join(changed)}; a run that goes on keeps "
+                f"what it began with"
+            )
+        self._seed = checkpoint.get("seed")
+        seen = checkpoint.get("seen", {})
+        self._take_counts((seen.get("samples", 0), seen.get("tokens", 0)))
+        self.skipped = seen.get("skipped", 0)
+
+    def _all_counts(self) -> tuple[int, int]:
+        """Samples and tokens of all processes; each counts its own."""
+        counts = torch.tensor([self.samples_seen, self.tokens_seen], device=self.device)
+        samples, tokens = added_up(counts, self.trainer.world_size).tolist()
+        return samples, tokens
+
+    def _take_counts(self, counts: tuple[int, int]) -> None:
+        """Gives the first process what all have counted."""
+        self.samples_seen, self.tokens_seen = counts if self.global_rank == 0 else (0, 0)
+
+    def training_facts(self, run: Run) -> dict[str, Any]:
+        """How the run went, for metrics.json."""
+        return {
+            "seconds": round(run.seconds, 1),
+            "steps": self.trainer.global_step,
+            self.unit: self.samples_seen,
+            "tokens": self.tokens_seen,
+            "skipped_steps": self.skipped,
+            "device": device_name(run.device),
+            "precision": str(self.trainer.precision),
+            "parameters": trainable_parameters(self),
+        }
+
+
+def trainable_parameters(module: nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type

@@ -1,0 +1,1 @@
+"""Scores of whole splits, and what is written down of them."""

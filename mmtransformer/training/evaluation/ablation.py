@@ -1,0 +1,129 @@
+"""Bridges compared: the same vision tower and language model, as many numbers to learn, the same steps and data."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+
+from mmtransformer.backbones.base import Decoder
+from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.base import Captioner
+from mmtransformer.captioners.blip2 import Blip2
+from mmtransformer.captioners.encoder_decoder import EncoderDecoder, VisualAdapter, add_cross_attention
+from mmtransformer.captioners.flamingo import Flamingo
+from mmtransformer.captioners.prefix import PrefixCaptioner
+from mmtransformer.connectors.qformer import QFormer
+from mmtransformer.connectors.resampler import PerceiverResampler
+from mmtransformer.serialization.pretrained import from_config, to_config
+
+
+class Frozen(TypedDict):
+    """Which towers do not learn."""
+
+    freeze_vision: bool
+    freeze_decoder: bool
+
+
+NUM_QUERIES = 32
+"""What the Q-Former and the resampler turn a picture into."""
+
+
+def cross(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
+    """Cross-attention in every block, to an encoder block's view of the patches; `size` is the width of its heads."""
+    if not isinstance(decoder, TextDecoder):
+        raise ValueError(f"cross-attention is added to a TextDecoder, not to a {type(decoder).__name__}")
+    adapter = VisualAdapter(vision.dim, 4 * size, 1, 4)
+    return EncoderDecoder(vision, add_cross_attention(decoder, 4 * size), adapter=adapter, **frozen)
+
+
+def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
+    """A resampler of one block, and gated attention before every block; `size` is the width of their MLPs."""
+    heads, width = _heads(decoder.dim)
+    resampler = PerceiverResampler(vision.dim, 1, heads, width, NUM_QUERIES, mlp_dim=size)
+    return Flamingo(
+        vision, decoder, resampler=resampler, num_heads=heads, head_dim=width, mlp_dim=size, **frozen
+    )
+
+
+def qformer(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
+    """A Q-Former of two blocks, queries in front of the text; `size` is the width of its MLPs."""
+    heads, _ = _heads(decoder.dim)
+    queries = QFormer(NUM_QUERIES, decoder.dim, 2, heads, vision.dim, cross_every=1, mlp_dim=size)
+    return Blip2(vision, queries, decoder, **frozen)
+
+
+def prefix(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
+    """An MLP, patches in front of the text, merged until they leave half the room to it; `size` is its width."""
+    gh, gw = vision.grid
+    fits = (s for s in range(1, gh + 1) if not (gh % s or gw % s) and 2 * gh * gw // s**2 <= decoder.max_len)
+    shuffle = next(fits, gh)
+    return PrefixCaptioner(vision, decoder, hidden_dim=size, shuffle=shuffle, **frozen)
+
+
+def _heads(dim: int) -> tuple[int, int]:
+    """As many heads as have a width of at least 32, and their width."""
+    heads = next(h for h in range(max(dim // 32, 1), 0, -1) if dim % h == 0)
+    return heads, dim // heads
+
+
+Build = Callable[..., Captioner]
+BRIDGES: dict[str, Build] = {"cross": cross, "flamingo": flamingo, "qformer": qformer, "prefix": prefix}
+
+
+def bridge_parameters(captioner: Captioner) -> int:
+    """How many numbers are learned outside the vision tower and what the language model brought along."""
+    own = {id(p) for p in captioner.vision.parameters()}
+    decoder: Any = getattr(captioner, "decoder", None)
+    if not isinstance(captioner, EncoderDecoder) and isinstance(decoder, nn.Module):
+        own |= {id(p) for p in decoder.parameters()}
+    elif isinstance(captioner, EncoderDecoder):
+        names = captioner.decoder.named_parameters()
+        own |= {id(p) for name, p in names if ".cross_attn." not in name and ".norm_cross." not in name}
+    return sum(p.numel() for p in captioner.parameters() if p.requires_grad and id(p) not in own)
+
+
+def sized(bridge: str, vision: ViT, decoder: Decoder, parameters: int, frozen: Frozen) -> Captioner:
+    """A captioner whose bridge has as nearly so many parameters as its width allows.
+
+    Args:
+        bridge: one of `BRIDGES`.
+        vision: the vision tower.
+        decoder: the language model.
+        parameters: how many numbers the bridge should learn.
+        frozen: which towers do not learn.
+
+    Raises:
+        ValueError: for a bridge that there is not, or one that cannot be so small.
+    """
+    check_bridges([bridge])
+    build = BRIDGES[bridge]
+    with torch.device("meta"):
+        towers = [from_config(to_config(part)) for part in (vision, decoder)]  # pyright: ignore[reportArgumentType]
+
+        def count(size: int) -> int:
+            return bridge_parameters(build(*towers, size, frozen))
+
+        low, high = 1, 2
+        if (least := count(low)) > parameters:
+            raise ValueError(
+                f'the bridge "{bridge}" has at least {least:,} parameters, more than {parameters:,}'
+            )
+        while count(high) < parameters:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if count(middle) <= parameters else (low, middle)
+        nearest = min((low, high), key=lambda size: abs(count(size) - parameters))
+    return build(vision, decoder, nearest, frozen)
+
+
+def check_bridges(bridges: Sequence[str]) -> None:
+    """Refuses names that are no bridges.
+
+    Raises:
+        ValueError: naming them, and the bridges that there are.
+    """
+    if unknown := [name for name in bridges if name not in BRIDGES]:
+        raise ValueError(f"no bridge {', '.join(unknown)}; there are {', '.join(BRIDGES)}")

@@ -1,0 +1,207 @@
+"""How good a captioner is: captions of whole splits, scored; exactly where the data knows what its pictures show."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtransformer.captioners.base import Captioner
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.source import Pairs
+from mmtransformer.data.scenes.facts import FactScores
+from mmtransformer.data.scenes.facts import score as score_facts
+from mmtransformer.data.scenes.scenes import SceneSplit
+from mmtransformer.generation.captions import CaptionResult, Decoding, write_captions
+from mmtransformer.generation.prompts import Prompts
+from mmtransformer.metrics import CaptionScores, score_captions
+from mmtransformer.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said of one picture in one language.
+
+    Attributes:
+        index: The picture's place in its split.
+        name: Its name.
+        said: The caption.
+        references: What people said, in this language.
+    """
+
+    index: int
+    name: str
+    said: CaptionResult
+    references: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, one line of a JSON-lines file."""
+        return {
+            "name": self.name,
+            "language": self.said.language,
+            "caption": self.said.text,
+            "log_prob": round(self.said.log_prob, 4),
+            "references": list(self.references),
+        }
+
+
+@dataclass
+class Evaluation:
+    """The captions of some splits, and their scores, by split and then by language.
+
+    Attributes:
+        predictions: The captions.
+        facts: Scores against the scenes, for the embedded data.
+        captions: Scores against the references.
+        decoding: How captions were searched for.
+    """
+
+    decoding: Decoding
+    predictions: dict[str, dict[str, list[Prediction]]] = field(default_factory=dict)
+    facts: dict[str, dict[str, FactScores]] = field(default_factory=dict)
+    captions: dict[str, dict[str, CaptionScores]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `metrics.json`; "facts" holds fractions by split and language."""
+        out: dict[str, Any] = {}
+        if self.facts:
+            out["facts"] = {s: {k: v.facts for k, v in by.items()} for s, by in self.facts.items()}
+            out["scenes"] = {s: {k: v.to_dict() for k, v in by.items()} for s, by in self.facts.items()}
+        out["captions"] = {s: {k: v.to_dict() for k, v in by.items()} for s, by in self.captions.items()}
+        return out | {"decoding": asdict(self.decoding)}
+
+    def table(self) -> str:
+        """The scores as lines of text."""
+        lines: list[str] = []
+        if self.facts:
+            languages = list(dict.fromkeys(code for by in self.facts.values() for code in by))
+            lines.append(f"{'% of facts right':<34}" + "".join(f"{code:>9}" for code in languages))
+            for split, by in self.facts.items():
+                rows = {
+                    f"{split}": lambda s: f"{s.facts:.1%}",
+                    "  captions without a fault": lambda s: f"{s.exact:.1%}",
+                    "  objects that are not there": lambda s: (
+                        f"{s.hallucinated / max(s.objects.said, 1):.1%}"
+                    ),
+                }
+                for name, show in rows.items():
+                    cells = "".join(f"{show(by[code]) if code in by else '':>9}" for code in languages)
+                    lines.append(f"{name:<34}{cells}")
+        else:
+            for split, by in self.captions.items():
+                for code, scores in by.items():
+                    lines += [f"{split}{f', {code}' if code != ANY else ''}: {scores.table()}", ""]
+        return "\n".join(lines).rstrip()
+
+    def write(self, folder: str | Path) -> None:
+        """Writes one `predictions_SPLIT.jsonl` a split."""
+        for split, by in self.predictions.items():
+            lines = (json.dumps(p.to_dict(), ensure_ascii=False) for some in by.values() for p in some)
+            path = Path(folder) / f"predictions_{split}.jsonl"
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+ANY = "any"
+"""What stands for the language where captions have none."""
+
+
+def evaluate(
+    captioner: Captioner,
+    data: CaptionData,
+    splits: Sequence[str] | None = None,
+    *,
+    decoding: Decoding | None = None,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    limit_batches: int | None = None,
+    bootstrap: int = 1000,
+    prompts: Prompts | None = None,
+) -> Evaluation:
+    """Captions whole splits in every language that they have, and scores the captions.
+
+    Args:
+        captioner: The model; evaluation mode is set.
+        data: The data, with the model's tokenizer and transform.
+        splits: Which splits; those that the data validates on unless told.
+        decoding: How captions are searched for.
+        device: Where to compute.
+        autocast: The number format; None computes in that of the weights.
+        limit_batches: Most batches of a split.
+        bootstrap: Resampled sets behind the confidence intervals.
+        prompts: Makes the prompts, with examples for instance (`FewShot`); None makes plain ones.
+
+    Returns:
+        Captions and scores.
+    """
+    captioner.to(device).eval()
+    result = Evaluation(decoding or Decoding())
+    for split in data.val_splits if splits is None else splits:
+        codes = split_languages(data.tokenizer, data.rows(split).languages)
+        by: dict[str, list[Prediction]] = {code or ANY: [] for code in codes}
+        pairs = data.pairs(split)
+        places = {pairs.name(i): i for i in range(len(pairs))}
+        seen: set[str] = set()
+        for number, batch in enumerate(data.loader(split)):
+            if limit_batches is not None and number >= limit_batches:
+                break
+            with (
+                torch.inference_mode(),
+                torch.autocast(torch.device(device).type, autocast, autocast is not None),
+            ):
+                rows = write_captions(
+                    captioner,
+                    data.tokenizer,
+                    batch.to(device),
+                    codes,
+                    decoding=result.decoding,
+                    prompts=prompts,
+                )
+            for name, references, row in zip(batch.names, batch.references, rows, strict=True):
+                if name in seen:  # a stand-in for a picture that cannot be read
+                    continue
+                seen.add(name)
+                for code, (said, *_) in zip(codes, row, strict=True):
+                    mine = tuple(text for text, language in references if code is None or language == code)
+                    if mine:
+                        by[code or ANY].append(Prediction(places[name], name, said, mine))
+        result.predictions[split] = by
+        for code, predictions in by.items():
+            if predictions:
+                _score(result, split, code, predictions, pairs, bootstrap)
+    return result
+
+
+def _score(
+    result: Evaluation, split: str, code: str, predictions: list[Prediction], pairs: Pairs, bootstrap: int
+) -> None:
+    if isinstance(pairs, SceneSplit):
+        result.facts.setdefault(split, {})[code] = score_facts(
+            [p.said.text for p in predictions], [pairs.scene(p.index) for p in predictions], code
+        )
+    result.captions.setdefault(split, {})[code] = score_captions(
+        {p.name: p.said.text for p in predictions},
+        {p.name: list(p.references) for p in predictions},
+        bootstrap=0 if isinstance(pairs, SceneSplit) else bootstrap,
+        meteor="auto" if code in (ANY, "en") and not isinstance(pairs, SceneSplit) else False,
+        spice=False,
+    )
+
+
+def split_languages(tokenizer: Tokenizer, languages: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The languages to caption a split in: those of its captions; None, no language named, is one of them."""
+    if not tokenizer.languages:
+        return (None,)
+    return tuple(languages)
+
+
+def image_use(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The losses of the image-use check out of a trainer's metrics, by split."""
+    found: dict[str, dict[str, float]] = {}
+    for split in splits:
+        names = ("loss", "loss_right", "loss_other_picture", "loss_blank_picture")
+        losses = {name: float(metrics[f"{split}/{name}"]) for name in names if f"{split}/{name}" in metrics}
+        if losses:
+            found[split] = losses
+    return found

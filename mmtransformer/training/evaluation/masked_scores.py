@@ -1,0 +1,189 @@
+"""How many hidden words a text encoder fills in rightly, beside what counting neighbours can do.
+
+Letters: b rows, q tokens of a row, m hidden tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.data.text_only.masked import MaskedData
+from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
+from mmtransformer.metrics.neighbours import NeighbourGuess
+from mmtransformer.pipelines.image_captioner import fast_autocast
+from mmtransformer.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class MaskedScore:
+    """How many hidden words were filled in rightly.
+
+    Attributes:
+        loss: nats a hidden token.
+        words: share of the hidden words of which every token is right.
+        tokens: share of the hidden tokens that are right.
+        unigram_words: the same, of the most frequent token everywhere.
+        unigram_tokens: the same by tokens.
+        bigram_words: the same, of the likeliest token between its neighbours.
+        bigram_tokens: the same by tokens.
+        pairs: share of the pairs of texts of which it was told rightly whether they belong together; None without any.
+        hidden_words: how many words were hidden.
+        hidden_tokens: how many tokens.
+    """
+
+    loss: float
+    words: float
+    tokens: float
+    unigram_words: float
+    unigram_tokens: float
+    bigram_words: float
+    bigram_tokens: float
+    pairs: float | None
+    hidden_words: int
+    hidden_tokens: int
+
+    def __str__(self) -> str:
+        text = (
+            f"hidden words right {self.words:.1%} (bigrams {self.bigram_words:.1%}, unigrams "
+            f"{self.unigram_words:.1%}), hidden tokens {self.tokens:.1%} (bigrams {self.bigram_tokens:.1%}, "
+            f"unigrams {self.unigram_tokens:.1%})"
+        )
+        return text + ("" if self.pairs is None else f"; pairs right {self.pairs:.1%} (chance 50.0%)")
+
+
+@torch.inference_mode()
+def score_masked(
+    encoder: TextEncoder,
+    data: MaskedData,
+    split: str,
+    baseline: NeighbourGuess,
+    *,
+    limit_batches: int | None = None,
+) -> MaskedScore:
+    """Scores a split, whose hidden words are always the same ones and all behind the mask token.
+
+    Args:
+        encoder: The model, in evaluation mode.
+        data: The texts.
+        split: The split's name.
+        baseline: What counted the training texts.
+        limit_batches: Most batches to look at; None = all.
+    """
+    device = next(encoder.parameters()).device
+    mask_id = data.masking(training=False).mask_id
+    right: dict[str, list[np.ndarray]] = {name: [] for name in ("model", "unigram", "bigram")}
+    words: list[np.ndarray] = []
+    nats, pairs, known, rows = 0.0, 0, 0, 0
+    for batch in islice(data.loader(split), limit_batches):
+        losses, guesses, told = _answers(encoder, batch.to(device))
+        labels = batch.labels[batch.target].numpy()
+        nats += float(losses.sum())
+        seen = np.where(batch.tokens == mask_id, -1, batch.tokens)
+        edge = np.full((len(seen), 1), -1)
+        target = batch.target.numpy()
+        left = np.concatenate([edge, seen[:, :-1]], axis=1)[target]
+        following = np.concatenate([seen[:, 1:], edge], axis=1)[target]
+        right["model"].append(guesses == labels)
+        right["unigram"].append(labels == baseline.unigram)
+        right["bigram"].append(baseline.guess(left, following) == labels)
+        row = np.broadcast_to(np.arange(len(target))[:, None] + rows, target.shape)[target]
+        words.append(row * 10_000 + batch.words.numpy()[target])
+        rows += len(target)
+        if told is not None:
+            asked = batch.other >= 0
+            known += int(asked.sum())
+            pairs += int((told == batch.other[asked].numpy()).sum())
+    _, word = np.unique(np.concatenate(words), return_inverse=True)
+    found = {name: np.concatenate(parts) for name, parts in right.items()}
+    whole = {name: _all_of(word, hits) for name, hits in found.items()}
+    return MaskedScore(
+        loss=nats / max(len(word), 1),
+        words=float(whole["model"].mean()),
+        tokens=float(found["model"].mean()),
+        unigram_words=float(whole["unigram"].mean()),
+        unigram_tokens=float(found["unigram"].mean()),
+        bigram_words=float(whole["bigram"].mean()),
+        bigram_tokens=float(found["bigram"].mean()),
+        pairs=pairs / known if known else None,
+        hidden_words=len(whole["model"]),
+        hidden_tokens=len(word),
+    )
+
+
+def _all_of(word: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Of each word (numbers from 0), whether all of its tokens are hits."""
+    return np.bincount(word, weights=~hits) == 0
+
+
+def _answers(encoder: TextEncoder, batch: MaskedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Losses (m,) and guesses (m,) of the hidden tokens, and what is told of the pairs."""
+    with fast_autocast(batch.tokens.device):
+        hidden = encoder(batch.tokens, batch.types if encoder.num_types > 1 else None, valid=batch.valid)
+        logits = encoder.words(hidden[batch.target]).float()
+        known = batch.other >= 0
+        told = encoder.follows(hidden[known]).argmax(-1) if encoder.sentence_head and known.any() else None
+    losses = F.cross_entropy(logits, batch.labels[batch.target], reduction="none")
+    answers = (losses.double(), logits.argmax(-1), told)
+    return tuple(None if a is None else a.cpu().numpy() for a in answers)  # pyright: ignore[reportReturnType]
+
+
+def count_neighbours(data: MaskedData) -> NeighbourGuess:
+    """The n-gram baseline, counted over the training texts, each between bos and eos as in a row."""
+    rows: MaskedRows = data.rows(data.train_split)
+    bos, eos = data.tokenizer.bos_id, data.tokenizer.eos_id
+    tokens = np.concatenate([np.concatenate([[bos], ids, [eos]]) for ids in rows.ids])
+    starts = np.concatenate([[0], np.cumsum(rows.sizes + 2)])
+    target = np.ones(len(tokens), bool)
+    target[starts[:-1]] = target[starts[1:] - 1] = False
+    return NeighbourGuess(data.tokenizer.vocab_size).fit(tokens, starts, target)
+
+
+@torch.inference_mode()
+def fill_in(
+    encoder: TextEncoder, tokenizer: Tokenizer, batch: MaskedBatch, *, rows: list[int] | None = None
+) -> list[str]:
+    """What a model puts in the place of hidden words: "a [man: dog] runs on the [grass]", the truth behind a colon.
+
+    Args:
+        encoder: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        batch: Rows with hidden words.
+        rows: Which rows; None = all.
+    """
+    _, guesses, _ = _answers(encoder, batch)
+    filled = batch.labels.clone()
+    filled[batch.target] = torch.from_numpy(guesses).to(filled)
+    chosen = range(len(filled)) if rows is None else rows
+    return [" ".join(_words(tokenizer, batch, filled, row)).strip() for row in chosen]
+
+
+def _words(tokenizer: Tokenizer, batch: MaskedBatch, filled: Tensor, row: int) -> Iterator[str]:
+    words, target = batch.words[row].tolist(), batch.target[row].tolist()
+    at = 0
+    while at < len(words):
+        end = at + 1
+        while end < len(words) and words[end] == words[at] and words[at] >= 0:
+            end += 1
+        if words[at] < 0:
+            second = batch.valid[row, at] and at and end < len(words) and batch.valid[row, end]
+            yield from ["/"] if second else []
+        else:
+            truth = _text(tokenizer, batch.labels[row, at:end])
+            said = _text(tokenizer, filled[row, at:end])
+            if any(target[at:end]):
+                yield f"[{said}]" if said == truth else f"[{said}: {truth}]"
+            else:
+                yield truth
+        at = end
+
+
+def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
+    return tokenizer.decode(
+        [i for i in ids.tolist() if i < tokenizer.vocab_size and i != tokenizer.eos_id]
+    ).strip()

@@ -1,0 +1,183 @@
+"""What a run leaves in its folder: the model, metrics.json, predictions, curves, and galleries with heat maps."""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.scenes.facts import judge
+from mmtransformer.data.scenes.scenes import SceneSplit
+from mmtransformer.images import ImageError
+from mmtransformer.pipelines.image_captioner import ImageCaptioner
+from mmtransformer.plots import Card, Said, grid_box, html_page, loss_curves, save_gallery
+from mmtransformer.training.evaluation.evaluation import ANY, Evaluation, Prediction
+
+
+def write_report(
+    folder: str | Path,
+    model: ImageCaptioner,
+    data: CaptionData,
+    evaluation: Evaluation,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    note: str = "",
+    num_cards: int = 24,
+) -> dict[str, Any]:
+    """Writes everything that one wants to see after a run.
+
+    Args:
+        folder: The run's folder.
+        model: The trained model, with tokenizer and transform.
+        data: What it was evaluated on.
+        evaluation: Captions and scores.
+        extra: More for `metrics.json`: time, steps, the image-use check.
+        note: More for the line at the top of the gallery.
+        num_cards: Pictures in the galleries.
+
+    Returns:
+        What stands in `metrics.json`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = evaluation.to_dict() | dict(extra or {})
+    write_metrics(folder, metrics)
+    evaluation.write(folder)
+    model.save_pretrained(folder / "model", card=f"## Scores\n\n```\n{evaluation.table()}\n```")
+    cards = make_cards(model, data, evaluation, num_cards)
+    title = folder.resolve().name.replace("_", " ")
+    if cards:
+        subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
+        save_gallery(cards, folder / "gallery.png", title=title, subtitle=subtitle)
+        hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
+        html_page(title, cards, page_table(evaluation), folder / "gallery.html", hint=hint)
+    if (folder / "metrics.csv").is_file():
+        draw_curves(folder, title)
+    return metrics
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Writes what was measured into the run's metrics.json."""
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+
+def draw_curves(folder: Path, title: str | None = None) -> None:
+    """Draws the losses of the run's metrics.csv, under its name unless told; too few steps have no curve."""
+    with suppress(ValueError):
+        loss_curves(folder / "metrics.csv", folder / "curves.png", title=title or folder.resolve().name)
+
+
+def make_cards(
+    model: ImageCaptioner, data: CaptionData, evaluation: Evaluation, num_cards: int
+) -> list[Card]:
+    """Cards of pictures evenly over the splits, with captions, references, facts and heat maps."""
+    cards: list[Card] = []
+    splits = [split for split, by in evaluation.predictions.items() if any(by.values())]
+    for turn, split in enumerate(splits):
+        by = evaluation.predictions[split]
+        pictures: dict[int, list[Prediction]] = {}
+        for predictions in by.values():
+            for prediction in predictions:
+                pictures.setdefault(prediction.index, []).append(prediction)
+        share = num_cards // len(splits) + (turn < num_cards % len(splits))
+        indices = sorted(pictures)
+        for k in range(min(share, len(indices))):
+            index = indices[k * len(indices) // min(share, len(indices))]
+            if (card := _card(model, data, split, pictures[index])) is not None:
+                cards.append(card)
+    return cards
+
+
+def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: list[Prediction]) -> Card | None:
+    pairs = data.pairs(split)
+    index = predictions[0].index
+    try:
+        image = pairs.image(index)
+    except ImageError:  # it was captioned from the feature cache, and has gone since
+        return None
+    box = grid_box(image.size, data.transform.size, data.transform.resize)
+    said = []
+    for p in predictions:
+        claims = ()
+        if isinstance(pairs, SceneSplit) and p.said.language:
+            claims = judge(p.said.text, pairs.scene(index), p.said.language).claims
+        said.append(
+            Said(
+                text=p.said.text,
+                language=p.said.language,
+                references=p.references,
+                score=p.said.log_prob / max(len(p.said.tokens) + 1, 1),
+                facts=claims,
+                words=[word for word, _ in p.said.words],
+                heat=model.heat(image, p.said) if p.said.words else None,
+                box=box,
+            )
+        )
+    return Card(image, said, heading=f"{split}: {predictions[0].name}")
+
+
+def headline(evaluation: Evaluation) -> str:
+    """The scores in a line or two, for the top of a gallery."""
+    parts = []
+    for split, by in evaluation.facts.items():
+        parts.append(f"{split}: facts right " + ", ".join(f"{code} {s.facts:.1%}" for code, s in by.items()))
+    if not parts:
+        for split, by in evaluation.captions.items():
+            for code, scores in by.items():
+                n = scores.numbers
+                parts.append(
+                    f"{split}{'' if code == ANY else f' {code}'}: BLEU-4 {100 * n['bleu_4']:.1f}, "
+                    f"CIDEr-D {100 * n['cider_d']:.1f}, ROUGE-L {100 * n['rouge_l']:.1f}"
+                )
+    return "; ".join(parts)
+
+
+def page_table(evaluation: Evaluation) -> dict[str, Any]:
+    """The scores as a table for the HTML page: rows are scores, columns splits and languages."""
+    table: dict[str, dict[str, Any]] = {}
+    for split, by in evaluation.facts.items():
+        for code, s in by.items():
+            column = f"{split} {code}"
+            table.setdefault("facts right", {})[column] = f"{s.facts:.1%}"
+            table.setdefault("captions without a fault", {})[column] = f"{s.exact:.1%}"
+            for name, rates in (
+                ("objects", s.objects),
+                ("attributes", s.attributes),
+                ("relations", s.relations),
+            ):
+                table.setdefault(f"{name}: precision", {})[column] = f"{rates.precision:.1%}"
+                table.setdefault(f"{name}: recall", {})[column] = f"{rates.recall:.1%}"
+            table.setdefault("objects made up", {})[column] = s.hallucinated
+    for split, by in evaluation.captions.items():
+        for code, scores in by.items():
+            column = split if code == ANY else f"{split} {code}"
+            for name, value in scores.values.items():
+                low_high = scores.intervals.get(name)
+                cell = None if isinstance(value, str) else value if low_high is None else (value, *low_high)
+                table.setdefault(name, {})[column] = cell
+    return table
+
+
+def how_to(folder: Path, model: ImageCaptioner) -> str:
+    """The command that captions one's own picture with this model."""
+    program = "mmt"
+    if shutil.which(program) is None:
+        beside = Path(sys.executable).with_name(program)
+        program = str(beside) if beside.is_file() else f"{sys.executable} -m mmtransformer.cli"
+        here = str(Path.cwd()) + "/"
+        program = program.removeprefix(here)
+    folder = folder.resolve()
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    known = model.tokenizer.languages
+    language = f" --language {known[-1]}" if len(known) > 1 else ""
+    return f"{program} caption YOUR_PICTURE.jpg --model {shown / 'model'}{language} --heatmap words.png"
+
+
+def seconds_to_text(seconds: float) -> str:
+    """12 s, or 3 min 5 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

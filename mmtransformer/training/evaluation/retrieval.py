@@ -1,0 +1,301 @@
+"""How well pictures find their captions and captions their pictures, by contrast and after matching the best again.
+
+Letters: c pictures and t captions of a split, l vectors of a picture, e width of a vector, k candidates.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.source import Pairs
+from mmtransformer.data.scenes.facts import judge
+from mmtransformer.data.scenes.scenes import SceneSplit
+from mmtransformer.images import ImageError
+from mmtransformer.metrics.retrieval import recall_at_k
+from mmtransformer.plots.retrieval import FoundPictures, FoundTexts, Mark, retrieval_sheet
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.training.evaluation.evaluation import ANY
+
+KS = (1, 5, 10)
+
+
+@dataclass
+class Scored:
+    """The similarities of a split's captions in one language with its pictures.
+
+    Attributes:
+        pictures: places of the c pictures in their split.
+        texts: the t captions.
+        owner: for each caption, the row of its picture.
+        similarity: (c t), larger = nearer.
+        matched: (c t), what stands in its place where the best were matched again; None = they were not.
+    """
+
+    pictures: list[int]
+    texts: list[str]
+    owner: list[int]
+    similarity: np.ndarray
+    matched: np.ndarray | None = None
+
+    def recalls(self) -> dict[str, dict[str, float]]:
+        """Recall both ways: "itc", and "itm" where matching had the last word."""
+        out = {"itc": recall_at_k(self.similarity, self.owner, KS)}
+        if self.matched is not None:
+            out["itm"] = recall_at_k(self.matched, self.owner, KS)
+        return out
+
+
+@dataclass
+class Retrieval:
+    """Retrieval of some splits, by split and then by language."""
+
+    splits: dict[str, dict[str, Scored]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `metrics.json`: fractions of 1, with the sizes of the pools."""
+        return {
+            split: {
+                code: s.recalls() | {"pictures": len(s.pictures), "captions": len(s.texts)}
+                for code, s in by.items()
+            }
+            for split, by in self.splits.items()
+        }
+
+    def table(self) -> str:
+        """Recall in percent as lines of text."""
+        lines = [f"{'% found among the first':<44}" + "".join(f"{k:>8}" for k in KS) + f"{'median':>8}"]
+        for split, by in self.splits.items():
+            for code, s in by.items():
+                name = split if code == ANY else f"{split} {code}"
+                lines.append(f"{name}: {len(s.pictures)} pictures, {len(s.texts)} captions")
+                for kind, recalls in s.recalls().items():
+                    for way, label in (("text", "picture -> caption"), ("image", "caption -> picture")):
+                        cells = "".join(f"{100 * recalls[f'{way}_recall@{k}']:>8.1f}" for k in KS)
+                        after = "" if kind == "itc" else ", matched again"
+                        lines.append(
+                            f"{'  ' + label + after:<44}{cells}{recalls[f'{way}_median_rank']:>8.0f}"
+                        )
+        return "\n".join(lines)
+
+
+def draw_retrieval(
+    retrieval: Retrieval,
+    data: CaptionData,
+    path: str | Path,
+    *,
+    title: str = "",
+    searches: int = 6,
+    top: int = 5,
+) -> None:
+    """Draws what some texts and some pictures found, evenly over splits and languages.
+
+    Of drawn scenes it is known whether a caption of another picture is true as well.
+
+    Args:
+        retrieval: What was found.
+        data: What it was found in.
+        path: The picture to write.
+        title: Its title.
+        searches: Searches by text, and by picture.
+        top: How many of the nearest are shown.
+    """
+    pools = [(split, code, s) for split, by in retrieval.splits.items() for code, s in by.items()]
+    by_text: list[FoundPictures] = []
+    by_picture: list[FoundTexts] = []
+    for turn in range(searches):
+        split, code, s = pools[turn % len(pools)]
+        pairs, scores = data.pairs(split), s.similarity if s.matched is None else s.matched
+        language, share = None if code == ANY else code, (turn + 0.5) / searches
+        column, row = int(share * len(s.texts)), int(share * len(s.pictures))
+        with contextlib.suppress(ImageError):  # it was found by its cached features, and has gone since
+            best = np.argsort(-scores[:, column], kind="stable")[:top].tolist()
+            marks: list[Mark] = [_mark(pairs, s, i, column, language) for i in best]
+            rank = int((scores[:, column] >= scores[s.owner[column], column]).sum())
+            images = [pairs.image(s.pictures[i]) for i in best]
+            by_text.append(FoundPictures(s.texts[column], images, marks, rank, language))
+        with contextlib.suppress(ImageError):
+            best = np.argsort(-scores[row], kind="stable")[:top].tolist()
+            kinds: list[Mark] = [_mark(pairs, s, row, j, language) for j in best]
+            own = np.array(s.owner) == row
+            rank = 1 + int((scores[row][~own] >= scores[row][own].max()).sum())
+            image = pairs.image(s.pictures[row])
+            by_picture.append(FoundTexts(image, [s.texts[j] for j in best], kinds, rank, language))
+    if by_text or by_picture:
+        subtitle = "; ".join(
+            f"{split}{'' if code == ANY else f' {code}'}: recall@1 "
+            f"{100 * s.recalls()['itc']['text_recall@1']:.1f} % of captions, "
+            f"{100 * s.recalls()['itc']['image_recall@1']:.1f} % of pictures"
+            for split, code, s in pools
+        )
+        retrieval_sheet(by_text, by_picture, path, title=title, subtitle=subtitle)
+
+
+def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) -> Mark:
+    if s.owner[column] == row:
+        return "own"
+    if isinstance(pairs, SceneSplit) and language:
+        claims = judge(s.texts[column], pairs.scene(s.pictures[row]), language).claims
+        return "true" if claims and all(right for _, right in claims) else "other"
+    return "other"
+
+
+@torch.inference_mode()
+def evaluate_retrieval(
+    model: ImageText,
+    data: CaptionData,
+    splits: Sequence[str] | None = None,
+    *,
+    rerank: int = 0,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    limit_batches: int | None = None,
+    text_batch: int = 256,
+) -> Retrieval:
+    """Compares every picture of a split with every caption, within each language.
+
+    Args:
+        model: The model; evaluation mode is set.
+        data: The data, with the model's tokenizer and transform.
+        splits: Which splits; those that the data validates on unless told.
+        rerank: How many of the nearest are matched again, for each picture and each caption; 0 = none. As in BLIP-2's
+            own code, the score is then the logit of a match plus the similarity.
+        device: Where to compute.
+        autocast: The number format; None computes in that of the weights.
+        limit_batches: Most batches of pictures of a split.
+        text_batch: Captions, or pairs to be matched, at once.
+    """
+    model.to(device).eval()
+    kind = torch.device(device).type
+    result = Retrieval()
+    for split in data.val_splits if splits is None else splits:
+        with torch.autocast(kind, autocast, autocast is not None):
+            result.splits[split] = _split(model, data, split, rerank, device, limit_batches, text_batch)
+    return result
+
+
+def _split(
+    model: ImageText,
+    data: CaptionData,
+    split: str,
+    rerank: int,
+    device: torch.device | str,
+    limit: int | None,
+    size: int,
+) -> dict[str, Scored]:
+    rows = data.rows(split)
+    vectors: list[Tensor] = []
+    pictures: list[int] = []
+    for places, batch in _batches(data, split, limit):
+        seen = model.qformer.see(model.context(batch.to(device)))
+        chosen = torch.tensor([at for at, _ in places], device=seen.queries.device)
+        vectors.append(model.embed_pictures(seen.queries[chosen]).float())
+        pictures += [i for _, i in places]
+    images = torch.cat(vectors)
+
+    captions = [
+        (row, int(j)) for row, i in enumerate(pictures) for j in range(rows.first[i], rows.first[i + 1])
+    ]
+    tokens = [rows.row(j).tokens for _, j in captions]
+    said = [rows.captions[pictures[row]][j - int(rows.first[pictures[row]])] for row, j in captions]
+    texts = torch.empty(len(captions), images.shape[2], device=images.device)
+    for chosen in _by_length([len(t) for t in tokens], size):
+        ids, valid = _padded([tokens[j] for j in chosen], data.tokenizer, device)
+        texts[torch.tensor(chosen, device=texts.device)] = model.embed_texts(ids, valid).float()
+    with torch.autocast(images.device.type, enabled=False):
+        near = torch.stack([(image @ texts.T).amax(0) for image in images]).cpu()
+
+    tags = data.tokenizer.languages
+    codes = [caption.language if tags else None for caption in said]
+    found: dict[str, Scored] = {}
+    again = torch.zeros_like(near, dtype=torch.bool)
+    parts: dict[str, tuple[list[int], list[int]]] = {}
+    for code in dict.fromkeys(codes):
+        columns = [j for j, other in enumerate(codes) if other == code]
+        owners = sorted({captions[j][0] for j in columns})
+        parts[code or ANY] = owners, columns
+        if rerank:
+            again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], rerank)
+    matched = (
+        _matched(model, data, split, near, again, pictures, tokens, device, limit, size) if rerank else None
+    )
+    for code, (owners, columns) in parts.items():
+        row_of = {owner: row for row, owner in enumerate(owners)}
+        found[code] = Scored(
+            [pictures[row] for row in owners],
+            [said[j].text for j in columns],
+            [row_of[captions[j][0]] for j in columns],
+            near[owners][:, columns].numpy(),
+            None if matched is None else matched[owners][:, columns].numpy(),
+        )
+    return found
+
+
+def _batches(
+    data: CaptionData, split: str, limit: int | None
+) -> Iterator[tuple[list[tuple[int, int]], CaptionBatch]]:
+    """Batches, with (place in the batch, place in the split) of each picture; a stand-in for a bad one is left out."""
+    pairs, seen = data.pairs(split), set[str]()
+    places = {pairs.name(i): i for i in range(len(pairs))}
+    for number, batch in enumerate(data.loader(split)):
+        if limit is not None and number >= limit:
+            break
+        new = [(at, places[name]) for at, name in enumerate(batch.names) if name not in seen]
+        seen.update(batch.names)
+        if new:
+            yield new, batch
+
+
+def _by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda j: lengths[j])
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _padded(
+    tokens: Sequence[np.ndarray], tokenizer: Tokenizer, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    ids, valid = tokenizer.pad([t.tolist() for t in tokens], side="right")
+    return ids.to(device), valid.to(device)
+
+
+def _best(near: Tensor, k: int) -> Tensor:
+    """The k nearest captions of each picture, and the k nearest pictures of each caption: (c t) bool."""
+    chosen = torch.zeros_like(near, dtype=torch.bool)
+    chosen.scatter_(1, near.topk(min(k, near.shape[1]), 1).indices, True)
+    return chosen.scatter_(0, near.topk(min(k, near.shape[0]), 0).indices, True)
+
+
+def _matched(
+    model: ImageText,
+    data: CaptionData,
+    split: str,
+    near: Tensor,
+    again: Tensor,
+    pictures: list[int],
+    tokens: list[np.ndarray],
+    device: torch.device | str,
+    limit: int | None,
+    size: int,
+) -> Tensor:
+    """The similarities with the logit of a match added where `again`; what was not matched stands behind them all."""
+    scores = near - 1000.0
+    rows = {i: row for row, i in enumerate(pictures)}
+    for places, batch in _batches(data, split, limit):
+        visual = model.qformer.project_visual(model.context(batch.to(device)))
+        pairs = [(at, rows[i], int(j)) for at, i in places for j in again[rows[i]].nonzero()[:, 0]]
+        for chosen in _by_length([len(tokens[j]) for _, _, j in pairs], size):
+            at, row, column = zip(*(pairs[p] for p in chosen), strict=True)
+            ids, valid = _padded([tokens[j] for j in column], data.tokenizer, device)
+            of_pairs = [kv.select(torch.tensor(at, device=ids.device)) for kv in visual]
+            logits = model.match(of_pairs, ids, valid).float().cpu()
+            place = torch.tensor(row), torch.tensor(column)
+            scores[place] = near[place] + logits[:, 1]
+    return scores

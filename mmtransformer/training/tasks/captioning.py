@@ -1,0 +1,280 @@
+"""Captioning: any captioner as a training task. The loss is per token, whatever the batches and processes.
+
+Letters: b pictures, r captions of a picture, n = b * r rows.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
+from mmtransformer.captioners.coca import CoCa
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.interleaved_data import InterleavedData
+from mmtransformer.generation.captions import Decoding
+from mmtransformer.layers.lora import merge_lora
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.pipelines.few_shot import check_reader
+from mmtransformer.pipelines.image_captioner import ImageCaptioner
+from mmtransformer.training.callbacks.samples import sample_captions
+from mmtransformer.training.engine.fitting import check_texts, refuse_empty_captions
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.evaluation.evaluation import evaluate, image_use
+from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
+from mmtransformer.training.evaluation.shots import score_shots
+
+
+class Captioning(Task):
+    """Trains a captioner to say what people say of a picture.
+
+    Every validation also asks whether the pictures are used at all: the loss with the right pictures is set beside
+    that with other pictures of the batch and that with blank ones. A captioner that only knows what captions sound
+    like has three equal losses.
+
+    Args:
+        captioner: The model.
+        optim: The optimizer and its schedule.
+        label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
+        image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
+        decoding: How captions are searched for when the run is evaluated; saved with the model.
+        shots: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for models
+            that read pictures inside the text.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        *,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        label_smoothing: float = 0.0,
+        image_use_batches: int = 4,
+        decoding: Decoding | None = None,
+        shots: Sequence[int] = (),
+    ) -> None:
+        super().__init__(optim)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
+        self.captioner, self.label_smoothing = captioner, label_smoothing
+        self.image_use_batches = image_use_batches
+        self.decoding, self.shots = decoding or Decoding(), tuple(shots)
+        if self.shots:
+            check_reader(captioner)
+        self._turn = 0  # of the samples that are shown
+        self.start: ImageCaptioner | None = None
+        """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
+
+    @property
+    def trained(self) -> nn.Module:
+        """The captioner."""
+        return self.captioner
+
+    def loss(self, batch: CaptionBatch) -> Loss:
+        """The losses of the batch's target tokens, and what else the captioner trains on."""
+        return self.captioner.loss(batch, label_smoothing=self.label_smoothing)
+
+    def sample(self) -> list[str]:
+        """What the model says of a held-out picture, in each of the data's languages; another one each time."""
+        if self.data is None:
+            return []
+        self._turn += 1
+        return sample_captions(self.captioner, self.data, self.device, turn=self._turn - 1)
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's losses, with the image-use check beside them."""
+        text = super().describe(split, metrics)
+        if f"{split}/loss_other_picture" not in metrics:
+            return text
+        right, other, blank = (
+            float(metrics[f"{split}/loss_{name}"]) for name in ("right", "other_picture", "blank_picture")
+        )
+        return f"{text} (right picture {right:.3f}, another {other:.3f}, blank {blank:.3f})"
+
+    def setup(self, stage: str) -> None:
+        """Checks that model and data fit, before anything is computed.
+
+        Raises:
+            ValueError: If the vocabulary or the captions are larger than the model, the pictures are of another size,
+                or the data is interleaved and the model does not heed where pictures stand.
+        """
+        data = self.data
+        if isinstance(getattr(self.trainer, "datamodule", None), InterleavedData):
+            check_reader(self.captioner, blind=True)
+        if data is None:
+            return
+        self.decoding = dataclasses.replace(self.decoding, mark_pictures=data.mark_pictures)
+        check_texts(data, data.max_len, self.captioner, "decoder")
+        if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
+            refuse_empty_captions(data, testing=stage == "test")
+        patch = getattr(self.captioner.vision, "patch_size", None)
+        if isinstance(patch, int) and any(side % patch for side in data.transform.size):
+            raise ValueError(
+                f"data.image gives pictures of {data.transform.size[0]} x {data.transform.size[1]} px, which the "
+                f"backbone's patches of {patch} px do not divide; change image_size or patch_size"
+            )
+
+    @property
+    def data(self) -> CaptionData | None:
+        """The run's pairs: its data, or those that interleaved data is scored on; None for data of other kinds."""
+        data = getattr(self.trainer, "datamodule", None)
+        data = data.captions if isinstance(data, InterleavedData) else data
+        return data if isinstance(data, CaptionData) else None
+
+    def on_fit_start(self) -> None:
+        """Computes the features of a frozen vision tower, if the data keeps a cache."""
+        data = self.data
+        if data is not None and data.cache_features:
+            half = self.trainer.precision == "bf16-mixed"
+            data.use_features(
+                self.captioner,
+                device=self.device,
+                autocast=torch.bfloat16 if half else None,
+                progress=sys.stderr.isatty(),
+            )
+            self.captioner.train()
+
+    def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the losses with right, other and blank pictures."""
+        split = self.split_names[dataloader_idx]
+        if not batch.target[:, 1:].any():
+            return
+        self.add(split, "loss", caption_loss(self.captioner, batch))
+        if batch_idx < self.image_use_batches and len(batch.names) > 1:
+            self.add(split, "loss_right", caption_loss(self.captioner, batch))
+            self.add(split, "loss_other_picture", caption_loss(self.captioner, other_pictures(batch)))
+            self.add(split, "loss_blank_picture", caption_loss(self.captioner, self.blank_pictures(batch)))
+
+    def blank_pictures(self, batch: CaptionBatch) -> CaptionBatch:
+        """The batch with grey pictures (the mean colour of the transform) in place of its own."""
+        if batch.pixels is not None:
+            return dataclasses.replace(batch, pixels=torch.zeros_like(batch.pixels))
+        assert batch.visual_tokens is not None
+        assert self.data is not None
+        tokens = batch.visual_tokens
+        pixels = torch.zeros(1, tokens.shape[1], 3, *self.data.transform.size, device=tokens.device)
+        blank = self.captioner.encode(pixels).to(tokens.dtype)
+        return dataclasses.replace(batch, visual_tokens=blank.expand_as(tokens))
+
+    def finish(self, run: Run) -> None:
+        """Captions the validation splits, and writes scores, galleries, curves and the model."""
+        data, trainer = self.data, self.trainer
+        if data is None:
+            return
+        whole = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # a validation sets another
+        took = f"trained {trainer.global_step} steps in {seconds_to_text(run.seconds)}"
+        print(f"{took}; now captioning {', '.join(data.val_splits)}")  # noqa: T201
+        facts = self.training_facts(run)
+        use = image_use(trainer.callback_metrics, data.val_splits)
+        if not use and trainer.world_size == 1:  # the run ended before its first validation
+            trainer.validate(self, datamodule=data, verbose=False)
+            use = image_use(trainer.callback_metrics, data.val_splits)
+        began = time.monotonic()
+        half = run.device.type == "cuda" and trainer.precision == "bf16-mixed"
+        evaluation = evaluate(
+            self.captioner,
+            data,
+            decoding=self.decoding,
+            device=run.device,
+            autocast=torch.bfloat16 if half else None,
+            limit_batches=run.limit_batches,
+        )
+        shots, note = self._score_shots(whole, run, half) if self.shots else ({}, "")
+        facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
+        merge_lora(self.captioner)
+        model = ImageCaptioner(
+            self.captioner, data.tokenizer, data.transform, decoding=self.decoding, device=run.device
+        )
+        extra = shots | {"image_use": use, "training": facts}
+        write_report(run.folder, model, data, evaluation, extra=extra, note=note)
+        lines = ["", evaluation.table(), ""]
+        bad = {
+            path: len(path.read_text("utf-8").splitlines())
+            for path in run.folder.glob("bad_pictures_*.jsonl")
+        }
+        lines += [f"{n} pictures could not be read; they are named in {path}" for path, n in bad.items() if n]
+        for split, losses in use.items():
+            if "loss_right" in losses:
+                right, other, blank = (
+                    losses[f"loss_{name}"] for name in ("right", "other_picture", "blank_picture")
+                )
+                lines.append(
+                    f"{split}: loss {right:.3f} with the right picture, {other:.3f} with another, {blank:.3f} with a "
+                    f"blank one"
+                )
+        lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
+        lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]
+        lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
+        lines += [f"  {how_to(run.folder, model)}"]
+        print("\n".join(lines))  # noqa: T201
+
+    def _score_shots(
+        self, data: CaptionData | InterleavedData, run: Run, half: bool
+    ) -> tuple[dict[str, object], str]:
+        """The scores after examples, and a line of them; a prompt that does not fit is said, and costs no model."""
+        try:
+            scored = score_shots(
+                self.captioner,
+                data,
+                self.shots,
+                decoding=self.decoding,
+                device=run.device,
+                autocast=torch.bfloat16 if half else None,
+                limit_batches=run.limit_batches,
+            )
+        except ValueError as error:
+            print(f"not scored after examples (shots {list(self.shots)}): {error}")  # noqa: T201
+            return {"few_shot": {"error": str(error)}}, ""
+        print(f"\n{scored.table()}")  # noqa: T201
+        return {"few_shot": scored.to_dict()}, scored.headline()
+
+
+def finetune(
+    init: str = "runs/caption_scenes/model",
+    *,
+    freeze_vision: bool = False,
+    optim: Optim = Optim(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
+    label_smoothing: float = 0.0,
+    image_use_batches: int = 4,
+    decoding: Decoding | None = None,
+) -> Captioning:
+    """Goes on from a saved model, with its own tokenizer and image transform.
+
+    Args:
+        init: The model's folder, or its name on the hub.
+        freeze_vision: Leave the vision tower as it is, and train the rest.
+        optim: The optimizer and its schedule.
+        label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
+        image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
+        decoding: How captions are searched for; that of the saved model unless told.
+    """
+    saved = ImageCaptioner.from_pretrained(init, device="cpu")
+    captioner = saved.captioner.train()
+    if freeze_vision and not is_frozen(captioner.vision):
+        freeze(captioner.vision)
+    module = Captioning(
+        captioner,
+        optim=optim,
+        label_smoothing=label_smoothing,
+        image_use_batches=image_use_batches,
+        decoding=decoding or saved.decoding,
+    )
+    module.start = saved
+    return module
+
+
+def other_pictures(batch: CaptionBatch) -> CaptionBatch:
+    """The batch with every (real) picture moved on by one place, so that each text gets another's picture."""
+    shape = batch.visual.shape[:2]
+    real = torch.ones(shape, dtype=torch.bool) if batch.pictures is None else batch.pictures.cpu()
+    places = real.flatten().nonzero()[:, 0]
+    order = torch.arange(real.numel())  # autocast cannot `roll` float16 on a CPU
+    order[places] = places.roll(1)
+
+    def move(visual: Tensor | None) -> Tensor | None:
+        return None if visual is None else visual.flatten(0, 1)[order.to(visual.device)].unflatten(0, shape)
+
+    return dataclasses.replace(batch, pixels=move(batch.pixels), visual_tokens=move(batch.visual_tokens))

@@ -1,0 +1,213 @@
+"""Classification: a ViT that learns the classes of pictures, from nothing or from a pretrained one.
+
+Letters: b pictures.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.data.classes import ClassBatch, ClassData
+from mmtransformer.images import ImageError
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.pipelines.classifier import ImageClassifier
+from mmtransformer.pipelines.image_captioner import fast_autocast
+from mmtransformer.plots import Card, Said, rollout_sheet, save_gallery
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+
+
+class Classification(Task):
+    """Trains a ViT to classify (Dosovitskiy et al., arXiv:2010.11929).
+
+    A ViT without a head, such as `load_vit` gives, gets one for the classes of the data.
+
+    Args:
+        vit: The model.
+        optim: The optimizer and its schedule.
+        label_smoothing: Share of the target's probability that is spread over the classes, in training only.
+        freeze: Train the head alone, and leave the rest as it is (a linear probe).
+        num_cards: Pictures in the gallery.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        *,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        label_smoothing: float = 0.0,
+        freeze: bool = False,
+        num_cards: int = 24,
+    ) -> None:
+        super().__init__(optim)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
+        self.vit, self.label_smoothing, self.freeze_vit, self.num_cards = (
+            vit,
+            label_smoothing,
+            freeze,
+            num_cards,
+        )
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model."""
+        return self.vit
+
+    @property
+    def data(self) -> ClassData | None:
+        """The run's data, if it is a ClassData."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, ClassData) else None
+
+    def setup(self, stage: str) -> None:
+        """Gives the model a head for the data's classes, and checks that the pictures fit.
+
+        Raises:
+            ValueError: If it has a head for another number of classes, or patches do not divide the pictures.
+        """
+        data = self.data
+        if data is None:
+            return
+        classes = len(data.classes)
+        if not self.vit.num_classes:
+            head = nn.Linear(self.vit.dim, classes)
+            chance = torch.Generator().manual_seed(data.seed)  # the same head in one process and in many
+            nn.init.trunc_normal_(head.weight, std=0.02, generator=chance)
+            nn.init.zeros_(head.bias)
+            self.vit.head, self.vit.num_classes = head, classes
+        if self.vit.num_classes != classes:
+            raise ValueError(
+                f"the model tells {self.vit.num_classes} classes apart, but the data has {classes}; leave num_classes "
+                f"out, and the head is made for the data"
+            )
+        height, width = data.transform.size
+        self.vit.grid_size(height, width)
+        if self.freeze_vit:
+            self.vit.requires_grad_(False)
+            self.vit.head.requires_grad_(True)
+
+    def on_fit_start(self) -> None:
+        """Says what there is to learn from."""
+        if self.data is not None and self.trainer.is_global_zero:
+            print(self.data.describe())  # noqa: T201
+
+    def train(self, mode: bool = True) -> "Classification":
+        """Training mode; a frozen tower has neither dropout nor stochastic depth."""
+        super().train(mode)
+        if self.freeze_vit:
+            self.vit.eval()
+        return self
+
+    def loss(self, batch: ClassBatch) -> Loss:
+        """The losses of the batch's pictures."""
+        return self._loss(self.vit(batch.pixels), batch, self.label_smoothing)
+
+    @staticmethod
+    def _loss(logits: Tensor, batch: ClassBatch, label_smoothing: float) -> Loss:
+        each = F.cross_entropy(
+            logits.float(), batch.labels, reduction="none", label_smoothing=label_smoothing
+        )
+        return Loss((each * batch.counted).sum(), batch.counted.sum())
+
+    def validation_step(self, batch: ClassBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the loss, without smoothing, and how many are right."""
+        split, logits = self.split_names[dataloader_idx], self.vit(batch.pixels)
+        if batch.counted.any():
+            self.add(split, "loss", self._loss(logits, batch, 0.0))
+            right = (logits.argmax(-1) == batch.labels) & batch.counted
+            self.add(split, "accuracy", Loss(right.sum().float(), batch.counted.sum()))
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's loss and accuracy."""
+        return f"{super().describe(split, metrics)}, {float(metrics[f'{split}/accuracy']):.1%} right"
+
+    def finish(self, run: Run) -> None:
+        """Classifies the validation splits; writes scores, a confusion matrix, a gallery, curves and the model."""
+        data = self.data
+        if data is None:
+            return
+        facts = self.training_facts(run)
+        self.vit.to(run.device).eval()
+        confusions = {
+            split: self._confusion(data, split, run.device, run.limit_batches) for split in data.val_splits
+        }
+        scores = {split: class_scores(matrix, data.classes) for split, matrix in confusions.items()}
+        write_metrics(run.folder, {"classification": scores, "training": facts})
+        found = table(scores)
+        classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
+        classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
+        title = run.folder.resolve().name.replace("_", " ")
+        if cards := make_cards(classifier, data, self.num_cards):
+            save_gallery(cards, run.folder / "gallery.png", title=title, columns=6, card_width=200)
+            rollout_sheet(self.vit, cards[0].image, data.transform, run.folder / "attention.png", title=title)
+        draw_curves(run.folder, title)
+        print(  # noqa: T201
+            f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}\n\n{found}\n\n"
+            f"metrics   {run.folder / 'metrics.json'}\ngallery   {run.folder / 'gallery.png'}\n"
+            f"model     {run.folder / 'model'}"
+        )
+
+    @torch.inference_mode()
+    def _confusion(self, data: ClassData, split: str, device: torch.device, limit: int | None) -> Tensor:
+        """How often each class (rows) was taken for each (columns)."""
+        matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.long)
+        for i, batch in enumerate(data.loader(split)):
+            if limit is not None and i >= limit:
+                break
+            with fast_autocast(device):
+                said = self.vit(batch.pixels.to(device)).argmax(-1).cpu()
+            pairs = batch.labels * len(data.classes) + said
+            matrix += torch.bincount(pairs[batch.counted], minlength=matrix.numel()).view_as(matrix)
+        return matrix
+
+
+def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Scores from a confusion matrix (true classes are rows): accuracy, that of each class, and the mean of those."""
+    totals, right = matrix.sum(1), matrix.diagonal()
+    each = {
+        name: float(r) / float(n)
+        for name, r, n in zip(classes, right.tolist(), totals.tolist(), strict=True)
+        if n
+    }
+    return {
+        "accuracy": float(right.sum()) / max(float(totals.sum()), 1.0),
+        "mean_class_accuracy": sum(each.values()) / max(len(each), 1),
+        "pictures": int(totals.sum()),
+        "classes": each,
+        "confusion": matrix.tolist(),
+    }
+
+
+def make_cards(classifier: ImageClassifier, data: ClassData, num_cards: int) -> list[Card]:
+    """Cards of pictures of the first validation split: the class that was told, and whether it is right."""
+    pictures = data.pictures(data.val_splits[0]) if data.val_splits else None
+    cards = []
+    for i in range(min(num_cards, len(pictures) if pictures is not None else 0)):
+        assert pictures is not None
+        try:
+            image = pictures.image(i)
+        except ImageError:
+            continue
+        ((name, share),) = classifier(image)[0]
+        true = data.classes[pictures.label(i)]
+        said = Said(f"{name} {share:.0%}", references=[true], facts=[(name, name == true)])
+        cards.append(Card(image, [said], heading=pictures.name(i)))
+    return cards
+
+
+def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores as lines of text: accuracy, and the classes that are told worst."""
+    lines = [f"{'split':<14}{'pictures':>9}  accuracy  mean of classes  worst classes"]
+    for split, s in scores.items():
+        worst = sorted(s["classes"].items(), key=lambda item: item[1])[:3]
+        names = ", ".join(f"{name} {value:.1%}" for name, value in worst)
+        lines.append(
+            f"{split:<14}{s['pictures']:>9}  {s['accuracy']:<8.1%}  {s['mean_class_accuracy']:<15.1%}  {names}"
+        )
+    return "\n".join(lines)

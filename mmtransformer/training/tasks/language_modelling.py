@@ -1,0 +1,225 @@
+"""LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one.
+
+Letters: b rows, q tokens of a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.backbones.base import Decoder
+from mmtransformer.data.text_only.texts import TextBatch, TextData
+from mmtransformer.layers.lora import merge_lora
+from mmtransformer.losses.next_token import Loss, next_token_loss
+from mmtransformer.serialization.pretrained import Pretrained
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.training.engine.fitting import check_texts
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.evaluation.text_scores import (
+    ALL,
+    novelty,
+    score_ngrams,
+    score_texts,
+    scores_to_dict,
+    table,
+    write_texts,
+)
+
+
+class LanguageModelling(Task):
+    """Trains a decoder on texts in packed rows: GPT (Radford et al. 2018), whatever the decoder's family.
+
+    When the run ends, the model is set beside n-gram models of the same training texts, and model and tokenizer are
+    saved in one folder: the frozen language model of a bridge (`mmtransformer.weights.load_lm`).
+
+    Args:
+        decoder: The model.
+        optim: The optimizer and its schedule.
+        baseline_orders: The n of the n-gram models that it is compared with; none for no comparison.
+        baseline_tokens: Most training tokens that they count.
+        num_texts: Texts that the trained model makes up in each language, for `texts.txt`.
+    """
+
+    unit = "texts"
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        baseline_orders: Sequence[int] = (2, 3, 4, 5),
+        baseline_tokens: int = 20_000_000,
+        num_texts: int = 100,
+    ) -> None:
+        super().__init__(optim)
+        if any(order < 1 for order in baseline_orders):
+            raise ValueError(f"baseline_orders {list(baseline_orders)} must be at least 1 each")
+        self.decoder = decoder
+        self.baseline_orders, self.baseline_tokens = tuple(baseline_orders), baseline_tokens
+        self.num_texts = num_texts
+        self._turn = 0  # of the texts that are shown
+
+    @property
+    def trained(self) -> nn.Module:
+        """The decoder."""
+        return self.decoder
+
+    @property
+    def data(self) -> TextData | None:
+        """The run's data, if it is a TextData."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, TextData) else None
+
+    def setup(self, stage: str) -> None:
+        """Checks that model and data fit, before anything is computed.
+
+        Raises:
+            ValueError: If the vocabulary or the texts are larger than the model, or it could not be saved.
+        """
+        if not isinstance(self.decoder, Pretrained):
+            raise ValueError(f"a {type(self.decoder).__name__} cannot be saved; train a TextDecoder")
+        if getattr(self.decoder, "cross_dim", None) is not None:
+            raise ValueError("a language model has no pictures to look at: leave the decoder's cross_dim out")
+        data = self.data
+        if data is None:
+            return
+        check_texts(data, data.max_len, self.decoder, "decoder")
+
+    def on_fit_start(self) -> None:
+        """Says how the texts became rows."""
+        if self.data is not None and self.trainer.is_global_zero:
+            print(self.data.describe())  # noqa: T201
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def loss(self, batch: TextBatch) -> Loss:
+        """The losses of the batch's target tokens."""
+        hidden = self.decoder(batch.tokens[:, :-1], segments=batch.segments[:, :-1])
+        return next_token_loss(hidden, batch.tokens, batch.target, self.decoder.head)
+
+    def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the loss, and as bits a byte, which do not depend on the tokenizer."""
+        split, loss = self.split_names[dataloader_idx], self.loss(batch)
+        self.add(split, "loss", loss)
+        if self.data is not None:
+            bits = self.data.rows(split).bits_per_byte
+            self.add(split, "bits_per_byte", Loss(loss.sum * bits, loss.count))
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's loss and perplexity."""
+        return f"{super().describe(split, metrics)}, perplexity {float(metrics[f'{split}/perplexity']):.2f}"
+
+    def sample(self) -> list[str]:
+        """A text that the model makes up, in each language; others each time."""
+        data = self.data
+        if data is None:
+            return []
+        self._turn += 1
+        generator = torch.Generator(self.device).manual_seed(self._turn)
+        lines = []
+        for language in self._languages(data):
+            (text,) = write_texts(self.decoder, data.tokenizer, language, 1, generator=generator)
+            lines.append(f"{language or 'it writes'}: {text}")
+        return lines
+
+    @staticmethod
+    def _languages(data: TextData) -> tuple[str | None, ...]:
+        return data.rows(data.train_split).languages if data.tokenizer.languages else (None,)
+
+    # -------------------------------------------------------------------------------------------------- the end
+
+    def finish(self, run: Run) -> None:
+        """Scores the validation splits, beside n-grams; writes texts, curves and the model."""
+        data = self.data
+        if data is None:
+            return
+        facts = self.training_facts(run)
+        facts["tokens_per_second"] = round(self.tokens_seen / max(run.seconds, 1e-9))
+        print(  # noqa: T201
+            f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}, "
+            f"{facts['tokens_per_second']:,} tokens a second"
+        )
+        decoder = merge_lora(self.decoder).to(run.device).eval()
+        scores = {
+            split: score_texts(decoder, data, split, limit_batches=run.limit_batches)
+            for split in data.val_splits
+        }
+        ngrams = score_ngrams(data, data.val_splits, self.baseline_orders, max_tokens=self.baseline_tokens)
+        written = self._write(decoder, data, run.device)
+        known = data.texts(data.train_split)
+        metrics: dict[str, Any] = {
+            "scores": scores_to_dict(scores),
+            "ngrams": {str(n): scores_to_dict(by) for n, by in ngrams.items()},
+            "texts": {language or ALL: novelty(texts, known) for language, texts in written.items()},
+            "training": facts,
+        }
+        lines = table(scores, ngrams)
+        write_metrics(run.folder, metrics)
+        made_up = [
+            f"{language}: {text}" if language else text
+            for language, texts in written.items()
+            for text in texts
+        ]
+        (run.folder / "texts.txt").write_text("\n".join(made_up) + "\n", encoding="utf-8")
+        save_language_model(decoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
+        draw_curves(run.folder)
+        shown = [f"  {text}" for language in written for text in self._first(written, language)]
+        print(  # noqa: T201
+            "\n".join(
+                ["", lines, "", "It writes, for example:", *shown, ""]
+                + [f"metrics   {run.folder / 'metrics.json'}", f"texts     {run.folder / 'texts.txt'}"]
+                + [f"model     {run.folder / 'model'}  (the frozen language model of a bridge)"]
+            )
+        )
+
+    def _write(self, decoder: Decoder, data: TextData, device: torch.device) -> dict[str | None, list[str]]:
+        generator = torch.Generator(device).manual_seed(0)
+        return {
+            language: write_texts(decoder, data.tokenizer, language, self.num_texts, generator=generator)
+            for language in self._languages(data)
+        }
+
+    @staticmethod
+    def _first(written: Mapping[str | None, list[str]], language: str | None) -> list[str]:
+        return [f"{language}: {text}" if language else text for text in written[language][:3]]
+
+
+def save_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
+    """Writes a language model and its tokenizer into one folder, for `weights.load_lm` and `Tokenizer.from_folder`.
+
+    Args:
+        decoder: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        note: More for the folder's README.md: scores, say.
+    """
+    assert isinstance(decoder, Pretrained)
+    decoder.save_pretrained(folder)
+    tokenizer.save(folder)
+    parameters = sum(p.numel() for p in decoder.parameters())
+    head = ["library_name: mmtransformer", "pipeline_tag: text-generation"]
+    head += [f"language: [{', '.join(tokenizer.languages)}]"] if tokenizer.languages else []
+    title = folder.parent.name if folder.name == "model" else folder.name
+    card = f"""---
+{chr(10).join(head)}
+---
+
+# {title}
+
+A language model of mmtransformer: {parameters / 1e6:.1f} million parameters, {tokenizer.vocab_size} tokens.
+
+```python
+from mmtransformer import Tokenizer
+from mmtransformer.weights import load_lm
+
+decoder, tokenizer = load_lm("{folder.name}"), Tokenizer.from_folder("{folder.name}")  # this folder
+```
+
+{note}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,208 @@
+"""MaskedLanguageModelling: a text encoder that fills in hidden words and tells which texts belong together."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.data.text_only.masked import MaskedData
+from mmtransformer.data.text_only.masked_rows import MaskedBatch
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.training.engine.fitting import check_texts
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
+from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+
+
+class MaskedLanguageModelling(Task):
+    """Trains a text encoder as BERT was (Devlin et al., arXiv:1810.04805): hidden words, and pairs of texts.
+
+    The loss is the mean over hidden tokens, plus the mean over pairs where there are any. Whether two texts belong
+    together stands in the place of BERT's next sentence: texts of one group are captions of one picture. A pair weighs
+    as much as its row has hidden tokens, so that one count, theirs, makes means of both sums, and the gradient does not
+    depend on how a global batch is cut up.
+
+    Args:
+        encoder: The model, with its word head, and its sentence head if rows are pairs.
+        optim: The optimizer and its schedule.
+        pair_weight: Weight of the loss of pairs.
+    """
+
+    unit = "texts"
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        pair_weight: float = 1.0,
+    ) -> None:
+        super().__init__(optim)
+        if pair_weight < 0:
+            raise ValueError(f"pair_weight ({pair_weight}) must not be below 0")
+        self.encoder, self.pair_weight = encoder, pair_weight
+        self._turn = 0  # of the rows that are shown
+
+    @property
+    def trained(self) -> nn.Module:
+        """The encoder."""
+        return self.encoder
+
+    @property
+    def data(self) -> MaskedData | None:
+        """The run's data, if it is a MaskedData."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, MaskedData) else None
+
+    def setup(self, stage: str) -> None:
+        """Checks that model and data fit, before anything is computed.
+
+        Raises:
+            ValueError: If the encoder lacks a head, or its vocabulary or rows are too small.
+        """
+        if not self.encoder.word_head:
+            raise ValueError("hidden words need the encoder's word_head: true")
+        data = self.data
+        if data is None:
+            return
+        if data.pairs and not self.encoder.sentence_head:
+            raise ValueError(
+                "pairs of texts need the encoder's sentence_head: true; or set data.pairs: false"
+            )
+        if data.pairs and self.encoder.num_types < 2:
+            raise ValueError(
+                f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.pairs: false"
+            )
+        check_texts(data, data.max_len, self.encoder, "encoder")
+
+    def on_fit_start(self) -> None:
+        """Says what the texts are."""
+        if self.data is not None and self.trainer.is_global_zero:
+            print(self.data.describe())  # noqa: T201
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def loss(self, batch: MaskedBatch) -> Loss:
+        """The losses of the hidden tokens, each with the loss of its row's pair beside it."""
+        words, pairs = self.losses(batch)
+        total = words.sum()
+        if self.encoder.sentence_head:  # without pairs too: DDP waits for the head's gradient
+            hidden = batch.target.sum(1)[batch.other >= 0]
+            total = total + self.pair_weight * (pairs * hidden).sum()
+        return Loss(total, torch.tensor(words.numel(), device=total.device))
+
+    def losses(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """The losses of all hidden tokens and of all pairs, in the order of the rows."""
+        types = batch.types if self.encoder.num_types > 1 else None
+        states = self.encoder(batch.tokens, types, valid=batch.valid)
+        guessed = _at_least_float(self.encoder.words(states[batch.target]))
+        words = F.cross_entropy(guessed, batch.labels[batch.target], reduction="none")
+        if not self.encoder.sentence_head:
+            return words, words.new_zeros(0)
+        known = batch.other >= 0
+        told = _at_least_float(self.encoder.follows(states[known]))
+        return words, F.cross_entropy(told, batch.other[known], reduction="none")
+
+    def validation_step(self, batch: MaskedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the losses."""
+        split = self.split_names[dataloader_idx]
+        words, pairs = self.losses(batch)
+        for name, each in (("loss", words), ("pair_loss", pairs)):
+            if each.numel():
+                self.add(split, name, Loss(each.sum(), torch.tensor(each.numel(), device=each.device)))
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's losses."""
+        pairs = metrics.get(f"{split}/pair_loss")
+        return super().describe(split, metrics) + ("" if pairs is None else f", pairs {float(pairs):.3f}")
+
+    def sample(self) -> list[str]:
+        """A held-out text with hidden words, and what the model puts there; another one each time."""
+        data = self.data
+        if data is None or not data.val_splits:
+            return []
+        loader = data.loader(data.val_splits[0])
+        batch = next(iter(loader)).to(self.device)
+        row = self._turn % len(batch.tokens)
+        self._turn += 1
+        return fill_in(self.encoder, data.tokenizer, batch, rows=[row])
+
+    # -------------------------------------------------------------------------------------------------- the end
+
+    def finish(self, run: Run) -> None:
+        """Counts how many hidden words are filled in rightly, beside what counting can do; saves the model."""
+        data = self.data
+        if data is None:
+            return
+        facts = self.training_facts(run)
+        print(f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}")  # noqa: T201
+        encoder = self.encoder.to(run.device).eval()
+        baseline = count_neighbours(data)
+        scores = {
+            split: score_masked(encoder, data, split, baseline, limit_batches=run.limit_batches)
+            for split in data.val_splits
+        }
+        metrics: dict[str, Any] = {
+            "scores": {s: asdict(score) for s, score in scores.items()},
+            "training": facts,
+        }
+        write_metrics(run.folder, metrics)
+        lines = "\n".join(f"{split}: {score}" for split, score in scores.items())
+        filled = [
+            line
+            for split in data.val_splits
+            for batch in islice(data.loader(split), 1)
+            for line in fill_in(encoder, data.tokenizer, batch.to(run.device))
+        ]
+        (run.folder / "filled.txt").write_text("\n".join(filled) + "\n", encoding="utf-8")
+        save_encoder(encoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
+        draw_curves(run.folder)
+        shown = ["", lines, "", "It fills in [word: what stood there], for example:"]
+        shown += [f"  {line}" for line in filled[:6]]
+        shown += ["", f"metrics   {run.folder / 'metrics.json'}", f"texts     {run.folder / 'filled.txt'}"]
+        print("\n".join([*shown, f"model     {run.folder / 'model'}"]))  # noqa: T201
+
+
+def _at_least_float(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def save_encoder(encoder: TextEncoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
+    """Writes an encoder and its tokenizer into one folder.
+
+    Args:
+        encoder: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        note: More for the folder's README.md: scores, say.
+    """
+    encoder.save_pretrained(folder)
+    tokenizer.save(folder)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    title = folder.parent.name if folder.name == "model" else folder.name
+    card = f"""---
+library_name: mmtransformer
+pipeline_tag: fill-mask
+---
+
+# {title}
+
+A text encoder of mmtransformer: {parameters / 1e6:.1f} million parameters, {tokenizer.vocab_size} tokens.
+
+```python
+from mmtransformer import TextEncoder, Tokenizer
+
+encoder, tokenizer = TextEncoder.from_pretrained("{folder.name}"), Tokenizer.from_folder("{folder.name}")  # this folder
+```
+
+{note}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")

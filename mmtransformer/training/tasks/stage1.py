@@ -1,0 +1,181 @@
+"""QFormerStage1: BLIP-2's first stage as a training task: contrast, matching and generation, and recall at the end.
+
+Letters: b pictures, n texts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtransformer.captioners.base import CaptionBatch, Loss
+from mmtransformer.captioners.image_text import ImageText, Losses
+from mmtransformer.data.loading.sampler import mix
+from mmtransformer.generation.captions import Decoding
+from mmtransformer.losses.contrastive import picture_ids
+from mmtransformer.training.engine.fitting import refuse_empty_captions
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run
+from mmtransformer.training.evaluation.report import write_metrics
+from mmtransformer.training.evaluation.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
+from mmtransformer.training.tasks.captioning import Captioning
+
+
+class QFormerStage1(Captioning):
+    """Trains a Q-Former, and the vision tower if it is not frozen, to find, match and describe (BLIP-2, stage 1).
+
+    The sum of the three losses is learned. Captions of one picture, and pictures that stand twice in a batch, are
+    positives of each other; negatives are drawn by (seed, step, picture), so a run is the same in any number of
+    processes. Validation also does what it does for a captioner, with the generation loss: SPLIT/loss is that loss, and
+    the image-use check compares it with other and blank pictures.
+
+    Args:
+        captioner: The model.
+        optim: The optimizer and its schedule.
+        itc_smoothing: Label smoothing of the contrastive loss, in training only.
+        label_smoothing: That of the generation loss.
+        match_texts: How many of a picture's captions of a batch are matched; None = all. It is most of a step's work.
+        gather_grad: Whether contrastive gradients reach the processes that candidates came from.
+        rerank: How many of the nearest are matched again when retrieval is evaluated; 0 = none.
+        seed: Of the negatives.
+        image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
+        decoding: How captions are searched for when the run is evaluated; saved with the model.
+    """
+
+    captioner: ImageText  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        captioner: ImageText,
+        *,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        itc_smoothing: float = 0.1,
+        label_smoothing: float = 0.1,
+        match_texts: int | None = None,
+        gather_grad: bool = True,
+        rerank: int = 16,
+        seed: int = 0,
+        image_use_batches: int = 4,
+        decoding: Decoding | None = None,
+    ) -> None:
+        super().__init__(
+            captioner,
+            optim=optim,
+            label_smoothing=label_smoothing,
+            image_use_batches=image_use_batches,
+            decoding=decoding,
+        )
+        if not 0.0 <= itc_smoothing < 1.0:
+            raise ValueError(f"itc_smoothing ({itc_smoothing}) must be at least 0 and below 1")
+        if rerank < 0:
+            raise ValueError(f"rerank ({rerank}) must be at least 0")
+        self.itc_smoothing, self.match_texts, self.gather_grad = itc_smoothing, match_texts, gather_grad
+        self.rerank, self.seed = rerank, seed
+        self._micro = 0  # batches since the last optimizer step
+
+    def setup(self, stage: str) -> None:
+        """As for any captioner; and no caption may be empty, for it would fit every picture.
+
+        Raises:
+            ValueError: If one is, or the model and the data do not fit.
+        """
+        super().setup(stage)
+        if self.data is not None:
+            refuse_empty_captions(self.data, testing=stage == "test")
+
+    def losses(self, batch: CaptionBatch, *, training: bool) -> Losses:
+        """The three losses of a batch; smoothed, and with new negatives each step, in training."""
+        step = (self.trainer.global_step, self._micro) if training else (0, -1)
+        return self.captioner.losses(
+            batch,
+            image_ids=picture_ids(batch.names, batch.target),
+            seed=int(mix(self.seed, *step)) >> 2,
+            itc_smoothing=self.itc_smoothing if training else 0.0,
+            itg_smoothing=self.label_smoothing if training else 0.0,
+            match_texts=self.match_texts if training else None,
+            gather_grad=self.gather_grad,
+        )
+
+    def loss(self, batch: CaptionBatch) -> Loss:
+        """The sum of the three, each a mean over the global batch already: it counts as one."""
+        found = self.losses(batch, training=True)
+        if self._micro == 0 and self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
+            logs = {f"train/{name}": float(value.detach()) for name, value in found._asdict().items()}
+            self._log(logs | {"temperature": float(self.captioner.temperature.detach())})
+        self._micro += 1
+        return Loss(found.total, torch.ones((), dtype=torch.long, device=found.total.device))
+
+    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
+        """The sum of the three losses."""
+        total = super().training_step(batch, batch_idx)
+        tokens = int(batch.target.sum())
+        self.tokens_seen += tokens - 1  # The loss counted as one.
+        self.samples_seen -= 0 if tokens else len(batch.names)  # a filler
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """As every task's; the next batch is the first of its step again."""
+        super().on_before_optimizer_step(optimizer)
+        self._micro = 0
+
+    def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the three losses, and generation's with other and blank pictures."""
+        found = self.losses(batch, training=False)  # First: all processes have to meet in it.
+        split, one = self.split_names[dataloader_idx], torch.ones((), device=found.itc.device)
+        for name, value in found._asdict().items():
+            self.add(split, name, Loss(value, one))
+        super().validation_step(batch, batch_idx, dataloader_idx)
+
+    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
+        """A validation's losses, with the image-use check of generation beside them."""
+        values = {name: float(metrics[f"{split}/{name}"]) for name in Losses._fields}
+        return (
+            f"{super().describe(split, metrics)}, contrast {values['itc']:.3f}, matching {values['itm']:.3f} "
+            f"({values['itm_accuracy']:.1%} right)"
+        )
+
+    def finish(self, run: Run) -> None:
+        """What every captioner leaves, and between the stages: recall both ways, matching, perplexity."""
+        super().finish(run)
+        if (data := self.data) is None:
+            return
+        half = run.device.type == "cuda" and self.trainer.precision == "bf16-mixed"
+        retrieval = evaluate_retrieval(
+            self.captioner,
+            data,
+            rerank=self.rerank,
+            device=run.device,
+            autocast=torch.bfloat16 if half else None,
+            limit_batches=run.limit_batches,
+        )
+        stage1 = stage1_scores(self.trainer.callback_metrics, data.val_splits)
+        path = run.folder / "metrics.json"
+        metrics = json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1}
+        write_metrics(run.folder, metrics)
+        title = run.folder.resolve().name.replace("_", " ")
+        draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=title)
+        print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201
+
+
+def stage1_scores(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The losses of a validation, by split; "itg_perplexity" is that of a caption's token."""
+    found: dict[str, dict[str, float]] = {}
+    for split in splits:
+        names = [name for name in Losses._fields if f"{split}/{name}" in metrics]
+        if names:
+            found[split] = {name: float(metrics[f"{split}/{name}"]) for name in names}
+            found[split]["itg_perplexity"] = float(metrics[f"{split}/perplexity"])
+    return found
+
+
+def stage1_table(retrieval: Retrieval, scores: Mapping[str, Mapping[str, float]]) -> str:
+    """The evaluation between the stages as lines of text."""
+    lines = [retrieval.table(), ""]
+    for split, values in scores.items():
+        lines.append(
+            f"{split}: matching {values['itm_accuracy']:.1%} right (of one true pair and two hard false ones), "
+            f"perplexity of a caption's token {values['itg_perplexity']:.2f}"
+        )
+    return "\n".join(lines)

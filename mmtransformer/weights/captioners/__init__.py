@@ -1,0 +1,1 @@
+"""Captioners of other projects, in both directions."""

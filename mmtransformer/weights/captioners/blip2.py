@@ -1,0 +1,260 @@
+"""transformers' BLIP-2 and InstructBLIP -> `Blip2` and `ImageText`, and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmtransformer.backbones.base import Decoder
+from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
+from mmtransformer.captioners.blip2 import Blip2
+from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.connectors.qformer import QFormer
+from mmtransformer.serialization.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    find_folder,
+    load_strictly,
+    open_weights,
+    read_json,
+    weights_written_to,
+)
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_table, under
+from mmtransformer.weights.table import Row, UnsupportedModel, layer, to_ours, to_theirs
+from mmtransformer.weights.text.lm import decoder_from_state, read_tensors, to_transformers
+from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
+
+# What transformers takes for granted where a config.json does not say it.
+_USUAL = {"num_query_tokens": 32, "image_text_hidden_size": 256}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vision_config": {
+        "hidden_size": 1408,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 39,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    },
+    "qformer_config": {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "max_position_embeddings": 512,
+        "layer_norm_eps": 1e-12,
+        "cross_attention_frequency": 2,
+    },
+}
+_LANGUAGE_DEFAULTS: dict[Any, dict[str, Any]] = {
+    "opt": {"vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu"},
+    "llama": {
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+    },
+}
+
+
+def _qformer(config: dict[str, Any], *, text: bool, where: str) -> QFormer:
+    """An unfilled Q-Former of the configuration of a whole model."""
+    own = config["qformer_config"]
+    if own["hidden_act"] != "gelu":
+        raise ValueError(f"{where}: the Q-Former has hidden_act {own['hidden_act']}; only gelu is known here")
+    return QFormer(
+        config["num_query_tokens"],
+        own["hidden_size"],
+        own["num_hidden_layers"],
+        own["num_attention_heads"],
+        config["vision_config"]["hidden_size"],
+        cross_every=own["cross_attention_frequency"],
+        mlp_dim=own["intermediate_size"],
+        vocab_size=own["vocab_size"] if text else None,
+        max_len=own["max_position_embeddings"],
+        dropout=own["hidden_dropout_prob"],
+        eps=own["layer_norm_eps"],
+    )
+
+
+def _qformer_config(qformer: QFormer) -> dict[str, Any]:
+    text = (
+        {}
+        if qformer.vocab_size is None
+        else {"vocab_size": qformer.vocab_size, "use_qformer_text_input": True}
+    )
+    return text | {
+        "hidden_size": qformer.dim,
+        "num_hidden_layers": qformer.depth,
+        "num_attention_heads": qformer.num_heads,
+        "intermediate_size": qformer.mlp_dim,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": qformer.dropout,
+        "attention_probs_dropout_prob": qformer.dropout,
+        "max_position_embeddings": qformer.max_len,
+        "layer_norm_eps": qformer.eps,
+        "cross_attention_frequency": qformer.cross_every,
+        "encoder_hidden_size": qformer.visual_dim,
+    }
+
+
+def from_blip2(model: nn.Module) -> Blip2 | ImageText:
+    """A BLIP-2 or InstructBLIP of transformers as a `Blip2`, Blip2ForImageTextRetrieval as an `ImageText`.
+
+    Equal to 1e-5 in float32. Transformers keeps neither stage 1's head for generation nor its temperature: those of the
+    `ImageText` are new.
+
+    Raises:
+        ValueError: if it is none of them, or differs in more than its size.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in ("blip-2", "instructblip"):
+        raise ValueError(f"{type(model).__name__} is not a BLIP-2 or InstructBLIP of transformers")
+    return blip2_from_state(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
+
+
+def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], where: str) -> Blip2 | ImageText:
+    """The same from what a hub folder holds: its config.json, and all of its tensors.
+
+    Raises:
+        ValueError: as `from_blip2`.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"vision_model": {}, "language_model": {}, "bridge": {}}
+    for name, tensor in state.items():
+        root = name.split(".")[0]
+        parts[root if root in parts else "bridge"][name] = tensor
+    vision = vision_from_blip2(config["vision_config"], parts["vision_model"], where)
+    bridge = parts["bridge"]
+    if "itm_head.weight" in bridge:
+        qformer = _qformer(config, text=True, where=where)
+        model = ImageText(vision, qformer, embed_dim=config["image_text_hidden_size"], freeze_vision=True)
+        new = {name: t for name, t in model.state_dict().items() if name.startswith(("head_", "log_"))}
+        ours = to_ours(_image_text_table(model), bridge, where) | new
+    else:
+        instruct = config["model_type"] == "instructblip"
+        qformer = _qformer(config, text=instruct, where=where)
+        language = {name.removeprefix("language_model."): t for name, t in parts["language_model"].items()}
+        decoder = _language_model(config["text_config"], language, f"{where}, language model")
+        model = Blip2(vision, qformer, decoder, instruct=instruct)
+        ours = to_ours(_bridge_table(model), bridge, where)
+        ours |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()}
+    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, where)
+    return model.eval()
+
+
+def _language_model(config: dict[str, Any], state: dict[str, Tensor], where: str) -> Decoder | HubSeq2Seq:
+    if config["model_type"] in ("t5", "mt5", "umt5"):
+        model: HubDecoder | HubSeq2Seq = HubSeq2Seq(config)
+    else:
+        try:
+            return decoder_from_state(config, state, where)
+        except UnsupportedModel:
+            model = HubDecoder(config)
+    load_strictly(model.model, state, where)
+    return model
+
+
+def _bridge_table(model: Blip2) -> list[Row]:
+    spelling = INSTRUCTBLIP if model.instruct else BLIP2
+    return under("qformer", qformer_table(model.qformer, spelling)) + layer("language_projection", "proj")
+
+
+def _image_text_table(model: ImageText) -> list[Row]:
+    rows = under("qformer", qformer_table(model.qformer, BLIP2))
+    rows += layer("vision_projection", "vision_proj") + layer("text_projection", "text_proj")
+    return rows + layer("itm_head", "itm_head")
+
+
+def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers needs to hold this model: its config.json, and its tensors by their names there.
+
+    A `Blip2` becomes a Blip2ForConditionalGeneration, an instructed one an InstructBlipForConditionalGeneration, and an
+    `ImageText` a Blip2ForImageTextRetrieval, which has no place for the head of generation and the temperature.
+
+    Raises:
+        ValueError: if a part has no counterpart there.
+    """
+    vision, tensors = vision_to_blip2(model.vision)
+    config: dict[str, Any] = {
+        "model_type": "blip-2",
+        "vision_config": vision,
+        "qformer_config": _qformer_config(model.qformer),
+        "num_query_tokens": model.qformer.num_queries,
+    }
+    own = dict(model.state_dict())
+    if isinstance(model, ImageText):
+        config |= {"architectures": ["Blip2ForImageTextRetrieval"], "image_text_hidden_size": model.embed_dim}
+        return config, tensors | to_theirs(_image_text_table(model), own)
+    kind = "InstructBlip" if model.instruct else "Blip2"
+    config |= {"model_type": "instructblip"} if model.instruct else {}
+    if isinstance(model.decoder, HubDecoder | HubSeq2Seq):
+        text, language = model.decoder.config, dict(model.decoder.model.state_dict())
+    elif isinstance(model.decoder, TextDecoder):
+        text, language = to_transformers(model.decoder)
+    else:
+        raise ValueError(f"transformers has no language model like {type(model.decoder).__name__}")
+    config |= {"architectures": [f"{kind}ForConditionalGeneration"], "text_config": text}
+    tensors |= to_theirs(_bridge_table(model), own)
+    return config, tensors | {f"language_model.{name}": tensor for name, tensor in language.items()}
+
+
+def load_blip2(source: str | Path) -> Blip2 | ImageText:
+    """A BLIP-2 from a folder as hubs have it, or the name of a hub's repository; see `from_blip2`.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    folder = find_folder(source)
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("model_type")) not in ("blip-2", "instructblip"):
+        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip-2" or "instructblip"')
+    state = read_tensors(folder)
+    with built_from(state, str(folder)):
+        for part, defaults in _DEFAULTS.items():  # Configs of the published models leave out what is usual.
+            config[part] = defaults | config.get(part, {})
+        usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
+        config["text_config"] = usual | config.get("text_config", {})
+        return blip2_from_state(_USUAL | config, state, str(folder))
+
+
+def save_blip2_as_hub(
+    model: Blip2 | ImageText, folder: str | Path, *, image_token_id: int | None = None
+) -> None:
+    """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
+
+    Args:
+        model: the model.
+        folder: where to.
+        image_token_id: the id that stands for a query in transformers' `input_ids`, one of the decoder's vocabulary and
+            used for nothing else; needed for a `Blip2`.
+
+    Raises:
+        ValueError: if a part has no counterpart there, or the id is missing, before anything is written.
+    """
+    config, tensors = to_blip2(model)
+    if isinstance(model, Blip2):
+        if image_token_id is None or not 0 <= image_token_id < model.vocab_size:
+            raise ValueError(
+                f"transformers marks queries in the text: image_token_id ({image_token_id}) must be one of the "
+                f"decoder's {model.vocab_size} ids that no text has"
+            )
+        config["image_token_index"] = image_token_id
+        if isinstance(model.decoder, TextDecoder) and model.decoder.tied:
+            del tensors["language_model.lm_head.weight"]
+    places: dict[int, str] = {}  # A file holds a tensor once.
+    tensors = {name: t for name, t in tensors.items() if places.setdefault(t.data_ptr(), name) == name}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with weights_written_to(folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    open_weights(folder)

@@ -1,0 +1,1 @@
+"""Language models of other projects, in both directions."""

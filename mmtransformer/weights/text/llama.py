@@ -1,0 +1,239 @@
+"""Llama and its kin as transformers names them -> `TextDecoder`, and back: Llama 1-3, Mistral, Qwen2, Qwen3, SmolLM3.
+
+One table serves them all: Qwen2 has biases of queries, keys and values, Qwen3 norms of queries and keys, Mistral a
+window, SmolLM3 blocks without rotation. SmolLM, SmolLM2, TinyLlama and many others call themselves "llama".
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.serialization.pretrained import load_strictly
+from mmtransformer.weights.table import (
+    Row,
+    UnsupportedModel,
+    layer,
+    need,
+    only,
+    prefixed,
+    tied_head,
+    to_ours,
+    to_theirs,
+)
+
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+"""`model_type` of the families whose tensors have these names."""
+
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+_THETA = {"smollm3": 2_000_000.0}  # where neither theta nor rotary parameters are written
+
+
+def _table(decoder: TextDecoder) -> list[Row]:
+    rows = [Row("model.embed_tokens.weight", ("tok_embed.weight",))]
+    for i in range(decoder.depth):
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        rows += layer(f"{theirs}.input_layernorm", f"{ours}.norm1", bias=False)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            rows += layer(
+                f"{theirs}.self_attn.{name}", f"{ours}.attn.{name}", bias=decoder.bias in ("qkv", "all")
+            )
+        rows += layer(f"{theirs}.self_attn.o_proj", f"{ours}.attn.out_proj", bias=decoder.bias == "all")
+        if decoder.qk_norm:
+            rows += layer(f"{theirs}.self_attn.q_norm", f"{ours}.attn.q_norm", bias=False)
+            rows += layer(f"{theirs}.self_attn.k_norm", f"{ours}.attn.k_norm", bias=False)
+        rows += layer(f"{theirs}.post_attention_layernorm", f"{ours}.norm2", bias=False)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            rows += layer(f"{theirs}.mlp.{name}", f"{ours}.mlp.{name}", bias=False)
+    rows += layer("model.norm", "last_norm", bias=False)
+    return rows if decoder.tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
+
+
+def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextDecoder:
+    """A `TextDecoder` with the weights of Llama or one of its kin.
+
+    Args:
+        config: its configuration, as its config.json has it; `model_type` is one of `LLAMAS`.
+        state: tensors named as in `LlamaForCausalLM`, or as in `LlamaModel` (without "model.").
+        where: what they come from, for errors.
+
+    Raises:
+        ValueError: for a variant that differs in more than its sizes, or tensors that do not fit.
+    """
+    family = config["model_type"]
+    only(config, where, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
+    vocab_size, dim, depth, heads, mlp_dim, max_len = need(
+        config,
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ),
+        where,
+    )
+    theta, scaling = rope_of(config, where)
+    tied = config.get("tie_word_embeddings", family == "smollm3")
+    decoder = TextDecoder(
+        vocab_size,
+        dim,
+        depth,
+        heads,
+        max_len=max_len,
+        mlp_dim=mlp_dim,
+        num_kv_heads=config.get("num_key_value_heads"),
+        head_dim=config.get("head_dim", 128 if family == "qwen3" else None),
+        norm="rms",
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        mlp="swiglu",
+        positions="rotary",
+        rope_theta=theta,
+        rope_scaling=scaling,
+        bias="qkv" if family == "qwen2" else "all" if config.get("attention_bias") else "none",
+        qk_norm="rms" if family == "qwen3" else None,
+        window=_window(config, where),
+        unrotated_every=_unrotated_every(config, where) if family == "smollm3" else None,
+        tied=tied,
+    )
+    state = prefixed(state, "model.")
+    angles = [name for name in state if name.endswith("rotary_emb.inv_freq")]  # of old checkpoints
+    copies = tied_head(state, "model.embed_tokens.weight", where) if tied else []
+    ours = to_ours(_table(decoder), state, where, ignored=angles + copies)
+    load_strictly(decoder, ours, where)
+    return decoder.eval()
+
+
+def rope_of(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+    """The base and the scaling of a hub config's rotary positions, in the old spelling or the new.
+
+    Numbers that transformers takes from elsewhere in the config are filled in.
+    """
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = found.pop("rope_theta", None) or config.get("rope_theta") or _THETA.get(config["model_type"], 1e4)
+    kind = found.get("rope_type", found.get("type", "default"))
+    share = found.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if any(isinstance(value, dict) for value in found.values()):
+        raise UnsupportedModel(
+            f"{where}: layers have different rotary positions, and TextDecoder's all the same"
+        )
+    if share != 1.0 and kind != "proportional":
+        raise UnsupportedModel(f"{where}: only {share} of a head's channels turn; TextDecoder turns all")
+    if kind == "default":
+        return theta, None
+    longest = config.get("max_position_embeddings")
+    if kind in ("llama3", "yarn", "longrope"):
+        old = config.get("original_max_position_embeddings")
+        found["original_max_position_embeddings"] = (
+            old or found.get("original_max_position_embeddings") or longest
+        )
+        if found.get("factor") is None and longest:
+            found["factor"] = longest / found["original_max_position_embeddings"]
+    return float(theta), found | {"rope_type": kind}
+
+
+def _window(config: dict[str, Any], where: str) -> int | None:
+    """The sliding window of all layers, or None."""
+    family, window = config["model_type"], config.get("sliding_window")
+    if family == "mistral":
+        window = config.get("sliding_window", 4096)
+    elif not config.get("use_sliding_window") or family == "llama":
+        return None
+    kinds = config.get("layer_types")
+    depth = config["num_hidden_layers"]
+    if family == "mistral" and not kinds:
+        return window
+    if not kinds:
+        first = config.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    if any(sliding) and not all(sliding):
+        raise UnsupportedModel(
+            f"{where}: {sum(sliding)} of {depth} layers have a window ({window}), and TextDecoder's all or none"
+        )
+    return window if any(sliding) else None
+
+
+def _unrotated_every(config: dict[str, Any], where: str) -> int | None:
+    """SmolLM3: the last of every so many layers has no rotary positions."""
+    depth, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    layers = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(depth)]
+    layers = [int(bool(rotated)) for rotated in layers[:depth]]
+    if all(layers):
+        return None
+    every = layers.index(0) + 1
+    if layers != [int((i + 1) % every != 0) for i in range(depth)]:
+        raise UnsupportedModel(f"{where}: no_rope_layers {layers} are not the last of every so many")
+    return every
+
+
+def llamas_of(decoder: TextDecoder) -> list[str]:
+    """Which of the families a decoder can be written as, the plainest first."""
+    d = decoder
+    shape = (d.norm, d.mlp, d.positions, d.pre_norm, d.embed_scale, d.cross_dim)
+    if shape != ("rms", "swiglu", "rotary", True, 1.0, None):
+        return []
+    plain, whole = d.qk_norm is None and d.bias != "qkv", d.window is None
+    turned = d.unrotated_every is None
+    fits = {
+        "llama": plain and whole and turned,
+        "mistral": plain and turned and d.bias == "none",
+        "qwen2": d.qk_norm is None and d.bias == "qkv" and turned,
+        "qwen3": d.qk_norm == "rms" and d.bias != "qkv" and turned,
+        "smollm3": plain and whole and d.head_dim in (None, d.dim // d.num_heads),
+    }
+    return [name for name, fit in fits.items() if fit]
+
+
+def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
+    """Tensors named as in `LlamaForCausalLM`.
+
+    Raises:
+        ValueError: if the decoder is of none of the families.
+    """
+    if not llamas_of(decoder):
+        kind = (decoder.norm, decoder.mlp, decoder.positions, decoder.bias, decoder.qk_norm)
+        raise ValueError(
+            f"only a decoder of one of the kinds {', '.join(LLAMAS)} can be written as such; this one has {kind}, "
+            f"window {decoder.window}, unrotated_every {decoder.unrotated_every}, cross_dim {decoder.cross_dim}, "
+            f"pre_norm {decoder.pre_norm}, embed_scale {decoder.embed_scale}"
+        )
+    theirs = to_theirs(_table(decoder), dict(decoder.state_dict()))
+    return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
+
+
+def llama_config(decoder: TextDecoder, family: str) -> dict[str, Any]:
+    """The config.json of a decoder, as one of `llamas_of` it."""
+    depth = decoder.depth
+    config = {
+        "model_type": family,
+        "architectures": [_CLASSES[family]],
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads or decoder.num_heads,
+        "head_dim": decoder.head_dim or decoder.dim // decoder.num_heads,
+        "intermediate_size": decoder.mlp_dim,
+        "max_position_embeddings": decoder.max_len,
+        "rms_norm_eps": decoder.norm_eps,
+        "hidden_act": "silu",
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": decoder.rope_scaling,
+        "tie_word_embeddings": decoder.tied,
+        "attention_bias": decoder.bias == "all",
+        "sliding_window": decoder.window,
+    }
+    if decoder.window is not None and family != "mistral":
+        config |= {"use_sliding_window": True, "max_window_layers": 0}
+    if family == "smollm3":
+        every = decoder.unrotated_every or depth + 1
+        config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(depth)]
+    return config

@@ -1,0 +1,239 @@
+"""Language models of transformers -> our decoders, from memory, a folder or the hub, and back into a folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmtransformer.backbones.base import Decoder
+from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
+from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.layers.lora import add_lora
+from mmtransformer.serialization.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    Pretrained,
+    find_folder,
+    open_weights,
+    read_json,
+    read_safetensors,
+    weights_written_to,
+)
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.number import DType, kept_in
+from mmtransformer.weights.table import UnsupportedModel
+from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
+from mmtransformer.weights.text.llama import (
+    LLAMAS,
+    decoder_from_llama,
+    decoder_to_llama,
+    llama_config,
+    llamas_of,
+)
+from mmtransformer.weights.text.opt import decoder_from_opt, decoder_to_opt, is_opt, opt_config
+
+_READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(LLAMAS, decoder_from_llama)
+_INDEX = "model.safetensors.index.json"
+
+
+def from_transformers(model: nn.Module) -> TextDecoder:
+    """A `TextDecoder` with the weights of a transformers language model; equal to 1e-4 in float32.
+
+    Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3. `HubDecoder.from_model` takes any other.
+
+    Raises:
+        ValueError: if the model's family is not among them, or it is a variant that `TextDecoder` cannot be.
+    """
+    config: dict[str, Any] = model.config.to_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return decoder_from_state(config, model.state_dict(), f"transformers' {type(model).__name__}")
+
+
+def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextDecoder:
+    """A `TextDecoder` from what a hub folder holds: its config.json, and all of its tensors.
+
+    Raises:
+        ValueError: as `from_transformers`.
+    """
+    family = config.get("model_type")
+    if family not in _READERS:
+        raise UnsupportedModel(
+            f'{where}: the family "{family}" is not one of TextDecoder\'s ({", ".join(_READERS)}); HubDecoder takes '
+            "any language model of transformers (extra: hf)"
+        )
+    with built_from(state, where):
+        return _READERS[family](config, state, where)
+
+
+def to_transformers(
+    decoder: TextDecoder, family: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers needs to hold this decoder: its config.json, and its tensors by their names there.
+
+    Args:
+        decoder: the decoder.
+        family: the `model_type` wanted, where several fit; None = the plainest.
+
+    Raises:
+        ValueError: if the decoder is of none of the families, or not of that one.
+    """
+    opt = ["opt"] * is_opt(decoder)
+    fits = llamas_of(decoder) + opt * (decoder.mlp == "relu") + ["gpt2"] * is_gpt2(decoder) + opt
+    if family is not None and family not in fits:
+        also = f"; it can be as {', '.join(dict.fromkeys(fits))}" if fits else ""
+        raise ValueError(f'this decoder cannot be written as "{family}"{also}')
+    family = family or (fits[0] if fits else None)
+    if family == "opt":
+        return opt_config(decoder), decoder_to_opt(decoder)
+    if family == "gpt2":
+        return gpt2_config(decoder), decoder_to_gpt2(decoder)
+    tensors = decoder_to_llama(decoder)  # Says what a decoder has that is of no family.
+    assert family is not None
+    return llama_config(decoder, family), tensors
+
+
+def save_as_hub(
+    decoder: TextDecoder,
+    folder: str | Path,
+    family: str | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Writes a folder that transformers reads: `config.json` and `model.safetensors`, tied tensors once.
+
+    Args:
+        decoder: the decoder.
+        folder: where to; made if it is not there.
+        family: see `to_transformers`.
+        tokenizer: is saved beside the model, and its special ids noted in the config.
+
+    Raises:
+        ValueError: as `to_transformers`, before anything is written.
+    """
+    config, tensors = to_transformers(decoder, family)
+    roles: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if tokenizer is not None:
+        roles = {
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        tokenizer.save(folder)
+    if decoder.tied:
+        tensors.pop("lm_head.weight")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with weights_written_to(folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
+    open_weights(folder)
+
+
+def load_lm(
+    source: str | Path,
+    *,
+    new_tokens: int = 0,
+    first: int | None = None,
+    dtype: DType = "float32",
+    lora_rank: int = 0,
+    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> Decoder:
+    """A language model in evaluation mode, from what is there: for recipes (`mmtransformer.weights.load_lm`).
+
+    It is a `TextDecoder` where that can be the model (transformers is then not needed), else a `HubDecoder`. Only
+    safetensors are read, never a pickle, and no code that comes with a model is run.
+
+    Args:
+        source: a folder saved by this library, a folder as hubs have it (`config.json` with `model.safetensors`, or
+            with shards and their `model.safetensors.index.json`), or the name of a hub's repository, to be fetched.
+        new_tokens: ids that are added to the model's, see `ExtendedVocabulary`; what `load_tokenizer` adds.
+        first: the first of them; None = the model's vocab_size. A hub's tokenizer may have fewer tokens.
+        dtype: "bfloat16" keeps a model that stays frozen in half the memory, and takes an eighth off a training step in
+            bf16-mixed (BLIP-2's stage 2 on a CPU); what is new, the tokens, stays in float32.
+        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
+            must then not freeze the model itself (freeze_decoder: false).
+        lora_targets: ends of the names of the layers that get them.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    if lora_rank and dtype != "float32":
+        raise ValueError(
+            f"lora_rank ({lora_rank}) needs dtype float32, not {dtype}: what is learned is added to the weights, and "
+            f"would be rounded away"
+        )
+    decoder = _load(find_folder(source))
+    if lora_rank:
+        add_lora(decoder, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
+    whole = ExtendedVocabulary(decoder, new_tokens, first=first).eval() if new_tokens else decoder
+    kept_in(decoder, dtype)
+    return whole
+
+
+def _load(folder: Path) -> Decoder:
+    config = read_json(folder / CONFIG)
+    if "class" in config:
+        model = Pretrained.from_pretrained(folder)
+        if not isinstance(model, Decoder):
+            raise ValueError(f"{folder} holds a {type(model).__name__}, not a language model")
+        return model
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(
+            f'{folder / CONFIG} has neither "class" (a model of this library) nor "model_type" (one of transformers)'
+        )
+    try:
+        known = config["model_type"] in _READERS
+        return decoder_from_state(config, read_tensors(folder) if known else {}, str(folder))
+    except UnsupportedModel as reason:
+        return HubDecoder.from_folder(folder, reason=str(reason))
+
+
+def load_tokenizer(
+    source: str | Path,
+    *,
+    image: bool = False,
+    languages: Sequence[str] = (),
+    tokens: Sequence[str] = (),
+) -> Tokenizer:
+    """A tokenizer with the special tokens that a bridge needs: for recipes (`mmtransformer.weights.load_tokenizer`).
+
+    Args:
+        source: a folder, or the name of a hub's repository.
+        image: see `Tokenizer.with_specials`, as all that follow.
+        languages: codes of languages.
+        tokens: others.
+
+    Raises:
+        ValueError: if there is no tokenizer, or it cannot get these tokens.
+    """
+    tokenizer = Tokenizer.from_folder(find_folder(source))
+    return tokenizer.with_specials(image=image, languages=languages, tokens=tokens)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a hub-style folder, of one file or of the shards that its index names.
+
+    Raises:
+        ValueError: naming files that are missing or damaged, and tensors that the index promises and no shard has.
+    """
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    if not (folder / _INDEX).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        there = f"; {', '.join(pickles[:3])} can run code when read, so convert it first" if pickles else ""
+        raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{there}")
+    places = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f'{folder / _INDEX} has no "weight_map" from tensors to files')
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{folder / _INDEX} names {name}, which is not a file of this folder")
+        tensors |= read_safetensors(folder / name)
+    if missing := sorted(set(places) - set(tensors)):
+        raise ValueError(f"{folder}: no shard has {', '.join(missing[:5])} ({len(missing)} in all)")
+    return tensors

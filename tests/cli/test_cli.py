@@ -1,0 +1,215 @@
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer.cli import COMMANDS, main
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.generation.captions import Decoding
+
+ROOT = Path(__file__).parents[2]
+FINETUNE = [
+    "fit",
+    "--config",
+    str(ROOT / "recipes/finetune_pairs.yaml"),
+    "--config",
+    str(ROOT / "recipes/tiny.yaml"),
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven pictures beside their captions, some in Korean."""
+    folder = tmp_path_factory.mktemp("pairs")
+    split = Scenes(image_size=32, train_size=7).split("train")
+    for i in range(7):
+        split.image(i).save(folder / f"p{i}.png")
+        (folder / f"p{i}.txt").write_text(split.captions(i)[i % 2].text, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt nothing, saved; it says at least three tokens."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    source = Scenes(image_size=32, train_size=20).split("train")
+    texts = [caption.text for i in range(20) for caption in source.captions(i)]
+    tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    decoding = Decoding(min_new_tokens=3, max_new_tokens=6)
+    ImageCaptioner(captioner, tokenizer, ImageTransform(32), decoding=decoding, device="cpu").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def mmt(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, output, errors."""
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_is_quick() -> None:
+    script = "import sys; from mmtransformer.cli import main; main(['--help']); main(['fit', '--help']); "
+    script += "print(sorted({'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    *text, heavy = done.stdout.splitlines()
+    assert heavy == "[]"
+    assert all(any(line.startswith(f"  {name}") for line in text) for name in COMMANDS)
+    assert sum(line.startswith("  --") for line in text) >= 15
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["fti"], 'mmt: error: no command "fti"; did you mean "fit"?; see mmt --help'),
+        (["fit", "--trainer.max_steps=3"], "needs a recipe: --config"),
+        (
+            ["fit", "--config", str(ROOT / "recipes/finetune_pair.yaml")],
+            'did you mean "finetune_pairs.yaml"?',
+        ),
+        ([*FINETUNE], "needs --data.root"),
+        ([*FINETUNE, "--data.root=PAIRS", "--model.lrr=3"], "no such key: model.lrr"),
+        ([*FINETUNE, "--data.root=PAIRS", "--data.batchsize=3"], 'did you mean "batch_size"?'),
+        (
+            [*FINETUNE, "--trainer.max_stesp=3"],
+            'no such key: --trainer.max_stesp; did you mean "trainer.max_steps"?',
+        ),
+        (
+            [*FINETUNE, "--data.root=PAIRS", "--model.optim.lr=abc"],
+            "model.optim.lr: Expected a <class 'float'>. Got value: abc",
+        ),
+        ([*FINETUNE, "--data.root=NOWHERE", "--model.init=MODEL"], "NOWHERE does not exist"),
+        ([*FINETUNE, "--data.root=PAIRS", "--model.init=NOWHERE"], "NOWHERE: no such folder"),
+        (["caption", "NOWHERE.png", "--model", "MODEL"], "NOWHERE.png"),
+        (["caption", "PAIRS/p0.txt", "--model", "MODEL"], "p0.txt: not a picture"),
+        (
+            ["caption", "PAIRS/p0.png", "--model", "MODEL", "--language", "fr"],
+            'language "fr"; it knows en, ko',
+        ),
+        (["caption", "PAIRS/p0.png", "--model", "PAIRS"], "config.json: no such file"),
+        (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--split", "tset"], "no split 'tset'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pairs: Path,
+    model: Path,
+    words: list[str],
+    line: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"PAIRS": str(pairs), "MODEL": str(model)}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    code, _, err = mmt(capsys, *words)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
+    assert line in last
+    assert last.startswith("mmt")
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="needs a recipe"):
+        main(["fit", "--debug", "--trainer.max_steps=3"])
+
+
+def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path, model: Path) -> None:
+    pictures = [str(pairs / "p0.png"), str(pairs / "p1.png")]
+    code, out, _ = mmt(
+        capsys,
+        "caption",
+        *pictures,
+        "--model",
+        str(model),
+        "--language",
+        "ko",
+        "--num-captions",
+        "2",
+        "--json",
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["picture"] for row in rows] == pictures
+    for row in rows:
+        first, second = row["captions"]
+        assert first["language"] == "ko"
+        assert len(first["tokens"]) == len(first["token_log_probs"]) >= 3
+        assert second["log_prob"] < 0
+    captioner = ImageCaptioner.from_pretrained(model, device="cpu")
+    assert rows[1]["captions"][0]["text"] == captioner(pictures[1], language="ko", num_captions=2)[0][0].text
+
+    heat = tmp_path / "words.png"
+    code, out, err = mmt(capsys, "caption", pictures[0], "--model", str(model), "--heatmap", str(heat))
+    assert code == 0
+    assert heat.is_file() or "no word to draw" in err
+    page = tmp_path / "words.html"
+    must = ["--must-contain", "star", "--max-new-tokens", "12"]
+    code, out, err = mmt(capsys, "caption", *pictures, "--model", str(model), "--heatmap", str(page), *must)
+    assert code == 0
+    assert [("star" in line) for line in out.splitlines()] == [True, True]
+    assert page.read_text("utf-8").count("data:image") >= 2
+    code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), "--sample", "--beams", "1")
+    assert (code, len(out.splitlines())) == (0, 1)
+    three = ["--different", "--num-captions", "3", "--image-guidance", "2"]
+    code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), *three)
+    assert (code, len(set(out.splitlines()))) == (0, 3)
+    for precision in ("bf16", "int8"):
+        code, out, _ = mmt(capsys, "caption", *pictures, "--model", str(model), "--precision", precision)
+        assert (code, len(out.splitlines())) == (0, 2)
+
+
+def test_evaluate(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pairs: Path,
+    model: Path,
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    scores, said = tmp_path / "scores.json", tmp_path / "said.jsonl"
+    words = ["--data", str(pairs), "--split", "train", "--json", str(scores), "--predictions", str(said)]
+    code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *words)
+    assert code == 0
+    assert "BLEU-4" in out
+    assert "not computed" in out
+    captions = json.loads(scores.read_text("utf-8"))["captions"]["train"]
+    rows = [json.loads(line) for line in said.read_text("utf-8").splitlines()]
+    assert {row["language"] for row in rows} == set(captions)
+    assert sum(c["pictures"] for c in captions.values()) == len(rows)
+    code, out, _ = mmt(
+        capsys, "evaluate", "--model", str(model), *words, "--precision", "bf16", "--limit", "1"
+    )
+    assert code == 0
+    assert "BLEU-4" in out
+
+
+def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path) -> None:
+    code, out, _ = mmt(capsys, "check", str(pairs))
+    assert code == 0
+    assert "7 pictures" in out
+    for i in range(3):
+        (tmp_path / f"q{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+        (tmp_path / f"q{i}.txt").write_text("a broken picture", "utf-8")
+    code, out, _ = mmt(capsys, "check", str(tmp_path), "--json", str(tmp_path / "found.json"))
+    assert code == 1
+    assert "HURTS" in out
+    assert json.loads((tmp_path / "found.json").read_text("utf-8"))["hurts"] is True

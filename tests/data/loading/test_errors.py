@@ -1,0 +1,94 @@
+"""Counting what is wrong: thresholds, the report of bad pictures shared by processes."""
+
+import json
+import pickle
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from mmtransformer.data.loading.errors import BadPictures, Report, TooManyFaults, allowed
+
+
+@pytest.mark.parametrize(
+    ("total", "fraction", "count"),
+    [(1000, 0.01, 10), (1099, 0.01, 10), (50, 0.01, 1), (0, 0.01, 1), (50, 0, 0), (7, 1.0, 7)],
+)
+def test_one_may_always_be_bad_unless_none_may(total: int, fraction: float, count: int) -> None:
+    assert allowed(total, fraction) == count
+
+
+def test_a_report_counts_each_row_once_and_names_the_first() -> None:
+    report = Report()
+    report.rows = 300
+    for line in range(7):
+        report.fault("empty caption", f"c.csv:{line}", "x" * 300)
+        report.fault("missing picture", f"c.csv:{line}")
+    report.note("remark", "c.csv:9", "kept")
+    assert report.bad_rows == 7
+    assert report.faults == {"empty caption": 7, "missing picture": 7}
+    assert len(report.first["empty caption"]) == 5
+    assert report.first["missing picture"][0] == "c.csv:0"
+    assert max(map(len, str(report).splitlines())) < 220
+    assert "... and 2 more" in str(report)
+    assert "remark: 1\n    c.csv:9: kept" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["bad_rows"] == 7
+    report.enforce("c.csv", 0.03)
+    with pytest.raises(
+        TooManyFaults, match=r"c.csv: 7 of 300 rows can't be used \(2.3%, more than 2.0% allowed"
+    ):
+        report.enforce("c.csv", 0.02)
+
+
+def test_bad_pictures_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "bad.jsonl"
+    bad = BadPictures(path, total=301)
+    assert bad.names() == {}
+    assert not path.parent.exists()
+    for _ in range(3):  # epochs
+        for i in range(3):
+            bad.record(f"그림{i}.png", ValueError(f"cut at {i}"))
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert rows[1] == {"picture": "그림1.png", "error": "ValueError: cut at 1"}
+    assert len(rows) == 3
+    with pytest.raises(
+        TooManyFaults, match=r"4 of 301 pictures can't be read \(1.3%, more than 1.0% allowed\)"
+    ) as e:
+        bad.record("x.png", OSError("gone"))
+    assert str(path) in str(e.value)
+    assert "그림0.png: ValueError: cut at 0" in str(e.value)
+    again = BadPictures(path, total=301)  # a resumed run knows them
+    assert list(again.names()) == ["그림0.png", "그림1.png", "그림2.png", "x.png"]
+    again.reset()
+    again.record("x.png", OSError("gone"))
+    assert list(again.names()) == ["x.png"]
+
+
+def test_a_strict_run_stops_at_the_first(tmp_path: Path) -> None:
+    with pytest.raises(TooManyFaults, match="1 of 5000"):
+        BadPictures(tmp_path / "bad.jsonl", 5000, max_fraction=0).record("x.png", OSError("gone"))
+
+
+def test_half_a_line_in_the_report_is_passed_over(tmp_path: Path) -> None:
+    bad = BadPictures(tmp_path / "bad.jsonl", 100)
+    bad.path.write_text('{"picture": "a", "error": "e"}\n{"pict')
+    assert bad.names() == {"a": "e"}
+
+
+def _record(bad: BadPictures, start: int) -> str:
+    try:
+        for i in range(start, start + 40):
+            bad.record(f"p{i}.png", ValueError("broken"))
+    except TooManyFaults as error:
+        return str(error)
+    return ""
+
+
+def test_workers_share_one_report(tmp_path: Path) -> None:
+    bad = BadPictures(tmp_path / "bad.jsonl", total=1000, max_fraction=0.119)
+    with get_context("fork").Pool(3) as pool:
+        said = pool.starmap(_record, [(bad, 0), (bad, 20), (bad, 60)])
+    assert said == ["", "", ""]
+    assert len(bad.names()) == 100
+    assert len(pickle.loads(pickle.dumps(bad)).names()) == 100
+    assert "120 of 1000" in _record(bad, 100)

@@ -1,0 +1,250 @@
+import itertools
+import multiprocessing
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mmtransformer.data.loading.rows import share_of_padding
+from mmtransformer.data.loading.sampler import Pick, PictureSampler, ResumableLoader, generator, mix
+from mmtransformer.data.loading.workers import deaf
+
+N = 101
+
+
+def lengths(epoch):
+    return 5 + (mix(17, epoch, np.arange(N)) % np.uint64(23)).astype(np.int64)
+
+
+def indices(batches):
+    return [[pick.index for pick in batch] for batch in batches]
+
+
+def pixels(pick):
+    return torch.tensor(
+        [pick.epoch, pick.index, torch.randint(997, (), generator=generator(3, pick.epoch, pick.index))]
+    )
+
+
+class Dataset(torch.utils.data.Dataset):
+    def __getitem__(self, pick):
+        return pixels(pick)
+
+
+def loader(workers=0, **options):
+    return ResumableLoader(Dataset(), PictureSampler(N, 7, **options), torch.stack, num_workers=workers)
+
+
+def test_mix_is_the_published_splitmix64():
+    # The first three outputs of SplitMix64 from state 1234567 (Vigna's reference program).
+    state = 1234567
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [int(mix(state + i * 0x9E3779B97F4A7C15)) for i in range(3)] == expected
+
+
+def test_mix_is_uniform_and_order_matters():
+    words = mix(5, np.arange(20011))
+    assert len(np.unique(words)) == 20011
+    bits = (words[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    assert abs(bits.mean(0) - 0.5).max() < 0.02
+    assert int(mix(2, 3)) != int(mix(3, 2)) != int(mix(2, 3, 0))
+    assert int(mix(-1)) == int(mix(2**64 - 1))
+
+
+def test_order_is_a_permutation_and_a_pure_function():
+    sampler = PictureSampler(N, 7, seed=3, lengths=lengths)
+    orders = [sampler.order(epoch) for epoch in (0, 1, 2)]
+    for order in orders:
+        assert sorted(order) == list(range(N))
+    assert not np.array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(PictureSampler(N, 7, seed=3, lengths=lengths).order(1), orders[1])
+    assert not np.array_equal(PictureSampler(N, 7, seed=4, lengths=lengths).order(1), orders[1])
+    assert indices(PictureSampler(N, 7, shuffle=False)) == [
+        list(range(i, min(i + 7, N))) for i in range(0, N, 7)
+    ]
+
+
+def test_the_order_of_a_seed_never_changes():
+    assert PictureSampler(13, 2, seed=1).order(0).tolist() == [2, 5, 8, 9, 10, 1, 4, 6, 12, 0, 11, 3, 7]
+
+
+def test_grouping_by_length_cuts_padding_and_mixes_batches():
+    grouped, plain = PictureSampler(N, 7, lengths=lengths), PictureSampler(N, 7)
+    before, after = (share_of_padding(lengths(0), indices(sampler)) for sampler in (plain, grouped))
+    assert after < 0.08 < 0.3 < before
+    longest = [lengths(0)[batch].max() for batch in indices(grouped)]
+    assert longest != sorted(longest)
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_processes_share_the_same_steps(world, size):
+    shares = [
+        list(PictureSampler(N, size, seed=5, lengths=lengths, rank=rank, world=world))
+        for rank in range(world)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    one = list(PictureSampler(N, 8, seed=5, lengths=lengths))
+    for together, step in zip(zip(*shares, strict=True), one, strict=True):
+        counted = [pick for pick in itertools.chain(*together) if pick.counted]
+        assert sorted(counted) == sorted(step)
+        sizes = [sum(pick.counted for pick in share) for share in together]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_accumulation_sees_the_groups_of_one_large_batch():
+    large = indices(PictureSampler(96, 8, seed=5))
+    small = indices(PictureSampler(96, 4, seed=5, block=8))
+    assert [a + b for a, b in zip(small[::2], small[1::2], strict=True)] == large
+
+
+def test_a_process_without_pictures_gets_a_filler_that_does_not_count():
+    shares = [list(PictureSampler(7, 2, rank=rank, world=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [2, 2, 2]
+    last = [share[-1] for share in shares]
+    assert [[pick.counted for pick in share] for share in last] == [[True], [False], [False]]
+    assert len({pick.index for share in last for pick in share}) == 1
+
+
+def test_drop_last():
+    sampler = PictureSampler(N, 7, drop_last=True)
+    assert len(sampler) == len(list(sampler)) == 14
+    assert {len(batch) for batch in sampler} == {7}
+    assert len(PictureSampler(N, 7)) == len(list(PictureSampler(N, 7))) == 15
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_batches_do_not_depend_on_workers_and_leave_the_global_generator_alone(workers):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    mine, reference = loader(workers), loader()
+    for epoch in range(3):
+        for each in (mine, reference):
+            each.batch_sampler.sampler.set_epoch(epoch)  # what Lightning calls
+        got = list(mine)
+        assert all(torch.equal(a, b) for a, b in zip(got, reference, strict=True))
+        assert {int(batch[0, 0]) for batch in got} == {epoch}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("stop", "before", "after"), [(0, 0, 0), (1, 0, 2), (6, 2, 0), (14, 2, 2), (15, 0, 0)]
+)
+def test_resume_goes_on_with_the_next_batch(stop, before, after):
+    whole = []
+    straight = loader(lengths=lengths)
+    for epoch in (4, 5):
+        straight.place.set_epoch(epoch)
+        whole += list(straight)
+    broken = loader(before, lengths=lengths)
+    broken.place.set_epoch(4)
+    batches = iter(broken)
+    got = [next(batches) for _ in range(stop)]
+    state = broken.state_dict()
+    assert all(type(value) is int for value in state.values())
+    resumed = loader(after, lengths=lengths)
+    early = iter(resumed)  # Lightning asks for an iterator before anything is known
+    resumed.load_state_dict(state)
+    resumed.place.set_epoch(4)
+    got += list(early)
+    resumed.place.set_epoch(5)
+    got += list(resumed)
+    assert len(got) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+    assert len(resumed) == 15
+
+
+def test_resume_with_another_number_of_processes():
+    one = PictureSampler(N, 8, seed=5)
+    one.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_pictures": N})
+    shares = []
+    for rank in range(2):
+        sampler = PictureSampler(N, 4, seed=5, rank=rank, world=2)
+        sampler.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_pictures": N})
+        shares.append(list(sampler))
+    for step, together in zip(one, zip(*shares, strict=True), strict=True):
+        assert sorted(step) == sorted(itertools.chain(*together))
+
+
+def test_an_epoch_that_was_begun_with_another_batch_is_seen_to_its_end():
+    old, new = PictureSampler(N, 8, seed=5, lengths=lengths), PictureSampler(N, 3, seed=5, lengths=lengths)
+    old.set_epoch(2)
+    begun = indices(old)[:5]
+    old.position = 40
+    new.load_state_dict(old.state_dict())
+    assert sorted(itertools.chain(*begun, *indices(new))) == list(range(N))
+    assert new.state_dict() == old.state_dict()
+    new.set_epoch(3)
+    np.testing.assert_array_equal(new.order(3), PictureSampler(N, 3, seed=5, lengths=lengths).order(3))
+
+
+def test_a_pass_that_was_left_early_starts_again():
+    each = loader()
+    first = next(iter(each))
+    assert torch.equal(next(iter(each)), first)
+    assert len(list(each)) == len(list(each)) == 15
+
+
+def test_a_state_of_another_order_is_refused():
+    state = PictureSampler(N, 7, seed=3).state_dict()
+    with pytest.raises(ValueError, match="seed was 3 and is now 4"):
+        PictureSampler(N, 7, seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="num_pictures was 101 and is now 103"):
+        PictureSampler(103, 7, seed=3).load_state_dict(state)
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"rank \(2\) must be from 0 to world - 1 \(1\)"):
+        PictureSampler(N, 7, rank=2, world=2)
+    with pytest.raises(ValueError, match=r"no pictures to sample from \(0\)"):
+        PictureSampler(0, 7)
+    with pytest.raises(ValueError, match="5 pictures do not fill one step of 7 x 1"):
+        PictureSampler(5, 7, drop_last=True)
+    with pytest.raises(ValueError, match=r"batch_size \(0\)"):
+        PictureSampler(5, 0)
+
+
+def test_a_pick_counts_unless_told():
+    assert Pick(1, 2).counted
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not known here")
+def test_workers_outlive_the_signals_of_others_and_obey_their_parent():
+    """A scheduler signals every process of a job; a worker that died of it would take the run along."""
+    mine = loader(workers=2)
+    batches = iter(mine)
+    got = [next(batches), next(batches)]  # one of each worker: both have begun
+    workers = mine._iterator._workers
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(0.1)
+    got += list(batches)
+    assert all(torch.equal(a, b) for a, b in zip(got, loader(), strict=True))
+    assert all(worker.is_alive() for worker in workers)
+    workers[0].terminate()
+    workers[0].join(10)
+    assert workers[0].exitcode == 0
+
+
+def deaf_and_waiting(ready):
+    deaf(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not known here")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_the_parent_is_who_started_a_worker_however_it_was_started(method):
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    worker = context.Process(target=deaf_and_waiting, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(30)
+    worker.terminate()
+    worker.join(10)
+    if worker.is_alive():
+        worker.kill()
+    assert worker.exitcode == 0

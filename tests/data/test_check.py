@@ -1,0 +1,233 @@
+"""`mmt check` finds what would hurt training, by number and by name, and nothing in sound data."""
+
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmtransformer.data.check import CheckReport, Finding, check
+from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.pairs import PairFiles
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.images import ImageError
+
+COUNT = 211
+
+
+@functools.cache
+def noise(seed: int, size: tuple[int, int] = (19, 23), kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+def build(root: Path, **changes: dict[int, object]) -> Path:
+    """211 sound pictures; `changes` replaces bytes, captions or splits by number."""
+    rows = []
+    for i in range(COUNT):
+        (root / f"p{i}.png").write_bytes(changes.get("data", {}).get(i, noise(i)))  # type: ignore[arg-type]
+        words = changes.get("caption", {}).get(i, f"picture number {i} of some size" + " and so on" * (i % 3))
+        split = changes.get("split", {}).get(i, "val" if i >= 181 else "train")
+        rows.append({"image": f"p{i}.png", "caption": words, "split": split})
+    (root / "c.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return root
+
+
+def finding(report: CheckReport, what: str) -> Finding:
+    (found,) = [f for f in report.findings if f.what == what]
+    return found
+
+
+def look(root: Path, **options: object) -> CheckReport:
+    return check(root, progress=False, threads=2, **options)  # type: ignore[arg-type]
+
+
+def test_sound_data_has_no_findings(tmp_path: Path) -> None:
+    report = look(build(tmp_path))
+    assert not report.hurts
+    assert report.findings == []
+    assert report.pictures == {"train": 181, "val": 30}
+    assert report.captions == {"train": 181, "val": 30}
+    assert report.languages == {"unnamed": 211}
+    assert report.words == {6: 71, 9: 70, 12: 70}
+    assert report.sizes == {"smallest": (19, 23), "middle": (19, 23), "largest": (19, 23)}
+    assert "Nothing is wrong." in str(report)
+    assert "JSONL c.jsonl: 211 pictures" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["hurts"] is False
+
+
+DAMAGED = noise(0)[:-40]
+COPY = noise(5, kind="TIFF")  # the pixels of p5.png in another format
+SHADE = io.BytesIO()
+Image.new("RGB", (19, 23), (40, 50, 60)).save(SHADE, "PNG")
+LONG = " ".join(["word"] * 63)
+
+CASES = [
+    ("corrupt pictures", "data", DAMAGED, range(3, 90), "p3.png"),
+    ("pictures that are in two splits", "data", COPY, range(185, 211), "val/p185.png = train/p5.png"),
+    ("pictures of a single colour", "data", SHADE.getvalue(), range(3, 90), "p3.png"),
+    ("captions longer than 62 words, to be cut", "caption", LONG, range(3, 90), "p3.png: 63 words"),
+    ("captions that say next to nothing", "caption", "- .", range(3, 90), "p3.png: '- .'"),
+    ("captions that say next to nothing", "caption", "a", range(3, 90), "p3.png: 'a'"),
+    ("empty caption", "caption", "", range(3, 90), "c.jsonl:4: p3.png ''"),
+    (
+        "pictures under 16 pixels, or 8 times longer than wide",
+        "data",
+        noise(1, (3, 31)),
+        range(3, 90),
+        "p3.png: 3 x 31",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "field", "value", "where", "first"), CASES, ids=[c[0] + c[1] for c in CASES]
+)
+def test_trouble_is_counted_named_and_hurts_past_the_threshold(
+    what: str, field: str, value: object, where: Sequence[int], first: str, tmp_path: Path
+) -> None:
+    for count in (1, 7):
+        report = look(build(tmp_path, **{field: dict.fromkeys(where[:count], value)}))
+        found = finding(report, what)
+        assert found.count == count
+        assert len(found.first) == min(count, 5)
+        assert first in found.first[0]
+        # 1 % of 30 held-out pictures or of 211 rows is one and two
+        limit = 1 if "two splits" in what else 2
+        assert found.hurts == report.hurts == (count > limit), str(report)
+        assert (f"HURTS  {what}: {count}" in str(report)) == found.hurts
+    assert look(tmp_path, max_bad=0.5).hurts is False
+    assert look(tmp_path, max_bad=0).hurts is True
+
+
+def test_missing_pictures_and_refused_paths(tmp_path: Path) -> None:
+    build(tmp_path)
+    for i in range(5):
+        (tmp_path / f"p{i}.png").unlink()
+    with (tmp_path / "c.jsonl").open("a") as file:
+        file.write('{"image": "../../x.png", "caption": "away", "split": "train"}\n')
+    report = look(tmp_path)
+    assert (finding(report, "missing picture").count, finding(report, "refused path").count) == (5, 1)
+    assert finding(report, "missing picture").hurts
+    assert "c.jsonl:212" in finding(report, "refused path").first[0]
+    assert report.pictures["train"] == 176
+
+
+def test_a_copy_inside_a_split_is_only_a_note(tmp_path: Path) -> None:
+    report = look(build(tmp_path, data=dict.fromkeys(range(6, 50), COPY)))
+    found = finding(report, "the same picture again in its split")
+    assert (found.count, found.hurts) == (44, False)
+    assert found.first[0] == "train/p6.png = train/p5.png"
+
+
+def test_one_caption_for_many_pictures(tmp_path: Path) -> None:
+    report = look(build(tmp_path, caption=dict.fromkeys(range(40), "a photo")))
+    assert finding(report, "pictures share one caption").count == 40
+    assert not report.hurts
+    assert look(build(tmp_path, caption=dict.fromkeys(range(140), "a photo"))).hurts
+
+
+class Letters:
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def test_tokens_are_counted_where_there_is_a_tokenizer(tmp_path: Path) -> None:
+    report = look(build(tmp_path, caption={7: "한" * 30}), tokenizer=Letters(), max_len=80)
+    found = finding(report, "captions longer than 78 tokens, to be cut")
+    assert found.first == ["p7.png: 90 tokens: " + "한" * 30 + "..."]
+    assert look(tmp_path, max_len=80).findings == []
+
+
+def test_korean_words_of_one_syllable_are_captions(tmp_path: Path) -> None:
+    report = look(build(tmp_path, caption={i: ["개", "소", "눈", "별", "말"][i % 5] for i in range(50)}))
+    assert not report.hurts
+    assert report.languages == {"en": 161, "ko": 50}
+
+
+def test_nothing_left_to_train_on(tmp_path: Path) -> None:
+    build(tmp_path, split=dict.fromkeys(range(COUNT), "test"))
+    report = look(tmp_path)
+    assert [f.what for f in report.findings if f.hurts] == ["no pictures in train", "no pictures in val"]
+    for i in range(COUNT):
+        (tmp_path / f"p{i}.png").unlink()
+    report = look(tmp_path)
+    assert report.hurts
+    assert finding(report, "missing picture").count == 211
+    assert report.pictures == {}
+    assert str(report)
+    with pytest.raises(ValueError, match="does not exist"):
+        look(tmp_path / "no")
+
+
+class Drawn:
+    """Pairs that are no files."""
+
+    languages: tuple[str, ...] = ("ko",)
+
+    def __len__(self) -> int:
+        return 11
+
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "val")
+
+    def split(self, name: str) -> "Drawn":
+        return self
+
+    def name(self, i: int) -> str:
+        return f"drawn {i}"
+
+    def image(self, i: int) -> Image.Image:
+        if i == 3:
+            raise ImageError("drawn 3: broken; draw it again")
+        return Image.open(io.BytesIO(noise(i, (17, 29)))).convert("RGB")
+
+    def captions(self, i: int) -> list[Caption]:
+        return [Caption(f"그림 {i}", "ko")]
+
+
+def test_any_source_of_pairs_can_be_checked(tmp_path: Path) -> None:
+    report = check(Drawn(), progress=False)
+    assert finding(report, "corrupt pictures").first == ["drawn 3: broken; draw it again"] * 2
+    assert finding(report, "pictures that are in two splits").count == 10
+    assert report.languages == {"ko": 22}
+    build(tmp_path)
+    report = check(PairFiles(tmp_path, val_fraction=0), progress=False)
+    assert report.findings == []
+
+
+def test_interleaved_documents_and_shards_are_looked_at_as_well(tmp_path: Path) -> None:
+    split = Scenes(image_size=32, train_size=12).split("train")
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    lines = []
+    for i in range(12):
+        split.image(i).save(documents / f"{i}.png")
+        lines.append({"text": f"see <image> {split.captions(i)[0].text}", "images": [f"{i}.png"]})
+    lines.append({"text": "two <image> marks <image> here", "images": ["0.png"]})
+    (documents / "broken.png").write_bytes(b"nothing")
+    lines.append({"text": "a <image> broken one", "images": ["broken.png"]})
+    (documents / "d.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    report = check(documents, progress=False)
+    assert "interleaved documents d.jsonl: 13 documents, 13 pictures" in report.source
+    found = {finding.what: finding for finding in report.findings}
+    assert found["marks and pictures differ in number"].count == 1
+    assert "d.jsonl:13" in found["marks and pictures differ in number"].first[0]
+    assert "broken.png (picture 1 of d.jsonl:14)" in found["corrupt pictures"].first[0]
+    assert sum(report.captions.values()) == 13
+    with tarfile.open(tmp_path / "a.tar", "w") as box:
+        for i in range(12):
+            (tmp_path / "c.txt").write_text(split.captions(i)[0].text)
+            box.add(documents / f"{i}.png", f"{i}.png")
+            box.add(tmp_path / "c.txt", f"{i}.txt")
+    report = check(tmp_path / "a.tar", progress=False)
+    assert "1 tar shard" in report.source
+    assert sum(report.pictures.values()) == 12
+    assert not report.hurts

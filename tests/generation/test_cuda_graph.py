@@ -1,0 +1,361 @@
+"""Recorded steps against the same steps taken one by one: on a CPU a tape of operations stands for the CUDA graph."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmtransformer import (
+    Blip2,
+    CaptionBatch,
+    Captured,
+    CoCa,
+    EncoderDecoder,
+    ExtendedVocabulary,
+    Flamingo,
+    ImageText,
+    PrefixCaptioner,
+    QFormer,
+    TextDecoder,
+    TextPairs,
+    Transformer,
+    ViT,
+    generate,
+    stream,
+)
+from mmtransformer.generation.cuda_graph import Step, compiled
+from mmtransformer.generation.guidance import Guided
+
+EOS, VOCAB, DIM, ROWS = 2, 23, 24, 3
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does: keeps the operations and their memory, and does them again without any Python of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert not any(word in str(func) for word in SYNCS), f"a step waits for the device: {func}"
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def play(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recorder:
+    """Gives tapes, and counts them."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+
+    def __call__(self, step: Step) -> Step:
+        step()  # As a CUDA graph's warm-up does.
+        tape = Tape()
+        with tape:
+            logits = step()
+        self.tapes.append(tape)
+
+        def play() -> Tensor:
+            tape.play()
+            return logits
+
+        return play
+
+
+def noisy(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def decoder(**options: Any) -> TextDecoder:
+    return TextDecoder(VOCAB, DIM, 2, 4, max_len=37, **options)
+
+
+def vit() -> ViT:
+    return ViT(16, 8, DIM, 1, 4)
+
+
+LLAMA: dict[str, Any] = {
+    "positions": "rotary",
+    "norm": "rms",
+    "mlp": "swiglu",
+    "bias": "none",
+    "num_kv_heads": 2,
+}
+LONG = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 11, "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 7.0]}  # fmt: skip
+QUERIES: dict[str, Any] = {"num_queries": 3, "dim": DIM, "depth": 2, "num_heads": 4, "visual_dim": DIM}
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": decoder,
+    "llama": lambda: decoder(**LLAMA, qk_norm="rms"),
+    "window": lambda: decoder(**LLAMA, window=5),
+    "longrope": lambda: decoder(**LLAMA, head_dim=4, rope_scaling=LONG),
+    "extended": lambda: ExtendedVocabulary(decoder(), 3),
+    "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
+    "cross-attention": lambda: EncoderDecoder(vit(), decoder(cross_dim=DIM)),
+    "flamingo": lambda: Flamingo(vit(), decoder(), num_heads=3, head_dim=7, media="all_previous"),
+    "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
+    "prefix": lambda: PrefixCaptioner(vit(), decoder()),
+    "coca": lambda: CoCa(vit(), decoder(), decoder(cross_dim=DIM, positions="rotary"), num_heads=4),
+}
+
+
+def batch_for(model: Any, seed: int, rows: int = ROWS) -> Any:
+    """Prompts of 4, 2 and 3 tokens, padded on the left; two pictures a row."""
+    torch.manual_seed(seed)
+    tokens = torch.randint(3, VOCAB, (rows, 4))
+    valid = torch.arange(4) >= torch.tensor([0, 2, 1, 3, 1])[:rows, None]
+    if isinstance(model, Transformer):
+        source = torch.randint(3, VOCAB, (rows, 6))
+        seen = torch.arange(6) < torch.tensor([6, 3, 4, 5, 6])[:rows, None]
+        return TextPairs(source, seen, tokens, valid, valid)
+    batch = CaptionBatch(tokens, valid, valid, pixels=torch.randn(rows, 2, 3, 16, 16))
+    if isinstance(model, Flamingo):  # Rows see none, one or both of their pictures, by a mask.
+        last = torch.tensor([0, 1, 2, 1, 2])[:rows, None].expand(rows, 4)
+        return replace(batch, media=torch.where(valid, last, 0))
+    return batch if hasattr(model, "vision") else CaptionBatch(tokens, valid, valid)
+
+
+def told(model: Any, batch: Any, **options: Any) -> list[list[tuple[list[int], float]]]:
+    found = generate(model, batch, eos_id=EOS, max_new_tokens=9, **options)
+    return [[(text.tokens, round(text.log_prob, 3)) for text in row] for row in found]
+
+
+# --- the same texts
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_recording_says_what_the_model_says(kind: str) -> None:
+    """And is used again for other texts of the same shapes, and made anew for others."""
+    torch.manual_seed(0)
+    model, record = noisy(MODELS[kind]()), Recorder()
+    captured = Captured(model, record)
+    for seed, rows, tapes in ((1, 3, 1), (2, 3, 1), (3, 5, 2), (4, 5, 2)):
+        batch = batch_for(model, seed, rows)
+        want = told(model, batch, min_new_tokens=5)
+        assert told(captured, batch, min_new_tokens=5) == want
+        assert len({str(row) for row in want}) == rows, (
+            "texts that do not depend on their rows would show nothing"
+        )
+        assert len(record.tapes) == tapes
+
+
+@pytest.mark.parametrize("options", [
+    {"num_beams": 4, "num_return": 3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "no_repeat_ngram": 2},
+    {"num_beams": 5, "required": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
+    {"do_sample": True, "num_return": 2, "top_p": 0.9},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["window", "cross-attention", "flamingo"])
+def test_every_search_can_play_it(kind: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, record = noisy(MODELS[kind]()), Recorder()
+    captured = Captured(model, record)
+    for seed in (1, 2):
+        batch = batch_for(model, seed)
+        draw = lambda: {"generator": torch.Generator().manual_seed(5)} if "do_sample" in options else {}  # noqa: E731
+        assert told(captured, batch, **options, **draw()) == told(model, batch, **options, **draw())
+    assert len(record.tapes) == 1
+
+
+def test_streams_and_guidance_can_play_it() -> None:
+    torch.manual_seed(0)
+    model, record = noisy(MODELS["cross-attention"]()), Recorder()
+    batch = batch_for(model, 1)
+    want = list(stream(model, batch, eos_id=EOS, max_new_tokens=9, image_guidance=2.0))
+    guided: Any = Guided(model, 2.0)
+    assert list(stream(Captured(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "transformer", "cross-attention", "flamingo"])
+def test_a_compiled_step_says_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
+    model = noisy(MODELS[kind]())
+    captured = Captured(model, compiled)
+    for seed in (1, 2):
+        batch = batch_for(model, seed)
+        assert told(captured, batch, num_beams=2) == told(model, batch, num_beams=2)
+
+
+# --- what a step costs
+
+
+def shapes_made(model: Any, batch: Any, beams: int, steps: int) -> Iterator[set[tuple[int, ...]]]:
+    """For each step the shapes of what it makes, views left out."""
+    with torch.inference_mode():
+        logits, state = model.start(batch, copies=beams, max_new_tokens=steps)
+        for _ in range(steps):
+            with Tape() as tape:
+                state.reorder(torch.arange(logits.shape[0]))
+                logits = model.step(logits.argmax(1), state)
+            made = set()
+            for _, args, kwargs, out in tape.calls:
+                read = {
+                    x.untyped_storage().data_ptr()
+                    for x in tree_leaves((args, kwargs))
+                    if isinstance(x, Tensor)
+                }
+                news = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+                made |= {tuple(x.shape) for x in news if x.untyped_storage().data_ptr() not in read}
+            yield made
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_recorded_steps_make_the_same_tensors_every_time(kind: str) -> None:
+    torch.manual_seed(0)
+    model = noisy(MODELS[kind]())
+    captured = Captured(model, lambda step: step)
+    _, second, *rest = shapes_made(
+        captured, batch_for(model, 1), 2, 8
+    )  # The first takes room for reordering.
+    assert all(made == second for made in rest)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_step_waits_for_the_device_or_makes_what_grows_but_scores(kind: str) -> None:
+    """Of the tensors that plain steps make, only scores over the keys so far grow: a number a head and key."""
+    torch.manual_seed(0)
+    model = noisy(MODELS[kind]())
+    _, second, *_, last = shapes_made(model, batch_for(model, 1), 2, 8)
+    heads = 4 * 2 * ROWS
+    assert all(torch.Size(shape).numel() <= heads * (4 + 8 + 12) for shape in last - second), last - second
+
+
+def test_recording_leaves_no_mark() -> None:
+    """Steps that a recorder takes are taken back: positions, padding and places are as before."""
+    torch.manual_seed(0)
+    model = noisy(decoder(**LLAMA))
+    batch = batch_for(model, 1)
+    with torch.inference_mode():
+        logits, state = Captured(model, Recorder()).start(batch, max_new_tokens=9)
+        plain, own = model.start(batch, max_new_tokens=9)
+        assert torch.equal(logits, plain)
+        captured = Captured(model, Recorder())
+        _, state = captured.start(batch, max_new_tokens=9)
+        for _ in range(5):
+            tokens = plain.argmax(1)
+            torch.testing.assert_close(captured.step(tokens, state), plain := model.step(tokens, own))
+    inner: Any = state.state
+    assert inner.place.tolist() == [own.length]
+    assert torch.equal(inner.positions, own.positions)
+    with pytest.raises(ValueError, match=f"a recorded step has {len(plain)} rows: reorder them, not 1"):
+        state.reorder(torch.tensor([0]))
+
+
+# --- errors
+
+
+def test_what_cannot_be_recorded() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="read nothing"):
+        decoder().new_state(7).fix()
+    queries = ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)).eval()
+    with pytest.raises(
+        ValueError, match=r"of a ImageText cannot be fixed.* ImageTextState holds no DecoderState"
+    ):
+        told(Captured(queries, Recorder()), batch_for(queries, 1))
+    model = decoder().eval()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"model\.bfloat16\(\)"):
+        told(Captured(model, Recorder()), batch_for(model, 1))
+
+
+def test_caches_of_others_cannot_be_recorded() -> None:
+    transformers = pytest.importorskip("transformers")
+    from mmtransformer import HubDecoder
+
+    config = transformers.GPTNeoXConfig(vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=1, num_attention_heads=2,
+                                        intermediate_size=31)  # fmt: skip
+    model = HubDecoder.from_model(transformers.GPTNeoXForCausalLM(config).eval())
+    with pytest.raises(ValueError, match="grows with every token"):
+        told(Captured(model, Recorder()), batch_for(model, 1))
+
+
+def test_modes_are_the_models() -> None:
+    model = decoder()
+    captured = Captured(model)
+    captured.train()
+    assert model.training
+    assert captured.training
+    captured.eval()
+    assert not captured.training
+    assert isinstance(captured.model, nn.Module)
+    assert captured.max_len == 37
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_cuda_graph_says_what_the_model_says(kind: str) -> None:
+    torch.manual_seed(0)
+    model = noisy(MODELS[kind]()).cuda()
+    captured = Captured(model)
+    for seed in (1, 2):
+        batch = batch_for(model, seed).to("cuda")
+        for options in ({}, {"num_beams": 3}):
+            assert [[text[0] for text in row] for row in told(captured, batch, **options)] == [
+                [text[0] for text in row] for row in told(model, batch, **options)
+            ]
+
+
+# --- how often a search looks whether it may stop
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a value is taken out of a tensor: on a GPU each of them waits for all that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(word in str(func) for word in SYNCS)
+        return func(*args, **(kwargs or {}))
+
+
+SEARCHES: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "top_k": 5, "top_p": 0.9},
+    {"num_beams": 3, "no_repeat_ngram": 3, "repetition_penalty": 1.2, "min_new_tokens": 20},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
+    {"num_beams": 5, "required": [[[7, 9]], [[11]]]},
+    {"num_beams": 2, "image_guidance": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", SEARCHES, ids=str)
+def test_a_gpu_is_waited_for_every_eight_tokens_only(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a GPU gets for `stop_every`: the same texts, and as many looks as there are eights of tokens."""
+    torch.manual_seed(0)
+    model = noisy(EncoderDecoder(vit(), decoder(cross_dim=DIM)))
+    batch = batch_for(model, 1)
+    draw = lambda: {"generator": torch.Generator().manual_seed(5)} if "do_sample" in options else {}  # noqa: E731
+    want = told(model, batch, **options, **draw())
+    for module in ("sampling", "beam_search", "constrained"):
+        monkeypatch.setattr(f"mmtransformer.generation.{module}.stop_every", lambda device: 8)
+    assert told(model, batch, **options, **draw()) == want
+    counts = []
+    for new in (7, 15, 31):
+        with Looks() as looks:
+            generate(model, batch, eos_id=0, max_new_tokens=new, **options, **draw())
+        counts.append(looks.count)
+    assert counts[1] - counts[0] <= 1, counts
+    assert counts[2] - counts[1] <= 2, counts

@@ -1,0 +1,219 @@
+"""generate() against transformers' generate with the same weights, against the definition of its scores, and itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, ViT, generate
+from mmtransformer.generation.logits_processors import Generated, Rules
+from mmtransformer.weights import from_transformers
+
+EOS, VOCAB, WIDTH = 2, 53, 24
+
+
+@pytest.fixture(scope="module")
+def hub() -> Any:
+    """A random GPT-2 with cross-attention that repeats itself less than an untrained one does."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(7)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, add_cross_attention=True,
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.25 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def captioner(hub: Any) -> EncoderDecoder:
+    torch.manual_seed(8)
+    return EncoderDecoder(ViT((16, 24), 8, WIDTH, 1, 4), from_transformers(hub)).eval()
+
+
+def prompts(rows: int = 5, length: int = 3, pictures: int | None = None) -> CaptionBatch:
+    torch.manual_seed(9)
+    tokens = torch.randint(3, VOCAB, (rows, length))
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    return CaptionBatch(tokens, valid, valid, visual_tokens=torch.randn(pictures or rows, 1, 7, WIDTH))
+
+
+def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
+    """What transformers generates, one list of ids for each returned text, without the prompt and from EOS on."""
+    assert batch.visual_tokens is not None
+    states = batch.visual_tokens[:, 0]
+    out = hub.generate(
+        batch.tokens,
+        attention_mask=batch.valid.long(),
+        encoder_hidden_states=states,
+        do_sample=False,
+        early_stopping=False,
+        **options,
+    )
+    rows = out[:, batch.tokens.shape[1] :].tolist()
+    return [row[: row.index(EOS)] if EOS in row else row for row in rows]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"min_new_tokens": 6},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram": 2},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return": 3, "length_penalty": 0.6},
+        {"num_beams": 4, "length_penalty": 2.0, "min_new_tokens": 4},
+        {"num_beams": 3, "no_repeat_ngram": 2, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_equals_transformers(hub: Any, captioner: EncoderDecoder, options: dict[str, Any]) -> None:
+    names = {"no_repeat_ngram": "no_repeat_ngram_size", "num_return": "num_return_sequences"}
+    batch = prompts()
+    want = theirs(hub, batch, max_new_tokens=13, **{names.get(k, k): v for k, v in options.items()})
+    ours = generate(captioner, batch, eos_id=EOS, max_new_tokens=13, **options)
+    assert [text.tokens for row in ours for text in row] == want
+
+
+def scored(captioner: EncoderDecoder, batch: CaptionBatch, row: int, text: Generated) -> Tensor:
+    """Log-probabilities of a text's tokens (and its end) by one uncached pass."""
+    assert batch.visual_tokens is not None
+    real = batch.tokens[row][batch.valid[row]]
+    ids = torch.cat((real, torch.tensor(text.tokens + [EOS] * text.finished, dtype=torch.long)))
+    per_picture = batch.tokens.shape[0] // batch.visual_tokens.shape[0]
+    picture = batch.visual_tokens[row // per_picture][None]
+    one = CaptionBatch(
+        ids[None], torch.ones_like(ids[None], dtype=torch.bool), ids[None] > 0, visual_tokens=picture
+    )
+    log_probs = captioner.logits(one)[0].log_softmax(-1)
+    return log_probs[len(real) - 1 : -1].gather(1, ids[len(real) :, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return": 2}, {"do_sample": True, "num_return": 3}], ids=str
+)
+def test_log_probabilities_are_those_of_an_uncached_pass(
+    captioner: EncoderDecoder, options: dict[str, Any]
+) -> None:
+    batch = prompts(rows=6, pictures=3)
+    texts = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, **options)
+    assert len(texts) == 6
+    assert all(len(row) == options.get("num_return", 1) for row in texts)
+    for row, found in enumerate(texts):
+        for text in found:
+            want = scored(captioner, batch, row, text)
+            assert text.log_prob == pytest.approx(want.sum().item(), abs=1e-4)
+            assert text.token_log_probs == pytest.approx(want[: len(text.tokens)].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_batch_equals_one_by_one_with_prompts_of_different_length(
+    captioner: EncoderDecoder, beams: int
+) -> None:
+    batch = prompts(rows=4, length=5)
+    valid = batch.valid.clone()
+    for row, padding in enumerate((0, 3, 1, 2)):
+        valid[row, :padding] = False
+    batch = CaptionBatch(batch.tokens.masked_fill(~valid, 0), valid, valid, visual_tokens=batch.visual_tokens)
+    together = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, num_beams=beams)
+    assert batch.visual_tokens is not None
+    for row, found in enumerate(together):
+        real = batch.tokens[row][valid[row]][None]
+        mask = torch.ones_like(real, dtype=torch.bool)
+        one = CaptionBatch(real, mask, mask, visual_tokens=batch.visual_tokens[row][None])
+        alone = generate(captioner, one, eos_id=EOS, max_new_tokens=9, num_beams=beams)[0][0]
+        assert alone.tokens == found[0].tokens
+        assert alone.log_prob == pytest.approx(found[0].log_prob, abs=1e-5)
+
+
+def test_several_prompts_share_a_picture(captioner: EncoderDecoder) -> None:
+    shared = prompts(rows=6, pictures=3)
+    assert shared.visual_tokens is not None
+    spread = CaptionBatch(
+        shared.tokens, shared.valid, shared.target, visual_tokens=shared.visual_tokens.repeat_interleave(2, 0)
+    )
+    for options in ({}, {"num_beams": 3}):
+        a, b = (
+            generate(captioner, batch, eos_id=EOS, max_new_tokens=7, **options) for batch in (shared, spread)
+        )
+        assert [row[0].tokens for row in a] == [row[0].tokens for row in b]
+
+
+def test_beams_are_never_worse_than_the_best_of_all_texts_when_wide_enough() -> None:
+    """With as many beams as texts exist, beam search is exhaustive search."""
+    torch.manual_seed(1)
+    decoder = TextDecoder(5, 8, 1, 2, max_len=8, cross_dim=8)
+    for parameter in decoder.parameters():
+        parameter.data += torch.randn_like(parameter)
+    tiny = EncoderDecoder(ViT(8, 8, 8, 1, 2), decoder).eval()
+    start = torch.tensor([[1]])
+    batch = CaptionBatch(start, start > 0, start > 0, visual_tokens=torch.randn(1, 1, 2, 8))
+    others = [i for i in range(5) if i != EOS]
+    texts = [[], *([a] for a in others), *([a, b] for a in others for b in others)]
+    texts = [(t, True) for t in texts] + [([a, b, c], False) for a in others for b in others for c in others]
+    best = max(scored(tiny, batch, 0, Generated(t, 0, [], ends)).sum().item() for t, ends in texts)
+    found = generate(tiny, batch, eos_id=EOS, max_new_tokens=3, num_beams=64, length_penalty=0.0)[0][0]
+    assert found.log_prob == pytest.approx(best, abs=1e-5)
+
+
+def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecoder) -> None:
+    batch = prompts(rows=1)
+    draw = lambda seed, **options: [  # noqa: E731
+        text.tokens[0] if text.tokens else EOS
+        for text in generate(
+            captioner, batch, eos_id=EOS, max_new_tokens=1, do_sample=True, num_return=4000,
+            generator=torch.Generator().manual_seed(seed), **options,
+        )[0]
+    ]  # fmt: skip
+    logits, _ = captioner.start(batch, max_new_tokens=1)
+    for options, temperature in (({}, 1.0), ({"temperature": 0.5}, 0.5)):
+        drawn = torch.bincount(torch.tensor(draw(3, **options)), minlength=VOCAB) / 4000
+        assert (drawn - (logits[0] / temperature).softmax(0)).abs().sum() < 0.2
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    order = logits[0].argsort(descending=True).tolist()
+    assert set(draw(3, top_k=3)) == set(order[:3])
+    shares = logits[0].softmax(0)[order].cumsum(0)
+    nucleus = order[: int((shares < 0.6).sum()) + 1]
+    assert set(draw(3, top_p=0.6)) <= set(nucleus)
+    assert len(nucleus) > 1
+
+
+def test_rules_leave_padding_out() -> None:
+    rules = Rules(EOS, repetition_penalty=2.0, no_repeat_ngram=2)
+    scores = torch.tensor([[4.0, -4.0, 1.0, 2.0]])
+    history, known = torch.tensor([[0, 0, 1, 3, 1]]), torch.tensor([[False, False, True, True, True]])
+    got = rules.apply(scores, history, known, 9)
+    assert got.tolist() == [
+        [4.0, -8.0, 1.0, float("-inf")]
+    ]  # 0 only pads; 1 was said; "1 3" would come twice.
+
+
+def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
+    batch = prompts()
+    faults: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": 62}, r"prompt of 3 and 62.*64.*at most 61"),
+        ({"max_new_tokens": 0}, "at least 1, not 0"),
+        ({"num_beams": 0}, r"num_beams \(0\)"),
+        ({"num_beams": 2, "num_return": 3}, r"num_return \(3\).*num_beams \(2\)"),
+        ({"num_beams": 2, "do_sample": True}, "num_beams=2"),
+        ({"num_return": 2}, "not 2"),
+        ({"do_sample": True, "temperature": 0.0}, "above 0, not 0"),
+        ({"do_sample": True, "top_k": 0}, "top_k must be at least 1, not 0"),
+        ({"do_sample": True, "top_p": 1.5}, r"\(0, 1\], not 1.5"),
+    ]
+    for options, message in faults:
+        with pytest.raises(ValueError, match=message):
+            generate(captioner, batch, eos_id=EOS, **options)
+
+
+def test_the_mode_is_put_back(captioner: EncoderDecoder) -> None:
+    captioner.train()
+    generate(captioner, prompts(), eos_id=EOS, max_new_tokens=2)
+    assert captioner.training
+    captioner.eval()

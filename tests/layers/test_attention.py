@@ -1,0 +1,204 @@
+"""Attention against its definition, against torch's own module with the same weights, and by its properties."""
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmtransformer.layers import masks
+from mmtransformer.layers.attention import Attention, KeyValue, KVCache, attend, attention_weights
+from mmtransformer.layers.positions import Rotary
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(c)) v, one query at a time, in float64; zeros where nothing may be looked at."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    for b in range(q.shape[0]):
+        source = b // (q.shape[0] // k.shape[0])
+        for h in range(q.shape[1]):
+            group = h // (q.shape[1] // k.shape[1])
+            for i in range(q.shape[2]):
+                seen = torch.ones(k.shape[2], dtype=torch.bool) if allowed is None else allowed[b, i]
+                if not seen.any():
+                    continue
+                scores = k[source, group, seen] @ q[b, h, i] / q.shape[3] ** 0.5
+                out[b, h, i] = scores.softmax(0) @ v[source, group, seen]
+    return out
+
+
+def qkv(
+    b: int = 6, h: int = 6, q: int = 5, k: int = 7, c: int = 11, n: int = 6, g: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(b, h, q, c), torch.randn(n, g, k, c), torch.randn(n, g, k, 13 if c == 0 else c)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
+@pytest.mark.parametrize(("n", "g"), [(6, 6), (6, 2), (3, 6), (2, 3), (1, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_is_the_definition(
+    monkeypatch: pytest.MonkeyPatch, long: bool, n: int, g: int, masked: bool
+) -> None:
+    monkeypatch.setattr("mmtransformer.layers.attention._plain_is_faster", lambda *_: not long)
+    q, k, v = qkv(n=n, g=g)
+    allowed = None
+    if masked:
+        allowed = torch.rand(6, 5, 7) > 0.4
+        allowed[2, 3] = False  # A query that may look nowhere.
+    out = attend(q, k, v, allowed)
+    torch.testing.assert_close(out.double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6)
+    if masked:
+        assert (out[2, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
+@pytest.mark.parametrize(("asked", "keys"), [(7, 7), (3, 7), (1, 7)])
+def test_causal_aligns_the_last_query_with_the_last_key(
+    monkeypatch: pytest.MonkeyPatch, long: bool, asked: int, keys: int
+) -> None:
+    monkeypatch.setattr("mmtransformer.layers.attention._plain_is_faster", lambda *_: not long)
+    q, k, v = qkv(q=asked, k=keys)
+    allowed = masks.dense(masks.causal(keys - asked), 6, asked, keys)
+    torch.testing.assert_close(
+        attend(q, k, v, "causal").double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6
+    )
+
+
+def test_gradients_are_finite_where_a_query_may_look_nowhere() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    allowed = torch.ones(5, 7, dtype=torch.bool)
+    allowed[2] = False
+    attend(q, k, v, allowed).square().sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    assert (q.grad[:, :, 2] == 0).all()
+
+
+def test_gradients_are_those_of_the_definition() -> None:
+    q, k, v = (x[:2, :2].double().requires_grad_() for x in qkv())
+    allowed = torch.rand(2, 5, 7) > 0.3
+    weight = torch.randn(2, 2, 5, 11, dtype=torch.float64)
+    ours = torch.autograd.grad((attend(q, k, v, allowed) * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((definition(q, k, v, allowed) * weight).sum(), (q, k, v))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
+def test_a_masked_key_changes_no_bit(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    monkeypatch.setattr("mmtransformer.layers.attention._plain_is_faster", lambda *_: not long)
+    q, k, v = qkv()
+    allowed = torch.rand(6, 5, 7) > 0.4
+    allowed[:, :, 4] = False
+    allowed[1, 2] = False
+    before = attend(q, k, v, allowed)
+    k[:, :, 4], v[:, :, 4] = 1e4, -1e4
+    assert torch.equal(before, attend(q, k, v, allowed))
+
+
+def test_order_of_keys_does_not_matter() -> None:
+    q, k, v = qkv()
+    order = torch.randperm(7)
+    torch.testing.assert_close(attend(q, k, v), attend(q, k[:, :, order], v[:, :, order]))
+
+
+def test_errors_name_the_numbers() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match='unknown mask word "casual"'):
+        attend(q, k, v, "casual")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"bool.*float32"):
+        attend(q, k, v, torch.zeros(5, 7))
+    with pytest.raises(ValueError, match=r"\(6\).*\(4\)"):
+        attend(q, k[:4], v[:4])
+    with pytest.raises(ValueError, match=r"query heads \(6\).*\(4\)"):
+        attend(q, k[:, :4], v[:, :4])
+    with pytest.raises(ValueError, match=r"num_heads \(6\).*num_kv_heads \(4\)"):
+        Attention(24, 6, num_kv_heads=4)
+    with pytest.raises(ValueError, match=r"dim \(25\).*num_heads \(6\)"):
+        Attention(25, 6)
+    with pytest.raises(ValueError, match='not "batch"'):
+        Attention(24, 6, qk_norm="batch")  # pyright: ignore[reportArgumentType]
+
+
+def test_attention_equals_torch_with_the_same_weights() -> None:
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(24, 6, kdim=19, vdim=19, batch_first=True)
+    ours = Attention(24, 6, context_dim=19)
+    with torch.no_grad():
+        for name, weight in zip(
+            "qkv", (theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight), strict=True
+        ):
+            getattr(ours, f"{name}_proj").weight.copy_(weight)
+        theirs.in_proj_bias.copy_(torch.randn(72))
+        for name, bias in zip("qkv", theirs.in_proj_bias.chunk(3), strict=True):
+            getattr(ours, f"{name}_proj").bias.copy_(bias)
+        ours.out_proj.load_state_dict(theirs.out_proj.state_dict())
+    x, context = torch.randn(3, 5, 24), torch.randn(3, 7, 19)
+    allowed = torch.rand(5, 7) > 0.3
+    allowed[:, 0] = True
+    want, weights = theirs(x, context, context, attn_mask=~allowed, average_attn_weights=False)
+    torch.testing.assert_close(ours(x, context, mask=allowed), want, atol=1e-6, rtol=1e-5)
+    q, kv = ours.project(x, context, None, None)
+    torch.testing.assert_close(attention_weights(q, kv.k, allowed), weights, atol=1e-6, rtol=1e-5)
+
+
+def test_a_projected_context_is_the_context() -> None:
+    torch.manual_seed(0)
+    layer = Attention(24, 6, num_kv_heads=2, context_dim=19, qk_norm="rms")
+    x, context = torch.randn(6, 5, 24), torch.randn(3, 7, 19)
+    kv = layer.project_kv(context)
+    assert kv.k.shape == (3, 2, 7, 4)
+    assert torch.equal(layer(x, kv), layer(x, context))
+    torch.testing.assert_close(
+        layer(x, context), layer(x, context.repeat_interleave(2, 0)), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_cached_equals_uncached(rotary: bool) -> None:
+    torch.manual_seed(0)
+    layer, rope = Attention(24, 6, num_kv_heads=2), Rotary(4)
+    x = torch.randn(3, 7, 24)
+    full = layer(x, mask="causal", rope=rope(torch.arange(7)) if rotary else None)
+    cache, parts = KVCache(11), []
+    for start, end in ((0, 3), (3, 4), (4, 7)):
+        angles = rope(torch.arange(start, end)) if rotary else None
+        parts.append(layer(x[:, start:end], mask="causal", rope=angles, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-6, rtol=1e-5)
+
+
+def test_cache_reorders_repeats_and_refuses() -> None:
+    cache = KVCache(5)
+    cache.reorder(torch.tensor([0]))  # An empty cache has no rows to reorder.
+    with pytest.raises(ValueError, match="empty"):
+        cache.filled()
+    k = torch.randn(2, 3, 4, 7)
+    cache.append(KeyValue(k, -k))
+    cache.reorder(torch.tensor([1, 1, 0]))
+    assert torch.equal(cache.filled().k, k[[1, 1, 0]])
+    assert torch.equal(cache.filled().v, -k[[1, 1, 0]])
+    new = torch.randn(3, 3, 1, 7)
+    assert torch.equal(cache.append(KeyValue(new, new)).k, torch.cat((k[[1, 1, 0]], new), 2))
+    with pytest.raises(ValueError, match=r"holds 5 tokens, but 6"):
+        cache.append(KeyValue(new, new))
+
+
+def test_autocast_gives_the_same_within_bfloat16() -> None:
+    torch.manual_seed(0)
+    layer, x = Attention(24, 6), torch.randn(3, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layer(x, mask="causal")
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), layer(x, mask="causal"), atol=2e-2, rtol=2e-2)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    torch.manual_seed(0)
+    layer, x = Attention(24, 6, dropout=0.5), torch.randn(3, 5, 24)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    ones = rearrange(torch.ones(64, 1, 16, 1), "b h k c -> b h k c")
+    layer_mean = attend(torch.zeros(64, 1, 16, 1), ones, ones, dropout=0.5).mean()
+    assert abs(layer_mean.item() - 1) < 0.1  # Weights are dropped, and the rest is scaled up.

@@ -1,0 +1,82 @@
+"""Positions against their formulas, timm's resizing, transformers' rotary angles, and by their properties."""
+
+import math
+
+import pytest
+import torch
+
+from mmtransformer.layers.positions import Rotary, resize_positions, sinusoidal, sinusoidal_2d
+
+
+def test_sinusoidal_is_the_formula() -> None:
+    got = sinusoidal(torch.tensor([0, 3, 50]), 10)
+    for row, place in enumerate((0, 3, 50)):
+        for i in range(5):
+            angle = place / 10_000 ** (2 * i / 10)
+            assert got[row, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert got[row, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_sinusoidal_2d_says_row_and_column() -> None:
+    got = sinusoidal_2d((3, 5), 12).view(3, 5, 12)
+    assert torch.equal(got[1, :, :6], got[1, :1, :6].expand(5, -1))  # A row's patches share its half.
+    assert torch.equal(got[:, 2, 6:], got[:1, 2, 6:].expand(3, -1))
+    assert len({tuple(p) for p in got.flatten(0, 1).tolist()}) == 15
+    with pytest.raises(ValueError, match=r"dim \(10\).*4"):
+        sinusoidal_2d((2, 2), 10)
+    with pytest.raises(ValueError, match=r"dim \(9\)"):
+        sinusoidal(torch.arange(2), 9)
+
+
+@pytest.mark.parametrize("new", [(7, 11), (3, 2), (5, 5)])
+def test_resizing_equals_timm(new: tuple[int, int]) -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.randn(1, 25, 12)
+    want = resample_abs_pos_embed(table, list(new), [5, 5], num_prefix_tokens=0)
+    torch.testing.assert_close(resize_positions(table, (5, 5), new), want)
+    with pytest.raises(ValueError, match="25 positions is not a grid of 4 x 5"):
+        resize_positions(table, (4, 5), new)
+
+
+def test_rotary_depends_on_the_distance_only() -> None:
+    torch.manual_seed(0)
+    rotary = Rotary(10)
+    q, k = torch.randn(1, 1, 1, 10), torch.randn(1, 1, 1, 10)
+    at = lambda x, place: rotary(torch.tensor([place])).rotate(x)  # noqa: E731
+    near = (at(q, 7) * at(k, 3)).sum()
+    torch.testing.assert_close(near, (at(q, 107) * at(k, 103)).sum(), atol=1e-4, rtol=1e-4)
+    assert (near - (at(q, 7) * at(k, 4)).sum()).abs() > 1e-3
+    torch.testing.assert_close(at(q, 50).norm(), q.norm())
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rotary_equals_transformers(scaling: dict | None) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {"rope_type": "default", "rope_theta": 500.0} | (scaling or {})
+    config = LlamaConfig(
+        hidden_size=48, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters
+    )
+    places = torch.tensor([[0, 1, 5, 200], [3, 2, 9, 11]])
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
+    ours = Rotary(12, theta=500.0, scaling=scaling)(places)
+    torch.testing.assert_close(ours.cos, cos, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.sin, sin, atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match='"yarn"'):
+        Rotary(8, scaling={"rope_type": "yarn", "factor": 2})
+    with pytest.raises(ValueError, match=r"head_dim \(7\)"):
+        Rotary(7)

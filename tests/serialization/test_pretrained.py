@@ -1,0 +1,363 @@
+"""save_pretrained and from_pretrained: bit for bit there and back, and every fault named."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mmtransformer
+from mmtransformer import (
+    Blip2,
+    CoCa,
+    EncoderDecoder,
+    ExtendedVocabulary,
+    Flamingo,
+    HubDecoder,
+    HubSeq2Seq,
+    ImageText,
+    PerceiverResampler,
+    PrefixCaptioner,
+    QFormer,
+    TextDecoder,
+    TextEncoder,
+    Transformer,
+    VisualAdapter,
+    ViT,
+)
+from mmtransformer.serialization.pretrained import (
+    Pretrained,
+    find_folder,
+    from_config,
+    load_strictly,
+    read_json,
+    to_config,
+)
+
+VISION: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 1, "num_heads": 4}
+
+
+def decoder(**options: Any) -> TextDecoder:
+    arguments: dict[str, Any] = {"max_len": 29} | options
+    return TextDecoder(53, 24, 2, 4, **arguments)
+
+
+def captioner(**options: Any) -> EncoderDecoder:
+    adapter = VisualAdapter(20, 12, 1, 3, dropout=0.1, token_dropout=0.2)
+    return EncoderDecoder(ViT(**VISION), decoder(cross_dim=12), adapter=adapter, **options)
+
+
+def qformer(**options: Any) -> QFormer:
+    arguments: dict[str, Any] = {"cross_every": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5} | options
+    return QFormer(3, 12, 2, 3, 20, **arguments)
+
+
+MODELS = {
+    "ViT": lambda: ViT(
+        **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7, activation="quick_gelu",
+        norm_eps=1e-3, patch_bias=False, norm_pre=True, layer_scale=0.5, dropout=0.1, drop_path=0.1,
+        patch_dropout=0.1,
+    ),
+    "ViT with a stem": lambda: ViT(
+        **VISION, stem="conv", positions="sinusoids", class_token=False, pool="mean", in_channels=1
+    ),
+    "TextDecoder": lambda: decoder(),
+    "TextDecoder of another kind": lambda: decoder(
+        mlp_dim=31, cross_dim=19, cross_every=2, num_kv_heads=2, head_dim=10, norm="rms", norm_eps=1e-3,
+        mlp="swiglu", positions="rotary", rope_theta=5e3, rope_scaling={"rope_type": "linear", "factor": 2.0},
+        bias="qkv", qk_norm="rms", tied=False, dropout=0.1,
+    ),
+    "TextDecoder with a window": lambda: decoder(
+        positions="rotary", window=5, unrotated_every=2, norm="rms", mlp="swiglu", bias="none", embed_scale=2.0,
+        pre_norm=False,
+    ),
+    "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
+    "HubDecoder": lambda: HubDecoder(
+        {"model_type": "gpt_neox", "vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "intermediate_size": 31},
+        max_len=29,
+    ),
+    "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
+    "EncoderDecoder": lambda: captioner(freeze_vision=True),
+    "EncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
+    "PerceiverResampler": lambda: PerceiverResampler(
+        20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_pictures=3, norm_eps=1e-3
+    ),
+    "Flamingo": lambda: Flamingo(
+        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_every=2, num_heads=3,
+        head_dim=10, mlp="swiglu", mlp_dim=31, norm="rms", norm_eps=1e-3, qk_norm="rms", per_channel=True,
+        blind_mlp=True, media="all_previous", patches_only=True, dropout=0.1, freeze_vision=False,
+        freeze_decoder=False,
+    ),
+    "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),
+    "QFormer": lambda: qformer(vocab_size=37, max_len=11),
+    "ImageText": lambda: ImageText(
+        ViT(**VISION), qformer(vocab_size=37), embed_dim=7, class_id=36, freeze_vision=True, train_norm=True,
+        init_temperature=0.1,
+    ),
+    "Blip2": lambda: Blip2(
+        ViT(**VISION), qformer(vocab_size=37), decoder(), instruct=True, freeze_vision=False, freeze_decoder=False
+    ),
+    "Blip2 with a norm that learns": lambda: Blip2(ViT(**VISION), qformer(), decoder(), train_norm=True),
+    "PrefixCaptioner": lambda: PrefixCaptioner(
+        ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, shuffle=2, freeze_vision=False, freeze_decoder=False
+    ),
+    "CoCa": lambda: CoCa(
+        ViT(**VISION), decoder(), decoder(cross_dim=20, positions="rotary"), num_queries=5, num_heads=4, embed_dim=7,
+        caption_weight=1.5, contrastive_weight=0.5, freeze_vision=True,
+    ),
+    "TextEncoder": lambda: TextEncoder(
+        53, 24, 2, 4, mlp_dim=31, max_len=17, num_types=3, activation="relu", norm_eps=1e-5, pooler=False,
+        word_head=True, dropout=0.2,
+    ),
+    "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, sentence_head=True),
+    "Transformer": lambda: Transformer(
+        53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, pre_norm=True, activation="gelu", norm_eps=1e-3,
+        tied=False, dropout=0.2,
+    ),
+    "HubSeq2Seq": lambda: HubSeq2Seq(
+        {"model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 6, "d_ff": 31, "num_layers": 2,
+         "num_heads": 4, "decoder_start_token_id": 0},
+        max_len=29,
+    ),
+    "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
+}  # fmt: skip
+
+
+def public_models() -> list[type]:
+    found = [getattr(mmtransformer, name) for name in mmtransformer.__all__]
+    return [
+        kind
+        for kind in found
+        if isinstance(kind, type) and issubclass(kind, Pretrained) and not inspect.isabstract(kind)
+    ]
+
+
+def test_every_public_model_is_tried_here() -> None:
+    assert {kind.__name__ for kind in public_models()} == {name.split(" ")[0] for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_constructor_arguments_are_attributes_and_build_the_model_again(name: str) -> None:
+    model = MODELS[name]()
+    for argument in list(inspect.signature(type(model).__init__).parameters)[1:]:
+        assert hasattr(model, argument), argument
+    config = to_config(model)
+    again = from_config(json.loads(json.dumps(config)))
+    assert to_config(again) == config
+    assert repr(again) == repr(model)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", public_models(), ids=lambda kind: kind.__name__)
+def test_every_optional_argument_is_tried_here_with_another_value(kind: type) -> None:
+    models = [make() for name, make in MODELS.items() if name.split(" ")[0] == kind.__name__]
+    for argument in inspect.signature(kind.__init__).parameters.values():
+        if argument.default is not inspect.Parameter.empty:
+            values = [getattr(model, argument.name) for model in models]
+            assert any(value != argument.default for value in values), argument.name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    again = type(model).from_pretrained(tmp_path / "new" / "folder")
+    assert not again.training
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
+    model = captioner()
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    tied = {"decoder.lm_head.weight", "decoder.tok_embed.weight"}
+    assert len(tied & set(written)) == 1
+    again = EncoderDecoder.from_pretrained(tmp_path)
+    assert again.decoder.lm_head.weight is again.decoder.tok_embed.weight
+    shared = written.pop((tied & set(written)).pop())
+    for name in tied:  # Either name fills both.
+        save_file(written | {name: shared}, tmp_path / "model.safetensors")
+        again = EncoderDecoder.from_pretrained(tmp_path)
+        assert torch.equal(again.decoder.tok_embed.weight, model.decoder.tok_embed.weight)
+    save_file(written | dict(zip(sorted(tied), (shared, shared.clone()))), tmp_path / "model.safetensors")
+    EncoderDecoder.from_pretrained(tmp_path)
+    save_file(written | dict(zip(sorted(tied), (shared, shared + 1))), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tied.*decoder\.lm_head\.weight and decoder\.tok_embed\.weight"):
+        EncoderDecoder.from_pretrained(tmp_path)
+
+
+def test_captions_are_the_same_after_loading(tmp_path: Path) -> None:
+    model = captioner().eval()
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(53, (2, 5))
+    batch = mmtransformer.CaptionBatch(tokens, tokens >= 0, tokens >= 0, torch.randn(2, 1, 3, 16, 24))
+    again = mmtransformer.Captioner.from_pretrained(tmp_path)  # The contract's class loads any bridge.
+    assert isinstance(again, EncoderDecoder)
+    assert torch.equal(again.logits(batch), model.logits(batch))
+
+
+def test_a_part_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    class Mine(ViT):
+        pass
+
+    model = EncoderDecoder(Mine(**VISION), decoder(cross_dim=20))
+    with pytest.raises(ValueError, match=r"Mine is no public model"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model = captioner()
+    model.adapter = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"torch.*Identity is no public model"):
+        to_config(model)
+
+
+def edit(folder: Path, change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update({"class": "GPT5"}), 'no model class "GPT5"'),
+        (lambda c: c.update({"class": "generate"}), 'no model class "generate"'),
+        (lambda c: c.update({"class": "Tokenizer"}), 'no model class "Tokenizer"'),
+        (lambda c: c.update({"class": ["ViT"]}), "no model class"),
+        (lambda c: c.update({"class": "Captioner", "args": {}}), "Captioner cannot be built"),
+        (lambda c: c["args"].update({"detph": 3}), r"TextDecoder has no argument detph; it has .*depth"),
+        (lambda c: c["args"].pop("vocab_size"), r"TextDecoder cannot be built.*vocab_size"),
+        (lambda c: c["args"].update({"num_heads": 5}), r"cannot be built: .*\(24\).*\(5\)"),
+        (lambda c: c["args"].update({"dim": "wide"}), "TextDecoder cannot be built"),
+        (lambda c: c.pop("args"), "a model is described by"),
+        (lambda c: c.update({"args": [1]}), "a model is described by"),
+        (lambda c: c.update({"more": 1}), "a model is described by"),
+    ],
+)
+def test_a_config_that_is_wrong_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    decoder().save_pretrained(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        TextDecoder.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_nested_fault_is_named(tmp_path: Path) -> None:
+    captioner().save_pretrained(tmp_path)
+    edit(tmp_path, lambda c: c["args"]["vision"]["args"].update({"patches": 3}))
+    with pytest.raises(ValueError, match="ViT has no argument patches"):
+        EncoderDecoder.from_pretrained(tmp_path)
+
+
+def test_another_class_is_refused(tmp_path: Path) -> None:
+    decoder().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a TextDecoder, not a ViT"):
+        ViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda s: s.pop("blocks.0.mlp.fc1.bias"), ["missing: blocks.0.mlp.fc1.bias"]),
+        (
+            lambda s: s.update({"blocks.7.mlp.fc1.bias": torch.zeros(3)}),
+            ["not in the model: blocks.7.mlp.fc1.bias"],
+        ),
+        (lambda s: s.update({"last_norm.bias": torch.zeros(23)}), ["last_norm.bias is (23,)", "wants (24,)"]),
+        (lambda s: s.update({"last_norm.bias": torch.zeros(1, 24)}), ["(1, 24)", "(24,)"]),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.1")],
+            ["missing: blocks.1.norm1.weight", "and 11 more"],
+        ),
+        (
+            lambda s: (s.pop("last_norm.weight"), s.update({"ln_f.weight": torch.zeros(24)})),
+            ["missing: last_norm.weight", "not in the model: ln_f.weight"],
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: Any, messages: list[str]) -> None:
+    decoder().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        TextDecoder.from_pretrained(tmp_path)
+    for message in [*messages, str(tmp_path / "model.safetensors"), "TextDecoder"]:
+        assert message in str(caught.value)
+
+
+def test_nothing_is_loaded_where_something_does_not_fit() -> None:
+    model, before = decoder(), {k: v.clone() for k, v in decoder().state_dict().items()}
+    model.load_state_dict(before)
+    other = {k: v + 1 for k, v in before.items()} | {"more": torch.zeros(2)}
+    with pytest.raises(ValueError, match="here does not fit"):
+        load_strictly(model, other, "here")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_a_damaged_file_is_named(tmp_path: Path, kept: int) -> None:
+    decoder().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        TextDecoder.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    model = decoder()
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        TextDecoder.from_pretrained(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        TextDecoder.from_pretrained(tmp_path)
+    decoder().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
+        TextDecoder.from_pretrained(tmp_path)
+    for name in (tmp_path / "none", tmp_path / "config.json", "a/b/c"):
+        with pytest.raises(ValueError, match="no such folder"):
+            TextDecoder.from_pretrained(name)
+    with pytest.raises(
+        ValueError, match=r"someone/captioner: no such folder here, and the hub did not give it: \S+"
+    ):
+        find_folder("someone/captioner")  # Tests reach no network.
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not a JSON file"),
+        (b"\xff\xfe", "not a JSON file"),
+        (b"[1]", "holds a list, not a JSON object"),
+    ],
+)
+def test_files_that_are_not_json_objects_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        read_json(tmp_path / "config.json")
+
+
+def test_weights_may_be_read_by_those_who_may_read_the_config(tmp_path: Path) -> None:
+    decoder().save_pretrained(tmp_path)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
+    assert modes["model.safetensors"] == modes["config.json"]

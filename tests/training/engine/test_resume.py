@@ -1,0 +1,326 @@
+"""A run that is killed at any moment and goes on is, bit for bit, the run that was not."""
+
+import os
+import random
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from lightning.pytorch.plugins import Precision
+
+from mmtransformer import TextDecoder
+from mmtransformer.cli import main
+from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, read
+from mmtransformer.training.engine.guard import RECORD
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.resume import frozen_hashes, pack, seed_step, unpack
+from mmtransformer.training.tasks.captioning import Captioning
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """From a setting to what the unbroken run saw and logged; each setting is run once."""
+    known: dict[str, tuple[list[Any], str]] = {}
+
+    def get(**setting: Any) -> tuple[list[Any], str]:
+        key = repr(sorted(setting.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("unbroken")
+            assert tiny.run(folder / "run", folder / "log", **setting) == 0
+            known[key] = tiny.lines(folder / "log"), (folder / "run" / "metrics.csv").read_text()
+        return known[key]
+
+    return get
+
+
+def check(folder: Path, reference: tuple[list[Any], str], setting: dict[str, Any], **kill: Any) -> None:
+    """Kills a run, goes on, and compares everything from there on, and the log as a whole."""
+    run, number = folder / "run", kill.get("number", signal.SIGKILL)
+    workers = setting.get("workers", 0)
+    code = tiny.run(run, folder / "before", **setting, **kill)
+    assert code == (-9 if number == signal.SIGKILL else 128 + number)
+    assert tiny.run(run, folder / "after", resume=True, **(setting | {"workers": 0 if workers else 2})) == 0
+    seen, log = reference
+    before, after = tiny.lines(folder / "before"), tiny.lines(folder / "after")
+    first = max(setting.get("accumulate_grad_batches", 1), setting.get("every_steps", 1))
+    assert 0 < len(after) < len(seen) or kill["at"] <= first  # before the first checkpoint it begins anew
+    assert before == seen[: len(before)]
+    assert after == seen[len(seen) - len(after) :]
+    assert len(before) + len(after) >= len(seen)
+    assert (run / "metrics.csv").read_text() == log
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+FROZEN = partial(tiny.captioner, freeze_vision=True)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "epochs": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "steps": {"max_steps": 8, "max_epochs": -1, "ema": 0.0},
+    "validation in mid-epoch": {"val_check_interval": 0.67},
+    "part of an epoch": {"limit_train_batches": 2, "every_steps": 3},
+    "workers": {"workers": 2},
+    "mixture": {"mixture": True, "every_steps": 2},
+    # Lightning changes the number format of the weights after it has read the checkpoint.
+    "float64, frozen tower": {"precision": "64-true", "captioner": FROZEN},
+    "bfloat16, frozen tower": {"precision": "bf16-true", "captioner": FROZEN},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kill"),
+    [
+        ("epochs", {"at": 2}),
+        ("epochs", {"at": 3}),  # the end of an epoch: killed before its validation is over
+        ("epochs", {"at": 4}),  # nothing of the new epoch is saved
+        ("epochs", {"at": 6, "where": "validation"}),
+        ("epochs", {"at": 5, "number": signal.SIGTERM}),
+        ("epochs", {"at": 6, "number": signal.SIGINT, "where": "validation"}),
+        ("accumulation", {"at": 5}),
+        ("accumulation", {"at": 4, "number": signal.SIGTERM}),
+        ("steps", {"at": 6}),
+        ("validation in mid-epoch", {"at": 5}),
+        ("part of an epoch", {"at": 5}),
+        ("workers", {"at": 4}),
+        ("mixture", {"at": 6}),
+        ("float64, frozen tower", {"at": 5}),
+        ("bfloat16, frozen tower", {"at": 5}),
+        ("workers", {"at": 4, "number": signal.SIGTERM, "all": True}),
+        ("workers", {"at": 6, "number": signal.SIGINT, "all": True, "where": "validation"}),
+    ],
+)
+def test_killed_and_resumed_is_the_unbroken_run(
+    tmp_path: Path, unbroken: Any, name: str, kill: dict[str, Any]
+) -> None:
+    setting = SETTINGS[name]
+    check(tmp_path, unbroken(**setting), setting, **kill)
+
+
+@pytest.mark.slow
+def test_killed_at_25_random_moments(tmp_path: Path, unbroken: Any) -> None:
+    draw = random.Random(5)
+    batches = {"steps": 8, "part of an epoch": 6}
+    validated = {"validation in mid-epoch": 2, "part of an epoch": 2}  # batches before the first validation
+    for i in range(25):
+        name, where = draw.choice(list(SETTINGS)), draw.choice(["train", "train", "validation"])
+        at = draw.randint(1, batches.get(name, 9)) if where == "train" else validated.get(name, 3)
+        setting = SETTINGS[name]
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        check(folder, unbroken(**setting), setting, at=at, where=where)
+
+
+@pytest.mark.parametrize(("workers", "mixture"), [(1, False), (2, False), (4, False), (4, True)])
+def test_any_number_of_workers_sees_the_same_pixels_and_losses(
+    unbroken: Any, workers: int, mixture: bool
+) -> None:
+    """To the last bit, grouped by length and augmented; and the weights that come of it are the same."""
+    setting = {"max_steps": 4, "max_epochs": -1, "ema": 0.0, "mixture": mixture}
+    seen, log = unbroken(**setting, workers=workers)
+    assert (seen, log) == unbroken(**setting, workers=0)
+    assert len({line[3] for line in seen if line[0] != "validation" and line[0] != "end"}) == 4
+
+
+def test_every_picture_is_seen_once_an_epoch(unbroken: Any) -> None:
+    seen, _ = unbroken()
+    for epoch in range(3):
+        names = [name for line in seen if line[0] == epoch for name in line[-1]]
+        assert len(names) == len(set(names)) == 11
+
+
+def test_in_the_middle_of_an_epoch_the_batch_may_change(tmp_path: Path) -> None:
+    assert tiny.run(tmp_path / "run", tmp_path / "before", at=2, number=signal.SIGTERM) == 143
+    assert tiny.run(tmp_path / "run", tmp_path / "after", resume=True, batch_size=2) == 0
+    seen = tiny.lines(tmp_path / "before") + tiny.lines(tmp_path / "after")
+    for epoch in range(3):
+        names = [name for line in seen if line[0] == epoch for name in line[-1]]
+        assert len(names) == len(set(names)) == 11
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 4, "max_epochs": -1}, {"max_epochs": 2}])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 4)])
+def test_a_step_may_be_cut_otherwise_in_mid_epoch(
+    tmp_path: Path, unbroken: Any, batch_size: int, accumulate: int, length: dict[str, int]
+) -> None:
+    """Every step has the pictures that it had, and the epochs end where they ended."""
+
+    def steps(lines: list[Any], last: int = 0) -> list[list[str]]:
+        found, names = [], []
+        for line in lines:
+            if isinstance(line[0], int):
+                names += line[-1]
+                if line[2] > last:
+                    found.append(sorted(names))
+                    last, names = line[2], []
+        return found
+
+    setting = {"batch_size": 4, "accumulate_grad_batches": 2} | length
+    assert tiny.run(tmp_path / "run", tmp_path / "log", at=2, number=signal.SIGTERM, **setting) == 143
+    setting = {"batch_size": batch_size, "accumulate_grad_batches": accumulate} | length
+    assert tiny.run(tmp_path / "run", tmp_path / "after", resume=True, **setting) == 0
+    seen = steps(tiny.lines(tmp_path / "log")) + steps(tiny.lines(tmp_path / "after"), 1)
+    whole, _ = unbroken(batch_size=8)
+    assert [len(names) for names in seen] == [8, 3, 8, 3]
+    assert seen == steps(whole)[:4]
+
+
+def test_a_run_that_has_ended_goes_on_to_the_same_end(tmp_path: Path, unbroken: Any) -> None:
+    """Also when it is resumed after its last step: the average is the model then too."""
+    setting = {"max_steps": 8, "max_epochs": -1, "ema": 0.5}
+    seen, _ = unbroken(**setting)
+    assert tiny.run(tmp_path / "run", tmp_path / "log", **setting) == 0
+    assert tiny.run(tmp_path / "run", tmp_path / "again", resume=True, **setting) == 0
+    assert tiny.lines(tmp_path / "again")[-1] == seen[-1]
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_process() -> None:
+    import numpy as np
+
+    def draws(*words: int) -> tuple[float, ...]:
+        seed_step(*words)
+        return float(torch.rand(())), random.random(), float(np.random.random())  # noqa: NPY002
+
+    first = draws(3, 5, 0)
+    assert first == draws(3, 5, 0)
+    others = [draws(4, 5, 0), draws(3, 6, 0), draws(3, 5, 1)]
+    assert all(a != b for other in others for a, b in zip(first, other, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- another model
+
+
+def saved(**arguments: Any) -> dict[str, Any]:
+    module = Captioning(tiny.captioner(**arguments), optim=Optim())
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    pack(module, checkpoint, frozen_hashes(module))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab": 307}, "captioner.decoder.vocab_size was 300 and is now 307; captioner.decoder.tok_embed.weight was"),
+        ({"dim": 26}, "captioner.decoder.dim was 24 and is now 26"),
+        ({"depth": 2}, "captioner.decoder.depth was 1 and is now 2; 26 weights of captioner.decoder.blocks.1 are"),
+        ({"freeze_vision": False}, "captioner.freeze_vision was True and is now False"),
+        ({"seed": 4}, "the frozen weights of captioner.vision are not those of the run (first: captioner.vision."),
+    ],
+)  # fmt: skip
+def test_another_model_is_one_clear_error(arguments: dict[str, Any], message: str) -> None:
+    checkpoint = saved(freeze_vision=True)
+    module = Captioning(tiny.captioner(**({"freeze_vision": True} | arguments)), optim=Optim())
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(CheckpointError) as caught:
+        unpack(module, checkpoint, frozen_hashes(module))
+    assert f"cannot resume with another model: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "without --resume" in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_frozen_weights_are_left_out_and_put_back() -> None:
+    checkpoint = saved(freeze_vision=True)
+    assert not any(name.startswith("captioner.vision") for name in checkpoint["state_dict"])
+    assert set(checkpoint["frozen"]) == {
+        f"captioner.vision.{name}" for name, _ in tiny.captioner().vision.named_parameters()
+    }
+    same = Captioning(tiny.captioner(freeze_vision=True), optim=Optim())
+    with torch.no_grad():
+        for parameter in same.captioner.decoder.parameters():
+            parameter.zero_()
+    unpack(same, checkpoint, frozen_hashes(same))
+    same.load_state_dict(checkpoint["state_dict"])
+    fresh = tiny.captioner(freeze_vision=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.parameters(), same.captioner.parameters(), strict=True)
+    )
+
+
+def test_the_compilers_prefix_does_not_matter() -> None:
+    plain, compiled = (Captioning(tiny.captioner(), optim=Optim()) for _ in range(2))
+    compiled.captioner.decoder = torch.compile(compiled.captioner.decoder, backend="eager")  # type: ignore[assignment]
+    assert any("_orig_mod." in name for name in compiled.state_dict())
+    for source, target in ((compiled, plain), (plain, compiled)):
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.normal_()
+        checkpoint: dict[str, Any] = {"state_dict": source.state_dict()}
+        pack(source, checkpoint, {})
+        assert not any("_orig_mod." in name for name in checkpoint["state_dict"])
+        unpack(target, checkpoint, {})
+        target.load_state_dict(checkpoint["state_dict"])
+        assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    module = Captioning(tiny.captioner(), optim=Optim(lr=0.01))
+    checkpoint = saved() | {"optim": {"kind": "adamw", "lr": 0.02}, "optimizer_states": [{}]}
+    state = type("State", (), {"fn": "fit"})
+    module.trainer = type("Trainer", (), {"state": state, "precision_plugin": Precision()})()  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.02 and is now 0\.01"):
+        module.on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match="holds nothing of the optimizer"):
+        module.on_load_checkpoint(saved() | {"optimizer_states": []})
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+def test_mmt_fit_resumes_by_itself(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Captioning, "finish", lambda self, run: print(f"took {run.seconds:.0f} s"))
+    words = ["fit", "--config", str(ROOT / "recipes/caption_scenes.yaml")]
+    words += ["--config", str(ROOT / "recipes/tiny.yaml"), f"--trainer.default_root_dir={tmp_path}"]
+    words += ["--data.source.train_size=12", "--data.source.val_size=3", "--data.source.compositional_size=2"]
+    words += ["--trainer.enable_progress_bar=false", "--model.optim.ema=0.9"]
+
+    def mmt(*more: str) -> tuple[int, str]:
+        def job() -> None:
+            import warnings
+
+            warnings.simplefilter("ignore")
+            raise SystemExit(main([*words, *more]))
+
+        code = tiny.in_child(job)
+        return code, "".join(capfd.readouterr())
+
+    code, text = mmt("--ckpt_path=last")
+    assert (code, "no whole checkpoint to go on from" in text) == (2, True)
+    code, text = mmt("--resume", "--trainer.max_steps=2")
+    assert code == 0, text
+    assert (
+        "the gradient is clipped at 1; a moving average of the weights (0.9) is validated, and kept" in text
+    )
+    assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
+    path = tmp_path / "checkpoints/last.ckpt"
+    CheckpointFiles().save_checkpoint(read(path) | {"seconds": 7000.0}, path)
+    reports = [tmp_path / "bad_pictures_train.jsonl", tmp_path / RECORD]
+    for report in reports:
+        report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
+    with monkeypatch.context() as patch:  # the second Ctrl+C ends a run at once
+        patch.setattr(
+            Captioning, "training_step", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+        )
+        code, text = mmt("--resume")
+        assert (code, "mmt: interrupted" in text) == (130, True), text
+    code, text = mmt("--resume")
+    assert code == 0, text
+    assert 7000 < int(text.partition("took ")[2].split()[0]) < 7600  # with the time before it was resumed
+    assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3
+    for report in reports:  # a run that goes on keeps what it has reported
+        assert report.read_text("utf-8") == '{"name": "그림.png"}\n'
+    code, text = mmt("--resume", "--model.captioner.decoder.depth=2")
+    assert code == 2
+    last = text.strip().splitlines()[-1]
+    assert (
+        "mmt fit: error: cannot resume with another model: captioner.decoder.depth was 3 and is now 2" in last
+    )
+    assert TextDecoder.__name__ not in last
+    code, text = mmt("--trainer.max_steps=1")
+    assert (code, [r.exists() for r in reports]) == (0, [False, False]), text  # one that starts anew does not

@@ -1,0 +1,91 @@
+"""mmt ablate: bridges of one size on the same towers, one table and one picture."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmtransformer import CaptionBatch, TextDecoder, ViT
+from mmtransformer.captioners.base import is_frozen
+from mmtransformer.cli import main
+from mmtransformer.training.evaluation.ablation import BRIDGES, Frozen, bridge_parameters, sized
+
+FROZEN = Frozen(freeze_vision=True, freeze_decoder=True)
+
+RECIPE = """
+trainer: {max_steps: 2, max_epochs: 1, accelerator: cpu, log_every_n_steps: 1, limit_val_batches: 1}
+model:
+  class_path: mmtransformer.training.Captioning
+  init_args:
+    captioner:
+      class_path: mmtransformer.PrefixCaptioner
+      init_args:
+        freeze_vision: false
+        hidden_dim: 2000
+        shuffle: 2
+        vision:
+          class_path: mmtransformer.ViT
+          init_args: {image_size: 32, patch_size: 8, dim: 32, depth: 1, num_heads: 2}
+        decoder:
+          class_path: mmtransformer.TextDecoder
+          init_args: {vocab_size: 300, dim: 32, depth: 2, num_heads: 2, max_len: 110}
+data:
+  class_path: mmtransformer.data.captions.CaptionData
+  init_args:
+    source:
+      class_path: mmtransformer.data.scenes.scenes.Scenes
+      init_args: {image_size: 32, train_size: 8, val_size: 3, compositional_size: 2}
+    image: {image_size: 32}
+    vocab_size: 300
+    batch_size: 4
+    max_len: 60
+    val_splits: [val]
+"""
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_bridges_get_the_size_that_is_asked_for(bridge: str) -> None:
+    vision, decoder = ViT(32, 4, 48, 1, 3), TextDecoder(97, 64, 3, 4, max_len=128)
+    model = sized(bridge, vision, decoder, 400_000, FROZEN)
+    assert bridge_parameters(model) == pytest.approx(400_000, rel=0.02)
+    assert bridge_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.vision is vision
+    assert is_frozen(vision)
+    open_towers = sized(bridge, vision.requires_grad_(True), decoder, 400_000, Frozen(
+        freeze_vision=False, freeze_decoder=True))  # fmt: skip
+    assert bridge_parameters(open_towers) == bridge_parameters(model)
+    tokens = torch.randint(97, (4, 5))
+    batch = CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, 1, 3, 32, 32))
+    assert model.logits(batch).shape == (4, 5, 97)
+
+
+def test_what_cannot_be_built() -> None:
+    vision, decoder = ViT(32, 4, 48, 1, 3), TextDecoder(97, 64, 3, 4, max_len=128)
+    with pytest.raises(ValueError, match="no bridge corss; there are cross, flamingo, qformer, prefix"):
+        sized("corss", vision, decoder, 400_000, FROZEN)
+    with pytest.raises(ValueError, match=r'"flamingo" has at least \d\d,\d{3} parameters, more than 1,000'):
+        sized("flamingo", vision, decoder, 1000, FROZEN)
+
+
+def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE, "utf-8")
+    words = ["--recipe", str(recipe), "--out", str(out)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(["ablate", *words, "--data.batch_size=3"])
+    said, err = capsys.readouterr()
+    assert code == 0, err
+    table = json.loads((out / "ablation.json").read_text("utf-8"))
+    assert list(table) == ["cross", "flamingo", "qformer", "prefix"]
+    sizes = [row["bridge parameters"] for row in table.values()]
+    assert max(sizes) / min(sizes) < 1.04
+    assert all(row["steps"] == 2 for row in table.values())
+    assert table["prefix"].keys() >= {"facts % val en", "facts % val ko", "val loss right", "seconds"}
+    assert (out / "ablation.png").read_bytes()[1:4] == b"PNG"
+    assert "facts % val ko" in said
+    assert (out / "qformer/gallery.png").is_file()
+    assert main(["ablate", "--recipe", str(recipe), "--bridges", "flamigno"]) == 2
+    assert "no bridge flamigno" in capsys.readouterr().err

@@ -1,0 +1,405 @@
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from torch import nn
+
+from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, ViT
+from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.generation.captions import Decoding, write_captions
+from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
+from mmtransformer.training.callbacks.progress import clock
+from mmtransformer.training.engine.average import Average
+from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
+from mmtransformer.training.engine.precision import pick_precision
+from mmtransformer.training.evaluation import evaluation as evaluation_module
+
+VOCAB = 300
+
+
+@pytest.fixture(autouse=True)
+def lightning_is_quiet() -> None:
+    """Advice on workers, intervals and frozen towers is not a fault."""
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    for message in (".*LeafSpec.*", ".*in eval mode.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def captioner(vocab: int = VOCAB, patch: int = 8) -> EncoderDecoder:
+    torch.manual_seed(3)
+    vision = ViT(32, patch, 24, 1, 3, class_token=False, pool="mean")
+    return EncoderDecoder(vision, TextDecoder(vocab, 24, 1, 2, max_len=60, cross_dim=24))
+
+
+def scenes(batch_size: int = 4, **arguments: object) -> CaptionData:
+    source = Scenes(image_size=32, train_size=11, val_size=5, compositional_size=3)
+    arguments = {"vocab_size": VOCAB, "max_len": 60, "val_splits": ["val", "compositional"]} | arguments
+    return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)  # type: ignore[arg-type]
+
+
+def trainer(folder: Path, **arguments: object) -> pl.Trainer:
+    arguments = {"max_steps": 2, "max_epochs": 1, "enable_progress_bar": False} | arguments
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        **arguments,  # type: ignore[arg-type]
+    )
+
+
+def batch(rows: list[int], seed: int = 0) -> CaptionBatch:
+    """Random rows of the given numbers of target tokens, behind a prompt of one."""
+    torch.manual_seed(seed)
+    valid = torch.arange(1 + max(rows)) < 1 + torch.tensor(rows)[:, None]
+    target = valid.clone()
+    target[:, 0] = False
+    tokens = torch.randint(3, VOCAB, valid.shape).masked_fill(~valid, 0)
+    names = tuple(f"picture-{seed}-{i}" for i in range(len(rows)))
+    return CaptionBatch(tokens, valid, target, pixels=torch.randn(len(rows), 1, 3, 32, 32), names=names)
+
+
+# ------------------------------------------------------------------------------------------------- optimizer
+
+
+def test_vectors_are_not_decayed() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), freeze(nn.Linear(5, 2)))
+    matrices, vectors = adamw(module, lr=0.1, weight_decay=0.3).param_groups
+    assert matrices["weight_decay"] == 0.3
+    assert [p.shape for p in matrices["params"]] == [(5, 3)]
+    assert vectors["weight_decay"] == 0.0
+    assert len(vectors["params"]) == 3
+    with pytest.raises(ValueError, match="nothing to train"):
+        adamw(freeze(module), lr=0.1)
+
+
+def test_warmup_and_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps=4, total_steps=10, min_lr_ratio=0.1)
+    rates = []
+    for _ in range(12):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[7] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))))
+    assert rates[10:] == pytest.approx([0.2, 0.2])
+    with pytest.raises(ValueError, match=r"min_lr_ratio \(1.5\)"):
+        warmup_cosine(optimizer, warmup_steps=4, total_steps=10, min_lr_ratio=1.5)
+
+
+def test_precision_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert pick_precision("cpu") == ("bf16-mixed", "the CPU has avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    assert pick_precision("cpu").precision == "32-true"
+
+
+# -------------------------------------------------------------------------------------------------- the loss
+
+
+def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> list[torch.Tensor]:
+    """What the optimizer gets to see at its first step."""
+    module = Captioning(captioner().double(), optim=Optim(warmup_steps=0))
+    seen: list[torch.Tensor] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
+        ) -> None:
+            seen.extend(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)
+
+    doubles = [CaptionBatch(b.tokens, b.valid, b.target, b.pixels.double()) for b in batches]  # type: ignore[union-attr]
+    run = trainer(
+        tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()]
+    )
+    run.fit(module, train_dataloaders=torch.utils.data.DataLoader(doubles, batch_size=None))  # type: ignore[arg-type]
+    return seen[-len(list(module.parameters())) :]
+
+
+def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> None:
+    whole = batch([2, 9, 5, 3, 7, 1])
+    parts = [
+        CaptionBatch(whole.tokens[s], whole.valid[s], whole.target[s], whole.pixels[s])  # type: ignore[index]
+        for s in (slice(0, 1), slice(1, 6))
+    ]
+    one = gradients(tmp_path, [whole], 1)
+    two = gradients(tmp_path, parts, 2)
+    assert max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) < 1e-14
+    model = captioner().double()
+    loss = caption_loss(model, CaptionBatch(whole.tokens, whole.valid, whole.target, whole.pixels.double()))  # type: ignore[union-attr]
+    (loss.sum / 27).backward()
+    assert int(loss.count) == 27
+    assert max(float((a - p.grad).abs().max()) for a, p in zip(one, model.parameters(), strict=True)) < 1e-14  # type: ignore[operator]
+
+
+def test_not_a_number_stops_before_the_weights(tmp_path: Path) -> None:
+    bad = batch([4, 6], seed=5)
+    bad.pixels[1, 0, 2, 7, 7] = math.nan  # type: ignore[index]
+    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=0))
+    loader = torch.utils.data.DataLoader([batch([4, 6]), bad, batch([3, 3])], batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(
+        NotFinite, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\."
+    ) as caught:
+        trainer(tmp_path, max_steps=3).fit(module, train_dataloaders=loader)
+    assert "captioner." in str(caught.value)
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_gradient_is_clipped(tmp_path: Path) -> None:
+    class Norm(pl.Callback):
+        norms: list[float] = []  # noqa: RUF012
+
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
+        ) -> None:
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    loader = torch.utils.data.DataLoader([batch([4, 6])], batch_size=None)  # type: ignore[arg-type]
+    run = trainer(tmp_path, max_steps=1, gradient_clip_val=0.03, callbacks=[look := Norm()])
+    run.fit(Captioning(captioner()), train_dataloaders=loader)
+    assert look.norms == pytest.approx([0.03], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ the image-use check
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_image_use_is_checked(tmp_path: Path, blind: bool) -> None:
+    model = captioner()
+    with torch.no_grad():
+        for parameter in model.parameters():  # at initialisation it hardly looks
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        if blind:
+            for name, parameter in model.decoder.named_parameters():
+                if "cross_attn.out_proj" in name:
+                    parameter.zero_()
+    data, run = scenes(), trainer(tmp_path)
+    run.validate(Captioning(model), datamodule=data, verbose=False)
+    for split in ("val", "compositional"):
+        right, other, blank = (
+            float(run.callback_metrics[f"{split}/loss_{kind}"])
+            for kind in ("right", "other_picture", "blank_picture")
+        )
+        assert (right == other == blank) is blind
+        if not blind:
+            assert min(abs(right - other), abs(right - blank), abs(other - blank)) > 1e-4
+        loader = data.loader(split)
+        with torch.no_grad():
+            sums = [caption_loss(model, b) for b in loader]
+        mean = float(sum(s.sum for s in sums) / sum(s.count for s in sums))
+        assert float(run.callback_metrics[f"{split}/loss"]) == pytest.approx(mean, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- what must fit
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            captioner(vocab=290),
+            scenes(),
+            r"wrong vocabulary: the tokenizer has \d+ tokens, but the model scores 290",
+        ),
+        (captioner(), scenes(max_len=61), r"data.max_len \(61\) is more than the 60 tokens"),
+        (captioner(patch=16), scenes(), None),
+    ],
+)
+def test_model_and_data_must_fit(
+    tmp_path: Path, model: EncoderDecoder, data: CaptionData, message: str | None
+) -> None:
+    if message is None:
+        data.transform = ImageTransform(40)
+        message = "pictures of 40 x 40 px, which the backbone's patches of 16 px do not divide"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(Captioning(model), datamodule=data)
+
+
+def test_schedule_needs_an_end(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs an end"):
+        trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(Captioning(captioner()), datamodule=scenes())
+
+
+def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = ViT.forward_features
+    monkeypatch.setattr(ViT, "forward_features", lambda self, x: calls.append(len(x)) or forward(self, x))
+    model = captioner()
+    freeze(model.vision)
+    data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
+    run = trainer(tmp_path, max_steps=-1, max_epochs=2)
+    module = Captioning(model, image_use_batches=0)
+    run.fit(module, datamodule=data)
+    assert sum(calls) == 11 + 5 + 3
+    assert run.global_step == 6
+    assert not model.vision.training
+
+
+def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
+    optims = [Optim(lr=0.01, warmup_steps=0, ema=decay) for decay in (0.0, 0.999)]
+    plain, averaged = (Captioning(captioner(), optim=optim) for optim in optims)
+    for module in (plain, averaged):
+        trainer(tmp_path).fit(module, datamodule=scenes())
+    start = captioner()
+    moved = [
+        sum(
+            float((a - b).detach().abs().sum())
+            for a, b in zip(m.parameters(), start.parameters(), strict=True)
+        )
+        for m in (plain.captioner, averaged.captioner)
+    ]
+    assert 0 < moved[1] < 0.99 * moved[0]  # the average lags behind
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = scenes(), captioner()
+
+    def tell_the_truth(model: Any, tokenizer: Any, batch: CaptionBatch, languages: list[str], **_: object):
+        fake = write_captions(
+            model, tokenizer, batch, languages, decoding=Decoding(num_beams=1, max_new_tokens=2)
+        )
+        for row, references in zip(fake, batch.references, strict=True):
+            for said, language in zip(row, languages, strict=True):
+                text = next(text for text, code in references if code == language)
+                object.__setattr__(said[0], "text", text)
+        return fake
+
+    monkeypatch.setattr(evaluation_module, "write_captions", tell_the_truth)
+    result = evaluate(model, data, bootstrap=0)
+    facts = result.to_dict()["facts"]
+    assert facts == {split: {"en": 1.0, "ko": 1.0} for split in ("val", "compositional")}
+    assert [len(result.predictions[split]["ko"]) for split in ("val", "compositional")] == [5, 3]
+    assert result.captions["val"]["ko"].numbers["bleu_4"] == pytest.approx(1.0)
+    assert "100.0%" in result.table()
+
+
+def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
+    data, model = scenes(), captioner()
+    result = evaluate(model, data, decoding=Decoding(num_beams=2, max_new_tokens=5), limit_batches=1)
+    pipeline = ImageCaptioner(model, data.tokenizer, data.transform, decoding=Decoding(max_new_tokens=5))
+    write_report(tmp_path, pipeline, data, result, extra={"image_use": {}}, num_cards=2)
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert metrics["facts"].keys() == {"val", "compositional"}
+    assert metrics["facts"]["val"].keys() == {"en", "ko"}
+    assert all(0 <= x <= 1 for by in metrics["facts"].values() for x in by.values())
+    assert metrics["image_use"] == {}
+    lines = (tmp_path / "predictions_val.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["language"] for line in lines] == ["en"] * 4 + ["ko"] * 4
+    assert (tmp_path / "gallery.png").read_bytes()[1:4] == b"PNG"
+    assert "data:image" in (tmp_path / "gallery.html").read_text("utf-8")
+
+    loaded = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu")
+    pairs = data.pairs("val")
+    images = [pairs.image(0), pairs.image(1)]
+    assert loaded(images, language="ko") == pipeline(images, language="ko")
+    assert loaded.decoding == Decoding(max_new_tokens=5)
+    continued = finetune(str(tmp_path / "model"), freeze_vision=True)
+    assert continued.start is not None
+    assert continued.start.tokenizer.vocab_size == data.tokenizer.vocab_size
+    assert continued.captioner.training
+    assert not continued.captioner.vision.training
+
+
+# -------------------------------------------------------------------------------------------------- callbacks
+
+
+def test_progress_and_samples_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
+    run = trainer(tmp_path, max_steps=3, callbacks=said, enable_progress_bar=True)
+    run.fit(Captioning(captioner()), datamodule=scenes())
+    out = capsys.readouterr().out
+    assert "step 3/3 (100%)  loss " in out
+    assert "0:00 left" in out
+    assert "scenes-0-val-000000" in out
+    assert "ko: " in out
+    assert "(a person: " in out
+    assert "val: loss " in out
+    assert "another" in out
+
+
+def test_samples_change_nothing(tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ([], [Samples(every_seconds=0.0)]):
+        module = Captioning(captioner())
+        trainer(tmp_path, callbacks=callbacks).fit(module, datamodule=scenes())
+        weights.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = captioner()
+    freeze(model.vision)
+    data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
+    said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
+    run = trainer(tmp_path, callbacks=said, enable_progress_bar=True, precision="bf16-mixed")
+    run.fit(Captioning(model), datamodule=data)
+    assert "(a person: " in capsys.readouterr().out
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (4.6, 245, 3600)] == ["0:05", "4:05", "1:00:00"]
+
+
+def test_the_average_forgets_where_it_began_in_short_runs_and_keeps_its_decay_in_long_ones() -> None:
+    average, module = Average(0.999), nn.Linear(2, 1, bias=False).double()
+    start, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    nn.init.zeros_(module.weight).data += start  # the share of the first weights, that of all later ones
+    average.update(module)
+    nn.init.zeros_(module.weight).data += new
+    for _ in range(1000):
+        average.update(module)
+    mean = average.weights["weight"][0].clone()
+    assert mean.sum().item() == pytest.approx(1.0)
+    assert mean[0] < 1e-6  # A fixed decay would have kept 0.37 of them.
+    average.count = 10**6
+    nn.init.zeros_(module.weight)
+    average.update(module)
+    assert average.weights["weight"][0].tolist() == pytest.approx((0.999 * mean).tolist(), rel=1e-12)
+    average.swap(module)
+    assert module.weight[0].tolist() == pytest.approx((0.999 * mean).tolist(), rel=1e-12)
+    assert average.weights["weight"][0].tolist() == [0.0, 0.0]
+
+
+def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> None:
+    model = EncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
+    optimizer = muon(model, lr=0.01)
+    # With plain momentum the scenes are learnt later.
+    assert all(group["nesterov"] for group in optimizer.param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (bool(group.get("use_fallback")), group["weight_decay"] > 0)
+    assert found["decoder.blocks.0.attn.q_proj.weight"] == (False, True)
+    assert found["decoder.tok_embed.weight"] == (True, True)
+    assert found["decoder.blocks.0.norm1.weight"] == (True, False)
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    before = model.decoder.blocks[0].attn.q_proj.weight.clone()
+    caption_loss(model, _batch_of_noise(model)).sum.backward()
+    optimizer.step()
+    change = (model.decoder.blocks[0].attn.q_proj.weight - before).double()
+    values = torch.linalg.svdvals(change)  # An orthogonal update: all directions move alike.
+    assert values.median() > 0.9 * values.max()
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        muon(freeze(model), lr=0.01)
+
+
+def _batch_of_noise(model: EncoderDecoder) -> CaptionBatch:
+    tokens = torch.randint(0, model.vocab_size, (6, 7))
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    return CaptionBatch(tokens, every, every, pixels=torch.randn(3, 1, 3, 16, 16))

@@ -1,0 +1,336 @@
+"""Classes of pictures: sources, batches, the task, its scores, and the saved classifier."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mmtransformer import ImageClassifier, ImageTransform, ViT
+from mmtransformer.cli import main
+from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
+from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
+from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.data.scenes.world import World
+from mmtransformer.images import Augment, ImageError
+from mmtransformer.training import Classification
+from mmtransformer.training.tasks.classification import class_scores, make_cards, table
+
+COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "파랑": (20, 20, 200)}
+
+
+def folder(root: Path, counts: dict[str, int], *, size: int = 24) -> str:
+    """Plain pictures: ROOT/CLASS/3.png, or ROOT/SPLIT/CLASS/3.png for "SPLIT/CLASS"."""
+    for place, count in counts.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            colour = COLOURS[place.rsplit("/", maxsplit=1)[-1]]
+            Image.new("RGB", (size + i, size), colour).save(root / place / f"{i}.png")
+    return str(root)
+
+
+def shapes(**options: Any) -> SceneShapes:
+    world = World(group_shares=[1.0])
+    sizes = {"train_size": 30, "val_size": 11, "compositional_size": 7} | options
+    return SceneShapes(Scenes(image_size=32, world=world, **sizes))
+
+
+# --- sources
+
+
+def test_a_folder_of_folders_is_divided_by_its_names(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"red": 40, "green": 30, "파랑": 5})
+    (tmp_path / "red" / "notes.txt").write_text("no picture", "utf-8")
+    (tmp_path / ".hidden").mkdir()
+    source = ImageFolder(root, val_fraction=0.2)
+    assert source.classes == ("green", "red", "파랑")
+    assert (source.splits(), source.ignored) == (("train", "val"), 1)
+    train, val = source.split("train"), source.split("val")
+    names = [split.name(i) for split in (train, val) for i in range(len(split))]
+    assert len(names) == len(set(names)) == 75
+    assert 5 <= len(val) <= 30
+    for split in (train, val):
+        for i in range(len(split)):
+            assert source.classes[split.label(i)] == split.name(i).split("/")[0]
+            assert split.image(i).getpixel((0, 0)) == COLOURS[split.name(i).split("/")[0]]
+    again = ImageFolder(root, val_fraction=0.2).split("val")
+    assert [again.name(i) for i in range(len(again))] == [val.name(i) for i in range(len(val))]
+
+
+def test_splits_of_its_own_are_kept(tmp_path: Path) -> None:
+    counts = {"train/red": 3, "train/green": 2, "validation/red": 1, "validation/green": 2, "test/green": 1}
+    source = ImageFolder(folder(tmp_path, counts))
+    assert source.classes == ("green", "red")
+    assert {name: len(source.split(name)) for name in source.splits()} == {"train": 5, "val": 3, "test": 1}
+    with pytest.raises(ValueError, match=r"no split 'extra'; there are train, val, test"):
+        source.split("extra")
+
+
+def test_a_train_folder_alone_is_divided(tmp_path: Path) -> None:
+    source = ImageFolder(folder(tmp_path, {"train/red": 30, "train/green": 30}), val_fraction=0.3)
+    assert len(source.split("train")) + len(source.split("val")) == 60
+    assert source.classes == ("green", "red")
+
+
+def test_folders_that_do_not_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        ImageFolder(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"two at least; there are 1"):
+        ImageFolder(folder(tmp_path / "one", {"red": 2}))
+    with pytest.raises(ValueError, match=r"both need pictures, there are: train 4"):
+        ImageFolder(folder(tmp_path / "two", {"red": 2, "green": 2}), val_fraction=0.0)
+    with pytest.raises(ValueError, match=r"val_fraction \(1\.0\)"):
+        ImageFolder(str(tmp_path), val_fraction=1.0)
+
+
+def test_shapes_of_scenes() -> None:
+    source = shapes()
+    assert source.classes[:3] == ("circle", "square", "triangle")
+    for name in source.splits():
+        pictures, scenes = source.split(name), source.scenes.split(name)
+        for i in range(len(pictures)):
+            (group,) = scenes.scene(i).groups
+            assert source.classes[pictures.label(i)] == group.shape
+            held_out = (group.color, group.shape) in source.scenes.world.held_out
+            assert held_out == (name == "compositional")
+    assert pictures.image(0).tobytes() == scenes.image(0).tobytes()
+    with pytest.raises(ValueError, match=r"group_shares to \[1\], not \[0.35, 0.45, 0.2\]"):
+        SceneShapes(Scenes())
+
+
+# --- batches
+
+
+def data(source: Any, **options: Any) -> ClassData:
+    return ClassData(source, image=ImageTransform(32), **{"batch_size": 4} | options)
+
+
+def test_an_epoch_has_each_picture_once_with_its_class(tmp_path: Path) -> None:
+    source = shapes()
+    module = data(source, report_dir=str(tmp_path))
+    pictures, seen = module.pictures("train"), {}
+    for batch in module.train_dataloader():
+        assert batch.pixels.shape[1:] == (3, 32, 32)
+        assert batch.counted.all()
+        seen |= dict(zip(batch.names, batch.labels.tolist(), strict=True))
+    assert seen == {pictures.name(i): pictures.label(i) for i in range(30)}
+    assert "8 classes (circle, square" in module.describe()
+    assert "train 30, val 11" in module.describe()
+
+
+def test_augmentation_is_a_function_of_the_pick() -> None:
+    pictures = shapes().split("train")
+    dataset = ClassDataset(pictures, ImageTransform(32), augment=Augment((0.3, 0.5)), training=True, seed=1)
+    assert torch.equal(dataset[Pick(0, 3)].pixels, dataset[Pick(0, 3)].pixels)
+    assert not torch.equal(dataset[Pick(0, 3)].pixels, dataset[Pick(1, 3)].pixels)
+    plain = data(shapes(), augment=Augment((0.3, 0.5))).dataset("val")
+    assert torch.equal(plain[Pick(0, 3)].pixels, plain[Pick(1, 3)].pixels)
+
+
+def test_a_broken_picture_is_named_and_stood_in_for(tmp_path: Path) -> None:
+    source = ImageFolder(
+        folder(tmp_path / "data", {"train/red": 9, "train/green": 9, "val/red": 2, "val/green": 2})
+    )
+    held = source.split("val")
+    assert isinstance(held, FileSplit)
+    broken = held.files[1].path
+    broken.write_bytes(broken.read_bytes()[:40])
+    report = tmp_path / "bad.jsonl"
+    pictures, picks = source.split("val"), [Pick(0, i) for i in range(4)]
+    for training, counted in ((True, [True] * 4), (False, [True, False, True, True])):
+        bad = BadPictures(report, 4, 0.5)
+        dataset = ClassDataset(pictures, ImageTransform(16), training=training, bad=bad)
+        batch = collate([dataset[pick] for pick in picks])
+        assert batch.counted.tolist() == counted
+        assert batch.names[1] == batch.names[2]
+    assert list(BadPictures(report, 4).names()) == [pictures.name(1)]
+    with pytest.raises(TooManyFaults, match="1 of 4 pictures"):
+        ClassDataset(pictures, ImageTransform(16), bad=BadPictures(tmp_path / "none", 4, 0.0))[picks[1]]
+    with pytest.raises(ImageError, match=r"green/1\.png"):
+        ClassDataset(pictures, ImageTransform(16))[picks[1]]
+
+
+def test_only_the_same_classes_resume(tmp_path: Path) -> None:
+    module = data(shapes())
+    module.load_state_dict(module.state_dict())
+    other = data(ImageFolder(folder(tmp_path, {"red": 20, "green": 20})))
+    with pytest.raises(ValueError, match=r"the classes were circle, .* are now green, red"):
+        other.load_state_dict(module.state_dict())
+    with pytest.raises(ValueError, match=r"batch_size \(0\)"):
+        data(shapes(), batch_size=0)
+    with pytest.raises(ValueError, match=r"val_splits must be a list of splits: \[val\]"):
+        data(shapes(), val_splits="val")
+
+
+# --- the task
+
+
+def task(vit: ViT | None = None, source: Any = None, **options: Any) -> Classification:
+    module = Classification(vit or ViT(32, 8, 16, 1, 2), **options)
+    trainer: Any = SimpleNamespace(datamodule=data(source or shapes()))
+    module._trainer = trainer
+    module.setup("fit")
+    return module
+
+
+def test_a_vit_without_a_head_gets_one_for_the_data() -> None:
+    module = task()
+    assert isinstance(module.vit.head, nn.Linear)
+    assert module.vit.head.weight.shape == (8, 16)
+    assert module.vit.num_classes == 8
+    assert torch.equal(module.vit.head.weight, task().vit.head.weight)  # the same in every process
+    assert task(ViT(32, 8, 16, 1, 2, num_classes=8)).vit.num_classes == 8
+    with pytest.raises(ValueError, match=r"tells 5 classes apart, but the data has 8"):
+        task(ViT(32, 8, 16, 1, 2, num_classes=5))
+    with pytest.raises(ValueError, match=r"32 x 32 px is not divisible into 12 px"):
+        task(ViT(24, 12, 16, 1, 2))
+    with pytest.raises(ValueError, match=r"label_smoothing \(-0\.1\)"):
+        Classification(ViT(32, 8, 16, 1, 2), label_smoothing=-0.1)
+
+
+def test_a_linear_probe_trains_the_head_alone() -> None:
+    module = task(ViT(32, 8, 16, 1, 2, dropout=0.5), freeze=True).train()
+    assert {name for name, p in module.vit.named_parameters() if p.requires_grad} == {
+        "head.weight",
+        "head.bias",
+    }
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module.vit(pixels), module.vit(pixels))  # no dropout
+
+
+@torch.no_grad()
+def test_loss_counts_what_counts() -> None:
+    module = task(label_smoothing=0.2)
+    batch = ClassBatch(
+        torch.randn(5, 3, 32, 32), torch.tensor([0, 3, 7, 3, 1]), torch.tensor([1, 1, 0, 1, 1]).bool()
+    )
+    logs = module.vit(batch.pixels).log_softmax(-1)
+    plain = [-float(logs[i, c]) for i, c in enumerate(batch.labels.tolist())]
+    smooth = [0.8 * plain[i] - 0.2 * float(logs[i].mean()) for i in range(5)]
+    loss = module.loss(batch)
+    assert int(loss.count) == 4
+    assert math.isclose(float(loss.sum), sum(smooth) - smooth[2], rel_tol=1e-5)
+    bare = module._loss(module.vit(batch.pixels), batch, 0.0)
+    assert math.isclose(float(bare.sum), sum(plain) - plain[2], rel_tol=1e-5)
+
+
+def test_scores_of_a_confusion() -> None:
+    matrix = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    scores = class_scores(matrix, ("a", "b", "c"))
+    assert scores["accuracy"] == pytest.approx(5 / 6)
+    assert scores["classes"] == {"a": 0.75, "b": 1.0}  # c has no picture
+    assert scores["mean_class_accuracy"] == pytest.approx(0.875)
+    assert scores["pictures"] == 6
+    assert "83.3%" in table({"val": scores})
+    assert "a 75.0%, b 100.0%" in table({"val": scores})
+
+
+def test_confusion_counts_true_classes_in_rows() -> None:
+    module = task()
+    held: Any = module._trainer
+    matrix = module._confusion(held.datamodule, "val", torch.device("cpu"), None)
+    pictures = held.datamodule.pictures("val")
+    with torch.no_grad():
+        said = [int(module.vit(ImageTransform(32)(pictures.image(i))[None]).argmax()) for i in range(11)]
+    want = torch.zeros(8, 8, dtype=torch.long)
+    for i in range(11):
+        want[pictures.label(i), said[i]] += 1
+    assert torch.equal(matrix, want)
+    assert int(module._confusion(held.datamodule, "val", torch.device("cpu"), 1).sum()) == 4
+
+
+# --- the saved classifier
+
+
+def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    vit = ViT(32, 8, 16, 1, 2, num_classes=3)
+    classifier = ImageClassifier(vit, tuple(COLOURS), ImageTransform(32), device="cpu")
+    images = [Image.new("RGB", (40, 20), colour) for colour in COLOURS.values()]
+    found = classifier(images, top=2, batch_size=2)
+    assert [len(best) for best in found] == [2, 2, 2]
+    with torch.no_grad():
+        shares = vit(torch.stack([ImageTransform(32)(image) for image in images])).softmax(-1)
+    for best, row in zip(found, shares, strict=True):
+        assert best[0] == (list(COLOURS)[int(row.argmax())], pytest.approx(float(row.max()), rel=1e-5))
+        assert best[0][1] >= best[1][1]
+    assert [best[0] for best in found] == [pytest.approx(classifier(image)[0][0]) for image in images]
+    classifier.save_pretrained(tmp_path / "model", card="all of it")
+    again = ImageClassifier.from_pretrained(tmp_path / "model", device="cpu")
+    assert (again.classes, again.transform) == (tuple(COLOURS), ImageTransform(32))
+    for ours, theirs in zip(
+        again(images, top=2), classifier(images, top=2), strict=True
+    ):  # It packs its weights.
+        assert ours == [(name, pytest.approx(share, rel=1e-5)) for name, share in theirs]
+    assert "all of it" in (tmp_path / "model" / "README.md").read_text("utf-8")
+    with pytest.raises(ValueError, match="tells 3 classes apart, but there are 2 names"):
+        ImageClassifier(vit, ["a", "b"], ImageTransform(32))
+    (tmp_path / "model" / "classes.json").write_text("{}", "utf-8")
+    with pytest.raises(ValueError, match=r'classes\.json: no list "classes"'):
+        ImageClassifier.from_pretrained(tmp_path / "model")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier = ImageClassifier(
+        ViT(32, 8, 16, 1, 2, num_classes=3), tuple(COLOURS), ImageTransform(32), device="cpu"
+    )
+    classifier.save_pretrained(tmp_path / "model")
+    paths = [str(tmp_path / f"{name}.png") for name in COLOURS]
+    for path, colour in zip(paths, COLOURS.values(), strict=True):
+        Image.new("RGB", (40, 20), colour).save(path)
+    words = ["classify", "--model", str(tmp_path / "model"), "--device", "cpu"]
+    (best,) = classifier(paths[2], top=3)
+    assert main([*words, paths[2], "--top", "3", "--attention", str(tmp_path / "look.png")]) == 0
+    assert capsys.readouterr().out.strip() == ", ".join(f"{name} {share:.1%}" for name, share in best)
+    assert (tmp_path / "look.png").is_file()
+    assert main([*words, *paths]) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == paths
+    assert main([*words, paths[2], "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["classes"][0]["class"] == best[0][0]
+    assert main([*words, str(tmp_path / "none.png")]) == 2
+
+
+def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Path) -> None:
+    """As the recipe's header says it."""
+    recipes = Path(__file__).parents[3] / "recipes"
+    root = folder(tmp_path / "data", {"train/red": 6, "train/green": 6, "val/red": 2, "val/green": 1})
+    vit = ViT(32, 8, 16, 1, 2, num_classes=5)
+    vit.save_pretrained(tmp_path / "vit")
+    words = ["fit", "--config", str(recipes / "vit_classify.yaml"), "--config", str(recipes / "tiny.yaml")]
+    words += ["--data.source=mmtransformer.data.class_sources.ImageFolder", f"--data.source.root={root}"]
+    words += ["--model.vit=mmtransformer.weights.load_vit", f"--model.vit.source={tmp_path / 'vit'}"]
+    words += ["--data.image.image_size=48", "--data.val_splits=[val]", "--trainer.max_steps=1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
+    tuned = ImageClassifier.from_pretrained(tmp_path / "run" / "model", device="cpu")
+    assert tuned.classes == ("green", "red")
+    assert tuned.transform.size == (48, 48)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
+    assert metrics["classification"]["val"]["pictures"] == 3
+    moved = (tuned.vit.blocks[0].mlp.fc1.weight - vit.blocks[0].mlp.fc1.weight).abs().max()  # pyright: ignore
+    assert 0 < float(moved.detach()) < 0.1
+
+
+def test_cards_say_whether_it_is_right() -> None:
+    module = data(shapes())
+    vit = ViT(32, 8, 16, 1, 2, num_classes=8)
+    nn.init.zeros_(vit.head.weight)  # pyright: ignore[reportArgumentType]
+    vit.head.bias.data[2] = 9.0  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
+    cards = make_cards(ImageClassifier(vit, module.classes, ImageTransform(32), device="cpu"), module, 5)
+    assert len(cards) == 5
+    for i, card in enumerate(cards):
+        (said,) = card.captions
+        true = module.classes[module.pictures("val").label(i)]
+        assert said.text == "triangle 100%"
+        assert list(said.references) == [true]
+        assert said.correct == (true == "triangle")

@@ -1,0 +1,316 @@
+"""Weights of OpenFlamingo and Idefics, both directions: against transformers, and against OpenFlamingo's definition."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+
+from mmtransformer import (
+    CaptionBatch,
+    ExtendedVocabulary,
+    Flamingo,
+    PerceiverResampler,
+    TextDecoder,
+    ViT,
+    generate,
+)
+from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.blocks import GatedCrossAttentionBlock, SwiGLU, make_norm
+from mmtransformer.serialization.pretrained import load_strictly
+from mmtransformer.weights.captioners.idefics import from_idefics, gated_table, resampler_table, to_idefics
+from mmtransformer.weights.captioners.openflamingo import from_openflamingo, to_openflamingo
+from mmtransformer.weights.table import to_ours
+
+VOCAB, DIM, VISUAL = 53, 24, 20
+
+
+def noisy(module: Any) -> Any:
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return module.eval()
+
+
+# --- Idefics
+
+
+def config(**options: Any) -> IdeficsConfig:
+    norms = options.pop("perceiver_norms", False)
+    perceiver = {"use_resampler": True, "resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 3,
+                 "resampler_head_dim": 7, "qk_layer_norms_perceiver": norms}  # fmt: skip
+    vision = {"embed_dim": VISUAL, "image_size": 16, "intermediate_size": 31, "patch_size": 8, "num_hidden_layers": 2,
+              "num_attention_heads": 4}  # fmt: skip
+    return IdeficsConfig(
+        vocab_size=VOCAB, hidden_size=DIM, intermediate_size=37, num_hidden_layers=4, num_attention_heads=4,
+        use_resampler=True, vision_config=vision, perceiver_config=perceiver, max_position_embeddings=29,
+        rms_norm_eps=1e-4, **options,
+    )  # fmt: skip
+
+
+def media_batch(i: int = 2) -> CaptionBatch:
+    """Two rows: text before, between and after pictures; the second has no picture at all."""
+    tokens = torch.randint(VOCAB, (2, 7))
+    media = torch.tensor([[0, 1, 1, 1, 2, 2, 2], [0] * 7])
+    return CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, i, 3, 16, 16), media=media)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("alpha", ["float", "vector"])
+def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
+    settings = config(qk_layer_norms=norms, alpha_type=alpha)
+    theirs = noisy(IdeficsGatedCrossAttentionLayer(settings, layer_idx=0))
+    attn = Attention(
+        DIM,
+        4,
+        context_dim=VISUAL,
+        bias=False,
+        qk_norm="rms" if norms else None,
+        norm_eps=settings.rms_norm_eps,
+    )
+    ours = GatedCrossAttentionBlock(
+        DIM, attn, SwiGLU(DIM, 37), lambda: make_norm("rms", DIM, settings.rms_norm_eps), blind_mlp=True,
+        per_channel=alpha == "vector",
+    )  # fmt: skip
+    state = {name: t.flatten() if "alpha" in name else t for name, t in theirs.state_dict().items()}
+    load_strictly(ours, to_ours(gated_table(qk_norm=norms), state, "the layer"), "the layer")
+    x, latents = torch.randn(2, 7, DIM), torch.randn(2, 11, VISUAL)
+    mask = torch.rand(2, 7, 11) < 0.4
+    mask[0, :3] = mask[1, 6] = False
+    hidden = torch.zeros(2, 1, 7, 11).masked_fill(~mask[:, None], torch.finfo(torch.float32).min)
+    want = theirs(
+        x, image_hidden_states=latents, image_attention_mask=hidden, cross_attention_gate=mask.any(-1).float()
+    )
+    found = ours(x, latents, mask=mask, sees=mask.any(-1))
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    found = ours(x, ours.attn.project_kv(latents), mask=mask, sees=mask.any(-1))
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_resampler_of_idefics(norms: bool) -> None:
+    theirs = noisy(IdeficsPerceiverResampler(config(perceiver_norms=norms), VISUAL, 2, 3, 7, 5))
+    ours = PerceiverResampler(VISUAL, 2, 3, 7, 5, activation="relu", qk_norm="layer" if norms else None)
+    load_strictly(ours, to_ours(resampler_table(2, qk_norm=norms), theirs.state_dict(), "it"), "it")
+    x = torch.randn(2, 3, 11, VISUAL)
+    torch.testing.assert_close(ours(x).flatten(0, 1), theirs(x.flatten(0, 1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cross_layer_interval": 2, "qk_layer_norms": True, "perceiver_norms": True, "alpha_type": "vector"},
+        {"additional_vocab_size": 3, "tie_word_embeddings": True},
+        {"additional_vocab_size": 2},
+    ],
+    ids=["plain", "norms, every 2, vector", "more words, tied", "more words"],
+)
+def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    theirs = noisy(IdeficsForVisionText2Text(config(**options)))
+    theirs.model.vision_model.post_layernorm.weight.data.fill_(1.0)  # Read by nobody, so not kept.
+    theirs.model.vision_model.post_layernorm.bias.data.fill_(0.0)
+    given = media_batch()
+    assert given.pixels is not None
+    assert given.media is not None
+    given.tokens[0, 2] += (VOCAB - given.tokens[0, 2]) * bool(options.get("additional_vocab_size"))
+    last = given.media[..., None] == torch.arange(1, 3)
+    want = theirs(given.tokens, pixel_values=given.pixels, image_attention_mask=last.long()).logits
+    ours = from_idefics(theirs)
+    torch.testing.assert_close(ours.logits(given), want, atol=1e-4, rtol=1e-4)
+    every = (given.media[..., None] >= torch.arange(1, 3)).long()
+    want = theirs(given.tokens, pixel_values=given.pixels, image_attention_mask=every).logits
+    torch.testing.assert_close(
+        from_idefics(theirs, media="all_previous").logits(given), want, atol=1e-4, rtol=1e-4
+    )
+    assert isinstance(ours.decoder, ExtendedVocabulary) == bool(options.get("additional_vocab_size"))
+    back = to_idefics(ours)
+    state = theirs.state_dict()
+    assert set(back) == set(state)
+    moved = ("class_embedding", "position_embedding")  # The class token's position is part of the token here.
+    assert [name for name in state if not name.split(".")[-1].startswith(moved) and "position_emb" not in name
+            and not torch.equal(state[name], back[name])] == []  # fmt: skip
+    again = IdeficsForVisionText2Text(config(**options)).eval()
+    again.load_state_dict(back)
+    found = again(given.tokens, pixel_values=given.pixels, image_attention_mask=every).logits
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+def test_idefics_generates_the_same_words() -> None:
+    torch.manual_seed(3)
+    theirs = noisy(IdeficsForVisionText2Text(config()))
+    ours, given = from_idefics(theirs), media_batch(i=1)
+    assert given.pixels is not None
+    given.media = (torch.arange(7) > 2).long().expand(2, 7)
+    found = generate(ours, given, eos_id=2, max_new_tokens=6, min_new_tokens=6)
+    want = theirs.generate(
+        given.tokens, attention_mask=given.valid.long(), pixel_values=given.pixels,
+        image_attention_mask=given.media[..., None], max_new_tokens=6, min_new_tokens=6, do_sample=False,
+    )[:, 7:]  # fmt: skip
+    assert [texts[0].tokens for texts in found] == want.tolist()
+
+
+def test_an_idefics_that_flamingo_cannot_be_is_refused() -> None:
+    bare = IdeficsForVisionText2Text(config())
+    bare.config.use_resampler = False
+    with pytest.raises(ValueError, match="without a resampler"):
+        from_idefics(bare)
+    ours = from_idefics(IdeficsForVisionText2Text(config()))
+    ours.vision.norm.weight.data += 1  # pyright: ignore[reportOperatorIssue]
+    with pytest.raises(ValueError, match=r"last norm with \['weight'\] of its own"):
+        to_idefics(ours)
+    with pytest.raises(ValueError, match=r"no resampler, mlp gelu and norm layer"):
+        to_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)))
+    ours = from_idefics(IdeficsForVisionText2Text(config(additional_vocab_size=2)))
+    assert isinstance(ours.decoder, ExtendedVocabulary)
+    ours.decoder.first = 50
+    with pytest.raises(ValueError, match="behind the other 53, not from id 50"):
+        to_idefics(ours)
+
+
+# --- OpenFlamingo: no package of it can be installed, so its definition is written down here, with its names
+
+HEADS, WIDTH = 2, 64
+
+
+def norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def split(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, WIDTH)).transpose(-2, -3)
+
+
+def feed(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    hidden = norm(x, state, f"{name}.0") @ state[f"{name}.1.weight"].T
+    return 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)) @ state[f"{name}.3.weight"].T
+
+
+def perceiver(state: dict[str, Tensor], x: Tensor, depth: int) -> Tensor:
+    """Visual tokens (i t p d) of one row's pictures -> (i l d)."""
+    if "perceiver.frame_embs" in state:
+        x = x + state["perceiver.frame_embs"][: x.shape[1], None]
+    x = x.flatten(1, 2)
+    if "perceiver.media_time_embs" in state:
+        x = x + state["perceiver.media_time_embs"][: len(x)]
+    latents = state["perceiver.latents"].expand(len(x), -1, -1)
+    for n in range(depth):
+        name = f"perceiver.layers.{n}.0"
+        media, asking = norm(x, state, f"{name}.norm_media"), norm(latents, state, f"{name}.norm_latents")
+        q = split(asking @ state[f"{name}.to_q.weight"].T) * WIDTH**-0.5
+        k, v = (torch.cat((media, asking), 1) @ state[f"{name}.to_kv.weight"].T).chunk(2, -1)
+        weights = (q @ split(k).transpose(-1, -2)).softmax(-1)
+        out = (weights @ split(v)).transpose(-2, -3).flatten(-2)
+        latents = latents + out @ state[f"{name}.to_out.weight"].T
+        latents = latents + feed(latents, state, f"perceiver.layers.{n}.1")
+    return norm(latents, state, "perceiver.norm")
+
+
+def gated(state: dict[str, Tensor], name: str, x: Tensor, latents: Tensor, media: Tensor) -> Tensor:
+    """One row's tokens (q d), latents (i l c), the number (q) of each token's last picture, 0 = none yet."""
+    q = split(norm(x, state, f"{name}.attn.norm") @ state[f"{name}.attn.to_q.weight"].T) * WIDTH**-0.5
+    k, v = (latents.flatten(0, 1) @ state[f"{name}.attn.to_kv.weight"].T).chunk(2, -1)
+    times = torch.arange(1, len(latents) + 1).repeat_interleave(latents.shape[1])
+    scores = (q @ split(k).transpose(-1, -2)).masked_fill(media[:, None] != times, torch.finfo(x.dtype).min)
+    weights = scores.softmax(-1).masked_fill((media == 0)[:, None], 0.0)
+    out = (weights @ split(v)).transpose(-2, -3).flatten(-2)
+    x = x + state[f"{name}.attn_gate"].tanh() * (out @ state[f"{name}.attn.to_out.weight"].T)
+    return x + state[f"{name}.ff_gate"].tanh() * feed(x, state, f"{name}.ff")
+
+
+def checkpoint(layers: tuple[int, ...], times: bool = False) -> dict[str, Tensor]:
+    """A small one with all names and shapes of a real one."""
+    shapes: dict[str, tuple[int, ...]] = {"perceiver.latents": (5, VISUAL)}
+    if times:
+        shapes |= {"perceiver.frame_embs": (4, VISUAL), "perceiver.media_time_embs": (3, 1, VISUAL)}
+    inner = HEADS * WIDTH
+
+    def norms(*names: str, dim: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.{part}": (dim,) for name in names for part in ("weight", "bias")}
+
+    def layer(name: str, dim: int, context: int) -> dict[str, tuple[int, ...]]:
+        wide = {"to_q": (inner, dim), "to_kv": (2 * inner, context), "to_out": (dim, inner)}
+        return {f"{name}.{key}.weight": shape for key, shape in wide.items()}
+
+    def mlp(name: str, dim: int) -> dict[str, tuple[int, ...]]:
+        return norms(f"{name}.0", dim=dim) | {
+            f"{name}.1.weight": (4 * dim, dim),
+            f"{name}.3.weight": (dim, 4 * dim),
+        }
+
+    for n in range(2):
+        name = f"perceiver.layers.{n}"
+        shapes |= norms(f"{name}.0.norm_media", f"{name}.0.norm_latents", dim=VISUAL) | layer(
+            f"{name}.0", VISUAL, VISUAL
+        )
+        shapes |= mlp(f"{name}.1", VISUAL)
+    shapes |= norms("perceiver.norm", dim=VISUAL)
+    for n in layers:
+        name = f"lang_encoder.transformer.h.{n}.gated_cross_attn_layer"
+        shapes |= {f"{name}.attn_gate": (1,), f"{name}.ff_gate": (1,)} | norms(f"{name}.attn.norm", dim=DIM)
+        shapes |= layer(f"{name}.attn", DIM, VISUAL) | mlp(f"{name}.ff", DIM)
+    torch.manual_seed(8)
+    return {name: (0.3 * torch.randn(shape) + (len(shape) == 1)).double() for name, shape in shapes.items()}
+
+
+def test_openflamingo_by_its_definition_and_back() -> None:
+    state = checkpoint((1, 3))
+    vision, decoder = noisy(ViT(16, 8, VISUAL, 1, 4)), noisy(TextDecoder(VOCAB, DIM, 4, 4, max_len=29))
+    full = state | {
+        "vision_encoder.conv1.weight": torch.zeros(1),
+        "lang_encoder.transformer.wte.weight": torch.zeros(1),
+        "lang_encoder.old_decoder_blocks.1.gated_cross_attn_layer.attn_gate": torch.zeros(1),
+    }
+    model = from_openflamingo(full, vision, decoder).double()
+    assert model.cross_layers == [1, 3]
+    given = media_batch()
+    assert given.pixels is not None
+    assert given.media is not None
+    given.pixels = given.pixels.double()
+    found = model.hidden(given)
+    for row in range(2):
+        features = vision.forward_features(given.pixels[row])[:, None, 1:]  # Patches alone, one frame.
+        latents = perceiver(state, features, depth=2)
+        x = decoder.embed(given.tokens[row][None], torch.arange(7))[0]
+        for n, block in enumerate(decoder.blocks):
+            if n in (1, 3):
+                name = f"lang_encoder.transformer.h.{n}.gated_cross_attn_layer"
+                x = gated(state, name, x, latents, given.media[row])
+            x = block(x[None], mask="causal")[0]
+        torch.testing.assert_close(found[row], decoder.last_norm(x), atol=1e-9, rtol=1e-9)
+    back = to_openflamingo(model, layers="transformer.h")
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_openflamingos_time_embeddings() -> None:
+    state = checkpoint((0,), times=True)
+    model = from_openflamingo(state, ViT(16, 8, VISUAL, 1, 4), TextDecoder(VOCAB, DIM, 1, 4))
+    assert model.resampler is not None
+    assert (model.resampler.max_frames, model.resampler.max_pictures) == (4, 3)
+    x = torch.randn(1, 2, 3, 11, VISUAL, dtype=torch.float64)
+    found = model.resampler.double()(x)[0]
+    torch.testing.assert_close(found, perceiver(state, x[0], depth=2), atol=1e-9, rtol=1e-9)
+    back = to_openflamingo(model, layers="transformer.h")
+    assert back["perceiver.media_time_embs"].shape == (3, 1, VISUAL)
+
+
+def test_what_is_not_openflamingos_is_refused() -> None:
+    vision, decoder, state = ViT(16, 8, VISUAL, 1, 4), TextDecoder(VOCAB, DIM, 4, 4), checkpoint((1,))
+    with pytest.raises(ValueError, match=r'the file has no tensor "perceiver\.latents"'):
+        from_openflamingo({}, vision, decoder, where="the file")
+    with pytest.raises(ValueError, match="no gated_cross_attn_layer"):
+        from_openflamingo({n: t for n, t in state.items() if "gated" not in n}, vision, decoder)
+    with pytest.raises(ValueError, match=r"missing: 1\.ff\.3\.weight \(1 in all\)"):
+        from_openflamingo({n: t for n, t in state.items() if "ff.3" not in n}, vision, decoder)
+    with pytest.raises(ValueError, match=rf"is \(128, {DIM}\), the model wants \(128, 28\)"):
+        from_openflamingo(state, vision, TextDecoder(VOCAB, 28, 4, 4))
+    with pytest.raises(ValueError, match="nothing like head_dim=7, mlp='relu', norm='rms', per_channel=True"):
+        to_openflamingo(Flamingo(vision, decoder, resampler=PerceiverResampler(VISUAL), head_dim=7, mlp="relu",
+                                 norm="rms", per_channel=True))  # fmt: skip
+    with pytest.raises(ValueError, match="always has a resampler"):
+        to_openflamingo(Flamingo(vision, decoder))

@@ -1,0 +1,228 @@
+"""Frozen parts kept in bfloat16, and low-rank products beside a frozen tower, as recipes load them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmtransformer import (
+    Blip2,
+    CaptionBatch,
+    Flamingo,
+    ImageText,
+    PrefixCaptioner,
+    QFormer,
+    TextDecoder,
+    ViT,
+    caption_loss,
+    generate,
+)
+from mmtransformer.captioners.base import Captioner, freeze
+from mmtransformer.layers.lora import merge_lora
+from mmtransformer.training import Captioning
+from mmtransformer.weights import load_lm, load_vit
+from mmtransformer.weights.number import kept_in
+
+VOCAB, SIZE = 53, (16, 24)
+LLAMA: dict[str, Any] = {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "none", "tied": False}
+
+
+def shaken(model: nn.Module) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(name="folders")
+def saved(tmp_path: Path) -> tuple[Path, Path]:
+    """A vision tower and a language model."""
+    torch.manual_seed(2)
+    shaken(ViT(SIZE, 8, 20, 2, 4)).save_pretrained(tmp_path / "vit")
+    shaken(TextDecoder(VOCAB, 24, 2, 4, max_len=41, **LLAMA)).save_pretrained(tmp_path / "lm")
+    return tmp_path / "vit", tmp_path / "lm"
+
+
+def qformer(vocab_size: int | None = None) -> QFormer:
+    torch.manual_seed(1)
+    return QFormer(3, 12, 2, 3, 20, vocab_size=vocab_size, max_len=17, dropout=0.0)
+
+
+def batch(vocab: int = VOCAB) -> CaptionBatch:
+    torch.manual_seed(5)
+    tokens = torch.randint(vocab, (6, 7))
+    known = torch.ones_like(tokens, dtype=torch.bool)
+    return CaptionBatch(tokens, known, known, pixels=torch.randn(3, 1, 3, *SIZE))
+
+
+def formats(model: nn.Module) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """Those of what learns, and of what does not."""
+    learns = {p.dtype for p in model.parameters() if p.requires_grad}
+    return learns, {p.dtype for p in model.parameters() if not p.requires_grad}
+
+
+def opened(model: Flamingo) -> Flamingo:
+    for block in model.gated_blocks:
+        nn.init.constant_(block.gate1, 0.5)  # type: ignore[arg-type]
+    return model
+
+
+BRIDGES = {
+    "blip2": lambda vision, decoder: Blip2(vision, qformer(), decoder),
+    "blip2, last norm learns": lambda vision, decoder: Blip2(vision, qformer(), decoder, train_norm=True),
+    "prefix": PrefixCaptioner,
+    "flamingo": lambda vision, decoder: opened(Flamingo(vision, decoder)),
+    "stage 1, last norm learns": lambda vision, decoder: ImageText(
+        vision, qformer(VOCAB), embed_dim=8, freeze_vision=True, train_norm=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRIDGES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_bridge_learns_between_parts_in_bfloat16(
+    name: str, mixed: bool, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    vision, lm = map(str, folders)
+
+    def build(dtype: Any) -> Captioner:
+        torch.manual_seed(7)
+        return BRIDGES[name](load_vit(vision, dtype=dtype), load_lm(lm, dtype=dtype)).train()
+
+    def loss(model: Captioner) -> Tensor:
+        with torch.autocast("cpu", enabled=mixed):
+            return (
+                model.losses(batch()).total
+                if isinstance(model, ImageText)
+                else caption_loss(model, batch()).sum
+            )
+
+    model, whole = build("bfloat16"), build("float32")
+    assert formats(model) == ({torch.float32}, {torch.bfloat16})
+    found, want = loss(model), loss(whole)
+    torch.testing.assert_close(found, want, rtol=0.02, atol=0.02)
+    found.backward(), want.backward()
+    grads = [
+        torch.cat([p.grad.flatten() for p in m.parameters() if p.requires_grad and p.grad is not None])
+        for m in (model, whole)
+    ]
+    assert grads[0].shape == grads[1].shape
+    assert (grads[0] - grads[1]).norm() < 0.1 * grads[1].norm()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    for (path, mine), back in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(mine.float(), back), path
+    begin = batch()
+    prompts = CaptionBatch(
+        begin.tokens[:3, :2], begin.valid[:3, :2], ~begin.valid[:3, :2], pixels=begin.pixels
+    )
+    texts = generate(model.eval(), prompts, eos_id=0, max_new_tokens=4, num_beams=2)
+    assert len(texts) == 3
+
+
+def test_a_last_norm_that_learns_gives_float32(folders: tuple[Path, Path]) -> None:
+    """A GPU's LayerNorm refuses bfloat16 beside weights in float32; a CPU's would round its result."""
+    half, whole = (load_vit(str(folders[0]), dtype=dtype) for dtype in ("bfloat16", "float32"))
+    half.norm.float()
+    pixels = torch.randn(3, 3, *SIZE)
+    for read in (
+        lambda vit: vit.forward_features(pixels),
+        lambda vit: vit.forward_intermediates(pixels, [-1], norm=True)[0],
+    ):
+        found = read(half)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())
+        torch.testing.assert_close(found, read(whole), rtol=0.05, atol=0.05)
+
+
+def test_new_tokens_stay_in_float32(folders: tuple[Path, Path]) -> None:
+    half, whole = (load_lm(folders[1], new_tokens=2, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    for model in (half, whole):
+        model.requires_grad_(False)
+    assert formats(half) == ({torch.float32}, {torch.bfloat16})
+    half.load_state_dict(whole.state_dict())
+    tokens = torch.tensor([[4, VOCAB, 7, VOCAB + 1, 9]])
+    found, want = half.head(half(tokens)), whole.head(whole(tokens))
+    assert found.shape == (1, 5, VOCAB + 2)
+    assert (found - want).abs().mean() < 0.03 * want.std()
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in half.parameters() if p.requires_grad)
+
+
+def test_a_model_of_transformers_in_bfloat16(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(6)
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2,
+                                              num_attention_heads=4, intermediate_size=31,
+                                              max_position_embeddings=29))  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    half, whole = (load_lm(tmp_path, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    rates = {name: b.dtype for name, b in half.named_buffers() if "inv_freq" in name}
+    assert set(rates.values()) == {torch.float32}
+    models = [Blip2(ViT(SIZE, 8, 20, 1, 4), qformer(), decoder) for decoder in (half, whole)]
+    models[0].load_state_dict(models[1].state_dict())
+    found, want = (model.eval().logits(batch()) for model in models)
+    assert (found - want).abs().mean() < 0.03 * want.std()
+
+
+def test_a_tower_takes_low_rank_products_and_gives_them_back(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    vision = load_vit(str(folders[0]), lora_rank=3, lora_targets=["q_proj", "fc2"])
+    trained = {name for name, p in vision.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-4] for name in trained} == {"q_proj", "fc2"}
+    assert all("lora_" in name for name in trained)
+    model = Blip2(vision, qformer(), load_lm(folders[1]), freeze_vision=False).train()
+    caption_loss(model, batch()).sum.backward()
+    learnt = {name for name, p in model.vision.named_parameters() if p.grad is not None}
+    assert learnt == trained
+    with torch.no_grad():
+        for name, parameter in model.vision.named_parameters():
+            if name in trained:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    before = model.eval().logits(batch())
+    merge_lora(model).save_pretrained(tmp_path / "merged")
+    again = Blip2.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again.logits(batch()), before, atol=1e-5, rtol=1e-4)
+    plain = Blip2(load_vit(str(folders[0])), qformer(), load_lm(folders[1])).eval()
+    assert not torch.allclose(plain.logits(batch()), before, atol=1e-2)
+
+
+def test_what_cannot_be(folders: tuple[Path, Path]) -> None:
+    vision, lm = map(str, folders)
+    with pytest.raises(ValueError, match='dtype must be "float32" or "bfloat16", not "float16"'):
+        load_lm(lm, dtype="float16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lora_rank \(4\) needs dtype float32, not bfloat16"):
+        load_lm(lm, dtype="bfloat16", lora_rank=4)
+    with pytest.raises(
+        ValueError, match=r"lora_rank \(4\) needs freeze false and dtype float32, not true and float32"
+    ):
+        load_vit(vision, freeze=True, lora_rank=4)
+
+
+def test_what_is_kept_in_bfloat16_may_not_learn_unless_all_does(folders: tuple[Path, Path]) -> None:
+    """AdamW's steps of 1e-4 would leave a weight of 0.5 where it is."""
+    vision, lm = map(str, folders)
+    model = PrefixCaptioner(load_vit(vision), load_lm(lm, dtype="bfloat16"), freeze_decoder=False)
+    count = len(list(model.decoder.parameters()))
+    module = Captioning(model)
+    trainer = {"strategy": None, "precision": "bf16-mixed", "estimated_stepping_batches": 7}
+    module.trainer = type("Trainer", (), trainer)()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=rf"{count} of the parameters that learn .* \(captioner\.decoder\."):
+        module.configure_optimizers()
+    module.trainer.precision = "bf16-true"  # type: ignore[misc]
+    assert module.configure_optimizers()
+    freeze(model.decoder)
+    module.trainer.precision = "bf16-mixed"  # type: ignore[misc]
+    assert module.configure_optimizers()
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = kept_in(TextDecoder(VOCAB, 24, 1, 4), "bfloat16")
+    assert model.tables[0] is model.tables[1]
+    assert model.tables[0].dtype == torch.bfloat16
