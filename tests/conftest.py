@@ -16,6 +16,9 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the processes of -n share the cores
+    # Autograd starts its threads at the first backward pass, one a device. The stand-in of a GPU must not be counted:
+    # with a thread of its own, no forked process could compute a gradient any more.
+    torch.zeros((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
