@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
     from mmtransformer.captioners.encoder_decoder import VisualAdapter as VisualAdapter
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
-    from mmtransformer.captioners.image_attention_mask import media_mask as media_mask
+    from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
     from mmtransformer.generation.captions import Decoding as Decoding
-    from mmtransformer.generation.cuda_graph import Captured as Captured
+    from mmtransformer.generation.cuda_graph import CudaGraphDecoder as CudaGraphDecoder
     from mmtransformer.generation.loop import Generated as Generated
     from mmtransformer.generation.loop import generate as generate
     from mmtransformer.generation.loop import stream as stream
@@ -90,11 +90,11 @@ _CONTENTS = {
     "captioners.coca": "CoCa",
     "captioners.encoder_decoder": "EncoderDecoder VisualAdapter",
     "captioners.flamingo": "Flamingo",
-    "captioners.image_attention_mask": "media_mask show_mask",
+    "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
     "captioners.prefix": "PrefixCaptioner",
     "generation.captions": "CaptionResult Decoding",
-    "generation.cuda_graph": "Captured",
+    "generation.cuda_graph": "CudaGraphDecoder",
     "generation.loop": "Generated generate stream",
     "text.tokenizer": "Tokenizer",
     "images": "Augment ImageError ImageTransform",

@@ -77,15 +77,15 @@ def reader(tmp_path: Path) -> Path:
 
     photos = tmp_path / "photos"
     flickr = tmp_path / "flickr8k"
-    pictures = flickr / "Flicker8k_Dataset"
-    for folder in (photos, pictures):
+    images = flickr / "Flicker8k_Dataset"
+    for folder in (photos, images):
         folder.mkdir(parents=True)
     tokens, names = [], []
     for i in range(60):
-        picture, name = scene(rng), f"{i:04}.jpg"
-        picture.save(photos / name)
+        image, name = scene(rng), f"{i:04}.jpg"
+        image.save(photos / name)
         (photos / name).with_suffix(".txt").write_text(f"a picture of thing number {i} on a lawn\n", "utf-8")
-        picture.save(pictures / name)
+        image.save(images / name)
         names.append(name)
         tokens += [f"{name}#{n}\tA dog number {i} runs , seen by person {n} .\n" for n in range(5)]
     (flickr / "Flickr8k.token.txt").write_text("".join(tokens), "utf-8")
@@ -95,12 +95,12 @@ def reader(tmp_path: Path) -> Path:
 
 
 def scene(rng: random.Random) -> Image.Image:
-    picture = Image.new("RGB", (64, 48), tuple(rng.randrange(256) for _ in range(3)))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (64, 48), tuple(rng.randrange(256) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
     for _ in range(4):
         x, y = rng.randrange(50), rng.randrange(36)
         draw.ellipse((x, y, x + 12, y + 9), fill=tuple(rng.randrange(256) for _ in range(3)))
-    return picture
+    return image
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -181,8 +181,8 @@ def check_captioner(name: str, run: Path, out: str) -> None:
     assert metrics["image_use"]["val"].keys() >= {
         "loss",
         "loss_right",
-        "loss_other_picture",
-        "loss_blank_picture",
+        "loss_other_image",
+        "loss_blank_image",
     }
     if name.endswith("_scenes"):
         assert {s: set(by) for s, by in metrics["facts"].items()} == {
@@ -240,7 +240,7 @@ def check_translation(name: str, run: Path, out: str) -> None:
 def check_classification(name: str, run: Path, out: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     scores = metrics["classification"]["compositional"]
-    assert (scores["pictures"], len(scores["confusion"])) == (4, 8)
+    assert (scores["images"], len(scores["confusion"])) == (4, 8)
     assert "worst classes" in out
     assert [
         f for f in ("gallery.png", "attention.png", "model/classes.json") if not (run / f).is_file()
@@ -254,12 +254,12 @@ def check_classification(name: str, run: Path, out: str) -> None:
 def check_few_shot(name: str, run: Path, out: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert set(metrics["captions"]["val"]) & {"en", "ko"}
-    assert metrics["image_use"]["val"]["loss_other_picture"] > 0
+    assert metrics["image_use"]["val"]["loss_other_image"] > 0
     scores = metrics["few_shot"]["scores"]
     assert {"description, en", "color, ko", "fill, en"} < set(scores)
     assert all(set(by) == {"0", "1", "2", "4"} for by in scores.values())
     assert "% of answers right after so many examples" in out
-    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").decoding.mark_pictures
+    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").decoding.mark_images
 
 
 CHECKS = {

@@ -18,7 +18,7 @@ from test_recipes import NAMES, RECIPES, arguments
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mmtransformer import Captioner, Captured, ImageText, QFormer, TextEncoder, generate, stream
+from mmtransformer import Captioner, CudaGraphDecoder, ImageText, QFormer, TextEncoder, generate, stream
 from mmtransformer.cli import main
 
 ALL: dict[str, Callable[[], Any]] = MODELS | {
@@ -26,7 +26,7 @@ ALL: dict[str, Callable[[], Any]] = MODELS | {
 }
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "beams": {"num_beams": 3, "num_return": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
     "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "no_repeat_ngram": 2},
     "required words": {"num_beams": 5, "required": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
 }
@@ -108,22 +108,22 @@ def test_streams_and_samples(kind: str) -> None:
 def test_the_same_gradients_and_heat(kind: str) -> None:
     model = noisy(ALL[kind]())
     given = batch_for(model, 1)
-    whole = torch.ones_like(given.valid)
-    batch = dataclasses.replace(given, valid=whole, target=whole)
+    whole = torch.ones_like(given.attention_mask)
+    batch = dataclasses.replace(given, attention_mask=whole, loss_mask=whole)
 
     def learned(batch: Any) -> dict[str, Tensor]:
         model.zero_grad()
         model.loss(batch).sum.backward()
         return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
-    want, seen = learned(batch), model.look(batch)
+    want, seen = learned(batch), model.attention_map(batch)
     with SecondDevice() as gpu:
         model, batch = model.to(gpu.device), batch.to(gpu.device)
         got = learned(batch)
         assert got.keys() == want.keys()
         for name in want:
             torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(model.look(batch).cpu(), seen, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model.attention_map(batch).cpu(), seen, atol=1e-5, rtol=1e-4)
 
 
 def test_an_encoder_learns_there() -> None:
@@ -134,11 +134,13 @@ def test_an_encoder_learns_there() -> None:
     encoder = TextEncoder(VOCAB, DIM, 2, 4, max_len=9, word_head=True, sentence_head=True, dropout=0.0)
     module = MaskedLanguageModelling(encoder)
     tokens = torch.randint(3, VOCAB, (4, 9))
-    valid = torch.arange(9) < torch.tensor([9, 4, 7, 6])[:, None]
-    target = valid & (torch.rand(4, 9) < 0.4)
-    target[:, 1] = True
+    attention_mask = torch.arange(9) < torch.tensor([9, 4, 7, 6])[:, None]
+    loss_mask = attention_mask & (torch.rand(4, 9) < 0.4)
+    loss_mask[:, 1] = True
     other = torch.tensor([0, 1, -1, 1])
-    batch = MaskedBatch(tokens, tokens, target, torch.zeros_like(tokens), (tokens > 9).long(), valid, other)
+    batch = MaskedBatch(
+        tokens, tokens, loss_mask, torch.zeros_like(tokens), (tokens > 9).long(), attention_mask, other
+    )
     want = module.loss(batch)
     with SecondDevice() as gpu:
         encoder.to(gpu.device)
@@ -169,7 +171,7 @@ def test_a_graph_can_hold_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", new_graph)
         monkeypatch.setattr(torch.cuda, "graph", gpu.graph)
-        captured = Captured(model.to(gpu.device))
+        captured = CudaGraphDecoder(model.to(gpu.device))
         assert [told(captured, batch.to(gpu.device), num_beams=2) for batch in batches] == want
     assert len(graphs) == 1
     assert graphs[0].replays > 8

@@ -34,11 +34,11 @@ class PromptBatch:
 
     Attributes:
         tokens: (b q) long, padded on the left.
-        valid: (b q) bool, True = a real token.
+        attention_mask: (b q) bool, True = a real token.
     """
 
     tokens: Tensor
-    valid: Tensor
+    attention_mask: Tensor
 
 
 class DecoderState:
@@ -55,9 +55,9 @@ class DecoderState:
         self.max_len = max_len
         self.positions: Tensor | None = None
         """(b) long: the position that a row's next token gets."""
-        self.place: Tensor | None = None
+        self.cache_position: Tensor | None = None
         """(1) long: the place that the next token gets in the caches, once the state is fixed."""
-        self._valid: Tensor | None = None  # (b max_len); None as long as no token is padding.
+        self._attention_mask: Tensor | None = None  # (b max_len); None as long as no token is padding.
 
     @property
     def length(self) -> int:
@@ -67,12 +67,12 @@ class DecoderState:
     @property
     def past(self) -> int | Tensor:
         """Tokens before the next one, as a tensor where the state is fixed."""
-        return self.length if self.place is None else self.place
+        return self.length if self.cache_position is None else self.cache_position
 
-    def fix(self) -> None:
+    def make_static(self) -> None:
         """From now on tokens come one by one, and a step does the same operations on the same tensors every time.
 
-        So a step can be recorded and played again (`Captured`).
+        So a step can be recorded and played again (`CudaGraphDecoder`).
 
         Raises:
             ValueError: if nothing was read yet, or the caches are not the library's own.
@@ -86,54 +86,58 @@ class DecoderState:
         if self.positions is None:
             raise ValueError("a state is fixed after its prompt was read, and this one has read nothing")
         rows, device = self.positions.shape[0], self.positions.device
-        if self._valid is None:
-            self._valid = torch.arange(self.max_len, device=device).expand(rows, -1) < self.length
-        self.place = torch.full((1,), self.length, device=device)
+        if self._attention_mask is None:
+            self._attention_mask = torch.arange(self.max_len, device=device).expand(rows, -1) < self.length
+        self.cache_position = torch.full((1,), self.length, device=device)
         for cache in self.caches:
-            cache.fix(self.place)  # pyright: ignore[reportAttributeAccessIssue]  # All are KVCaches.
+            cache.make_static(self.cache_position)  # pyright: ignore[reportAttributeAccessIssue]  # All are KVCaches.
 
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b) long, in their order; a row may be named more than once."""
         for cache in self.caches:
             cache.reorder(rows)
-        if self._valid is not None:
-            self._valid = kept_rows(self._valid, rows)
+        if self._attention_mask is not None:
+            self._attention_mask = kept_rows(self._attention_mask, rows)
         if self.positions is not None:
             self.positions = kept_rows(self.positions, rows)
 
-    def keys(self, rows: int, count: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
+    def keys(
+        self, rows: int, count: int, attention_mask: Tensor | None, device: torch.device
+    ) -> Tensor | None:
         """Which keys, those so far and `count` new ones, are real tokens: (b k) bool; None = all.
 
         Args:
             rows: b.
             count: how many tokens a row come next.
-            valid: which of them are real (b count); None = all.
+            attention_mask: which of them are real (b count); None = all.
             device: where they are.
         """
-        if self.place is not None:
-            assert self._valid is not None
-            return self._valid.index_fill_(1, self.place, True)
+        if self.cache_position is not None:
+            assert self._attention_mask is not None
+            return self._attention_mask.index_fill_(1, self.cache_position, True)
         end = self.length + count
-        if self._valid is None and valid is not None:
-            self._valid = torch.zeros(rows, self.max_len, dtype=torch.bool, device=device)
-            self._valid[:, : self.length] = True
-        if self._valid is None:
+        if self._attention_mask is None and attention_mask is not None:
+            self._attention_mask = torch.zeros(rows, self.max_len, dtype=torch.bool, device=device)
+            self._attention_mask[:, : self.length] = True
+        if self._attention_mask is None:
             return None
         if end > self.max_len:
             raise ValueError(f"the state holds {self.max_len} tokens, but {end} are needed: raise max_len")
-        self._valid[:, self.length : end] = True if valid is None else valid
-        return self._valid[:, :end]
+        self._attention_mask[:, self.length : end] = True if attention_mask is None else attention_mask
+        return self._attention_mask[:, :end]
 
-    def remember(self, positions: Tensor, valid: Tensor | None, rows: int, count: int) -> None:
+    def advance(self, positions: Tensor, attention_mask: Tensor | None, rows: int, count: int) -> None:
         """Notes the positions of `count` tokens a row that have just been cached."""
-        if self.place is not None:
+        if self.cache_position is not None:
             assert self.positions is not None
             self.positions += 1
-            self.place += 1
+            self.cache_position += 1
             return
         following = (positions + 1).expand(rows, count)
-        if valid is not None:  # Padding takes no position, also where all of a row's new tokens are padding.
-            following = following.masked_fill(~valid, 0)
+        if (
+            attention_mask is not None
+        ):  # Padding takes no position, also where all of a row's new tokens are padding.
+            following = following.masked_fill(~attention_mask, 0)
         last = following.max(dim=-1).values
         self.positions = last if self.positions is None else last.maximum(self.positions)
 
@@ -163,20 +167,20 @@ class Decoder(nn.Module, ABC):
     max_len: int
 
     @abstractmethod
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
         """The embeddings of tokens (b q), as they stand in the table: (b q e)."""
 
     @abstractmethod
-    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads of embeddings (b q e) at positions (q) or (b q): (b q d)."""
 
     @abstractmethod
-    def run(
+    def forward_embeds(
         self,
         x: Tensor,
         positions: Tensor,
         *,
-        valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -188,17 +192,17 @@ class Decoder(nn.Module, ABC):
         """Logits of the next token: (... d) -> (... vocab_size)."""
 
     @abstractmethod
-    def score(self, hidden: Tensor, table: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n e) -> (... n)."""
 
     @property
     @abstractmethod
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def embedding_weights(self) -> tuple[Tensor, Tensor]:
         """The weights of the embedding and of the head, each (vocab_size e): the same tensor where they are tied."""
 
     @property
-    def lookup_scale(self) -> float:
-        """What `lookup` multiplies the rows of the table with."""
+    def embed_scale_of(self) -> float:
+        """What `embed_tokens` multiplies the rows of the table with."""
         return 1.0
 
     def new_state(self, max_len: int | None = None) -> DecoderState:
@@ -214,38 +218,38 @@ class Decoder(nn.Module, ABC):
             )
         return DecoderState(self.depth, max_len)
 
-    def start(
-        self, batch: PromptBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: PromptBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, DecoderState]:
-        """Reads left-padded prompts, so that `generate` writes what follows; then every row stands `copies` times.
+        """Reads left-padded prompts, so that `generate` writes what follows; then every row stands `expand_size` times.
 
         Returns:
-            Logits of the first new token (b * copies, vocab_size), and the state to give to `step`.
+            Logits of the first new token (b * copies, vocab_size), and the state to give to `decode_step`.
         """
         rows, count = batch.tokens.shape
         state = self.new_state(count + max_new_tokens)
-        valid = None if bool(batch.valid.all()) else batch.valid
-        logits = self.head(self(batch.tokens, valid=valid, state=state)[:, -1])
-        if copies > 1:
-            order = torch.arange(rows, device=logits.device).repeat_interleave(copies)
+        attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        logits = self.head(self(batch.tokens, attention_mask=attention_mask, state=state)[:, -1])
+        if expand_size > 1:
+            order = torch.arange(rows, device=logits.device).repeat_interleave(expand_size)
             state.reorder(order)
             logits = logits.index_select(0, order)
         return logits, state
 
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
         return self.head(self(tokens[:, None], state=state)[:, 0])
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
-        return self.place(self.lookup(tokens), positions)
+        return self.add_positions(self.embed_tokens(tokens), positions)
 
     def forward(
         self,
         tokens: Tensor,
         *,
-        valid: Tensor | None = None,
-        segments: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -254,8 +258,8 @@ class Decoder(nn.Module, ABC):
 
         Args:
             tokens: (b q) long.
-            valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
-            segments: (b q) long, the number of each token's document in a packed row: tokens see their own document
+            attention_mask: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
+            document_ids: (b q) long, the number of each token's document in a packed row: tokens see their own document
                 only, whose positions begin at 0; not with a state. None = a row is one document.
             mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
             state: tokens decoded so far, from `new_state`; these tokens are appended to it.
@@ -267,15 +271,17 @@ class Decoder(nn.Module, ABC):
         Raises:
             ValueError: if a document has more tokens than `max_len`, or (on a CPU) an id is outside the vocabulary.
         """
-        positions, mask = self.locate(tokens, valid, segments, mask, state)
+        positions, mask = self.position_ids(tokens, attention_mask, document_ids, mask, state)
         x = self.embed(tokens, positions)
-        return self.run(x, positions, valid=valid, mask=mask, state=state, before_block=before_block)
+        return self.forward_embeds(
+            x, positions, attention_mask=attention_mask, mask=mask, state=state, before_block=before_block
+        )
 
-    def locate(
+    def position_ids(
         self,
         tokens: Tensor,
-        valid: Tensor | None,
-        segments: Tensor | None,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
         mask: Mask | None,
         state: DecoderState | None,
     ) -> tuple[Tensor, Mask | None]:
@@ -286,19 +292,19 @@ class Decoder(nn.Module, ABC):
         Raises:
             ValueError: if there are more tokens than `max_len`, or segments together with a mask or a state.
         """
-        if segments is not None:
+        if document_ids is not None:
             if mask is not None or state is not None:
                 raise ValueError(
                     "segments make the mask of packed rows; give neither a mask nor a state with them"
                 )
-            return self._packed(segments, valid)
+            return self._packed(document_ids, attention_mask)
         past = 0 if state is None else state.length
         if past + tokens.shape[1] > self.max_len:
             raise ValueError(
                 f"{past + tokens.shape[1]} tokens were given, but this decoder has {self.max_len} positions"
             )
-        if valid is not None:
-            counted = (valid.long().cumsum(1) - 1).clamp(min=0)
+        if attention_mask is not None:
+            counted = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             known = None if state is None else state.positions
             return counted if known is None else counted + known[:, None], mask
         steps = torch.arange(tokens.shape[1], device=tokens.device)
@@ -306,17 +312,17 @@ class Decoder(nn.Module, ABC):
             return steps, mask
         return state.positions[:, None] + steps, mask
 
-    def _packed(self, segments: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        positions = masks.places(segments)
-        if segments.device.type == "cpu" and (longest := int(positions.max()) + 1) > self.max_len:
+    def _packed(self, document_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        positions = masks.places(document_ids)
+        if document_ids.device.type == "cpu" and (longest := int(positions.max()) + 1) > self.max_len:
             raise ValueError(
                 f"a packed document has {longest} tokens, but this decoder has {self.max_len} positions"
             )
-        allowed = masks.all_of(masks.causal(), masks.segments(segments))
-        if valid is not None:
-            allowed = masks.all_of(allowed, masks.padding(valid))
-        rows, count = segments.shape
-        return positions, masks.dense(allowed, rows, count, count, segments.device)
+        allowed = masks.all_of(masks.causal(), masks.documents(document_ids))
+        if attention_mask is not None:
+            allowed = masks.all_of(allowed, masks.padding(attention_mask))
+        rows, count = document_ids.shape
+        return positions, masks.dense(allowed, rows, count, count, document_ids.device)
 
 
 def vocabulary_error(tokens: Tensor, vocab_size: int) -> ValueError:

@@ -44,7 +44,7 @@ class TextDecoder(Pretrained, Decoder):
         bias: biases in attention and MLP: "all" (GPT-2, OPT), "qkv" (Qwen2) or "none" (Llama).
         qk_norm: norm of each head's queries and keys (Qwen3: "rms").
         window: a token looks at so many tokens up to itself (Mistral); None = at all.
-        unrotated_every: the last of every so many blocks does not turn queries and keys (SmolLM3: 4); None = all do.
+        nope_interval: the last of every so many blocks does not turn queries and keys (SmolLM3: 4); None = all do.
         tied: whether the head's weight is the embedding.
         embed_scale: what embeddings are multiplied by; sqrt(dim) in the 2017 Transformer.
         pre_norm: norm before each branch, and a last one; False = after each sum, and no last one (2017, OPT-350m).
@@ -76,7 +76,7 @@ class TextDecoder(Pretrained, Decoder):
         bias: Literal["all", "qkv", "none"] = "all",
         qk_norm: Literal["rms", "layer"] | None = None,
         window: int | None = None,
-        unrotated_every: int | None = None,
+        nope_interval: int | None = None,
         tied: bool = True,
         embed_scale: float = 1.0,
         pre_norm: bool = True,
@@ -91,9 +91,9 @@ class TextDecoder(Pretrained, Decoder):
             raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 token, not {window}")
-        if unrotated_every is not None and (unrotated_every < 1 or positions != "rotary"):
+        if nope_interval is not None and (nope_interval < 1 or positions != "rotary"):
             raise ValueError(
-                f'unrotated_every ({unrotated_every}) must be at least 1, with positions "rotary", not "{positions}"'
+                f'unrotated_every ({nope_interval}) must be at least 1, with positions "rotary", not "{positions}"'
             )
         self.vocab_size, self.dim, self.depth, self.num_heads, self.max_len = (
             vocab_size,
@@ -107,7 +107,7 @@ class TextDecoder(Pretrained, Decoder):
         self.num_kv_heads, self.head_dim, self.qk_norm = num_kv_heads, head_dim, qk_norm
         self.norm, self.norm_eps, self.mlp, self.bias = norm, norm_eps, mlp, bias
         self.positions, self.rope_theta, self.rope_scaling = positions, rope_theta, rope_scaling
-        self.window, self.unrotated_every = window, unrotated_every
+        self.window, self.nope_interval = window, nope_interval
         self.tied, self.embed_scale, self.pre_norm, self.dropout = tied, embed_scale, pre_norm, dropout
 
         make = partial(make_norm, norm, dim, norm_eps)
@@ -172,14 +172,14 @@ class TextDecoder(Pretrained, Decoder):
         layers = (self.blocks[i].cross_attn for i in self.cross_layers)
         return [layer.project_kv(context) for layer in layers if isinstance(layer, Attention)]
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
         """The embeddings of tokens (b q), as they stand in the table: (b q d)."""
         try:
             return self.tok_embed(tokens)
         except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
             raise vocabulary_error(tokens, self.vocab_size) from error
 
-    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads of embeddings (b q d) at positions (q) or (b q): (b q d)."""
         x = x if self.embed_scale == 1 else x * self.embed_scale
         if self.positions == "sinusoidal":
@@ -191,9 +191,9 @@ class TextDecoder(Pretrained, Decoder):
         tokens: Tensor,
         context: Context | None = None,
         *,
-        valid: Tensor | None = None,
-        context_valid: Tensor | None = None,
-        segments: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -203,9 +203,9 @@ class TextDecoder(Pretrained, Decoder):
         Args:
             tokens: (b q) long.
             context: what cross-attention reads, its rows dividing b.
-            valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
-            context_valid: (n k) bool, True = a real token of the context; None = all are.
-            segments: (b q) long, the number of each token's document in a packed row: tokens see their own document
+            attention_mask: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
+            context_attention_mask: (n k) bool, True = a real token of the context; None = all are.
+            document_ids: (b q) long, the number of each token's document in a packed row: tokens see their own document
                 only, whose positions begin at 0; not with a state. None = a row is one document.
             mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
             state: tokens decoded so far, from `new_state`; these tokens are appended to it.
@@ -218,45 +218,47 @@ class TextDecoder(Pretrained, Decoder):
             ValueError: if a document has more tokens than `max_len` (on a CPU only, where it is packed), (on a CPU) a
                 token id is outside the vocabulary, or a context is missing, or given to a decoder that cannot read it.
         """
-        positions, mask = self.locate(tokens, valid, segments, mask, state)
-        return self.run(
+        positions, mask = self.position_ids(tokens, attention_mask, document_ids, mask, state)
+        return self.forward_embeds(
             self.embed(tokens, positions),
             positions,
             context,
-            valid=valid,
-            context_valid=context_valid,
+            attention_mask=attention_mask,
+            context_attention_mask=context_attention_mask,
             mask=mask,
             state=state,
             before_block=before_block,
         )
 
-    def run(
+    def forward_embeds(
         self,
         x: Tensor,
         positions: Tensor,
         context: Context | None = None,
         *,
-        valid: Tensor | None = None,
-        context_valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """As `forward`, from embeddings (b q d) at positions (q) or (b q): for bridges with other tokens in front."""
-        mask = self._mask(x, valid, mask, state)
+        mask = self._mask(x, attention_mask, mask, state)
         rope = self.rotary(positions) if self.rotary is not None else None
         contexts, context_mask = self._contexts(context), None
-        if context_valid is not None:
-            context_mask = context_valid.repeat_interleave(x.shape[0] // context_valid.shape[0], 0)[:, None]
+        if context_attention_mask is not None:
+            context_mask = context_attention_mask.repeat_interleave(
+                x.shape[0] // context_attention_mask.shape[0], 0
+            )[:, None]
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if before_block is not None:
                 x = before_block(i, x)
             cache = None if state is None else state.caches[i]
-            turned = None if self.unrotated_every and (i + 1) % self.unrotated_every == 0 else rope
-            x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=turned, cache=cache)
+            rotated = None if self.nope_interval and (i + 1) % self.nope_interval == 0 else rope
+            x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=rotated, cache=cache)
         if state is not None:
-            state.remember(positions, valid, *x.shape[:2])
+            state.advance(positions, attention_mask, *x.shape[:2])
         return self.last_norm(x)
 
     def _contexts(self, context: Context | None) -> dict[int, KeyValue]:
@@ -278,22 +280,22 @@ class TextDecoder(Pretrained, Decoder):
         """Logits of the next token: (... d) -> (... vocab_size)."""
         return self.lm_head(hidden)
 
-    def score(self, hidden: Tensor, table: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
         return F.linear(hidden, table)
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def embedding_weights(self) -> tuple[Tensor, Tensor]:
         """The weights of the embedding and of the head, each (vocab_size d): the same tensor where they are tied."""
         return self.tok_embed.weight, self.lm_head.weight
 
     def _mask(
-        self, x: Tensor, valid: Tensor | None, given: Mask | None, state: DecoderState | None
+        self, x: Tensor, attention_mask: Tensor | None, given: Mask | None, state: DecoderState | None
     ) -> Mask | None:
         """Who may look at whom: the mask given, or causal and without padding; within the window where there is one."""
         rows, count = x.shape[:2]
         past = 0 if state is None else state.past
-        real = valid if state is None else state.keys(rows, count, valid, x.device)
+        real = attention_mask if state is None else state.keys(rows, count, attention_mask, x.device)
         total = past + count if isinstance(past, int) else real.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
         narrow = self.window is not None and total > self.window
         if given is None and not narrow:

@@ -151,7 +151,7 @@ class TextEncoder(Pretrained, nn.Module):
             x = x + (self.type_embed.weight[0] if types is None else self.type_embed(types))
         return self.norm(x + self.pos_embed(positions))
 
-    def run(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
+    def forward_embeds(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
         """The blocks, from embeddings: (b q d) -> (b q d), each token looking where the mask lets it."""
         x = self.drop(x)
         for block in self.blocks:
@@ -163,16 +163,16 @@ class TextEncoder(Pretrained, nn.Module):
         tokens: Tensor,
         types: Tensor | None = None,
         *,
-        valid: Tensor | None = None,
-        segments: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states.
 
         Args:
             tokens: (b q) long.
             types: (b q) long, 0 = first sentence, 1 = second; None = all 0.
-            valid: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
-            segments: (b q) long, the number of each token's document in a packed row: tokens see their own document
+            attention_mask: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
+            document_ids: (b q) long, the number of each token's document in a packed row: tokens see their own document
                 only, and positions start again with each; None = one document a row.
 
         Returns:
@@ -180,19 +180,19 @@ class TextEncoder(Pretrained, nn.Module):
         """
         b, q = tokens.shape
         positions, mask = None, None
-        if segments is not None:
+        if document_ids is not None:
             place = torch.arange(q, device=tokens.device)
-            starts = torch.ones_like(segments, dtype=torch.bool)
-            starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            starts = torch.ones_like(document_ids, dtype=torch.bool)
+            starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
             positions = place - torch.where(starts, place, 0).cummax(1).values
-            allowed = masks.segments(segments)
-            if valid is not None:
-                allowed = masks.all_of(allowed, masks.padding(valid))
+            allowed = masks.documents(document_ids)
+            if attention_mask is not None:
+                allowed = masks.all_of(allowed, masks.padding(attention_mask))
             mask = masks.dense(allowed, b, q, q, tokens.device)
-        elif valid is not None:
-            positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-            mask = valid[:, None, :]
-        return self.run(self.embed(tokens, types, positions=positions), mask=mask)
+        elif attention_mask is not None:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            mask = attention_mask[:, None, :]
+        return self.forward_embeds(self.embed(tokens, types, positions=positions), mask=mask)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """A whole text from its first token: (b q d) -> (b d), in (-1, 1)."""

@@ -47,12 +47,14 @@ class ExtendedVocabulary(Pretrained, Decoder):
         self.decoder, self.new_tokens, self.first = decoder, new_tokens, first
         self.dim, self.depth, self.max_len = decoder.dim, decoder.depth, decoder.max_len
         self.vocab_size = max(decoder.vocab_size, first + new_tokens)
-        embedding, head = decoder.tables
+        embedding, head = decoder.embedding_weights
         self.new_embed = self._rows(embedding)
         self.new_head = None if head is embedding else self._rows(head)
         with torch.no_grad():
             one = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
-            if not torch.allclose(decoder.lookup(one)[0, 0], embedding[0] * decoder.lookup_scale, atol=1e-5):
+            if not torch.allclose(
+                decoder.embed_tokens(one)[0, 0], embedding[0] * decoder.embed_scale_of, atol=1e-5
+            ):
                 raise ValueError(f"{type(decoder).__name__}'s embeddings are not the rows of its table")
 
     def _rows(self, table: Tensor) -> nn.Embedding:
@@ -63,16 +65,16 @@ class ExtendedVocabulary(Pretrained, Decoder):
         return rows
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def embedding_weights(self) -> tuple[Tensor, Tensor]:
         """Copies of both tables with the new rows in their places; the same tensor where they are tied."""
-        embedding, head = self.decoder.tables
+        embedding, head = self.decoder.embedding_weights
         whole = self._put(embedding, self.new_embed.weight, 0)
         return whole, whole if self.new_head is None else self._put(head, self.new_head.weight, 0)
 
     @property
-    def lookup_scale(self) -> float:
+    def embed_scale_of(self) -> float:
         """What the decoder multiplies rows with."""
-        return self.decoder.lookup_scale
+        return self.decoder.embed_scale_of
 
     def _put(self, old: Tensor, new: Tensor, axis: int) -> Tensor:
         """The new tokens' part among the others', along an axis of ids."""
@@ -80,39 +82,41 @@ class ExtendedVocabulary(Pretrained, Decoder):
         rest = max(old.shape[axis] - self.first - self.new_tokens, 0)
         return torch.cat((before, new, old.narrow(axis, old.shape[axis] - rest, rest)), dim=axis)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
         """The embeddings of tokens (b q), new and old: (b q e)."""
         place = tokens - self.first
         is_new = (place >= 0) & (place < self.new_tokens)
-        old = self.decoder.lookup(tokens.masked_fill(is_new, 0))
-        new = self.new_embed(place.clamp(0, self.new_tokens - 1)) * self.decoder.lookup_scale
+        old = self.decoder.embed_tokens(tokens.masked_fill(is_new, 0))
+        new = self.new_embed(place.clamp(0, self.new_tokens - 1)) * self.decoder.embed_scale_of
         return torch.where(is_new[..., None], new.to(old.dtype), old)
 
-    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads of embeddings (b q e) at positions (q) or (b q): (b q d)."""
-        return self.decoder.place(x, positions)
+        return self.decoder.add_positions(x, positions)
 
-    def run(
+    def forward_embeds(
         self,
         x: Tensor,
         positions: Tensor,
         *,
-        valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """As the decoder's."""
-        return self.decoder.run(x, positions, valid=valid, mask=mask, state=state, before_block=before_block)
+        return self.decoder.forward_embeds(
+            x, positions, attention_mask=attention_mask, mask=mask, state=state, before_block=before_block
+        )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token, new and old: (... d) -> (... vocab_size)."""
         rows = self.new_embed if self.new_head is None else self.new_head
-        return self._put(self.decoder.head(hidden), self.score(hidden, rows.weight), -1)
+        return self._put(self.decoder.head(hidden), self.logits(hidden, rows.weight), -1)
 
-    def score(self, hidden: Tensor, table: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """As the decoder's; rows in its number format or another."""
-        return self.decoder.score(hidden, table.to(hidden.dtype))
+        return self.decoder.logits(hidden, table.to(hidden.dtype))
 
     def new_state(self, max_len: int | None = None) -> DecoderState:
         """As the decoder's."""
@@ -141,8 +145,8 @@ class ExtendedVocabulary(Pretrained, Decoder):
         where["vocab_size"] = self.vocab_size
         found = from_config(config)
         assert isinstance(found, Decoder)
-        embedding, head = (table.data_ptr() for table in self.decoder.tables)
-        whole = dict(zip((head, embedding), reversed(self.tables), strict=True))
+        embedding, head = (table.data_ptr() for table in self.decoder.embedding_weights)
+        whole = dict(zip((head, embedding), reversed(self.embedding_weights), strict=True))
         own: dict[str, Tensor] = dict(self.decoder.state_dict())
         state = {name: whole.get(tensor.data_ptr(), tensor) for name, tensor in own.items()}
         load_strictly(found, state, "the decoder with its new tokens")

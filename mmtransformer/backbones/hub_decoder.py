@@ -156,7 +156,7 @@ class HubDecoder(Pretrained, Decoder):
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         opened: list[int] = []
-        tokens = torch.tensor([[0, 1]], device=self.tables[0].device)
+        tokens = torch.tensor([[0, 1]], device=self.embedding_weights[0].device)
         try:
             want = self.model(input_ids=tokens, use_cache=False).logits
             found = self.head(self.forward(tokens, before_block=lambda i, x: opened.append(i) or x))
@@ -196,32 +196,32 @@ class HubDecoder(Pretrained, Decoder):
         return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def embedding_weights(self) -> tuple[Tensor, Tensor]:
         """The weights of the embedding and of the head, each (vocab_size e): the same tensor where they are tied."""
         return self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
 
     @property
-    def lookup_scale(self) -> float:
+    def embed_scale_of(self) -> float:
         """What some embeddings do to their rows (Gemma 3)."""
         return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
         """The embeddings of tokens (b q), as the model's table gives them: (b q e)."""
         try:
             return self.model.get_input_embeddings()(tokens)
         except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
 
-    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """The embeddings as they are: the model adds or turns its positions itself, in `run`."""
         return x
 
-    def run(
+    def forward_embeds(
         self,
         x: Tensor,
         positions: Tensor,
         *,
-        valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
@@ -239,7 +239,7 @@ class HubDecoder(Pretrained, Decoder):
             given["past_key_values"] = state.caches[0].cache  # pyright: ignore[reportAttributeAccessIssue]
         if "position_ids" in inspect.signature(base.forward).parameters:
             given["position_ids"] = positions.expand(rows, count)
-        real = valid if state is None else state.keys(rows, count, valid, x.device)
+        real = attention_mask if state is None else state.keys(rows, count, attention_mask, x.device)
         if mask is not None:
             if not isinstance(mask, Tensor):
                 raise ValueError(f"a HubDecoder takes masks as bool tensors (b q k) only, not {mask!r:.50}")
@@ -253,10 +253,10 @@ class HubDecoder(Pretrained, Decoder):
                     f"rows of {past + count} tokens with a mask are longer than the window of {window} in layers of "
                     f"transformers' {type(self.model).__name__}, which a mask would undo"
                 )
-            hidden_from = ~mask.expand(rows, count, past + count)[:, None]
+            forward_with_source_prefix = ~mask.expand(rows, count, past + count)[:, None]
             # Added to the scores, as some families do themselves; a bool would be added there as 0 and 1.
-            given["attention_mask"] = x.new_zeros(hidden_from.shape).masked_fill(
-                hidden_from, torch.finfo(x.dtype).min
+            given["attention_mask"] = x.new_zeros(forward_with_source_prefix.shape).masked_fill(
+                forward_with_source_prefix, torch.finfo(x.dtype).min
             )
         else:
             given["attention_mask"] = None if real is None else real.long()
@@ -267,14 +267,14 @@ class HubDecoder(Pretrained, Decoder):
                     hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             hidden = base(inputs_embeds=x, **given).last_hidden_state
         if state is not None:
-            state.remember(positions, valid, rows, count)
+            state.advance(positions, attention_mask, rows, count)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
         return self._finish(self.model.get_output_embeddings()(hidden))
 
-    def score(self, hidden: Tensor, table: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n e) -> (... n)."""
         return self._finish(F.linear(hidden, table))
 

@@ -85,9 +85,9 @@ class HubSeq2Seq(Pretrained, nn.Module):
         self,
         tokens: Tensor,
         *,
-        valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         before: Tensor | None = None,
-        before_valid: Tensor | None = None,
+        prefix_attention_mask: Tensor | None = None,
     ) -> Source:
         """Reads sources (n k) long behind embeddings (n p d); see `Transformer.encode`.
 
@@ -102,13 +102,17 @@ class HubSeq2Seq(Pretrained, nn.Module):
             raise vocabulary_error(tokens, self.vocab_size) from error
         if before is not None:
             x = torch.cat((before.to(x.dtype), x), dim=1)
-            if valid is not None and before_valid is None:
-                before_valid = valid.new_ones(before.shape[:2])
-            if before_valid is not None:
-                valid = before_valid.new_ones(tokens.shape) if valid is None else valid
-                valid = torch.cat((before_valid, valid), dim=1)
-        mask = None if valid is None else valid.long()
-        return Source(self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, valid)
+            if attention_mask is not None and prefix_attention_mask is None:
+                prefix_attention_mask = attention_mask.new_ones(before.shape[:2])
+            if prefix_attention_mask is not None:
+                attention_mask = (
+                    prefix_attention_mask.new_ones(tokens.shape) if attention_mask is None else attention_mask
+                )
+                attention_mask = torch.cat((prefix_attention_mask, attention_mask), dim=1)
+        mask = None if attention_mask is None else attention_mask.long()
+        return Source(
+            self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, attention_mask
+        )
 
     def project(self, source: Source) -> Source:
         """The source as it is: transformers' cache projects it with the first token of a target, once."""
@@ -116,7 +120,11 @@ class HubSeq2Seq(Pretrained, nn.Module):
 
     def decode(self, tokens: Tensor, source: Source, *, state: DecoderState | None = None) -> Tensor:
         """Hidden states (b q d) of right-padded target tokens (b q) long; see `Transformer.decode`."""
-        context, valid, cache = source.context, source.valid, None if state is None else state.caches[0]
+        context, attention_mask, cache = (
+            source.context,
+            source.attention_mask,
+            None if state is None else state.caches[0],
+        )
         assert isinstance(context, Tensor)
         b = tokens.shape[0]
         if b % context.shape[0]:
@@ -127,8 +135,8 @@ class HubSeq2Seq(Pretrained, nn.Module):
                 input_ids=tokens,
                 encoder_hidden_states=context,
                 encoder_attention_mask=None
-                if valid is None
-                else valid.repeat_interleave(b // len(valid), 0).long(),
+                if attention_mask is None
+                else attention_mask.repeat_interleave(b // len(attention_mask), 0).long(),
                 past_key_values=None if cache is None else cache.cache,  # pyright: ignore[reportAttributeAccessIssue]
                 use_cache=cache is not None,
             ).last_hidden_state
@@ -150,6 +158,6 @@ class HubSeq2Seq(Pretrained, nn.Module):
             raise ValueError(f"{max_len} tokens were asked for, but this model writes {self.max_len} at most")
         return DecoderState(1, max_len, caches=[PairCache(self.model.config)])
 
-    def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: TransformerState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
         return self.head(self.decode(tokens[:, None], state.source, state=state.decoder)[:, 0])

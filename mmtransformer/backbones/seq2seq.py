@@ -30,27 +30,27 @@ class TextPairs(Batch):
 
     Attributes:
         source: (n k) long, padded on either side.
-        source_valid: (n k) bool, True = a real token.
+        source_attention_mask: (n k) bool, True = a real token.
         tokens: (n q) long: prompt, target and end-of-sequence, padded on the right; a prompt alone, on the left.
-        valid: (n q) bool, True = a real token.
-        target: (n q) bool, True = a token that the model must predict: target and end, not prompt, not padding.
+        attention_mask: (n q) bool, True = a real token.
+        loss_mask: (n q) bool, True = a token that the model must predict: target and end, not prompt, not padding.
         names: what the n rows are called in messages.
     """
 
     source: Tensor
-    source_valid: Tensor
+    source_attention_mask: Tensor
     tokens: Tensor
-    valid: Tensor
-    target: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
     names: tuple[str, ...] = ()
 
-    def cut(self, length: int) -> Self:
+    def truncate(self, length: int) -> Self:
         """The batch with only the first `length` tokens of every target."""
         return replace(
             self,
             tokens=self.tokens[:, :length],
-            valid=self.valid[:, :length],
-            target=self.target[:, :length],
+            attention_mask=self.attention_mask[:, :length],
+            loss_mask=self.loss_mask[:, :length],
         )
 
 
@@ -59,11 +59,11 @@ class Source(NamedTuple):
 
     Attributes:
         context: the encoder's tokens (n k d), or each decoder block's keys and values of them (`project`).
-        valid: (n k) bool, True = a real token; None = all are.
+        attention_mask: (n k) bool, True = a real token; None = all are.
     """
 
     context: Tensor | Sequence[KeyValue]
-    valid: Tensor | None
+    attention_mask: Tensor | None
 
 
 class TransformerState:
@@ -81,7 +81,7 @@ class Transformer(Pretrained, nn.Module):
     """The 2017 encoder-decoder: post-norm, sinusoidal positions, one matrix for both embeddings and the head.
 
     As in its reference code, dropout also falls on self-attention weights; the paper names results of branches and
-    sums of embeddings and positions only. `generate` decodes it (`start`, `step`); the paper used 4 beams,
+    sums of embeddings and positions only. `generate` decodes it (`prefill`, `decode_step`); the paper used 4 beams,
     `length_penalty=0.6` and `length_offset=5`.
 
     Args:
@@ -168,7 +168,7 @@ class Transformer(Pretrained, nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.decoder.tok_embed.weight, std=self.dim**-0.5)  # Tied, so after the head.
 
-    def embed(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Scaled embeddings and positions of source tokens (n k) -> (n k d); padding takes no position.
 
         Raises:
@@ -178,33 +178,33 @@ class Transformer(Pretrained, nn.Module):
             raise ValueError(
                 f"a source of {tokens.shape[1]} tokens was given, but this model reads {self.max_len} at most"
             )
-        if valid is None:
+        if attention_mask is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
-            positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         return self.decoder.embed(tokens, positions)
 
     def encode(
         self,
         tokens: Tensor,
         *,
-        valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         before: Tensor | None = None,
-        before_valid: Tensor | None = None,
+        prefix_attention_mask: Tensor | None = None,
     ) -> Source:
         """Reads sources.
 
         Args:
             tokens: (n k) long.
-            valid: (n k) bool, True = a real token; None = all are.
+            attention_mask: (n k) bool, True = a real token; None = all are.
             before: (n p d), embeddings that stand in front of the tokens and take no position, such as a Q-Former's
                 queries (as BLIP-2 feeds an encoder-decoder, arXiv:2301.12597, figure 3).
-            before_valid: (n p) bool, which of them are to be read; None = all.
+            prefix_attention_mask: (n p) bool, which of them are to be read; None = all.
 
         Returns:
             The encoder's tokens (n (p k) d), with their padding.
         """
-        x = self.embed(tokens, valid)
+        x = self.embed(tokens, attention_mask)
         if before is not None:
             if before.shape[0] != x.shape[0] or before.shape[2] != self.dim:
                 raise ValueError(
@@ -212,28 +212,34 @@ class Transformer(Pretrained, nn.Module):
                     f"not {tuple(before.shape)}"
                 )
             x = torch.cat((before.to(x.dtype), x), dim=1)
-            if valid is not None and before_valid is None:
-                before_valid = valid.new_ones(before.shape[:2])
-            if before_valid is not None:
-                valid = before_valid.new_ones(tokens.shape) if valid is None else valid
-                valid = torch.cat((before_valid, valid), dim=1)
-        mask = None if valid is None else valid[:, None, :]
+            if attention_mask is not None and prefix_attention_mask is None:
+                prefix_attention_mask = attention_mask.new_ones(before.shape[:2])
+            if prefix_attention_mask is not None:
+                attention_mask = (
+                    prefix_attention_mask.new_ones(tokens.shape) if attention_mask is None else attention_mask
+                )
+                attention_mask = torch.cat((prefix_attention_mask, attention_mask), dim=1)
+        mask = None if attention_mask is None else attention_mask[:, None, :]
         x = self.drop(x)
         for block in self.blocks:
             x = block(x, mask=mask)
-        return Source(self.last_norm(x), valid)
+        return Source(self.last_norm(x), attention_mask)
 
     def project(self, source: Source) -> Source:
         """The source as keys and values of every decoder block: once a source, not once a token."""
-        context, valid = source
-        return Source(self.decoder.project_context(context), valid) if isinstance(context, Tensor) else source
+        context, attention_mask = source
+        return (
+            Source(self.decoder.project_context(context), attention_mask)
+            if isinstance(context, Tensor)
+            else source
+        )
 
     def decode(
         self,
         tokens: Tensor,
         source: Source,
         *,
-        valid: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         state: DecoderState | None = None,
     ) -> Tensor:
         """Hidden states of target tokens, to be given to `head`.
@@ -241,46 +247,58 @@ class Transformer(Pretrained, nn.Module):
         Args:
             tokens: (b q) long, n dividing b: each source serves b / n consecutive rows.
             source: from `encode`, or from `project` where tokens come one by one.
-            valid: (b q) bool; needed only where targets are padded on the left.
+            attention_mask: (b q) bool; needed only where targets are padded on the left.
             state: target tokens so far (`decoder.new_state`); these are appended.
 
         Returns:
             (b q d).
         """
-        return self.decoder(tokens, source.context, valid=valid, context_valid=source.valid, state=state)
+        return self.decoder(
+            tokens,
+            source.context,
+            attention_mask=attention_mask,
+            context_attention_mask=source.attention_mask,
+            state=state,
+        )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next target token: (... d) -> (... vocab_size)."""
         return self.decoder.head(hidden)
 
-    def hidden(self, batch: TextPairs) -> Tensor:
+    def hidden_states(self, batch: TextPairs) -> Tensor:
         """Hidden states (n q d) of right-padded targets; the causal mask alone hides their padding."""
-        return self.decode(batch.tokens, self.encode(batch.source, valid=batch.source_valid))
+        return self.decode(
+            batch.tokens, self.encode(batch.source, attention_mask=batch.source_attention_mask)
+        )
 
     def logits(self, batch: TextPairs) -> Tensor:
         """Logits of every target token, each from the true tokens before it (teacher forcing): (n q vocab_size)."""
-        return self.head(self.hidden(batch))
+        return self.head(self.hidden_states(batch))
 
-    def start(
-        self, batch: TextPairs, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: TextPairs, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, TransformerState]:
-        """Reads sources and left-padded prompts, once; then every row stands `copies` times, side by side.
+        """Reads sources and left-padded prompts, once; then every row stands `expand_size` times, side by side.
 
         Returns:
-            Logits of the first new token (n * copies, vocab_size), and the state to give to `step`.
+            Logits of the first new token (n * copies, vocab_size), and the state to give to `decode_step`.
         """
         n, length = batch.tokens.shape
-        source_valid = None if bool(batch.source_valid.all()) else batch.source_valid
-        source = self.project(self.encode(batch.source, valid=source_valid))
+        source_attention_mask = (
+            None if bool(batch.source_attention_mask.all()) else batch.source_attention_mask
+        )
+        source = self.project(self.encode(batch.source, attention_mask=source_attention_mask))
         state = self.decoder.new_state(length + max_new_tokens)
-        valid = None if bool(batch.valid.all()) else batch.valid
-        logits = self.head(self.decode(batch.tokens, source, valid=valid, state=state)[:, -1])
-        if copies > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+        attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        logits = self.head(
+            self.decode(batch.tokens, source, attention_mask=attention_mask, state=state)[:, -1]
+        )
+        if expand_size > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
             state.reorder(rows)
             logits = logits.index_select(0, rows)
         return logits, TransformerState(state, source)
 
-    def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: TransformerState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
         return self.head(self.decode(tokens[:, None], state.source, state=state.decoder)[:, 0])

@@ -26,30 +26,30 @@ class CaptionBatch(Batch):
 
     Attributes:
         tokens: (n q) long: prompt, caption and end-of-sequence, padded on the right; a prompt alone, on the left.
-        valid: (n q) bool, True = a real token.
-        target: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
+        attention_mask: (n q) bool, True = a real token.
+        loss_mask: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
         pixels: (b i 3 height width).
         visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
         names: the b samples' names.
         references: the b samples' captions, each (text, language).
-        pictures: (b i) bool, which of a sample's pictures are real, where samples have different numbers; None = all.
-        media: (n q) long: number (from 1) of the last picture that has come up to and including a token, 0 = none in
-            its own document; None = all pictures stand before the text.
-        media_first: (n q) long: number of the first picture of the token's own document; None = 1.
-        segments: (n q) long: number (from 0) of the token's document in a packed row; None = one document a row.
+        image_mask: (b i) bool, which of a sample's pictures are real, where samples have different numbers; None = all.
+        image_index: (n q) long: number (from 1) of the last picture that has come up to and including a token, 0 = none
+            in its own document; None = all pictures stand before the text.
+        first_image_index: (n q) long: number of the first picture of the token's own document; None = 1.
+        document_ids: (n q) long: number (from 0) of the token's document in a packed row; None = one document a row.
     """
 
     tokens: Tensor
-    valid: Tensor
-    target: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
     pixels: Tensor | None = None
     visual_tokens: Tensor | None = None
     names: tuple[str, ...] = ()
     references: tuple[tuple[tuple[str, str | None], ...], ...] = ()
-    pictures: Tensor | None = None
-    media: Tensor | None = None
-    media_first: Tensor | None = None
-    segments: Tensor | None = None
+    image_mask: Tensor | None = None
+    image_index: Tensor | None = None
+    first_image_index: Tensor | None = None
+    document_ids: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -63,9 +63,9 @@ class CaptionBatch(Batch):
             raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
         return visual
 
-    def cut(self, length: int) -> Self:
+    def truncate(self, length: int) -> Self:
         """The batch with only the first `length` tokens of every row."""
-        rows = ("tokens", "valid", "target", "media", "media_first", "segments")
+        rows = ("tokens", "attention_mask", "loss_mask", "image_index", "first_image_index", "document_ids")
         found = {name: getattr(self, name) for name in rows}
         return replace(self, **{name: x[:, :length] for name, x in found.items() if x is not None})
 
@@ -98,7 +98,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         """The vision tower's tokens, (b i 3 height width) -> (b i p d): what a feature cache keeps."""
 
     @abstractmethod
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states before the head, for right-padded rows: (n q d)."""
 
     @abstractmethod
@@ -106,21 +106,21 @@ class Captioner(Pretrained, nn.Module, ABC):
         """Logits: (... d) -> (... vocab)."""
 
     @abstractmethod
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, State]:
-        """Reads pictures and left-padded prompts, once; then every row stands `copies` times, side by side.
+        """Reads pictures and left-padded prompts, once; then every row stands `expand_size` times, side by side.
 
         Returns:
-            Logits of the first new token (n * copies, vocab), and the state to give to `step`.
+            Logits of the first new token (n * copies, vocab), and the state to give to `decode_step`.
         """
 
     @abstractmethod
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
-        """Adds one token a row to what `start` gave: (m) long -> logits of the next (m vocab), m = n copies."""
+    def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
+        """Adds one token a row to what `prefill` gave: (m) long -> logits of the next (m vocab), m = n copies."""
 
     @abstractmethod
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each text token looks in the pictures: (n q i gh gw), at most 1 in sum over all patches."""
 
     def loss(self, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
@@ -129,7 +129,7 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     def logits(self, batch: CaptionBatch) -> Tensor:
         """Logits of every token of right-padded rows: (n q vocab)."""
-        return self.head(self.hidden(batch))
+        return self.head(self.hidden_states(batch))
 
     def visual_tokens(self, batch: CaptionBatch) -> Tensor:
         """The batch's visual tokens (b i p d): those of a cache, else of its pixels.
@@ -175,9 +175,9 @@ def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: 
         ValueError: if a row is longer than the captioner can read.
     """
     check_rows(captioner, batch)
-    hidden = captioner.hidden(batch.cut(batch.tokens.shape[1] - 1))
+    hidden = captioner.hidden_states(batch.truncate(batch.tokens.shape[1] - 1))
     return next_token_loss(
-        hidden, batch.tokens, batch.target, captioner.head, label_smoothing=label_smoothing
+        hidden, batch.tokens, batch.loss_mask, captioner.head, label_smoothing=label_smoothing
     )
 
 

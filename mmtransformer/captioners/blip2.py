@@ -17,8 +17,14 @@ from mmtransformer.backbones.base import Decoder, DecoderState
 from mmtransformer.backbones.seq2seq import TransformerState
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
-from mmtransformer.captioners.soft_prompt import hidden_behind, refuse_documents, start_behind
-from mmtransformer.captioners.soft_source import SourceReader, hidden_from, prompt_of, put_back, start_from
+from mmtransformer.captioners.soft_prompt import forward_with_prefix, prefill_with_prefix, refuse_documents
+from mmtransformer.captioners.soft_source import (
+    SourceReader,
+    forward_with_source_prefix,
+    prefill_with_source_prefix,
+    prompt_of,
+    put_back,
+)
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.layers.record import record_attention
 
@@ -29,11 +35,11 @@ class InstructBatch(CaptionBatch):
 
     Attributes:
         instruction: (n t) long, padded on the right; None = the row's prompt, in the decoder's vocabulary.
-        instruction_valid: (n t) bool, True = a real token; None = all are.
+        instruction_attention_mask: (n t) bool, True = a real token; None = all are.
     """
 
     instruction: Tensor | None = None
-    instruction_valid: Tensor | None = None
+    instruction_attention_mask: Tensor | None = None
 
 
 class Blip2(Captioner):
@@ -85,7 +91,7 @@ class Blip2(Captioner):
             raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
         self.vision, self.qformer, self.decoder, self.instruct = vision, qformer, decoder, instruct
         self.freeze_vision, self.train_norm, self.freeze_decoder = freeze_vision, train_norm, freeze_decoder
-        width = decoder.dim if isinstance(decoder, SourceReader) else decoder.tables[0].shape[1]
+        width = decoder.dim if isinstance(decoder, SourceReader) else decoder.embedding_weights[0].shape[1]
         self.proj = nn.Linear(qformer.dim, width)
         nn.init.normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
@@ -125,7 +131,7 @@ class Blip2(Captioner):
                 features = self.vision.forward_features(flat)
         return rearrange(features, "(b i) p d -> b i p d", b=b)
 
-    def front(self, batch: CaptionBatch) -> Tensor:
+    def prefix_embeds(self, batch: CaptionBatch) -> Tensor:
         """What stands in front of the text: the queries of all pictures of a sample, projected, (m (i l) e)."""
         refuse_documents(batch, "Blip2")
         visual_tokens = self.visual_tokens(batch).to(self.proj.weight.dtype)
@@ -134,36 +140,42 @@ class Blip2(Captioner):
         x = self.vision.norm(x) if self.train_norm else x
         if not self.instruct:
             return rearrange(self.proj(self.qformer(x)), "(b i) l e -> b (i l) e", i=i)
-        tokens, valid = _instruction(batch)
-        rows = [rearrange(t, "(b r) q -> b 1 r q", b=b).expand(-1, i, -1, -1) for t in (tokens, valid)]
+        tokens, attention_mask = _instruction(batch)
+        rows = [
+            rearrange(t, "(b r) q -> b 1 r q", b=b).expand(-1, i, -1, -1) for t in (tokens, attention_mask)
+        ]
         queries = self.qformer(x, *(rearrange(t, "b i r q -> (b i r) q") for t in rows))
         return rearrange(self.proj(queries), "(b i r) l e -> (b r) (i l) e", b=b, i=i)
 
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states of right-padded rows: (n q d)."""
         if isinstance(self.decoder, SourceReader):
-            return hidden_from(self.decoder, self.front(batch), batch)
-        return hidden_behind(self.decoder, self.front(batch), batch)
+            return forward_with_source_prefix(self.decoder, self.prefix_embeds(batch), batch)
+        return forward_with_prefix(self.decoder, self.prefix_embeds(batch), batch)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""
         return self.decoder.head(hidden)
 
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, DecoderState | TransformerState]:
-        """Computes the queries once and reads the left-padded prompts; see `Captioner.start`."""
-        front = self.front(batch)
+        """Computes the queries once and reads the left-padded prompts; see `Captioner.prefill`."""
+        prefix_embeds = self.prefix_embeds(batch)
         if isinstance(self.decoder, SourceReader):
-            return start_from(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
-        return start_behind(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
+            return prefill_with_source_prefix(
+                self.decoder, prefix_embeds, batch, expand_size=expand_size, max_new_tokens=max_new_tokens
+            )
+        return prefill_with_prefix(
+            self.decoder, prefix_embeds, batch, expand_size=expand_size, max_new_tokens=max_new_tokens
+        )
 
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        return self.decoder.step(tokens, state)
+        return self.decoder.decode_step(tokens, state)
 
     @torch.no_grad()
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each text token looks in the pictures, through the queries: (n q i gh gw).
 
         Its attention to the queries, the mean of all heads and layers, times what each query holds of the patches
@@ -181,7 +193,7 @@ class Blip2(Captioner):
                 record_attention(self.decoder, keep=lambda name: name.endswith(kind)) as reads,
                 record_attention(self.qformer) as sees,
             ):
-                self.hidden(batch)
+                self.hidden_states(batch)
         finally:
             self.train(training)
         visual = batch.visual
@@ -192,7 +204,7 @@ class Blip2(Captioner):
             to_queries = put_back(to_queries, batch)
         else:
             to_queries = to_queries[:, i * l :]
-        to_patches = rearrange(self.qformer.held(sees), "(b i r) l p -> (b r) i l p", b=b, i=i)
+        to_patches = rearrange(self.qformer.attention_map(sees), "(b i r) l p -> (b r) i l p", b=b, i=i)
         to_patches = to_patches[..., self.vision.num_prefix_tokens :]
         to_patches = to_patches.repeat_interleave(len(to_queries) // len(to_patches), 0)
         to_queries = rearrange(to_queries, "n q (i l) -> n q i l", i=i)
@@ -246,6 +258,6 @@ def from_stage1(
 def _instruction(batch: CaptionBatch) -> tuple[Tensor, Tensor]:
     """What the Q-Former reads of each row, padded on the right: (n t) ids, and which are real."""
     if isinstance(batch, InstructBatch) and batch.instruction is not None:
-        tokens, valid = batch.instruction, batch.instruction_valid
-        return tokens, torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        tokens, attention_mask = batch.instruction, batch.instruction_attention_mask
+        return tokens, torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
     return prompt_of(batch)

@@ -19,7 +19,7 @@ from mmtransformer.layers import masks
 from mmtransformer.layers.attention import KeyValue
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.record import record_attention
-from mmtransformer.losses.contrastive import clip_loss, picture_ids, refuse_empty
+from mmtransformer.losses.contrastive import clip_loss, image_ids, refuse_empty
 from mmtransformer.losses.distributed import gather
 from mmtransformer.losses.next_token import Loss, next_token_loss
 
@@ -136,21 +136,24 @@ class CoCa(Captioner):
     def _gathered(self, batch: CaptionBatch) -> Tensor:
         """The lower half over the text and the gathering token behind it: (n q+1 d)."""
         n, q = batch.tokens.shape
-        valid = F.pad(batch.valid, (0, 1), value=True)
+        attention_mask = F.pad(batch.attention_mask, (0, 1), value=True)
         embedded = torch.cat(
-            (self.text.lookup(batch.tokens), self.end.to(self.text.tok_embed.weight.dtype).expand(n, 1, -1)),
+            (
+                self.text.embed_tokens(batch.tokens),
+                self.end.to(self.text.tok_embed.weight.dtype).expand(n, 1, -1),
+            ),
             1,
         )
-        positions, _ = self.text.locate(embedded, valid, None, None, None)
-        allowed = masks.all_of(masks.causal(), masks.padding(valid))
-        mask = masks.dense(allowed, n, q + 1, q + 1, valid.device)
-        return self.text.run(self.text.place(embedded, positions), positions, mask=mask)
+        positions, _ = self.text.position_ids(embedded, attention_mask, None, None, None)
+        allowed = masks.all_of(masks.causal(), masks.padding(attention_mask))
+        mask = masks.dense(allowed, n, q + 1, q + 1, attention_mask.device)
+        return self.text.forward_embeds(self.text.add_positions(embedded, positions), positions, mask=mask)
 
     def _above(self, lower: Tensor, pooled: Tensor) -> Tensor:
         positions = torch.arange(lower.shape[1], device=lower.device)
-        return self.decoder.run(lower, positions, pooled)
+        return self.decoder.forward_embeds(lower, positions, pooled)
 
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
         return self._above(self.text(batch.tokens), self.pooled(batch))
 
@@ -169,46 +172,50 @@ class CoCa(Captioner):
         """
         check_rows(self, batch)
         if self.contrastive_weight:
-            refuse_empty(batch.valid)
+            refuse_empty(batch.attention_mask)
         pooled, lower = self.pooled(batch), self._gathered(batch)
         hidden = self._above(lower[:, : batch.tokens.shape[1] - 1], pooled)
-        said = next_token_loss(hidden, batch.tokens, batch.target, self.head, label_smoothing=label_smoothing)
+        said = next_token_loss(
+            hidden, batch.tokens, batch.loss_mask, self.head, label_smoothing=label_smoothing
+        )
         total = self.caption_weight * said.sum
         if self.contrastive_weight:
             vectors = self._image_vectors(pooled), self._text_vectors(lower)
-            ids = picture_ids(batch.names, batch.target)
+            ids = image_ids(batch.names, batch.loss_mask)
             contrast = clip_loss(*vectors, self.log_scale, image_ids=ids)
             tokens = gather(said.count[None]).double().mean()  # Of a process, in the mean.
             total = total + self.contrastive_weight * contrast * tokens.to(contrast.dtype)
         return Loss(total, said.count)
 
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, CoCaState]:
-        """Pools the pictures once and reads the left-padded prompts; see `Captioner.start`."""
+        """Pools the pictures once and reads the left-padded prompts; see `Captioner.prefill`."""
         n, q = batch.tokens.shape
         context = self.decoder.project_context(self.pooled(batch))
         text, above = self.text.new_state(q + max_new_tokens), self.decoder.new_state(q + max_new_tokens)
-        valid = None if bool(batch.valid.all()) else batch.valid
+        attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         state = CoCaState(text, above, context)
-        logits = self.head(self._advance(batch.tokens, valid, state)[:, -1])
-        if copies > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+        logits = self.head(self._advance(batch.tokens, attention_mask, state)[:, -1])
+        if expand_size > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
             state.reorder(rows)
             logits = logits.index_select(0, rows)
         return logits, state
 
-    def _advance(self, tokens: Tensor, valid: Tensor | None, state: CoCaState) -> Tensor:
-        lower = self.text(tokens, valid=valid, state=state.text)
-        positions, _ = self.decoder.locate(lower, valid, None, None, state.decoder)
-        return self.decoder.run(lower, positions, state.context, valid=valid, state=state.decoder)
+    def _advance(self, tokens: Tensor, attention_mask: Tensor | None, state: CoCaState) -> Tensor:
+        lower = self.text(tokens, attention_mask=attention_mask, state=state.text)
+        positions, _ = self.decoder.position_ids(lower, attention_mask, None, None, state.decoder)
+        return self.decoder.forward_embeds(
+            lower, positions, state.context, attention_mask=attention_mask, state=state.decoder
+        )
 
-    def step(self, tokens: Tensor, state: CoCaState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: CoCaState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self.head(self._advance(tokens[:, None], None, state)[:, 0])
 
     @torch.no_grad()
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """The text's attention to the pooled queries times theirs to the patches, means of heads: (n q i gh gw)."""
         training = self.training
         self.eval()
@@ -217,7 +224,7 @@ class CoCa(Captioner):
                 record_attention(self.decoder, keep="cross_attn") as reads,
                 record_attention(self.caption_pool) as sees,
             ):
-                self.hidden(batch)
+                self.hidden_states(batch)
         finally:
             self.train(training)
         grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])

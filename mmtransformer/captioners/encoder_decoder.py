@@ -149,7 +149,7 @@ class EncoderDecoder(Captioner):
         x = x if self.adapter is None else self.adapter(x)
         return rearrange(x, "(b i) p d -> b (i p) d", b=visual_tokens.shape[0])
 
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
         return self.decoder(batch.tokens, self.context(batch))
 
@@ -157,35 +157,35 @@ class EncoderDecoder(Captioner):
         """Logits: (... d) -> (... vocab)."""
         return self.decoder.head(hidden)
 
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, EncoderDecoderState]:
-        """Encodes the pictures once and reads the left-padded prompts; see `Captioner.start`."""
+        """Encodes the pictures once and reads the left-padded prompts; see `Captioner.prefill`."""
         n, q = batch.tokens.shape
         context = self.decoder.project_context(self.context(batch))
         state = self.decoder.new_state(q + max_new_tokens)
-        valid = None if bool(batch.valid.all()) else batch.valid
-        hidden = self.decoder(batch.tokens, context, valid=valid, state=state)
+        attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        hidden = self.decoder(batch.tokens, context, attention_mask=attention_mask, state=state)
         logits = self.head(hidden[:, -1])
-        if copies > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+        if expand_size > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
             state.reorder(rows)
             logits = logits.index_select(0, rows)
         return logits, EncoderDecoderState(state, context)
 
-    def step(self, tokens: Tensor, state: EncoderDecoderState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: EncoderDecoderState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         hidden = self.decoder(tokens[:, None], state.context, state=state.decoder)
         return self.head(hidden[:, 0])
 
     @torch.no_grad()
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Cross-attention over the patches, the mean of all heads and layers, without dropout: (n q i gh gw)."""
         training = self.training
         self.eval()
         try:
             with record_attention(self.decoder, keep="cross_attn") as record:
-                self.hidden(batch)
+                self.hidden_states(batch)
         finally:
             self.train(training)
         weights = torch.stack([w.mean(1) for w in record.values()]).mean(0)

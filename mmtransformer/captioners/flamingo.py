@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder, DecoderState, kept_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
-from mmtransformer.captioners.image_attention_mask import Media, check_media, media_mask
+from mmtransformer.captioners.image_attention_mask import (
+    VisibleImages,
+    check_visible_images,
+    image_attention_mask,
+)
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention, KeyValue, cast_once
 from mmtransformer.layers.blocks import MLP, Activation, GatedCrossAttentionBlock, Norm, SwiGLU, make_norm
@@ -66,9 +70,9 @@ class Flamingo(Captioner):
         norm_eps: of the gated blocks' norms.
         qk_norm: norm of each head's queries and keys in the gated attention.
         per_channel: gates a channel instead of a branch.
-        blind_mlp: whether the gated MLPs also work on tokens that see no picture, as in OpenFlamingo and Idefics; False
-            keeps the language model as it was wherever there is no picture to see.
-        media: which pictures a token sees; see `media_mask`.
+        mlp_without_image: whether the gated MLPs also work on tokens that see no picture, as in OpenFlamingo, Idefics;
+            False keeps the language model as it was wherever there is no picture to see.
+        visible_images: which pictures a token sees; see `image_attention_mask`.
         patches_only: leave out the vision tower's class token and registers, as OpenFlamingo does.
         dropout: share of the gated branches' results dropped in training.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
@@ -94,8 +98,8 @@ class Flamingo(Captioner):
         norm_eps: float = 1e-5,
         qk_norm: Literal["rms", "layer"] | None = None,
         per_channel: bool = False,
-        blind_mlp: bool = False,
-        media: Media = "last",
+        mlp_without_image: bool = False,
+        visible_images: VisibleImages = "last",
         patches_only: bool = False,
         dropout: float = 0.0,
         freeze_vision: bool = True,
@@ -120,8 +124,8 @@ class Flamingo(Captioner):
         self.num_heads, self.head_dim, self.qk_norm = num_heads, head_dim, qk_norm
         self.mlp_dim = mlp_dim = 4 * decoder.dim if mlp_dim is None else mlp_dim
         self.mlp, self.norm, self.norm_eps = mlp, norm, norm_eps
-        self.per_channel, self.blind_mlp, self.dropout = per_channel, blind_mlp, dropout
-        self.media: Media = check_media(media)
+        self.per_channel, self.mlp_without_image, self.dropout = per_channel, mlp_without_image, dropout
+        self.visible_images: VisibleImages = check_visible_images(visible_images)
         self.patches_only = patches_only
         self.freeze_vision, self.freeze_decoder = freeze_vision, freeze_decoder
 
@@ -143,7 +147,7 @@ class Flamingo(Captioner):
                 else MLP(width, mlp_dim, activation=mlp, bias=False),
                 partial(make_norm, norm, width, norm_eps),
                 per_channel=per_channel,
-                blind_mlp=blind_mlp,
+                mlp_without_image=mlp_without_image,
                 dropout=dropout,
             )
             for _ in layers
@@ -172,10 +176,10 @@ class Flamingo(Captioner):
 
     def latents(self, batch: CaptionBatch) -> Tensor:
         """What the gated blocks read: (b i l d). Pictures that are padding are not computed; theirs are 0."""
-        if batch.pictures is None or (self.resampler is not None and self.resampler.max_pictures):
+        if batch.image_mask is None or (self.resampler is not None and self.resampler.max_images):
             return self._resample(self.visual_tokens(batch))
-        b, i = batch.pictures.shape
-        real = batch.pictures.flatten().nonzero()[:, 0]
+        b, i = batch.image_mask.shape
+        real = batch.image_mask.flatten().nonzero()[:, 0]
         few = {
             name: visual.flatten(0, 1)[real][:, None]
             for name, visual in (("pixels", batch.pixels), ("visual_tokens", batch.visual_tokens))
@@ -193,30 +197,30 @@ class Flamingo(Captioner):
         visual_tokens = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
         return visual_tokens if self.resampler is None else self.resampler(visual_tokens)
 
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, and may hold several documents."""
         context, mask = self._read(batch)
         door = self._door(context, mask)
-        return self.decoder(batch.tokens, segments=batch.segments, before_block=door)
+        return self.decoder(batch.tokens, document_ids=batch.document_ids, before_block=door)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""
         return self.decoder.head(hidden)
 
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, FlamingoState]:
-        """Encodes the pictures once and reads the left-padded prompts; see `Captioner.start`."""
-        if batch.segments is not None:
+        """Encodes the pictures once and reads the left-padded prompts; see `Captioner.prefill`."""
+        if batch.document_ids is not None:
             raise ValueError("a prompt is one document a row, but segments were given")
         n, q = batch.tokens.shape
         latents, mask = self._read(batch)
         context = None if latents is None else [layer.project_kv(latents) for layer in self._layers]
         decoder = self.decoder.new_state(q + max_new_tokens)
-        valid = None if bool(batch.valid.all()) else batch.valid
+        attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         hidden = self.decoder(
             batch.tokens,
-            valid=valid,
+            attention_mask=attention_mask,
             state=decoder,
             before_block=self._door(context, mask),
         )
@@ -224,13 +228,13 @@ class Flamingo(Captioner):
         if context is not None and mask is not None:
             context, mask = self._seen_from_now_on(context, mask[:, -1:], batch)
         state = FlamingoState(decoder, context, mask)
-        if copies > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+        if expand_size > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
             state.reorder(rows)
             logits = logits.index_select(0, rows)
         return logits, state
 
-    def step(self, tokens: Tensor, state: FlamingoState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: FlamingoState) -> Tensor:
         """Adds a token to each row: (m) -> logits of the next (m vocab)."""
         door = self._door(state.context, state.mask)
         return self.head(self.decoder(tokens[:, None], state=state.decoder, before_block=door)[:, 0])
@@ -241,9 +245,9 @@ class Flamingo(Captioner):
 
     def _read(self, batch: CaptionBatch) -> tuple[Tensor | None, Tensor | None]:
         """Latents (b k d) and who sees which (n q k); no latents where nobody sees any, no mask where all see all."""
-        seen = media_mask(batch, self.media)
-        blind = self.media == "none" or not batch.visual.shape[1]
-        if blind or (batch.pictures is not None and not bool(batch.pictures.any())):
+        seen = image_attention_mask(batch, self.visible_images)
+        blind = self.visible_images == "none" or not batch.visual.shape[1]
+        if blind or (batch.image_mask is not None and not bool(batch.image_mask.any())):
             return None, None
         latents = self.latents(batch)
         if seen is not None:
@@ -270,7 +274,7 @@ class Flamingo(Captioner):
     ) -> tuple[list[KeyValue], Tensor | None]:
         """What new tokens see: of several pictures, only the one that is the last from now on, where that is so."""
         (n, _), (b, i) = batch.tokens.shape, batch.visual.shape[:2]
-        if self.media == "last" and n == b and i > 1:
+        if self.visible_images == "last" and n == b and i > 1:
             seen = rearrange(mask, "n 1 (i l) -> n i l", i=i)
             last, rows = seen[..., 0].long().argmax(1), torch.arange(n, device=mask.device)
             mask = rearrange(seen[rows, last], "n l -> n 1 l")
@@ -281,7 +285,7 @@ class Flamingo(Captioner):
         return context, None if bool(mask.all()) else mask
 
     @torch.no_grad()
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each text token looks in the pictures, through the latents: (n q i gh gw).
 
         The gated layers' weights on the latents, a mean of heads and of layers by how far their gates are open; times
@@ -292,9 +296,9 @@ class Flamingo(Captioner):
         self.eval()
         try:
             visual_tokens = self.visual_tokens(batch)
-            seen = replace(batch, pixels=None, visual_tokens=visual_tokens, pictures=batch.pictures)
+            seen = replace(batch, pixels=None, visual_tokens=visual_tokens, image_mask=batch.image_mask)
             with record_attention(self.gated_blocks) as words:
-                self.hidden(seen)
+                self.hidden_states(seen)
             patches = self._patches_of_latents(visual_tokens)
         finally:
             self.train(training)
@@ -302,7 +306,7 @@ class Flamingo(Captioner):
         grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
         if not words:
             return torch.zeros(n, q, i, *grid, device=batch.tokens.device)
-        opened = torch.stack([block.gate1.tanh().abs().mean() for block in self.gated_blocks])  # pyright: ignore
+        opened = torch.stack([block.attn_gate.tanh().abs().mean() for block in self.gated_blocks])  # pyright: ignore
         share = torch.ones_like(opened) if not bool(opened.any()) else opened
         layers = torch.stack([weights.mean(1) for weights in words.values()])
         mean = torch.einsum("j, j n q k -> n q k", (share / share.sum()).float(), layers)

@@ -12,76 +12,84 @@ from torch import Tensor
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.layers import masks
 
-Media = Literal["last", "all_previous", "none"]
+VisibleImages = Literal["last", "all_previous", "none"]
 """Which of the pictures before it a token sees: the last one, as in Flamingo; all; or none."""
 
 
-def check_media(media: Media) -> Media:
+def check_visible_images(visible_images: VisibleImages) -> VisibleImages:
     """The word itself.
 
     Raises:
         ValueError: if it is another one.
     """
-    if media not in get_args(Media):
-        raise ValueError(f'media must be "last", "all_previous" or "none", not "{media}"')
-    return media
+    if visible_images not in get_args(VisibleImages):
+        raise ValueError(f'visible_images must be "last", "all_previous" or "none", not "{visible_images}"')
+    return visible_images
 
 
-def media_mask(batch: CaptionBatch, media: Media) -> Tensor | None:
+def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> Tensor | None:
     """Which token sees which picture: (n q i) bool, or None where all see all.
 
     A token never sees a picture that comes after it, nor one of another document of its row.
 
     Args:
         batch: tokens and pictures.
-        media: "last" = only the last picture before the token, as in Flamingo; "all_previous"; "none" = no picture.
+        visible_images: "last" = only the last picture before the token, as in Flamingo; "all_previous"; "none".
 
     Raises:
         ValueError: for another word, packed rows that do not say where pictures stand, or (on a CPU) tokens that come
             after more pictures than there are.
     """
-    check_media(media)
+    check_visible_images(visible_images)
     (n, q), (b, i) = batch.tokens.shape, batch.visual.shape[:2]
-    if media == "none" or not i:
+    if visible_images == "none" or not i:
         return torch.zeros(n, q, i, dtype=torch.bool, device=batch.tokens.device)
-    if batch.segments is not None and (
-        batch.media is None or (media == "all_previous" and batch.media_first is None)
+    if batch.document_ids is not None and (
+        batch.image_index is None or (visible_images == "all_previous" and batch.first_image_index is None)
     ):
-        missing = "media" if batch.media is None else "media_first"
+        missing = "image_index" if batch.image_index is None else "first_image_index"
         raise ValueError(f"rows of packed documents need {missing}: which pictures belong to which document")
-    if batch.media is None and batch.pictures is None and (i == 1 or media == "all_previous"):
+    if (
+        batch.image_index is None
+        and batch.image_mask is None
+        and (i == 1 or visible_images == "all_previous")
+    ):
         return None
     numbers = torch.arange(1, i + 1, device=batch.tokens.device).expand(b, i)
-    if batch.pictures is not None:
-        numbers = numbers * batch.pictures
+    if batch.image_mask is not None:
+        numbers = numbers * batch.image_mask
     numbers = numbers.repeat_interleave(n // b, 0)
     last = numbers.amax(1, keepdim=True)
-    seen = last.expand(n, q) if batch.media is None else batch.media
+    seen = last.expand(n, q) if batch.image_index is None else batch.image_index
     if seen.device.type == "cpu" and bool((seen > last).any()):
         row = int((seen > last).any(1).nonzero()[0])
         raise ValueError(
             f"row {row} has text after picture {int(seen[row].max())}, but only {int(last[row])} pictures"
         )
-    allowed = masks.media(seen, numbers, last_only=media == "last")
-    if batch.media_first is not None:
-        first = batch.media_first
+    allowed = masks.images(seen, numbers, last_only=visible_images == "last")
+    if batch.first_image_index is not None:
+        first = batch.first_image_index
         allowed = masks.all_of(allowed, lambda b, q, k: numbers[b, k] >= first[b, q])
     return masks.dense(allowed, n, q, i, batch.tokens.device)
 
 
 def show_mask(
-    batch: CaptionBatch, media: Media = "last", *, row: int = 0, words: Sequence[str] | None = None
+    batch: CaptionBatch,
+    visible_images: VisibleImages = "last",
+    *,
+    row: int = 0,
+    words: Sequence[str] | None = None,
 ) -> str:
     """One row's media mask as text: a line a token, a column a picture, "#" where it is seen.
 
     Args:
         batch: tokens and pictures.
-        media: see `media_mask`.
+        visible_images: see `image_attention_mask`.
         row: number of the row.
         words: what to call the row's q tokens; None = their ids.
     """
-    seen = media_mask(batch, media)
+    seen = image_attention_mask(batch, visible_images)
     i = batch.visual.shape[1]
     mask = torch.ones(batch.tokens.shape[1], i, dtype=torch.bool) if seen is None else seen[row]
     labels = [str(t) for t in batch.tokens[row].tolist()] if words is None else list(words)
-    return masks.show(mask, labels, [str(picture) for picture in range(1, i + 1)])
+    return masks.show(mask, labels, [str(image) for image in range(1, i + 1)])

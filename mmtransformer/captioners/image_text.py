@@ -42,16 +42,16 @@ class Losses(NamedTuple):
 
 
 class ImageTextState:
-    """Keys and values of the queries and of the text so far, for every block; True in `valid` (n k) = a real token."""
+    """Keys and values of the queries and of the text so far, for every block; `attention_mask` is (n k)."""
 
-    def __init__(self, caches: list[KVCache], valid: Tensor, positions: Tensor) -> None:
-        self.caches, self.valid, self.positions = caches, valid, positions
+    def __init__(self, caches: list[KVCache], attention_mask: Tensor, positions: Tensor) -> None:
+        self.caches, self.attention_mask, self.positions = caches, attention_mask, positions
 
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows of text, in their order."""
         for cache in self.caches:
             cache.reorder(rows)
-        self.valid, self.positions = self.valid[rows], self.positions[rows]
+        self.attention_mask, self.positions = self.attention_mask[rows], self.positions[rows]
 
 
 class ImageText(Captioner):
@@ -131,29 +131,29 @@ class ImageText(Captioner):
         """What similarities are divided by."""
         return self.log_temperature.exp()
 
-    def embed_pictures(self, queries: Tensor) -> Tensor:
+    def embed_images(self, queries: Tensor) -> Tensor:
         """Queries after the picture (n l d) -> (n l e), L2-normed: what texts are compared with."""
         return F.normalize(self.vision_proj(queries), dim=-1)
 
-    def embed_texts(self, tokens: Tensor, valid: Tensor) -> Tensor:
+    def embed_texts(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Texts (n q), padded on the right -> (n e), L2-normed.
 
         Raises:
             ValueError: if a text has no token at all.
         """
-        refuse_empty(valid)
-        hidden = self.qformer.read(self.classed(tokens), valid)
+        refuse_empty(attention_mask)
+        hidden = self.qformer.encode_text(self.classed(tokens), attention_mask)
         return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
-    def match(self, visual: Visual, tokens: Tensor, valid: Tensor) -> Tensor:
+    def match(self, visual: Visual, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Whether texts (n q) belong to the pictures beside them: (n 2), no and yes.
 
         Args:
             visual: of b pictures, b dividing n: visual tokens (b p d), or the Q-Former's `project_visual` of them.
             tokens: (n q) long, padded on the right.
-            valid: (n q) bool.
+            attention_mask: (n q) bool.
         """
-        queries = self.qformer(visual, self.classed(tokens), valid)
+        queries = self.qformer(visual, self.classed(tokens), attention_mask)
         return self.itm_head(queries.mean(1))  # The mean of all queries' logits.
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -204,10 +204,10 @@ class ImageText(Captioner):
         if not n or n % b:
             raise ValueError(f"{n} texts cannot be shared out among {b} pictures")
         visual = self.qformer.project_visual(visual_tokens)
-        seen = self.qformer.see(visual)
+        seen = self.qformer.encode_queries(visual)
         similarity = compare(
-            self.embed_pictures(seen.queries),
-            self.embed_texts(batch.tokens, batch.valid),
+            self.embed_images(seen.queries),
+            self.embed_texts(batch.tokens, batch.attention_mask),
             image_ids,
             gather_grad=gather_grad,
         )
@@ -218,9 +218,9 @@ class ImageText(Captioner):
         pairs = hard_pairs(similarity, self.temperature, texts=r, seed=seed)
         logits, match, counted = self._matches(batch, visual_tokens, visual, pairs)
         right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
-        earlier = batch.cut(batch.tokens.shape[1] - 1)
-        said = self.qformer.read(earlier.tokens, earlier.valid, seen)
-        itg = itg_loss(said, batch.tokens, batch.target, self.head, label_smoothing=itg_smoothing)
+        earlier = batch.truncate(batch.tokens.shape[1] - 1)
+        said = self.qformer.encode_text(earlier.tokens, earlier.attention_mask, seen)
+        itg = itg_loss(said, batch.tokens, batch.loss_mask, self.head, label_smoothing=itg_smoothing)
         return Losses(itc, itm_loss(logits, match, counted), itg, right)
 
     def _matches(
@@ -230,17 +230,20 @@ class ImageText(Captioner):
 
         True pairs, each text with a hard other picture, and each picture with a hard other text.
         """
-        tokens, valid = batch.tokens, batch.valid
+        tokens, attention_mask = batch.tokens, batch.attention_mask
         if processes() == 1:
-            other_pictures = [kv.select(pairs.pictures) for kv in visual]
-            other_tokens, other_valid = tokens[pairs.texts], valid[pairs.texts]
+            other_images = [kv.select(pairs.images) for kv in visual]
+            other_tokens, other_attention_mask = tokens[pairs.texts], attention_mask[pairs.texts]
         else:
-            other_pictures = self.qformer.project_visual(gather(visual_tokens)[pairs.pictures])
+            other_images = self.qformer.project_visual(gather(visual_tokens)[pairs.images])
             longest = int(gather(torch.tensor([tokens.shape[1]], device=tokens.device)).max())
             more = (0, longest - tokens.shape[1])
-            tokens, valid = F.pad(tokens, more), F.pad(valid, more)
-            other_tokens, other_valid = gather(tokens)[pairs.texts], gather(valid.long()).bool()[pairs.texts]
-        tokens, valid = tokens[pairs.rows], valid[pairs.rows]
+            tokens, attention_mask = F.pad(tokens, more), F.pad(attention_mask, more)
+            other_tokens, other_attention_mask = (
+                gather(tokens)[pairs.texts],
+                gather(attention_mask.long()).bool()[pairs.texts],
+            )
+        tokens, attention_mask = tokens[pairs.rows], attention_mask[pairs.rows]
 
         def beside(own: Tensor, other: Tensor) -> Tensor:
             """A picture's own texts, then as many others, so that they share its keys: (m q) twice -> (2m q)."""
@@ -249,14 +252,16 @@ class ImageText(Captioner):
 
         logits = torch.cat(
             (
-                self.match(visual, beside(tokens, other_tokens), beside(valid, other_valid)),
-                self.match(other_pictures, tokens, valid),
+                self.match(
+                    visual, beside(tokens, other_tokens), beside(attention_mask, other_attention_mask)
+                ),
+                self.match(other_images, tokens, attention_mask),
             )
         )
         real = pairs.real
         yes, no = torch.ones_like(real), torch.zeros_like(real)
         match = torch.cat((beside(yes, no), no))
-        counted = torch.cat((beside(real, real & pairs.has_text), real & pairs.has_picture))
+        counted = torch.cat((beside(real, real & pairs.has_text), real & pairs.has_image))
         return logits, match, counted
 
     # ---------------------------------------------------------------------------------------------- a captioner
@@ -288,28 +293,30 @@ class ImageText(Captioner):
         )
         return self.vision.norm(visual_tokens) if self.train_norm else visual_tokens
 
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d) of generation."""
-        return self.qformer.read(batch.tokens, batch.valid, self.qformer.see(self.context(batch)))
+        return self.qformer.encode_text(
+            batch.tokens, batch.attention_mask, self.qformer.encode_queries(self.context(batch))
+        )
 
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, ImageTextState]:
-        """Runs the query pass once and reads the left-padded prompts; see `Captioner.start`."""
+        """Runs the query pass once and reads the left-padded prompts; see `Captioner.prefill`."""
         n, q = batch.tokens.shape
         if q + max_new_tokens > self.max_len:
             raise ValueError(
                 f"{q + max_new_tokens} tokens were asked for, but this Q-Former has {self.max_len} positions"
             )
-        state = self._new_state(self.qformer.see(self.context(batch)), n, q + max_new_tokens)
-        logits = self._append(batch.tokens, batch.valid, state)
-        if copies > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(copies)
+        state = self._new_state(self.qformer.encode_queries(self.context(batch)), n, q + max_new_tokens)
+        logits = self._append(batch.tokens, batch.attention_mask, state)
+        if expand_size > 1:
+            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
             state.reorder(rows)
             logits = logits.index_select(0, rows)
         return logits, state
 
-    def step(self, tokens: Tensor, state: ImageTextState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: ImageTextState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self._append(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool), state)
 
@@ -320,19 +327,19 @@ class ImageText(Captioner):
             known = torch.arange(memory.k.shape[0], device=device)
             caches.append(cache := KVCache(l + length))
             cache.append(memory.select(known.repeat_interleave(rows // len(known))))
-        valid = torch.ones(rows, l, dtype=torch.bool, device=device)
-        return ImageTextState(caches, valid, torch.zeros(rows, dtype=torch.long, device=device))
+        attention_mask = torch.ones(rows, l, dtype=torch.bool, device=device)
+        return ImageTextState(caches, attention_mask, torch.zeros(rows, dtype=torch.long, device=device))
 
-    def _append(self, tokens: Tensor, valid: Tensor, state: ImageTextState) -> Tensor:
+    def _append(self, tokens: Tensor, attention_mask: Tensor, state: ImageTextState) -> Tensor:
         """Reads more tokens (n q): the logits after the last of them (n vocab)."""
         qformer = self.qformer
         assert qformer.tok_embed is not None
         assert qformer.pos_embed is not None
         past, (n, q) = state.caches[0].length, tokens.shape
-        positions = (state.positions[:, None] + valid.long().cumsum(1) - 1).clamp(min=0)
-        state.positions = state.positions + valid.sum(1)
-        state.valid = torch.cat((state.valid, valid), dim=1)
-        allowed = masks.all_of(masks.causal(past), masks.padding(state.valid))
+        positions = (state.positions[:, None] + attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        state.positions = state.positions + attention_mask.sum(1)
+        state.attention_mask = torch.cat((state.attention_mask, attention_mask), dim=1)
+        allowed = masks.all_of(masks.causal(past), masks.padding(state.attention_mask))
         mask = masks.dense(allowed, n, q, past + q, tokens.device)
         x = qformer.drop(qformer.norm(qformer.tok_embed(tokens) + qformer.pos_embed(positions)))
         for block, cache in zip(qformer.blocks, state.caches, strict=True):
@@ -342,7 +349,7 @@ class ImageText(Captioner):
         return self.head(x[:, -1])
 
     @torch.no_grad()
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each token looks, (n q i gh gw): its attention to the queries, the mean of heads and layers, times what
         they hold of the patches (`QFormer.held`).
         """
@@ -350,13 +357,13 @@ class ImageText(Captioner):
         self.eval()
         try:
             with record_attention(self.qformer) as sees:
-                seen = self.qformer.see(self.context(batch))
+                seen = self.qformer.encode_queries(self.context(batch))
             with record_attention(self.qformer, keep=lambda name: name.endswith(".attn")) as reads:
-                self.qformer.read(batch.tokens, batch.valid, seen)
+                self.qformer.encode_text(batch.tokens, batch.attention_mask, seen)
         finally:
             self.train(training)
         to_queries = torch.stack([w.mean(1)[..., :l] for w in reads.values()]).mean(0)
-        held = self.qformer.held(sees)
+        held = self.qformer.attention_map(sees)
         weights = to_queries @ held.repeat_interleave(len(to_queries) // len(held), 0)
         i, grid = batch.visual.shape[1], self.vision.grid
         if batch.pixels is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder, DecoderState
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
-from mmtransformer.captioners.soft_prompt import hidden_behind, refuse_documents, start_behind
+from mmtransformer.captioners.soft_prompt import forward_with_prefix, prefill_with_prefix, refuse_documents
 from mmtransformer.layers.record import record_attention
 
 
@@ -57,7 +57,7 @@ class PrefixCaptioner(Captioner):
         self.vision, self.decoder = vision, decoder
         self.hidden_dim, self.shuffle = hidden_dim, shuffle
         self.freeze_vision, self.freeze_decoder = freeze_vision, freeze_decoder
-        width = decoder.tables[0].shape[1]
+        width = decoder.embedding_weights[0].shape[1]
         hidden = width if hidden_dim is None else hidden_dim
         given = vision.dim * shuffle**2
         self.proj = nn.Sequential(
@@ -85,7 +85,7 @@ class PrefixCaptioner(Captioner):
             features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return rearrange(features, "(b i) p d -> b i p d", b=b)
 
-    def front(self, batch: CaptionBatch) -> Tensor:
+    def prefix_embeds(self, batch: CaptionBatch) -> Tensor:
         """What stands in front of the text: (b (i l) e)."""
         refuse_documents(batch, "PrefixCaptioner")
         gh, _ = self._grid(batch)
@@ -103,27 +103,29 @@ class PrefixCaptioner(Captioner):
     def _grid(self, batch: CaptionBatch) -> tuple[int, int]:
         return self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
 
-    def hidden(self, batch: CaptionBatch) -> Tensor:
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
-        return hidden_behind(self.decoder, self.front(batch), batch)
+        return forward_with_prefix(self.decoder, self.prefix_embeds(batch), batch)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""
         return self.decoder.head(hidden)
 
-    def start(
-        self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, DecoderState]:
-        """Projects the patches once and reads the left-padded prompts; see `Captioner.start`."""
-        front = self.front(batch)
-        return start_behind(self.decoder, front, batch, copies=copies, max_new_tokens=max_new_tokens)
+        """Projects the patches once and reads the left-padded prompts; see `Captioner.prefill`."""
+        prefix_embeds = self.prefix_embeds(batch)
+        return prefill_with_prefix(
+            self.decoder, prefix_embeds, batch, expand_size=expand_size, max_new_tokens=max_new_tokens
+        )
 
-    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self.head(self.decoder(tokens[:, None], state=state)[:, 0])
 
     @torch.no_grad()
-    def look(self, batch: CaptionBatch) -> Tensor:
+    def attention_map(self, batch: CaptionBatch) -> Tensor:
         """The text's attention to the visual tokens, the mean of all heads and layers: (n q i gh gw).
 
         Raises:
@@ -133,7 +135,7 @@ class PrefixCaptioner(Captioner):
         self.eval()
         try:
             with record_attention(self.decoder, keep=lambda name: name.endswith(".attn")) as record:
-                self.hidden(batch)
+                self.hidden_states(batch)
         finally:
             self.train(training)
         (gh, _), i, q = self._grid(batch), batch.visual.shape[1], batch.tokens.shape[1]

@@ -11,43 +11,49 @@ from mmtransformer.backbones.base import Decoder, DecoderState
 from mmtransformer.captioners.base import CaptionBatch
 
 
-def hidden_behind(decoder: Decoder, front: Tensor, batch: CaptionBatch) -> Tensor:
+def forward_with_prefix(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch) -> Tensor:
     """The hidden states of right-padded text behind its pictures: (n q d).
 
     Args:
         decoder: the language model.
-        front: what stands before the text (m k e), k = i * l.
+        prefix_embeds: what stands before the text (m k e), k = i * l.
         batch: the text, and which pictures are real.
     """
-    x, real = _joined(decoder, front, batch)
-    valid = None if real is None else torch.cat((real, torch.ones_like(batch.valid)), dim=1)
-    positions, _ = decoder.locate(x, valid, None, None, None)
-    hidden = decoder.run(decoder.place(x, positions), positions, valid=valid)
+    x, real = _joined(decoder, prefix_embeds, batch)
+    attention_mask = None if real is None else torch.cat((real, torch.ones_like(batch.attention_mask)), dim=1)
+    positions, _ = decoder.position_ids(x, attention_mask, None, None, None)
+    hidden = decoder.forward_embeds(
+        decoder.add_positions(x, positions), positions, attention_mask=attention_mask
+    )
     return hidden[:, x.shape[1] - batch.tokens.shape[1] :]
 
 
-def start_behind(
-    decoder: Decoder, front: Tensor, batch: CaptionBatch, *, copies: int, max_new_tokens: int
+def prefill_with_prefix(
+    decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch, *, expand_size: int, max_new_tokens: int
 ) -> tuple[Tensor, DecoderState]:
-    """Reads pictures and left-padded prompts, then repeats every row `copies` times; see `Captioner.start`.
+    """Reads pictures and left-padded prompts, then repeats every row `expand_size` times; see `Captioner.prefill`.
 
     Returns:
         Logits of the first new token (n * copies, vocab), and the decoder's state.
     """
-    x, real = _joined(decoder, front, batch)
-    valid = None
-    if real is not None or not bool(batch.valid.all()):
-        before = batch.valid.new_ones(x.shape[0], x.shape[1] - batch.tokens.shape[1])
+    x, real = _joined(decoder, prefix_embeds, batch)
+    attention_mask = None
+    if real is not None or not bool(batch.attention_mask.all()):
+        before = batch.attention_mask.new_ones(x.shape[0], x.shape[1] - batch.tokens.shape[1])
         # Padding goes to the front: a window counts places, and the queries are as near to each prompt.
-        order = torch.cat((before, batch.valid), dim=1).long().argsort(dim=1, stable=True)
+        order = torch.cat((before, batch.attention_mask), dim=1).long().argsort(dim=1, stable=True)
         x = x.gather(1, order[..., None].expand_as(x))
-        valid = torch.cat((before if real is None else real, batch.valid), dim=1).gather(1, order)
+        attention_mask = torch.cat((before if real is None else real, batch.attention_mask), dim=1).gather(
+            1, order
+        )
     state = decoder.new_state(x.shape[1] + max_new_tokens)
-    positions, _ = decoder.locate(x, valid, None, None, state)
-    hidden = decoder.run(decoder.place(x, positions), positions, valid=valid, state=state)
+    positions, _ = decoder.position_ids(x, attention_mask, None, None, state)
+    hidden = decoder.forward_embeds(
+        decoder.add_positions(x, positions), positions, attention_mask=attention_mask, state=state
+    )
     logits = decoder.head(hidden[:, -1])
-    if copies > 1:
-        rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(copies)
+    if expand_size > 1:
+        rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(expand_size)
         state.reorder(rows)
         logits = logits.index_select(0, rows)
     return logits, state
@@ -59,17 +65,20 @@ def refuse_documents(batch: CaptionBatch, who: str) -> None:
     Raises:
         ValueError: if the batch has some.
     """
-    if batch.media is not None or batch.segments is not None:
+    if batch.image_index is not None or batch.document_ids is not None:
         raise ValueError(
-            f"{who} reads pictures before the text: batches with media or segments are Flamingo's"
+            f"{who} reads pictures before the text: batches with image_index or document_ids are Flamingo's"
         )
 
 
-def _joined(decoder: Decoder, front: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
+def _joined(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
     """Embeddings of pictures and text (n k+q e); which of the former are those of real pictures (n k)."""
-    text = decoder.lookup(batch.tokens)
-    x = torch.cat((front.to(text.dtype).repeat_interleave(text.shape[0] // front.shape[0], 0), text), dim=1)
-    if batch.pictures is None:
+    text = decoder.embed_tokens(batch.tokens)
+    x = torch.cat(
+        (prefix_embeds.to(text.dtype).repeat_interleave(text.shape[0] // prefix_embeds.shape[0], 0), text),
+        dim=1,
+    )
+    if batch.image_mask is None:
         return x, None
-    real = batch.pictures.repeat_interleave(front.shape[1] // batch.pictures.shape[1], 1)
+    real = batch.image_mask.repeat_interleave(prefix_embeds.shape[1] // batch.image_mask.shape[1], 1)
     return x, real.repeat_interleave(text.shape[0] // real.shape[0], 0)

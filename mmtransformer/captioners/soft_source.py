@@ -33,13 +33,13 @@ def prompt_of(batch: CaptionBatch, *, begin: bool = True) -> tuple[Tensor, Tenso
 
 
 def _prompt(batch: CaptionBatch) -> Tensor:
-    return batch.valid & (batch.target.long().cumsum(1) == 0)
+    return batch.attention_mask & (batch.loss_mask.long().cumsum(1) == 0)
 
 
 def _written(batch: CaptionBatch) -> Tensor:
     """What the decoder reads: begin token and caption (n q) bool."""
     prompt = _prompt(batch)
-    return batch.valid & ~(prompt & (prompt.long().cumsum(1) > 1))
+    return batch.attention_mask & ~(prompt & (prompt.long().cumsum(1) > 1))
 
 
 def _moved_left(kept: Tensor) -> Tensor:
@@ -53,42 +53,44 @@ def put_back(x: Tensor, batch: CaptionBatch) -> Tensor:
     return x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
 
 
-def hidden_from(model: SourceReader, front: Tensor, batch: CaptionBatch) -> Tensor:
+def forward_with_source_prefix(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> Tensor:
     """The hidden states of text whose pictures and prompt the encoder reads: (n q d); a prompt's mean nothing.
 
     Args:
         model: the encoder-decoder.
-        front: what stands before the prompt (m k d).
+        prefix_embeds: what stands before the prompt (m k d).
         batch: the text, and which pictures are real.
     """
     tokens = batch.tokens.gather(1, _moved_left(_written(batch)))
-    return put_back(model.decode(tokens, _source(model, front, batch)), batch)
+    return put_back(model.decode(tokens, _source(model, prefix_embeds, batch)), batch)
 
 
-def start_from(
-    model: SourceReader, front: Tensor, batch: CaptionBatch, *, copies: int, max_new_tokens: int
+def prefill_with_source_prefix(
+    model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch, *, expand_size: int, max_new_tokens: int
 ) -> tuple[Tensor, TransformerState]:
-    """Reads pictures and prompts, then repeats every row `copies` times; see `Captioner.start`.
+    """Reads pictures and prompts, then repeats every row `expand_size` times; see `Captioner.prefill`.
 
     Returns:
         Logits of the first new token (n * copies, vocab), and the state of decoding.
     """
-    source = model.project(_source(model, front, batch))
+    source = model.project(_source(model, prefix_embeds, batch))
     state = (model.decoder if isinstance(model, Transformer) else model).new_state(1 + max_new_tokens)
-    first = batch.valid.long().argmax(1, keepdim=True)
+    first = batch.attention_mask.long().argmax(1, keepdim=True)
     logits = model.head(model.decode(batch.tokens.gather(1, first), source, state=state)[:, 0])
-    if copies > 1:
-        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
+    if expand_size > 1:
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(expand_size)
         state.reorder(rows)
         logits = logits.index_select(0, rows)
     return logits, TransformerState(state, source)
 
 
-def _source(model: SourceReader, front: Tensor, batch: CaptionBatch) -> Source:
-    tokens, valid = prompt_of(batch, begin=False)
+def _source(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> Source:
+    tokens, attention_mask = prompt_of(batch, begin=False)
     n, real = len(tokens), None
-    if batch.pictures is not None:
-        real = batch.pictures.repeat_interleave(front.shape[1] // batch.pictures.shape[1], 1)
+    if batch.image_mask is not None:
+        real = batch.image_mask.repeat_interleave(prefix_embeds.shape[1] // batch.image_mask.shape[1], 1)
         real = real.repeat_interleave(n // len(real), 0)
-    front = front.repeat_interleave(n // len(front), 0)
-    return model.encode(tokens, valid=valid, before=front, before_valid=real)
+    prefix_embeds = prefix_embeds.repeat_interleave(n // len(prefix_embeds), 0)
+    return model.encode(
+        tokens, attention_mask=attention_mask, before=prefix_embeds, prefix_attention_mask=real
+    )

@@ -20,7 +20,7 @@ def run(name: str, words: Sequence[str]) -> int:
         words: The words after it.
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Caption pictures with a trained model.")
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
     )
@@ -74,7 +74,7 @@ def run(name: str, words: Sequence[str]) -> int:
         )
     if args.shots is None and (args.num_shots is not None or args.nearest):
         raise ValueError("--num-shots and --nearest need examples to choose from: --shots FOLDER")
-    images = [load(path) for path in args.pictures]
+    images = [load(path) for path in args.images]
     model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     decoding = model.decoding
     if args.sample:
@@ -110,7 +110,7 @@ def run(name: str, words: Sequence[str]) -> int:
         decoding=decoding,
         prompts=prompts,
     )
-    for path, captions in zip(args.pictures, results, strict=True):
+    for path, captions in zip(args.images, results, strict=True):
         if args.json:
             said = [
                 {
@@ -123,14 +123,14 @@ def run(name: str, words: Sequence[str]) -> int:
                 }
                 for c in captions
             ]
-            print(json.dumps({"picture": path, "captions": said}, ensure_ascii=False))
+            print(json.dumps({"image": path, "captions": said}, ensure_ascii=False))
             continue
         for caption in captions:
-            lead = f"{path}: " if len(args.pictures) > 1 else ""
+            lead = f"{path}: " if len(args.images) > 1 else ""
             tail = f"   ({caption.log_prob:.2f})" if args.num_captions > 1 else ""
             print(f"{lead}{caption.text}{tail}")
     if args.heatmap:
-        _heatmaps(model, args.pictures, images, results, Path(args.heatmap), prompts)
+        _heatmaps(model, args.images, images, results, Path(args.heatmap), prompts)
     return 0
 
 
@@ -154,7 +154,7 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
 
 def _heatmaps(
     model: "ImageCaptioner",
-    pictures: list[str],
+    paths: list[str],
     images: list,
     results: list,
     out: Path,
@@ -166,20 +166,20 @@ def _heatmaps(
     from mmtransformer.plots import Card, Said, grid_box, html_page, word_heatmaps
 
     cards = []
-    for i, (picture, image, captions) in enumerate(zip(pictures, images, results, strict=True)):
+    for i, (path, image, captions) in enumerate(zip(paths, images, results, strict=True)):
         box, best = grid_box(image.size, model.transform.size, model.transform.resize), captions[0]
         words = [word for word, _ in best.words]
         if not words:
-            print(f"{picture}: the caption has no word to draw", file=sys.stderr)
+            print(f"{path}: the caption has no word to draw", file=sys.stderr)
             continue
-        heat = model.heat(image, best, prompts)
+        heat = model.heatmap(image, best, prompts)
         if out.suffix.lower() == ".html":
             said = Said(best.text, best.language, words=words, heat=heat, box=box)
-            cards.append(Card(image, [said], heading=picture))
+            cards.append(Card(image, [said], heading=path))
             continue
-        path = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
-        word_heatmaps(image, words, heat, path, box=box, title=best.text)
-        print(f"{path}: where the model looked in {picture}", file=sys.stderr)
+        sheet = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
+        word_heatmaps(image, words, heat, sheet, box=box, title=best.text)
+        print(f"{sheet}: where the model looked in {path}", file=sys.stderr)
     if cards:
         html_page("Where the model looked", cards, None, out)
         print(f"{out}: where the model looked; point at a word", file=sys.stderr)

@@ -13,7 +13,7 @@ def run(name: str, words: Sequence[str]) -> int:
         words: The words after it.
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Classify pictures with a trained ViT.")
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
     )
@@ -30,17 +30,17 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.images import load
     from mmtransformer.pipelines.classifier import ImageClassifier
 
-    images = [load(path) for path in args.pictures]
+    images = [load(path) for path in args.images]
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
-    for path, best in zip(args.pictures, classifier(images, top=args.top), strict=True):
+    for path, best in zip(args.images, classifier(images, top=args.top), strict=True):
         if args.json:
-            row = {"picture": path, "classes": [{"class": label, "share": share} for label, share in best]}
+            row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
             print(json.dumps(row, ensure_ascii=False))
         else:
             told = ", ".join(f"{label} {share:.1%}" for label, share in best)
-            print(f"{path}: {told}" if len(args.pictures) > 1 else told)
+            print(f"{path}: {told}" if len(args.images) > 1 else told)
     if args.attention:
         from mmtransformer.plots import rollout_sheet
 
-        rollout_sheet(classifier.vit, images[0], classifier.transform, args.attention, title=args.pictures[0])
+        rollout_sheet(classifier.vit, images[0], classifier.transform, args.attention, title=args.images[0])
     return 0

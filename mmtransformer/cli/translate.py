@@ -42,7 +42,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.attention:
         from mmtransformer.plots import attention_sheet
 
-        queries, keys, weights = translator.look(texts[0], said[0], args.language)
+        queries, keys, weights = translator.attention_map(texts[0], said[0], args.language)
         named = {f"block {i}": block for i, block in enumerate(weights)}
         attention_sheet(named, queries, keys, args.attention, title=f"{texts[0]} → {said[0]}")
     return 0

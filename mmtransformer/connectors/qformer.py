@@ -5,10 +5,10 @@
 Training needs several passes over the same pictures, and nothing is computed twice:
 
     visual = qformer.project_visual(visual_tokens)          # keys and values, once for all passes
-    seen = qformer.see(visual)                              # the query pass: contrastive, and below
-    text = qformer.read(tokens, valid)                      # text alone: contrastive
-    caption = qformer.read(tokens, valid, seen)             # causal text over the queries' memory: generation
-    queries, text = qformer.both(visual, tokens, valid)     # queries and text see each other: matching
+    seen = qformer.encode_queries(visual)                          # the query pass: contrastive, and below
+    text = qformer.encode_text(tokens, attention_mask)                  # text alone: contrastive
+    caption = qformer.encode_text(tokens, attention_mask, seen)         # causal text over the queries: generation
+    queries, text = qformer.encode_pair(visual, tokens, attention_mask) # queries and text see each other: matching
 
 Letters: n pictures, b rows of text (n divides b), p visual tokens, l queries, q text tokens, d width, k keys.
 """
@@ -145,24 +145,26 @@ class QFormer(Pretrained, nn.Module):
         layers = (block.cross_attn for _, block in self._each())
         return [layer.project_kv(visual_tokens) for layer in layers if layer is not None]
 
-    def forward(self, visual: Visual, tokens: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, visual: Visual, tokens: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The queries after they have read the picture, and an instruction if there is one (arXiv:2305.06500).
 
         Args:
             visual: visual tokens (n p visual_dim), or their `project_visual`.
             tokens: an instruction (b q) long that the queries see, padded on the right; None = the picture alone.
-            valid: (b q) bool, True = a real token; None = all are.
+            attention_mask: (b q) bool, True = a real token; None = all are.
 
         Returns:
             (n l d); with an instruction (b l d).
         """
         if tokens is None:
-            return self.see(visual).queries
+            return self.encode_queries(visual).queries
         found = self._visual(visual)
         _copies(tokens.shape[0], found[0].k.shape[0])
-        return self._joint(found, tokens, valid, keep_text=False)[0]
+        return self._joint(found, tokens, attention_mask, keep_text=False)[0]
 
-    def see(self, visual: Visual) -> Seen:
+    def encode_queries(self, visual: Visual) -> Seen:
         """The query pass: the queries (n l d), and their self-attention keys and values for `read`."""
         found = self._visual(visual)
         n, memory = found[0].k.shape[0], []
@@ -177,12 +179,14 @@ class QFormer(Pretrained, nn.Module):
             x = block.finish_queries(x, found.get(i))
         return Seen(x, memory)
 
-    def read(self, tokens: Tensor, valid: Tensor | None = None, seen: Seen | None = None) -> Tensor:
+    def encode_text(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, seen: Seen | None = None
+    ) -> Tensor:
         """The text pass: each token sees the whole text ("unimodal"), or with `seen` queries and earlier tokens.
 
         Args:
             tokens: (b q) long, padded on the right.
-            valid: (b q) bool, True = a real token; None = all are.
+            attention_mask: (b q) bool, True = a real token; None = all are.
             seen: the query pass of n pictures, n dividing b: it makes the text causal ("multimodal_causal").
 
         Returns:
@@ -192,10 +196,12 @@ class QFormer(Pretrained, nn.Module):
             ValueError: if the text is too long, or this Q-Former has no text stream.
         """
         x = self.drop(self.norm(self._embed(tokens)))
-        mask: Mask | None = None if valid is None else valid[:, None, :].expand(-1, tokens.shape[1], -1)
+        mask: Mask | None = (
+            None if attention_mask is None else attention_mask[:, None, :].expand(-1, tokens.shape[1], -1)
+        )
         if seen is not None:  # Every token then sees all queries, and padding stands behind what may be seen.
             mask = "causal"
-        real = real_places(valid)
+        real = real_places(attention_mask)
         for i, block in self._each():
             kv = block.attn.project_kv(x)
             if seen is not None:
@@ -203,15 +209,19 @@ class QFormer(Pretrained, nn.Module):
             x = block.finish_text(block.attend(x, kv, mask), real)
         return x
 
-    def both(
-        self, visual: Visual, tokens: Tensor, valid: Tensor | None = None, mode: Mode = "bidirectional"
+    def encode_pair(
+        self,
+        visual: Visual,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        mode: Mode = "bidirectional",
     ) -> tuple[Tensor, Tensor]:
         """Queries and text of b rows in one of the three modes.
 
         Args:
             visual: of n pictures, n dividing b: visual tokens, or their `project_visual`.
             tokens: (b q) long, padded on the right.
-            valid: (b q) bool, True = a real token; None = all are.
+            attention_mask: (b q) bool, True = a real token; None = all are.
             mode: who sees whom; see `mode_mask`.
 
         Returns:
@@ -223,22 +233,25 @@ class QFormer(Pretrained, nn.Module):
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode}")
         found = self._visual(visual)
-        copies = _copies(tokens.shape[0], found[0].k.shape[0])
+        expand_size = _copies(tokens.shape[0], found[0].k.shape[0])
         if mode == "bidirectional":
-            return self._joint(found, tokens, valid, keep_text=True)
-        seen = self.see(
+            return self._joint(found, tokens, attention_mask, keep_text=True)
+        seen = self.encode_queries(
             [*found.values()]
         )  # The queries see no text here, so rows that share a picture share them.
-        text = self.read(tokens, valid, seen if mode == "multimodal_causal" else None)
-        return seen.queries.repeat_interleave(copies, 0), text
+        text = self.encode_text(tokens, attention_mask, seen if mode == "multimodal_causal" else None)
+        return seen.queries.repeat_interleave(expand_size, 0), text
 
     def _joint(
-        self, found: dict[int, KeyValue], tokens: Tensor, valid: Tensor | None, *, keep_text: bool
+        self, found: dict[int, KeyValue], tokens: Tensor, attention_mask: Tensor | None, *, keep_text: bool
     ) -> tuple[Tensor, Tensor]:
         b, l = tokens.shape[0], self.num_queries
         x = torch.cat((self.query_tokens.expand(b, -1, -1), self._embed(tokens)), dim=1)
         x = self.drop(self.norm(x))
-        mask, real = None if valid is None else mode_mask("bidirectional", l, valid), real_places(valid)
+        mask, real = (
+            None if attention_mask is None else mode_mask("bidirectional", l, attention_mask),
+            real_places(attention_mask),
+        )
         for i, block in self._each():
             kv = block.attn.project_kv(x)
             if i + 1 == self.depth and not keep_text:  # Nobody reads the text's last state.
@@ -248,7 +261,7 @@ class QFormer(Pretrained, nn.Module):
             x = torch.cat((block.finish_queries(queries, found.get(i)), block.finish_text(text, real)), dim=1)
         return x[:, :l], x[:, l:]
 
-    def held(self, record: dict[str, Tensor]) -> Tensor:
+    def attention_map(self, record: dict[str, Tensor]) -> Tensor:
         """What each query holds of each visual token, at most 1 in sum: (b l p), of any query or joint pass.
 
         It is followed from block to block as in attention rollout (arXiv:2005.00928): half of a query is what it was
@@ -294,14 +307,16 @@ class QFormer(Pretrained, nn.Module):
             ) from error
 
 
-def _copies(rows: int, pictures: int) -> int:
-    if rows % pictures:
-        raise ValueError(f"rows of text ({rows}) must be a multiple of pictures ({pictures})")
-    return rows // pictures
+def _copies(rows: int, images: int) -> int:
+    if rows % images:
+        raise ValueError(f"rows of text ({rows}) must be a multiple of pictures ({images})")
+    return rows // images
 
 
 def _in_front(memory: KeyValue, kv: KeyValue) -> KeyValue:
-    copies = _copies(kv.k.shape[0], memory.k.shape[0])
-    if copies > 1:
-        memory = KeyValue(memory.k.repeat_interleave(copies, 0), memory.v.repeat_interleave(copies, 0))
+    expand_size = _copies(kv.k.shape[0], memory.k.shape[0])
+    if expand_size > 1:
+        memory = KeyValue(
+            memory.k.repeat_interleave(expand_size, 0), memory.v.repeat_interleave(expand_size, 0)
+        )
     return KeyValue(torch.cat((memory.k, kv.k), dim=2), torch.cat((memory.v, kv.v), dim=2))

@@ -17,13 +17,13 @@ Mode = Literal["bidirectional", "multimodal_causal", "unimodal"]
 (text generation); queries see queries and text sees text (contrastive)."""
 
 
-def mode_mask(mode: Mode, num_queries: int, valid: Tensor) -> Tensor:
+def mode_mask(mode: Mode, num_queries: int, attention_mask: Tensor) -> Tensor:
     """The mask of one pass over [queries; text], for `masks.show` and as the definition of the three modes.
 
     Args:
         mode: who sees whom.
         num_queries: l.
-        valid: (b q) bool, True = a real text token.
+        attention_mask: (b q) bool, True = a real text token.
 
     Returns:
         (b l+q l+q) bool, True = may look.
@@ -31,20 +31,20 @@ def mode_mask(mode: Mode, num_queries: int, valid: Tensor) -> Tensor:
     Raises:
         ValueError: for an unknown mode.
     """
-    b, q = valid.shape
+    b, q = attention_mask.shape
     total = num_queries + q
-    known = torch.cat((valid.new_ones(b, num_queries), valid), dim=1)
-    is_text = (torch.arange(total, device=valid.device) >= num_queries).long().expand(b, -1)
+    known = torch.cat((attention_mask.new_ones(b, num_queries), attention_mask), dim=1)
+    is_text = (torch.arange(total, device=attention_mask.device) >= num_queries).long().expand(b, -1)
     if mode == "bidirectional":
         allowed = masks.padding(known)
     elif mode == "unimodal":
-        allowed = masks.all_of(masks.padding(known), masks.segments(is_text))
+        allowed = masks.all_of(masks.padding(known), masks.documents(is_text))
     elif mode == "multimodal_causal":
-        lengths = torch.full((b,), num_queries, device=valid.device)
+        lengths = torch.full((b,), num_queries, device=attention_mask.device)
         allowed = masks.all_of(masks.padding(known), masks.prefix(lengths))
     else:
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode}")
-    return masks.dense(allowed, b, total, total, valid.device)
+    return masks.dense(allowed, b, total, total, attention_mask.device)
 
 
 class QFormerBlock(nn.Module):

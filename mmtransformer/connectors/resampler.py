@@ -51,7 +51,7 @@ class PerceiverResampler(Pretrained, nn.Module):
         activation: of the MLPs.
         qk_norm: "layer" normalises each head's queries and keys, as Idefics can; None does not.
         max_frames: most frames of a picture, each with a learned time embedding; None = pictures have one frame.
-        max_pictures: most pictures of a row, where each number has a learned embedding too; None = they have none.
+        max_images: most pictures of a row, where each number has a learned embedding too; None = they have none.
         norm_eps: of all norms.
 
     Raises:
@@ -70,11 +70,11 @@ class PerceiverResampler(Pretrained, nn.Module):
         activation: Activation = "gelu",
         qk_norm: Literal["rms", "layer"] | None = None,
         max_frames: int | None = None,
-        max_pictures: int | None = None,
+        max_images: int | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        sizes = {"num_latents": num_latents, "max_frames": max_frames, "max_pictures": max_pictures}
+        sizes = {"num_latents": num_latents, "max_frames": max_frames, "max_images": max_images}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
@@ -82,11 +82,11 @@ class PerceiverResampler(Pretrained, nn.Module):
         self.num_latents, self.qk_norm, self.norm_eps = num_latents, qk_norm, norm_eps
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.activation: Activation = activation
-        self.max_frames, self.max_pictures = max_frames, max_pictures
+        self.max_frames, self.max_images = max_frames, max_images
 
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embed = None if max_frames is None else nn.Parameter(torch.randn(max_frames, dim))
-        self.picture_embed = None if max_pictures is None else nn.Parameter(torch.randn(max_pictures, dim))
+        self.image_embed = None if max_images is None else nn.Parameter(torch.randn(max_images, dim))
         self.blocks = nn.ModuleList(
             ResamplerBlock(
                 Attention(dim, num_heads, head_dim=head_dim, bias=False, qk_norm=qk_norm, norm_eps=norm_eps),
@@ -118,12 +118,12 @@ class PerceiverResampler(Pretrained, nn.Module):
         b, i, t = x.shape[:3]
         if t > (self.max_frames or 1):
             raise ValueError(f"{t} frames of a picture were given, but max_frames is {self.max_frames}")
-        if self.max_pictures is not None and i > self.max_pictures:
-            raise ValueError(f"{i} pictures of a row were given, but max_pictures is {self.max_pictures}")
+        if self.max_images is not None and i > self.max_images:
+            raise ValueError(f"{i} pictures of a row were given, but max_pictures is {self.max_images}")
         if self.frame_embed is not None:
             x = x + self.frame_embed[:t, None]
-        if self.picture_embed is not None:
-            x = x + self.picture_embed[:i, None, None]
+        if self.image_embed is not None:
+            x = x + self.image_embed[:i, None, None]
         x = rearrange(x, "b i t p d -> (b i) (t p) d")
         latents = self.latents.expand(x.shape[0], -1, -1)
         for block in self.blocks:
@@ -132,4 +132,4 @@ class PerceiverResampler(Pretrained, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay spares, beside biases and norms (timm's protocol)."""
-        return {"latents", "frame_embed", "picture_embed"}
+        return {"latents", "frame_embed", "image_embed"}

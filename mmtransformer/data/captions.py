@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.loading.dataset import CaptionDataset, Collate
-from mmtransformer.data.loading.errors import BadPictures
+from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import FeatureCache
 from mmtransformer.data.loading.module import Data, Lengths
 from mmtransformer.data.loading.rows import CaptionRows, image_token
@@ -31,7 +31,7 @@ class CaptionData(Data):
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions.
         vocab_size: The most words of a tokenizer that is trained here.
-        captions_per_picture: Captions of a picture in a batch; they share one pass of the vision tower.
+        captions_per_image: Captions of a picture in a batch; they share one pass of the vision tower.
         batch_size: Pictures in a batch of one process.
         max_len: The most tokens of a caption, with prompt and end.
         num_workers: Processes that load pictures. The batches are the same for any number.
@@ -45,7 +45,7 @@ class CaptionData(Data):
         cache_dir: Folder of the visual tokens; "features" beside the runs unless told.
         flip_features: Keep mirrored visual tokens as well, and use them half of the time.
         cache_dtype: Number format of the visual tokens.
-        mark_pictures: Let the prompt show where the picture stands, by the tokenizer's image token, as in documents.
+        mark_images: Let the prompt show where the picture stands, by the tokenizer's image token, as in documents.
         max_bad: Share of the pictures that may be unreadable before the run stops.
         report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
     """
@@ -60,7 +60,7 @@ class CaptionData(Data):
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
-        captions_per_picture: int = 1,
+        captions_per_image: int = 1,
         batch_size: int = 32,
         max_len: int = 64,
         num_workers: int = 0,
@@ -74,7 +74,7 @@ class CaptionData(Data):
         cache_dir: str | None = None,
         flip_features: bool = False,
         cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
-        mark_pictures: bool = False,
+        mark_images: bool = False,
         max_bad: float = 0.01,
         report_dir: str | None = None,
     ):
@@ -89,13 +89,13 @@ class CaptionData(Data):
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        if captions_per_picture < 1:
-            raise ValueError(f"captions_per_picture ({captions_per_picture}) must be at least 1")
+        if captions_per_image < 1:
+            raise ValueError(f"captions_per_image ({captions_per_image}) must be at least 1")
         self.source, self.transform, self.augment = source, image, augment
-        self.captions_per_picture, self.max_len, self.languages = captions_per_picture, max_len, languages
+        self.captions_per_image, self.max_len, self.languages = captions_per_image, max_len, languages
         self.cache_features, self.cache_dir, self.flip_features = cache_features, cache_dir, flip_features
         self.cache_dtype: Literal["float16", "bfloat16", "float32"] = cache_dtype
-        self.mark_pictures, self.max_bad, self.report_dir = mark_pictures, max_bad, report_dir
+        self.mark_images, self.max_bad, self.report_dir = mark_images, max_bad, report_dir
         self._pairs: dict[str, Pairs] = {}
         self._rows: dict[str, CaptionRows] = {}
         self._features: dict[str, FeatureCache] = {}
@@ -123,7 +123,7 @@ class CaptionData(Data):
         """Return the captions of a split, tokenised at the first call; captions that had to be cut are reported."""
         if split not in self._rows:
             rows = self._rows[split] = CaptionRows(
-                self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_pictures
+                self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images
             )
             if rows.cut:
                 _log.warning(
@@ -198,7 +198,7 @@ class CaptionData(Data):
             self.pairs(split),
             rows,
             self.transform,
-            captions_per_picture=max(self.captions_per_picture, 0 if training else every_language),
+            captions_per_image=max(self.captions_per_image, 0 if training else every_language),
             training=training,
             seed=self.seed,
             augment=self.augment if training else None,
@@ -209,18 +209,18 @@ class CaptionData(Data):
         self._datasets.setdefault(split, []).append(dataset)
         return dataset
 
-    def _bad(self, split: str) -> BadPictures:
-        path = self.report_folder(self.report_dir) / f"bad_pictures_{split}.jsonl"
-        return BadPictures(path, len(self.pairs(split)), self.max_bad)
+    def _bad(self, split: str) -> BadImages:
+        path = self.report_folder(self.report_dir) / f"bad_images_{split}.jsonl"
+        return BadImages(path, len(self.pairs(split)), self.max_bad)
 
     def collate(self, split: str, *, training: bool = False) -> Collate:
         """What makes a `CaptionBatch` of pictures with their captions."""
-        return Collate(self.tokenizer.pad_id, self.tokenizer.image_id if self.mark_pictures else None)
+        return Collate(self.tokenizer.pad_id, self.tokenizer.image_id if self.mark_images else None)
 
     def lengths(self, split: str) -> Lengths:
         """How long the captions are that an epoch chooses."""
         rows = self.rows(split)
-        return lambda epoch, index: rows.lengths(self.seed, epoch, self.captions_per_picture, index)
+        return lambda epoch, index: rows.lengths(self.seed, epoch, self.captions_per_image, index)
 
     def mixing(self, split: str) -> Mixing | None:
         """How a training epoch is mixed; None if it is no mixture."""
@@ -238,11 +238,17 @@ class CaptionData(Data):
             The same pictures with tokens (b q), q = 1 or 2.
         """
         prompt = self.tokenizer.prompt(language if self.tokenizer.languages else None)
-        prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.mark_pictures)
+        prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.mark_images)
         tokens = prompt.to(batch.tokens.device).expand(len(batch.names), -1)
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        media = (tokens == self.tokenizer.image_id).long().cumsum(1) if self.mark_pictures else None
-        return dataclasses.replace(batch, tokens=tokens, valid=valid, target=~valid, media=media)
+        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        image_index = (tokens == self.tokenizer.image_id).long().cumsum(1) if self.mark_images else None
+        return dataclasses.replace(
+            batch,
+            tokens=tokens,
+            attention_mask=attention_mask,
+            loss_mask=~attention_mask,
+            image_index=image_index,
+        )
 
     def identity(self) -> dict[str, Any]:
         """How the pictures are mixed, and the tokenizer."""

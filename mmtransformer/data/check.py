@@ -56,7 +56,7 @@ class CheckReport:
 
     Attributes:
         source: What was looked at, in words.
-        pictures: Split -> number of pictures.
+        images: Split -> number of pictures.
         captions: Split -> number of captions.
         languages: Language -> number of captions; "unnamed" for those without.
         words: Words of a caption -> number of captions.
@@ -65,7 +65,7 @@ class CheckReport:
     """
 
     source: str
-    pictures: dict[str, int]
+    images: dict[str, int]
     captions: dict[str, int]
     languages: dict[str, int]
     words: dict[int, int]
@@ -83,9 +83,9 @@ class CheckReport:
 
     def __str__(self) -> str:
         rows = [(split, f"{count:,} pictures", f"{self.captions[split]:,} captions") for split, count in
-                self.pictures.items()]  # fmt: skip
+                self.images.items()]  # fmt: skip
         lines = [self.source, ""]
-        lines += [f"  {split:<14}{pictures:>18}{captions:>20}" for split, pictures, captions in rows]
+        lines += [f"  {split:<14}{images:>18}{captions:>20}" for split, images, captions in rows]
         if self.languages:
             lines += [
                 "",
@@ -148,7 +148,7 @@ def check(
     flat = [caption for split in captions.values() for group in split for caption in group]
     words = Counter(len(caption.text.split()) for caption in flat)
     findings = _rows(report, max_bad) if isinstance(report, Report) else []
-    findings += _pictures(looked, max_bad)
+    findings += _images(looked, max_bad)
     findings += _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2, max_bad)
     findings += [
         Finding(f"no pictures in {name}", 0, 0, True, [], f"{what} needs some")
@@ -157,11 +157,11 @@ def check(
     ]
     return CheckReport(
         source=describe() if describe else type(pairs).__name__,
-        pictures={name: len(split) for name, split in splits.items()},
+        images={name: len(split) for name, split in splits.items()},
         captions={name: sum(map(len, groups)) for name, groups in captions.items()},
         languages=dict(Counter(caption.language or "unnamed" for caption in flat).most_common()),
         words=dict(sorted(words.items())),
-        sizes=_sizes([picture.size for picture in looked if picture.size]),
+        sizes=_sizes([image.size for image in looked if image.size]),
         findings=sorted(findings, key=lambda finding: not finding.hurts),
     )
 
@@ -236,7 +236,7 @@ def _rows(report: Report, max_bad: float) -> list[Finding]:
     ]
 
 
-def _pictures(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
+def _images(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
     findings: list[Finding] = []
     total = len(looked)
 
@@ -250,18 +250,18 @@ def _pictures(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
     inside: list[str] = []
     across: list[str] = []
     # train first, so that a copy of a training picture is found where it does harm
-    for picture in sorted(looked, key=lambda p: p.split != "train"):
-        if picture.digest and (known := first.setdefault(picture.digest, picture)) is not picture:
-            said = f"{picture.split}/{picture.name} = {known.split}/{known.name}"
-            (inside if known.split == picture.split else across).append(said)
-    held_out = sum(picture.split != "train" for picture in looked)
+    for image in sorted(looked, key=lambda p: p.split != "train"):
+        if image.digest and (known := first.setdefault(image.digest, image)) is not image:
+            said = f"{image.split}/{image.name} = {known.split}/{known.name}"
+            (inside if known.split == image.split else across).append(said)
+    held_out = sum(image.split != "train" for image in looked)
     add("pictures that are in two splits", across, "a split column can keep copies together", of=held_out)
     add("the same picture again in its split", inside, "list its captions together", may_hurt=False)
     add("pictures of a single colour", [p.name for p in looked if p.blank], "take them out")
     thin = [
-        f"{picture.name}: {picture.size[0]} x {picture.size[1]}"
-        for picture in looked
-        if picture.size and (min(picture.size) < 16 or max(picture.size) > 8 * min(picture.size))
+        f"{image.name}: {image.size[0]} x {image.size[1]}"
+        for image in looked
+        if image.size and (min(image.size) < 16 or max(image.size) > 8 * min(image.size))
     ]
     add("pictures under 16 pixels, or 8 times longer than wide", thin, "take them out")
     return findings
@@ -278,13 +278,13 @@ def _captions(
     room = max_len - around
     cut: list[str] = []
     short: list[str] = []
-    of_pictures: dict[str, set[tuple[str, int]]] = {}
+    of_images: dict[str, set[tuple[str, int]]] = {}
     total = 0
     for name, groups in captions.items():
         for i, group in enumerate(groups):
             for text in (caption.text for caption in group):
                 total += 1
-                of_pictures.setdefault(text, set()).add((name, i))
+                of_images.setdefault(text, set()).add((name, i))
                 count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
                 if count > room:
                     unit = "tokens" if tokenizer else "words"
@@ -303,14 +303,12 @@ def _captions(
                 "captions that say next to nothing", len(short), total, hurts, short[:FIRST], "rewrite them"
             )
         )
-    pictures = sum(map(len, captions.values()))
-    text, places = max(
-        of_pictures.items(), key=lambda item: len(item[1]), default=("", set[tuple[str, int]]())
-    )
-    if len(places) > max(FIRST, pictures // 20):
-        hurts = len(places) > pictures // 2
+    images = sum(map(len, captions.values()))
+    text, places = max(of_images.items(), key=lambda item: len(item[1]), default=("", set[tuple[str, int]]()))
+    if len(places) > max(FIRST, images // 20):
+        hurts = len(places) > images // 2
         what, remedy = "pictures share one caption", "a model learns to say this of every picture"
-        findings.append(Finding(what, len(places), pictures, hurts, [repr(text[:80])], remedy))
+        findings.append(Finding(what, len(places), images, hurts, [repr(text[:80])], remedy))
     return findings
 
 

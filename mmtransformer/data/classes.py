@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource
-from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.errors import BadImages, TooManyFaults
 from mmtransformer.data.loading.module import Data
 from mmtransformer.data.loading.sampler import Pick, generator
 from mmtransformer.images import Augment, ImageError, ImageTransform
@@ -52,7 +52,7 @@ class ClassDataset(Dataset[ClassSample]):
     one does not count.
 
     Args:
-        pictures: The pictures.
+        images: The pictures.
         transform: From picture to pixels.
         augment: Changes training pictures at random, by (seed, epoch, index); None for evaluation.
         training: Whether stand-ins count.
@@ -62,36 +62,36 @@ class ClassDataset(Dataset[ClassSample]):
 
     def __init__(
         self,
-        pictures: Classified,
+        images: Classified,
         transform: ImageTransform,
         *,
         augment: Augment | None = None,
         training: bool = False,
         seed: int = 0,
-        bad: BadPictures | None = None,
+        bad: BadImages | None = None,
     ) -> None:
-        self.pictures, self.transform, self.augment = pictures, transform, augment
+        self.images, self.transform, self.augment = images, transform, augment
         self.training, self.seed, self.bad = training, seed, bad
 
     def __len__(self) -> int:
         """The number of pictures."""
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, pick: Pick) -> ClassSample:
         """The picture that is picked."""
         at, pixels = self._readable(pick)
         counted = pick.counted and (self.training or at == pick.index)
-        return ClassSample(pixels, self.pictures.label(at), counted, self.pictures.name(at))
+        return ClassSample(pixels, self.images.label(at), counted, self.images.name(at))
 
     def _readable(self, pick: Pick) -> tuple[int, Tensor]:
         for step in range(len(self)):
             at = (pick.index + step) % len(self)
             try:
-                image = self.pictures.image(at)
+                image = self.images.image(at)
             except ImageError as error:
                 if self.bad is None:
                     raise
-                self.bad.record(self.pictures.name(at), error)
+                self.bad.record(self.images.name(at), error)
                 continue
             if self.augment is not None:
                 image = self.augment(image, generator(self.seed, pick.epoch, at, 4))
@@ -159,16 +159,16 @@ class ClassData(Data):
         """The names of the classes, in the order of their numbers."""
         return self.source.classes
 
-    def pictures(self, split: str) -> Classified:
+    def images(self, split: str) -> Classified:
         """Return the pictures of a split."""
         return self.source.split(split)
 
     def dataset(self, split: str, *, training: bool = False) -> ClassDataset:
         """Return a split as a dataset; augmented in training."""
-        pictures = self.pictures(split)
+        images = self.images(split)
         augment = self.augment if training else None
         return ClassDataset(
-            pictures, self.transform, augment=augment, training=training, seed=self.seed, bad=self._bad(split)
+            images, self.transform, augment=augment, training=training, seed=self.seed, bad=self._bad(split)
         )
 
     def collate(self, split: str, *, training: bool = False) -> Callable[[list[ClassSample]], ClassBatch]:
@@ -181,15 +181,15 @@ class ClassData(Data):
             for split in self.splits_of(stage):
                 self._bad(split).reset()
 
-    def _bad(self, split: str) -> BadPictures:
-        path = self.report_folder(self.report_dir) / f"bad_pictures_{split}.jsonl"
-        return BadPictures(path, len(self.pictures(split)), self.max_bad)
+    def _bad(self, split: str) -> BadImages:
+        path = self.report_folder(self.report_dir) / f"bad_images_{split}.jsonl"
+        return BadImages(path, len(self.images(split)), self.max_bad)
 
     def describe(self) -> str:
         """What there is: "8 classes (circle, square ...); train 20,000, val 500"."""
         names = ", ".join(self.classes[:8]) + (" ..." if len(self.classes) > 8 else "")
         splits = (self.train_split, *self.val_splits)
-        counts = ", ".join(f"{split} {len(self.pictures(split)):,}" for split in splits)
+        counts = ", ".join(f"{split} {len(self.images(split)):,}" for split in splits)
         return f"{len(self.classes)} classes ({names}); {counts}"
 
     def identity(self) -> dict[str, Any]:

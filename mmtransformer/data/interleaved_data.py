@@ -10,7 +10,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.documents.document_dataset import CollateDocuments, DocumentDataset
 from mmtransformer.data.documents.documents import DocumentPairs, Documents, DocumentSource, texts_of
 from mmtransformer.data.documents.packing import DocumentRows
-from mmtransformer.data.loading.errors import BadPictures
+from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.module import Data, Lengths, list_of_splits
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
@@ -36,7 +36,7 @@ class InterleavedData(Data):
         vocab_size: The most words of a tokenizer that is trained here.
         batch_size: Rows in a batch of one process.
         max_len: The most tokens of a row.
-        max_pictures: The most pictures of a row.
+        max_images: The most pictures of a row.
         pack: Whether short documents share a row; they never see each other.
         num_workers: Processes that load pictures. The batches are the same for any number.
         seed: Seed of order, packing and augmentation.
@@ -60,7 +60,7 @@ class InterleavedData(Data):
         vocab_size: int = 4096,
         batch_size: int = 16,
         max_len: int = 256,
-        max_pictures: int = 6,
+        max_images: int = 6,
         pack: bool = True,
         num_workers: int = 0,
         seed: int = 0,
@@ -87,7 +87,7 @@ class InterleavedData(Data):
             vocab_size=vocab_size,
         )
         self.source, self.transform, self.augment = documents, image, augment
-        self.max_len, self.max_pictures, self.pack = max_len, max_pictures, pack
+        self.max_len, self.max_images, self.pack = max_len, max_images, pack
         self.languages, self.max_bad, self.report_dir = languages, max_bad, report_dir
         self._pairs = DocumentPairs(documents) if captions is None else captions
         self._captions: CaptionData | None = None
@@ -113,7 +113,7 @@ class InterleavedData(Data):
                 seed=self.seed,
                 val_splits=self._caption_splits,
                 test_splits=(),
-                mark_pictures=True,
+                mark_images=True,
                 max_bad=self.max_bad,
                 report_dir=self.report_dir,
             )
@@ -140,7 +140,7 @@ class InterleavedData(Data):
                 documents,
                 self.tokenizer,
                 max_len=self.max_len,
-                max_pictures=self.max_pictures,
+                max_images=self.max_images,
                 pack=self.pack,
                 seed=self.seed,
                 parts=parts,
@@ -149,7 +149,7 @@ class InterleavedData(Data):
             for count, what in (
                 (
                     rows.divided,
-                    f"{all_} are longer than a row ({self.max_len} tokens, {self.max_pictures} pictures): divided",
+                    f"{all_} are longer than a row ({self.max_len} tokens, {self.max_images} pictures): divided",
                 ),
                 (rows.cut, "texts are longer than a row: cut"),
                 (rows.silent, f"{all_} have no text after a picture: left out"),
@@ -173,9 +173,9 @@ class InterleavedData(Data):
         super().setup(stage)
         self.captions.setup("validate")
 
-    def _bad(self, split: str) -> BadPictures:
-        path = self.report_folder(self.report_dir) / f"bad_pictures_documents_{split}.jsonl"
-        return BadPictures(path, int(self.rows(split).pictures.sum()), self.max_bad)
+    def _bad(self, split: str) -> BadImages:
+        path = self.report_folder(self.report_dir) / f"bad_images_documents_{split}.jsonl"
+        return BadImages(path, int(self.rows(split).images.sum()), self.max_bad)
 
     def dataset(self, split: str, *, training: bool = False) -> DocumentDataset:
         """Return a split as a dataset of `Pick`s."""

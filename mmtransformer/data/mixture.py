@@ -79,7 +79,7 @@ class Mixing:
             )
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
 
-    def pictures(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def images(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's members (size,), part by part, and for each the shuffle of its part that it comes from (size,)."""
         index, turns = [], []
         for part, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):
@@ -165,15 +165,15 @@ class MixedDocuments(_Parts[Documents]):
         part, at = self.find(i)
         return self.splits[part].document(at)
 
-    def picture_name(self, i: int, k: int) -> str:
+    def image_name(self, i: int, k: int) -> str:
         """The part's name and the picture's."""
         part, at = self.find(i)
-        return f"{part}/{self.splits[part].picture_name(at, k)}"
+        return f"{part}/{self.splits[part].image_name(at, k)}"
 
-    def picture(self, i: int, k: int) -> Image.Image:
+    def image(self, i: int, k: int) -> Image.Image:
         """The picture as RGB."""
         part, at = self.find(i)
-        return self.splits[part].picture(at, k)
+        return self.splits[part].image(at, k)
 
 
 class _Sources(Generic[Split]):

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmtransformer.data.documents.document_records import document_files, holds_documents
 from mmtransformer.data.documents.documents import DocumentPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
-from mmtransformer.data.files.archives import PICTURES, Files
+from mmtransformer.data.files.archives import IMAGES, Files
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
 from mmtransformer.data.loading.errors import Report
@@ -92,8 +92,8 @@ def are_shards(root: str | Path) -> bool:
             names = [info.name.lower() for info in islice(box, _PEEK)]
     except (tarfile.TarError, OSError, ValueError, EOFError):
         return True  # shards, but damaged ones: they say how
-    pictures = {_key(name) for name in names if name.endswith(PICTURES)}
-    return any(_key(name) in pictures for name in names if name.rpartition(".")[2] in TEXTS)
+    images = {_key(name) for name in names if name.endswith(IMAGES)}
+    return any(_key(name) in images for name in names if name.rpartition(".")[2] in TEXTS)
 
 
 def _key(name: str) -> str:

@@ -22,7 +22,7 @@ def own_pairs(
     augment: Augment | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
-    captions_per_picture: int = 1,
+    captions_per_image: int = 1,
     batch_size: int = 16,
     max_len: int = 64,
     num_workers: int = 0,
@@ -50,7 +50,7 @@ def own_pairs(
         augment: Random changes to training pictures.
         tokenizer: Folder or hub name of a tokenizer; a model that is fine-tuned brings its own; else one is trained.
         vocab_size: The most words of a tokenizer that is trained.
-        captions_per_picture: Captions of a picture in a batch.
+        captions_per_image: Captions of a picture in a batch.
         batch_size: Pictures in a batch of one process.
         max_len: The most tokens of a caption, with prompt and end.
         num_workers: Processes that load pictures.
@@ -84,7 +84,7 @@ def own_pairs(
         augment=augment,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        captions_per_picture=captions_per_picture,
+        captions_per_image=captions_per_image,
         batch_size=batch_size,
         max_len=max_len,
         num_workers=num_workers,

@@ -24,7 +24,7 @@ _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL",
 
 
 @dataclasses.dataclass(slots=True)
-class _Picture:
+class _Image:
     name: str
     place: Any  # an Entry, or (ParquetBytes, row group, row)
     split: str | None
@@ -34,17 +34,17 @@ class _Picture:
 class PairSplit:
     """One split of `PairFiles`: pictures by index, each with its captions. Can be pickled for loader workers."""
 
-    def __init__(self, files: Files, pictures: Sequence[_Picture]):
+    def __init__(self, files: Files, images: Sequence[_Image]):
         self._files = files
-        self._pictures = list(pictures)
+        self._images = list(images)
 
     def __len__(self) -> int:
         """The number of pictures."""
-        return len(self._pictures)
+        return len(self._images)
 
     def name(self, i: int) -> str:
         """The name of picture i, as its manifest gives it."""
-        return self._pictures[i].name
+        return self._images[i].name
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB.
@@ -52,8 +52,8 @@ class PairSplit:
         Raises:
             ImageError: If it can't be read or decoded; the message names the file and the fault.
         """
-        place = self._pictures[i].place
-        label = place.path if isinstance(place, Entry) else self._pictures[i].name
+        place = self._images[i].place
+        label = place.path if isinstance(place, Entry) else self._images[i].name
         try:
             data = self._files.read(place) if isinstance(place, Entry) else place[0].read(*place[1:])
         except (OSError, ValueError) as error:
@@ -65,11 +65,11 @@ class PairSplit:
 
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""
-        return list(self._pictures[i].captions)
+        return list(self._images[i].captions)
 
     def fingerprint(self, i: int) -> str:
         """What changes when the bytes of picture i do: its checksum or its file's time, at the cost of no reading."""
-        place = self._pictures[i].place
+        place = self._images[i].place
         try:
             if not isinstance(place, Entry):
                 return hashlib.sha256(place[0].read(*place[1:]) or b"").hexdigest()
@@ -138,10 +138,10 @@ class PairFiles:
         self.report = Report()
         files = Files(root)
         manifests = find_manifests(files, format)
-        self._pictures_in = files if images is None or not manifests else Files(_images_folder(files, images))
+        self._images_in = files if images is None or not manifests else Files(_images_folder(files, images))
         captions = [caption_column] if isinstance(caption_column, str) else caption_column
         wanted = Wanted(image_column, captions, language_column, split_column)
-        self._found: dict[Any, _Picture] = {}
+        self._found: dict[Any, _Image] = {}
         self._missing: list[tuple[str | None, Row, str, str]] = []
         self._said: list[str] = []
         if manifests:
@@ -151,7 +151,7 @@ class PairFiles:
                 columns, rows = read_manifest(files, manifest, wanted)
                 self._said = [f"{_title(manifest)} {listing}"]
                 self._said += [str(columns)] if columns else []
-                base = manifest.base if self._pictures_in is files else ""
+                base = manifest.base if self._images_in is files else ""
                 self._add(list(rows), base, manifest.split)
         else:
             self._said = [_TITLES["folder"]]
@@ -163,17 +163,17 @@ class PairFiles:
         for path, reason in files.refused.items():
             self.report.note("file left out", path, reason)
         self.report.enforce(what, max_bad)
-        pictures = [picture for picture in self._found.values() if picture.captions]
-        if not pictures and max_bad < 1:
+        found = [image for image in self._found.values() if image.captions]
+        if not found and max_bad < 1:
             raise TooManyFaults(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
-        self._settle_names(pictures)
+        self._settle_names(found)
         self.languages: tuple[str, ...]
-        self.languages, said = settle_languages([picture.captions for picture in pictures], language)
+        self.languages, said = settle_languages([image.captions for image in found], language)
         self._said.append(said)
-        names, splits = [p.name for p in pictures], [p.split for p in pictures]
+        names, splits = [p.name for p in found], [p.split for p in found]
         members, said = settle_splits(names, splits, val_fraction)
         self._said += [said] if said else []
-        self._splits = {split: [pictures[i] for i in some] for split, some in members.items()}
+        self._splits = {split: [found[i] for i in some] for split, some in members.items()}
         del self._found, self._missing
 
     def splits(self) -> tuple[str, ...]:
@@ -190,13 +190,13 @@ class PairFiles:
             raise ValueError(
                 f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}"
             )
-        return PairSplit(self._pictures_in, self._splits[name])
+        return PairSplit(self._images_in, self._splits[name])
 
     def describe(self) -> str:
         """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""
-        pictures = sum(map(len, self._splits.values()))
-        captions = sum(len(picture.captions) for split in self._splits.values() for picture in split)
-        parts = [f"{self._said[0]}: {pictures} pictures, {captions} captions", *self._said[1:]]
+        images = sum(map(len, self._splits.values()))
+        captions = sum(len(image.captions) for split in self._splits.values() for image in split)
+        parts = [f"{self._said[0]}: {images} pictures, {captions} captions", *self._said[1:]]
         if self._splits:
             parts.append(
                 "splits " + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
@@ -205,7 +205,7 @@ class PairFiles:
 
     def _add(self, rows: list[Row], base: str, split: str | None) -> None:
         """Finds the pictures of a manifest's rows and counts what is wrong with them."""
-        finder = Finder(self._pictures_in, base, (row.image for row in rows if row.image and row.key is None))
+        finder = Finder(self._images_in, base, (row.image for row in rows if row.image and row.key is None))
         for row in rows:
             if row.split == "unlisted":
                 self.report.note("on none of the split lists, left out", row.where, row.image or "")
@@ -229,7 +229,7 @@ class PairFiles:
                 place, name, key = row.key, row.image, row.where
             known = self._found.get(key)
             if known is None:
-                self._found[key] = _Picture(name, place, row.split or split, list(row.captions))
+                self._found[key] = _Image(name, place, row.split or split, list(row.captions))
             elif known.name != name and finder.way > 1:
                 self.report.fault(
                     "ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key}"
@@ -241,7 +241,7 @@ class PairFiles:
                 known.captions.extend(row.captions)
 
     def _count_missing(self) -> None:
-        there = {picture.split for picture in self._found.values()} | {"train", None}
+        there = {image.split for image in self._found.values()} | {"train", None}
         for split, row, cause, what in self._missing:
             if split in there or not self._found:
                 self.report.fault(cause, row.where, what)
@@ -250,16 +250,16 @@ class PairFiles:
                 self.report.note(f"split {split} has no pictures here, left out", row.where, what)
 
     @staticmethod
-    def _settle_names(pictures: list[_Picture]) -> None:
+    def _settle_names(images: list[_Image]) -> None:
         """Makes names unique: shards may hold the same names, and tables the same file name in every row."""
-        often = Counter(picture.name for picture in pictures)
-        for picture in pictures:
-            if often[picture.name] > 1:
-                place = picture.place
-                picture.name = (
+        often = Counter(image.name for image in images)
+        for image in images:
+            if often[image.name] > 1:
+                place = image.place
+                image.name = (
                     nfc(place.path)
                     if isinstance(place, Entry)
-                    else f"{Path(place[0].path).name}/{place[1]}/{place[2]}/{picture.name}"
+                    else f"{Path(place[0].path).name}/{place[1]}/{place[2]}/{image.name}"
                 )
 
 

@@ -93,12 +93,14 @@ class PairCollate:
 
     def __call__(self, rows: list[PairRow]) -> TextPairs:
         """Stack the rows."""
-        source, source_valid = self.tokenizer.pad([row.source for row in rows])
-        tokens, valid = self.tokenizer.pad([row.tokens for row in rows])
+        source, source_attention_mask = self.tokenizer.pad([row.source for row in rows])
+        tokens, attention_mask = self.tokenizer.pad([row.tokens for row in rows])
         counted = torch.tensor([row.counted for row in rows])[:, None]
         first = torch.tensor([row.prompt for row in rows])[:, None]
-        target = valid & counted & (torch.arange(tokens.shape[1]) >= first)
-        return TextPairs(source, source_valid, tokens, valid, target, tuple(row.name for row in rows))
+        loss_mask = attention_mask & counted & (torch.arange(tokens.shape[1]) >= first)
+        return TextPairs(
+            source, source_attention_mask, tokens, attention_mask, loss_mask, tuple(row.name for row in rows)
+        )
 
 
 class TranslationData(Data):

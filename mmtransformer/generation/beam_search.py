@@ -13,9 +13,9 @@ from mmtransformer.generation.logits_processors import (
     IMPOSSIBLE,
     Batch,
     Generated,
+    GenerativeModel,
     Prompts,
     Rules,
-    Writer,
     stop_every,
     text_of,
 )
@@ -119,12 +119,12 @@ class Beams:
 
 
 def beam_search(
-    model: Writer[Batch],
+    model: GenerativeModel[Batch],
     batch: Batch,
     rules: Rules,
     max_new_tokens: int,
     groups: list[Beams],
-    num_return: int,
+    num_return_sequences: int,
     diversity_penalty: float = 0.0,
 ) -> list[list[Generated]]:
     """Beam search (transformers' rules), or diverse beam search with several groups (arXiv:1610.02424).
@@ -138,12 +138,12 @@ def beam_search(
         rules: see `Rules`.
         max_new_tokens: most new tokens.
         groups: empty beams of equal size.
-        num_return: texts a row.
+        num_return_sequences: texts a row.
         diversity_penalty: see above.
     """
     n, prompt = batch.tokens.shape
     size, beams = groups[0].size, sum(group.size for group in groups)
-    logits, state = model.start(batch, copies=beams, max_new_tokens=max_new_tokens)
+    logits, state = model.prefill(batch, expand_size=beams, max_new_tokens=max_new_tokens)
     device, vocab = logits.device, logits.shape[1]
     history, known = room(batch, beams, max_new_tokens)
     first_row = torch.arange(n, device=device)[:, None] * beams
@@ -168,18 +168,20 @@ def beam_search(
         if step + 1 == max_new_tokens or ((step + 1) % stop_every(device) == 0 and _all_done(groups)):
             break
         state.reorder((first_row + torch.cat(sources, 1)).view(-1))
-        logits = model.step(torch.cat(tokens, 1).view(-1), state)
+        logits = model.decode_step(torch.cat(tokens, 1).view(-1), state)
     found = zip(*(group.finished.rows() for group in groups), strict=True)
     ordered = [sorted((text for part in parts for text in part), key=lambda x: -x[0]) for parts in found]
-    return [[text for _, text in row[:num_return]] for row in ordered]
+    return [[text for _, text in row[:num_return_sequences]] for row in ordered]
 
 
-def room(batch: Prompts, copies: int, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+def room(batch: Prompts, expand_size: int, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Prompts with room for new ids behind them, and which are real (new ones are): (m prompt + t) each."""
-    tokens, valid = (x.repeat_interleave(copies, 0) for x in (batch.tokens, batch.valid))
+    tokens, attention_mask = (
+        x.repeat_interleave(expand_size, 0) for x in (batch.tokens, batch.attention_mask)
+    )
     return (
         torch.nn.functional.pad(tokens, (0, max_new_tokens)),
-        torch.nn.functional.pad(valid, (0, max_new_tokens), value=True),
+        torch.nn.functional.pad(attention_mask, (0, max_new_tokens), value=True),
     )
 
 

@@ -38,7 +38,7 @@ class Decoding:
         diversity_penalty: How much they avoid them.
         image_guidance: Above 1, what the picture makes likelier than a blank one counts for more; takes twice the work.
         must_contain: Words that a caption must contain; needs beams.
-        mark_pictures: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
+        mark_images: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
             was trained so, on interleaved documents.
     """
 
@@ -58,7 +58,7 @@ class Decoding:
     diversity_penalty: float = 0.0
     image_guidance: float = 1.0
     must_contain: tuple[str, ...] = ()
-    mark_pictures: bool = False
+    mark_images: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "must_contain", tuple(self.must_contain))  # JSON has no tuples
@@ -113,7 +113,7 @@ def write_captions(
     """
     d = decoding or Decoding()
     if prompts is None:
-        batch = with_prompts(batch, tokenizer, languages, mark=d.mark_pictures)
+        batch = with_prompts(batch, tokenizer, languages, mark=d.mark_images)
     else:
         batch = prompts(batch, languages)
     room = captioner.max_len - batch.tokens.shape[1]
@@ -125,7 +125,7 @@ def write_captions(
         max_new_tokens=min(d.max_new_tokens, room),
         min_new_tokens=d.min_new_tokens,
         num_beams=d.num_beams if d.do_sample or d.num_beams >= num_captions else num_captions,
-        num_return=num_captions,
+        num_return_sequences=num_captions,
         do_sample=d.do_sample,
         temperature=d.temperature,
         top_k=d.top_k,
@@ -170,7 +170,7 @@ def stream_caption(
     """
     d = decoding or Decoding()
     if prompts is None:
-        batch = with_prompts(batch, tokenizer, [language], mark=d.mark_pictures)
+        batch = with_prompts(batch, tokenizer, [language], mark=d.mark_images)
     else:
         batch = prompts(batch, [language])
     tokens = stream(
@@ -227,7 +227,7 @@ def _result(said: Generated, tokenizer: Tokenizer, language: str | None) -> Capt
     )
 
 
-def heat_of(
+def heatmap_of(
     captioner: Captioner,
     tokenizer: Tokenizer,
     batch: CaptionBatch,
@@ -253,12 +253,18 @@ def heat_of(
     else:
         prompt = prompts(batch, [said.language])
     tokens = torch.cat([prompt.tokens, prompt.tokens.new_tensor([said.tokens])], 1)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    media = prompt.media
-    if media is not None:
-        media = torch.cat([media, media[:, -1:].expand(-1, len(said.tokens))], 1)
-    whole = dataclasses.replace(prompt, tokens=tokens, valid=valid, target=~valid, media=media)
-    look = captioner.look(whole)[0, :, -1]
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    image_index = prompt.image_index
+    if image_index is not None:
+        image_index = torch.cat([image_index, image_index[:, -1:].expand(-1, len(said.tokens))], 1)
+    whole = dataclasses.replace(
+        prompt,
+        tokens=tokens,
+        attention_mask=attention_mask,
+        loss_mask=~attention_mask,
+        image_index=image_index,
+    )
+    look = captioner.attention_map(whole)[0, :, -1]
     first = prompt.tokens.shape[1] - 1
     if not said.words:
         return look.new_zeros(0, *look.shape[1:]).cpu()

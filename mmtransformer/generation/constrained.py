@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from mmtransformer.generation.beam_search import Beams, LengthPenalty, like, room
-from mmtransformer.generation.logits_processors import IMPOSSIBLE, Batch, Generated, Rules, Writer, stop_every
+from mmtransformer.generation.logits_processors import (
+    IMPOSSIBLE,
+    Batch,
+    Generated,
+    GenerativeModel,
+    Rules,
+    stop_every,
+)
 
 Word = Sequence[Sequence[int]]
 """A required word: the ways to spell it in tokens, one of which must come."""
 
 
-class OwingBeams(Beams):
+class ConstrainedBeams(Beams):
     """Beams that know which words each of them still owes.
 
     Args:
@@ -117,7 +124,12 @@ class OwingBeams(Beams):
 
 
 def required_words(
-    model: Writer[Batch], batch: Batch, rules: Rules, max_new_tokens: int, beams: OwingBeams, num_return: int
+    model: GenerativeModel[Batch],
+    batch: Batch,
+    rules: Rules,
+    max_new_tokens: int,
+    beams: ConstrainedBeams,
+    num_return_sequences: int,
 ) -> list[list[Generated]]:
     """Beam search whose texts contain the words of `beams`; where there was no time for all, as many as could be.
 
@@ -127,10 +139,10 @@ def required_words(
         rules: see `Rules`.
         max_new_tokens: most new tokens.
         beams: empty ones.
-        num_return: texts a row.
+        num_return_sequences: texts a row.
     """
     n, prompt = batch.tokens.shape
-    logits, state = model.start(batch, copies=beams.size, max_new_tokens=max_new_tokens)
+    logits, state = model.prefill(batch, expand_size=beams.size, max_new_tokens=max_new_tokens)
     history, known = room(batch, beams.size, max_new_tokens)
     first_row = torch.arange(n, device=logits.device)[:, None] * beams.size
     for step in range(max_new_tokens):
@@ -143,5 +155,5 @@ def required_words(
         if step + 1 == max_new_tokens or done:
             break
         state.reorder((first_row + beam).view(-1))
-        logits = model.step(token.view(-1), state)
-    return [[text for _, text in row[:num_return]] for row in beams.finished.rows()]
+        logits = model.decode_step(token.view(-1), state)
+    return [[text for _, text in row[:num_return_sequences]] for row in beams.finished.rows()]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import DecoderState
 from mmtransformer.captioners.base import State
-from mmtransformer.generation.logits_processors import Batch, Writer
+from mmtransformer.generation.logits_processors import Batch, GenerativeModel
 
 Step = Callable[[], Tensor]
 """Reads tokens from a fixed place and gives logits (m v)."""
@@ -46,7 +46,7 @@ def compiled(step: Step) -> Step:
     return torch.compile(step, fullgraph=True, dynamic=False)
 
 
-class CapturedState:
+class CudaGraphState:
     """A model's state, the place where its next tokens are put, and the recorded step, once there is one."""
 
     def __init__(self, state: State, tokens: Tensor) -> None:
@@ -65,20 +65,20 @@ class CapturedState:
         self.state.reorder(rows)
 
 
-class Captured(Generic[Batch]):
+class CudaGraphDecoder(Generic[Batch]):
     """A model for `generate` and `stream` whose steps are one recording, played for every token.
 
     It writes one batch at a time, and holds on to where the weights were: make a new one after the model was moved.
-    For guidance put it around: `Captured(Guided(captioner, 2.0))`.
+    For guidance put it around: `CudaGraphDecoder(Guided(captioner, 2.0))`.
 
     Args:
-        model: any model with `start` and `step` over the library's own blocks.
+        model: any model with `prefill` and `decode_step` over the library's own blocks.
         record: `cuda_graph`, or `compiled`.
     """
 
-    def __init__(self, model: Writer[Batch], record: Callable[[Step], Step] = cuda_graph) -> None:
+    def __init__(self, model: GenerativeModel[Batch], record: Callable[[Step], Step] = cuda_graph) -> None:
         self.model, self.record = model, record
-        self._last: CapturedState | None = None
+        self._last: CudaGraphState | None = None
 
     @property
     def training(self) -> bool:
@@ -98,15 +98,15 @@ class Captured(Generic[Batch]):
         """Training mode."""
         self.model.train(mode)
 
-    def start(
-        self, batch: Batch, *, copies: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, CapturedState]:
+    def prefill(
+        self, batch: Batch, *, expand_size: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, CudaGraphState]:
         """As the model's; the state is then fixed, and takes the place of the last one if that had the same shapes.
 
         Raises:
             ValueError: if the model's state cannot be fixed.
         """
-        logits, state = self.model.start(batch, copies=copies, max_new_tokens=max_new_tokens)
+        logits, state = self.model.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
         found = list(_decoder_states(state))
         if not found:
             raise ValueError(
@@ -114,9 +114,9 @@ class Captured(Generic[Batch]):
                 f"{type(state).__name__} holds no DecoderState"
             )
         for part in found:
-            part.fix()
+            part.make_static()
         tokens = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-        new, last = CapturedState(state, tokens), self._last
+        new, last = CudaGraphState(state, tokens), self._last
         if last is None or not _alike(new.tensors, last.tensors):
             self._last = new
             return logits, new
@@ -124,7 +124,7 @@ class Captured(Generic[Batch]):
             old.copy_(now)
         return logits, last
 
-    def step(self, tokens: Tensor, state: CapturedState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: CudaGraphState) -> Tensor:
         """Adds a token to each row: (m) long -> logits (m v), which the next step may overwrite.
 
         Raises:
@@ -133,7 +133,7 @@ class Captured(Generic[Batch]):
         with torch.cuda.device_of(tokens):
             return self._play(tokens, state)
 
-    def _play(self, tokens: Tensor, state: CapturedState) -> Tensor:
+    def _play(self, tokens: Tensor, state: CudaGraphState) -> Tensor:
         state.tokens.copy_(tokens)
         if state.play is None:
             kind = tokens.device.type
@@ -144,7 +144,7 @@ class Captured(Generic[Batch]):
             parts = list(_decoder_states(state.state))
             moving = [x for part in parts for x in _own(part)]
             before = [x.clone() for x in moving]
-            state.play = self.record(lambda: self.model.step(state.tokens, state.state))
+            state.play = self.record(lambda: self.model.decode_step(state.tokens, state.state))
             for x, was in zip(moving, before, strict=True):
                 x.copy_(was)  # Recording may have taken steps.
         return state.play()

@@ -48,24 +48,26 @@ class Guided:
         """Training mode."""
         self.captioner.train(mode)
 
-    def start(self, batch: CaptionBatch, *, copies: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, Both]:
+    def prefill(
+        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, Both]:
         """Reads the prompts twice, with their pictures and with blank ones."""
-        right, state = self.captioner.start(batch, copies=copies, max_new_tokens=max_new_tokens)
-        blank, other = self.captioner.start(
-            blank_pictures(self.captioner, batch), copies=copies, max_new_tokens=max_new_tokens
+        right, state = self.captioner.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
+        blank, other = self.captioner.prefill(
+            blank_images(self.captioner, batch), expand_size=expand_size, max_new_tokens=max_new_tokens
         )
         return self._guided(right, blank), Both(state, other)
 
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row of both."""
-        right = self.captioner.step(tokens, state.right)
-        return self._guided(right, self.captioner.step(tokens, state.blank))
+        right = self.captioner.decode_step(tokens, state.right)
+        return self._guided(right, self.captioner.decode_step(tokens, state.blank))
 
     def _guided(self, right: Tensor, blank: Tensor) -> Tensor:
         return blank.float().log_softmax(1).lerp(right.float().log_softmax(1), self.scale)
 
 
-def blank_pictures(captioner: Captioner, batch: CaptionBatch) -> CaptionBatch:
+def blank_images(captioner: Captioner, batch: CaptionBatch) -> CaptionBatch:
     """The batch with grey pictures (the mean colour of the transform) in place of its own."""
     if batch.pixels is not None:
         return replace(batch, pixels=torch.zeros_like(batch.pixels))

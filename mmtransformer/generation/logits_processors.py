@@ -20,14 +20,14 @@ class Prompts(Protocol):
 
     tokens: Tensor
     """(n q) long, padded on the left."""
-    valid: Tensor
+    attention_mask: Tensor
     """(n q) bool, True = a real token."""
 
 
 Batch = TypeVar("Batch", bound=Prompts, contravariant=True)
 
 
-class Writer(Protocol[Batch]):
+class GenerativeModel(Protocol[Batch]):
     """What a search needs of a model: every `Captioner` has it, every `Decoder`, and the 2017 `Transformer`."""
 
     @property
@@ -40,11 +40,13 @@ class Writer(Protocol[Batch]):
         """Most text tokens of a row, prompt included."""
         ...
 
-    def start(self, batch: Batch, *, copies: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
-        """See `Captioner.start`."""
+    def prefill(
+        self, batch: Batch, *, expand_size: int = 1, max_new_tokens: int = 40
+    ) -> tuple[Tensor, State]:
+        """See `Captioner.prefill`."""
         ...
 
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """See `Captioner.step`."""
         ...
 

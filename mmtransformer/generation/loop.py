@@ -9,22 +9,22 @@ import torch
 
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.beam_search import Beams, LengthPenalty, beam_search
-from mmtransformer.generation.constrained import OwingBeams, Word, required_words
+from mmtransformer.generation.constrained import ConstrainedBeams, Word, required_words
 from mmtransformer.generation.guidance import Guided
-from mmtransformer.generation.logits_processors import Batch, Generated, Rules, Writer
+from mmtransformer.generation.logits_processors import Batch, Generated, GenerativeModel, Rules
 from mmtransformer.generation.sampling import Drawing, sample, walk
 
 
 @torch.inference_mode()
 def generate(
-    captioner: Writer[Batch],
+    captioner: GenerativeModel[Batch],
     batch: Batch,
     *,
     eos_id: int,
     max_new_tokens: int = 40,
     min_new_tokens: int = 0,
     num_beams: int = 1,
-    num_return: int = 1,
+    num_return_sequences: int = 1,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -50,7 +50,7 @@ def generate(
         max_new_tokens: most new tokens, the end included.
         min_new_tokens: no end before so many tokens.
         num_beams: beams; 1 = greedy, or sampling.
-        num_return: texts a row: samples, or the best of the beams.
+        num_return_sequences: texts a row: samples, or the best of the beams.
         do_sample: draw tokens instead of taking the likeliest.
         temperature: divides the scores before drawing.
         top_k: draw from the k likeliest only.
@@ -74,7 +74,17 @@ def generate(
     Raises:
         ValueError: for numbers that make no sense, alone or together.
     """
-    _check(captioner, batch, max_new_tokens, num_beams, num_return, do_sample, temperature, top_k, top_p)
+    _check(
+        captioner,
+        batch,
+        max_new_tokens,
+        num_beams,
+        num_return_sequences,
+        do_sample,
+        temperature,
+        top_k,
+        top_p,
+    )
     _check_beams(num_beams, num_beam_groups, diversity_penalty, length_offset, required, max_new_tokens)
     model = _guided(captioner, image_guidance)
     rules = Rules(eos_id, min_new_tokens, repetition_penalty, no_repeat_ngram)
@@ -83,21 +93,25 @@ def generate(
     try:
         if num_beams == 1:
             drawing = Drawing(temperature, top_k, top_p, generator) if do_sample else None
-            return sample(model, batch, rules, max_new_tokens, num_return, drawing)
+            return sample(model, batch, rules, max_new_tokens, num_return_sequences, drawing)
         divide = LengthPenalty(length_penalty, length_offset)
         size = num_beams // num_beam_groups
         new = (batch.tokens.shape[0], size, max_new_tokens, rules, divide, batch.tokens.device)
         if required:
-            return required_words(model, batch, rules, max_new_tokens, OwingBeams(*new, required), num_return)
+            return required_words(
+                model, batch, rules, max_new_tokens, ConstrainedBeams(*new, required), num_return_sequences
+            )
         groups = [Beams(*new) for _ in range(num_beam_groups)]
-        return beam_search(model, batch, rules, max_new_tokens, groups, num_return, diversity_penalty)
+        return beam_search(
+            model, batch, rules, max_new_tokens, groups, num_return_sequences, diversity_penalty
+        )
     finally:
         captioner.train(training)
 
 
 @torch.inference_mode()
 def stream(
-    captioner: Writer[Batch],
+    captioner: GenerativeModel[Batch],
     batch: Batch,
     *,
     eos_id: int,
@@ -152,7 +166,7 @@ def stream(
         captioner.train(training)
 
 
-def _guided(captioner: Writer[Batch], scale: float) -> Writer[Batch]:
+def _guided(captioner: GenerativeModel[Batch], scale: float) -> GenerativeModel[Batch]:
     if scale == 1.0:
         return captioner
     if scale < 0:
@@ -165,11 +179,11 @@ def _guided(captioner: Writer[Batch], scale: float) -> Writer[Batch]:
 
 
 def _check(
-    model: Writer[Batch],
+    model: GenerativeModel[Batch],
     batch: Batch,
     max_new_tokens: int,
     num_beams: int,
-    num_return: int,
+    num_return_sequences: int,
     do_sample: bool,
     temperature: float,
     top_k: int | None,
@@ -183,14 +197,18 @@ def _check(
             f"a prompt of {prompt} and {max_new_tokens} new tokens are more than the {model.max_len} that the "
             f"captioner reads; at most {model.max_len - prompt} new tokens fit"
         )
-    if num_beams < 1 or num_return < 1:
-        raise ValueError(f"num_beams ({num_beams}) and num_return ({num_return}) must be at least 1")
+    if num_beams < 1 or num_return_sequences < 1:
+        raise ValueError(
+            f"num_beams ({num_beams}) and num_return ({num_return_sequences}) must be at least 1"
+        )
     if num_beams > 1 and do_sample:
         raise ValueError(f"beam search (num_beams={num_beams}) does not draw: do_sample needs num_beams=1")
-    if num_beams > 1 and num_return > num_beams:
-        raise ValueError(f"num_return ({num_return}) cannot exceed num_beams ({num_beams})")
-    if num_beams == 1 and not do_sample and num_return > 1:
-        raise ValueError(f"greedy search gives one text, not {num_return}: use do_sample or num_beams")
+    if num_beams > 1 and num_return_sequences > num_beams:
+        raise ValueError(f"num_return ({num_return_sequences}) cannot exceed num_beams ({num_beams})")
+    if num_beams == 1 and not do_sample and num_return_sequences > 1:
+        raise ValueError(
+            f"greedy search gives one text, not {num_return_sequences}: use do_sample or num_beams"
+        )
     if temperature <= 0:
         raise ValueError(
             f"temperature must be above 0, not {temperature}; for the likeliest token use do_sample=False"

@@ -45,14 +45,19 @@ def with_prompts(
             f'token; "image_token" in its tokenizer_config.json names one'
         )
     marks = [tokenizer.image_id] * i if mark and tokenizer.image_id is not None else []
-    tokens, valid = tokenizer.pad([tokenizer.prompt(language) + marks for language in languages], side="left")
-    tokens, valid = tokens.repeat(b, 1).to(batch.tokens.device), valid.repeat(b, 1).to(batch.tokens.device)
+    tokens, attention_mask = tokenizer.pad(
+        [tokenizer.prompt(language) + marks for language in languages], side="left"
+    )
+    tokens, attention_mask = (
+        tokens.repeat(b, 1).to(batch.tokens.device),
+        attention_mask.repeat(b, 1).to(batch.tokens.device),
+    )
     return dataclasses.replace(
         batch,
         tokens=tokens,
-        valid=valid,
-        target=torch.zeros_like(valid),
-        media=(tokens == tokenizer.image_id).long().cumsum(1) if marks else None,
-        media_first=None,
-        segments=None,
+        attention_mask=attention_mask,
+        loss_mask=torch.zeros_like(attention_mask),
+        image_index=(tokens == tokenizer.image_id).long().cumsum(1) if marks else None,
+        first_image_index=None,
+        document_ids=None,
     )

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmtransformer.generation.logits_processors import Batch, Generated, Rules, Writer, stop_every, text_of
+from mmtransformer.generation.logits_processors import (
+    Batch,
+    Generated,
+    GenerativeModel,
+    Rules,
+    stop_every,
+    text_of,
+)
 
 
 @dataclass(frozen=True)
@@ -36,20 +43,20 @@ class Drawing:
 
 
 def walk(
-    model: Writer[Batch],
+    model: GenerativeModel[Batch],
     batch: Batch,
     rules: Rules,
     max_new_tokens: int,
-    copies: int,
+    expand_size: int,
     drawing: Drawing | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields each step's tokens and their log-probabilities, (m) each; the end of a text stays its end."""
-    logits, state = model.start(batch, copies=copies, max_new_tokens=max_new_tokens)
+    logits, state = model.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
     prompt, device = batch.tokens.shape[1], logits.device
     history = batch.tokens.new_full((logits.shape[0], prompt + max_new_tokens), rules.eos_id)
-    history[:, :prompt] = batch.tokens.repeat_interleave(copies, 0)
-    known = batch.valid.new_zeros(history.shape)
-    known[:, :prompt] = batch.valid.repeat_interleave(copies, 0)
+    history[:, :prompt] = batch.tokens.repeat_interleave(expand_size, 0)
+    known = batch.attention_mask.new_zeros(history.shape)
+    known[:, :prompt] = batch.attention_mask.repeat_interleave(expand_size, 0)
     done = torch.zeros(logits.shape[0], dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         at, logits = prompt + step, logits.float()
@@ -61,19 +68,19 @@ def walk(
         done = done | (tokens == rules.eos_id)
         if step + 1 == max_new_tokens or ((step + 1) % stop_every(device) == 0 and bool(done.all())):
             return
-        logits = model.step(tokens, state)
+        logits = model.decode_step(tokens, state)
 
 
 def sample(
-    model: Writer[Batch],
+    model: GenerativeModel[Batch],
     batch: Batch,
     rules: Rules,
     max_new_tokens: int,
-    copies: int,
+    expand_size: int,
     drawing: Drawing | None,
 ) -> list[list[Generated]]:
-    """The texts of `copies` samples a row, or of greedy search."""
-    steps = list(walk(model, batch, rules, max_new_tokens, copies, drawing))
+    """The texts of `expand_size` samples a row, or of greedy search."""
+    steps = list(walk(model, batch, rules, max_new_tokens, expand_size, drawing))
     new, scored = (torch.stack(column, 1).tolist() for column in zip(*steps, strict=True))
     texts = [text_of(ids, scores, rules.eos_id) for ids, scores in zip(new, scored, strict=True)]
-    return [texts[i : i + copies] for i in range(0, len(texts), copies)]
+    return [texts[i : i + expand_size] for i in range(0, len(texts), expand_size)]

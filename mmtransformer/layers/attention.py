@@ -68,7 +68,7 @@ class KVCache:
     def __init__(self, max_len: int) -> None:
         self.max_len = max_len
         self.length = 0
-        self.place: Tensor | None = None
+        self.cache_position: Tensor | None = None
         """(1) long: where the next token goes, once the cache is fixed; `length` then counts no further."""
         self._kv: KeyValue | None = None
         self._spare: KeyValue | None = None
@@ -79,9 +79,11 @@ class KVCache:
         Raises:
             ValueError: if the tokens do not fit.
         """
-        if self.place is not None:
-            k, v = self.filled()
-            return KeyValue(k.index_copy_(2, self.place, new.k), v.index_copy_(2, self.place, new.v))
+        if self.cache_position is not None:
+            k, v = self.view()
+            return KeyValue(
+                k.index_copy_(2, self.cache_position, new.k), v.index_copy_(2, self.cache_position, new.v)
+            )
         count = new.k.shape[2]
         end = self.length + count
         if end > self.max_len:
@@ -91,29 +93,29 @@ class KVCache:
         for held, x in zip(self._kv, new, strict=True):
             held.narrow(2, self.length, count).copy_(x)
         self.length = end
-        return self.filled()
+        return self.view()
 
-    def filled(self) -> KeyValue:
+    def view(self) -> KeyValue:
         """The keys and values of all tokens so far; of a fixed cache, of all that there is room for."""
         if self._kv is None:
             raise ValueError("the cache is empty")
         k, v = self._kv
         return (
             self._kv
-            if self.place is not None
+            if self.cache_position is not None
             else KeyValue(k.narrow(2, 0, self.length), v.narrow(2, 0, self.length))
         )
 
-    def fix(self, place: Tensor) -> None:
+    def make_static(self, cache_position: Tensor) -> None:
         """From now on tokens come one by one, and each costs the same operations on the same tensors.
 
         Args:
-            place: (1) long, where the next token goes; who calls moves it on.
+            cache_position: (1) long, where the next token goes; who calls moves it on.
         """
         assert self._kv is not None
         for x in self._kv:
             x[:, :, self.length :] = 0  # Weight 0 times what is not finite would not be 0.
-        self.place = place
+        self.cache_position = cache_position
 
     @torch.no_grad()  # Decoding only; and what is written into given memory could have no gradient.
     def reorder(self, rows: Tensor) -> None:
@@ -124,9 +126,11 @@ class KVCache:
         shape = (rows.shape[0], *held.k.shape[1:])
         if self._spare is None or self._spare.k.shape != shape:
             self._spare = KeyValue(held.k.new_empty(shape), held.v.new_empty(shape))
-        for x, kept in zip(self.filled(), self._spare, strict=True):
+        for x, kept in zip(self.view(), self._spare, strict=True):
             torch.index_select(x, 0, rows, out=kept.narrow(2, 0, x.shape[2]))
-        if self.place is not None and shape == held.k.shape:  # What is recorded knows this memory, no other.
+        if (
+            self.cache_position is not None and shape == held.k.shape
+        ):  # What is recorded knows this memory, no other.
             for x, kept in zip(held, self._spare, strict=True):
                 x.copy_(kept)
             return

@@ -46,14 +46,19 @@ def activation_function(name: Activation) -> Callable[[Tensor], Tensor]:
     return table[name]
 
 
-def real_places(valid: Tensor | None) -> Tensor | None:
+def real_places(attention_mask: Tensor | None) -> Tensor | None:
     """Where the real tokens of rows (b q) bool stand in (b * q): (t) long; None = all are to be computed.
 
     On the CPU only, where padding costs what tokens cost: elsewhere to count them would be to wait for the device.
     """
-    if valid is None or valid.device.type != "cpu" or torch.compiler.is_compiling() or bool(valid.all()):
+    if (
+        attention_mask is None
+        or attention_mask.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or bool(attention_mask.all())
+    ):
         return None
-    return valid.flatten().nonzero()[:, 0]
+    return attention_mask.flatten().nonzero()[:, 0]
 
 
 def on_real(layer: Callable[[Tensor], Tensor], x: Tensor, real: Tensor | None) -> Tensor:
@@ -318,8 +323,8 @@ class GatedCrossAttentionBlock(nn.Module):
         mlp: the MLP.
         norm: builds a norm of width dim.
         per_channel: a gate for each channel; False = one for the branch.
-        blind_mlp: whether the MLP also works on tokens that see no picture (OpenFlamingo, Idefics). False leaves
-            such tokens as they are, so that text without pictures stays the language model's own, trained or not.
+        mlp_without_image: whether the MLP also works on tokens that see no picture (OpenFlamingo, Idefics). False
+            leaves such tokens as they are, so that text without pictures stays the language model's own.
         dropout: share of a branch's result dropped in training.
     """
 
@@ -331,14 +336,14 @@ class GatedCrossAttentionBlock(nn.Module):
         norm: Callable[[], nn.Module],
         *,
         per_channel: bool = False,
-        blind_mlp: bool = False,
+        mlp_without_image: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.blind_mlp = blind_mlp
+        self.mlp_without_image = mlp_without_image
         self.norm1, self.attn, self.norm2, self.mlp = norm(), attn, norm(), mlp
-        self.gate1 = nn.Parameter(torch.zeros(dim if per_channel else 1))
-        self.gate2 = nn.Parameter(torch.zeros(dim if per_channel else 1))
+        self.attn_gate = nn.Parameter(torch.zeros(dim if per_channel else 1))
+        self.mlp_gate = nn.Parameter(torch.zeros(dim if per_channel else 1))
         self.drop = make_dropout(dropout)
 
     def forward(
@@ -362,11 +367,11 @@ class GatedCrossAttentionBlock(nn.Module):
         """
         if context is not None:
             found = self.drop(self.attn(self.norm1(x), context, mask=mask))
-            x = x + self.gate1.tanh() * self._where(sees, found)
-        elif not self.blind_mlp:
+            x = x + self.attn_gate.tanh() * self._where(sees, found)
+        elif not self.mlp_without_image:
             return x
         more = self.drop(self.mlp(self.norm2(x)))
-        return x + self.gate2.tanh() * (more if self.blind_mlp else self._where(sees, more))
+        return x + self.mlp_gate.tanh() * (more if self.mlp_without_image else self._where(sees, more))
 
     @staticmethod
     def _where(sees: Tensor | None, x: Tensor) -> Tensor:

@@ -47,7 +47,13 @@ def positive_features(x: Tensor, directions: Tensor) -> Tensor:
 
 
 def linear_attend(
-    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, *, valid: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    directions: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """An estimate of softmax attention, in time and memory linear in the length.
 
@@ -56,7 +62,7 @@ def linear_attend(
         k: keys (b h k c).
         v: values (b h k c).
         directions: from `random_directions`, (m c).
-        valid: (b k) bool, True = a real key; None = all are.
+        attention_mask: (b k) bool, True = a real key; None = all are.
         causal: whether a query sees the keys up to its own place only; then q = k.
 
     Returns:
@@ -68,8 +74,8 @@ def linear_attend(
     queries, keys = positive_features(q, directions), positive_features(k, directions)
     # What is common to all features of a query, or to all keys of a head, falls out of the quotient below.
     queries = (queries - queries.amax(-1, keepdim=True)).exp()
-    if valid is not None:
-        keys = keys.masked_fill(~valid[:, None, :, None], float("-inf"))
+    if attention_mask is not None:
+        keys = keys.masked_fill(~attention_mask[:, None, :, None], float("-inf"))
     largest = keys.amax((-2, -1), keepdim=True)
     keys = (keys - largest.masked_fill(largest.isinf(), 0.0)).exp()
     values = F.pad(v.to(keys.dtype), (0, 1), value=1.0)  # The column of ones gathers the denominator.
@@ -157,14 +163,16 @@ class LinearAttention(nn.Module):
         """
         if cache is not None:
             raise ValueError("linear attention has no use for a cache of keys: decode without one")
-        valid = None
+        attention_mask = None
         if isinstance(mask, Tensor) and mask.ndim == 3 and mask.shape[1] == 1 and mask.dtype == torch.bool:
-            valid = mask[:, 0]
+            attention_mask = mask[:, 0]
         elif mask is not None and not (isinstance(mask, str) and mask == "causal"):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else mask
             raise ValueError(f'linear attention takes the mask None, "causal" or (b 1 k) bool, not {shape}')
         q, kv = self.attn.project(x, context, rope, None)
         repeats = (q.shape[0] // kv.k.shape[0], q.shape[1] // kv.k.shape[1])
         k, v = (t.repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1) for t in kv)
-        out = linear_attend(q, k, v, self.directions, valid=valid, causal=isinstance(mask, str))
+        out = linear_attend(
+            q, k, v, self.directions, attention_mask=attention_mask, causal=isinstance(mask, str)
+        )
         return self.attn.out_proj(rearrange(out, "b h q c -> b q (h c)"))

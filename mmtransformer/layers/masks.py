@@ -21,9 +21,9 @@ def causal(offset: int | Tensor = 0) -> Predicate:
     return lambda b, q, k: q + offset >= k
 
 
-def padding(valid: Tensor) -> Predicate:
-    """No token looks at padding; `valid` is (b k) bool, True = a real token."""
-    return lambda b, q, k: valid[b, k]
+def padding(attention_mask: Tensor) -> Predicate:
+    """No token looks at padding; `attention_mask` is (b k) bool, True = a real token."""
+    return lambda b, q, k: attention_mask[b, k]
 
 
 def prefix(lengths: Tensor, offset: int = 0) -> Predicate:
@@ -43,7 +43,7 @@ def global_tokens(is_global: Tensor) -> Predicate:
     return lambda b, q, k: is_global[b, q] | is_global[b, k]
 
 
-def segments(ids: Tensor) -> Predicate:
+def documents(ids: Tensor) -> Predicate:
     """Tokens look only inside their own document of a packed row; `ids` is (b k) long."""
     return lambda b, q, k: ids[b, q] == ids[b, k]
 
@@ -56,17 +56,17 @@ def places(ids: Tensor) -> Tensor:
     return step - torch.where(begins, step, 0).cummax(1).values
 
 
-def media(text_time: Tensor, media_time: Tensor, *, last_only: bool = True) -> Predicate:
+def images(text_time: Tensor, image_time: Tensor, *, last_only: bool = True) -> Predicate:
     """Text looks at pictures that came before it, and at none that come later (Flamingo, arXiv:2204.14198, 3.1.3).
 
     Args:
         text_time: (b q) long, how many pictures have come up to and including this token; 0 = none yet.
-        media_time: (b k) long, the number (from 1) of the picture that a visual token belongs to; 0 = padding.
+        image_time: (b k) long, the number (from 1) of the picture that a visual token belongs to; 0 = padding.
         last_only: look at the last picture only, as Flamingo does; else at all previous ones.
     """
 
     def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        asked, seen = text_time[b, q], media_time[b, k]
+        asked, seen = text_time[b, q], image_time[b, k]
         return (seen > 0) & ((seen == asked) if last_only else (seen <= asked))
 
     return may_look

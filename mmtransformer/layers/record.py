@@ -96,6 +96,6 @@ def _weights(
 ) -> Tensor:
     if cache is not None:  # The layer has run: its cache already holds the new keys.
         q = layer.project_q(x)
-        return attention_weights(q if rope is None else rope.rotate(q), cache.filled().k, mask)
+        return attention_weights(q if rope is None else rope.rotate(q), cache.view().k, mask)
     q, kv = layer.project(x, context, rope, None)
     return attention_weights(q, kv.k, mask)

@@ -44,12 +44,12 @@ class Similarity(NamedTuple):
     all_text_ids: Tensor
 
 
-def picture_ids(names: Sequence[str], target: Tensor) -> Tensor | None:
+def image_ids(names: Sequence[str], loss_mask: Tensor) -> Tensor | None:
     """What picture each of a batch is, the same in every process: what `compare` takes as image_ids.
 
     Args:
         names: the b pictures' names; none = all are different, and the result is None.
-        target: (n q) bool, the tokens that are to be predicted of the n texts, n / b of each picture side by side.
+        loss_mask: (n q) bool, the tokens that are to be predicted of the n texts, n / b of each picture side by side.
 
     Returns:
         (b) long; -1 where none of a picture's texts has a target: a filler.
@@ -58,8 +58,8 @@ def picture_ids(names: Sequence[str], target: Tensor) -> Tensor | None:
         return None
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     numbers = [int.from_bytes(digest, "little") >> 1 for digest in digests]
-    counted = target.unflatten(0, (len(names), -1)).flatten(1).any(1)
-    return torch.tensor(numbers, device=target.device).masked_fill(~counted, -1)
+    counted = loss_mask.unflatten(0, (len(names), -1)).flatten(1).any(1)
+    return torch.tensor(numbers, device=loss_mask.device).masked_fill(~counted, -1)
 
 
 def compare(
@@ -193,15 +193,17 @@ def clip_loss(
     return itc_loss(images, texts, temperature, image_ids=image_ids, gather_grad=gather_grad)
 
 
-def refuse_empty(valid: Tensor) -> None:
+def refuse_empty(attention_mask: Tensor) -> None:
     """Refuses texts without any token, (n q) bool and padded on the right: they would fit every picture.
 
     Raises:
         ValueError: naming the first of them.
     """
-    if not bool(valid[:, :1].all()):
-        row = int((~valid[:, 0]).nonzero()[0])
-        raise ValueError(f"text {row} of {len(valid)} is empty, and would fit every picture: leave it out")
+    if not bool(attention_mask[:, :1].all()):
+        row = int((~attention_mask[:, 0]).nonzero()[0])
+        raise ValueError(
+            f"text {row} of {len(attention_mask)} is empty, and would fit every picture: leave it out"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- matching
@@ -230,7 +232,7 @@ def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Te
 def itg_loss(
     hidden: Tensor,
     tokens: Tensor,
-    target: Tensor,
+    loss_mask: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
     label_smoothing: float = 0.0,
@@ -240,7 +242,7 @@ def itg_loss(
     Args:
         hidden: (n q d), or (n q-1 d) without the last token's, which predicts nothing.
         tokens: (n q) long.
-        target: (n q) bool, which tokens are to be predicted; the first cannot be.
+        loss_mask: (n q) bool, which tokens are to be predicted; the first cannot be.
         head: hidden states (m d) -> logits (m vocab).
         label_smoothing: share of the target that is spread over the vocabulary.
 
@@ -250,7 +252,7 @@ def itg_loss(
     Raises:
         ValueError: if there is one process and no target token.
     """
-    loss = next_token_loss(hidden, tokens, target, head, label_smoothing=label_smoothing)
+    loss = next_token_loss(hidden, tokens, loss_mask, head, label_smoothing=label_smoothing)
     if processes() == 1 and not int(loss.count):
         raise ValueError(f"none of the {tokens.shape[0]} texts has a target token")
     return global_mean(loss.sum, loss.count)

@@ -59,18 +59,18 @@ class HardPairs(NamedTuple):
 
     Attributes:
         rows: (m) long, which texts these are.
-        pictures: (m) long, of the B pictures one that is not the text's.
+        images: (m) long, of the B pictures one that is not the text's.
         texts: (m) long, of the N texts one that is not the picture's.
         real: (m) bool, whether the text is one at all, rather than a filler.
-        has_picture: (m) bool, whether there is another picture.
+        has_image: (m) bool, whether there is another picture.
         has_text: (m) bool, whether there is another text.
     """
 
     rows: Tensor
-    pictures: Tensor
+    images: Tensor
     texts: Tensor
     real: Tensor
-    has_picture: Tensor
+    has_image: Tensor
     has_text: Tensor
 
 
@@ -94,6 +94,6 @@ def hard_pairs(similarity: Similarity, temperature: Tensor, *, texts: int, seed:
         others = (ids[:, None] != candidates) & (candidates >= 0)
         return hard_negatives(scores / temperature, others, pair_noise(seed, keys[rows], columns))
 
-    pictures, has_picture = draw(s.of_texts[rows], s.all_image_ids, s.all_image_ids, seed)
+    images, has_image = draw(s.of_texts[rows], s.all_image_ids, s.all_image_ids, seed)
     others, has_text = draw(s.of_images[rows // t], s.all_text_ids, gather(keys), seed + 1)
-    return HardPairs(rows, pictures, others, ids >= 0, has_picture, has_text)
+    return HardPairs(rows, images, others, ids >= 0, has_image, has_text)

@@ -22,7 +22,7 @@ class Loss:
 def next_token_loss(
     hidden: Tensor,
     tokens: Tensor,
-    target: Tensor,
+    loss_mask: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
     label_smoothing: float = 0.0,
@@ -34,14 +34,14 @@ def next_token_loss(
     Args:
         hidden: (n q d), or (n q-1 d) without the last token's, which predicts nothing.
         tokens: (n q) long.
-        target: (n q) bool, True = to be predicted; the first token of a row never is.
+        loss_mask: (n q) bool, True = to be predicted; the first token of a row never is.
         head: hidden states (m d) -> logits (m vocab).
         label_smoothing: share of the target's probability that is spread over the vocabulary (arXiv:1512.00567).
 
     Returns:
         The sum, and the number of targets; both zero, and the gradient too, where there is no target.
     """
-    predicts, labels = target[:, 1:], tokens[:, 1:]
+    predicts, labels = loss_mask[:, 1:], tokens[:, 1:]
     chosen = labels[predicts]
     logits = head(hidden[:, : labels.shape[1]][predicts])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

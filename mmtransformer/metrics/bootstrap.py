@@ -116,26 +116,26 @@ def paired(
 def _drawn_sums(numbers: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Return the sums (r s) of resampled sets of pictures."""
     rng = np.random.default_rng((seed, 0))
-    pictures = len(numbers)
+    images = len(numbers)
     numbers = np.asarray(numbers, dtype=np.float64)
     sums = np.empty((resamples, numbers.shape[1]))
     start = 0
-    for rows in _blocks(resamples, pictures):
-        drawn = rng.integers(0, pictures, size=(rows, pictures), dtype=np.int64)
-        drawn += np.arange(rows)[:, None] * pictures
-        times = np.bincount(drawn.ravel(), minlength=rows * pictures).reshape(rows, pictures)
+    for rows in _blocks(resamples, images):
+        drawn = rng.integers(0, images, size=(rows, images), dtype=np.int64)
+        drawn += np.arange(rows)[:, None] * images
+        times = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
         sums[start : start + rows] = times.astype(np.float64) @ numbers
         start += rows
     return sums
 
 
-def _blocks(resamples: int, pictures: int) -> list[int]:
-    size = max(1, _BLOCK // pictures)
+def _blocks(resamples: int, images: int) -> list[int]:
+    size = max(1, _BLOCK // images)
     return [min(size, resamples - start) for start in range(0, resamples, size)]
 
 
-def _check(pictures: int, resamples: int, confidence: float) -> None:
-    if pictures == 0:
+def _check(images: int, resamples: int, confidence: float) -> None:
+    if images == 0:
         raise ValueError("no picture to resample; give one row of numbers a picture")
     if resamples < 2:
         raise ValueError(f"resamples ({resamples}) must be at least 2")

@@ -30,11 +30,11 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
     frequency: Counter[_Gram] = Counter()
     for refs in cooked:
         frequency.update(set().union(*refs))
-    pictures = math.log(len(candidates)) if candidates else 0.0
-    weight = {gram: pictures - math.log(times) for gram, times in frequency.items()}
+    images = math.log(len(candidates)) if candidates else 0.0
+    weight = {gram: images - math.log(times) for gram, times in frequency.items()}
     scores = np.zeros(len(candidates))
     for i, (candidate, refs) in enumerate(zip(candidates, cooked, strict=True)):
-        mine, norms, length = _vector(_counts(candidate).items(), weight, pictures)
+        mine, norms, length = _vector(_counts(candidate).items(), weight, images)
         total = 0.0
         for ref in refs:
             total += _similarity(mine, norms, length, ref, weight)

@@ -30,13 +30,13 @@ class NeighbourGuess:
             )
         self.vocab_size, self.strength = vocab_size, strength
 
-    def fit(self, tokens: np.ndarray, starts: np.ndarray, target: np.ndarray) -> Self:
+    def fit(self, tokens: np.ndarray, starts: np.ndarray, loss_mask: np.ndarray) -> Self:
         """Counts texts.
 
         Args:
             tokens: (t,) the ids of all texts, what opens and ends them included.
             starts: (n + 1,) where each text begins; the last one is t.
-            target: (t,) bool, the ids that may be hidden; the others are only neighbours.
+            loss_mask: (t,) bool, the ids that may be hidden; the others are only neighbours.
 
         Returns:
             Itself.
@@ -45,17 +45,17 @@ class NeighbourGuess:
             ValueError: If no id is a target.
         """
         tokens = np.asarray(tokens, np.int64)
-        if not target.any():
+        if not loss_mask.any():
             raise ValueError(f"none of the {len(tokens)} ids is a target: there is nothing to count")
-        counts = np.bincount(tokens[target], minlength=self.vocab_size).astype(float)
+        counts = np.bincount(tokens[loss_mask], minlength=self.vocab_size).astype(float)
         self.unigram = int(counts.argmax())
         """The most frequent id."""
         self._share = counts / counts.sum()
         place = np.arange(len(tokens)) - np.repeat(starts[:-1], np.diff(starts))
-        after = np.flatnonzero(target & (place > 0))
+        after = np.flatnonzero(loss_mask & (place > 0))
         last = np.zeros(len(tokens), bool)
         last[starts[1:] - 1] = True
-        before = np.flatnonzero(target & ~last)
+        before = np.flatnonzero(loss_mask & ~last)
         self._beside = (
             _Table(tokens[after - 1], tokens[after], self.vocab_size),  # what follows a left neighbour
             _Table(tokens[before + 1], tokens[before], self.vocab_size),  # what stands before a right one

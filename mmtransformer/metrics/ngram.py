@@ -52,13 +52,13 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         self._levels: list[_Level] = []
 
-    def fit(self, tokens: np.ndarray, starts: np.ndarray, target: np.ndarray) -> Self:
+    def fit(self, tokens: np.ndarray, starts: np.ndarray, loss_mask: np.ndarray) -> Self:
         """Counts texts.
 
         Args:
             tokens: (t,) the ids of all texts.
             starts: (n + 1,) where each text begins; the last one is t.
-            target: (t,) bool, the ids that are predicted; the others (prompts) are only seen.
+            loss_mask: (t,) bool, the ids that are predicted; the others (prompts) are only seen.
 
         Returns:
             Itself.
@@ -67,7 +67,7 @@ class NGram:
             ValueError: If no id is a target, or one is outside the vocabulary.
         """
         tokens = self._checked(tokens)
-        if not target.any():
+        if not loss_mask.any():
             raise ValueError(f"none of the {len(tokens)} ids is a target: there is nothing to count")
         place = _places(starts)
         keys = [np.arange(self.vocab_size)]
@@ -83,17 +83,17 @@ class NGram:
             grams[-1][inside] = number
         self._levels = []
         for k in range(self.order):
-            begins = target & (place == k) if k + 1 < self.order else target & (place >= k)
+            begins = loss_mask & (place == k) if k + 1 < self.order else loss_mask & (place >= k)
             counts = np.bincount(grams[k][begins], minlength=len(keys[k]))
             if k + 1 < self.order:  # and one for every different id before it
-                at = np.flatnonzero(target & (place > k))
+                at = np.flatnonzero(loss_mask & (place > k))
                 _, first = np.unique(grams[k + 1][at], return_index=True)
                 counts += np.bincount(grams[k][at[first]], minlength=len(keys[k]))
             contexts = len(keys[k - 1]) if k else 1
             self._levels.append(_level(keys[k], counts, keys[k] // self.vocab_size, contexts))
         return self
 
-    def log_probs(self, tokens: np.ndarray, starts: np.ndarray, target: np.ndarray) -> np.ndarray:
+    def log_probs(self, tokens: np.ndarray, starts: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
         """The natural logarithm of each target's probability, (m,); the arguments are those of `fit`.
 
         Raises:
@@ -108,7 +108,7 @@ class NGram:
             probability[known] *= level.rest[context[known]]
             seen = gram >= 0
             probability[seen] += level.gain[gram[seen]]
-        return np.log(probability[target])
+        return np.log(probability[loss_mask])
 
     def _look_up(
         self, tokens: np.ndarray, place: np.ndarray

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def recall_at_k(
-    similarity: np.ndarray, picture_of_caption: Sequence[int], ks: Sequence[int] = (1, 5, 10)
+    similarity: np.ndarray, image_of_caption: Sequence[int], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """Measure retrieval both ways; a picture may have several captions.
 
@@ -16,29 +16,29 @@ def recall_at_k(
 
     Args:
         similarity: (pictures captions), larger means nearer.
-        picture_of_caption: For each caption, the row of its picture.
+        image_of_caption: For each caption, the row of its picture.
         ks: The ranks to look at.
 
     Returns:
-        ``text_recall@k`` (picture to captions), ``image_recall@k`` (caption to pictures) as fractions of 1,
+        ``text_recall@k`` (image to captions), ``image_recall@k`` (caption to pictures) as fractions of 1,
         and ``text_median_rank``, ``image_median_rank`` (1 is best).
 
     Raises:
         ValueError: If the sizes do not fit, a picture has no caption, or a number is not finite.
     """
     similarity = np.asarray(similarity, dtype=np.float64)
-    owner = np.asarray(picture_of_caption, dtype=np.int64)
+    owner = np.asarray(image_of_caption, dtype=np.int64)
     if similarity.ndim != 2 or similarity.shape[1] != len(owner):
         raise ValueError(
-            f"similarity has shape {similarity.shape}, but picture_of_caption names {len(owner)} captions; "
+            f"similarity has shape {similarity.shape}, but image_of_caption names {len(owner)} captions; "
             "give one row a picture and one column a caption"
         )
-    pictures = similarity.shape[0]
-    if len(owner) and (owner.min() < 0 or owner.max() >= pictures):
+    images = similarity.shape[0]
+    if len(owner) and (owner.min() < 0 or owner.max() >= images):
         raise ValueError(
-            f"picture_of_caption holds {owner.min()} to {owner.max()}, but the pictures are 0 to {pictures - 1}"
+            f"image_of_caption holds {owner.min()} to {owner.max()}, but the pictures are 0 to {images - 1}"
         )
-    alone = np.setdiff1d(np.arange(pictures), owner)
+    alone = np.setdiff1d(np.arange(images), owner)
     if len(alone):
         raise ValueError(f"{len(alone)} pictures have no caption, the first is row {alone[0]}")
     if not np.isfinite(similarity).all():
@@ -48,7 +48,7 @@ def recall_at_k(
     if not ks or min(ks) < 1:
         raise ValueError(f"ks {tuple(ks)} must be ranks from 1")
 
-    mine = owner[None, :] == np.arange(pictures)[:, None]
+    mine = owner[None, :] == np.arange(images)[:, None]
     best = np.where(mine, similarity, -np.inf).max(1)
     text_rank = 1 + ((similarity >= best[:, None]) & ~mine).sum(1)
     right = similarity[owner, np.arange(len(owner))]

@@ -51,14 +51,14 @@ class CaptionScores:
             ``repeated``, ``vocabulary``, ``mean_length``. A text in place of a number is "not computed: "
             and the reason.
         intervals: The 95 % bootstrap interval of each score that has one.
-        per_picture: Scores of each picture by name (BLEU of one caption is smoothed and says little).
+        per_image: Scores of each picture by name (BLEU of one caption is smoothed and says little).
         references: References a picture, on average.
         unit: What was counted, "word" or "character".
     """
 
     values: dict[str, float | str]
     intervals: dict[str, tuple[float, float]]
-    per_picture: dict[str, dict[str, float]]
+    per_image: dict[str, dict[str, float]]
     references: float
     unit: str
     _parts: tuple[_Part, ...] = field(repr=False, compare=False, default=())
@@ -68,27 +68,27 @@ class CaptionScores:
         """The scores that are numbers, as a logger wants them."""
         return {name: value for name, value in self.values.items() if not isinstance(value, str)}
 
-    def to_dict(self, *, per_picture: bool = False) -> dict[str, object]:
+    def to_dict(self, *, per_image: bool = False) -> dict[str, object]:
         """Return plain data that JSON can hold.
 
         Args:
-            per_picture: Also the scores of every picture.
+            per_image: Also the scores of every picture.
         """
         out: dict[str, object] = {
-            "pictures": len(self.per_picture),
-            "references_per_picture": self.references,
+            "images": len(self.per_image),
+            "references_per_image": self.references,
             "unit": self.unit,
             "values": dict(self.values),
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
         }
-        if per_picture:
-            out["per_picture"] = {name: dict(scores) for name, scores in self.per_picture.items()}
+        if per_image:
+            out["per_image"] = {name: dict(scores) for name, scores in self.per_image.items()}
         return out
 
     def table(self) -> str:
         """Return the scores as lines of text, times 100 as papers print them."""
         lines = [
-            f"{len(self.per_picture)} pictures, {self.references:.1f} references each, counted in {self.unit}s"
+            f"{len(self.per_image)} pictures, {self.references:.1f} references each, counted in {self.unit}s"
         ]
         for name, value in self.values.items():
             label, times = _TABLE[name]
@@ -178,7 +178,7 @@ def score_captions(
     return CaptionScores(
         values={name: values[name] for name in _TABLE},
         intervals=_intervals(parts, bootstrap, seed),
-        per_picture={
+        per_image={
             name: {key: float(column[i]) for key, column in each.items()} for i, name in enumerate(names)
         },
         references=sum(map(len, theirs)) / len(theirs),
@@ -206,9 +206,9 @@ def compare(
     """
     if first.unit != second.unit:
         raise ValueError(f"one run counts {first.unit}s and the other {second.unit}s")
-    _same_names("the first run", first.per_picture, "the second run", second.per_picture)
-    place = {name: i for i, name in enumerate(second.per_picture)}
-    order = [place[name] for name in first.per_picture]
+    _same_names("the first run", first.per_image, "the second run", second.per_image)
+    place = {name: i for i, name in enumerate(second.per_image)}
+    order = [place[name] for name in first.per_image]
     others = {part.names: part for part in second._parts}
     out: dict[str, Comparison] = {}
     for part in first._parts:

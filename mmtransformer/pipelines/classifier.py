@@ -10,7 +10,13 @@ import torch
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import for_inference
-from mmtransformer.pipelines.image_captioner import CARD, PREPROCESSOR, Picture, fast_autocast, read_transform
+from mmtransformer.pipelines.image_captioner import (
+    CARD,
+    PREPROCESSOR,
+    ImageLike,
+    fast_autocast,
+    read_transform,
+)
 from mmtransformer.serialization.pretrained import find_folder, read_json
 
 CLASSES = "classes.json"
@@ -48,7 +54,7 @@ class ImageClassifier:
 
     @torch.inference_mode()
     def __call__(
-        self, images: Picture | Sequence[Picture], *, top: int = 1, batch_size: int = 64
+        self, images: ImageLike | Sequence[ImageLike], *, top: int = 1, batch_size: int = 64
     ) -> list[list[tuple[str, float]]]:
         """Classifies pictures.
 
@@ -63,7 +69,7 @@ class ImageClassifier:
         Raises:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
         """
-        many: list[Picture] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         found: list[list[tuple[str, float]]] = []
         for start in range(0, len(many), batch_size):
             some = [self.transform(load(image)) for image in many[start : start + batch_size]]

@@ -37,21 +37,21 @@ def check_reader(captioner: Captioner, *, blind: bool = False) -> None:
 
     Args:
         captioner: The model.
-        blind: Whether one that is told to see no picture (media="none") will do.
+        blind: Whether one that is told to see no picture (visible_images="none") will do.
 
     Raises:
         ValueError: It does not.
     """
-    media = getattr(captioner, "media", None)
-    if media is None or (media == "none" and not blind):
+    visible_images = getattr(captioner, "visible_images", None)
+    if visible_images is None or (visible_images == "none" and not blind):
         raise ValueError(
             f"{type(captioner).__name__} reads the pictures of a text as a whole, so it cannot tell which of them a "
-            f'word belongs to; documents and examples take a Flamingo with media="last" or "all_previous"'
+            f'word belongs to; documents and examples take a Flamingo with visible_images="last" or "all_previous"'
         )
 
 
 class FewShot:
-    """Puts examples before every picture: give it to `ImageCaptioner(...)(pictures, prompts=FewShot(...))`.
+    """Puts examples before every picture: give it to `ImageCaptioner(...)(images, prompts=FewShot(...))`.
 
     The examples of a picture depend on the picture, the seed and nothing else, so neither on its batch.
 
@@ -142,21 +142,21 @@ class FewShot:
                 )
             chosen.append(self._choose(others, given[row], visual[row, 0]))
         rows = [self._row(some, language) for some in chosen for language in languages]
-        tokens, valid = self.tokenizer.pad(rows, side="left")
-        tokens, valid = tokens.to(visual.device), valid.to(visual.device)
+        tokens, attention_mask = self.tokenizer.pad(rows, side="left")
+        tokens, attention_mask = tokens.to(visual.device), attention_mask.to(visual.device)
         shots = [torch.stack([*(self._visual(int(i)).to(visual) for i in some), visual[row, 0]]) for row, some in
                  enumerate(chosen)]  # fmt: skip
         return dataclasses.replace(
             batch,
             tokens=tokens,
-            valid=valid,
-            target=torch.zeros_like(valid),
+            attention_mask=attention_mask,
+            loss_mask=torch.zeros_like(attention_mask),
             pixels=None,
             visual_tokens=torch.stack(shots),
-            pictures=None,
-            media=(tokens == self.image_id).long().cumsum(1),
-            media_first=None,
-            segments=None,
+            image_mask=None,
+            image_index=(tokens == self.image_id).long().cumsum(1),
+            first_image_index=None,
+            document_ids=None,
         )
 
     def _in(self, example: int, language: str | None) -> list[Caption]:

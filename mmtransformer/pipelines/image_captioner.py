@@ -16,7 +16,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
-from mmtransformer.generation.captions import CaptionResult, Decoding, heat_of, stream_caption, write_captions
+from mmtransformer.generation.captions import (
+    CaptionResult,
+    Decoding,
+    heatmap_of,
+    stream_caption,
+    write_captions,
+)
 from mmtransformer.generation.prompts import Prompts
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import Precision, for_inference
@@ -26,7 +32,7 @@ from mmtransformer.text.tokenizer import Tokenizer
 
 PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation.json", "README.md"
 _MOST_BEAMS, _MOST_PIXELS = 4096, 100_000_000
-Picture = str | Path | bytes | BinaryIO | Image
+ImageLike = str | Path | bytes | BinaryIO | Image
 
 
 class ImageCaptioner:
@@ -114,7 +120,7 @@ class ImageCaptioner:
     @torch.inference_mode()
     def __call__(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageLike | Sequence[ImageLike],
         *,
         language: str | None = None,
         num_captions: int = 1,
@@ -143,7 +149,7 @@ class ImageCaptioner:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
             ValueError: If the model does not know the language.
         """
-        many: list[Picture] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         d = decoding or self.decoding
         d = dataclasses.replace(
             d,
@@ -183,7 +189,7 @@ class ImageCaptioner:
 
     def stream(
         self,
-        image: Picture,
+        image: ImageLike,
         *,
         language: str | None = None,
         decoding: Decoding | None = None,
@@ -213,7 +219,7 @@ class ImageCaptioner:
         )
 
     @torch.inference_mode()
-    def heat(self, image: Picture, caption: CaptionResult, prompts: Prompts | None = None) -> Tensor:
+    def heatmap(self, image: ImageLike, caption: CaptionResult, prompts: Prompts | None = None) -> Tensor:
         """Where the model looked while it wrote each word of a caption: (words gh gw).
 
         Args:
@@ -221,16 +227,16 @@ class ImageCaptioner:
             caption: What the model said of it.
             prompts: What made the prompts when it was captioned.
         """
-        return heat_of(
+        return heatmap_of(
             self.ready(),
             self.tokenizer,
             self.batch([image]),
             caption,
             prompts,
-            mark=self.decoding.mark_pictures,
+            mark=self.decoding.mark_images,
         )
 
-    def batch(self, images: Sequence[Picture]) -> CaptionBatch:
+    def batch(self, images: Sequence[ImageLike]) -> CaptionBatch:
         """Pictures as a batch without texts."""
         pixels = torch.stack([self.transform(load(image)) for image in images])[:, None]
         none = torch.zeros(len(images), 0, dtype=torch.long, device=self.device)

@@ -106,13 +106,15 @@ class Translator:
         return found
 
     def _batch(self, sources: list[list[int]], prompt: list[int]) -> TextPairs:
-        source, source_valid = self.tokenizer.pad(sources)
+        source, source_attention_mask = self.tokenizer.pad(sources)
         tokens = torch.tensor([prompt] * len(sources))
         every = torch.ones_like(tokens, dtype=torch.bool)
-        return TextPairs(source, source_valid, tokens, every, ~every).to(self.device)
+        return TextPairs(source, source_attention_mask, tokens, every, ~every).to(self.device)
 
     @torch.no_grad()
-    def look(self, text: str, translation: str, language: str) -> tuple[list[str], list[str], torch.Tensor]:
+    def attention_map(
+        self, text: str, translation: str, language: str
+    ) -> tuple[list[str], list[str], torch.Tensor]:
         """Where the decoder looked in the text while it wrote each token of a translation.
 
         Args:

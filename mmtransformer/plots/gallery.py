@@ -147,12 +147,12 @@ def _fitted(image: Image.Image, card_width: int) -> tuple[int, int]:
 def _panel(card: Card, card_width: int, max_references: int, max_lines: int) -> Image.Image:
     """A card without its rounded frame: the picture, the text below."""
     size = _fitted(card.image, card_width)
-    picture = card.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    image = card.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     room = card_width - 2 * PAD
     frame = size[1]
     panel = Image.new("RGB", (card_width, frame + _most_height(card, max_references, max_lines)), CARD)
     panel.paste(MAT, (0, 0, card_width, frame))
-    panel.paste(picture, ((card_width - size[0]) // 2, 0))
+    panel.paste(image, ((card_width - size[0]) // 2, 0))
     canvas = ImageDraw.Draw(panel)
     y = frame + PAD - 4.0
     if card.heading:

@@ -76,10 +76,10 @@ def word_heatmaps(
     sheet = Image.new("RGB", (wide, head + rows * (size[1] + below + GAP) + 44), PAPER)
     canvas = ImageDraw.Draw(sheet)
     draw_lines(canvas, (MARGIN, MARGIN - 6), titles, TITLE)
-    for i, (picture, label) in enumerate(zip(panels, labels, strict=True)):
+    for i, (drawn, label) in enumerate(zip(panels, labels, strict=True)):
         x = MARGIN + i % columns * (panel + GAP)
         y = head + i // columns * (size[1] + below + GAP)
-        sheet.paste(picture, (x + (panel - size[0]) // 2, y))
+        sheet.paste(drawn, (x + (panel - size[0]) // 2, y))
         for j, line in enumerate(label):
             at = x + (panel - width(line, WORD)) / 2
             draw(canvas, (at, y + size[1] + 6 + j * WORD.line_height), line, WORD)

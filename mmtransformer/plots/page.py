@@ -30,7 +30,7 @@ def html_page(
     path: str | Path,
     *,
     hint: str = "",
-    picture_size: int = 448,
+    image_size: int = 448,
 ) -> Path:
     """Write cards and metrics as a self-contained HTML page.
 
@@ -44,7 +44,7 @@ def html_page(
         metrics: name -> figure, or name -> (column -> figure); None for no table.
         path: the .html file to write.
         hint: a line below the title; what stands between backticks is set as a command.
-        picture_size: pixels of a picture's longer side, at most.
+        image_size: pixels of a picture's longer side, at most.
 
     Returns:
         The path.
@@ -58,7 +58,7 @@ def html_page(
         body += [f'<p class="hint">{line}</p>' for line in hints]
     if metrics:
         body.append(_table(metrics))
-    body += ["<main>", *(_card(card, picture_size) for card in cards), "</main>"]
+    body += ["<main>", *(_card(card, image_size) for card in cards), "</main>"]
     content = "\n".join(body)
     css = _korean_face(html.unescape(re.sub(r"<[^>]*>", " ", content))) + CSS.read_text(encoding="utf-8")
     script = SCRIPT.read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def _korean_face(told: str) -> str:
     )
 
 
-def encode_picture(image: Image.Image, longest: int) -> str:
+def encode_image(image: Image.Image, longest: int) -> str:
     """Give a picture as a `data:` address: WebP, a small one lossless."""
     image = image.convert("RGB")
     if max(image.size) > longest:
@@ -117,13 +117,13 @@ def encode_picture(image: Image.Image, longest: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(data).decode()
 
 
-def _card(card: Card, picture_size: int) -> str:
+def _card(card: Card, image_size: int) -> str:
     first = card.captions[0].text if card.captions else card.heading
     heading = f"<h2>{_text(card.heading)}</h2>" if card.heading else ""
     heat = "<canvas aria-hidden=true></canvas>" if any(s.heat is not None for s in card.captions) else ""
     wide, high = card.image.size
     return (
-        f'<article>\n<div class="picture"><img src="{encode_picture(card.image, picture_size)}" '
+        f'<article>\n<div class="picture"><img src="{encode_image(card.image, image_size)}" '
         f'width="{wide}" height="{high}" alt="{_text(first)}">{heat}</div>\n'
         f'<div class="text">{heading}{"".join(_said(said) for said in card.captions)}</div>\n</article>'
     )

@@ -44,7 +44,7 @@ WIDE, SIDE = 700, 124
 
 
 @dataclass(frozen=True)
-class FoundPictures:
+class FoundImages:
     """A text, with the pictures that came first.
 
     Args:
@@ -82,8 +82,8 @@ class FoundTexts:
 
 
 def retrieval_sheet(
-    by_text: Sequence[FoundPictures],
-    by_picture: Sequence[FoundTexts],
+    by_text: Sequence[FoundImages],
+    by_image: Sequence[FoundTexts],
     path: str | Path,
     *,
     title: str = "",
@@ -93,7 +93,7 @@ def retrieval_sheet(
 
     Args:
         by_text: searches by text.
-        by_picture: searches by picture.
+        by_image: searches by picture.
         path: the file to write.
         title: the sheet's title.
         subtitle: a line or two below the title, such as the recall.
@@ -104,7 +104,7 @@ def retrieval_sheet(
     Raises:
         ValueError: if there is nothing to show, or marks do not fit.
     """
-    columns = [[_pictures(found) for found in by_text], [_texts(found) for found in by_picture]]
+    columns = [[_images(found) for found in by_text], [_texts(found) for found in by_image]]
     columns = [column for column in columns if column]
     if not columns:
         raise ValueError("a sheet needs at least one search")
@@ -123,7 +123,7 @@ def retrieval_sheet(
     return write_whole(path, file.getvalue())
 
 
-def _pictures(found: FoundPictures) -> Image.Image:
+def _images(found: FoundImages) -> Image.Image:
     if len(found.marks) != len(found.images):
         raise ValueError(f"{len(found.images)} pictures were found, but {len(found.marks)} are marked")
     panel = Image.new("RGB", (WIDE, 2000), CARD)

@@ -43,7 +43,7 @@ class Tokenizer:
         backend: The tokenizer of the library `tokenizers`; the object is taken over, not copied.
         bos: The token that every prompt starts with.
         eos: The token that ends a caption.
-        pad: The token that fills rows up. It may be `eos`: padding is told by `valid`, never by the id.
+        pad: The token that fills rows up. It may be `eos`: padding is told by `attention_mask`, never by the id.
         image: The token that stands for a picture inside text, if there is one.
         languages: Language codes; each has a token such as `<|ko|>`.
 
@@ -145,7 +145,7 @@ class Tokenizer:
         The bos, eos and pad tokens are looked up in `tokenizer_config.json`, `special_tokens_map.json`,
         `config.json` and `generation_config.json`, in this order. A missing bos is replaced by the cls token
         (BERT) or else by eos (GPT-2 and OPT start texts with it); a missing eos by sep (BERT); a missing pad
-        by eos, as the hub's language models were trained without padding and `valid` masks it anyway.
+        by eos, as the hub's language models were trained without padding and `attention_mask` masks it anyway.
 
         Raises:
             ValueError: If no tokenizer or no eos token is found, or a file cannot be read; names the file and key.
@@ -320,18 +320,18 @@ class Tokenizer:
 
         Returns:
             tokens: (b q) long.
-            valid: (b q) bool, True = a real token.
+            attention_mask: (b q) bool, True = a real token.
         """
         if side not in ("right", "left"):
             raise ValueError(f'side is {side!r}, must be "right" or "left"')
         length = max((len(row) for row in rows), default=0)
         tokens = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        valid = torch.zeros(len(rows), length, dtype=torch.bool)
+        attention_mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for i, row in enumerate(rows):
             where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
             tokens[i, where] = torch.as_tensor(row, dtype=torch.long)
-            valid[i, where] = True
-        return tokens, valid
+            attention_mask[i, where] = True
+        return tokens, attention_mask
 
     def _token(self, index: int) -> str:
         return self.backend.id_to_token(index) or ""  # None for an id in a gap of a hub vocabulary

@@ -11,7 +11,7 @@ DType = Literal["float32", "bfloat16"]
 """float32, or bfloat16 for what does not learn: half the memory, and autocast has nothing to cast at every step."""
 
 
-def kept_in(model: Module, dtype: DType) -> Module:
+def cast_frozen(model: Module, dtype: DType) -> Module:
     """The model with its parameters in that format, in place; buffers, such as rotary rates, stay as they are.
 
     Raises:

@@ -62,12 +62,12 @@ def definition(decoder: TextDecoder, tokens: Tensor, context: Tensor) -> Tensor:
     decoder, found = decoder.double(), []
     blocks: Any = decoder.blocks
     assert decoder.pos_embed is not None
-    for row, picture in zip(tokens, context.double(), strict=True):
+    for row, image in zip(tokens, context.double(), strict=True):
         x = decoder.tok_embed.weight[row] + decoder.pos_embed.weight[: len(row)]
         for block in blocks:
             y = normed(block.norm1, x)
             x = x + looked(block.attn, y, y, causal=True)
-            x = x + looked(block.cross_attn, normed(block.norm_cross, x), picture, causal=False)
+            x = x + looked(block.cross_attn, normed(block.norm_cross, x), image, causal=False)
             y = block.mlp.fc1(normed(block.norm2, x))
             y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
             x = x + block.mlp.fc2(y)
@@ -130,11 +130,13 @@ def test_llama_families_equal_transformers(family: str) -> None:
     ours.load_state_dict(llama_state(theirs, 3))
     tokens, _ = inputs(ours, length=23)
     torch.testing.assert_close(ours.head(ours(tokens)), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    valid[1, :5] = valid[2, :11] = False
-    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-    want = theirs(tokens, attention_mask=valid.long(), position_ids=positions).logits[valid]
-    torch.testing.assert_close(ours.head(ours(tokens, valid=valid))[valid], want, atol=1e-4, rtol=1e-4)
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    attention_mask[1, :5] = attention_mask[2, :11] = False
+    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    want = theirs(tokens, attention_mask=attention_mask.long(), position_ids=positions).logits[attention_mask]
+    torch.testing.assert_close(
+        ours.head(ours(tokens, attention_mask=attention_mask))[attention_mask], want, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,17 +155,26 @@ def test_later_tokens_change_no_bit_of_earlier_ones(kind: str) -> None:
 def test_padding_changes_nothing(kind: str, side: str) -> None:
     decoder = make(kind)
     tokens, context = inputs(decoder)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
     for row, count in enumerate((0, 3, 1, 6)):
-        valid[row, slice(0, count) if side == "left" else slice(7 - count, 7)] = False
-    hidden = decoder(tokens, context, valid=valid)
+        attention_mask[row, slice(0, count) if side == "left" else slice(7 - count, 7)] = False
+    hidden = decoder(tokens, context, attention_mask=attention_mask)
     assert hidden.isfinite().all()
-    assert torch.equal(hidden[valid], decoder(tokens.masked_fill(~valid, 1), context, valid=valid)[valid])
+    assert torch.equal(
+        hidden[attention_mask],
+        decoder(tokens.masked_fill(~attention_mask, 1), context, attention_mask=attention_mask)[
+            attention_mask
+        ],
+    )
     for row in range(4):  # A batch is its rows one by one.
-        alone = decoder(tokens[row][valid[row]][None], None if context is None else context[row, None])
-        torch.testing.assert_close(hidden[row][valid[row]], alone[0], atol=1e-5, rtol=1e-5)
+        alone = decoder(
+            tokens[row][attention_mask[row]][None], None if context is None else context[row, None]
+        )
+        torch.testing.assert_close(hidden[row][attention_mask[row]], alone[0], atol=1e-5, rtol=1e-5)
     if side == "right":  # There the causal mask alone hides it.
-        torch.testing.assert_close(hidden[valid], decoder(tokens, context)[valid], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            hidden[attention_mask], decoder(tokens, context)[attention_mask], atol=1e-5, rtol=1e-5
+        )
 
 
 def decode(
@@ -171,11 +182,11 @@ def decode(
 ) -> Tensor:
     """Hidden states of a row read in pieces, with a cache."""
     state = decoder.new_state(tokens.shape[1])
-    valid, parts = given.get("valid"), []
+    attention_mask, parts = given.get("attention_mask"), []
     for start, end in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
-        piece = None if valid is None else valid[:, start:end]
+        piece = None if attention_mask is None else attention_mask[:, start:end]
         piece = None if piece is None or (start and bool(piece.all())) else piece
-        parts.append(decoder(tokens[:, start:end], context, valid=piece, state=state))
+        parts.append(decoder(tokens[:, start:end], context, attention_mask=piece, state=state))
     assert state.length == tokens.shape[1]
     return torch.cat(parts, 1)
 
@@ -185,31 +196,31 @@ def decode(
 def test_cached_equals_uncached(kind: str, padding: str | None) -> None:
     decoder = make(kind)
     tokens, context = inputs(decoder)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
     if padding == "left":
-        valid[1, :2] = valid[3, :1] = False
+        attention_mask[1, :2] = attention_mask[3, :1] = False
     if padding == "right":  # The prompt is padded, the new tokens are not.
-        valid[1, 2:4] = valid[3, 3] = False
+        attention_mask[1, 2:4] = attention_mask[3, 3] = False
     if padding == "long":  # Whole pieces are padding.
-        valid[1, :5] = valid[3, 4:6] = False
-    given = {} if padding is None else {"valid": valid}
+        attention_mask[1, :5] = attention_mask[3, 4:6] = False
+    given = {} if padding is None else {"attention_mask": attention_mask}
     full = decoder(tokens, context, **given)
     for cuts in ([4, 5, 6], [1, 2, 3, 4, 5, 6], [4], [2, 4, 6]):
         got = decode(decoder, tokens, context, cuts, **given)
-        torch.testing.assert_close(got[valid], full[valid], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[attention_mask], full[attention_mask], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_reordered_with_their_padding_and_positions(kind: str) -> None:
     decoder = make(kind)
     tokens, context = inputs(decoder)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    valid[1, :2] = valid[3, :1] = False
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    attention_mask[1, :2] = attention_mask[3, :1] = False
     state, order = decoder.new_state(7), torch.tensor([3, 1, 1, 0, 2])
-    decoder(tokens[:, :4], context, valid=valid[:, :4], state=state)
+    decoder(tokens[:, :4], context, attention_mask=attention_mask[:, :4], state=state)
     state.reorder(order)
     got = decoder(tokens[order, 4:], None if context is None else context[order], state=state)
-    full = decoder(tokens, context, valid=valid)[order, 4:]
+    full = decoder(tokens, context, attention_mask=attention_mask)[order, 4:]
     torch.testing.assert_close(got, full, atol=1e-5, rtol=1e-5)
 
 
@@ -245,7 +256,7 @@ def test_packed_documents_do_not_see_each_other(kind: str) -> None:
     decoder = make(kind)
     tokens, _ = inputs(decoder)
     ids = torch.tensor([0, 0, 0, 1, 1, 1, 1]).expand(4, 7)
-    allowed = masks.dense(masks.all_of(masks.causal(), masks.segments(ids)), 4, 7, 7)
+    allowed = masks.dense(masks.all_of(masks.causal(), masks.documents(ids)), 4, 7, 7)
     packed = decoder(tokens, mask=allowed)
     torch.testing.assert_close(packed[:, :3], decoder(tokens[:, :3]), atol=1e-5, rtol=1e-5)
     other = tokens.clone()
@@ -265,15 +276,15 @@ def test_a_packed_row_is_its_documents_one_by_one(kind: str) -> None:
     assert tokens.shape[1] > decoder.max_len
     sizes = (5, 11, 1, 13, 3)
     ids = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes)).expand(len(tokens), -1)
-    packed = decoder(tokens, context, segments=ids)
+    packed = decoder(tokens, context, document_ids=ids)
     pieces = [decoder(piece, context) for piece in tokens.split(sizes, dim=1)]
     torch.testing.assert_close(packed, torch.cat(pieces, dim=1), atol=1e-12, rtol=1e-10)
-    valid = torch.arange(33) < 31
-    cut = decoder(tokens, context, segments=ids, valid=valid.expand(len(tokens), -1))
-    torch.testing.assert_close(cut[:, valid], packed[:, valid], atol=1e-12, rtol=1e-10)
+    attention_mask = torch.arange(33) < 31
+    cut = decoder(tokens, context, document_ids=ids, attention_mask=attention_mask.expand(len(tokens), -1))
+    torch.testing.assert_close(cut[:, attention_mask], packed[:, attention_mask], atol=1e-12, rtol=1e-10)
     other = tokens.clone()
     other[:, 5:16] = (other[:, 5:16] + 1) % VOCAB
-    changed = decoder(other, context, segments=ids)
+    changed = decoder(other, context, document_ids=ids)
     assert torch.equal(changed[:, :5], packed[:, :5])
     assert torch.equal(changed[:, 16:], packed[:, 16:])
 
@@ -281,12 +292,12 @@ def test_a_packed_row_is_its_documents_one_by_one(kind: str) -> None:
 def test_segments_refuse_what_does_not_go_with_them() -> None:
     decoder = make()
     with pytest.raises(ValueError, match=r"document has 30 tokens.*29 positions"):
-        decoder(torch.zeros(1, 31, dtype=torch.long), segments=torch.tensor([[0] + 30 * [1]]))
+        decoder(torch.zeros(1, 31, dtype=torch.long), document_ids=torch.tensor([[0] + 30 * [1]]))
     ids = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="neither a mask nor a state"):
-        decoder(ids, segments=ids, state=decoder.new_state(3))
+        decoder(ids, document_ids=ids, state=decoder.new_state(3))
     with pytest.raises(ValueError, match="neither a mask nor a state"):
-        decoder(ids, segments=ids, mask="causal")
+        decoder(ids, document_ids=ids, mask="causal")
 
 
 def test_the_door_opens_before_every_block() -> None:
@@ -310,7 +321,7 @@ def test_run_continues_from_embeddings() -> None:
     decoder = make()
     tokens, _ = inputs(decoder)
     positions = torch.arange(7)
-    assert torch.equal(decoder.run(decoder.embed(tokens, positions), positions), decoder(tokens))
+    assert torch.equal(decoder.forward_embeds(decoder.embed(tokens, positions), positions), decoder(tokens))
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -65,8 +65,8 @@ def definition(encoder: Any, tokens: Tensor, types: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_hidden_states_and_heads_are_the_definition() -> None:
-    encoder, (tokens, types, valid) = make(), rows()
-    hidden = encoder(tokens, types, valid=valid)
+    encoder, (tokens, types, attention_mask) = make(), rows()
+    hidden = encoder(tokens, types, attention_mask=attention_mask)
     words, follows = encoder.words(hidden), encoder.follows(hidden)
     assert (hidden.shape, words.shape, follows.shape) == ((3, 11, DIM), (3, 11, VOCAB), (3, 2))
     exact: Any = make().double()
@@ -93,17 +93,19 @@ def test_parameters_of_bert_base() -> None:
 
 @torch.no_grad()
 def test_padding_on_either_side_changes_nothing() -> None:
-    encoder, (tokens, types, valid) = make(), rows()
-    hidden = encoder(tokens, types, valid=valid)
+    encoder, (tokens, types, attention_mask) = make(), rows()
+    hidden = encoder(tokens, types, attention_mask=attention_mask)
     for row, count in enumerate((11, 7, 3)):
         alone = encoder(tokens[row : row + 1, :count], types[row : row + 1, :count])
         torch.testing.assert_close(alone[0], hidden[row, :count], atol=1e-5, rtol=1e-5)
-    other = torch.where(valid, tokens, (tokens + 1) % VOCAB)
-    assert torch.equal(encoder(other, types, valid=valid)[valid], hidden[valid])
-    shifts = (11 - valid.sum(1)).tolist()
+    other = torch.where(attention_mask, tokens, (tokens + 1) % VOCAB)
+    assert torch.equal(
+        encoder(other, types, attention_mask=attention_mask)[attention_mask], hidden[attention_mask]
+    )
+    shifts = (11 - attention_mask.sum(1)).tolist()
     left = lambda x: torch.stack([line.roll(by) for line, by in zip(x, shifts, strict=True)])  # noqa: E731
-    moved = encoder(left(tokens), left(types), valid=left(valid))
-    torch.testing.assert_close(moved[left(valid)], hidden[valid], atol=1e-5, rtol=1e-5)
+    moved = encoder(left(tokens), left(types), attention_mask=left(attention_mask))
+    torch.testing.assert_close(moved[left(attention_mask)], hidden[attention_mask], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -132,9 +134,11 @@ def test_order_and_types_matter() -> None:
 def test_packed_documents_are_as_if_alone(padded: bool) -> None:
     encoder, (tokens, types, _) = make(), rows()
     counts = (5, 2, 4)
-    segments = torch.tensor([[0] * 5 + [1] * 2 + [2] * 4])
-    valid = torch.arange(11)[None] < 10 if padded else None
-    packed = encoder(tokens[:1], types[:1], segments=segments, valid=valid)[0].split(counts)
+    document_ids = torch.tensor([[0] * 5 + [1] * 2 + [2] * 4])
+    attention_mask = torch.arange(11)[None] < 10 if padded else None
+    packed = encoder(tokens[:1], types[:1], document_ids=document_ids, attention_mask=attention_mask)[
+        0
+    ].split(counts)
     for document, ids, kinds in zip(packed, tokens[0].split(counts), types[0].split(counts), strict=True):
         real = slice(None, 3) if padded and len(ids) == 4 else slice(None)
         alone = encoder(ids[None, real], kinds[None, real])[0]
@@ -143,14 +147,14 @@ def test_packed_documents_are_as_if_alone(padded: bool) -> None:
 
 @torch.no_grad()
 def test_attention_is_recorded_and_sums_to_one_over_real_tokens() -> None:
-    encoder, (tokens, types, valid) = make(), rows()
+    encoder, (tokens, types, attention_mask) = make(), rows()
     with record_attention(encoder) as record:
-        encoder(tokens, types, valid=valid)
+        encoder(tokens, types, attention_mask=attention_mask)
     assert list(record) == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
     for weights in record.values():
         assert weights.shape == (3, HEADS, 11, 11)
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, HEADS, 11))
-        assert not weights.masked_select(~valid[:, None, None, :]).any()
+        assert not weights.masked_select(~attention_mask[:, None, None, :]).any()
 
 
 def test_dropout_only_in_training() -> None:
@@ -193,7 +197,10 @@ def test_errors_say_the_numbers() -> None:
     "options", [{}, {"pooler": False, "sentence_head": False, "word_head": False, "num_types": 3}], ids=str
 )
 def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
-    encoder, (tokens, types, valid) = make(**options), rows()
+    encoder, (tokens, types, attention_mask) = make(**options), rows()
     encoder.save_pretrained(tmp_path)
     again = TextEncoder.from_pretrained(tmp_path)
-    assert torch.equal(again(tokens, types, valid=valid), encoder(tokens, types, valid=valid))
+    assert torch.equal(
+        again(tokens, types, attention_mask=attention_mask),
+        encoder(tokens, types, attention_mask=attention_mask),
+    )

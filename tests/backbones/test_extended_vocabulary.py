@@ -73,10 +73,10 @@ def test_merged_it_is_one_decoder_with_a_larger_table(kind: str, first: int | No
     assert whole.vocab_size == size
     asked = torch.cat((tokens(model), torch.arange(7)[None] + model.first - 2), 0) % size
     close(whole.head(whole(asked)), model.head(model(asked)))
-    assert torch.equal(whole.tables[0][model.first : model.first + NEW], model.new_embed.weight)
-    assert torch.equal(whole.tables[0], model.tables[0])
-    assert torch.equal(whole.tables[1], model.tables[1])
-    assert (whole.tables[0] is whole.tables[1]) == (model.new_head is None)
+    assert torch.equal(whole.embedding_weights[0][model.first : model.first + NEW], model.new_embed.weight)
+    assert torch.equal(whole.embedding_weights[0], model.embedding_weights[0])
+    assert torch.equal(whole.embedding_weights[1], model.embedding_weights[1])
+    assert (whole.embedding_weights[0] is whole.embedding_weights[1]) == (model.new_head is None)
 
 
 @pytest.mark.parametrize("kind", INNER)
@@ -110,7 +110,7 @@ def test_frozen_means_all_but_the_new_rows(kind: str) -> None:
 
 def test_new_rows_begin_near_the_mean() -> None:
     model = make(new=200)
-    table, new = model.decoder.tables[0], model.new_embed.weight
+    table, new = model.decoder.embedding_weights[0], model.new_embed.weight
     assert (new.mean(0) - table.mean(0)).abs().max() < 0.05 * table.std()
     assert (new.std(0) / table.std(0)).mean().item() == pytest.approx(0.1, rel=0.2)
 
@@ -119,12 +119,12 @@ def test_new_rows_begin_near_the_mean() -> None:
 def test_decoding_goes_through(kind: str) -> None:
     model = make(kind)
     asked = tokens(model)
-    valid = torch.ones_like(asked, dtype=torch.bool)
-    valid[1, :3] = False
+    attention_mask = torch.ones_like(asked, dtype=torch.bool)
+    attention_mask[1, :3] = False
     state = model.new_state(7)
-    parts = [model(asked[:, :4], valid=valid[:, :4], state=state)]
+    parts = [model(asked[:, :4], attention_mask=attention_mask[:, :4], state=state)]
     parts += [model(asked[:, i : i + 1], state=state) for i in range(4, 7)]
-    close(torch.cat(parts, 1)[valid], model(asked, valid=valid)[valid])
+    close(torch.cat(parts, 1)[attention_mask], model(asked, attention_mask=attention_mask)[attention_mask])
     opened: list[int] = []
     model(asked, before_block=lambda i, x: opened.append(i) or x)
     assert opened == [0, 1]

@@ -85,7 +85,7 @@ def test_it_is_the_model_bit_for_bit_and_keeps_its_names(family: str) -> None:
     assert list(decoder.model.state_dict()) == names
     assert torch.equal(decoder.model(asked, use_cache=False).logits, want)
     positions = torch.arange(LENGTH)
-    assert torch.equal(decoder.run(decoder.embed(asked, positions), positions), decoder(asked))
+    assert torch.equal(decoder.forward_embeds(decoder.embed(asked, positions), positions), decoder(asked))
 
 
 def test_hooks_are_gone_after_a_door_that_fails() -> None:
@@ -99,16 +99,16 @@ def test_hooks_are_gone_after_a_door_that_fails() -> None:
 @torch.no_grad()
 def test_padding_changes_nothing_and_caches_neither(family: str) -> None:
     decoder, asked = make(family), tokens()
-    valid = torch.ones_like(asked, dtype=torch.bool)
-    valid[1, :3] = valid[2, :4] = False
-    for real in (valid, valid.flip(1)):
-        found = decoder.head(decoder(asked, valid=real))
+    attention_mask = torch.ones_like(asked, dtype=torch.bool)
+    attention_mask[1, :3] = attention_mask[2, :4] = False
+    for real in (attention_mask, attention_mask.flip(1)):
+        found = decoder.head(decoder(asked, attention_mask=real))
         for row in range(4):
             close(found[row][real[row]], decoder.head(decoder(asked[row][real[row]][None]))[0])
-    whole = decoder.head(decoder(asked, valid=valid))
+    whole = decoder.head(decoder(asked, attention_mask=attention_mask))
     state, order = decoder.new_state(LENGTH), torch.tensor([2, 2, 0, 1, 3])
     state.reorder(order[:1])  # nothing yet
-    decoder(asked[:, :5], valid=valid[:, :5], state=state)
+    decoder(asked[:, :5], attention_mask=attention_mask[:, :5], state=state)
     state.reorder(order)
     assert state.length == 5
     parts = [decoder(asked[order, i : i + 1], state=state) for i in range(5, LENGTH)]
@@ -127,9 +127,9 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
         with pytest.raises(
             ValueError, match="ignores masks" if family in NO_MASKS else r"9 tokens.*window of 4"
         ):
-            decoder(asked, segments=ids)
+            decoder(asked, document_ids=ids)
         return
-    packed = decoder(asked, segments=ids)
+    packed = decoder(asked, document_ids=ids)
     close(packed[:, :4], decoder(asked[:, :4]))
     close(packed[:, 4:], decoder(asked[:, 4:]))
 
@@ -137,11 +137,11 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
 def test_padding_is_remembered_where_a_mask_was_given() -> None:
     decoder = make("llama")
     tokens, following = torch.randint(3, VOCAB, (2, 5)), torch.randint(3, VOCAB, (2, 1))
-    valid = torch.arange(5) >= torch.tensor([0, 2])[:, None]
+    attention_mask = torch.arange(5) >= torch.tensor([0, 2])[:, None]
     seen = []
-    for mask in (None, valid[:, None] & torch.ones(5, 5, dtype=torch.bool).tril()):
+    for mask in (None, attention_mask[:, None] & torch.ones(5, 5, dtype=torch.bool).tril()):
         state = decoder.new_state(9)
-        decoder(tokens, valid=valid, mask=mask, state=state)
+        decoder(tokens, attention_mask=attention_mask, mask=mask, state=state)
         seen.append(decoder(following, state=state))
     torch.testing.assert_close(seen[1], seen[0])
 
@@ -150,12 +150,23 @@ def test_padding_is_remembered_where_a_mask_was_given() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_it_writes_what_transformers_generate_writes(family: str, beams: int) -> None:
     decoder, asked = make(family), tokens(3)
-    valid = torch.ones_like(asked, dtype=torch.bool)
-    valid[1, :4] = False
-    asked[~valid] = 0
-    found = generate(decoder, CaptionBatch(asked, valid, ~valid), eos_id=2, max_new_tokens=8, num_beams=beams)
+    attention_mask = torch.ones_like(asked, dtype=torch.bool)
+    attention_mask[1, :4] = False
+    asked[~attention_mask] = 0
+    found = generate(
+        decoder,
+        CaptionBatch(asked, attention_mask, ~attention_mask),
+        eos_id=2,
+        max_new_tokens=8,
+        num_beams=beams,
+    )
     want = decoder.model.generate(
-        asked, attention_mask=valid.long(), max_new_tokens=8, num_beams=beams, do_sample=False, use_cache=True
+        asked,
+        attention_mask=attention_mask.long(),
+        max_new_tokens=8,
+        num_beams=beams,
+        do_sample=False,
+        use_cache=True,
     )[:, LENGTH:].tolist()
     for (mine,), theirs in zip(found, want, strict=True):
         assert mine.tokens == (theirs[: theirs.index(2)] if 2 in theirs else theirs)

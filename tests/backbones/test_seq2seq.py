@@ -91,8 +91,8 @@ def test_logits_are_the_papers() -> None:
     assert logits.shape == (3, 7, VOCAB)
     model = make().double()
     for row in range(3):
-        source = batch.source[row, batch.source_valid[row]]
-        tokens = batch.tokens[row, batch.valid[row]]
+        source = batch.source[row, batch.source_attention_mask[row]]
+        tokens = batch.tokens[row, batch.attention_mask[row]]
         want = definition(model, source, tokens)
         torch.testing.assert_close(logits[row, : len(tokens)].double(), want, atol=2e-5, rtol=2e-5)
 
@@ -141,12 +141,14 @@ def test_equals_torch_nn_transformer(pre_norm: bool) -> None:
         model.embed(batch.source),
         model.decoder.embed(batch.tokens, torch.arange(7)),
         tgt_mask=nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.bool),
-        src_key_padding_mask=~batch.source_valid,
-        tgt_key_padding_mask=~batch.valid,
-        memory_key_padding_mask=~batch.source_valid,
+        src_key_padding_mask=~batch.source_attention_mask,
+        tgt_key_padding_mask=~batch.attention_mask,
+        memory_key_padding_mask=~batch.source_attention_mask,
         tgt_is_causal=True,
     )
-    torch.testing.assert_close(model.hidden(batch)[batch.valid], want[batch.valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.hidden_states(batch)[batch.attention_mask], want[batch.attention_mask], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_parameters_of_base_and_big() -> None:
@@ -168,20 +170,20 @@ def test_parameters_of_base_and_big() -> None:
 def test_cached_decoding_equals_one_pass(pre_norm: bool) -> None:
     """Prompts padded on the left, three copies of a row, shuffled between the steps."""
     model, batch = make(pre_norm), pairs("left")
-    logits, state = model.start(batch, copies=3, max_new_tokens=4)
+    logits, state = model.prefill(batch, expand_size=3, max_new_tokens=4)
     rows = torch.arange(3).repeat_interleave(3)
     history = batch.tokens[rows]
     for step in range(4):
         whole = lengths(7 + step, (7 + step, 5 + step, 2 + step), "left")[rows]
-        source = model.encode(batch.source, valid=batch.source_valid)
-        want = model.head(model.decode(history, source, valid=whole)[:, -1])
+        source = model.encode(batch.source, attention_mask=batch.source_attention_mask)
+        want = model.head(model.decode(history, source, attention_mask=whole)[:, -1])
         torch.testing.assert_close(logits, want, atol=2e-5, rtol=2e-5)
         order = torch.cat([3 * i + torch.randperm(3) for i in range(3)])
         state.reorder(order)
         new = torch.randint(3, VOCAB, (9,))
         history = torch.cat((history[order], new[:, None]), 1)
         if step < 3:
-            logits = model.step(new, state)
+            logits = model.decode_step(new, state)
 
 
 @torch.no_grad()
@@ -190,9 +192,9 @@ def test_the_source_is_projected_once() -> None:
     for block in model.decoder.blocks:
         assert isinstance(block.cross_attn, Attention)  # pyright: ignore[reportAttributeAccessIssue]
         block.cross_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
-    _, state = model.start(batch, copies=2, max_new_tokens=3)
+    _, state = model.prefill(batch, expand_size=2, max_new_tokens=3)
     for _ in range(2):
-        model.step(torch.full((6,), 5), state)
+        model.decode_step(torch.full((6,), 5), state)
     assert len(calls) == model.decoder_depth
     assert all(kv.k.shape[0] == 3 for kv in state.source.context if not isinstance(kv, Tensor))
 
@@ -203,24 +205,24 @@ def test_padding_changes_nothing_on_either_side() -> None:
     logits = model.logits(batch)
     for row, (k, q) in enumerate([(11, 7), (7, 5), (3, 2)]):
         alone = TextPairs(batch.source[row : row + 1, :k], lengths(k, (k,)), batch.tokens[row : row + 1, :q],
-                          lengths(q, (q,)), batch.target[row : row + 1, :q])  # fmt: skip
+                          lengths(q, (q,)), batch.loss_mask[row : row + 1, :q])  # fmt: skip
         torch.testing.assert_close(model.logits(alone)[0], logits[row, :q], atol=1e-5, rtol=1e-5)
     left = pairs("left")
     left.source, left.tokens = batch.source.clone(), batch.tokens.clone()
     for row, (k, q) in enumerate([(11, 7), (7, 5), (3, 2)]):
         left.source[row], left.tokens[row] = batch.source[row].roll(11 - k), batch.tokens[row].roll(7 - q)
-    source = model.encode(left.source, valid=left.source_valid)
-    moved = model.head(model.decode(left.tokens, source, valid=left.valid))
-    torch.testing.assert_close(moved[left.valid], logits[batch.valid], atol=1e-5, rtol=1e-5)
+    source = model.encode(left.source, attention_mask=left.source_attention_mask)
+    moved = model.head(model.decode(left.tokens, source, attention_mask=left.attention_mask))
+    torch.testing.assert_close(moved[left.attention_mask], logits[batch.attention_mask], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_what_lies_in_padding_changes_no_bit() -> None:
     model, batch = make(), pairs()
     before = model.logits(batch)
-    batch.source = torch.where(batch.source_valid, batch.source, 7)
-    batch.tokens = torch.where(batch.valid, batch.tokens, 7)
-    assert torch.equal(model.logits(batch)[batch.valid], before[batch.valid])
+    batch.source = torch.where(batch.source_attention_mask, batch.source, 7)
+    batch.tokens = torch.where(batch.attention_mask, batch.tokens, 7)
+    assert torch.equal(model.logits(batch)[batch.attention_mask], before[batch.attention_mask])
 
 
 @torch.no_grad()
@@ -242,17 +244,17 @@ def test_embeddings_in_front_of_the_source() -> None:
     """BLIP-2's queries: read without a position of their own, whatever the padding behind them."""
     model, batch = make(), pairs()
     queries = torch.randn(3, 4, DIM)
-    found = model.encode(batch.source, valid=batch.source_valid, before=queries)
+    found = model.encode(batch.source, attention_mask=batch.source_attention_mask, before=queries)
     assert isinstance(found.context, Tensor)
-    assert found.valid is not None
-    assert found.valid.sum(1).tolist() == [15, 11, 7]
+    assert found.attention_mask is not None
+    assert found.attention_mask.sum(1).tolist() == [15, 11, 7]
     for row, k in enumerate((11, 7, 3)):
         x = torch.cat((queries[row : row + 1], model.embed(batch.source[row : row + 1, :k])), 1)
         for block in model.blocks:
             x = block(x)
         torch.testing.assert_close(found.context[row, : 4 + k], x[0], atol=1e-5, rtol=1e-5)
     unpadded = model.encode(batch.source[:1], before=queries[:1])
-    assert unpadded.valid is None
+    assert unpadded.attention_mask is None
     with pytest.raises(ValueError, match=r"3 sources must be \(3, any, 20\), not \(3, 4, 19\)"):
         model.encode(batch.source, before=torch.zeros(3, 4, 19))
 
@@ -296,7 +298,7 @@ def test_wide_beams_find_the_best_text_of_all(power: float, offset: float) -> No
             spoken = model.logits(read).log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None]).sum()
             scores[tuple(ids)] = float(spoken) / ((offset + len(ids)) / (offset + 1)) ** power
     best = sorted(scores, key=lambda ids: -scores[ids])[:3]
-    found = generate(model, batch, eos_id=EOS, max_new_tokens=3, num_beams=64, num_return=3,
+    found = generate(model, batch, eos_id=EOS, max_new_tokens=3, num_beams=64, num_return_sequences=3,
                      length_penalty=power, length_offset=offset)[0]  # fmt: skip
     assert [(*text.tokens, *[EOS] * text.finished) for text in found] == best
     with pytest.raises(ValueError, match=r"length_offset must not be below 0, not -1\.5"):
@@ -358,8 +360,8 @@ def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_batches_move_and_are_cut() -> None:
     batch = pairs()
-    short = batch.cut(4)
-    assert (short.tokens.shape, short.valid.shape, short.target.shape) == ((3, 4), (3, 4), (3, 4))
+    short = batch.truncate(4)
+    assert (short.tokens.shape, short.attention_mask.shape, short.loss_mask.shape) == ((3, 4), (3, 4), (3, 4))
     assert short.source.shape == (3, 11)
     moved = batch.to("meta")
     assert all(x.device.type == "meta" for x in vars(moved).values() if isinstance(x, Tensor))

@@ -40,11 +40,11 @@ def definition(vit: Any, pixels: Tensor) -> Tensor:
     vit, found = vit.double(), []
     size, heads = vit.patch_size, vit.num_heads
     width = vit.dim // heads
-    for picture in pixels.double():
+    for image in pixels.double():
         rows = []
-        for top in range(0, picture.shape[1], size):
-            for left in range(0, picture.shape[2], size):
-                patch = picture[:, top : top + size, left : left + size].reshape(-1)
+        for top in range(0, image.shape[1], size):
+            for left in range(0, image.shape[2], size):
+                patch = image[:, top : top + size, left : left + size].reshape(-1)
                 rows.append(vit.patch_embed.proj.weight @ patch)
                 if vit.patch_bias:
                     rows[-1] = rows[-1] + vit.patch_embed.proj.bias
@@ -134,7 +134,7 @@ def test_pools_and_head() -> None:
 
 def test_a_batch_equals_one_by_one() -> None:
     vit, pixels = small(num_classes=7), torch.randn(5, 3, 16, 24)
-    alone = torch.cat([vit(picture[None]) for picture in pixels])
+    alone = torch.cat([vit(image[None]) for image in pixels])
     torch.testing.assert_close(vit(pixels), alone, atol=1e-5, rtol=1e-5)
 
 

@@ -57,7 +57,7 @@ def peer_step(
 ) -> Step:
     assert batch.pixels is not None
     adamw = optimizer(model, memory, fused=same)
-    labels = batch.tokens.masked_fill(~batch.target, -100)[:, 1:]
+    labels = batch.tokens.masked_fill(~batch.loss_mask, -100)[:, 1:]
     pixels, inputs = batch.pixels[:, 0], batch.tokens[:, :-1]
 
     def step() -> Tensor:
@@ -88,14 +88,14 @@ def main() -> None:
         dtype: torch.dtype,
         ours: Captioner,
         batch: CaptionBatch,
-        target: float | None = None,
+        loss_mask: float | None = None,
         same: bool = False,
     ) -> None:
         if args.only not in name:
             return
         mine = our_step(ours, batch, memory, dtype)
         them = peer_step(peer, full, memory, dtype, same=same)
-        compare(name, mine, them, target=target, pairs=args.pairs, unit=(len(batch.tokens), "captions"))
+        compare(name, mine, them, loss_mask=loss_mask, pairs=args.pairs, unit=(len(batch.tokens), "captions"))
         memory.zero_()
 
     for form in ("same layers", "folded"):

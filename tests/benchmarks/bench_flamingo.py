@@ -123,9 +123,9 @@ def token_cost(model: Flamingo, rows: int = 8) -> tuple[float, int]:
     counted: list[int] = []
     hooks = [b.attn.k_proj.register_forward_hook(lambda *_: counted.append(1)) for b in model.gated_blocks]
     with torch.inference_mode():
-        logits, state = model.start(prompts(rows), max_new_tokens=NEW)
+        logits, state = model.prefill(prompts(rows), max_new_tokens=NEW)
         counted.clear()
-        calls = [timed(lambda: model.step(logits.argmax(1), state)).cpu for _ in range(NEW - 1)]
+        calls = [timed(lambda: model.decode_step(logits.argmax(1), state)).cpu for _ in range(NEW - 1)]
     for hook in hooks:
         hook.remove()
     return 1e3 * median(calls), len(counted)

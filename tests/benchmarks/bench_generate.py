@@ -48,13 +48,13 @@ def token_cost(model: EncoderDecoder, visual_tokens: int, rows: int = 4) -> tupl
     """CPU milliseconds of a step of `rows` pictures with 5 beams each; bytes of the pictures' keys and values."""
     batch = prompts(rows)
     tokens = torch.randn(rows, 1, visual_tokens, model.vision.dim)
-    batch = CaptionBatch(batch.tokens, batch.valid, batch.target, visual_tokens=tokens)
+    batch = CaptionBatch(batch.tokens, batch.attention_mask, batch.loss_mask, visual_tokens=tokens)
     with torch.inference_mode():
-        logits, state = model.start(batch, copies=BEAMS, max_new_tokens=NEW)
+        logits, state = model.prefill(batch, expand_size=BEAMS, max_new_tokens=NEW)
         shared: list[Tensor] = [x for kv in state.context for x in kv]
         calls = []
         for _ in range(NEW - 1):
-            calls.append(timed(lambda: model.step(logits.argmax(1), state)).cpu)
+            calls.append(timed(lambda: model.decode_step(logits.argmax(1), state)).cpu)
             state.reorder(torch.arange(rows * BEAMS))
     assert all(x.shape[0] == rows for x in shared), "beams copied the pictures' keys and values"
     assert all(a is b for a, b in zip(shared, (x for kv in state.context for x in kv), strict=True))

@@ -37,9 +37,11 @@ def batches(count: int, size: int) -> list[CaptionBatch]:
     found = []
     for _ in range(count):
         tokens = torch.randint(3, 640, (size, 48), generator=generator)
-        valid = torch.ones_like(tokens, dtype=torch.bool)
+        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         pixels = torch.randn(size, 1, 3, 64, 64, generator=generator)
-        found.append(CaptionBatch(tokens, valid, valid, pixels, names=tuple(map(str, range(size)))))
+        found.append(
+            CaptionBatch(tokens, attention_mask, attention_mask, pixels, names=tuple(map(str, range(size))))
+        )
     return found
 
 

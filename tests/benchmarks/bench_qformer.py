@@ -37,10 +37,10 @@ from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_blip2
 from mmtransformer.weights.captioners.qformer import BLIP2, qformer_table
-from mmtransformer.weights.number import kept_in
+from mmtransformer.weights.number import cast_frozen
 from mmtransformer.weights.table import to_ours
 
-PICTURES, ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 16, 8, 8, 32, 32, 5, 20
+IMAGES, ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 16, 8, 8, 32, 32, 5, 20
 IMAGE, BEGIN, VOCAB = 50_271, 2, 50_272
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FROZEN_HALF, SAME = ", frozen parts in bf16", ", same optimizer and precision"
@@ -101,16 +101,16 @@ def bench_qformer(args: Any, dropout: float) -> None:
     assert ours.tok_embed is not None
     assert ours.pos_embed is not None
     words, places = ours.tok_embed, ours.pos_embed
-    visual, tokens = torch.randn(PICTURES, 257, 1408), torch.randint(1000, (PICTURES, TEXT))
+    visual, tokens = torch.randn(IMAGES, 257, 1408), torch.randint(1000, (IMAGES, TEXT))
 
     def theirs(text: bool) -> Tensor:
-        embeds = ours.query_tokens.expand(PICTURES, -1, -1)
+        embeds = ours.query_tokens.expand(IMAGES, -1, -1)
         if text:
             embeds = torch.cat((embeds, words(tokens) + places.weight[:TEXT]), 1)
         return peer(embeds, query_length=QUERIES, encoder_hidden_states=visual).last_hidden_state
 
     def mine(text: bool, model: QFormer = ours) -> Tensor:
-        return torch.cat(model.both(visual, tokens), 1) if text else model(visual)
+        return torch.cat(model.encode_pair(visual, tokens), 1) if text else model(visual)
 
     ours.eval(), peer.eval()
     with torch.no_grad():  # Before anything is trained.
@@ -132,19 +132,21 @@ def bench_qformer(args: Any, dropout: float) -> None:
                     with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
                         run(text)
 
-                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=asked,
+                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), loss_mask=1.0, flops=asked,
                         gemm=args.gemm[dtype], pairs=args.pairs)  # fmt: skip
                 if dtype == torch.float32:
                     packed = prepack(copy.deepcopy(ours))
                     compare(f"{line}, packed", lambda f=forward, p=packed: f(partial(mine, model=p)),
-                            lambda f=forward: f(theirs), target=1.0, flops=asked, gemm=args.gemm[dtype],
+                            lambda f=forward: f(theirs), loss_mask=1.0, flops=asked, gemm=args.gemm[dtype],
                             pairs=args.pairs)  # fmt: skip
             line = f"Q-Former, {what}, training, {name}" + (f", dropout {dropout}" if dropout else "")
             if args.only in line:
                 ours.train(), peer.train()
                 own = training(lambda text=text: mine(text).square().mean(), ours, dtype)
                 other = training(lambda text=text: theirs(text).square().mean(), peer, dtype)
-                compare(line, own, other, target=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs)
+                compare(
+                    line, own, other, loss_mask=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs
+                )
 
 
 # --------------------------------------------------------------------------------------------------------- stage 2
@@ -171,9 +173,11 @@ def captions(rows: int = CAPTIONS, shortest: int = 9, longest: int = 21) -> Capt
     lengths = torch.linspace(shortest, longest, rows).round().long()
     tokens = torch.randint(4, IMAGE, (rows, longest))
     tokens[:, 0] = BEGIN
-    valid = torch.arange(longest) < lengths[:, None]
-    target = valid & (torch.arange(longest) > 0)
-    return CaptionBatch(tokens.where(valid, 1), valid, target, pixels=torch.randn(rows, 1, 3, 224, 224))
+    attention_mask = torch.arange(longest) < lengths[:, None]
+    loss_mask = attention_mask & (torch.arange(longest) > 0)
+    return CaptionBatch(
+        tokens.where(attention_mask, 1), attention_mask, loss_mask, pixels=torch.randn(rows, 1, 3, 224, 224)
+    )
 
 
 def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
@@ -182,8 +186,8 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
     with torch.no_grad():
         cached = replace(full, pixels=None, visual_tokens=ours.encode(cast(Tensor, full.pixels)))
     ids = torch.cat((torch.full((CAPTIONS, QUERIES), IMAGE), full.tokens), 1)
-    known = torch.cat((torch.ones(CAPTIONS, QUERIES, dtype=torch.long), full.valid.long()), 1)
-    labels = full.tokens.masked_fill(~full.target, -100)
+    known = torch.cat((torch.ones(CAPTIONS, QUERIES, dtype=torch.long), full.attention_mask.long()), 1)
+    labels = full.tokens.masked_fill(~full.loss_mask, -100)
     # The peer's own loss takes labels of the whole row only.
     labels = torch.cat((torch.full((CAPTIONS, QUERIES), -100), labels), 1)
     pixels = cast(Tensor, full.pixels)[:, 0]
@@ -198,7 +202,7 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
     with torch.no_grad():
         torch.testing.assert_close(mine(ours, full), theirs(), atol=1e-4, rtol=1e-4)
     half = copy.deepcopy(ours)  # Autocast then has no frozen weight to cast in every step.
-    kept_in(half.decoder, "bfloat16"), kept_in(half.vision, "bfloat16")
+    cast_frozen(half.decoder, "bfloat16"), cast_frozen(half.vision, "bfloat16")
     for name, dtype in DTYPES.items():
         for kind, batch in (("", full), (", cached features", cached)):
             goal = {("fp32", ""): 2.0, ("bf16", ""): 1.5}.get((name, kind), 3.0 if name == "fp32" else 2.2)
@@ -210,7 +214,7 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
                     other = training(
                         theirs, peer, dtype, fused=same, precision="medium" if same else "highest"
                     )
-                    compare(line, own, other, target=None if same else goal, pairs=args.pairs,
+                    compare(line, own, other, loss_mask=None if same else goal, pairs=args.pairs,
                             unit=(CAPTIONS, "captions"))  # fmt: skip
 
 
@@ -253,7 +257,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
                 f"{line}, fp32, packed",
                 mine,
                 theirs,
-                target=2.0,
+                loss_mask=2.0,
                 pairs=args.pairs,
                 unit=(rows * NEW, "tokens"),
             )
@@ -266,7 +270,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
 def padding_computed() -> Iterator[None]:
     """LAVIS computes padding as it does tokens."""
     real_places = qformer_module.real_places
-    qformer_module.real_places = lambda valid: None
+    qformer_module.real_places = lambda attention_mask: None
     try:
         yield
     finally:
@@ -276,24 +280,24 @@ def padding_computed() -> Iterator[None]:
 @padding_computed()
 def by_lavis(model: ImageText, visual: Tensor, batch: CaptionBatch) -> Tensor:
     """The three losses by LAVIS's passes: matching projects and reads all pictures again, three times."""
-    qformer, tokens, valid = model.qformer, batch.tokens, batch.valid
-    seen = qformer.see(visual)
-    pictures, words = model.embed_pictures(seen.queries), model.embed_texts(tokens, valid)
-    similarity = (pictures @ words.T).amax(1) / model.temperature
+    qformer, tokens, attention_mask = model.qformer, batch.tokens, batch.attention_mask
+    seen = qformer.encode_queries(visual)
+    images, words = model.embed_images(seen.queries), model.embed_texts(tokens, attention_mask)
+    similarity = (images @ words.T).amax(1) / model.temperature
     goal = torch.arange(ROWS)
     itc = (F.cross_entropy(similarity, goal, label_smoothing=0.1)
            + F.cross_entropy(similarity.T, goal, label_smoothing=0.1)) / 2  # fmt: skip
     own = torch.eye(ROWS, dtype=torch.bool)
     weights = similarity.detach().masked_fill(own, -1e4).softmax(1)
     other_texts = torch.multinomial(weights, 1)[:, 0]
-    other_pictures = torch.multinomial(similarity.detach().T.masked_fill(own, -1e4).softmax(1), 1)[:, 0]
-    rows = torch.cat((visual, visual[other_pictures], visual))
-    queries, _ = qformer.both(rows, torch.cat((tokens, tokens, tokens[other_texts])),
-                              torch.cat((valid, valid, valid[other_texts])))  # fmt: skip
+    other_images = torch.multinomial(similarity.detach().T.masked_fill(own, -1e4).softmax(1), 1)[:, 0]
+    rows = torch.cat((visual, visual[other_images], visual))
+    queries, _ = qformer.encode_pair(rows, torch.cat((tokens, tokens, tokens[other_texts])),
+                              torch.cat((attention_mask, attention_mask, attention_mask[other_texts])))  # fmt: skip
     logits = model.itm_head(queries).mean(1)
     itm = F.cross_entropy(logits, torch.cat((torch.ones(ROWS), torch.zeros(2 * ROWS))).long())
-    said = model.head(qformer.read(tokens, valid, seen)[:, :-1])
-    labels = tokens.masked_fill(~batch.target, -100)[:, 1:]
+    said = model.head(qformer.encode_text(tokens, attention_mask, seen)[:, :-1])
+    labels = tokens.masked_fill(~batch.loss_mask, -100)[:, 1:]
     return itc + itm + F.cross_entropy(said.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
 
 
@@ -305,16 +309,16 @@ def bench_stage1(args: Any) -> None:
         ViT(224, 14, 1408, 1, 16), QFormer(vocab_size=30_523, dropout=0.0), freeze_vision=True
     ).train()
     tokens = torch.randint(1, 30_000, (ROWS, TEXT))
-    valid = torch.arange(TEXT) < torch.linspace(9, TEXT, ROWS).round().long()[:, None]
-    target = valid & (torch.arange(TEXT) > 0)
-    batch = CaptionBatch(tokens, valid, target, visual_tokens=torch.randn(ROWS, 1, 257, 1408))
+    attention_mask = torch.arange(TEXT) < torch.linspace(9, TEXT, ROWS).round().long()[:, None]
+    loss_mask = attention_mask & (torch.arange(TEXT) > 0)
+    batch = CaptionBatch(tokens, attention_mask, loss_mask, visual_tokens=torch.randn(ROWS, 1, 257, 1408))
     visual = cast(Tensor, batch.visual_tokens)[:, 0]
     adamw = optimizer(model, fused=True)  # Of both sides, which train the same weights.
     for name, dtype in DTYPES.items():
         if args.only in f"stage 1, {name}":
             own = training(lambda: model.losses(batch).total, adamw, dtype)
             other = training(lambda: by_lavis(model, visual, batch), adamw, dtype)
-            compare(f"stage 1, {name}", own, other, target=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
+            compare(f"stage 1, {name}", own, other, loss_mask=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
 
 
 def main() -> None:

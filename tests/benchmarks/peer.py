@@ -84,8 +84,8 @@ def caption_batch(rows: int = 8, shortest: int = 9, longest: int = 21) -> Captio
     lengths = torch.linspace(shortest, longest, rows).round().long()
     tokens = torch.randint(0, VOCAB - 1, (rows, longest))
     tokens[:, 0] = VOCAB - 1
-    valid = torch.arange(longest) < lengths[:, None]
-    tokens[~valid] = VOCAB - 1
-    target = valid.clone()
-    target[:, 0] = False
-    return CaptionBatch(tokens, valid, target, pixels=torch.randn(rows, 1, 3, 224, 224))
+    attention_mask = torch.arange(longest) < lengths[:, None]
+    tokens[~attention_mask] = VOCAB - 1
+    loss_mask = attention_mask.clone()
+    loss_mask[:, 0] = False
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=torch.randn(rows, 1, 3, 224, 224))

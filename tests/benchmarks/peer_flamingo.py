@@ -85,7 +85,7 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
         mlp_dim=3072,
         norm="rms",
         norm_eps=1e-6,
-        blind_mlp=True,
+        mlp_without_image=True,
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):
         load_strictly(ours, to_ours(gated_table(qk_norm=False), theirs.state_dict(), "it"), "it")

@@ -29,13 +29,13 @@ def blip2(instruct: bool = False, **options: Any) -> Blip2:
     return model.eval()
 
 
-def batch(rows: int = 6, pictures: int = 3, i: int = 1, q: int = 7) -> CaptionBatch:
+def batch(rows: int = 6, images: int = 3, i: int = 1, q: int = 7) -> CaptionBatch:
     torch.manual_seed(5)
     tokens = torch.randint(VOCAB, (rows, q))
     lengths = torch.tensor([q, q - 2, q - 3])[torch.arange(rows) % 3]
-    valid = torch.arange(q) < lengths[:, None]
-    target = valid & (torch.arange(q) >= 2)
-    return CaptionBatch(tokens, valid, target, pixels=torch.randn(pictures, i, 3, 16, 24))
+    attention_mask = torch.arange(q) < lengths[:, None]
+    loss_mask = attention_mask & (torch.arange(q) >= 2)
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=torch.randn(images, i, 3, 16, 24))
 
 
 def pixels(given: CaptionBatch) -> Tensor:
@@ -63,11 +63,11 @@ def test_queries_stand_in_front_of_the_text(decoder: dict[str, Any], i: int) -> 
     assert (model.vocab_size, model.max_len) == (VOCAB, 31 - L)
     for row in range(6):
         seen = [model.vision.forward_features(p[None]) for p in pixels(given)[row // 2]]
-        front = torch.cat([model.proj(model.qformer(x)) for x in seen], 1)
-        x = torch.cat((front, model.decoder.tok_embed(given.tokens[row])[None]), 1)
+        prefix_embeds = torch.cat([model.proj(model.qformer(x)) for x in seen], 1)
+        x = torch.cat((prefix_embeds, model.decoder.tok_embed(given.tokens[row])[None]), 1)
         steps = torch.arange(x.shape[1])
         x = x if model.decoder.pos_embed is None else x + model.decoder.pos_embed.weight[steps]
-        want = model.decoder.head(model.decoder.run(x, steps))[0, L * i :]
+        want = model.decoder.head(model.decoder.forward_embeds(x, steps))[0, L * i :]
         torch.testing.assert_close(logits[row], want, atol=1e-5, rtol=1e-5)
 
 
@@ -75,7 +75,9 @@ def test_queries_stand_in_front_of_the_text(decoder: dict[str, Any], i: int) -> 
 @pytest.mark.parametrize("decoder", [{}, SEQ2SEQ])
 def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> None:
     model, whole = blip2(instruct, decoder=decoder), batch()
-    one = CaptionBatch(*(x[:1] for x in (whole.tokens, whole.valid, whole.target)), pixels=pixels(whole)[:1])
+    one = CaptionBatch(
+        *(x[:1] for x in (whole.tokens, whole.attention_mask, whole.loss_mask)), pixels=pixels(whole)[:1]
+    )
     loss = caption_loss(model, one)
     loss.sum.backward()
     assert loss.sum.shape == ()
@@ -86,9 +88,9 @@ def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> 
 def test_the_loss_falls_on_caption_tokens_only() -> None:
     model, given = blip2(), batch()
     loss = caption_loss(model, given)
-    assert int(loss.count) == int(given.target.sum())
+    assert int(loss.count) == int(given.loss_mask.sum())
     said = model.logits(given).log_softmax(-1)[:, :-1].gather(2, given.tokens[:, 1:, None])[..., 0]
-    torch.testing.assert_close(loss.sum, -said[given.target[:, 1:]].sum())
+    torch.testing.assert_close(loss.sum, -said[given.loss_mask[:, 1:]].sum())
 
 
 def test_what_learns() -> None:
@@ -129,8 +131,8 @@ def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
 
 def test_padding_and_later_tokens_change_nothing() -> None:
     model, given = blip2(), batch()
-    other = replace(given, tokens=given.tokens.where(given.valid, 1))
-    assert torch.equal(model.logits(given)[given.valid], model.logits(other)[given.valid])
+    other = replace(given, tokens=given.tokens.where(given.attention_mask, 1))
+    assert torch.equal(model.logits(given)[given.attention_mask], model.logits(other)[given.attention_mask])
     later = replace(given, tokens=torch.cat((given.tokens[:, :4], given.tokens[:, 4:] * 0), 1))
     assert torch.equal(model.logits(given)[:, :4], model.logits(later)[:, :4])
 
@@ -141,14 +143,14 @@ def test_an_encoder_reads_queries_and_prompt_a_decoder_begin_and_caption(i: int)
     assert isinstance(model.decoder, Transformer)
     assert model.max_len == 31
     given.tokens[:, 1] = torch.tensor([3, 4, 5, 6, 7, 8])
-    given.target[3] = given.valid[3] & (torch.arange(7) >= 1)  # A row without a prompt.
+    given.loss_mask[3] = given.attention_mask[3] & (torch.arange(7) >= 1)  # A row without a prompt.
     logits = model.logits(given)
     for row in range(6):
-        start, end = (1 if row == 3 else 2), int(given.valid[row].sum())
+        start, end = (1 if row == 3 else 2), int(given.attention_mask[row].sum())
         seen = [model.vision.forward_features(p[None]) for p in pixels(given)[row // 2]]
-        front = torch.cat([model.proj(model.qformer(x)) for x in seen], 1)
+        prefix_embeds = torch.cat([model.proj(model.qformer(x)) for x in seen], 1)
         tokens = given.tokens[row][None]
-        source = model.decoder.encode(tokens[:, 1:start], before=front)
+        source = model.decoder.encode(tokens[:, 1:start], before=prefix_embeds)
         spoken = torch.cat((tokens[:, :1], tokens[:, start:end]), 1)
         want = model.decoder.head(model.decoder.decode(spoken, source))[0]
         torch.testing.assert_close(logits[row, :1], want[:1], atol=1e-5, rtol=1e-5)
@@ -156,46 +158,49 @@ def test_an_encoder_reads_queries_and_prompt_a_decoder_begin_and_caption(i: int)
 
 
 @pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
-def test_a_missing_picture_is_as_if_it_were_not_there(decoder: dict[str, Any]) -> None:
+def test_a_missing_image_is_as_if_it_were_not_there(decoder: dict[str, Any]) -> None:
     model, given = blip2(decoder=decoder), batch(i=2)
     known = torch.tensor([[True, False], [True, True], [False, True]])
-    logits = model.logits(replace(given, pictures=known))
+    logits = model.logits(replace(given, image_mask=known))
     torch.testing.assert_close(logits[2:4], model.logits(given)[2:4], atol=1e-5, rtol=1e-5)
     for sample, kept in ((0, 0), (2, 1)):
         rows = slice(2 * sample, 2 * sample + 2)
         alone = CaptionBatch(
-            given.tokens[rows], given.valid[rows], given.target[rows], pixels=pixels(given)[[sample], kept][:, None]
+            given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows],
+            pixels=pixels(given)[[sample], kept][:, None]
         )  # fmt: skip
         torch.testing.assert_close(logits[rows], model.logits(alone), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("instruct", [False, True])
 @pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
-@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("expand_size", [1, 3])
 def test_decoding_step_by_step_is_the_whole_pass(
-    instruct: bool, decoder: dict[str, Any], copies: int
+    instruct: bool, decoder: dict[str, Any], expand_size: int
 ) -> None:
     """Prompts of different lengths, padded on the left; then five forced tokens a row."""
     model = blip2(instruct, decoder=decoder)
     torch.manual_seed(8)
-    lengths, new = [4, 1, 3, 2], torch.randint(VOCAB, (4 * copies, 5))
+    lengths, new = [4, 1, 3, 2], torch.randint(VOCAB, (4 * expand_size, 5))
     full = torch.randint(VOCAB, (4, 4))
-    valid = torch.stack([torch.arange(4) >= 4 - length for length in lengths])
-    prompts = CaptionBatch(full, valid, torch.zeros_like(valid), pixels=torch.randn(2, 2, 3, 16, 24))
+    attention_mask = torch.stack([torch.arange(4) >= 4 - length for length in lengths])
+    prompts = CaptionBatch(
+        full, attention_mask, torch.zeros_like(attention_mask), pixels=torch.randn(2, 2, 3, 16, 24)
+    )
     known = torch.tensor([[True, True], [True, False]])
-    prompts = replace(prompts, pictures=known)
-    logits, state = model.start(prompts, copies=copies, max_new_tokens=6)
+    prompts = replace(prompts, image_mask=known)
+    logits, state = model.prefill(prompts, expand_size=expand_size, max_new_tokens=6)
     steps = [logits]
-    steps += [model.step(new[:, t], state) for t in range(5)]
+    steps += [model.decode_step(new[:, t], state) for t in range(5)]
     found = torch.stack(steps, 1)
-    for row in range(4 * copies):
-        source = row // copies
-        prompt = full[source, valid[source]]
+    for row in range(4 * expand_size):
+        source = row // expand_size
+        prompt = full[source, attention_mask[source]]
         tokens = torch.cat((prompt, new[row]))[None]
         yes = torch.ones_like(tokens, dtype=torch.bool)
-        target = yes & (torch.arange(tokens.shape[1]) >= len(prompt))
+        loss_mask = yes & (torch.arange(tokens.shape[1]) >= len(prompt))
         alone = CaptionBatch(
-            tokens, yes, target, pixels=pixels(prompts)[source // 2][None], pictures=known[source // 2][None]
+            tokens, yes, loss_mask, pixels=pixels(prompts)[source // 2][None], image_mask=known[source // 2][None]
         )  # fmt: skip
         want = model.logits(alone)[0]
         want = torch.cat((want[:1], want[len(prompt) :])) if "seq2seq" in decoder else want[len(prompt) - 1 :]
@@ -203,20 +208,24 @@ def test_decoding_step_by_step_is_the_whole_pass(
 
 
 def test_beams_follow_their_rows() -> None:
-    model, given = blip2(), batch(rows=2, pictures=2)
-    logits, state = model.start(given, copies=2, max_new_tokens=3)
+    model, given = blip2(), batch(rows=2, images=2)
+    logits, state = model.prefill(given, expand_size=2, max_new_tokens=3)
     order = torch.tensor([1, 0, 3, 3])
     state.reorder(order)
-    after = model.step(torch.tensor([5, 6, 7, 8]), state)
-    _, other = model.start(given, copies=2, max_new_tokens=3)
-    torch.testing.assert_close(after, model.step(torch.tensor([5, 6, 7, 8]), other), atol=1e-5, rtol=1e-5)
+    after = model.decode_step(torch.tensor([5, 6, 7, 8]), state)
+    _, other = model.prefill(given, expand_size=2, max_new_tokens=3)
+    torch.testing.assert_close(
+        after, model.decode_step(torch.tensor([5, 6, 7, 8]), other), atol=1e-5, rtol=1e-5
+    )
     assert logits.shape == (4, VOCAB)
 
 
 def test_the_queries_are_computed_once_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = blip2(), []
-    see = model.qformer.see
-    monkeypatch.setattr(model.qformer, "see", lambda visual: calls.append(visual.shape[0]) or see(visual))
+    see = model.qformer.encode_queries
+    monkeypatch.setattr(
+        model.qformer, "encode_queries", lambda visual: calls.append(visual.shape[0]) or see(visual)
+    )
     prompts = CaptionBatch(*(torch.ones(2, 1, dtype=d) for d in (torch.long, torch.bool, torch.bool)),
                            pixels=torch.randn(2, 1, 3, 16, 24))  # fmt: skip
     found = generate(model, prompts, eos_id=0, max_new_tokens=6, num_beams=3)
@@ -226,49 +235,49 @@ def test_the_queries_are_computed_once_a_caption(monkeypatch: pytest.MonkeyPatch
 
 def test_an_instruction_changes_what_the_queries_gather() -> None:
     model, given = blip2(instruct=True), batch(i=2)
-    queries = model.front(given)
+    queries = model.prefix_embeds(given)
     assert queries.shape == (6, 2 * L, 24)
     for row in range(6):
         features = model.vision.forward_features(pixels(given)[row // 2])
         want = model.proj(model.qformer(features, given.tokens[[row, row], :2]))
         torch.testing.assert_close(queries[row], want.flatten(0, 1), atol=1e-5, rtol=1e-5)
     captions = replace(given, tokens=torch.cat((given.tokens[:, :2], given.tokens[:, 2:] * 0), 1))
-    assert torch.equal(model.front(captions), queries)  # What must be predicted is not read.
+    assert torch.equal(model.prefix_embeds(captions), queries)  # What must be predicted is not read.
     prompts = replace(given, tokens=torch.cat(((given.tokens[:, :2] + 1) % VOCAB, given.tokens[:, 2:]), 1))
-    assert not torch.isclose(model.front(prompts), queries).all(-1).any()
+    assert not torch.isclose(model.prefix_embeds(prompts), queries).all(-1).any()
 
 
 def test_an_instruction_in_the_qformers_own_words() -> None:
     model, given = blip2(instruct=True), batch()
     words = torch.randint(VOCAB, (6, 5))
     real = torch.arange(5) < torch.tensor([5, 3, 1, 4, 2, 5])[:, None]
-    fields = (given.tokens, given.valid, given.target, given.pixels)
-    instructed = InstructBatch(*fields, instruction=words, instruction_valid=real)
-    queries = model.front(instructed)
+    fields = (given.tokens, given.attention_mask, given.loss_mask, given.pixels)
+    instructed = InstructBatch(*fields, instruction=words, instruction_attention_mask=real)
+    queries = model.prefix_embeds(instructed)
     other = replace(instructed, instruction=words.where(real, 0))
-    assert torch.equal(model.front(other), queries)
-    same = replace(instructed, instruction=given.tokens[:, :2], instruction_valid=None)
-    torch.testing.assert_close(model.front(same), model.front(given), atol=1e-5, rtol=1e-5)
-    assert isinstance(instructed.cut(3), InstructBatch)
-    assert torch.equal(model.front(instructed.cut(3)), queries)
+    assert torch.equal(model.prefix_embeds(other), queries)
+    same = replace(instructed, instruction=given.tokens[:, :2], instruction_attention_mask=None)
+    torch.testing.assert_close(model.prefix_embeds(same), model.prefix_embeds(given), atol=1e-5, rtol=1e-5)
+    assert isinstance(instructed.truncate(3), InstructBatch)
+    assert torch.equal(model.prefix_embeds(instructed.truncate(3)), queries)
 
 
 @pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
 @pytest.mark.parametrize("instruct", [False, True])
 def test_look_composes_two_attentions(instruct: bool, decoder: dict[str, Any]) -> None:
     model, given = blip2(instruct, decoder=decoder).train(), batch(i=2)
-    heat = model.look(given)
+    heat = model.attention_map(given)
     assert model.training
     assert heat.shape == (6, 7, 2, 2, 3)
     assert (heat >= 0).all()
     assert (heat.sum((2, 3, 4)) <= 1 + 1e-5).all()
     assert heat.std() > 0
     cached = replace(given, pixels=None, visual_tokens=model.encode(pixels(given)))
-    torch.testing.assert_close(model.look(cached), heat)
+    torch.testing.assert_close(model.attention_map(cached), heat)
     alone = CaptionBatch(
-        *(x[2:3] for x in (given.tokens, given.valid, given.target)), pixels=pixels(given)[1:2]
+        *(x[2:3] for x in (given.tokens, given.attention_mask, given.loss_mask)), pixels=pixels(given)[1:2]
     )
-    torch.testing.assert_close(model.look(alone)[0], heat[2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.attention_map(alone)[0], heat[2], atol=1e-5, rtol=1e-5)
 
 
 def test_look_finds_the_patch_that_a_query_reads() -> None:
@@ -283,7 +292,7 @@ def test_look_finds_the_patch_that_a_query_reads() -> None:
     torch.nn.init.zeros_(layer.q_proj.weight)
     torch.nn.init.ones_(layer.q_proj.bias)
     one = torch.ones(1, 2, dtype=torch.long)
-    heat = model.look(CaptionBatch(one, one > 0, one > 1, visual_tokens=tokens))
+    heat = model.attention_map(CaptionBatch(one, one > 0, one > 1, visual_tokens=tokens))
     assert heat[0, 0, 0].argmax() == 6
     torch.testing.assert_close(heat[0, 0, 0, 1, 2], heat[0, 0].sum())
 
@@ -327,13 +336,13 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
     model.proj.load_state_dict(own.proj.state_dict())
     rows = batch()
     logits = model.logits(rows)
-    front = model.front(rows).repeat_interleave(2, 0)
-    x = torch.cat((front, lm.get_input_embeddings()(rows.tokens)), 1)
+    prefix_embeds = model.prefix_embeds(rows).repeat_interleave(2, 0)
+    x = torch.cat((prefix_embeds, lm.get_input_embeddings()(rows.tokens)), 1)
     torch.testing.assert_close(logits, lm(inputs_embeds=x).logits[:, L:], atol=1e-4, rtol=1e-4)
     prompts = CaptionBatch(rows.tokens[:3, :3], torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]).bool(),
                            torch.zeros(3, 3, dtype=torch.bool), pixels=rows.pixels)  # fmt: skip
-    first, state = model.start(prompts, max_new_tokens=2)
-    following = model.step(torch.tensor([5, 6, 7]), state)
+    first, state = model.prefill(prompts, max_new_tokens=2)
+    following = model.decode_step(torch.tensor([5, 6, 7]), state)
     for row in range(3):
         tokens = torch.cat((prompts.tokens[row, row:], torch.tensor([5 + row])))[None]
         yes = torch.ones_like(tokens, dtype=torch.bool)
@@ -356,15 +365,15 @@ def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     model.proj.load_state_dict(own.proj.state_dict())
     given = batch()
     logits = model.logits(given)
-    front = model.front(given).repeat_interleave(2, 0)
-    x = torch.cat((front, lm.get_input_embeddings()(given.tokens)), 1)
+    prefix_embeds = model.prefix_embeds(given).repeat_interleave(2, 0)
+    x = torch.cat((prefix_embeds, lm.get_input_embeddings()(given.tokens)), 1)
     torch.testing.assert_close(logits, lm(inputs_embeds=x).logits[:, L:], atol=1e-5, rtol=1e-5)
-    first, state = model.start(given.cut(2), copies=2, max_new_tokens=4)
+    first, state = model.prefill(given.truncate(2), expand_size=2, max_new_tokens=4)
     torch.testing.assert_close(first[::2], logits[:, 1], atol=1e-5, rtol=1e-5)
-    following = model.step(given.tokens[:, 2].repeat_interleave(2), state)
+    following = model.decode_step(given.tokens[:, 2].repeat_interleave(2), state)
     torch.testing.assert_close(following[::2], logits[:, 2], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="no attention layer is kept by"):
-        model.look(given)
+        model.attention_map(given)
 
 
 @pytest.mark.parametrize("decoder", [{}, SEQ2SEQ])
@@ -409,18 +418,18 @@ def test_errors() -> None:
     model, given = Blip2(vision, spoken.without_text(), decoder), batch()
     given = replace(given, pixels=torch.randn(3, 1, 3, 16, 16))
     with pytest.raises(ValueError, match="9 tokens were given, but this decoder has 5 positions"):
-        model.hidden(given.cut(6))
+        model.hidden_states(given.truncate(6))
     assert model.max_len == 2
     with pytest.raises(ValueError, match="rows of 7 tokens, but the captioner reads 2 at most"):
         caption_loss(model, given)
-    with pytest.raises(ValueError, match="batches with media or segments are Flamingo's"):
-        model.hidden(replace(given, media=given.tokens))
+    with pytest.raises(ValueError, match="batches with image_index or document_ids are Flamingo's"):
+        model.hidden_states(replace(given, image_index=given.tokens))
     instructed, long = blip2(instruct=True), torch.zeros(6, 18, dtype=torch.long)
-    fields = (given.tokens, given.valid, given.target, batch().pixels)
+    fields = (given.tokens, given.attention_mask, given.loss_mask, batch().pixels)
     with pytest.raises(ValueError, match="a text of 18 tokens, but this Q-Former has 17 positions"):
-        instructed.hidden(InstructBatch(*fields, instruction=long))
+        instructed.hidden_states(InstructBatch(*fields, instruction=long))
     with pytest.raises(ValueError, match="needs pixels or visual_tokens"):
-        model.hidden(replace(given, pixels=None))
+        model.hidden_states(replace(given, pixels=None))
 
 
 def test_without_text_is_the_queries_part() -> None:

@@ -30,25 +30,27 @@ def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4), prompt: int = 2) -> Ca
     """Rows of a prompt, a caption and an end, right-padded; two rows share a picture."""
     torch.manual_seed(3)
     q = max(lengths)
-    valid = torch.arange(q) < torch.tensor(lengths)[:, None]
-    tokens = torch.randint(1, VOCAB, (len(lengths), q)).masked_fill(~valid, PAD)
-    target = valid & (torch.arange(q) >= prompt)
-    return CaptionBatch(tokens, valid, target, pixels=torch.randn(len(lengths) // 2, 1, 3, 16, 24))
+    attention_mask = torch.arange(q) < torch.tensor(lengths)[:, None]
+    tokens = torch.randint(1, VOCAB, (len(lengths), q)).masked_fill(~attention_mask, PAD)
+    loss_mask = attention_mask & (torch.arange(q) >= prompt)
+    return CaptionBatch(
+        tokens, attention_mask, loss_mask, pixels=torch.randn(len(lengths) // 2, 1, 3, 16, 24)
+    )
 
 
 def definition(model: EncoderDecoder, given: CaptionBatch, smoothing: float = 0.0) -> tuple[Tensor, int]:
     """-log p of each target token, one unpadded row at a time, in float64."""
     assert given.pixels is not None
     model, total, count = model.double(), torch.zeros((), dtype=torch.float64), 0
-    per_picture = given.tokens.shape[0] // given.pixels.shape[0]
+    per_image = given.tokens.shape[0] // given.pixels.shape[0]
     for row, tokens in enumerate(given.tokens):
-        length = int(given.valid[row].sum())
+        length = int(given.attention_mask[row].sum())
         alone = tokens[None, :length]
         real = torch.ones_like(alone, dtype=torch.bool)
-        picture = given.pixels[row // per_picture][None].double()
-        log_probs = model.logits(CaptionBatch(alone, real, real, pixels=picture))[0].log_softmax(-1)
+        image = given.pixels[row // per_image][None].double()
+        log_probs = model.logits(CaptionBatch(alone, real, real, pixels=image))[0].log_softmax(-1)
         for i in range(1, length):
-            if given.target[row, i]:
+            if given.loss_mask[row, i]:
                 chosen = log_probs[i - 1, tokens[i]]
                 total = total - (1 - smoothing) * chosen - smoothing * log_probs[i - 1].mean()
                 count += 1
@@ -60,7 +62,7 @@ def test_the_loss_is_the_definition(smoothing: float) -> None:
     model, given = captioner(), batch()
     loss = caption_loss(model, given, label_smoothing=smoothing)
     want, count = definition(model, given, smoothing)
-    assert loss.count.item() == count == int(given.target.sum())
+    assert loss.count.item() == count == int(given.loss_mask.sum())
     assert loss.sum.dtype == torch.float32
     assert loss.sum.item() == pytest.approx(want.item(), rel=1e-5)
 
@@ -82,7 +84,7 @@ def test_the_gradient_is_that_of_the_definition() -> None:
 def test_what_stands_in_the_padding_changes_no_bit() -> None:
     model, given = captioner(), batch()
     noise = torch.randint(1, VOCAB, given.tokens.shape)
-    other = replace(given, tokens=torch.where(given.valid, given.tokens, noise))
+    other = replace(given, tokens=torch.where(given.attention_mask, given.tokens, noise))
     assert not torch.equal(other.tokens, given.tokens)
     assert torch.equal(caption_loss(model, other).sum, caption_loss(model, given).sum)
 
@@ -92,8 +94,8 @@ def test_more_padding_changes_nothing() -> None:
     more = torch.zeros(2, 4, dtype=torch.long)
     longer = CaptionBatch(
         torch.cat((given.tokens, more), 1),
-        torch.cat((given.valid, more > 0), 1),
-        torch.cat((given.target, more > 0), 1),
+        torch.cat((given.attention_mask, more > 0), 1),
+        torch.cat((given.loss_mask, more > 0), 1),
         pixels=given.pixels,
     )
     a, b = caption_loss(model, given), caption_loss(model, longer)
@@ -117,7 +119,7 @@ def test_the_head_runs_on_target_positions_only(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(model.decoder, "forward", spy_decoder)
     caption_loss(model, given)
     # The last token predicts nothing, so the decoder does not read it.
-    assert seen == [(6, 10), (int(given.target.sum()), 24)]
+    assert seen == [(6, 10), (int(given.loss_mask.sum()), 24)]
 
 
 def test_errors_of_the_loss_name_the_numbers() -> None:
@@ -131,7 +133,9 @@ def test_errors_of_the_loss_name_the_numbers() -> None:
 def test_a_batch_without_targets_has_no_loss_but_a_gradient() -> None:
     """It keeps a process in step with the others, whose gradients are added to its own."""
     model, given = captioner(), batch((7, 3))
-    loss = caption_loss(model, replace(given, target=torch.zeros_like(given.target)), label_smoothing=0.1)
+    loss = caption_loss(
+        model, replace(given, loss_mask=torch.zeros_like(given.loss_mask)), label_smoothing=0.1
+    )
     assert (float(loss.sum.detach()), int(loss.count)) == (0.0, 0)
     loss.sum.backward()
     for parameter in model.parameters():
@@ -145,7 +149,9 @@ def test_a_batch_moves_with_its_names() -> None:
     )
     moved = given.to("meta")
     assert {
-        t.device.type for t in (moved.tokens, moved.valid, moved.target, moved.pixels) if t is not None
+        t.device.type
+        for t in (moved.tokens, moved.attention_mask, moved.loss_mask, moved.pixels)
+        if t is not None
     } == {"meta"}
     assert moved.visual_tokens is None
     assert (moved.names, moved.references) == (given.names, given.references)

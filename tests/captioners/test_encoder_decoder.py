@@ -28,19 +28,22 @@ def captioner(adapter: bool = False, **options: Any) -> EncoderDecoder:
 
 
 def batch(
-    rows: int = 6, pictures: int = 3, i: int = 1, q: int = 7, size: tuple[int, int] = (16, 24)
+    rows: int = 6, images: int = 3, i: int = 1, q: int = 7, size: tuple[int, int] = (16, 24)
 ) -> CaptionBatch:
     torch.manual_seed(5)
     tokens = torch.randint(VOCAB, (rows, q))
-    return CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(pictures, i, 3, *size))
+    return CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(images, i, 3, *size))
 
 
 def spread(given: CaptionBatch) -> CaptionBatch:
     """Every row gets its own copy of its pictures."""
     assert given.pixels is not None
-    copies = given.tokens.shape[0] // given.pixels.shape[0]
+    expand_size = given.tokens.shape[0] // given.pixels.shape[0]
     return CaptionBatch(
-        given.tokens, given.valid, given.target, pixels=given.pixels.repeat_interleave(copies, 0)
+        given.tokens,
+        given.attention_mask,
+        given.loss_mask,
+        pixels=given.pixels.repeat_interleave(expand_size, 0),
     )
 
 
@@ -95,7 +98,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
     last = [m for name, m in modules.items() if name.endswith("layernorm")]
     ours["norm.weight"], ours["norm.bias"] = last[0].weight, last[0].bias
     vision.load_state_dict(ours)
-    model, given = EncoderDecoder(vision, from_transformers(hub)).eval(), batch(size=(16, 16), pictures=6)
+    model, given = EncoderDecoder(vision, from_transformers(hub)).eval(), batch(size=(16, 16), images=6)
     assert given.pixels is not None
     seen = tower(pixel_values=given.pixels[:, 0]).last_hidden_state
     torch.testing.assert_close(model.encode(given.pixels)[:, 0], seen, atol=1e-5, rtol=1e-5)
@@ -104,7 +107,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_texts_share_their_picture_as_if_each_had_a_copy(adapter: bool) -> None:
+def test_texts_share_their_image_as_if_each_had_a_copy(adapter: bool) -> None:
     model, given = captioner(adapter), batch()
     torch.testing.assert_close(model.logits(given), model.logits(spread(given)), atol=1e-5, rtol=1e-5)
 
@@ -114,28 +117,32 @@ def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
     assert given.pixels is not None
     tokens = model.encode(given.pixels)
     assert tokens.shape == (3, 2, 8, 20)
-    cached = CaptionBatch(given.tokens, given.valid, given.target, visual_tokens=tokens)
+    cached = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, visual_tokens=tokens)
     assert torch.equal(model.logits(cached), model.logits(given))
-    halved = CaptionBatch(given.tokens, given.valid, given.target, visual_tokens=tokens.bfloat16())
+    halved = CaptionBatch(
+        given.tokens, given.attention_mask, given.loss_mask, visual_tokens=tokens.bfloat16()
+    )
     torch.testing.assert_close(model.logits(halved), model.logits(given), atol=0.1, rtol=0.1)
 
 
-def test_every_picture_and_patch_matters_to_its_own_rows_only() -> None:
+def test_every_image_and_patch_matters_to_its_own_rows_only() -> None:
     model, given = captioner(), batch(i=2)
     assert given.pixels is not None
     before = model.logits(given)
-    for picture in range(2):
+    for image in range(2):
         pixels = given.pixels.clone()
-        pixels[1, picture, :, 8:, 16:] += torch.randn(3, 8, 8)
-        after = model.logits(CaptionBatch(given.tokens, given.valid, given.target, pixels=pixels))
+        pixels[1, image, :, 8:, 16:] += torch.randn(3, 8, 8)
+        after = model.logits(CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, pixels=pixels))
         changed = (before != after).any(-1).all(-1)
         assert changed.tolist() == [False, False, True, True, False, False]
 
 
-def test_order_of_pictures_does_not_matter() -> None:
+def test_order_of_images_does_not_matter() -> None:
     model, given = captioner(), batch(i=3)
     assert given.pixels is not None
-    other = CaptionBatch(given.tokens, given.valid, given.target, pixels=given.pixels[:, [2, 0, 1]])
+    other = CaptionBatch(
+        given.tokens, given.attention_mask, given.loss_mask, pixels=given.pixels[:, [2, 0, 1]]
+    )
     torch.testing.assert_close(model.logits(other), model.logits(given), atol=1e-5, rtol=1e-5)
 
 
@@ -144,9 +151,9 @@ def test_order_of_pictures_does_not_matter() -> None:
 
 def padded(given: CaptionBatch, counts: tuple[int, ...]) -> CaptionBatch:
     """The same rows, of different length, padded on the left."""
-    valid = torch.arange(given.tokens.shape[1]) >= torch.tensor(counts)[:, None]
-    tokens = given.tokens.masked_fill(~valid, 0)
-    return CaptionBatch(tokens, valid, valid, given.pixels, given.visual_tokens)
+    attention_mask = torch.arange(given.tokens.shape[1]) >= torch.tensor(counts)[:, None]
+    tokens = given.tokens.masked_fill(~attention_mask, 0)
+    return CaptionBatch(tokens, attention_mask, attention_mask, given.pixels, given.visual_tokens)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -163,39 +170,45 @@ def test_cached_steps_equal_the_full_pass(kind: str, adapter: bool, counts: tupl
     model, given = captioner(adapter, **KINDS[kind]), batch(i=2)
     assert given.pixels is not None
     whole = padded(given, counts)
-    prompt = CaptionBatch(whole.tokens[:, :4], whole.valid[:, :4], whole.target[:, :4], whole.pixels)
-    logits, state = model.start(prompt, max_new_tokens=3)
-    steps = [logits] + [model.step(whole.tokens[:, t], state) for t in (4, 5, 6)]
+    prompt = CaptionBatch(
+        whole.tokens[:, :4], whole.attention_mask[:, :4], whole.loss_mask[:, :4], whole.pixels
+    )
+    logits, state = model.prefill(prompt, max_new_tokens=3)
+    steps = [logits] + [model.decode_step(whole.tokens[:, t], state) for t in (4, 5, 6)]
     for row in range(6):
-        real = whole.tokens[row][whole.valid[row]][None]
+        real = whole.tokens[row][whole.attention_mask[row]][None]
         one = CaptionBatch(real, real >= 0, real >= 0, given.pixels[row // 2][None])
         want = model.logits(one)[0, -4:]
         got = torch.stack([step[row] for step in steps])
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="holds 7 tokens, but 8"):
-        model.step(whole.tokens[:, 0], state)
+        model.decode_step(whole.tokens[:, 0], state)
 
 
 @pytest.mark.parametrize("counts", [(0,) * 6, (0, 3, 1, 2, 3, 0)], ids=["equal", "padded"])
 def test_copies_and_reordered_rows_go_on_like_the_rows_they_came_from(counts: tuple[int, ...]) -> None:
     model, given = captioner(), padded(batch(), counts)
-    logits, alone = model.start(given, max_new_tokens=2)
-    copied, state = model.start(given, copies=3, max_new_tokens=2)
+    logits, alone = model.prefill(given, max_new_tokens=2)
+    copied, state = model.prefill(given, expand_size=3, max_new_tokens=2)
     assert torch.equal(copied, logits.repeat_interleave(3, 0))
     new = torch.randint(VOCAB, (18,))
-    first = model.step(new, state)
+    first = model.decode_step(new, state)
     order = torch.arange(18).view(6, 3)[:, [2, 0, 0]].flatten()  # Beams change places inside their row.
     state.reorder(order)
-    second = model.step(new, state)
+    second = model.decode_step(new, state)
     for copy in range(3):
-        _, alone = model.start(given, max_new_tokens=2)
-        torch.testing.assert_close(model.step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5)
-        _, alone = model.start(given, max_new_tokens=2)
-        model.step(new[order][copy::3], alone)
-        torch.testing.assert_close(model.step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5)
+        _, alone = model.prefill(given, max_new_tokens=2)
+        torch.testing.assert_close(
+            model.decode_step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5
+        )
+        _, alone = model.prefill(given, max_new_tokens=2)
+        model.decode_step(new[order][copy::3], alone)
+        torch.testing.assert_close(
+            model.decode_step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5
+        )
 
 
-def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given, calls = captioner(), batch(), []
     blocks: Any = model.decoder.blocks
     for block in blocks:
@@ -205,13 +218,13 @@ def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch
         )
     seen = model.vision.forward_features
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
-    _, state = model.start(given, copies=5, max_new_tokens=3)
+    _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
     assert calls == ["vision", "kv", "kv", "kv"]
     assert isinstance(state, EncoderDecoderState)
     before = [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context]
     assert all(kv.k.shape[0] == kv.v.shape[0] == 3 for kv in state.context)  # Not 6 rows, not 30 beams.
     state.reorder(torch.arange(30).view(6, 5).flip(1).flatten())
-    model.step(torch.zeros(30, dtype=torch.long), state)
+    model.decode_step(torch.zeros(30, dtype=torch.long), state)
     assert [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context] == before
     assert len(calls) == 4
 
@@ -219,7 +232,7 @@ def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch
 def test_errors_of_decoding_name_the_numbers() -> None:
     model = captioner()
     with pytest.raises(ValueError, match=r"30 tokens.*29 positions"):
-        model.start(batch(), max_new_tokens=23)
+        model.prefill(batch(), max_new_tokens=23)
 
 
 # --- where the words look
@@ -233,7 +246,7 @@ def test_look_is_the_mean_of_the_recorded_weights(adapter: bool) -> None:
     assert len(record) == 3
     mean = sum(weights.mean(1) for weights in record.values()) / 3
     assert isinstance(mean, Tensor)
-    found = model.look(given)
+    found = model.attention_map(given)
     assert found.shape == (6, 7, 2, 2, 3)
     patches = mean.view(6, 7, 2, 8)[..., 2:]  # After a class token and a register.
     torch.testing.assert_close(found, patches.view(6, 7, 2, 2, 3))
@@ -244,13 +257,15 @@ def test_look_is_the_mean_of_the_recorded_weights(adapter: bool) -> None:
     assert not found.requires_grad
 
 
-def test_look_follows_the_size_of_the_picture() -> None:
+def test_look_follows_the_size_of_the_image() -> None:
     model = captioner()
-    assert model.look(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
+    assert model.attention_map(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
     given = batch(i=2)
     assert given.pixels is not None
-    cached = CaptionBatch(given.tokens, given.valid, given.target, visual_tokens=model.encode(given.pixels))
-    assert torch.equal(model.look(cached), model.look(given))
+    cached = CaptionBatch(
+        given.tokens, given.attention_mask, given.loss_mask, visual_tokens=model.encode(given.pixels)
+    )
+    assert torch.equal(model.attention_map(cached), model.attention_map(given))
 
 
 def test_look_finds_the_patch_that_a_word_looks_at() -> None:
@@ -266,14 +281,14 @@ def test_look_finds_the_patch_that_a_word_looks_at() -> None:
     tokens = torch.zeros(1, 1, 8, 20)
     tokens[0, 0, 2 + 4, 7] = 5.0  # The second row's second patch.
     ids = torch.zeros(1, 3, dtype=torch.long)
-    found = model.look(CaptionBatch(ids, ids == 0, ids == 0, visual_tokens=tokens))
+    found = model.attention_map(CaptionBatch(ids, ids == 0, ids == 0, visual_tokens=tokens))
     assert (found[0, :, 0, 1, 1] > 0.99).all()
 
 
 def test_look_is_the_same_in_training() -> None:
     model, given = captioner(adapter=True), batch()
-    want = model.look(given)
-    assert torch.equal(model.train().look(given), want)
+    want = model.attention_map(given)
+    assert torch.equal(model.train().attention_map(given), want)
     assert model.training
     assert model.decoder.training
 

@@ -21,7 +21,7 @@ from mmtransformer import (
     ViT,
     caption_loss,
     generate,
-    media_mask,
+    image_attention_mask,
     record_attention,
     show_mask,
 )
@@ -41,9 +41,15 @@ LLAMA: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama, as idefics": {"lm": LLAMA, "mlp": "swiglu", "norm": "rms", "qk_norm": "rms", "blind_mlp": True},
-    "no resampler": {"latents": 0, "cross_every": 2, "media": "all_previous"},
-    "gates a channel": {"per_channel": True, "cross_layers": [0, 2], "media": "all_previous"},
+    "llama, as idefics": {
+        "lm": LLAMA,
+        "mlp": "swiglu",
+        "norm": "rms",
+        "qk_norm": "rms",
+        "mlp_without_image": True,
+    },
+    "no resampler": {"latents": 0, "cross_every": 2, "visible_images": "all_previous"},
+    "gates a channel": {"per_channel": True, "cross_layers": [0, 2], "visible_images": "all_previous"},
 }
 
 
@@ -64,9 +70,9 @@ def flamingo(
 
 
 @cache
-def ready(media: str, blind_mlp: bool) -> Flamingo:
+def ready(visible_images: str, mlp_without_image: bool) -> Flamingo:
     """A model that hypothesis need not build again for each example."""
-    return flamingo(media=media, blind_mlp=blind_mlp)
+    return flamingo(visible_images=visible_images, mlp_without_image=mlp_without_image)
 
 
 def batch(n: int = 6, b: int = 3, i: int = 1, q: int = 7, size: tuple[int, int] = (16, 24)) -> CaptionBatch:
@@ -80,27 +86,30 @@ def laid_out(*rows: str) -> CaptionBatch:
     torch.manual_seed(6)
     q = max(len(row.replace("|", "")) for row in rows)
     i = max(row.count("I") for row in rows)
-    media, first, segments, valid = (torch.zeros(len(rows), q, dtype=torch.long) for _ in range(4))
+    image_index, first, document_ids, attention_mask = (
+        torch.zeros(len(rows), q, dtype=torch.long) for _ in range(4)
+    )
     for r, row in enumerate(rows):
         t = before = 0
         for number, document in enumerate(row.split("|")):
             for k in range(len(document)):
                 here = document[: k + 1].count("I")
-                media[r, t] = before + here if here else 0
-                first[r, t], segments[r, t], valid[r, t] = before + 1, number, 1
+                image_index[r, t] = before + here if here else 0
+                first[r, t], document_ids[r, t], attention_mask[r, t] = before + 1, number, 1
                 t += 1
             before += document.count("I")
-    tokens = torch.randint(VOCAB, (len(rows), q)) * valid
-    pictures = torch.arange(i) < torch.tensor([row.count("I") for row in rows])[:, None]
-    pixels = torch.randn(len(rows), i, 3, 16, 24) * pictures[..., None, None, None]
+    tokens = torch.randint(VOCAB, (len(rows), q)) * attention_mask
+    images = torch.arange(i) < torch.tensor([row.count("I") for row in rows])[:, None]
+    pixels = torch.randn(len(rows), i, 3, 16, 24) * images[..., None, None, None]
     packed = any("|" in row for row in rows)
     return CaptionBatch(
-        tokens, valid > 0, valid > 0, pixels, pictures=pictures, media=media, media_first=first,
-        segments=segments if packed else None,
+        tokens, attention_mask > 0, attention_mask > 0, pixels, image_mask=images,
+        image_index=image_index, first_image_index=first,
+        document_ids=document_ids if packed else None,
     )  # fmt: skip
 
 
-def sees(rows: tuple[str, ...], media: str) -> list[list[set[int]]]:
+def sees(rows: tuple[str, ...], visible_images: str) -> list[list[set[int]]]:
     """The pictures (from 0) that each token may see, by walking over the letters."""
     found = []
     for row in rows:
@@ -111,7 +120,9 @@ def sees(rows: tuple[str, ...], media: str) -> list[list[set[int]]]:
                 if letter == "I":
                     mine.append(count)
                     count += 1
-                tokens.append({"last": set(mine[-1:]), "all_previous": set(mine), "none": set()}[media])
+                tokens.append(
+                    {"last": set(mine[-1:]), "all_previous": set(mine), "none": set()}[visible_images]
+                )
         found.append(tokens)
     return found
 
@@ -152,9 +163,9 @@ def one_block(block: Any, x: Tensor, latents: Tensor, seen: Tensor) -> Tensor:
                 weights = (q[t] @ k[seen[t]].T / attn.head_dim**0.5).exp()
                 out[t] = weights / weights.sum() @ v[seen[t]]
         heads.append(out)
-    x = x + torch.tanh(block.gate1) * (torch.cat(heads, -1) @ attn.out_proj.weight.T)
-    more = torch.tanh(block.gate2) * block.mlp(block.norm2(x))
-    return x + more * (1.0 if block.blind_mlp else seen.any(-1, keepdim=True))
+    x = x + torch.tanh(block.attn_gate) * (torch.cat(heads, -1) @ attn.out_proj.weight.T)
+    more = torch.tanh(block.mlp_gate) * block.mlp(block.norm2(x))
+    return x + more * (1.0 if block.mlp_without_image else seen.any(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +174,7 @@ def test_equals_the_definition(kind: str) -> None:
     given = laid_out(*rows)
     assert given.pixels is not None
     given = replace(given, pixels=given.pixels.double())
-    found, may = model.hidden(given), sees(rows, model.media)
+    found, may = model.hidden_states(given), sees(rows, model.visible_images)
     for r, row in enumerate(rows):
         features = model.vision.forward_features(given.pixels[r])
         latents = features if model.resampler is None else model.resampler(features[None])[0]
@@ -182,10 +193,10 @@ def test_equals_the_definition(kind: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=layouts, media=st.sampled_from(["last", "all_previous", "none"]))
-def test_the_mask_is_who_sees_whom(rows: tuple[str, ...], media: Any) -> None:
+@given(rows=layouts, visible_images=st.sampled_from(["last", "all_previous", "none"]))
+def test_the_mask_is_who_sees_whom(rows: tuple[str, ...], visible_images: Any) -> None:
     given = laid_out(*rows)
-    mask, want = media_mask(given, media), sees(rows, media)
+    mask, want = image_attention_mask(given, visible_images), sees(rows, visible_images)
     for r, row in enumerate(want):
         for t, may in enumerate(row):
             found = {0} if mask is None else set(mask[r, t].nonzero()[:, 0].tolist())
@@ -193,37 +204,44 @@ def test_the_mask_is_who_sees_whom(rows: tuple[str, ...], media: Any) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=layouts, media=st.sampled_from(["last", "all_previous"]), blind_mlp=st.booleans(), data=st.data())
-def test_a_picture_changes_only_what_comes_after_it_in_its_document(
-    rows: tuple[str, ...], media: str, blind_mlp: bool, data: st.DataObject
+@given(
+    rows=layouts,
+    visible_images=st.sampled_from(["last", "all_previous"]),
+    mlp_without_image=st.booleans(),
+    data=st.data(),
+)
+def test_a_image_changes_only_what_comes_after_it_in_its_document(
+    rows: tuple[str, ...], visible_images: str, mlp_without_image: bool, data: st.DataObject
 ) -> None:
-    model, given = ready(media, blind_mlp), laid_out(*rows)
+    model, given = ready(visible_images, mlp_without_image), laid_out(*rows)
     assert given.pixels is not None
-    assert given.pictures is not None
-    if not given.pictures.any():
+    assert given.image_mask is not None
+    if not given.image_mask.any():
         return
-    row, picture = data.draw(st.sampled_from(given.pictures.nonzero().tolist()))
+    row, image = data.draw(st.sampled_from(given.image_mask.nonzero().tolist()))
     pixels = given.pixels.clone()
-    pixels[row, picture] += torch.randn(3, 16, 24)
-    changed = (model.hidden(given) != model.hidden(replace(given, pixels=pixels))).any(-1)
-    place = [t for t, letter in enumerate(rows[row].replace("|", "")) if letter == "I"][picture]
+    pixels[row, image] += torch.randn(3, 16, 24)
+    changed = (model.hidden_states(given) != model.hidden_states(replace(given, pixels=pixels))).any(-1)
+    place = [t for t, letter in enumerate(rows[row].replace("|", "")) if letter == "I"][image]
     end = place + len(
-        rows[row].split("|")[int(laid_out(*rows).segments[row, place]) if "|" in "".join(rows) else 0]
+        rows[row].split("|")[int(laid_out(*rows).document_ids[row, place]) if "|" in "".join(rows) else 0]
     )
     documents = rows[row].split("|")
     starts = [sum(map(len, documents[:k])) for k in range(len(documents) + 1)]
     end = next(start for start in starts if start > place)
     want = torch.zeros_like(changed)
     want[row, place:end] = True
-    assert torch.equal(changed & given.valid, want)
+    assert torch.equal(changed & given.attention_mask, want)
 
 
 @settings(max_examples=15, deadline=None)
-@given(rows=layouts, media=st.sampled_from(["last", "all_previous"]), blind_mlp=st.booleans())
+@given(
+    rows=layouts, visible_images=st.sampled_from(["last", "all_previous"]), mlp_without_image=st.booleans()
+)
 def test_documents_packed_and_batched_are_as_each_alone(
-    rows: tuple[str, ...], media: str, blind_mlp: bool
+    rows: tuple[str, ...], visible_images: str, mlp_without_image: bool
 ) -> None:
-    model, given = ready(media, blind_mlp), laid_out(*rows)
+    model, given = ready(visible_images, mlp_without_image), laid_out(*rows)
     assert given.pixels is not None
     found = model.logits(given)
     for r, row in enumerate(rows):
@@ -242,34 +260,40 @@ def test_documents_packed_and_batched_are_as_each_alone(
             t, i = t + len(document), i + count
 
 
-@pytest.mark.parametrize("media", ["last", "all_previous"])
-def test_what_sees_no_picture_is_the_language_models_own(media: str) -> None:
-    model, rows = flamingo(media=media), ("...I..", "......", "I....")
+@pytest.mark.parametrize("visible_images", ["last", "all_previous"])
+def test_what_sees_no_image_is_the_language_models_own(visible_images: str) -> None:
+    model, rows = flamingo(visible_images=visible_images), ("...I..", "......", "I....")
     given = laid_out(*rows)
-    plain, found = model.decoder(given.tokens), model.hidden(given)
+    plain, found = model.decoder(given.tokens), model.hidden_states(given)
     same = (plain == found).all(-1)
     assert same.tolist() == [[True] * 3 + [False] * 3, [True] * 6, [False] * 6]
-    blind = flamingo(media=media, blind_mlp=True)  # As the peers: the MLP works on all.
-    assert not (blind.hidden(given) == plain).all(-1).any()
-    none = flamingo(media="none")
+    blind = flamingo(
+        visible_images=visible_images, mlp_without_image=True
+    )  # As the peers: the MLP works on all.
+    assert not (blind.hidden_states(given) == plain).all(-1).any()
+    none = flamingo(visible_images="none")
     assert torch.equal(none.logits(given), none.decoder.head(none.decoder(given.tokens)))
-    textual = replace(given, pixels=torch.zeros(3, 0, 3, 16, 24), media=None, pictures=None, media_first=None)
-    assert torch.equal(model.hidden(textual), plain)
-    no_real = replace(given, pictures=torch.zeros(3, 1, dtype=torch.bool), media=None, media_first=None)
-    assert torch.equal(model.hidden(no_real), plain)
-    assert torch.equal(blind.hidden(textual), blind.hidden(no_real))
-    assert not torch.equal(blind.hidden(textual), plain)
+    textual = replace(
+        given, pixels=torch.zeros(3, 0, 3, 16, 24), image_index=None, image_mask=None, first_image_index=None
+    )
+    assert torch.equal(model.hidden_states(textual), plain)
+    no_real = replace(
+        given, image_mask=torch.zeros(3, 1, dtype=torch.bool), image_index=None, first_image_index=None
+    )
+    assert torch.equal(model.hidden_states(no_real), plain)
+    assert torch.equal(blind.hidden_states(textual), blind.hidden_states(no_real))
+    assert not torch.equal(blind.hidden_states(textual), plain)
 
 
-def test_pictures_without_places_stand_before_the_text() -> None:
-    model, given = flamingo(media="last"), batch(i=3)
+def test_images_without_places_stand_before_the_text() -> None:
+    model, given = flamingo(visible_images="last"), batch(i=3)
     assert given.pixels is not None
     torch.testing.assert_close(model.logits(given), model.logits(replace(given, pixels=given.pixels[:, 2:])))
-    every = flamingo(media="all_previous")
+    every = flamingo(visible_images="all_previous")
     shuffled = replace(given, pixels=given.pixels[:, [2, 0, 1]])
     torch.testing.assert_close(every.logits(given), every.logits(shuffled), atol=1e-5, rtol=1e-5)
     some = torch.tensor([[True, True, False], [True, False, False], [True] * 3])
-    found = model.logits(replace(given, pictures=some))
+    found = model.logits(replace(given, image_mask=some))
     for row, last in ((0, 1), (2, 0), (4, 2)):
         alone = replace(
             batch(), tokens=given.tokens[row : row + 1], pixels=given.pixels[row // 2, last][None, None]
@@ -277,20 +301,20 @@ def test_pictures_without_places_stand_before_the_text() -> None:
         torch.testing.assert_close(found[row], model.logits(alone)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_pictures_that_are_padding_are_not_even_computed() -> None:
+def test_images_that_are_padding_are_not_even_computed() -> None:
     model, given = flamingo(), laid_out("I.I..", "..I..", ".....")
     assert given.pixels is not None
-    assert given.pictures is not None
-    broken = given.pixels.masked_fill(~given.pictures[..., None, None, None], float("nan"))
+    assert given.image_mask is not None
+    broken = given.pixels.masked_fill(~given.image_mask[..., None, None, None], float("nan"))
     assert torch.equal(model.logits(replace(given, pixels=broken)), model.logits(given))
     numbered = flamingo(latents=0)
     numbered = Flamingo(
-        ViT((16, 24), 8, 20, 1, 4), numbered.decoder, resampler=PerceiverResampler(20, 1, max_pictures=2)
+        ViT((16, 24), 8, 20, 1, 4), numbered.decoder, resampler=PerceiverResampler(20, 1, max_images=2)
     )
     assert numbered.latents(given).shape == (3, 2, 64, 20)
 
 
-def test_texts_share_their_pictures_as_if_each_had_a_copy() -> None:
+def test_texts_share_their_images_as_if_each_had_a_copy() -> None:
     given = batch(i=2)
     assert given.pixels is not None
     spread = replace(given, pixels=given.pixels.repeat_interleave(2, 0))
@@ -324,18 +348,18 @@ def test_a_mask_as_text() -> None:
 
 def test_layouts_that_cannot_be_are_refused() -> None:
     model, given = flamingo(), laid_out("I.I..", "..I..")
-    assert given.media is not None
+    assert given.image_index is not None
     with pytest.raises(ValueError, match="row 1 has text after picture 3, but only 1 pictures"):
-        model.logits(replace(given, media=given.media + torch.tensor([[0], [2]])))
+        model.logits(replace(given, image_index=given.image_index + torch.tensor([[0], [2]])))
     packed = laid_out("I.|I..")
-    with pytest.raises(ValueError, match="need media: which"):
-        model.logits(replace(packed, media=None))
-    with pytest.raises(ValueError, match="need media_first: which"):
-        flamingo(media="all_previous").logits(replace(packed, media_first=None))
+    with pytest.raises(ValueError, match="need image_index: which"):
+        model.logits(replace(packed, image_index=None))
+    with pytest.raises(ValueError, match="need first_image_index: which"):
+        flamingo(visible_images="all_previous").logits(replace(packed, first_image_index=None))
     with pytest.raises(ValueError, match="segments were given"):
-        model.start(packed)
+        model.prefill(packed)
     with pytest.raises(ValueError, match='"previous"'):
-        media_mask(given, "previous")  # pyright: ignore[reportArgumentType]
+        image_attention_mask(given, "previous")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="pixels or visual_tokens"):
         model.logits(replace(given, pixels=None))
 
@@ -352,11 +376,11 @@ def test_at_first_it_is_the_language_model_bit_for_bit(kind: str, autocast: bool
             want = model.decoder.head(model.decoder(given.tokens))
             assert torch.equal(model.logits(given), want)
     given = batch()
-    logits, state = model.start(given, max_new_tokens=2)
+    logits, state = model.prefill(given, max_new_tokens=2)
     lm_state = model.decoder.new_state(9)
     assert torch.equal(logits, model.decoder.head(model.decoder(given.tokens, state=lm_state)[:, -1]))
     assert torch.equal(
-        model.step(given.tokens[:, 0], state),
+        model.decode_step(given.tokens[:, 0], state),
         model.decoder.head(model.decoder(given.tokens[:, :1], state=lm_state)[:, 0]),
     )
 
@@ -476,10 +500,10 @@ def test_only_new_tokens_of_the_language_model_learn(kind: str) -> None:
     assert not (longer.new_embed.weight == rows).all(1).any()
     model.eval()
     full = model.logits(new)
-    logits, state = model.start(new.cut(4), max_new_tokens=3)
+    logits, state = model.prefill(new.truncate(4), max_new_tokens=3)
     torch.testing.assert_close(logits, full[:, 3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.step(new.tokens[:, 4], state), full[:, 4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.step(new.tokens[:, 5], state), full[:, 5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.decode_step(new.tokens[:, 4], state), full[:, 4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.decode_step(new.tokens[:, 5], state), full[:, 5], atol=1e-5, rtol=1e-5)
 
 
 # --- decoding
@@ -491,36 +515,38 @@ def few_shot(rows: tuple[str, ...], prompt: int) -> tuple[CaptionBatch, CaptionB
     q = given.tokens.shape[1]
     shifts = [q - len(row) for row in rows]
     roll = lambda x: torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)])  # noqa: E731
-    names = ("tokens", "valid", "target", "media", "media_first")
+    names = ("tokens", "attention_mask", "loss_mask", "image_index", "first_image_index")
     whole = replace(given, **{name: roll(getattr(given, name)) for name in names})
-    return whole, whole.cut(prompt)
+    return whole, whole.truncate(prompt)
 
 
-@pytest.mark.parametrize("media", ["last", "all_previous", "none"])
+@pytest.mark.parametrize("visible_images", ["last", "all_previous", "none"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama, as idefics", "no resampler"])
-def test_prompts_of_any_length_and_number_of_pictures_go_on_as_each_alone(kind: str, media: str) -> None:
-    model = flamingo(**KINDS[kind] | {"media": media})
+def test_prompts_of_any_length_and_number_of_images_go_on_as_each_alone(
+    kind: str, visible_images: str
+) -> None:
+    model = flamingo(**KINDS[kind] | {"visible_images": visible_images})
     rows = ("..I..I......", "I......", ".......", "..I.I.I......")
     whole, prompt = few_shot(rows, prompt=10)
-    logits, state = model.start(prompt, max_new_tokens=3)
-    steps = [logits] + [model.step(whole.tokens[:, t], state) for t in (10, 11, 12)]
+    logits, state = model.prefill(prompt, max_new_tokens=3)
+    steps = [logits] + [model.decode_step(whole.tokens[:, t], state) for t in (10, 11, 12)]
     for r, row in enumerate(rows):
         alone = laid_out(row)
         assert whole.pixels is not None
-        tokens = whole.tokens[r][whole.valid[r]][None]
+        tokens = whole.tokens[r][whole.attention_mask[r]][None]
         alone = replace(alone, tokens=tokens, pixels=whole.pixels[r : r + 1, : row.count("I")])
         want = model.logits(alone)[0, -4:]
         torch.testing.assert_close(torch.stack([step[r] for step in steps]), want, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="holds 13 tokens, but 14"):
-        model.step(whole.tokens[:, 0], state)
+        model.decode_step(whole.tokens[:, 0], state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("i", [1, 2])
-def test_cached_steps_equal_the_full_pass_where_texts_share_pictures(kind: str, i: int) -> None:
+def test_cached_steps_equal_the_full_pass_where_texts_share_images(kind: str, i: int) -> None:
     model, given = flamingo(**KINDS[kind]), batch(i=i)
-    logits, state = model.start(given.cut(4), max_new_tokens=3)
-    steps = [logits] + [model.step(given.tokens[:, t], state) for t in (4, 5, 6)]
+    logits, state = model.prefill(given.truncate(4), max_new_tokens=3)
+    steps = [logits] + [model.decode_step(given.tokens[:, t], state) for t in (4, 5, 6)]
     torch.testing.assert_close(torch.stack(steps, 1), model.logits(given)[:, 3:], atol=1e-5, rtol=1e-5)
 
 
@@ -529,23 +555,27 @@ def test_copies_and_reordered_rows_go_on_like_the_rows_they_came_from(rows: tupl
     model = flamingo()
     given = batch(i=2) if rows is None else few_shot(rows, prompt=7)[0]
     n = len(given.tokens)
-    logits, alone = model.start(given, max_new_tokens=2)
-    copied, state = model.start(given, copies=3, max_new_tokens=2)
+    logits, alone = model.prefill(given, max_new_tokens=2)
+    copied, state = model.prefill(given, expand_size=3, max_new_tokens=2)
     assert torch.equal(copied, logits.repeat_interleave(3, 0))
     new = torch.randint(VOCAB, (3 * n,))
-    first = model.step(new, state)
+    first = model.decode_step(new, state)
     order = torch.arange(3 * n).view(n, 3)[:, [2, 0, 0]].flatten()
     state.reorder(order)
-    second = model.step(new, state)
+    second = model.decode_step(new, state)
     for copy in range(3):
-        _, alone = model.start(given, max_new_tokens=2)
-        torch.testing.assert_close(model.step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5)
-        _, alone = model.start(given, max_new_tokens=2)
-        model.step(new[order][copy::3], alone)
-        torch.testing.assert_close(model.step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5)
+        _, alone = model.prefill(given, max_new_tokens=2)
+        torch.testing.assert_close(
+            model.decode_step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5
+        )
+        _, alone = model.prefill(given, max_new_tokens=2)
+        model.decode_step(new[order][copy::3], alone)
+        torch.testing.assert_close(
+            model.decode_step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5
+        )
 
 
-def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given, calls = flamingo(), batch(), []
     blocks: Any = model.gated_blocks
     for block in blocks:
@@ -554,7 +584,7 @@ def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(block.attn, "project_kv", lambda x, f=project: (calls.append("kv"), f(x))[1])
     seen = model.vision.forward_features
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
-    _, state = model.start(given, copies=5, max_new_tokens=3)
+    _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
     assert calls == ["vision", "kv", "kv", "kv"]
     assert isinstance(state, FlamingoState)
     assert state.context is not None
@@ -562,14 +592,14 @@ def test_pictures_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch
     before = [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context]
     assert all(kv.k.shape == kv.v.shape == (3, 3, 5, 7) for kv in state.context)  # Not 6 rows, not 30 beams.
     state.reorder(torch.arange(30).view(6, 5).flip(1).flatten())
-    model.step(torch.zeros(30, dtype=torch.long), state)
+    model.decode_step(torch.zeros(30, dtype=torch.long), state)
     assert [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context] == before
     assert len(calls) == 4
 
 
-def test_of_several_pictures_new_tokens_keep_only_the_last() -> None:
+def test_of_several_images_new_tokens_keep_only_the_last() -> None:
     model, (given, _) = flamingo(), few_shot(("..I..I.", "I.I.I..", ".I....."), 7)
-    _, state = model.start(given, copies=2, max_new_tokens=3)
+    _, state = model.prefill(given, expand_size=2, max_new_tokens=3)
     assert state.context is not None
     assert state.mask is None  # All rows see one.
     assert all(kv.k.shape == (3, 3, 5, 7) for kv in state.context)  # 5 latents, not 15; 3 rows, not 6.
@@ -578,17 +608,21 @@ def test_of_several_pictures_new_tokens_keep_only_the_last() -> None:
 def test_beams_and_samples() -> None:
     model, (given, _) = flamingo(), few_shot(("..I..I.", "I..", "...."), 7)
     assert given.pixels is not None
-    found = generate(model, given, eos_id=1, max_new_tokens=5, num_beams=4, num_return=2)
+    found = generate(model, given, eos_id=1, max_new_tokens=5, num_beams=4, num_return_sequences=2)
     for r in range(3):
-        real, count = given.valid[r], int(given.valid[r].sum())
-        assert given.pictures is not None
-        assert given.media is not None
-        few = int(given.pictures[r].sum())
+        real, count = given.attention_mask[r], int(given.attention_mask[r].sum())
+        assert given.image_mask is not None
+        assert given.image_index is not None
+        few = int(given.image_mask[r].sum())
         tokens = given.tokens[r][real][None]
         alone = CaptionBatch(
-            tokens, tokens >= 0, tokens >= 0, given.pixels[r : r + 1, :few], media=given.media[r][real][None]
+            tokens,
+            tokens >= 0,
+            tokens >= 0,
+            given.pixels[r : r + 1, :few],
+            image_index=given.image_index[r][real][None],
         )
-        want = generate(model, alone, eos_id=1, max_new_tokens=5, num_beams=4, num_return=2)[0]
+        want = generate(model, alone, eos_id=1, max_new_tokens=5, num_beams=4, num_return_sequences=2)[0]
         assert [text.tokens for text in found[r]] == [text.tokens for text in want], count
 
 
@@ -596,10 +630,10 @@ def test_beams_and_samples() -> None:
 
 
 def test_look_follows_the_latents_to_the_patches() -> None:
-    model, given = flamingo(media="all_previous"), batch(i=2)
+    model, given = flamingo(visible_images="all_previous"), batch(i=2)
     blocks: Any = model.gated_blocks
     for block, openness in zip(blocks, (0.0, 0.2, -0.6), strict=True):
-        block.gate1.data.fill_(torch.atanh(torch.tensor(openness)))
+        block.attn_gate.data.fill_(torch.atanh(torch.tensor(openness)))
     with record_attention(model, keep="gated") as words, record_attention(model, keep="resampler") as latents:
         model.logits(given)
     a, b = [w.mean(1).view(3, 2, 5, 13) for w in latents.values()]  # 8 visual tokens, then 5 latents.
@@ -607,7 +641,7 @@ def test_look_follows_the_latents_to_the_patches() -> None:
     second, third = [w.mean(1).view(6, 7, 2, 5) for w in words.values()][1:]
     looks = (0.25 * second + 0.75 * third).unflatten(0, (3, 2))
     want = torch.einsum("b r q i l, b i l p -> b r q i p", looks, held).flatten(0, 1)[..., 2:]
-    found = model.look(given)
+    found = model.attention_map(given)
     assert found.shape == (6, 7, 2, 2, 3)
     torch.testing.assert_close(found, want.unflatten(-1, (2, 3)))
     assert (found >= 0).all()
@@ -619,24 +653,24 @@ def test_look_follows_the_latents_to_the_patches() -> None:
 def test_look_sees_what_the_mask_lets_it_see() -> None:
     for kind in KINDS.values():
         model, rows = flamingo(**kind), ("..I..I.", "....", "I......")
-        found = model.look(laid_out(*rows)).sum((3, 4))
-        for r, row in enumerate(sees(rows, model.media)):
+        found = model.attention_map(laid_out(*rows)).sum((3, 4))
+        for r, row in enumerate(sees(rows, model.visible_images)):
             for t, may in enumerate(row):
                 assert set(found[r, t].nonzero()[:, 0].tolist()) == may
     shut = flamingo(opened=False)
-    assert (shut.look(batch()).sum((2, 3, 4)) > 0.1).all()
-    assert not flamingo(media="none").look(batch()).any()
+    assert (shut.attention_map(batch()).sum((2, 3, 4)) > 0.1).all()
+    assert not flamingo(visible_images="none").attention_map(batch()).any()
 
 
-def test_look_follows_the_size_of_the_picture_and_the_cache() -> None:
+def test_look_follows_the_size_of_the_image_and_the_cache() -> None:
     model = flamingo()
-    assert model.look(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
+    assert model.attention_map(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
     given = batch(i=2)
     assert given.pixels is not None
     cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
-    want = model.look(given)
-    assert torch.equal(model.look(cached), want)
-    assert torch.equal(model.train().look(given), want)
+    want = model.attention_map(given)
+    assert torch.equal(model.attention_map(cached), want)
+    assert torch.equal(model.train().attention_map(given), want)
     assert model.training
     assert not model.decoder.training
 
@@ -690,7 +724,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=r"cross_layers=.*3 blocks \(0 to 2\)"):
             Flamingo(vision, decoder, cross_layers=layers)
     with pytest.raises(ValueError, match='"first"'):
-        Flamingo(vision, decoder, media="first")  # pyright: ignore[reportArgumentType]
+        Flamingo(vision, decoder, visible_images="first")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"32 tokens.*31 positions"):
         flamingo().logits(batch(q=32))
 
@@ -719,11 +753,11 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
     for block in model.gated_blocks:
         for parameter in block.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
-    logits, state = model.start(prompt, max_new_tokens=3)
-    steps = [logits] + [model.step(given.tokens[:, t], state) for t in (9, 10, 11)]
+    logits, state = model.prefill(prompt, max_new_tokens=3)
+    steps = [logits] + [model.decode_step(given.tokens[:, t], state) for t in (9, 10, 11)]
     for r, row in enumerate(("..I..I......", "I......", ".......")):
         assert given.pixels is not None
-        tokens = given.tokens[r][given.valid[r]][None]
+        tokens = given.tokens[r][given.attention_mask[r]][None]
         alone = replace(laid_out(row), tokens=tokens, pixels=given.pixels[r : r + 1, : row.count("I")])
         want = model.logits(alone)[0, -4:]
         torch.testing.assert_close(torch.stack([step[r] for step in steps]), want, atol=1e-5, rtol=1e-5)
@@ -743,29 +777,29 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
 
     documents = PairDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
     data = InterleavedData(
-        documents, image=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_pictures=4
+        documents, image=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_images=4
     )
     data.setup("fit")
     given = next(iter(data.train_dataloader()))
     torch.manual_seed(0)
     decoder = TextDecoder(data.tokenizer.vocab_size, 24, 2, 4, max_len=120)
-    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, media="all_previous", num_heads=3, head_dim=7)
+    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, visible_images="all_previous", num_heads=3, head_dim=7)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.eval()
-    assert given.segments is not None
-    assert given.media is not None
-    assert given.media_first is not None
+    assert given.document_ids is not None
+    assert given.image_index is not None
+    assert given.first_image_index is not None
     assert given.pixels is not None
     found, read = model.logits(given), 0
     for row in range(len(given.tokens)):
-        for number in given.segments[row][given.valid[row]].unique():
-            mine = (given.segments[row] == number) & given.valid[row]
-            first, last = int(given.media_first[row][mine][0]), int(given.media[row][mine].max())
+        for number in given.document_ids[row][given.attention_mask[row]].unique():
+            mine = (given.document_ids[row] == number) & given.attention_mask[row]
+            first, last = int(given.first_image_index[row][mine][0]), int(given.image_index[row][mine].max())
             tokens, yes = given.tokens[row][mine][None], mine[mine][None]
             alone = CaptionBatch(
                 tokens, yes, yes, given.pixels[row : row + 1, first - 1 : last],
-                media=(given.media[row][mine] - first + 1).clamp(min=0)[None],
+                image_index=(given.image_index[row][mine] - first + 1).clamp(min=0)[None],
             )  # fmt: skip
             torch.testing.assert_close(found[row][mine], model.logits(alone)[0], atol=2e-5, rtol=2e-5)
             read += 1

@@ -34,15 +34,15 @@ def model(**options: Any) -> ImageText:
     return found.double().eval()
 
 
-def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4, 6, 9), pictures: int = 4) -> CaptionBatch:
+def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4, 6, 9), images: int = 4) -> CaptionBatch:
     """Rows of a prompt of one, a caption and an end, right-padded; two rows share a picture."""
     torch.manual_seed(3)
     q = max(lengths)
-    valid = torch.arange(q) < torch.tensor(lengths)[:, None]
-    tokens = torch.randint(1, CLASS, (len(lengths), q)).masked_fill(~valid, PAD)
-    target = valid & (torch.arange(q) >= 1)
-    pixels = torch.randn(pictures, 1, 3, 16, 24, dtype=torch.float64)
-    return CaptionBatch(tokens, valid, target, pixels=pixels)
+    attention_mask = torch.arange(q) < torch.tensor(lengths)[:, None]
+    tokens = torch.randint(1, CLASS, (len(lengths), q)).masked_fill(~attention_mask, PAD)
+    loss_mask = attention_mask & (torch.arange(q) >= 1)
+    pixels = torch.randn(images, 1, 3, 16, 24, dtype=torch.float64)
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=pixels)
 
 
 # ------------------------------------------------------------------------------------------------- definitions
@@ -70,7 +70,7 @@ def with_class(tokens: Tensor) -> Tensor:
 
 
 def row(given: CaptionBatch, j: int) -> Tensor:
-    return given.tokens[j, : int(given.valid[j].sum())][None]
+    return given.tokens[j, : int(given.attention_mask[j].sum())][None]
 
 
 @torch.no_grad()
@@ -80,35 +80,33 @@ def test_losses_are_their_definitions() -> None:
     assert given.pixels is not None
     seen = [m.vision.forward_features(pixels) for pixels in given.pixels]
 
-    pictures, texts, itg, count = [], [], 0.0, 0
+    images, texts, itg, count = [], [], 0.0, 0
     for j in range(8):
         visual, tokens = seen[j // 2], row(given, j)
         queries, text = passes(m, visual, with_class(tokens), "unimodal")
-        pictures.append(F.normalize(m.vision_proj(queries[0]), dim=-1))
+        images.append(F.normalize(m.vision_proj(queries[0]), dim=-1))
         texts.append(F.normalize(m.text_proj(text[0, 0]), dim=-1))
         _, said = passes(m, visual, tokens, "multimodal_causal")
         hidden = F.layer_norm(F.gelu(m.head_dense(said)), (20,), m.head_norm.weight, m.head_norm.bias, 1e-12)
         logits = (hidden @ m.qformer.tok_embed.weight.T + m.head_bias)[0]  # type: ignore[union-attr]
         itg += float(F.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum", label_smoothing=0.2))
         count += tokens.shape[1] - 1
-    images = torch.stack(pictures[::2])
-    itc = itc_loss(images, torch.stack(texts), m.log_temperature.exp(), label_smoothing=0.1)
+    vectors = torch.stack(images[::2])
+    itc = itc_loss(vectors, torch.stack(texts), m.log_temperature.exp(), label_smoothing=0.1)
     assert float(found.itc) == pytest.approx(float(itc), abs=1e-12)
     assert float(found.itg) == pytest.approx(itg / count, abs=1e-12)
 
     # Matching: negatives by multinomial (Gumbel-max over softmax) of the nearest query, none of the same picture.
-    scores = torch.stack([(image @ torch.stack(texts).T).amax(0) for image in images]) / m.temperature
+    scores = torch.stack([(vector @ torch.stack(texts).T).amax(0) for vector in vectors]) / m.temperature
     owner = torch.arange(8) // 2
     keys = owner * 1_000_003 + torch.arange(8) % 2
     total, right = 0.0, 0
     for j in range(8):
         noise = [pair_noise(5, keys[j : j + 1], torch.arange(4)), pair_noise(6, keys[j : j + 1], keys)]
         gumbel = [-(-x[0].log()).log() for x in noise]
-        picture = int(
-            (scores[:, j] + gumbel[0]).masked_fill(torch.arange(4) == owner[j], -torch.inf).argmax()
-        )
+        image = int((scores[:, j] + gumbel[0]).masked_fill(torch.arange(4) == owner[j], -torch.inf).argmax())
         text = int((scores[owner[j]] + gumbel[1]).masked_fill(owner == owner[j], -torch.inf).argmax())
-        for at, words, match in ((owner[j], j, 1), (picture, j, 0), (owner[j], text, 0)):
+        for at, words, match in ((owner[j], j, 1), (image, j, 0), (owner[j], text, 0)):
             queries, _ = passes(m, seen[int(at)], with_class(row(given, words)), "bidirectional")
             logits = m.itm_head(queries[0]).mean(0)  # the mean of the queries' logits
             total += float(F.cross_entropy(logits, torch.tensor(match)))
@@ -118,15 +116,15 @@ def test_losses_are_their_definitions() -> None:
     assert float(found.total) == pytest.approx(float(found.itc + found.itm + found.itg))
 
 
-def test_pictures_are_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     m, given = model(), batch()
     calls: list[int] = []
     for block in m.qformer.blocks:
         if block.cross_attn is not None:
             block.cross_attn.k_proj.register_forward_hook(lambda _, x, __: calls.append(len(x[0])))  # type: ignore[union-attr]
     passed: list[int] = []
-    see = QFormer.see
-    monkeypatch.setattr(QFormer, "see", lambda self, visual: passed.append(1) or see(self, visual))
+    see = QFormer.encode_queries
+    monkeypatch.setattr(QFormer, "encode_queries", lambda self, visual: passed.append(1) or see(self, visual))
     m.losses(given)
     assert calls == [4, 4]  # one pass over the four pictures, for each of the two layers that read them
     assert passed == [1]
@@ -156,12 +154,16 @@ def test_padding_and_order_change_nothing() -> None:
     m, given = model(), batch()
     ids = torch.tensor([5, 11, 2, 7])
     plain = m.losses(given, image_ids=ids, seed=3)
-    wide = replace(given, **{k: F.pad(getattr(given, k), (0, 5)) for k in ("tokens", "valid", "target")})
+    wide = replace(
+        given, **{k: F.pad(getattr(given, k), (0, 5)) for k in ("tokens", "attention_mask", "loss_mask")}
+    )
     order = torch.tensor([2, 0, 3, 1])
     rows = (order[:, None] * 2 + torch.arange(2)).flatten()
     assert given.pixels is not None
-    turned = CaptionBatch(given.tokens[rows], given.valid[rows], given.target[rows], given.pixels[order])
-    for other in (m.losses(wide, image_ids=ids, seed=3), m.losses(turned, image_ids=ids[order], seed=3)):
+    rotated = CaptionBatch(
+        given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[order]
+    )
+    for other in (m.losses(wide, image_ids=ids, seed=3), m.losses(rotated, image_ids=ids[order], seed=3)):
         torch.testing.assert_close(other, plain, atol=1e-12, rtol=0)
     assert float(m.losses(given, image_ids=ids, seed=4).itm - plain.itm) != 0
 
@@ -170,11 +172,11 @@ def test_padding_and_order_change_nothing() -> None:
 def test_fillers_take_no_part() -> None:
     m, given = model(), batch()
     assert given.pixels is not None
-    alone = CaptionBatch(given.tokens[:6], given.valid[:6], given.target[:6], given.pixels[:3])
+    alone = CaptionBatch(given.tokens[:6], given.attention_mask[:6], given.loss_mask[:6], given.pixels[:3])
     ids = torch.tensor([8, 1, 4, -1])
-    target = given.target.clone()
-    target[6:] = False
-    beside = m.losses(replace(given, target=target), image_ids=ids)
+    loss_mask = given.loss_mask.clone()
+    loss_mask[6:] = False
+    beside = m.losses(replace(given, loss_mask=loss_mask), image_ids=ids)
     torch.testing.assert_close(beside, m.losses(alone, image_ids=ids[:3]), atol=1e-12, rtol=0)
 
 
@@ -187,7 +189,7 @@ def test_one_single_pair_is_a_batch() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in m.qformer.parameters())
 
 
-def test_copies_of_one_picture_are_no_negatives() -> None:
+def test_copies_of_one_image_are_no_negatives() -> None:
     m, given = model(), batch((5, 6), 2)
     with torch.no_grad():
         same = m.losses(given, image_ids=torch.tensor([4, 4]))
@@ -226,10 +228,10 @@ def test_parts_must_fit(change: dict[str, Any], message: str) -> None:
 
 def test_bad_texts_are_named() -> None:
     m, given = model(), batch()
-    valid = given.valid.clone()
-    valid[5] = False
+    attention_mask = given.attention_mask.clone()
+    attention_mask[5] = False
     with pytest.raises(ValueError, match="text 5 of 8 is empty"):
-        m.losses(replace(given, valid=valid))
+        m.losses(replace(given, attention_mask=attention_mask))
     with pytest.raises(ValueError, match="a text of 23 tokens, but this Q-Former has 19 positions"):
         m.losses(batch((23, 5), 2))
     with pytest.raises(ValueError, match="8 texts cannot be shared out among 3 pictures"):
@@ -249,25 +251,34 @@ def test_generation_loss_is_the_captioners() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("copies", [1, 3])
-def test_decoding_step_by_step_is_one_pass(copies: int) -> None:
+@pytest.mark.parametrize("expand_size", [1, 3])
+def test_decoding_step_by_step_is_one_pass(expand_size: int) -> None:
     m, given = model(), batch((7, 7, 7, 7), 2)
     whole = m.logits(given)
-    prompt = replace(given, tokens=given.tokens[:, :3], valid=given.valid[:, :3], target=given.target[:, :3])
-    left = {k: F.pad(getattr(prompt, k), (2, 0)) for k in ("tokens", "valid", "target")}
+    prompt = replace(
+        given,
+        tokens=given.tokens[:, :3],
+        attention_mask=given.attention_mask[:, :3],
+        loss_mask=given.loss_mask[:, :3],
+    )
+    left = {k: F.pad(getattr(prompt, k), (2, 0)) for k in ("tokens", "attention_mask", "loss_mask")}
     for start in (prompt, replace(prompt, **left)):  # as it is, and padded on the left
-        logits, state = m.start(start, copies=copies, max_new_tokens=5)
+        logits, state = m.prefill(start, expand_size=expand_size, max_new_tokens=5)
         for at in range(3, 8):
             torch.testing.assert_close(
-                logits, whole[:, at - 1].repeat_interleave(copies, 0), atol=1e-12, rtol=0
+                logits, whole[:, at - 1].repeat_interleave(expand_size, 0), atol=1e-12, rtol=0
             )
             if at < 7:
-                logits = m.step(given.tokens[:, at].repeat_interleave(copies), state)
-                order = torch.arange(4 * copies).flip(0) if copies == 1 else torch.arange(4 * copies)
+                logits = m.decode_step(given.tokens[:, at].repeat_interleave(expand_size), state)
+                order = (
+                    torch.arange(4 * expand_size).flip(0)
+                    if expand_size == 1
+                    else torch.arange(4 * expand_size)
+                )
                 state.reorder(order)
                 state.reorder(order)
     with pytest.raises(ValueError, match="22 tokens were asked for, but this Q-Former has 19 positions"):
-        m.start(prompt, max_new_tokens=19)
+        m.prefill(prompt, max_new_tokens=19)
 
 
 def test_a_stage_1_model_captions(tmp_path: Path) -> None:
@@ -284,7 +295,7 @@ def test_a_stage_1_model_captions(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_heat_is_where_the_queries_look_that_the_words_read() -> None:
     m, given = model(), batch()
-    look = m.look(given)
+    look = m.attention_map(given)
     assert look.shape == (8, 11, 1, 2, 3)
     assert (look >= 0).all()
     assert float(look.sum((2, 3, 4)).max()) <= 1 + 1e-6
@@ -293,7 +304,7 @@ def test_heat_is_where_the_queries_look_that_the_words_read() -> None:
         if block.cross_attn is not None:
             block.cross_attn.k_proj.weight.zero_()  # type: ignore[union-attr]
     assert first is not None
-    spread = m.look(given)
+    spread = m.attention_map(given)
     share = spread / spread.sum((3, 4), keepdim=True)
     torch.testing.assert_close(
         share, torch.full_like(share, 1 / 6), atol=1e-6, rtol=0
@@ -333,8 +344,10 @@ def losses_and_gradients(rank: int, world: int) -> tuple[list[Tensor], list[Tens
     ids = torch.tensor([5, 11, 2, 5, 7])
     mine = torch.arange(5)[rank::world]
     rows = (mine[:, None] * 2 + torch.arange(2)).flatten()
-    part = CaptionBatch(given.tokens[rows], given.valid[rows], given.target[rows], given.pixels[mine])
-    part = part.cut(int(part.valid.sum(1).max()))  # other lengths in other processes
+    part = CaptionBatch(
+        given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[mine]
+    )
+    part = part.truncate(int(part.attention_mask.sum(1).max()))  # other lengths in other processes
     losses = m.losses(part, image_ids=ids[mine], seed=9)
     losses.total.backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in m.parameters()]

@@ -50,20 +50,20 @@ def any_model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]()
 
 
-def batch(rows: int = 6, pictures: int = 3, q: int = 7) -> CaptionBatch:
+def batch(rows: int = 6, images: int = 3, q: int = 7) -> CaptionBatch:
     torch.manual_seed(5)
     tokens = torch.randint(VOCAB, (rows, q))
     lengths = torch.tensor([7, 4, 6, 2, 7, 5, 3])[:rows, None]
-    valid = torch.arange(q) < lengths
-    target = valid & (torch.arange(q) > 0)
-    return CaptionBatch(tokens, valid, target, pixels=torch.randn(pictures, 1, 3, 16, 24))
+    attention_mask = torch.arange(q) < lengths
+    loss_mask = attention_mask & (torch.arange(q) > 0)
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=torch.randn(images, 1, 3, 16, 24))
 
 
 def row(given: CaptionBatch, n: int) -> CaptionBatch:
     """One row by itself, with its picture and without its padding."""
     assert given.pixels is not None
-    r, length = given.tokens.shape[0] // given.pixels.shape[0], int(given.valid[n].sum())
-    texts = {k: getattr(given, k)[n : n + 1, :length] for k in ("tokens", "valid", "target")}
+    r, length = given.tokens.shape[0] // given.pixels.shape[0], int(given.attention_mask[n].sum())
+    texts = {k: getattr(given, k)[n : n + 1, :length] for k in ("tokens", "attention_mask", "loss_mask")}
     return CaptionBatch(**texts, pixels=given.pixels[n // r : n // r + 1])
 
 
@@ -78,11 +78,11 @@ def test_prefix_by_definition() -> None:
             for y in range(2)
             for x in range(3)
         ]
-        front = second(F.gelu(first(norm(torch.stack(squares)))))
-        text = model.decoder.lookup(given.tokens[n])
-        x = torch.cat((front, text))[None]
+        prefix_embeds = second(F.gelu(first(norm(torch.stack(squares)))))
+        text = model.decoder.embed_tokens(given.tokens[n])
+        x = torch.cat((prefix_embeds, text))[None]
         x = x + model.decoder.pos_embed.weight[: x.shape[1]]
-        want = model.decoder.head(model.decoder.run(x, torch.arange(x.shape[1])))[0, 6:]
+        want = model.decoder.head(model.decoder.forward_embeds(x, torch.arange(x.shape[1])))[0, 6:]
         torch.testing.assert_close(model.logits(given)[n], want, atol=1e-5, rtol=1e-5)
 
 
@@ -95,11 +95,13 @@ def test_coca_by_definition() -> None:
         assert one.pixels is not None
         pooled = model.caption_pool(model.vision.forward_features(one.pixels[0]))
         lower = model.text(one.tokens)
-        upper = model.decoder.run(lower, torch.arange(lower.shape[1]), pooled)
+        upper = model.decoder.forward_embeds(lower, torch.arange(lower.shape[1]), pooled)
         want = model.decoder.head(upper)[0]
         torch.testing.assert_close(model.logits(given)[n, : len(want)], want, atol=1e-5, rtol=1e-5)
-        x = torch.cat((model.text.lookup(one.tokens), model.end[None, None]), 1)
-        gathered = model.text.run(model.text.place(x, at := torch.arange(x.shape[1])), at)[0, -1]
+        x = torch.cat((model.text.embed_tokens(one.tokens), model.end[None, None]), 1)
+        gathered = model.text.forward_embeds(model.text.add_positions(x, at := torch.arange(x.shape[1])), at)[
+            0, -1
+        ]
         vector = F.normalize(gathered @ model.text_proj.weight.T, dim=0)
         torch.testing.assert_close(texts[n], vector, atol=1e-5, rtol=1e-5)
         seen = model.image_proj(model.contrast_pool(pooled)[0, 0])
@@ -135,7 +137,7 @@ def test_batched_as_one_by_one_and_no_token_sees_a_later_one(model: Any) -> None
     assert not torch.isclose(after[:, 4:], logits[:, 4:]).all(-1).any()
 
 
-def test_the_picture_matters_to_its_own_rows_only(model: Any) -> None:
+def test_the_image_matters_to_its_own_rows_only(model: Any) -> None:
     given = batch()
     assert given.pixels is not None
     pixels = given.pixels.clone()
@@ -146,26 +148,33 @@ def test_the_picture_matters_to_its_own_rows_only(model: Any) -> None:
 
 def test_cached_decoding_is_the_full_pass_for_prompts_of_different_lengths(model: Any) -> None:
     given = batch(q=7)
-    lengths = given.valid.sum(1)
-    order = (given.valid.long().argsort(dim=1, stable=True),)  # padding to the left
-    left = replace(given, tokens=given.tokens.gather(1, *order), valid=given.valid.gather(1, *order))
-    logits, state = model.start(left, copies=2, max_new_tokens=3)
+    lengths = given.attention_mask.sum(1)
+    order = (given.attention_mask.long().argsort(dim=1, stable=True),)  # padding to the left
+    left = replace(
+        given, tokens=given.tokens.gather(1, *order), attention_mask=given.attention_mask.gather(1, *order)
+    )
+    logits, state = model.prefill(left, expand_size=2, max_new_tokens=3)
     extra = torch.randint(VOCAB, (12, 3))
     for k in range(4):
         for m in range(12):
             one = row(given, m // 2)
             tokens = torch.cat((one.tokens, extra[m : m + 1, :k]), 1)
             every = torch.ones_like(tokens, dtype=torch.bool)
-            want = model.logits(replace(one, tokens=tokens, valid=every, target=every))[0, -1]
+            want = model.logits(replace(one, tokens=tokens, attention_mask=every, loss_mask=every))[0, -1]
             torch.testing.assert_close(logits[m], want, atol=1e-5, rtol=1e-5)
         if k < 3:
-            logits = model.step(extra[:, k], state)
+            logits = model.decode_step(extra[:, k], state)
     assert len(set(lengths.tolist())) > 1
 
 
 def test_beams_of_a_saved_model(model: Any, tmp_path: Any) -> None:
     given = batch(rows=3)
-    prompt = replace(given, tokens=given.tokens[:, :1], valid=given.valid[:, :1], target=given.target[:, :1])
+    prompt = replace(
+        given,
+        tokens=given.tokens[:, :1],
+        attention_mask=given.attention_mask[:, :1],
+        loss_mask=given.loss_mask[:, :1],
+    )
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     texts = [generate(m, prompt, eos_id=0, max_new_tokens=5, num_beams=3) for m in (model, again)]
@@ -178,9 +187,9 @@ def test_cached_features_are_as_good_as_pixels_and_looks_lie_on_the_patches(mode
     assert given.pixels is not None
     cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
     torch.testing.assert_close(model.logits(cached), model.logits(given), atol=1e-6, rtol=1e-5)
-    look: Tensor = model.look(cached)
+    look: Tensor = model.attention_map(cached)
     assert look.shape == (6, 7, 1, 4, 6)
-    assert torch.equal(look, model.look(given))
+    assert torch.equal(look, model.attention_map(given))
     total = look.sum((2, 3, 4))
     assert ((total > 0) & (total < 1 + 1e-5)).all()
     assert look.std((3, 4)).min() > 0
@@ -204,25 +213,27 @@ def test_what_takes_part_in_cocas_contrast() -> None:
     found = model.loss(given)
     torch.testing.assert_close(found.sum / found.count, (to_texts + to_images) / 2, atol=1e-4, rtol=1e-4)
     with_filler = replace(batch(), names=("a", "b", "c"))
-    with_filler.target[4:] = False
+    with_filler.loss_mask[4:] = False
     assert with_filler.pixels is not None
-    rows = {k: getattr(with_filler, k)[:4] for k in ("tokens", "valid", "target")}
+    rows = {k: getattr(with_filler, k)[:4] for k in ("tokens", "attention_mask", "loss_mask")}
     alone = model.loss(CaptionBatch(**rows, pixels=with_filler.pixels[:2], names=("a", "b")))
     torch.testing.assert_close(model.loss(with_filler).sum, alone.sum, atol=1e-4, rtol=1e-4)
 
 
 def test_an_empty_text_is_refused_where_texts_are_compared() -> None:
     given = batch()
-    given.valid[3] = given.target[3] = False
+    given.attention_mask[3] = given.loss_mask[3] = False
     with pytest.raises(ValueError, match="text 3 of 6 is empty, and would fit every picture"):
         coca().loss(given)
-    assert coca(contrastive_weight=0.0).loss(given).count == given.target[:, 1:].sum()
+    assert coca(contrastive_weight=0.0).loss(given).count == given.loss_mask[:, 1:].sum()
 
 
 def test_one_single_pair_is_a_batch(model: Any) -> None:
     whole = batch()
     assert whole.pixels is not None
-    given = CaptionBatch(*(x[:1] for x in (whole.tokens, whole.valid, whole.target)), pixels=whole.pixels[:1])
+    given = CaptionBatch(
+        *(x[:1] for x in (whole.tokens, whole.attention_mask, whole.loss_mask)), pixels=whole.pixels[:1]
+    )
     loss = model.loss(given)
     loss.sum.backward()
     assert loss.sum.shape == ()
@@ -246,7 +257,7 @@ def loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
     mine, names = torch.arange(3)[rank::world], "abc"
     rows = (mine[:, None] * 2 + torch.arange(2)).flatten()
     part = CaptionBatch(
-        given.tokens[rows], given.valid[rows], given.target[rows], given.pixels[mine].double(),
+        given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[mine].double(),
         names=tuple(names[i] for i in mine),
     )  # fmt: skip
     loss = model.loss(part)
@@ -301,7 +312,7 @@ def test_parts_that_do_not_fit(build: Any, message: str) -> None:
         build()
 
 
-def test_pictures_inside_the_text_are_refused(model: Any) -> None:
+def test_images_inside_the_text_are_refused(model: Any) -> None:
     given = batch()
     with pytest.raises(ValueError, match="reads pictures before the text"):
-        model.logits(replace(given, media=torch.ones_like(given.tokens)))
+        model.logits(replace(given, image_index=torch.ones_like(given.tokens)))

@@ -132,11 +132,11 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path, model: Path) -> None:
-    pictures = [str(pairs / "p0.png"), str(pairs / "p1.png")]
+    images = [str(pairs / "p0.png"), str(pairs / "p1.png")]
     code, out, _ = mmt(
         capsys,
         "caption",
-        *pictures,
+        *images,
         "--model",
         str(model),
         "--language",
@@ -147,32 +147,32 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
     )
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0
-    assert [row["picture"] for row in rows] == pictures
+    assert [row["image"] for row in rows] == images
     for row in rows:
         first, second = row["captions"]
         assert first["language"] == "ko"
         assert len(first["tokens"]) == len(first["token_log_probs"]) >= 3
         assert second["log_prob"] < 0
     captioner = ImageCaptioner.from_pretrained(model, device="cpu")
-    assert rows[1]["captions"][0]["text"] == captioner(pictures[1], language="ko", num_captions=2)[0][0].text
+    assert rows[1]["captions"][0]["text"] == captioner(images[1], language="ko", num_captions=2)[0][0].text
 
     heat = tmp_path / "words.png"
-    code, out, err = mmt(capsys, "caption", pictures[0], "--model", str(model), "--heatmap", str(heat))
+    code, out, err = mmt(capsys, "caption", images[0], "--model", str(model), "--heatmap", str(heat))
     assert code == 0
     assert heat.is_file() or "no word to draw" in err
     page = tmp_path / "words.html"
     must = ["--must-contain", "star", "--max-new-tokens", "12"]
-    code, out, err = mmt(capsys, "caption", *pictures, "--model", str(model), "--heatmap", str(page), *must)
+    code, out, err = mmt(capsys, "caption", *images, "--model", str(model), "--heatmap", str(page), *must)
     assert code == 0
     assert [("star" in line) for line in out.splitlines()] == [True, True]
     assert page.read_text("utf-8").count("data:image") >= 2
-    code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), "--sample", "--beams", "1")
+    code, out, _ = mmt(capsys, "caption", images[0], "--model", str(model), "--sample", "--beams", "1")
     assert (code, len(out.splitlines())) == (0, 1)
     three = ["--different", "--num-captions", "3", "--image-guidance", "2"]
-    code, out, _ = mmt(capsys, "caption", pictures[0], "--model", str(model), *three)
+    code, out, _ = mmt(capsys, "caption", images[0], "--model", str(model), *three)
     assert (code, len(set(out.splitlines()))) == (0, 3)
     for precision in ("bf16", "int8"):
-        code, out, _ = mmt(capsys, "caption", *pictures, "--model", str(model), "--precision", precision)
+        code, out, _ = mmt(capsys, "caption", *images, "--model", str(model), "--precision", precision)
         assert (code, len(out.splitlines())) == (0, 2)
 
 
@@ -194,7 +194,7 @@ def test_evaluate(
     captions = json.loads(scores.read_text("utf-8"))["captions"]["train"]
     rows = [json.loads(line) for line in said.read_text("utf-8").splitlines()]
     assert {row["language"] for row in rows} == set(captions)
-    assert sum(c["pictures"] for c in captions.values()) == len(rows)
+    assert sum(c["images"] for c in captions.values()) == len(rows)
     code, out, _ = mmt(
         capsys, "evaluate", "--model", str(model), *words, "--precision", "bf16", "--limit", "1"
     )

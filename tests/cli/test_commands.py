@@ -101,7 +101,7 @@ def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str],
     )  # fmt: skip
     after = json.loads((two / "metrics.json").read_text("utf-8"))
     assert after["facts"]["val"].keys() == {"en", "ko"}
-    assert {"loss_right", "loss_other_picture", "loss_blank_picture"} <= after["image_use"]["val"].keys()
+    assert {"loss_right", "loss_other_image", "loss_blank_image"} <= after["image_use"]["val"].keys()
     first, last = (
         ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner for run in (one, two)
     )
@@ -142,18 +142,18 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("coco")
-    pictures, bert, one, vit = (folder / part for part in ("pictures", "bert", "one", "vit.safetensors"))
+    images, bert, one, vit = (folder / part for part in ("pictures", "bert", "one", "vit.safetensors"))
     split = Scenes(image_size=32, train_size=8, languages=("en",)).split("train")
-    pictures.mkdir()
+    images.mkdir()
     for i in range(8):
-        split.image(i).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(split.captions(i)[0].text, "utf-8")
+        split.image(i).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(split.captions(i)[0].text, "utf-8")
     save_file(to_timm(ViT(32, 8, 64, 1, 1)), vit)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
     BertModel(BertConfig(vocab_size=WORDS, max_position_embeddings=40, **sizes)).save_pretrained(bert)
     tokenizer(()).save(bert)
     words = [
-        f"--data.root={pictures}", "--data.image.image_size=32", f"--model.captioner.vision.source={vit}",
+        f"--data.root={images}", "--data.image.image_size=32", f"--model.captioner.vision.source={vit}",
         f"--model.captioner.qformer.source={bert}",
         "--model.captioner.qformer.visual_dim=64", f"--model.captioner.class_id={WORDS}", f"--data.tokenizer={bert}",
     ]  # fmt: skip
@@ -161,7 +161,7 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setenv("PATH", "")
         warnings.simplefilter("ignore")
         assert main(["fit", *configs("qformer_stage1_coco", one), *words]) == 0
-    return pictures, one
+    return images, one
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -169,13 +169,13 @@ def test_blip2_on_pairs_with_a_hubs_tower_and_language_model(
     name: str, coco: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    (family, build), (pictures, one), lm = LANGUAGE_MODELS[name], coco, tmp_path / "lm"
+    (family, build), (images, one), lm = LANGUAGE_MODELS[name], coco, tmp_path / "lm"
     given = build()
     save_as_hub(given, lm, family, tokenizer=tokenizer(()))
     assert json.loads((lm / "config.json").read_text("utf-8"))["model_type"] == family
     two = tmp_path / "two"
     fit(
-        capsys, "qformer_coco", two, f"--data.root={pictures}", "--data.image.image_size=32",
+        capsys, "qformer_coco", two, f"--data.root={images}", "--data.image.image_size=32",
         f"--model.captioner.folder={one}", f"--model.captioner.decoder.source={lm}",
         f"--data.tokenizer={lm}",
     )  # fmt: skip
@@ -238,9 +238,9 @@ def test_each_word_has_its_heat_map(name: str, capsys: pytest.CaptureFixture[str
     torch.manual_seed(0)
     model = tmp_path / "model"
     ImageCaptioner(BRIDGES[name](), tokenizer(), ImageTransform(32), device="cpu").save_pretrained(model)
-    picture, sheet, page = tmp_path / "p.png", tmp_path / "words.png", tmp_path / "words.html"
-    Scenes(image_size=48, train_size=1).split("train").image(0).save(picture)
-    words = ["caption", str(picture), "--model", str(model), "--device", "cpu"]
+    image, sheet, page = tmp_path / "p.png", tmp_path / "words.png", tmp_path / "words.html"
+    Scenes(image_size=48, train_size=1).split("train").image(0).save(image)
+    words = ["caption", str(image), "--model", str(model), "--device", "cpu"]
     words += ["--must-contain", "star", "--max-new-tokens", "6", "--heatmap"]
     for out in (sheet, page):
         code, said, err = mmt(capsys, *words, str(out))

@@ -27,11 +27,11 @@ def qformer(dtype: torch.dtype = torch.float32, dropout: float = 0.0, cross_ever
 
 
 def inputs(
-    rows: int = 4, pictures: int = 2, dtype: torch.dtype = torch.float32
+    rows: int = 4, images: int = 2, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
-    valid = torch.arange(7) < torch.tensor([7, 5, 1, 6])[torch.arange(rows) % 4, None]
-    return torch.randn(pictures, 13, VISUAL, dtype=dtype), torch.randint(VOCAB, (rows, 7)), valid
+    attention_mask = torch.arange(7) < torch.tensor([7, 5, 1, 6])[torch.arange(rows) % 4, None]
+    return torch.randn(images, 13, VISUAL, dtype=dtype), torch.randint(VOCAB, (rows, 7)), attention_mask
 
 
 def attended(x: Tensor, context: Tensor, layer: Attention, allowed: Tensor | None) -> Tensor:
@@ -84,57 +84,61 @@ def test_queries_alone_are_the_definition(cross_every: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_each_mode_is_one_pass_under_its_mask(mode: Mode, padded: bool) -> None:
-    model, (visual, tokens, valid) = qformer(torch.float64), inputs(dtype=torch.float64)
-    valid = valid if padded else torch.ones_like(valid)
-    queries, text = model.both(visual, tokens, valid if padded else None, mode)
+    model, (visual, tokens, attention_mask) = qformer(torch.float64), inputs(dtype=torch.float64)
+    attention_mask = attention_mask if padded else torch.ones_like(attention_mask)
+    queries, text = model.encode_pair(visual, tokens, attention_mask if padded else None, mode)
     assert queries.shape == (4, L, DIM)
     assert text.shape == (4, 7, DIM)
-    allowed = mode_mask(mode, L, valid)
+    allowed = mode_mask(mode, L, attention_mask)
     for row in range(4):
         want = by_definition(model, visual[row // 2], tokens[row], allowed[row])
         torch.testing.assert_close(queries[row], want[:L])
-        torch.testing.assert_close(text[row][valid[row]], want[L:][valid[row]])
+        torch.testing.assert_close(text[row][attention_mask[row]], want[L:][attention_mask[row]])
 
 
 def test_an_instruction_joins_the_queries() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
-    queries = model(visual, tokens, valid)
-    torch.testing.assert_close(queries, model.both(visual, tokens, valid)[0], atol=1e-5, rtol=1e-5)
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
+    queries = model(visual, tokens, attention_mask)
+    torch.testing.assert_close(
+        queries, model.encode_pair(visual, tokens, attention_mask)[0], atol=1e-5, rtol=1e-5
+    )
     assert (queries - model(visual).repeat_interleave(2, 0)).abs().amax((1, 2)).min() > 1e-3
-    torch.testing.assert_close(model(visual, tokens), model.both(visual, tokens)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(visual, tokens), model.encode_pair(visual, tokens)[0], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_masks_in_print() -> None:
-    valid = torch.tensor([[True, True, False]])
+    attention_mask = torch.tensor([[True, True, False]])
     want = {
         "bidirectional": ["####.", "####.", "####.", "####.", "####."],
         "multimodal_causal": ["##...", "##...", "###..", "####.", "####."],
         "unimodal": ["##...", "##...", "..##.", "..##.", "..##."],
     }
     for mode in MODES:
-        printed = masks.show(mode_mask(mode, 2, valid)[0], rows=["q", "q", "a", "b", "-"])
+        printed = masks.show(mode_mask(mode, 2, attention_mask)[0], rows=["q", "q", "a", "b", "-"])
         assert [line.split()[1] for line in printed.splitlines()] == want[mode]
 
 
 def test_the_passes_of_training_are_the_modes() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
     projected = model.project_visual(visual)
     assert len(projected) == 3
-    seen = model.see(projected)
+    seen = model.encode_queries(projected)
     assert len(seen.memory) == DEPTH
     for mode, text in (
-        ("multimodal_causal", model.read(tokens, valid, seen)),
-        ("unimodal", model.read(tokens, valid)),
+        ("multimodal_causal", model.encode_text(tokens, attention_mask, seen)),
+        ("unimodal", model.encode_text(tokens, attention_mask)),
     ):
-        queries, want = model.both(visual, tokens, valid, mode)
-        torch.testing.assert_close(text[valid], want[valid], atol=1e-5, rtol=1e-5)
+        queries, want = model.encode_pair(visual, tokens, attention_mask, mode)
+        torch.testing.assert_close(text[attention_mask], want[attention_mask], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(seen.queries.repeat_interleave(2, 0), queries, atol=1e-5, rtol=1e-5)
-    together = model.both(projected, tokens, valid)
-    torch.testing.assert_close(together, model.both(visual, tokens, valid), atol=0, rtol=0)
+    together = model.encode_pair(projected, tokens, attention_mask)
+    torch.testing.assert_close(together, model.encode_pair(visual, tokens, attention_mask), atol=0, rtol=0)
 
 
-def test_pictures_are_projected_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
+def test_images_are_projected_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
     calls = []
     project = Attention.project_kv
 
@@ -143,63 +147,80 @@ def test_pictures_are_projected_once_for_all_passes(monkeypatch: pytest.MonkeyPa
         return project(self, context)
 
     monkeypatch.setattr(Attention, "project_kv", counted)
-    seen = model.see(projected := model.project_visual(visual))
-    model.read(tokens, valid, seen)
-    model.both(projected, tokens, valid)
+    seen = model.encode_queries(projected := model.project_visual(visual))
+    model.encode_text(tokens, attention_mask, seen)
+    model.encode_pair(projected, tokens, attention_mask)
     assert calls.count(13) == 3
     calls.clear()
-    model.both(visual, tokens, valid, "multimodal_causal")
+    model.encode_pair(visual, tokens, attention_mask, "multimodal_causal")
     assert calls.count(13) == 3
 
 
-def test_rows_of_one_picture_are_as_if_each_had_a_copy() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
+def test_rows_of_one_image_are_as_if_each_had_a_copy() -> None:
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
     copied = visual.repeat_interleave(2, 0)
     for mode in MODES:
-        shared, own = model.both(visual, tokens, valid, mode), model.both(copied, tokens, valid, mode)
+        shared, own = (
+            model.encode_pair(visual, tokens, attention_mask, mode),
+            model.encode_pair(copied, tokens, attention_mask, mode),
+        )
         torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_changes_nothing() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
-    other = tokens.where(valid, (tokens + 5) % VOCAB)
-    seen = model.see(visual)
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
+    other = tokens.where(attention_mask, (tokens + 5) % VOCAB)
+    seen = model.encode_queries(visual)
     for given in (seen, None):
-        first, second = model.read(tokens, valid, given), model.read(other, valid, given)
-        assert torch.equal(first[valid], second[valid])
-        short = model.read(tokens[2:3, :1], valid[2:3, :1], None if given is None else model.see(visual[1:]))
+        first, second = (
+            model.encode_text(tokens, attention_mask, given),
+            model.encode_text(other, attention_mask, given),
+        )
+        assert torch.equal(first[attention_mask], second[attention_mask])
+        short = model.encode_text(
+            tokens[2:3, :1],
+            attention_mask[2:3, :1],
+            None if given is None else model.encode_queries(visual[1:]),
+        )
         torch.testing.assert_close(short[0], first[2, :1], atol=1e-5, rtol=1e-5)
-    assert torch.equal(model(visual, tokens, valid), model(visual, other, valid))
+    assert torch.equal(model(visual, tokens, attention_mask), model(visual, other, attention_mask))
 
 
 def test_the_text_mlps_do_not_compute_padding() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
-    assert not valid.all()
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
+    assert not attention_mask.all()
     rows: list[int] = []
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[:-1].numel()))
-    real = int(valid.sum())
-    model.read(tokens, valid)
+    real = int(attention_mask.sum())
+    model.encode_text(tokens, attention_mask)
     assert rows == [real] * DEPTH
-    model.read(tokens, valid, model.see(visual))
-    model.both(visual, tokens, valid)
+    model.encode_text(tokens, attention_mask, model.encode_queries(visual))
+    model.encode_pair(visual, tokens, attention_mask)
     assert rows == [real] * 3 * DEPTH
-    model(visual, tokens, valid)
+    model(visual, tokens, attention_mask)
     assert rows == [real] * (4 * DEPTH - 1)  # Nobody reads the text's last state.
 
 
 def test_what_the_modes_hide_leaves_no_trace() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
-    valid = torch.ones_like(valid)
-    seen = model.see(visual)
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
+    attention_mask = torch.ones_like(attention_mask)
+    seen = model.encode_queries(visual)
     later = tokens.clone()
     later[:, 4:] = (later[:, 4:] + 1) % VOCAB
-    first, second = model.read(tokens, valid, seen), model.read(later, valid, seen)
+    first, second = (
+        model.encode_text(tokens, attention_mask, seen),
+        model.encode_text(later, attention_mask, seen),
+    )
     assert torch.equal(first[:, :4], second[:, :4])
     assert not torch.isclose(first[:, 4:], second[:, 4:]).all(-1).any()
-    elsewhere = model.see(visual + torch.randn_like(visual))
-    assert not torch.isclose(model.read(tokens, valid, elsewhere), first).all(-1).any()
-    assert not torch.isclose(model.read(later, valid), model.read(tokens, valid)).all(-1).any()
+    elsewhere = model.encode_queries(visual + torch.randn_like(visual))
+    assert not torch.isclose(model.encode_text(tokens, attention_mask, elsewhere), first).all(-1).any()
+    assert (
+        not torch.isclose(model.encode_text(later, attention_mask), model.encode_text(tokens, attention_mask))
+        .all(-1)
+        .any()
+    )
 
 
 def test_order_of_visual_tokens_means_nothing() -> None:
@@ -207,23 +228,26 @@ def test_order_of_visual_tokens_means_nothing() -> None:
     torch.testing.assert_close(model(visual.flip(1)), model(visual), atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_differs_from_picture_to_picture_and_stops_in_evaluation() -> None:
-    model, (visual, tokens, valid) = qformer(dropout=0.5), inputs()
+def test_dropout_differs_from_image_to_image_and_stops_in_evaluation() -> None:
+    model, (visual, tokens, attention_mask) = qformer(dropout=0.5), inputs()
     same = visual[:1].expand(2, -1, -1)
     assert torch.equal(*model(same))
     model.train()
-    memory = model.see(same).memory
+    memory = model.encode_queries(same).memory
     assert memory[0].k.shape[0] == 2
     assert not torch.isclose(memory[0].k[0], memory[0].k[1]).all()
-    for part in model.both(same, tokens[:2], valid[:2]):
+    for part in model.encode_pair(same, tokens[:2], attention_mask[:2]):
         assert torch.isfinite(part).all()
 
 
 def test_gradients_reach_everything() -> None:
-    model, (visual, tokens, valid) = qformer().train(), inputs()
+    model, (visual, tokens, attention_mask) = qformer().train(), inputs()
     visual.requires_grad_()
-    seen = model.see(visual)
-    sum(x.square().sum() for x in (seen.queries, model.read(tokens, valid, seen)[valid])).backward()
+    seen = model.encode_queries(visual)
+    sum(
+        x.square().sum()
+        for x in (seen.queries, model.encode_text(tokens, attention_mask, seen)[attention_mask])
+    ).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert visual.grad is not None
     assert (visual.grad.abs().amax((1, 2)) > 0).all()
@@ -242,9 +266,9 @@ def test_queries_start_apart_and_drift_further() -> None:
 
 
 def test_attention_can_be_recorded() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
     with record_attention(model) as record:
-        model.both(visual, tokens, valid)
+        model.encode_pair(visual, tokens, attention_mask)
     assert record["blocks.0.cross_attn"].shape == (4, HEADS, L, 13)
     assert record["blocks.4.attn"].shape == (4, HEADS, L + 7, L + 7)
     assert not record["blocks.4.attn"][2, :, :, L + 1 :].any()
@@ -252,10 +276,10 @@ def test_attention_can_be_recorded() -> None:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_what_queries_hold_is_followed_from_block_to_block(joint: bool) -> None:
-    model, (visual, tokens, valid) = qformer(), inputs(pictures=4)
+    model, (visual, tokens, attention_mask) = qformer(), inputs(images=4)
     with record_attention(model) as record:
-        model(visual, tokens, valid) if joint else model(visual)
-    held = model.held(record)
+        model(visual, tokens, attention_mask) if joint else model(visual)
+    held = model.attention_map(record)
     assert held.shape == (4, L, 13)
     for row in range(4):
         want = [[0.0] * 13 for _ in range(L)]
@@ -276,10 +300,10 @@ def test_what_queries_hold_is_followed_from_block_to_block(joint: bool) -> None:
 
 
 def test_saved_and_loaded(tmp_path: object) -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
     model.save_pretrained(str(tmp_path))
     again = QFormer.from_pretrained(str(tmp_path))
-    assert torch.equal(again(visual, tokens, valid), model(visual, tokens, valid))
+    assert torch.equal(again(visual, tokens, attention_mask), model(visual, tokens, attention_mask))
     assert again.eps == 1e-12
 
 
@@ -305,29 +329,29 @@ def test_published_sizes() -> None:
 
 
 def test_errors() -> None:
-    model, (visual, tokens, valid) = qformer(), inputs()
+    model, (visual, tokens, attention_mask) = qformer(), inputs()
     with pytest.raises(ValueError, match=r"12 tokens, but this Q-Former has 11 positions"):
-        model.read(torch.zeros(1, 12, dtype=torch.long))
+        model.encode_text(torch.zeros(1, 12, dtype=torch.long))
     with pytest.raises(ValueError, match=r"\(n p 14\) for this Q-Former, not \(2, 13, 15\)"):
         model(torch.randn(2, 13, 15))
     with pytest.raises(ValueError, match=r"\(n p 14\) for this Q-Former, not \(13, 14\)"):
         model(visual[0])
     with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of pictures \(2\)"):
-        model.both(visual, tokens[:3], valid[:3])
+        model.encode_pair(visual, tokens[:3], attention_mask[:3])
     with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of pictures \(2\)"):
-        model(visual, tokens[:3], valid[:3])
+        model(visual, tokens[:3], attention_mask[:3])
     with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of pictures \(2\)"):
-        model.read(tokens[:3], valid[:3], model.see(visual))
+        model.encode_text(tokens[:3], attention_mask[:3], model.encode_queries(visual))
     with pytest.raises(ValueError, match=r"for 2 blocks were given, but 3 read the picture"):
         model(model.project_visual(visual)[:2])
     with pytest.raises(ValueError, match="bidirectional, multimodal_causal, unimodal, not causal"):
-        model.both(visual, tokens, valid, "causal")
+        model.encode_pair(visual, tokens, attention_mask, "causal")
     with pytest.raises(ValueError, match="bidirectional, multimodal_causal, unimodal, not causal"):
-        mode_mask("causal", 2, valid)
+        mode_mask("causal", 2, attention_mask)
     with pytest.raises(ValueError, match=r"ids from 0 to 23 .* vocabulary of 23"):
-        model.read(torch.tensor([[0, 23]]))
+        model.encode_text(torch.tensor([[0, 23]]))
     with pytest.raises(ValueError, match="no text stream: build it with vocab_size"):
-        QFormer(L, DIM, 2, HEADS, VISUAL).read(tokens)
+        QFormer(L, DIM, 2, HEADS, VISUAL).encode_text(tokens)
     with pytest.raises(
         ValueError, match=r"num_queries \(0\), depth \(2\) and cross_every \(2\) must be at least 1"
     ):

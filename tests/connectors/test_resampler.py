@@ -68,7 +68,7 @@ def test_equals_the_definition(kind: str) -> None:
             torch.testing.assert_close(found[b, i], definition(model, x[b, i]), atol=1e-10, rtol=1e-10)
 
 
-def test_a_picture_is_a_video_of_one_frame() -> None:
+def test_a_image_is_a_video_of_one_frame() -> None:
     model, x = resampler(), torch.randn(2, 3, 11, DIM)
     assert torch.equal(model(x), model(x.unsqueeze(2)))
     timed = resampler(max_frames=3)
@@ -80,7 +80,7 @@ def test_a_picture_is_a_video_of_one_frame() -> None:
     )  # It knows which frame came first.
 
 
-def test_pictures_are_gathered_each_by_itself() -> None:
+def test_images_are_gathered_each_by_itself() -> None:
     model, x = resampler(), torch.randn(2, 3, 11, DIM)
     found = model(x)
     other = x.clone()
@@ -91,10 +91,10 @@ def test_pictures_are_gathered_each_by_itself() -> None:
     torch.testing.assert_close(model(x[:, [2, 0, 1]]), found[:, [2, 0, 1]], atol=1e-5, rtol=1e-5)
 
 
-def test_order_of_visual_tokens_does_not_matter_and_that_of_pictures_can() -> None:
+def test_order_of_visual_tokens_does_not_matter_and_that_of_images_can() -> None:
     model, x = resampler(), torch.randn(2, 3, 11, DIM)
     torch.testing.assert_close(model(x[:, :, torch.randperm(11)]), model(x), atol=1e-5, rtol=1e-5)
-    numbered = resampler(max_pictures=3)
+    numbered = resampler(max_images=3)
     assert not torch.allclose(numbered(x[:, [1, 0, 2]])[:, [1, 0, 2]], numbered(x), atol=1e-3)
     assert numbered(x[:, :2]).shape == (2, 2, LATENTS, DIM)
 
@@ -109,7 +109,7 @@ def test_latents_look_at_patches_and_latents_together() -> None:
 
 
 def test_everything_learns() -> None:
-    model = resampler(max_frames=2, max_pictures=3)
+    model = resampler(max_frames=2, max_images=3)
     (model(torch.randn(2, 3, 2, 5, DIM)) * torch.randn(2, 3, LATENTS, DIM)).sum().backward()
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
@@ -134,7 +134,7 @@ def test_errors_name_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"3 frames.*max_frames is 2"):
         resampler(max_frames=2)(torch.randn(2, 3, 3, 11, DIM))
     with pytest.raises(ValueError, match=r"3 pictures.*max_pictures is 2"):
-        resampler(max_pictures=2)(torch.randn(2, 3, 11, DIM))
+        resampler(max_images=2)(torch.randn(2, 3, 11, DIM))
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Any) -> None:

@@ -90,7 +90,8 @@ def batches_of(data, epoch=0):
 
 def same(a, b):
     return a.names == b.names and all(
-        torch.equal(getattr(a, field), getattr(b, field)) for field in ("tokens", "valid", "target", "pixels")
+        torch.equal(getattr(a, field), getattr(b, field))
+        for field in ("tokens", "attention_mask", "loss_mask", "pixels")
     )
 
 
@@ -98,7 +99,7 @@ def same(a, b):
 
 
 def test_a_row_is_prompt_caption_and_eos():
-    data = make(captions_per_picture=3)
+    data = make(captions_per_image=3)
     batch = batches_of(data)[0]
     tok = data.tokenizer
     assert batch.pixels.shape == (7, 1, 3, 11, 13)
@@ -109,14 +110,18 @@ def test_a_row_is_prompt_caption_and_eos():
         assert batch.references[i] == tuple(FakePairs(53).captions(int(batch.names[i][1:-4])))
         expected = TRANSFORM(FakePairs(53).image(int(batch.names[i][1:-4])))
         assert torch.equal(batch.pixels[i, 0], expected)
-    for tokens, valid, target in zip(batch.tokens, batch.valid, batch.target, strict=True):
-        length = int(valid.sum())
-        assert valid.tolist() == [True] * length + [False] * (len(valid) - length)
+    for tokens, attention_mask, loss_mask in zip(
+        batch.tokens, batch.attention_mask, batch.loss_mask, strict=True
+    ):
+        length = int(attention_mask.sum())
+        assert attention_mask.tolist() == [True] * length + [False] * (len(attention_mask) - length)
         assert tokens[:2].tolist() == tok.prompt("en")
-        assert target.tolist() == [False, False] + [True] * (length - 2) + [False] * (len(valid) - length)
+        assert loss_mask.tolist() == [False, False] + [True] * (length - 2) + [False] * (
+            len(attention_mask) - length
+        )
         assert tokens[length - 1] == tok.eos_id
         assert (tokens[length:] == tok.pad_id).all()
-    assert batch.valid.any(0).all(), "no column is all padding"
+    assert batch.attention_mask.any(0).all(), "no column is all padding"
 
 
 def test_a_cut_caption_does_not_teach_that_it_ends(caplog):
@@ -161,11 +166,11 @@ def test_few_captions_are_repeated_evenly():
 
 
 def test_lengths_are_those_of_the_batch():
-    data = make(captions_per_picture=2)
+    data = make(captions_per_image=2)
     lengths = data.rows("train").lengths(0, 3, 2)
     for batch in batches_of(data, 3):
         places = [int(name[1:-4]) for name in batch.names]
-        assert batch.valid.sum(1).view(-1, 2).amax(1).tolist() == lengths[places].tolist()
+        assert batch.attention_mask.sum(1).view(-1, 2).amax(1).tolist() == lengths[places].tolist()
 
 
 def test_grouping_halves_the_padding():
@@ -226,7 +231,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
     assert torch.equal(a, first[Pick(0, 3)].pixels)
 
 
-def test_a_picture_with_sides_in_its_captions_is_never_mirrored():
+def test_a_image_with_sides_in_its_captions_is_never_mirrored():
     class Sided(FakePairs):
         def captions(self, i):
             return [Caption("a star left of a dog" if i % 2 else "a star above a dog", "en")]
@@ -243,7 +248,7 @@ def test_a_picture_with_sides_in_its_captions_is_never_mirrored():
     )
 
 
-def test_bad_pictures_are_replaced_counted_and_named(tmp_path):
+def test_bad_images_are_replaced_counted_and_named(tmp_path):
     source = FakeSource(train=FakePairs(211, bad=[4, 5]), val=FakePairs(11, bad=[3]))
     data = make(source, report_dir=str(tmp_path), num_workers=2)
     batches = batches_of(data)
@@ -254,18 +259,18 @@ def test_bad_pictures_are_replaced_counted_and_named(tmp_path):
     for batch in batches:  # the stand-in brings its own captions
         for i, name in enumerate(batch.names):
             assert name[1:-4] in data.tokenizer.decode(batch.tokens[i].tolist()).split()
-    report = (tmp_path / "bad_pictures_train.jsonl").read_text()
+    report = (tmp_path / "bad_images_train.jsonl").read_text()
     assert sorted(line.split('"')[3] for line in report.splitlines()) == ["p4.jpg", "p5.jpg"]
     (val,) = data.val_dataloader()
     batches = list(val)
     assert sum(len(batch.names) for batch in batches) == 11
     counted = [
-        name for batch in batches for name, t in zip(batch.names, batch.target, strict=True) if t.any()
+        name for batch in batches for name, t in zip(batch.names, batch.loss_mask, strict=True) if t.any()
     ]
     assert counted == [f"p{i}.jpg" for i in range(11) if i != 3], "a stand-in does not count in evaluation"
 
 
-def test_too_many_bad_pictures_stop_the_run(tmp_path):
+def test_too_many_bad_images_stop_the_run(tmp_path):
     data = make(FakeSource(train=FakePairs(53, bad=[4, 9]), val=FakePairs(3)), report_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"2 of 53 pictures can't be read"):
         batches_of(data)
@@ -289,7 +294,7 @@ def test_evaluation_has_every_language_and_is_always_the_same():
             assert batch.tokens.shape[0] == 2 * len(batch.names)
             names += batch.names
             texts += [data.tokenizer.decode(row.tolist()) for row in batch.tokens]
-            assert batch.target.any(1).all()
+            assert batch.loss_mask.any(1).all()
         assert names == [f"p{i}.jpg" for i in range(11)]
         expected = [[c.text for c in val.captions(i)] for i in range(11)]
         assert texts == [text for c in expected for text in (c[0], c[len(c) // 2])]
@@ -297,10 +302,10 @@ def test_evaluation_has_every_language_and_is_always_the_same():
 
 def test_evaluation_counts_each_caption_once():
     data = make(
-        FakeSource(train=FakePairs(23), val=FakePairs(7, count=lambda i: 1 + i % 3)), captions_per_picture=5
+        FakeSource(train=FakePairs(23), val=FakePairs(7, count=lambda i: 1 + i % 3)), captions_per_image=5
     )
     (batch,) = data.val_dataloader()[0]
-    assert batch.target.any(1).view(7, 5).sum(1).tolist() == [1 + i % 3 for i in range(7)]
+    assert batch.loss_mask.any(1).view(7, 5).sum(1).tolist() == [1 + i % 3 for i in range(7)]
 
 
 def test_prompts():
@@ -308,8 +313,8 @@ def test_prompts():
     (batch,) = data.val_dataloader()[0]
     prompts = data.prompts(batch, "ko")
     assert prompts.tokens.tolist() == [data.tokenizer.prompt("ko")] * 5
-    assert prompts.valid.all()
-    assert not prompts.target.any()
+    assert prompts.attention_mask.all()
+    assert not prompts.loss_mask.any()
     assert prompts.pixels is batch.pixels
     assert prompts.names == batch.names
     assert data.prompts(batch).tokens.tolist() == [[data.tokenizer.bos_id]] * 5

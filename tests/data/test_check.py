@@ -53,7 +53,7 @@ def test_sound_data_has_no_findings(tmp_path: Path) -> None:
     report = look(build(tmp_path))
     assert not report.hurts
     assert report.findings == []
-    assert report.pictures == {"train": 181, "val": 30}
+    assert report.images == {"train": 181, "val": 30}
     assert report.captions == {"train": 181, "val": 30}
     assert report.languages == {"unnamed": 211}
     assert report.words == {6: 71, 9: 70, 12: 70}
@@ -107,7 +107,7 @@ def test_trouble_is_counted_named_and_hurts_past_the_threshold(
     assert look(tmp_path, max_bad=0).hurts is True
 
 
-def test_missing_pictures_and_refused_paths(tmp_path: Path) -> None:
+def test_missing_images_and_refused_paths(tmp_path: Path) -> None:
     build(tmp_path)
     for i in range(5):
         (tmp_path / f"p{i}.png").unlink()
@@ -117,7 +117,7 @@ def test_missing_pictures_and_refused_paths(tmp_path: Path) -> None:
     assert (finding(report, "missing picture").count, finding(report, "refused path").count) == (5, 1)
     assert finding(report, "missing picture").hurts
     assert "c.jsonl:212" in finding(report, "refused path").first[0]
-    assert report.pictures["train"] == 176
+    assert report.images["train"] == 176
 
 
 def test_a_copy_inside_a_split_is_only_a_note(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_copy_inside_a_split_is_only_a_note(tmp_path: Path) -> None:
     assert found.first[0] == "train/p6.png = train/p5.png"
 
 
-def test_one_caption_for_many_pictures(tmp_path: Path) -> None:
+def test_one_caption_for_many_images(tmp_path: Path) -> None:
     report = look(build(tmp_path, caption=dict.fromkeys(range(40), "a photo")))
     assert finding(report, "pictures share one caption").count == 40
     assert not report.hurts
@@ -161,7 +161,7 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
     report = look(tmp_path)
     assert report.hurts
     assert finding(report, "missing picture").count == 211
-    assert report.pictures == {}
+    assert report.images == {}
     assert str(report)
     with pytest.raises(ValueError, match="does not exist"):
         look(tmp_path / "no")
@@ -229,5 +229,5 @@ def test_interleaved_documents_and_shards_are_looked_at_as_well(tmp_path: Path) 
             box.add(tmp_path / "c.txt", f"{i}.txt")
     report = check(tmp_path / "a.tar", progress=False)
     assert "1 tar shard" in report.source
-    assert sum(report.pictures.values()) == 12
+    assert sum(report.images.values()) == 12
     assert not report.hurts

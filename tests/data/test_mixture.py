@@ -14,7 +14,7 @@ from mmtransformer.data.documents.documents import Documents, PairDocuments
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.features import cache_key
-from mmtransformer.data.loading.sampler import PictureSampler
+from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture, MixedDocuments, MixedPairs, Mixing, Mixture
 
@@ -48,7 +48,7 @@ def test_every_part_goes_through_all_its_members_before_any_comes_again(
     offsets = np.cumsum([0, *sizes])
     seen: list[list[tuple[int, int]]] = [[] for _ in sizes]
     for epoch in range(5):
-        index, turns = mixing.pictures(epoch)
+        index, turns = mixing.images(epoch)
         assert index.shape == turns.shape == (epoch_size,)
         part = np.searchsorted(offsets, index, side="right") - 1
         assert tuple(np.bincount(part, minlength=len(sizes))) == mixing.quotas
@@ -65,13 +65,13 @@ def test_every_part_goes_through_all_its_members_before_any_comes_again(
 def test_a_mixture_is_a_pure_function_of_seed_and_epoch() -> None:
     make_one = lambda seed: Mixing([31, 5], [1, 1], epoch_size=20, seed=seed)  # noqa: E731
     a, b = make_one(3), make_one(3)
-    b.pictures(7)
+    b.images(7)
     for epoch in (4, 0, 2):
-        np.testing.assert_array_equal(a.pictures(epoch), b.pictures(epoch))
-    assert not np.array_equal(a.pictures(0), a.pictures(1))
-    assert not np.array_equal(a.pictures(0), make_one(4).pictures(0))
+        np.testing.assert_array_equal(a.images(epoch), b.images(epoch))
+    assert not np.array_equal(a.images(0), a.images(1))
+    assert not np.array_equal(a.images(0), make_one(4).images(0))
     # these numbers are part of every run that was ever started with a mixture
-    assert Mixing([3, 5], epoch_size=6, seed=1).pictures(2)[0].tolist() == [2, 0, 3, 4, 6, 5]
+    assert Mixing([3, 5], epoch_size=6, seed=1).images(2)[0].tolist() == [2, 0, 3, 4, 6, 5]
 
 
 def test_shares_are_rounded_to_the_epoch() -> None:
@@ -102,9 +102,9 @@ def test_impossible_mixtures_are_refused() -> None:
     ):
         two_sources().split("dev")
     with pytest.raises(ValueError, match=r"a pool of 20 pictures needs num_pictures=20 \(not 19\)"):
-        PictureSampler(19, 3, pool=Mixing([3, 4], epoch_size=20))
+        IndexSampler(19, 3, pool=Mixing([3, 4], epoch_size=20))
     with pytest.raises(ValueError, match="and shuffle"):
-        PictureSampler(20, 3, shuffle=False, pool=Mixing([3, 4], epoch_size=20))
+        IndexSampler(20, 3, shuffle=False, pool=Mixing([3, 4], epoch_size=20))
 
 
 # --------------------------------------------------------------------------------------------------------- sampler
@@ -113,22 +113,22 @@ def test_impossible_mixtures_are_refused() -> None:
 @pytest.mark.parametrize(("world", "size"), [(1, 6), (2, 3), (3, 2)])
 def test_processes_share_the_steps_of_a_mixture(world: int, size: int) -> None:
     pool = Mixing([31, 5], [1, 1], epoch_size=25, seed=3)
-    shares = [list(PictureSampler(25, size, pool=pool, rank=rank, world=world)) for rank in range(world)]
-    one = list(PictureSampler(25, 6, pool=pool))
+    shares = [list(IndexSampler(25, size, pool=pool, rank=rank, world=world)) for rank in range(world)]
+    one = list(IndexSampler(25, 6, pool=pool))
     for together, step in zip(zip(*shares, strict=True), one, strict=True):
         assert sorted(pick for pick in chain(*together) if pick.counted) == sorted(step)
     picks = [pick for batch in one for pick in batch]
-    assert sorted((pick.index, pick.epoch) for pick in picks) == sorted(zip(*pool.pictures(0), strict=True))
-    assert [pick.index for pick in picks] != pool.pictures(0)[0].tolist(), "the parts are mixed"
+    assert sorted((pick.index, pick.epoch) for pick in picks) == sorted(zip(*pool.images(0), strict=True))
+    assert [pick.index for pick in picks] != pool.images(0)[0].tolist(), "the parts are mixed"
 
 
 def test_a_resumed_epoch_of_a_mixture_goes_on() -> None:
     pool = Mixing([31, 5], [1, 1], epoch_size=25, seed=3)
-    whole = PictureSampler(25, 4, pool=pool, seed=9)
+    whole = IndexSampler(25, 4, pool=pool, seed=9)
     whole.set_epoch(2)
     batches = list(whole)
-    later = PictureSampler(25, 4, pool=pool, seed=9)
-    later.load_state_dict({"epoch": 2, "position": 12, "seed": 9, "num_pictures": 25})
+    later = IndexSampler(25, 4, pool=pool, seed=9)
+    later.load_state_dict({"epoch": 2, "position": 12, "seed": 9, "num_images": 25})
     assert list(later) == batches[3:]
 
 
@@ -176,7 +176,7 @@ def test_training_follows_the_weights_and_evaluation_sees_all_once() -> None:
     assert [n for b in second for n in b.names] == [f"p{i}.jpg" for i in range(3)]
 
 
-def test_a_picture_that_comes_again_has_another_caption() -> None:
+def test_a_image_that_comes_again_has_another_caption() -> None:
     data = make(two_sources(weights={"big": 1.0, "small": 3.0}, epoch_size=28), batch_size=4)
     said: dict[str, list[str]] = {}
     for batch in batches_of(data):
@@ -204,7 +204,7 @@ def test_batches_of_a_mixture_do_not_depend_on_workers_and_are_grouped_by_length
     for epoch in (0, 1):
         for a, b in zip(batches_of(one, epoch), batches_of(two, epoch), strict=True):
             assert same(a, b)
-    padding = [1 - float(batch.valid.float().mean()) for batch in batches_of(one)]
+    padding = [1 - float(batch.attention_mask.float().mean()) for batch in batches_of(one)]
     assert sum(padding) / len(padding) < 0.2
 
 
@@ -225,8 +225,8 @@ def test_documents_of_one_source_share_rows_with_each_other_only() -> None:
     assert isinstance(split, Documents)
     assert len(split) == 3 * 48
     assert split.name(123) == "small/p0.jpg#0"
-    assert split.picture_name(123, 0) == "small/p0.jpg"
-    assert split.picture(123, 0).tobytes() == FakePairs(7, seed=2).image(0).tobytes()
+    assert split.image_name(123, 0) == "small/p0.jpg"
+    assert split.image(123, 0).tobytes() == FakePairs(7, seed=2).image(0).tobytes()
     rows = DocumentRows(split, tokenizer(), max_len=71, parts=split.parts)
     part = [{split.find(piece.document)[0] for piece in rows.row(i)} for i in range(len(rows))]
     assert part == [{"big"}] * rows.parts[0] + [{"small"}] * rows.parts[1]

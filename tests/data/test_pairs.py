@@ -262,7 +262,7 @@ def test_flickr_lists_are_the_splits_and_the_rest_is_left_out(tmp_path: Path) ->
     assert source.split("val").name(0) == "p13.png"
 
 
-def test_coco_pictures_elsewhere_and_two_years(tmp_path: Path) -> None:
+def test_coco_images_elsewhere_and_two_years(tmp_path: Path) -> None:
     for year, part in (("train2017", NAMES[:17]), ("val2017", NAMES[17:])):
         draw(tmp_path / "photos" / year, part)
         images = [{"id": i, "file_name": name} for i, name in enumerate(part)]
@@ -304,7 +304,7 @@ def test_shards_with_the_same_names_stay_apart(tmp_path: Path) -> None:
     assert found["00001.tar/00007.png"] == ["shard 1 sample 7"]
 
 
-def test_pictures_in_zips_beside_the_manifest(tmp_path: Path) -> None:
+def test_images_in_zips_beside_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text(rows_jsonl(folder="images/"))
     pack(tmp_path / "any-0.zip", {f"images/{n}": png(n) for n in NAMES[:7]})
     pack(tmp_path / "sub" / "any-1.tar", {f"images/{n}": png(n) for n in NAMES[7:19]})
@@ -514,7 +514,7 @@ def test_val_is_never_empty_and_named_splits_win(tmp_path: Path) -> None:
         PairFiles(tmp_path, val_fraction=1)
 
 
-def test_a_split_without_any_picture_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_split_without_any_image_is_left_out_and_said(tmp_path: Path) -> None:
     draw(tmp_path, NAMES[:17])
     splits = ["train"] * 13 + ["val"] * 4 + ["test"] * 6
     rows = [{"image": n, "caption": "x y", "split": s} for n, s in zip(NAMES, splits, strict=True)]
@@ -527,7 +527,7 @@ def test_a_split_without_any_picture_is_left_out_and_said(tmp_path: Path) -> Non
         PairFiles(tmp_path)
 
 
-def test_one_picture_named_in_two_splits_is_a_fault(tmp_path: Path) -> None:
+def test_one_image_named_in_two_splits_is_a_fault(tmp_path: Path) -> None:
     draw(tmp_path)
     rows = [{"image": n, "caption": "x y", "split": s} for n in NAMES[:3] for s in ("train", "val")]
     (tmp_path / "a.jsonl").write_text(jsonl(rows))
@@ -583,7 +583,7 @@ def test_folders_too_many_or_too_few_in_the_manifest(tmp_path: Path) -> None:
     assert everything(PairFiles(tmp_path)) == expected(folder="a/b/")
 
 
-def test_a_name_that_may_mean_two_pictures_means_none(tmp_path: Path) -> None:
+def test_a_name_that_may_mean_two_images_means_none(tmp_path: Path) -> None:
     draw(tmp_path / "big", NAMES[:2])
     draw(tmp_path / "small", NAMES[:1])
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:2]))
@@ -595,7 +595,7 @@ def test_a_name_that_may_mean_two_pictures_means_none(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_picture_is_not_replaced_by_a_namesake(tmp_path: Path) -> None:
+def test_a_missing_image_is_not_replaced_by_a_namesake(tmp_path: Path) -> None:
     draw(tmp_path / "cats", NAMES[:5])
     draw(tmp_path / "dogs" / "thumbs", NAMES[5:6])
     rows = [{"image": f"cats/{n}", "caption": "a cat"} for n in NAMES[:5]]

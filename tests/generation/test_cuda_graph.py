@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from mmtransformer import (
     Blip2,
     CaptionBatch,
-    Captured,
     CoCa,
+    CudaGraphDecoder,
     EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
@@ -108,7 +108,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "extended": lambda: ExtendedVocabulary(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
     "cross-attention": lambda: EncoderDecoder(vit(), decoder(cross_dim=DIM)),
-    "flamingo": lambda: Flamingo(vit(), decoder(), num_heads=3, head_dim=7, media="all_previous"),
+    "flamingo": lambda: Flamingo(vit(), decoder(), num_heads=3, head_dim=7, visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
     "coca": lambda: CoCa(vit(), decoder(), decoder(cross_dim=DIM, positions="rotary"), num_heads=4),
@@ -119,16 +119,16 @@ def batch_for(model: Any, seed: int, rows: int = ROWS) -> Any:
     """Prompts of 4, 2 and 3 tokens, padded on the left; two pictures a row."""
     torch.manual_seed(seed)
     tokens = torch.randint(3, VOCAB, (rows, 4))
-    valid = torch.arange(4) >= torch.tensor([0, 2, 1, 3, 1])[:rows, None]
+    attention_mask = torch.arange(4) >= torch.tensor([0, 2, 1, 3, 1])[:rows, None]
     if isinstance(model, Transformer):
         source = torch.randint(3, VOCAB, (rows, 6))
         seen = torch.arange(6) < torch.tensor([6, 3, 4, 5, 6])[:rows, None]
-        return TextPairs(source, seen, tokens, valid, valid)
-    batch = CaptionBatch(tokens, valid, valid, pixels=torch.randn(rows, 2, 3, 16, 16))
+        return TextPairs(source, seen, tokens, attention_mask, attention_mask)
+    batch = CaptionBatch(tokens, attention_mask, attention_mask, pixels=torch.randn(rows, 2, 3, 16, 16))
     if isinstance(model, Flamingo):  # Rows see none, one or both of their pictures, by a mask.
         last = torch.tensor([0, 1, 2, 1, 2])[:rows, None].expand(rows, 4)
-        return replace(batch, media=torch.where(valid, last, 0))
-    return batch if hasattr(model, "vision") else CaptionBatch(tokens, valid, valid)
+        return replace(batch, image_index=torch.where(attention_mask, last, 0))
+    return batch if hasattr(model, "vision") else CaptionBatch(tokens, attention_mask, attention_mask)
 
 
 def told(model: Any, batch: Any, **options: Any) -> list[list[tuple[list[int], float]]]:
@@ -144,7 +144,7 @@ def test_a_recording_says_what_the_model_says(kind: str) -> None:
     """And is used again for other texts of the same shapes, and made anew for others."""
     torch.manual_seed(0)
     model, record = noisy(MODELS[kind]()), Recorder()
-    captured = Captured(model, record)
+    captured = CudaGraphDecoder(model, record)
     for seed, rows, tapes in ((1, 3, 1), (2, 3, 1), (3, 5, 2), (4, 5, 2)):
         batch = batch_for(model, seed, rows)
         want = told(model, batch, min_new_tokens=5)
@@ -156,16 +156,16 @@ def test_a_recording_says_what_the_model_says(kind: str) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"num_beams": 4, "num_return": 3},
+    {"num_beams": 4, "num_return_sequences": 3},
     {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "no_repeat_ngram": 2},
     {"num_beams": 5, "required": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
-    {"do_sample": True, "num_return": 2, "top_p": 0.9},
+    {"do_sample": True, "num_return_sequences": 2, "top_p": 0.9},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["window", "cross-attention", "flamingo"])
 def test_every_search_can_play_it(kind: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, record = noisy(MODELS[kind]()), Recorder()
-    captured = Captured(model, record)
+    captured = CudaGraphDecoder(model, record)
     for seed in (1, 2):
         batch = batch_for(model, seed)
         draw = lambda: {"generator": torch.Generator().manual_seed(5)} if "do_sample" in options else {}  # noqa: E731
@@ -179,7 +179,7 @@ def test_streams_and_guidance_can_play_it() -> None:
     batch = batch_for(model, 1)
     want = list(stream(model, batch, eos_id=EOS, max_new_tokens=9, image_guidance=2.0))
     guided: Any = Guided(model, 2.0)
-    assert list(stream(Captured(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
+    assert list(stream(CudaGraphDecoder(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "transformer", "cross-attention", "flamingo"])
@@ -188,7 +188,7 @@ def test_a_compiled_step_says_the_same(kind: str, monkeypatch: pytest.MonkeyPatc
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
     model = noisy(MODELS[kind]())
-    captured = Captured(model, compiled)
+    captured = CudaGraphDecoder(model, compiled)
     for seed in (1, 2):
         batch = batch_for(model, seed)
         assert told(captured, batch, num_beams=2) == told(model, batch, num_beams=2)
@@ -200,11 +200,11 @@ def test_a_compiled_step_says_the_same(kind: str, monkeypatch: pytest.MonkeyPatc
 def shapes_made(model: Any, batch: Any, beams: int, steps: int) -> Iterator[set[tuple[int, ...]]]:
     """For each step the shapes of what it makes, views left out."""
     with torch.inference_mode():
-        logits, state = model.start(batch, copies=beams, max_new_tokens=steps)
+        logits, state = model.prefill(batch, expand_size=beams, max_new_tokens=steps)
         for _ in range(steps):
             with Tape() as tape:
                 state.reorder(torch.arange(logits.shape[0]))
-                logits = model.step(logits.argmax(1), state)
+                logits = model.decode_step(logits.argmax(1), state)
             made = set()
             for _, args, kwargs, out in tape.calls:
                 read = {
@@ -221,7 +221,7 @@ def shapes_made(model: Any, batch: Any, beams: int, steps: int) -> Iterator[set[
 def test_recorded_steps_make_the_same_tensors_every_time(kind: str) -> None:
     torch.manual_seed(0)
     model = noisy(MODELS[kind]())
-    captured = Captured(model, lambda step: step)
+    captured = CudaGraphDecoder(model, lambda step: step)
     _, second, *rest = shapes_made(
         captured, batch_for(model, 1), 2, 8
     )  # The first takes room for reordering.
@@ -244,16 +244,18 @@ def test_recording_leaves_no_mark() -> None:
     model = noisy(decoder(**LLAMA))
     batch = batch_for(model, 1)
     with torch.inference_mode():
-        logits, state = Captured(model, Recorder()).start(batch, max_new_tokens=9)
-        plain, own = model.start(batch, max_new_tokens=9)
+        logits, state = CudaGraphDecoder(model, Recorder()).prefill(batch, max_new_tokens=9)
+        plain, own = model.prefill(batch, max_new_tokens=9)
         assert torch.equal(logits, plain)
-        captured = Captured(model, Recorder())
-        _, state = captured.start(batch, max_new_tokens=9)
+        captured = CudaGraphDecoder(model, Recorder())
+        _, state = captured.prefill(batch, max_new_tokens=9)
         for _ in range(5):
             tokens = plain.argmax(1)
-            torch.testing.assert_close(captured.step(tokens, state), plain := model.step(tokens, own))
+            torch.testing.assert_close(
+                captured.decode_step(tokens, state), plain := model.decode_step(tokens, own)
+            )
     inner: Any = state.state
-    assert inner.place.tolist() == [own.length]
+    assert inner.cache_position.tolist() == [own.length]
     assert torch.equal(inner.positions, own.positions)
     with pytest.raises(ValueError, match=f"a recorded step has {len(plain)} rows: reorder them, not 1"):
         state.reorder(torch.tensor([0]))
@@ -265,15 +267,15 @@ def test_recording_leaves_no_mark() -> None:
 def test_what_cannot_be_recorded() -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="read nothing"):
-        decoder().new_state(7).fix()
+        decoder().new_state(7).make_static()
     queries = ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)).eval()
     with pytest.raises(
         ValueError, match=r"of a ImageText cannot be fixed.* ImageTextState holds no DecoderState"
     ):
-        told(Captured(queries, Recorder()), batch_for(queries, 1))
+        told(CudaGraphDecoder(queries, Recorder()), batch_for(queries, 1))
     model = decoder().eval()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"model\.bfloat16\(\)"):
-        told(Captured(model, Recorder()), batch_for(model, 1))
+        told(CudaGraphDecoder(model, Recorder()), batch_for(model, 1))
 
 
 def test_caches_of_others_cannot_be_recorded() -> None:
@@ -284,12 +286,12 @@ def test_caches_of_others_cannot_be_recorded() -> None:
                                         intermediate_size=31)  # fmt: skip
     model = HubDecoder.from_model(transformers.GPTNeoXForCausalLM(config).eval())
     with pytest.raises(ValueError, match="grows with every token"):
-        told(Captured(model, Recorder()), batch_for(model, 1))
+        told(CudaGraphDecoder(model, Recorder()), batch_for(model, 1))
 
 
 def test_modes_are_the_models() -> None:
     model = decoder()
-    captured = Captured(model)
+    captured = CudaGraphDecoder(model)
     captured.train()
     assert model.training
     assert captured.training
@@ -305,7 +307,7 @@ def test_modes_are_the_models() -> None:
 def test_a_cuda_graph_says_what_the_model_says(kind: str) -> None:
     torch.manual_seed(0)
     model = noisy(MODELS[kind]()).cuda()
-    captured = Captured(model)
+    captured = CudaGraphDecoder(model)
     for seed in (1, 2):
         batch = batch_for(model, seed).to("cuda")
         for options in ({}, {"num_beams": 3}):

@@ -35,11 +35,13 @@ def captioner(hub: Any) -> EncoderDecoder:
     return EncoderDecoder(ViT((16, 24), 8, WIDTH, 1, 4), from_transformers(hub)).eval()
 
 
-def prompts(rows: int = 5, length: int = 3, pictures: int | None = None) -> CaptionBatch:
+def prompts(rows: int = 5, length: int = 3, images: int | None = None) -> CaptionBatch:
     torch.manual_seed(9)
     tokens = torch.randint(3, VOCAB, (rows, length))
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    return CaptionBatch(tokens, valid, valid, visual_tokens=torch.randn(pictures or rows, 1, 7, WIDTH))
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    return CaptionBatch(
+        tokens, attention_mask, attention_mask, visual_tokens=torch.randn(images or rows, 1, 7, WIDTH)
+    )
 
 
 def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
@@ -48,7 +50,7 @@ def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
     states = batch.visual_tokens[:, 0]
     out = hub.generate(
         batch.tokens,
-        attention_mask=batch.valid.long(),
+        attention_mask=batch.attention_mask.long(),
         encoder_hidden_states=states,
         do_sample=False,
         early_stopping=False,
@@ -66,14 +68,14 @@ def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram": 2},
         {"num_beams": 3},
-        {"num_beams": 4, "num_return": 3, "length_penalty": 0.6},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.6},
         {"num_beams": 4, "length_penalty": 2.0, "min_new_tokens": 4},
         {"num_beams": 3, "no_repeat_ngram": 2, "repetition_penalty": 1.3},
     ],
     ids=str,
 )
 def test_equals_transformers(hub: Any, captioner: EncoderDecoder, options: dict[str, Any]) -> None:
-    names = {"no_repeat_ngram": "no_repeat_ngram_size", "num_return": "num_return_sequences"}
+    names = {"no_repeat_ngram": "no_repeat_ngram_size", "num_return_sequences": "num_return_sequences"}
     batch = prompts()
     want = theirs(hub, batch, max_new_tokens=13, **{names.get(k, k): v for k, v in options.items()})
     ours = generate(captioner, batch, eos_id=EOS, max_new_tokens=13, **options)
@@ -83,27 +85,29 @@ def test_equals_transformers(hub: Any, captioner: EncoderDecoder, options: dict[
 def scored(captioner: EncoderDecoder, batch: CaptionBatch, row: int, text: Generated) -> Tensor:
     """Log-probabilities of a text's tokens (and its end) by one uncached pass."""
     assert batch.visual_tokens is not None
-    real = batch.tokens[row][batch.valid[row]]
+    real = batch.tokens[row][batch.attention_mask[row]]
     ids = torch.cat((real, torch.tensor(text.tokens + [EOS] * text.finished, dtype=torch.long)))
-    per_picture = batch.tokens.shape[0] // batch.visual_tokens.shape[0]
-    picture = batch.visual_tokens[row // per_picture][None]
+    per_image = batch.tokens.shape[0] // batch.visual_tokens.shape[0]
+    image = batch.visual_tokens[row // per_image][None]
     one = CaptionBatch(
-        ids[None], torch.ones_like(ids[None], dtype=torch.bool), ids[None] > 0, visual_tokens=picture
+        ids[None], torch.ones_like(ids[None], dtype=torch.bool), ids[None] > 0, visual_tokens=image
     )
     log_probs = captioner.logits(one)[0].log_softmax(-1)
     return log_probs[len(real) - 1 : -1].gather(1, ids[len(real) :, None])[:, 0]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3, "num_return": 2}, {"do_sample": True, "num_return": 3}], ids=str
+    "options",
+    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=str,
 )
 def test_log_probabilities_are_those_of_an_uncached_pass(
     captioner: EncoderDecoder, options: dict[str, Any]
 ) -> None:
-    batch = prompts(rows=6, pictures=3)
+    batch = prompts(rows=6, images=3)
     texts = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, **options)
     assert len(texts) == 6
-    assert all(len(row) == options.get("num_return", 1) for row in texts)
+    assert all(len(row) == options.get("num_return_sequences", 1) for row in texts)
     for row, found in enumerate(texts):
         for text in found:
             want = scored(captioner, batch, row, text)
@@ -116,14 +120,19 @@ def test_a_batch_equals_one_by_one_with_prompts_of_different_length(
     captioner: EncoderDecoder, beams: int
 ) -> None:
     batch = prompts(rows=4, length=5)
-    valid = batch.valid.clone()
+    attention_mask = batch.attention_mask.clone()
     for row, padding in enumerate((0, 3, 1, 2)):
-        valid[row, :padding] = False
-    batch = CaptionBatch(batch.tokens.masked_fill(~valid, 0), valid, valid, visual_tokens=batch.visual_tokens)
+        attention_mask[row, :padding] = False
+    batch = CaptionBatch(
+        batch.tokens.masked_fill(~attention_mask, 0),
+        attention_mask,
+        attention_mask,
+        visual_tokens=batch.visual_tokens,
+    )
     together = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, num_beams=beams)
     assert batch.visual_tokens is not None
     for row, found in enumerate(together):
-        real = batch.tokens[row][valid[row]][None]
+        real = batch.tokens[row][attention_mask[row]][None]
         mask = torch.ones_like(real, dtype=torch.bool)
         one = CaptionBatch(real, mask, mask, visual_tokens=batch.visual_tokens[row][None])
         alone = generate(captioner, one, eos_id=EOS, max_new_tokens=9, num_beams=beams)[0][0]
@@ -131,11 +140,14 @@ def test_a_batch_equals_one_by_one_with_prompts_of_different_length(
         assert alone.log_prob == pytest.approx(found[0].log_prob, abs=1e-5)
 
 
-def test_several_prompts_share_a_picture(captioner: EncoderDecoder) -> None:
-    shared = prompts(rows=6, pictures=3)
+def test_several_prompts_share_a_image(captioner: EncoderDecoder) -> None:
+    shared = prompts(rows=6, images=3)
     assert shared.visual_tokens is not None
     spread = CaptionBatch(
-        shared.tokens, shared.valid, shared.target, visual_tokens=shared.visual_tokens.repeat_interleave(2, 0)
+        shared.tokens,
+        shared.attention_mask,
+        shared.loss_mask,
+        visual_tokens=shared.visual_tokens.repeat_interleave(2, 0),
     )
     for options in ({}, {"num_beams": 3}):
         a, b = (
@@ -166,11 +178,11 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecode
     draw = lambda seed, **options: [  # noqa: E731
         text.tokens[0] if text.tokens else EOS
         for text in generate(
-            captioner, batch, eos_id=EOS, max_new_tokens=1, do_sample=True, num_return=4000,
+            captioner, batch, eos_id=EOS, max_new_tokens=1, do_sample=True, num_return_sequences=4000,
             generator=torch.Generator().manual_seed(seed), **options,
         )[0]
     ]  # fmt: skip
-    logits, _ = captioner.start(batch, max_new_tokens=1)
+    logits, _ = captioner.prefill(batch, max_new_tokens=1)
     for options, temperature in (({}, 1.0), ({"temperature": 0.5}, 0.5)):
         drawn = torch.bincount(torch.tensor(draw(3, **options)), minlength=VOCAB) / 4000
         assert (drawn - (logits[0] / temperature).softmax(0)).abs().sum() < 0.2
@@ -200,9 +212,9 @@ def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
         ({"max_new_tokens": 62}, r"prompt of 3 and 62.*64.*at most 61"),
         ({"max_new_tokens": 0}, "at least 1, not 0"),
         ({"num_beams": 0}, r"num_beams \(0\)"),
-        ({"num_beams": 2, "num_return": 3}, r"num_return \(3\).*num_beams \(2\)"),
+        ({"num_beams": 2, "num_return_sequences": 3}, r"num_return \(3\).*num_beams \(2\)"),
         ({"num_beams": 2, "do_sample": True}, "num_beams=2"),
-        ({"num_return": 2}, "not 2"),
+        ({"num_return_sequences": 2}, "not 2"),
         ({"do_sample": True, "temperature": 0.0}, "above 0, not 0"),
         ({"do_sample": True, "top_k": 0}, "top_k must be at least 1, not 0"),
         ({"do_sample": True, "top_p": 1.5}, r"\(0, 1\], not 1.5"),

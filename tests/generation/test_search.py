@@ -24,7 +24,7 @@ from mmtransformer import (
 )
 from mmtransformer.generation.beam_search import Beams, LengthPenalty
 from mmtransformer.generation.captions import write_captions
-from mmtransformer.generation.guidance import blank_pictures
+from mmtransformer.generation.guidance import blank_images
 from mmtransformer.generation.logits_processors import Rules
 
 EOS, VOCAB = 2, 23
@@ -47,7 +47,7 @@ def batch(rows: int = 3, vocab: int = VOCAB) -> CaptionBatch:
 
 
 def one(given: CaptionBatch, row: int) -> CaptionBatch:
-    texts = {k: getattr(given, k)[row : row + 1] for k in ("tokens", "valid", "target")}
+    texts = {k: getattr(given, k)[row : row + 1] for k in ("tokens", "attention_mask", "loss_mask")}
     assert given.pixels is not None
     return replace(given, **texts, pixels=given.pixels[row : row + 1])
 
@@ -57,7 +57,7 @@ def next_log_probs(model: EncoderDecoder, given: CaptionBatch, ids: list[int]) -
     """The definition: the full pass over prompt and text, of one row."""
     tokens = torch.cat((given.tokens, torch.tensor([ids], dtype=torch.long)), 1)
     every = torch.ones_like(tokens, dtype=torch.bool)
-    full = replace(given, tokens=tokens, valid=every, target=every)
+    full = replace(given, tokens=tokens, attention_mask=every, loss_mask=every)
     return model.logits(full)[0, -1].log_softmax(-1)
 
 
@@ -121,7 +121,7 @@ def diverse(
 def test_diverse_beams_by_definition(groups: int, size: int, penalty: float) -> None:
     model, given = captioner(), batch()
     found = generate(
-        model, given, eos_id=EOS, max_new_tokens=4, num_beams=groups * size, num_return=groups * size,
+        model, given, eos_id=EOS, max_new_tokens=4, num_beams=groups * size, num_return_sequences=groups * size,
         num_beam_groups=groups, diversity_penalty=penalty,
     )  # fmt: skip
     for row in range(3):
@@ -156,7 +156,7 @@ def test_a_beam_goes_on_with_the_likeliest_of_all_beams_and_tokens(size: int, vo
 def test_groups_begin_with_different_words() -> None:
     model, given = captioner(), batch()
     found = generate(
-        model, given, eos_id=EOS, max_new_tokens=5, num_beams=4, num_return=4, num_beam_groups=4,
+        model, given, eos_id=EOS, max_new_tokens=5, num_beams=4, num_return_sequences=4, num_beam_groups=4,
         diversity_penalty=100.0,
     )  # fmt: skip
     for row in found:
@@ -200,7 +200,13 @@ def test_required_words_come_with_few_beams_too(beams: int) -> None:
     words = [[[7, 9, 11]], [[13]], [[20, 20], [21]]]
     plain = generate(model, given, eos_id=EOS, max_new_tokens=14, num_beams=beams)
     found = generate(
-        model, given, eos_id=EOS, max_new_tokens=14, num_beams=beams, num_return=beams, required=words
+        model,
+        given,
+        eos_id=EOS,
+        max_new_tokens=14,
+        num_beams=beams,
+        num_return_sequences=beams,
+        required=words,
     )
     assert not any(contains(row[0].tokens, [7, 9, 11]) for row in plain)
     for row in found:
@@ -221,7 +227,7 @@ def test_required_words_come_with_few_beams_too(beams: int) -> None:
 
 def test_guidance_by_definition() -> None:
     model, given = captioner(), batch()
-    blank = blank_pictures(model, given)
+    blank = blank_images(model, given)
     assert blank.pixels is not None
     assert not blank.pixels.any()
     (text,) = generate(model, one(given, 1), eos_id=EOS, max_new_tokens=6, image_guidance=3.0)[0]
@@ -240,7 +246,7 @@ def test_guidance_by_definition() -> None:
     )
 
 
-def test_cached_features_are_guided_by_the_features_of_a_blank_picture() -> None:
+def test_cached_features_are_guided_by_the_features_of_a_blank_image() -> None:
     model, given = captioner(), batch()
     assert given.pixels is not None
     cached = replace(given, pixels=None, visual_tokens=model.encode(given.pixels))
@@ -276,7 +282,7 @@ def test_numbers_that_make_no_sense(options: dict[str, Any], message: str) -> No
         generate(captioner(), batch(), eos_id=EOS, max_new_tokens=7, **options)
 
 
-def test_guidance_needs_a_picture() -> None:
+def test_guidance_needs_a_image() -> None:
     model, tokens = TextDecoder(VOCAB, 20, 1, 4), torch.ones(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="a TextDecoder sees no picture"):
         generate(model, CaptionBatch(tokens, tokens > 0, tokens > 0), eos_id=EOS, image_guidance=2.0)
@@ -292,50 +298,50 @@ def words_and_model() -> tuple[ImageCaptioner, Any]:
     model = EncoderDecoder(
         ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
     )
-    picture = Image.new("RGB", (16, 16), (200, 30, 30))
-    return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), picture
+    image = Image.new("RGB", (16, 16), (200, 30, 30))
+    return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), image
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-def test_a_captioner_is_made_ready_with_its_first_picture() -> None:
+def test_a_captioner_is_made_ready_with_its_first_image() -> None:
     said = {}
     for precision in ("fp32", "bf16", "int8"):
-        captioner, picture = words_and_model()
+        captioner, image = words_and_model()
         captioner.precision = precision
         head = captioner.captioner.get_submodule("decoder.lm_head")
         assert type(head) is torch.nn.Linear
-        want = write_captions(captioner.captioner, captioner.tokenizer, captioner.batch([picture]), ["ko"])
-        (said[precision],) = captioner(picture, language="ko", decoding=Decoding())[0]
+        want = write_captions(captioner.captioner, captioner.tokenizer, captioner.batch([image]), ["ko"])
+        (said[precision],) = captioner(image, language="ko", decoding=Decoding())[0]
         assert captioner.ready().get_submodule("decoder.lm_head").weight is head.weight
         assert type(captioner.ready().get_submodule("decoder.lm_head")) is not torch.nn.Linear
         assert said[precision].log_prob == pytest.approx(want[0][0][0].log_prob, rel=0.02)
-        assert captioner.heat(picture, said[precision]).isfinite().all()
+        assert captioner.heatmap(image, said[precision]).isfinite().all()
         guided = Decoding(num_beams=1, image_guidance=2.0)
-        assert "".join(captioner.stream(picture, decoding=guided)) is not None
+        assert "".join(captioner.stream(image, decoding=guided)) is not None
     assert said["fp32"].text == want[0][0][0].text
     assert said["fp32"].log_prob != said["int8"].log_prob
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])
 def test_a_streamed_caption_is_the_greedy_one(language: str) -> None:
-    captioner, picture = words_and_model()
+    captioner, image = words_and_model()
     greedy = Decoding(num_beams=1, max_new_tokens=30)
-    (said,) = captioner(picture, language=language, decoding=greedy)[0]
-    parts = list(captioner.stream(picture, language=language, decoding=greedy))
+    (said,) = captioner(image, language=language, decoding=greedy)[0]
+    parts = list(captioner.stream(image, language=language, decoding=greedy))
     assert "".join(parts) == said.text
     assert all(parts)
 
 
 @pytest.mark.parametrize(("language", "word"), [("en", "star"), ("ko", "고리")])
 def test_a_caption_contains_the_words_that_it_must(language: str, word: str) -> None:
-    captioner, picture = words_and_model()
+    captioner, image = words_and_model()
     plain = Decoding(num_beams=3, max_new_tokens=14)
-    (before,) = captioner(picture, language=language, decoding=plain)[0]
-    (said,) = captioner(picture, language=language, decoding=replace(plain, must_contain=(word,)))[0]
+    (before,) = captioner(image, language=language, decoding=plain)[0]
+    (said,) = captioner(image, language=language, decoding=replace(plain, must_contain=(word,)))[0]
     assert word not in before.text
     assert word in said.text
     with pytest.raises(ValueError, match="an empty word"):
-        captioner(picture, decoding=replace(plain, must_contain=(" ",)))
+        captioner(image, decoding=replace(plain, must_contain=(" ",)))
 
 
 def test_settings_of_the_search_are_saved_with_the_model(tmp_path: Path) -> None:

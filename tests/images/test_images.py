@@ -133,7 +133,7 @@ def test_orientation_tags_are_applied(kind: str, turn: int, expected: list[tuple
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's word about it
-def test_damaged_tags_do_not_lose_the_picture() -> None:
+def test_damaged_tags_do_not_lose_the_image() -> None:
     data = encode(corners(), "JPEG", quality=95, exif=b"Exif\0\0II*\0" + b"\xff" * 40)
     assert close(seen(load(data)), UPRIGHT)
 
@@ -250,7 +250,7 @@ def test_extreme_shapes(size: tuple[int, int], resize: Any) -> None:
     assert pixels[:, 56, 63].tolist() == [1, -1, -1]
 
 
-def test_a_pillow_picture_is_copied_not_changed() -> None:
+def test_a_pillow_image_is_copied_not_changed() -> None:
     given = half_transparent("RGBA")
     assert load(given).getpixel((4, 2)) == WHITE
     assert given.mode == "RGBA"
@@ -434,7 +434,7 @@ def test_pillows_own_limit_neither_warns_nor_counts() -> None:
         (encode(Image.new("LAB", (3, 2)), "TIFF"), "its colours are CIE Lab; save it as RGB"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(data: bytes, what: str, tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused_by_name(data: bytes, what: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
     for source in (path, data):
@@ -502,7 +502,7 @@ def test_messages_stay_on_one_line_that_can_be_printed(tmp_path: Path) -> None:
     str(caught.value).encode("utf-8")
 
 
-def test_every_damaged_byte_gives_a_picture_or_an_image_error() -> None:
+def test_every_damaged_byte_gives_a_image_or_an_image_error() -> None:
     """No other exception comes out, whatever is wrong with the file."""
     rng = np.random.default_rng(7)
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
@@ -528,8 +528,8 @@ def test_threads_load_side_by_side_and_settings_of_pillow_stay() -> None:
     alone = [np.asarray(load(data)) for data in files]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda data: np.asarray(load(data)), files * 8))
-    for i, picture in enumerate(together):
-        assert np.array_equal(picture, alone[i % len(files)])
+    for i, image in enumerate(together):
+        assert np.array_equal(image, alone[i % len(files)])
     assert settings() == before
 
 
@@ -574,7 +574,7 @@ def test_equals_timms_transform(mode: Any) -> None:
         torch.testing.assert_close(ours(image), theirs(image), atol=2e-6, rtol=0)
 
 
-def test_crop_of_long_pictures_equals_resizing_all_of_it() -> None:
+def test_crop_of_long_images_equals_resizing_all_of_it() -> None:
     """Past 16 times the area only the part that is seen is resized, to the same result."""
     image = smooth(20, 997)
     whole = image.resize((int(31 * 997 / 20), 31), Image.Resampling.BICUBIC)
@@ -600,12 +600,12 @@ def test_letterbox_keeps_the_shape_and_fills_with_the_mean() -> None:
     assert pixels[:, 5:15].unique().tolist() == [1.5]
 
 
-def test_a_picture_of_another_mode_is_flattened_as_by_load() -> None:
+def test_a_image_of_another_mode_is_flattened_as_by_load() -> None:
     pixels = ImageTransform(4)(half_transparent("RGBA").resize((4, 4), Image.Resampling.NEAREST))
     assert pixels[:, 0, -1].tolist() == [1, 1, 1]
 
 
-def test_the_picture_that_has_the_size_is_not_resampled_or_changed() -> None:
+def test_the_image_that_has_the_size_is_not_resampled_or_changed() -> None:
     image = smooth(29, 37)
     before = np.array(image)
     pixels = ImageTransform((29, 37), mean=(0, 0, 0), std=(1, 1, 1))(image)
@@ -688,7 +688,7 @@ def test_crops_keep_the_area_and_shape_asked_for() -> None:
     assert len(spots) > 190
 
 
-def test_a_crop_is_an_exact_part_and_flips_half_of_the_pictures() -> None:
+def test_a_crop_is_an_exact_part_and_flips_half_of_the_images() -> None:
     ramp = np.zeros((40, 60, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(60), np.arange(40)[:, None]
     flipped = 0
@@ -700,7 +700,7 @@ def test_a_crop_is_an_exact_part_and_flips_half_of_the_pictures() -> None:
     assert 18 <= flipped <= 42
 
 
-def test_no_augmentation_gives_the_same_picture() -> None:
+def test_no_augmentation_gives_the_same_image() -> None:
     image = smooth(31, 37)
     assert np.array_equal(Augment((1, 1))(image, generator(0)), image)
 

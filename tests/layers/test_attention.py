@@ -172,12 +172,12 @@ def test_cache_reorders_repeats_and_refuses() -> None:
     cache = KVCache(5)
     cache.reorder(torch.tensor([0]))  # An empty cache has no rows to reorder.
     with pytest.raises(ValueError, match="empty"):
-        cache.filled()
+        cache.view()
     k = torch.randn(2, 3, 4, 7)
     cache.append(KeyValue(k, -k))
     cache.reorder(torch.tensor([1, 1, 0]))
-    assert torch.equal(cache.filled().k, k[[1, 1, 0]])
-    assert torch.equal(cache.filled().v, -k[[1, 1, 0]])
+    assert torch.equal(cache.view().k, k[[1, 1, 0]])
+    assert torch.equal(cache.view().v, -k[[1, 1, 0]])
     new = torch.randn(3, 3, 1, 7)
     assert torch.equal(cache.append(KeyValue(new, new)).k, torch.cat((k[[1, 1, 0]], new), 2))
     with pytest.raises(ValueError, match=r"holds 5 tokens, but 6"):

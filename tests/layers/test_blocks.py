@@ -56,8 +56,8 @@ def test_mlp_is_the_definition(name: str, bias: bool) -> None:
 
 
 def test_padding_is_not_computed() -> None:
-    valid = torch.tensor([[True, True, False], [True, False, False]])
-    real, layer = real_places(valid), MLP(7, 11)
+    attention_mask = torch.tensor([[True, True, False], [True, False, False]])
+    real, layer = real_places(attention_mask), MLP(7, 11)
     assert real is not None
     assert real.tolist() == [0, 1, 3]
     x = torch.randn(2, 3, 7, requires_grad=True)
@@ -65,14 +65,14 @@ def test_padding_is_not_computed() -> None:
     layer.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[0]))
     out = on_real(layer, x, real)
     assert rows == [3]
-    torch.testing.assert_close(out[valid], layer(x)[valid])
-    assert torch.equal(out[~valid], x[~valid])
-    (found,) = torch.autograd.grad(out[valid].square().sum(), x)
-    (want,) = torch.autograd.grad(layer(x)[valid].square().sum(), x)
+    torch.testing.assert_close(out[attention_mask], layer(x)[attention_mask])
+    assert torch.equal(out[~attention_mask], x[~attention_mask])
+    (found,) = torch.autograd.grad(out[attention_mask].square().sum(), x)
+    (want,) = torch.autograd.grad(layer(x)[attention_mask].square().sum(), x)
     torch.testing.assert_close(found, want)
     assert real_places(None) is None
     assert real_places(torch.ones(2, 3, dtype=torch.bool)) is None
-    assert real_places(valid.to("meta")) is None
+    assert real_places(attention_mask.to("meta")) is None
 
 
 def test_swiglu_is_the_definition() -> None:

@@ -41,15 +41,15 @@ def test_is_the_definition(causal: bool, padded: bool) -> None:
     """All pairs of queries and keys, in float64, with no trick for large numbers."""
     q, k, v = qkv()
     directions = random_directions(11, WIDTH)
-    valid = valid_keys() if padded else None
-    found = linear_attend(q, k, v, directions, valid=valid, causal=causal)
+    attention_mask = valid_keys() if padded else None
+    found = linear_attend(q, k, v, directions, attention_mask=attention_mask, causal=causal)
     w = directions.double()
     feature = lambda x: torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2)  # noqa: E731
     pairs = feature(q.double() / WIDTH**0.25) @ feature(k.double() / WIDTH**0.25).transpose(-1, -2)
     if causal:
         pairs = pairs.tril()
-    if valid is not None:
-        pairs = pairs * valid[:, None, None]
+    if attention_mask is not None:
+        pairs = pairs * attention_mask[:, None, None]
     want = pairs / pairs.sum(-1, keepdim=True) @ v.double()
     torch.testing.assert_close(found.double(), want, atol=2e-5, rtol=2e-5)
 
@@ -130,13 +130,13 @@ def test_causal_sees_nothing_later_and_all_before() -> None:
 
 def test_padding_changes_no_bit_and_an_empty_row_gives_zeros() -> None:
     q, k, v = qkv()
-    valid, directions = valid_keys(), random_directions(11, WIDTH)
-    before = linear_attend(q, k, v, directions, valid=valid)
+    attention_mask, directions = valid_keys(), random_directions(11, WIDTH)
+    before = linear_attend(q, k, v, directions, attention_mask=attention_mask)
     k[1, :, -37:], v[1, :, -37:] = 5.0, -9.0
-    assert torch.equal(linear_attend(q, k, v, directions, valid=valid), before)
-    valid[0] = False
+    assert torch.equal(linear_attend(q, k, v, directions, attention_mask=attention_mask), before)
+    attention_mask[0] = False
     for causal in (False, True):
-        assert not linear_attend(q, k, v, directions, valid=valid, causal=causal)[0].any()
+        assert not linear_attend(q, k, v, directions, attention_mask=attention_mask, causal=causal)[0].any()
 
 
 # --- the module
@@ -225,15 +225,15 @@ def test_window_and_global_tokens_are_longformers() -> None:
         getattr(ours, f"{name[0]}_proj").load_state_dict(getattr(theirs, name).state_dict())
     ours.out_proj.weight.copy_(torch.eye(20))
     ours.out_proj.bias.zero_()
-    x, valid = torch.randn(2, length, 20), torch.arange(length) < torch.tensor([24, 17])[:, None]
+    x, attention_mask = torch.randn(2, length, 20), torch.arange(length) < torch.tensor([24, 17])[:, None]
     is_global = torch.zeros(2, length, dtype=torch.bool)
     is_global[0, [0, 9]] = is_global[1, 0] = True
-    numbers = torch.where(is_global, 10000.0, torch.where(valid, 0.0, -10000.0))
+    numbers = torch.where(is_global, 10000.0, torch.where(attention_mask, 0.0, -10000.0))
     want = theirs(x, attention_mask=numbers, is_index_masked=numbers < 0, is_index_global_attn=is_global,
                   is_global_attn=True)[0]  # fmt: skip
     pattern = masks.all_of(
-        masks.any_of(masks.window(side + 1), masks.global_tokens(is_global)), masks.padding(valid)
+        masks.any_of(masks.window(side + 1), masks.global_tokens(is_global)), masks.padding(attention_mask)
     )
     mask = masks.dense(pattern, 2, length, length)
-    torch.testing.assert_close(ours(x, mask=mask)[valid], want[valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, mask=mask)[attention_mask], want[attention_mask], atol=1e-5, rtol=1e-5)
     assert int(mask[0].sum()) < length * length // 2

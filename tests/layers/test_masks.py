@@ -11,14 +11,14 @@ from mmtransformer.layers.attention import attend
 def test_each_predicate_is_its_definition() -> None:
     torch.manual_seed(0)
     b, q, k = 3, 5, 7
-    valid, ids = torch.rand(b, k) > 0.4, torch.randint(0, 3, (b, k))
+    attention_mask, ids = torch.rand(b, k) > 0.4, torch.randint(0, 3, (b, k))
     lengths, special = torch.tensor([0, 2, 6]), torch.rand(b, k) > 0.7
     cases = {
         "causal": (masks.causal(2), lambda r, i, j: j <= i + 2),
-        "padding": (masks.padding(valid), lambda r, i, j: bool(valid[r, j])),
+        "padding": (masks.padding(attention_mask), lambda r, i, j: bool(attention_mask[r, j])),
         "prefix": (masks.prefix(lengths, 1), lambda r, i, j: j < lengths[r] or j <= i + 1),
         "window": (masks.window(3, 1), lambda r, i, j: -3 < i + 1 - j < 3),
-        "segments": (masks.segments(ids), lambda r, i, j: bool(ids[r, i] == ids[r, j])),
+        "document_ids": (masks.documents(ids), lambda r, i, j: bool(ids[r, i] == ids[r, j])),
         "global": (masks.global_tokens(special), lambda r, i, j: bool(special[r, i] or special[r, j])),
     }
     for name, (predicate, definition) in cases.items():
@@ -31,12 +31,12 @@ def test_places_restart_with_every_document() -> None:
     assert masks.places(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4]]
 
 
-def test_media_never_shows_a_later_picture() -> None:
+def test_media_never_shows_a_later_image() -> None:
     text_time = torch.tensor([[0, 0, 1, 1, 2, 2]])
-    media_time = torch.tensor([[1, 1, 2, 2, 0]])  # Two tokens a picture, the last one padding.
-    last = masks.dense(masks.media(text_time, media_time), 1, 6, 5)[0]
+    image_time = torch.tensor([[1, 1, 2, 2, 0]])  # Two tokens a picture, the last one padding.
+    last = masks.dense(masks.images(text_time, image_time), 1, 6, 5)[0]
     assert masks.show(last) == "\n".join(("0 .....", "1 .....", "2 ##...", "3 ##...", "4 ..##.", "5 ..##."))
-    every = masks.dense(masks.media(text_time, media_time, last_only=False), 1, 6, 5)[0]
+    every = masks.dense(masks.images(text_time, image_time, last_only=False), 1, 6, 5)[0]
     assert masks.show(every) == "\n".join(("0 .....", "1 .....", "2 ##...", "3 ##...", "4 ####.", "5 ####."))
 
 
@@ -54,8 +54,8 @@ def test_a_block_mask_attends_as_the_dense_one_does(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         "mmtransformer.layers.attention._compiled_flex", lambda device: flex_attention
     )  # Compiling takes a minute.
-    valid = torch.rand(2, 128) > 0.3
-    predicate = masks.all_of(masks.causal(), masks.padding(valid))
+    attention_mask = torch.rand(2, 128) > 0.3
+    predicate = masks.all_of(masks.causal(), masks.padding(attention_mask))
     block = masks.block(predicate, 2, 128, 128, device="cpu")
     assert isinstance(block, BlockMask)
     q, k, v = (torch.randn(2, 3, 128, 16) for _ in range(3))

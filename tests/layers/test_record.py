@@ -87,14 +87,14 @@ def test_training_is_the_same() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoding_with_a_cache_keeps_the_last_weights(positions: str, padded: bool) -> None:
     model, tokens, context = decoder(positions=positions), torch.randint(31, (3, 6)), torch.randn(3, 7, 19)
-    valid = torch.ones(3, 6, dtype=torch.bool)
-    valid[1, :2] = not padded
+    attention_mask = torch.ones(3, 6, dtype=torch.bool)
+    attention_mask[1, :2] = not padded
     with record_attention(model) as full:
-        model(tokens, context, valid=valid)
+        model(tokens, context, attention_mask=attention_mask)
     results = []
     for recorded in (False, True):
         state = model.new_state()
-        model(tokens[:, :4], context, valid=valid[:, :4], state=state)
+        model(tokens[:, :4], context, attention_mask=attention_mask[:, :4], state=state)
         if not recorded:
             results += [model(tokens[:, i : i + 1], context, state=state) for i in (4, 5)]
             continue

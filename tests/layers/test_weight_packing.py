@@ -227,11 +227,11 @@ def test_eight_bits_by_definition() -> None:
 def test_eight_bits_of_tokens_of_any_shape_and_place(shape: tuple[int, ...]) -> None:
     torch.manual_seed(3)
     layer, x = Int8Linear(nn.Linear(37, 23)), torch.randn(shape)
-    turned = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    rotated = x.movedim(0, -1).contiguous().movedim(-1, 0)
     with torch.inference_mode():
         rows = torch.stack([layer(row[None])[0] for row in x.reshape(-1, 37)])
         torch.testing.assert_close(layer(x), rows.view(*shape[:-1], 23), atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(layer(turned), layer(x), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(layer(rotated), layer(x), atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(layer(torch.stack([x, x], -1)[..., 1]), layer(x), atol=1e-6, rtol=1e-6)
 
 

@@ -36,11 +36,11 @@ def itc_by_hand(
             log_z = math.log(sum(math.exp(s / temperature) for s in row))
             right = [j for j, other in enumerate(others) if other == mine]
             for j, s in enumerate(row):
-                target = (1 - ls) * (j in right) / len(right) + ls / len(row)
-                total -= target * (s / temperature - log_z)
+                loss_mask = (1 - ls) * (j in right) / len(right) + ls / len(row)
+                total -= loss_mask * (s / temperature - log_z)
         return total / len(ids)
 
-    near = [[max(float(v @ text) for v in picture) for text in texts] for picture in images]
+    near = [[max(float(v @ text) for v in image) for text in texts] for image in images]
     far = [list(column) for column in zip(*near, strict=True)]
     return (one_way(near, image_ids, text_ids) + one_way(far, text_ids, image_ids)) / 2
 
@@ -66,7 +66,7 @@ def test_itc_is_its_definition(smoothing: float) -> None:
     )
 
 
-def test_texts_stand_beside_their_picture_unless_ids_say_otherwise() -> None:
+def test_texts_stand_beside_their_image_unless_ids_say_otherwise() -> None:
     images, texts = unit(3, 2, 5), unit(6, 5)
     plain = itc_loss(images, texts, 0.2)
     named = itc_loss(
@@ -155,7 +155,7 @@ def test_noise_is_uniform_and_depends_on_nothing_but_seed_and_keys() -> None:
     assert not torch.equal(pair_noise(2, rows, columns), noise)
 
 
-def test_without_another_picture_there_is_no_negative() -> None:
+def test_without_another_image_there_is_no_negative() -> None:
     same = torch.tensor([[False, False], [True, False]])
     columns, found = hard_negatives(torch.zeros(2, 2), same, torch.full((2, 2), 0.5))
     assert found.tolist() == [False, True]
@@ -189,18 +189,18 @@ def test_itm_is_cross_entropy_of_what_counts() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_itg_predicts_the_next_token(smoothing: float) -> None:
     hidden, tokens = torch.randn(3, 7, 5, dtype=torch.float64), torch.randint(0, 11, (3, 7))
-    target = torch.rand(3, 7) < 0.6
+    loss_mask = torch.rand(3, 7) < 0.6
     head = nn.Linear(5, 11).double().requires_grad_(False)
     total, count = 0.0, 0
     for i in range(3):
         for j in range(1, 7):
-            if target[i, j]:
+            if loss_mask[i, j]:
                 logits, label = head(hidden[i, j - 1]), tokens[i, j]
                 total += float(F.cross_entropy(logits[None], label[None], label_smoothing=smoothing))
                 count += 1
-    loss = itg_loss(hidden, tokens, target, head, label_smoothing=smoothing)
+    loss = itg_loss(hidden, tokens, loss_mask, head, label_smoothing=smoothing)
     assert float(loss) == pytest.approx(total / count)
-    shorter = itg_loss(hidden[:, :-1], tokens, target, head, label_smoothing=smoothing)
+    shorter = itg_loss(hidden[:, :-1], tokens, loss_mask, head, label_smoothing=smoothing)
     assert torch.equal(loss, shorter)
 
 
@@ -225,13 +225,13 @@ class Model(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(-1.0))
         self.double()
 
-    def embed(self, pictures: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        images = F.normalize(self.image(pictures).unflatten(1, (L, E)), dim=-1)
-        return images, F.normalize(self.text(texts), dim=-1)
+    def embed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        vectors = F.normalize(self.image(images).unflatten(1, (L, E)), dim=-1)
+        return vectors, F.normalize(self.text(texts), dim=-1)
 
-    def losses(self, pictures: Tensor, texts: Tensor, ids: Tensor, gather_grad: bool) -> list[Tensor]:
-        (images, text), words = self.embed(pictures, texts), self.text(texts)
-        s = compare(images, text, ids, gather_grad=gather_grad)
+    def losses(self, images: Tensor, texts: Tensor, ids: Tensor, gather_grad: bool) -> list[Tensor]:
+        (vectors, text), words = self.embed(images, texts), self.text(texts)
+        s = compare(vectors, text, ids, gather_grad=gather_grad)
         temperature = self.log_temperature.exp()
         itc = contrastive_loss(s, temperature, label_smoothing=0.1)
         keys = s.text_ids * 100 + torch.arange(len(texts)) % R
@@ -239,11 +239,11 @@ class Model(nn.Module):
         chosen, found = hard_negatives(
             s.of_texts / temperature, allowed, pair_noise(3, keys, s.all_image_ids)
         )
-        other = gather(images)[chosen].mean(1) * text
+        other = gather(vectors)[chosen].mean(1) * text
         itm = itm_loss(self.head(other), torch.zeros_like(found), found & (s.text_ids >= 0))
         tokens = (texts.abs() * 10).long() % 13
-        target = (torch.arange(6) > 0) & (s.text_ids >= 0)[:, None] & (tokens % 3 > 0)
-        itg = itg_loss(words[:, None].expand(-1, 6, -1), tokens, target, self.words, label_smoothing=0.1)
+        loss_mask = (torch.arange(6) > 0) & (s.text_ids >= 0)[:, None] & (tokens % 3 > 0)
+        itg = itg_loss(words[:, None].expand(-1, 6, -1), tokens, loss_mask, self.words, label_smoothing=0.1)
         return [itc, itm, itg]
 
 
@@ -257,7 +257,7 @@ def run(rank: int, world: int, folder: str) -> None:
     """One process: its share of the batch (uneven, with a filler), losses and gradients into a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
-        pictures, texts, ids = batch()
+        images, texts, ids = batch()
         mine = torch.arange(B)[rank::world]
         if rank:  # a filler, as the sampler deals them out
             mine = torch.cat((mine, mine[:1]))
@@ -266,11 +266,11 @@ def run(rank: int, world: int, folder: str) -> None:
         if rank:
             given[-1] = -1
         part = torch.arange(B).split(3)[rank]  # in one piece, so that no ids are needed
-        images, words = Model().embed(pictures[part], texts.unflatten(0, (B, R))[part].flatten(0, 1))
-        out: dict[object, object] = {"plain": clip_loss(images.mean(1), words, torch.tensor(1.0)).detach()}
+        vectors, words = Model().embed(images[part], texts.unflatten(0, (B, R))[part].flatten(0, 1))
+        out: dict[object, object] = {"plain": clip_loss(vectors.mean(1), words, torch.tensor(1.0)).detach()}
         for grad in (True, False):
             model = Model()
-            found = model.losses(pictures[mine], texts[rows], given, grad)
+            found = model.losses(images[mine], texts[rows], given, grad)
             sum(found).backward()  # type: ignore[union-attr]
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
             for g in grads:  # what DDP does
@@ -292,11 +292,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     model = Model()
-    pictures, texts, ids = batch()
-    images, words = model.embed(pictures, texts)
-    plain = float(clip_loss(images.mean(1), words, torch.tensor(1.0)).detach())
+    images, texts, ids = batch()
+    vectors, words = model.embed(images, texts)
+    plain = float(clip_loss(vectors.mean(1), words, torch.tensor(1.0)).detach())
     assert sum(float(part["plain"]) for part in parts) / 2 == pytest.approx(plain, abs=1e-14)
-    losses = model.losses(pictures, texts, ids, gather_grad=True)
+    losses = model.losses(images, texts, ids, gather_grad=True)
     sum(losses).backward()  # type: ignore[union-attr]
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     for grad in (True, False):

@@ -27,14 +27,14 @@ WORDS = tokenize("a dog cat red blue runs sits on the near big small tree house 
 FROZEN = json.loads((Path(__file__).parent / "meteor_official.json").read_text("utf-8"))
 
 
-def captions(pictures: int, seed: int, *, most: int = 5) -> tuple[dict[str, str], dict[str, list[str]]]:
+def captions(images: int, seed: int, *, most: int = 5) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Random captions with ragged references: one to `most` of them, some captions and references empty."""
     rng = random.Random(seed)
 
     def caption(empty: float) -> str:
         return "" if rng.random() < empty else " ".join(rng.choices(WORDS, k=rng.randint(1, 13)))
 
-    references = {f"p{i}": [caption(0.02) for _ in range(rng.randint(1, most))] for i in range(pictures)}
+    references = {f"p{i}": [caption(0.02) for _ in range(rng.randint(1, most))] for i in range(images)}
     candidates = {}
     for name, refs in references.items():
         words = rng.choice(refs).split()
@@ -66,14 +66,14 @@ def official(candidates: dict[str, str], references: dict[str, list[str]]) -> tu
 # ---- equal to the official tool ----
 
 
-@pytest.mark.parametrize(("pictures", "seed", "most"), [(211, 0, 5), (97, 1, 1), (2, 2, 3), (53, 3, 7)])
-def test_bleu_rouge_and_cider_equal_the_official_tool(pictures: int, seed: int, most: int) -> None:
-    candidates, references = captions(pictures, seed, most=most)
+@pytest.mark.parametrize(("images", "seed", "most"), [(211, 0, 5), (97, 1, 1), (2, 2, 3), (53, 3, 7)])
+def test_bleu_rouge_and_cider_equal_the_official_tool(images: int, seed: int, most: int) -> None:
+    candidates, references = captions(images, seed, most=most)
     values, per = official(candidates, references)
     scores = score_captions(candidates, references, bootstrap=0, meteor=False, spice=False)
     for name, value in values.items():
         assert abs(scores.numbers[name] - float(value)) < 1e-12, name
-        ours = [scores.per_picture[picture][name] for picture in candidates]
+        ours = [scores.per_image[image][name] for image in candidates]
         np.testing.assert_allclose(ours, per[name], rtol=0, atol=1e-12, err_msg=name)
 
 
@@ -104,7 +104,7 @@ def test_scores_of_perfect_and_of_foreign_captions() -> None:
     assert foreign.numbers["cider_d"] == foreign.numbers["rouge_l"] == 0
 
 
-def test_one_picture_has_no_cider() -> None:
+def test_one_image_has_no_cider() -> None:
     scores = score_captions({"x": "a dog"}, {"x": ["a dog"]}, meteor=False, spice=False)
     assert scores.numbers["cider_d"] == 0
     assert scores.numbers["bleu_2"] == pytest.approx(1, abs=1e-8)
@@ -236,7 +236,7 @@ def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
     assert row.p_value < 0.01
 
 
-def test_compare_two_runs_in_any_order_of_pictures() -> None:
+def test_compare_two_runs_in_any_order_of_images() -> None:
     good, references = captions(61, 6)
     bad = dict.fromkeys(good, "a dog")
     first = score_captions(bad, references, meteor=False, spice=False)
@@ -253,7 +253,7 @@ def test_compare_two_runs_in_any_order_of_pictures() -> None:
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
 
 
-def test_a_thousand_pictures_take_less_than_two_seconds() -> None:
+def test_a_thousand_images_take_less_than_two_seconds() -> None:
     candidates, references = captions(1000, 8, most=1)
     references = {name: texts * 5 for name, texts in references.items()}
     start = time.perf_counter()
@@ -267,12 +267,12 @@ def test_a_thousand_pictures_take_less_than_two_seconds() -> None:
 def test_scores_are_json_and_a_table() -> None:
     candidates, references = captions(11, 9)
     scores = score_captions(candidates, references, meteor=False, spice=False)
-    plain = json.loads(json.dumps(scores.to_dict(per_picture=True), allow_nan=False))
-    assert plain["pictures"] == 11
+    plain = json.loads(json.dumps(scores.to_dict(per_image=True), allow_nan=False))
+    assert plain["images"] == 11
     assert plain["values"]["bleu_4"] == scores.numbers["bleu_4"]
     assert plain["values"]["meteor"] == "not computed: not asked for"
-    assert plain["per_picture"]["p3"]["rouge_l"] == scores.per_picture["p3"]["rouge_l"]
-    assert "per_picture" not in scores.to_dict()
+    assert plain["per_image"]["p3"]["rouge_l"] == scores.per_image["p3"]["rouge_l"]
+    assert "per_image" not in scores.to_dict()
     table = scores.table()
     assert f"{100 * scores.numbers['bleu_4']:.1f}" in table
     assert "CIDEr-D" in table
@@ -346,7 +346,7 @@ def test_a_model_that_gives_all_pairs_one_score_finds_nothing() -> None:
 
 
 def test_wrong_similarities_are_named() -> None:
-    with pytest.raises(ValueError, match=r"\(3, 5\), but picture_of_caption names 4"):
+    with pytest.raises(ValueError, match=r"\(3, 5\), but image_of_caption names 4"):
         recall_at_k(np.ones((3, 5)), [0, 1, 2, 2])
     with pytest.raises(ValueError, match="holds 0 to 3, but the pictures are 0 to 2"):
         recall_at_k(np.ones((3, 4)), [0, 1, 2, 3])
@@ -386,7 +386,7 @@ def test_meteor_by_java_equals_its_frozen_answers() -> None:
         spice=False,
     )
     assert scores.numbers["meteor"] == pytest.approx(FROZEN["score"], abs=1e-12)
-    each = [row["meteor"] for row in scores.per_picture.values()]
+    each = [row["meteor"] for row in scores.per_image.values()]
     np.testing.assert_allclose(each, FROZEN["each"], rtol=0, atol=1e-12)
     low, high = scores.intervals["meteor"]
     assert low < FROZEN["score"] < high
@@ -439,7 +439,7 @@ def test_meteor_says_why_it_failed(fake_java) -> None:
         meteor_numbers(["a", "b"], [["a"], ["b"]])
 
 
-def test_meteor_gets_one_clean_line_a_picture(fake_java, tmp_path: Path) -> None:
+def test_meteor_gets_one_clean_line_a_image(fake_java, tmp_path: Path) -> None:
     seen = tmp_path / "seen.txt"
     fake_java(f"import sys\nopen({str(seen)!r}, 'w').write(sys.stdin.read()); print(' '.join(['1'] * 23))")
     meteor_numbers(["a ||| dog\nruns"], [["one\r\ntwo", "three"]])

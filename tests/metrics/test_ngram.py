@@ -26,9 +26,9 @@ def corpus(count: int, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
 
 
 def flat(texts: Sequence[Sequence[int]], prompt: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    target = [place >= prompt for text in texts for place in range(len(text))]
+    loss_mask = [place >= prompt for text in texts for place in range(len(text))]
     starts = np.cumsum([0, *map(len, texts)])
-    return np.array([i for text in texts for i in text]), starts, np.array(target)
+    return np.array([i for text in texts for i in text]), starts, np.array(loss_mask)
 
 
 class Definition:

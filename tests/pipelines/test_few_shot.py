@@ -72,14 +72,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, 310, ("en", "ko"))
 
 
-def captioner(media: str = "last", max_len: int = 256, seed: int = 0) -> Flamingo:
+def captioner(visible_images: str = "last", max_len: int = 256, seed: int = 0) -> Flamingo:
     torch.manual_seed(seed)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     decoder = TextDecoder(310, 20, 2, 2, max_len=max_len)
-    model = Flamingo(vision, decoder, num_heads=2, head_dim=5, media=media).eval()  # type: ignore[arg-type]
+    model = Flamingo(vision, decoder, num_heads=2, head_dim=5, visible_images=visible_images).eval()  # type: ignore[arg-type]
     for block in model.gated_blocks:  # open gates: else no picture matters
-        block.gate1.data.fill_(2.0)  # type: ignore[union-attr]
-        block.gate2.data.fill_(2.0)  # type: ignore[union-attr]
+        block.attn_gate.data.fill_(2.0)  # type: ignore[union-attr]
+        block.mlp_gate.data.fill_(2.0)  # type: ignore[union-attr]
     return model
 
 
@@ -129,13 +129,13 @@ def test_a_prompt_has_the_form_of_a_document(choose: str) -> None:
         document = Document(("", *said, "x"), language)
         (piece,) = DocumentRows(OneDocument(document), tok, max_len=256).row(0)
         whole = lay_out([piece], batch.tokens.new_tensor(tok.image_id).item())  # type: ignore[arg-type]
-        q = int(batch.valid[row].sum())
+        q = int(batch.attention_mask[row].sum())
         assert batch.tokens[row, -q:].tolist() == whole.tokens[:q].tolist()
-        assert batch.media is not None
-        assert batch.media[row, -q:].tolist() == whole.media[:q].tolist()
-        assert not batch.media[row, :-q].any()
-        assert not batch.valid[row, :-q].any()
-        assert batch.valid[row, -q:].all()
+        assert batch.image_index is not None
+        assert batch.image_index[row, -q:].tolist() == whole.image_index[:q].tolist()
+        assert not batch.image_index[row, :-q].any()
+        assert not batch.attention_mask[row, :-q].any()
+        assert batch.attention_mask[row, -q:].all()
 
 
 class OneDocument:
@@ -149,7 +149,7 @@ class OneDocument:
         return self.text
 
 
-def test_the_pictures_are_those_of_the_captions_and_the_last_is_the_query() -> None:
+def test_the_images_are_those_of_the_captions_and_the_last_is_the_query() -> None:
     model, examples = captioner(), Examples()
     batch = shots(model, num_shots=4, seed=5)(queries("white", "red"), ["en"])
     assert batch.visual_tokens is not None
@@ -168,14 +168,14 @@ def test_the_pictures_are_those_of_the_captions_and_the_last_is_the_query() -> N
         torch.testing.assert_close(batch.visual_tokens[row, -1], query)
 
 
-def test_no_shots_mark_the_picture_alone() -> None:
+def test_no_shots_mark_the_image_alone() -> None:
     batch = shots(num_shots=0)(queries("red"), ["en", "ko"])
     plain = with_prompts(queries("red"), tokenizer(), ["en", "ko"], mark=True)
     assert batch.tokens.tolist() == plain.tokens.tolist()
-    assert plain.media is not None
-    assert batch.media is not None
-    assert batch.media.tolist() == plain.media.tolist() == [[0, 0, 1]] * 2
-    assert with_prompts(queries("red"), tokenizer(), ["en"]).media is None
+    assert plain.image_index is not None
+    assert batch.image_index is not None
+    assert batch.image_index.tolist() == plain.image_index.tolist() == [[0, 0, 1]] * 2
+    assert with_prompts(queries("red"), tokenizer(), ["en"]).image_index is None
 
 
 # ------------------------------------------------------------------------------------------------------ the choice
@@ -203,7 +203,7 @@ def test_the_nearest_examples_are_alike_and_the_most_alike_is_last() -> None:
     assert all(text in some for text, some in zip(said, texts, strict=True))
 
 
-def test_the_choice_depends_on_picture_and_seed_and_not_on_the_batch() -> None:
+def test_the_choice_depends_on_image_and_seed_and_not_on_the_batch() -> None:
     one, other = shots(num_shots=4), shots(num_shots=4, seed=1)
     together = [examples_in(row) for row in one(queries("red", "blue", "green"), ["en"]).tokens]
     alone = [examples_in(one(queries(name), ["en"]).tokens[0]) for name in ("red", "blue", "green")]
@@ -213,7 +213,7 @@ def test_the_choice_depends_on_picture_and_seed_and_not_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("choose", ["random", "nearest"])
-def test_a_picture_is_no_example_of_itself(choose: str) -> None:
+def test_a_image_is_no_example_of_itself(choose: str) -> None:
     few = shots(examples=Examples(1), num_shots=4, choose=choose)
     for colour in COLOURS:
         said = examples_in(few(queries(colour, names=True), ["en"]).tokens[0])
@@ -237,12 +237,14 @@ def test_examples_without_the_language_are_passed_over() -> None:
 @settings(max_examples=12, deadline=None)
 @given(
     count=st.integers(0, 4),
-    media=st.sampled_from(["last", "all_previous"]),
+    visible_images=st.sampled_from(["last", "all_previous"]),
     colours=st.lists(st.sampled_from(sorted(COLOURS)), min_size=2, max_size=3),
     beams=st.integers(1, 2),
 )
-def test_captions_of_a_batch_equal_one_by_one(count: int, media: str, colours: list[str], beams: int) -> None:
-    model = captioner(media)
+def test_captions_of_a_batch_equal_one_by_one(
+    count: int, visible_images: str, colours: list[str], beams: int
+) -> None:
+    model = captioner(visible_images)
     few = shots(model, num_shots=count)
     options = {"decoding": Decoding(num_beams=beams, max_new_tokens=7), "prompts": few}
     together = write_captions(model, tokenizer(), queries(*colours), ["en", "ko"], **options)  # type: ignore[arg-type]
@@ -258,14 +260,14 @@ def test_generation_after_examples_is_the_full_forward() -> None:
     model = captioner("all_previous")
     batch = shots(model, num_shots=2)(queries("red", "black"), ["en"])
     for row, (said,) in enumerate(generate(model, batch, eos_id=tokenizer().eos_id, max_new_tokens=5)):
-        q = int(batch.valid[row].sum())
+        q = int(batch.attention_mask[row].sum())
         tokens = torch.cat([batch.tokens[row, -q:], torch.tensor(said.tokens)])[None]
-        assert batch.media is not None
+        assert batch.image_index is not None
         assert batch.visual_tokens is not None
-        media = torch.cat([batch.media[row, -q:], torch.full((len(said.tokens),), 3)])[None]
+        image_index = torch.cat([batch.image_index[row, -q:], torch.full((len(said.tokens),), 3)])[None]
         whole = CaptionBatch(
             tokens, torch.ones_like(tokens).bool(), torch.ones_like(tokens).bool(),
-            visual_tokens=batch.visual_tokens[row : row + 1], media=media,
+            visual_tokens=batch.visual_tokens[row : row + 1], image_index=image_index,
         )  # fmt: skip
         logits = model.logits(whole)[0, q - 1 : -1].log_softmax(-1)
         expected = logits.gather(1, tokens[0, q:, None])[:, 0]
@@ -276,12 +278,12 @@ def test_generation_after_examples_is_the_full_forward() -> None:
 def test_examples_matter() -> None:
     model = captioner("all_previous")
     prompt = shots(model, num_shots=2)(queries("red"), ["en"])
-    logits, _ = model.start(prompt)
+    logits, _ = model.prefill(prompt)
     assert prompt.visual_tokens is not None
     for k in range(3):
         changed = prompt.visual_tokens.clone()
         changed[:, k] += torch.randn_like(changed[:, k])
-        other, _ = model.start(dataclasses.replace(prompt, visual_tokens=changed))
+        other, _ = model.prefill(dataclasses.replace(prompt, visual_tokens=changed))
         assert (logits - other).abs().max() > 1e-3, f"picture {k}"
 
 
@@ -298,9 +300,9 @@ def test_the_pipeline_takes_examples_and_shows_where_it_looked(tmp_path: Path) -
     ((said,),) = model(image, prompts=few, language="ko")
     ((plain,),) = model(image, language="ko")
     assert said.log_prob != plain.log_prob
-    heat = model.heat(image, said, few)
+    heat = model.heatmap(image, said, few)
     assert heat.shape == (len(said.words), 2, 2)
-    assert model.heat(image, said).shape == heat.shape
+    assert model.heatmap(image, said).shape == heat.shape
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -318,10 +320,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mmt_caption_with_shots(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = str(folder / "3.png")
+    image = str(folder / "3.png")
     words = [
         "caption",
-        picture,
+        image,
         "--model",
         str(folder / "model"),
         "--device",
@@ -347,8 +349,8 @@ def test_mmt_caption_with_shots(folder: Path, tmp_path: Path, capsys: pytest.Cap
 def test_mmt_caption_refuses_with_the_numbers(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture, shot = str(folder / "3.png"), ["--shots", str(folder)]
-    words = ["caption", picture, "--model", str(folder / "model"), "--device", "cpu"]
+    image, shot = str(folder / "3.png"), ["--shots", str(folder)]
+    words = ["caption", image, "--model", str(folder / "model"), "--device", "cpu"]
     code, _, err = mmt(capsys, *words, "--num-shots", "2")
     assert code == 2
     assert "--shots FOLDER" in err
@@ -385,7 +387,7 @@ def test_a_prompt_longer_than_the_model_reads() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    with pytest.raises(ValueError, match=r'Flamingo reads the pictures .*media="last"'):
+    with pytest.raises(ValueError, match=r'Flamingo reads the pictures .*visible_images="last"'):
         shots(captioner("none"))
     with pytest.raises(ValueError, match=r"num_shots \(16\) must be from 0 to the number of examples \(15\)"):
         shots(num_shots=16)

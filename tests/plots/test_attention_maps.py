@@ -133,7 +133,7 @@ def test_sheets_name_what_is_wrong() -> None:
         attention_sheet(one, ["a", "b"], ["c", "d", "e"], cell=1)
 
 
-def test_the_rollout_of_a_picture_has_a_panel_a_block(tmp_path: Path) -> None:
+def test_the_rollout_of_a_image_has_a_panel_a_block(tmp_path: Path) -> None:
     vit = ViT(32, 8, 16, 2, 2, class_token=False, pool="mean")
     image = Image.new("RGB", (64, 48), (90, 90, 90))
     sheet = rollout_sheet(vit, image, ImageTransform(32), tmp_path / "r.png", title="작은 별")

@@ -17,7 +17,7 @@ BEGIN, END = COLOURS, COLOURS + 1
 PALETTE = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]]) * 2.0 - 1
 
 
-def pictures(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
+def images(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
     """Pictures with their texts, and the cells (n 2) of the two squares in the order of the text."""
     cells = torch.rand(n, GRID * GRID, generator=generator).argsort(1)[:, :2].sort(1).values
     colours = torch.rand(n, COLOURS, generator=generator).argsort(1)[:, :2]
@@ -26,9 +26,9 @@ def pictures(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
         grid.scatter_(2, cells[:, k].view(n, 1, 1).expand(n, 3, 1), PALETTE[colours[:, k]].unsqueeze(-1))
     pixels = grid.view(n, 3, GRID, GRID).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
     tokens = torch.cat((torch.full((n, 1), BEGIN), colours, torch.full((n, 1), END)), 1)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    target = valid & (tokens != BEGIN)
-    return CaptionBatch(tokens, valid, target, pixels=pixels[:, None]), cells
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    loss_mask = attention_mask & (tokens != BEGIN)
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=pixels[:, None]), cells
 
 
 def trained(bridge: str, steps: int) -> Captioner:
@@ -45,7 +45,7 @@ def trained(bridge: str, steps: int) -> Captioner:
     optimizer = optim.build(model)
     schedule = optim.schedule(optimizer, 5 * steps)
     for _ in range(steps):
-        loss = model.loss(pictures(64, generator)[0])
+        loss = model.loss(images(64, generator)[0])
         optimizer.zero_grad()
         (loss.sum / loss.count).backward()
         optimizer.step()
@@ -60,11 +60,11 @@ def trained(bridge: str, steps: int) -> Captioner:
 )
 def test_the_heat_of_a_word_lies_on_its_object(bridge: str, steps: int, right: float, times: float) -> None:
     model = trained(bridge, steps)
-    batch, cells = pictures(200, torch.Generator().manual_seed(9))
+    batch, cells = images(200, torch.Generator().manual_seed(9))
     with torch.no_grad():
         said = model.logits(batch)[:, :2].argmax(-1)
     assert (said == batch.tokens[:, 1:3]).float().mean() > right
-    heat = model.look(batch)[:, :2, 0].flatten(2)  # of the positions that predict the two colours
+    heat = model.attention_map(batch)[:, :2, 0].flatten(2)  # of the positions that predict the two colours
     own = heat.gather(2, cells.unsqueeze(-1))[..., 0]
     assert (own / heat.mean(-1)).median() > times
     assert (own > heat.mean(-1)).float().mean() > 0.85

@@ -230,7 +230,7 @@ def test_gallery_is_the_same_bytes_every_time_and_makes_its_folder(tmp_path: Pat
     assert sorted(p.name for p in first.parent.iterdir()) == ["a.png"]  # no litter
 
 
-def test_gallery_shows_the_picture_itself(tmp_path: Path) -> None:
+def test_gallery_shows_the_image_itself(tmp_path: Path) -> None:
     blue = Image.new("RGB", (50, 50), (7, 31, 211))
     path = save_gallery([Card(blue, [Said("a")])], tmp_path / "a.png")
     with Image.open(path) as sheet:
@@ -272,7 +272,7 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def test_extreme_pictures(tmp_path: Path) -> None:
+def test_extreme_images(tmp_path: Path) -> None:
     for size in ((1, 1), (3000, 2), (2, 3000)):
         image = Image.new("RGB", size, "red")
         save_gallery([Card(image, [Said("a")])], tmp_path / "a.png")
@@ -375,7 +375,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_page_is_self_contained_and_the_same_every_time(tmp_path: Path) -> None:
-    metrics = {"facts": {"en": 0.973, "ko": (0.951, 0.94, 0.96)}, "METEOR": {"en": None}, "pictures": 1200}
+    metrics = {"facts": {"en": 0.973, "ko": (0.951, 0.94, 0.96)}, "METEOR": {"en": None}, "images": 1200}
     first = html_page("장면", cards(), metrics, tmp_path / "new/a.html").read_bytes()
     assert first == html_page("장면", cards(), metrics, tmp_path / "b.html").read_bytes()
     source = first.decode("utf-8")
@@ -442,17 +442,17 @@ def test_page_stays_small_and_carries_the_korean_it_needs(tmp_path: Path) -> Non
     assert set(face.getBestCmap()) == {ord(c) for c in "빨간원"}
 
 
-def test_pictures_are_embedded_whole() -> None:
+def test_images_are_embedded_whole() -> None:
     import base64
 
     drawing = scene()
-    data = base64.b64decode(page.encode_picture(drawing, 448).split(",")[1])
+    data = base64.b64decode(page.encode_image(drawing, 448).split(",")[1])
     with Image.open(io.BytesIO(data)) as back:
         assert np.array_equal(
             np.asarray(back.convert("RGB")), np.asarray(drawing)
         )  # small ones stay lossless
     big = Image.new("RGB", (1000, 500), "red")
-    data = base64.b64decode(page.encode_picture(big, 448).split(",")[1])
+    data = base64.b64decode(page.encode_image(big, 448).split(",")[1])
     assert Image.open(io.BytesIO(data)).size == (448, 224)
     assert big.size == (1000, 500)  # the caller's picture is left alone
 
@@ -494,14 +494,14 @@ def test_columns_find_their_panels() -> None:
         "compositional/facts/ko",
         "val/facts/ko",
         "lr-group/pg1",
-        "val/loss_blank_picture",
+        "val/loss_blank_image",
         "val/loss_right",
         "seconds",
         "lr",
     ]
     assert list(curves.group({name: [] for name in names}).items()) == [
         ("loss", ["compositional/loss", "train_loss_step", "val_loss"]),
-        ("is the picture used?", ["val/loss_blank_picture", "val/loss_right"]),
+        ("is the picture used?", ["val/loss_blank_image", "val/loss_right"]),
         ("bleu4", ["val_bleu4"]),
         ("facts", ["compositional/facts/ko", "val/facts/ko"]),
         ("seconds", ["seconds"]),

@@ -72,7 +72,7 @@ MODELS = {
         bias="qkv", qk_norm="rms", tied=False, dropout=0.1,
     ),
     "TextDecoder with a window": lambda: decoder(
-        positions="rotary", window=5, unrotated_every=2, norm="rms", mlp="swiglu", bias="none", embed_scale=2.0,
+        positions="rotary", window=5, nope_interval=2, norm="rms", mlp="swiglu", bias="none", embed_scale=2.0,
         pre_norm=False,
     ),
     "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
@@ -85,12 +85,12 @@ MODELS = {
     "EncoderDecoder": lambda: captioner(freeze_vision=True),
     "EncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
     "PerceiverResampler": lambda: PerceiverResampler(
-        20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_pictures=3, norm_eps=1e-3
+        20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_images=3, norm_eps=1e-3
     ),
     "Flamingo": lambda: Flamingo(
         ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_every=2, num_heads=3,
         head_dim=10, mlp="swiglu", mlp_dim=31, norm="rms", norm_eps=1e-3, qk_norm="rms", per_channel=True,
-        blind_mlp=True, media="all_previous", patches_only=True, dropout=0.1, freeze_vision=False,
+        mlp_without_image=True, visible_images="all_previous", patches_only=True, dropout=0.1, freeze_vision=False,
         freeze_decoder=False,
     ),
     "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),

@@ -115,8 +115,8 @@ def test_special_tokens_come_first_then_bytes_then_merges(tokenizer: Tokenizer) 
 
 def test_training_depends_on_the_texts_not_their_order(tokenizer: Tokenizer) -> None:
     again = Tokenizer.train(iter(CORPUS), 360, ["en", "ko"])
-    turned = Tokenizer.train(reversed(CORPUS), 360, ["en", "ko"])
-    assert again.backend.to_str() == turned.backend.to_str() == tokenizer.backend.to_str()
+    rotated = Tokenizer.train(reversed(CORPUS), 360, ["en", "ko"])
+    assert again.backend.to_str() == rotated.backend.to_str() == tokenizer.backend.to_str()
 
 
 def test_a_small_corpus_gives_a_smaller_vocabulary() -> None:
@@ -226,13 +226,13 @@ def test_long_texts_are_neither_cut_nor_slow(tokenizer: Tokenizer) -> None:
 
 
 def test_pad(tokenizer: Tokenizer) -> None:
-    tokens, valid = tokenizer.pad([[5, 6, 7], [], [8]])
+    tokens, attention_mask = tokenizer.pad([[5, 6, 7], [], [8]])
     assert tokens.tolist() == [[5, 6, 7], [0, 0, 0], [8, 0, 0]]
-    assert valid.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
-    assert (tokens.dtype, valid.dtype) == (torch.long, torch.bool)
-    tokens, valid = tokenizer.pad([[5, 6, 7], [8]], side="left")
+    assert attention_mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    assert (tokens.dtype, attention_mask.dtype) == (torch.long, torch.bool)
+    tokens, attention_mask = tokenizer.pad([[5, 6, 7], [8]], side="left")
     assert tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert valid.tolist() == [[True] * 3, [False, False, True]]
+    assert attention_mask.tolist() == [[True] * 3, [False, False, True]]
     assert tokenizer.pad([])[0].shape == (0, 0)
     assert tokenizer.pad([[]], "left")[1].shape == (1, 0)
     with pytest.raises(ValueError, match="side is 'middle'"):

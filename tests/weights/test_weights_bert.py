@@ -42,16 +42,16 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 )
 @torch.no_grad()
 def test_encoder_equals_bert_both_ways(options: dict[str, Any]) -> None:
-    theirs, (tokens, types, valid) = bert(**options), rows()
+    theirs, (tokens, types, attention_mask) = bert(**options), rows()
     types = types.clamp(max=options.get("type_vocab_size", 3) - 1)
     ours = from_bert(theirs)
     assert not ours.training
-    given = {"input_ids": tokens, "token_type_ids": types, "attention_mask": valid.long()}
+    given = {"input_ids": tokens, "token_type_ids": types, "attention_mask": attention_mask.long()}
     want = theirs(**given)
-    hidden = ours(tokens, types, valid=valid)
-    close(hidden[valid], theirs.bert(**given).last_hidden_state[valid])
+    hidden = ours(tokens, types, attention_mask=attention_mask)
+    close(hidden[attention_mask], theirs.bert(**given).last_hidden_state[attention_mask])
     close(ours.pool(hidden), theirs.bert(**given).pooler_output)
-    close(ours.words(hidden)[valid], want.prediction_logits[valid])
+    close(ours.words(hidden)[attention_mask], want.prediction_logits[attention_mask])
     close(ours.follows(hidden), want.seq_relationship_logits)
     close(ours.words(ours(tokens)), theirs(tokens).prediction_logits)
     other = bert(**options)
@@ -64,11 +64,13 @@ def test_encoder_equals_bert_both_ways(options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_left_padding_equals_bert_with_its_positions_said() -> None:
-    theirs, (tokens, types, valid) = bert(), rows()
-    valid = valid.flip(1)
-    positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-    want = theirs.bert(tokens, valid.long(), types, positions).last_hidden_state
-    close(from_bert(theirs)(tokens, types, valid=valid)[valid], want[valid])
+    theirs, (tokens, types, attention_mask) = bert(), rows()
+    attention_mask = attention_mask.flip(1)
+    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    want = theirs.bert(tokens, attention_mask.long(), types, positions).last_hidden_state
+    close(
+        from_bert(theirs)(tokens, types, attention_mask=attention_mask)[attention_mask], want[attention_mask]
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,16 +83,16 @@ def test_left_padding_equals_bert_with_its_positions_said() -> None:
 )
 @torch.no_grad()
 def test_other_berts_bring_the_heads_they_have(kind: str, heads: tuple[bool, ...]) -> None:
-    theirs, (tokens, types, valid) = bert(kind), rows()
+    theirs, (tokens, types, attention_mask) = bert(kind), rows()
     ours = from_bert(theirs)
     assert (ours.pooler, ours.word_head, ours.sentence_head) == heads
-    hidden = ours(tokens, types, valid=valid)
-    found = theirs(tokens, valid.long(), types)
+    hidden = ours(tokens, types, attention_mask=attention_mask)
+    found = theirs(tokens, attention_mask.long(), types)
     if kind == "BertModel":
-        close(hidden[valid], found.last_hidden_state[valid])
+        close(hidden[attention_mask], found.last_hidden_state[attention_mask])
         assert set(encoder_to_bert(ours)) == {f"bert.{name}" for name in theirs.state_dict()}
     elif kind == "BertForMaskedLM":
-        close(ours.words(hidden)[valid], found.logits[valid])
+        close(ours.words(hidden)[attention_mask], found.logits[attention_mask])
     else:
         close(ours.follows(hidden), found.logits)
 
@@ -115,11 +117,14 @@ def test_berts_that_do_not_fit_are_refused_by_name() -> None:
 
 @torch.no_grad()
 def test_load_encoder_from_folders(tmp_path: Path) -> None:
-    theirs, (tokens, types, valid) = bert(), rows()
+    theirs, (tokens, types, attention_mask) = bert(), rows()
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_encoder(str(tmp_path / "theirs"))
-    want = theirs(tokens, valid.long(), types).prediction_logits
-    close(loaded.words(loaded(tokens, types, valid=valid))[valid], want[valid])
+    want = theirs(tokens, attention_mask.long(), types).prediction_logits
+    close(
+        loaded.words(loaded(tokens, types, attention_mask=attention_mask))[attention_mask],
+        want[attention_mask],
+    )
     loaded.save_pretrained(tmp_path / "ours")
     again = load_encoder(str(tmp_path / "ours"))
     assert torch.equal(again(tokens, types), loaded(tokens, types))

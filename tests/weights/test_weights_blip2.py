@@ -62,12 +62,12 @@ def config(kind: type = Blip2Config, *, text: bool = False, language: Any = OPT)
 
 def texts(rows: int = 3, vocab: int = IMAGE, q: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(2)
-    valid = torch.arange(q) < torch.tensor([q, 2, 3])[:rows, None]
-    return torch.randn(rows, 3, 28, 28), torch.randint(vocab, (rows, q)), valid
+    attention_mask = torch.arange(q) < torch.tensor([q, 2, 3])[:rows, None]
+    return torch.randn(rows, 3, 28, 28), torch.randint(vocab, (rows, q)), attention_mask
 
 
-def batch(pixels: Tensor, tokens: Tensor, valid: Tensor) -> CaptionBatch:
-    return CaptionBatch(tokens, valid, valid, pixels=pixels[:, None])
+def batch(pixels: Tensor, tokens: Tensor, attention_mask: Tensor) -> CaptionBatch:
+    return CaptionBatch(tokens, attention_mask, attention_mask, pixels=pixels[:, None])
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -107,10 +107,10 @@ def test_conditional_generation(kind: type, language: Any) -> None:
     theirs = noisy(kind(config(language=language)))
     ours = from_blip2(theirs)
     assert isinstance(ours, Blip2)
-    pixels, tokens, valid = texts()
+    pixels, tokens, attention_mask = texts()
     with torch.no_grad():
         want = theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:]
-        close(ours.logits(batch(pixels, tokens, valid))[valid], want[valid])
+        close(ours.logits(batch(pixels, tokens, attention_mask))[attention_mask], want[attention_mask])
         assert want.std() > 0.1
     found, tensors = to_blip2(ours)
     again = noisy(kind(Blip2Config.from_dict(found | {"image_token_index": IMAGE})))
@@ -139,10 +139,10 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
     for row in range(3):
         start, end = int(prompts[row]), int(lengths[row])
         source = torch.cat((torch.full((1, L), IMAGE), tokens[row : row + 1, 1:start]), 1)
-        target = torch.cat((tokens[row : row + 1, :1], tokens[row : row + 1, start:end]), 1)
-        want = theirs(pixel_values=pixels[row : row + 1], input_ids=source, decoder_input_ids=target).logits[
-            0
-        ]
+        loss_mask = torch.cat((tokens[row : row + 1, :1], tokens[row : row + 1, start:end]), 1)
+        want = theirs(
+            pixel_values=pixels[row : row + 1], input_ids=source, decoder_input_ids=loss_mask
+        ).logits[0]
         close(logits[row, 0], want[0])
         close(logits[row, start:end], want[1:])
     begun = batch(
@@ -151,7 +151,7 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
         torch.tensor([[False, True, True], [False, False, True], [True, True, True]]),
     )
     begun.tokens[0, 1] = begun.tokens[1, 2] = 0
-    begun = replace(begun, target=torch.zeros_like(begun.valid))
+    begun = replace(begun, loss_mask=torch.zeros_like(begun.attention_mask))
     found = generate(ours, begun, eos_id=1, max_new_tokens=6, num_beams=3)
     for row, left in enumerate((2, 3, 1)):
         source = torch.cat((torch.full((1, L), IMAGE), begun.tokens[row : row + 1, left:]), 1)
@@ -172,20 +172,20 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
 def test_generation_with_beams_and_prompts_of_different_lengths() -> None:
     theirs = noisy(Blip2ForConditionalGeneration(config()))
     ours = from_blip2(theirs)
-    pixels, tokens, valid = texts()
-    tokens, valid = tokens.flip(1), valid.flip(1)  # Padded on the left.
+    pixels, tokens, attention_mask = texts()
+    tokens, attention_mask = tokens.flip(1), attention_mask.flip(1)  # Padded on the left.
     padded = torch.cat((torch.full((3, L), IMAGE), tokens), 1)
     # Transformers wants padding before the queries, ours stands between queries and prompt.
     for row in range(3):
-        pads = int((~valid[row]).sum())
+        pads = int((~attention_mask[row]).sum())
         padded[row] = torch.cat((torch.full((pads,), 1), torch.full((L,), IMAGE), tokens[row, pads:]))
-    known = torch.cat((valid, torch.ones(3, L, dtype=torch.bool)), 1)
+    known = torch.cat((attention_mask, torch.ones(3, L, dtype=torch.bool)), 1)
     with torch.no_grad():
         want = theirs.generate(
             pixels, padded, known.long(), max_new_tokens=7, min_new_tokens=7, num_beams=3, eos_token_id=2
         )  # fmt: skip
     found = generate(
-        ours, batch(pixels, tokens, valid), eos_id=2, max_new_tokens=7, min_new_tokens=7, num_beams=3
+        ours, batch(pixels, tokens, attention_mask), eos_id=2, max_new_tokens=7, min_new_tokens=7, num_beams=3
     )
     assert [texts[0].tokens for texts in found] == want[:, -7:].tolist()
 
@@ -194,18 +194,18 @@ def test_retrieval() -> None:
     theirs = noisy(Blip2ForImageTextRetrieval(config(text=True)))
     ours = from_blip2(theirs)
     assert isinstance(ours, ImageText)
-    pixels, tokens, valid = texts(vocab=WORDS)
-    mask = torch.cat((torch.ones(3, L, dtype=torch.long), valid.long()), 1)
+    pixels, tokens, attention_mask = texts(vocab=WORDS)
+    mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
     with torch.no_grad():
         visual = ours.vision.forward_features(pixels)
         itc = theirs(pixels, placed(tokens), mask)
-        pictures = ours.embed_pictures(ours.qformer(visual))
-        close(pictures, itc.image_embeds)
-        words = ours.embed_texts(tokens, valid)
+        images = ours.embed_images(ours.qformer(visual))
+        close(images, itc.image_embeds)
+        words = ours.embed_texts(tokens, attention_mask)
         close(words, itc.text_embeds)
-        close((pictures @ words.T).amax(1), itc.logits_per_image)
+        close((images @ words.T).amax(1), itc.logits_per_image)
         itm = theirs(pixels, placed(tokens), mask, use_image_text_matching_head=True)
-        close(ours.match(visual, tokens, valid), itm.logits_per_image)
+        close(ours.match(visual, tokens, attention_mask), itm.logits_per_image)
     found, tensors = to_blip2(ours)
     again = noisy(Blip2ForImageTextRetrieval(Blip2Config.from_dict(found | {"image_token_index": IMAGE})))
     again.load_state_dict(tensors, strict=True)
@@ -217,14 +217,19 @@ def test_instructions() -> None:
     theirs = noisy(InstructBlipForConditionalGeneration(config(InstructBlipConfig, language=LLAMA)))
     ours = from_blip2(theirs)
     assert ours.instruct
-    pixels, tokens, valid = texts()
+    pixels, tokens, attention_mask = texts()
     words, real = torch.randint(WORDS, (3, 4)), torch.arange(4) < torch.tensor([[4], [1], [3]])
     with torch.no_grad():
         want = theirs(pixels, words, real.long(), placed(tokens)).logits[:, L:]
         given = InstructBatch(
-            tokens, valid, valid, pixels=pixels[:, None], instruction=words, instruction_valid=real
+            tokens,
+            attention_mask,
+            attention_mask,
+            pixels=pixels[:, None],
+            instruction=words,
+            instruction_attention_mask=real,
         )
-        close(ours.logits(given)[valid], want[valid])
+        close(ours.logits(given)[attention_mask], want[attention_mask])
     found, tensors = to_blip2(ours)
     again = InstructBlipForConditionalGeneration(
         InstructBlipConfig.from_dict(found | {"image_token_index": IMAGE})
@@ -248,17 +253,22 @@ def test_the_qformer_alone() -> None:
 def test_folders_there_and_back(tmp_path: Any) -> None:
     ours = from_blip2(noisy(Blip2ForConditionalGeneration(config())))
     assert isinstance(ours, Blip2)
-    pixels, tokens, valid = texts()
+    pixels, tokens, attention_mask = texts()
     with pytest.raises(ValueError, match=r"image_token_id \(None\) must be one of the decoder's 53 ids"):
         save_blip2_as_hub(ours, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     save_blip2_as_hub(ours, tmp_path / "hub", image_token_id=IMAGE)
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hub", dtype=torch.float32).eval()
-    want = ours.logits(batch(pixels, tokens, valid))
-    close(theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:][valid], want[valid])
-    assert torch.equal(load_blip2(tmp_path / "hub").logits(batch(pixels, tokens, valid)), want)
+    want = ours.logits(batch(pixels, tokens, attention_mask))
+    close(
+        theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:][attention_mask],
+        want[attention_mask],
+    )
+    assert torch.equal(load_blip2(tmp_path / "hub").logits(batch(pixels, tokens, attention_mask)), want)
     ours.save_pretrained(tmp_path / "own")
-    assert torch.equal(Blip2.from_pretrained(tmp_path / "own").logits(batch(pixels, tokens, valid)), want)
+    assert torch.equal(
+        Blip2.from_pretrained(tmp_path / "own").logits(batch(pixels, tokens, attention_mask)), want
+    )
     with pytest.raises(ValueError, match='model_type is "None", not "blip-2"'):
         load_blip2(tmp_path / "own")
     with pytest.raises(ValueError, match="OPTConfig is not a BLIP-2 or InstructBLIP"):
@@ -349,14 +359,14 @@ def test_stage_1_of_lavis() -> None:
     vision = from_blip2(theirs).vision
     bare = {name: t for name, t in state.items() if not name.startswith("visual_encoder")}
     ours = image_text_from_lavis(bare, vision=vision, num_heads=4, class_id=7)
-    pixels, tokens, valid = texts(vocab=WORDS)
+    pixels, tokens, attention_mask = texts(vocab=WORDS)
     classed = torch.cat((torch.full_like(tokens[:, :1], 7), tokens[:, 1:]), 1)
-    mask = torch.cat((torch.ones(3, L, dtype=torch.long), valid.long()), 1)
+    mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
     with torch.no_grad():
         itc = theirs(pixels, placed(classed), mask)
-        close(ours.embed_texts(tokens, valid), itc.text_embeds)
+        close(ours.embed_texts(tokens, attention_mask), itc.text_embeds)
         itm = theirs(pixels, placed(classed), mask, use_image_text_matching_head=True)
-        close(ours.match(ours.vision.forward_features(pixels), tokens, valid), itm.logits_per_image)
+        close(ours.match(ours.vision.forward_features(pixels), tokens, attention_mask), itm.logits_per_image)
         hidden = torch.randn(2, 5, 20)
         close(ours.head(hidden), head(hidden))
     assert ours.temperature.item() == pytest.approx(0.05)
@@ -380,14 +390,17 @@ def test_stage_2_of_lavis_with_its_vision_tower() -> None:
     state, decoder = lavis_names(theirs), from_blip2(theirs).decoder
     ours = blip2_from_lavis(state, decoder, num_heads=4)
     assert (ours.vision.num_heads, ours.train_norm, ours.instruct) == (2, True, False)
-    pixels, tokens, valid = texts()
+    pixels, tokens, attention_mask = texts()
     with torch.no_grad():
         want = theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:]
-        close(ours.logits(batch(pixels, tokens, valid))[valid], want[valid])
+        close(ours.logits(batch(pixels, tokens, attention_mask))[attention_mask], want[attention_mask])
     back = to_lavis(ours)
     same_tensors(back, state)
     again = blip2_from_lavis(back, decoder, num_heads=4)
-    assert torch.equal(again.logits(batch(pixels, tokens, valid)), ours.logits(batch(pixels, tokens, valid)))
+    assert torch.equal(
+        again.logits(batch(pixels, tokens, attention_mask)),
+        ours.logits(batch(pixels, tokens, attention_mask)),
+    )
 
 
 def test_instructions_of_lavis() -> None:
@@ -397,8 +410,10 @@ def test_instructions_of_lavis() -> None:
     state = {name.replace("opt_proj", "llm_proj"): t for name, t in state.items()}
     ours = blip2_from_lavis(state, known.decoder, vision=known.vision, num_heads=4)
     assert ours.instruct
-    pixels, tokens, valid = texts()
-    given = InstructBatch(tokens, valid, valid, pixels=pixels[:, None], instruction=tokens[:, :2] % WORDS)
+    pixels, tokens, attention_mask = texts()
+    given = InstructBatch(
+        tokens, attention_mask, attention_mask, pixels=pixels[:, None], instruction=tokens[:, :2] % WORDS
+    )
     close(ours.logits(given), known.logits(given))
     assert "llm_proj.weight" in to_lavis(ours)
 
@@ -456,11 +471,14 @@ def test_a_key_bias_changes_nothing() -> None:
     """Why LAVIS may keep none: our tower with one, without one, and through LAVIS's names."""
     opt = TextDecoder(VOCAB, 12, 1, 3)
     model = noisy(Blip2(ViT(28, 14, 88, 2, 1, mlp_dim=13), QFormer(L, 64, 2, 1, 88), opt))
-    pixels, tokens, valid = texts()
+    pixels, tokens, attention_mask = texts()
     again = blip2_from_lavis(to_lavis(model), opt)
     assert not again.vision.blocks[0].attn.k_proj.bias.any()
     assert model.vision.blocks[0].attn.k_proj.bias.all()
-    close(again.logits(batch(pixels, tokens, valid)), model.logits(batch(pixels, tokens, valid)))
+    close(
+        again.logits(batch(pixels, tokens, attention_mask)),
+        model.logits(batch(pixels, tokens, attention_mask)),
+    )
 
 
 def test_what_lavis_files_cannot_be() -> None:
@@ -512,9 +530,9 @@ def test_a_qformer_starts_as_bert(prefix: str) -> None:
     before = {name: t.clone() for name, t in qformer.state_dict().items()}
     state = {prefix + name: t for name, t in theirs.state_dict().items()}
     assert init_from_bert(qformer, state) is qformer
-    _, tokens, valid = texts(vocab=WORDS - 1)
-    want = theirs(tokens, attention_mask=valid.long()).last_hidden_state
-    close(qformer.read(tokens, valid)[valid], want[valid])
+    _, tokens, attention_mask = texts(vocab=WORDS - 1)
+    want = theirs(tokens, attention_mask=attention_mask.long()).last_hidden_state
+    close(qformer.encode_text(tokens, attention_mask)[attention_mask], want[attention_mask])
     for block in qformer.blocks:
         for ours, copied in ((block.mlp.fc1, block.query_mlp.fc1), (block.norm2, block.query_norm)):
             assert torch.equal(ours.weight, copied.weight)

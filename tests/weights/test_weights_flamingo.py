@@ -53,8 +53,10 @@ def config(**options: Any) -> IdeficsConfig:
 def media_batch(i: int = 2) -> CaptionBatch:
     """Two rows: text before, between and after pictures; the second has no picture at all."""
     tokens = torch.randint(VOCAB, (2, 7))
-    media = torch.tensor([[0, 1, 1, 1, 2, 2, 2], [0] * 7])
-    return CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, i, 3, 16, 16), media=media)
+    seen = torch.tensor([[0, 1, 1, 1, 2, 2, 2], [0] * 7])
+    return CaptionBatch(
+        tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, i, 3, 16, 16), image_index=seen
+    )
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -71,7 +73,7 @@ def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
         norm_eps=settings.rms_norm_eps,
     )
     ours = GatedCrossAttentionBlock(
-        DIM, attn, SwiGLU(DIM, 37), lambda: make_norm("rms", DIM, settings.rms_norm_eps), blind_mlp=True,
+        DIM, attn, SwiGLU(DIM, 37), lambda: make_norm("rms", DIM, settings.rms_norm_eps), mlp_without_image=True,
         per_channel=alpha == "vector",
     )  # fmt: skip
     state = {name: t.flatten() if "alpha" in name else t for name, t in theirs.state_dict().items()}
@@ -115,16 +117,16 @@ def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
     theirs.model.vision_model.post_layernorm.bias.data.fill_(0.0)
     given = media_batch()
     assert given.pixels is not None
-    assert given.media is not None
+    assert given.image_index is not None
     given.tokens[0, 2] += (VOCAB - given.tokens[0, 2]) * bool(options.get("additional_vocab_size"))
-    last = given.media[..., None] == torch.arange(1, 3)
+    last = given.image_index[..., None] == torch.arange(1, 3)
     want = theirs(given.tokens, pixel_values=given.pixels, image_attention_mask=last.long()).logits
     ours = from_idefics(theirs)
     torch.testing.assert_close(ours.logits(given), want, atol=1e-4, rtol=1e-4)
-    every = (given.media[..., None] >= torch.arange(1, 3)).long()
+    every = (given.image_index[..., None] >= torch.arange(1, 3)).long()
     want = theirs(given.tokens, pixel_values=given.pixels, image_attention_mask=every).logits
     torch.testing.assert_close(
-        from_idefics(theirs, media="all_previous").logits(given), want, atol=1e-4, rtol=1e-4
+        from_idefics(theirs, visible_images="all_previous").logits(given), want, atol=1e-4, rtol=1e-4
     )
     assert isinstance(ours.decoder, ExtendedVocabulary) == bool(options.get("additional_vocab_size"))
     back = to_idefics(ours)
@@ -144,11 +146,11 @@ def test_idefics_generates_the_same_words() -> None:
     theirs = noisy(IdeficsForVisionText2Text(config()))
     ours, given = from_idefics(theirs), media_batch(i=1)
     assert given.pixels is not None
-    given.media = (torch.arange(7) > 2).long().expand(2, 7)
+    given.image_index = (torch.arange(7) > 2).long().expand(2, 7)
     found = generate(ours, given, eos_id=2, max_new_tokens=6, min_new_tokens=6)
     want = theirs.generate(
-        given.tokens, attention_mask=given.valid.long(), pixel_values=given.pixels,
-        image_attention_mask=given.media[..., None], max_new_tokens=6, min_new_tokens=6, do_sample=False,
+        given.tokens, attention_mask=given.attention_mask.long(), pixel_values=given.pixels,
+        image_attention_mask=given.image_index[..., None], max_new_tokens=6, min_new_tokens=6, do_sample=False,
     )[:, 7:]  # fmt: skip
     assert [texts[0].tokens for texts in found] == want.tolist()
 
@@ -269,9 +271,9 @@ def test_openflamingo_by_its_definition_and_back() -> None:
     assert model.cross_layers == [1, 3]
     given = media_batch()
     assert given.pixels is not None
-    assert given.media is not None
+    assert given.image_index is not None
     given.pixels = given.pixels.double()
-    found = model.hidden(given)
+    found = model.hidden_states(given)
     for row in range(2):
         features = vision.forward_features(given.pixels[row])[:, None, 1:]  # Patches alone, one frame.
         latents = perceiver(state, features, depth=2)
@@ -279,7 +281,7 @@ def test_openflamingo_by_its_definition_and_back() -> None:
         for n, block in enumerate(decoder.blocks):
             if n in (1, 3):
                 name = f"lang_encoder.transformer.h.{n}.gated_cross_attn_layer"
-                x = gated(state, name, x, latents, given.media[row])
+                x = gated(state, name, x, latents, given.image_index[row])
             x = block(x[None], mask="causal")[0]
         torch.testing.assert_close(found[row], decoder.last_norm(x), atol=1e-9, rtol=1e-9)
     back = to_openflamingo(model, layers="transformer.h")
@@ -291,7 +293,7 @@ def test_openflamingos_time_embeddings() -> None:
     state = checkpoint((0,), times=True)
     model = from_openflamingo(state, ViT(16, 8, VISUAL, 1, 4), TextDecoder(VOCAB, DIM, 1, 4))
     assert model.resampler is not None
-    assert (model.resampler.max_frames, model.resampler.max_pictures) == (4, 3)
+    assert (model.resampler.max_frames, model.resampler.max_images) == (4, 3)
     x = torch.randn(1, 2, 3, 11, VISUAL, dtype=torch.float64)
     found = model.resampler.double()(x)[0]
     torch.testing.assert_close(found, perceiver(state, x[0], depth=2), atol=1e-9, rtol=1e-9)

@@ -75,10 +75,10 @@ def make(name: str) -> Any:
 
 
 def padded(side: str, rows: int = 4, length: int = LENGTH) -> Tensor:
-    valid = torch.ones(rows, length, dtype=torch.bool)
+    attention_mask = torch.ones(rows, length, dtype=torch.bool)
     for row, count in enumerate((0, 5, 11, 1)):
-        valid[row, slice(0, count) if side == "left" else slice(length - count, length)] = False
-    return valid
+        attention_mask[row, slice(0, count) if side == "left" else slice(length - count, length)] = False
+    return attention_mask
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -96,11 +96,14 @@ def test_logits_equal_transformers(name: str) -> None:
     short = tokens[:, :13]  # within the 16 that scaled models were trained on
     close(ours.head(ours(short)), theirs(short).logits)
     for side in ("left", "right"):
-        valid = padded(side)
-        given: dict[str, Any] = {"attention_mask": valid.long()}
+        attention_mask = padded(side)
+        given: dict[str, Any] = {"attention_mask": attention_mask.long()}
         if MODELS[name][0] != "OPT":  # OPT takes them from the mask by itself.
-            given["position_ids"] = (valid.long().cumsum(1) - 1).clamp(min=0)
-        close(ours.head(ours(tokens, valid=valid))[valid], theirs(tokens, **given).logits[valid])
+            given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        close(
+            ours.head(ours(tokens, attention_mask=attention_mask))[attention_mask],
+            theirs(tokens, **given).logits[attention_mask],
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,18 +113,20 @@ def test_logits_equal_transformers(name: str) -> None:
 def test_decoding_with_caches_equals_transformers_and_the_whole(name: str) -> None:
     theirs = make(name)
     ours = from_transformers(theirs)
-    tokens, valid = torch.randint(3, VOCAB, (4, LENGTH)), padded("left")
-    whole = ours.head(ours(tokens, valid=valid))
+    tokens, attention_mask = torch.randint(3, VOCAB, (4, LENGTH)), padded("left")
+    whole = ours.head(ours(tokens, attention_mask=attention_mask))
     state = ours.new_state(LENGTH)
-    parts = [ours(tokens[:, :14], valid=valid[:, :14], state=state)]
+    parts = [ours(tokens[:, :14], attention_mask=attention_mask[:, :14], state=state)]
     parts += [ours(tokens[:, i : i + 1], state=state) for i in range(14, LENGTH)]
-    close(ours.head(torch.cat(parts, 1))[valid], whole[valid])
+    close(ours.head(torch.cat(parts, 1))[attention_mask], whole[attention_mask])
     text = theirs.generate(
-        tokens, attention_mask=valid.long(), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        tokens, attention_mask=attention_mask.long(), max_new_tokens=6, min_new_tokens=6, do_sample=False
     )[:, LENGTH:]
     state, new, found = ours.new_state(LENGTH + 6), tokens, []
     for step in range(6):
-        logits = ours.head(ours(new, valid=valid if step == 0 else None, state=state)[:, -1])
+        logits = ours.head(
+            ours(new, attention_mask=attention_mask if step == 0 else None, state=state)[:, -1]
+        )
         logits[:, 2] = -1e9  # the end of sequence
         new = logits.argmax(-1, keepdim=True)
         found.append(new)
@@ -397,8 +402,8 @@ def test_windows_forget_and_stay_within_packed_documents() -> None:
     changed = (ours(tokens) != ours(other)).any(-1)
     assert changed[:, : reach + 1].all()
     assert not changed[:, reach + 1 :].any()
-    segments = (torch.arange(LENGTH) >= 9).long().expand(2, -1)
-    packed = ours(tokens, segments=segments)
+    document_ids = (torch.arange(LENGTH) >= 9).long().expand(2, -1)
+    packed = ours(tokens, document_ids=document_ids)
     close(packed[:, :9], ours(tokens[:, :9]))
     close(packed[:, 9:], ours(tokens[:, 9:]))
 

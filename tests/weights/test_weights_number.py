@@ -23,7 +23,7 @@ from mmtransformer.captioners.base import Captioner, freeze
 from mmtransformer.layers.lora import merge_lora
 from mmtransformer.training import Captioning
 from mmtransformer.weights import load_lm, load_vit
-from mmtransformer.weights.number import kept_in
+from mmtransformer.weights.number import cast_frozen
 
 VOCAB, SIZE = 53, (16, 24)
 LLAMA: dict[str, Any] = {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "none", "tied": False}
@@ -66,7 +66,7 @@ def formats(model: nn.Module) -> tuple[set[torch.dtype], set[torch.dtype]]:
 
 def opened(model: Flamingo) -> Flamingo:
     for block in model.gated_blocks:
-        nn.init.constant_(block.gate1, 0.5)  # type: ignore[arg-type]
+        nn.init.constant_(block.attn_gate, 0.5)  # type: ignore[arg-type]
     return model
 
 
@@ -118,7 +118,7 @@ def test_a_bridge_learns_between_parts_in_bfloat16(
         assert torch.equal(mine.float(), back), path
     begin = batch()
     prompts = CaptionBatch(
-        begin.tokens[:3, :2], begin.valid[:3, :2], ~begin.valid[:3, :2], pixels=begin.pixels
+        begin.tokens[:3, :2], begin.attention_mask[:3, :2], ~begin.attention_mask[:3, :2], pixels=begin.pixels
     )
     texts = generate(model.eval(), prompts, eos_id=0, max_new_tokens=4, num_beams=2)
     assert len(texts) == 3
@@ -223,6 +223,6 @@ def test_what_is_kept_in_bfloat16_may_not_learn_unless_all_does(folders: tuple[P
 
 
 def test_tied_weights_stay_tied() -> None:
-    model = kept_in(TextDecoder(VOCAB, 24, 1, 4), "bfloat16")
-    assert model.tables[0] is model.tables[1]
-    assert model.tables[0].dtype == torch.bfloat16
+    model = cast_frozen(TextDecoder(VOCAB, 24, 1, 4), "bfloat16")
+    assert model.embedding_weights[0] is model.embedding_weights[1]
+    assert model.embedding_weights[0].dtype == torch.bfloat16

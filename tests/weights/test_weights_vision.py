@@ -262,12 +262,15 @@ def test_decoder_equals_gpt2_both_ways(options: dict[str, Any]) -> None:
     given = {"encoder_hidden_states": context} if cross else {}
     close(ours.head(ours(tokens, context)), theirs(tokens, **given).logits)
     for side in ("left", "right"):
-        valid = torch.ones_like(tokens, dtype=torch.bool)
+        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         for row, count in enumerate((0, 3, 1, 8)):
-            valid[row, slice(0, count) if side == "left" else slice(11 - count, 11)] = False
-        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        want = theirs(tokens, attention_mask=valid.long(), position_ids=positions, **given).logits
-        close(ours.head(ours(tokens, context, valid=valid))[valid], want[valid])
+            attention_mask[row, slice(0, count) if side == "left" else slice(11 - count, 11)] = False
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        want = theirs(tokens, attention_mask=attention_mask.long(), position_ids=positions, **given).logits
+        close(
+            ours.head(ours(tokens, context, attention_mask=attention_mask))[attention_mask],
+            want[attention_mask],
+        )
     other = gpt2(**options)
     missing, unexpected = other.load_state_dict(decoder_to_gpt2(ours), strict=False)
     assert not missing

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.documents.documents import Documents
 from mmtransformer.data.documents.packing import DocumentRows, Piece
-from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.errors import BadImages, TooManyFaults
 from mmtransformer.data.loading.sampler import Pick, generator
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
@@ -24,17 +24,17 @@ class Layout(NamedTuple):
 
     Attributes:
         tokens: (q,) ids.
-        target: (q,) bool.
-        media: (q,) number of the last picture of the token's document so far, from 1; 0 = none yet.
-        media_first: (q,) number of the first picture of its document.
-        segments: (q,) number of its document, from 0.
+        loss_mask: (q,) bool.
+        image_index: (q,) number of the last picture of the token's document so far, from 1; 0 = none yet.
+        first_image_index: (q,) number of the first picture of its document.
+        document_ids: (q,) number of its document, from 0.
     """
 
     tokens: np.ndarray
-    target: np.ndarray
-    media: np.ndarray
-    media_first: np.ndarray
-    segments: np.ndarray
+    loss_mask: np.ndarray
+    image_index: np.ndarray
+    first_image_index: np.ndarray
+    document_ids: np.ndarray
 
 
 def lay_out(pieces: list[Piece], image_id: int) -> Layout:
@@ -43,15 +43,15 @@ def lay_out(pieces: list[Piece], image_id: int) -> Layout:
     """
     tokens = np.concatenate([piece.tokens for piece in pieces]).astype(np.int64)
     sizes = [len(piece.tokens) for piece in pieces]
-    before = np.repeat(np.cumsum([0] + [piece.pictures for piece in pieces[:-1]]), sizes)
-    media = np.cumsum(tokens == image_id)
-    media[media == before] = 0
+    before = np.repeat(np.cumsum([0] + [piece.images for piece in pieces[:-1]]), sizes)
+    image_index = np.cumsum(tokens == image_id)
+    image_index[image_index == before] = 0
     return Layout(
         tokens=tokens,
-        target=(media > 0) & (tokens != image_id),
-        media=media,
-        media_first=before + 1,
-        segments=np.repeat(np.arange(len(pieces)), sizes),
+        loss_mask=(image_index > 0) & (tokens != image_id),
+        image_index=image_index,
+        first_image_index=before + 1,
+        document_ids=np.repeat(np.arange(len(pieces)), sizes),
     )
 
 
@@ -61,13 +61,13 @@ class DocumentSample(NamedTuple):
     Attributes:
         layout: Its tokens.
         pixels: (i 3 height width); zeros where a picture could not be read.
-        pictures: (i,) bool, which could be read.
+        image_mask: (i,) bool, which could be read.
         name: The first document's name, and how many more there are.
     """
 
     layout: Layout
     pixels: Tensor
-    pictures: np.ndarray
+    image_mask: np.ndarray
     name: str
 
 
@@ -98,7 +98,7 @@ class DocumentDataset(Dataset[DocumentSample]):
         training: bool = True,
         seed: int = 0,
         augment: Augment | None = None,
-        bad: BadPictures | None = None,
+        bad: BadImages | None = None,
     ):
         self.documents, self.rows, self.transform = documents, rows, transform
         self.training, self.seed, self.augment, self.bad = training, seed, augment, bad
@@ -113,35 +113,35 @@ class DocumentDataset(Dataset[DocumentSample]):
         for step in range(len(self)):
             at = (index + step) % len(self)
             sample = self._sample(epoch, at)
-            if sample.layout.target.any():
+            if sample.layout.loss_mask.any():
                 if not counted or (step and not self.training):
-                    sample.layout.target[:] = False
+                    sample.layout.loss_mask[:] = False
                 return sample
         raise TooManyFaults(f"none of the {len(self)} rows has a text whose picture can be read")
 
     def _sample(self, epoch: int, at: int) -> DocumentSample:
         pieces = self.rows.row(at)
         layout = lay_out(pieces, self.rows.image_id)
-        places = [(piece.document, piece.first + k) for piece in pieces for k in range(piece.pictures)]
+        places = [(piece.document, piece.first + k) for piece in pieces for k in range(piece.images)]
         pixels = [self._pixels(epoch, document, k) for document, k in places]
-        pictures = np.array([one is not None for one in pixels])
-        for number in (np.flatnonzero(~pictures) + 1).tolist():
-            blind = layout.media == number
-            layout.target[blind], layout.media[blind] = False, 0
+        image_mask = np.array([one is not None for one in pixels])
+        for number in (np.flatnonzero(~image_mask) + 1).tolist():
+            blind = layout.image_index == number
+            layout.loss_mask[blind], layout.image_index[blind] = False, 0
         blank = torch.zeros(3, *self.transform.size)
         more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
         name = self.documents.name(pieces[0].document) + more
         return DocumentSample(
-            layout, torch.stack([blank if p is None else p for p in pixels]), pictures, name
+            layout, torch.stack([blank if p is None else p for p in pixels]), image_mask, name
         )
 
     def _pixels(self, epoch: int, document: int, k: int) -> Tensor | None:
         try:
-            image = self.documents.picture(document, k)
+            image = self.documents.image(document, k)
         except ImageError as error:
             if self.bad is None:
                 raise
-            self.bad.record(self.documents.picture_name(document, k), error)
+            self.bad.record(self.documents.image_name(document, k), error)
             return None
         if self.training and self.augment is not None:
             flip = self.augment.flip and bool(self.rows.mirrors[document])
@@ -163,31 +163,31 @@ class CollateDocuments:
     def __call__(self, samples: list[DocumentSample]) -> CaptionBatch:
         """Pad tokens on the right to the longest row, and pictures with blank ones to the most of a row."""
         lengths = np.array([len(sample.layout.tokens) for sample in samples])
-        valid = np.arange(lengths.max()) < lengths[:, None]
+        attention_mask = np.arange(lengths.max()) < lengths[:, None]
 
         def spread(rows: list[np.ndarray], fill: int | np.ndarray) -> Tensor:
-            out = np.full(valid.shape, fill, rows[0].dtype)
-            out[valid] = np.concatenate(rows)
+            out = np.full(attention_mask.shape, fill, rows[0].dtype)
+            out[attention_mask] = np.concatenate(rows)
             return torch.from_numpy(out)
 
         layouts = [sample.layout for sample in samples]
-        documents = np.array([layout.segments[-1] + 1 for layout in layouts])[
+        documents = np.array([layout.document_ids[-1] + 1 for layout in layouts])[
             :, None
         ]  # padding is one of its own
         most = max(len(sample.pixels) for sample in samples)
         pixels = samples[0].pixels.new_zeros(len(samples), most, *samples[0].pixels.shape[1:])
-        pictures = torch.zeros(len(samples), most, dtype=torch.bool)
+        image_mask = torch.zeros(len(samples), most, dtype=torch.bool)
         for i, sample in enumerate(samples):
             pixels[i, : len(sample.pixels)] = sample.pixels
-            pictures[i, : len(sample.pixels)] = torch.from_numpy(sample.pictures)
+            image_mask[i, : len(sample.pixels)] = torch.from_numpy(sample.image_mask)
         return CaptionBatch(
             tokens=spread([layout.tokens for layout in layouts], self.pad_id),
-            valid=torch.from_numpy(valid),
-            target=spread([layout.target for layout in layouts], False),
+            attention_mask=torch.from_numpy(attention_mask),
+            loss_mask=spread([layout.loss_mask for layout in layouts], False),
             pixels=pixels,
             names=tuple(sample.name for sample in samples),
-            pictures=pictures,
-            media=spread([layout.media for layout in layouts], 0),
-            media_first=spread([layout.media_first for layout in layouts], 1),
-            segments=spread([layout.segments for layout in layouts], documents),
+            image_mask=image_mask,
+            image_index=spread([layout.image_index for layout in layouts], 0),
+            first_image_index=spread([layout.first_image_index for layout in layouts], 1),
+            document_ids=spread([layout.document_ids for layout in layouts], documents),
         )

@@ -74,35 +74,35 @@ def read_pieces(
     key = next((key for key in _LISTS if key in record), None)
     if key is None:
         raise LineFault("no list of pictures", f"its keys are {', '.join(record)[:80]}")
-    pictures, texts = record[key], record.get("texts", record.get("text"))
-    if isinstance(pictures, str | dict):
-        pictures = [pictures]
-    if not isinstance(pictures, list):
-        raise LineFault("no list of pictures", f"{key} is {pictures!r:.60}")
+    images, texts = record[key], record.get("texts", record.get("text"))
+    if isinstance(images, str | dict):
+        images = [images]
+    if not isinstance(images, list):
+        raise LineFault("no list of pictures", f"{key} is {images!r:.60}")
     if isinstance(texts, list):
-        return _parallel(texts, pictures)
+        return _parallel(texts, images)
     if not isinstance(texts, str):
         raise LineFault("no text", f"{texts!r:.60}")
     pieces = cut_at_marks(texts, mark)
-    if len(pieces) - 1 != len(pictures):
+    if len(pieces) - 1 != len(images):
         raise LineFault(
             "marks and pictures differ in number",
-            f"{len(pieces) - 1} {mark} in the text, {len(pictures)} in {key}: {texts[:60]!r}",
+            f"{len(pieces) - 1} {mark} in the text, {len(images)} in {key}: {texts[:60]!r}",
         )
-    return pieces, [_picture_name(picture) for picture in pictures]
+    return pieces, [_image_name(image) for image in images]
 
 
-def _parallel(texts: list[Any], pictures: list[Any]) -> tuple[tuple[str, ...], list[str]]:
-    if len(texts) != len(pictures):
-        raise LineFault("lists of different length", f"{len(texts)} texts, {len(pictures)} images")
-    both = [i for i, (t, p) in enumerate(zip(texts, pictures, strict=True)) if bool(t) == bool(p)]
+def _parallel(texts: list[Any], images: list[Any]) -> tuple[tuple[str, ...], list[str]]:
+    if len(texts) != len(images):
+        raise LineFault("lists of different length", f"{len(texts)} texts, {len(images)} images")
+    both = [i for i, (t, p) in enumerate(zip(texts, images, strict=True)) if bool(t) == bool(p)]
     if both:
         raise LineFault(
             "neither a text nor a picture", f"place {both[0]} of the lists must have exactly one of the two"
         )
     if odd := [text for text in texts if text and not isinstance(text, str)]:
         raise LineFault("a text that is not text", f"{odd[0]!r:.60}")
-    return join_pieces([text or None for text in texts]), [_picture_name(p) for p in pictures if p]
+    return join_pieces([text or None for text in texts]), [_image_name(p) for p in images if p]
 
 
 def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], list[str]]:
@@ -118,7 +118,7 @@ def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], lis
         if least and not isinstance(similar, int | float):
             raise LineFault("a similarity that is no number", f"{similar!r:.60}")
         if not least or similar >= least:
-            before.setdefault(at, []).append(_picture_name(info))
+            before.setdefault(at, []).append(_image_name(info))
     if infos and not before:
         raise LineNote(f"no picture matches its sentence by {least}, left out")
     pieces: list[str | None] = []
@@ -127,7 +127,7 @@ def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], lis
     return join_pieces(pieces), [name for at in sorted(before) for name in before[at]]
 
 
-def _picture_name(value: Any) -> str:
+def _image_name(value: Any) -> str:
     if isinstance(value, dict):
         value = next((value[key] for key in _NAMES if key in value), None)
     if not isinstance(value, str) or is_missing(value.strip()):

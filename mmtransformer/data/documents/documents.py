@@ -24,7 +24,7 @@ class Document(NamedTuple):
     language: str | None = None
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """The number of pictures in it."""
         return len(self.texts) - 1
 
@@ -45,11 +45,11 @@ class Documents(Protocol):
         """The text of document i."""
         ...
 
-    def picture_name(self, i: int, k: int) -> str:
+    def image_name(self, i: int, k: int) -> str:
         """The name of picture k (from 0) of document i."""
         ...
 
-    def picture(self, i: int, k: int) -> Image.Image:
+    def image(self, i: int, k: int) -> Image.Image:
         """Picture k (from 0) of document i as RGB.
 
         Raises:
@@ -102,19 +102,19 @@ class PairDocumentSplit:
 
     def name(self, i: int) -> str:
         """The picture's name, and which of its captions this is."""
-        picture, k, _ = self._captions[i]
-        return f"{self.pairs.name(picture)}#{k}"
+        image, k, _ = self._captions[i]
+        return f"{self.pairs.name(image)}#{k}"
 
     def document(self, i: int) -> Document:
         """The picture, and then the caption."""
         _, _, caption = self._captions[i]
         return Document(("", caption.text), caption.language)
 
-    def picture_name(self, i: int, k: int) -> str:
+    def image_name(self, i: int, k: int) -> str:
         """The picture's name."""
         return self.pairs.name(self._captions[i][0])
 
-    def picture(self, i: int, k: int) -> Image.Image:
+    def image(self, i: int, k: int) -> Image.Image:
         """The picture."""
         return self.pairs.image(self._captions[i][0])
 
@@ -145,7 +145,7 @@ class PairDocuments:
         return PairDocumentSplit(self.source.split(name), self.captions)
 
 
-class PicturePairs:
+class ImagePairs:
     """A split of documents as pairs: every picture with the text that follows it, where there is any.
 
     So whatever looks at pairs (`check`, a training of plain captioning, examples for few-shot prompts) can look at
@@ -174,7 +174,7 @@ class PicturePairs:
 
     def image(self, i: int) -> Image.Image:
         """The picture."""
-        return self.documents.picture(*self._places[i])
+        return self.documents.image(*self._places[i])
 
     def captions(self, i: int) -> list[Caption]:
         """The text after the picture."""
@@ -196,9 +196,9 @@ class DocumentPairs:
         """The names of the splits of the documents."""
         return self.source.splits()
 
-    def split(self, name: str) -> PicturePairs:
+    def split(self, name: str) -> ImagePairs:
         """One split as pairs."""
-        return PicturePairs(self.source.split(name))
+        return ImagePairs(self.source.split(name))
 
 
 def texts_of(documents: Documents) -> Iterator[str]:

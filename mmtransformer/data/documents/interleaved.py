@@ -49,7 +49,7 @@ class _Read:
     where: str
     name: str
     texts: tuple[str, ...]
-    pictures: list[str]
+    images: list[str]
     language: str | None
     split: str | None
     places: list[Entry] = dataclasses.field(default_factory=list)
@@ -74,11 +74,11 @@ class InterleavedSplit:
         found = self._documents[i]
         return Document(found.texts, found.language)
 
-    def picture_name(self, i: int, k: int) -> str:
+    def image_name(self, i: int, k: int) -> str:
         """The picture's path from the root."""
         return self._documents[i].places[k].path
 
-    def picture(self, i: int, k: int) -> Image.Image:
+    def image(self, i: int, k: int) -> Image.Image:
         """Picture k of document i as RGB.
 
         Raises:
@@ -150,13 +150,13 @@ class InterleavedFiles:
             raise ValueError(
                 f"{self.root} holds no documents: no .jsonl file with a text and a list of pictures"
             )
-        pictures_in = files if images is None else Files(_below(files, images))
+        images_in = files if images is None else Files(_below(files, images))
         documents: list[_Read] = []
         for entry in manifests:
             split = split_word(entry.path.rpartition("/")[2]) if len(manifests) > 1 else None
             found = list(self._read(files.read(entry), entry.path, split))
-            base = entry.path.rpartition("/")[0] if pictures_in is files else ""
-            self._find(found, Finder(pictures_in, base, (name for d in found for name in d.pictures)))
+            base = entry.path.rpartition("/")[0] if images_in is files else ""
+            self._find(found, Finder(images_in, base, (name for d in found for name in d.images)))
             documents += [document for document in found if document.places]
         listing = ", ".join(entry.path for entry in manifests[:3]) + (", ..." if len(manifests) > 3 else "")
         self._said = [f"interleaved documents {listing}"]
@@ -167,7 +167,7 @@ class InterleavedFiles:
             raise TooManyFaults(
                 f"{self.root}: not one of {self.report.rows} documents can be used:\n{self.report}"
             )
-        self._files = pictures_in
+        self._files = images_in
         _unique(documents)
         texts = [[Caption(" ".join(document.texts), document.language)] for document in documents]
         self.languages: tuple[str, ...]
@@ -199,9 +199,9 @@ class InterleavedFiles:
     def describe(self) -> str:
         """What was found: "interleaved documents d.jsonl: 120 documents, 301 pictures; splits ...; languages ..."."""
         documents = [document for split in self._splits.values() for document in split]
-        pictures = sum(len(document.places) for document in documents)
+        images = sum(len(document.places) for document in documents)
         splits = ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
-        head = f"{self._said[0]}: {len(documents)} documents, {pictures} pictures"
+        head = f"{self._said[0]}: {len(documents)} documents, {images} pictures"
         return "; ".join([head, *self._said[1:], f"splits {splits}"])
 
     def _read(self, data: bytes, name: str, split: str | None) -> Iterator[_Read]:
@@ -211,8 +211,8 @@ class InterleavedFiles:
             try:
                 if not isinstance(record, dict):
                     raise LineFault(*(fault or f"not a JSON object: {record!r:.60}").split(": ", 1))
-                texts, pictures = read_pieces(record, self.mark, self.min_similarity)
-                yield self._document(record, where, texts, pictures, split)
+                texts, images = read_pieces(record, self.mark, self.min_similarity)
+                yield self._document(record, where, texts, images, split)
             except LineFault as found:
                 self.report.fault(found.cause, where, found.what)
             except LineNote as note:
@@ -224,16 +224,16 @@ class InterleavedFiles:
         record: dict[str, Any],
         where: str,
         texts: tuple[str, ...],
-        pictures: list[str],
+        images: list[str],
         split: str | None,
     ) -> _Read:
         if any(map(is_broken, texts)):
             raise LineFault("not valid Unicode", f"{''.join(texts)[:60]!a}")
         texts = tuple("\n".join(filter(None, map(fold, text.split("\n")))) for text in texts)
-        if not pictures:
+        if not images:
             raise LineFault("no picture", f"{''.join(texts)[:60]!r}")
         if is_missing("".join(texts)):
-            raise LineFault("no text", f"{len(pictures)} pictures")
+            raise LineFault("no text", f"{len(images)} pictures")
         try:
             language = language_code(str(record.get("language") or record.get("lang") or ""))
         except ValueError as error:
@@ -244,21 +244,21 @@ class InterleavedFiles:
         name = next(
             (record[key] for key in ("id", "key", "name") if isinstance(record.get(key), str | int)), where
         )
-        return _Read(where, str(name), texts, pictures, language, split)
+        return _Read(where, str(name), texts, images, language, split)
 
     def _find(self, documents: list[_Read], finder: Finder) -> None:
         """Looks the pictures up; a document of which one is missing is left out, as its text speaks of it."""
         for document in documents:
             places: list[Entry] = []
-            for k, name in enumerate(document.pictures):
+            for k, name in enumerate(document.images):
                 found, said = finder.find(name)
                 if isinstance(found, Entry):
                     places.append(found)
                 else:
                     self.report.fault(
-                        found, document.where, f"picture {k + 1} of {len(document.pictures)}: {said}"
+                        found, document.where, f"picture {k + 1} of {len(document.images)}: {said}"
                     )
-            if len(places) == len(document.pictures):
+            if len(places) == len(document.images):
                 document.places = places
 
 

@@ -26,13 +26,13 @@ class Piece(NamedTuple):
     Attributes:
         document: Its place in the split.
         first: Its first picture's number in the document, from 0.
-        pictures: How many of the document's pictures it holds.
+        images: How many of the document's pictures it holds.
         tokens: (q,) ids, one image token a picture.
     """
 
     document: int
     first: int
-    pictures: int
+    images: int
     tokens: np.ndarray
 
 
@@ -48,7 +48,7 @@ class DocumentRows:
         documents: The split.
         tokenizer: Turns texts into ids; it must have an image token.
         max_len: The most tokens of a row.
-        max_pictures: The most pictures of a row.
+        max_images: The most pictures of a row.
         pack: Whether short documents share a row.
         seed: Which documents share one.
         parts: Documents of each part of a mixture; only those of one part share rows.
@@ -70,7 +70,7 @@ class DocumentRows:
         tokenizer: Tokenizer,
         *,
         max_len: int = 256,
-        max_pictures: int = 6,
+        max_images: int = 6,
         pack: bool = True,
         seed: int = 0,
         parts: Sequence[int] | None = None,
@@ -80,9 +80,9 @@ class DocumentRows:
             raise ValueError(
                 f"max_len ({max_len}) must be at least 5 tokens: bos, language, image, text, eos"
             )
-        if max_pictures < 1:
-            raise ValueError(f"max_pictures ({max_pictures}) must be at least 1")
-        self.tokenizer, self.max_len, self.max_pictures = tokenizer, max_len, max_pictures
+        if max_images < 1:
+            raise ValueError(f"max_pictures ({max_images}) must be at least 1")
+        self.tokenizer, self.max_len, self.max_images = tokenizer, max_len, max_images
         self.divided = self.cut = self.unread = self.silent = 0
         self.longest = 0
         self.languages: tuple[str | None, ...] = ()
@@ -96,9 +96,9 @@ class DocumentRows:
             if document.language not in self.languages:
                 self.languages += (document.language,)
             mirrors.append(not any(map(names_a_side, document.texts)))
-            for first, pictures, ids in self._pieces(document):
+            for first, images, ids in self._pieces(document):
                 tokens.append(np.asarray(ids, np.int32))
-                about.append((i, first, pictures))
+                about.append((i, first, images))
                 part_of.append(int(np.searchsorted(ends, i, side="right")))
         if not tokens:
             raise ValueError(f"none of the {len(documents)} documents has a text after a picture")
@@ -113,7 +113,7 @@ class DocumentRows:
         for part in range(len(ends)):
             mine = np.flatnonzero(np.array(part_of) == part)
             some = (
-                _pack(lengths, self._about[:, 2], mine, max_len, max_pictures, seed)
+                _pack(lengths, self._about[:, 2], mine, max_len, max_images, seed)
                 if pack
                 else [[int(piece)] for piece in mine]
             )
@@ -123,7 +123,7 @@ class DocumentRows:
         self._rows = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
         self.lengths = np.add.reduceat(lengths[self._pieces_of], self._rows[:-1])
         """(rows,) tokens of every row."""
-        self.pictures = np.add.reduceat(self._about[self._pieces_of, 2], self._rows[:-1])
+        self.images = np.add.reduceat(self._about[self._pieces_of, 2], self._rows[:-1])
         """(rows,) pictures of every row."""
 
     def __len__(self) -> int:
@@ -135,9 +135,9 @@ class DocumentRows:
         pieces = self._pieces_of[self._rows[i] : self._rows[i + 1]]
         found: list[Piece] = []
         for piece in pieces.tolist():
-            document, first, pictures = self._about[piece].tolist()
+            document, first, images = self._about[piece].tolist()
             tokens = self._tokens[self._starts[piece] : self._starts[piece + 1]]
-            found.append(Piece(document, first, pictures, tokens))
+            found.append(Piece(document, first, images, tokens))
         return found
 
     def fill(self) -> float:
@@ -164,7 +164,7 @@ class DocumentRows:
             lead = self._last_words(lead, least)
         ids, first, parts = head + lead, 0, 0
         for k, chunk in enumerate(chunks):
-            if k > first and (len(ids) + len(chunk) > self.max_len or k - first == self.max_pictures):
+            if k > first and (len(ids) + len(chunk) > self.max_len or k - first == self.max_images):
                 parts += 1
                 yield from self._part(ids, first, k)
                 ids, first = list(head), k
@@ -199,7 +199,7 @@ class DocumentRows:
 
 
 def _pack(
-    lengths: np.ndarray, pictures: np.ndarray, mine: np.ndarray, max_len: int, max_pictures: int, seed: int
+    lengths: np.ndarray, images: np.ndarray, mine: np.ndarray, max_len: int, max_images: int, seed: int
 ) -> list[list[int]]:
     """Puts pieces into rows: the longest first, each into the fullest row that still has room for it.
 
@@ -215,15 +215,15 @@ def _pack(
         opened: list[list[int]] = []
         for piece in window.tolist():
             left = space[: len(opened)]
-            fits = (left >= lengths[piece]) & (frames[: len(opened)] >= pictures[piece])
+            fits = (left >= lengths[piece]) & (frames[: len(opened)] >= images[piece])
             if fits.any():
                 at = int(np.where(fits, left, max_len + 1).argmin())
                 opened[at].append(piece)
             else:
                 at = len(opened)
                 opened.append([piece])
-                space[at], frames[at] = max_len, max_pictures
+                space[at], frames[at] = max_len, max_images
             space[at] -= lengths[piece]
-            frames[at] -= pictures[piece]
+            frames[at] -= images[piece]
         rows += opened
     return rows

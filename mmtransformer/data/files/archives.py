@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 
 ARCHIVES = (".zip", ".tar")
 SQUEEZED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-PICTURES = (
+IMAGES = (
     ".jpg",
     ".jpeg",
     ".jpe",

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import PICTURES, Entry, FileError, Files, nfc
+from mmtransformer.data.files.archives import IMAGES, Entry, FileError, Files, nfc
 from mmtransformer.data.files.tables import (
     Columns,
     Row,
@@ -35,7 +35,7 @@ _SUFFIXES = (*_TABLES, ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token
 # files that lie beside manifests and hold no captions
 _OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
-    r"|image_info_|dataset_?info|package|tokenizer|bad_pictures)[^/]*$",
+    r"|image_info_|dataset_?info|package|tokenizer|bad_images)[^/]*$",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(r"(?P<name>[^\t]+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)
@@ -117,7 +117,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str) 
     tops = {entry.path.split("/")[skip] for entry in entries}
     lone = len(tops) == 1 and bool(entries) and all(entry.path.count("/") > skip for entry in entries)
     # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
-    stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(PICTURES)}
+    stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
     tars = {box.removesuffix(".tar") + ".parquet" for box in files.boxes if box.endswith(".tar")}
     found: list[Manifest] = []
     for entry in entries:
@@ -172,7 +172,7 @@ def _json_format(data: Any) -> str | None:
         return "coco" if any(isinstance(note, dict) and "caption" in note for note in notes[:10]) else None
     if isinstance(images, list):
         return "karpathy" if images and isinstance(images[0], dict) and "sentences" in images[0] else None
-    return "json" if all(str(key).lower().endswith(PICTURES) for key in list(data)[:10]) else None
+    return "json" if all(str(key).lower().endswith(IMAGES) for key in list(data)[:10]) else None
 
 
 def _load_json(files: Files, entry: Entry) -> Any:
@@ -344,11 +344,11 @@ def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
 def read_folder(files: Files) -> Iterator[Row]:
     """Pictures with a .txt of the same name beside them, in folders or archives; the top folders may be splits."""
     texts: dict[str, list[tuple[Entry, str | None]]] = {}
-    pictures: list[Entry] = []
+    images: list[Entry] = []
     for entry in files.entries:
         stem, _, suffix = entry.path.rpartition(".")
-        if f".{suffix.lower()}" in PICTURES:
-            pictures.append(entry)
+        if f".{suffix.lower()}" in IMAGES:
+            images.append(entry)
         elif suffix.lower() == "txt" and not _OTHERS.search(entry.path):
             plain, _, code = stem.rpartition(".")
             texts.setdefault(stem, []).append((entry, None))
@@ -357,14 +357,14 @@ def read_folder(files: Files) -> Iterator[Row]:
     used: set[str] = set()
     tops = {
         word: SPLITS[word.lower()]
-        for e in pictures
+        for e in images
         for word in e.inner.split("/")[:-1]
         if word.lower() in SPLITS
     }
-    for picture in pictures:
+    for image in images:
         faults: list[tuple[str, str]] = []
         captions: list[Caption] = []
-        beside = texts.get(picture.path.rpartition(".")[0], [])
+        beside = texts.get(image.path.rpartition(".")[0], [])
         for entry, language in beside:
             used.add(entry.path)
             try:
@@ -382,8 +382,8 @@ def read_folder(files: Files) -> Iterator[Row]:
             faults.append(cause)
         split = None
         if "train" in tops.values():
-            split = next((tops[word] for word in picture.inner.split("/")[:-1] if word in tops), None)
-        yield Row(picture.path, tuple(captions), split, picture.path, tuple(faults), key=picture)
+            split = next((tops[word] for word in image.inner.split("/")[:-1] if word in tops), None)
+        yield Row(image.path, tuple(captions), split, image.path, tuple(faults), key=image)
     for group in texts.values():
         for entry, _ in group:
             if entry.path not in used:

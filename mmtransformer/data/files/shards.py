@@ -188,7 +188,7 @@ class Shards:
         self, sample: ShardSample, where: str, texts: Sequence[str]
     ) -> tuple[list[Caption], tuple[int, int]] | None:
         """The captions and the picture's place of a sample; None if it can't be used, which is counted."""
-        plain = [picture for picture in sample.pictures if "." not in picture[0]] or sample.pictures
+        plain = [image for image in sample.images if "." not in image[0]] or sample.images
         if len(plain) != 1:
             cause = "several pictures" if plain else "no picture"
             self.report.fault(cause, where, ", ".join(ending for ending, _, _ in plain))

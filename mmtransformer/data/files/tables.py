@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import PICTURES
+from mmtransformer.data.files.archives import IMAGES
 from mmtransformer.data.files.text import (
     CODES,
     LANGUAGES,
@@ -77,13 +77,13 @@ class Columns(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The columns that the user named; None where they are to be found. `pictures` = False: texts alone will do."""
+    """The columns that the user named; None where they are to be found. `images` = False: texts alone will do."""
 
     image: str | None = None
     captions: Sequence[str] | None = None
     language: str | None = None
     split: str | None = None
-    pictures: bool = True
+    images: bool = True
 
 
 def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
@@ -115,7 +115,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
         captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
         if not captions:  # columns called just "en" and "ko", or "한국어"
             captions = tuple((name, code) for name in names if (code := _code(_key(name))))
-    image = image or ("" if not wanted.pictures else None)
+    image = image or ("" if not wanted.images else None)
     missing = [kind for kind, found in (("image", image), ("caption", captions)) if found in (None, ())]
     if missing:
         raise ValueError(
@@ -148,9 +148,9 @@ def _stem(column: str) -> str:
     return re.sub(r"_?\d+$", "", key)
 
 
-def looks_like_picture(cell: str) -> bool:
+def looks_like_image(cell: str) -> bool:
     """Whether a cell ends like the name of a picture."""
-    return cell.strip().lower().endswith(PICTURES)
+    return cell.strip().lower().endswith(IMAGES)
 
 
 def make_row(
@@ -257,12 +257,12 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
     mark = sniff(text[0].text)
     header = [cell.strip() for cell in _cells(text[0].text, mark) or text[0].text.split(mark)]
     start = 1
-    if (len(header) == 2 or wanted.image is None) and any(looks_like_picture(cell) for cell in header):
+    if (len(header) == 2 or wanted.image is None) and any(looks_like_image(cell) for cell in header):
         if len(header) != 2:
             raise ValueError(
                 f"{name} has no header line and {len(header)} columns; write one, such as image{mark}caption"
             )
-        header = ["image", "caption"] if looks_like_picture(header[0]) else ["caption", "image"]
+        header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
         start = 0
     columns = find_columns(header, wanted, name)
     return columns, _rows(text[start:], name, mark, header, columns)
@@ -275,7 +275,7 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
 
     def is_row(line: Any) -> bool:
         cells = line.text.split(mark) if line.text is not None else []
-        return image is not None and len(cells) >= width and looks_like_picture(cells[image])
+        return image is not None and len(cells) >= width and looks_like_image(cells[image])
 
     while at < len(text):
         line, notes = text[at], ()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import MAX_BYTES, PICTURES, SQUEEZED, join, refusal
+from mmtransformer.data.files.archives import IMAGES, MAX_BYTES, SQUEEZED, join, refusal
 from mmtransformer.data.files.tables import read_captions
 from mmtransformer.data.files.text import CODES, lines
 from mmtransformer.data.loading.source import Caption
@@ -35,13 +35,13 @@ class ShardSample(NamedTuple):
 
     Attributes:
         key: That name, with the folders before it.
-        pictures: (ending, offset, size) of each member that ends like a picture.
+        images: (ending, offset, size) of each member that ends like a picture.
         captions: Ending ("txt", "ko.txt", "json") -> the captions in it.
         faults: What is wrong with its texts: (cause, what).
     """
 
     key: str
-    pictures: list[tuple[str, int, int]]
+    images: list[tuple[str, int, int]]
     captions: dict[str, list[Caption]]
     faults: list[tuple[str, str]]
 
@@ -98,15 +98,15 @@ def _sample(row: Any, size: int) -> ShardSample:
     Raises:
         ValueError: If it says something that can't be.
     """
-    key, pictures, captions, faults = row
-    for ending, offset, length in pictures:
+    key, images, captions, faults = row
+    for ending, offset, length in images:
         if not (isinstance(ending, str) and 0 <= offset <= offset + length <= size):
             raise ValueError("a place outside the shard")
     texts = {
         str(ending): [Caption(str(text), None if code is None else str(code)) for text, code in found]
         for ending, found in captions.items()
     }
-    places = [(ending, int(offset), int(length)) for ending, offset, length in pictures]
+    places = [(ending, int(offset), int(length)) for ending, offset, length in images]
     return ShardSample(str(key), places, texts, [(str(cause), str(what)) for cause, what in faults])
 
 
@@ -170,8 +170,8 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
                         f"{shard}: cut short: {path} ends at byte {end:,}, the file has {size:,}"
                     )
                 sample = samples.setdefault(key, ShardSample(key, [], {}, []))
-                if dot and f".{ending.rpartition('.')[2]}" in PICTURES:
-                    sample.pictures.append((ending, info.offset_data, info.size))
+                if dot and f".{ending.rpartition('.')[2]}" in IMAGES:
+                    sample.images.append((ending, info.offset_data, info.size))
                 elif ending.rpartition(".")[2] in TEXTS:
                     data = b""
                     if info.size <= _MAX_TEXT and (found := box.extractfile(info)) is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.errors import BadImages, TooManyFaults
 from mmtransformer.data.loading.features import FeatureCache
 from mmtransformer.data.loading.rows import CaptionRows, Row
 from mmtransformer.data.loading.sampler import Pick, generator, mix
@@ -48,7 +48,7 @@ class CaptionDataset(Dataset[Sample]):
         pairs: The pictures.
         rows: Their captions.
         transform: From picture to pixels.
-        captions_per_picture: Rows of each picture, r.
+        captions_per_image: Rows of each picture, r.
         training: Choose captions by (seed, epoch, index), augment, and train on stand-ins. Otherwise the captions are
             always the same ones, nothing is random, and a stand-in does not count.
         seed: Seed of the run.
@@ -65,16 +65,16 @@ class CaptionDataset(Dataset[Sample]):
         rows: CaptionRows,
         transform: ImageTransform,
         *,
-        captions_per_picture: int = 1,
+        captions_per_image: int = 1,
         training: bool = True,
         seed: int = 0,
         augment: Augment | None = None,
         features: FeatureCache | None = None,
         mirror: bool = False,
-        bad: BadPictures | None = None,
+        bad: BadImages | None = None,
     ):
         self.pairs, self.rows, self.transform = pairs, rows, transform
-        self.captions_per_picture, self.training, self.seed = captions_per_picture, training, seed
+        self.captions_per_image, self.training, self.seed = captions_per_image, training, seed
         self.augment, self.features, self.mirror, self.bad = augment, features, mirror, bad
 
     def __len__(self) -> int:
@@ -86,10 +86,10 @@ class CaptionDataset(Dataset[Sample]):
         epoch, index, counted = pick
         at, visual = self._readable(epoch, index)
         if self.training:
-            chosen = self.rows.choose(self.seed, epoch, np.array([at]), self.captions_per_picture)[0]
+            chosen = self.rows.choose(self.seed, epoch, np.array([at]), self.captions_per_image)[0]
             rows = [self.rows.row(int(caption)) for caption in chosen]
         else:
-            rows = self.rows.fixed(at, self.captions_per_picture)
+            rows = self.rows.fixed(at, self.captions_per_image)
             counted = counted and at == index
         if not counted:
             rows = [row._replace(counted=False) for row in rows]
@@ -140,22 +140,22 @@ class Collate:
         rows = [row for sample in samples for row in sample.rows]
         lengths = np.array([len(row.tokens) for row in rows])
         place = np.arange(lengths.max())
-        valid = place < lengths[:, None]
-        tokens = np.full(valid.shape, self.pad_id, np.int64)
-        tokens[valid] = np.concatenate([row.tokens for row in rows])
-        target = valid & (place >= np.array([row.prompt for row in rows])[:, None])
-        target &= np.array([row.counted for row in rows])[:, None]
+        attention_mask = place < lengths[:, None]
+        tokens = np.full(attention_mask.shape, self.pad_id, np.int64)
+        tokens[attention_mask] = np.concatenate([row.tokens for row in rows])
+        loss_mask = attention_mask & (place >= np.array([row.prompt for row in rows])[:, None])
+        loss_mask &= np.array([row.counted for row in rows])[:, None]
         return CaptionBatch(
             tokens=torch.from_numpy(tokens),
-            valid=torch.from_numpy(valid),
-            target=torch.from_numpy(target),
+            attention_mask=torch.from_numpy(attention_mask),
+            loss_mask=torch.from_numpy(loss_mask),
             pixels=_stack([sample.pixels for sample in samples]),
             visual_tokens=_stack([sample.visual_tokens for sample in samples]),
             names=tuple(sample.name for sample in samples),
             references=tuple(sample.references for sample in samples),
-            media=None
+            image_index=None
             if self.image_id is None
-            else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * valid),
+            else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * attention_mask),
         )
 
 

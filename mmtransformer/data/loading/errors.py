@@ -1,6 +1,6 @@
 """What is wrong with users' data: counted by cause, the first offenders named, and past a threshold an error.
 
-`Report` is for manifests, read once at the start. `BadPictures` is for pictures that fail to decode while a model
+`Report` is for manifests, read once at the start. `BadImages` is for pictures that fail to decode while a model
 trains: it works from every DataLoader worker through one JSON-lines file.
 """
 
@@ -87,14 +87,14 @@ class Report:
         return "\n".join(lines)
 
 
-class BadPictures:
+class BadImages:
     """Pictures that failed to decode in a run: each is counted once, named in a file, and too many stop the run.
 
     Every worker process appends to the same JSON-lines file and counts what all of them have written, so the
     threshold holds over all workers, epochs and resumed runs. Picklable; creates nothing until a picture fails.
 
     Args:
-        path: The report, such as "runs/x/bad_pictures.jsonl".
+        path: The report, such as "runs/x/bad_images.jsonl".
         total: Pictures in the data set.
         max_fraction: Share of them that may fail; one always may, unless this is 0.
     """
@@ -116,7 +116,7 @@ class BadPictures:
         found = self.names()
         if name not in found:
             line = json.dumps(
-                {"picture": name, "error": f"{type(error).__name__}: {error}"}, ensure_ascii=False
+                {"image": name, "error": f"{type(error).__name__}: {error}"}, ensure_ascii=False
             )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # one write with O_APPEND is atomic between processes
@@ -142,7 +142,7 @@ class BadPictures:
             for line in self.path.read_bytes().split(b"\n"):
                 try:
                     row = json.loads(line)
-                    found.setdefault(row["picture"], row["error"])
+                    found.setdefault(row["image"], row["error"])
                 except (ValueError, KeyError, TypeError):
                     continue  # an empty last line, or one cut by a full disk
         return found

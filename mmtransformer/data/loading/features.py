@@ -141,7 +141,7 @@ class FeatureCache:
                     for litter in folder.glob(f".{path.name}.*.part") if alone else ():
                         litter.unlink(missing_ok=True)
                     loader = DataLoader(
-                        _Pictures(pairs, transform),
+                        _Images(pairs, transform),
                         batch_size,
                         num_workers=num_workers,
                         collate_fn=list,
@@ -217,7 +217,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-class _Pictures(Dataset[tuple[int, Tensor | str]]):
+class _Images(Dataset[tuple[int, Tensor | str]]):
     """The pixels (3 height width) of every picture, or what is wrong with it."""
 
     def __init__(self, pairs: Pairs, transform: ImageTransform):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.data.loading.sampler import PictureSampler, Pool, ResumableLoader
+from mmtransformer.data.loading.sampler import IndexSampler, Pool, ResumableLoader
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -206,10 +206,10 @@ class Data(lightning.LightningDataModule, ABC):
 
         def lengths(epoch: int) -> np.ndarray:
             assert tokens is not None
-            index, turn = (np.arange(size), epoch) if pool is None else pool.pictures(epoch)
+            index, turn = (np.arange(size), epoch) if pool is None else pool.images(epoch)
             return tokens(turn, index)
 
-        sampler = PictureSampler(
+        sampler = IndexSampler(
             size if pool is None else pool.size,
             self.batch_size,
             seed=self.seed,

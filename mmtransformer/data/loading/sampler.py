@@ -77,12 +77,12 @@ class Pool(Protocol):
     size: int
     """Pictures of every epoch."""
 
-    def pictures(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def images(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's pictures, (size,), and for each how often it has come before, (size,): a pure function."""
         ...
 
 
-class PictureSampler(Sampler[list[Pick]]):
+class IndexSampler(Sampler[list[Pick]]):
     """Yields the batches of one process, as lists of `Pick`.
 
     All processes see one order of pictures, f(seed, epoch), cut into steps of `batch_size * world` pictures; a process
@@ -96,14 +96,14 @@ class PictureSampler(Sampler[list[Pick]]):
     on the size of a block, not on how a block is shared out.
 
     Args:
-        num_pictures: Pictures in the split.
+        num_images: Pictures in the split.
         batch_size: Pictures in a batch of one process.
         seed: Seed of the order.
         shuffle: Take a new order every epoch; otherwise the pictures come as they are, without grouping.
         lengths: From the epoch to the tokens of every picture, (num_pictures,); None does not group.
         pool: The pictures of each epoch, where they are not all of them once. A picture's `Pick.epoch` is then the
             number of times that it has come before, so that it is never cropped or captioned twice in the same way;
-            `num_pictures` is the pool's size, and `lengths` gives those of the pool's pictures in their order.
+            `num_images` is the pool's size, and `lengths` gives those of the pool's pictures in their order.
         block: Pictures that stay together when grouping; a step (`batch_size * world`) unless told. Give the pictures
             of one optimizer step to make gradient accumulation see the same groups as one large batch.
         window: Blocks in which pictures are sorted by length. More gives less padding and less mixing.
@@ -117,7 +117,7 @@ class PictureSampler(Sampler[list[Pick]]):
 
     def __init__(
         self,
-        num_pictures: int,
+        num_images: int,
         batch_size: int,
         *,
         seed: int = 0,
@@ -135,20 +135,20 @@ class PictureSampler(Sampler[list[Pick]]):
         if not 0 <= rank < world:
             raise ValueError(f"rank ({rank}) must be from 0 to world - 1 ({world - 1})")
         self.step = batch_size * world
-        if num_pictures < (self.step if drop_last else 1):
+        if num_images < (self.step if drop_last else 1):
             raise ValueError(
-                f"{num_pictures} pictures do not fill one step of {batch_size} x {world} processes; "
+                f"{num_images} pictures do not fill one step of {batch_size} x {world} processes; "
                 f"use a smaller batch_size or drop_last=False"
-                if num_pictures
+                if num_images
                 else "there are no pictures to sample from (0)"
             )
         if (block is not None and block < 1) or window < 1:
             raise ValueError(f"block ({block}) and window ({window}) must be at least 1")
-        if pool is not None and (not shuffle or pool.size != num_pictures):
+        if pool is not None and (not shuffle or pool.size != num_images):
             raise ValueError(
-                f"a pool of {pool.size} pictures needs num_pictures={pool.size} (not {num_pictures}) and shuffle"
+                f"a pool of {pool.size} pictures needs num_pictures={pool.size} (not {num_images}) and shuffle"
             )
-        self.num_pictures, self.batch_size, self.seed, self.shuffle = num_pictures, batch_size, seed, shuffle
+        self.num_images, self.batch_size, self.seed, self.shuffle = num_images, batch_size, seed, shuffle
         self.lengths, self.pool = lengths, pool
         self.block, self.window = block or self.step, window
         self.rank, self.world, self.drop_last = rank, world, drop_last
@@ -160,7 +160,7 @@ class PictureSampler(Sampler[list[Pick]]):
         )
 
     @property
-    def sampler(self) -> "PictureSampler":
+    def sampler(self) -> "IndexSampler":
         """Itself: Lightning calls `set_epoch` on `dataloader.batch_sampler.sampler`."""
         return self
 
@@ -172,8 +172,8 @@ class PictureSampler(Sampler[list[Pick]]):
     def order(self, epoch: int) -> np.ndarray:
         """All pictures (of the pool) in the order of an epoch, (num_pictures,): a pure function of (seed, epoch)."""
         if not self.shuffle:
-            return np.arange(self.num_pictures)
-        order = np.argsort(mix(self.seed, epoch, np.arange(self.num_pictures)), kind="stable")
+            return np.arange(self.num_images)
+        order = np.argsort(mix(self.seed, epoch, np.arange(self.num_images)), kind="stable")
         if self.lengths is None:
             return order
         block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block
@@ -192,9 +192,9 @@ class PictureSampler(Sampler[list[Pick]]):
     def __iter__(self) -> Iterator[list[Pick]]:
         order = self.order(self.epoch)
         if self.pool is None:
-            picks = np.stack([np.full(self.num_pictures, self.epoch), order], axis=1)
+            picks = np.stack([np.full(self.num_images, self.epoch), order], axis=1)
         else:
-            index, epoch = self.pool.pictures(self.epoch)
+            index, epoch = self.pool.images(self.epoch)
             picks = np.stack([epoch, index], axis=1)[order]
         first, self.start = self.start, 0
         for start in range(first, self._end, self.step):
@@ -208,7 +208,7 @@ class PictureSampler(Sampler[list[Pick]]):
 
     @property
     def _end(self) -> int:
-        return self.num_pictures - (self.num_pictures % self.step if self.drop_last else 0)
+        return self.num_images - (self.num_images % self.step if self.drop_last else 0)
 
     def state_dict(self) -> dict[str, int]:
         """The place in the run, which is good for any number of processes and workers."""
@@ -216,7 +216,7 @@ class PictureSampler(Sampler[list[Pick]]):
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
-            "num_pictures": self.num_pictures,
+            "num_images": self.num_images,
             "block": self.begun[1] if self.begun and self.begun[0] == self.epoch else self.block,
         }
 
@@ -226,7 +226,7 @@ class PictureSampler(Sampler[list[Pick]]):
         Raises:
             ValueError: If the state is of another order of pictures.
         """
-        for key in ("seed", "num_pictures"):
+        for key in ("seed", "num_images"):
             if state[key] != getattr(self, key):
                 raise ValueError(
                     f"cannot resume: {key} was {state[key]} and is now {getattr(self, key)}, so the order of the "
@@ -237,7 +237,7 @@ class PictureSampler(Sampler[list[Pick]]):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader over a `PictureSampler` that knows how far the run has got.
+    """A DataLoader over a `IndexSampler` that knows how far the run has got.
 
     What counts is what was handed out, not what the workers have prepared, so `state_dict` is exact at any batch.
     Iterating starts at the first `next`, not at `iter`, because Lightning calls `iter` before it sets the epoch. The
@@ -254,7 +254,7 @@ class ResumableLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
-        sampler: PictureSampler,
+        sampler: IndexSampler,
         collate: Callable[[list[Any]], Any],
         *,
         num_workers: int = 0,
@@ -276,7 +276,7 @@ class ResumableLoader(DataLoader):
         sampler = self.place
         epoch, position = sampler.epoch, sampler.start
         for batch in super().__iter__():
-            position = min(position + sampler.step, sampler.num_pictures)
+            position = min(position + sampler.step, sampler.num_images)
             if sampler.epoch == epoch:
                 sampler.position = position
             yield batch
@@ -286,5 +286,5 @@ class ResumableLoader(DataLoader):
         return self.place.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batch that a state was taken at; see `PictureSampler.load_state_dict`."""
+        """Go on after the batch that a state was taken at; see `IndexSampler.load_state_dict`."""
         self.place.load_state_dict(state)

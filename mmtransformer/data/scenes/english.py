@@ -65,7 +65,7 @@ def _back(word: str, group: Group) -> str:
 def phrases(scene: Scene) -> list[Phrase]:
     """All sentence patterns that fit a scene; each writes one caption."""
     if len(scene.groups) == 1:
-        return [_bare, _there, _shows, _picture]
+        return [_bare, _there, _shows, _image]
     patterns: list[Phrase] = [_states, _there_states, _walks]
     kinds = {kind for _, kind, _ in scene.relations}
     if len(scene.groups) == 2:
@@ -88,7 +88,7 @@ def _shows(scene: Scene, rng: random.Random) -> str:
     return f"the picture shows {_bare(scene, rng)}"
 
 
-def _picture(scene: Scene, rng: random.Random) -> str:
+def _image(scene: Scene, rng: random.Random) -> str:
     return f"a picture of {_bare(scene, rng)}"
 
 

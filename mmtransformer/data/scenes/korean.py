@@ -124,7 +124,7 @@ def _subject(group: Group, rng: random.Random, particle: str = "이/가") -> str
 def phrases(scene: Scene) -> list[Phrase]:
     """All sentence patterns that fit a scene; each writes one caption."""
     if len(scene.groups) == 1:
-        return [_bare, _there, _there_are, _picture, _in_picture]
+        return [_bare, _there, _there_are, _image, _in_image]
     kinds = {kind for _, kind, _ in scene.relations}
     if len(scene.groups) == 2:
         if kinds == {"inside"}:
@@ -149,11 +149,11 @@ def _there_are(scene: Scene, rng: random.Random) -> str:
     return f"{with_particle(_adjectives_and_noun(group), '이/가')} {_number(group, rng)} 있다"
 
 
-def _picture(scene: Scene, rng: random.Random) -> str:
+def _image(scene: Scene, rng: random.Random) -> str:
     return f"{_subject(scene.groups[0], rng)} 있는 그림"
 
 
-def _in_picture(scene: Scene, rng: random.Random) -> str:
+def _in_image(scene: Scene, rng: random.Random) -> str:
     return f"그림에 {_subject(scene.groups[0], rng)} 있다"
 
 

@@ -37,7 +37,7 @@ class SceneDocumentSplit:
         image_size: side of the square pictures, px.
         seed: part of the key of all chance.
         world: what there is to see.
-        pictures: the fewest and the most pictures of a document.
+        images: the fewest and the most pictures of a document.
         ways: the ways of speaking there are.
         languages: the languages there are.
         openings: share of documents that begin with a few words before the first picture.
@@ -51,7 +51,7 @@ class SceneDocumentSplit:
         image_size: int,
         seed: int,
         world: World,
-        pictures: tuple[int, int],
+        images: tuple[int, int],
         ways: Sequence[Way],
         languages: Sequence[str],
         openings: float,
@@ -63,8 +63,8 @@ class SceneDocumentSplit:
             seed,
             world,
         )
-        self.pictures, self.ways, self.languages, self.openings = (
-            pictures,
+        self.images, self.ways, self.languages, self.openings = (
+            images,
             tuple(ways),
             tuple(languages),
             openings,
@@ -94,15 +94,15 @@ class SceneDocumentSplit:
         """The texts of document i."""
         language, way, chance = self.language(i), self.way(i), self._chance(i, "text")
         opening = chance.choice(_OPENINGS[language]) if chance.random() < self.openings else ""
-        count = chance.randint(*self.pictures)
+        count = chance.randint(*self.images)
         texts = [answer(self.scene(i, k), way, language, chance) for k in range(count)]
         return Document((opening, *texts), language)
 
-    def picture_name(self, i: int, k: int) -> str:
+    def image_name(self, i: int, k: int) -> str:
         """The name of picture k of document i."""
         return f"{self.name(i)}/{k}"
 
-    def picture(self, i: int, k: int) -> Image.Image:
+    def image(self, i: int, k: int) -> Image.Image:
         """Picture k of document i as RGB."""
         return draw(self.scene(i, k), self.image_size, self.world.clutter)
 
@@ -167,7 +167,7 @@ class SceneDocuments:
         seed: another seed is another data set.
         train_size: documents to train on.
         val_size: documents to validate on.
-        pictures: the fewest and the most pictures of a document.
+        images: the fewest and the most pictures of a document.
         ways: the ways of speaking, one a document: "description", or one fact of the picture's first group: "color",
             "shape", "count", "size", "fill".
         languages: language codes, "en" and "ko"; one a document.
@@ -184,7 +184,7 @@ class SceneDocuments:
         seed: int = 0,
         train_size: int = 20000,
         val_size: int = 200,
-        pictures: tuple[int, int] = (2, 5),
+        images: tuple[int, int] = (2, 5),
         ways: Sequence[Way] = WAYS,
         languages: Sequence[str] = ("en", "ko"),
         openings: float = 0.2,
@@ -195,9 +195,9 @@ class SceneDocuments:
         for field, number in (("train_size", train_size), ("val_size", val_size)):
             if number < 1:
                 raise ValueError(f"{field} must be at least 1, got {number}")
-        if not 1 <= pictures[0] <= pictures[1]:
+        if not 1 <= images[0] <= images[1]:
             raise ValueError(
-                f"pictures must be the fewest (at least 1) and the most of a document, got {pictures}"
+                f"images must be the fewest (at least 1) and the most of a document, got {images}"
             )
         if not 0 <= openings <= 1:
             raise ValueError(f"openings is a share, from 0 to 1, got {openings}")
@@ -205,7 +205,7 @@ class SceneDocuments:
             if not values or set(values) - set(known) or len(set(values)) < len(values):
                 raise ValueError(f"{field} must be different ones of {', '.join(known)}, got {list(values)}")
         self.image_size, self.seed, self.train_size, self.val_size = image_size, seed, train_size, val_size
-        self.pictures, self.ways, self.openings, self.world = pictures, tuple(ways), openings, world
+        self.images, self.ways, self.openings, self.world = images, tuple(ways), openings, world
         self.languages: tuple[str, ...] = tuple(languages)
 
     def splits(self) -> tuple[str, ...]:
@@ -226,7 +226,7 @@ class SceneDocuments:
             image_size=self.image_size,
             seed=self.seed,
             world=self.world,
-            pictures=self.pictures,
+            images=self.images,
             ways=self.ways,
             languages=self.languages,
             openings=self.openings,

@@ -29,20 +29,20 @@ class MaskedBatch(Batch):
     Attributes:
         tokens: (b q) long, as the model sees them.
         labels: (b q) long, as they were.
-        target: (b q) bool, True = a token that the model must fill in.
+        loss_mask: (b q) bool, True = a token that the model must fill in.
         words: (b q) long, number of each token's word in its row; below 0 = special tokens and padding.
         types: (b q) long, 0 = first text, 1 = second.
-        valid: (b q) bool, True = a real token.
+        attention_mask: (b q) bool, True = a real token.
         other: (b) long, 0 = both texts are of one group, 1 = they are not, -1 = there is no second text.
         names: the rows' names.
     """
 
     tokens: Tensor
     labels: Tensor
-    target: Tensor
+    loss_mask: Tensor
     words: Tensor
     types: Tensor
-    valid: Tensor
+    attention_mask: Tensor
     other: Tensor
     names: tuple[str, ...] = ()
 
@@ -206,22 +206,25 @@ class MaskedCollate:
         """Pad, and hide words."""
         lengths = np.array([len(sample.ids) for sample in samples])
         place = np.arange(lengths.max())
-        valid = place < lengths[:, None]
-        labels, words = np.full(valid.shape, self.pad_id, np.int64), np.full(valid.shape, -1, np.int64)
-        labels[valid] = np.concatenate([sample.ids for sample in samples])
-        words[valid] = np.concatenate([sample.words for sample in samples])
+        attention_mask = place < lengths[:, None]
+        labels, words = (
+            np.full(attention_mask.shape, self.pad_id, np.int64),
+            np.full(attention_mask.shape, -1, np.int64),
+        )
+        labels[attention_mask] = np.concatenate([sample.ids for sample in samples])
+        words[attention_mask] = np.concatenate([sample.words for sample in samples])
         keys = np.array([sample.keys for sample in samples])
-        tokens, target = self.masking.hide(labels, words, keys)
+        tokens, loss_mask = self.masking.hide(labels, words, keys)
         counted = np.array([sample.counted for sample in samples])
         second = np.array([sample.second for sample in samples])
         other = np.where(counted, np.array([sample.other for sample in samples]), -1)
         found = {
             "tokens": tokens,
             "labels": labels,
-            "target": target & counted[:, None],
+            "loss_mask": loss_mask & counted[:, None],
             "words": words,
-            "types": (valid & (place >= second[:, None])).astype(np.int64),
-            "valid": valid,
+            "types": (attention_mask & (place >= second[:, None])).astype(np.int64),
+            "attention_mask": attention_mask,
             "other": other,
         }
         names = tuple(f"{self.name} {sample.keys[2]}" for sample in samples if sample.counted)

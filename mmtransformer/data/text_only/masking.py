@@ -94,7 +94,7 @@ class Masking:
         asked = [column[:, None] for column in keys.T]
         units = words if self.whole_words else np.where(words >= 0, place, -1)
         order = np.argsort(mix(*asked, place, 11), axis=1, kind="stable")
-        target = np.zeros(tokens.shape, bool)
+        loss_mask = np.zeros(tokens.shape, bool)
         for row, (unit, first) in enumerate(zip(units, order, strict=True)):
             sizes = np.bincount(unit[unit >= 0])
             room = max(1, round(self.share * int(sizes.sum())))
@@ -107,10 +107,10 @@ class Masking:
                         break
             if not chosen and len(sizes):  # every word is longer than the share: the first one, then
                 chosen = [next(number for number in unit[first].tolist() if number >= 0)]
-            target[row] = np.isin(unit, chosen)
+            loss_mask[row] = np.isin(unit, chosen)
         draw = mix(*asked, place, 12) / 2.0**64
         other = self.ordinary[(mix(*asked, place, 13) % np.uint64(len(self.ordinary))).astype(np.int64)]
         seen = np.where(
             draw < self.hidden, self.mask_id, np.where(draw < self.hidden + self.changed, other, tokens)
         )
-        return np.where(target, seen, tokens), target
+        return np.where(loss_mask, seen, tokens), loss_mask

@@ -24,14 +24,14 @@ class TextRow(NamedTuple):
 
     Attributes:
         tokens: (q,) ids.
-        segments: (q,) number of each token's text in the row, from 0.
-        target: (q,) bool: text and end, not prompts, not the tokens that a part of a long text repeats.
+        document_ids: (q,) number of each token's text in the row, from 0.
+        loss_mask: (q,) bool: text and end, not prompts, not the tokens that a part of a long text repeats.
         parts: Numbers of the parts (see `TextRows`) in it, from left to right.
     """
 
     tokens: np.ndarray
-    segments: np.ndarray
-    target: np.ndarray
+    document_ids: np.ndarray
+    loss_mask: np.ndarray
     parts: np.ndarray
 
 
@@ -108,7 +108,7 @@ class TextRows:
     @cached_property
     def bits_per_byte(self) -> float:
         """What makes bits a byte of text of a mean loss in nats a target token."""
-        return float(self.target.sum() / self.bytes.sum() / math.log(2.0))
+        return float(self.loss_mask.sum() / self.bytes.sum() / math.log(2.0))
 
     def __len__(self) -> int:
         """The number of rows, the same in every epoch."""
@@ -120,7 +120,7 @@ class TextRows:
         return 1 - float(self.lengths.sum()) / (len(self) * self.row_len)
 
     @property
-    def target(self) -> np.ndarray:
+    def loss_mask(self) -> np.ndarray:
         """(t,) bool: which of `tokens` are to be predicted: texts and ends, not prompts."""
         sizes = np.diff(self.starts)
         return np.arange(len(self.tokens)) >= np.repeat(self.starts[:-1] + self.prompt, sizes)
@@ -142,8 +142,8 @@ class TextRows:
         first = np.repeat(np.cumsum(sizes) - sizes, sizes)
         return TextRow(
             tokens=np.concatenate([self.tokens[span] for span in spans]),
-            segments=np.repeat(np.arange(len(parts)), sizes),
-            target=np.arange(len(first)) - first >= np.repeat(self._skip[parts], sizes),
+            document_ids=np.repeat(np.arange(len(parts)), sizes),
+            loss_mask=np.arange(len(first)) - first >= np.repeat(self._skip[parts], sizes),
             parts=parts,
         )
 

@@ -130,7 +130,7 @@ class TextFiles:
             raise ValueError(f"val_fraction ({val_fraction}) must be at least 0 and below 1")
         self.unit, self.val_fraction, self.max_bad = unit, val_fraction, max_bad
         columns = (text_column,) if isinstance(text_column, str) else text_column
-        self._wanted = Wanted(None, columns, language_column, split_column, pictures=False)
+        self._wanted = Wanted(None, columns, language_column, split_column, images=False)
         groups = [group for path in paths for group in self._settle_splits(str(path))]
         self._splits = _settle_languages(groups, language)
         self.repeated = self._drop_repeated()

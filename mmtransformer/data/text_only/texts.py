@@ -30,14 +30,14 @@ class TextBatch(Batch):
 
     Attributes:
         tokens: (b q) long: prompt, text and end-of-sequence, again and again.
-        segments: (b q) long: which text (or part of a long one) of the split a token belongs to; below 0 = padding.
-        target: (b q) bool, True = a token that the model must predict: text and end, not prompt, not padding.
+        document_ids: (b q) long: which text (or part of a long one) of the split a token belongs to; below 0 = padding.
+        loss_mask: (b q) bool, True = a token that the model must predict: text and end, not prompt, not padding.
         names: the names of the texts, "train 17".
     """
 
     tokens: Tensor
-    segments: Tensor
-    target: Tensor
+    document_ids: Tensor
+    loss_mask: Tensor
     names: tuple[str, ...] = ()
 
 
@@ -77,17 +77,17 @@ class TextCollate:
         """Stack the rows."""
         shape = (len(samples), max(len(row.tokens) for row, _ in samples))
         tokens = np.full(shape, self.pad_id, np.int64)
-        segments = np.tile(-1 - np.arange(shape[1]), (shape[0], 1))  # padding sees nothing but itself
-        target, parts = np.zeros(shape, bool), list[int]()
+        document_ids = np.tile(-1 - np.arange(shape[1]), (shape[0], 1))  # padding sees nothing but itself
+        loss_mask, parts = np.zeros(shape, bool), list[int]()
         for i, (row, counted) in enumerate(samples):
             end = len(row.tokens)
-            tokens[i, :end], target[i, :end] = row.tokens, row.target & counted
-            segments[i, :end] = row.parts[row.segments]
+            tokens[i, :end], loss_mask[i, :end] = row.tokens, row.loss_mask & counted
+            document_ids[i, :end] = row.parts[row.document_ids]
             parts += row.parts.tolist() if counted else []
         return TextBatch(
             tokens=torch.from_numpy(tokens),
-            segments=torch.from_numpy(segments),
-            target=torch.from_numpy(target),
+            document_ids=torch.from_numpy(document_ids),
+            loss_mask=torch.from_numpy(loss_mask),
             names=tuple(f"{self.name} {text}" for text in self.text_of[parts].tolist()),
         )
 

@@ -88,7 +88,7 @@ def sample_captions(
     with torch.autocast(device.type, enabled=False):  # on a CPU it cannot stack a cache's float16
         batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
-    greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens, mark_pictures=data.mark_pictures)
+    greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens, mark_images=data.mark_images)
     (rows,) = write_captions(captioner, data.tokenizer, batch, languages, decoding=greedy)
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmtransformer.data.loading.sampler import PictureSampler
+from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.training.engine.average import Average
 from mmtransformer.training.engine.checkpoints import tensor_bytes
 from mmtransformer.training.engine.precision import KERNEL_BYTES, few_kernels
@@ -220,7 +220,7 @@ def private_bytes() -> int:
     return 1024 * sum(int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssShmem:"))
 
 
-def longest_soon(sampler: PictureSampler) -> None:
+def longest_soon(sampler: IndexSampler) -> None:
     """Lets the batch that holds a run's longest sample come third: its padding decides what the run needs."""
     order, lengths, step = sampler.order, sampler.lengths, sampler.step
     if lengths is None:
@@ -265,4 +265,4 @@ def cache_bytes(module: nn.Module, data: Any) -> int:
         one = captioner.encode(torch.zeros(1, 1, 3, height, width)).numel()
     width_of = {"float16": 2, "bfloat16": 2, "float32": 4}[kind]
     splits = {data.train_split: 2 if data.flip_features else 1} | dict.fromkeys(data.val_splits, 1)
-    return sum(len(data.pairs(split)) * copies for split, copies in splits.items()) * one * width_of
+    return sum(len(data.pairs(split)) * expand_size for split, expand_size in splits.items()) * one * width_of

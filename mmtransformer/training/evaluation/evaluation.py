@@ -200,7 +200,7 @@ def image_use(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, di
     """The losses of the image-use check out of a trainer's metrics, by split."""
     found: dict[str, dict[str, float]] = {}
     for split in splits:
-        names = ("loss", "loss_right", "loss_other_picture", "loss_blank_picture")
+        names = ("loss", "loss_right", "loss_other_image", "loss_blank_image")
         losses = {name: float(metrics[f"{split}/{name}"]) for name in names if f"{split}/{name}" in metrics}
         if losses:
             found[split] = losses

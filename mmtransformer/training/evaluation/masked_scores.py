@@ -82,19 +82,19 @@ def score_masked(
     nats, pairs, known, rows = 0.0, 0, 0, 0
     for batch in islice(data.loader(split), limit_batches):
         losses, guesses, told = _answers(encoder, batch.to(device))
-        labels = batch.labels[batch.target].numpy()
+        labels = batch.labels[batch.loss_mask].numpy()
         nats += float(losses.sum())
         seen = np.where(batch.tokens == mask_id, -1, batch.tokens)
         edge = np.full((len(seen), 1), -1)
-        target = batch.target.numpy()
-        left = np.concatenate([edge, seen[:, :-1]], axis=1)[target]
-        following = np.concatenate([seen[:, 1:], edge], axis=1)[target]
+        loss_mask = batch.loss_mask.numpy()
+        left = np.concatenate([edge, seen[:, :-1]], axis=1)[loss_mask]
+        following = np.concatenate([seen[:, 1:], edge], axis=1)[loss_mask]
         right["model"].append(guesses == labels)
         right["unigram"].append(labels == baseline.unigram)
         right["bigram"].append(baseline.guess(left, following) == labels)
-        row = np.broadcast_to(np.arange(len(target))[:, None] + rows, target.shape)[target]
-        words.append(row * 10_000 + batch.words.numpy()[target])
-        rows += len(target)
+        row = np.broadcast_to(np.arange(len(loss_mask))[:, None] + rows, loss_mask.shape)[loss_mask]
+        words.append(row * 10_000 + batch.words.numpy()[loss_mask])
+        rows += len(loss_mask)
         if told is not None:
             asked = batch.other >= 0
             known += int(asked.sum())
@@ -124,11 +124,13 @@ def _all_of(word: np.ndarray, hits: np.ndarray) -> np.ndarray:
 def _answers(encoder: TextEncoder, batch: MaskedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Losses (m,) and guesses (m,) of the hidden tokens, and what is told of the pairs."""
     with fast_autocast(batch.tokens.device):
-        hidden = encoder(batch.tokens, batch.types if encoder.num_types > 1 else None, valid=batch.valid)
-        logits = encoder.words(hidden[batch.target]).float()
+        hidden = encoder(
+            batch.tokens, batch.types if encoder.num_types > 1 else None, attention_mask=batch.attention_mask
+        )
+        logits = encoder.words(hidden[batch.loss_mask]).float()
         known = batch.other >= 0
         told = encoder.follows(hidden[known]).argmax(-1) if encoder.sentence_head and known.any() else None
-    losses = F.cross_entropy(logits, batch.labels[batch.target], reduction="none")
+    losses = F.cross_entropy(logits, batch.labels[batch.loss_mask], reduction="none")
     answers = (losses.double(), logits.argmax(-1), told)
     return tuple(None if a is None else a.cpu().numpy() for a in answers)  # pyright: ignore[reportReturnType]
 
@@ -139,9 +141,9 @@ def count_neighbours(data: MaskedData) -> NeighbourGuess:
     bos, eos = data.tokenizer.bos_id, data.tokenizer.eos_id
     tokens = np.concatenate([np.concatenate([[bos], ids, [eos]]) for ids in rows.ids])
     starts = np.concatenate([[0], np.cumsum(rows.sizes + 2)])
-    target = np.ones(len(tokens), bool)
-    target[starts[:-1]] = target[starts[1:] - 1] = False
-    return NeighbourGuess(data.tokenizer.vocab_size).fit(tokens, starts, target)
+    loss_mask = np.ones(len(tokens), bool)
+    loss_mask[starts[:-1]] = loss_mask[starts[1:] - 1] = False
+    return NeighbourGuess(data.tokenizer.vocab_size).fit(tokens, starts, loss_mask)
 
 
 @torch.inference_mode()
@@ -158,25 +160,27 @@ def fill_in(
     """
     _, guesses, _ = _answers(encoder, batch)
     filled = batch.labels.clone()
-    filled[batch.target] = torch.from_numpy(guesses).to(filled)
+    filled[batch.loss_mask] = torch.from_numpy(guesses).to(filled)
     chosen = range(len(filled)) if rows is None else rows
     return [" ".join(_words(tokenizer, batch, filled, row)).strip() for row in chosen]
 
 
 def _words(tokenizer: Tokenizer, batch: MaskedBatch, filled: Tensor, row: int) -> Iterator[str]:
-    words, target = batch.words[row].tolist(), batch.target[row].tolist()
+    words, loss_mask = batch.words[row].tolist(), batch.loss_mask[row].tolist()
     at = 0
     while at < len(words):
         end = at + 1
         while end < len(words) and words[end] == words[at] and words[at] >= 0:
             end += 1
         if words[at] < 0:
-            second = batch.valid[row, at] and at and end < len(words) and batch.valid[row, end]
+            second = (
+                batch.attention_mask[row, at] and at and end < len(words) and batch.attention_mask[row, end]
+            )
             yield from ["/"] if second else []
         else:
             truth = _text(tokenizer, batch.labels[row, at:end])
             said = _text(tokenizer, filled[row, at:end])
-            if any(target[at:end]):
+            if any(loss_mask[at:end]):
                 yield f"[{said}]" if said == truth else f"[{said}: {truth}]"
             else:
                 yield truth

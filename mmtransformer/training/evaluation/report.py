@@ -79,15 +79,15 @@ def make_cards(
     splits = [split for split, by in evaluation.predictions.items() if any(by.values())]
     for turn, split in enumerate(splits):
         by = evaluation.predictions[split]
-        pictures: dict[int, list[Prediction]] = {}
+        images: dict[int, list[Prediction]] = {}
         for predictions in by.values():
             for prediction in predictions:
-                pictures.setdefault(prediction.index, []).append(prediction)
+                images.setdefault(prediction.index, []).append(prediction)
         share = num_cards // len(splits) + (turn < num_cards % len(splits))
-        indices = sorted(pictures)
+        indices = sorted(images)
         for k in range(min(share, len(indices))):
             index = indices[k * len(indices) // min(share, len(indices))]
-            if (card := _card(model, data, split, pictures[index])) is not None:
+            if (card := _card(model, data, split, images[index])) is not None:
                 cards.append(card)
     return cards
 
@@ -113,7 +113,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
                 score=p.said.log_prob / max(len(p.said.tokens) + 1, 1),
                 facts=claims,
                 words=[word for word, _ in p.said.words],
-                heat=model.heat(image, p.said) if p.said.words else None,
+                heat=model.heatmap(image, p.said) if p.said.words else None,
                 box=box,
             )
         )

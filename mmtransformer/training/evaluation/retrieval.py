@@ -21,7 +21,7 @@ from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.images import ImageError
 from mmtransformer.metrics.retrieval import recall_at_k
-from mmtransformer.plots.retrieval import FoundPictures, FoundTexts, Mark, retrieval_sheet
+from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, retrieval_sheet
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY
 
@@ -33,14 +33,14 @@ class Scored:
     """The similarities of a split's captions in one language with its pictures.
 
     Attributes:
-        pictures: places of the c pictures in their split.
+        images: places of the c pictures in their split.
         texts: the t captions.
         owner: for each caption, the row of its picture.
         similarity: (c t), larger = nearer.
         matched: (c t), what stands in its place where the best were matched again; None = they were not.
     """
 
-    pictures: list[int]
+    images: list[int]
     texts: list[str]
     owner: list[int]
     similarity: np.ndarray
@@ -64,7 +64,7 @@ class Retrieval:
         """Plain data for `metrics.json`: fractions of 1, with the sizes of the pools."""
         return {
             split: {
-                code: s.recalls() | {"pictures": len(s.pictures), "captions": len(s.texts)}
+                code: s.recalls() | {"images": len(s.images), "captions": len(s.texts)}
                 for code, s in by.items()
             }
             for split, by in self.splits.items()
@@ -76,7 +76,7 @@ class Retrieval:
         for split, by in self.splits.items():
             for code, s in by.items():
                 name = split if code == ANY else f"{split} {code}"
-                lines.append(f"{name}: {len(s.pictures)} pictures, {len(s.texts)} captions")
+                lines.append(f"{name}: {len(s.images)} pictures, {len(s.texts)} captions")
                 for kind, recalls in s.recalls().items():
                     for way, label in (("text", "picture -> caption"), ("image", "caption -> picture")):
                         cells = "".join(f"{100 * recalls[f'{way}_recall@{k}']:>8.1f}" for k in KS)
@@ -109,41 +109,41 @@ def draw_retrieval(
         top: How many of the nearest are shown.
     """
     pools = [(split, code, s) for split, by in retrieval.splits.items() for code, s in by.items()]
-    by_text: list[FoundPictures] = []
-    by_picture: list[FoundTexts] = []
+    by_text: list[FoundImages] = []
+    by_image: list[FoundTexts] = []
     for turn in range(searches):
         split, code, s = pools[turn % len(pools)]
         pairs, scores = data.pairs(split), s.similarity if s.matched is None else s.matched
         language, share = None if code == ANY else code, (turn + 0.5) / searches
-        column, row = int(share * len(s.texts)), int(share * len(s.pictures))
+        column, row = int(share * len(s.texts)), int(share * len(s.images))
         with contextlib.suppress(ImageError):  # it was found by its cached features, and has gone since
             best = np.argsort(-scores[:, column], kind="stable")[:top].tolist()
             marks: list[Mark] = [_mark(pairs, s, i, column, language) for i in best]
             rank = int((scores[:, column] >= scores[s.owner[column], column]).sum())
-            images = [pairs.image(s.pictures[i]) for i in best]
-            by_text.append(FoundPictures(s.texts[column], images, marks, rank, language))
+            images = [pairs.image(s.images[i]) for i in best]
+            by_text.append(FoundImages(s.texts[column], images, marks, rank, language))
         with contextlib.suppress(ImageError):
             best = np.argsort(-scores[row], kind="stable")[:top].tolist()
             kinds: list[Mark] = [_mark(pairs, s, row, j, language) for j in best]
             own = np.array(s.owner) == row
             rank = 1 + int((scores[row][~own] >= scores[row][own].max()).sum())
-            image = pairs.image(s.pictures[row])
-            by_picture.append(FoundTexts(image, [s.texts[j] for j in best], kinds, rank, language))
-    if by_text or by_picture:
+            image = pairs.image(s.images[row])
+            by_image.append(FoundTexts(image, [s.texts[j] for j in best], kinds, rank, language))
+    if by_text or by_image:
         subtitle = "; ".join(
             f"{split}{'' if code == ANY else f' {code}'}: recall@1 "
             f"{100 * s.recalls()['itc']['text_recall@1']:.1f} % of captions, "
             f"{100 * s.recalls()['itc']['image_recall@1']:.1f} % of pictures"
             for split, code, s in pools
         )
-        retrieval_sheet(by_text, by_picture, path, title=title, subtitle=subtitle)
+        retrieval_sheet(by_text, by_image, path, title=title, subtitle=subtitle)
 
 
 def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) -> Mark:
     if s.owner[column] == row:
         return "own"
     if isinstance(pairs, SceneSplit) and language:
-        claims = judge(s.texts[column], pairs.scene(s.pictures[row]), language).claims
+        claims = judge(s.texts[column], pairs.scene(s.images[row]), language).claims
         return "true" if claims and all(right for _, right in claims) else "other"
     return "other"
 
@@ -193,25 +193,25 @@ def _split(
 ) -> dict[str, Scored]:
     rows = data.rows(split)
     vectors: list[Tensor] = []
-    pictures: list[int] = []
+    images: list[int] = []
     for places, batch in _batches(data, split, limit):
-        seen = model.qformer.see(model.context(batch.to(device)))
+        seen = model.qformer.encode_queries(model.context(batch.to(device)))
         chosen = torch.tensor([at for at, _ in places], device=seen.queries.device)
-        vectors.append(model.embed_pictures(seen.queries[chosen]).float())
-        pictures += [i for _, i in places]
-    images = torch.cat(vectors)
+        vectors.append(model.embed_images(seen.queries[chosen]).float())
+        images += [i for _, i in places]
+    embeds = torch.cat(vectors)
 
     captions = [
-        (row, int(j)) for row, i in enumerate(pictures) for j in range(rows.first[i], rows.first[i + 1])
+        (row, int(j)) for row, i in enumerate(images) for j in range(rows.first[i], rows.first[i + 1])
     ]
     tokens = [rows.row(j).tokens for _, j in captions]
-    said = [rows.captions[pictures[row]][j - int(rows.first[pictures[row]])] for row, j in captions]
-    texts = torch.empty(len(captions), images.shape[2], device=images.device)
+    said = [rows.captions[images[row]][j - int(rows.first[images[row]])] for row, j in captions]
+    texts = torch.empty(len(captions), embeds.shape[2], device=embeds.device)
     for chosen in _by_length([len(t) for t in tokens], size):
-        ids, valid = _padded([tokens[j] for j in chosen], data.tokenizer, device)
-        texts[torch.tensor(chosen, device=texts.device)] = model.embed_texts(ids, valid).float()
-    with torch.autocast(images.device.type, enabled=False):
-        near = torch.stack([(image @ texts.T).amax(0) for image in images]).cpu()
+        ids, attention_mask = _padded([tokens[j] for j in chosen], data.tokenizer, device)
+        texts[torch.tensor(chosen, device=texts.device)] = model.embed_texts(ids, attention_mask).float()
+    with torch.autocast(embeds.device.type, enabled=False):
+        near = torch.stack([(vector @ texts.T).amax(0) for vector in embeds]).cpu()
 
     tags = data.tokenizer.languages
     codes = [caption.language if tags else None for caption in said]
@@ -225,12 +225,12 @@ def _split(
         if rerank:
             again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], rerank)
     matched = (
-        _matched(model, data, split, near, again, pictures, tokens, device, limit, size) if rerank else None
+        _matched(model, data, split, near, again, images, tokens, device, limit, size) if rerank else None
     )
     for code, (owners, columns) in parts.items():
         row_of = {owner: row for row, owner in enumerate(owners)}
         found[code] = Scored(
-            [pictures[row] for row in owners],
+            [images[row] for row in owners],
             [said[j].text for j in columns],
             [row_of[captions[j][0]] for j in columns],
             near[owners][:, columns].numpy(),
@@ -262,8 +262,8 @@ def _by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 def _padded(
     tokens: Sequence[np.ndarray], tokenizer: Tokenizer, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    ids, valid = tokenizer.pad([t.tolist() for t in tokens], side="right")
-    return ids.to(device), valid.to(device)
+    ids, attention_mask = tokenizer.pad([t.tolist() for t in tokens], side="right")
+    return ids.to(device), attention_mask.to(device)
 
 
 def _best(near: Tensor, k: int) -> Tensor:
@@ -279,7 +279,7 @@ def _matched(
     split: str,
     near: Tensor,
     again: Tensor,
-    pictures: list[int],
+    images: list[int],
     tokens: list[np.ndarray],
     device: torch.device | str,
     limit: int | None,
@@ -287,15 +287,15 @@ def _matched(
 ) -> Tensor:
     """The similarities with the logit of a match added where `again`; what was not matched stands behind them all."""
     scores = near - 1000.0
-    rows = {i: row for row, i in enumerate(pictures)}
+    rows = {i: row for row, i in enumerate(images)}
     for places, batch in _batches(data, split, limit):
         visual = model.qformer.project_visual(model.context(batch.to(device)))
         pairs = [(at, rows[i], int(j)) for at, i in places for j in again[rows[i]].nonzero()[:, 0]]
         for chosen in _by_length([len(tokens[j]) for _, _, j in pairs], size):
             at, row, column = zip(*(pairs[p] for p in chosen), strict=True)
-            ids, valid = _padded([tokens[j] for j in column], data.tokenizer, device)
+            ids, attention_mask = _padded([tokens[j] for j in column], data.tokenizer, device)
             of_pairs = [kv.select(torch.tensor(at, device=ids.device)) for kv in visual]
-            logits = model.match(of_pairs, ids, valid).float().cpu()
+            logits = model.match(of_pairs, ids, attention_mask).float().cpu()
             place = torch.tensor(row), torch.tensor(column)
             scores[place] = near[place] + logits[:, 1]
     return scores

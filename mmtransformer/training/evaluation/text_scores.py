@@ -104,14 +104,14 @@ def score_texts(decoder: Decoder, data: TextData, split: str, *, limit_batches: 
 
 def token_losses(decoder: Decoder, batch: TextBatch) -> tuple[np.ndarray, np.ndarray]:
     """Of each predicted token of a batch, the part that it belongs to (m,) and its loss in nats (m,)."""
-    predicts = batch.target[:, 1:]
+    predicts = batch.loss_mask[:, 1:]
     with fast_autocast(batch.tokens.device):
-        hidden = decoder(batch.tokens[:, :-1], segments=batch.segments[:, :-1])
+        hidden = decoder(batch.tokens[:, :-1], document_ids=batch.document_ids[:, :-1])
         logits = decoder.head(hidden[predicts])
     losses = torch.nn.functional.cross_entropy(
         logits.float(), batch.tokens[:, 1:][predicts], reduction="none"
     )
-    return batch.segments[:, 1:][predicts].cpu().numpy(), losses.double().cpu().numpy()
+    return batch.document_ids[:, 1:][predicts].cpu().numpy(), losses.double().cpu().numpy()
 
 
 def by_language(rows: TextRows, nats: np.ndarray, count: np.ndarray) -> Scores:
@@ -149,16 +149,16 @@ def score_ngrams(
     train = data.rows(data.train_split)
     texts = max(1, int(np.searchsorted(train.starts, max_tokens, side="right")) - 1)
     starts = train.starts[: texts + 1]
-    tokens, target = train.tokens[: starts[-1]], train.target[: starts[-1]]
+    tokens, loss_mask = train.tokens[: starts[-1]], train.loss_mask[: starts[-1]]
     found: dict[int, dict[str, Scores]] = {}
     for order in orders:
-        model = NGram(order, data.tokenizer.vocab_size).fit(tokens, starts, target)
+        model = NGram(order, data.tokenizer.vocab_size).fit(tokens, starts, loss_mask)
         for split in splits:
             rows = data.rows(split)
-            text = np.repeat(np.arange(len(rows.prompt)), np.diff(rows.starts))[rows.target]
+            text = np.repeat(np.arange(len(rows.prompt)), np.diff(rows.starts))[rows.loss_mask]
             nats = np.zeros(len(rows.text_of))
             first = np.flatnonzero(rows.first)
-            np.add.at(nats, first[text], -model.log_probs(rows.tokens, rows.starts, rows.target))
+            np.add.at(nats, first[text], -model.log_probs(rows.tokens, rows.starts, rows.loss_mask))
             count = np.zeros(len(nats), np.int64)
             np.add.at(count, first[text], 1)
             found.setdefault(order, {})[split] = by_language(rows, nats, count)
@@ -196,7 +196,7 @@ def write_texts(
         batch,
         eos_id=tokenizer.eos_id,
         max_new_tokens=min(max_new_tokens, decoder.max_len - prompt.shape[1]),
-        num_return=count,
+        num_return_sequences=count,
         do_sample=True,
         temperature=temperature,
         top_p=top_p,

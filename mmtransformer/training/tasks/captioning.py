@@ -87,10 +87,10 @@ class Captioning(Task):
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's losses, with the image-use check beside them."""
         text = super().describe(split, metrics)
-        if f"{split}/loss_other_picture" not in metrics:
+        if f"{split}/loss_other_image" not in metrics:
             return text
         right, other, blank = (
-            float(metrics[f"{split}/loss_{name}"]) for name in ("right", "other_picture", "blank_picture")
+            float(metrics[f"{split}/loss_{name}"]) for name in ("right", "other_image", "blank_image")
         )
         return f"{text} (right picture {right:.3f}, another {other:.3f}, blank {blank:.3f})"
 
@@ -106,7 +106,7 @@ class Captioning(Task):
             check_reader(self.captioner, blind=True)
         if data is None:
             return
-        self.decoding = dataclasses.replace(self.decoding, mark_pictures=data.mark_pictures)
+        self.decoding = dataclasses.replace(self.decoding, mark_images=data.mark_images)
         check_texts(data, data.max_len, self.captioner, "decoder")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")
@@ -140,15 +140,15 @@ class Captioning(Task):
     def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the losses with right, other and blank pictures."""
         split = self.split_names[dataloader_idx]
-        if not batch.target[:, 1:].any():
+        if not batch.loss_mask[:, 1:].any():
             return
         self.add(split, "loss", caption_loss(self.captioner, batch))
         if batch_idx < self.image_use_batches and len(batch.names) > 1:
             self.add(split, "loss_right", caption_loss(self.captioner, batch))
-            self.add(split, "loss_other_picture", caption_loss(self.captioner, other_pictures(batch)))
-            self.add(split, "loss_blank_picture", caption_loss(self.captioner, self.blank_pictures(batch)))
+            self.add(split, "loss_other_image", caption_loss(self.captioner, other_images(batch)))
+            self.add(split, "loss_blank_image", caption_loss(self.captioner, self.blank_images(batch)))
 
-    def blank_pictures(self, batch: CaptionBatch) -> CaptionBatch:
+    def blank_images(self, batch: CaptionBatch) -> CaptionBatch:
         """The batch with grey pictures (the mean colour of the transform) in place of its own."""
         if batch.pixels is not None:
             return dataclasses.replace(batch, pixels=torch.zeros_like(batch.pixels))
@@ -192,14 +192,13 @@ class Captioning(Task):
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
         bad = {
-            path: len(path.read_text("utf-8").splitlines())
-            for path in run.folder.glob("bad_pictures_*.jsonl")
+            path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")
         }
         lines += [f"{n} pictures could not be read; they are named in {path}" for path, n in bad.items() if n]
         for split, losses in use.items():
             if "loss_right" in losses:
                 right, other, blank = (
-                    losses[f"loss_{name}"] for name in ("right", "other_picture", "blank_picture")
+                    losses[f"loss_{name}"] for name in ("right", "other_image", "blank_image")
                 )
                 lines.append(
                     f"{split}: loss {right:.3f} with the right picture, {other:.3f} with another, {blank:.3f} with a "
@@ -266,10 +265,10 @@ def finetune(
     return module
 
 
-def other_pictures(batch: CaptionBatch) -> CaptionBatch:
+def other_images(batch: CaptionBatch) -> CaptionBatch:
     """The batch with every (real) picture moved on by one place, so that each text gets another's picture."""
     shape = batch.visual.shape[:2]
-    real = torch.ones(shape, dtype=torch.bool) if batch.pictures is None else batch.pictures.cpu()
+    real = torch.ones(shape, dtype=torch.bool) if batch.image_mask is None else batch.image_mask.cpu()
     places = real.flatten().nonzero()[:, 0]
     order = torch.arange(real.numel())  # autocast cannot `roll` float16 on a CPU
     order[places] = places.roll(1)

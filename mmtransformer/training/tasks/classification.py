@@ -178,7 +178,7 @@ def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     return {
         "accuracy": float(right.sum()) / max(float(totals.sum()), 1.0),
         "mean_class_accuracy": sum(each.values()) / max(len(each), 1),
-        "pictures": int(totals.sum()),
+        "images": int(totals.sum()),
         "classes": each,
         "confusion": matrix.tolist(),
     }
@@ -186,28 +186,28 @@ def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
 
 def make_cards(classifier: ImageClassifier, data: ClassData, num_cards: int) -> list[Card]:
     """Cards of pictures of the first validation split: the class that was told, and whether it is right."""
-    pictures = data.pictures(data.val_splits[0]) if data.val_splits else None
+    images = data.images(data.val_splits[0]) if data.val_splits else None
     cards = []
-    for i in range(min(num_cards, len(pictures) if pictures is not None else 0)):
-        assert pictures is not None
+    for i in range(min(num_cards, len(images) if images is not None else 0)):
+        assert images is not None
         try:
-            image = pictures.image(i)
+            image = images.image(i)
         except ImageError:
             continue
         ((name, share),) = classifier(image)[0]
-        true = data.classes[pictures.label(i)]
+        true = data.classes[images.label(i)]
         said = Said(f"{name} {share:.0%}", references=[true], facts=[(name, name == true)])
-        cards.append(Card(image, [said], heading=pictures.name(i)))
+        cards.append(Card(image, [said], heading=images.name(i)))
     return cards
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """The scores as lines of text: accuracy, and the classes that are told worst."""
-    lines = [f"{'split':<14}{'pictures':>9}  accuracy  mean of classes  worst classes"]
+    lines = [f"{'split':<14}{'images':>9}  accuracy  mean of classes  worst classes"]
     for split, s in scores.items():
         worst = sorted(s["classes"].items(), key=lambda item: item[1])[:3]
         names = ", ".join(f"{name} {value:.1%}" for name, value in worst)
         lines.append(
-            f"{split:<14}{s['pictures']:>9}  {s['accuracy']:<8.1%}  {s['mean_class_accuracy']:<15.1%}  {names}"
+            f"{split:<14}{s['images']:>9}  {s['accuracy']:<8.1%}  {s['mean_class_accuracy']:<15.1%}  {names}"
         )
     return "\n".join(lines)

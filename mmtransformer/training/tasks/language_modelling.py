@@ -99,8 +99,8 @@ class LanguageModelling(Task):
 
     def loss(self, batch: TextBatch) -> Loss:
         """The losses of the batch's target tokens."""
-        hidden = self.decoder(batch.tokens[:, :-1], segments=batch.segments[:, :-1])
-        return next_token_loss(hidden, batch.tokens, batch.target, self.decoder.head)
+        hidden = self.decoder(batch.tokens[:, :-1], document_ids=batch.document_ids[:, :-1])
+        return next_token_loss(hidden, batch.tokens, batch.loss_mask, self.decoder.head)
 
     def validation_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss, and as bits a byte, which do not depend on the tokenizer."""

@@ -95,16 +95,16 @@ class MaskedLanguageModelling(Task):
         words, pairs = self.losses(batch)
         total = words.sum()
         if self.encoder.sentence_head:  # without pairs too: DDP waits for the head's gradient
-            hidden = batch.target.sum(1)[batch.other >= 0]
+            hidden = batch.loss_mask.sum(1)[batch.other >= 0]
             total = total + self.pair_weight * (pairs * hidden).sum()
         return Loss(total, torch.tensor(words.numel(), device=total.device))
 
     def losses(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """The losses of all hidden tokens and of all pairs, in the order of the rows."""
         types = batch.types if self.encoder.num_types > 1 else None
-        states = self.encoder(batch.tokens, types, valid=batch.valid)
-        guessed = _at_least_float(self.encoder.words(states[batch.target]))
-        words = F.cross_entropy(guessed, batch.labels[batch.target], reduction="none")
+        states = self.encoder(batch.tokens, types, attention_mask=batch.attention_mask)
+        guessed = _at_least_float(self.encoder.words(states[batch.loss_mask]))
+        words = F.cross_entropy(guessed, batch.labels[batch.loss_mask], reduction="none")
         if not self.encoder.sentence_head:
             return words, words.new_zeros(0)
         known = batch.other >= 0

@@ -14,7 +14,7 @@ from mmtransformer.captioners.base import CaptionBatch, Loss
 from mmtransformer.captioners.image_text import ImageText, Losses
 from mmtransformer.data.loading.sampler import mix
 from mmtransformer.generation.captions import Decoding
-from mmtransformer.losses.contrastive import picture_ids
+from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.training.engine.fitting import refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run
@@ -90,7 +90,7 @@ class QFormerStage1(Captioning):
         step = (self.trainer.global_step, self._micro) if training else (0, -1)
         return self.captioner.losses(
             batch,
-            image_ids=picture_ids(batch.names, batch.target),
+            image_ids=image_ids(batch.names, batch.loss_mask),
             seed=int(mix(self.seed, *step)) >> 2,
             itc_smoothing=self.itc_smoothing if training else 0.0,
             itg_smoothing=self.label_smoothing if training else 0.0,
@@ -110,7 +110,7 @@ class QFormerStage1(Captioning):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """The sum of the three losses."""
         total = super().training_step(batch, batch_idx)
-        tokens = int(batch.target.sum())
+        tokens = int(batch.loss_mask.sum())
         self.tokens_seen += tokens - 1  # The loss counted as one.
         self.samples_seen -= 0 if tokens else len(batch.names)  # a filler
         return total

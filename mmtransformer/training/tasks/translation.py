@@ -130,14 +130,14 @@ class Translation(Task):
         return self._loss(batch, self.label_smoothing)
 
     def _loss(self, batch: TextPairs, label_smoothing: float) -> Loss:
-        hidden = self.model.hidden(batch.cut(batch.tokens.shape[1] - 1))
+        hidden = self.model.hidden_states(batch.truncate(batch.tokens.shape[1] - 1))
         return next_token_loss(
-            hidden, batch.tokens, batch.target, self.model.head, label_smoothing=label_smoothing
+            hidden, batch.tokens, batch.loss_mask, self.model.head, label_smoothing=label_smoothing
         )
 
     def validation_step(self, batch: TextPairs, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss, without smoothing."""
-        if batch.target.any():
+        if batch.loss_mask.any():
             self.add(self.split_names[dataloader_idx], "loss", self._loss(batch, 0.0))
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
@@ -203,7 +203,7 @@ class Translation(Task):
             return
         for direction, (pair, *_) in by_direction(data.rows(data.val_splits[0]).pairs).items():
             (said,) = translator(pair.source, pair.language)
-            queries, keys, weights = translator.look(pair.source, said, pair.language)
+            queries, keys, weights = translator.attention_map(pair.source, said, pair.language)
             named = {f"block {i}": block for i, block in enumerate(weights)}
             with suppress(ValueError):  # too long to be seen
                 path = run.folder / f"attention_{direction}.png"

@@ -10,7 +10,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.flamingo import Flamingo
-from mmtransformer.captioners.image_attention_mask import Media
+from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
@@ -46,8 +46,8 @@ def resampler_table(depth: int, *, qk_norm: bool, prefix: str = "") -> list[Row]
 def gated_table(*, qk_norm: bool, theirs: str = "", ours: str = "") -> list[Row]:
     """The rows of `IdeficsGatedCrossAttentionLayer`; prefixes end with a dot."""
     rows = [
-        Row(f"{theirs}alpha_cross_attn", (f"{ours}gate1",)),
-        Row(f"{theirs}alpha_dense", (f"{ours}gate2",)),
+        Row(f"{theirs}alpha_cross_attn", (f"{ours}attn_gate",)),
+        Row(f"{theirs}alpha_dense", (f"{ours}mlp_gate",)),
     ]
     rows += layer(f"{theirs}input_layernorm", f"{ours}norm1", bias=False)
     rows += layer(f"{theirs}post_attention_layernorm", f"{ours}norm2", bias=False)
@@ -80,7 +80,7 @@ def _vision_table(depth: int) -> list[Row]:
     return rows
 
 
-def from_idefics(model: nn.Module, *, media: Media = "last") -> Flamingo:
+def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") -> Flamingo:
     """A `Flamingo` with all weights of a transformers `IdeficsForVisionText2Text` that has a resampler.
 
     Its resampler reads the vision tower's tokens without their last norm and norms them itself, so here the tower's
@@ -88,7 +88,7 @@ def from_idefics(model: nn.Module, *, media: Media = "last") -> Flamingo:
 
     Args:
         model: the model.
-        media: which pictures a token sees; there, the caller's mask says.
+        visible_images: which pictures a token sees; there, the caller's mask says.
 
     Raises:
         ValueError: if it has no resampler, or a part is of another kind than ours.
@@ -144,8 +144,8 @@ def from_idefics(model: nn.Module, *, media: Media = "last") -> Flamingo:
         norm_eps=config.rms_norm_eps,
         qk_norm="rms" if config.qk_layer_norms else None,
         per_channel=config.alpha_type == "vector",
-        blind_mlp=True,
-        media=media,
+        mlp_without_image=True,
+        visible_images=visible_images,
     )
     gated = {
         n: t.flatten() if "alpha" in n else t

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.flamingo import Flamingo
-from mmtransformer.captioners.image_attention_mask import Media
+from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
@@ -23,7 +23,7 @@ _HEAD_DIM = 64  # The peer's, whatever the widths.
 def _resampler_table(resampler: PerceiverResampler) -> list[Row]:
     rows = [Row("perceiver.latents", ("latents",))]
     rows += [Row("perceiver.frame_embs", ("frame_embed",))] * (resampler.max_frames is not None)
-    rows += [Row("perceiver.media_time_embs", ("picture_embed",))] * (resampler.max_pictures is not None)
+    rows += [Row("perceiver.media_time_embs", ("image_embed",))] * (resampler.max_images is not None)
     for n in range(resampler.depth):
         attn, mlp, ours = f"perceiver.layers.{n}.0", f"perceiver.layers.{n}.1", f"blocks.{n}"
         rows += layer(f"{attn}.norm_media", f"{ours}.norm_context") + layer(
@@ -36,7 +36,10 @@ def _resampler_table(resampler: PerceiverResampler) -> list[Row]:
 
 def _gated_table(number: int, block: int) -> list[Row]:
     theirs, ours = f"{number}", f"{block}"
-    rows = [Row(f"{theirs}.attn_gate", (f"{ours}.gate1",)), Row(f"{theirs}.ff_gate", (f"{ours}.gate2",))]
+    rows = [
+        Row(f"{theirs}.attn_gate", (f"{ours}.attn_gate",)),
+        Row(f"{theirs}.ff_gate", (f"{ours}.mlp_gate",)),
+    ]
     rows += layer(f"{theirs}.attn.norm", f"{ours}.norm1") + _attention(f"{theirs}.attn", f"{ours}.attn")
     return rows + _mlp(f"{theirs}.ff", f"{ours}.norm2", f"{ours}.mlp")
 
@@ -62,7 +65,7 @@ def from_openflamingo(
     vision: ViT,
     decoder: Decoder,
     *,
-    media: Media = "last",
+    visible_images: VisibleImages = "last",
     where: str = "the state dict",
 ) -> Flamingo:
     """A `Flamingo` with OpenFlamingo's trained weights between a vision tower and a language model, both frozen.
@@ -71,7 +74,7 @@ def from_openflamingo(
         state: its tensors by name, with or without those of the towers, which are not read.
         vision: the vision tower, of CLIP for the released weights; its class token is left out, as there.
         decoder: the language model, its vocabulary already with the added tokens.
-        media: which pictures a token sees.
+        visible_images: which pictures a token sees.
         where: what the tensors come from, for errors.
 
     Raises:
@@ -100,7 +103,7 @@ def from_openflamingo(
         latents.shape[0],
         mlp_dim=perceiver["perceiver.layers.0.1.1.weight"].shape[0],
         max_frames=None if frames is None else frames.shape[0],
-        max_pictures=None if times is None else times.shape[0],
+        max_images=None if times is None else times.shape[0],
     )
     if times is not None:
         perceiver["perceiver.media_time_embs"] = times.flatten(0, 1)
@@ -114,8 +117,8 @@ def from_openflamingo(
         num_heads=gated[f"{first}.attn.to_q.weight"].shape[0] // _HEAD_DIM,
         head_dim=_HEAD_DIM,
         mlp_dim=gated[f"{first}.ff.1.weight"].shape[0],
-        blind_mlp=True,
-        media=media,
+        mlp_without_image=True,
+        visible_images=visible_images,
         patches_only=True,
     )
     table = [row for block, number in enumerate(layers) for row in _gated_table(number, block)]

@@ -113,12 +113,12 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], where: s
         sentence_head="cls.seq_relationship.weight" in state,
         dropout=config.get("hidden_dropout_prob", 0.1),
     )
-    copies = [
+    expand_size = [
         "cls.predictions.decoder.weight",
         "cls.predictions.decoder.bias",
         "bert.embeddings.position_ids",
     ]
-    load_strictly(encoder, to_ours(_table_of(encoder), state, where, ignored=copies), where)
+    load_strictly(encoder, to_ours(_table_of(encoder), state, where, ignored=expand_size), where)
     return encoder.eval()
 
 

@@ -92,8 +92,8 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], where: s
     state = prefixed(state, "transformer.")
     ignored = [n for n in state if n.endswith((".attn.bias", ".attn.masked_bias", ".crossattention.bias"))]
     table = _table(depth, cross=cross, tied=tied)
-    copies = tied_head(state, "transformer.wte.weight", where) if tied else []
-    ours = to_ours(table, state, where, ignored=ignored + copies)
+    expand_size = tied_head(state, "transformer.wte.weight", where) if tied else []
+    ours = to_ours(table, state, where, ignored=ignored + expand_size)
     load_strictly(decoder, ours, where)
     return decoder.eval()
 

@@ -100,13 +100,13 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], where: 
         bias="qkv" if family == "qwen2" else "all" if config.get("attention_bias") else "none",
         qk_norm="rms" if family == "qwen3" else None,
         window=_window(config, where),
-        unrotated_every=_unrotated_every(config, where) if family == "smollm3" else None,
+        nope_interval=_nope_interval(config, where) if family == "smollm3" else None,
         tied=tied,
     )
     state = prefixed(state, "model.")
     angles = [name for name in state if name.endswith("rotary_emb.inv_freq")]  # of old checkpoints
-    copies = tied_head(state, "model.embed_tokens.weight", where) if tied else []
-    ours = to_ours(_table(decoder), state, where, ignored=angles + copies)
+    expand_size = tied_head(state, "model.embed_tokens.weight", where) if tied else []
+    ours = to_ours(_table(decoder), state, where, ignored=angles + expand_size)
     load_strictly(decoder, ours, where)
     return decoder.eval()
 
@@ -161,7 +161,7 @@ def _window(config: dict[str, Any], where: str) -> int | None:
     return window if any(sliding) else None
 
 
-def _unrotated_every(config: dict[str, Any], where: str) -> int | None:
+def _nope_interval(config: dict[str, Any], where: str) -> int | None:
     """SmolLM3: the last of every so many layers has no rotary positions."""
     depth, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
     layers = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(depth)]
@@ -181,12 +181,12 @@ def llamas_of(decoder: TextDecoder) -> list[str]:
     if shape != ("rms", "swiglu", "rotary", True, 1.0, None):
         return []
     plain, whole = d.qk_norm is None and d.bias != "qkv", d.window is None
-    turned = d.unrotated_every is None
+    rotated = d.nope_interval is None
     fits = {
-        "llama": plain and whole and turned,
-        "mistral": plain and turned and d.bias == "none",
-        "qwen2": d.qk_norm is None and d.bias == "qkv" and turned,
-        "qwen3": d.qk_norm == "rms" and d.bias != "qkv" and turned,
+        "llama": plain and whole and rotated,
+        "mistral": plain and rotated and d.bias == "none",
+        "qwen2": d.qk_norm is None and d.bias == "qkv" and rotated,
+        "qwen3": d.qk_norm == "rms" and d.bias != "qkv" and rotated,
         "smollm3": plain and whole and d.head_dim in (None, d.dim // d.num_heads),
     }
     return [name for name, fit in fits.items() if fit]
@@ -202,7 +202,7 @@ def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
         kind = (decoder.norm, decoder.mlp, decoder.positions, decoder.bias, decoder.qk_norm)
         raise ValueError(
             f"only a decoder of one of the kinds {', '.join(LLAMAS)} can be written as such; this one has {kind}, "
-            f"window {decoder.window}, unrotated_every {decoder.unrotated_every}, cross_dim {decoder.cross_dim}, "
+            f"window {decoder.window}, unrotated_every {decoder.nope_interval}, cross_dim {decoder.cross_dim}, "
             f"pre_norm {decoder.pre_norm}, embed_scale {decoder.embed_scale}"
         )
     theirs = to_theirs(_table(decoder), dict(decoder.state_dict()))
@@ -234,6 +234,6 @@ def llama_config(decoder: TextDecoder, family: str) -> dict[str, Any]:
     if decoder.window is not None and family != "mistral":
         config |= {"use_sliding_window": True, "max_window_layers": 0}
     if family == "smollm3":
-        every = decoder.unrotated_every or depth + 1
+        every = decoder.nope_interval or depth + 1
         config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(depth)]
     return config

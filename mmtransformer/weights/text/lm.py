@@ -25,7 +25,7 @@ from mmtransformer.serialization.pretrained import (
 )
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.number import DType, kept_in
+from mmtransformer.weights.number import DType, cast_frozen
 from mmtransformer.weights.table import UnsupportedModel
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
 from mmtransformer.weights.text.llama import (
@@ -170,7 +170,7 @@ def load_lm(
     if lora_rank:
         add_lora(decoder, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
     whole = ExtendedVocabulary(decoder, new_tokens, first=first).eval() if new_tokens else decoder
-    kept_in(decoder, dtype)
+    cast_frozen(decoder, dtype)
     return whole
 
 

@@ -89,8 +89,8 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], where: st
     state = prefixed(state, "model.")
     if _POSITIONS in state:
         state = state | {_POSITIONS: state[_POSITIONS][_OFFSET:]}
-    copies = tied_head(state, "model.decoder.embed_tokens.weight", where) if tied else []
-    ours = to_ours(_table(depth, tied=tied), state, where, ignored=copies)
+    expand_size = tied_head(state, "model.decoder.embed_tokens.weight", where) if tied else []
+    ours = to_ours(_table(depth, tied=tied), state, where, ignored=expand_size)
     load_strictly(decoder, ours, where)
     return decoder.eval()
 

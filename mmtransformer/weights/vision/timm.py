@@ -23,7 +23,7 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
 )
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.number import DType, kept_in
+from mmtransformer.weights.number import DType, cast_frozen
 from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
 
 
@@ -263,7 +263,7 @@ def load_vit(
         vit.set_input_size(image_size)
     if lora_rank:
         add_lora(vit, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
-    kept_in(vit, dtype)
+    cast_frozen(vit, dtype)
     return freeze_module(vit) if freeze else vit
 
 

@@ -23,8 +23,8 @@ from mmtransformer.data.documents.documents import (
     DocumentPairs,
     Documents,
     DocumentSource,
+    ImagePairs,
     PairDocuments,
-    PicturePairs,
     join_pieces,
 )
 from mmtransformer.data.documents.interleaved import InterleavedFiles
@@ -63,10 +63,10 @@ def write(path: Path, records: list[object]) -> Path:
     return path
 
 
-def record(number: int, pictures: int = 2, **more: object) -> dict[str, object]:
+def record(number: int, images: int = 2, **more: object) -> dict[str, object]:
     """Document `number`, whose k-th picture has the number 10 * number + k."""
-    text = f"document {number} " + "".join(f"<image> text {number} {k} " for k in range(pictures))
-    return {"text": text, "images": [f"p/{10 * number + k}.png" for k in range(pictures)], **more}
+    text = f"document {number} " + "".join(f"<image> text {number} {k} " for k in range(images))
+    return {"text": text, "images": [f"p/{10 * number + k}.png" for k in range(images)], **more}
 
 
 def folder(root: Path, count: int = 23) -> Path:
@@ -91,10 +91,10 @@ class Fake:
     def document(self, i: int) -> Document:
         return self.documents[i]
 
-    def picture_name(self, i: int, k: int) -> str:
+    def image_name(self, i: int, k: int) -> str:
         return f"d{i}/{k}"
 
-    def picture(self, i: int, k: int) -> Image.Image:
+    def image(self, i: int, k: int) -> Image.Image:
         if (i, k) in self.bad:
             raise ImageError(f"d{i}/{k}: cut off")
         return Image.new("RGB", (17, 19), colour(100 * i + k))
@@ -112,13 +112,11 @@ class FakeSource:
         return self.fakes[name]
 
 
-def some_documents(count: int, seed: int = 0, pictures: int = 3) -> list[Document]:
+def some_documents(count: int, seed: int = 0, images: int = 3) -> list[Document]:
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        texts = [
-            " ".join(rng.choice(WORDS, rng.integers(1, 7))) for _ in range(rng.integers(2, pictures + 2))
-        ]
+        texts = [" ".join(rng.choice(WORDS, rng.integers(1, 7))) for _ in range(rng.integers(2, images + 2))]
         texts[0] = texts[0] if rng.random() < 0.5 else ""
         made.append(Document(tuple(texts), "ko" if rng.random() < 0.5 else "en"))
     return made
@@ -141,15 +139,15 @@ def test_a_folder_of_documents(tmp_path: Path) -> None:
             document = split.document(i)
             expected = (f"document {number}", *(f"text {number} {k}" for k in range(1 + number % 3)))
             assert document == Document(expected, None)
-            assert document.pictures == 1 + number % 3
-            for k in range(document.pictures):
-                assert split.picture_name(i, k) == f"p/{10 * number + k}.png"
-                assert split.picture(i, k).getpixel((0, 0)) == colour(10 * number + k)
+            assert document.images == 1 + number % 3
+            for k in range(document.images):
+                assert split.image_name(i, k) == f"p/{10 * number + k}.png"
+                assert split.image(i, k).getpixel((0, 0)) == colour(10 * number + k)
             seen += 1
     assert seen == 23
     assert "23 documents, 45 pictures" in source.describe()
     assert not source.report.faults
-    assert pickle.loads(pickle.dumps(source.split("val"))).picture(0, 0).size == (5, 7)
+    assert pickle.loads(pickle.dumps(source.split("val"))).image(0, 0).size == (5, 7)
     with pytest.raises(ValueError, match="has no split 'test'; it has: train, val"):
         source.split("test")
 
@@ -175,11 +173,11 @@ def test_all_three_forms_say_the_same(tmp_path: Path) -> None:
     split = InterleavedFiles(tmp_path, val_fraction=0).split("train")
     for i in range(3):
         assert split.document(i).texts == ("one", "two", "three")
-        assert [split.picture_name(i, k) for k in range(2)] == names
+        assert [split.image_name(i, k) for k in range(2)] == names
     assert [split.name(i) for i in range(3)] == ["a", "b", "c"]
 
 
-def test_pictures_that_hardly_match_are_left_out(tmp_path: Path) -> None:
+def test_images_that_hardly_match_are_left_out(tmp_path: Path) -> None:
     folder(tmp_path, 2)
 
     def matched(*similar: float) -> dict[str, object]:
@@ -206,7 +204,7 @@ def test_join_pieces() -> None:
     assert join_pieces([None]) == ("", "")
 
 
-def test_pictures_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
+def test_images_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
     folder(tmp_path / "store", 2)
     (tmp_path / "docs").mkdir()
     with zipfile.ZipFile(tmp_path / "docs" / "pictures.zip", "w") as box:
@@ -215,7 +213,7 @@ def test_pictures_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
     write(tmp_path / "docs" / "d.jsonl", [record(0), record(1, 3)])
     for images in (None, tmp_path / "store"):
         split = InterleavedFiles(tmp_path / "docs", images=images, val_fraction=0).split("train")
-        assert split.picture(1, 2).getpixel((0, 0)) == colour(12)
+        assert split.image(1, 2).getpixel((0, 0)) == colour(12)
     alone = InterleavedFiles(tmp_path / "docs" / "d.jsonl", val_fraction=0)
     assert len(alone.split("train")) == 2
 
@@ -310,15 +308,15 @@ def test_no_documents_at_all(tmp_path: Path) -> None:
         InterleavedFiles(tmp_path, mark=" ")
 
 
-def test_a_picture_that_cannot_be_decoded_names_its_document(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_decoded_names_its_document(tmp_path: Path) -> None:
     write(folder(tmp_path, 3) / "d.jsonl", [record(n) for n in range(3)])
     (tmp_path / "p" / "11.png").write_bytes(b"nonsense")
     split = InterleavedFiles(tmp_path, val_fraction=0).split("train")
     with pytest.raises(ImageError, match=r"p/11\.png \(picture 2 of d\.jsonl:2\)"):
-        split.picture(1, 1)
+        split.image(1, 1)
     (tmp_path / "p" / "10.png").unlink()
     with pytest.raises(ImageError, match=r"p/10\.png \(picture 1 of d\.jsonl:2\): can't be read"):
-        split.picture(1, 0)
+        split.image(1, 0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -362,14 +360,14 @@ def test_a_row_by_hand() -> None:
         tok.image_id, *tok.encode("세 개"), tok.eos_id,
     ]  # fmt: skip
     assert piece.tokens.tolist() == expected
-    assert (piece.document, piece.first, piece.pictures) == (0, 0, 3)
+    assert (piece.document, piece.first, piece.images) == (0, 0, 3)
     layout = lay_out([piece], rows.image_id)
     lead, one = 2 + len(tok.encode("별")), len(tok.encode("a red star")) + 1
     two = len(tok.encode("세 개")) + 1
-    assert layout.media.tolist() == [0] * lead + [1] * (1 + one) + [2] + [3] * (1 + two)
-    assert layout.target.tolist() == [False] * (lead + 1) + [True] * one + [False] * 2 + [True] * two
-    assert set(layout.media_first) == {1}
-    assert set(layout.segments) == {0}
+    assert layout.image_index.tolist() == [0] * lead + [1] * (1 + one) + [2] + [3] * (1 + two)
+    assert layout.loss_mask.tolist() == [False] * (lead + 1) + [True] * one + [False] * 2 + [True] * two
+    assert set(layout.first_image_index) == {1}
+    assert set(layout.document_ids) == {0}
 
 
 def test_packed_documents_have_numbers_of_their_own() -> None:
@@ -379,13 +377,15 @@ def test_packed_documents_have_numbers_of_their_own() -> None:
     pieces = rows.row(0)
     layout = lay_out(pieces, rows.image_id)
     for number, piece in enumerate(pieces):
-        mine = layout.segments == number
-        before = sum(p.pictures for p in pieces[:number])
+        mine = layout.document_ids == number
+        before = sum(p.images for p in pieces[:number])
         alone = lay_out([piece], rows.image_id)
         assert (layout.tokens[mine] == alone.tokens).all()
-        assert (layout.target[mine] == alone.target).all()
-        assert (layout.media[mine] == np.where(alone.media > 0, alone.media + before, 0)).all()
-        assert (layout.media_first[mine] == before + 1).all()
+        assert (layout.loss_mask[mine] == alone.loss_mask).all()
+        assert (
+            layout.image_index[mine] == np.where(alone.image_index > 0, alone.image_index + before, 0)
+        ).all()
+        assert (layout.first_image_index[mine] == before + 1).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -393,15 +393,15 @@ def test_packed_documents_have_numbers_of_their_own() -> None:
     seed=st.integers(0, 999),
     count=st.integers(1, 31),
     max_len=st.integers(13, 71),
-    max_pictures=st.integers(1, 5),
+    max_images=st.integers(1, 5),
     pack=st.booleans(),
 )
 def test_rows_hold_every_document_once(
-    seed: int, count: int, max_len: int, max_pictures: int, pack: bool
+    seed: int, count: int, max_len: int, max_images: int, pack: bool
 ) -> None:
     documents = some_documents(count, seed)
     rows = DocumentRows(
-        Fake(documents), tokenizer(), max_len=max_len, max_pictures=max_pictures, pack=pack, seed=seed
+        Fake(documents), tokenizer(), max_len=max_len, max_images=max_images, pack=pack, seed=seed
     )
     tok = tokenizer()
     found: dict[int, list[tuple[int, int, list[int]]]] = {}
@@ -410,18 +410,18 @@ def test_rows_hold_every_document_once(
         assert pack or len(pieces) == 1
         tokens = sum(len(piece.tokens) for piece in pieces)
         assert tokens == rows.lengths[i] <= max_len
-        assert sum(piece.pictures for piece in pieces) == rows.pictures[i] <= max_pictures
+        assert sum(piece.images for piece in pieces) == rows.images[i] <= max_images
         for piece in pieces:
             ids = piece.tokens.tolist()
-            assert ids.count(tok.image_id) == piece.pictures >= 1
+            assert ids.count(tok.image_id) == piece.images >= 1
             assert ids[:2] == tok.prompt(documents[piece.document].language)
-            found.setdefault(piece.document, []).append((piece.first, piece.pictures, ids))
-        assert lay_out(pieces, rows.image_id).target.any()
+            found.setdefault(piece.document, []).append((piece.first, piece.images, ids))
+        assert lay_out(pieces, rows.image_id).loss_mask.any()
     for number, document in enumerate(documents):
         parts = sorted(found[number])
         firsts = [first for first, _, _ in parts]
-        assert firsts == list(np.cumsum([0] + [pictures for _, pictures, _ in parts])[:-1])
-        assert sum(pictures for _, pictures, _ in parts) == document.pictures
+        assert firsts == list(np.cumsum([0] + [images for _, images, _ in parts])[:-1])
+        assert sum(images for _, images, _ in parts) == document.images
         # what was not cut reads as it was written
         said = " ".join(tok.decode([i for i in ids if i not in (tok.eos_id,)]) for _, _, ids in parts).split()
         if not rows.cut:
@@ -456,14 +456,14 @@ def test_what_teaches_nothing_is_left_out_and_counted() -> None:
     documents = [Document(("a red star", "", ""), "en"), Document(("a", "red", "", ""), "en")]
     rows = DocumentRows(Fake(documents), tokenizer(), max_len=64)
     assert (rows.silent, rows.unread) == (1, 4)
-    assert [piece.pictures for piece in rows.row(0)] == [1]
+    assert [piece.images for piece in rows.row(0)] == [1]
     with pytest.raises(ValueError, match="none of the 1 documents has a text after a picture"):
         DocumentRows(Fake(documents[:1]), tokenizer())
 
 
 def test_packing_fills_rows_and_follows_the_seed() -> None:
     documents = Fake(some_documents(307))
-    options = {"max_len": 101, "max_pictures": 9}
+    options = {"max_len": 101, "max_images": 9}
     rows = DocumentRows(documents, tokenizer(), **options)  # type: ignore[arg-type]
     plain = DocumentRows(documents, tokenizer(), pack=False, **options)  # type: ignore[arg-type]
     assert rows.fill() > 0.9 > 0.5 > plain.fill()
@@ -481,7 +481,7 @@ def test_impossible_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"max_len \(4\) must be at least 5"):
         DocumentRows(documents, tokenizer(), max_len=4)
     with pytest.raises(ValueError, match=r"max_pictures \(0\)"):
-        DocumentRows(documents, tokenizer(), max_pictures=0)
+        DocumentRows(documents, tokenizer(), max_images=0)
     bare = Tokenizer(tokenizer().backend, languages=("en", "ko"))
     with pytest.raises(ValueError, match=rf"the tokenizer \({bare.vocab_size} tokens\) has no image token"):
         DocumentRows(documents, bare)
@@ -499,7 +499,7 @@ def make(train: Fake | None = None, **options: object) -> InterleavedData:
         "tokenizer": tokenizer(),
         "batch_size": 3,
         "max_len": 61,
-        "max_pictures": 4,
+        "max_images": 4,
     }
     data = InterleavedData(source, **(settings | options))  # type: ignore[arg-type]
     data.setup("fit")
@@ -513,13 +513,13 @@ def test_a_batch() -> None:
     seen: list[int] = []
     for picks, batch in zip(list(loader.place), loader, strict=True):
         assert batch.pixels is not None
-        assert batch.pictures is not None
-        assert batch.media is not None
-        assert batch.media_first is not None
-        assert batch.segments is not None
+        assert batch.image_mask is not None
+        assert batch.image_index is not None
+        assert batch.first_image_index is not None
+        assert batch.document_ids is not None
         assert batch.pixels.shape == (
             len(picks),
-            int(rows.pictures[[p.index for p in picks]].max()),
+            int(rows.images[[p.index for p in picks]].max()),
             3,
             11,
             13,
@@ -529,18 +529,20 @@ def test_a_batch() -> None:
             seen += [piece.document for piece in pieces for _ in range(piece.first == 0)]
             layout = lay_out(pieces, rows.image_id)
             q = len(layout.tokens)
-            for name in ("tokens", "target", "media", "media_first", "segments"):
+            for name in ("tokens", "loss_mask", "image_index", "first_image_index", "document_ids"):
                 assert getattr(batch, name)[r, :q].tolist() == getattr(layout, name).tolist(), name
-            assert batch.valid[r].tolist() == [True] * q + [False] * (batch.valid.shape[1] - q)
-            assert not batch.target[r, q:].any()
-            assert not batch.media[r, q:].any()
-            assert (batch.segments[r, q:] == len(pieces)).all(), "padding belongs to no document"
+            assert batch.attention_mask[r].tolist() == [True] * q + [False] * (
+                batch.attention_mask.shape[1] - q
+            )
+            assert not batch.loss_mask[r, q:].any()
+            assert not batch.image_index[r, q:].any()
+            assert (batch.document_ids[r, q:] == len(pieces)).all(), "padding belongs to no document"
             assert (batch.tokens[r, q:] == tokenizer().pad_id).all()
-            places = [(piece.document, piece.first + k) for piece in pieces for k in range(piece.pictures)]
-            assert batch.pictures[r].sum() == len(places)
+            places = [(piece.document, piece.first + k) for piece in pieces for k in range(piece.images)]
+            assert batch.image_mask[r].sum() == len(places)
             assert not batch.pixels[r, len(places) :].any()
             for i, (document, k) in enumerate(places):
-                shown = TRANSFORM(data.documents("train").picture(document, k))
+                shown = TRANSFORM(data.documents("train").image(document, k))
                 assert torch.equal(batch.pixels[r, i], shown)
     assert sorted(seen) == list(range(53))
 
@@ -556,13 +558,13 @@ def test_batches_do_not_depend_on_workers_or_processes() -> None:
             assert a.names == b.names
             for name in (
                 "tokens",
-                "valid",
-                "target",
+                "attention_mask",
+                "loss_mask",
                 "pixels",
-                "pictures",
-                "media",
-                "media_first",
-                "segments",
+                "image_mask",
+                "image_index",
+                "first_image_index",
+                "document_ids",
             ):
                 assert torch.equal(getattr(a, name), getattr(b, name)), name
     dataset = one.dataset("train", training=True)
@@ -571,26 +573,26 @@ def test_batches_do_not_depend_on_workers_or_processes() -> None:
     assert torch.equal(a, one.dataset("train", training=True)[Pick(0, 3)].pixels)
 
 
-def test_a_failing_picture_is_hidden_and_its_text_is_no_target(tmp_path: Path) -> None:
+def test_a_failing_image_is_hidden_and_its_text_is_no_target(tmp_path: Path) -> None:
     documents = [Document(("", "a red star", "three circles", "별과 원"), "en"), *some_documents(60)]
     bad = make(Fake(documents, bad=((0, 1),)), report_dir=str(tmp_path), pack=False, max_bad=0.05)
     good = make(Fake(documents), report_dir=str(tmp_path / "good"), pack=False)
     sample, whole = (data.dataset("train", training=True)[Pick(0, 0)] for data in (bad, good))
-    assert sample.pictures.tolist() == [True, False, True]
+    assert sample.image_mask.tolist() == [True, False, True]
     assert not sample.pixels[1].any()
     assert torch.equal(sample.pixels[[0, 2]], whole.pixels[[0, 2]])
     assert sample.layout.tokens.tolist() == whole.layout.tokens.tolist()
-    hers = whole.layout.media == 2
-    assert not sample.layout.target[hers].any()
-    assert not sample.layout.media[hers].any()
-    assert (sample.layout.target[~hers] == whole.layout.target[~hers]).all()
-    assert (sample.layout.media[~hers] == whole.layout.media[~hers]).all()
-    (line,) = (tmp_path / "bad_pictures_documents_train.jsonl").read_text("utf-8").splitlines()
-    assert json.loads(line) == {"picture": "d0/1", "error": "ImageError: d0/1: cut off"}
+    hers = whole.layout.image_index == 2
+    assert not sample.layout.loss_mask[hers].any()
+    assert not sample.layout.image_index[hers].any()
+    assert (sample.layout.loss_mask[~hers] == whole.layout.loss_mask[~hers]).all()
+    assert (sample.layout.image_index[~hers] == whole.layout.image_index[~hers]).all()
+    (line,) = (tmp_path / "bad_images_documents_train.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line) == {"image": "d0/1", "error": "ImageError: d0/1: cut off"}
     assert not (tmp_path / "good").exists()
 
 
-def test_a_row_without_a_target_is_replaced_and_too_many_bad_pictures_stop_the_run(tmp_path: Path) -> None:
+def test_a_row_without_a_target_is_replaced_and_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
     documents = [Document(("", f"star {i}"), "en") for i in range(211)]
     data = make(Fake(documents, bad=((4, 0), (5, 0))), report_dir=str(tmp_path), pack=False)
     dataset = data.dataset("train", training=True)
@@ -598,10 +600,10 @@ def test_a_row_without_a_target_is_replaced_and_too_many_bad_pictures_stop_the_r
     at = order.index(4)
     sample = dataset[Pick(0, at)]
     assert sample.name == "d6"
-    assert sample.layout.target.any()
-    assert not dataset[Pick(0, at, counted=False)].layout.target.any()
+    assert sample.layout.loss_mask.any()
+    assert not dataset[Pick(0, at, counted=False)].layout.loss_mask.any()
     still = data.dataset("train")[Pick(0, at)]
-    assert not still.layout.target.any(), "a stand-in does not count in evaluation"
+    assert not still.layout.loss_mask.any(), "a stand-in does not count in evaluation"
     many = make(
         Fake(documents, bad=tuple((i, 0) for i in range(9))), report_dir=str(tmp_path / "many"), pack=False
     )
@@ -615,34 +617,34 @@ def test_a_document_that_names_a_side_is_not_mirrored() -> None:
     ]
 
     class Sided(Fake):
-        def picture(self, i: int, k: int) -> Image.Image:
+        def image(self, i: int, k: int) -> Image.Image:
             image = Image.new("RGB", (16, 16), (255, 0, 0))
             image.paste((0, 0, 255), (0, 0, 8, 16))
             return image
 
     data = make(Sided(documents), augment=Augment(scale=(1.0, 1.0), flip=True), pack=False)
     dataset = data.dataset("train", training=True)
-    turned = {0: 0, 1: 0}
+    rotated = {0: 0, 1: 0}
     for i in range(len(dataset)):
         for pixels in dataset[Pick(0, i)].pixels:
-            turned[dataset.rows.row(i)[0].document % 2] += bool(pixels[0, 0, 0] > 0)
-    assert turned[1] == 0
-    assert 4 < turned[0] < 20
+            rotated[dataset.rows.row(i)[0].document % 2] += bool(pixels[0, 0, 0] > 0)
+    assert rotated[1] == 0
+    assert 4 < rotated[0] < 20
 
 
-@pytest.mark.parametrize("media", ["last", "all_previous"])
+@pytest.mark.parametrize("visible_images", ["last", "all_previous"])
 @torch.no_grad()
-def test_a_packed_document_is_read_as_if_it_were_alone(media: str) -> None:
-    documents = Fake(some_documents(9, 5, pictures=2))
+def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> None:
+    documents = Fake(some_documents(9, 5, images=2))
     image = ImageTransform(16)
-    packed = make(documents, max_len=97, max_pictures=9, image=image)
+    packed = make(documents, max_len=97, max_images=9, image=image)
     alone = make(documents, pack=False, image=image)
     torch.manual_seed(0)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     decoder = TextDecoder(300, 20, 2, 2, max_len=97)
-    model = Flamingo(vision, decoder, num_heads=2, head_dim=5, media=media).eval()  # type: ignore[arg-type]
+    model = Flamingo(vision, decoder, num_heads=2, head_dim=5, visible_images=visible_images).eval()  # type: ignore[arg-type]
     for block in model.gated_blocks:
-        block.gate1.data.fill_(2.0)  # type: ignore[union-attr]
+        block.attn_gate.data.fill_(2.0)  # type: ignore[union-attr]
     singles = alone.dataset("train")
     where = {singles.rows.row(i)[0].document: i for i in range(len(singles))}
     collate = CollateDocuments(tokenizer().pad_id)
@@ -651,8 +653,8 @@ def test_a_packed_document_is_read_as_if_it_were_alone(media: str) -> None:
     checked = 0
     for r in range(len(whole.tokens)):
         for number, piece in enumerate(packed.rows("train").row(r)):
-            assert whole.segments is not None
-            mine = whole.segments[r] == number
+            assert whole.document_ids is not None
+            mine = whole.document_ids[r] == number
             own = model.logits(collate([singles[Pick(0, where[piece.document])]]))[0]
             torch.testing.assert_close(logits[r, mine], own, atol=1e-5, rtol=0)
             checked += 1
@@ -690,7 +692,7 @@ def test_pairs_as_documents_and_documents_as_pairs() -> None:
     assert len(split) == 20
     texts = [caption for i in range(5) for caption in pairs.captions(i)]
     assert [split.document(i) for i in range(20)] == [Document(("", c.text), c.language) for c in texts]
-    assert split.picture(7, 0).tobytes() == pairs.image(1).tobytes()
+    assert split.image(7, 0).tobytes() == pairs.image(1).tobytes()
     assert len(PairDocuments(scenes, captions=1).split("train")) == 5
     back = DocumentPairs(source)
     assert isinstance(back, PairSource)
@@ -703,8 +705,8 @@ def test_pairs_as_documents_and_documents_as_pairs() -> None:
         PairDocuments(scenes, captions=0)
 
 
-def test_a_picture_without_a_text_is_no_pair() -> None:
-    pairs = PicturePairs(Fake([Document(("a", "", "b", "c"), "en"), Document(("a", ""), None)]))
+def test_a_image_without_a_text_is_no_pair() -> None:
+    pairs = ImagePairs(Fake([Document(("a", "", "b", "c"), "en"), Document(("a", ""), None)]))
     assert [pairs.name(i) for i in range(len(pairs))] == ["d0[2]", "d0[3]"]
     assert pairs.image(1).getpixel((0, 0)) == colour(2)
 
@@ -777,7 +779,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
-def test_a_model_that_does_not_heed_where_pictures_stand_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_heed_where_images_stand_is_refused(tmp_path: Path) -> None:
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     captioner = EncoderDecoder(vision, TextDecoder(300, 12, 1, 2, max_len=64, cross_dim=12))
     trainer = lightning.Trainer(
@@ -785,6 +787,6 @@ def test_a_model_that_does_not_heed_where_pictures_stand_is_refused(tmp_path: Pa
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match=r'EncoderDecoder reads the pictures of a text as a whole.*media="last"'
+        ValueError, match=r'EncoderDecoder reads the pictures of a text as a whole.*visible_images="last"'
     ):
         trainer.fit(Captioning(captioner), make(image=ImageTransform(16)))

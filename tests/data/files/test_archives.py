@@ -74,7 +74,7 @@ def test_names_that_leave_the_root_are_refused_by_line(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("image", [None, 3, ["a"], {"path": "p00.png"}, float("nan")])
-def test_a_picture_that_is_no_name(image: object, tmp_path: Path) -> None:
+def test_a_image_that_is_no_name(image: object, tmp_path: Path) -> None:
     source = with_one_bad(tmp_path, image)
     assert everything(source) == expected(1)
     assert source.report.faults == {"no picture named": 1}
@@ -157,7 +157,7 @@ def test_archives_that_cannot_be_read_in_place_are_named(tmp_path: Path) -> None
             PairFiles(tmp_path / name)
 
 
-def test_bytes_that_change_or_lie_are_errors_not_pictures(tmp_path: Path) -> None:
+def test_bytes_that_change_or_lie_are_errors_not_images(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {n: png(n) for n in NAMES[:3]}, zipfile.ZIP_STORED)
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:3]))
     split = PairFiles(tmp_path, val_fraction=0).split("train")

@@ -22,7 +22,7 @@ FEW, MANY = 1500, 20_000
 SLOW = 5.0  # seconds that no file may take, on a machine that is busy
 
 
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     """A small valid file of every kind."""
     noise = np.random.default_rng(5).integers(0, 256, (19, 23, 4), dtype=np.uint8)
     rgb, rgba, grey = Image.fromarray(noise[..., :3]), Image.fromarray(noise), Image.fromarray(noise[..., 0])
@@ -30,7 +30,7 @@ def pictures() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     files = []
-    for picture, kind, options in (
+    for image, kind, options in (
         (rgb, "PNG", {}), (rgba, "PNG", {}), (grey, "PNG", {}), (wide, "PNG", {}), (rgb.quantize(7), "PNG", {}),
         (rgb, "JPEG", {"exif": exif}), (grey, "JPEG", {}), (rgb, "JPEG", {"progressive": True}),
         (rgb, "GIF", {"save_all": True, "append_images": [rgb.transpose(Image.Transpose.ROTATE_180)]}),
@@ -38,7 +38,7 @@ def pictures() -> list[bytes]:
         (rgb, "WEBP", {}), (rgba, "WEBP", {"lossless": True}),
     ):  # fmt: skip
         file = io.BytesIO()
-        picture.save(file, kind, **options)
+        image.save(file, kind, **options)
         files.append(file.getvalue())
     return files
 
@@ -98,21 +98,21 @@ def memory() -> int:
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 
 
-def read_picture(data: bytes) -> bool:
+def read_image(data: bytes) -> bool:
     try:
-        picture = load(data)
+        image = load(data)
     except ImageError:
         return False
-    assert picture.mode == "RGB"
-    assert picture.size[0] * picture.size[1] < 10**8
+    assert image.mode == "RGB"
+    assert image.size[0] * image.size[1] < 10**8
     return True
 
 
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
-def test_damaged_pictures_give_a_picture_or_an_image_error(count: int) -> None:
-    valid = pictures()
-    assert all(read_picture(data) for data in valid)
-    good = fuzz(valid, read_picture, count, 11)
+def test_damaged_images_give_a_image_or_an_image_error(count: int) -> None:
+    valid = images()
+    assert all(read_image(data) for data in valid)
+    good = fuzz(valid, read_image, count, 11)
     assert 0.05 * count < good < 0.8 * count, (
         f"{good} of {count} could be read: the damage is not what it was"
     )

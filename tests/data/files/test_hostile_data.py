@@ -20,13 +20,13 @@ from mmtransformer.data.scenes.parallel import ParallelTable
 from mmtransformer.images import ImageError
 
 
-def picture() -> bytes:
+def image() -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (5, 7), "red").save(data, "PNG")
     return data.getvalue()
 
 
-PNG = picture()
+PNG = image()
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_pattern_that_grows_is_refused(pattern: str) -> None:
 # --------------------------------------------------------------------------------------------------------- parquet
 
 
-def test_a_text_for_a_pictures_bytes_is_no_path(root: Path) -> None:
+def test_a_text_for_a_images_bytes_is_no_path(root: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"bytes": str(root.parent / "secret.png"), "path": f"{i}.png"} for i in range(3)]
     pq.write_table(pa.table({"image": pa.array(rows), "caption": ["a"] * 3}), root / "t.parquet")

@@ -32,7 +32,7 @@ def colour(number: int) -> tuple[int, int, int]:
     return (37 * number % 251, 53 * number % 241, 97 * number % 239)
 
 
-def picture(number: int, format: str = "PNG") -> bytes:
+def image(number: int, format: str = "PNG") -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (5, 7), colour(number)).save(data, format)
     return data.getvalue()
@@ -40,7 +40,7 @@ def picture(number: int, format: str = "PNG") -> bytes:
 
 def sample(number: int, text: str | None = None) -> Members:
     key = f"{number:05d}"
-    return [(f"{key}.png", picture(number)), (f"{key}.txt", (text or f"caption {number}").encode())]
+    return [(f"{key}.png", image(number)), (f"{key}.txt", (text or f"caption {number}").encode())]
 
 
 def member(name: str, data: bytes = b"", **more: object) -> tarfile.TarInfo:
@@ -102,8 +102,8 @@ def test_all_ways_to_write_a_tar(format: int, tmp_path: Path) -> None:
     long = "folder/" * 13 + "a" * 60  # too long for one field of a header
     korean = "사진/고양이"
     members = [
-        (f"{long}.jpg", picture(1, "JPEG")), (f"{long}.txt", b"a long way"),
-        (f"./{korean}.webp", picture(2, "WEBP")), (f"./{korean}.ko.txt", "고양이 한 마리\n두 번째".encode()),
+        (f"{long}.jpg", image(1, "JPEG")), (f"{long}.txt", b"a long way"),
+        (f"./{korean}.webp", image(2, "WEBP")), (f"./{korean}.ko.txt", "고양이 한 마리\n두 번째".encode()),
     ]  # fmt: skip
     pack(tmp_path / "a.tar", members, format)
     source = Shards(str(tmp_path / "a.tar"), val_fraction=0)
@@ -120,11 +120,11 @@ def test_all_ways_to_write_a_tar(format: int, tmp_path: Path) -> None:
 def test_the_first_ending_that_a_sample_has_holds_its_captions(tmp_path: Path) -> None:
     meta = {"caption": "from json", "url": "http://example.org", "status": "success"}
     members = [
-        ("0.jpg", picture(0)), ("0.txt", b"from text"), ("0.json", json.dumps(meta).encode()),
-        ("1.jpg", picture(1)), ("1.json", json.dumps(meta).encode()),
-        ("2.jpg", picture(2)), ("2.json", json.dumps({"captions": ["one", {"ko": "둘"}]}).encode()),
-        ("3.jpg", picture(3)), ("3.caption", b"from caption"), ("3.seg.png", picture(9)), ("3.cls", b"4"),
-        ("4.jpg", picture(4)), ("4.txt", b"english"), ("4.ko.txt", "한글".encode()),
+        ("0.jpg", image(0)), ("0.txt", b"from text"), ("0.json", json.dumps(meta).encode()),
+        ("1.jpg", image(1)), ("1.json", json.dumps(meta).encode()),
+        ("2.jpg", image(2)), ("2.json", json.dumps({"captions": ["one", {"ko": "둘"}]}).encode()),
+        ("3.jpg", image(3)), ("3.caption", b"from caption"), ("3.seg.png", image(9)), ("3.cls", b"4"),
+        ("4.jpg", image(4)), ("4.txt", b"english"), ("4.ko.txt", "한글".encode()),
     ]  # fmt: skip
     split = Shards(str(pack(tmp_path / "a.tar", members)), val_fraction=0).split("train")
     assert [[c.text for c in split.captions(i)] for i in range(5)] == [
@@ -271,7 +271,7 @@ def test_offsets_are_those_of_tarfile(
     again, _ = read_index(path)
     assert again == samples
     raw = path.read_bytes()
-    found = {s.key: raw[offset : offset + size] for s in samples for _, offset, size in s.pictures}
+    found = {s.key: raw[offset : offset + size] for s in samples for _, offset, size in s.images}
     assert found == {archives.join("", name)[:-4]: content for name, content in data.items()}  # type: ignore[index]
 
 
@@ -280,9 +280,9 @@ def test_offsets_are_those_of_tarfile(
 
 def test_samples_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
     bad: Members = [
-        ("a.txt", b"no picture"), ("b.png", picture(1)), ("c.png", picture(2)), ("c.jpg", picture(2)), ("c.txt", b"x"),
-        ("d.png", picture(3)), ("d.txt", b"\xff\xfa"), ("e.png", picture(4)), ("e.json", b"{"),
-        ("f.png", picture(4)), ("f.txt", b"nan"),
+        ("a.txt", b"no picture"), ("b.png", image(1)), ("c.png", image(2)), ("c.jpg", image(2)), ("c.txt", b"x"),
+        ("d.png", image(3)), ("d.txt", b"\xff\xfa"), ("e.png", image(4)), ("e.json", b"{"),
+        ("f.png", image(4)), ("f.txt", b"nan"),
     ]  # fmt: skip
     pack(tmp_path / "a.tar", [m for n in range(21) for m in sample(n)] + bad)
     source = Shards(str(tmp_path), max_bad=0.25)
@@ -419,7 +419,7 @@ def test_a_shard_that_changes_under_a_run_is_said(tmp_path: Path) -> None:
     places=st.lists(st.tuples(st.integers(0, 10239), st.integers(0, 255)), min_size=1, max_size=5),
     cut=st.booleans(),
 )
-def test_no_damage_gives_anything_but_an_error_or_pictures(
+def test_no_damage_gives_anything_but_an_error_or_images(
     places: list[tuple[int, int]], cut: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path, whole = whole_tar(tmp_path_factory.mktemp("d"))
@@ -448,7 +448,7 @@ def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
     for a, b in zip(*whole, strict=True):
         assert same(a, b)
     loader = runs[0].train_dataloader()
-    loader.load_state_dict({"epoch": 1, "position": 8, "seed": 0, "num_pictures": len(source.split("train"))})
+    loader.load_state_dict({"epoch": 1, "position": 8, "seed": 0, "num_images": len(source.split("train"))})
     assert all(same(a, b) for a, b in zip(loader, whole[0][2:], strict=True))
     names = [name for batch in whole[0] for name in batch.names]
     assert sorted(names) == sorted(source.split("train").name(i) for i in range(len(source.split("train"))))
@@ -472,12 +472,12 @@ def test_a_path_is_told_what_it_holds(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     for n in range(3):
-        (plain / f"{n}.png").write_bytes(picture(n))
+        (plain / f"{n}.png").write_bytes(image(n))
         (plain / f"{n}.txt").write_text(f"caption {n}")
     assert not are_shards(plain)
     assert not are_documents(plain)
     assert isinstance(open_pairs(plain), PairFiles)
-    packed = pack(tmp_path / "c.tar", [("a.png", picture(1)), ("captions.csv", b"image,caption\na.png,x")])
+    packed = pack(tmp_path / "c.tar", [("a.png", image(1)), ("captions.csv", b"image,caption\na.png,x")])
     assert not are_shards(packed)
     pairs = plain / "pairs.jsonl"
     pairs.write_text('{"image": "0.png", "text": "a caption", "split": "train"}\n')

@@ -71,7 +71,7 @@ class Evens(Rich):
 
     def mixing(self, split: str) -> Any:
         turn = np.zeros(6, int)
-        return SimpleNamespace(size=6, pictures=lambda epoch: (np.arange(0, 12, 2), turn + epoch))
+        return SimpleNamespace(size=6, images=lambda epoch: (np.arange(0, 12, 2), turn + epoch))
 
 
 def trainer(rank: int = 0, world: int = 1, **options: Any) -> Any:

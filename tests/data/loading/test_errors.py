@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtransformer.data.loading.errors import BadPictures, Report, TooManyFaults, allowed
+from mmtransformer.data.loading.errors import BadImages, Report, TooManyFaults, allowed
 
 
 @pytest.mark.parametrize(
@@ -40,16 +40,16 @@ def test_a_report_counts_each_row_once_and_names_the_first() -> None:
         report.enforce("c.csv", 0.02)
 
 
-def test_bad_pictures_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -> None:
+def test_bad_images_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -> None:
     path = tmp_path / "run" / "bad.jsonl"
-    bad = BadPictures(path, total=301)
+    bad = BadImages(path, total=301)
     assert bad.names() == {}
     assert not path.parent.exists()
     for _ in range(3):  # epochs
         for i in range(3):
             bad.record(f"그림{i}.png", ValueError(f"cut at {i}"))
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert rows[1] == {"picture": "그림1.png", "error": "ValueError: cut at 1"}
+    assert rows[1] == {"image": "그림1.png", "error": "ValueError: cut at 1"}
     assert len(rows) == 3
     with pytest.raises(
         TooManyFaults, match=r"4 of 301 pictures can't be read \(1.3%, more than 1.0% allowed\)"
@@ -57,7 +57,7 @@ def test_bad_pictures_are_named_once_and_stop_past_the_threshold(tmp_path: Path)
         bad.record("x.png", OSError("gone"))
     assert str(path) in str(e.value)
     assert "그림0.png: ValueError: cut at 0" in str(e.value)
-    again = BadPictures(path, total=301)  # a resumed run knows them
+    again = BadImages(path, total=301)  # a resumed run knows them
     assert list(again.names()) == ["그림0.png", "그림1.png", "그림2.png", "x.png"]
     again.reset()
     again.record("x.png", OSError("gone"))
@@ -66,16 +66,16 @@ def test_bad_pictures_are_named_once_and_stop_past_the_threshold(tmp_path: Path)
 
 def test_a_strict_run_stops_at_the_first(tmp_path: Path) -> None:
     with pytest.raises(TooManyFaults, match="1 of 5000"):
-        BadPictures(tmp_path / "bad.jsonl", 5000, max_fraction=0).record("x.png", OSError("gone"))
+        BadImages(tmp_path / "bad.jsonl", 5000, max_fraction=0).record("x.png", OSError("gone"))
 
 
 def test_half_a_line_in_the_report_is_passed_over(tmp_path: Path) -> None:
-    bad = BadPictures(tmp_path / "bad.jsonl", 100)
-    bad.path.write_text('{"picture": "a", "error": "e"}\n{"pict')
+    bad = BadImages(tmp_path / "bad.jsonl", 100)
+    bad.path.write_text('{"image": "a", "error": "e"}\n{"pict')
     assert bad.names() == {"a": "e"}
 
 
-def _record(bad: BadPictures, start: int) -> str:
+def _record(bad: BadImages, start: int) -> str:
     try:
         for i in range(start, start + 40):
             bad.record(f"p{i}.png", ValueError("broken"))
@@ -85,7 +85,7 @@ def _record(bad: BadPictures, start: int) -> str:
 
 
 def test_workers_share_one_report(tmp_path: Path) -> None:
-    bad = BadPictures(tmp_path / "bad.jsonl", total=1000, max_fraction=0.119)
+    bad = BadImages(tmp_path / "bad.jsonl", total=1000, max_fraction=0.119)
     with get_context("fork").Pool(3) as pool:
         said = pool.starmap(_record, [(bad, 0), (bad, 20), (bad, 60)])
     assert said == ["", "", ""]

@@ -147,7 +147,7 @@ def test_the_key_knows_everything_that_matters():
     assert key(pairs=FakePairs(7, count=lambda i: 1)) == keys[0], "captions do not matter"
 
 
-def test_bad_pictures_are_known_to_the_cache(tmp_path):
+def test_bad_images_are_known_to_the_cache(tmp_path):
     pairs = FakePairs(211, bad=[0, 100])
     cache = build(tmp_path, pairs=pairs, batch_size=16, dtype="float32")
     x = pixels(pairs)
@@ -175,7 +175,7 @@ def test_long_faults_are_shortened(tmp_path):
     assert sorted(cache.faults) == list(range(8))
 
 
-def test_no_readable_picture_is_an_error(tmp_path):
+def test_no_readable_image_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"none of the 7 pictures can be read; the first: p0\.jpg: cut off"):
         build(tmp_path, pairs=FakePairs(7, bad=range(7)))
     assert not list(tmp_path.glob("*.safetensors"))
@@ -290,8 +290,8 @@ def with_features(tmp_path, source=None, **options):
 
 
 def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
-    data, captioner = with_features(tmp_path, captions_per_picture=3)
-    plain = make(image=TRANSFORM, captions_per_picture=3)
+    data, captioner = with_features(tmp_path, captions_per_image=3)
+    plain = make(image=TRANSFORM, captions_per_image=3)
     for mine, other in (
         (data.train_dataloader(), plain.train_dataloader()),
         (data.val_dataloader()[0], plain.val_dataloader()[0]),
@@ -336,12 +336,12 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
     assert data._features["val"].tokens.shape[1] == 1, "evaluation needs no mirrored copies"
 
 
-def test_bad_pictures_with_features(tmp_path):
+def test_bad_images_with_features(tmp_path):
     source = FakeSource(train=FakePairs(211, bad=[4]), val=FakePairs(5))
     data, _ = with_features(tmp_path, source, report_dir=str(tmp_path))
     names = [name for batch in data.train_dataloader() for name in batch.names]
     assert names.count("p5.jpg") == 2
-    assert "p4.jpg: cut off" in (tmp_path / "bad_pictures_train.jsonl").read_text()
+    assert "p4.jpg: cut off" in (tmp_path / "bad_images_train.jsonl").read_text()
 
 
 def test_only_frozen_towers_are_cached(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmtransformer.data.loading.rows import share_of_padding
-from mmtransformer.data.loading.sampler import Pick, PictureSampler, ResumableLoader, generator, mix
+from mmtransformer.data.loading.sampler import IndexSampler, Pick, ResumableLoader, generator, mix
 from mmtransformer.data.loading.workers import deaf
 
 N = 101
@@ -35,7 +35,7 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def loader(workers=0, **options):
-    return ResumableLoader(Dataset(), PictureSampler(N, 7, **options), torch.stack, num_workers=workers)
+    return ResumableLoader(Dataset(), IndexSampler(N, 7, **options), torch.stack, num_workers=workers)
 
 
 def test_mix_is_the_published_splitmix64():
@@ -55,24 +55,24 @@ def test_mix_is_uniform_and_order_matters():
 
 
 def test_order_is_a_permutation_and_a_pure_function():
-    sampler = PictureSampler(N, 7, seed=3, lengths=lengths)
+    sampler = IndexSampler(N, 7, seed=3, lengths=lengths)
     orders = [sampler.order(epoch) for epoch in (0, 1, 2)]
     for order in orders:
         assert sorted(order) == list(range(N))
     assert not np.array_equal(orders[0], orders[1])
-    np.testing.assert_array_equal(PictureSampler(N, 7, seed=3, lengths=lengths).order(1), orders[1])
-    assert not np.array_equal(PictureSampler(N, 7, seed=4, lengths=lengths).order(1), orders[1])
-    assert indices(PictureSampler(N, 7, shuffle=False)) == [
+    np.testing.assert_array_equal(IndexSampler(N, 7, seed=3, lengths=lengths).order(1), orders[1])
+    assert not np.array_equal(IndexSampler(N, 7, seed=4, lengths=lengths).order(1), orders[1])
+    assert indices(IndexSampler(N, 7, shuffle=False)) == [
         list(range(i, min(i + 7, N))) for i in range(0, N, 7)
     ]
 
 
 def test_the_order_of_a_seed_never_changes():
-    assert PictureSampler(13, 2, seed=1).order(0).tolist() == [2, 5, 8, 9, 10, 1, 4, 6, 12, 0, 11, 3, 7]
+    assert IndexSampler(13, 2, seed=1).order(0).tolist() == [2, 5, 8, 9, 10, 1, 4, 6, 12, 0, 11, 3, 7]
 
 
 def test_grouping_by_length_cuts_padding_and_mixes_batches():
-    grouped, plain = PictureSampler(N, 7, lengths=lengths), PictureSampler(N, 7)
+    grouped, plain = IndexSampler(N, 7, lengths=lengths), IndexSampler(N, 7)
     before, after = (share_of_padding(lengths(0), indices(sampler)) for sampler in (plain, grouped))
     assert after < 0.08 < 0.3 < before
     longest = [lengths(0)[batch].max() for batch in indices(grouped)]
@@ -82,11 +82,10 @@ def test_grouping_by_length_cuts_padding_and_mixes_batches():
 @pytest.mark.parametrize(("world", "size"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_processes_share_the_same_steps(world, size):
     shares = [
-        list(PictureSampler(N, size, seed=5, lengths=lengths, rank=rank, world=world))
-        for rank in range(world)
+        list(IndexSampler(N, size, seed=5, lengths=lengths, rank=rank, world=world)) for rank in range(world)
     ]
     assert len({len(share) for share in shares}) == 1
-    one = list(PictureSampler(N, 8, seed=5, lengths=lengths))
+    one = list(IndexSampler(N, 8, seed=5, lengths=lengths))
     for together, step in zip(zip(*shares, strict=True), one, strict=True):
         counted = [pick for pick in itertools.chain(*together) if pick.counted]
         assert sorted(counted) == sorted(step)
@@ -95,13 +94,13 @@ def test_processes_share_the_same_steps(world, size):
 
 
 def test_accumulation_sees_the_groups_of_one_large_batch():
-    large = indices(PictureSampler(96, 8, seed=5))
-    small = indices(PictureSampler(96, 4, seed=5, block=8))
+    large = indices(IndexSampler(96, 8, seed=5))
+    small = indices(IndexSampler(96, 4, seed=5, block=8))
     assert [a + b for a, b in zip(small[::2], small[1::2], strict=True)] == large
 
 
-def test_a_process_without_pictures_gets_a_filler_that_does_not_count():
-    shares = [list(PictureSampler(7, 2, rank=rank, world=3)) for rank in range(3)]
+def test_a_process_without_images_gets_a_filler_that_does_not_count():
+    shares = [list(IndexSampler(7, 2, rank=rank, world=3)) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 2, 2]
     last = [share[-1] for share in shares]
     assert [[pick.counted for pick in share] for share in last] == [[True], [False], [False]]
@@ -109,10 +108,10 @@ def test_a_process_without_pictures_gets_a_filler_that_does_not_count():
 
 
 def test_drop_last():
-    sampler = PictureSampler(N, 7, drop_last=True)
+    sampler = IndexSampler(N, 7, drop_last=True)
     assert len(sampler) == len(list(sampler)) == 14
     assert {len(batch) for batch in sampler} == {7}
-    assert len(PictureSampler(N, 7)) == len(list(PictureSampler(N, 7))) == 15
+    assert len(IndexSampler(N, 7)) == len(list(IndexSampler(N, 7))) == 15
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -158,19 +157,19 @@ def test_resume_goes_on_with_the_next_batch(stop, before, after):
 
 
 def test_resume_with_another_number_of_processes():
-    one = PictureSampler(N, 8, seed=5)
-    one.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_pictures": N})
+    one = IndexSampler(N, 8, seed=5)
+    one.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_images": N})
     shares = []
     for rank in range(2):
-        sampler = PictureSampler(N, 4, seed=5, rank=rank, world=2)
-        sampler.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_pictures": N})
+        sampler = IndexSampler(N, 4, seed=5, rank=rank, world=2)
+        sampler.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_images": N})
         shares.append(list(sampler))
     for step, together in zip(one, zip(*shares, strict=True), strict=True):
         assert sorted(step) == sorted(itertools.chain(*together))
 
 
 def test_an_epoch_that_was_begun_with_another_batch_is_seen_to_its_end():
-    old, new = PictureSampler(N, 8, seed=5, lengths=lengths), PictureSampler(N, 3, seed=5, lengths=lengths)
+    old, new = IndexSampler(N, 8, seed=5, lengths=lengths), IndexSampler(N, 3, seed=5, lengths=lengths)
     old.set_epoch(2)
     begun = indices(old)[:5]
     old.position = 40
@@ -178,7 +177,7 @@ def test_an_epoch_that_was_begun_with_another_batch_is_seen_to_its_end():
     assert sorted(itertools.chain(*begun, *indices(new))) == list(range(N))
     assert new.state_dict() == old.state_dict()
     new.set_epoch(3)
-    np.testing.assert_array_equal(new.order(3), PictureSampler(N, 3, seed=5, lengths=lengths).order(3))
+    np.testing.assert_array_equal(new.order(3), IndexSampler(N, 3, seed=5, lengths=lengths).order(3))
 
 
 def test_a_pass_that_was_left_early_starts_again():
@@ -189,22 +188,22 @@ def test_a_pass_that_was_left_early_starts_again():
 
 
 def test_a_state_of_another_order_is_refused():
-    state = PictureSampler(N, 7, seed=3).state_dict()
+    state = IndexSampler(N, 7, seed=3).state_dict()
     with pytest.raises(ValueError, match="seed was 3 and is now 4"):
-        PictureSampler(N, 7, seed=4).load_state_dict(state)
-    with pytest.raises(ValueError, match="num_pictures was 101 and is now 103"):
-        PictureSampler(103, 7, seed=3).load_state_dict(state)
+        IndexSampler(N, 7, seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="num_images was 101 and is now 103"):
+        IndexSampler(103, 7, seed=3).load_state_dict(state)
 
 
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match=r"rank \(2\) must be from 0 to world - 1 \(1\)"):
-        PictureSampler(N, 7, rank=2, world=2)
+        IndexSampler(N, 7, rank=2, world=2)
     with pytest.raises(ValueError, match=r"no pictures to sample from \(0\)"):
-        PictureSampler(0, 7)
+        IndexSampler(0, 7)
     with pytest.raises(ValueError, match="5 pictures do not fill one step of 7 x 1"):
-        PictureSampler(5, 7, drop_last=True)
+        IndexSampler(5, 7, drop_last=True)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
-        PictureSampler(5, 0)
+        IndexSampler(5, 0)
 
 
 def test_a_pick_counts_unless_told():

@@ -34,17 +34,17 @@ def test_documents_follow_from_seed_split_and_number() -> None:
     assert isinstance(train, Documents)
     assert (len(train), len(source.split("val"))) == (61, 7)
     assert [train.document(i) for i in range(61)] == [again.document(i) for i in reversed(range(61))][::-1]
-    assert train.picture(5, 1).tobytes() == again.picture(5, 1).tobytes()
-    assert train.picture(5, 0).tobytes() != train.picture(5, 1).tobytes() != train.picture(6, 1).tobytes()
+    assert train.image(5, 1).tobytes() == again.image(5, 1).tobytes()
+    assert train.image(5, 0).tobytes() != train.image(5, 1).tobytes() != train.image(6, 1).tobytes()
     other = SceneDocuments(image_size=32, train_size=61, seed=4).split("train")
     assert [train.document(i) for i in range(61)] != [other.document(i) for i in range(61)]
     assert train.document(3) != source.split("val").document(3)
-    assert train.picture_name(5, 1) == "scene-documents-3-train-000005/1"
-    assert {train.document(i).pictures for i in range(61)} == {2, 3, 4, 5}
+    assert train.image_name(5, 1) == "scene-documents-3-train-000005/1"
+    assert {train.document(i).images for i in range(61)} == {2, 3, 4, 5}
     assert 4 < sum(bool(train.document(i).texts[0]) for i in range(61)) < 25
 
 
-def test_every_text_of_a_document_says_the_same_kind_of_thing_of_its_picture() -> None:
+def test_every_text_of_a_document_says_the_same_kind_of_thing_of_its_image() -> None:
     split = SceneDocuments(image_size=32, train_size=211).split("train")
     ways: Counter[tuple[str, str]] = Counter()
     for i in range(211):
@@ -105,8 +105,8 @@ def test_questions_and_examples_are_pairs() -> None:
     [
         ({"image_size": 16}, "image_size must be at least 32 px, got 16"),
         ({"train_size": 0}, "train_size must be at least 1, got 0"),
-        ({"pictures": (3, 2)}, r"pictures must be the fewest .* got \(3, 2\)"),
-        ({"pictures": (0, 2)}, r"got \(0, 2\)"),
+        ({"images": (3, 2)}, r"images must be the fewest .* got \(3, 2\)"),
+        ({"images": (0, 2)}, r"got \(0, 2\)"),
         ({"openings": 2}, "openings is a share, from 0 to 1, got 2"),
         ({"ways": ("smell",)}, r"ways must be different ones of description, color, .* got \['smell'\]"),
         ({"languages": ("en", "en")}, "languages must be different ones of en, ko"),

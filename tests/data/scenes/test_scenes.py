@@ -44,7 +44,7 @@ def test_is_a_pair_source():
         assert split.image(1).size == (64, 64)
 
 
-def test_captions_come_by_language_a_constant_number_a_picture():
+def test_captions_come_by_language_a_constant_number_a_image():
     source = Scenes(train_size=53, val_size=53, languages=("ko", "en"), phrasings=2, references=4)
     for split, number in (("train", 2), ("val", 4), ("compositional", 4)):
         for i in range(53):
@@ -124,14 +124,14 @@ def test_order_and_global_chance_do_not_matter():
     assert [split.image(i).tobytes() for i in reversed(range(13))] == first[::-1]
 
 
-def test_every_part_of_the_key_changes_the_picture():
-    pictures = [
+def test_every_part_of_the_key_changes_the_image():
+    images = [
         Scenes(seed=seed).split(split).image(i).tobytes()
         for seed in (0, 1)
         for split in ("train", "val", "compositional")
         for i in (0, 1)
     ]
-    assert len(set(pictures)) == 12
+    assert len(set(images)) == 12
 
 
 def test_size_changes_the_pixels_and_not_the_scene():
@@ -221,7 +221,7 @@ def test_relations_are_true_of_the_places(held_out):
     assert set(kinds) == set(KINDS)
 
 
-def test_objects_lie_in_the_picture_and_apart():
+def test_objects_lie_in_the_image_and_apart():
     for scene in scenes():
         inside = {r.subject for r in scene.relations if r.kind == "inside"}
         assert [len(spots) for spots in scene.spots] == [group.count for group in scene.groups]
@@ -281,10 +281,10 @@ def test_every_object_is_seen_in_its_box_and_in_its_color():
     for scene in scenes(number=211):
         if len(scene.groups) > 1:
             continue
-        picture = np.asarray(draw(scene, 64, clutter=0.0), np.float64) / 255
+        image = np.asarray(draw(scene, 64, clutter=0.0), np.float64) / 255
         group = scene.groups[0]
         color = COLORS[group.color]
-        body = np.array([[contrast(tuple(p), color) < 0.45 for p in row] for row in picture])  # type: ignore[arg-type]
+        body = np.array([[contrast(tuple(p), color) < 0.45 for p in row] for row in image])  # type: ignore[arg-type]
         found = 0
         for left, top, right, bottom in scene.boxes(64)[0]:
             x0, y0, x1, y1 = (round(left) - 1, round(top) - 1, round(right) + 1, round(bottom) + 1)
@@ -317,22 +317,22 @@ def test_backgrounds_keep_away_from_the_objects():
     """The corner pixels, where no clutter is drawn, are far from every object's colour."""
     near = 0
     for scene in scenes(number=401):
-        picture = np.asarray(draw(scene, 64, clutter=0.0), np.float64) / 255
+        image = np.asarray(draw(scene, 64, clutter=0.0), np.float64) / 255
         objects = {group.color for group in scene.groups}
         for row, column in ((0, 0), (0, 63), (63, 0), (63, 63)):
             boxes = [b for own in scene.boxes(64) for b in own]
             if any(b[0] - 1 <= column <= b[2] + 1 and b[1] - 1 <= row <= b[3] + 1 for b in boxes):
                 continue
             pixel = (
-                float(picture[row, column, 0]),
-                float(picture[row, column, 1]),
-                float(picture[row, column, 2]),
+                float(image[row, column, 0]),
+                float(image[row, column, 1]),
+                float(image[row, column, 2]),
             )
             near += any(contrast(pixel, COLORS[color]) < 0.45 for color in objects)
     assert near <= 8, near
 
 
-def test_clutter_is_noise_over_a_clean_picture():
+def test_clutter_is_noise_over_a_clean_image():
     scene = scenes(number=1)[0]
     clean, cluttered, wild = (np.asarray(draw(scene, 64, c), np.float64) for c in (0.0, 1.0, 3.0))
     assert 1 < np.abs(cluttered - clean).mean() < np.abs(wild - clean).mean() < 60

@@ -97,19 +97,19 @@ def test_rows_hold_prompt_text_and_end_and_predict_every_token_once(
     predicted = 0
     for i in np.argsort([rows.row(2, i).parts.min() for i in range(len(rows))]):
         row = rows.row(2, int(i))
-        assert len(row.tokens) == len(row.segments) == len(row.target) <= 67
-        predicted += int(row.target.sum())
+        assert len(row.tokens) == len(row.document_ids) == len(row.loss_mask) <= 67
+        predicted += int(row.loss_mask.sum())
         for at, part in enumerate(row.parts):
-            tokens, target = row.tokens[row.segments == at], row.target[row.segments == at]
+            tokens, loss_mask = row.tokens[row.document_ids == at], row.loss_mask[row.document_ids == at]
             assert 2 <= len(tokens) <= max_len
             text = int(rows.text_of[part])
             if rows.first[part]:
-                assert target.tolist() == [False, False, *[True] * (len(tokens) - 2)]
+                assert loss_mask.tolist() == [False, False, *[True] * (len(tokens) - 2)]
                 assert tokens.tolist() == want[text][: len(tokens)]
             else:
-                assert target.tolist() == [False, *[True] * (len(tokens) - 1)]
-            found[text] += tokens[target].tolist()
-    assert predicted == sum(len(text) - 2 for text in want) == rows.target.sum()
+                assert loss_mask.tolist() == [False, *[True] * (len(tokens) - 1)]
+            found[text] += tokens[loss_mask].tolist()
+    assert predicted == sum(len(text) - 2 for text in want) == rows.loss_mask.sum()
     for text, tokens in found.items():
         assert Counter(tokens) == Counter(want[text][2:])
 
@@ -120,7 +120,7 @@ def test_the_parts_of_a_long_text_follow_each_other(tokenizer: Tokenizer) -> Non
     parts = {}
     for i in range(len(rows)):
         row = rows.row(0, i)
-        parts |= {int(part): row.tokens[row.segments == at].tolist() for at, part in enumerate(row.parts)}
+        parts |= {int(part): row.tokens[row.document_ids == at].tolist() for at, part in enumerate(row.parts)}
     whole = parts[0]
     for part in range(1, len(parts)):
         assert parts[part][0] == whole[-1]
@@ -164,9 +164,11 @@ def data_of(batch_size: int = 3, **arguments: object) -> TextData:
 
 def flat(batches: list[TextBatch]) -> list[tuple[list[int], list[int], list[bool]]]:
     return [
-        (tokens.tolist(), segments.tolist(), target.tolist())
+        (tokens.tolist(), document_ids.tolist(), loss_mask.tolist())
         for batch in batches
-        for tokens, segments, target in zip(batch.tokens, batch.segments, batch.target, strict=True)
+        for tokens, document_ids, loss_mask in zip(
+            batch.tokens, batch.document_ids, batch.loss_mask, strict=True
+        )
     ]
 
 
@@ -178,15 +180,15 @@ def test_a_batch_is_full_rows_and_padding_sees_nothing() -> None:
     places = sum(batch.tokens.numel() for batch in batches)
     assert places - rows.lengths.sum() < 67  # less than one row of padding in the epoch
     for batch in batches:
-        padding = batch.segments < 0
-        assert not batch.target[padding].any()
+        padding = batch.document_ids < 0
+        assert not batch.loss_mask[padding].any()
         assert (batch.tokens[padding] == data.tokenizer.pad_id).all()
-        for row in batch.segments:
+        for row in batch.document_ids:
             alone = row[row < 0]
             assert len(alone.unique()) == len(alone)
     names = [name for batch in batches for name in batch.names]
     assert sorted(names) == sorted(f"train {i}" for i in range(120))
-    assert sum(int(batch.target.sum()) for batch in batches) == rows.target.sum()
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == rows.loss_mask.sum()
 
 
 def test_training_is_shuffled_by_seed_and_epoch_and_validation_is_not() -> None:
@@ -287,7 +289,7 @@ def test_jsonl_with_splits_keeps_them_and_train_never_says_what_val_says(tmp_pat
     )
 
 
-def test_without_splits_the_captions_of_a_picture_stay_together(tmp_path: Path) -> None:
+def test_without_splits_the_captions_of_a_image_stay_together(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"photo_id": i, "captions": [f"number {i}", f"the {i}"]} for i in range(200)
     ]
@@ -346,7 +348,7 @@ def test_tables_and_coco(tmp_path: Path) -> None:
     assert [t.text for t in both.split("val")] == ["Bye"]
 
 
-def test_parquet_without_pictures(tmp_path: Path) -> None:
+def test_parquet_without_images(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 

@@ -36,13 +36,15 @@ def lightning_is_quiet() -> None:
 def batch(seed: int, poison: float | None = None) -> CaptionBatch:
     torch.manual_seed(seed)
     tokens = torch.randint(3, tiny.VOCAB, (3, 7))
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    target = valid.clone()
-    target[:, 0] = False
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    loss_mask = attention_mask.clone()
+    loss_mask[:, 0] = False
     pixels = torch.randn(3, 1, 3, 32, 32)
     if poison is not None:
         pixels[1, 0, 2, 5, 5] = poison
-    return CaptionBatch(tokens, valid, target, pixels, names=tuple(f"picture-{seed}-{i}" for i in range(3)))
+    return CaptionBatch(
+        tokens, attention_mask, loss_mask, pixels, names=tuple(f"picture-{seed}-{i}" for i in range(3))
+    )
 
 
 def train(
@@ -95,7 +97,7 @@ def test_every_sample_of_a_bad_step_stands_in_a_file(tmp_path: Path) -> None:
     names = tuple(f"그림-{i}" for i in range(17))
     rows = torch.arange(17) % 3
     many = CaptionBatch(
-        many.tokens[rows], many.valid[rows], many.target[rows], many.pixels[rows], names=names
+        many.tokens[rows], many.attention_mask[rows], many.loss_mask[rows], many.pixels[rows], names=names
     )  # type: ignore[index]
     with pytest.raises(NotFinite, match="그림-7 and 9 more") as caught:
         train(tmp_path, [batch(0), many], lr=0.25)
@@ -190,7 +192,7 @@ def test_a_run_that_only_skips_stops(tmp_path: Path) -> None:
 
 def test_a_batch_without_targets_is_a_fault(tmp_path: Path) -> None:
     empty = batch(1)
-    empty.target[:] = False
+    empty.loss_mask[:] = False
     with pytest.raises(ValueError, match="step 1: none of the samples has a target token"):
         train(tmp_path, [batch(0), empty])
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mmtransformer.cli.plan import run
-from mmtransformer.data.loading.sampler import PictureSampler
+from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
 from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, few_kernels
@@ -156,7 +156,7 @@ def test_a_cpu_keeps_few_kernels_of_the_planned_size() -> None:
 @pytest.mark.parametrize(("rows", "third"), [(200, 2), (18, 2), (13, 1), (6, 0), (5, 0)])
 def test_the_batch_with_the_longest_sample_comes_third(rows: int, third: int) -> None:
     lengths = np.random.default_rng(3).permutation(rows)
-    plain, sampler = (PictureSampler(rows, 6, seed=5, lengths=lambda _: lengths, window=4) for _ in range(2))
+    plain, sampler = (IndexSampler(rows, 6, seed=5, lengths=lambda _: lengths, window=4) for _ in range(2))
     longest_soon(sampler)
     before, after = list(plain), list(sampler)
     full = [batch for batch in before if len(batch) == 6] or before
@@ -166,7 +166,7 @@ def test_the_batch_with_the_longest_sample_comes_third(rows: int, third: int) ->
 
 
 def test_samples_of_one_length_keep_their_order() -> None:
-    plain, sampler = PictureSampler(20, 6, seed=5), PictureSampler(20, 6, seed=5)
+    plain, sampler = IndexSampler(20, 6, seed=5), IndexSampler(20, 6, seed=5)
     longest_soon(sampler)
     assert list(plain) == list(sampler)
 

@@ -126,7 +126,7 @@ def test_any_number_of_workers_sees_the_same_pixels_and_losses(
     assert len({line[3] for line in seen if line[0] != "validation" and line[0] != "end"}) == 4
 
 
-def test_every_picture_is_seen_once_an_epoch(unbroken: Any) -> None:
+def test_every_image_is_seen_once_an_epoch(unbroken: Any) -> None:
     seen, _ = unbroken()
     for epoch in range(3):
         names = [name for line in seen if line[0] == epoch for name in line[-1]]
@@ -300,7 +300,7 @@ def test_mmt_fit_resumes_by_itself(
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
     path = tmp_path / "checkpoints/last.ckpt"
     CheckpointFiles().save_checkpoint(read(path) | {"seconds": 7000.0}, path)
-    reports = [tmp_path / "bad_pictures_train.jsonl", tmp_path / RECORD]
+    reports = [tmp_path / "bad_images_train.jsonl", tmp_path / RECORD]
     for report in reports:
         report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
     with monkeypatch.context() as patch:  # the second Ctrl+C ends a run at once

@@ -27,8 +27,10 @@ def lightning_is_quiet() -> None:
 def batch() -> CaptionBatch:
     torch.manual_seed(7)
     tokens = torch.randint(3, tiny.VOCAB, (5, 13))
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    return CaptionBatch(tokens, valid, valid, torch.randn(5, 1, 3, 32, 32), names=tuple("abcde"))
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    return CaptionBatch(
+        tokens, attention_mask, attention_mask, torch.randn(5, 1, 3, 32, 32), names=tuple("abcde")
+    )
 
 
 def step(module: Captioning) -> tuple[float, list[Tensor], int]:

@@ -69,7 +69,7 @@ def test_what_cannot_be_built() -> None:
         sized("flamingo", vision, decoder, 1000, FROZEN)
 
 
-def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_and_a_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE, "utf-8")
     words = ["--recipe", str(recipe), "--out", str(out)]

@@ -61,12 +61,14 @@ def trainer(folder: Path, **arguments: object) -> pl.Trainer:
 def batch(rows: list[int], seed: int = 0) -> CaptionBatch:
     """Random rows of the given numbers of target tokens, behind a prompt of one."""
     torch.manual_seed(seed)
-    valid = torch.arange(1 + max(rows)) < 1 + torch.tensor(rows)[:, None]
-    target = valid.clone()
-    target[:, 0] = False
-    tokens = torch.randint(3, VOCAB, valid.shape).masked_fill(~valid, 0)
+    attention_mask = torch.arange(1 + max(rows)) < 1 + torch.tensor(rows)[:, None]
+    loss_mask = attention_mask.clone()
+    loss_mask[:, 0] = False
+    tokens = torch.randint(3, VOCAB, attention_mask.shape).masked_fill(~attention_mask, 0)
     names = tuple(f"picture-{seed}-{i}" for i in range(len(rows)))
-    return CaptionBatch(tokens, valid, target, pixels=torch.randn(len(rows), 1, 3, 32, 32), names=names)
+    return CaptionBatch(
+        tokens, attention_mask, loss_mask, pixels=torch.randn(len(rows), 1, 3, 32, 32), names=names
+    )
 
 
 # ------------------------------------------------------------------------------------------------- optimizer
@@ -119,7 +121,7 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
         ) -> None:
             seen.extend(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)
 
-    doubles = [CaptionBatch(b.tokens, b.valid, b.target, b.pixels.double()) for b in batches]  # type: ignore[union-attr]
+    doubles = [CaptionBatch(b.tokens, b.attention_mask, b.loss_mask, b.pixels.double()) for b in batches]  # type: ignore[union-attr]
     run = trainer(
         tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()]
     )
@@ -130,14 +132,16 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
 def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> None:
     whole = batch([2, 9, 5, 3, 7, 1])
     parts = [
-        CaptionBatch(whole.tokens[s], whole.valid[s], whole.target[s], whole.pixels[s])  # type: ignore[index]
+        CaptionBatch(whole.tokens[s], whole.attention_mask[s], whole.loss_mask[s], whole.pixels[s])  # type: ignore[index]
         for s in (slice(0, 1), slice(1, 6))
     ]
     one = gradients(tmp_path, [whole], 1)
     two = gradients(tmp_path, parts, 2)
     assert max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) < 1e-14
     model = captioner().double()
-    loss = caption_loss(model, CaptionBatch(whole.tokens, whole.valid, whole.target, whole.pixels.double()))  # type: ignore[union-attr]
+    loss = caption_loss(
+        model, CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double())
+    )  # type: ignore[union-attr]
     (loss.sum / 27).backward()
     assert int(loss.count) == 27
     assert max(float((a - p.grad).abs().max()) for a, p in zip(one, model.parameters(), strict=True)) < 1e-14  # type: ignore[operator]
@@ -190,7 +194,7 @@ def test_image_use_is_checked(tmp_path: Path, blind: bool) -> None:
     for split in ("val", "compositional"):
         right, other, blank = (
             float(run.callback_metrics[f"{split}/loss_{kind}"])
-            for kind in ("right", "other_picture", "blank_picture")
+            for kind in ("right", "other_image", "blank_image")
         )
         assert (right == other == blank) is blind
         if not blind:

@@ -16,7 +16,7 @@ from mmtransformer import ImageClassifier, ImageTransform, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
 from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
-from mmtransformer.data.loading.errors import BadPictures, TooManyFaults
+from mmtransformer.data.loading.errors import BadImages, TooManyFaults
 from mmtransformer.data.loading.sampler import Pick
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
@@ -95,13 +95,13 @@ def test_shapes_of_scenes() -> None:
     source = shapes()
     assert source.classes[:3] == ("circle", "square", "triangle")
     for name in source.splits():
-        pictures, scenes = source.split(name), source.scenes.split(name)
-        for i in range(len(pictures)):
+        images, scenes = source.split(name), source.scenes.split(name)
+        for i in range(len(images)):
             (group,) = scenes.scene(i).groups
-            assert source.classes[pictures.label(i)] == group.shape
+            assert source.classes[images.label(i)] == group.shape
             held_out = (group.color, group.shape) in source.scenes.world.held_out
             assert held_out == (name == "compositional")
-    assert pictures.image(0).tobytes() == scenes.image(0).tobytes()
+    assert images.image(0).tobytes() == scenes.image(0).tobytes()
     with pytest.raises(ValueError, match=r"group_shares to \[1\], not \[0.35, 0.45, 0.2\]"):
         SceneShapes(Scenes())
 
@@ -113,29 +113,29 @@ def data(source: Any, **options: Any) -> ClassData:
     return ClassData(source, image=ImageTransform(32), **{"batch_size": 4} | options)
 
 
-def test_an_epoch_has_each_picture_once_with_its_class(tmp_path: Path) -> None:
+def test_an_epoch_has_each_image_once_with_its_class(tmp_path: Path) -> None:
     source = shapes()
     module = data(source, report_dir=str(tmp_path))
-    pictures, seen = module.pictures("train"), {}
+    images, seen = module.images("train"), {}
     for batch in module.train_dataloader():
         assert batch.pixels.shape[1:] == (3, 32, 32)
         assert batch.counted.all()
         seen |= dict(zip(batch.names, batch.labels.tolist(), strict=True))
-    assert seen == {pictures.name(i): pictures.label(i) for i in range(30)}
+    assert seen == {images.name(i): images.label(i) for i in range(30)}
     assert "8 classes (circle, square" in module.describe()
     assert "train 30, val 11" in module.describe()
 
 
 def test_augmentation_is_a_function_of_the_pick() -> None:
-    pictures = shapes().split("train")
-    dataset = ClassDataset(pictures, ImageTransform(32), augment=Augment((0.3, 0.5)), training=True, seed=1)
+    images = shapes().split("train")
+    dataset = ClassDataset(images, ImageTransform(32), augment=Augment((0.3, 0.5)), training=True, seed=1)
     assert torch.equal(dataset[Pick(0, 3)].pixels, dataset[Pick(0, 3)].pixels)
     assert not torch.equal(dataset[Pick(0, 3)].pixels, dataset[Pick(1, 3)].pixels)
     plain = data(shapes(), augment=Augment((0.3, 0.5))).dataset("val")
     assert torch.equal(plain[Pick(0, 3)].pixels, plain[Pick(1, 3)].pixels)
 
 
-def test_a_broken_picture_is_named_and_stood_in_for(tmp_path: Path) -> None:
+def test_a_broken_image_is_named_and_stood_in_for(tmp_path: Path) -> None:
     source = ImageFolder(
         folder(tmp_path / "data", {"train/red": 9, "train/green": 9, "val/red": 2, "val/green": 2})
     )
@@ -144,18 +144,18 @@ def test_a_broken_picture_is_named_and_stood_in_for(tmp_path: Path) -> None:
     broken = held.files[1].path
     broken.write_bytes(broken.read_bytes()[:40])
     report = tmp_path / "bad.jsonl"
-    pictures, picks = source.split("val"), [Pick(0, i) for i in range(4)]
+    images, picks = source.split("val"), [Pick(0, i) for i in range(4)]
     for training, counted in ((True, [True] * 4), (False, [True, False, True, True])):
-        bad = BadPictures(report, 4, 0.5)
-        dataset = ClassDataset(pictures, ImageTransform(16), training=training, bad=bad)
+        bad = BadImages(report, 4, 0.5)
+        dataset = ClassDataset(images, ImageTransform(16), training=training, bad=bad)
         batch = collate([dataset[pick] for pick in picks])
         assert batch.counted.tolist() == counted
         assert batch.names[1] == batch.names[2]
-    assert list(BadPictures(report, 4).names()) == [pictures.name(1)]
+    assert list(BadImages(report, 4).names()) == [images.name(1)]
     with pytest.raises(TooManyFaults, match="1 of 4 pictures"):
-        ClassDataset(pictures, ImageTransform(16), bad=BadPictures(tmp_path / "none", 4, 0.0))[picks[1]]
+        ClassDataset(images, ImageTransform(16), bad=BadImages(tmp_path / "none", 4, 0.0))[picks[1]]
     with pytest.raises(ImageError, match=r"green/1\.png"):
-        ClassDataset(pictures, ImageTransform(16))[picks[1]]
+        ClassDataset(images, ImageTransform(16))[picks[1]]
 
 
 def test_only_the_same_classes_resume(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_scores_of_a_confusion() -> None:
     assert scores["accuracy"] == pytest.approx(5 / 6)
     assert scores["classes"] == {"a": 0.75, "b": 1.0}  # c has no picture
     assert scores["mean_class_accuracy"] == pytest.approx(0.875)
-    assert scores["pictures"] == 6
+    assert scores["images"] == 6
     assert "83.3%" in table({"val": scores})
     assert "a 75.0%, b 100.0%" in table({"val": scores})
 
@@ -237,12 +237,12 @@ def test_confusion_counts_true_classes_in_rows() -> None:
     module = task()
     held: Any = module._trainer
     matrix = module._confusion(held.datamodule, "val", torch.device("cpu"), None)
-    pictures = held.datamodule.pictures("val")
+    images = held.datamodule.images("val")
     with torch.no_grad():
-        said = [int(module.vit(ImageTransform(32)(pictures.image(i))[None]).argmax()) for i in range(11)]
+        said = [int(module.vit(ImageTransform(32)(images.image(i))[None]).argmax()) for i in range(11)]
     want = torch.zeros(8, 8, dtype=torch.long)
     for i in range(11):
-        want[pictures.label(i), said[i]] += 1
+        want[images.label(i), said[i]] += 1
     assert torch.equal(matrix, want)
     assert int(module._confusion(held.datamodule, "val", torch.device("cpu"), 1).sum()) == 4
 
@@ -316,7 +316,7 @@ def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Pat
     assert tuned.classes == ("green", "red")
     assert tuned.transform.size == (48, 48)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
-    assert metrics["classification"]["val"]["pictures"] == 3
+    assert metrics["classification"]["val"]["images"] == 3
     moved = (tuned.vit.blocks[0].mlp.fc1.weight - vit.blocks[0].mlp.fc1.weight).abs().max()  # pyright: ignore
     assert 0 < float(moved.detach()) < 0.1
 
@@ -330,7 +330,7 @@ def test_cards_say_whether_it_is_right() -> None:
     assert len(cards) == 5
     for i, card in enumerate(cards):
         (said,) = card.captions
-        true = module.classes[module.pictures("val").label(i)]
+        true = module.classes[module.images("val").label(i)]
         assert said.text == "triangle 100%"
         assert list(said.references) == [true]
         assert said.correct == (true == "triangle")

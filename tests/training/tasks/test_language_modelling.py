@@ -109,13 +109,13 @@ def test_the_loss_and_gradient_of_packed_rows_are_those_of_the_documents_one_by_
 def test_a_document_changes_no_bit_of_its_neighbours() -> None:
     data, decoder = data_of(), decoder_of().eval()
     batch = next(iter(data.train_dataloader()))
-    one = batch.segments[0, 0]
-    mine = batch.segments == one
+    one = batch.document_ids[0, 0]
+    mine = batch.document_ids == one
     other = TextBatch(
-        torch.where(mine, (batch.tokens + 1) % VOCAB, batch.tokens), batch.segments, batch.target
+        torch.where(mine, (batch.tokens + 1) % VOCAB, batch.tokens), batch.document_ids, batch.loss_mask
     )
-    before = decoder(batch.tokens, segments=batch.segments)
-    after = decoder(other.tokens, segments=other.segments)
+    before = decoder(batch.tokens, document_ids=batch.document_ids)
+    after = decoder(other.tokens, document_ids=other.document_ids)
     assert torch.equal(before[~mine], after[~mine])
     assert (before[mine] != after[mine]).any(-1).all()
 
@@ -124,11 +124,11 @@ def test_prompts_teach_nothing_and_no_document_predicts_the_next_ones_start() ->
     data = data_of()
     tokenizer = data.tokenizer
     for batch in data.train_dataloader():
-        first = torch.ones_like(batch.target)
-        first[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
-        assert not batch.target[first].any()
-        assert not torch.isin(batch.tokens[batch.target], torch.tensor(tokenizer.prompt("ko"))).any()
-        assert (batch.tokens[first & (batch.segments >= 0)] == tokenizer.bos_id).all()
+        first = torch.ones_like(batch.loss_mask)
+        first[:, 1:] = batch.document_ids[:, 1:] != batch.document_ids[:, :-1]
+        assert not batch.loss_mask[first].any()
+        assert not torch.isin(batch.tokens[batch.loss_mask], torch.tensor(tokenizer.prompt("ko"))).any()
+        assert (batch.tokens[first & (batch.document_ids >= 0)] == tokenizer.bos_id).all()
 
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -144,8 +144,8 @@ def test_scores_are_those_of_the_documents_one_by_one(max_len: int) -> None:
         assert text.language is not None
         for start in range(0, document.shape[1] - 1, max_len - 1):
             part = document[:, start : start + max_len]
-            target = torch.arange(part.shape[1])[None] >= (1 if start else 2)
-            loss = next_token_loss(decoder(part), part, target, decoder.head)
+            loss_mask = torch.arange(part.shape[1])[None] >= (1 if start else 2)
+            loss = next_token_loss(decoder(part), part, loss_mask, decoder.head)
             nats[text.language] += float(loss.sum.detach())
             tokens[text.language] += int(loss.count)
     for language in ("en", "ko"):
@@ -203,16 +203,17 @@ def test_a_decoder_alone_writes_what_transformers_does() -> None:
     for parameter in theirs.parameters():
         parameter.data += 0.25 * torch.randn_like(parameter)
     ours = from_transformers(theirs)
-    tokens, valid = torch.randint(3, 53, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
-    valid[1, :3] = valid[4, :6] = False
-    tokens = tokens.masked_fill(~valid, 0)
+    tokens, attention_mask = torch.randint(3, 53, (5, 7)), torch.ones(5, 7, dtype=torch.bool)
+    attention_mask[1, :3] = attention_mask[4, :6] = False
+    tokens = tokens.masked_fill(~attention_mask, 0)
     for options in ({}, {"num_beams": 3}):
         out = theirs.generate(
-            tokens, attention_mask=valid.long(), max_new_tokens=11, do_sample=False, early_stopping=False, **options
+            tokens, attention_mask=attention_mask.long(), max_new_tokens=11, do_sample=False, early_stopping=False,
+            **options
         )  # fmt: skip
         rows = out[:, 7:].tolist()
         want = [row[: row.index(2)] if 2 in row else row for row in rows]
-        found = generate(ours, PromptBatch(tokens, valid), eos_id=2, max_new_tokens=11, **options)
+        found = generate(ours, PromptBatch(tokens, attention_mask), eos_id=2, max_new_tokens=11, **options)
         assert [texts[0].tokens for texts in found] == want
 
 
@@ -297,8 +298,8 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
     assert isinstance(saved, TextDecoder)
     batch = next(iter(data.train_dataloader()))
     torch.testing.assert_close(
-        saved(batch.tokens, segments=batch.segments),
-        module.decoder(batch.tokens, segments=batch.segments),
+        saved(batch.tokens, document_ids=batch.document_ids),
+        module.decoder(batch.tokens, document_ids=batch.document_ids),
         atol=0,
         rtol=0,
     )

@@ -103,26 +103,26 @@ def test_fifteen_percent_are_hidden_eighty_ten_ten(tokenizer: Tokenizer, whole_w
     words = np.tile(np.repeat(np.arange(31), 2), (400, 1))
     words[:, 50:] = -1
     keys = np.stack([np.zeros(400, int), np.zeros(400, int), np.arange(400)], axis=1)
-    seen, target = masking.hide(tokens, words, keys)
-    assert not target[:, 50:].any()
-    assert set(target.sum(1)) == {8}  # round(0.15 * 50)
-    np.testing.assert_array_equal(seen[~target], tokens[~target])
-    share = (seen[target] == masking.mask_id).mean()
-    same = (seen[target] == tokens[target]).mean()
+    seen, loss_mask = masking.hide(tokens, words, keys)
+    assert not loss_mask[:, 50:].any()
+    assert set(loss_mask.sum(1)) == {8}  # round(0.15 * 50)
+    np.testing.assert_array_equal(seen[~loss_mask], tokens[~loss_mask])
+    share = (seen[loss_mask] == masking.mask_id).mean()
+    same = (seen[loss_mask] == tokens[loss_mask]).mean()
     assert share == pytest.approx(0.8, abs=0.03)
     assert same == pytest.approx(0.1 + 0.1 / len(masking.ordinary), abs=0.02)
-    assert np.isin(seen[target], [masking.mask_id, *masking.ordinary]).all()
+    assert np.isin(seen[loss_mask], [masking.mask_id, *masking.ordinary]).all()
     if whole_words:
-        pairs = target[:, :50].reshape(400, 25, 2)
+        pairs = loss_mask[:, :50].reshape(400, 25, 2)
         assert (pairs[..., 0] == pairs[..., 1]).all()
     else:
-        assert (target[:, :50:2] != target[:, 1:50:2]).any()
+        assert (loss_mask[:, :50:2] != loss_mask[:, 1:50:2]).any()
     again = masking.hide(tokens[7:9], words[7:9], keys[7:9])
-    np.testing.assert_array_equal(again[1], target[7:9])
+    np.testing.assert_array_equal(again[1], loss_mask[7:9])
     np.testing.assert_array_equal(again[0], seen[7:9])
     later = masking.hide(tokens, words, keys + np.array([0, 1, 0]))
-    assert (later[1] != target).any(1).mean() > 0.9
-    spread = target[:, :50].mean(0)
+    assert (later[1] != loss_mask).any(1).mean() > 0.9
+    spread = loss_mask[:, :50].mean(0)
     assert spread.min() > 0.05
     assert spread.max() < 0.30
 
@@ -130,8 +130,8 @@ def test_fifteen_percent_are_hidden_eighty_ten_ten(tokenizer: Tokenizer, whole_w
 def test_one_word_is_hidden_even_if_it_is_longer_than_the_share(tokenizer: Tokenizer) -> None:
     masking = Masking(tokenizer)
     words = np.array([[-1, 0, 0, 0, -1], [-1, -1, -1, -1, -1]])
-    _, target = masking.hide(np.full((2, 5), 9), words, np.array([[0, 0, 0], [0, 0, 1]]))
-    assert target.tolist() == [[False, True, True, True, False], [False] * 5]
+    _, loss_mask = masking.hide(np.full((2, 5), 9), words, np.array([[0, 0, 0], [0, 0, 1]]))
+    assert loss_mask.tolist() == [[False, True, True, True, False], [False] * 5]
 
 
 def test_a_mask_token_is_found_or_added() -> None:
@@ -202,7 +202,7 @@ def test_batches_are_rows_of_pairs(max_len: int) -> None:
         for b, name in enumerate(batch.names):
             i = int(name.split()[1])
             seen.add(i)
-            ids = batch.labels[b][batch.valid[b]].tolist()
+            ids = batch.labels[b][batch.attention_mask[b]].tolist()
             assert len(ids) == lengths[i]
             one, two = rows.keep(int(rows.sizes[i]), int(rows.sizes[second[i]]) if second[i] >= 0 else None)
             want = [tok.bos_id, *rows.ids[i][:one], tok.eos_id]
@@ -211,13 +211,13 @@ def test_batches_are_rows_of_pairs(max_len: int) -> None:
                 want += [*rows.ids[second[i]][:two], tok.eos_id]
                 types += [1] * (two + 1)
             assert ids == want
-            assert batch.types[b][batch.valid[b]].tolist() == types
+            assert batch.types[b][batch.attention_mask[b]].tolist() == types
             assert int(batch.other[b]) == other[i]
             special = torch.isin(batch.labels[b], torch.tensor([tok.bos_id, tok.eos_id, tok.pad_id]))
-            assert torch.equal(batch.words[b] < 0, special | ~batch.valid[b])
-            assert not batch.target[b][special].any()
-        assert torch.equal(batch.tokens[~batch.target], batch.labels[~batch.target])
-        assert batch.target.any(1).all()
+            assert torch.equal(batch.words[b] < 0, special | ~batch.attention_mask[b])
+            assert not batch.loss_mask[b][special].any()
+        assert torch.equal(batch.tokens[~batch.loss_mask], batch.labels[~batch.loss_mask])
+        assert batch.loss_mask.any(1).all()
     assert seen == set(range(len(rows)))
 
 
@@ -226,7 +226,9 @@ def test_training_masks_anew_every_epoch_and_validation_never() -> None:
     loader = data.train_dataloader()
 
     def masks(loader: Any) -> dict[str, list[bool]]:
-        rows = ((n, t) for batch in loader for n, t in zip(batch.names, batch.target.tolist(), strict=True))
+        rows = (
+            (n, t) for batch in loader for n, t in zip(batch.names, batch.loss_mask.tolist(), strict=True)
+        )
         return dict(rows)
 
     first = masks(loader)
@@ -239,7 +241,7 @@ def test_training_masks_anew_every_epoch_and_validation_never() -> None:
     assert masks(val) == once
     mask_id = data.masking(training=False).mask_id
     for batch in val:
-        assert (batch.tokens[batch.target] == mask_id).all()
+        assert (batch.tokens[batch.loss_mask] == mask_id).all()
 
 
 def test_a_run_goes_on_where_it_was() -> None:
@@ -265,8 +267,8 @@ def test_neighbours_guess_by_definition() -> None:
     texts = [[0, *((draw.integers(2, vocab) // 2 * 2) + i % 2 for i in range(5)), 1] for _ in range(40)]
     texts = [[min(int(t), vocab - 1) for t in text] for text in texts]
     tokens, starts = np.array([i for text in texts for i in text]), np.arange(0, 7 * 40 + 1, 7)
-    target = np.tile([False, True, True, True, True, True, False], 40)
-    model = NeighbourGuess(vocab, strength=0.7).fit(tokens, starts, target)
+    loss_mask = np.tile([False, True, True, True, True, True, False], 40)
+    model = NeighbourGuess(vocab, strength=0.7).fit(tokens, starts, loss_mask)
     inner = [w for text in texts for w in text[1:-1]]
     share = [inner.count(w) / len(inner) for w in range(vocab)]
     assert model.unigram == int(np.argmax(share))
@@ -312,11 +314,11 @@ def test_the_loss_is_words_plus_pairs() -> None:
     batch.other[2:4] = -1
     module = MaskedLanguageModelling(encoder, pair_weight=0.3)
     words, pairs = module.losses(batch)
-    hidden = encoder(batch.tokens, batch.types, valid=batch.valid)
+    hidden = encoder(batch.tokens, batch.types, attention_mask=batch.attention_mask)
     logits = encoder.words(hidden).log_softmax(-1)
-    want = -logits.gather(-1, batch.labels[..., None])[..., 0][batch.target].sum()
+    want = -logits.gather(-1, batch.labels[..., None])[..., 0][batch.loss_mask].sum()
     torch.testing.assert_close(words.sum(), want)
-    assert len(words) == int(batch.target.sum())
+    assert len(words) == int(batch.loss_mask.sum())
     known = batch.other >= 0
     assert 0 < known.sum() < len(known)
     told = encoder.follows(hidden)[known].log_softmax(-1)
@@ -324,7 +326,7 @@ def test_the_loss_is_words_plus_pairs() -> None:
     loss = module.loss(batch)
     row = torch.zeros(len(known), dtype=torch.float64)
     row[known] = pairs
-    beside = row[:, None].expand(batch.target.shape)[batch.target]  # each hidden token's pair
+    beside = row[:, None].expand(batch.loss_mask.shape)[batch.loss_mask]  # each hidden token's pair
     torch.testing.assert_close(loss.sum / loss.count, (words + 0.3 * beside).mean())
     alone = next(iter(data_of(pairs=False).train_dataloader()))
     only, none = module.losses(alone)
@@ -354,10 +356,10 @@ def test_padding_changes_no_loss() -> None:
     whole, pairs = module.losses(batch)
     parts = []
     for b in range(len(batch.tokens)):
-        end = int(batch.valid[b].sum())
+        end = int(batch.attention_mask[b].sum())
         cut = {
             name: getattr(batch, name)[b : b + 1, :end]
-            for name in ("tokens", "labels", "target", "words", "types", "valid")
+            for name in ("tokens", "labels", "loss_mask", "words", "types", "attention_mask")
         }
         parts.append(module.losses(MaskedBatch(**cut, other=batch.other[b : b + 1])))
     torch.testing.assert_close(torch.cat([one for one, _ in parts]), whole)
@@ -447,12 +449,12 @@ def test_scores_are_counted_by_token_and_word() -> None:
         encoder.sentence_proj.bias[1] = 1e4
     score = score_masked(encoder, data, "val", count_neighbours(data))
     batches = list(data.val_dataloader()[0])
-    labels = torch.cat([batch.labels[batch.target] for batch in batches])
+    labels = torch.cat([batch.labels[batch.loss_mask] for batch in batches])
     assert score.tokens == pytest.approx(float((labels == always).float().mean()))
     hits = []
     for batch in batches:
         for b in range(len(batch.tokens)):
-            for word in batch.words[b][batch.target[b]].unique():
+            for word in batch.words[b][batch.loss_mask[b]].unique():
                 mine = batch.words[b] == word
                 hits.append(bool((batch.labels[b][mine] == always).all()))
     assert score.words == pytest.approx(np.mean(hits))
@@ -467,8 +469,8 @@ def test_filled_texts_show_the_truth_behind_a_colon() -> None:
     batch = next(iter(data.val_dataloader()[0]))
     lines = fill_in(encoder, data.tokenizer, batch)
     assert len(lines) == len(batch.tokens)
-    for line, row, target, words in zip(lines, batch.labels, batch.target, batch.words, strict=True):
-        assert line.count("[") == len(words[target].unique())
+    for line, row, loss_mask, words in zip(lines, batch.labels, batch.loss_mask, batch.words, strict=True):
+        assert line.count("[") == len(words[loss_mask].unique())
         plain = data.tokenizer.decode(row[words >= 0].tolist())
         kept = [word for word in plain.split() if word in line]
         assert kept

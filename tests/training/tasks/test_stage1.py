@@ -31,10 +31,10 @@ from mmtransformer.data.loading.sampler import mix
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import Decoding
-from mmtransformer.losses.contrastive import picture_ids
+from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots.gallery import GAP
-from mmtransformer.plots.retrieval import INKS, WIDE, FoundPictures, FoundTexts, retrieval_sheet
+from mmtransformer.plots.retrieval import INKS, WIDE, FoundImages, FoundTexts, retrieval_sheet
 from mmtransformer.training import Captioning, Optim, QFormerStage1, Run
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.weights import qformer_from_bert
@@ -98,12 +98,12 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
         tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()]
     )
     run.fit(module, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    assert module.tokens_seen == sum(int(b.target.sum()) for b in batches)
+    assert module.tokens_seen == sum(int(b.loss_mask.sum()) for b in batches)
     return seen[-sum(1 for p in module.parameters() if p.grad is not None) :]
 
 
 def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
-    data = scenes(captions_per_picture=2)
+    data = scenes(captions_per_image=2)
     first, second = (
         replace(b, pixels=b.pixels.double())
         for b, _ in zip(data.loader("train", training=True), "ab", strict=False)
@@ -113,27 +113,27 @@ def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
     parts = []
     for micro, b in enumerate((first, second)):
         seed = int(mix(0, 0, micro)) >> 2
-        parts.append(m.losses(b, image_ids=picture_ids(b.names, b.target), seed=seed, match_texts=1).total)
+        parts.append(m.losses(b, image_ids=image_ids(b.names, b.loss_mask), seed=seed, match_texts=1).total)
     (sum(parts) / 2).backward()  # type: ignore[operator]
     expected = [p.grad for p in m.parameters() if p.grad is not None]
     assert len(found) == len(expected) > 20
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-14
 
 
-def test_pictures_have_ids_of_their_own() -> None:
+def test_images_have_ids_of_their_own() -> None:
     tokens = torch.ones(6, 3).long()
-    target = torch.tensor([1, 1, 1, 0, 0, 0]).bool()[:, None].expand(6, 3)
-    given = CaptionBatch(tokens, tokens > 0, target, names=("a", "b", "a"))
-    ids = picture_ids(given.names, given.target)
+    loss_mask = torch.tensor([1, 1, 1, 0, 0, 0]).bool()[:, None].expand(6, 3)
+    given = CaptionBatch(tokens, tokens > 0, loss_mask, names=("a", "b", "a"))
+    ids = image_ids(given.names, given.loss_mask)
     assert ids is not None
     assert ids[0] > 0
     assert ids[1] > 0
     assert ids[0] != ids[1]
     assert ids[2] == -1  # none of its texts counts
-    same = picture_ids(given.names, torch.ones_like(target))
+    same = image_ids(given.names, torch.ones_like(loss_mask))
     assert same is not None
     assert same[2] == same[0] == ids[0]
-    assert picture_ids((), given.target) is None
+    assert image_ids((), given.loss_mask) is None
 
 
 def test_it_learns_to_find() -> None:
@@ -172,18 +172,18 @@ def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, run = scenes(captions_per_picture=2), trainer(tmp_path, limit_val_batches=1, callbacks=[])
+    data, run = scenes(captions_per_image=2), trainer(tmp_path, limit_val_batches=1, callbacks=[])
     module = QFormerStage1(model(), rerank=2, decoding=Decoding(num_beams=1, max_new_tokens=5))
     run.fit(module, datamodule=data)
     module.finish(Run(tmp_path, 1.0, torch.device("cpu"), 1))
     metrics = run.callback_metrics
     out = capsys.readouterr().out
     said = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
-    for split, pictures in (("val", 4), ("compositional", 3)):
+    for split, images in (("val", 4), ("compositional", 3)):
         for code in ("en", "ko"):
             found = said["retrieval"][split][code]
-            assert found["pictures"] == pictures
-            assert found["captions"] == 3 * pictures  # all of them, not those of a batch
+            assert found["images"] == images
+            assert found["captions"] == 3 * images  # all of them, not those of a batch
             for kind in ("itc", "itm"):
                 assert 0 <= found[kind]["text_recall@1"] <= found[kind]["text_recall@5"] <= 1
                 assert found[kind]["image_recall@10"] == 1.0
@@ -195,7 +195,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     assert "matching" in out
     assert (tmp_path / "retrieval.png").read_bytes()[1:4] == b"PNG"
     assert "contrast" in module.describe("val", metrics)
-    assert {"loss_right", "loss_other_picture", "loss_blank_picture"} <= said["image_use"]["val"].keys()
+    assert {"loss_right", "loss_other_image", "loss_blank_image"} <= said["image_use"]["val"].keys()
 
     saved = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").captioner
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)
@@ -208,7 +208,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     assert not any(p.requires_grad for p in (*stage2.vision.parameters(), *stage2.decoder.parameters()))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        seen = saved.qformer.see(saved.vision.forward_features(pixels)).queries
+        seen = saved.qformer.encode_queries(saved.vision.forward_features(pixels)).queries
         assert torch.equal(stage2.eval().qformer(stage2.vision.forward_features(pixels)), seen)
     assert from_stage1(tmp_path / "model", decoder, freeze_vision=False).vision.training
 
@@ -233,7 +233,7 @@ def test_recall_is_that_of_all_pairs() -> None:
     ]
     for i in range(5):
         visual = m.vision.forward_features(transform(pairs.image(i))[None])
-        queries = m.embed_pictures(m.qformer(visual))[0]
+        queries = m.embed_images(m.qformer(visual))[0]
         near.append([float((queries @ m.embed_texts(t, t >= 0)[0]).max()) for t in tokens])
         matched.append([float(m.match(visual, t, t >= 0)[0, 1]) for t in tokens])
     assert found.texts == texts
@@ -258,18 +258,18 @@ def colours(image: Image.Image) -> set[tuple[int, ...]]:
 
 def test_a_sheet_shows_what_was_found(tmp_path: Path) -> None:
     images = [Image.new("RGB", (30 + 10 * i, 40), (40 * i, 80, 120)) for i in range(3)]
-    pictures = FoundPictures("큰 빨간 원 하나", images, ["other", "own", "true"], 2, "ko")
+    found = FoundImages("큰 빨간 원 하나", images, ["other", "own", "true"], 2, "ko")
     texts = FoundTexts(images[0], ["a red circle", "two stars"], ["other", "other"], 7)
     one, both = tmp_path / "one.png", tmp_path / "both.png"
-    retrieval_sheet([pictures], [], one, title="found")
-    retrieval_sheet([pictures], [texts], both, title="found")
+    retrieval_sheet([found], [], one, title="found")
+    retrieval_sheet([found], [texts], both, title="found")
     with Image.open(one) as left, Image.open(both) as whole:
         assert whole.width == left.width + WIDE + GAP
         frames = {INKS["own"][1], INKS["true"][1]}
         assert colours(left) >= frames
         assert INKS["own"][1] not in colours(whole.crop((left.width, 0, *whole.size)))
     with pytest.raises(ValueError, match="3 pictures were found, but 2 are marked"):
-        retrieval_sheet([replace(pictures, marks=["own", "other"])], [], one)
+        retrieval_sheet([replace(found, marks=["own", "other"])], [], one)
     with pytest.raises(ValueError, match="at least one search"):
         retrieval_sheet([], [], one)
 
@@ -290,7 +290,7 @@ def test_a_q_former_starts_from_bert(tmp_path: Path) -> None:
     qformer = qformer_from_bert(str(tmp_path), num_queries=5, visual_dim=13, extra_ids=2).eval()
     assert (qformer.vocab_size, qformer.max_len, qformer.visual_dim, qformer.num_queries) == (55, 17, 13, 5)
     tokens = torch.randint(0, 53, (3, 11))
-    torch.testing.assert_close(qformer.read(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(qformer.encode_text(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match='model_type is "gpt2", not "bert"'):
         qformer_from_bert(str(tmp_path))
@@ -352,7 +352,7 @@ def test_a_caption_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
 def test_numbers_out_of_range(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QFormerStage1(model(), **change)
-    given = next(iter(scenes(captions_per_picture=2).loader("train")))
+    given = next(iter(scenes(captions_per_image=2).loader("train")))
     with pytest.raises(ValueError, match=r"match_texts \(3\) must be from 1 to the 2 texts of a picture"):
         model().losses(given, match_texts=3)
 

@@ -146,10 +146,13 @@ def test_batches_hold_what_the_pairs_say() -> None:
     assert isinstance(batch, TextPairs)
     t = module.tokenizer
     for i, pair in enumerate(module.rows("val").pairs[:7]):
-        source, tokens = batch.source[i, batch.source_valid[i]], batch.tokens[i, batch.valid[i]]
+        source, tokens = (
+            batch.source[i, batch.source_attention_mask[i]],
+            batch.tokens[i, batch.attention_mask[i]],
+        )
         assert source.tolist() == [*t.encode(pair.source), t.eos_id]
         assert tokens.tolist() == [*t.prompt(pair.language), *t.encode(pair.text), t.eos_id]
-        assert batch.tokens[i, batch.target[i]].tolist() == [*t.encode(pair.text), t.eos_id]
+        assert batch.tokens[i, batch.loss_mask[i]].tolist() == [*t.encode(pair.text), t.eos_id]
         assert batch.names[i] == f"{pair.name} {pair.direction}"
 
 
@@ -161,8 +164,8 @@ def test_an_epoch_has_every_pair_once_and_fillers_do_not_count() -> None:
     assert sorted(names) == sorted(f"{pair.name} {pair.direction}" for pair in module.rows("train").pairs)
     rows = module.rows("val")
     batch = PairCollate(module.tokenizer)([rows[Pick(0, 3)], rows[Pick(0, 4, False)]])
-    assert batch.target[0].any()
-    assert not batch.target[1].any()
+    assert batch.loss_mask[0].any()
+    assert not batch.loss_mask[1].any()
 
 
 def test_long_pairs_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -221,10 +224,10 @@ def test_command_line(
     words = ["translate", "--model", str(tmp_path / "model"), "--language", "ko", "--device", "cpu"]
     texts = ["a small red star", "별 세 개"]
     said = translator(texts, "ko")
-    picture = tmp_path / "look.png"
-    assert main([*words, *texts, "--attention", str(picture)]) == 0
+    image = tmp_path / "look.png"
+    assert main([*words, *texts, "--attention", str(image)]) == 0
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in said)
-    assert picture.is_file()
+    assert image.is_file()
     monkeypatch.setattr("sys.stdin", io.StringIO("\n" + texts[1] + "\n"))
     assert main([*words, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -236,7 +239,7 @@ def test_command_line(
 
 def test_where_it_looked() -> None:
     translator = Translator(Transformer(400, 16, 2, 2, mlp_dim=20, max_len=64), tokenizer(), device="cpu")
-    said, source, weights = translator.look("a small red star", "작은 빨간 별", "ko")
+    said, source, weights = translator.attention_map("a small red star", "작은 빨간 별", "ko")
     assert "".join(said[:-1]).split() == ["작은", "빨간", "별"]
     assert "".join(source[:-1]).split() == ["a", "small", "red", "star"]
     assert weights.shape == (2, 2, len(said), len(source))
@@ -255,7 +258,7 @@ def test_loss_is_the_mean_surprise_of_the_targets() -> None:
     plain = smoothed = count = 0.0
     for row in range(len(batch.tokens)):
         for place in range(1, batch.tokens.shape[1]):
-            if batch.target[row, place]:
+            if batch.loss_mask[row, place]:
                 p = logs[row, place - 1]
                 plain -= float(p[batch.tokens[row, place]])
                 smoothed -= 0.9 * float(p[batch.tokens[row, place]]) + 0.1 * float(p.mean())
