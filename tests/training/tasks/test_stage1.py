@@ -290,7 +290,9 @@ def test_a_q_former_starts_from_bert(tmp_path: Path) -> None:
     qformer = qformer_from_bert(str(tmp_path), num_queries=5, visual_dim=13, extra_ids=2).eval()
     assert (qformer.vocab_size, qformer.max_len, qformer.visual_dim, qformer.num_queries) == (55, 17, 13, 5)
     tokens = torch.randint(0, 53, (3, 11))
-    torch.testing.assert_close(qformer.encode_text(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        qformer.encode_text(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5
+    )
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match='model_type is "gpt2", not "bert"'):
         qformer_from_bert(str(tmp_path))
