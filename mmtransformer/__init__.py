@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.blip2 import from_stage1 as from_stage1
     from mmtransformer.captioners.coca import CoCa as CoCa
     from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
-    from mmtransformer.captioners.encoder_decoder import VisualAdapter as VisualAdapter
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
+    from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
+    from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
@@ -81,6 +82,8 @@ _CONTENTS = {
     "backbones.hub_seq2seq": "HubSeq2Seq",
     "backbones.seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
     "backbones.vit": "ConvStem PatchEmbed VIT_SIZES ViT",
+    "connectors.adapter": "VisualAdapter",
+    "connectors.projector": "MLPProjector",
     "connectors.qformer": "QFormer",
     "connectors.resampler": "PerceiverResampler",
     "losses.contrastive": "clip_loss itc_loss itg_loss itm_loss",
@@ -88,7 +91,7 @@ _CONTENTS = {
     "captioners.base": "CaptionBatch Captioner caption_loss freeze",
     "captioners.blip2": "Blip2 InstructBatch from_stage1",
     "captioners.coca": "CoCa",
-    "captioners.encoder_decoder": "EncoderDecoder VisualAdapter",
+    "captioners.encoder_decoder": "EncoderDecoder",
     "captioners.flamingo": "Flamingo",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",

@@ -7,26 +7,24 @@ that are merged, gh gw rows and columns of patches.
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder, DecoderState
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
 from mmtransformer.captioners.soft_prompt import forward_with_prefix, prefill_with_prefix, refuse_documents
+from mmtransformer.connectors.projector import MLPProjector
 from mmtransformer.layers.record import record_attention
 
 
 class PrefixCaptioner(Captioner):
     """A vision tower, an MLP and a language model: patches, projected, then prompt and caption (arXiv:2310.03744).
 
-    The MLP normalises what it gets, as in arXiv:2404.16821; LLaVA's does not.
-
     Args:
         vision: the vision tower; the patches of its `forward_features` are read, class and register tokens are not.
         decoder: a causal language model, ours or any of transformers'.
-        hidden_dim: width inside the MLP; None = that of the decoder's embeddings, as in LLaVA-1.5.
-        shuffle: side s of squares of patches that become one token of s * s times the width (pixel shuffle, as in
-            arXiv:2404.16821, section 3.1): s * s times fewer tokens for the decoder to read.
+        hidden_dim: width inside the MLP (see `MLPProjector`); None = that of the decoder's embeddings, as in LLaVA-1.5.
+        shuffle: side s of squares of patches that become one token, so that the decoder reads s * s times fewer.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
         freeze_decoder: whether the language model is taken out of training.
 
@@ -58,11 +56,7 @@ class PrefixCaptioner(Captioner):
         self.hidden_dim, self.shuffle = hidden_dim, shuffle
         self.freeze_vision, self.freeze_decoder = freeze_vision, freeze_decoder
         width = decoder.embedding_weights[0].shape[1]
-        hidden = width if hidden_dim is None else hidden_dim
-        given = vision.dim * shuffle**2
-        self.proj = nn.Sequential(
-            nn.LayerNorm(given), nn.Linear(given, hidden), nn.GELU(), nn.Linear(hidden, width)
-        )
+        self.proj = MLPProjector(vision.dim, width, hidden_dim, shuffle=shuffle)
         if freeze_vision:
             freeze(vision)
         if freeze_decoder:
@@ -88,17 +82,8 @@ class PrefixCaptioner(Captioner):
     def prefix_embeds(self, batch: CaptionBatch) -> Tensor:
         """What stands in front of the text: (b (i l) e)."""
         refuse_documents(batch, "PrefixCaptioner")
-        gh, _ = self._grid(batch)
         patches = self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :]
-        squares = "b i (gh s1 gw s2) d -> b i (gh gw) (s1 s2 d)"
-        x = rearrange(
-            patches.to(next(self.proj.parameters()).dtype),
-            squares,
-            gh=gh // self.shuffle,
-            s1=self.shuffle,
-            s2=self.shuffle,
-        )
-        return rearrange(self.proj(x), "b i l e -> b (i l) e")
+        return rearrange(self.proj(patches, self._grid(batch)), "b i l e -> b (i l) e")
 
     def _grid(self, batch: CaptionBatch) -> tuple[int, int]:
         return self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])

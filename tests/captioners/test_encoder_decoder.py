@@ -306,21 +306,6 @@ def test_widths_that_do_not_fit_are_refused() -> None:
         EncoderDecoder(vision, decoder, adapter=VisualAdapter(20, 12, 1, 3))
     with pytest.raises(ValueError, match=r"visual_dim \(19\).*vision tower's dim \(20\)"):
         EncoderDecoder(vision, decoder, adapter=VisualAdapter(19, 24, 1, 3))
-    with pytest.raises(ValueError, match=r"token_dropout.*not 1\.0"):
-        VisualAdapter(20, 12, 1, 3, token_dropout=1.0)
-
-
-def test_an_adapter_drops_tokens_in_training_only() -> None:
-    torch.manual_seed(0)
-    adapter, x = VisualAdapter(20, 12, 2, 3, token_dropout=0.4), torch.randn(2, 10, 20)
-    assert adapter(x).shape == (2, 6, 12)
-    adapter.eval()
-    assert adapter(x).shape == (2, 10, 12)
-    order = torch.randperm(10)
-    torch.testing.assert_close(adapter(x)[:, order], adapter(x[:, order]), atol=1e-5, rtol=1e-5)
-    plain = VisualAdapter(20, 12, 0).eval()
-    want = plain.last_norm(plain.proj(plain.norm(x)))
-    assert torch.equal(plain(x), want)
 
 
 def test_the_contract_is_abstract() -> None:

@@ -70,7 +70,7 @@ def row(given: CaptionBatch, n: int) -> CaptionBatch:
 def test_prefix_by_definition() -> None:
     model, given = prefix(), batch()
     assert given.pixels is not None
-    norm, first, _, second = model.proj
+    norm, first, second = model.proj.norm, model.proj.fc1, model.proj.fc2
     for n in range(6):
         grid = model.vision.forward_features(given.pixels[n // 2])[0, 2:].reshape(4, 6, 20)
         squares = [

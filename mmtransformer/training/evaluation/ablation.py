@@ -11,9 +11,10 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.blip2 import Blip2
-from mmtransformer.captioners.encoder_decoder import EncoderDecoder, VisualAdapter, add_cross_attention
+from mmtransformer.captioners.encoder_decoder import EncoderDecoder, add_cross_attention
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.prefix import PrefixCaptioner
+from mmtransformer.connectors.adapter import VisualAdapter
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import from_config, to_config

@@ -1,0 +1,62 @@
+"""VisualAdapter: trainable encoder blocks between a frozen vision encoder and what reads its tokens."""
+
+from torch import Tensor, nn
+
+from mmtransformer.backbones.vit import drop_tokens
+from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.blocks import MLP, EncoderBlock
+from mmtransformer.serialization.pretrained import Pretrained
+
+
+class VisualAdapter(Pretrained, nn.Module):
+    """Trainable encoder blocks over a frozen tower's tokens: they learn what captions need and the tower does not say.
+
+    Args:
+        visual_dim: width of the tower's tokens.
+        dim: width of the result.
+        depth: encoder blocks; 0 = a norm and a projection only.
+        num_heads: heads of a block.
+        dropout: share of branch results dropped in training.
+        token_dropout: share of visual tokens left out in training: it regularises, and saves time.
+
+    Raises:
+        ValueError: if token_dropout is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        visual_dim: int,
+        dim: int,
+        depth: int = 1,
+        num_heads: int = 4,
+        *,
+        dropout: float = 0.0,
+        token_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= token_dropout < 1:
+            raise ValueError(f"token_dropout must be in [0, 1), not {token_dropout}")
+        self.visual_dim, self.dim, self.depth, self.num_heads = visual_dim, dim, depth, num_heads
+        self.dropout, self.token_dropout = dropout, token_dropout
+        self.norm = nn.LayerNorm(visual_dim)
+        self.proj = nn.Linear(visual_dim, dim)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                dim,
+                Attention(dim, num_heads),
+                MLP(dim, 4 * dim),
+                lambda: nn.LayerNorm(dim),
+                dropout=dropout,
+            )
+            for _ in range(depth)
+        )
+        self.last_norm = nn.LayerNorm(dim)
+
+    def forward(self, visual_tokens: Tensor) -> Tensor:
+        """(b p visual_dim) -> (b p dim)."""
+        if self.training and self.token_dropout:
+            visual_tokens = drop_tokens(visual_tokens, self.token_dropout)
+        x = self.proj(self.norm(visual_tokens))
+        for block in self.blocks:
+            x = block(x)
+        return self.last_norm(x)
