@@ -7,7 +7,7 @@ from typing import Any
 _HEX_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Spelling:
+class TokenBytes:
     """Turns tokens into bytes: byte letters (GPT-2), "▁" (SentencePiece), "##" (BERT), or "</w>" (CLIP).
 
     Args:

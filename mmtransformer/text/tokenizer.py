@@ -25,7 +25,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from mmtransformer.text.token_bytes import Spelling
+from mmtransformer.text.token_bytes import TokenBytes
 from mmtransformer.text.tokenizer_files import find_token, read_backend, read_settings
 
 PAD, BOS, EOS, IMAGE = "<|pad|>", "<|bos|>", "<|eos|>", "<|image|>"
@@ -89,7 +89,7 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
         description = json.loads(self.backend.to_str())
-        self._spelling = Spelling(description, {i: token.content for i, token in added.items()})
+        self._token_bytes = TokenBytes(description, {i: token.content for i, token in added.items()})
         model = description["model"]
         unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
         self._forbidden = self._specials - {unknown}  # ids that no text may get
@@ -272,7 +272,7 @@ class Tokenizer:
         A character whose last bytes are missing at the end (the caption was cut) is left out.
         """
         data = b"".join(data for _, data in self._bytes(ids))
-        data = data.removesuffix(b" ") if self._spelling.strips_end else data
+        data = data.removesuffix(b" ") if self._token_bytes.strips_end else data
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -304,10 +304,10 @@ class Tokenizer:
             inside = True
         return words
 
-    def spellings(self) -> list[bytes]:
+    def token_bytes(self) -> list[bytes]:
         """Returns the bytes that each id stands for, white space included; none for special tokens."""
         ids = range(self.vocab_size)
-        return [b"" if i in self._specials else self._spelling.bytes_of(self._token(i), i) for i in ids]
+        return [b"" if i in self._specials else self._token_bytes.bytes_of(self._token(i), i) for i in ids]
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: Literal["right", "left"] = "right"
@@ -347,13 +347,13 @@ class Tokenizer:
 
     def _bytes(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[int, bytes]]:
         """Yields the position and the bytes of each id that is text."""
-        strip = self._spelling.strips_space
+        strip = self._token_bytes.strips_space
         for position, token in enumerate(self._checked(ids)):
             if stop and token == self.eos_id:
                 break
             if token in self._specials:
                 continue
-            data = self._spelling.bytes_of(self._token(token), token)
+            data = self._token_bytes.bytes_of(self._token(token), token)
             if strip and data:
                 data, strip = data.removeprefix(b" "), False
             yield position, data

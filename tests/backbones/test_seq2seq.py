@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmtransformer import TRANSFORMER_SIZES, TextPairs, Transformer, generate, record_attention
 from mmtransformer.layers.attention import Attention
-from mmtransformer.weights.table import Row, layer, to_theirs
+from mmtransformer.weights.shared.keys import Row, convert_back, layer
 
 VOCAB, DIM, HEADS = 53, 20, 5
 EOS = 2
@@ -136,7 +136,7 @@ def test_equals_torch_nn_transformer(pre_norm: bool) -> None:
     theirs = nn.Transformer(DIM, HEADS, 2, 3, 37, norm_first=pre_norm, batch_first=True)
     if not pre_norm:  # It puts a norm behind the last one, which the paper does not have.
         theirs.encoder.norm = theirs.decoder.norm = None
-    theirs.load_state_dict(to_theirs(torch_table(model), dict(model.state_dict())))
+    theirs.load_state_dict(convert_back(torch_table(model), dict(model.state_dict())))
     want = theirs.eval()(
         model.embed(batch.source),
         model.decoder.embed(batch.tokens, torch.arange(7)),

@@ -37,8 +37,8 @@ from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_blip2
 from mmtransformer.weights.captioners.qformer import BLIP2, qformer_table
-from mmtransformer.weights.number import cast_frozen
-from mmtransformer.weights.table import to_ours
+from mmtransformer.weights.shared.dtype import cast_frozen
+from mmtransformer.weights.shared.keys import convert
 
 IMAGES, ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 16, 8, 8, 32, 32, 5, 20
 IMAGE, BEGIN, VOCAB = 50_271, 2, 50_272
@@ -92,7 +92,7 @@ def qformers(dropout: float = 0.0) -> tuple[QFormer, Any]:
     for row in qformer_table(ours, BLIP2):
         if row.theirs not in named:
             named[row.theirs] = ours.state_dict()[row.ours[0]]
-    ours.load_state_dict(to_ours(qformer_table(ours, BLIP2), named, "the peer"))
+    ours.load_state_dict(convert(qformer_table(ours, BLIP2), named, "the peer"))
     return ours, peer
 
 

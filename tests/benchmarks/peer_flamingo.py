@@ -15,7 +15,7 @@ from mmtransformer import Flamingo, PerceiverResampler, ViT
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights import from_transformers
 from mmtransformer.weights.captioners.idefics import gated_table, resampler_table
-from mmtransformer.weights.table import to_ours
+from mmtransformer.weights.shared.keys import convert
 
 VISUAL, PATCHES, LATENTS, DEPTH, HEADS, HEAD_DIM = 768, 197, 64, 2, 16, 96
 
@@ -73,7 +73,7 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
     """Our Flamingo with the peer's very weights; its vision tower is never run."""
     resampler = PerceiverResampler(VISUAL, DEPTH, HEADS, HEAD_DIM, LATENTS, activation="relu")
     load_strictly(
-        resampler, to_ours(resampler_table(DEPTH, qk_norm=False), peer.resampler.state_dict(), ""), "it"
+        resampler, convert(resampler_table(DEPTH, qk_norm=False), peer.resampler.state_dict(), ""), "it"
     )
     model = Flamingo(
         ViT(16, 16, VISUAL, 1, 12),
@@ -88,5 +88,5 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
         mlp_without_image=True,
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):
-        load_strictly(ours, to_ours(gated_table(qk_norm=False), theirs.state_dict(), "it"), "it")
+        load_strictly(ours, convert(gated_table(qk_norm=False), theirs.state_dict(), "it"), "it")
     return model

@@ -23,7 +23,7 @@ from mmtransformer.layers.blocks import GatedCrossAttentionBlock, SwiGLU, make_n
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights.captioners.idefics import from_idefics, gated_table, resampler_table, to_idefics
 from mmtransformer.weights.captioners.openflamingo import from_openflamingo, to_openflamingo
-from mmtransformer.weights.table import to_ours
+from mmtransformer.weights.shared.keys import convert
 
 VOCAB, DIM, VISUAL = 53, 24, 20
 
@@ -77,7 +77,7 @@ def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
         per_channel=alpha == "vector",
     )  # fmt: skip
     state = {name: t.flatten() if "alpha" in name else t for name, t in theirs.state_dict().items()}
-    load_strictly(ours, to_ours(gated_table(qk_norm=norms), state, "the layer"), "the layer")
+    load_strictly(ours, convert(gated_table(qk_norm=norms), state, "the layer"), "the layer")
     x, latents = torch.randn(2, 7, DIM), torch.randn(2, 11, VISUAL)
     mask = torch.rand(2, 7, 11) < 0.4
     mask[0, :3] = mask[1, 6] = False
@@ -95,7 +95,7 @@ def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
 def test_the_resampler_of_idefics(norms: bool) -> None:
     theirs = noisy(IdeficsPerceiverResampler(config(perceiver_norms=norms), VISUAL, 2, 3, 7, 5))
     ours = PerceiverResampler(VISUAL, 2, 3, 7, 5, activation="relu", qk_norm="layer" if norms else None)
-    load_strictly(ours, to_ours(resampler_table(2, qk_norm=norms), theirs.state_dict(), "it"), "it")
+    load_strictly(ours, convert(resampler_table(2, qk_norm=norms), theirs.state_dict(), "it"), "it")
     x = torch.randn(2, 3, 11, VISUAL)
     torch.testing.assert_close(ours(x).flatten(0, 1), theirs(x.flatten(0, 1)), atol=1e-5, rtol=1e-5)
 
@@ -304,7 +304,7 @@ def test_openflamingos_time_embeddings() -> None:
 def test_what_is_not_openflamingos_is_refused() -> None:
     vision, decoder, state = ViT(16, 8, VISUAL, 1, 4), TextDecoder(VOCAB, DIM, 4, 4), checkpoint((1,))
     with pytest.raises(ValueError, match=r'the file has no tensor "perceiver\.latents"'):
-        from_openflamingo({}, vision, decoder, where="the file")
+        from_openflamingo({}, vision, decoder, context="the file")
     with pytest.raises(ValueError, match="no gated_cross_attn_layer"):
         from_openflamingo({n: t for n, t in state.items() if "gated" not in n}, vision, decoder)
     with pytest.raises(ValueError, match=r"missing: 1\.ff\.3\.weight \(1 in all\)"):

@@ -125,7 +125,7 @@ def test_no_vit_at_all() -> None:
     state = timm_vit().state_dict()
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
         with pytest.raises(ValueError, match=f'my file has no tensor "{name}"'):
-            vit_from_state({k: v for k, v in state.items() if k != name}, where="my file")
+            vit_from_state({k: v for k, v in state.items() if k != name}, context="my file")
     with pytest.raises(ValueError, match=r"12 positions.*1 prefix"):
         vit_from_state(state | {"pos_embed": torch.zeros(1, 12, 20)})
 

@@ -60,7 +60,7 @@ class Masking:
             )
         self.mask_id, self.share, self.whole_words = mask_id, share, whole_words
         self.hidden, self.changed = hidden, changed
-        spelt = tokenizer.spellings()
+        spelt = tokenizer.token_bytes()
         self.ordinary = np.array([i for i, data in enumerate(spelt) if data])
         """The ids that text is made of: what a token may be changed into."""
         self._opens = np.array([not data or data[0] in _MARKS for data in spelt])

@@ -25,7 +25,7 @@ from mmtransformer.serialization.pretrained import (
 )
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_table, under
-from mmtransformer.weights.table import Row, UnsupportedModel, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.keys import Row, UnsupportedModel, convert, convert_back, layer
 from mmtransformer.weights.text.lm import decoder_from_state, read_tensors, to_transformers
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
 
@@ -66,11 +66,13 @@ _LANGUAGE_DEFAULTS: dict[Any, dict[str, Any]] = {
 }
 
 
-def _qformer(config: dict[str, Any], *, text: bool, where: str) -> QFormer:
+def _qformer(config: dict[str, Any], *, text: bool, context: str) -> QFormer:
     """An unfilled Q-Former of the configuration of a whole model."""
     own = config["qformer_config"]
     if own["hidden_act"] != "gelu":
-        raise ValueError(f"{where}: the Q-Former has hidden_act {own['hidden_act']}; only gelu is known here")
+        raise ValueError(
+            f"{context}: the Q-Former has hidden_act {own['hidden_act']}; only gelu is known here"
+        )
     return QFormer(
         config["num_query_tokens"],
         own["hidden_size"],
@@ -122,7 +124,7 @@ def from_blip2(model: nn.Module) -> Blip2 | ImageText:
     return blip2_from_state(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
 
 
-def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], where: str) -> Blip2 | ImageText:
+def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Blip2 | ImageText:
     """The same from what a hub folder holds: its config.json, and all of its tensors.
 
     Raises:
@@ -132,40 +134,40 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], where: st
     for name, tensor in state.items():
         root = name.split(".")[0]
         parts[root if root in parts else "bridge"][name] = tensor
-    vision = vision_from_blip2(config["vision_config"], parts["vision_model"], where)
+    vision = vision_from_blip2(config["vision_config"], parts["vision_model"], context)
     bridge = parts["bridge"]
     if "itm_head.weight" in bridge:
-        qformer = _qformer(config, text=True, where=where)
+        qformer = _qformer(config, text=True, context=context)
         model = ImageText(vision, qformer, embed_dim=config["image_text_hidden_size"], freeze_vision=True)
         new = {name: t for name, t in model.state_dict().items() if name.startswith(("head_", "log_"))}
-        ours = to_ours(_image_text_table(model), bridge, where) | new
+        ours = convert(_image_text_table(model), bridge, context) | new
     else:
         instruct = config["model_type"] == "instructblip"
-        qformer = _qformer(config, text=instruct, where=where)
+        qformer = _qformer(config, text=instruct, context=context)
         language = {name.removeprefix("language_model."): t for name, t in parts["language_model"].items()}
-        decoder = _language_model(config["text_config"], language, f"{where}, language model")
+        decoder = _language_model(config["text_config"], language, f"{context}, language model")
         model = Blip2(vision, qformer, decoder, instruct=instruct)
-        ours = to_ours(_bridge_table(model), bridge, where)
+        ours = convert(_bridge_table(model), bridge, context)
         ours |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()}
-    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, where)
+    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, context)
     return model.eval()
 
 
-def _language_model(config: dict[str, Any], state: dict[str, Tensor], where: str) -> Decoder | HubSeq2Seq:
+def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Decoder | HubSeq2Seq:
     if config["model_type"] in ("t5", "mt5", "umt5"):
         model: HubDecoder | HubSeq2Seq = HubSeq2Seq(config)
     else:
         try:
-            return decoder_from_state(config, state, where)
+            return decoder_from_state(config, state, context)
         except UnsupportedModel:
             model = HubDecoder(config)
-    load_strictly(model.model, state, where)
+    load_strictly(model.model, state, context)
     return model
 
 
 def _bridge_table(model: Blip2) -> list[Row]:
-    spelling = INSTRUCTBLIP if model.instruct else BLIP2
-    return under("qformer", qformer_table(model.qformer, spelling)) + layer("language_projection", "proj")
+    style = INSTRUCTBLIP if model.instruct else BLIP2
+    return under("qformer", qformer_table(model.qformer, style)) + layer("language_projection", "proj")
 
 
 def _image_text_table(model: ImageText) -> list[Row]:
@@ -193,7 +195,7 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
     own = dict(model.state_dict())
     if isinstance(model, ImageText):
         config |= {"architectures": ["Blip2ForImageTextRetrieval"], "image_text_hidden_size": model.embed_dim}
-        return config, tensors | to_theirs(_image_text_table(model), own)
+        return config, tensors | convert_back(_image_text_table(model), own)
     kind = "InstructBlip" if model.instruct else "Blip2"
     config |= {"model_type": "instructblip"} if model.instruct else {}
     if isinstance(model.decoder, HubDecoder | HubSeq2Seq):
@@ -203,7 +205,7 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
     else:
         raise ValueError(f"transformers has no language model like {type(model.decoder).__name__}")
     config |= {"architectures": [f"{kind}ForConditionalGeneration"], "text_config": text}
-    tensors |= to_theirs(_bridge_table(model), own)
+    tensors |= convert_back(_bridge_table(model), own)
     return config, tensors | {f"language_model.{name}": tensor for name, tensor in language.items()}
 
 

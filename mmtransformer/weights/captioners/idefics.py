@@ -13,7 +13,7 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama
 
 _ROWS, _HEAD = "model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight"
@@ -94,10 +94,10 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         ValueError: if it has no resampler, or a part is of another kind than ours.
     """
     config: Any = model.config
-    where = f"transformers' {type(model).__name__}"
+    context = f"transformers' {type(model).__name__}"
     if not config.use_resampler:
         raise ValueError(
-            f"{where}: without a resampler it reads tokens that are not normed, which ViT does not give"
+            f"{context}: without a resampler it reads tokens that are not normed, which ViT does not give"
         )
     state = dict(model.state_dict())
     text = {"model_type": "llama"} | {
@@ -116,8 +116,8 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         _HEAD,
     )
     words = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
-    decoder = _with_more_words(decoder_from_llama(text, words, where), state)
-    vision = _vision(config.vision_config, _under(state, "model.vision_model."), where)
+    decoder = _with_more_words(decoder_from_llama(text, words, context), state)
+    vision = _vision(config.vision_config, _under(state, "model.vision_model."), context)
     perceiver = config.perceiver_config
     qk_norm = perceiver.qk_layer_norms_perceiver
     resampler = PerceiverResampler(
@@ -130,7 +130,7 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         qk_norm="layer" if qk_norm else None,
     )
     table = resampler_table(resampler.depth, qk_norm=qk_norm)
-    load_strictly(resampler, to_ours(table, _under(state, "model.perceiver_resampler."), where), where)
+    load_strictly(resampler, convert(table, _under(state, "model.perceiver_resampler."), context), context)
     flamingo = Flamingo(
         vision,
         decoder,
@@ -151,7 +151,7 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         n: t.flatten() if "alpha" in n else t
         for n, t in _under(state, "model.gated_cross_attn_layers.").items()
     }
-    load_strictly(flamingo.gated_blocks, to_ours(_gated_rows(flamingo), gated, where), where)
+    load_strictly(flamingo.gated_blocks, convert(_gated_rows(flamingo), gated, context), context)
     return flamingo.eval()
 
 
@@ -193,7 +193,7 @@ def to_idefics(model: Flamingo) -> dict[str, Tensor]:
             )
         theirs[_ROWS] = longer.new_embed.weight.detach()
         theirs[_HEAD] = theirs[_ROWS] if longer.new_head is None else longer.new_head.weight.detach()
-    tower = to_theirs(_vision_table(vision.depth), dict(vision.state_dict()))
+    tower = convert_back(_vision_table(vision.depth), dict(vision.state_dict()))
     patches = tower["embeddings.patch_embedding.weight"]
     tower["embeddings.patch_embedding.weight"] = patches.unflatten(
         1, (vision.in_channels, vision.patch_size, vision.patch_size)
@@ -207,8 +207,8 @@ def to_idefics(model: Flamingo) -> dict[str, Tensor]:
     table = resampler_table(
         resampler.depth, qk_norm=resampler.qk_norm is not None, prefix="model.perceiver_resampler."
     )
-    theirs |= to_theirs(table, dict(resampler.state_dict()))
-    gated = to_theirs(_gated_rows(model), dict(model.gated_blocks.state_dict()))
+    theirs |= convert_back(table, dict(resampler.state_dict()))
+    gated = convert_back(_gated_rows(model), dict(model.gated_blocks.state_dict()))
     for name, tensor in gated.items():
         vector = "alpha" in name and model.per_channel
         theirs[f"model.gated_cross_attn_layers.{name}"] = tensor[None, None] if vector else tensor
@@ -237,10 +237,10 @@ def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
     return longer
 
 
-def _vision(config: Any, state: dict[str, Tensor], where: str) -> ViT:
+def _vision(config: Any, state: dict[str, Tensor], context: str) -> ViT:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(
-            f"{where}: ViT has no activation like {config.hidden_act}: it has {', '.join(_ACTIVATIONS)}"
+            f"{context}: ViT has no activation like {config.hidden_act}: it has {', '.join(_ACTIVATIONS)}"
         )
     vision = ViT(
         config.image_size,
@@ -258,9 +258,9 @@ def _vision(config: Any, state: dict[str, Tensor], where: str) -> ViT:
     positions = state.pop("embeddings.position_embedding.weight")
     first = state.pop("embeddings.class_embedding") + positions[0]
     unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]
-    ours = to_ours(_vision_table(vision.depth), state, where, ignored=unread)
+    ours = convert(_vision_table(vision.depth), state, context, ignored=unread)
     ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(1)
     ours |= {"prefix_tokens": first[None, None], "pos_embed": positions[None, 1:]}
     ours |= {"norm.weight": torch.ones(vision.dim), "norm.bias": torch.zeros(vision.dim)}
-    load_strictly(vision, ours, where)
+    load_strictly(vision, ours, context)
     return vision

@@ -18,7 +18,7 @@ from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights.captioners.qformer import LAVIS, qformer_table, under
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
 
 _PROJECTIONS = ("opt_proj", "llm_proj", "t5_proj")
 _COPIES = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
@@ -42,7 +42,7 @@ def _vision_table(depth: int) -> list[Row]:
 
 
 def vision_from_lavis(
-    state: dict[str, Tensor], *, num_heads: int | None = None, where: str = "the state dict"
+    state: dict[str, Tensor], *, num_heads: int | None = None, context: str = "the state dict"
 ) -> ViT:
     """LAVIS's EVA-ViT with its `ln_vision` as a `ViT`.
 
@@ -51,7 +51,7 @@ def vision_from_lavis(
     Args:
         state: LAVIS's tensors; only "visual_encoder. ..." and "ln_vision. ..." are read.
         num_heads: heads; None = dim / 88, as in EVA-ViT-g.
-        where: what the tensors come from, for errors.
+        context: what the tensors come from, for errors.
 
     Raises:
         ValueError: if the tower is missing, or is another one.
@@ -59,7 +59,9 @@ def vision_from_lavis(
     state = {name: t for name, t in state.items() if name.startswith(("visual_encoder.", "ln_vision."))}
     for name in ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if f"visual_encoder.{name}" not in state:
-            raise ValueError(f"{where} has no tensor visual_encoder.{name}: give the vision tower beside it")
+            raise ValueError(
+                f"{context} has no tensor visual_encoder.{name}: give the vision tower beside it"
+            )
     dim, channels, patch, _ = state[_PATCHES].shape
     token, positions = state.pop("visual_encoder.cls_token"), state.pop("visual_encoder.pos_embed")
     side = math.isqrt(positions.shape[1] - 1)
@@ -75,10 +77,10 @@ def vision_from_lavis(
     flat = state | {
         "visual_encoder.patch_embed.proj.weight": state["visual_encoder.patch_embed.proj.weight"].flatten(1)
     }
-    ours = to_ours(_vision_table(vit.depth), flat, where)
+    ours = convert(_vision_table(vit.depth), flat, context)
     ours |= {"prefix_tokens": token + positions[:, :1], "pos_embed": positions[:, 1:]}
     ours |= {f"blocks.{i}.attn.k_proj.bias": torch.zeros(dim) for i in range(vit.depth)}
-    load_strictly(vit, ours, where)
+    load_strictly(vit, ours, context)
     return vit.eval()
 
 
@@ -86,12 +88,12 @@ def _depth(state: dict[str, Tensor], pattern: str) -> int:
     return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
 
 
-def _qformer_from(state: dict[str, Tensor], num_heads: int | None, where: str) -> QFormer:
+def _qformer_from(state: dict[str, Tensor], num_heads: int | None, context: str) -> QFormer:
     """An unfilled Q-Former of the shapes of LAVIS's tensors."""
     fc1, key = "intermediate_query.dense.weight", "crossattention.self.key.weight"
     for name in ("query_tokens", f"{LAVIS.layers}.0.{fc1}", f"{LAVIS.layers}.0.{key}"):
         if name not in state:
-            raise ValueError(f"{where} has no tensor {name}, so it is not a BLIP-2 of LAVIS")
+            raise ValueError(f"{context} has no tensor {name}, so it is not a BLIP-2 of LAVIS")
     _, queries, dim = state["query_tokens"].shape
     depth = _depth(state, LAVIS.layers.replace(".", r"\.") + r"\.(\d+)\.")
     crossing = [i for i in range(depth) if f"{LAVIS.layers}.{i}.{key}" in state]
@@ -115,7 +117,7 @@ def image_text_from_lavis(
     vision: ViT | None = None,
     num_heads: int | None = None,
     class_id: int | None = 101,
-    where: str = "the state dict",
+    context: str = "the state dict",
 ) -> ImageText:
     """A stage-1 model of LAVIS as an `ImageText`, with its head for generation and its temperature.
 
@@ -124,25 +126,25 @@ def image_text_from_lavis(
         vision: the tower, where the file keeps none (LAVIS drops frozen ones); its last norm becomes `ln_vision`.
         num_heads: the Q-Former's heads; None = dim / 64.
         class_id: the id of [CLS]; 101 in bert-base-uncased. [DEC], with which a generated text begins, is its own id.
-        where: what the tensors come from, for errors.
+        context: what the tensors come from, for errors.
 
     Raises:
         ValueError: naming what is missing, left over or of another shape.
     """
-    state, vision = _split_vision(state, vision, where)
-    qformer = _qformer_from(state, num_heads, where)
+    state, vision = _split_vision(state, vision, context)
+    qformer = _qformer_from(state, num_heads, context)
     for name in ("vision_proj.weight", "temp"):
         if name not in state:
-            raise ValueError(f"{where} has no tensor {name}, so it is not a stage-1 model of LAVIS")
+            raise ValueError(f"{context} has no tensor {name}, so it is not a stage-1 model of LAVIS")
     dim = state["vision_proj.weight"].shape[0]
     model = ImageText(vision, qformer, embed_dim=dim, class_id=class_id, freeze_vision=True, train_norm=True)
     for copy, name in zip(_COPIES, (_WORDS, "Qformer.cls.predictions.bias"), strict=True):
         if copy in state and not torch.equal(state[copy], state[name]):
-            raise ValueError(f"{where}: {copy} differs from {name}, to which ImageText ties it")
+            raise ValueError(f"{context}: {copy} differs from {name}, to which ImageText ties it")
     temperature = state.pop("temp").reshape(())
-    ours = to_ours(_stage1_table(model), state, where, ignored=_COPIES + _BUFFERS)
+    ours = convert(_stage1_table(model), state, context, ignored=_COPIES + _BUFFERS)
     ours |= {"log_temperature": temperature.float().log()}
-    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, where)
+    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, context)
     return model.eval()
 
 
@@ -152,7 +154,7 @@ def blip2_from_lavis(
     *,
     vision: ViT | None = None,
     num_heads: int | None = None,
-    where: str = "the state dict",
+    context: str = "the state dict",
 ) -> Blip2:
     """A stage-2 model of LAVIS (OPT, or Vicuna with instructions) as a `Blip2`.
 
@@ -161,35 +163,37 @@ def blip2_from_lavis(
         decoder: the language model.
         vision: the tower, where the file keeps none (LAVIS drops frozen ones); its last norm becomes `ln_vision`.
         num_heads: the Q-Former's heads; None = dim / 64.
-        where: what the tensors come from, for errors.
+        context: what the tensors come from, for errors.
 
     Raises:
         ValueError: naming what is missing, left over or of another shape.
     """
-    state, vision = _split_vision(state, vision, where)
-    qformer = _qformer_from(state, num_heads, where)
+    state, vision = _split_vision(state, vision, context)
+    qformer = _qformer_from(state, num_heads, context)
     found = [name for name in _PROJECTIONS if f"{name}.weight" in state]
     if len(found) != 1:
         raise ValueError(
-            f"{where} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one"
+            f"{context} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one"
         )
     model = Blip2(vision, qformer, decoder, instruct=qformer.vocab_size is not None, train_norm=True)
-    ours = to_ours(_stage2_table(model, found[0]), state, where, ignored=_BUFFERS)
+    ours = convert(_stage2_table(model, found[0]), state, context, ignored=_BUFFERS)
     towers = {"vision": vision, "decoder": decoder}
     for tower, module in towers.items():
         ours |= {f"{tower}.{name}": tensor for name, tensor in module.state_dict().items()}
-    load_strictly(model, ours, where)
+    load_strictly(model, ours, context)
     return model.eval()
 
 
-def _split_vision(state: dict[str, Tensor], vision: ViT | None, where: str) -> tuple[dict[str, Tensor], ViT]:
+def _split_vision(
+    state: dict[str, Tensor], vision: ViT | None, context: str
+) -> tuple[dict[str, Tensor], ViT]:
     rest = {name: t for name, t in state.items() if not name.startswith(("visual_encoder.", "ln_vision."))}
     if vision is None:
-        return rest, vision_from_lavis(state, where=where)
+        return rest, vision_from_lavis(state, context=context)
     if any(name.startswith("visual_encoder.") for name in state):
-        raise ValueError(f"{where} has a vision tower (visual_encoder), and another one was given")
+        raise ValueError(f"{context} has a vision tower (visual_encoder), and another one was given")
     norm = {name.removeprefix("ln_vision."): t for name, t in state.items() if name.startswith("ln_vision.")}
-    load_strictly(vision.norm, norm, f"{where}, ln_vision")
+    load_strictly(vision.norm, norm, f"{context}, ln_vision")
     return rest, vision
 
 
@@ -223,14 +227,14 @@ def to_lavis(model: ImageText | Blip2, *, projection: str | None = None) -> dict
     vision = {name.removeprefix("vision."): t for name, t in own.items() if name.startswith("vision.")}
     token, positions = vision.pop("prefix_tokens", None), vision.pop("pos_embed")
     table = _vision_table(model.vision.depth)
-    known = {name for row in table for name in row.ours}
+    known = {name for row in table for name in row.target}
     extra = [name for name in vision if name not in known and not name.endswith("k_proj.bias")]
     if extra or token is None or token.shape[1] != 1 or model.vision.activation != "gelu":
         raise ValueError(
             f"LAVIS's EVA-ViT has one class token, gelu and no {', '.join(extra[:3]) or 'registers'}; this tower has "
             f"{model.vision.num_prefix_tokens} prefix tokens and {model.vision.activation}"
         )
-    theirs = to_theirs(table, vision)
+    theirs = convert_back(table, vision)
     side = model.vision.patch_size
     theirs |= {
         _PATCHES: theirs[_PATCHES].unflatten(1, (-1, side, side)),
@@ -239,6 +243,6 @@ def to_lavis(model: ImageText | Blip2, *, projection: str | None = None) -> dict
     }
     if isinstance(model, Blip2):
         name = projection or ("llm_proj" if model.instruct else "opt_proj")
-        return theirs | to_theirs(_stage2_table(model, name), own)
-    theirs |= to_theirs(_stage1_table(model), own) | {"temp": own["log_temperature"].exp()}
+        return theirs | convert_back(_stage2_table(model, name), own)
+    theirs |= convert_back(_stage1_table(model), own) | {"temp": own["log_temperature"].exp()}
     return theirs | dict(zip(_COPIES, (theirs[_WORDS], theirs["Qformer.cls.predictions.bias"]), strict=True))

@@ -1,6 +1,6 @@
 """OpenFlamingo's resampler and gated layers -> `Flamingo`, and back. Language models and towers come from elsewhere.
 
-A checkpoint holds what was trained: `perceiver.*`, `lang_encoder.<layers>.N.gated_cross_attn_layer.*` and, where the
+A checkpoint holds what was trained: `perceiver.*`, `lang_encoder.<layers>.N.gated_cross_attn_layer.*` and, context the
 language model got new tokens, its embedding, which belongs to the decoder that is given here.
 """
 
@@ -14,7 +14,7 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
 
 _GATED = re.compile(r"^(?:.*\.)?(\d+)\.gated_cross_attn_layer\.(.+)$")
 _HEAD_DIM = 64  # The peer's, whatever the widths.
@@ -66,7 +66,7 @@ def from_openflamingo(
     decoder: Decoder,
     *,
     visible_images: VisibleImages = "last",
-    where: str = "the state dict",
+    context: str = "the state dict",
 ) -> Flamingo:
     """A `Flamingo` with OpenFlamingo's trained weights between a vision tower and a language model, both frozen.
 
@@ -75,7 +75,7 @@ def from_openflamingo(
         vision: the vision tower, of CLIP for the released weights; its class token is left out, as there.
         decoder: the language model, its vocabulary already with the added tokens.
         visible_images: which pictures a token sees.
-        where: what the tensors come from, for errors.
+        context: what the tensors come from, for errors.
 
     Raises:
         ValueError: if tensors are missing, or do not fit the towers.
@@ -88,10 +88,10 @@ def from_openflamingo(
             gated[f"{found[1]}.{found[2]}"] = tensor
     for name in ("perceiver.latents", "perceiver.layers.0.0.to_q.weight", "perceiver.layers.0.1.1.weight"):
         if name not in perceiver:
-            raise ValueError(f'{where} has no tensor "{name}", so it is not OpenFlamingo\'s')
+            raise ValueError(f'{context} has no tensor "{name}", so it is not OpenFlamingo\'s')
     layers = sorted({int(name.split(".")[0]) for name in gated})
     if not layers:
-        raise ValueError(f"{where} has no gated_cross_attn_layer, so it is not OpenFlamingo's")
+        raise ValueError(f"{context} has no gated_cross_attn_layer, so it is not OpenFlamingo's")
     latents, queries = perceiver["perceiver.latents"], perceiver["perceiver.layers.0.0.to_q.weight"]
     times = perceiver.get("perceiver.media_time_embs")
     frames = perceiver.get("perceiver.frame_embs")
@@ -107,7 +107,7 @@ def from_openflamingo(
     )
     if times is not None:
         perceiver["perceiver.media_time_embs"] = times.flatten(0, 1)
-    load_strictly(resampler, to_ours(_resampler_table(resampler), perceiver, where), where)
+    load_strictly(resampler, convert(_resampler_table(resampler), perceiver, context), context)
     first = layers[0]
     model = Flamingo(
         vision,
@@ -122,7 +122,7 @@ def from_openflamingo(
         patches_only=True,
     )
     table = [row for block, number in enumerate(layers) for row in _gated_table(number, block)]
-    load_strictly(model.gated_blocks, to_ours(table, gated, where), where)
+    load_strictly(model.gated_blocks, convert(table, gated, context), context)
     return model.eval()
 
 
@@ -158,12 +158,12 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
     ]
     if differs:
         raise ValueError(f"OpenFlamingo has nothing like {', '.join(differs)}")
-    theirs = to_theirs(_resampler_table(resampler), dict(resampler.state_dict()))
+    theirs = convert_back(_resampler_table(resampler), dict(resampler.state_dict()))
     if "perceiver.media_time_embs" in theirs:
         theirs["perceiver.media_time_embs"] = theirs["perceiver.media_time_embs"][:, None]
     ours = dict(model.gated_blocks.state_dict())
     for block, number in enumerate(model.cross_layers):
-        for name, tensor in to_theirs(_gated_table(number, block), ours).items():
+        for name, tensor in convert_back(_gated_table(number, block), ours).items():
             rest = name.removeprefix(f"{number}.")
             theirs[f"lang_encoder.{layers}.{number}.gated_cross_attn_layer.{rest}"] = tensor
     return theirs

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, find_folder, read_json, read_safetensors
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.table import Row, layer
+from mmtransformer.weights.shared.keys import Row, layer
 
 
-class Spelling(NamedTuple):
+class KeyStyle(NamedTuple):
     """How a project names a Q-Former's tensors.
 
     Attributes:
@@ -27,38 +27,36 @@ class Spelling(NamedTuple):
     words: str
 
 
-BLIP2 = Spelling("qformer.encoder.layer", "attention", "qformer.layernorm", "embeddings")
-INSTRUCTBLIP = Spelling(
+BLIP2 = KeyStyle("qformer.encoder.layer", "attention", "qformer.layernorm", "embeddings")
+INSTRUCTBLIP = KeyStyle(
     "qformer.encoder.layer", "attention", "qformer.embeddings.layernorm", "qformer.embeddings"
 )
-LAVIS = Spelling(
+LAVIS = KeyStyle(
     "Qformer.bert.encoder.layer", "self", "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings"
 )
 
 
-def qformer_table(qformer: QFormer, spelling: Spelling) -> list[Row]:
+def qformer_table(qformer: QFormer, style: KeyStyle) -> list[Row]:
     """Which of their tensors is which of this Q-Former's."""
-    rows = [Row("query_tokens", ("query_tokens",))] + layer(spelling.norm, "norm")
+    rows = [Row("query_tokens", ("query_tokens",))] + layer(style.norm, "norm")
     text = qformer.vocab_size is not None
     if text:
-        rows += [Row(f"{spelling.words}.word_embeddings.weight", ("tok_embed.weight",))]
-        rows += [Row(f"{spelling.words}.position_embeddings.weight", ("pos_embed.weight",))]
+        rows += [Row(f"{style.words}.word_embeddings.weight", ("tok_embed.weight",))]
+        rows += [Row(f"{style.words}.position_embeddings.weight", ("pos_embed.weight",))]
     for i in range(qformer.depth):
-        theirs, ours = f"{spelling.layers}.{i}", f"blocks.{i}"
-        rows += _attention(f"{theirs}.attention", f"{ours}.attn", f"{ours}.norm1", spelling)
+        theirs, ours = f"{style.layers}.{i}", f"blocks.{i}"
+        rows += _attention(f"{theirs}.attention", f"{ours}.attn", f"{ours}.norm1", style)
         if i in qformer.cross_layers:
-            rows += _attention(
-                f"{theirs}.crossattention", f"{ours}.cross_attn", f"{ours}.norm_cross", spelling
-            )
+            rows += _attention(f"{theirs}.crossattention", f"{ours}.cross_attn", f"{ours}.norm_cross", style)
         rows += _mlp(theirs, "_query", f"{ours}.query_mlp", f"{ours}.query_norm")
         rows += _mlp(theirs, "", f"{ours}.mlp", f"{ours}.norm2") if text else []
     return rows
 
 
-def _attention(theirs: str, ours: str, norm: str, spelling: Spelling) -> list[Row]:
+def _attention(theirs: str, ours: str, norm: str, style: KeyStyle) -> list[Row]:
     rows: list[Row] = []
     for there, here in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        rows += layer(f"{theirs}.{spelling.attention}.{there}", f"{ours}.{here}")
+        rows += layer(f"{theirs}.{style.attention}.{there}", f"{ours}.{here}")
     return (
         rows + layer(f"{theirs}.output.dense", f"{ours}.out_proj") + layer(f"{theirs}.output.LayerNorm", norm)
     )
@@ -72,7 +70,9 @@ def _mlp(theirs: str, which: str, ours: str, norm: str) -> list[Row]:
 
 def under(prefix: str, table: list[Row]) -> list[Row]:
     """The table with a prefix before our names."""
-    return [Row(row.theirs, tuple(f"{prefix}.{name}" for name in row.ours), row.transposed) for row in table]
+    return [
+        Row(row.source, tuple(f"{prefix}.{name}" for name in row.target), row.transposed) for row in table
+    ]
 
 
 def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFormer:
@@ -97,12 +97,12 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
     state = {
         name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor for name, tensor in state.items()
     }
-    spelling = Spelling("encoder.layer", "self", "embeddings.LayerNorm", "embeddings")
+    style = KeyStyle("encoder.layer", "self", "embeddings.LayerNorm", "embeddings")
     fresh = ("query_tokens", "crossattention")
-    table = [row for row in qformer_table(qformer, spelling) if not any(name in row.theirs for name in fresh)]
+    table = [row for row in qformer_table(qformer, style) if not any(name in row.source for name in fresh)]
     own, found = qformer.state_dict(), {}
     for row in table:
-        theirs, name = row.theirs.replace("_query.", "."), row.ours[0]
+        theirs, name = row.source.replace("_query.", "."), row.target[0]
         if theirs not in state:
             raise ValueError(
                 f"BERT has no tensor {theirs}, which a Q-Former of depth {qformer.depth} starts from"

@@ -16,7 +16,7 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
 )
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -71,33 +71,33 @@ def _table_of(encoder: TextEncoder) -> list[Row]:
     )
 
 
-def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextEncoder:
+def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextEncoder:
     """A `TextEncoder` with BERT's weights and those of its heads that are there.
 
     Args:
         config: BERT's configuration, as in its `config.json`.
         state: tensors named as in `BertForPreTraining`, or as in `BertModel` (without "bert."); the first releases'
             "gamma" and "beta" of norms are understood.
-        where: what they come from, for errors.
+        context: what they come from, for errors.
 
     Raises:
         ValueError: for a variant of BERT that differs in more than its size.
     """
     activation = config.get("hidden_act", "gelu")
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"{where}: TextEncoder has no activation like {activation}")
+        raise ValueError(f"{context}: TextEncoder has no activation like {activation}")
     if (kind := config.get("position_embedding_type") or "absolute") != "absolute":
-        raise ValueError(f'{where} has "{kind}" positions: TextEncoder has absolute ones only')
+        raise ValueError(f'{context} has "{kind}" positions: TextEncoder has absolute ones only')
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise ValueError(
-            f"{where} is a decoder or has cross-attention: TextEncoder sees both ways and has none"
+            f"{context} is a decoder or has cross-attention: TextEncoder sees both ways and has none"
         )
     if not any(name.startswith("bert.") for name in state):
         state = {f"bert.{name}": tensor for name, tensor in state.items()}
     state = {_new_name(name): tensor for name, tensor in state.items()}
     words = "cls.predictions.transform.dense.weight" in state
     if words and not config.get("tie_word_embeddings", True):
-        raise ValueError(f"{where} has a word head of its own: TextEncoder's is tied to the embedding")
+        raise ValueError(f"{context} has a word head of its own: TextEncoder's is tied to the embedding")
     encoder = TextEncoder(
         config["vocab_size"],
         config["hidden_size"],
@@ -118,7 +118,7 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], where: s
         "cls.predictions.decoder.bias",
         "bert.embeddings.position_ids",
     ]
-    load_strictly(encoder, to_ours(_table_of(encoder), state, where, ignored=expand_size), where)
+    load_strictly(encoder, convert(_table_of(encoder), state, context, ignored=expand_size), context)
     return encoder.eval()
 
 
@@ -128,7 +128,7 @@ def _new_name(name: str) -> str:
 
 def encoder_to_bert(encoder: TextEncoder) -> dict[str, Tensor]:
     """Tensors named as in `BertForPreTraining`, for the heads that there are."""
-    theirs = to_theirs(_table_of(encoder), dict(encoder.state_dict()))
+    theirs = convert_back(_table_of(encoder), dict(encoder.state_dict()))
     if encoder.word_head:
         theirs["cls.predictions.decoder.weight"] = theirs["bert.embeddings.word_embeddings.weight"]
         theirs["cls.predictions.decoder.bias"] = theirs["cls.predictions.bias"]

@@ -7,16 +7,16 @@ from torch import Tensor
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.layers.blocks import Activation
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.table import (
+from mmtransformer.weights.shared.keys import (
     Row,
     UnsupportedModel,
+    convert,
+    convert_back,
     layer,
     need,
     only,
     prefixed,
     tied_head,
-    to_ours,
-    to_theirs,
 )
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -54,27 +54,27 @@ def _table(depth: int, *, cross: bool, tied: bool) -> list[Row]:
     return rows if tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
 
 
-def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextDecoder:
+def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
     """A `TextDecoder` with GPT-2's weights.
 
     Args:
         config: GPT-2's configuration, as its config.json has it.
         state: tensors named as in `GPT2LMHeadModel`, or as in `GPT2Model` (without "transformer.").
-        where: what they come from, for errors.
+        context: what they come from, for errors.
 
     Raises:
         ValueError: for a GPT-2 variant that differs in more than its size, or tensors that do not fit.
     """
     name = config.get("activation_function", "gelu_new")
     if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"{where}: TextDecoder has no activation like {name}")
+        raise UnsupportedModel(f"{context}: TextDecoder has no activation like {name}")
     if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
         raise UnsupportedModel(
-            f"{where} scales attention by layer, or not at all: TextDecoder scales by 1 / sqrt(head_dim)"
+            f"{context} scales attention by layer, or not at all: TextDecoder scales by 1 / sqrt(head_dim)"
         )
-    only(config, where, {"quantization_config": None})
+    only(config, context, {"quantization_config": None})
     vocab_size, dim, depth, heads, max_len = need(
-        config, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"), where
+        config, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"), context
     )
     cross, tied = bool(config.get("add_cross_attention")), config.get("tie_word_embeddings", True)
     decoder = TextDecoder(
@@ -92,9 +92,9 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], where: s
     state = prefixed(state, "transformer.")
     ignored = [n for n in state if n.endswith((".attn.bias", ".attn.masked_bias", ".crossattention.bias"))]
     table = _table(depth, cross=cross, tied=tied)
-    expand_size = tied_head(state, "transformer.wte.weight", where) if tied else []
-    ours = to_ours(table, state, where, ignored=ignored + expand_size)
-    load_strictly(decoder, ours, where)
+    expand_size = tied_head(state, "transformer.wte.weight", context) if tied else []
+    ours = convert(table, state, context, ignored=ignored + expand_size)
+    load_strictly(decoder, ours, context)
     return decoder.eval()
 
 
@@ -122,7 +122,7 @@ def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
             f"cross_every {decoder.cross_every}, window {decoder.window}, pre_norm {decoder.pre_norm}"
         )
     table = _table(decoder.depth, cross=decoder.cross_dim is not None, tied=decoder.tied)
-    theirs = to_theirs(table, dict(decoder.state_dict()))
+    theirs = convert_back(table, dict(decoder.state_dict()))
     return {"lm_head.weight": theirs["transformer.wte.weight"]} | theirs
 
 

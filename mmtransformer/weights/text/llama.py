@@ -10,16 +10,16 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.table import (
+from mmtransformer.weights.shared.keys import (
     Row,
     UnsupportedModel,
+    convert,
+    convert_back,
     layer,
     need,
     only,
     prefixed,
     tied_head,
-    to_ours,
-    to_theirs,
 )
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -55,19 +55,19 @@ def _table(decoder: TextDecoder) -> list[Row]:
     return rows if decoder.tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
 
 
-def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextDecoder:
+def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
     """A `TextDecoder` with the weights of Llama or one of its kin.
 
     Args:
         config: its configuration, as its config.json has it; `model_type` is one of `LLAMAS`.
         state: tensors named as in `LlamaForCausalLM`, or as in `LlamaModel` (without "model.").
-        where: what they come from, for errors.
+        context: what they come from, for errors.
 
     Raises:
         ValueError: for a variant that differs in more than its sizes, or tensors that do not fit.
     """
     family = config["model_type"]
-    only(config, where, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
+    only(config, context, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
     vocab_size, dim, depth, heads, mlp_dim, max_len = need(
         config,
         (
@@ -78,9 +78,9 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], where: 
             "intermediate_size",
             "max_position_embeddings",
         ),
-        where,
+        context,
     )
-    theta, scaling = rope_of(config, where)
+    theta, scaling = rope_of(config, context)
     tied = config.get("tie_word_embeddings", family == "smollm3")
     decoder = TextDecoder(
         vocab_size,
@@ -99,19 +99,19 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], where: 
         rope_scaling=scaling,
         bias="qkv" if family == "qwen2" else "all" if config.get("attention_bias") else "none",
         qk_norm="rms" if family == "qwen3" else None,
-        window=_window(config, where),
-        nope_interval=_nope_interval(config, where) if family == "smollm3" else None,
+        window=_window(config, context),
+        nope_interval=_nope_interval(config, context) if family == "smollm3" else None,
         tied=tied,
     )
     state = prefixed(state, "model.")
     angles = [name for name in state if name.endswith("rotary_emb.inv_freq")]  # of old checkpoints
-    expand_size = tied_head(state, "model.embed_tokens.weight", where) if tied else []
-    ours = to_ours(_table(decoder), state, where, ignored=angles + expand_size)
-    load_strictly(decoder, ours, where)
+    expand_size = tied_head(state, "model.embed_tokens.weight", context) if tied else []
+    ours = convert(_table(decoder), state, context, ignored=angles + expand_size)
+    load_strictly(decoder, ours, context)
     return decoder.eval()
 
 
-def rope_of(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+def rope_of(config: dict[str, Any], context: str) -> tuple[float, dict[str, Any] | None]:
     """The base and the scaling of a hub config's rotary positions, in the old spelling or the new.
 
     Numbers that transformers takes from elsewhere in the config are filled in.
@@ -122,10 +122,10 @@ def rope_of(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] |
     share = found.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if any(isinstance(value, dict) for value in found.values()):
         raise UnsupportedModel(
-            f"{where}: layers have different rotary positions, and TextDecoder's all the same"
+            f"{context}: layers have different rotary positions, and TextDecoder's all the same"
         )
     if share != 1.0 and kind != "proportional":
-        raise UnsupportedModel(f"{where}: only {share} of a head's channels turn; TextDecoder turns all")
+        raise UnsupportedModel(f"{context}: only {share} of a head's channels turn; TextDecoder turns all")
     if kind == "default":
         return theta, None
     longest = config.get("max_position_embeddings")
@@ -139,7 +139,7 @@ def rope_of(config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] |
     return float(theta), found | {"rope_type": kind}
 
 
-def _window(config: dict[str, Any], where: str) -> int | None:
+def _window(config: dict[str, Any], context: str) -> int | None:
     """The sliding window of all layers, or None."""
     family, window = config["model_type"], config.get("sliding_window")
     if family == "mistral":
@@ -156,12 +156,12 @@ def _window(config: dict[str, Any], where: str) -> int | None:
     sliding = [kind == "sliding_attention" for kind in kinds]
     if any(sliding) and not all(sliding):
         raise UnsupportedModel(
-            f"{where}: {sum(sliding)} of {depth} layers have a window ({window}), and TextDecoder's all or none"
+            f"{context}: {sum(sliding)} of {depth} layers have a window ({window}), and TextDecoder's all or none"
         )
     return window if any(sliding) else None
 
 
-def _nope_interval(config: dict[str, Any], where: str) -> int | None:
+def _nope_interval(config: dict[str, Any], context: str) -> int | None:
     """SmolLM3: the last of every so many layers has no rotary positions."""
     depth, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
     layers = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(depth)]
@@ -170,7 +170,7 @@ def _nope_interval(config: dict[str, Any], where: str) -> int | None:
         return None
     every = layers.index(0) + 1
     if layers != [int((i + 1) % every != 0) for i in range(depth)]:
-        raise UnsupportedModel(f"{where}: no_rope_layers {layers} are not the last of every so many")
+        raise UnsupportedModel(f"{context}: no_rope_layers {layers} are not the last of every so many")
     return every
 
 
@@ -205,7 +205,7 @@ def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
             f"window {decoder.window}, unrotated_every {decoder.nope_interval}, cross_dim {decoder.cross_dim}, "
             f"pre_norm {decoder.pre_norm}, embed_scale {decoder.embed_scale}"
         )
-    theirs = to_theirs(_table(decoder), dict(decoder.state_dict()))
+    theirs = convert_back(_table(decoder), dict(decoder.state_dict()))
     return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
 
 

@@ -25,8 +25,8 @@ from mmtransformer.serialization.pretrained import (
 )
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.number import DType, cast_frozen
-from mmtransformer.weights.table import UnsupportedModel
+from mmtransformer.weights.shared.dtype import DType, cast_frozen
+from mmtransformer.weights.shared.keys import UnsupportedModel
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
 from mmtransformer.weights.text.llama import (
     LLAMAS,
@@ -53,7 +53,7 @@ def from_transformers(model: nn.Module) -> TextDecoder:
     return decoder_from_state(config, model.state_dict(), f"transformers' {type(model).__name__}")
 
 
-def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextDecoder:
+def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
     """A `TextDecoder` from what a hub folder holds: its config.json, and all of its tensors.
 
     Raises:
@@ -62,11 +62,11 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], where: 
     family = config.get("model_type")
     if family not in _READERS:
         raise UnsupportedModel(
-            f'{where}: the family "{family}" is not one of TextDecoder\'s ({", ".join(_READERS)}); HubDecoder takes '
+            f'{context}: the family "{family}" is not one of TextDecoder\'s ({", ".join(_READERS)}); HubDecoder takes '
             "any language model of transformers (extra: hf)"
         )
-    with built_from(state, where):
-        return _READERS[family](config, state, where)
+    with built_from(state, context):
+        return _READERS[family](config, state, context)
 
 
 def to_transformers(

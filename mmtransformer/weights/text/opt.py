@@ -10,16 +10,16 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.table import (
+from mmtransformer.weights.shared.keys import (
     Row,
     UnsupportedModel,
+    convert,
+    convert_back,
     layer,
     need,
     only,
     prefixed,
     tied_head,
-    to_ours,
-    to_theirs,
 )
 from mmtransformer.weights.text.gpt2 import ACTIVATIONS, is_gpt2
 
@@ -42,13 +42,13 @@ def _table(depth: int, *, tied: bool) -> list[Row]:
     return rows if tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
 
 
-def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], where: str) -> TextDecoder:
+def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
     """A `TextDecoder` with OPT's weights.
 
     Args:
         config: OPT's configuration, as its config.json has it.
         state: tensors named as in `OPTForCausalLM`, or as in `OPTModel` (without "model.").
-        where: what they come from, for errors.
+        context: what they come from, for errors.
 
     Raises:
         ValueError: for OPT-350m (norms after the sums, narrower embeddings) and other variants, or tensors that do not
@@ -56,7 +56,7 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], where: st
     """
     name = config.get("activation_function", "relu")
     if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"{where}: TextDecoder has no activation like {name}")
+        raise UnsupportedModel(f"{context}: TextDecoder has no activation like {name}")
     vocab_size, dim, depth, heads, mlp_dim, max_len = need(
         config,
         (
@@ -67,11 +67,11 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], where: st
             "ffn_dim",
             "max_position_embeddings",
         ),
-        where,
+        context,
     )
     if (config.get("word_embed_proj_dim") or dim) != dim:
         raise UnsupportedModel(
-            f"{where}: embeddings are {config['word_embed_proj_dim']} wide and tokens {dim} (as in OPT-350m), and "
+            f"{context}: embeddings are {config['word_embed_proj_dim']} wide and tokens {dim} (as in OPT-350m), and "
             "TextDecoder has one width"
         )
     expected = {
@@ -81,7 +81,7 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], where: st
         "layer_norm_elementwise_affine": True,
         "quantization_config": None,
     }
-    only(config, where, expected)
+    only(config, context, expected)
     tied = config.get("tie_word_embeddings", True)
     decoder = TextDecoder(
         vocab_size, dim, depth, heads, max_len=max_len, mlp_dim=mlp_dim, mlp=ACTIVATIONS[name], tied=tied
@@ -89,9 +89,9 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], where: st
     state = prefixed(state, "model.")
     if _POSITIONS in state:
         state = state | {_POSITIONS: state[_POSITIONS][_OFFSET:]}
-    expand_size = tied_head(state, "model.decoder.embed_tokens.weight", where) if tied else []
-    ours = to_ours(_table(depth, tied=tied), state, where, ignored=expand_size)
-    load_strictly(decoder, ours, where)
+    expand_size = tied_head(state, "model.decoder.embed_tokens.weight", context) if tied else []
+    ours = convert(_table(depth, tied=tied), state, context, ignored=expand_size)
+    load_strictly(decoder, ours, context)
     return decoder.eval()
 
 
@@ -107,7 +107,7 @@ def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
             f"only a decoder of OPT's kind can be written as OPT; this one has {kind}, mlp {decoder.mlp}, cross_dim "
             f"{decoder.cross_dim}, num_kv_heads {decoder.num_kv_heads}, head_dim {decoder.head_dim}"
         )
-    theirs = to_theirs(_table(decoder.depth, tied=decoder.tied), dict(decoder.state_dict()))
+    theirs = convert_back(_table(decoder.depth, tied=decoder.tied), dict(decoder.state_dict()))
     positions = theirs[_POSITIONS]
     theirs[_POSITIONS] = torch.cat((positions.new_zeros(_OFFSET, decoder.dim), positions))
     return {"lm_head.weight": theirs["model.decoder.embed_tokens.weight"]} | theirs

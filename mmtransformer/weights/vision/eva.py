@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
 
 _POSITIONS, _CLASS = "vision_model.embeddings.position_embedding", "vision_model.embeddings.class_embedding"
 _PATCHES = "vision_model.embeddings.patch_embedding.weight"
@@ -29,20 +29,20 @@ def _vision_table(depth: int) -> list[Row]:
     return rows + layer("vision_model.post_layernorm", "norm")
 
 
-def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], where: str) -> ViT:
+def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context: str) -> ViT:
     """BLIP-2's vision tower (EVA-ViT-g in the published ones) as a `ViT`; equal to 1e-5 in float32.
 
     Args:
         config: the vision tower's configuration.
         state: its tensors, named "vision_model. ...".
-        where: what they come from, for errors.
+        context: what they come from, for errors.
 
     Raises:
         ValueError: for a tower that differs in more than its size.
     """
     if config["hidden_act"] != "gelu" or not config.get("qkv_bias", True):
         raise ValueError(
-            f"{where}: the vision tower has hidden_act {config['hidden_act']}, qkv_bias {config.get('qkv_bias')}; "
+            f"{context}: the vision tower has hidden_act {config['hidden_act']}, qkv_bias {config.get('qkv_bias')}; "
             f"only gelu and qkv_bias are known here"
         )
     vit = ViT(
@@ -57,13 +57,13 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], where: s
     state = dict(state)
     for name in (_POSITIONS, _CLASS, _PATCHES):
         if name not in state:
-            raise ValueError(f"{where} has no tensor {name}")
+            raise ValueError(f"{context} has no tensor {name}")
     positions, token = state.pop(_POSITIONS), state.pop(_CLASS)
     state[_PATCHES] = state[_PATCHES].flatten(1)
-    ours = to_ours(_vision_table(vit.depth), state, where)
+    ours = convert(_vision_table(vit.depth), state, context)
     # Our class token has its position added in.
     load_strictly(
-        vit, ours | {"prefix_tokens": token + positions[:, :1], "pos_embed": positions[:, 1:]}, where
+        vit, ours | {"prefix_tokens": token + positions[:, :1], "pos_embed": positions[:, 1:]}, context
     )
     return vit.eval()
 
@@ -77,7 +77,7 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ours = dict(vit.state_dict())
     positions, token = ours.pop("pos_embed"), ours.pop("prefix_tokens", torch.empty(0))
     table = _vision_table(vit.depth)
-    extra = sorted(set(ours) - {name for row in table for name in row.ours})
+    extra = sorted(set(ours) - {name for row in table for name in row.target})
     plain = vit.class_token and vit.num_registers == 0 and vit.activation == "gelu" and vit.in_channels == 3
     if extra or not plain or vit.image_size[0] != vit.image_size[1]:
         raise ValueError(
@@ -85,7 +85,7 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{vit.num_registers} registers, {vit.activation}, {vit.in_channels} channels, pictures of {vit.image_size}"
             + (f", and {', '.join(extra[:3])} besides" if extra else "")
         )
-    theirs = to_theirs(table, ours)
+    theirs = convert_back(table, ours)
     theirs[_PATCHES] = theirs[_PATCHES].unflatten(1, (3, vit.patch_size, vit.patch_size))
     theirs |= {_CLASS: token, _POSITIONS: torch.cat((torch.zeros_like(token), positions), dim=1)}
     config = {

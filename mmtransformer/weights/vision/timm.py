@@ -23,8 +23,8 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
 )
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.number import DType, cast_frozen
-from mmtransformer.weights.table import Row, layer, to_ours, to_theirs
+from mmtransformer.weights.shared.dtype import DType, cast_frozen
+from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
 
 
 def _table(
@@ -104,7 +104,7 @@ def from_timm(model: nn.Module) -> ViT:
         activation=activations[name],
         norm_eps=block.norm1.eps,
         pool=pools[timm_model.global_pool],
-        where=f"timm's {type(model).__name__}",
+        context=f"timm's {type(model).__name__}",
     )
 
 
@@ -116,7 +116,7 @@ def vit_from_state(
     activation: Activation = "gelu",
     norm_eps: float = 1e-6,
     pool: str | None = None,
-    where: str = "the state dict",
+    context: str = "the state dict",
 ) -> ViT:
     """Our ViT from tensors with timm's names; what shapes do not say is given, or as the paper's.
 
@@ -127,7 +127,7 @@ def vit_from_state(
         activation: of the MLPs.
         norm_eps: of the LayerNorms.
         pool: "class", "mean" or "attention"; None = what the tensors allow, in this order: attention, class, mean.
-        where: what the tensors come from, for errors.
+        context: what the tensors come from, for errors.
 
     Raises:
         ValueError: if the tensors are not a Vision Transformer's that `ViT` can hold.
@@ -139,7 +139,7 @@ def vit_from_state(
                 if "fc_norm.weight" in state and name == "norm.weight"
                 else ""
             )
-            raise ValueError(f'{where} has no tensor "{name}", so it is not a ViT with timm\'s names{hint}')
+            raise ValueError(f'{context} has no tensor "{name}", so it is not a ViT with timm\'s names{hint}')
     state = dict(state)
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
     has_class = "cls_token" in state
@@ -149,7 +149,7 @@ def vit_from_state(
     embedded = positions.shape[1] - (math.prod(grid) if grid else math.isqrt(positions.shape[1]) ** 2)
     if embedded not in (0, count):
         raise ValueError(
-            f"{where}: {positions.shape[1]} positions are not those of a grid and {count} prefix tokens"
+            f"{context}: {positions.shape[1]} positions are not those of a grid and {count} prefix tokens"
         )
     if embedded:  # Ours are the patches' alone: a prefix token's position is added into it, once.
         tokens = torch.cat(prefix, dim=1) + positions[:, :count]
@@ -183,12 +183,12 @@ def vit_from_state(
         norm_pre="norm_pre.weight" in state,
         layer_scale=None if scale is None else 1.0,
     )
-    ours = to_ours(_table_of(vit), state, where)
+    ours = convert(_table_of(vit), state, context)
     ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(1)
     ours["pos_embed"] = positions
     if prefix:
         ours["prefix_tokens"] = torch.cat(prefix, dim=1)
-    load_strictly(vit, ours, where)
+    load_strictly(vit, ours, context)
     return vit.eval()
 
 
@@ -200,7 +200,7 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
         )
     ours = dict(vit.state_dict())
     positions = ours.pop("pos_embed")
-    theirs = to_theirs(_table_of(vit), ours)
+    theirs = convert_back(_table_of(vit), ours)
     weight = theirs["patch_embed.proj.weight"]
     theirs["patch_embed.proj.weight"] = weight.unflatten(1, (vit.in_channels, vit.patch_size, vit.patch_size))
     if vit.prefix_tokens is not None:
@@ -252,7 +252,7 @@ def load_vit(
     elif path.suffix == ".safetensors" or path.exists():
         state = read_safetensors(path)
         with built_from(state, str(path)):
-            vit = vit_from_state(state, where=str(path))
+            vit = vit_from_state(state, context=str(path))
     elif "/" in source and not source.startswith(("hf-hub:", "timm/")):
         raise ValueError(f"{source}: no such folder or file")
     else:
@@ -287,7 +287,7 @@ def _from_folder(folder: Path) -> ViT:
             num_heads=config.get("num_heads"),
             activation=config.get("activation", "gelu"),
             norm_eps=config.get("layer_norm_eps", 1e-6),
-            where=str(folder),
+            context=str(folder),
         )
 
 

@@ -23,7 +23,7 @@ from mmtransformer.captioners.base import Captioner, freeze
 from mmtransformer.layers.lora import merge_lora
 from mmtransformer.training import Captioning
 from mmtransformer.weights import load_lm, load_vit
-from mmtransformer.weights.number import cast_frozen
+from mmtransformer.weights.shared.dtype import cast_frozen
 
 VOCAB, SIZE = 53, (16, 24)
 LLAMA: dict[str, Any] = {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "none", "tied": False}
