@@ -223,6 +223,13 @@ def test_files_stay_short() -> None:
     assert not long, f"files of more than {MAX_LINES} lines: {', '.join(long)}"
 
 
+def test_tests_share_through_support_alone() -> None:
+    """Any test file runs alone: what two of them need lies in tests/support."""
+    pattern = re.compile(r"^\s*(?:from|import) (?:tests\.)?(?:\w+\.)*test_\w+", re.MULTILINE)
+    files = [path for path in (ROOT / "tests").rglob("*.py") if pattern.search(path.read_text("utf-8"))]
+    assert not files, f"these import from a test file: {[str(path.relative_to(ROOT)) for path in files]}"
+
+
 # Written so that no pattern matches itself.
 NOT_PORTABLE = {
     "a package registry's host or a download address": r"py[p]i\.|python[h]osted|/sim[p]le/|https?://\S+\.wh[l]",

@@ -12,14 +12,14 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from second_device import GPU, Graph, OnGPU, SecondDevice, Stream, WrongDevice
-from test_cuda_graph import DIM, EOS, MODELS, QUERIES, VOCAB, batch_for, noisy, told, vit
-from test_recipes import NAMES, RECIPES, arguments
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mmtransformer import Captioner, CudaGraphDecoder, ImageText, QFormer, TextEncoder, generate, stream
 from mmtransformer.cli import main
+from support.generators import DIM, EOS, MODELS, QUERIES, VOCAB, batch_for, noisy, told, vit
+from support.recipes import NAMES, RECIPES, arguments
+from support.second_device import GPU, Graph, OnGPU, SecondDevice, Stream, WrongDevice
 
 ALL: dict[str, Callable[[], Any]] = MODELS | {
     "image-text": lambda: ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37))

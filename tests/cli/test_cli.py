@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDe
 from mmtransformer.cli import COMMANDS, main
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import Decoding
+from support.cli import mmt
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = [
@@ -46,19 +46,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder
     )
     return folder
-
-
-def mmt(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, output, errors."""
-    capsys.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            code = main(words)
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_help_is_quick() -> None:

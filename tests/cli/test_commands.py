@@ -28,19 +28,10 @@ from mmtransformer import (
 from mmtransformer.cli import main
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.weights import from_transformers, save_as_hub, to_timm
+from support.cli import mmt
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = 300
-
-
-def mmt(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, output, errors."""
-    capsys.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        code = main([*words])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def tokenizer(languages: tuple[str, ...] = ("en", "ko")) -> Tokenizer:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_caption_data import TRANSFORM, FakePairs, FakeSource, batches_of, make, same, tokenizer
 
 from mmtransformer.data.documents.documents import Documents, PairDocuments
 from mmtransformer.data.documents.packing import DocumentRows
@@ -17,6 +16,7 @@ from mmtransformer.data.loading.features import cache_key
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture, MixedDocuments, MixedPairs, Mixing, Mixture
+from support.sources import TRANSFORM, FakePairs, FakeSource, batches_of, make, same, tokenizer
 
 
 def two_sources(**options: object) -> Mixture:

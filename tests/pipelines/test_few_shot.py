@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import mmt
 
 from mmtransformer import (
     EncoderDecoder,
@@ -32,6 +31,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import Decoding, write_captions
 from mmtransformer.generation.loop import generate
 from mmtransformer.generation.prompts import with_prompts
+from support.cli import mmt
 
 TRANSFORM = ImageTransform(16)
 COLOURS = {

@@ -13,7 +13,6 @@ from typing import Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pairs import NAMES, caption, colour, draw, everything, expected, jsonl, pack, png, rows_jsonl
 
 from mmtransformer.data.files.archives import FileError, Files, join, refusal
 from mmtransformer.data.files.tables import Wanted, read_table
@@ -22,6 +21,18 @@ from mmtransformer.data.loading.errors import TooManyFaults
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
+from support.pair_files import (
+    NAMES,
+    caption,
+    colour,
+    draw,
+    everything,
+    expected,
+    jsonl,
+    pack,
+    png,
+    rows_jsonl,
+)
 
 
 def with_one_bad(root: Path, image: object, **more: object) -> PairFiles:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_caption_data import TRANSFORM, batches_of, make, same, tokenizer
 
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.files import archives
@@ -24,6 +23,7 @@ from mmtransformer.data.mixture import Mixture
 from mmtransformer.data.opening import are_documents, are_shards, open_pairs
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
+from support.sources import TRANSFORM, batches_of, make, same, tokenizer
 
 Members = list[tuple[str, bytes]]
 

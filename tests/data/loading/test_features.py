@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_caption_data import FakePairs, FakeSource, make
 from torch import nn
 
 from mmtransformer.backbones.vit import ViT
@@ -19,6 +18,7 @@ from mmtransformer.data.loading.features import FeatureCache, cache_key
 from mmtransformer.data.loading.sampler import Pick
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, ImageTransform
+from support.sources import FakePairs, FakeSource, make
 
 TRANSFORM = ImageTransform(image_size=(12, 20))
 

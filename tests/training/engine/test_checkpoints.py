@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from mmtransformer.training.engine import checkpoints
@@ -32,6 +31,7 @@ from mmtransformer.training.engine.checkpoints import (
     tensor_bytes,
 )
 from mmtransformer.training.engine.log import MetricsLog
+from support import tiny
 
 FILES = CheckpointFiles()
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,6 +32,7 @@ from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.sharded import Sharded, number_format, share_out
 from mmtransformer.training.engine.speed import checkpoint_activations
 from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 

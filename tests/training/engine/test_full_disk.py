@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from safetensors import SafetensorError
 
 from mmtransformer.cli import main
@@ -19,6 +18,7 @@ from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.serialization import pretrained
 from mmtransformer.training import Captioning
 from mmtransformer.training.engine.checkpoints import CheckpointError, read, written_to
+from support import tiny
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ("metrics.json", "predictions_val.jsonl", "model/model.safetensors", "model/config.json", "gallery.png",

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import tiny
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
@@ -25,6 +24,7 @@ from mmtransformer.training.engine.guard import (
 )
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
-import tiny
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
@@ -23,6 +22,7 @@ from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
 from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, few_kernels
 from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from lightning.pytorch.plugins import Precision
 
@@ -19,6 +18,7 @@ from mmtransformer.training.engine.guard import RECORD
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.resume import frozen_hashes, pack, seed_step, unpack
 from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 
 ROOT = Path(__file__).parents[3]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import tiny
 
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 
 STEPS = 20_000
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-import tiny
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
@@ -16,6 +15,7 @@ from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.speed import blocks, checkpoint_activations, compile_blocks
 from mmtransformer.training.engine.throughput import Throughput, gemm_rate
 from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 
 
 @pytest.fixture(autouse=True)
