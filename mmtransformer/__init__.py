@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.base import Decoder as Decoder
     from mmtransformer.backbones.base import DecoderState as DecoderState
     from mmtransformer.backbones.decoder import TextDecoder as TextDecoder
+    from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer as DiffusionTransformer
     from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
     from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
@@ -76,6 +77,7 @@ _CONTENTS = {
     "layers.record": "record_attention",
     "backbones.base": "Decoder DecoderState",
     "backbones.decoder": "TextDecoder",
+    "backbones.diffusion_transformer": "DiffusionTransformer",
     "backbones.encoder": "TextEncoder",
     "backbones.extended_vocabulary": "ExtendedVocabulary",
     "backbones.hub_decoder": "HubDecoder",

@@ -27,6 +27,7 @@ ROOMS = [
     "losses",
     "captioners",
     "generation",
+    "diffusion",
     "weights/shared",
     "weights/vision",
     "weights/text",

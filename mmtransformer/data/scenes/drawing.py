@@ -38,7 +38,7 @@ def draw(scene: Scene, image_size: int, clutter: float = 1.0) -> Image.Image:
         other = mix(color, (0.0, 0.0, 0.0) if luma(color) > 0.62 else (1.0, 1.0, 1.0), 0.72)
         for spot in scene.spots[i]:
             side = max(round(spot.diameter * image_size), 3)
-            body, pattern = _sprite(group.shape, group.fill, side, spot.angle)
+            body, pattern = sprite(group.shape, group.fill, side, spot.angle)
             _lay(canvas, body, pattern, spot.x * image_size, spot.y * image_size, color, other)
     for _ in range(round(rng.random() * 2 * clutter)):
         _bar(rng, canvas, base)
@@ -215,7 +215,7 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 @lru_cache(maxsize=8192)
-def _sprite(
+def sprite(
     shape: str, fill: str, side: int, angle: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """The cover of an object and, for a patterned one, of its pattern: (d d 1) each, 0 to 1."""

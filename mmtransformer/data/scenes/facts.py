@@ -162,7 +162,11 @@ def judge(caption: str, scene: Scene, language: str) -> Judgement:
     Raises:
         ValueError: an unknown language.
     """
-    said = parse(caption, language)
+    return judge_facts(parse(caption, language), scene)
+
+
+def judge_facts(said: Facts, scene: Scene) -> Judgement:
+    """What was said, or read off a picture, against a scene."""
     match = _match(said, scene)
     true_of = {s: t for t, s in enumerate(match) if s is not None}
     relations, false_relations = _relations(said, true_of, scene)
