@@ -43,9 +43,9 @@ def check_captioner(name: str, run: Path, out: str) -> None:
     assert [file for file in files.split() if not (run / file).is_file()] == []
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert metrics["training"]["steps"] == (3 if name.endswith("_scenes") else 1)
-    assert metrics["image_use"]["val"].keys() >= {
+    assert metrics["image_ablation"]["val"].keys() >= {
         "loss",
-        "loss_right",
+        "loss_right_image",
         "loss_other_image",
         "loss_blank_image",
     }
@@ -119,7 +119,7 @@ def check_classification(name: str, run: Path, out: str) -> None:
 def check_few_shot(name: str, run: Path, out: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert set(metrics["captions"]["val"]) & {"en", "ko"}
-    assert metrics["image_use"]["val"]["loss_other_image"] > 0
+    assert metrics["image_ablation"]["val"]["loss_other_image"] > 0
     scores = metrics["few_shot"]["scores"]
     assert {"description, en", "color, ko", "fill, en"} < set(scores)
     assert all(set(by) == {"0", "1", "2", "4"} for by in scores.values())

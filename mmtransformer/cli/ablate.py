@@ -126,7 +126,7 @@ def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
                 found |= {
                     f"{text} {label}": 100 * values[key] for key, text in names.items() if key in values
                 }
-    for split, losses in metrics.get("image_use", {}).items():
+    for split, losses in metrics.get("image_ablation", {}).items():
         found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
     training = metrics["training"]
     found |= {"bridge parameters": metrics["bridge_parameters"], "steps": training["steps"]}

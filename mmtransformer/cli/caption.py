@@ -35,9 +35,9 @@ def run(name: str, words: Sequence[str]) -> int:
         "--seed", type=int, default=0, metavar="N", help="of the drawing, and of the choice of examples (0)"
     )
     parser.add_argument(
-        "--shots", metavar="DIR", help="pictures with captions, to be shown to the model as examples"
+        "--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples"
     )
-    parser.add_argument("--num-shots", type=int, metavar="N", help="examples before each picture (4)")
+    parser.add_argument("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
     parser.add_argument(
         "--nearest", action="store_true", help="choose the examples that are most like the picture, not any"
     )
@@ -72,8 +72,8 @@ def run(name: str, words: Sequence[str]) -> int:
         raise ValueError(
             f"--heatmap {args.heatmap}: a heat map is a picture or a page; let the name end in .png or .html"
         )
-    if args.shots is None and (args.num_shots is not None or args.nearest):
-        raise ValueError("--num-shots and --nearest need examples to choose from: --shots FOLDER")
+    if args.examples is None and (args.num_examples is not None or args.nearest):
+        raise ValueError("--num-examples and --nearest need examples to choose from: --examples FOLDER")
     images = [load(path) for path in args.images]
     model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     decoding = model.decoding
@@ -100,7 +100,7 @@ def run(name: str, words: Sequence[str]) -> int:
         )
     if args.image_guidance is not None:
         decoding = dataclasses.replace(decoding, image_guidance=args.image_guidance)
-    prompts = None if args.shots is None else _examples(model, args)
+    prompts = None if args.examples is None else _examples(model, args)
     results = model(
         images,
         language=args.language,
@@ -135,18 +135,18 @@ def run(name: str, words: Sequence[str]) -> int:
 
 
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
-    """The examples of --shots: those to train on where the data names any, else all."""
+    """The examples of --examples: those to train on where the data names any, else all."""
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.pipelines.few_shot import FewShot
 
-    source = open_pairs(args.shots, val_fraction=0.0)
+    source = open_pairs(args.examples, val_fraction=0.0)
     splits = source.splits()
     return FewShot(
         source.split("train" if "train" in splits else splits[0]),
         model.captioner,
         model.tokenizer,
         model.transform,
-        num_shots=4 if args.num_shots is None else args.num_shots,
+        num_examples=4 if args.num_examples is None else args.num_examples,
         choose="nearest" if args.nearest else "random",
         seed=args.seed,
     )

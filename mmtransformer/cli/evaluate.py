@@ -36,7 +36,7 @@ def run(name: str, words: Sequence[str]) -> int:
         "--length-penalty", type=float, metavar="X", help="the model's own setting unless told"
     )
     parser.add_argument(
-        "--num-shots",
+        "--num-examples",
         type=int,
         metavar="N",
         help="put N training pictures with captions before each as examples",
@@ -62,8 +62,8 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.training.engine.precision import fast_matmuls
     from mmtransformer.training.evaluation.evaluation import evaluate
 
-    if args.nearest and args.num_shots is None:
-        raise ValueError("--nearest chooses examples, and none were asked for: --num-shots N")
+    if args.nearest and args.num_examples is None:
+        raise ValueError("--nearest chooses examples, and none were asked for: --num-examples N")
     fast_matmuls()
     model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     if args.data == "scenes":
@@ -88,13 +88,13 @@ def run(name: str, words: Sequence[str]) -> int:
         length_penalty=model.decoding.length_penalty if args.length_penalty is None else args.length_penalty,
     )
     prompts = None
-    if args.num_shots is not None:
+    if args.num_examples is not None:
         prompts = FewShot(
             source.split("train"),
             model.captioner,
             model.tokenizer,
             model.transform,
-            num_shots=args.num_shots,
+            num_examples=args.num_examples,
             choose="nearest" if args.nearest else "random",
         )
     limit = None if args.limit is None else -(-args.limit // args.batch_size)

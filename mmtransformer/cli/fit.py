@@ -212,10 +212,10 @@ def checkpoint(cli: "LightningCLI") -> str | None:
     if not (named or resume):
         return None
     folder = Path(cli.trainer.default_root_dir) / "checkpoints"
-    found, faults = newest(folder)
-    for fault in faults:
-        print(f"passed over {fault}")
-    if found is None and (faults or not resume):
+    found, problems = newest(folder)
+    for problem in problems:
+        print(f"passed over {problem}")
+    if found is None and (problems or not resume):
         raise ValueError(
             f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew"
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.masked_language_modelling import (
         MaskedLanguageModelling as MaskedLanguageModelling,
     )
-    from mmtransformer.training.tasks.stage1 import QFormerStage1 as QFormerStage1
+    from mmtransformer.training.tasks.qformer_stage1 import QFormerStage1 as QFormerStage1
     from mmtransformer.training.tasks.translation import Translation as Translation
 
 # Where the public names are defined, floor by floor.
@@ -45,7 +45,7 @@ _CONTENTS = {
     "tasks.classification": "Classification",
     "tasks.language_modelling": "LanguageModelling",
     "tasks.masked_language_modelling": "MaskedLanguageModelling",
-    "tasks.stage1": "QFormerStage1",
+    "tasks.qformer_stage1": "QFormerStage1",
     "tasks.translation": "Translation",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

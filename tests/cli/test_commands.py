@@ -92,7 +92,9 @@ def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str],
     )  # fmt: skip
     after = json.loads((two / "metrics.json").read_text("utf-8"))
     assert after["facts"]["val"].keys() == {"en", "ko"}
-    assert {"loss_right", "loss_other_image", "loss_blank_image"} <= after["image_use"]["val"].keys()
+    assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= after["image_ablation"][
+        "val"
+    ].keys()
     first, last = (
         ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner for run in (one, two)
     )

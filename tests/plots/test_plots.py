@@ -495,13 +495,13 @@ def test_columns_find_their_panels() -> None:
         "val/facts/ko",
         "lr-group/pg1",
         "val/loss_blank_image",
-        "val/loss_right",
+        "val/loss_right_image",
         "seconds",
         "lr",
     ]
     assert list(curves.group({name: [] for name in names}).items()) == [
         ("loss", ["compositional/loss", "train_loss_step", "val_loss"]),
-        ("is the picture used?", ["val/loss_blank_image", "val/loss_right"]),
+        ("is the picture used?", ["val/loss_blank_image", "val/loss_right_image"]),
         ("bleu4", ["val_bleu4"]),
         ("facts", ["compositional/facts/ko", "val/facts/ko"]),
         ("seconds", ["seconds"]),

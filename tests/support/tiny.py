@@ -140,7 +140,7 @@ def fit(
 ) -> str:
     """Trains in `folder`, or goes on there; a hash of the weights that come of it."""
     warnings.simplefilter("ignore")
-    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=2, ema=ema), image_use_batches=0)
+    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=2, ema=ema), image_ablation_batches=0)
     last = folder / "checkpoints" / "last.ckpt"
     trainer = pl.Trainer(
         accelerator="cpu",

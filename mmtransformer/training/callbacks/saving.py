@@ -16,8 +16,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from mmtransformer.training.engine.average import Average
-from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, sweep
+from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, remove_leftovers
+from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.resume import validation_follows
 
@@ -69,7 +69,7 @@ class Saving(Checkpoint):
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointFiles):
             trainer.strategy.checkpoint_io = CheckpointFiles()
         if trainer.is_global_zero and stage == "fit":
-            sweep(self.path.parent)
+            remove_leftovers(self.path.parent)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compares the processes, before they wait for one another."""
@@ -118,7 +118,7 @@ class Saving(Checkpoint):
         """Obeys a signal in the middle of a validation, which is then still due."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and (number := self._agreed(trainer)):
             for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(callback, Average) and callback.swapped:
+                if isinstance(callback, EMA) and callback.swapped:
                     callback.swap(pl_module)
             self._save(trainer, again=True)
             self._stop(trainer, number)
@@ -144,7 +144,7 @@ class Saving(Checkpoint):
         self._from, self.earlier = checkpoint["global_step"], checkpoint.get("seconds", 0.0)
         for log in trainer.loggers if trainer.state.fn == "fit" else []:
             if isinstance(log, MetricsLog):
-                log.go_on(checkpoint.get("rows", 0))
+                log.resume(checkpoint.get("rows", 0))
 
     def _late(self, trainer: pl.Trainer) -> bool:
         late = time.monotonic() - self._clock > 60 * self.minutes

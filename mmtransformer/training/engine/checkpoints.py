@@ -190,7 +190,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def sweep(folder: str | Path) -> list[Path]:
+def remove_leftovers(folder: str | Path) -> list[Path]:
     """Deletes what writers that were killed have left; files of a process that lives on this machine stay.
 
     Args:
@@ -231,8 +231,8 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: If there is no such file, it is damaged, or it holds something else.
     """
     path = Path(path)
-    if fault := damage(path):
-        raise CheckpointError(f"{path}: {fault}")
+    if problem := damage(path):
+        raise CheckpointError(f"{path}: {problem}")
     try:
         found = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -245,8 +245,8 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict) or "state_dict" not in found:
         raise CheckpointError(f"{path}: not a checkpoint of a run (no state_dict)")
-    if fault := _nonsense(found):
-        raise CheckpointError(f"{path}: not a checkpoint of a run ({fault})")
+    if problem := _nonsense(found):
+        raise CheckpointError(f"{path}: not a checkpoint of a run ({problem})")
     return found
 
 
@@ -303,12 +303,12 @@ def newest(folder: str | Path) -> tuple[Path | None, list[str]]:
         The file, or None if there is none; and what is wrong with newer ones.
     """
     files = [path for path in Path(folder).glob(f"*{SUFFIX}") if not path.name.startswith(".")]
-    faults = []
+    problems = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        if (fault := damage(path)) is None:
-            return path, faults
-        faults.append(f"{path}: {fault}")
-    return None, faults
+        if (problem := damage(path)) is None:
+            return path, problems
+        problems.append(f"{path}: {problem}")
+    return None, problems
 
 
 def plain(value: Any, where: str = "") -> Any:

@@ -46,7 +46,7 @@ def not_finite(
         lr: Its learning rate.
         names: The samples of the step, or of the part of it whose loss is not finite.
         process: The number of this process.
-        bad_here: Whether the loss of one of its own samples is not finite; the fault may be another process's.
+        bad_here: Whether the loss of one of its own samples is not finite; the cause may be another process's.
         culprit: What `first_bad_module` found.
         gradient: The name of the first gradient that is not finite.
         record: A file that gets a line with all of this; the message names eight samples.
@@ -55,7 +55,7 @@ def not_finite(
     if record is not None:
         row = {"step": step, "process": process, "bad_here": bad_here, "loss": str(loss), "lr": lr}
         row |= {"grad_norm": str(grad_norm), "module": culprit}
-        with contextlib.suppress(OSError):  # never hide the fault
+        with contextlib.suppress(OSError):  # never hide the error
             _note(
                 record, json.dumps(row | {"gradient": gradient, "samples": list(names)}, ensure_ascii=False)
             )
@@ -122,7 +122,7 @@ def first_bad_module(
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would be made anew
             compute()
-    except Exception as error:  # a look for a cause must not hide the fault
+    except Exception as error:  # a look for a cause must not hide the error
         found.append(f"unknown ({type(error).__name__})")
     finally:
         for handle in handles:

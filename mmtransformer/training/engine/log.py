@@ -82,7 +82,7 @@ class MetricsLog(Logger):
             self._append(text.getvalue().encode())
 
     @rank_zero_only
-    def go_on(self, rows: int) -> None:
+    def resume(self, rows: int) -> None:
         """Goes on behind so many rows of an earlier run's file."""
         kept = self._read()[:rows]
         self.columns = list(kept[0]) if kept else []

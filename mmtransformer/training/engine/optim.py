@@ -20,7 +20,7 @@ class Optim:
         weight_decay: Decay of matrices; vectors (norms, biases) have none.
         betas: AdamW's decay rates.
         warmup_steps: Steps until the peak.
-        decay: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the
+        lr_schedule: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the
             length of the run (Vaswani et al. 2017; their peak is `noam_peak`).
         min_lr_ratio: What is left of the peak at the end of the cosine.
         ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
@@ -36,7 +36,7 @@ class Optim:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 100
-    decay: Literal["cosine", "inverse_sqrt"] = "cosine"
+    lr_schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
     min_lr_ratio: float = 0.01
     ema: float = 0.0
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -44,8 +44,10 @@ class Optim:
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f'optim.kind must be "adamw" or "muon", not "{self.kind}"')
-        if self.decay not in ("cosine", "inverse_sqrt"):
-            raise ValueError(f'optim.decay must be "cosine" or "inverse_sqrt", not "{self.decay}"')
+        if self.lr_schedule not in ("cosine", "inverse_sqrt"):
+            raise ValueError(
+                f'optim.lr_schedule must be "cosine" or "inverse_sqrt", not "{self.lr_schedule}"'
+            )
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f'optim.nonfinite must be "stop" or "skip", not "{self.nonfinite}"')
         if not 0.0 <= self.ema < 1.0:
@@ -59,7 +61,7 @@ class Optim:
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
         """Its learning rate over a run of so many steps."""
-        if self.decay == "inverse_sqrt":
+        if self.lr_schedule == "inverse_sqrt":
             return warmup_inverse_sqrt(optimizer, warmup_steps=self.warmup_steps)
         return warmup_cosine(
             optimizer,
@@ -189,7 +191,7 @@ def warmup_inverse_sqrt(optimizer: torch.optim.Optimizer, *, warmup_steps: int) 
         ValueError: If there is no warm-up.
     """
     if warmup_steps < 1:
-        raise ValueError(f'decay "inverse_sqrt" needs warmup_steps of at least 1, not {warmup_steps}')
+        raise ValueError(f'lr_schedule "inverse_sqrt" needs warmup_steps of at least 1, not {warmup_steps}')
     return LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup_steps, (warmup_steps / (step + 1)) ** 0.5)
     )

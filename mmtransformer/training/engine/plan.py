@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmtransformer.data.loading.sampler import IndexSampler
-from mmtransformer.training.engine.average import Average
 from mmtransformer.training.engine.checkpoints import tensor_bytes
-from mmtransformer.training.engine.precision import KERNEL_BYTES, few_kernels
+from mmtransformer.training.engine.ema import EMA
+from mmtransformer.training.engine.precision import KERNEL_BYTES, limit_kernel_cache
 
 STEPS = 5
 """Steps that are watched. The optimizer has its state after the first, and the third has the longest sample."""
@@ -184,7 +184,7 @@ class Watch(pl.Callback):
         if self._live is not None:
             self._live.__exit__(None, None, None)
             peak, seen = self._live.peak, len(self._live.products)
-            limit = few_kernels() if _keeps_kernels(pl_module.device) else 0
+            limit = limit_kernel_cache() if _keeps_kernels(pl_module.device) else 0
             # Where steps bring products that are new, a run comes to as many as are kept.
             found.kernels = KERNEL_BYTES * (limit if seen > self._first else min(seen, limit))
             if pl_module.device.type == "cpu":
@@ -192,7 +192,7 @@ class Watch(pl.Callback):
         else:
             peak = torch.cuda.max_memory_allocated(pl_module.device)
         state = [optimizer.state for optimizer in trainer.optimizers]
-        averages = (c.weights for c in getattr(trainer, "callbacks", ()) if isinstance(c, Average))
+        averages = (c.weights for c in getattr(trainer, "callbacks", ()) if isinstance(c, EMA))
         found.parameters = tensor_bytes([*pl_module.parameters(), *pl_module.buffers()])
         found.frozen = tensor_bytes([p for p in pl_module.parameters() if not p.requires_grad])
         found.gradients = tensor_bytes([p for p in pl_module.parameters() if p.requires_grad])

@@ -44,10 +44,10 @@ def pick_precision(accelerator: str = "auto") -> PrecisionChoice:
 def fast_matmuls() -> None:
     """Let float32 matmuls use TF32 (GPU) or bfloat16 (CPU) inside: twice as fast on a CPU with avx512_bf16."""
     torch.set_float32_matmul_precision("medium")
-    few_kernels()
+    limit_kernel_cache()
 
 
-def few_kernels() -> int:
+def limit_kernel_cache() -> int:
     """Lets a CPU keep the kernels of the last `KERNELS` shapes of products, where oneDNN by itself keeps 1024.
 
     Batches of many lengths have many shapes, whose kernels would take 0.65 GB. The recipes measured are no slower for

@@ -41,7 +41,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 # ------------------------------------------------------------------------------------------------------ weights
 
 
-def pack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) -> None:
+def strip_frozen(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) -> None:
     """Leaves frozen weights and the compiler's prefix out of a checkpoint, and adds what is needed to compare.
 
     Args:
@@ -49,13 +49,13 @@ def pack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) 
         checkpoint: What Lightning collected; it is changed.
         hashes: The module's `frozen_hashes`.
     """
-    state = {bare(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    state = {unwrapped(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in hashes}
     checkpoint["frozen"] = hashes
     checkpoint["model"] = configs(module)
 
 
-def unpack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) -> None:
+def restore_frozen(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]) -> None:
     """Fills a checkpoint's weights up with the module's frozen ones, if they are what the run had.
 
     Args:
@@ -66,13 +66,19 @@ def unpack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]
     Raises:
         CheckpointError: In one line, what is another model's: a size, a vocabulary, frozen weights.
     """
-    own = {bare(name): (name, tensor) for name, tensor in module.state_dict().items()}
-    saved = {bare(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    own = {unwrapped(name): (name, tensor) for name, tensor in module.state_dict().items()}
+    saved = {unwrapped(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     expected: dict[str, str] = checkpoint.get("frozen", {})
-    if faults := _faults({name: tensor for name, (_, tensor) in own.items()}, saved, expected, hashes):
+    if mismatches := _mismatches(
+        {name: tensor for name, (_, tensor) in own.items()}, saved, expected, hashes
+    ):
         changed = _differences(checkpoint.get("model", {}), configs(module))
-        faults = ([f"{place} was {old} and is now {new}" for place, old, new in changed] or []) + faults
-        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        mismatches = (
+            [f"{place} was {old} and is now {new}" for place, old, new in changed] or []
+        ) + mismatches
+        shown = "; ".join(mismatches[:3]) + (
+            f"; and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
+        )
         raise CheckpointError(
             f"cannot resume with another model: {shown}. Use the recipe of the run (config.yaml in its folder), or "
             f"start a new run, without --resume"
@@ -80,7 +86,7 @@ def unpack(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[str, str]
     checkpoint["state_dict"] = {name: saved.get(key, tensor) for key, (name, tensor) in own.items()}
 
 
-def _faults(
+def _mismatches(
     own: dict[str, Tensor], saved: dict[str, Tensor], expected: dict[str, str], hashes: dict[str, str]
 ) -> list[str]:
     """What does not fit, the most telling first."""
@@ -90,7 +96,7 @@ def _faults(
         if name in saved and saved[name].shape != own[name].shape
     ]
     other = [name for name in expected if name in hashes and hashes[name] != expected[name]]
-    faults = shapes + (
+    mismatches = shapes + (
         [f"the frozen weights of {_tower(other)} are not those of the run (first: {other[0]})"]
         if other
         else []
@@ -102,8 +108,8 @@ def _faults(
         ("are no longer in the model", [n for n in (*saved, *expected) if n not in own]),
     ):
         if names:
-            faults.append(f"{len(names)} weights of {_tower(names)} {words} (first: {names[0]})")
-    return faults
+            mismatches.append(f"{len(names)} weights of {_tower(names)} {words} (first: {names[0]})")
+    return mismatches
 
 
 def _tower(names: list[str]) -> str:
@@ -117,7 +123,7 @@ def _tower(names: list[str]) -> str:
     return ".".join(common) or "the model"
 
 
-def bare(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A weight's name without what `torch.compile` puts before it."""
     return name.replace(_COMPILED, "")
 
@@ -130,7 +136,7 @@ def frozen_hashes(module: nn.Module) -> dict[str, str]:
             tensor = weight.detach().cpu().contiguous()
             digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            found[bare(name)] = digest.hexdigest()[:16]
+            found[unwrapped(name)] = digest.hexdigest()[:16]
     return found
 
 
@@ -159,7 +165,7 @@ def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, An
 # ------------------------------------------------------------------------------------------------------ counters
 
 
-def settle(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+def normalize_counters(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Brings the loops' counters into the one form that a run goes on from.
 
     The epoch is in its middle, all batches up to here are done, and a validation that was due is still due.
@@ -195,7 +201,7 @@ def validation_follows(trainer: pl.Trainer) -> bool:
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
-def go_on(trainer: pl.Trainer) -> None:
+def resume_loaders(trainer: pl.Trainer) -> None:
     """Puts the loaders where the run was: Lightning may make them (to count the steps) before it reads the place.
 
     The place is a number of pictures, so it is good for any number of processes and workers.

@@ -47,12 +47,12 @@ class Sharded(ModelParallelStrategy):
     def on_validation_start(self) -> None:
         """A validation has whole weights, as the end of the run has."""
         assert self.lightning_module is not None
-        hold(self.lightning_module)
+        keep_unsharded(self.lightning_module)
 
     def on_validation_end(self) -> None:
         """Shares them out again."""
         assert self.lightning_module is not None
-        let_go_again(self.lightning_module)
+        shard_again(self.lightning_module)
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
@@ -130,7 +130,7 @@ def number_format(precision: str | int) -> tuple[str | None, list[DoublePrecisio
     return word, []
 
 
-def share_out(task: LightningModule, mesh: DeviceMesh) -> None:
+def shard(task: LightningModule, mesh: DeviceMesh) -> None:
     """Shards a task: blocks that are used as a whole by themselves, all else together.
 
     A block whose keys and values are computed from outside it (`Attention.project_kv`) needs its weights before its own
@@ -159,13 +159,13 @@ def share_out(task: LightningModule, mesh: DeviceMesh) -> None:
             register_fsdp_forward_method(task, name)
 
 
-def hold(task: LightningModule) -> None:
-    """Gives every process the whole weights, until `let_go_again`: no use of a block waits for another process then.
+def keep_unsharded(task: LightningModule) -> None:
+    """Gives every process the whole weights, until `shard_again`: no use of a block waits for another process then.
 
     In a validation processes need not do the same: one has fewer batches, one alone shows a sample.
 
     Args:
-        task: What `share_out` was given; all processes call this at once.
+        task: What `shard` was given; all processes call this at once.
     """
     task._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue] (else a block would be taken for the root)
     for part in _shared(task):
@@ -174,9 +174,9 @@ def hold(task: LightningModule) -> None:
             part.set_reshard_after_forward(False, recurse=False)
 
 
-def let_go_again(task: LightningModule) -> None:
-    """Ends what `hold` began."""
-    let_go(task)
+def shard_again(task: LightningModule) -> None:
+    """Ends what `keep_unsharded` began."""
+    reshard(task)
     for part in _shared(task):
         if part is not task:
             part.set_reshard_after_forward(True, recurse=False)
@@ -186,16 +186,16 @@ def _shared(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def gather(task: LightningModule) -> None:
+def unshard(task: LightningModule) -> None:
     """Gives every process the whole weights again, and takes the sharding away: the task is as it was before.
 
     Args:
-        task: What `share_out` was given; all processes call this at once.
+        task: What `shard` was given; all processes call this at once.
     """
     whole: list[tuple[nn.Module, str, nn.Parameter]] = []
     done: dict[nn.Parameter, nn.Parameter] = {}
     sharded = [part for part in task.modules() if isinstance(part, FSDPModule)]
-    let_go(task)
+    reshard(task)
     for part in task.modules():
         for name, parameter in part._parameters.items():
             if isinstance(parameter, DTensor):
@@ -231,7 +231,7 @@ def _forget(part: nn.Module) -> None:
         part.__dict__.pop(key, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def let_go(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Lets go of whole weights that a step (a validation's, say) has left gathered; shares alone remain."""
     for part in _shared(module):
         part.reshard()

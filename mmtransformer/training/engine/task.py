@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmtransformer.losses.next_token import Loss
-from mmtransformer.training.engine.average import Average
+from mmtransformer.training.engine.accumulators import Means, StepAccumulator, all_reduce_sum
 from mmtransformer.training.engine.checkpoints import CheckpointError
+from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,
     RECORD,
@@ -27,9 +28,15 @@ from mmtransformer.training.engine.guard import (
     not_finite,
 )
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.resume import frozen_hashes, go_on, pack, seed_step, settle, unpack
-from mmtransformer.training.engine.sharded import Sharded, gather, not_finite_in, share_out
-from mmtransformer.training.engine.sums import Means, StepParts, added_up
+from mmtransformer.training.engine.resume import (
+    frozen_hashes,
+    normalize_counters,
+    restore_frozen,
+    resume_loaders,
+    seed_step,
+    strip_frozen,
+)
+from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Task(pl.LightningModule, ABC):
         self.optim = optim
         self.samples_seen = self.tokens_seen = 0
         self.last_loss = torch.tensor(math.nan)
-        self._parts = StepParts()
+        self._parts = StepAccumulator()
         self._size = 0  # samples of the last micro-batch
         self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
@@ -84,11 +91,6 @@ class Task(pl.LightningModule, ABC):
     @abstractmethod
     def finish(self, run: Run) -> None:
         """Evaluates what was trained, and writes metrics.json, model/ and pictures into the run's folder."""
-
-    @property
-    @abstractmethod
-    def trained(self) -> nn.Module:
-        """The model, whose parameters that require gradients are learned."""
 
     def names(self, batch: Any) -> Sequence[str]:
         """The names of a batch's samples: for the count of samples, and for errors."""
@@ -106,7 +108,7 @@ class Task(pl.LightningModule, ABC):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average, if there is one."""
-        return [Average(self.optim.ema)] if self.optim.ema else []
+        return [EMA(self.optim.ema)] if self.optim.ema else []
 
     def configure_model(self) -> None:
         """Shares the weights out among the processes, with the strategy `Sharded`."""
@@ -114,7 +116,7 @@ class Task(pl.LightningModule, ABC):
             self.trainer.precision_plugin.convert_module(self)  # A hash is that of the run's number format.
             self._hashes = frozen_hashes(self)
             assert self.device_mesh is not None
-            share_out(self, self.device_mesh["data_parallel"])
+            shard(self, self.device_mesh["data_parallel"])
 
     def on_fit_end(self) -> None:
         """Gives the first process the counts of all."""
@@ -123,7 +125,7 @@ class Task(pl.LightningModule, ABC):
     def teardown(self, stage: str) -> None:
         """Gives every process whole weights again, after a validation too."""
         if isinstance(self.trainer.strategy, Sharded):
-            gather(self)
+            unshard(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with warm-up and cosine over the whole run.
@@ -143,7 +145,7 @@ class Task(pl.LightningModule, ABC):
                 "optim.kind=muon needs whole matrices, and Sharded shares them out; take adamw, or ddp"
             )
         # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
-        optimizer = self.optim.build(self.trained, fused=self.trainer.precision != "16-mixed")
+        optimizer = self.optim.build(self, fused=self.trainer.precision != "16-mixed")
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
@@ -152,7 +154,7 @@ class Task(pl.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Goes on where the run was, if it was resumed; else forgets what an earlier one met in its folder."""
-        go_on(self.trainer)
+        resume_loaders(self.trainer)
         if self.trainer.is_global_zero and not self.trainer.ckpt_path:
             (Path(self.trainer.default_root_dir) / RECORD).unlink(missing_ok=True)
 
@@ -206,14 +208,14 @@ class Task(pl.LightningModule, ABC):
         # Lightning has divided by the micro-batches, DDP by the processes.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
         loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
-        parts, self._parts = self._parts, StepParts()
+        parts, self._parts = self._parts, StepAccumulator()
         finite = is_finite(loss, norm)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
             # All processes come by here, so what they compute together they compute together once more.
             weights = dict(self.named_parameters(remove_duplicate=False))
             bad = not_finite_in({n: p.grad for n, p in weights.items() if p.grad is not None})
-            fault = not_finite(
+            error = not_finite(
                 loss=loss,
                 grad_norm=norm,
                 step=self.trainer.global_step,
@@ -229,10 +231,10 @@ class Task(pl.LightningModule, ABC):
             )
             self._in_a_row += 1
             if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
-                raise fault
+                raise error
             self.skipped += 1
             if parts.bad or self.trainer.is_global_zero:  # whose samples are bad says so too
-                warnings.warn(f"step left out ({self.skipped} so far): {fault}", stacklevel=2)
+                warnings.warn(f"step left out ({self.skipped} so far): {error}", stacklevel=2)
             for parameter in params:
                 parameter.grad = None  # An optimizer passes over what has no gradient.
             return
@@ -257,7 +259,7 @@ class Task(pl.LightningModule, ABC):
 
     def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
         """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
-        sums = added_up(self._parts.total(), self.trainer.world_size)
+        sums = all_reduce_sum(self._parts.total(), self.trainer.world_size)
         norm = torch.nn.utils.get_total_norm(grads)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -304,8 +306,8 @@ class Task(pl.LightningModule, ABC):
         """Adds what the run needs to go on bit for bit, and leaves frozen weights out."""
         if self._hashes is None:
             self._hashes = frozen_hashes(self)
-        pack(self, checkpoint, self._hashes)
-        settle(self.trainer, checkpoint)
+        strip_frozen(self, checkpoint, self._hashes)
+        normalize_counters(self.trainer, checkpoint)
         checkpoint["optim"] = asdict(self.optim)
         checkpoint["seed"] = self._seed
         samples, tokens = self._all_counts()
@@ -321,7 +323,7 @@ class Task(pl.LightningModule, ABC):
         self.trainer.precision_plugin.convert_module(self)
         if self._hashes is None:
             self._hashes = frozen_hashes(self)
-        unpack(self, checkpoint, self._hashes)
+        restore_frozen(self, checkpoint, self._hashes)
         then, now = checkpoint.get("optim", {}), asdict(self.optim)
         changed = [
             f"{key} was {then[key]} and is now {now[key]}" for key in then if then[key] != now.get(key)
@@ -345,7 +347,7 @@ class Task(pl.LightningModule, ABC):
     def _all_counts(self) -> tuple[int, int]:
         """Samples and tokens of all processes; each counts its own."""
         counts = torch.tensor([self.samples_seen, self.tokens_seen], device=self.device)
-        samples, tokens = added_up(counts, self.trainer.world_size).tolist()
+        samples, tokens = all_reduce_sum(counts, self.trainer.world_size).tolist()
         return samples, tokens
 
     def _take_counts(self, counts: tuple[int, int]) -> None:

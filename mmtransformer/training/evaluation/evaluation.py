@@ -196,11 +196,11 @@ def split_languages(tokenizer: Tokenizer, languages: Sequence[str | None]) -> tu
     return tuple(languages)
 
 
-def image_use(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The losses of the image-use check out of a trainer's metrics, by split."""
+def image_ablation(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The losses with right, other and blank images out of a trainer's metrics, by split."""
     found: dict[str, dict[str, float]] = {}
+    names = ("loss", *(f"loss_{kind}_image" for kind in ("right", "other", "blank")))
     for split in splits:
-        names = ("loss", "loss_right", "loss_other_image", "loss_blank_image")
         losses = {name: float(metrics[f"{split}/{name}"]) for name in names if f"{split}/{name}" in metrics}
         if losses:
             found[split] = losses

@@ -1,6 +1,6 @@
 """How many hidden words a text encoder fills in rightly, beside what counting neighbours can do.
 
-Letters: b rows, q tokens of a row, m hidden tokens.
+Shapes: m hidden tokens.
 """
 
 from collections.abc import Iterator

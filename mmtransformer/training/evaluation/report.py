@@ -34,7 +34,7 @@ def write_report(
         model: The trained model, with tokenizer and transform.
         data: What it was evaluated on.
         evaluation: Captions and scores.
-        extra: More for `metrics.json`: time, steps, the image-use check.
+        extra: More for `metrics.json`: time, steps, the losses of other images.
         note: More for the line at the top of the gallery.
         num_cards: Pictures in the galleries.
 

@@ -1,6 +1,6 @@
 """How well pictures find their captions and captions their pictures, by contrast and after matching the best again.
 
-Letters: c pictures and t captions of a split, l vectors of a picture, e width of a vector, k candidates.
+Shapes: c images and t captions of a split.
 """
 
 import contextlib

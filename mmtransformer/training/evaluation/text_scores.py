@@ -1,6 +1,6 @@
 """How well a language model knows texts: perplexity by token, byte and word, beside that of counting n-grams.
 
-Letters: b rows, q tokens of a row, m tokens that are predicted.
+Shapes: m tokens that are predicted, p parts of texts.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Captioning: any captioner as a training task. The loss is per token, whatever the batches and processes.
-
-Letters: b pictures, r captions of a picture, n = b * r rows.
-"""
+"""Captioning: any captioner as a training task. The loss is per token, whatever the batches and processes."""
 
 import dataclasses
 import sys
@@ -9,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.captioners.coca import CoCa
@@ -21,12 +18,12 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.training.callbacks.samples import sample_captions
-from mmtransformer.training.engine.fitting import check_texts, refuse_empty_captions
+from mmtransformer.training.engine.data_checks import check_texts, refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
-from mmtransformer.training.evaluation.evaluation import evaluate, image_use
+from mmtransformer.training.evaluation.evaluation import evaluate, image_ablation
+from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
-from mmtransformer.training.evaluation.shots import score_shots
 
 
 class Captioning(Task):
@@ -40,10 +37,10 @@ class Captioning(Task):
         captioner: The model.
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
-        image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
+        image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         decoding: How captions are searched for when the run is evaluated; saved with the model.
-        shots: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for models
-            that read pictures inside the text.
+        num_examples: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for
+            models that read pictures inside the text.
     """
 
     def __init__(
@@ -52,26 +49,21 @@ class Captioning(Task):
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.0,
-        image_use_batches: int = 4,
+        image_ablation_batches: int = 4,
         decoding: Decoding | None = None,
-        shots: Sequence[int] = (),
+        num_examples: Sequence[int] = (),
     ) -> None:
         super().__init__(optim)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         self.captioner, self.label_smoothing = captioner, label_smoothing
-        self.image_use_batches = image_use_batches
-        self.decoding, self.shots = decoding or Decoding(), tuple(shots)
-        if self.shots:
+        self.image_ablation_batches = image_ablation_batches
+        self.decoding, self.num_examples = decoding or Decoding(), tuple(num_examples)
+        if self.num_examples:
             check_reader(captioner)
         self._turn = 0  # of the samples that are shown
         self.start: ImageCaptioner | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
-
-    @property
-    def trained(self) -> nn.Module:
-        """The captioner."""
-        return self.captioner
 
     def loss(self, batch: CaptionBatch) -> Loss:
         """The losses of the batch's target tokens, and what else the captioner trains on."""
@@ -85,13 +77,12 @@ class Captioning(Task):
         return sample_captions(self.captioner, self.data, self.device, turn=self._turn - 1)
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's losses, with the image-use check beside them."""
+        """A validation's losses, with those of other and blank pictures beside them."""
         text = super().describe(split, metrics)
-        if f"{split}/loss_other_image" not in metrics:
+        losses = image_ablation(metrics, [split])[split]
+        if "loss_right_image" not in losses:
             return text
-        right, other, blank = (
-            float(metrics[f"{split}/loss_{name}"]) for name in ("right", "other_image", "blank_image")
-        )
+        right, other, blank = (losses[f"loss_{kind}_image"] for kind in ("right", "other", "blank"))
         return f"{text} (right picture {right:.3f}, another {other:.3f}, blank {blank:.3f})"
 
     def setup(self, stage: str) -> None:
@@ -142,9 +133,10 @@ class Captioning(Task):
         split = self.split_names[dataloader_idx]
         if not batch.loss_mask[:, 1:].any():
             return
-        self.add(split, "loss", caption_loss(self.captioner, batch))
-        if batch_idx < self.image_use_batches and len(batch.names) > 1:
-            self.add(split, "loss_right", caption_loss(self.captioner, batch))
+        loss = caption_loss(self.captioner, batch)
+        self.add(split, "loss", loss)
+        if batch_idx < self.image_ablation_batches and len(batch.names) > 1:
+            self.add(split, "loss_right_image", loss)
             self.add(split, "loss_other_image", caption_loss(self.captioner, other_images(batch)))
             self.add(split, "loss_blank_image", caption_loss(self.captioner, self.blank_images(batch)))
 
@@ -168,10 +160,10 @@ class Captioning(Task):
         took = f"trained {trainer.global_step} steps in {seconds_to_text(run.seconds)}"
         print(f"{took}; now captioning {', '.join(data.val_splits)}")  # noqa: T201
         facts = self.training_facts(run)
-        use = image_use(trainer.callback_metrics, data.val_splits)
+        use = image_ablation(trainer.callback_metrics, data.val_splits)
         if not use and trainer.world_size == 1:  # the run ended before its first validation
             trainer.validate(self, datamodule=data, verbose=False)
-            use = image_use(trainer.callback_metrics, data.val_splits)
+            use = image_ablation(trainer.callback_metrics, data.val_splits)
         began = time.monotonic()
         half = run.device.type == "cuda" and trainer.precision == "bf16-mixed"
         evaluation = evaluate(
@@ -182,13 +174,13 @@ class Captioning(Task):
             autocast=torch.bfloat16 if half else None,
             limit_batches=run.limit_batches,
         )
-        shots, note = self._score_shots(whole, run, half) if self.shots else ({}, "")
+        few_shot, note = self._score_few_shot(whole, run, half) if self.num_examples else ({}, "")
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
             self.captioner, data.tokenizer, data.transform, decoding=self.decoding, device=run.device
         )
-        extra = shots | {"image_use": use, "training": facts}
+        extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
         bad = {
@@ -196,10 +188,8 @@ class Captioning(Task):
         }
         lines += [f"{n} pictures could not be read; they are named in {path}" for path, n in bad.items() if n]
         for split, losses in use.items():
-            if "loss_right" in losses:
-                right, other, blank = (
-                    losses[f"loss_{name}"] for name in ("right", "other_image", "blank_image")
-                )
+            if "loss_right_image" in losses:
+                right, other, blank = (losses[f"loss_{kind}_image"] for kind in ("right", "other", "blank"))
                 lines.append(
                     f"{split}: loss {right:.3f} with the right picture, {other:.3f} with another, {blank:.3f} with a "
                     f"blank one"
@@ -210,22 +200,22 @@ class Captioning(Task):
         lines += [f"  {how_to(run.folder, model)}"]
         print("\n".join(lines))  # noqa: T201
 
-    def _score_shots(
+    def _score_few_shot(
         self, data: CaptionData | InterleavedData, run: Run, half: bool
     ) -> tuple[dict[str, object], str]:
         """The scores after examples, and a line of them; a prompt that does not fit is said, and costs no model."""
         try:
-            scored = score_shots(
+            scored = score_few_shot(
                 self.captioner,
                 data,
-                self.shots,
+                self.num_examples,
                 decoding=self.decoding,
                 device=run.device,
                 autocast=torch.bfloat16 if half else None,
                 limit_batches=run.limit_batches,
             )
         except ValueError as error:
-            print(f"not scored after examples (shots {list(self.shots)}): {error}")  # noqa: T201
+            print(f"not scored after examples (num_examples {list(self.num_examples)}): {error}")  # noqa: T201
             return {"few_shot": {"error": str(error)}}, ""
         print(f"\n{scored.table()}")  # noqa: T201
         return {"few_shot": scored.to_dict()}, scored.headline()
@@ -237,7 +227,7 @@ def finetune(
     freeze_vision: bool = False,
     optim: Optim = Optim(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
     label_smoothing: float = 0.0,
-    image_use_batches: int = 4,
+    image_ablation_batches: int = 4,
     decoding: Decoding | None = None,
 ) -> Captioning:
     """Goes on from a saved model, with its own tokenizer and image transform.
@@ -247,7 +237,7 @@ def finetune(
         freeze_vision: Leave the vision tower as it is, and train the rest.
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
-        image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
+        image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         decoding: How captions are searched for; that of the saved model unless told.
     """
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
@@ -258,7 +248,7 @@ def finetune(
         captioner,
         optim=optim,
         label_smoothing=label_smoothing,
-        image_use_batches=image_use_batches,
+        image_ablation_batches=image_ablation_batches,
         decoding=decoding or saved.decoding,
     )
     module.start = saved

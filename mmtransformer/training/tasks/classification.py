@@ -1,7 +1,4 @@
-"""Classification: a ViT that learns the classes of pictures, from nothing or from a pretrained one.
-
-Letters: b pictures.
-"""
+"""Classification: a ViT that learns the classes of pictures, from nothing or from a pretrained one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,11 +50,6 @@ class Classification(Task):
             freeze,
             num_cards,
         )
-
-    @property
-    def trained(self) -> nn.Module:
-        """The model."""
-        return self.vit
 
     @property
     def data(self) -> ClassData | None:

@@ -1,14 +1,11 @@
-"""LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one.
-
-Letters: b rows, q tokens of a row.
-"""
+"""LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.data.text_only.texts import TextBatch, TextData
@@ -16,7 +13,7 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.training.engine.fitting import check_texts
+from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
@@ -63,11 +60,6 @@ class LanguageModelling(Task):
         self.baseline_orders, self.baseline_tokens = tuple(baseline_orders), baseline_tokens
         self.num_texts = num_texts
         self._turn = 0  # of the texts that are shown
-
-    @property
-    def trained(self) -> nn.Module:
-        """The decoder."""
-        return self.decoder
 
     @property
     def data(self) -> TextData | None:

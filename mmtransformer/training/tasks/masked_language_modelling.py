@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.training.engine.fitting import check_texts
+from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
@@ -50,11 +50,6 @@ class MaskedLanguageModelling(Task):
             raise ValueError(f"pair_weight ({pair_weight}) must not be below 0")
         self.encoder, self.pair_weight = encoder, pair_weight
         self._turn = 0  # of the rows that are shown
-
-    @property
-    def trained(self) -> nn.Module:
-        """The encoder."""
-        return self.encoder
 
     @property
     def data(self) -> MaskedData | None:

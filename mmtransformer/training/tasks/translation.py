@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmtransformer.backbones.seq2seq import TextPairs, Transformer
 from mmtransformer.data.scenes.facts import judge
@@ -16,7 +16,7 @@ from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import attention_sheet
-from mmtransformer.training.engine.fitting import check_texts
+from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
@@ -97,11 +97,6 @@ class Translation(Task):
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         self.model, self.label_smoothing, self.decoding = model, label_smoothing, decoding or PAPER
         self._turn = 0  # of the samples that are shown
-
-    @property
-    def trained(self) -> nn.Module:
-        """The model."""
-        return self.model
 
     @property
     def data(self) -> TranslationData | None:

@@ -18,8 +18,8 @@ from mmtransformer.data.scenes.scene_documents import WAYS, SceneDocuments, answ
 from mmtransformer.data.scenes.words import say
 from mmtransformer.data.scenes.world import FILLS, SHAPES, Group
 from mmtransformer.generation.captions import CaptionResult, Decoding
-from mmtransformer.training.evaluation import shots as shots_module
-from mmtransformer.training.evaluation.shots import ShotScores, score_shots
+from mmtransformer.training.evaluation import few_shot as few_shot_module
+from mmtransformer.training.evaluation.few_shot import FewShotScores, score_few_shot
 
 KOREAN = re.compile("[가-힣]")
 
@@ -159,8 +159,8 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
             rows.append([[CaptionResult(text, languages[0], [], 0.0, [], [], True)]])
         return rows
 
-    monkeypatch.setattr(shots_module, "write_captions", from_two_on)
-    scores = score_shots(
+    monkeypatch.setattr(few_shot_module, "write_captions", from_two_on)
+    scores = score_few_shot(
         model, data, [0, 1, 2, 4], decoding=Decoding(num_beams=3), device=torch.device("cpu")
     )
     assert set(scores.scores) == {
@@ -180,9 +180,9 @@ def test_a_real_model_is_scored_too() -> None:
     data, model = data_and_model()
     decoding = Decoding(num_beams=1, max_new_tokens=5)
     device = torch.device("cpu")
-    scores = score_shots(model, data, [0, 2], decoding=decoding, device=device, limit_batches=1)
+    scores = score_few_shot(model, data, [0, 2], decoding=decoding, device=device, limit_batches=1)
     assert all(0 <= score <= 1 for by in scores.scores.values() for score in by.values())
-    pairs = score_shots(model, data.captions, [0], decoding=decoding, device=device, limit_batches=1)
+    pairs = score_few_shot(model, data.captions, [0], decoding=decoding, device=device, limit_batches=1)
     assert pairs.unit == "CIDEr-D"
     assert "val, en" in pairs.scores
 
@@ -195,7 +195,9 @@ def test_the_facts_of_a_description_are_scored() -> None:
 
 
 def test_the_means_of_all_kinds_stand_in_a_line() -> None:
-    scored = ShotScores("% of answers right", {"a": {0: 0.1, 2: 0.9}, "b": {0: 0.3, 2: 1.0}, "c": {2: 0.5}})
+    scored = FewShotScores(
+        "% of answers right", {"a": {0: 0.1, 2: 0.9}, "b": {0: 0.3, 2: 1.0}, "c": {2: 0.5}}
+    )
     assert (
         scored.headline()
         == "% of answers right after so many examples: 0: 20.0, 2: 80.0; shown here after none"

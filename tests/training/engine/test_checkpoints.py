@@ -27,7 +27,7 @@ from mmtransformer.training.engine.checkpoints import (
     newest,
     plain,
     read,
-    sweep,
+    remove_leftovers,
     tensor_bytes,
 )
 from mmtransformer.training.engine.log import MetricsLog
@@ -174,7 +174,7 @@ def kill_in_saves(folder: Path, times: int, size: int) -> tuple[int, int, int, l
         weight, step = found["state_dict"]["weight"], found["global_step"]
         whole += bool((weight == step).all()) and step - steps[-1] - saves in (0, 1)
         steps.append(step)
-        sweep(folder)
+        remove_leftovers(folder)
     assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
     return whole, inside, litter, steps
 
@@ -236,7 +236,7 @@ def test_killed_at_each_stage_of_a_save(stage: str, tmp_path: Path, monkeypatch:
         found = read(path)
         assert found["global_step"] == (4 if renamed else 3)
         assert bool((found["state_dict"]["weight"] == found["global_step"]).all())
-        sweep(tmp_path)
+        remove_leftovers(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -251,9 +251,9 @@ def test_sweep_leaves_what_a_living_process_writes(tmp_path: Path) -> None:
     ]
     for name in names:
         (tmp_path / name).touch()
-    assert sorted(p.name for p in sweep(tmp_path)) == sorted([names[1], names[2], names[5]])
+    assert sorted(p.name for p in remove_leftovers(tmp_path)) == sorted([names[1], names[2], names[5]])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([names[0], "last.ckpt", "notes.part"])
-    assert sweep(tmp_path / "nowhere") == []
+    assert remove_leftovers(tmp_path / "nowhere") == []
 
 
 # ------------------------------------------------------------------------------------------------- full disks
@@ -310,7 +310,7 @@ def test_killed_in_saves_on_a_small_disk_that_fills_up(small_disk: Path) -> None
     ):
         FILES.save_checkpoint(checkpoint(step + 1, size), path)
     assert read(path)["global_step"] == step
-    assert len(sweep(small_disk)) == 2
+    assert len(remove_leftovers(small_disk)) == 2
     FILES.save_checkpoint(checkpoint(step + 1, size), path)
     assert read(path)["global_step"] == step + 1
 

@@ -29,7 +29,7 @@ from mmtransformer.training.engine.checkpoints import read
 from mmtransformer.training.engine.guard import NotFinite
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.sharded import Sharded, number_format, share_out
+from mmtransformer.training.engine.sharded import Sharded, number_format, shard
 from mmtransformer.training.engine.speed import checkpoint_activations
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -66,7 +66,7 @@ def fit(
     precision, plugins, looks = "64-true", [], 0
     if isinstance(strategy, Sharded):  # A process may look at more batches of a validation than the others.
         (precision, plugins), looks = number_format("64-true"), 2
-    module = Captioning(captioner, optim=optim, image_use_batches=looks)
+    module = Captioning(captioner, optim=optim, image_ablation_batches=looks)
     if recompute:
         checkpoint_activations(module)
     last = folder / "checkpoints" / "last.ckpt"
@@ -352,7 +352,7 @@ def test_mmt_shares_weights_out(folder: Path) -> None:
     words = ["fit", f"--config={RECIPES / 'caption_scenes.yaml'}", f"--config={RECIPES / 'tiny.yaml'}"]
     words += [f"--model.captioner.{key}={value}" for key, value in small.items()]
     words += [f"--data.source.{key}" for key in ("train_size=12", "val_size=5", "compositional_size=1")]
-    optim = {"kind": "adamw", "ema": 0.9, "warmup_steps": 2, "decay": "inverse_sqrt"}
+    optim = {"kind": "adamw", "ema": 0.9, "warmup_steps": 2, "lr_schedule": "inverse_sqrt"}
     words += [f"--model.optim.{key}={value}" for key, value in optim.items()]
     words += ["--trainer.precision=64-true", "--trainer.gradient_clip_val=0.5"]
     words += ["--model.captioner.freeze_vision=true"]  # whose hash is that of float64
@@ -393,7 +393,7 @@ def test_a_q_formers_weights_may_be_shared_out() -> None:
             "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )
         task = Reads()
-        share_out(task, init_device_mesh("cpu", (1,)))
+        shard(task, init_device_mesh("cpu", (1,)))
         task.training_step(torch.randn(2, 5, 8)).backward()
         assert all(isinstance(weight.grad, DTensor) for weight in task.parameters())
 
@@ -406,4 +406,4 @@ def test_a_single_number_cannot_be_shared_out() -> None:
     with pytest.raises(
         ValueError, match=r"cannot share out qformer\.log_temperature, .* --trainer\.strategy ddp"
     ):
-        share_out(task, None)  # type: ignore[arg-type]
+        shard(task, None)  # type: ignore[arg-type]

@@ -148,7 +148,7 @@ def test_the_look_for_the_bad_module_computes_as_the_step_did(
 def test_weights_are_what_they_were_before_the_bad_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, _ = train(tmp_path, [batch(0), batch(1)], decay="inverse_sqrt")
+    good, _ = train(tmp_path, [batch(0), batch(1)], lr_schedule="inverse_sqrt")
     seen: list[Captioning] = []
 
     class Keep(Captioning):
@@ -157,7 +157,7 @@ def test_weights_are_what_they_were_before_the_bad_step(
 
     monkeypatch.setitem(globals(), "Captioning", Keep)
     with pytest.raises(NotFinite):
-        train(tmp_path, [batch(0), batch(1), batch(2, math.nan)], decay="inverse_sqrt")
+        train(tmp_path, [batch(0), batch(1), batch(2, math.nan)], lr_schedule="inverse_sqrt")
     for a, b in zip(good.parameters(), seen[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -167,7 +167,7 @@ def test_bad_steps_can_be_left_out(tmp_path: Path, kind: str) -> None:
     """As if the step had not been, but for the schedule; the next ones learn."""
     batches = [batch(0), batch(1, math.nan), batch(2, math.inf), batch(3)]
     with pytest.warns(UserWarning, match=r"step left out \(\d so far\): step \d: the loss is nan") as caught:
-        module, trainer = train(tmp_path, batches, kind=kind, nonfinite="skip", decay="inverse_sqrt")
+        module, trainer = train(tmp_path, batches, kind=kind, nonfinite="skip", lr_schedule="inverse_sqrt")
     assert len([w for w in caught if "step left out" in str(w.message)]) == 2
     assert (module.skipped, trainer.global_step) == (2, 4)
     assert all(p.isfinite().all() for p in module.parameters())

@@ -20,7 +20,7 @@ from mmtransformer.cli.plan import run
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
-from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, few_kernels
+from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, limit_kernel_cache
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
@@ -113,10 +113,10 @@ def test_the_number_of_kernels_that_is_set_stays(monkeypatch: pytest.MonkeyPatch
     for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    assert few_kernels() == KERNELS
+    assert limit_kernel_cache() == KERNELS
     assert {os.environ[name] for name in names} == {str(KERNELS)}
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "300")
-    assert few_kernels() == 300
+    assert limit_kernel_cache() == 300
     assert os.environ["LRU_CACHE_CAPACITY"] == "300"
 
 

@@ -16,7 +16,7 @@ from mmtransformer.cli import main
 from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, read
 from mmtransformer.training.engine.guard import RECORD
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.resume import frozen_hashes, pack, seed_step, unpack
+from mmtransformer.training.engine.resume import frozen_hashes, restore_frozen, seed_step, strip_frozen
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
@@ -197,7 +197,7 @@ def test_what_a_step_draws_depends_on_seed_step_and_process() -> None:
 def saved(**arguments: Any) -> dict[str, Any]:
     module = Captioning(tiny.captioner(**arguments), optim=Optim())
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
-    pack(module, checkpoint, frozen_hashes(module))
+    strip_frozen(module, checkpoint, frozen_hashes(module))
     return checkpoint
 
 
@@ -216,7 +216,7 @@ def test_another_model_is_one_clear_error(arguments: dict[str, Any], message: st
     module = Captioning(tiny.captioner(**({"freeze_vision": True} | arguments)), optim=Optim())
     before = [p.clone() for p in module.parameters()]
     with pytest.raises(CheckpointError) as caught:
-        unpack(module, checkpoint, frozen_hashes(module))
+        restore_frozen(module, checkpoint, frozen_hashes(module))
     assert f"cannot resume with another model: {message}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "without --resume" in str(caught.value)
@@ -233,7 +233,7 @@ def test_frozen_weights_are_left_out_and_put_back() -> None:
     with torch.no_grad():
         for parameter in same.captioner.decoder.parameters():
             parameter.zero_()
-    unpack(same, checkpoint, frozen_hashes(same))
+    restore_frozen(same, checkpoint, frozen_hashes(same))
     same.load_state_dict(checkpoint["state_dict"])
     fresh = tiny.captioner(freeze_vision=True)
     assert all(
@@ -250,9 +250,9 @@ def test_the_compilers_prefix_does_not_matter() -> None:
             for parameter in source.parameters():
                 parameter.normal_()
         checkpoint: dict[str, Any] = {"state_dict": source.state_dict()}
-        pack(source, checkpoint, {})
+        strip_frozen(source, checkpoint, {})
         assert not any("_orig_mod." in name for name in checkpoint["state_dict"])
-        unpack(target, checkpoint, {})
+        restore_frozen(target, checkpoint, {})
         target.load_state_dict(checkpoint["state_dict"])
         assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 

@@ -17,7 +17,7 @@ from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import Decoding, write_captions
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
-from mmtransformer.training.engine.average import Average
+from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
 from mmtransformer.training.engine.precision import pick_precision
 from mmtransformer.training.evaluation import evaluation as evaluation_module
@@ -176,11 +176,11 @@ def test_gradient_is_clipped(tmp_path: Path) -> None:
     assert look.norms == pytest.approx([0.03], rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ the image-use check
+# ------------------------------------------------------------------------------------------ other and blank images
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_image_use_is_checked(tmp_path: Path, blind: bool) -> None:
+def test_losses_of_other_and_blank_images(tmp_path: Path, blind: bool) -> None:
     model = captioner()
     with torch.no_grad():
         for parameter in model.parameters():  # at initialisation it hardly looks
@@ -193,8 +193,7 @@ def test_image_use_is_checked(tmp_path: Path, blind: bool) -> None:
     run.validate(Captioning(model), datamodule=data, verbose=False)
     for split in ("val", "compositional"):
         right, other, blank = (
-            float(run.callback_metrics[f"{split}/loss_{kind}"])
-            for kind in ("right", "other_image", "blank_image")
+            float(run.callback_metrics[f"{split}/loss_{kind}_image"]) for kind in ("right", "other", "blank")
         )
         assert (right == other == blank) is blind
         if not blind:
@@ -204,6 +203,19 @@ def test_image_use_is_checked(tmp_path: Path, blind: bool) -> None:
             sums = [caption_loss(model, b) for b in loader]
         mean = float(sum(s.sum for s in sums) / sum(s.count for s in sums))
         assert float(run.callback_metrics[f"{split}/loss"]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_no_validation_loss_is_computed_twice(tmp_path: Path) -> None:
+    model, calls = captioner(), []
+    model.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    data = scenes()
+    for batches in (0, 1):
+        trainer(tmp_path).validate(
+            Captioning(model, image_ablation_batches=batches), datamodule=data, verbose=False
+        )
+        splits = {split: len(data.loader(split)) for split in data.val_splits}
+        assert len(calls) == sum(splits.values()) + 2 * batches * len(splits), (batches, splits)
+        calls.clear()
 
 
 # --------------------------------------------------------------------------------------------- what must fit
@@ -244,7 +256,7 @@ def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     freeze(model.vision)
     data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
     run = trainer(tmp_path, max_steps=-1, max_epochs=2)
-    module = Captioning(model, image_use_batches=0)
+    module = Captioning(model, image_ablation_batches=0)
     run.fit(module, datamodule=data)
     assert sum(calls) == 11 + 5 + 3
     assert run.global_step == 6
@@ -296,12 +308,12 @@ def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     data, model = scenes(), captioner()
     result = evaluate(model, data, decoding=Decoding(num_beams=2, max_new_tokens=5), limit_batches=1)
     pipeline = ImageCaptioner(model, data.tokenizer, data.transform, decoding=Decoding(max_new_tokens=5))
-    write_report(tmp_path, pipeline, data, result, extra={"image_use": {}}, num_cards=2)
+    write_report(tmp_path, pipeline, data, result, extra={"image_ablation": {}}, num_cards=2)
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics["facts"].keys() == {"val", "compositional"}
     assert metrics["facts"]["val"].keys() == {"en", "ko"}
     assert all(0 <= x <= 1 for by in metrics["facts"].values() for x in by.values())
-    assert metrics["image_use"] == {}
+    assert metrics["image_ablation"] == {}
     lines = (tmp_path / "predictions_val.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["language"] for line in lines] == ["en"] * 4 + ["ko"] * 4
     assert (tmp_path / "gallery.png").read_bytes()[1:4] == b"PNG"
@@ -360,7 +372,7 @@ def test_clock() -> None:
 
 
 def test_the_average_forgets_where_it_began_in_short_runs_and_keeps_its_decay_in_long_ones() -> None:
-    average, module = Average(0.999), nn.Linear(2, 1, bias=False).double()
+    average, module = EMA(0.999), nn.Linear(2, 1, bias=False).double()
     start, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     nn.init.zeros_(module.weight).data += start  # the share of the first weights, that of all later ones
     average.update(module)

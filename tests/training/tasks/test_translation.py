@@ -312,7 +312,9 @@ def test_model_and_data_must_fit() -> None:
 
 def test_noam_is_the_papers_formula() -> None:
     dim, warmup = 512, 40
-    optim = Optim(lr=noam_peak(dim, warmup), warmup_steps=warmup, decay="inverse_sqrt", weight_decay=0.0)
+    optim = Optim(
+        lr=noam_peak(dim, warmup), warmup_steps=warmup, lr_schedule="inverse_sqrt", weight_decay=0.0
+    )
     optimizer = optim.build(small())
     schedule = optim.schedule(optimizer, 100_000)
     for step in range(1, 200):
@@ -322,9 +324,9 @@ def test_noam_is_the_papers_formula() -> None:
         schedule.step()
     assert round(noam_peak(512), 6) == 0.000699
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        Optim(warmup_steps=0, decay="inverse_sqrt").schedule(optimizer, 10)
+        Optim(warmup_steps=0, lr_schedule="inverse_sqrt").schedule(optimizer, 10)
     with pytest.raises(ValueError, match='not "linear"'):
-        Optim(decay="linear")  # pyright: ignore[reportArgumentType]
+        Optim(lr_schedule="linear")  # pyright: ignore[reportArgumentType]
 
 
 def test_parallel_says_its_direction() -> None:

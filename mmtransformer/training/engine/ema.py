@@ -6,11 +6,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.training.engine.resume import bare
-from mmtransformer.training.engine.sharded import let_go, like, local, share_of
+from mmtransformer.training.engine.resume import unwrapped
+from mmtransformer.training.engine.sharded import like, local, reshard, share_of
 
 
-class Average(pl.Callback):
+class EMA(pl.Callback):
     """An exponential moving average that looks back over a tenth of the run at most.
 
     With a fixed decay of 0.999 a run of 1000 steps would keep a third of the random weights that it began with; so the
@@ -40,7 +40,7 @@ class Average(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes where the run stands."""
         self._step = trainer.global_step
-        self._like = {bare(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
+        self._like = {unwrapped(name): p for name, p in pl_module.named_parameters() if p.requires_grad}
         self.weights = {name: share_of(weight, self._like[name]) for name, weight in self.weights.items()}
 
     def on_train_batch_end(
@@ -110,5 +110,5 @@ class Average(pl.Callback):
 
 def trained_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights that are learned, by name, without their gradients; this process's share of them."""
-    let_go(module)
-    return {bare(name): local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+    reshard(module)
+    return {unwrapped(name): local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}

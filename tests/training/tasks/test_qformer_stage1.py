@@ -161,7 +161,7 @@ def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     forward = ViT.forward_features
     monkeypatch.setattr(ViT, "forward_features", lambda self, x: calls.append(len(x)) or forward(self, x))
     data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
-    module = QFormerStage1(model(freeze_vision=True), image_use_batches=0)
+    module = QFormerStage1(model(freeze_vision=True), image_ablation_batches=0)
     run = trainer(tmp_path, max_steps=-1, max_epochs=2)
     run.fit(module, datamodule=data)
     assert sum(calls) == 11 + 5 + 3
@@ -195,7 +195,9 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     assert "matching" in out
     assert (tmp_path / "retrieval.png").read_bytes()[1:4] == b"PNG"
     assert "contrast" in module.describe("val", metrics)
-    assert {"loss_right", "loss_other_image", "loss_blank_image"} <= said["image_use"]["val"].keys()
+    assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= said["image_ablation"][
+        "val"
+    ].keys()
 
     saved = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").captioner
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)

@@ -1,7 +1,4 @@
-"""QFormerStage1: BLIP-2's first stage as a training task: contrast, matching and generation, and recall at the end.
-
-Letters: b pictures, n texts.
-"""
+"""QFormerStage1: BLIP-2's first stage as a training task: contrast, matching and generation, and recall at the end."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +12,7 @@ from mmtransformer.captioners.image_text import ImageText, Losses
 from mmtransformer.data.loading.sampler import mix
 from mmtransformer.generation.captions import Decoding
 from mmtransformer.losses.contrastive import image_ids
-from mmtransformer.training.engine.fitting import refuse_empty_captions
+from mmtransformer.training.engine.data_checks import refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run
 from mmtransformer.training.evaluation.report import write_metrics
@@ -29,7 +26,7 @@ class QFormerStage1(Captioning):
     The sum of the three losses is learned. Captions of one picture, and pictures that stand twice in a batch, are
     positives of each other; negatives are drawn by (seed, step, picture), so a run is the same in any number of
     processes. Validation also does what it does for a captioner, with the generation loss: SPLIT/loss is that loss, and
-    the image-use check compares it with other and blank pictures.
+    it is compared with that of other and blank pictures.
 
     Args:
         captioner: The model.
@@ -40,7 +37,7 @@ class QFormerStage1(Captioning):
         gather_grad: Whether contrastive gradients reach the processes that candidates came from.
         rerank: How many of the nearest are matched again when retrieval is evaluated; 0 = none.
         seed: Of the negatives.
-        image_use_batches: Batches of each validation that are looked at with wrong and blank pictures too.
+        image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         decoding: How captions are searched for when the run is evaluated; saved with the model.
     """
 
@@ -57,14 +54,14 @@ class QFormerStage1(Captioning):
         gather_grad: bool = True,
         rerank: int = 16,
         seed: int = 0,
-        image_use_batches: int = 4,
+        image_ablation_batches: int = 4,
         decoding: Decoding | None = None,
     ) -> None:
         super().__init__(
             captioner,
             optim=optim,
             label_smoothing=label_smoothing,
-            image_use_batches=image_use_batches,
+            image_ablation_batches=image_ablation_batches,
             decoding=decoding,
         )
         if not 0.0 <= itc_smoothing < 1.0:
@@ -129,7 +126,7 @@ class QFormerStage1(Captioning):
         super().validation_step(batch, batch_idx, dataloader_idx)
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's losses, with the image-use check of generation beside them."""
+        """A validation's losses, with generation's of other and blank pictures beside them."""
         values = {name: float(metrics[f"{split}/{name}"]) for name in Losses._fields}
         return (
             f"{super().describe(split, metrics)}, contrast {values['itc']:.3f}, matching {values['itm']:.3f} "

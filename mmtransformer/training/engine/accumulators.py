@@ -10,14 +10,14 @@ from torch import Tensor
 from mmtransformer.losses.next_token import Loss
 
 
-def added_up(numbers: Tensor, processes: int) -> Tensor:
+def all_reduce_sum(numbers: Tensor, processes: int) -> Tensor:
     """The sum over all processes; they call this at once."""
     if processes > 1:
         torch.distributed.all_reduce(numbers)
     return numbers
 
 
-class StepParts:
+class StepAccumulator:
     """What one process has seen of a global batch: its micro-batches since the last optimizer step.
 
     Attributes:

@@ -25,7 +25,7 @@ _EXAMPLES = 200  # pictures that the examples of a way are chosen from
 
 
 @dataclass(frozen=True)
-class ShotScores:
+class FewShotScores:
     """Scores by what was asked for and by the number of examples.
 
     Attributes:
@@ -38,19 +38,19 @@ class ShotScores:
 
     def table(self) -> str:
         """The scores as lines of text."""
-        shots = sorted({k for by in self.scores.values() for k in by})
-        lines = [f"{f'{self.unit} after so many examples':<44}" + "".join(f"{k:>8}" for k in shots)]
+        counts = sorted({k for by in self.scores.values() for k in by})
+        lines = [f"{f'{self.unit} after so many examples':<44}" + "".join(f"{k:>8}" for k in counts)]
         for name, by in self.scores.items():
             lines.append(
-                f"  {name:<42}" + "".join(f"{100 * by[k]:>8.1f}" if k in by else f"{'':>8}" for k in shots)
+                f"  {name:<42}" + "".join(f"{100 * by[k]:>8.1f}" if k in by else f"{'':>8}" for k in counts)
             )
         return "\n".join(lines)
 
     def headline(self) -> str:
         """The means of all that was asked for, in a line."""
-        shots = sorted({k for by in self.scores.values() for k in by})
-        means = [fmean(by[k] for by in self.scores.values() if k in by) for k in shots]
-        found = ", ".join(f"{k}: {100 * mean:.1f}" for k, mean in zip(shots, means, strict=True))
+        counts = sorted({k for by in self.scores.values() for k in by})
+        means = [fmean(by[k] for by in self.scores.values() if k in by) for k in counts]
+        found = ", ".join(f"{k}: {100 * mean:.1f}" for k, mean in zip(counts, means, strict=True))
         return f"{self.unit} after so many examples: {found}; shown here after none"
 
     def to_dict(self) -> dict[str, object]:
@@ -59,16 +59,16 @@ class ShotScores:
         return {"unit": self.unit, "scores": scores}
 
 
-def score_shots(
+def score_few_shot(
     captioner: Captioner,
     data: CaptionData | InterleavedData,
-    shots: Sequence[int],
+    num_examples: Sequence[int],
     *,
     decoding: Decoding,
     device: torch.device,
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
-) -> ShotScores:
+) -> FewShotScores:
     """Captions after examples of every number that is asked for.
 
     With `SceneDocuments` each way of speaking is asked for by its examples alone, in each language; all that count are
@@ -78,7 +78,7 @@ def score_shots(
     Args:
         captioner: The model, one that reads pictures anywhere in the text.
         data: The run's data.
-        shots: Numbers of examples.
+        num_examples: Numbers of examples.
         decoding: How captions are searched for.
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
@@ -93,9 +93,11 @@ def score_shots(
                 questions = source.pairs("questions", most, way, language)
                 examples = source.pairs("examples", _EXAMPLES, way, language)
                 by = scores[f"{way}, {language}"] = {}
-                few = FewShot(examples, captioner, data.tokenizer, data.transform, num_shots=max(shots))
-                for count in shots:
-                    few.num_shots = count
+                few = FewShot(
+                    examples, captioner, data.tokenizer, data.transform, num_examples=max(num_examples)
+                )
+                for count in num_examples:
+                    few.num_examples = count
                     with torch.autocast(device.type, autocast, autocast is not None):
                         said = _say(captioner, data, questions, few, decoding, device)
                     if way == "description":
@@ -105,13 +107,13 @@ def score_shots(
                     else:
                         right = [_same(text, questions.captions(i)[0].text) for i, text in enumerate(said)]
                         by[count] = sum(right) / most
-        return ShotScores("% of answers right", scores)
+        return FewShotScores("% of answers right", scores)
     captions = data.captions if isinstance(data, InterleavedData) else data
     examples = captions.pairs(captions.train_split)
     found: dict[str, dict[int, float]] = {}
-    few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_shots=max(shots))
-    for count in shots:
-        few.num_shots = count
+    few = FewShot(examples, captioner, captions.tokenizer, captions.transform, num_examples=max(num_examples))
+    for count in num_examples:
+        few.num_examples = count
         result = evaluate(
             captioner,
             captions,
@@ -125,7 +127,7 @@ def score_shots(
         for split, by_language in result.captions.items():
             for code, scored in by_language.items():
                 found.setdefault(f"{split}, {code}", {})[count] = float(scored.values["cider_d"])
-    return ShotScores("CIDEr-D", found)
+    return FewShotScores("CIDEr-D", found)
 
 
 def _say(
