@@ -1,0 +1,126 @@
+"""A text encoder and a diffusion transformer that it steers, trained as one: the mirror of a captioner.
+
+Shapes beyond the legend: n rows of text, r = n / b texts of an image.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
+from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
+from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.serialization.pretrained import Pretrained
+
+
+class TextToImageModel(Pretrained, nn.Module):
+    """Draws what a text says.
+
+    Args:
+        text: reads the text; its width is the transformer's `context_dim`.
+        transformer: takes the noise away.
+        diffusion: the path from images to noise, what is predicted on it, and the times that are trained on.
+        text_dropout: share of texts that are hidden in training (no token may be looked at), so that the model also
+            knows images without a text (classifier-free guidance, arXiv:2207.12598, which takes 0.1 to 0.2).
+        freeze_text: leave the text encoder as it is.
+
+    Raises:
+        ValueError: if the widths differ, or a share is none.
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        transformer: DiffusionTransformer,
+        *,
+        diffusion: Diffusion = Diffusion(),  # noqa: B008 (frozen)
+        text_dropout: float = 0.1,
+        freeze_text: bool = False,
+    ) -> None:
+        super().__init__()
+        if transformer.context_dim != text.dim:
+            raise ValueError(
+                f"the transformer reads texts of width {transformer.context_dim} (context_dim), but the text encoder "
+                f"writes {text.dim}"
+            )
+        if transformer.out_channels != transformer.in_channels:
+            raise ValueError(
+                f"the transformer gives {transformer.out_channels} channels for {transformer.in_channels}: a predicted "
+                "variance is not trained here"
+            )
+        if not 0 <= text_dropout < 1:
+            raise ValueError(f"text_dropout ({text_dropout}) must be at least 0 and below 1")
+        self.text = freeze(text) if freeze_text else text
+        self.transformer, self.diffusion = transformer, diffusion
+        self.text_dropout, self.freeze_text = text_dropout, freeze_text
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the text encoder reads."""
+        return self.text.vocab_size
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens of a text."""
+        return self.text.max_len
+
+    def train(self, mode: bool = True) -> "TextToImageModel":
+        """Training mode for all but a frozen text encoder."""
+        super().train(mode)
+        if is_frozen(self.text):
+            self.text.eval()
+        return self
+
+    def forward(self, batch: CaptionBatch, *, generator: torch.Generator | None = None) -> Loss:
+        """The loss of every text's image at a time drawn by lot.
+
+        Args:
+            batch: images with their texts; each text is drawn by itself, with noise of its own.
+            generator: source of times, noise and hidden texts, on the CPU; None = torch's own.
+
+        Returns:
+            Sum over the n texts, and n.
+        """
+        assert batch.pixels is not None
+        n, b = batch.tokens.shape[0], batch.pixels.shape[0]
+        images = batch.pixels[:, -1].repeat_interleave(n // b, 0)
+        device = images.device
+        times = self.diffusion.times(n, generator).to(device)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        seen = batch.attention_mask
+        if self.training and self.text_dropout:
+            hidden = torch.rand(n, generator=generator) < self.text_dropout
+            seen = seen & ~hidden.to(device)[:, None]
+        context = self.text(batch.tokens, attention_mask=batch.attention_mask)
+        x = self.diffusion.noised(images, noise, times)
+        predicted = self.transformer(x, times, context, context_mask=seen)
+        losses = self.diffusion.loss(predicted, images, noise, times)
+        return Loss(losses.sum(), torch.tensor(n, device=device))
+
+    def conditions(
+        self, tokens: Tensor, attention_mask: Tensor, negative: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[list, Tensor]:
+        """What `guided` walks with: each block's keys and values of the texts, then of what to go away from.
+
+        Args:
+            tokens: (n q) long.
+            attention_mask: (n q) bool.
+            negative: the same of the texts to go away from (one row, or n); None = no text at all.
+
+        Returns:
+            Keys and values of 2 n rows, and their mask (2n q).
+        """
+        n, q = tokens.shape
+        context = self.text(tokens, attention_mask=attention_mask)
+        other, other_mask = context, torch.zeros_like(attention_mask)
+        if negative is not None:
+            other_mask = negative[1].expand(n, -1)
+            other = self.text(negative[0], attention_mask=negative[1]).expand(n, -1, -1)
+            longest = max(q, other_mask.shape[1])
+            context, other = (nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (context, other))
+            attention_mask, other_mask = (
+                nn.functional.pad(x, (0, longest - x.shape[1])) for x in (attention_mask, other_mask)
+            )
+        both = torch.cat((context, other))
+        return self.transformer.project_context(both), torch.cat((attention_mask, other_mask))
