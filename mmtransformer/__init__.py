@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
-    from mmtransformer.generation.captions import Decoding as Decoding
+    from mmtransformer.generation.config import GenerationConfig as GenerationConfig
     from mmtransformer.generation.cuda_graph import CudaGraphDecoder as CudaGraphDecoder
     from mmtransformer.generation.loop import Generated as Generated
     from mmtransformer.generation.loop import generate as generate
@@ -98,7 +98,8 @@ _CONTENTS = {
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
     "captioners.prefix": "PrefixCaptioner",
-    "generation.captions": "CaptionResult Decoding",
+    "generation.captions": "CaptionResult",
+    "generation.config": "GenerationConfig",
     "generation.cuda_graph": "CudaGraphDecoder",
     "generation.loop": "Generated generate stream",
     "text.tokenizer": "Tokenizer",

@@ -124,7 +124,7 @@ def check_few_shot(name: str, run: Path, out: str) -> None:
     assert {"description, en", "color, ko", "fill, en"} < set(scores)
     assert all(set(by) == {"0", "1", "2", "4"} for by in scores.values())
     assert "% of answers right after so many examples" in out
-    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").decoding.mark_images
+    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").generation.mark_images
 
 
 CHECKS = {

@@ -1,11 +1,12 @@
 """`mmt caption`: pictures in, captions out."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mmtransformer.cli.generation_options import add_generation_options, generation_changes
 
 if TYPE_CHECKING:
     from mmtransformer.pipelines.few_shot import FewShot
@@ -25,35 +26,12 @@ def run(name: str, words: Sequence[str]) -> int:
         "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
     )
     parser.add_argument("--language", metavar="CODE", help="language of the captions, such as ko")
-    parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="captions a picture (1)")
-    parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (the model's own setting)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of a caption")
-    parser.add_argument("--sample", action="store_true", help="draw captions at random instead")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the drawing (1.0)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from this share of probability only")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the drawing, and of the choice of examples (0)"
-    )
     parser.add_argument(
         "--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples"
     )
     parser.add_argument("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
     parser.add_argument(
         "--nearest", action="store_true", help="choose the examples that are most like the picture, not any"
-    )
-    parser.add_argument("--different", action="store_true", help="captions that avoid each other's words")
-    parser.add_argument(
-        "--must-contain",
-        metavar="WORD",
-        action="append",
-        default=[],
-        help="a word that must come; may be repeated",
-    )
-    parser.add_argument(
-        "--image-guidance",
-        type=float,
-        metavar="X",
-        help="above 1, what only this picture says counts for more (1)",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
     parser.add_argument(
@@ -63,6 +41,7 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
     )
+    add_generation_options(parser)
     args = parser.parse_args(list(words))
 
     from mmtransformer.images import load
@@ -76,40 +55,9 @@ def run(name: str, words: Sequence[str]) -> int:
         raise ValueError("--num-examples and --nearest need examples to choose from: --examples FOLDER")
     images = [load(path) for path in args.images]
     model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
-    decoding = model.decoding
-    if args.sample:
-        decoding = dataclasses.replace(
-            decoding,
-            do_sample=True,
-            num_beams=1,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
-    if args.different:
-        decoding = dataclasses.replace(
-            decoding,
-            do_sample=False,
-            num_beams=max(args.num_captions, 2),
-            num_beam_groups=max(args.num_captions, 2),
-            diversity_penalty=1.0,
-        )
-    if args.must_contain:
-        decoding = dataclasses.replace(
-            decoding, must_contain=tuple(args.must_contain), num_beams=max(decoding.num_beams, 5)
-        )
-    if args.image_guidance is not None:
-        decoding = dataclasses.replace(decoding, image_guidance=args.image_guidance)
     prompts = None if args.examples is None else _examples(model, args)
-    results = model(
-        images,
-        language=args.language,
-        num_captions=args.num_captions,
-        num_beams=args.beams,
-        max_new_tokens=args.max_new_tokens,
-        decoding=decoding,
-        prompts=prompts,
-    )
+    changes = generation_changes(args)
+    results = model(images, language=args.language, prompts=prompts, **changes)
     for path, captions in zip(args.images, results, strict=True):
         if args.json:
             said = [
@@ -127,7 +75,7 @@ def run(name: str, words: Sequence[str]) -> int:
             continue
         for caption in captions:
             lead = f"{path}: " if len(args.images) > 1 else ""
-            tail = f"   ({caption.log_prob:.2f})" if args.num_captions > 1 else ""
+            tail = f"   ({caption.log_prob:.2f})" if len(captions) > 1 else ""
             print(f"{lead}{caption.text}{tail}")
     if args.heatmap:
         _heatmaps(model, args.images, images, results, Path(args.heatmap), prompts)
@@ -148,7 +96,7 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
         model.transform,
         num_examples=4 if args.num_examples is None else args.num_examples,
         choose="nearest" if args.nearest else "random",
-        seed=args.seed,
+        seed=args.seed or 0,
     )
 
 

@@ -1,10 +1,11 @@
 """`mmt evaluate`: a trained model's captions of a split, scored."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from mmtransformer.cli.generation_options import add_generation_options, generation_changes
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -31,10 +32,6 @@ def run(name: str, words: Sequence[str]) -> int:
         "--images", metavar="DIR", help="folder or archive of the pictures, if not at the root"
     )
     parser.add_argument("--language", metavar="CODE", help="language of captions whose script does not tell")
-    parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (the model's own setting)")
-    parser.add_argument(
-        "--length-penalty", type=float, metavar="X", help="the model's own setting unless told"
-    )
     parser.add_argument(
         "--num-examples",
         type=int,
@@ -52,6 +49,7 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
     )
+    add_generation_options(parser, without=("num_return_sequences",))
     args = parser.parse_args(list(words))
 
     from mmtransformer.data.captions import CaptionData
@@ -82,11 +80,7 @@ def run(name: str, words: Sequence[str]) -> int:
         max_len=model.captioner.max_len,
         val_splits=[args.split],
     )
-    decoding = dataclasses.replace(
-        model.decoding,
-        num_beams=args.beams or model.decoding.num_beams,
-        length_penalty=model.decoding.length_penalty if args.length_penalty is None else args.length_penalty,
-    )
+    generation = model.generation.updated(**generation_changes(args))
     prompts = None
     if args.num_examples is not None:
         prompts = FewShot(
@@ -99,7 +93,7 @@ def run(name: str, words: Sequence[str]) -> int:
         )
     limit = None if args.limit is None else -(-args.limit // args.batch_size)
     result = evaluate(
-        model.ready(), data, decoding=decoding, device=model.device, limit_batches=limit, prompts=prompts
+        model.ready(), data, generation=generation, device=model.device, limit_batches=limit, prompts=prompts
     )
     print(result.table())
     if args.json:

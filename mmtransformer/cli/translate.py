@@ -5,6 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+
+ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
+
 
 def run(name: str, words: Sequence[str]) -> int:
     """Translates texts.
@@ -21,12 +25,12 @@ def run(name: str, words: Sequence[str]) -> int:
         "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
     )
     parser.add_argument("--language", required=True, metavar="CODE", help="the language to write, such as ko")
-    parser.add_argument("--beams", type=int, metavar="N", help="beams; 1 is greedy (the model's own setting)")
     parser.add_argument("--json", action="store_true", help="one line of JSON a text")
     parser.add_argument(
         "--attention", metavar="OUT.png", help="draw where the model looked in the first text for each token"
     )
     parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
+    add_generation_options(parser, without=("num_return_sequences", *ABOUT_IMAGES))
     args = parser.parse_args(list(words))
 
     from mmtransformer.pipelines.translator import Translator
@@ -35,7 +39,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if not texts:
         raise ValueError("there is nothing to translate: name a text, or pipe lines into the command")
     translator = Translator.from_pretrained(args.model, device=args.device)
-    said = translator(texts, args.language, num_beams=args.beams)
+    said = translator(texts, args.language, **generation_changes(args))
     for text, translation in zip(texts, said, strict=True):
         row = {"text": text, "language": args.language, "translation": translation}
         print(json.dumps(row, ensure_ascii=False) if args.json else translation)

@@ -1,4 +1,4 @@
-"""How captions are searched for: the settings, and captions as texts, from a batch of pictures.
+"""Captions as texts, from a batch of pictures.
 
 Letters: b pictures, r languages, n = b * r rows, gh gw rows and columns of patches.
 """
@@ -11,57 +11,14 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.logits_processors import Generated
 from mmtransformer.generation.loop import generate, stream
 from mmtransformer.generation.prompts import Prompts, with_prompts
 from mmtransformer.text.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How captions are searched for; saved with a model. Names and effects are those of `generate`.
-
-    Args:
-        num_beams: Beams; 1 = greedy, or sampling.
-        max_new_tokens: Most tokens of a caption, its end included.
-        min_new_tokens: No end before so many tokens.
-        length_penalty: A beam's log-probability is divided by its length to this power; above 0 favours longer ones.
-        length_offset: o in that length, (o + tokens) / (o + 1); 5 is Google's formula, see `generate`.
-        repetition_penalty: Above 1, tokens that were used get less likely.
-        no_repeat_ngram: No n-gram of this length comes twice; 0 = they may.
-        do_sample: Draw tokens instead of taking the likeliest.
-        temperature: Divides the scores before drawing.
-        top_k: Draw from the k likeliest only.
-        top_p: Draw from the fewest tokens that hold this share of probability.
-        seed: Seed of the drawing.
-        num_beam_groups: Groups of beams that avoid each other's words (diverse beam search).
-        diversity_penalty: How much they avoid them.
-        image_guidance: Above 1, what the picture makes likelier than a blank one counts for more; takes twice the work.
-        must_contain: Words that a caption must contain; needs beams.
-        mark_images: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
-            was trained so, on interleaved documents.
-    """
-
-    num_beams: int = 3
-    max_new_tokens: int = 60
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    length_offset: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    image_guidance: float = 1.0
-    must_contain: tuple[str, ...] = ()
-    mark_images: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "must_contain", tuple(self.must_contain))  # JSON has no tuples
+CAPTIONING = GenerationConfig(num_beams=3, max_new_tokens=60)
+"""How captions are searched for unless told."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +50,7 @@ def write_captions(
     batch: CaptionBatch,
     languages: Sequence[str | None] = (None,),
     *,
-    num_captions: int = 1,
-    decoding: Decoding | None = None,
+    generation: GenerationConfig = CAPTIONING,
     prompts: Prompts | None = None,
 ) -> list[list[list[CaptionResult]]]:
     """Captions the pictures of a batch, in each language; every picture is encoded once.
@@ -104,41 +60,24 @@ def write_captions(
         tokenizer: Its tokenizer.
         batch: Pictures; their texts are not looked at.
         languages: The languages; None where the tokenizer has none.
-        num_captions: Captions a picture and language.
-        decoding: How to search.
+        generation: How to search. Captions end where the model can read no further.
         prompts: Makes the prompts, with examples for instance; None makes plain ones.
 
     Returns:
         For each picture, for each language, its captions, best first.
     """
-    d = decoding or Decoding()
     if prompts is None:
-        batch = with_prompts(batch, tokenizer, languages, mark=d.mark_images)
+        batch = with_prompts(batch, tokenizer, languages, mark=generation.mark_images)
     else:
         batch = prompts(batch, languages)
-    room = captioner.max_len - batch.tokens.shape[1]
-    generator = torch.Generator(batch.tokens.device).manual_seed(d.seed) if d.do_sample else None
+    c = generation.limited(captioner.max_len - batch.tokens.shape[1])
     rows = generate(
         captioner,
         batch,
+        c,
         eos_id=tokenizer.eos_id,
-        max_new_tokens=min(d.max_new_tokens, room),
-        min_new_tokens=d.min_new_tokens,
-        num_beams=d.num_beams if d.do_sample or d.num_beams >= num_captions else num_captions,
-        num_return_sequences=num_captions,
-        do_sample=d.do_sample,
-        temperature=d.temperature,
-        top_k=d.top_k,
-        top_p=d.top_p,
-        repetition_penalty=d.repetition_penalty,
-        no_repeat_ngram=d.no_repeat_ngram,
-        length_penalty=d.length_penalty,
-        length_offset=d.length_offset,
-        num_beam_groups=d.num_beam_groups,
-        diversity_penalty=d.diversity_penalty,
-        required=[spellings(tokenizer, word) for word in d.must_contain],
-        image_guidance=d.image_guidance,
-        generator=generator,
+        force_words_ids=[spellings(tokenizer, word) for word in c.force_words],
+        generator=torch.Generator(batch.tokens.device).manual_seed(c.seed) if c.do_sample else None,
     )
     results = [
         [_result(said, tokenizer, languages[i % len(languages)]) for said in row]
@@ -153,7 +92,7 @@ def stream_caption(
     batch: CaptionBatch,
     language: str | None = None,
     *,
-    decoding: Decoding | None = None,
+    generation: GenerationConfig = CAPTIONING,
     prompts: Prompts | None = None,
 ) -> Iterator[str]:
     """Yields one picture's caption piece by piece, as it is written: greedily, or drawn.
@@ -165,29 +104,21 @@ def stream_caption(
         tokenizer: Its tokenizer.
         batch: One picture.
         language: The language; None where the tokenizer has none.
-        decoding: How to search; its beams are left aside.
+        generation: How to search; what takes several beams is left aside.
         prompts: Makes the prompt; None makes a plain one.
+
+    Raises:
+        ValueError: If there are words that the caption must contain.
     """
-    d = decoding or Decoding()
     if prompts is None:
-        batch = with_prompts(batch, tokenizer, [language], mark=d.mark_images)
+        batch = with_prompts(batch, tokenizer, [language], mark=generation.mark_images)
     else:
         batch = prompts(batch, [language])
-    tokens = stream(
-        captioner,
-        batch,
-        eos_id=tokenizer.eos_id,
-        max_new_tokens=min(d.max_new_tokens, captioner.max_len - batch.tokens.shape[1]),
-        min_new_tokens=d.min_new_tokens,
-        do_sample=d.do_sample,
-        temperature=d.temperature,
-        top_k=d.top_k,
-        top_p=d.top_p,
-        repetition_penalty=d.repetition_penalty,
-        no_repeat_ngram=d.no_repeat_ngram,
-        image_guidance=d.image_guidance,
-        generator=torch.Generator(batch.tokens.device).manual_seed(d.seed) if d.do_sample else None,
-    )
+    if generation.force_words:
+        raise ValueError("force_words need beams, and a caption that is streamed has none")
+    c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
+    generator = torch.Generator(batch.tokens.device).manual_seed(c.seed) if c.do_sample else None
+    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_id, generator=generator)
     ids: list[int] = []
     shown = 0
     for (token,) in tokens:
@@ -199,13 +130,7 @@ def stream_caption(
 
 
 def spellings(tokenizer: Tokenizer, word: str) -> list[list[int]]:
-    """The ways to spell a word in tokens, at the beginning of a text and inside it.
-
-    Raises:
-        ValueError: If there is nothing to spell.
-    """
-    if not word.strip():
-        raise ValueError("must_contain has an empty word")
+    """The ways to spell a word in tokens, at the beginning of a text and inside it."""
     both = [tokenizer.encode(word.strip()), tokenizer.encode(f" {word.strip()}")]
     return both[:1] if both[0] == both[1] else both
 

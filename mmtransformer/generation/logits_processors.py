@@ -91,18 +91,18 @@ class Rules:
         eos_id: the id that ends a text.
         min_new_tokens: no end before so many tokens.
         repetition_penalty: above 1, tokens of prompt and text get less likely (CTRL, arXiv:1909.05858).
-        no_repeat_ngram: no n-gram of this length comes twice; 0 = they may.
+        no_repeat_ngram_size: no n-gram of this length comes twice; 0 = they may.
     """
 
     eos_id: int
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
+    no_repeat_ngram_size: int = 0
 
     @property
     def look_back(self) -> bool:
         """Whether what was written before matters."""
-        return self.repetition_penalty != 1.0 or self.no_repeat_ngram > 0
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
     def apply(self, scores: Tensor, history: Tensor, known: Tensor, new_tokens: int) -> Tensor:
         """Changed scores (m v), for rows whose prompt and text are `history` (m t) where `known` (m t) is True."""
@@ -113,7 +113,7 @@ class Rules:
                 scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty
             )
             scores = torch.where(used, penalised, scores)
-        size = self.no_repeat_ngram
+        size = self.no_repeat_ngram_size
         if size and history.shape[1] >= size:
             grams, real = history.unfold(1, size, 1), known.unfold(1, size, 1).all(-1)
             last = history[:, history.shape[1] - size + 1 :]

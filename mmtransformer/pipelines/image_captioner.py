@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from PIL.Image import Image
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.captions import (
+    CAPTIONING,
     CaptionResult,
-    Decoding,
     heatmap_of,
     stream_caption,
     write_captions,
 )
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.prompts import Prompts
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import Precision, for_inference
@@ -30,8 +31,8 @@ from mmtransformer.serialization.pretrained import find_folder, read_json
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
 
-PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation.json", "README.md"
-_MOST_BEAMS, _MOST_PIXELS = 4096, 100_000_000
+PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation_config.json", "README.md"
+_MOST_PIXELS = 100_000_000
 ImageLike = str | Path | bytes | BinaryIO | Image
 
 
@@ -44,7 +45,7 @@ class ImageCaptioner:
         captioner: The model.
         tokenizer: Its tokenizer.
         transform: How a picture becomes pixels.
-        decoding: How captions are searched for, unless a call says otherwise.
+        generation: How captions are searched for, unless a call says otherwise.
         device: Where to compute; a GPU if there is one.
         precision: What to compute with: "fp32" is the weights as they are; "bf16" and, on a CPU, "int8" are faster and
             round.
@@ -56,7 +57,7 @@ class ImageCaptioner:
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig = CAPTIONING,
         device: torch.device | str | None = None,
         precision: Precision = "fp32",
     ) -> None:
@@ -67,7 +68,7 @@ class ImageCaptioner:
             )
         self.device = torch.device(device) if device is not None else _best_device()
         self.captioner = captioner.to(self.device).eval()
-        self.tokenizer, self.transform, self.decoding = tokenizer, transform, decoding or Decoding()
+        self.tokenizer, self.transform, self.generation = tokenizer, transform, generation
         self.precision: Precision = precision
         self._ready = False
 
@@ -86,9 +87,12 @@ class ImageCaptioner:
         """
         folder = find_folder(folder_or_id)
         captioner = Captioner.from_pretrained(folder)
-        transform, decoding = read_transform(folder / PREPROCESSOR), read_decoding(folder / GENERATION)
+        transform, generation = (
+            read_transform(folder / PREPROCESSOR),
+            read_generation(folder / GENERATION, CAPTIONING),
+        )
         tokenizer = Tokenizer.from_folder(folder)
-        return cls(captioner, tokenizer, transform, decoding=decoding, device=device, precision=precision)
+        return cls(captioner, tokenizer, transform, generation=generation, device=device, precision=precision)
 
     def ready(self) -> Captioner:
         """The model as it captions: in its precision, and packed where it runs on a CPU (`prepack.for_inference`).
@@ -104,7 +108,7 @@ class ImageCaptioner:
         return self.captioner
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
-        """Writes model, tokenizer, image transform, decoding and a model card.
+        """Writes model, tokenizer, image transform, generation settings and a model card.
 
         Args:
             folder: Where to; made if it is not there.
@@ -114,7 +118,7 @@ class ImageCaptioner:
         self.captioner.save_pretrained(folder)
         self.tokenizer.save(folder)
         _write_json(folder / PREPROCESSOR, self.transform.to_dict())
-        _write_json(folder / GENERATION, dataclasses.asdict(self.decoding))
+        _write_json(folder / GENERATION, dataclasses.asdict(self.generation))
         (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
 
     @torch.inference_mode()
@@ -123,52 +127,40 @@ class ImageCaptioner:
         images: ImageLike | Sequence[ImageLike],
         *,
         language: str | None = None,
-        num_captions: int = 1,
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
         batch_size: int = 16,
+        **changes: Any,
     ) -> list[list[CaptionResult]]:
         """Captions pictures.
 
         Args:
             images: A picture (path, bytes, file or PIL image), or a list of them.
             language: Its code, if the model knows several; the first one it knows unless told.
-            num_captions: Captions a picture.
-            num_beams: Beams, in place of the model's own setting.
-            max_new_tokens: Most tokens of a caption, in place of the model's own setting.
-            decoding: All settings of the search, in place of the model's own.
+            generation: How to search, in place of the model's own settings.
             prompts: Makes the prompts: `FewShot` puts examples before each picture.
             batch_size: Pictures at once.
+            changes: Single settings of the search, such as `num_beams=5` or `num_return_sequences=3` (as
+                `GenerationConfig.updated`).
 
         Returns:
             For each picture its captions, best first.
 
         Raises:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
-            ValueError: If the model does not know the language.
+            ValueError: If the model does not know the language, or settings make no sense.
         """
         many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
-        d = decoding or self.decoding
-        d = dataclasses.replace(
-            d,
-            num_beams=d.num_beams if num_beams is None else num_beams,
-            max_new_tokens=d.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        generation = (generation or self.generation).updated(**changes)
         language = self.language(language)
         captions = []
         for start in range(0, len(many), batch_size):
             batch = self.batch(many[start : start + batch_size])
             with fast_autocast(self.device):
                 rows = write_captions(
-                    self.ready(),
-                    self.tokenizer,
-                    batch,
-                    [language],
-                    num_captions=num_captions,
-                    decoding=d,
-                    prompts=prompts,
+                    self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=prompts
                 )
             captions += [row[0] for row in rows]
         return captions
@@ -192,7 +184,7 @@ class ImageCaptioner:
         image: ImageLike,
         *,
         language: str | None = None,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
     ) -> Iterator[str]:
         """Yields a picture's caption piece by piece, as it is written: greedily, or drawn.
@@ -200,7 +192,7 @@ class ImageCaptioner:
         Args:
             image: The picture.
             language: The caption's language; the first one that the model knows unless told.
-            decoding: Settings of the search, in place of the model's own; its beams are left aside.
+            generation: How to search, in place of the model's own settings; beams are left aside.
             prompts: Makes the prompt: `FewShot` puts examples before the picture.
 
         Raises:
@@ -214,7 +206,7 @@ class ImageCaptioner:
             self.tokenizer,
             batch,
             self.language(language),
-            decoding=decoding or self.decoding,
+            generation=generation or self.generation,
             prompts=prompts,
         )
 
@@ -233,7 +225,7 @@ class ImageCaptioner:
             self.batch([image]),
             caption,
             prompts,
-            mark=self.decoding.mark_images,
+            mark=self.generation.mark_images,
         )
 
     def batch(self, images: Sequence[ImageLike]) -> CaptionBatch:
@@ -281,18 +273,13 @@ def _best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def read_decoding(path: Path) -> Decoding | None:
-    """How a saved model searches, if its folder says so.
+def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
+    """How a saved model searches; the default, if its folder does not say.
 
     Raises:
         ValueError: naming the file, if it is damaged or asks for what makes no sense.
     """
-    if not path.exists():
-        return None
-    decoding = settings_of(Decoding, read_json(path), str(path))
-    if max(decoding.num_beams, decoding.num_beam_groups) > _MOST_BEAMS:
-        raise ValueError(f"{path}: {decoding.num_beams:,} beams are more than {_MOST_BEAMS:,}")
-    return decoding
+    return settings_of(GenerationConfig, read_json(path), str(path)) if path.exists() else default
 
 
 def read_transform(path: Path) -> ImageTransform:

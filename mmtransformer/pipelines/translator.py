@@ -4,21 +4,21 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from mmtransformer.backbones.seq2seq import TextPairs, Transformer
 from mmtransformer.data.translation import source_ids
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
 from mmtransformer.layers.record import record_attention
 from mmtransformer.layers.weight_packing import for_inference
-from mmtransformer.pipelines.image_captioner import CARD, GENERATION, fast_autocast, read_decoding
+from mmtransformer.pipelines.image_captioner import CARD, GENERATION, fast_autocast, read_generation
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
 
-PAPER = Decoding(num_beams=4, length_penalty=0.6, length_offset=5.0)
+PAPER = GenerationConfig(num_beams=4, max_new_tokens=60, length_penalty=0.6, length_offset=5.0)
 """How the 2017 Transformer translated."""
 
 
@@ -28,7 +28,7 @@ class Translator:
     Args:
         model: The model.
         tokenizer: Its tokenizer; its languages are those that the model writes.
-        decoding: How translations are searched for; the paper's 4 beams unless told.
+        generation: How translations are searched for; the paper's 4 beams unless told.
         device: Where to compute; a GPU if there is one.
 
     Raises:
@@ -40,7 +40,7 @@ class Translator:
         model: Transformer,
         tokenizer: Tokenizer,
         *,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig = PAPER,
         device: torch.device | str | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
@@ -52,7 +52,7 @@ class Translator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        self.tokenizer, self.decoding = tokenizer, decoding or PAPER
+        self.tokenizer, self.generation = tokenizer, generation
 
     @torch.inference_mode()
     def __call__(
@@ -60,16 +60,17 @@ class Translator:
         texts: str | Sequence[str],
         language: str,
         *,
-        num_beams: int | None = None,
         batch_size: int = 64,
+        **changes: Any,
     ) -> list[str]:
         """Translates texts; those of similar length are read together.
 
         Args:
             texts: A text, or many.
             language: The language to write, such as "ko".
-            num_beams: Beams, in place of the model's own setting.
             batch_size: Texts at once.
+            changes: Settings of the search in place of the model's own, such as `num_beams=1` (as
+                `GenerationConfig.updated`).
 
         Returns:
             The translations, in the order of the texts.
@@ -82,24 +83,12 @@ class Translator:
         sources = [source_ids(self.tokenizer, text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(sources[i]))
         found = [""] * len(texts)
-        d = self.decoding
+        generation = self.generation.updated(**changes).limited(self.model.max_len - len(prompt))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self._batch([sources[i] for i in chosen], prompt)
-            room = self.model.max_len - len(prompt)
             with fast_autocast(self.device):
-                rows = generate(
-                    self.model,
-                    batch,
-                    eos_id=self.tokenizer.eos_id,
-                    max_new_tokens=min(d.max_new_tokens, room),
-                    min_new_tokens=d.min_new_tokens,
-                    num_beams=d.num_beams if num_beams is None else num_beams,
-                    repetition_penalty=d.repetition_penalty,
-                    no_repeat_ngram=d.no_repeat_ngram,
-                    length_penalty=d.length_penalty,
-                    length_offset=d.length_offset,
-                )
+                rows = generate(self.model, batch, generation, eos_id=self.tokenizer.eos_id)
             for i, (best, *_) in zip(chosen, rows, strict=True):
                 # A model may score more ids than its tokenizer has; those say nothing.
                 found[i] = self.tokenizer.decode([t for t in best.tokens if t < self.tokenizer.vocab_size])
@@ -136,7 +125,7 @@ class Translator:
         return pieces([*said, self.tokenizer.eos_id]), pieces(source), weights
 
     def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
-        """Writes model, tokenizer, decoding and a model card.
+        """Writes model, tokenizer, generation settings and a model card.
 
         Args:
             folder: Where to; made if it is not there.
@@ -145,7 +134,7 @@ class Translator:
         folder = Path(folder)
         self.model.save_pretrained(folder)
         self.tokenizer.save(folder)
-        text = json.dumps(dataclasses.asdict(self.decoding), indent=2)
+        text = json.dumps(dataclasses.asdict(self.generation), indent=2)
         (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
         (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
 
@@ -160,8 +149,8 @@ class Translator:
         """
         folder = find_folder(folder_or_id)
         model = Transformer.from_pretrained(folder)
-        decoding = read_decoding(folder / GENERATION)
-        found = cls(model, Tokenizer.from_folder(folder), decoding=decoding, device=device)
+        generation = read_generation(folder / GENERATION, PAPER)
+        found = cls(model, Tokenizer.from_folder(folder), generation=generation, device=device)
         for_inference(found.model)
         return found
 

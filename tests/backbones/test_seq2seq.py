@@ -301,7 +301,7 @@ def test_wide_beams_find_the_best_text_of_all(power: float, offset: float) -> No
     found = generate(model, batch, eos_id=EOS, max_new_tokens=3, num_beams=64, num_return_sequences=3,
                      length_penalty=power, length_offset=offset)[0]  # fmt: skip
     assert [(*text.tokens, *[EOS] * text.finished) for text in found] == best
-    with pytest.raises(ValueError, match=r"length_offset must not be below 0, not -1\.5"):
+    with pytest.raises(ValueError, match=r"length_offset must be at least 0\.0, not -1\.5"):
         generate(model, batch, eos_id=EOS, max_new_tokens=3, length_offset=-1.5)
 
 

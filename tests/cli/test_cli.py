@@ -8,7 +8,7 @@ import pytest
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import COMMANDS, main
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.config import GenerationConfig
 from support.cli import mmt
 
 ROOT = Path(__file__).parents[2]
@@ -41,10 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
     decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
     captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
-    decoding = Decoding(min_new_tokens=3, max_new_tokens=6)
-    ImageCaptioner(captioner, tokenizer, ImageTransform(32), decoding=decoding, device="cpu").save_pretrained(
-        folder
-    )
+    generation = GenerationConfig(min_new_tokens=3, max_new_tokens=6)
+    ImageCaptioner(
+        captioner, tokenizer, ImageTransform(32), generation=generation, device="cpu"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -128,7 +128,7 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
         str(model),
         "--language",
         "ko",
-        "--num-captions",
+        "--num-return-sequences",
         "2",
         "--json",
     )
@@ -141,21 +141,33 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
         assert len(first["tokens"]) == len(first["token_log_probs"]) >= 3
         assert second["log_prob"] < 0
     captioner = ImageCaptioner.from_pretrained(model, device="cpu")
-    assert rows[1]["captions"][0]["text"] == captioner(images[1], language="ko", num_captions=2)[0][0].text
+    assert (
+        rows[1]["captions"][0]["text"]
+        == captioner(images[1], language="ko", num_return_sequences=2)[0][0].text
+    )
 
     heat = tmp_path / "words.png"
     code, out, err = mmt(capsys, "caption", images[0], "--model", str(model), "--heatmap", str(heat))
     assert code == 0
     assert heat.is_file() or "no word to draw" in err
     page = tmp_path / "words.html"
-    must = ["--must-contain", "star", "--max-new-tokens", "12"]
+    must = ["--force-words", "star", "--max-new-tokens", "12"]
     code, out, err = mmt(capsys, "caption", *images, "--model", str(model), "--heatmap", str(page), *must)
     assert code == 0
     assert [("star" in line) for line in out.splitlines()] == [True, True]
     assert page.read_text("utf-8").count("data:image") >= 2
-    code, out, _ = mmt(capsys, "caption", images[0], "--model", str(model), "--sample", "--beams", "1")
+    code, out, _ = mmt(capsys, "caption", images[0], "--model", str(model), "--do-sample")
     assert (code, len(out.splitlines())) == (0, 1)
-    three = ["--different", "--num-captions", "3", "--image-guidance", "2"]
+    three = [
+        "--num-return-sequences",
+        "3",
+        "--num-beam-groups",
+        "3",
+        "--diversity-penalty",
+        "1",
+        "--guidance-scale",
+        "2",
+    ]
     code, out, _ = mmt(capsys, "caption", images[0], "--model", str(model), *three)
     assert (code, len(set(out.splitlines()))) == (0, 3)
     for precision in ("bf16", "int8"):

@@ -41,7 +41,7 @@ def tokenizer(languages: tuple[str, ...] = ("en", "ko")) -> Tokenizer:
 
 # ---------------------------------------------------------------------------------------------------- two stages
 
-SCENES = ["--model.decoding.max_new_tokens=5", "--data.image.image_size=32"]
+SCENES = ["--model.generation.max_new_tokens=5", "--data.image.image_size=32"]
 SCENES += [
     f"--data.source.{name}_size={size}" for name, size in (("train", 12), ("val", 3), ("compositional", 2))
 ]
@@ -234,7 +234,7 @@ def test_each_word_has_its_heat_map(name: str, capsys: pytest.CaptureFixture[str
     image, sheet, page = tmp_path / "p.png", tmp_path / "words.png", tmp_path / "words.html"
     Scenes(image_size=48, train_size=1).split("train").image(0).save(image)
     words = ["caption", str(image), "--model", str(model), "--device", "cpu"]
-    words += ["--must-contain", "star", "--max-new-tokens", "6", "--heatmap"]
+    words += ["--force-words", "star", "--max-new-tokens", "6", "--heatmap"]
     for out in (sheet, page):
         code, said, err = mmt(capsys, *words, str(out))
         assert code == 0, err

@@ -98,8 +98,8 @@ def test_a_recording_says_what_the_model_says(kind: str) -> None:
 
 @pytest.mark.parametrize("options", [
     {"num_beams": 4, "num_return_sequences": 3},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "no_repeat_ngram": 2},
-    {"num_beams": 5, "required": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "no_repeat_ngram_size": 2},
+    {"num_beams": 5, "force_words_ids": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
     {"do_sample": True, "num_return_sequences": 2, "top_p": 0.9},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["window", "cross-attention", "flamingo"])
@@ -118,7 +118,7 @@ def test_streams_and_guidance_can_play_it() -> None:
     torch.manual_seed(0)
     model, record = noisy(MODELS["cross-attention"]()), Recorder()
     batch = batch_for(model, 1)
-    want = list(stream(model, batch, eos_id=EOS, max_new_tokens=9, image_guidance=2.0))
+    want = list(stream(model, batch, eos_id=EOS, max_new_tokens=9, guidance_scale=2.0))
     guided: Any = Guided(model, 2.0)
     assert list(stream(CudaGraphDecoder(guided, record), batch, eos_id=EOS, max_new_tokens=9)) == want
 
@@ -275,10 +275,10 @@ class Looks(TorchDispatchMode):
 SEARCHES: list[dict[str, Any]] = [
     {},
     {"do_sample": True, "top_k": 5, "top_p": 0.9},
-    {"num_beams": 3, "no_repeat_ngram": 3, "repetition_penalty": 1.2, "min_new_tokens": 20},
+    {"num_beams": 3, "no_repeat_ngram_size": 3, "repetition_penalty": 1.2, "min_new_tokens": 20},
     {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
-    {"num_beams": 5, "required": [[[7, 9]], [[11]]]},
-    {"num_beams": 2, "image_guidance": 2.0},
+    {"num_beams": 5, "force_words_ids": [[[7, 9]], [[11]]]},
+    {"num_beams": 2, "guidance_scale": 2.0},
 ]
 
 

@@ -66,18 +66,17 @@ def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
         {},
         {"min_new_tokens": 6},
         {"repetition_penalty": 1.7},
-        {"no_repeat_ngram": 2},
+        {"no_repeat_ngram_size": 2},
         {"num_beams": 3},
         {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.6},
         {"num_beams": 4, "length_penalty": 2.0, "min_new_tokens": 4},
-        {"num_beams": 3, "no_repeat_ngram": 2, "repetition_penalty": 1.3},
+        {"num_beams": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
     ],
     ids=str,
 )
 def test_equals_transformers(hub: Any, captioner: EncoderDecoder, options: dict[str, Any]) -> None:
-    names = {"no_repeat_ngram": "no_repeat_ngram_size", "num_return_sequences": "num_return_sequences"}
     batch = prompts()
-    want = theirs(hub, batch, max_new_tokens=13, **{names.get(k, k): v for k, v in options.items()})
+    want = theirs(hub, batch, max_new_tokens=13, **options)
     ours = generate(captioner, batch, eos_id=EOS, max_new_tokens=13, **options)
     assert [text.tokens for row in ours for text in row] == want
 
@@ -197,7 +196,7 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecode
 
 
 def test_rules_leave_padding_out() -> None:
-    rules = Rules(EOS, repetition_penalty=2.0, no_repeat_ngram=2)
+    rules = Rules(EOS, repetition_penalty=2.0, no_repeat_ngram_size=2)
     scores = torch.tensor([[4.0, -4.0, 1.0, 2.0]])
     history, known = torch.tensor([[0, 0, 1, 3, 1]]), torch.tensor([[False, False, True, True, True]])
     got = rules.apply(scores, history, known, 9)
@@ -209,13 +208,13 @@ def test_rules_leave_padding_out() -> None:
 def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
     batch = prompts()
     faults: list[tuple[dict[str, Any], str]] = [
-        ({"max_new_tokens": 62}, r"prompt of 3 and 62.*64.*at most 61"),
-        ({"max_new_tokens": 0}, "at least 1, not 0"),
-        ({"num_beams": 0}, r"num_beams \(0\)"),
-        ({"num_beams": 2, "num_return_sequences": 3}, r"num_return \(3\).*num_beams \(2\)"),
+        ({"max_new_tokens": 62}, r"prompt of 3 and max_new_tokens \(62\).*64.*at most 61"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"num_beams": 0}, "num_beams must be at least 1, not 0"),
+        ({"num_beams": 2, "num_return_sequences": 3}, r"num_return_sequences \(3\).*num_beams \(2\)"),
         ({"num_beams": 2, "do_sample": True}, "num_beams=2"),
-        ({"num_return_sequences": 2}, "not 2"),
-        ({"do_sample": True, "temperature": 0.0}, "above 0, not 0"),
+        ({"num_return_sequences": 2}, r"one text, not num_return_sequences \(2\)"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0, .*not 0"),
         ({"do_sample": True, "top_k": 0}, "top_k must be at least 1, not 0"),
         ({"do_sample": True, "top_p": 1.5}, r"\(0, 1\], not 1.5"),
     ]

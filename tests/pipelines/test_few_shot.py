@@ -28,7 +28,8 @@ from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.generation.captions import Decoding, write_captions
+from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
 from mmtransformer.generation.prompts import with_prompts
 from support.cli import mmt
@@ -246,7 +247,7 @@ def test_captions_of_a_batch_equal_one_by_one(
 ) -> None:
     model = captioner(visible_images)
     few = shots(model, num_examples=count)
-    options = {"decoding": Decoding(num_beams=beams, max_new_tokens=7), "prompts": few}
+    options = {"generation": GenerationConfig(num_beams=beams, max_new_tokens=7), "prompts": few}
     together = write_captions(model, tokenizer(), queries(*colours), ["en", "ko"], **options)  # type: ignore[arg-type]
     for row, colour in zip(together, colours, strict=True):
         (alone,) = write_captions(model, tokenizer(), queries(colour), ["en", "ko"], **options)  # type: ignore[arg-type]
@@ -288,8 +289,8 @@ def test_examples_matter() -> None:
 
 
 def saved(folder: Path, model: Flamingo | EncoderDecoder) -> Path:
-    decoding = Decoding(num_beams=1, min_new_tokens=3, max_new_tokens=6)
-    ImageCaptioner(model, tokenizer(), TRANSFORM, decoding=decoding, device="cpu").save_pretrained(folder)
+    generation = GenerationConfig(num_beams=1, min_new_tokens=3, max_new_tokens=6)
+    ImageCaptioner(model, tokenizer(), TRANSFORM, generation=generation, device="cpu").save_pretrained(folder)
     return folder
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmtransformer import (
-    Decoding,
     EncoderDecoder,
+    GenerationConfig,
     ImageCaptioner,
     ImageTransform,
     TextDecoder,
@@ -112,10 +112,10 @@ def test_sizes_that_are_none(part: str, value: Any, model: Path) -> None:
         ("preprocessor.json", "mean", "x"),
         ("preprocessor.json", "interpolation", []),
         ("preprocessor.json", "class_path", "os.system"),
-        ("generation.json", "num_beams", HUGE),
-        ("generation.json", "num_beams", None),
-        ("generation.json", "top_p", "x"),
-        ("generation.json", "must_contain", [1]),
+        ("generation_config.json", "num_beams", HUGE),
+        ("generation_config.json", "num_beams", None),
+        ("generation_config.json", "top_p", "x"),
+        ("generation_config.json", "force_words", [1]),
         ("tokenizer_config.json", "languages", None),
         ("tokenizer_config.json", "languages", [["en"]]),
         ("tokenizer_config.json", "languages", 5),
@@ -300,10 +300,12 @@ def test_kinds_of_values(value: Any, hint: Any, good: bool) -> None:
 
 
 def test_settings_are_read_as_they_were_written() -> None:
-    decoding = settings_of(Decoding, {"num_beams": 2, "must_contain": ["a"], "temperature": 1}, "x.json")
-    assert decoding == Decoding(num_beams=2, must_contain=("a",))
+    generation = settings_of(
+        GenerationConfig, {"num_beams": 2, "force_words": ["a"], "temperature": 1}, "x.json"
+    )
+    assert generation == GenerationConfig(num_beams=2, force_words=("a",))
     with pytest.raises(ValueError, match=r"x\.json: unknown keys \['beams'\]"):
-        settings_of(Decoding, {"beams": 2}, "x.json")
+        settings_of(GenerationConfig, {"beams": 2}, "x.json")
     with pytest.raises(ValueError, match=r"x\.json: resize is 'stretch', not"):
         settings_of(ImageTransform, {"resize": "stretch"}, "x.json")
 

@@ -106,7 +106,7 @@ def arguments(name: str, folder: Path) -> list[str]:
             f"--model.captioner.vision.source={folder / 'vit'}",
             "--data.documents.train_size=12",
             "--data.documents.val_size=2",
-            "--model.decoding.max_new_tokens=3",
+            "--model.generation.max_new_tokens=3",
         ]
     if name == "caption_scenes":
         sizes = {"train_size": 12, "val_size": 3, "compositional_size": 2}

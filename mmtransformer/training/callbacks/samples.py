@@ -10,7 +10,8 @@ from mmtransformer.captioners.base import Captioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.dataset import Collate
 from mmtransformer.data.loading.sampler import Pick
-from mmtransformer.generation.captions import Decoding, write_captions
+from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training.engine.sharded import Sharded
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.evaluation import split_languages
@@ -88,8 +89,8 @@ def sample_captions(
     with torch.autocast(device.type, enabled=False):  # on a CPU it cannot stack a cache's float16
         batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
-    greedy = Decoding(num_beams=1, max_new_tokens=max_new_tokens, mark_images=data.mark_images)
-    (rows,) = write_captions(captioner, data.tokenizer, batch, languages, decoding=greedy)
+    greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, mark_images=data.mark_images)
+    (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy)
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):
         of_language = (text for text, code in sample.references if code == language or language is None)

@@ -14,7 +14,8 @@ from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import FactScores
 from mmtransformer.data.scenes.facts import score as score_facts
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.generation.captions import CaptionResult, Decoding, write_captions
+from mmtransformer.generation.captions import CAPTIONING, CaptionResult, write_captions
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.prompts import Prompts
 from mmtransformer.metrics import CaptionScores, score_captions
 from mmtransformer.text.tokenizer import Tokenizer
@@ -55,10 +56,10 @@ class Evaluation:
         predictions: The captions.
         facts: Scores against the scenes, for the embedded data.
         captions: Scores against the references.
-        decoding: How captions were searched for.
+        generation: How captions were searched for.
     """
 
-    decoding: Decoding
+    generation: GenerationConfig
     predictions: dict[str, dict[str, list[Prediction]]] = field(default_factory=dict)
     facts: dict[str, dict[str, FactScores]] = field(default_factory=dict)
     captions: dict[str, dict[str, CaptionScores]] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class Evaluation:
             out["facts"] = {s: {k: v.facts for k, v in by.items()} for s, by in self.facts.items()}
             out["scenes"] = {s: {k: v.to_dict() for k, v in by.items()} for s, by in self.facts.items()}
         out["captions"] = {s: {k: v.to_dict() for k, v in by.items()} for s, by in self.captions.items()}
-        return out | {"decoding": asdict(self.decoding)}
+        return out | {"generation": asdict(self.generation)}
 
     def table(self) -> str:
         """The scores as lines of text."""
@@ -112,7 +113,7 @@ def evaluate(
     data: CaptionData,
     splits: Sequence[str] | None = None,
     *,
-    decoding: Decoding | None = None,
+    generation: GenerationConfig = CAPTIONING,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
@@ -125,7 +126,7 @@ def evaluate(
         captioner: The model; evaluation mode is set.
         data: The data, with the model's tokenizer and transform.
         splits: Which splits; those that the data validates on unless told.
-        decoding: How captions are searched for.
+        generation: How captions are searched for.
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
@@ -136,7 +137,7 @@ def evaluate(
         Captions and scores.
     """
     captioner.to(device).eval()
-    result = Evaluation(decoding or Decoding())
+    result = Evaluation(generation)
     for split in data.val_splits if splits is None else splits:
         codes = split_languages(data.tokenizer, data.rows(split).languages)
         by: dict[str, list[Prediction]] = {code or ANY: [] for code in codes}
@@ -155,7 +156,7 @@ def evaluate(
                     data.tokenizer,
                     batch.to(device),
                     codes,
-                    decoding=result.decoding,
+                    generation=result.generation,
                     prompts=prompts,
                 )
             for name, references, row in zip(batch.names, batch.references, rows, strict=True):

@@ -6,7 +6,7 @@ users saw); so the scores of all numbers are reported side by side.
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
@@ -17,7 +17,8 @@ from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import score as score_facts
 from mmtransformer.data.scenes.scene_documents import SceneDocuments
-from mmtransformer.generation.captions import Decoding, write_captions
+from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.pipelines.few_shot import FewShot
 from mmtransformer.training.evaluation.evaluation import evaluate
 
@@ -64,7 +65,7 @@ def score_few_shot(
     data: CaptionData | InterleavedData,
     num_examples: Sequence[int],
     *,
-    decoding: Decoding,
+    generation: GenerationConfig,
     device: torch.device,
     autocast: torch.dtype | None = None,
     limit_batches: int | None = None,
@@ -79,7 +80,7 @@ def score_few_shot(
         captioner: The model, one that reads pictures anywhere in the text.
         data: The run's data.
         num_examples: Numbers of examples.
-        decoding: How captions are searched for.
+        generation: How captions are searched for.
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
@@ -99,7 +100,7 @@ def score_few_shot(
                 for count in num_examples:
                     few.num_examples = count
                     with torch.autocast(device.type, autocast, autocast is not None):
-                        said = _say(captioner, data, questions, few, decoding, device)
+                        said = _say(captioner, data, questions, few, generation, device)
                     if way == "description":
                         by[count] = score_facts(
                             said, [questions.scene(i) for i in range(most)], language
@@ -117,7 +118,7 @@ def score_few_shot(
         result = evaluate(
             captioner,
             captions,
-            decoding=decoding,
+            generation=generation,
             device=device,
             autocast=autocast,
             limit_batches=limit_batches,
@@ -135,7 +136,7 @@ def _say(
     data: InterleavedData,
     questions: Pairs,
     few: FewShot,
-    decoding: Decoding,
+    generation: GenerationConfig,
     device: torch.device,
 ) -> list[str]:
     """The greedy answer to every question."""
@@ -149,7 +150,7 @@ def _say(
             data.tokenizer,
             batch.to(device),
             [language],
-            decoding=replace(decoding, num_beams=1),
+            generation=generation.one_at_a_time(),
             prompts=few,
         )
         said += [row[0][0].text for row in rows]

@@ -12,7 +12,8 @@ from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss,
 from mmtransformer.captioners.coca import CoCa
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.captions import CAPTIONING
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
@@ -38,7 +39,7 @@ class Captioning(Task):
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
-        decoding: How captions are searched for when the run is evaluated; saved with the model.
+        generation: How captions are searched for when the run is evaluated; saved with the model.
         num_examples: Numbers of examples to caption after as well when the run is evaluated, such as [0, 1, 4]; for
             models that read pictures inside the text.
     """
@@ -50,7 +51,7 @@ class Captioning(Task):
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.0,
         image_ablation_batches: int = 4,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig = CAPTIONING,
         num_examples: Sequence[int] = (),
     ) -> None:
         super().__init__(optim)
@@ -58,7 +59,7 @@ class Captioning(Task):
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         self.captioner, self.label_smoothing = captioner, label_smoothing
         self.image_ablation_batches = image_ablation_batches
-        self.decoding, self.num_examples = decoding or Decoding(), tuple(num_examples)
+        self.generation, self.num_examples = generation, tuple(num_examples)
         if self.num_examples:
             check_reader(captioner)
         self._turn = 0  # of the samples that are shown
@@ -97,7 +98,7 @@ class Captioning(Task):
             check_reader(self.captioner, blind=True)
         if data is None:
             return
-        self.decoding = dataclasses.replace(self.decoding, mark_images=data.mark_images)
+        self.generation = dataclasses.replace(self.generation, mark_images=data.mark_images)
         check_texts(data, data.max_len, self.captioner, "decoder")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")
@@ -169,7 +170,7 @@ class Captioning(Task):
         evaluation = evaluate(
             self.captioner,
             data,
-            decoding=self.decoding,
+            generation=self.generation,
             device=run.device,
             autocast=torch.bfloat16 if half else None,
             limit_batches=run.limit_batches,
@@ -178,7 +179,7 @@ class Captioning(Task):
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
-            self.captioner, data.tokenizer, data.transform, decoding=self.decoding, device=run.device
+            self.captioner, data.tokenizer, data.transform, generation=self.generation, device=run.device
         )
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
@@ -209,7 +210,7 @@ class Captioning(Task):
                 self.captioner,
                 data,
                 self.num_examples,
-                decoding=self.decoding,
+                generation=self.generation,
                 device=run.device,
                 autocast=torch.bfloat16 if half else None,
                 limit_batches=run.limit_batches,
@@ -228,7 +229,7 @@ def finetune(
     optim: Optim = Optim(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
     label_smoothing: float = 0.0,
     image_ablation_batches: int = 4,
-    decoding: Decoding | None = None,
+    generation: GenerationConfig | None = None,
 ) -> Captioning:
     """Goes on from a saved model, with its own tokenizer and image transform.
 
@@ -238,7 +239,7 @@ def finetune(
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
-        decoding: How captions are searched for; that of the saved model unless told.
+        generation: How captions are searched for; that of the saved model unless told.
     """
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
     captioner = saved.captioner.train()
@@ -249,7 +250,7 @@ def finetune(
         optim=optim,
         label_smoothing=label_smoothing,
         image_ablation_batches=image_ablation_batches,
-        decoding=decoding or saved.decoding,
+        generation=generation or saved.generation,
     )
     module.start = saved
     return module

@@ -10,7 +10,8 @@ from torch import Tensor
 from mmtransformer.captioners.base import CaptionBatch, Loss
 from mmtransformer.captioners.image_text import ImageText, Losses
 from mmtransformer.data.loading.sampler import mix
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.captions import CAPTIONING
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.training.engine.data_checks import refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
@@ -38,7 +39,7 @@ class QFormerStage1(Captioning):
         rerank: How many of the nearest are matched again when retrieval is evaluated; 0 = none.
         seed: Of the negatives.
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
-        decoding: How captions are searched for when the run is evaluated; saved with the model.
+        generation: How captions are searched for when the run is evaluated; saved with the model.
     """
 
     captioner: ImageText  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,14 +56,14 @@ class QFormerStage1(Captioning):
         rerank: int = 16,
         seed: int = 0,
         image_ablation_batches: int = 4,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig = CAPTIONING,
     ) -> None:
         super().__init__(
             captioner,
             optim=optim,
             label_smoothing=label_smoothing,
             image_ablation_batches=image_ablation_batches,
-            decoding=decoding,
+            generation=generation,
         )
         if not 0.0 <= itc_smoothing < 1.0:
             raise ValueError(f"itc_smoothing ({itc_smoothing}) must be at least 0 and below 1")

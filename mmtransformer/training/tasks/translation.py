@@ -11,7 +11,7 @@ from mmtransformer.backbones.seq2seq import TextPairs, Transformer
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.parallel import Parallel
 from mmtransformer.data.translation import TranslationData
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
@@ -79,7 +79,7 @@ class Translation(Task):
         model: The model.
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
-        decoding: How translations are searched for when the run is evaluated; saved with the model.
+        generation: How translations are searched for when the run is evaluated; saved with the model.
     """
 
     unit = "pairs"
@@ -90,12 +90,12 @@ class Translation(Task):
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         label_smoothing: float = 0.1,
-        decoding: Decoding | None = None,
+        generation: GenerationConfig = PAPER,
     ) -> None:
         super().__init__(optim)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
-        self.model, self.label_smoothing, self.decoding = model, label_smoothing, decoding or PAPER
+        self.model, self.label_smoothing, self.generation = model, label_smoothing, generation
         self._turn = 0  # of the samples that are shown
 
     @property
@@ -145,11 +145,12 @@ class Translation(Task):
         if data is None or not data.val_splits:
             return []
         self._turn += 1
-        translator = Translator(self.model, data.tokenizer, decoding=self.decoding, device=self.device)
+        greedy = self.generation.one_at_a_time()
+        translator = Translator(self.model, data.tokenizer, generation=greedy, device=self.device)
         lines = []
         for direction, pairs in by_direction(data.rows(data.val_splits[0]).pairs).items():
             pair = pairs[(self._turn - 1) % len(pairs)]
-            (said,) = translator(pair.source, pair.language, num_beams=1)
+            (said,) = translator(pair.source, pair.language)
             lines += [f"{direction}: {pair.source}", f"    {said}", f"    (reference: {pair.text})"]
         return lines
 
@@ -159,7 +160,7 @@ class Translation(Task):
         if data is None:
             return
         facts = self.training_facts(run)
-        translator = Translator(self.model, data.tokenizer, decoding=self.decoding, device=run.device)
+        translator = Translator(self.model, data.tokenizer, generation=self.generation, device=run.device)
         scores: dict[str, dict[str, TranslationScore]] = {}
         shown: list[str] = []
         for split in data.val_splits:

@@ -17,7 +17,8 @@ from mmtransformer.data.scenes.meaning import Facts
 from mmtransformer.data.scenes.scene_documents import WAYS, SceneDocuments, answer
 from mmtransformer.data.scenes.words import say
 from mmtransformer.data.scenes.world import FILLS, SHAPES, Group
-from mmtransformer.generation.captions import CaptionResult, Decoding
+from mmtransformer.generation.captions import CaptionResult
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training.evaluation import few_shot as few_shot_module
 from mmtransformer.training.evaluation.few_shot import FewShotScores, score_few_shot
 
@@ -143,9 +144,9 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
     data, model = data_and_model()
     seen: list[tuple[int, str | None]] = []
 
-    def from_two_on(captioner, tokenizer, batch, languages, *, decoding, prompts):  # type: ignore[no-untyped-def]
+    def from_two_on(captioner, tokenizer, batch, languages, *, generation, prompts):  # type: ignore[no-untyped-def]
         """Answers right if there are at least two examples, and in the way of the examples."""
-        assert decoding.num_beams == 1
+        assert generation.num_beams == 1
         prompted = prompts(batch, languages)
         shots = prompted.visual_tokens.shape[1] - 1
         seen.append((shots, languages[0]))
@@ -161,7 +162,7 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(few_shot_module, "write_captions", from_two_on)
     scores = score_few_shot(
-        model, data, [0, 1, 2, 4], decoding=Decoding(num_beams=3), device=torch.device("cpu")
+        model, data, [0, 1, 2, 4], generation=GenerationConfig(num_beams=3), device=torch.device("cpu")
     )
     assert set(scores.scores) == {
         f"{way}, {code}" for way in ("description", "color") for code in ("en", "ko")
@@ -178,11 +179,11 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_real_model_is_scored_too() -> None:
     data, model = data_and_model()
-    decoding = Decoding(num_beams=1, max_new_tokens=5)
+    generation = GenerationConfig(num_beams=1, max_new_tokens=5)
     device = torch.device("cpu")
-    scores = score_few_shot(model, data, [0, 2], decoding=decoding, device=device, limit_batches=1)
+    scores = score_few_shot(model, data, [0, 2], generation=generation, device=device, limit_batches=1)
     assert all(0 <= score <= 1 for by in scores.scores.values() for score in by.values())
-    pairs = score_few_shot(model, data.captions, [0], decoding=decoding, device=device, limit_batches=1)
+    pairs = score_few_shot(model, data.captions, [0], generation=generation, device=device, limit_batches=1)
     assert pairs.unit == "CIDEr-D"
     assert "val, en" in pairs.scores
 

@@ -14,7 +14,8 @@ from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDe
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.generation.captions import Decoding, write_captions
+from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
 from mmtransformer.training.engine.ema import EMA
@@ -287,7 +288,7 @@ def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> N
 
     def tell_the_truth(model: Any, tokenizer: Any, batch: CaptionBatch, languages: list[str], **_: object):
         fake = write_captions(
-            model, tokenizer, batch, languages, decoding=Decoding(num_beams=1, max_new_tokens=2)
+            model, tokenizer, batch, languages, generation=GenerationConfig(num_beams=1, max_new_tokens=2)
         )
         for row, references in zip(fake, batch.references, strict=True):
             for said, language in zip(row, languages, strict=True):
@@ -306,8 +307,12 @@ def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     data, model = scenes(), captioner()
-    result = evaluate(model, data, decoding=Decoding(num_beams=2, max_new_tokens=5), limit_batches=1)
-    pipeline = ImageCaptioner(model, data.tokenizer, data.transform, decoding=Decoding(max_new_tokens=5))
+    result = evaluate(
+        model, data, generation=GenerationConfig(num_beams=2, max_new_tokens=5), limit_batches=1
+    )
+    pipeline = ImageCaptioner(
+        model, data.tokenizer, data.transform, generation=GenerationConfig(max_new_tokens=5)
+    )
     write_report(tmp_path, pipeline, data, result, extra={"image_ablation": {}}, num_cards=2)
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics["facts"].keys() == {"val", "compositional"}
@@ -323,7 +328,7 @@ def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     pairs = data.pairs("val")
     images = [pairs.image(0), pairs.image(1)]
     assert loaded(images, language="ko") == pipeline(images, language="ko")
-    assert loaded.decoding == Decoding(max_new_tokens=5)
+    assert loaded.generation == GenerationConfig(max_new_tokens=5)
     continued = finetune(str(tmp_path / "model"), freeze_vision=True)
     assert continued.start is not None
     assert continued.start.tokenizer.vocab_size == data.tokenizer.vocab_size

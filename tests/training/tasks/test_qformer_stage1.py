@@ -30,7 +30,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.sampler import mix
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots.gallery import GAP
@@ -173,7 +173,7 @@ def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = scenes(captions_per_image=2), trainer(tmp_path, limit_val_batches=1, callbacks=[])
-    module = QFormerStage1(model(), rerank=2, decoding=Decoding(num_beams=1, max_new_tokens=5))
+    module = QFormerStage1(model(), rerank=2, generation=GenerationConfig(num_beams=1, max_new_tokens=5))
     run.fit(module, datamodule=data)
     module.finish(Run(tmp_path, 1.0, torch.device("cpu"), 1))
     metrics = run.callback_metrics

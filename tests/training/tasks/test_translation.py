@@ -18,7 +18,7 @@ from mmtransformer.data.scenes.meaning import Facts
 from mmtransformer.data.scenes.parallel import Parallel, ParallelTable, SceneTranslations, plain_caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.translation import PairCollate, TranslationData, TranslationRows
-from mmtransformer.generation.captions import Decoding
+from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training import Optim, Translation
 from mmtransformer.training.engine.optim import noam_peak
 from mmtransformer.training.tasks.translation import by_direction, score_translations, table
@@ -192,8 +192,8 @@ def test_only_the_same_tokenizer_resumes() -> None:
 
 def test_translator_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    decoding = Decoding(num_beams=3, max_new_tokens=9, length_penalty=0.6, length_offset=5.0)
-    translator = Translator(small(), tokenizer(), decoding=decoding, device="cpu")
+    generation = GenerationConfig(num_beams=3, max_new_tokens=9, length_penalty=0.6, length_offset=5.0)
+    translator = Translator(small(), tokenizer(), generation=generation, device="cpu")
     texts = ["a small red star", "two dogs", "별 세 개", "three large yellow striped crosses"]
     said = translator(texts, "ko", batch_size=3)
     assert len(said) == 4
@@ -201,7 +201,7 @@ def test_translator_is_saved_and_loaded(tmp_path: Path) -> None:
     translator.save_pretrained(tmp_path / "model", card="all of it")
     again = Translator.from_pretrained(tmp_path / "model", device="cpu")
     assert again(texts, "ko") == said
-    assert again.decoding == decoding
+    assert again.generation == generation
     card = (tmp_path / "model" / "README.md").read_text("utf-8")
     assert "all of it" in card
     assert 'translator("a text", "ko")' in card
@@ -209,8 +209,8 @@ def test_translator_is_saved_and_loaded(tmp_path: Path) -> None:
         translator(texts, "de")
     with pytest.raises(ValueError, match=r"tokenizer has 400 tokens, but the model scores 300"):
         Translator(small(300), tokenizer())
-    (tmp_path / "model" / "generation.json").write_text('{"beams": 3}', "utf-8")
-    with pytest.raises(ValueError, match=r"generation\.json: unknown keys \['beams'\]"):
+    (tmp_path / "model" / "generation_config.json").write_text('{"beams": 3}', "utf-8")
+    with pytest.raises(ValueError, match=r"generation_config\.json: unknown keys \['beams'\]"):
         Translator.from_pretrained(tmp_path / "model")
 
 
@@ -218,7 +218,7 @@ def test_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     translator = Translator(
-        small(), tokenizer(), decoding=Decoding(num_beams=1, max_new_tokens=5), device="cpu"
+        small(), tokenizer(), generation=GenerationConfig(num_beams=1, max_new_tokens=5), device="cpu"
     )
     translator.save_pretrained(tmp_path / "model")
     words = ["translate", "--model", str(tmp_path / "model"), "--language", "ko", "--device", "cpu"]

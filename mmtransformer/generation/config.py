@@ -1,0 +1,141 @@
+"""GenerationConfig: how texts are searched for, spelled and checked here alone."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+MOST_BEAMS = 4096  # a setting out of a file must not take all memory
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How texts are searched for; names and effects are those of transformers' `generate`. Saved with a model.
+
+    Args:
+        max_new_tokens: Most new tokens of a text, its end included.
+        min_new_tokens: No end before so many tokens.
+        num_beams: Beams; 1 = greedy, or sampling.
+        num_return_sequences: Texts a prompt: samples, or the best of the beams.
+        num_beam_groups: Groups that the beams are divided into, each avoiding the words of those before it (diverse
+            beam search, arXiv:1610.02424).
+        diversity_penalty: How much they avoid them.
+        length_penalty: A beam's log-probability is divided by its length to this power; above 0 favours longer texts.
+        length_offset: o in that length, (o + tokens) / (o + 1); 5 is Google's formula (arXiv:1609.08144, equation 14),
+            which "Attention Is All You Need" used with `length_penalty=0.6`.
+        do_sample: Draw tokens instead of taking the likeliest.
+        temperature: Divides the logits before drawing.
+        top_k: Draw from the k likeliest only.
+        top_p: Draw from the fewest tokens that hold this share of probability (nucleus, arXiv:1904.09751).
+        seed: Seed of the drawing.
+        repetition_penalty: Above 1, tokens of prompt and text get less likely (CTRL, arXiv:1909.05858).
+        no_repeat_ngram_size: No n-gram of this length comes twice; 0 = they may.
+        guidance_scale: Above 1, what the picture makes likelier than a blank one does counts for more
+            (arXiv:2207.12598); it takes twice the work. Reported log-probabilities are then the guided ones.
+        force_words: Words that a text must contain; needs beams, and a tokenizer (`generate` takes their ids).
+        mark_images: Let the prompt show where the picture stands, by the tokenizer's image token: for a model that
+            was trained so, on interleaved documents.
+
+    Raises:
+        ValueError: for numbers that make no sense, alone or together; names the setting.
+    """
+
+    max_new_tokens: int = 40
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    length_penalty: float = 1.0
+    length_offset: float = 0.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    guidance_scale: float = 1.0
+    force_words: tuple[str, ...] = ()
+    mark_images: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "force_words", tuple(self.force_words))  # JSON has no tuples
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
+            if value is not None and name in _LEAST and value < _LEAST[name]:
+                raise ValueError(f"{name} must be at least {_LEAST[name]}, not {value}")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be above 0, not {self.temperature}; for the likeliest token use do_sample=False"
+            )
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not all(word.strip() for word in self.force_words):
+            raise ValueError(f"force_words {list(self.force_words)} has an empty word")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        beams, groups, texts = self.num_beams, self.num_beam_groups, self.num_return_sequences
+        if beams > MOST_BEAMS:
+            raise ValueError(f"num_beams ({beams:,}) can be {MOST_BEAMS:,} at most")
+        if beams > 1 and self.do_sample:
+            raise ValueError(f"beam search (num_beams={beams}) does not draw: do_sample needs num_beams=1")
+        if beams > 1 and texts > beams:
+            raise ValueError(f"num_return_sequences ({texts}) cannot exceed num_beams ({beams})")
+        if beams == 1 and texts > 1 and not self.do_sample:
+            raise ValueError(
+                f"greedy search gives one text, not num_return_sequences ({texts}): use do_sample or num_beams"
+            )
+        if beams % groups:
+            raise ValueError(f"num_beams ({beams}) must be a multiple of num_beam_groups ({groups})")
+        if self.diversity_penalty and groups == 1:
+            raise ValueError(f"diversity_penalty ({self.diversity_penalty}) needs num_beam_groups above 1")
+        if self.force_words and (beams == 1 or groups > 1):
+            raise ValueError(
+                f"force_words need beams in one group: num_beams is {beams}, num_beam_groups {groups}"
+            )
+
+    def updated(self, **changes: Any) -> Self:
+        """These settings with some changed; settings of the beams that are not named follow those that are.
+
+        There are as many beams as texts are asked for, a multiple of the groups, and at least 5 for `force_words`;
+        where tokens are drawn there are none.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        if changes.get("do_sample"):
+            changes = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0} | changes
+        elif "num_beams" not in changes and not self.do_sample:
+            texts = changes.get("num_return_sequences", self.num_return_sequences)
+            groups = max(changes.get("num_beam_groups", self.num_beam_groups), 1)
+            beams = max(self.num_beams, texts, 5 if changes.get("force_words") else 1)
+            changes["num_beams"] = -(-beams // groups) * groups
+        return dataclasses.replace(self, **changes)
+
+    def limited(self, most: int) -> Self:
+        """These settings with no more than `most` new tokens, and one at least."""
+        most = max(most, 1)
+        return self if self.max_new_tokens <= most else dataclasses.replace(self, max_new_tokens=most)
+
+    def one_at_a_time(self) -> Self:
+        """These settings for one text, written token by token: what takes several beams is left aside."""
+        return dataclasses.replace(
+            self,
+            num_beams=1,
+            num_return_sequences=1,
+            num_beam_groups=1,
+            diversity_penalty=0.0,
+            force_words=(),
+        )
+
+
+_LEAST = {
+    **dict.fromkeys(("max_new_tokens", "num_beams", "num_return_sequences", "num_beam_groups", "top_k"), 1),
+    **dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "seed"), 0),
+    **dict.fromkeys(("diversity_penalty", "length_offset", "guidance_scale"), 0.0),
+}

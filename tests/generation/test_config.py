@@ -1,0 +1,80 @@
+"""GenerationConfig: what it refuses, what follows what, and that the command line has all of it."""
+
+import argparse
+import dataclasses
+import math
+
+import pytest
+
+from mmtransformer import GenerationConfig
+from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+
+NUMBERS = [
+    ("repetition_penalty", (0.0, -1.0)),
+    ("temperature", (0.0, -1.0)),
+    ("no_repeat_ngram_size", (-1,)),
+    ("min_new_tokens", (-1,)),
+    ("max_new_tokens", (0,)),
+    ("num_beams", (0, 5000)),
+    ("num_beam_groups", (0,)),
+    ("num_return_sequences", (0,)),
+    ("length_penalty", ()),
+    ("length_offset", (-0.5,)),
+    ("diversity_penalty", (-0.5,)),
+    ("guidance_scale", (-0.5,)),
+    ("top_k", (0,)),
+    ("top_p", (0.0, 1.5)),
+    ("seed", (-1,)),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), NUMBERS)
+def test_numbers_that_make_no_sense_are_named(name: str, wrong: tuple[float, ...]) -> None:
+    odd = (math.nan, math.inf, -math.inf) if isinstance(getattr(GenerationConfig(), name), float) else ()
+    for value in (*wrong, *odd, *((math.nan,) if name == "top_p" else ())):
+        with pytest.raises(ValueError, match=rf"^{name}\b"):
+            GenerationConfig(**{name: value})
+
+
+def test_settings_of_beams_follow_those_that_are_named() -> None:
+    three = GenerationConfig(num_beams=3)
+    assert three.updated() == three
+    assert three.updated(num_return_sequences=5).num_beams == 5
+    assert three.updated(num_return_sequences=2).num_beams == 3
+    assert three.updated(num_beam_groups=2).num_beams == 4
+    two = GenerationConfig(num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
+    assert two.updated(num_return_sequences=5).num_beams == 6
+    assert two.updated(do_sample=True, num_return_sequences=5) == GenerationConfig(
+        do_sample=True, num_return_sequences=5
+    )
+    assert two.updated(do_sample=True).updated(num_return_sequences=5).num_beams == 1
+    assert three.updated(force_words=["a"]).num_beams == 5
+    assert three.updated(force_words=["a"], num_beams=2).num_beams == 2
+    with pytest.raises(ValueError, match=r"num_return_sequences \(5\) cannot exceed num_beams \(2\)"):
+        three.updated(num_return_sequences=5, num_beams=2)
+    assert two.one_at_a_time() == GenerationConfig()
+
+
+def test_every_setting_is_an_option_of_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    add_generation_options(parser)
+    assert generation_changes(parser.parse_args([])) == {}
+    words = [
+        "--num-beams",
+        "4",
+        "--length-penalty",
+        "0.5",
+        "--do-sample",
+        "--force-words",
+        "a",
+        "--force-words",
+        "b c",
+    ]
+    assert generation_changes(parser.parse_args([*words, "--no-mark-images", "--top-k", "7"])) == {
+        "num_beams": 4, "length_penalty": 0.5, "do_sample": True, "force_words": ["a", "b c"], "mark_images": False,
+        "top_k": 7,
+    }  # fmt: skip
+    text = " ".join(parser.format_help().split())
+    for field in dataclasses.fields(GenerationConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "Draw from the fewest tokens that hold this share of probability" in text
