@@ -7,26 +7,30 @@ from mmtransformer.lazy import lazy
 if TYPE_CHECKING:
     from mmtransformer.weights.captioners.blip2 import from_blip2 as from_blip2
     from mmtransformer.weights.captioners.blip2 import load_blip2 as load_blip2
-    from mmtransformer.weights.captioners.blip2 import save_blip2_as_hub as save_blip2_as_hub
+    from mmtransformer.weights.captioners.blip2 import save_blip2 as save_blip2
     from mmtransformer.weights.captioners.blip2 import to_blip2 as to_blip2
     from mmtransformer.weights.captioners.idefics import from_idefics as from_idefics
     from mmtransformer.weights.captioners.idefics import to_idefics as to_idefics
     from mmtransformer.weights.captioners.lavis import blip2_from_lavis as blip2_from_lavis
     from mmtransformer.weights.captioners.lavis import image_text_from_lavis as image_text_from_lavis
+    from mmtransformer.weights.captioners.lavis import load_lavis as load_lavis
+    from mmtransformer.weights.captioners.lavis import save_lavis as save_lavis
     from mmtransformer.weights.captioners.lavis import to_lavis as to_lavis
     from mmtransformer.weights.captioners.openflamingo import from_openflamingo as from_openflamingo
+    from mmtransformer.weights.captioners.openflamingo import load_openflamingo as load_openflamingo
+    from mmtransformer.weights.captioners.openflamingo import save_openflamingo as save_openflamingo
     from mmtransformer.weights.captioners.openflamingo import to_openflamingo as to_openflamingo
     from mmtransformer.weights.captioners.qformer import init_from_bert as init_from_bert
     from mmtransformer.weights.captioners.qformer import qformer_from_bert as qformer_from_bert
-    from mmtransformer.weights.text.bert import bert_table as bert_table
     from mmtransformer.weights.text.bert import encoder_to_bert as encoder_to_bert
     from mmtransformer.weights.text.bert import from_bert as from_bert
     from mmtransformer.weights.text.bert import load_encoder as load_encoder
+    from mmtransformer.weights.text.bert import save_encoder as save_encoder
     from mmtransformer.weights.text.gpt2 import decoder_to_gpt2 as decoder_to_gpt2
     from mmtransformer.weights.text.lm import from_transformers as from_transformers
     from mmtransformer.weights.text.lm import load_lm as load_lm
     from mmtransformer.weights.text.lm import load_tokenizer as load_tokenizer
-    from mmtransformer.weights.text.lm import save_as_hub as save_as_hub
+    from mmtransformer.weights.text.lm import save_lm as save_lm
     from mmtransformer.weights.text.lm import to_transformers as to_transformers
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
@@ -37,14 +41,14 @@ if TYPE_CHECKING:
 
 # Where the public names are defined, floor by floor.
 _CONTENTS = {
-    "captioners.blip2": "from_blip2 load_blip2 save_blip2_as_hub to_blip2",
+    "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
     "captioners.idefics": "from_idefics to_idefics",
-    "captioners.lavis": "blip2_from_lavis image_text_from_lavis to_lavis",
-    "captioners.openflamingo": "from_openflamingo to_openflamingo",
+    "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
+    "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.qformer": "init_from_bert qformer_from_bert",
-    "text.bert": "bert_table encoder_to_bert from_bert load_encoder",
+    "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
     "text.gpt2": "decoder_to_gpt2",
-    "text.lm": "from_transformers load_lm load_tokenizer save_as_hub to_transformers",
+    "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
     "vision.timm": "from_timm load_vit to_timm vit_from_state",
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmtransformer import Decoder, ExtendedVocabulary, HubDecoder, TextDecoder
 from mmtransformer.captioners.base import freeze
-from mmtransformer.weights import load_lm, save_as_hub
+from mmtransformer.weights import load_lm, save_lm
 
 VOCAB, NEW = 53, 3
 GEMMA: dict[str, Any] = {
@@ -139,7 +139,7 @@ def test_saved_loaded_and_written_for_transformers(kind: str, tmp_path: Path) ->
     asked = tokens(model)
     assert torch.equal(again.head(again(asked)), model.head(model(asked)))
     if kind in ("tied", "llama"):
-        save_as_hub(model.merged(), tmp_path / "hub")
+        save_lm(model.merged(), tmp_path / "hub")
         hub = load_lm(tmp_path / "hub")
         assert hub.vocab_size == VOCAB - 1 + NEW
         close(hub.head(hub(asked)), model.head(model(asked)))

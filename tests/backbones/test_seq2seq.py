@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmtransformer import TRANSFORMER_SIZES, TextPairs, Transformer, generate, record_attention
 from mmtransformer.layers.attention import Attention
-from mmtransformer.weights.shared.keys import Row, convert_back, layer
+from mmtransformer.weights.shared.keys import convert_back, rows_of
 
 VOCAB, DIM, HEADS = 53, 20, 5
 EOS = 2
@@ -100,32 +100,23 @@ def test_logits_are_the_papers() -> None:
 # --- torch.nn.Transformer with the same weights
 
 
-def torch_table(model: Transformer) -> list[Row]:
-    """Which of our tensors are which of `torch.nn.Transformer`'s."""
-    rows: list[Row] = []
-    for where, depth in (("encoder", model.depth), ("decoder", model.decoder_depth)):
-        for i in range(depth):
-            theirs, ours = (
-                f"{where}.layers.{i}",
-                f"blocks.{i}" if where == "encoder" else f"decoder.blocks.{i}",
-            )
-            pairs = [("self_attn", "attn")] + [("multihead_attn", "cross_attn")] * (where == "decoder")
-            for there, here in pairs:
-                names = [f"{ours}.{here}.{n}_proj" for n in "qkv"]
-                rows += [
-                    Row(f"{theirs}.{there}.in_proj_{kind}", tuple(f"{name}.{kind}" for name in names))
-                    for kind in ("weight", "bias")
-                ]
-                rows += layer(f"{theirs}.{there}.out_proj", f"{ours}.{here}.out_proj")
-            norms = ["norm1", "norm2"] if where == "encoder" else ["norm1", "norm_cross", "norm2"]
-            for number, name in enumerate(norms, 1):
-                rows += layer(f"{theirs}.norm{number}", f"{ours}.{name}")
-            rows += layer(f"{theirs}.linear1", f"{ours}.mlp.fc1") + layer(
-                f"{theirs}.linear2", f"{ours}.mlp.fc2"
-            )
-        if model.pre_norm:
-            rows += layer(f"{where}.norm", "last_norm" if where == "encoder" else "decoder.last_norm")
-    return rows
+TORCH_KEYS = {
+    f"{side}.layers.*.{source}": f"{prefix}blocks.*.{target}"
+    for side, prefix in (("encoder", ""), ("decoder", "decoder."))
+    for source, target in {
+        "self_attn.in_proj_weight": "attn.[q,k,v]_proj.weight",
+        "self_attn.in_proj_bias": "attn.[q,k,v]_proj.bias",
+        "self_attn.out_proj": "attn.out_proj",
+        "multihead_attn.in_proj_weight": "cross_attn.[q,k,v]_proj.weight",
+        "multihead_attn.in_proj_bias": "cross_attn.[q,k,v]_proj.bias",
+        "multihead_attn.out_proj": "cross_attn.out_proj",
+        "linear[1,2]": "mlp.fc[1,2]",
+        "norm1": "norm1",
+        "norm2": "norm2" if side == "encoder" else "norm_cross",
+        "norm3": "none" if side == "encoder" else "norm2",
+    }.items()
+} | {"encoder.norm": "last_norm", "decoder.norm": "decoder.last_norm"}
+"""Which tensors of `torch.nn.Transformer` are which of ours."""
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
@@ -136,7 +127,8 @@ def test_equals_torch_nn_transformer(pre_norm: bool) -> None:
     theirs = nn.Transformer(DIM, HEADS, 2, 3, 37, norm_first=pre_norm, batch_first=True)
     if not pre_norm:  # It puts a norm behind the last one, which the paper does not have.
         theirs.encoder.norm = theirs.decoder.norm = None
-    theirs.load_state_dict(convert_back(torch_table(model), dict(model.state_dict())))
+    own = model.state_dict()
+    theirs.load_state_dict(convert_back(rows_of(TORCH_KEYS, own), own))
     want = theirs.eval()(
         model.embed(batch.source),
         model.decoder.embed(batch.tokens, torch.arange(7)),

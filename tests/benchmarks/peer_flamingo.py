@@ -12,10 +12,9 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from mmtransformer import Flamingo, PerceiverResampler, ViT
-from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.weights import from_transformers
-from mmtransformer.weights.captioners.idefics import gated_table, resampler_table
-from mmtransformer.weights.shared.keys import convert
+from mmtransformer.weights.captioners.idefics import GATED, RESAMPLER
+from mmtransformer.weights.shared.keys import fill
 
 VISUAL, PATCHES, LATENTS, DEPTH, HEADS, HEAD_DIM = 768, 197, 64, 2, 16, 96
 
@@ -72,9 +71,7 @@ class PeerFlamingo(nn.Module):
 def ours_of(peer: PeerFlamingo) -> Flamingo:
     """Our Flamingo with the peer's very weights; its vision tower is never run."""
     resampler = PerceiverResampler(VISUAL, DEPTH, HEADS, HEAD_DIM, LATENTS, activation="relu")
-    load_strictly(
-        resampler, convert(resampler_table(DEPTH, qk_norm=False), peer.resampler.state_dict(), ""), "it"
-    )
+    fill(resampler, RESAMPLER, peer.resampler.state_dict(), "the peer")
     model = Flamingo(
         ViT(16, 16, VISUAL, 1, 12),
         from_transformers(peer.lm),
@@ -88,5 +85,5 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
         mlp_without_image=True,
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):
-        load_strictly(ours, convert(gated_table(qk_norm=False), theirs.state_dict(), "it"), "it")
+        fill(ours, GATED, theirs.state_dict(), "the peer")
     return model

@@ -27,7 +27,7 @@ from mmtransformer import (
 )
 from mmtransformer.cli import main
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.weights import from_transformers, save_as_hub, to_timm
+from mmtransformer.weights import from_transformers, save_lm, to_timm
 from support.cli import mmt
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -164,7 +164,7 @@ def test_blip2_on_pairs_with_a_hubs_tower_and_language_model(
     torch.manual_seed(0)
     (family, build), (images, one), lm = LANGUAGE_MODELS[name], coco, tmp_path / "lm"
     given = build()
-    save_as_hub(given, lm, family, tokenizer=tokenizer(()))
+    save_lm(given, lm, family, tokenizer=tokenizer(()))
     assert json.loads((lm / "config.json").read_text("utf-8"))["model_type"] == family
     two = tmp_path / "two"
     fit(

@@ -28,7 +28,7 @@ from mmtransformer.weights import (
     load_lm,
     load_vit,
     qformer_from_bert,
-    save_as_hub,
+    save_lm,
     to_timm,
 )
 
@@ -53,7 +53,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(["a red star", "a blue dog"], 300, languages=["en"])
     folder = tmp_path_factory.mktemp("model")
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)
-    save_as_hub(TextDecoder(300, 16, 2, 2, max_len=24), folder / "lm")
+    save_lm(TextDecoder(300, 16, 2, 2, max_len=24), folder / "lm")
     tensors = {name: tensor.contiguous() for name, tensor in to_timm(ViT(16, 8, 64, 2, 1)).items()}
     save_file(tensors, folder / "vit.safetensors")
     return folder

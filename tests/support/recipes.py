@@ -13,7 +13,7 @@ from mmtransformer import (
     ViT,
 )
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.weights import save_as_hub
+from mmtransformer.weights import save_lm
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -53,7 +53,7 @@ def language_model(folder: Path, family: str = "ours") -> list[str]:
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko") if family == "ours" else ())
     decoder = TextDecoder(300, 16, 2, 2, max_len=128)
     if family == "gpt2":
-        save_as_hub(decoder, folder, "gpt2")
+        save_lm(decoder, folder, "gpt2")
     else:
         decoder.save_pretrained(folder)
     tokenizer.save(folder)

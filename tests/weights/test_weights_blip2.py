@@ -30,7 +30,7 @@ from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, ViT, generate
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.image_text import ImageText
-from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2_as_hub, to_blip2
+from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2, to_blip2
 from mmtransformer.weights.captioners.lavis import blip2_from_lavis, image_text_from_lavis, to_lavis
 from mmtransformer.weights.captioners.qformer import init_from_bert
 from mmtransformer.weights.vision.eva import vision_from_blip2
@@ -159,7 +159,7 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
             pixels[row : row + 1], source, num_beams=3, max_new_tokens=6, decoder_start_token_id=0
         )  # fmt: skip
         assert found[row][0].tokens == [token for token in want[0, 1:].tolist() if token > 1]
-    save_blip2_as_hub(ours, tmp_path, image_token_id=IMAGE)
+    save_blip2(ours, tmp_path, image_token_id=IMAGE)
     again = load_blip2(tmp_path)
     assert torch.equal(again.logits(given), logits)
     ours.save_pretrained(tmp_path / "own")
@@ -255,9 +255,9 @@ def test_folders_there_and_back(tmp_path: Any) -> None:
     assert isinstance(ours, Blip2)
     pixels, tokens, attention_mask = texts()
     with pytest.raises(ValueError, match=r"image_token_id \(None\) must be one of the decoder's 53 ids"):
-        save_blip2_as_hub(ours, tmp_path / "refused")
+        save_blip2(ours, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-    save_blip2_as_hub(ours, tmp_path / "hub", image_token_id=IMAGE)
+    save_blip2(ours, tmp_path / "hub", image_token_id=IMAGE)
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hub", dtype=torch.float32).eval()
     want = ours.logits(batch(pixels, tokens, attention_mask))
     close(
@@ -277,7 +277,7 @@ def test_folders_there_and_back(tmp_path: Any) -> None:
 
 def test_a_published_config_leaves_out_what_is_usual(tmp_path: Any) -> None:
     ours = from_blip2(noisy(Blip2ForConditionalGeneration(config())))
-    save_blip2_as_hub(ours, tmp_path, image_token_id=IMAGE)
+    save_blip2(ours, tmp_path, image_token_id=IMAGE)
     found = json.loads((tmp_path / "config.json").read_text())
     defaults = Blip2Config().to_dict()
     assert found["vision_config"].pop("layer_norm_eps") == defaults["vision_config"]["layer_norm_eps"]

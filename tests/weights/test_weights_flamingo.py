@@ -20,10 +20,9 @@ from mmtransformer import (
 )
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import GatedCrossAttentionBlock, SwiGLU, make_norm
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.captioners.idefics import from_idefics, gated_table, resampler_table, to_idefics
+from mmtransformer.weights.captioners.idefics import GATED, RESAMPLER, from_idefics, to_idefics
 from mmtransformer.weights.captioners.openflamingo import from_openflamingo, to_openflamingo
-from mmtransformer.weights.shared.keys import convert
+from mmtransformer.weights.shared.keys import fill
 
 VOCAB, DIM, VISUAL = 53, 24, 20
 
@@ -77,7 +76,7 @@ def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
         per_channel=alpha == "vector",
     )  # fmt: skip
     state = {name: t.flatten() if "alpha" in name else t for name, t in theirs.state_dict().items()}
-    load_strictly(ours, convert(gated_table(qk_norm=norms), state, "the layer"), "the layer")
+    fill(ours, GATED, state, "the layer")
     x, latents = torch.randn(2, 7, DIM), torch.randn(2, 11, VISUAL)
     mask = torch.rand(2, 7, 11) < 0.4
     mask[0, :3] = mask[1, 6] = False
@@ -95,7 +94,7 @@ def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
 def test_the_resampler_of_idefics(norms: bool) -> None:
     theirs = noisy(IdeficsPerceiverResampler(config(perceiver_norms=norms), VISUAL, 2, 3, 7, 5))
     ours = PerceiverResampler(VISUAL, 2, 3, 7, 5, activation="relu", qk_norm="layer" if norms else None)
-    load_strictly(ours, convert(resampler_table(2, qk_norm=norms), theirs.state_dict(), "it"), "it")
+    fill(ours, RESAMPLER, theirs.state_dict(), "it")
     x = torch.randn(2, 3, 11, VISUAL)
     torch.testing.assert_close(ours(x).flatten(0, 1), theirs(x.flatten(0, 1)), atol=1e-5, rtol=1e-5)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtransformer import Decoder, ExtendedVocabulary, TextDecoder, Tokenizer
 from mmtransformer.backbones.hub_decoder import HubDecoder
-from mmtransformer.weights import from_transformers, load_lm, save_as_hub, to_transformers
+from mmtransformer.weights import from_transformers, load_lm, save_lm, to_transformers
 from mmtransformer.weights.text.llama import rope_of
 
 VOCAB, LENGTH = 53, 23
@@ -138,7 +138,7 @@ def test_decoding_with_caches_equals_transformers_and_the_whole(name: str) -> No
 def test_the_way_back(name: str, tmp_path: Path) -> None:
     theirs = make(name)
     ours = from_transformers(theirs)
-    save_as_hub(ours, tmp_path, theirs.config.model_type)
+    save_lm(ours, tmp_path, theirs.config.model_type)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert type(again) is type(theirs)
@@ -232,7 +232,7 @@ def test_recipes_build_an_extended_language_model_and_its_tokenizer(tmp_path: Pa
 
     tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300)
     decoder = TextDecoder(tokenizer.vocab_size, 24, 2, 4, max_len=29)
-    save_as_hub(decoder, tmp_path, tokenizer=tokenizer)
+    save_lm(decoder, tmp_path, tokenizer=tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]) == (0, 1, 2)
 
@@ -356,7 +356,7 @@ def test_tied_weights_that_differ_are_refused() -> None:
 )
 def test_decoders_of_no_family_are_not_written(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        save_as_hub(TextDecoder(53, 24, 2, 4, max_len=29, **options), tmp_path / "out")
+        save_lm(TextDecoder(53, 24, 2, 4, max_len=29, **options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

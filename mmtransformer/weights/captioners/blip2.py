@@ -1,10 +1,8 @@
 """transformers' BLIP-2 and InstructBLIP -> `Blip2` and `ImageText`, and back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
@@ -14,19 +12,13 @@ from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors.qformer import QFormer
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    find_folder,
-    load_strictly,
-    open_weights,
-    read_json,
-    weights_written_to,
-)
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_table, under
-from mmtransformer.weights.shared.keys import Row, UnsupportedModel, convert, convert_back, layer
-from mmtransformer.weights.text.lm import decoder_from_state, read_tensors, to_transformers
+from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
+from mmtransformer.weights.shared.configs import UnsupportedModel
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.keys import export, fill, nested, part
+from mmtransformer.weights.text.lm import decoder_from_state, to_transformers
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
 
 # What transformers takes for granted where a config.json does not say it.
@@ -130,26 +122,20 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: 
     Raises:
         ValueError: as `from_blip2`.
     """
-    parts: dict[str, dict[str, Tensor]] = {"vision_model": {}, "language_model": {}, "bridge": {}}
-    for name, tensor in state.items():
-        root = name.split(".")[0]
-        parts[root if root in parts else "bridge"][name] = tensor
-    vision = vision_from_blip2(config["vision_config"], parts["vision_model"], context)
-    bridge = parts["bridge"]
-    if "itm_head.weight" in bridge:
+    towers = ("vision_model.", "language_model.")
+    tower = {name: tensor for name, tensor in state.items() if name.startswith(towers[0])}
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(towers)}
+    vision = vision_from_blip2(config["vision_config"], tower, context)
+    if "itm_head.weight" in rest:
         qformer = _qformer(config, text=True, context=context)
         model = ImageText(vision, qformer, embed_dim=config["image_text_hidden_size"], freeze_vision=True)
-        new = {name: t for name, t in model.state_dict().items() if name.startswith(("head_", "log_"))}
-        ours = convert(_image_text_table(model), bridge, context) | new
     else:
         instruct = config["model_type"] == "instructblip"
         qformer = _qformer(config, text=instruct, context=context)
-        language = {name.removeprefix("language_model."): t for name, t in parts["language_model"].items()}
+        language = part(state, "language_model.")
         decoder = _language_model(config["text_config"], language, f"{context}, language model")
         model = Blip2(vision, qformer, decoder, instruct=instruct)
-        ours = convert(_bridge_table(model), bridge, context)
-        ours |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()}
-    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, context)
+    fill(model, _keys(model), rest, context, kept=_ELSEWHERE)
     return model.eval()
 
 
@@ -165,15 +151,17 @@ def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: s
     return model
 
 
-def _bridge_table(model: Blip2) -> list[Row]:
-    style = INSTRUCTBLIP if model.instruct else BLIP2
-    return under("qformer", qformer_table(model.qformer, style)) + layer("language_projection", "proj")
+_ELSEWHERE = ("vision.", "decoder.", "head_", "log_temperature")
+"""The towers, which have tables of their own, and what transformers has no place for."""
 
 
-def _image_text_table(model: ImageText) -> list[Row]:
-    rows = under("qformer", qformer_table(model.qformer, BLIP2))
-    rows += layer("vision_projection", "vision_proj") + layer("text_projection", "text_proj")
-    return rows + layer("itm_head", "itm_head")
+def _keys(model: Blip2 | ImageText) -> dict[str, str]:
+    style = INSTRUCTBLIP if isinstance(model, Blip2) and model.instruct else BLIP2
+    return nested(qformer_keys(style), target="qformer.") | {
+        "language_projection": "proj",
+        "[vision,text]_projection": "[vision,text]_proj",
+        "itm_head": "itm_head",
+    }
 
 
 def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -192,10 +180,10 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
         "qformer_config": _qformer_config(model.qformer),
         "num_query_tokens": model.qformer.num_queries,
     }
-    own = dict(model.state_dict())
+    tensors |= export(model, _keys(model), "BLIP-2", kept=_ELSEWHERE)
     if isinstance(model, ImageText):
         config |= {"architectures": ["Blip2ForImageTextRetrieval"], "image_text_hidden_size": model.embed_dim}
-        return config, tensors | convert_back(_image_text_table(model), own)
+        return config, tensors
     kind = "InstructBlip" if model.instruct else "Blip2"
     config |= {"model_type": "instructblip"} if model.instruct else {}
     if isinstance(model.decoder, HubDecoder | HubSeq2Seq):
@@ -205,7 +193,6 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
     else:
         raise ValueError(f"transformers has no language model like {type(model.decoder).__name__}")
     config |= {"architectures": [f"{kind}ForConditionalGeneration"], "text_config": text}
-    tensors |= convert_back(_bridge_table(model), own)
     return config, tensors | {f"language_model.{name}": tensor for name, tensor in language.items()}
 
 
@@ -221,16 +208,14 @@ def load_blip2(source: str | Path) -> Blip2 | ImageText:
         raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip-2" or "instructblip"')
     state = read_tensors(folder)
     with built_from(state, str(folder)):
-        for part, defaults in _DEFAULTS.items():  # Configs of the published models leave out what is usual.
-            config[part] = defaults | config.get(part, {})
+        for name, defaults in _DEFAULTS.items():  # Configs of the published models leave out what is usual.
+            config[name] = defaults | config.get(name, {})
         usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
         config["text_config"] = usual | config.get("text_config", {})
         return blip2_from_state(_USUAL | config, state, str(folder))
 
 
-def save_blip2_as_hub(
-    model: Blip2 | ImageText, folder: str | Path, *, image_token_id: int | None = None
-) -> None:
+def save_blip2(model: Blip2 | ImageText, folder: str | Path, *, image_token_id: int | None = None) -> None:
     """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
 
     Args:
@@ -250,13 +235,4 @@ def save_blip2_as_hub(
                 f"decoder's {model.vocab_size} ids that no text has"
             )
         config["image_token_index"] = image_token_id
-        if isinstance(model.decoder, TextDecoder) and model.decoder.tied:
-            del tensors["language_model.lm_head.weight"]
-    places: dict[int, str] = {}  # A file holds a tensor once.
-    tensors = {name: t for name, t in tensors.items() if places.setdefault(t.data_ptr(), name) == name}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with weights_written_to(folder / WEIGHTS):
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    open_weights(folder)
+    write_folder(folder, config, tensors)

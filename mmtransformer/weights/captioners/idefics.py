@@ -12,72 +12,40 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
+from mmtransformer.weights.shared.configs import activation_of
+from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama
+from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _ROWS, _HEAD = "model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight"
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+RESAMPLER = {
+    "latents": "latents",
+    "blocks.*.0.[context,latents]_layer_norm": "blocks.*.[norm_context,norm1]",
+    "blocks.*.0.[q_proj,k_proj,v_proj,output_proj]": "blocks.*.attn.[q_proj,k_proj,v_proj,out_proj]",
+    "blocks.*.0.[q,k]_layer_norm": "blocks.*.attn.[q,k]_norm",
+    "blocks.*.1.[ln,fc,c_proj]": "blocks.*.[norm2,mlp.fc1,mlp.fc2]",
+    "layer_norm": "last_norm",
 }
+"""The key table of `IdeficsPerceiverResampler`."""
 
+GATED = {
+    "alpha_[cross_attn,dense]": "[attn,mlp]_gate",
+    "[input,post_attention]_layernorm": "norm[1,2]",
+    "cross_attn.[q_proj,k_proj,v_proj,o_proj]": "attn.[q_proj,k_proj,v_proj,out_proj]",
+    "cross_attn.[q,k]_layer_norm": "attn.[q,k]_norm",
+    "mlp.[gate,up,down]_proj": "mlp.[gate,up,down]_proj",
+}
+"""The key table of `IdeficsGatedCrossAttentionLayer`."""
 
-def resampler_table(depth: int, *, qk_norm: bool, prefix: str = "") -> list[Row]:
-    """The rows of `IdeficsPerceiverResampler`."""
-    rows = [Row(f"{prefix}latents", ("latents",))]
-    for n in range(depth):
-        attn, mlp, ours = f"{prefix}blocks.{n}.0", f"{prefix}blocks.{n}.1", f"blocks.{n}"
-        rows += layer(f"{attn}.context_layer_norm", f"{ours}.norm_context")
-        rows += layer(f"{attn}.latents_layer_norm", f"{ours}.norm1")
-        for name in ("q", "k", "v"):
-            rows += layer(f"{attn}.{name}_proj", f"{ours}.attn.{name}_proj", bias=False)
-        rows += layer(f"{attn}.output_proj", f"{ours}.attn.out_proj", bias=False)
-        if qk_norm:
-            rows += layer(f"{attn}.q_layer_norm", f"{ours}.attn.q_norm")
-            rows += layer(f"{attn}.k_layer_norm", f"{ours}.attn.k_norm")
-        rows += layer(f"{mlp}.ln", f"{ours}.norm2") + layer(f"{mlp}.fc", f"{ours}.mlp.fc1", bias=False)
-        rows += layer(f"{mlp}.c_proj", f"{ours}.mlp.fc2", bias=False)
-    return rows + layer(f"{prefix}layer_norm", "last_norm")
-
-
-def gated_table(*, qk_norm: bool, theirs: str = "", ours: str = "") -> list[Row]:
-    """The rows of `IdeficsGatedCrossAttentionLayer`; prefixes end with a dot."""
-    rows = [
-        Row(f"{theirs}alpha_cross_attn", (f"{ours}attn_gate",)),
-        Row(f"{theirs}alpha_dense", (f"{ours}mlp_gate",)),
-    ]
-    rows += layer(f"{theirs}input_layernorm", f"{ours}norm1", bias=False)
-    rows += layer(f"{theirs}post_attention_layernorm", f"{ours}norm2", bias=False)
-    for there, here in (
-        ("q_proj", "q_proj"),
-        ("k_proj", "k_proj"),
-        ("v_proj", "v_proj"),
-        ("o_proj", "out_proj"),
-    ):
-        rows += layer(f"{theirs}cross_attn.{there}", f"{ours}attn.{here}", bias=False)
-    if qk_norm:
-        rows += layer(f"{theirs}cross_attn.q_layer_norm", f"{ours}attn.q_norm", bias=False)
-        rows += layer(f"{theirs}cross_attn.k_layer_norm", f"{ours}attn.k_norm", bias=False)
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        rows += layer(f"{theirs}mlp.{name}", f"{ours}mlp.{name}", bias=False)
-    return rows
-
-
-def _vision_table(depth: int) -> list[Row]:
-    rows = [Row("embeddings.patch_embedding.weight", ("patch_embed.proj.weight",))]
-    rows += layer("pre_layrnorm", "first_norm")
-    for n in range(depth):
-        theirs, ours = f"encoder.layers.{n}", f"blocks.{n}"
-        rows += layer(f"{theirs}.layer_norm1", f"{ours}.norm1") + layer(
-            f"{theirs}.layer_norm2", f"{ours}.norm2"
-        )
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            rows += layer(f"{theirs}.self_attn.{name}", f"{ours}.attn.{name}")
-        rows += layer(f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1") + layer(f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2")
-    return rows
+_GATED = nested(GATED, source="*.", target="*.")
+_TOWER = {
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "pre_layrnorm": "first_norm",
+    "encoder.layers.*.layer_norm[1,2]": "blocks.*.norm[1,2]",
+    "encoder.layers.*.self_attn.[q_proj,k_proj,v_proj,out_proj]": "blocks.*.attn.[q_proj,k_proj,v_proj,out_proj]",
+    "encoder.layers.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
+}
+_POSITIONS, _CLASS = "embeddings.position_embedding.weight", "embeddings.class_embedding"
 
 
 def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") -> Flamingo:
@@ -108,16 +76,16 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         )
     }  # fmt: skip
     text |= {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
-    parts = (
+    others = (
         "model.vision_model.",
         "model.perceiver_resampler.",
         "model.gated_cross_attn_layers.",
         _ROWS,
         _HEAD,
     )
-    words = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
+    words = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
     decoder = _with_more_words(decoder_from_llama(text, words, context), state)
-    vision = _vision(config.vision_config, _under(state, "model.vision_model."), context)
+    vision = _vision(config.vision_config, part(state, "model.vision_model."), context)
     perceiver = config.perceiver_config
     qk_norm = perceiver.qk_layer_norms_perceiver
     resampler = PerceiverResampler(
@@ -129,8 +97,7 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         activation="relu",
         qk_norm="layer" if qk_norm else None,
     )
-    table = resampler_table(resampler.depth, qk_norm=qk_norm)
-    load_strictly(resampler, convert(table, _under(state, "model.perceiver_resampler."), context), context)
+    fill(resampler, RESAMPLER, part(state, "model.perceiver_resampler."), context)
     flamingo = Flamingo(
         vision,
         decoder,
@@ -149,9 +116,9 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
     )
     gated = {
         n: t.flatten() if "alpha" in n else t
-        for n, t in _under(state, "model.gated_cross_attn_layers.").items()
+        for n, t in part(state, "model.gated_cross_attn_layers.").items()
     }
-    load_strictly(flamingo.gated_blocks, convert(_gated_rows(flamingo), gated, context), context)
+    fill(flamingo.gated_blocks, _GATED, gated, context)
     return flamingo.eval()
 
 
@@ -185,44 +152,28 @@ def to_idefics(model: Flamingo) -> dict[str, Tensor]:
             f"this one has norm_pre {vision.norm_pre}, a last norm with {kept or 'nothing'} of its own, and "
             f"{resampler.activation}"
         )
-    theirs = decoder_to_llama(decoder)
+    source = decoder_to_llama(decoder)
     if longer is not None:
         if longer.first != decoder.vocab_size:
             raise ValueError(
                 f"Idefics has its additional words behind the other {decoder.vocab_size}, not from id {longer.first}"
             )
-        theirs[_ROWS] = longer.new_embed.weight.detach()
-        theirs[_HEAD] = theirs[_ROWS] if longer.new_head is None else longer.new_head.weight.detach()
-    tower = convert_back(_vision_table(vision.depth), dict(vision.state_dict()))
-    patches = tower["embeddings.patch_embedding.weight"]
-    tower["embeddings.patch_embedding.weight"] = patches.unflatten(
-        1, (vision.in_channels, vision.patch_size, vision.patch_size)
-    )
-    assert vision.prefix_tokens is not None
-    tower["embeddings.class_embedding"] = vision.prefix_tokens[0, 0].detach()
-    positions = vision.pos_embed[0].detach()
-    tower["embeddings.position_embedding.weight"] = torch.cat((torch.zeros_like(positions[:1]), positions))
+        source[_ROWS] = longer.new_embed.weight.detach()
+        source[_HEAD] = source[_ROWS] if longer.new_head is None else longer.new_head.weight.detach()
+    tower = vit_tensors(vision, _TOWER, "Idefics", positions=_POSITIONS, prefix=[_CLASS], kept=("norm.",))
+    tower |= {_POSITIONS: tower[_POSITIONS][0], _CLASS: tower[_CLASS][0, 0]}
     tower |= {f"post_layernorm.{name}": tensor for name, tensor in plain.items()}
-    theirs |= {f"model.vision_model.{name}": tensor for name, tensor in tower.items()}
-    table = resampler_table(
-        resampler.depth, qk_norm=resampler.qk_norm is not None, prefix="model.perceiver_resampler."
-    )
-    theirs |= convert_back(table, dict(resampler.state_dict()))
-    gated = convert_back(_gated_rows(model), dict(model.gated_blocks.state_dict()))
-    for name, tensor in gated.items():
-        vector = "alpha" in name and model.per_channel
-        theirs[f"model.gated_cross_attn_layers.{name}"] = tensor[None, None] if vector else tensor
-    return theirs
-
-
-def _gated_rows(model: Flamingo) -> list[Row]:
-    qk_norm = model.qk_norm is not None
-    blocks = range(len(model.cross_layers))
-    return [row for n in blocks for row in gated_table(qk_norm=qk_norm, theirs=f"{n}.", ours=f"{n}.")]
-
-
-def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    gated = {
+        name: tensor[None, None] if "alpha" in name and model.per_channel else tensor
+        for name, tensor in export(model.gated_blocks, _GATED, "Idefics").items()
+    }
+    for place, tensors in (
+        ("vision_model", tower),
+        ("perceiver_resampler", export(resampler, RESAMPLER, "Idefics")),
+        ("gated_cross_attn_layers", gated),
+    ):
+        source |= {f"model.{place}.{name}": tensor for name, tensor in tensors.items()}
+    return source
 
 
 def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
@@ -238,10 +189,7 @@ def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
 
 
 def _vision(config: Any, state: dict[str, Tensor], context: str) -> ViT:
-    if config.hidden_act not in _ACTIVATIONS:
-        raise ValueError(
-            f"{context}: ViT has no activation like {config.hidden_act}: it has {', '.join(_ACTIVATIONS)}"
-        )
+    activation = activation_of(config.to_dict(), "hidden_act", context)
     vision = ViT(
         config.image_size,
         config.patch_size,
@@ -250,17 +198,13 @@ def _vision(config: Any, state: dict[str, Tensor], context: str) -> ViT:
         config.num_attention_heads,
         mlp_dim=config.intermediate_size,
         in_channels=config.num_channels,
-        activation=_ACTIVATIONS[config.hidden_act],  # pyright: ignore[reportArgumentType]
+        activation=activation,
         norm_eps=config.layer_norm_eps,
         patch_bias=False,
         norm_pre=True,
     )
-    positions = state.pop("embeddings.position_embedding.weight")
-    first = state.pop("embeddings.class_embedding") + positions[0]
+    plain = {"norm.weight": torch.ones(vision.dim), "norm.bias": torch.zeros(vision.dim)}
     unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]
-    ours = convert(_vision_table(vision.depth), state, context, ignored=unread)
-    ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(1)
-    ours |= {"prefix_tokens": first[None, None], "pos_embed": positions[None, 1:]}
-    ours |= {"norm.weight": torch.ones(vision.dim), "norm.bias": torch.zeros(vision.dim)}
-    load_strictly(vision, ours, context)
-    return vision
+    return fill_vit(
+        vision, _TOWER, state, context, positions=_POSITIONS, prefix=[_CLASS], ignored=unread, extra=plain
+    )

@@ -6,7 +6,7 @@ tensors without running what a file may bring along.
 
 import math
 import re
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,28 +17,38 @@ from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.captioners.qformer import LAVIS, qformer_table, under
-from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.captioners.qformer import LAVIS, qformer_keys
+from mmtransformer.weights.shared.folders import read_state, write_folder
+from mmtransformer.weights.shared.keys import export, fill, nested, part
+from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _PROJECTIONS = ("opt_proj", "llm_proj", "t5_proj")
 _COPIES = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
+_TOWERS = ("vision.", "decoder.")
 _BUFFERS = ("Qformer.bert.embeddings.position_ids",)
 _PATCHES = "visual_encoder.patch_embed.proj.weight"
 _WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
 _POSITIONS = "Qformer.bert.embeddings.position_embeddings.weight"
 
 
-def _vision_table(depth: int) -> list[Row]:
-    """The tower's rows; query and value biases are handled beside it, for a key bias is not kept there."""
-    rows = layer("visual_encoder.patch_embed.proj", "patch_embed.proj")
-    for i in range(depth):
-        theirs, ours = f"visual_encoder.blocks.{i}", f"blocks.{i}"
-        rows += layer(f"{theirs}.norm1", f"{ours}.norm1") + layer(f"{theirs}.norm2", f"{ours}.norm2")
-        rows += layer(f"{theirs}.attn.qkv", *(f"{ours}.attn.{name}_proj" for name in "qkv"), bias=False)
-        rows += [Row(f"{theirs}.attn.{name}_bias", (f"{ours}.attn.{name}_proj.bias",)) for name in "qv"]
-        rows += layer(f"{theirs}.attn.proj", f"{ours}.attn.out_proj")
-        rows += layer(f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1") + layer(f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2")
-    return rows + layer("ln_vision", "norm")
+_TOWER = {  # A bias of keys has no name there: it shifts all scores of a query alike, so nothing changes without.
+    "visual_encoder.patch_embed.proj": "patch_embed.proj",
+    "visual_encoder.blocks.*.norm[1,2]": "blocks.*.norm[1,2]",
+    "visual_encoder.blocks.*.attn.qkv.weight": "blocks.*.attn.[q,k,v]_proj.weight",
+    "visual_encoder.blocks.*.attn.[q,v]_bias": "blocks.*.attn.[q,v]_proj.bias",
+    "visual_encoder.blocks.*.attn.proj": "blocks.*.attn.out_proj",
+    "visual_encoder.blocks.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
+    "ln_vision": "norm",
+}
+_TOKEN, _TABLE = "visual_encoder.cls_token", "visual_encoder.pos_embed"
+_KEYS = nested(qformer_keys(LAVIS), target="qformer.") | {
+    "vision_proj": "vision_proj",
+    "text_proj": "text_proj",
+    "itm_head": "itm_head",
+    "Qformer.cls.predictions.transform.[dense,LayerNorm]": "head_[dense,norm]",
+    "Qformer.cls.predictions.bias": "head_bias",
+}
 
 
 def vision_from_lavis(
@@ -63,8 +73,7 @@ def vision_from_lavis(
                 f"{context} has no tensor visual_encoder.{name}: give the vision tower beside it"
             )
     dim, channels, patch, _ = state[_PATCHES].shape
-    token, positions = state.pop("visual_encoder.cls_token"), state.pop("visual_encoder.pos_embed")
-    side = math.isqrt(positions.shape[1] - 1)
+    side = math.isqrt(state[_TABLE].shape[1] - 1)
     vit = ViT(
         side * patch,
         patch,
@@ -74,14 +83,8 @@ def vision_from_lavis(
         mlp_dim=state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
         in_channels=channels,
     )
-    flat = state | {
-        "visual_encoder.patch_embed.proj.weight": state["visual_encoder.patch_embed.proj.weight"].flatten(1)
-    }
-    ours = convert(_vision_table(vit.depth), flat, context)
-    ours |= {"prefix_tokens": token + positions[:, :1], "pos_embed": positions[:, 1:]}
-    ours |= {f"blocks.{i}.attn.k_proj.bias": torch.zeros(dim) for i in range(vit.depth)}
-    load_strictly(vit, ours, context)
-    return vit.eval()
+    keyless = {f"blocks.{i}.attn.k_proj.bias": torch.zeros(dim) for i in range(vit.depth)}
+    return fill_vit(vit, _TOWER, state, context, positions=_TABLE, prefix=[_TOKEN], extra=keyless)
 
 
 def _depth(state: dict[str, Tensor], pattern: str) -> int:
@@ -141,10 +144,8 @@ def image_text_from_lavis(
     for copy, name in zip(_COPIES, (_WORDS, "Qformer.cls.predictions.bias"), strict=True):
         if copy in state and not torch.equal(state[copy], state[name]):
             raise ValueError(f"{context}: {copy} differs from {name}, to which ImageText ties it")
-    temperature = state.pop("temp").reshape(())
-    ours = convert(_stage1_table(model), state, context, ignored=_COPIES + _BUFFERS)
-    ours |= {"log_temperature": temperature.float().log()}
-    load_strictly(model, ours | {f"vision.{name}": t for name, t in vision.state_dict().items()}, context)
+    temperature = {"log_temperature": state.pop("temp").reshape(()).float().log()}
+    fill(model, _KEYS, state, context, ignored=_COPIES + _BUFFERS, kept=_TOWERS, extra=temperature)
     return model.eval()
 
 
@@ -176,11 +177,7 @@ def blip2_from_lavis(
             f"{context} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one"
         )
     model = Blip2(vision, qformer, decoder, instruct=qformer.vocab_size is not None, train_norm=True)
-    ours = convert(_stage2_table(model, found[0]), state, context, ignored=_BUFFERS)
-    towers = {"vision": vision, "decoder": decoder}
-    for tower, module in towers.items():
-        ours |= {f"{tower}.{name}": tensor for name, tensor in module.state_dict().items()}
-    load_strictly(model, ours, context)
+    fill(model, _KEYS | {found[0]: "proj"}, state, context, ignored=_BUFFERS, kept=_TOWERS)
     return model.eval()
 
 
@@ -192,29 +189,15 @@ def _split_vision(
         return rest, vision_from_lavis(state, context=context)
     if any(name.startswith("visual_encoder.") for name in state):
         raise ValueError(f"{context} has a vision tower (visual_encoder), and another one was given")
-    norm = {name.removeprefix("ln_vision."): t for name, t in state.items() if name.startswith("ln_vision.")}
+    norm = part(state, "ln_vision.")
     load_strictly(vision.norm, norm, f"{context}, ln_vision")
     return rest, vision
-
-
-def _stage1_table(model: ImageText) -> list[Row]:
-    rows = under("qformer", qformer_table(model.qformer, LAVIS))
-    rows += (
-        layer("vision_proj", "vision_proj") + layer("text_proj", "text_proj") + layer("itm_head", "itm_head")
-    )
-    rows += layer("Qformer.cls.predictions.transform.dense", "head_dense")
-    rows += layer("Qformer.cls.predictions.transform.LayerNorm", "head_norm")
-    return rows + [Row("Qformer.cls.predictions.bias", ("head_bias",))]
-
-
-def _stage2_table(model: Blip2, projection: str) -> list[Row]:
-    return under("qformer", qformer_table(model.qformer, LAVIS)) + layer(projection, "proj")
 
 
 def to_lavis(model: ImageText | Blip2, *, projection: str | None = None) -> dict[str, Tensor]:
     """The tensors of a model by LAVIS's names, the vision tower's among them, the language model's not.
 
-    A key bias of the vision tower has no name there: it shifts all scores of a query alike, so nothing changes without.
+    A key bias of the vision tower has no name there, and changes nothing.
 
     Args:
         model: of stage 1 or stage 2.
@@ -223,26 +206,55 @@ def to_lavis(model: ImageText | Blip2, *, projection: str | None = None) -> dict
     Raises:
         ValueError: if the vision tower has parts that LAVIS's has not.
     """
-    own: dict[str, Any] = dict(model.state_dict())
-    vision = {name.removeprefix("vision."): t for name, t in own.items() if name.startswith("vision.")}
-    token, positions = vision.pop("prefix_tokens", None), vision.pop("pos_embed")
-    table = _vision_table(model.vision.depth)
-    known = {name for row in table for name in row.target}
-    extra = [name for name in vision if name not in known and not name.endswith("k_proj.bias")]
-    if extra or token is None or token.shape[1] != 1 or model.vision.activation != "gelu":
+    vision = model.vision
+    if not vision.class_token or vision.num_registers or vision.activation != "gelu":
         raise ValueError(
-            f"LAVIS's EVA-ViT has one class token, gelu and no {', '.join(extra[:3]) or 'registers'}; this tower has "
-            f"{model.vision.num_prefix_tokens} prefix tokens and {model.vision.activation}"
+            f"LAVIS's EVA-ViT has one class token and gelu; this tower has {vision.num_prefix_tokens} prefix tokens "
+            f"and {vision.activation}"
         )
-    theirs = convert_back(table, vision)
-    side = model.vision.patch_size
-    theirs |= {
-        _PATCHES: theirs[_PATCHES].unflatten(1, (-1, side, side)),
-        "visual_encoder.cls_token": token,
-        "visual_encoder.pos_embed": torch.cat((torch.zeros_like(token), positions), dim=1),
-    }
+    keyless = tuple(f"blocks.{i}.attn.k_proj.bias" for i in range(vision.depth))
+    tower = vit_tensors(vision, _TOWER, "LAVIS's EVA-ViT", positions=_TABLE, prefix=[_TOKEN], kept=keyless)
     if isinstance(model, Blip2):
         name = projection or ("llm_proj" if model.instruct else "opt_proj")
-        return theirs | convert_back(_stage2_table(model, name), own)
-    theirs |= convert_back(_stage1_table(model), own) | {"temp": own["log_temperature"].exp()}
-    return theirs | dict(zip(_COPIES, (theirs[_WORDS], theirs["Qformer.cls.predictions.bias"]), strict=True))
+        return tower | export(model, _KEYS | {name: "proj"}, "LAVIS's stage 2", kept=_TOWERS)
+    source = tower | export(model, _KEYS, "LAVIS's stage 1", kept=(*_TOWERS, "log_temperature"))
+    copies = (source[_WORDS], source["Qformer.cls.predictions.bias"])
+    return source | {"temp": model.log_temperature.detach().exp()} | dict(zip(_COPIES, copies, strict=True))
+
+
+def load_lavis(
+    source: str | Path,
+    decoder: Decoder | None = None,
+    *,
+    vision: ViT | None = None,
+    num_heads: int | None = None,
+    class_id: int | None = 101,
+) -> ImageText | Blip2:
+    """A model of LAVIS from a file or folder that `save_lavis` wrote, or one converted from a checkpoint.
+
+    Args:
+        source: a `.safetensors` file, a folder with `model.safetensors`, or the name of a hub's repository.
+        decoder: the language model of stage 2; None = a model of stage 1.
+        vision: see `image_text_from_lavis`, as all that follow.
+        num_heads: the Q-Former's heads.
+        class_id: the id of [CLS]; stage 1.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    state, context = read_state(source)
+    with built_from(state, context):
+        if decoder is None:
+            return image_text_from_lavis(
+                state, vision=vision, num_heads=num_heads, class_id=class_id, context=context
+            )
+        return blip2_from_lavis(state, decoder, vision=vision, num_heads=num_heads, context=context)
+
+
+def save_lavis(model: ImageText | Blip2, folder: str | Path) -> None:
+    """Writes a model by LAVIS's names as `model.safetensors`; `{"model": ...}` around them makes LAVIS's pickle.
+
+    Raises:
+        ValueError: as `to_lavis`, before anything is written.
+    """
+    write_folder(folder, {"model_type": "lavis"}, to_lavis(model))

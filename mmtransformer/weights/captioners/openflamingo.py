@@ -5,6 +5,8 @@ language model got new tokens, its embedding, which belongs to the decoder that 
 """
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -13,51 +15,32 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.folders import read_state, write_folder
+from mmtransformer.weights.shared.keys import export, fill
 
 _GATED = re.compile(r"^(?:.*\.)?(\d+)\.gated_cross_attn_layer\.(.+)$")
 _HEAD_DIM = 64  # The peer's, whatever the widths.
 
 
-def _resampler_table(resampler: PerceiverResampler) -> list[Row]:
-    rows = [Row("perceiver.latents", ("latents",))]
-    rows += [Row("perceiver.frame_embs", ("frame_embed",))] * (resampler.max_frames is not None)
-    rows += [Row("perceiver.media_time_embs", ("image_embed",))] * (resampler.max_images is not None)
-    for n in range(resampler.depth):
-        attn, mlp, ours = f"perceiver.layers.{n}.0", f"perceiver.layers.{n}.1", f"blocks.{n}"
-        rows += layer(f"{attn}.norm_media", f"{ours}.norm_context") + layer(
-            f"{attn}.norm_latents", f"{ours}.norm1"
-        )
-        rows += _attention(attn, f"{ours}.attn")
-        rows += _mlp(mlp, f"{ours}.norm2", f"{ours}.mlp")
-    return rows + layer("perceiver.norm", "last_norm")
-
-
-def _gated_table(number: int, block: int) -> list[Row]:
-    theirs, ours = f"{number}", f"{block}"
-    rows = [
-        Row(f"{theirs}.attn_gate", (f"{ours}.attn_gate",)),
-        Row(f"{theirs}.ff_gate", (f"{ours}.mlp_gate",)),
-    ]
-    rows += layer(f"{theirs}.attn.norm", f"{ours}.norm1") + _attention(f"{theirs}.attn", f"{ours}.attn")
-    return rows + _mlp(f"{theirs}.ff", f"{ours}.norm2", f"{ours}.mlp")
-
-
-def _attention(theirs: str, ours: str) -> list[Row]:
-    return [
-        *layer(f"{theirs}.to_q", f"{ours}.q_proj", bias=False),
-        *layer(f"{theirs}.to_kv", f"{ours}.k_proj", f"{ours}.v_proj", bias=False),
-        *layer(f"{theirs}.to_out", f"{ours}.out_proj", bias=False),
-    ]
-
-
-def _mlp(theirs: str, norm: str, ours: str) -> list[Row]:
-    return [
-        *layer(f"{theirs}.0", norm),
-        *layer(f"{theirs}.1", f"{ours}.fc1", bias=False),
-        *layer(f"{theirs}.3", f"{ours}.fc2", bias=False),
-    ]
+_RESAMPLER = {
+    "perceiver.latents": "latents",
+    "perceiver.[frame,media_time]_embs": "[frame,image]_embed",
+    "perceiver.layers.*.0.norm_[media,latents]": "blocks.*.[norm_context,norm1]",
+    "perceiver.layers.*.0.to_q": "blocks.*.attn.q_proj",
+    "perceiver.layers.*.0.to_kv": "blocks.*.attn.[k,v]_proj",
+    "perceiver.layers.*.0.to_out": "blocks.*.attn.out_proj",
+    "perceiver.layers.*.1.[0,1,3]": "blocks.*.[norm2,mlp.fc1,mlp.fc2]",
+    "perceiver.norm": "last_norm",
+}
+_BLOCKS = {
+    "*.[attn,ff]_gate": "*.[attn,mlp]_gate",
+    "*.attn.norm": "*.norm1",
+    "*.attn.to_q": "*.attn.q_proj",
+    "*.attn.to_kv": "*.attn.[k,v]_proj",
+    "*.attn.to_out": "*.attn.out_proj",
+    "*.ff.[0,1,3]": "*.[norm2,mlp.fc1,mlp.fc2]",
+}
 
 
 def from_openflamingo(
@@ -107,7 +90,7 @@ def from_openflamingo(
     )
     if times is not None:
         perceiver["perceiver.media_time_embs"] = times.flatten(0, 1)
-    load_strictly(resampler, convert(_resampler_table(resampler), perceiver, context), context)
+    fill(resampler, _RESAMPLER, perceiver, context)
     first = layers[0]
     model = Flamingo(
         vision,
@@ -121,8 +104,7 @@ def from_openflamingo(
         visible_images=visible_images,
         patches_only=True,
     )
-    table = [row for block, number in enumerate(layers) for row in _gated_table(number, block)]
-    load_strictly(model.gated_blocks, convert(table, gated, context), context)
+    fill(model.gated_blocks, _block_keys(layers), gated, context)
     return model.eval()
 
 
@@ -158,12 +140,58 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
     ]
     if differs:
         raise ValueError(f"OpenFlamingo has nothing like {', '.join(differs)}")
-    theirs = convert_back(_resampler_table(resampler), dict(resampler.state_dict()))
-    if "perceiver.media_time_embs" in theirs:
-        theirs["perceiver.media_time_embs"] = theirs["perceiver.media_time_embs"][:, None]
-    ours = dict(model.gated_blocks.state_dict())
-    for block, number in enumerate(model.cross_layers):
-        for name, tensor in convert_back(_gated_table(number, block), ours).items():
-            rest = name.removeprefix(f"{number}.")
-            theirs[f"lang_encoder.{layers}.{number}.gated_cross_attn_layer.{rest}"] = tensor
-    return theirs
+    source = export(resampler, _RESAMPLER, "OpenFlamingo")
+    if "perceiver.media_time_embs" in source:
+        source["perceiver.media_time_embs"] = source["perceiver.media_time_embs"][:, None]
+    gated = export(model.gated_blocks, _block_keys(model.cross_layers), "OpenFlamingo")
+    for name, tensor in gated.items():
+        number, _, rest = name.partition(".")
+        source[f"lang_encoder.{layers}.{number}.gated_cross_attn_layer.{rest}"] = tensor
+    return source
+
+
+def _block_keys(layers: Sequence[int]) -> dict[str, str]:
+    """The gated blocks' table: there, they are numbered as the layers that they stand in."""
+    return {
+        key.replace("*", str(number)): value.replace("*", str(block))
+        for block, number in enumerate(layers)
+        for key, value in _BLOCKS.items()
+    }
+
+
+def load_openflamingo(
+    source: str | Path, vision: ViT, decoder: Decoder, *, visible_images: VisibleImages = "last"
+) -> Flamingo:
+    """A `Flamingo` from a file or folder that `save_openflamingo` wrote, or one converted from a checkpoint.
+
+    The published checkpoints are pickles, which this library does not open: `torch.load(path, weights_only=True)` and
+    `safetensors.torch.save_file` make a file of one.
+
+    Args:
+        source: a `.safetensors` file, a folder with `model.safetensors`, or the name of a hub's repository.
+        vision: see `from_openflamingo`, as all that follow.
+        decoder: the language model.
+        visible_images: which pictures a token sees.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    state, context = read_state(source)
+    with built_from(state, context):
+        return from_openflamingo(state, vision, decoder, visible_images=visible_images, context=context)
+
+
+def save_openflamingo(model: Flamingo, folder: str | Path, *, layers: str = "model.layers") -> None:
+    """Writes OpenFlamingo's trained tensors as `model.safetensors`, and how many layers stand between two of them.
+
+    Args:
+        model: a captioner of OpenFlamingo's kind; its towers are not written.
+        folder: where to.
+        layers: see `to_openflamingo`.
+
+    Raises:
+        ValueError: if it is of another kind, before anything is written.
+    """
+    first, *others = model.cross_layers
+    config = {"model_type": "openflamingo", "cross_attn_every_n_layers": others[0] - first if others else 1}
+    write_folder(folder, config, to_openflamingo(model, layers))

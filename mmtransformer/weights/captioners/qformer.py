@@ -1,14 +1,18 @@
-"""The Q-Former's tensors by three spellings, transformers' (two of them) and LAVIS's; and its start from BERT."""
+"""The Q-Former's tensors by three key styles, transformers' (two of them) and LAVIS's; and its start from BERT."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmtransformer.connectors.qformer import QFormer
-from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, find_folder, read_json, read_safetensors
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.keys import Row, layer
+from mmtransformer.weights.shared.configs import SIZES, need
+from mmtransformer.weights.shared.folders import read_tensors
+from mmtransformer.weights.shared.keys import rows_of
+from mmtransformer.weights.text.bert import bert_names
 
 
 class KeyStyle(NamedTuple):
@@ -34,45 +38,30 @@ INSTRUCTBLIP = KeyStyle(
 LAVIS = KeyStyle(
     "Qformer.bert.encoder.layer", "self", "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings"
 )
+_BERT = KeyStyle("bert.encoder.layer", "self", "bert.embeddings.LayerNorm", "bert.embeddings")
 
 
-def qformer_table(qformer: QFormer, style: KeyStyle) -> list[Row]:
-    """Which of their tensors is which of this Q-Former's."""
-    rows = [Row("query_tokens", ("query_tokens",))] + layer(style.norm, "norm")
-    text = qformer.vocab_size is not None
-    if text:
-        rows += [Row(f"{style.words}.word_embeddings.weight", ("tok_embed.weight",))]
-        rows += [Row(f"{style.words}.position_embeddings.weight", ("pos_embed.weight",))]
-    for i in range(qformer.depth):
-        theirs, ours = f"{style.layers}.{i}", f"blocks.{i}"
-        rows += _attention(f"{theirs}.attention", f"{ours}.attn", f"{ours}.norm1", style)
-        if i in qformer.cross_layers:
-            rows += _attention(f"{theirs}.crossattention", f"{ours}.cross_attn", f"{ours}.norm_cross", style)
-        rows += _mlp(theirs, "_query", f"{ours}.query_mlp", f"{ours}.query_norm")
-        rows += _mlp(theirs, "", f"{ours}.mlp", f"{ours}.norm2") if text else []
-    return rows
-
-
-def _attention(theirs: str, ours: str, norm: str, style: KeyStyle) -> list[Row]:
-    rows: list[Row] = []
-    for there, here in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        rows += layer(f"{theirs}.{style.attention}.{there}", f"{ours}.{here}")
-    return (
-        rows + layer(f"{theirs}.output.dense", f"{ours}.out_proj") + layer(f"{theirs}.output.LayerNorm", norm)
-    )
-
-
-def _mlp(theirs: str, which: str, ours: str, norm: str) -> list[Row]:
-    rows = layer(f"{theirs}.intermediate{which}.dense", f"{ours}.fc1")
-    rows += layer(f"{theirs}.output{which}.dense", f"{ours}.fc2")
-    return rows + layer(f"{theirs}.output{which}.LayerNorm", norm)
-
-
-def under(prefix: str, table: list[Row]) -> list[Row]:
-    """The table with a prefix before our names."""
-    return [
-        Row(row.source, tuple(f"{prefix}.{name}" for name in row.target), row.transposed) for row in table
-    ]
+def qformer_keys(style: KeyStyle) -> dict[str, str]:
+    """The key table of a Q-Former in that style."""
+    keys = {
+        "query_tokens": "query_tokens",
+        style.norm: "norm",
+        f"{style.words}.[word,position]_embeddings": "[tok,pos]_embed",
+    }
+    for source, target, norm in (
+        ("attention", "attn", "norm1"),
+        ("crossattention", "cross_attn", "norm_cross"),
+    ):
+        at = f"{style.layers}.*.{source}"
+        keys[f"{at}.{style.attention}.[query,key,value]"] = f"blocks.*.{target}.[q,k,v]_proj"
+        keys |= {
+            f"{at}.output.dense": f"blocks.*.{target}.out_proj",
+            f"{at}.output.LayerNorm": f"blocks.*.{norm}",
+        }
+    for source, target, norm in (("_query", "query_mlp", "query_norm"), ("", "mlp", "norm2")):
+        keys[f"{style.layers}.*.[intermediate,output]{source}.dense"] = f"blocks.*.{target}.[fc1,fc2]"
+        keys[f"{style.layers}.*.output{source}.LayerNorm"] = f"blocks.*.{norm}"
+    return keys
 
 
 def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFormer:
@@ -91,26 +80,20 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
     Raises:
         ValueError: naming what BERT lacks, or what is of another width.
     """
-    state = bert.state_dict() if isinstance(bert, nn.Module) else bert
-    state = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
-    # The first releases of BERT call a norm's weight and bias gamma and beta.
-    state = {
-        name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor for name, tensor in state.items()
-    }
-    style = KeyStyle("encoder.layer", "self", "embeddings.LayerNorm", "embeddings")
-    fresh = ("query_tokens", "crossattention")
-    table = [row for row in qformer_table(qformer, style) if not any(name in row.source for name in fresh)]
+    state = bert_names(bert.state_dict() if isinstance(bert, nn.Module) else bert)
     own, found = qformer.state_dict(), {}
-    for row in table:
-        theirs, name = row.source.replace("_query.", "."), row.target[0]
-        if theirs not in state:
+    for row in rows_of(qformer_keys(_BERT), own):
+        if "query_tokens" in row.source or "crossattention" in row.source:
+            continue
+        source, name = row.source.replace("_query.", "."), row.target[0]
+        if source not in state:
             raise ValueError(
-                f"BERT has no tensor {theirs}, which a Q-Former of depth {qformer.depth} starts from"
+                f"BERT has no tensor {source}, which a Q-Former of depth {qformer.depth} starts from"
             )
-        found[name] = _grown(state[theirs], own[name]) if "embeddings.weight" in theirs else state[theirs]
+        found[name] = _grown(state[source], own[name]) if "embeddings.weight" in source else state[source]
         if found[name].shape != own[name].shape:
             there, here = tuple(found[name].shape), tuple(own[name].shape)
-            raise ValueError(f"BERT's {theirs} is {there}, but this Q-Former's {name} is {here}")
+            raise ValueError(f"BERT's {source} is {there}, but this Q-Former's {name} is {here}")
     with torch.no_grad():
         for name, tensor in found.items():
             own[name].copy_(tensor)
@@ -118,7 +101,7 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
 
 
 def qformer_from_bert(
-    source: str,
+    source: str | Path,
     *,
     num_queries: int = 32,
     visual_dim: int = 1408,
@@ -143,18 +126,19 @@ def qformer_from_bert(
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "bert":
         raise ValueError(f'{folder / CONFIG}: model_type is "{config.get("model_type")}", not "bert"')
-    state = read_safetensors(folder / WEIGHTS)
+    state = read_tensors(folder)
+    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, SIZES, str(folder))
     with built_from(state, str(folder)):
         qformer = QFormer(
             num_queries,
-            config["hidden_size"],
-            config["num_hidden_layers"],
-            config["num_attention_heads"],
+            dim,
+            depth,
+            heads,
             visual_dim,
             cross_every=cross_every,
-            mlp_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"] + extra_ids,
-            max_len=config["max_position_embeddings"],
+            mlp_dim=mlp_dim,
+            vocab_size=vocab_size + extra_ids,
+            max_len=max_len,
             dropout=dropout,
             eps=config.get("layer_norm_eps", 1e-12),
         )

@@ -1,11 +1,21 @@
-"""Key tables: which tensor of another project is which of the library's. One table serves both directions."""
+"""Key tables: which tensor of another project is which of the library's. One table serves both directions.
 
-from collections.abc import Iterable, Sequence
+A table is a dictionary from the other project's layers to the library's, both up to ".weight" or ".bias":
+
+    {"h.*.ln_[1,2]": "blocks.*.norm[1,2]", "h.*.attn.c_attn": "blocks.*.attn.[q,k,v]_proj"}
+
+"*" is the number of a block; brackets on both sides are several layers, on the right alone those that are fused on the
+left, one after the other along dimension 0. Layers that a model does not have are passed over.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mmtransformer.serialization.pretrained import load_strictly
 
 
 @dataclass(frozen=True)
@@ -23,19 +33,54 @@ class Row:
     transposed: bool = False
 
 
-def layer(source: str, *target: str, bias: bool = True, transposed: bool = False) -> list[Row]:
-    """The rows of a linear layer or norm: its weight and, unless it has none, its bias."""
-    rows = [Row(f"{source}.weight", tuple(f"{name}.weight" for name in target), transposed)]
-    return rows + [Row(f"{source}.bias", tuple(f"{name}.bias" for name in target))] * bias
+def _each(pattern: str) -> list[str]:
+    """The patterns that one with brackets stands for."""
+    found = re.search(r"\[(.+?)\]", pattern)
+    return [pattern.replace(found[0], part) for part in found[1].split(",")] if found else [pattern]
+
+
+def rows_of(keys: Mapping[str, str], target: Iterable[str], *, transposed: Sequence[str] = ()) -> list[Row]:
+    """The rows of the tensors that a model has.
+
+    Args:
+        keys: the table of the family.
+        target: names of the model's tensors.
+        transposed: ends of the source's layers whose weights are stored (in, out).
+    """
+    names, found = dict.fromkeys(target), []
+    for key, value in keys.items():
+        sources, targets = _each(key), _each(value)
+        pairs = (
+            zip(sources, [[one] for one in targets], strict=True) if len(sources) > 1 else [(key, targets)]
+        )
+        for source, fused in pairs:
+            pattern = re.compile(re.escape(fused[0]).replace(r"\*", r"(\d+)") + r"(\.weight|\.bias|)")
+            for match in filter(None, map(pattern.fullmatch, names)):
+                number, kind = match[1] if "*" in fused[0] else "", match.groups()[-1]
+                parts = tuple(part.replace("*", number) + kind for part in fused)
+                turned = kind == ".weight" and source.endswith(tuple(transposed))
+                if all(part in names for part in parts):
+                    found.append(Row(source.replace("*", number) + kind, parts, turned))
+    return found
+
+
+def nested(keys: Mapping[str, str], *, source: str = "", target: str = "") -> dict[str, str]:
+    """The table of a part of a larger model: with prefixes before the names."""
+    return {source + key: target + value for key, value in keys.items()}
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def convert(
-    table: Iterable[Row], source: dict[str, Tensor], context: str, ignored: Iterable[str] = ()
+    table: Iterable[Row], source: Mapping[str, Tensor], context: str, ignored: Iterable[str] = ()
 ) -> dict[str, Tensor]:
     """The other project's tensors, renamed and split into the library's.
 
     Args:
-        table: the rows of this architecture.
+        table: the rows of this model.
         source: the tensors by the other project's names; all must be used.
         context: what they come from, for errors.
         ignored: names that may be left over (buffers, tied copies).
@@ -44,8 +89,7 @@ def convert(
         ValueError: naming tensors that are missing there, or that the table does not know.
     """
     target: dict[str, Tensor] = {}
-    left = dict(source)
-    missing = []
+    left, missing = dict(source), []
     for row in table:
         tensor = left.pop(row.source, None)
         if tensor is None:
@@ -61,63 +105,72 @@ def convert(
     return target
 
 
-def convert_back(table: Iterable[Row], target: dict[str, Tensor]) -> dict[str, Tensor]:
+def fill(
+    module: nn.Module,
+    keys: Mapping[str, str],
+    source: Mapping[str, Tensor],
+    context: str,
+    *,
+    ignored: Iterable[str] = (),
+    kept: tuple[str, ...] = (),
+    extra: Mapping[str, Tensor] | None = None,
+    transposed: Sequence[str] = (),
+) -> None:
+    """Fills a module with the other project's tensors, all of it and with nothing left over.
+
+    Args:
+        module: the module.
+        keys: the table of the family.
+        source: the tensors by the other project's names; all must be used.
+        context: what they come from, for errors.
+        ignored: names that may be left over (buffers, tied copies).
+        kept: beginnings of names of the module's tensors that stay as they are.
+        extra: tensors by the library's names that the table does not serve.
+        transposed: see `rows_of`.
+
+    Raises:
+        ValueError: as `convert`, and for tensors of another shape.
+    """
+    own, target = module.state_dict(), dict(extra or {})
+    names = [name for name in own if not name.startswith(kept) and name not in target]
+    target |= convert(rows_of(keys, names, transposed=transposed), source, context, ignored)
+    filled = {own[name].data_ptr() for name in target if name in own}
+    stays = {name: t for name, t in own.items() if name.startswith(kept) and t.data_ptr() not in filled}
+    load_strictly(module, target | stays, context)
+
+
+def export(
+    module: nn.Module,
+    keys: Mapping[str, str],
+    context: str,
+    *,
+    kept: tuple[str, ...] = (),
+    transposed: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The module's tensors as the other project has them.
+
+    Args:
+        module: the module.
+        keys: the table of the family.
+        context: what the other project calls such a model, for errors.
+        kept: beginnings of names of the module's tensors that are left out.
+        transposed: see `rows_of`.
+
+    Raises:
+        ValueError: naming tensors that the other project has no place for.
+    """
+    own = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(kept)}
+    table = rows_of(keys, own, transposed=transposed)
+    known = {name for row in table for name in row.target}
+    if extra := [name for name in own if name not in known]:
+        raise ValueError(f"{context} has no place for {', '.join(extra[:5])} ({len(extra)} in all)")
+    return convert_back(table, own)
+
+
+def convert_back(table: Iterable[Row], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The library's tensors, fused and renamed as the other project has them."""
     source = {}
     for row in table:
         tensor = torch.cat([target[name] for name in row.target])
         source[row.source] = (tensor.T if row.transposed else tensor).contiguous()
     return source
-
-
-class UnsupportedModel(ValueError):
-    """A language model that `TextDecoder` cannot be, though transformers may know it: `HubDecoder` can hold it."""
-
-
-def need(config: dict[str, Any], names: Sequence[str], context: str) -> list[Any]:
-    """The values of these keys of a hub config.
-
-    Raises:
-        ValueError: naming the keys that are missing.
-    """
-    if missing := [name for name in names if config.get(name) is None]:
-        raise ValueError(f"{context}: the config lacks {', '.join(missing)}")
-    return [config[name] for name in names]
-
-
-def only(config: dict[str, Any], context: str, expected: dict[str, Any]) -> None:
-    """Checks that keys of a hub config have the one value that `TextDecoder` has; a missing key has it.
-
-    Raises:
-        UnsupportedModel: naming the key, its value, and what was expected.
-    """
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise UnsupportedModel(
-                f"{context}: {name} is {config[name]!r}, and TextDecoder has only {value!r}"
-            )
-
-
-def prefixed(
-    state: dict[str, Tensor], prefix: str, bare: Sequence[str] = ("lm_head.weight",)
-) -> dict[str, Tensor]:
-    """The tensors with a prefix before their names, where a model was saved without its head and lacks it."""
-    if any(name.startswith(prefix) for name in state):
-        return state
-    return {name if name in bare else prefix + name: tensor for name, tensor in state.items()}
-
-
-def tied_head(state: dict[str, Tensor], embedding: str, context: str) -> list[str]:
-    """The head's copy of a tied embedding, to be ignored, where there is one.
-
-    Raises:
-        ValueError: if it is no copy.
-    """
-    copy, table = state.get("lm_head.weight"), state.get(embedding)
-    if copy is None:
-        return []
-    if table is not None and (copy.shape != table.shape or not torch.equal(copy, table)):
-        raise ValueError(
-            f"{context}: the config ties lm_head.weight to {embedding}, but the two are different: one of them is wrong"
-        )
-    return ["lm_head.weight"]

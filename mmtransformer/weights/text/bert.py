@@ -6,69 +6,46 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.layers.blocks import Activation
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    find_folder,
-    load_strictly,
-    read_json,
-    read_safetensors,
-)
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
+from mmtransformer.weights.shared.configs import SIZES, SOURCE_ACTIVATIONS, activation_of, need
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.keys import export, fill
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
+_KEYS = {
+    "bert.embeddings.[word,position,token_type]_embeddings": "[tok,pos,type]_embed",
+    "bert.embeddings.LayerNorm": "norm",
+    "bert.encoder.layer.*.attention.self.[query,key,value]": "blocks.*.attn.[q,k,v]_proj",
+    "bert.encoder.layer.*.attention.output.dense": "blocks.*.attn.out_proj",
+    "bert.encoder.layer.*.attention.output.LayerNorm": "blocks.*.norm1",
+    "bert.encoder.layer.*.[intermediate,output].dense": "blocks.*.mlp.[fc1,fc2]",
+    "bert.encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
+    "bert.pooler.dense": "pool_proj",
+    "cls.predictions.transform.[dense,LayerNorm]": "words_proj.[dense,norm]",
+    "cls.predictions.bias": "words_proj.bias",
+    "cls.seq_relationship": "sentence_proj",
+}
+_COPIES = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+_CLASSES = {  # by (pooler, word head, sentence head)
+    (True, True, True): "BertForPreTraining",
+    (False, True, False): "BertForMaskedLM",
+    (True, False, True): "BertForNextSentencePrediction",
+    (True, False, False): "BertModel",
+    (False, False, False): "BertModel",
 }
 
 
-def bert_table(
-    depth: int, *, types: bool = True, pooler: bool = True, words: bool = False, sentences: bool = False
-) -> list[Row]:
-    """Which tensors of `BertForPreTraining` are which of `TextEncoder`; also what a Q-Former starts from.
-
-    Args:
-        depth: number of blocks.
-        types: whether there are token types.
-        pooler: whether there is a pooler.
-        words: whether there is a head for masked words.
-        sentences: whether there is a head for following sentences.
-    """
-    embeddings = "bert.embeddings"
-    rows = [Row(f"{embeddings}.word_embeddings.weight", ("tok_embed.weight",))]
-    rows += [Row(f"{embeddings}.position_embeddings.weight", ("pos_embed.weight",))]
-    rows += [Row(f"{embeddings}.token_type_embeddings.weight", ("type_embed.weight",))] * types
-    rows += layer(f"{embeddings}.LayerNorm", "norm")
-    for i in range(depth):
-        theirs, ours = f"bert.encoder.layer.{i}", f"blocks.{i}"
-        for there, here in (("query", "q"), ("key", "k"), ("value", "v")):
-            rows += layer(f"{theirs}.attention.self.{there}", f"{ours}.attn.{here}_proj")
-        rows += layer(f"{theirs}.attention.output.dense", f"{ours}.attn.out_proj")
-        rows += layer(f"{theirs}.attention.output.LayerNorm", f"{ours}.norm1")
-        rows += layer(f"{theirs}.intermediate.dense", f"{ours}.mlp.fc1")
-        rows += layer(f"{theirs}.output.dense", f"{ours}.mlp.fc2")
-        rows += layer(f"{theirs}.output.LayerNorm", f"{ours}.norm2")
-    rows += layer("bert.pooler.dense", "pool_proj") if pooler else []
-    if words:
-        rows += layer("cls.predictions.transform.dense", "words_proj.dense")
-        rows += layer("cls.predictions.transform.LayerNorm", "words_proj.norm")
-        rows += [Row("cls.predictions.bias", ("words_proj.bias",))]
-    return rows + (layer("cls.seq_relationship", "sentence_proj") if sentences else [])
-
-
-def _table_of(encoder: TextEncoder) -> list[Row]:
-    return bert_table(
-        encoder.depth,
-        types=bool(encoder.num_types),
-        pooler=encoder.pooler,
-        words=encoder.word_head,
-        sentences=encoder.sentence_head,
-    )
+def bert_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT's tensors with "bert." in front; the first releases call a norm's weight and bias gamma and beta."""
+    prefix = "" if any(name.startswith("bert.") for name in state) else "bert."
+    new = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    return {
+        prefix + next((name.replace(k, v) for k, v in new.items() if name.endswith(k)), name): tensor
+        for name, tensor in state.items()
+    }
 
 
 def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextEncoder:
@@ -83,56 +60,42 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
     Raises:
         ValueError: for a variant of BERT that differs in more than its size.
     """
-    activation = config.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{context}: TextEncoder has no activation like {activation}")
+    activation = activation_of(config, "hidden_act", context)
     if (kind := config.get("position_embedding_type") or "absolute") != "absolute":
         raise ValueError(f'{context} has "{kind}" positions: TextEncoder has absolute ones only')
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise ValueError(
             f"{context} is a decoder or has cross-attention: TextEncoder sees both ways and has none"
         )
-    if not any(name.startswith("bert.") for name in state):
-        state = {f"bert.{name}": tensor for name, tensor in state.items()}
-    state = {_new_name(name): tensor for name, tensor in state.items()}
+    state = bert_names(state)
     words = "cls.predictions.transform.dense.weight" in state
     if words and not config.get("tie_word_embeddings", True):
         raise ValueError(f"{context} has a word head of its own: TextEncoder's is tied to the embedding")
+    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, SIZES, context)
     encoder = TextEncoder(
-        config["vocab_size"],
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["num_attention_heads"],
-        mlp_dim=config["intermediate_size"],
-        max_len=config["max_position_embeddings"],
+        vocab_size,
+        dim,
+        depth,
+        heads,
+        mlp_dim=mlp_dim,
+        max_len=max_len,
         num_types=config.get("type_vocab_size", 2),
-        activation=_ACTIVATIONS[activation],
+        activation=activation,
         norm_eps=config.get("layer_norm_eps", 1e-12),
         pooler="bert.pooler.dense.weight" in state,
         word_head=words,
         sentence_head="cls.seq_relationship.weight" in state,
         dropout=config.get("hidden_dropout_prob", 0.1),
     )
-    expand_size = [
-        "cls.predictions.decoder.weight",
-        "cls.predictions.decoder.bias",
-        "bert.embeddings.position_ids",
-    ]
-    load_strictly(encoder, convert(_table_of(encoder), state, context, ignored=expand_size), context)
+    buffers = [*_COPIES, "bert.embeddings.position_ids"]
+    fill(encoder, _KEYS, state, context, ignored=buffers)
     return encoder.eval()
-
-
-def _new_name(name: str) -> str:
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def encoder_to_bert(encoder: TextEncoder) -> dict[str, Tensor]:
     """Tensors named as in `BertForPreTraining`, for the heads that there are."""
-    theirs = convert_back(_table_of(encoder), dict(encoder.state_dict()))
-    if encoder.word_head:
-        theirs["cls.predictions.decoder.weight"] = theirs["bert.embeddings.word_embeddings.weight"]
-        theirs["cls.predictions.decoder.bias"] = theirs["cls.predictions.bias"]
-    return theirs
+    source = export(encoder, _KEYS, "BERT")
+    return source | ({copy: source[name] for copy, name in _COPIES.items()} if encoder.word_head else {})
 
 
 def from_bert(model: nn.Module) -> TextEncoder:
@@ -147,7 +110,7 @@ def from_bert(model: nn.Module) -> TextEncoder:
     return encoder_from_bert(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
 
 
-def load_encoder(source: str) -> TextEncoder:
+def load_encoder(source: str | Path) -> TextEncoder:
     """A pretrained text encoder, from what is there: for recipes (`class_path: mmtransformer.weights.load_encoder`).
 
     Args:
@@ -157,12 +120,45 @@ def load_encoder(source: str) -> TextEncoder:
     Raises:
         ValueError: naming what is missing or does not fit.
     """
-    folder: Path = find_folder(source)
+    folder = find_folder(source)
     config = read_json(folder / CONFIG)
     if "class" in config:
         return TextEncoder.from_pretrained(folder)
     if (family := config.get("model_type")) != "bert":
         raise ValueError(f'{folder / CONFIG}: the family "{family}" is not known here: bert is')
-    state = read_safetensors(folder / WEIGHTS)
+    state = read_tensors(folder)
     with built_from(state, str(folder)):
         return encoder_from_bert(config, state, str(folder))
+
+
+def save_encoder(encoder: TextEncoder, folder: str | Path) -> None:
+    """Writes a BERT that transformers reads: `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: if transformers has no BERT with these heads, before anything is written.
+    """
+    heads = (encoder.pooler, encoder.word_head, encoder.sentence_head)
+    if heads not in _CLASSES or not encoder.num_types:
+        raise ValueError(
+            f"transformers has no BERT with pooler {heads[0]}, word_head {heads[1]}, sentence_head {heads[2]} and "
+            f"{encoder.num_types} token types"
+        )
+    tensors = encoder_to_bert(encoder)
+    if _CLASSES[heads] == "BertModel":
+        tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+    config = {
+        "model_type": "bert",
+        "architectures": [_CLASSES[heads]],
+        "vocab_size": encoder.vocab_size,
+        "hidden_size": encoder.dim,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": encoder.num_heads,
+        "intermediate_size": encoder.mlp_dim,
+        "max_position_embeddings": encoder.max_len,
+        "type_vocab_size": encoder.num_types,
+        "hidden_act": SOURCE_ACTIVATIONS[encoder.activation],
+        "layer_norm_eps": encoder.norm_eps,
+        "hidden_dropout_prob": encoder.dropout,
+        "attention_probs_dropout_prob": encoder.dropout,
+    }
+    write_folder(folder, config, tensors)

@@ -5,53 +5,31 @@ from typing import Any
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.layers.blocks import Activation
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.shared.keys import (
-    Row,
+from mmtransformer.weights.shared.configs import (
+    SOURCE_ACTIVATIONS,
     UnsupportedModel,
-    convert,
-    convert_back,
-    layer,
+    activation_of,
     need,
     only,
-    prefixed,
-    tied_head,
 )
+from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
+_KEYS = {
+    "transformer.wte": "tok_embed",
+    "transformer.wpe": "pos_embed",
+    "transformer.h.*.ln_[1,2]": "blocks.*.norm[1,2]",
+    "transformer.h.*.attn.c_attn": "blocks.*.attn.[q,k,v]_proj",
+    "transformer.h.*.attn.c_proj": "blocks.*.attn.out_proj",
+    "transformer.h.*.ln_cross_attn": "blocks.*.norm_cross",
+    "transformer.h.*.crossattention.q_attn": "blocks.*.cross_attn.q_proj",
+    "transformer.h.*.crossattention.c_attn": "blocks.*.cross_attn.[k,v]_proj",
+    "transformer.h.*.crossattention.c_proj": "blocks.*.cross_attn.out_proj",
+    "transformer.h.*.mlp.[c_fc,c_proj]": "blocks.*.mlp.[fc1,fc2]",
+    "transformer.ln_f": "last_norm",
+    "lm_head": "lm_head",
 }
-"""transformers' names of activations, and ours."""
-
-
-def _table(depth: int, *, cross: bool, tied: bool) -> list[Row]:
-    rows = [
-        Row("transformer.wte.weight", ("tok_embed.weight",)),
-        Row("transformer.wpe.weight", ("pos_embed.weight",)),
-    ]
-    for i in range(depth):
-        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
-        rows += layer(f"{theirs}.ln_1", f"{ours}.norm1")
-        rows += layer(f"{theirs}.attn.c_attn", *(f"{ours}.attn.{n}_proj" for n in "qkv"), transposed=True)
-        rows += layer(f"{theirs}.attn.c_proj", f"{ours}.attn.out_proj", transposed=True)
-        if cross:
-            theirs_cross, ours_cross = f"{theirs}.crossattention", f"{ours}.cross_attn"
-            rows += layer(f"{theirs}.ln_cross_attn", f"{ours}.norm_cross")
-            rows += layer(f"{theirs_cross}.q_attn", f"{ours_cross}.q_proj", transposed=True)
-            rows += layer(
-                f"{theirs_cross}.c_attn", *(f"{ours_cross}.{n}_proj" for n in "kv"), transposed=True
-            )
-            rows += layer(f"{theirs_cross}.c_proj", f"{ours_cross}.out_proj", transposed=True)
-        rows += layer(f"{theirs}.ln_2", f"{ours}.norm2")
-        rows += layer(f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc1", transposed=True)
-        rows += layer(f"{theirs}.mlp.c_proj", f"{ours}.mlp.fc2", transposed=True)
-    rows += layer("transformer.ln_f", "last_norm")
-    return rows if tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
+_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".crossattention.bias")
 
 
 def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
@@ -65,9 +43,7 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
     Raises:
         ValueError: for a GPT-2 variant that differs in more than its size, or tensors that do not fit.
     """
-    name = config.get("activation_function", "gelu_new")
-    if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"{context}: TextDecoder has no activation like {name}")
+    activation = activation_of(config, "activation_function", context, "gelu_new")
     if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
         raise UnsupportedModel(
             f"{context} scales attention by layer, or not at all: TextDecoder scales by 1 / sqrt(head_dim)"
@@ -76,7 +52,6 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
     vocab_size, dim, depth, heads, max_len = need(
         config, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"), context
     )
-    cross, tied = bool(config.get("add_cross_attention")), config.get("tie_word_embeddings", True)
     decoder = TextDecoder(
         vocab_size,
         dim,
@@ -84,18 +59,12 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
         heads,
         max_len=max_len,
         mlp_dim=config.get("n_inner"),
-        cross_dim=dim if cross else None,
+        cross_dim=dim if config.get("add_cross_attention") else None,
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        mlp=ACTIVATIONS[name],
-        tied=tied,
+        mlp=activation,
+        tied=config.get("tie_word_embeddings", True),
     )
-    state = prefixed(state, "transformer.")
-    ignored = [n for n in state if n.endswith((".attn.bias", ".attn.masked_bias", ".crossattention.bias"))]
-    table = _table(depth, cross=cross, tied=tied)
-    expand_size = tied_head(state, "transformer.wte.weight", context) if tied else []
-    ours = convert(table, state, context, ignored=ignored + expand_size)
-    load_strictly(decoder, ours, context)
-    return decoder.eval()
+    return fill_decoder(decoder, _KEYS, state, context, transposed=_TRANSPOSED, buffers=_BUFFERS)
 
 
 def is_gpt2(decoder: TextDecoder) -> bool:
@@ -104,7 +73,7 @@ def is_gpt2(decoder: TextDecoder) -> bool:
     heads = decoder.num_kv_heads in (None, decoder.num_heads)
     width = decoder.head_dim in (None, decoder.dim // decoder.num_heads)
     crosses = decoder.cross_dim is None or (decoder.cross_dim == decoder.dim and decoder.cross_every == 1)
-    shape = decoder.pre_norm and decoder.embed_scale == 1 and decoder.mlp in ACTIVATIONS.values()
+    shape = decoder.pre_norm and decoder.embed_scale == 1 and decoder.mlp in SOURCE_ACTIVATIONS
     return kind == ("layer", "learned", "all", None, None) and heads and width and crosses and shape
 
 
@@ -121,14 +90,11 @@ def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
             f"num_kv_heads {decoder.num_kv_heads}, head_dim {decoder.head_dim}, cross_dim {decoder.cross_dim}, "
             f"cross_every {decoder.cross_every}, window {decoder.window}, pre_norm {decoder.pre_norm}"
         )
-    table = _table(decoder.depth, cross=decoder.cross_dim is not None, tied=decoder.tied)
-    theirs = convert_back(table, dict(decoder.state_dict()))
-    return {"lm_head.weight": theirs["transformer.wte.weight"]} | theirs
+    return decoder_tensors(decoder, _KEYS, "GPT-2", transposed=_TRANSPOSED)
 
 
 def gpt2_config(decoder: TextDecoder) -> dict[str, Any]:
     """The config.json of a decoder that `is_gpt2`."""
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -139,7 +105,7 @@ def gpt2_config(decoder: TextDecoder) -> dict[str, Any]:
         "n_positions": decoder.max_len,
         "n_inner": decoder.mlp_dim,
         "layer_norm_epsilon": decoder.norm_eps,
-        "activation_function": names[decoder.mlp],
+        "activation_function": SOURCE_ACTIVATIONS[decoder.mlp],  # pyright: ignore[reportArgumentType]
         "add_cross_attention": decoder.cross_dim is not None,
         "tie_word_embeddings": decoder.tied,
     }

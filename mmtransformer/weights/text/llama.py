@@ -9,18 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.shared.keys import (
-    Row,
-    UnsupportedModel,
-    convert,
-    convert_back,
-    layer,
-    need,
-    only,
-    prefixed,
-    tied_head,
-)
+from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, need, only
+from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """`model_type` of the families whose tensors have these names."""
@@ -35,24 +25,16 @@ _CLASSES = {
 _THETA = {"smollm3": 2_000_000.0}  # where neither theta nor rotary parameters are written
 
 
-def _table(decoder: TextDecoder) -> list[Row]:
-    rows = [Row("model.embed_tokens.weight", ("tok_embed.weight",))]
-    for i in range(decoder.depth):
-        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        rows += layer(f"{theirs}.input_layernorm", f"{ours}.norm1", bias=False)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            rows += layer(
-                f"{theirs}.self_attn.{name}", f"{ours}.attn.{name}", bias=decoder.bias in ("qkv", "all")
-            )
-        rows += layer(f"{theirs}.self_attn.o_proj", f"{ours}.attn.out_proj", bias=decoder.bias == "all")
-        if decoder.qk_norm:
-            rows += layer(f"{theirs}.self_attn.q_norm", f"{ours}.attn.q_norm", bias=False)
-            rows += layer(f"{theirs}.self_attn.k_norm", f"{ours}.attn.k_norm", bias=False)
-        rows += layer(f"{theirs}.post_attention_layernorm", f"{ours}.norm2", bias=False)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            rows += layer(f"{theirs}.mlp.{name}", f"{ours}.mlp.{name}", bias=False)
-    rows += layer("model.norm", "last_norm", bias=False)
-    return rows if decoder.tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
+_KEYS = {
+    "model.embed_tokens": "tok_embed",
+    "model.layers.*.input_layernorm": "blocks.*.norm1",
+    "model.layers.*.self_attn.[q_proj,k_proj,v_proj,o_proj]": "blocks.*.attn.[q_proj,k_proj,v_proj,out_proj]",
+    "model.layers.*.self_attn.[q,k]_norm": "blocks.*.attn.[q,k]_norm",
+    "model.layers.*.post_attention_layernorm": "blocks.*.norm2",
+    "model.layers.*.mlp.[gate,up,down]_proj": "blocks.*.mlp.[gate,up,down]_proj",
+    "model.norm": "last_norm",
+    "lm_head": "lm_head",
+}
 
 
 def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
@@ -68,20 +50,8 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context
     """
     family = config["model_type"]
     only(config, context, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
-    vocab_size, dim, depth, heads, mlp_dim, max_len = need(
-        config,
-        (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ),
-        context,
-    )
+    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, SIZES, context)
     theta, scaling = rope_of(config, context)
-    tied = config.get("tie_word_embeddings", family == "smollm3")
     decoder = TextDecoder(
         vocab_size,
         dim,
@@ -101,14 +71,10 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context
         qk_norm="rms" if family == "qwen3" else None,
         window=_window(config, context),
         nope_interval=_nope_interval(config, context) if family == "smollm3" else None,
-        tied=tied,
+        tied=config.get("tie_word_embeddings", family == "smollm3"),
     )
-    state = prefixed(state, "model.")
-    angles = [name for name in state if name.endswith("rotary_emb.inv_freq")]  # of old checkpoints
-    expand_size = tied_head(state, "model.embed_tokens.weight", context) if tied else []
-    ours = convert(_table(decoder), state, context, ignored=angles + expand_size)
-    load_strictly(decoder, ours, context)
-    return decoder.eval()
+    angles = ("rotary_emb.inv_freq",)  # of old checkpoints
+    return fill_decoder(decoder, _KEYS, state, context, buffers=angles)
 
 
 def rope_of(config: dict[str, Any], context: str) -> tuple[float, dict[str, Any] | None]:
@@ -205,8 +171,7 @@ def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
             f"window {decoder.window}, unrotated_every {decoder.nope_interval}, cross_dim {decoder.cross_dim}, "
             f"pre_norm {decoder.pre_norm}, embed_scale {decoder.embed_scale}"
         )
-    theirs = convert_back(_table(decoder), dict(decoder.state_dict()))
-    return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
+    return decoder_tensors(decoder, _KEYS, "Llama")
 
 
 def llama_config(decoder: TextDecoder, family: str) -> dict[str, Any]:

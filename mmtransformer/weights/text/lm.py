@@ -1,11 +1,9 @@
 """Language models of transformers -> our decoders, from memory, a folder or the hub, and back into a folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
@@ -13,20 +11,12 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.layers.lora import add_lora
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    Pretrained,
-    find_folder,
-    open_weights,
-    read_json,
-    read_safetensors,
-    weights_written_to,
-)
+from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.shared.configs import UnsupportedModel
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
-from mmtransformer.weights.shared.keys import UnsupportedModel
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
 from mmtransformer.weights.text.llama import (
     LLAMAS,
@@ -38,7 +28,6 @@ from mmtransformer.weights.text.llama import (
 from mmtransformer.weights.text.opt import decoder_from_opt, decoder_to_opt, is_opt, opt_config
 
 _READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(LLAMAS, decoder_from_llama)
-_INDEX = "model.safetensors.index.json"
 
 
 def from_transformers(model: nn.Module) -> TextDecoder:
@@ -96,7 +85,7 @@ def to_transformers(
     return llama_config(decoder, family), tensors
 
 
-def save_as_hub(
+def save_lm(
     decoder: TextDecoder,
     folder: str | Path,
     family: str | None = None,
@@ -115,22 +104,10 @@ def save_as_hub(
         ValueError: as `to_transformers`, before anything is written.
     """
     config, tensors = to_transformers(decoder, family)
-    roles: dict[str, int | None] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
-        roles = {
-            "pad_token_id": tokenizer.pad_id,
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-        }
         tokenizer.save(folder)
-    if decoder.tied:
-        tensors.pop("lm_head.weight")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with weights_written_to(folder / WEIGHTS):
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
-    open_weights(folder)
+    roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("pad", "bos", "eos")}
+    write_folder(folder, config | roles, tensors)
 
 
 def load_lm(
@@ -212,28 +189,3 @@ def load_tokenizer(
     """
     tokenizer = Tokenizer.from_folder(find_folder(source))
     return tokenizer.with_specials(image=image, languages=languages, tokens=tokens)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a hub-style folder, of one file or of the shards that its index names.
-
-    Raises:
-        ValueError: naming files that are missing or damaged, and tensors that the index promises and no shard has.
-    """
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
-    if not (folder / _INDEX).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        there = f"; {', '.join(pickles[:3])} can run code when read, so convert it first" if pickles else ""
-        raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{there}")
-    places = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f'{folder / _INDEX} has no "weight_map" from tensors to files')
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{folder / _INDEX} names {name}, which is not a file of this folder")
-        tensors |= read_safetensors(folder / name)
-    if missing := sorted(set(places) - set(tensors)):
-        raise ValueError(f"{folder}: no shard has {', '.join(missing[:5])} ({len(missing)} in all)")
-    return tensors

@@ -9,37 +9,35 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.shared.keys import (
-    Row,
+from mmtransformer.weights.shared.configs import (
+    SOURCE_ACTIVATIONS,
     UnsupportedModel,
-    convert,
-    convert_back,
-    layer,
+    activation_of,
     need,
     only,
-    prefixed,
-    tied_head,
 )
-from mmtransformer.weights.text.gpt2 import ACTIVATIONS, is_gpt2
+from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
+from mmtransformer.weights.text.gpt2 import is_gpt2
 
-_POSITIONS, _OFFSET = "model.decoder.embed_positions.weight", 2
-
-
-def _table(depth: int, *, tied: bool) -> list[Row]:
-    rows = [
-        Row("model.decoder.embed_tokens.weight", ("tok_embed.weight",)),
-        Row(_POSITIONS, ("pos_embed.weight",)),
-    ]
-    for i in range(depth):
-        theirs, ours = f"model.decoder.layers.{i}", f"blocks.{i}"
-        rows += layer(f"{theirs}.self_attn_layer_norm", f"{ours}.norm1")
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            rows += layer(f"{theirs}.self_attn.{name}", f"{ours}.attn.{name}")
-        rows += layer(f"{theirs}.final_layer_norm", f"{ours}.norm2")
-        rows += layer(f"{theirs}.fc1", f"{ours}.mlp.fc1") + layer(f"{theirs}.fc2", f"{ours}.mlp.fc2")
-    rows += layer("model.decoder.final_layer_norm", "last_norm")
-    return rows if tied else rows + [Row("lm_head.weight", ("lm_head.weight",))]
+_KEYS = {
+    "model.decoder.embed_tokens": "tok_embed",
+    "model.decoder.embed_positions": "pos_embed",
+    "model.decoder.layers.*.self_attn_layer_norm": "blocks.*.norm1",
+    "model.decoder.layers.*.self_attn.[q_proj,k_proj,v_proj,out_proj]": "blocks.*.attn.[q_proj,k_proj,v_proj,out_proj]",
+    "model.decoder.layers.*.final_layer_norm": "blocks.*.norm2",
+    "model.decoder.layers.*.fc[1,2]": "blocks.*.mlp.fc[1,2]",
+    "model.decoder.final_layer_norm": "last_norm",
+    "lm_head": "lm_head",
+}
+_OFFSET = 2
+_SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "ffn_dim",
+    "max_position_embeddings",
+]
 
 
 def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
@@ -54,21 +52,8 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: 
         ValueError: for OPT-350m (norms after the sums, narrower embeddings) and other variants, or tensors that do not
             fit.
     """
-    name = config.get("activation_function", "relu")
-    if name not in ACTIVATIONS:
-        raise UnsupportedModel(f"{context}: TextDecoder has no activation like {name}")
-    vocab_size, dim, depth, heads, mlp_dim, max_len = need(
-        config,
-        (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "ffn_dim",
-            "max_position_embeddings",
-        ),
-        context,
-    )
+    activation = activation_of(config, "activation_function", context, "relu")
+    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, _SIZES, context)
     if (config.get("word_embed_proj_dim") or dim) != dim:
         raise UnsupportedModel(
             f"{context}: embeddings are {config['word_embed_proj_dim']} wide and tokens {dim} (as in OPT-350m), and "
@@ -82,17 +67,18 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: 
         "quantization_config": None,
     }
     only(config, context, expected)
-    tied = config.get("tie_word_embeddings", True)
     decoder = TextDecoder(
-        vocab_size, dim, depth, heads, max_len=max_len, mlp_dim=mlp_dim, mlp=ACTIVATIONS[name], tied=tied
+        vocab_size,
+        dim,
+        depth,
+        heads,
+        max_len=max_len,
+        mlp_dim=mlp_dim,
+        mlp=activation,
+        tied=config.get("tie_word_embeddings", True),
     )
-    state = prefixed(state, "model.")
-    if _POSITIONS in state:
-        state = state | {_POSITIONS: state[_POSITIONS][_OFFSET:]}
-    expand_size = tied_head(state, "model.decoder.embed_tokens.weight", context) if tied else []
-    ours = convert(_table(depth, tied=tied), state, context, ignored=expand_size)
-    load_strictly(decoder, ours, context)
-    return decoder.eval()
+    state = {name: t[_OFFSET:] if "embed_positions" in name else t for name, t in state.items()}
+    return fill_decoder(decoder, _KEYS, state, context)
 
 
 def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
@@ -107,10 +93,9 @@ def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
             f"only a decoder of OPT's kind can be written as OPT; this one has {kind}, mlp {decoder.mlp}, cross_dim "
             f"{decoder.cross_dim}, num_kv_heads {decoder.num_kv_heads}, head_dim {decoder.head_dim}"
         )
-    theirs = convert_back(_table(decoder.depth, tied=decoder.tied), dict(decoder.state_dict()))
-    positions = theirs[_POSITIONS]
-    theirs[_POSITIONS] = torch.cat((positions.new_zeros(_OFFSET, decoder.dim), positions))
-    return {"lm_head.weight": theirs["model.decoder.embed_tokens.weight"]} | theirs
+    source = decoder_tensors(decoder, _KEYS, "OPT")
+    name = "model.decoder.embed_positions.weight"
+    return source | {name: torch.cat((source[name].new_zeros(_OFFSET, decoder.dim), source[name]))}
 
 
 def is_opt(decoder: TextDecoder) -> bool:
@@ -120,7 +105,6 @@ def is_opt(decoder: TextDecoder) -> bool:
 
 def opt_config(decoder: TextDecoder) -> dict[str, Any]:
     """The config.json of a decoder that `is_opt`."""
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],
@@ -130,7 +114,7 @@ def opt_config(decoder: TextDecoder) -> dict[str, Any]:
         "num_attention_heads": decoder.num_heads,
         "ffn_dim": decoder.mlp_dim,
         "max_position_embeddings": decoder.max_len,
-        "activation_function": names[decoder.mlp],
+        "activation_function": SOURCE_ACTIVATIONS[decoder.mlp],  # pyright: ignore[reportArgumentType]
         "word_embed_proj_dim": decoder.dim,
         "tie_word_embeddings": decoder.tied,
     }

@@ -5,28 +5,20 @@ One matrix projects queries, keys and values there; its bias has a part for keys
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.serialization.pretrained import load_strictly
-from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
+from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
+_KEYS = {
+    "vision_model.embeddings.patch_embedding": "patch_embed.proj",
+    "vision_model.encoder.layers.*.layer_norm[1,2]": "blocks.*.norm[1,2]",
+    "vision_model.encoder.layers.*.self_attn.qkv": "blocks.*.attn.[q,k,v]_proj",
+    "vision_model.encoder.layers.*.self_attn.projection": "blocks.*.attn.out_proj",
+    "vision_model.encoder.layers.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
+    "vision_model.post_layernorm": "norm",
+}
 _POSITIONS, _CLASS = "vision_model.embeddings.position_embedding", "vision_model.embeddings.class_embedding"
-_PATCHES = "vision_model.embeddings.patch_embedding.weight"
-
-
-def _vision_table(depth: int) -> list[Row]:
-    rows = layer("vision_model.embeddings.patch_embedding", "patch_embed.proj")
-    for i in range(depth):
-        theirs, ours = f"vision_model.encoder.layers.{i}", f"blocks.{i}"
-        rows += layer(f"{theirs}.layer_norm1", f"{ours}.norm1") + layer(
-            f"{theirs}.layer_norm2", f"{ours}.norm2"
-        )
-        rows += layer(f"{theirs}.self_attn.qkv", *(f"{ours}.attn.{name}_proj" for name in "qkv"))
-        rows += layer(f"{theirs}.self_attn.projection", f"{ours}.attn.out_proj")
-        rows += layer(f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1") + layer(f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2")
-    return rows + layer("vision_model.post_layernorm", "norm")
 
 
 def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context: str) -> ViT:
@@ -54,18 +46,7 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context:
         mlp_dim=config["intermediate_size"],
         norm_eps=config["layer_norm_eps"],
     )
-    state = dict(state)
-    for name in (_POSITIONS, _CLASS, _PATCHES):
-        if name not in state:
-            raise ValueError(f"{context} has no tensor {name}")
-    positions, token = state.pop(_POSITIONS), state.pop(_CLASS)
-    state[_PATCHES] = state[_PATCHES].flatten(1)
-    ours = convert(_vision_table(vit.depth), state, context)
-    # Our class token has its position added in.
-    load_strictly(
-        vit, ours | {"prefix_tokens": token + positions[:, :1], "pos_embed": positions[:, 1:]}, context
-    )
-    return vit.eval()
+    return fill_vit(vit, _KEYS, state, context, positions=_POSITIONS, prefix=[_CLASS])
 
 
 def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -74,20 +55,13 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if this tower has parts that BLIP-2's has not.
     """
-    ours = dict(vit.state_dict())
-    positions, token = ours.pop("pos_embed"), ours.pop("prefix_tokens", torch.empty(0))
-    table = _vision_table(vit.depth)
-    extra = sorted(set(ours) - {name for row in table for name in row.target})
     plain = vit.class_token and vit.num_registers == 0 and vit.activation == "gelu" and vit.in_channels == 3
-    if extra or not plain or vit.image_size[0] != vit.image_size[1]:
+    if not plain or vit.image_size[0] != vit.image_size[1]:
         raise ValueError(
             f"BLIP-2's vision tower has a class token, no registers, gelu, 3 channels and square pictures; this has "
             f"{vit.num_registers} registers, {vit.activation}, {vit.in_channels} channels, pictures of {vit.image_size}"
-            + (f", and {', '.join(extra[:3])} besides" if extra else "")
         )
-    theirs = convert_back(table, ours)
-    theirs[_PATCHES] = theirs[_PATCHES].unflatten(1, (3, vit.patch_size, vit.patch_size))
-    theirs |= {_CLASS: token, _POSITIONS: torch.cat((torch.zeros_like(token), positions), dim=1)}
+    tensors = vit_tensors(vit, _KEYS, "BLIP-2's vision tower", positions=_POSITIONS, prefix=[_CLASS])
     config = {
         "hidden_size": vit.dim,
         "intermediate_size": vit.mlp_dim,
@@ -98,7 +72,7 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "hidden_act": "gelu",
         "layer_norm_eps": vit.norm_eps,
     }
-    return config, theirs
+    return config, tensors
 
 
 def _pair(size: int | list[int]) -> tuple[int, int]:

@@ -24,45 +24,25 @@ from mmtransformer.serialization.pretrained import (
 )
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
-from mmtransformer.weights.shared.keys import Row, convert, convert_back, layer
+from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
-
-def _table(
-    depth: int, *, patch_bias: bool, norm_pre: bool, layer_scale: bool, pool: bool, head: bool
-) -> list[Row]:
-    rows = layer("patch_embed.proj", "patch_embed.proj", bias=patch_bias)
-    rows += layer("norm_pre", "first_norm") if norm_pre else []
-    for i in range(depth):
-        block = f"blocks.{i}"
-        projections = [f"{block}.attn.{name}_proj" for name in "qkv"]
-        rows += layer(f"{block}.norm1", f"{block}.norm1") + layer(f"{block}.attn.qkv", *projections)
-        rows += layer(f"{block}.attn.proj", f"{block}.attn.out_proj") + layer(
-            f"{block}.norm2", f"{block}.norm2"
-        )
-        rows += layer(f"{block}.mlp.fc1", f"{block}.mlp.fc1") + layer(f"{block}.mlp.fc2", f"{block}.mlp.fc2")
-        if layer_scale:
-            rows += [Row(f"{block}.ls{n}.gamma", (f"{block}.branch{n}.0.gamma",)) for n in (1, 2)]
-    rows += layer("norm", "norm")
-    if pool:
-        rows += [Row("attn_pool.latent", ("attn_pool.queries",))]
-        rows += layer("attn_pool.q", "attn_pool.attn.q_proj")
-        rows += layer("attn_pool.kv", "attn_pool.attn.k_proj", "attn_pool.attn.v_proj")
-        rows += layer("attn_pool.proj", "attn_pool.attn.out_proj") + layer("attn_pool.norm", "attn_pool.norm")
-        rows += layer("attn_pool.mlp.fc1", "attn_pool.mlp.fc1") + layer(
-            "attn_pool.mlp.fc2", "attn_pool.mlp.fc2"
-        )
-    return rows + (layer("head", "head") if head else [])
-
-
-def _table_of(vit: ViT) -> list[Row]:
-    return _table(
-        vit.depth,
-        patch_bias=vit.patch_bias,
-        norm_pre=vit.norm_pre,
-        layer_scale=vit.layer_scale is not None,
-        pool=vit.pool == "attention",
-        head=bool(vit.num_classes),
-    )
+_KEYS = {
+    "patch_embed.proj": "patch_embed.proj",
+    "norm_pre": "first_norm",
+    "blocks.*.norm[1,2]": "blocks.*.norm[1,2]",
+    "blocks.*.attn.qkv": "blocks.*.attn.[q,k,v]_proj",
+    "blocks.*.attn.proj": "blocks.*.attn.out_proj",
+    "blocks.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
+    "blocks.*.ls[1,2].gamma": "blocks.*.branch[1,2].0.gamma",
+    "norm": "norm",
+    "attn_pool.latent": "attn_pool.queries",
+    "attn_pool.q": "attn_pool.attn.q_proj",
+    "attn_pool.kv": "attn_pool.attn.[k,v]_proj",
+    "attn_pool.proj": "attn_pool.attn.out_proj",
+    "attn_pool.norm": "attn_pool.norm",
+    "attn_pool.mlp.fc[1,2]": "attn_pool.mlp.fc[1,2]",
+    "head": "head",
+}
 
 
 def from_timm(model: nn.Module) -> ViT:
@@ -140,22 +120,14 @@ def vit_from_state(
                 else ""
             )
             raise ValueError(f'{context} has no tensor "{name}", so it is not a ViT with timm\'s names{hint}')
-    state = dict(state)
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    has_class = "cls_token" in state
-    prefix = [state.pop(name) for name in ("cls_token", "reg_token") if name in state]
-    positions = state.pop("pos_embed")
-    count = sum(token.shape[1] for token in prefix)
-    embedded = positions.shape[1] - (math.prod(grid) if grid else math.isqrt(positions.shape[1]) ** 2)
+    prefix = [name for name in ("cls_token", "reg_token") if name in state]
+    count, has_class = sum(state[name].shape[1] for name in prefix), "cls_token" in state
+    places = state["pos_embed"].shape[1]
+    embedded = places - (math.prod(grid) if grid else math.isqrt(places) ** 2)
     if embedded not in (0, count):
-        raise ValueError(
-            f"{context}: {positions.shape[1]} positions are not those of a grid and {count} prefix tokens"
-        )
-    if embedded:  # Ours are the patches' alone: a prefix token's position is added into it, once.
-        tokens = torch.cat(prefix, dim=1) + positions[:, :count]
-        positions = positions[:, count:]
-        prefix = [tokens]
-    rows, columns = grid or (math.isqrt(positions.shape[1]),) * 2
+        raise ValueError(f"{context}: {places} positions are not those of a grid and {count} prefix tokens")
+    rows, columns = grid or (math.isqrt(places - embedded),) * 2
     if pool is None:
         pool = "attention" if "attn_pool.latent" in state else "class" if has_class else "mean"
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -183,13 +155,7 @@ def vit_from_state(
         norm_pre="norm_pre.weight" in state,
         layer_scale=None if scale is None else 1.0,
     )
-    ours = convert(_table_of(vit), state, context)
-    ours["patch_embed.proj.weight"] = ours["patch_embed.proj.weight"].flatten(1)
-    ours["pos_embed"] = positions
-    if prefix:
-        ours["prefix_tokens"] = torch.cat(prefix, dim=1)
-    load_strictly(vit, ours, context)
-    return vit.eval()
+    return fill_vit(vit, _KEYS, state, context, positions="pos_embed", prefix=prefix)
 
 
 def to_timm(vit: ViT) -> dict[str, Tensor]:
@@ -198,20 +164,7 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
         raise ValueError(
             f'timm has no ViT with our stem="{vit.stem}"; only stem="patch" can be written with its names'
         )
-    ours = dict(vit.state_dict())
-    positions = ours.pop("pos_embed")
-    theirs = convert_back(_table_of(vit), ours)
-    weight = theirs["patch_embed.proj.weight"]
-    theirs["patch_embed.proj.weight"] = weight.unflatten(1, (vit.in_channels, vit.patch_size, vit.patch_size))
-    if vit.prefix_tokens is not None:
-        tokens = ours["prefix_tokens"]
-        classes = int(vit.class_token)
-        if classes:
-            theirs["cls_token"] = tokens[:, :1]
-        if vit.num_registers:
-            theirs["reg_token"] = tokens[:, classes:]
-        positions = torch.cat((torch.zeros_like(tokens), positions), dim=1)
-    return theirs | {"pos_embed": positions}
+    return vit_tensors(vit, _KEYS, "timm", positions="pos_embed", prefix=["cls_token", "reg_token"])
 
 
 def load_vit(

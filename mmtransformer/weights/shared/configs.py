@@ -1,0 +1,71 @@
+"""Configs of other projects: what must be there, and what must not be otherwise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmtransformer.layers.blocks import Activation
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+"""transformers' names of activations, and the library's."""
+
+SOURCE_ACTIVATIONS = {target: source for source, target in reversed(ACTIVATIONS.items())}
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+"""The sizes of a text model, by the names that most of transformers' configs have for them."""
+
+
+class UnsupportedModel(ValueError):
+    """A language model that `TextDecoder` cannot be, though transformers may know it: `HubDecoder` can hold it."""
+
+
+def activation_of(config: Mapping[str, Any], key: str, context: str, default: str = "gelu") -> Activation:
+    """The activation that a config names.
+
+    Raises:
+        UnsupportedModel: if the library has none like it.
+    """
+    name = config.get(key, default)
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(
+            f"{context}: there is no activation like {name} here: known are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def need(config: Mapping[str, Any], names: Sequence[str], context: str) -> list[Any]:
+    """The values of these keys of a config.
+
+    Raises:
+        ValueError: naming the keys that are missing.
+    """
+    if missing := [name for name in names if config.get(name) is None]:
+        raise ValueError(f"{context}: the config lacks {', '.join(missing)}")
+    return [config[name] for name in names]
+
+
+def only(
+    config: Mapping[str, Any], context: str, expected: Mapping[str, Any], kind: str = "TextDecoder"
+) -> None:
+    """Checks that keys of a config have the one value that a class of ours has; a missing key has it.
+
+    Raises:
+        UnsupportedModel: naming the key, its value, and what was expected.
+    """
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise UnsupportedModel(f"{context}: {name} is {config[name]!r}, and {kind} has only {value!r}")

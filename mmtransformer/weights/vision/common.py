@@ -1,0 +1,94 @@
+"""What the key tables of vision towers share: patches as a convolution, and positions that prefix tokens have too.
+
+In the library positions belong to patches alone; a prefix token's position is added into it, once.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.weights.shared.keys import export, fill
+
+
+def fill_vit(
+    vit: ViT,
+    keys: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    context: str,
+    *,
+    positions: str,
+    prefix: Sequence[str] = (),
+    ignored: Iterable[str] = (),
+    extra: Mapping[str, Tensor] | None = None,
+) -> ViT:
+    """The tower with these tensors, in evaluation mode.
+
+    Args:
+        vit: the tower.
+        keys: the key table.
+        state: the other project's tensors.
+        context: what they come from, for errors.
+        positions: the name of the table of positions, of patches alone or of prefix tokens and patches.
+        prefix: names of the prefix tokens, in their order.
+        ignored: names that may be left over.
+        extra: tensors of the tower's that the source does not hold.
+
+    Raises:
+        ValueError: naming tensors that are missing, left over or of another shape.
+    """
+    state = dict(state)
+    for name in (positions, *prefix):
+        if name not in state:
+            raise ValueError(f"{context} has no tensor {name}")
+    table, *tokens = (state.pop(name).reshape(1, -1, vit.dim) for name in (positions, *prefix))
+    target = dict(extra or {})
+    if tokens:
+        first = torch.cat(tokens, 1)
+        if table.shape[1] == first.shape[1] + math.prod(vit.grid):
+            first, table = first + table[:, : first.shape[1]], table[:, first.shape[1] :]
+        target["prefix_tokens"] = first
+    patches = _patches(keys)
+    if patches in state:
+        state[patches] = state[patches].flatten(1)
+    fill(vit, keys, state, context, ignored=ignored, extra=target | {"pos_embed": table})
+    return vit.eval()
+
+
+def vit_tensors(
+    vit: ViT,
+    keys: Mapping[str, str],
+    context: str,
+    *,
+    positions: str,
+    prefix: Sequence[str] = (),
+    kept: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """The tower's tensors by the other project's names; positions of prefix tokens are 0.
+
+    Args:
+        vit: the tower.
+        keys: the key table.
+        context: what the other project calls such a tower, for errors.
+        positions: the name of the table of positions, of prefix tokens and patches.
+        prefix: the name of the class token, and of the registers where there are any.
+        kept: beginnings of names that the other project has no place for and does not need.
+
+    Raises:
+        ValueError: naming tensors that the other project has no place for.
+    """
+    source = export(vit, keys, context, kept=("pos_embed", "prefix_tokens", *kept))
+    weight = source[_patches(keys)]
+    source[_patches(keys)] = weight.unflatten(1, (vit.in_channels, vit.patch_size, vit.patch_size))
+    table = vit.pos_embed.detach()
+    tokens = table[:, :0] if vit.prefix_tokens is None else vit.prefix_tokens.detach()
+    parts = zip(prefix, tokens.split([int(vit.class_token), vit.num_registers], 1), strict=False)
+    source |= {name: part for name, part in parts if part.shape[1]}
+    return source | {positions: torch.cat((torch.zeros_like(tokens), table), 1)}
+
+
+def _patches(keys: Mapping[str, str]) -> str:
+    """What the project calls the weight of its patches' convolution."""
+    return next(f"{source}.weight" for source, target in keys.items() if target == "patch_embed.proj")
