@@ -187,8 +187,8 @@ class ImageText(Captioner):
 
         Args:
             batch: pictures and right-padded texts.
-            image_ids: (b) long, what picture it is, the same in all processes; -1 = a filler, which takes no part; None
-                = all are different.
+            image_ids: (b) long, what picture it is, the same in all processes; -1 = a padding sample, which takes no
+                part; None = all are different.
             seed: of the negatives that are drawn; they depend on it and on the ids, not on how the batch is cut.
             itc_smoothing: label smoothing of the contrastive loss.
             itg_smoothing: label smoothing of the generation loss.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.loading.dataset import CaptionDataset, Collate
+from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import FeatureCache
 from mmtransformer.data.loading.module import Data, Lengths
 from mmtransformer.data.loading.rows import CaptionRows, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
-from mmtransformer.data.mixture import Mixing
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -192,7 +192,7 @@ class CaptionData(Data):
                 dataset.features = self._features[split]
 
     def dataset(self, split: str, *, training: bool = False) -> CaptionDataset:
-        """Return a split as a dataset of `Pick`s."""
+        """Return a split as a dataset of `SampleIndex`s."""
         rows, every_language = self.rows(split), len(self.rows(split).languages)
         dataset = CaptionDataset(
             self.pairs(split),
@@ -222,10 +222,10 @@ class CaptionData(Data):
         rows = self.rows(split)
         return lambda epoch, index: rows.lengths(self.seed, epoch, self.captions_per_image, index)
 
-    def mixing(self, split: str) -> Mixing | None:
+    def mixture(self, split: str) -> EpochMixture | None:
         """How a training epoch is mixed; None if it is no mixture."""
-        mixing: Callable[[int], Mixing] | None = getattr(self.pairs(split), "mixing", None)
-        return None if mixing is None else mixing(self.seed)
+        mixture: Callable[[int], EpochMixture] | None = getattr(self.pairs(split), "mixture", None)
+        return None if mixture is None else mixture(self.seed)
 
     def prompts(self, batch: CaptionBatch, language: str | None = None) -> CaptionBatch:
         """Make the batch that generation starts from: the prompt alone, one row a picture.
@@ -252,8 +252,8 @@ class CaptionData(Data):
 
     def identity(self) -> dict[str, Any]:
         """How the pictures are mixed, and the tokenizer."""
-        mixing = self.mixing(self.train_split)
-        return {"mixture": [] if mixing is None else list(mixing.quotas), "tokenizer": self.tokenizer_hash}
+        mixture = self.mixture(self.train_split)
+        return {"mixture": [] if mixture is None else list(mixture.quotas), "tokenizer": self.tokenizer_hash}
 
     def changed(self, name: str, was: Any, now: Any) -> str:
         """What to say when the mixture or the tokenizer is not what it was."""

@@ -216,7 +216,7 @@ def _hurts(count: int, of: int, max_bad: float) -> bool:
 
 
 def _rows(report: Report, max_bad: float) -> list[Finding]:
-    """The manifest's own faults. They are judged together, as training judges them."""
+    """The manifest's own errors. They are judged together, as training judges them."""
     hurts = _hurts(report.bad_rows, report.rows, max_bad)
     remedies = {
         "missing picture": "put the pictures beside the manifest, or name their folder with images=",
@@ -229,7 +229,7 @@ def _rows(report: Report, max_bad: float) -> list[Finding]:
         Finding(
             cause, count, report.rows, hurts, report.first[cause], remedies.get(cause, "repair these rows")
         )
-        for cause, count in report.faults.items()
+        for cause, count in report.errors.items()
     ]
     return found + [
         Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource
-from mmtransformer.data.loading.errors import BadImages, TooManyFaults
+from mmtransformer.data.loading.errors import BadImages, TooManyErrors
+from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import Data
-from mmtransformer.data.loading.sampler import Pick, generator
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -26,13 +27,13 @@ class ClassBatch(Batch):
     Attributes:
         pixels: (b 3 height width).
         labels: (b) long, numbers of classes.
-        counted: (b) bool; False = a filler, which is not learned from and not scored.
+        is_real: (b) bool; False = a padding sample, which is not learned from and not scored.
         names: the b pictures' names.
     """
 
     pixels: Tensor
     labels: Tensor
-    counted: Tensor
+    is_real: Tensor
     names: tuple[str, ...] = ()
 
 
@@ -41,12 +42,12 @@ class ClassSample(NamedTuple):
 
     pixels: Tensor
     label: int
-    counted: bool
+    is_real: bool
     name: str
 
 
 class ClassDataset(Dataset[ClassSample]):
-    """One split; what it returns depends on the `Pick` only.
+    """One split; what it returns depends on the `SampleIndex` only.
 
     A picture that cannot be read is recorded and the next one that can be read takes its place; in evaluation that
     one does not count.
@@ -55,7 +56,7 @@ class ClassDataset(Dataset[ClassSample]):
         images: The pictures.
         transform: From picture to pixels.
         augment: Changes training pictures at random, by (seed, epoch, index); None for evaluation.
-        training: Whether stand-ins count.
+        training: Whether replacement samples count.
         seed: Seed of the run.
         bad: Where pictures that cannot be read are recorded; None raises the first error.
     """
@@ -77,13 +78,13 @@ class ClassDataset(Dataset[ClassSample]):
         """The number of pictures."""
         return len(self.images)
 
-    def __getitem__(self, pick: Pick) -> ClassSample:
+    def __getitem__(self, pick: SampleIndex) -> ClassSample:
         """The picture that is picked."""
         at, pixels = self._readable(pick)
-        counted = pick.counted and (self.training or at == pick.index)
-        return ClassSample(pixels, self.images.label(at), counted, self.images.name(at))
+        is_real = pick.is_real and (self.training or at == pick.index)
+        return ClassSample(pixels, self.images.label(at), is_real, self.images.name(at))
 
-    def _readable(self, pick: Pick) -> tuple[int, Tensor]:
+    def _readable(self, pick: SampleIndex) -> tuple[int, Tensor]:
         for step in range(len(self)):
             at = (pick.index + step) % len(self)
             try:
@@ -96,7 +97,7 @@ class ClassDataset(Dataset[ClassSample]):
             if self.augment is not None:
                 image = self.augment(image, generator(self.seed, pick.epoch, at, 4))
             return at, self.transform(image)
-        raise TooManyFaults(f"none of the {len(self)} pictures can be read")
+        raise TooManyErrors(f"none of the {len(self)} pictures can be read")
 
 
 def collate(samples: list[ClassSample]) -> ClassBatch:
@@ -104,7 +105,7 @@ def collate(samples: list[ClassSample]) -> ClassBatch:
     return ClassBatch(
         torch.stack([sample.pixels for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
-        torch.tensor([sample.counted for sample in samples]),
+        torch.tensor([sample.is_real for sample in samples]),
         tuple(sample.name for sample in samples),
     )
 

@@ -10,11 +10,12 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.documents.document_dataset import CollateDocuments, DocumentDataset
 from mmtransformer.data.documents.documents import DocumentPairs, Documents, DocumentSource, texts_of
 from mmtransformer.data.documents.packing import DocumentRows
+from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.module import Data, Lengths, list_of_splits
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
-from mmtransformer.data.mixture import MixedDocuments, Mixing
+from mmtransformer.data.mixture import MixedDocuments
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -178,7 +179,7 @@ class InterleavedData(Data):
         return BadImages(path, int(self.rows(split).images.sum()), self.max_bad)
 
     def dataset(self, split: str, *, training: bool = False) -> DocumentDataset:
-        """Return a split as a dataset of `Pick`s."""
+        """Return a split as a dataset of `SampleIndex`s."""
         return DocumentDataset(
             self.documents(split),
             self.rows(split),
@@ -189,11 +190,11 @@ class InterleavedData(Data):
             bad=self._bad(split),
         )
 
-    def mixing(self, split: str) -> Mixing | None:
+    def mixture(self, split: str) -> EpochMixture | None:
         """How a training epoch of a split is mixed; None if it is no mixture."""
         documents = self.documents(split)
         return (
-            documents.mixing(self.seed, self.rows(split).parts)
+            documents.mixture(self.seed, self.rows(split).parts)
             if isinstance(documents, MixedDocuments)
             else None
         )
@@ -216,10 +217,10 @@ class InterleavedData(Data):
 
     def identity(self) -> dict[str, Any]:
         """The tokenizer, the training rows, and how they are mixed."""
-        rows, mixing = self.rows(self.train_split), self.mixing(self.train_split)
+        rows, mixture = self.rows(self.train_split), self.mixture(self.train_split)
         return {
             "tokenizer": self.tokenizer_hash,
             "number of rows": len(rows),
             "number of tokens": int(rows.lengths.sum()),
-            "mixture": [] if mixing is None else list(mixing.quotas),
+            "mixture": [] if mixture is None else list(mixture.quotas),
         }

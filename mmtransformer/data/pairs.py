@@ -12,9 +12,9 @@ from PIL import Image
 from mmtransformer.data.files.archives import Entry, Files, nfc
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import Manifest, find_manifests, read_folder, read_manifest
-from mmtransformer.data.files.normalize import settle_languages, settle_splits
+from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.tables import Row, Wanted
-from mmtransformer.data.loading.errors import Report, TooManyFaults
+from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 
@@ -165,13 +165,13 @@ class PairFiles:
         self.report.enforce(what, max_bad)
         found = [image for image in self._found.values() if image.captions]
         if not found and max_bad < 1:
-            raise TooManyFaults(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
-        self._settle_names(found)
+            raise TooManyErrors(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
+        self._normalize_names(found)
         self.languages: tuple[str, ...]
-        self.languages, said = settle_languages([image.captions for image in found], language)
+        self.languages, said = normalize_languages([image.captions for image in found], language)
         self._said.append(said)
         names, splits = [p.name for p in found], [p.split for p in found]
-        members, said = settle_splits(names, splits, val_fraction)
+        members, said = normalize_splits(names, splits, val_fraction)
         self._said += [said] if said else []
         self._splits = {split: [found[i] for i in some] for split, some in members.items()}
         del self._found, self._missing
@@ -211,8 +211,8 @@ class PairFiles:
                 self.report.note("on none of the split lists, left out", row.where, row.image or "")
                 continue
             self.report.rows += 1
-            for cause, what in row.faults:
-                self.report.fault(cause, row.where, what)
+            for cause, what in row.errors:
+                self.report.error(cause, row.where, what)
             for note, what in row.notes:
                 self.report.note(note, row.where, what)
             if row.image is None or not row.captions:
@@ -231,12 +231,12 @@ class PairFiles:
             if known is None:
                 self._found[key] = _Image(name, place, row.split or split, list(row.captions))
             elif known.name != name and finder.way > 1:
-                self.report.fault(
+                self.report.error(
                     "ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key}"
                 )
             elif known.split != (row.split or split):
                 what = f"{name!r} is in {known.split or 'no split'} already, not in {row.split or split or 'none'}"
-                self.report.fault("picture in two splits", row.where, what)
+                self.report.error("picture in two splits", row.where, what)
             else:
                 known.captions.extend(row.captions)
 
@@ -244,13 +244,13 @@ class PairFiles:
         there = {image.split for image in self._found.values()} | {"train", None}
         for split, row, cause, what in self._missing:
             if split in there or not self._found:
-                self.report.fault(cause, row.where, what)
+                self.report.error(cause, row.where, what)
             else:
                 self.report.rows -= 1
                 self.report.note(f"split {split} has no pictures here, left out", row.where, what)
 
     @staticmethod
-    def _settle_names(images: list[_Image]) -> None:
+    def _normalize_names(images: list[_Image]) -> None:
         """Makes names unique: shards may hold the same names, and tables the same file name in every row."""
         often = Counter(image.name for image in images)
         for image in images:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mmtransformer.backbones.seq2seq import TextPairs
 from mmtransformer.data.loading.module import Data, Lengths
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ class PairRow(NamedTuple):
     tokens: list[int]
     prompt: int
     name: str
-    counted: bool = True
+    is_real: bool = True
 
 
 def source_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -73,12 +73,12 @@ class TranslationRows(Dataset[PairRow]):
         """The number of pairs."""
         return len(self._rows)
 
-    def __getitem__(self, pick: Pick) -> PairRow:
+    def __getitem__(self, pick: SampleIndex) -> PairRow:
         """The pair that is picked."""
         source, tokens, prompt = self._rows[pick.index]
         pair = self.pairs[pick.index]
         name = f"{pair.name} {pair.direction}"
-        return PairRow(source.tolist(), tokens.tolist(), prompt, name, pick.counted)
+        return PairRow(source.tolist(), tokens.tolist(), prompt, name, pick.is_real)
 
 
 class PairCollate:
@@ -95,9 +95,9 @@ class PairCollate:
         """Stack the rows."""
         source, source_attention_mask = self.tokenizer.pad([row.source for row in rows])
         tokens, attention_mask = self.tokenizer.pad([row.tokens for row in rows])
-        counted = torch.tensor([row.counted for row in rows])[:, None]
+        is_real = torch.tensor([row.is_real for row in rows])[:, None]
         first = torch.tensor([row.prompt for row in rows])[:, None]
-        loss_mask = attention_mask & counted & (torch.arange(tokens.shape[1]) >= first)
+        loss_mask = attention_mask & is_real & (torch.arange(tokens.shape[1]) >= first)
         return TextPairs(
             source, source_attention_mask, tokens, attention_mask, loss_mask, tuple(row.name for row in rows)
         )

@@ -30,7 +30,7 @@ class Similarity(NamedTuple):
     Attributes:
         of_images: (b N).
         of_texts: (n B).
-        image_ids: (b) long; -1 = a filler, which is neither asked nor found.
+        image_ids: (b) long; -1 = a padding sample, which is neither asked nor found.
         text_ids: (n) long, the id of a text's picture.
         all_image_ids: (B).
         all_text_ids: (N).
@@ -52,7 +52,7 @@ def image_ids(names: Sequence[str], loss_mask: Tensor) -> Tensor | None:
         loss_mask: (n q) bool, the tokens that are to be predicted of the n texts, n / b of each picture side by side.
 
     Returns:
-        (b) long; -1 where none of a picture's texts has a target: a filler.
+        (b) long; -1 where none of a picture's texts has a target: a padding sample.
     """
     if not names:
         return None
@@ -135,7 +135,7 @@ def contrastive_loss(
 def _one_way(logits: Tensor, ids: Tensor, candidates: Tensor, smoothing: float) -> Tensor:
     real = candidates >= 0
     same = (ids[:, None] == candidates) & real
-    asked = same.any(1)  # Not fillers, nor pictures without a text.
+    asked = same.any(1)  # Not padding samples, nor pictures without a text.
     log_probs = logits.masked_fill(~real, torch.finfo(logits.dtype).min).log_softmax(-1)
     targets = same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)
     if smoothing:
@@ -186,7 +186,7 @@ def clip_loss(
         images: (b e).
         texts: (n e), n / b for each picture, side by side.
         log_scale: CLIP's `logit_scale`, the log of what similarities are multiplied by; at most log 100 counts.
-        image_ids: (b) long, what picture it is; -1 = a filler, which takes no part; None = all are different.
+        image_ids: (b) long, what picture it is; -1 = a padding sample, which takes no part; None = all are different.
         gather_grad: whether gradients reach the processes that candidates came from.
     """
     temperature = log_scale.clamp(max=4.605170185988092).neg().exp()

@@ -61,7 +61,7 @@ class HardPairs(NamedTuple):
         rows: (m) long, which texts these are.
         images: (m) long, of the B pictures one that is not the text's.
         texts: (m) long, of the N texts one that is not the picture's.
-        real: (m) bool, whether the text is one at all, rather than a filler.
+        real: (m) bool, whether the text is one at all, rather than a padding sample.
         has_image: (m) bool, whether there is another picture.
         has_text: (m) bool, whether there is another text.
     """

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.rows import image_token
-from mmtransformer.data.loading.sampler import mix
 from mmtransformer.data.loading.source import Caption, Pairs
 from mmtransformer.images import ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
@@ -176,7 +176,7 @@ class FewShot:
         if self.choose == "random" or not self.num_examples:
             key = zlib.crc32(given.float().cpu().numpy().tobytes())
             return others[
-                np.argsort(mix(self.seed, key, others, 8), kind="stable")[: self.num_examples]
+                np.argsort(hash64(self.seed, key, others, 8), kind="stable")[: self.num_examples]
             ].tolist()
         features, mean = self._all_features()
         near = features[torch.from_numpy(others)] @ F.normalize(self._pool(query[None]) - mean, dim=-1)[0]
@@ -189,7 +189,7 @@ class FewShot:
         chunks: list[list[int]] = []
         for example in shots:
             captions = self._in(example, language)
-            caption = captions[int(mix(self.seed, example, 9)) % len(captions)]
+            caption = captions[int(hash64(self.seed, example, 9)) % len(captions)]
             chunks.append([self.image_id, *tok.encode(caption.text), tok.eos_id])
         prompt, new = sum(chunks, head) + [self.image_id], max(map(len, chunks), default=2) - 1
         if (needed := len(prompt) + new) > (most := self.captioner.max_len):

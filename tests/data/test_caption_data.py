@@ -11,7 +11,7 @@ from torch import nn
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.dataset import CaptionDataset
 from mmtransformer.data.loading.rows import CaptionRows, names_a_side, share_of_padding
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import Augment, ImageError
 from mmtransformer.text.tokenizer import Tokenizer
@@ -147,10 +147,10 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
             assert same(batches[0], batches[1])
             assert same(batches[0], batches[2])
     first, other = make(augment=augment).dataset("train", training=True), make(augment=augment, seed=1)
-    a, b = first[Pick(0, 3)].pixels, first[Pick(1, 3)].pixels
+    a, b = first[SampleIndex(0, 3)].pixels, first[SampleIndex(1, 3)].pixels
     assert not torch.equal(a, b)
-    assert not torch.equal(a, other.dataset("train", training=True)[Pick(0, 3)].pixels)
-    assert torch.equal(a, first[Pick(0, 3)].pixels)
+    assert not torch.equal(a, other.dataset("train", training=True)[SampleIndex(0, 3)].pixels)
+    assert torch.equal(a, first[SampleIndex(0, 3)].pixels)
 
 
 def test_a_image_with_sides_in_its_captions_is_never_mirrored():
@@ -161,12 +161,14 @@ def test_a_image_with_sides_in_its_captions_is_never_mirrored():
     pairs = Sided(40)
     data = make(FakeSource(train=pairs, val=pairs), augment=Augment(scale=(1.0, 1.0), flip=True))
     dataset = data.dataset("train", training=True)
-    mirrored = [not torch.equal(dataset[Pick(2, i)].pixels[0], TRANSFORM(pairs.image(i))) for i in range(40)]
+    mirrored = [
+        not torch.equal(dataset[SampleIndex(2, i)].pixels[0], TRANSFORM(pairs.image(i))) for i in range(40)
+    ]
     assert not any(mirrored[1::2])
     assert 4 < sum(mirrored[::2]) < 16
     i = mirrored.index(True)
     torch.testing.assert_close(
-        dataset[Pick(2, i)].pixels[0].flip(-1), TRANSFORM(pairs.image(i)), atol=1e-5, rtol=0
+        dataset[SampleIndex(2, i)].pixels[0].flip(-1), TRANSFORM(pairs.image(i)), atol=1e-5, rtol=0
     )
 
 
@@ -178,7 +180,7 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path):
     assert len(names) == 211
     assert names.count("p6.jpg") == 3
     assert not {"p4.jpg", "p5.jpg"} & set(names)
-    for batch in batches:  # the stand-in brings its own captions
+    for batch in batches:  # the replacement sample brings its own captions
         for i, name in enumerate(batch.names):
             assert name[1:-4] in data.tokenizer.decode(batch.tokens[i].tolist()).split()
     report = (tmp_path / "bad_images_train.jsonl").read_text()
@@ -186,10 +188,12 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path):
     (val,) = data.val_dataloader()
     batches = list(val)
     assert sum(len(batch.names) for batch in batches) == 11
-    counted = [
+    is_real = [
         name for batch in batches for name, t in zip(batch.names, batch.loss_mask, strict=True) if t.any()
     ]
-    assert counted == [f"p{i}.jpg" for i in range(11) if i != 3], "a stand-in does not count in evaluation"
+    assert is_real == [f"p{i}.jpg" for i in range(11) if i != 3], (
+        "a replacement sample does not count in evaluation"
+    )
 
 
 def test_too_many_bad_images_stop_the_run(tmp_path):
@@ -368,12 +372,12 @@ def test_lightning_validates_on_everything_every_time(tmp_path):
 def test_the_dataset_can_be_used_alone():
     pairs = FakePairs(5)
     dataset = CaptionDataset(pairs, CaptionRows(pairs, tokenizer(), 64), TRANSFORM)
-    sample = dataset[Pick(0, 2)]
+    sample = dataset[SampleIndex(0, 2)]
     assert sample.name == "p2.jpg"
     assert sample.pixels.shape == (1, 3, 11, 13)
     bad = CaptionDataset(FakePairs(5, bad=[2]), dataset.rows, TRANSFORM)
     with pytest.raises(ImageError, match=r"p2\.jpg: cut off"):
-        bad[Pick(0, 2)]
+        bad[SampleIndex(0, 2)]
     assert dataclasses.is_dataclass(TRANSFORM)
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from mmtransformer.data.documents.documents import Documents, PairDocuments
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
+from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.features import cache_key
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.data.loading.source import Pairs, PairSource
-from mmtransformer.data.mixture import DocumentMixture, MixedDocuments, MixedPairs, Mixing, Mixture
+from mmtransformer.data.mixture import DocumentMixture, MixedDocuments, MixedPairs, Mixture
 from support.sources import TRANSFORM, FakePairs, FakeSource, batches_of, make, same, tokenizer
 
 
@@ -41,17 +42,17 @@ def test_every_part_goes_through_all_its_members_before_any_comes_again(
     sizes: list[int], weights: st.DataObject, epoch_size: int, seed: int
 ) -> None:
     shares = weights.draw(st.lists(st.floats(0.2, 5), min_size=len(sizes), max_size=len(sizes)))
-    mixing = Mixing(sizes, shares, epoch_size=epoch_size, seed=seed)
-    assert mixing.size == epoch_size == sum(mixing.quotas)
-    for quota, share in zip(mixing.quotas, shares, strict=True):
+    mixture = EpochMixture(sizes, shares, epoch_size=epoch_size, seed=seed)
+    assert mixture.size == epoch_size == sum(mixture.quotas)
+    for quota, share in zip(mixture.quotas, shares, strict=True):
         assert abs(quota - epoch_size * share / sum(shares)) < 1
     offsets = np.cumsum([0, *sizes])
     seen: list[list[tuple[int, int]]] = [[] for _ in sizes]
     for epoch in range(5):
-        index, turns = mixing.images(epoch)
+        index, turns = mixture.samples(epoch)
         assert index.shape == turns.shape == (epoch_size,)
         part = np.searchsorted(offsets, index, side="right") - 1
-        assert tuple(np.bincount(part, minlength=len(sizes))) == mixing.quotas
+        assert tuple(np.bincount(part, minlength=len(sizes))) == mixture.quotas
         for k in range(len(sizes)):
             seen[k] += zip(turns[part == k].tolist(), index[part == k].tolist(), strict=True)
     for k, size in enumerate(sizes):
@@ -63,30 +64,30 @@ def test_every_part_goes_through_all_its_members_before_any_comes_again(
 
 
 def test_a_mixture_is_a_pure_function_of_seed_and_epoch() -> None:
-    make_one = lambda seed: Mixing([31, 5], [1, 1], epoch_size=20, seed=seed)  # noqa: E731
+    make_one = lambda seed: EpochMixture([31, 5], [1, 1], epoch_size=20, seed=seed)  # noqa: E731
     a, b = make_one(3), make_one(3)
-    b.images(7)
+    b.samples(7)
     for epoch in (4, 0, 2):
-        np.testing.assert_array_equal(a.images(epoch), b.images(epoch))
-    assert not np.array_equal(a.images(0), a.images(1))
-    assert not np.array_equal(a.images(0), make_one(4).images(0))
+        np.testing.assert_array_equal(a.samples(epoch), b.samples(epoch))
+    assert not np.array_equal(a.samples(0), a.samples(1))
+    assert not np.array_equal(a.samples(0), make_one(4).samples(0))
     # these numbers are part of every run that was ever started with a mixture
-    assert Mixing([3, 5], epoch_size=6, seed=1).images(2)[0].tolist() == [2, 0, 3, 4, 6, 5]
+    assert EpochMixture([3, 5], epoch_size=6, seed=1).samples(2)[0].tolist() == [2, 0, 3, 4, 6, 5]
 
 
 def test_shares_are_rounded_to_the_epoch() -> None:
-    assert Mixing([10, 10, 10], [1, 1, 1], epoch_size=10).quotas == (4, 3, 3)
-    assert Mixing([10, 30]).quotas == (10, 30)
-    assert Mixing([10, 30], [1, 1]).quotas == (20, 20)
+    assert EpochMixture([10, 10, 10], [1, 1, 1], epoch_size=10).quotas == (4, 3, 3)
+    assert EpochMixture([10, 30]).quotas == (10, 30)
+    assert EpochMixture([10, 30], [1, 1]).quotas == (20, 20)
 
 
 def test_impossible_mixtures_are_refused() -> None:
     with pytest.raises(ValueError, match=r"every part of a mixture needs a member, the sizes are \[3, 0\]"):
-        Mixing([3, 0])
+        EpochMixture([3, 0])
     with pytest.raises(ValueError, match=r"2 parts needs as many weights above 0, not \[1.0, -1.0\]"):
-        Mixing([3, 4], [1, -1])
+        EpochMixture([3, 4], [1, -1])
     with pytest.raises(ValueError, match=r"an epoch of 10 gives the parts \[10, 0\]"):
-        Mixing([3, 4], [100, 1], epoch_size=10)
+        EpochMixture([3, 4], [100, 1], epoch_size=10)
     with pytest.raises(ValueError, match="at least 1 source"):
         Mixture({})
     with pytest.raises(ValueError, match=r"weights are given for big, tiny; the sources are big, small"):
@@ -101,10 +102,10 @@ def test_impossible_mixtures_are_refused() -> None:
         ValueError, match="has no split 'dev'; it has: train, val, test, big/train, big/val, small/"
     ):
         two_sources().split("dev")
-    with pytest.raises(ValueError, match=r"a pool of 20 pictures needs num_pictures=20 \(not 19\)"):
-        IndexSampler(19, 3, pool=Mixing([3, 4], epoch_size=20))
+    with pytest.raises(ValueError, match=r"a mixture of 20 samples needs num_samples=20 \(not 19\)"):
+        IndexSampler(19, 3, mixture=EpochMixture([3, 4], epoch_size=20))
     with pytest.raises(ValueError, match="and shuffle"):
-        IndexSampler(20, 3, shuffle=False, pool=Mixing([3, 4], epoch_size=20))
+        IndexSampler(20, 3, shuffle=False, mixture=EpochMixture([3, 4], epoch_size=20))
 
 
 # --------------------------------------------------------------------------------------------------------- sampler
@@ -112,23 +113,23 @@ def test_impossible_mixtures_are_refused() -> None:
 
 @pytest.mark.parametrize(("world", "size"), [(1, 6), (2, 3), (3, 2)])
 def test_processes_share_the_steps_of_a_mixture(world: int, size: int) -> None:
-    pool = Mixing([31, 5], [1, 1], epoch_size=25, seed=3)
-    shares = [list(IndexSampler(25, size, pool=pool, rank=rank, world=world)) for rank in range(world)]
-    one = list(IndexSampler(25, 6, pool=pool))
+    mixture = EpochMixture([31, 5], [1, 1], epoch_size=25, seed=3)
+    shares = [list(IndexSampler(25, size, mixture=mixture, rank=rank, world=world)) for rank in range(world)]
+    one = list(IndexSampler(25, 6, mixture=mixture))
     for together, step in zip(zip(*shares, strict=True), one, strict=True):
-        assert sorted(pick for pick in chain(*together) if pick.counted) == sorted(step)
+        assert sorted(pick for pick in chain(*together) if pick.is_real) == sorted(step)
     picks = [pick for batch in one for pick in batch]
-    assert sorted((pick.index, pick.epoch) for pick in picks) == sorted(zip(*pool.images(0), strict=True))
-    assert [pick.index for pick in picks] != pool.images(0)[0].tolist(), "the parts are mixed"
+    assert sorted((pick.index, pick.epoch) for pick in picks) == sorted(zip(*mixture.samples(0), strict=True))
+    assert [pick.index for pick in picks] != mixture.samples(0)[0].tolist(), "the parts are mixed"
 
 
 def test_a_resumed_epoch_of_a_mixture_goes_on() -> None:
-    pool = Mixing([31, 5], [1, 1], epoch_size=25, seed=3)
-    whole = IndexSampler(25, 4, pool=pool, seed=9)
+    mixture = EpochMixture([31, 5], [1, 1], epoch_size=25, seed=3)
+    whole = IndexSampler(25, 4, mixture=mixture, seed=9)
     whole.set_epoch(2)
     batches = list(whole)
-    later = IndexSampler(25, 4, pool=pool, seed=9)
-    later.load_state_dict({"epoch": 2, "position": 12, "seed": 9, "num_images": 25})
+    later = IndexSampler(25, 4, mixture=mixture, seed=9)
+    later.load_state_dict({"epoch": 2, "position": 12, "seed": 9, "num_samples": 25})
     assert list(later) == batches[3:]
 
 

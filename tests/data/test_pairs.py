@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 
-from mmtransformer.data.loading.errors import TooManyFaults
+from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
@@ -218,7 +218,7 @@ def test_coco_images_elsewhere_and_two_years(tmp_path: Path) -> None:
     assert everything(source) == expected(1)
     assert [len(source.split(s)) for s in source.splits()] == [17, 6]
     with pytest.raises(
-        TooManyFaults, match=r"23 of 23 rows can't be used \(100.0%(.|\n)*missing picture: 23"
+        TooManyErrors, match=r"23 of 23 rows can't be used \(100.0%(.|\n)*missing picture: 23"
     ):
         PairFiles(tmp_path / "texts")
 
@@ -467,7 +467,7 @@ def test_a_split_without_any_image_is_left_out_and_said(tmp_path: Path) -> None:
     assert source.splits() == ("train", "val")
     assert source.report.notes == {"split test has no pictures here, left out": 6}
     (tmp_path / NAMES[22]).write_bytes(png(NAMES[22]))
-    with pytest.raises(TooManyFaults, match="5 of 23 rows"):
+    with pytest.raises(TooManyErrors, match="5 of 23 rows"):
         PairFiles(tmp_path)
 
 
@@ -476,7 +476,7 @@ def test_one_image_named_in_two_splits_is_a_fault(tmp_path: Path) -> None:
     rows = [{"image": n, "caption": "x y", "split": s} for n in NAMES[:3] for s in ("train", "val")]
     (tmp_path / "a.jsonl").write_text(jsonl(rows))
     with pytest.raises(
-        TooManyFaults, match=r"picture in two splits: 3(.|\n)*a.jsonl:2: 'p00.png' is in train already"
+        TooManyErrors, match=r"picture in two splits: 3(.|\n)*a.jsonl:2: 'p00.png' is in train already"
     ):
         PairFiles(tmp_path)
 
@@ -497,7 +497,7 @@ def test_several_manifests_must_belong_together(tmp_path: Path) -> None:
     (tmp_path / "more.jsonl").unlink()
     (tmp_path / "captions.csv").rename(tmp_path / "train.csv")
     (tmp_path / "valid.csv").write_text("filepath,title\np00.png,again\n")
-    with pytest.raises(TooManyFaults, match="1 of 70 rows"):
+    with pytest.raises(TooManyErrors, match="1 of 70 rows"):
         PairFiles(tmp_path, max_bad=0)
     (tmp_path / "q77.png").write_bytes(png("q1.png"))
     (tmp_path / "valid.csv").write_text("filepath,title\nq77.png,again\n")
@@ -510,7 +510,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no pictures and no manifest with captions"):
         PairFiles(tmp_path)
     draw(tmp_path)
-    with pytest.raises(TooManyFaults, match=r"23 of 23 rows .*(.|\n)*no caption file: 23"):
+    with pytest.raises(TooManyErrors, match=r"23 of 23 rows .*(.|\n)*no caption file: 23"):
         PairFiles(tmp_path)
 
 
@@ -533,7 +533,7 @@ def test_a_name_that_may_mean_two_images_means_none(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:2]))
     source = PairFiles(tmp_path, max_bad=0.5)
     assert list(everything(source)) == ["p01.png"]
-    assert source.report.faults == {"ambiguous name": 1}
+    assert source.report.errors == {"ambiguous name": 1}
     assert source.report.first["ambiguous name"] == [
         "c.jsonl:1: 'p00.png' may be big/p00.png or small/p00.png"
     ]
@@ -546,13 +546,13 @@ def test_a_missing_image_is_not_replaced_by_a_namesake(tmp_path: Path) -> None:
     rows.append({"image": f"dogs/{NAMES[5]}", "caption": "a dog"})
     (tmp_path / "c.jsonl").write_text(jsonl(rows))
     source = PairFiles(tmp_path)
-    assert source.report.faults == {"missing picture": 1}
+    assert source.report.errors == {"missing picture": 1}
     assert len(everything(source)) == 5
     rows = [{"image": "cats/p01.png", "caption": "a cat"}, {"image": "dogs/p01.png", "caption": "a dog"}]
     (tmp_path / "only").mkdir()
     draw(tmp_path / "only", NAMES[1:2])
     (tmp_path / "only" / "c.jsonl").write_text(jsonl(rows))
-    with pytest.raises(TooManyFaults, match="2 of 2 rows"):
+    with pytest.raises(TooManyErrors, match="2 of 2 rows"):
         PairFiles(tmp_path / "only")
 
 

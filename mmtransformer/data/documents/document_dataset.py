@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.documents.documents import Documents
 from mmtransformer.data.documents.packing import DocumentRows, Piece
-from mmtransformer.data.loading.errors import BadImages, TooManyFaults
-from mmtransformer.data.loading.sampler import Pick, generator
+from mmtransformer.data.loading.errors import BadImages, TooManyErrors
+from mmtransformer.data.loading.hashing import generator
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -72,7 +73,7 @@ class DocumentSample(NamedTuple):
 
 
 class DocumentDataset(Dataset[DocumentSample]):
-    """The rows of one split; what it returns depends on the `Pick` only, not on the process or on what was read before.
+    """The rows of one split; what it returns depends on the `SampleIndex` only, not on the process.
 
     A picture that cannot be read is recorded. Its mark stays in the text, so that all others keep their numbers; it is
     blank and hidden, and the text that follows it is not a target. A row that has no target left is replaced by the
@@ -82,7 +83,7 @@ class DocumentDataset(Dataset[DocumentSample]):
         documents: The documents.
         rows: Their rows.
         transform: From picture to pixels.
-        training: Augment, and train on stand-ins; otherwise nothing is random, and a stand-in does not count.
+        training: Augment, and train on replacement samples; otherwise nothing is random, and they do not count.
         seed: Seed of the run.
         augment: Changes pictures at random before the transform. The pictures of a document that speaks of left or
             right are never mirrored.
@@ -107,17 +108,17 @@ class DocumentDataset(Dataset[DocumentSample]):
         """The number of rows."""
         return len(self.rows)
 
-    def __getitem__(self, pick: Pick) -> DocumentSample:
+    def __getitem__(self, pick: SampleIndex) -> DocumentSample:
         """Return a row with its pictures for an epoch."""
-        epoch, index, counted = pick
+        epoch, index, is_real = pick
         for step in range(len(self)):
             at = (index + step) % len(self)
             sample = self._sample(epoch, at)
             if sample.layout.loss_mask.any():
-                if not counted or (step and not self.training):
+                if not is_real or (step and not self.training):
                     sample.layout.loss_mask[:] = False
                 return sample
-        raise TooManyFaults(f"none of the {len(self)} rows has a text whose picture can be read")
+        raise TooManyErrors(f"none of the {len(self)} rows has a text whose picture can be read")
 
     def _sample(self, epoch: int, at: int) -> DocumentSample:
         pieces = self.rows.row(at)

@@ -13,7 +13,7 @@ _LISTS = ("images", "pictures", "image_paths", "image", "이미지", "사진")
 _NAMES = ("image_name", "path", "file_name", "filename", "filepath", "image", "name")
 
 
-class LineFault(Exception):
+class LineError(Exception):
     """What is wrong with one line."""
 
     def __init__(self, cause: str, what: str = ""):
@@ -67,25 +67,25 @@ def read_pieces(
         min_similarity: MMC4's pictures that match their sentence less are left out.
 
     Raises:
-        LineFault: If it is in none of them, or its marks and its pictures differ in number.
+        LineError: If it is in none of them, or its marks and its pictures differ in number.
     """
     if "text_list" in record and "image_info" in record:
         return _matched(record["text_list"], record["image_info"], min_similarity)
     key = next((key for key in _LISTS if key in record), None)
     if key is None:
-        raise LineFault("no list of pictures", f"its keys are {', '.join(record)[:80]}")
+        raise LineError("no list of pictures", f"its keys are {', '.join(record)[:80]}")
     images, texts = record[key], record.get("texts", record.get("text"))
     if isinstance(images, str | dict):
         images = [images]
     if not isinstance(images, list):
-        raise LineFault("no list of pictures", f"{key} is {images!r:.60}")
+        raise LineError("no list of pictures", f"{key} is {images!r:.60}")
     if isinstance(texts, list):
         return _parallel(texts, images)
     if not isinstance(texts, str):
-        raise LineFault("no text", f"{texts!r:.60}")
+        raise LineError("no text", f"{texts!r:.60}")
     pieces = cut_at_marks(texts, mark)
     if len(pieces) - 1 != len(images):
-        raise LineFault(
+        raise LineError(
             "marks and pictures differ in number",
             f"{len(pieces) - 1} {mark} in the text, {len(images)} in {key}: {texts[:60]!r}",
         )
@@ -94,29 +94,29 @@ def read_pieces(
 
 def _parallel(texts: list[Any], images: list[Any]) -> tuple[tuple[str, ...], list[str]]:
     if len(texts) != len(images):
-        raise LineFault("lists of different length", f"{len(texts)} texts, {len(images)} images")
+        raise LineError("lists of different length", f"{len(texts)} texts, {len(images)} images")
     both = [i for i, (t, p) in enumerate(zip(texts, images, strict=True)) if bool(t) == bool(p)]
     if both:
-        raise LineFault(
+        raise LineError(
             "neither a text nor a picture", f"place {both[0]} of the lists must have exactly one of the two"
         )
     if odd := [text for text in texts if text and not isinstance(text, str)]:
-        raise LineFault("a text that is not text", f"{odd[0]!r:.60}")
+        raise LineError("a text that is not text", f"{odd[0]!r:.60}")
     return join_pieces([text or None for text in texts]), [_image_name(p) for p in images if p]
 
 
 def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], list[str]]:
     """MMC4's form: each picture stands before the sentence that it was matched with."""
     if not (isinstance(texts, list) and isinstance(infos, list) and all(isinstance(t, str) for t in texts)):
-        raise LineFault("no text", "text_list must be a list of texts and image_info a list of pictures")
+        raise LineError("no text", "text_list must be a list of texts and image_info a list of pictures")
     before: dict[int, list[str]] = {}
     for info in infos:
         at = info.get("matched_text_index") if isinstance(info, dict) else None
         if not isinstance(at, int) or not 0 <= at < len(texts):
-            raise LineFault("a picture without its text", f"matched_text_index {at!r} of {len(texts)} texts")
+            raise LineError("a picture without its text", f"matched_text_index {at!r} of {len(texts)} texts")
         similar = info.get("matched_sim", 0)
         if least and not isinstance(similar, int | float):
-            raise LineFault("a similarity that is no number", f"{similar!r:.60}")
+            raise LineError("a similarity that is no number", f"{similar!r:.60}")
         if not least or similar >= least:
             before.setdefault(at, []).append(_image_name(info))
     if infos and not before:
@@ -131,5 +131,5 @@ def _image_name(value: Any) -> str:
     if isinstance(value, dict):
         value = next((value[key] for key in _NAMES if key in value), None)
     if not isinstance(value, str) or is_missing(value.strip()):
-        raise LineFault("no picture named", f"{value!r:.60}")
+        raise LineError("no picture named", f"{value!r:.60}")
     return value

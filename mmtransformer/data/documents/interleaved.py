@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmtransformer.data.documents.document_records import (
     MARK,
-    LineFault,
+    LineError,
     LineNote,
     document_files,
     read_pieces,
@@ -29,7 +29,7 @@ from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.files.archives import Entry, FileError, Files
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import json_lines
-from mmtransformer.data.files.normalize import settle_languages, settle_splits
+from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.text import (
     fold,
     is_broken,
@@ -37,7 +37,7 @@ from mmtransformer.data.files.text import (
     language_code,
     split_word,
 )
-from mmtransformer.data.loading.errors import Report, TooManyFaults
+from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 
@@ -164,19 +164,19 @@ class InterleavedFiles:
             self.report.note("file left out", path, reason)
         self.report.enforce(f"{self.root} ({self._said[0]})", max_bad)
         if not documents:
-            raise TooManyFaults(
+            raise TooManyErrors(
                 f"{self.root}: not one of {self.report.rows} documents can be used:\n{self.report}"
             )
         self._files = images_in
         _unique(documents)
         texts = [[Caption(" ".join(document.texts), document.language)] for document in documents]
         self.languages: tuple[str, ...]
-        self.languages, said = settle_languages(texts, language)
+        self.languages, said = normalize_languages(texts, language)
         self._said.append(said)
         for document, (text,) in zip(documents, texts, strict=True):
             document.language = text.language
         names, splits = [d.name for d in documents], [d.split for d in documents]
-        members, said = settle_splits(names, splits, val_fraction, "documents")
+        members, said = normalize_splits(names, splits, val_fraction, "documents")
         self._said += [said] if said else []
         self._splits = {split: [documents[i] for i in some] for split, some in members.items()}
 
@@ -206,15 +206,15 @@ class InterleavedFiles:
 
     def _read(self, data: bytes, name: str, split: str | None) -> Iterator[_Read]:
         """The documents of a file whose lines make sense; what is wrong with the others is counted."""
-        for where, record, fault in json_lines(data, name):
+        for where, record, error in json_lines(data, name):
             self.report.rows += 1
             try:
                 if not isinstance(record, dict):
-                    raise LineFault(*(fault or f"not a JSON object: {record!r:.60}").split(": ", 1))
+                    raise LineError(*(error or f"not a JSON object: {record!r:.60}").split(": ", 1))
                 texts, images = read_pieces(record, self.mark, self.min_similarity)
                 yield self._document(record, where, texts, images, split)
-            except LineFault as found:
-                self.report.fault(found.cause, where, found.what)
+            except LineError as found:
+                self.report.error(found.cause, where, found.what)
             except LineNote as note:
                 self.report.rows -= 1
                 self.report.note(str(note), where)
@@ -228,16 +228,16 @@ class InterleavedFiles:
         split: str | None,
     ) -> _Read:
         if any(map(is_broken, texts)):
-            raise LineFault("not valid Unicode", f"{''.join(texts)[:60]!a}")
+            raise LineError("not valid Unicode", f"{''.join(texts)[:60]!a}")
         texts = tuple("\n".join(filter(None, map(fold, text.split("\n")))) for text in texts)
         if not images:
-            raise LineFault("no picture", f"{''.join(texts)[:60]!r}")
+            raise LineError("no picture", f"{''.join(texts)[:60]!r}")
         if is_missing("".join(texts)):
-            raise LineFault("no text", f"{len(images)} pictures")
+            raise LineError("no text", f"{len(images)} pictures")
         try:
             language = language_code(str(record.get("language") or record.get("lang") or ""))
         except ValueError as error:
-            raise LineFault("not a language", str(error)) from None
+            raise LineError("not a language", str(error)) from None
         said = record.get("split")
         if isinstance(said, str) and not is_missing(said.strip()):
             split = split_word(said) or said.strip().casefold()
@@ -255,7 +255,7 @@ class InterleavedFiles:
                 if isinstance(found, Entry):
                     places.append(found)
                 else:
-                    self.report.fault(
+                    self.report.error(
                         found, document.where, f"picture {k + 1} of {len(document.images)}: {said}"
                     )
             if len(places) == len(document.images):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mmtransformer.data.documents.documents import Document, Documents
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.rows import image_token, names_a_side
-from mmtransformer.data.loading.sampler import mix
 from mmtransformer.text.tokenizer import Tokenizer
 
 _WINDOW = 4096  # pieces that are packed together; more would fit hardly better and take longer
@@ -205,7 +205,7 @@ def _pack(
 
     Done window by window of the pieces in a random order, so that a row mixes documents from everywhere.
     """
-    order = mine[np.argsort(mix(seed, np.arange(len(mine)), 5), kind="stable")]
+    order = mine[np.argsort(hash64(seed, np.arange(len(mine)), 5), kind="stable")]
     rows: list[list[int]] = []
     for start in range(0, len(order), _WINDOW):
         window = order[start : start + _WINDOW]

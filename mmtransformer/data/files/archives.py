@@ -179,8 +179,8 @@ class Files:
         try:
             return self._read(entry)
         except OSError as error:
-            fault = str(error) if error.errno is None else error.strerror
-            raise FileError(f"{entry.path}: {fault}") from None
+            reason = str(error) if error.errno is None else error.strerror
+            raise FileError(f"{entry.path}: {reason}") from None
 
     def _read(self, entry: Entry) -> bytes:
         if max(entry.size, entry.packed) > MAX_BYTES:
@@ -281,11 +281,11 @@ class Files:
             for name, entry in lister(path):
                 inner = join("", name)
                 full = f"{prefix}/{inner or name}" if prefix else inner or name
-                fault = entry if isinstance(entry, str) else refusal(name)
-                if fault is None and (inner is None or ".." in name.split("/")):
-                    fault = "a path that climbs out of its archive"
-                if fault is not None:
-                    self.refused[nfc(full)] = fault
+                reason = entry if isinstance(entry, str) else refusal(name)
+                if reason is None and (inner is None or ".." in name.split("/")):
+                    reason = "a path that climbs out of its archive"
+                if reason is not None:
+                    self.refused[nfc(full)] = reason
                 elif inner and not any(p.startswith(".") or p == "__MACOSX" for p in inner.split("/")):
                     assert isinstance(entry, Entry)
                     found[inner] = entry._replace(path=nfc(full), inner=inner, box=len(self.boxes))

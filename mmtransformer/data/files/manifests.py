@@ -190,8 +190,8 @@ def _load_json(files: Files, entry: Entry) -> Any:
     except json.JSONDecodeError as error:
         if text.lstrip()[:1] == "{" and error.msg == "Extra data":  # JSON lines under another name
             found = list(json_lines(text.encode(), entry.path))
-            if fault := next((f"{where} is {what}" for where, _, what in found if what), ""):
-                raise ValueError(fault) from None
+            if wrong := next((f"{where} is {what}" for where, _, what in found if what), ""):
+                raise ValueError(wrong) from None
             return [value for _, value, _ in found]
         raise ValueError(
             f"{entry.path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}"
@@ -250,16 +250,16 @@ def _read_records(
     for _, record, _ in everything[:1000]:
         keys |= dict.fromkeys(record) if isinstance(record, dict) else {}
     if not keys:
-        first = next((f": {where} is {fault}" for where, _, fault in everything if fault), "")
+        first = next((f": {where} is {error}" for where, _, error in everything if error), "")
         raise ValueError(f"{name} holds no JSON objects{first}")
     columns = find_columns(list(keys), wanted, name)
 
     def rows() -> Iterator[Row]:
-        for where, record, fault in everything:
+        for where, record, error in everything:
             if isinstance(record, dict):
                 yield make_row(record, columns, where)
             else:
-                cause, _, what = (fault or f"not a JSON object: {record!r:.60}").partition(": ")
+                cause, _, what = (error or f"not a JSON object: {record!r:.60}").partition(": ")
                 yield Row(None, (), None, where, ((cause, what),))
 
     return columns, rows()
@@ -276,16 +276,16 @@ def _coco(data: dict[str, Any], name: str) -> Iterator[Row]:
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
             yield Row(None, (), None, f"{name}: images[{at}]", (("no picture named", f"{image!r:.60}"),))
             continue
-        faults: list[tuple[str, str]] = []
+        errors: list[tuple[str, str]] = []
         captions: list[Caption] = []
         key = image.get("id")
         for i, value in found.pop(key, ()) if isinstance(key, str | int) else ():
-            captions += read_captions(value, None, f"{image['file_name']} (annotations[{i}])", faults)
-        if not captions and not faults:
-            faults.append(("no caption", image["file_name"]))
+            captions += read_captions(value, None, f"{image['file_name']} (annotations[{i}])", errors)
+        if not captions and not errors:
+            errors.append(("no caption", image["file_name"]))
         split = image.get("split")
         split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
-        yield Row(image["file_name"], tuple(captions), split, f"{name}: images[{at}]", tuple(faults))
+        yield Row(image["file_name"], tuple(captions), split, f"{name}: images[{at}]", tuple(errors))
     for key, orphans in found.items():
         what = f"image_id {key!r} is not among the images"
         yield Row(None, (), None, f"{name}: annotations[{orphans[0][0]}]", (("no picture named", what),))
@@ -299,7 +299,7 @@ def _karpathy(data: dict[str, Any], name: str) -> Iterator[Row]:
             continue
         folder, sentences = image.get("filepath"), image.get("sentences")
         path = f"{folder}/{image['filename']}" if folder and isinstance(folder, str) else image["filename"]
-        faults: list[tuple[str, str]] = []
+        errors: list[tuple[str, str]] = []
         captions: list[Caption] = []
         for sentence in sentences if isinstance(sentences, list) else ():
             if (
@@ -308,12 +308,12 @@ def _karpathy(data: dict[str, Any], name: str) -> Iterator[Row]:
                 and isinstance(sentence.get("tokens"), list)
             ):
                 sentence = " ".join(map(str, sentence["tokens"]))
-            captions += read_captions(sentence, None, path, faults)
-        if not captions and not faults:
-            faults.append(("no caption", path))
+            captions += read_captions(sentence, None, path, errors)
+        if not captions and not errors:
+            errors.append(("no caption", path))
         split = image.get("split")
         split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
-        yield Row(path, tuple(captions), split, where, tuple(faults))
+        yield Row(path, tuple(captions), split, where, tuple(errors))
 
 
 def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
@@ -334,11 +334,11 @@ def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
                 )
                 yield Row(None, (), None, where, (cause,))
             continue
-        faults: list[tuple[str, str]] = []
-        captions = read_captions(match["text"], None, match["name"], faults)
+        errors: list[tuple[str, str]] = []
+        captions = read_captions(match["text"], None, match["name"], errors)
         # with lists of splits, what is on none of them is left out on purpose, as in every published result
         split = splits.get(match["name"], "unlisted") if splits else None
-        yield Row(match["name"], tuple(captions), split, where, tuple(faults))
+        yield Row(match["name"], tuple(captions), split, where, tuple(errors))
 
 
 def read_folder(files: Files) -> Iterator[Row]:
@@ -362,7 +362,7 @@ def read_folder(files: Files) -> Iterator[Row]:
         if word.lower() in SPLITS
     }
     for image in images:
-        faults: list[tuple[str, str]] = []
+        errors: list[tuple[str, str]] = []
         captions: list[Caption] = []
         beside = texts.get(image.path.rpartition(".")[0], [])
         for entry, language in beside:
@@ -370,20 +370,20 @@ def read_folder(files: Files) -> Iterator[Row]:
             try:
                 data = files.read(entry)
             except FileError as error:
-                faults.append(("caption file that can't be read", str(error)))
+                errors.append(("caption file that can't be read", str(error)))
                 continue
             for line in lines(data):
                 if line.text is None:
-                    faults.append(("not UTF-8", f"{entry.path}:{line.number}: {line.hint}"))
+                    errors.append(("not UTF-8", f"{entry.path}:{line.number}: {line.hint}"))
                 elif line.text.strip():
-                    captions += read_captions(line.text, language, f"{entry.path}:{line.number}", faults)
-        if not captions and not faults:
+                    captions += read_captions(line.text, language, f"{entry.path}:{line.number}", errors)
+        if not captions and not errors:
             cause = ("empty caption", f"{beside[0][0].path} is empty") if beside else ("no caption file", "")
-            faults.append(cause)
+            errors.append(cause)
         split = None
         if "train" in tops.values():
             split = next((tops[word] for word in image.inner.split("/")[:-1] if word in tops), None)
-        yield Row(image.path, tuple(captions), split, image.path, tuple(faults), key=image)
+        yield Row(image.path, tuple(captions), split, image.path, tuple(errors), key=image)
     for group in texts.values():
         for entry, _ in group:
             if entry.path not in used:

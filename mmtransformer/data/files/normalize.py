@@ -9,7 +9,7 @@ from mmtransformer.data.loading.source import Caption
 _ORDER = {"train": 0, "val": 1, "test": 2}
 
 
-def settle_languages(groups: Sequence[list[Caption]], language: str | None) -> tuple[tuple[str, ...], str]:
+def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -> tuple[tuple[str, ...], str]:
     """Names the language of captions that name none: Korean by its script, the others as `PairFiles` says.
 
     Args:
@@ -42,7 +42,7 @@ def settle_languages(groups: Sequence[list[Caption]], language: str | None) -> t
     return languages, said + (" (en where nothing says otherwise)" if assumed else "")
 
 
-def settle_splits(
+def normalize_splits(
     names: Sequence[str], splits: Sequence[str | None], val_fraction: float, what: str = "pictures"
 ) -> tuple[dict[str, list[int]], str]:
     """Shares members out to splits: as the data says, and where it has no val, by a hash of the name.

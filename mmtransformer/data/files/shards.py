@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from mmtransformer.data.files.archives import Entry, FileError, Files
-from mmtransformer.data.files.normalize import settle_languages, settle_splits
+from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.tar_index import TEXTS, ShardError, ShardSample, read_index
 from mmtransformer.data.files.text import SPLITS, split_word
-from mmtransformer.data.loading.errors import Report, TooManyFaults
+from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 from mmtransformer.serialization.untrusted import leads_out
@@ -148,10 +148,10 @@ class Shards:
             raise ValueError(f"{what}: no samples in them")
         self.report.enforce(what, max_bad)
         if not names:
-            raise TooManyFaults(f"{what}: not one of {self.report.rows} samples can be used:\n{self.report}")
+            raise TooManyErrors(f"{what}: not one of {self.report.rows} samples can be used:\n{self.report}")
         self.languages: tuple[str, ...]
-        self.languages, languages = settle_languages(captions, language)
-        members, shared = settle_splits(names, splits, val_fraction)
+        self.languages, languages = normalize_languages(captions, language)
+        members, shared = normalize_splits(names, splits, val_fraction)
         self._said = [what, f"{len(names)} pictures, {sum(map(len, captions))} captions"]
         self._said += [languages, *([shared] if shared else [])]
         files, times = Files.of_boxes(self.paths), [path.stat().st_mtime_ns for path in self.paths]
@@ -191,7 +191,7 @@ class Shards:
         plain = [image for image in sample.images if "." not in image[0]] or sample.images
         if len(plain) != 1:
             cause = "several pictures" if plain else "no picture"
-            self.report.fault(cause, where, ", ".join(ending for ending, _, _ in plain))
+            self.report.error(cause, where, ", ".join(ending for ending, _, _ in plain))
             return None
         captions: list[Caption] = []
         for kind in texts:
@@ -200,8 +200,8 @@ class Shards:
             if captions:
                 break
         if not captions:
-            for cause, what in sample.faults or [("no caption", "")]:
-                self.report.fault(cause, where, what)
+            for cause, what in sample.errors or [("no caption", "")]:
+                self.report.error(cause, where, what)
             return None
         return captions, plain[0][1:]
 

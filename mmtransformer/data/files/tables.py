@@ -42,7 +42,7 @@ class Row(NamedTuple):
         captions: Its captions, folded; missing ones are already gone.
         split: The split's name, if the row says one.
         where: "captions.csv:7".
-        faults: What was wrong in the row: (cause, what).
+        errors: What was wrong in the row: (cause, what).
         key: Where the bytes lie (Parquet), else None.
     """
 
@@ -50,7 +50,7 @@ class Row(NamedTuple):
     captions: tuple[Caption, ...]
     split: str | None
     where: str
-    faults: tuple[tuple[str, str], ...] = ()
+    errors: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
     key: Any = None
 
@@ -157,29 +157,29 @@ def make_row(
     record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()
 ) -> Row:
     """A row of any table-like manifest, its cells checked and its captions folded."""
-    faults: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     image = record.get(columns.image)
     if not columns.image:
         image = None
     elif not isinstance(image, str) or is_missing(image.strip()):
-        faults.append(("no picture named", "" if image is None else repr(image)[:60]))
+        errors.append(("no picture named", "" if image is None else repr(image)[:60]))
         image = None
     language = None
     try:
         language = language_code(str(record.get(columns.language) or "")) if columns.language else None
     except ValueError as error:
-        faults.append(("not a language", str(error)))
+        errors.append(("not a language", str(error)))
     captions: list[Caption] = []
     for name, said in columns.captions:
         value = record.get(name)
         # one of several caption columns may stay empty, an only one may not
         empty = value is None or (isinstance(value, str) and is_missing(fold(value)))
         if len(columns.captions) == 1 or not empty:
-            captions += read_captions(value, said or language, image or name, faults)
-    if not captions and not faults:
-        faults.append(("empty caption", image or ""))
+            captions += read_captions(value, said or language, image or name, errors)
+    if not captions and not errors:
+        errors.append(("empty caption", image or ""))
     split = record.get(columns.split) if columns.split else None
-    return Row(image, tuple(captions), _split(split), where, tuple(faults), notes)
+    return Row(image, tuple(captions), _split(split), where, tuple(errors), notes)
 
 
 def _split(value: Any) -> str | None:
@@ -188,11 +188,11 @@ def _split(value: Any) -> str | None:
 
 
 def read_captions(
-    value: Any, language: str | None, of: str, faults: list[tuple[str, str]], depth: int = 0
+    value: Any, language: str | None, of: str, errors: list[tuple[str, str]], depth: int = 0
 ) -> list[Caption]:
     """Captions out of one cell: a text, a list, a mapping {"en": ..., "ko": ...}, or COCO's {"raw": ...}."""
     if depth > _NESTED:
-        faults.append(("a caption that is nested too deeply", of))
+        errors.append(("a caption that is nested too deeply", of))
         return []
     if isinstance(value, str):
         if value[:1] == "[" and value[-1:] == "]":
@@ -201,13 +201,13 @@ def read_captions(
             except (ValueError, RecursionError):
                 inner = None
             if isinstance(inner, list) and inner and all(isinstance(item, str) for item in inner):
-                return read_captions(inner, language, of, faults, depth + 1)
+                return read_captions(inner, language, of, errors, depth + 1)
         if is_broken(value):
-            faults.append(("not valid Unicode", f"{of} {value[:60]!a}"))
+            errors.append(("not valid Unicode", f"{of} {value[:60]!a}"))
             return []
         text = fold(value)
         if is_missing(text):
-            faults.append(("empty caption", f"{of} {value.strip()[:20]!r}"))
+            errors.append(("empty caption", f"{of} {value.strip()[:20]!r}"))
             return []
         return [Caption(text, language)]
     if isinstance(value, dict):
@@ -216,17 +216,17 @@ def read_captions(
             try:
                 own = language_code(str(value.get("language") or value.get("lang") or ""))
             except ValueError as error:
-                faults.append(("not a language", str(error)))
+                errors.append(("not a language", str(error)))
                 return []
-            return read_captions(text, own or language, of, faults, depth + 1)
+            return read_captions(text, own or language, of, errors, depth + 1)
         if value and all(key in CODES for key in value):
-            return [c for key, item in value.items() for c in read_captions(item, key, of, faults, depth + 1)]
+            return [c for key, item in value.items() for c in read_captions(item, key, of, errors, depth + 1)]
     if isinstance(value, list | tuple) and value:
-        return [c for item in value for c in read_captions(item, language, of, faults, depth + 1)]
+        return [c for item in value for c in read_captions(item, language, of, errors, depth + 1)]
     if value is None or isinstance(value, list | tuple):
-        faults.append(("empty caption", of))
+        errors.append(("empty caption", of))
     else:
-        faults.append(("a caption that is not text", f"{of} {value!r:.60}"))
+        errors.append(("a caption that is not text", f"{of} {value!r:.60}"))
     return []
 
 

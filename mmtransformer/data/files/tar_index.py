@@ -37,13 +37,13 @@ class ShardSample(NamedTuple):
         key: That name, with the folders before it.
         images: (ending, offset, size) of each member that ends like a picture.
         captions: Ending ("txt", "ko.txt", "json") -> the captions in it.
-        faults: What is wrong with its texts: (cause, what).
+        errors: What is wrong with its texts: (cause, what).
     """
 
     key: str
     images: list[tuple[str, int, int]]
     captions: dict[str, list[Caption]]
-    faults: list[tuple[str, str]]
+    errors: list[tuple[str, str]]
 
 
 def read_index(shard: Path, cache_dir: Path | None = None) -> tuple[list[ShardSample], str]:
@@ -98,7 +98,7 @@ def _sample(row: Any, size: int) -> ShardSample:
     Raises:
         ValueError: If it says something that can't be.
     """
-    key, images, captions, faults = row
+    key, images, captions, errors = row
     for ending, offset, length in images:
         if not (isinstance(ending, str) and 0 <= offset <= offset + length <= size):
             raise ValueError("a place outside the shard")
@@ -107,7 +107,7 @@ def _sample(row: Any, size: int) -> ShardSample:
         for ending, found in captions.items()
     }
     places = [(ending, int(offset), int(length)) for ending, offset, length in images]
-    return ShardSample(str(key), places, texts, [(str(cause), str(what)) for cause, what in faults])
+    return ShardSample(str(key), places, texts, [(str(cause), str(what)) for cause, what in errors])
 
 
 def _keep(path: Path, identity: dict[str, int], samples: list[ShardSample]) -> str:
@@ -176,7 +176,7 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
                     data = b""
                     if info.size <= _MAX_TEXT and (found := box.extractfile(info)) is not None:
                         data = found.read()
-                    sample.captions[ending] = list(_texts(data, ending, path, sample.faults))
+                    sample.captions[ending] = list(_texts(data, ending, path, sample.errors))
             _check_end(shard, file, box.offset)
     yield from samples.values()
 
@@ -204,27 +204,27 @@ def _path(shard: Path, info: tarfile.TarInfo) -> str:
     return path
 
 
-def _texts(data: bytes, ending: str, path: str, faults: list[tuple[str, str]]) -> Iterator[Caption]:
+def _texts(data: bytes, ending: str, path: str, errors: list[tuple[str, str]]) -> Iterator[Caption]:
     """The captions in a member: one a line, or in a JSON object under "caption" or the like."""
     if ending.rpartition(".")[2] == "json":
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
-            faults.append(("not JSON", f"{path}: {error}"))
+            errors.append(("not JSON", f"{path}: {error}"))
             return
         if isinstance(value, dict):
             value = next(
                 (value[key] for key in ("captions", "caption", "text", "title") if key in value), None
             )
         if value is not None:
-            yield from read_captions(value, None, path, faults)
+            yield from read_captions(value, None, path, errors)
         return
     language = ending.rpartition(".")[0]
     for line in lines(data):
         if line.text is None:
-            faults.append(("not UTF-8", f"{path}:{line.number}: {line.hint}"))
+            errors.append(("not UTF-8", f"{path}:{line.number}: {line.hint}"))
         elif line.text.strip():
-            yield from read_captions(line.text, language if language in CODES else None, path, faults)
+            yield from read_captions(line.text, language if language in CODES else None, path, errors)
 
 
 @contextlib.contextmanager

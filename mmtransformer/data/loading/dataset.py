@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.data.loading.errors import BadImages, TooManyFaults
+from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.features import FeatureCache
-from mmtransformer.data.loading.rows import CaptionRows, Row
-from mmtransformer.data.loading.sampler import Pick, generator, mix
+from mmtransformer.data.loading.hashing import generator, hash64
+from mmtransformer.data.loading.rows import CaptionRow, CaptionRows
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption, Pairs
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
@@ -34,13 +35,13 @@ class Sample(NamedTuple):
 
     pixels: Tensor | None
     visual_tokens: Tensor | None
-    rows: list[Row]
+    rows: list[CaptionRow]
     name: str
     references: tuple[Caption, ...]
 
 
 class CaptionDataset(Dataset[Sample]):
-    """One split; what it returns depends on the `Pick` only, not on the process or on what was read before.
+    """One split; what it returns depends on the `SampleIndex` only, not on the process or on what was read before.
 
     A picture that cannot be read is recorded and the next one that can be read takes its place.
 
@@ -49,8 +50,8 @@ class CaptionDataset(Dataset[Sample]):
         rows: Their captions.
         transform: From picture to pixels.
         captions_per_image: Rows of each picture, r.
-        training: Choose captions by (seed, epoch, index), augment, and train on stand-ins. Otherwise the captions are
-            always the same ones, nothing is random, and a stand-in does not count.
+        training: Choose captions by (seed, epoch, index), augment, and train on replacement samples. Otherwise the
+            captions are always the same ones, nothing is random, and replacement samples do not count.
         seed: Seed of the run.
         augment: Changes pictures at random before the transform. A picture whose captions speak of left or right is
             never mirrored.
@@ -81,18 +82,18 @@ class CaptionDataset(Dataset[Sample]):
         """The number of pictures."""
         return len(self.rows)
 
-    def __getitem__(self, pick: Pick) -> Sample:
+    def __getitem__(self, pick: SampleIndex) -> Sample:
         """Return a picture with its captions for an epoch."""
-        epoch, index, counted = pick
+        epoch, index, is_real = pick
         at, visual = self._readable(epoch, index)
         if self.training:
             chosen = self.rows.choose(self.seed, epoch, np.array([at]), self.captions_per_image)[0]
             rows = [self.rows.row(int(caption)) for caption in chosen]
         else:
             rows = self.rows.fixed(at, self.captions_per_image)
-            counted = counted and at == index
-        if not counted:
-            rows = [row._replace(counted=False) for row in rows]
+            is_real = is_real and at == index
+        if not is_real:
+            rows = [row._replace(is_real=False) for row in rows]
         pixels, tokens = (visual[None], None) if self.features is None else (None, visual[None])
         return Sample(pixels, tokens, rows, self.pairs.name(at), self.rows.captions[at])
 
@@ -106,7 +107,7 @@ class CaptionDataset(Dataset[Sample]):
                 if self.bad is None:
                     raise
                 self.bad.record(self.pairs.name(at), error)
-        raise TooManyFaults(f"none of the {len(self)} pictures can be read")
+        raise TooManyErrors(f"none of the {len(self)} pictures can be read")
 
     def _visual(self, epoch: int, i: int) -> Tensor:
         if self.features is not None:
@@ -114,7 +115,7 @@ class CaptionDataset(Dataset[Sample]):
                 self.training
                 and self.mirror
                 and self.rows.mirrors[i]
-                and int(mix(self.seed, epoch, i, 3)) >> 63
+                and int(hash64(self.seed, epoch, i, 3)) >> 63
             )
             return self.features[i, bool(mirror)]
         image = self.pairs.image(i)
@@ -144,7 +145,7 @@ class Collate:
         tokens = np.full(attention_mask.shape, self.pad_id, np.int64)
         tokens[attention_mask] = np.concatenate([row.tokens for row in rows])
         loss_mask = attention_mask & (place >= np.array([row.prompt for row in rows])[:, None])
-        loss_mask &= np.array([row.counted for row in rows])[:, None]
+        loss_mask &= np.array([row.is_real for row in rows])[:, None]
         return CaptionBatch(
             tokens=torch.from_numpy(tokens),
             attention_mask=torch.from_numpy(attention_mask),

@@ -12,7 +12,7 @@ from pathlib import Path
 FIRST = 5  # offenders named for each cause
 
 
-class TooManyFaults(ValueError):
+class TooManyErrors(ValueError):
     """More of the data is unusable than the threshold allows."""
 
 
@@ -22,12 +22,12 @@ def allowed(total: int, fraction: float) -> int:
 
 
 class Report:
-    """Faults and notes found in a data set, counted by cause, with the first offenders of each.
+    """Errors and notes found in a data set, counted by cause, with the first offenders of each.
 
     Attributes:
         rows: Rows looked at.
-        bad_rows: Rows with at least one fault; each is counted once.
-        faults: Cause -> how often.
+        bad_rows: Rows with at least one error; each is counted once.
+        errors: Cause -> how often.
         notes: Remarks that cost no data (a stray quote kept as text, say) -> how often.
         first: Cause or note -> the first offenders, as "captions.csv:7: 'b.jpg'".
     """
@@ -35,14 +35,14 @@ class Report:
     def __init__(self) -> None:
         self.rows = 0
         self.bad_rows = 0
-        self.faults: dict[str, int] = {}
+        self.errors: dict[str, int] = {}
         self.notes: dict[str, int] = {}
         self.first: dict[str, list[str]] = {}
         self._bad: set[str] = set()
 
-    def fault(self, cause: str, where: str, what: str = "") -> None:
-        """Counts one fault of the row at `where`."""
-        self.faults[cause] = self.faults.get(cause, 0) + 1
+    def error(self, cause: str, where: str, what: str = "") -> None:
+        """Counts one error of the row at `where`."""
+        self.errors[cause] = self.errors.get(cause, 0) + 1
         if where not in self._bad:
             self.bad_rows += 1
             self._bad.add(where)
@@ -62,23 +62,23 @@ class Report:
         """Raises when more rows are bad than allowed.
 
         Raises:
-            TooManyFaults: With the numbers, every cause and its first offenders.
+            TooManyErrors: With the numbers, every cause and its first offenders.
         """
         if self.bad_rows > allowed(self.rows, max_bad):
             share = self.bad_rows / max(1, self.rows)
-            raise TooManyFaults(
+            raise TooManyErrors(
                 f"{name}: {self.bad_rows} of {self.rows} rows can't be used ({share:.1%}, more than "
                 f"{max_bad:.1%} allowed by max_bad):\n{self}"
             )
 
     def to_dict(self) -> dict[str, object]:
         """Plain data, for JSON."""
-        keys = ("rows", "bad_rows", "faults", "notes", "first")
+        keys = ("rows", "bad_rows", "errors", "notes", "first")
         return {key: getattr(self, key) for key in keys}
 
     def __str__(self) -> str:
         lines: list[str] = []
-        for counts in (self.faults, self.notes):
+        for counts in (self.errors, self.notes):
             for cause, count in counts.items():
                 lines.append(f"  {cause}: {count}")
                 lines += [f"    {offender}" for offender in self.first[cause]]
@@ -109,7 +109,7 @@ class BadImages:
         """Adds a picture to the report, if it isn't there yet.
 
         Raises:
-            TooManyFaults: If now more pictures have failed than `max_fraction` allows.
+            TooManyErrors: If now more pictures have failed than `max_fraction` allows.
         """
         if name in self._seen:
             return
@@ -129,7 +129,7 @@ class BadImages:
         self._seen.add(name)
         if len(found) > allowed(self.total, self.max_fraction):
             first = "\n".join(f"  {key}: {text}" for key, text in list(found.items())[:FIRST])
-            raise TooManyFaults(
+            raise TooManyErrors(
                 f"{len(found)} of {self.total} pictures can't be read ({len(found) / max(1, self.total):.1%}, more "
                 f"than {self.max_fraction:.1%} allowed). All are named in {self.path}. The first:\n{first}\n"
                 "Repair or remove them, or raise the threshold."

@@ -32,7 +32,7 @@ _DTYPES = {
     "bfloat16": (torch.bfloat16, "BF16"),
     "float32": (torch.float32, "F32"),
 }
-_FORMAT = 1  # raise it when the meaning of the file changes
+_FORMAT = 2  # raise it when the meaning of the file changes
 
 
 class FeatureCache:
@@ -56,8 +56,8 @@ class FeatureCache:
             # get_tensor maps the file privately: pages are read when touched and shared between processes.
             with safe_open(self.path, "pt") as file:
                 self.tokens: Tensor = file.get_tensor("visual_tokens")
-                self.faults: dict[int, str] = {
-                    int(i): fault for i, fault in json.loads(file.metadata()["faults"]).items()
+                self.errors: dict[int, str] = {
+                    int(i): error for i, error in json.loads(file.metadata()["errors"]).items()
                 }
         except Exception as error:  # safetensors raises its own kind, and KeyError
             raise ValueError(f"{self.path}: not a feature cache, or damaged ({error}); delete it") from error
@@ -81,8 +81,8 @@ class FeatureCache:
             ValueError: If the cache has no mirrored copies.
         """
         i, mirrored = key
-        if i in self.faults:
-            raise ImageError(self.faults[i])
+        if i in self.errors:
+            raise ImageError(self.errors[i])
         if mirrored and self.tokens.shape[1] < 2:
             raise ValueError(f"{self.path}: has no mirrored copies; build it with flip=True")
         return self.tokens[i, int(mirrored)]
@@ -261,14 +261,14 @@ class _Job:
 def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -> None:
     """Compute the features and write them to `path` in one piece; pictures that cannot be read are left blank."""
     total, room = len(pairs), _header_room(len(pairs))
-    faults: dict[int, str] = {}
+    errors: dict[int, str] = {}
     one: tuple[int, ...] = ()  # the shape of a picture's features (m p d), known after the first pass
     step = 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file, torch.inference_mode():
             for batch in loader:
-                faults |= {i: fault for i, fault in batch if isinstance(fault, str)}
+                errors |= {i: error for i, error in batch if isinstance(error, str)}
                 good = [(i, pixels) for i, pixels in batch if isinstance(pixels, Tensor)]
                 tokens = job.run(torch.stack([pixels for _, pixels in good])) if good else ()
                 for (i, _), token in zip(good, tokens, strict=True):
@@ -285,11 +285,11 @@ def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -
                 bar.update(len(batch))
             if not one:
                 raise ValueError(
-                    f"none of the {total} pictures can be read; the first: {next(iter(faults.values()))}"
+                    f"none of the {total} pictures can be read; the first: {next(iter(errors.values()))}"
                 )
             file.truncate(room + total * step)
             file.seek(0)
-            file.write(_header((total, *one), total * step, _DTYPES[job.dtype][1], faults))
+            file.write(_header((total, *one), total * step, _DTYPES[job.dtype][1], errors))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -307,24 +307,24 @@ def _check_space(path: Path, total: int, step: int, flip: bool) -> None:
 
 
 def _header_room(total: int) -> int:
-    """Bytes kept for the header: it holds the faults, 1 % of pictures with a few hundred letters each."""
+    """Bytes kept for the header: it holds the errors, 1 % of pictures with a few hundred letters each."""
     return 4096 + 64 * -(-total * 20 // 64)
 
 
-def _header(shape: tuple[int, ...], size: int, code: str, faults: dict[int, str]) -> bytes:
+def _header(shape: tuple[int, ...], size: int, code: str, errors: dict[int, str]) -> bytes:
     """Make safetensors' header for the room left for it: 8 bytes of size, then JSON filled up with spaces."""
     room = _header_room(shape[0]) - 8
     for letters in (300, 100, 30, 10, 0):
-        short = json.dumps({str(i): fault[:letters] for i, fault in faults.items()}, ensure_ascii=False)
+        short = json.dumps({str(i): error[:letters] for i, error in errors.items()}, ensure_ascii=False)
         header = {
-            "__metadata__": {"faults": short},
+            "__metadata__": {"errors": short},
             "visual_tokens": {"dtype": code, "shape": list(shape), "data_offsets": [0, size]},
         }
         text = json.dumps(header, ensure_ascii=False).encode()
         if len(text) <= room:
             return room.to_bytes(8, "little") + text.ljust(room)
     raise ValueError(
-        f"{len(faults)} of {shape[0]} pictures cannot be read; the first: {next(iter(faults.values()))}"
+        f"{len(errors)} of {shape[0]} pictures cannot be read; the first: {next(iter(errors.values()))}"
     )
 
 

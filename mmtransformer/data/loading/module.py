@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.data.loading.sampler import IndexSampler, Pool, ResumableLoader
+from mmtransformer.data.loading.epoch_mixture import EpochMixture
+from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -27,12 +28,12 @@ class Data(lightning.LightningDataModule, ABC):
     """The contract between data and a run: it shuffles, groups, shares out among processes, stops and goes on.
 
     `dataset` and `collate` are to be filled in; the other hooks can be, where data has texts, lengths, a mixture. What
-    is random in a sample is drawn from its `Pick`, then a run is the same wherever it is interrupted:
+    is random in a sample is drawn from its `SampleIndex`, then a run is the same wherever it is interrupted:
 
         @dataclass
         class SoundBatch(Batch):
             waves: Tensor  # (b t)
-            counted: Tensor  # (b) bool, False = a filler, to be left out of the loss
+            is_real: Tensor  # (b) bool, False = a padding sample, to be left out of the loss
             names: tuple[str, ...]
 
         class Sounds(Dataset):
@@ -42,14 +43,14 @@ class Data(lightning.LightningDataModule, ABC):
             def __len__(self):
                 return len(self.waves)
 
-            def __getitem__(self, pick: Pick):
+            def __getitem__(self, pick: SampleIndex):
                 chance = generator(self.seed, pick.epoch, pick.index)
                 wave = self.waves[pick.index] + self.noise * torch.randn(self.waves.shape[1], generator=chance)
-                return wave, pick.counted, f"sound {pick.index}"
+                return wave, pick.is_real, f"sound {pick.index}"
 
         def stack(samples):
-            waves, counted, names = zip(*samples, strict=True)
-            return SoundBatch(torch.stack(waves), torch.tensor(counted), names)
+            waves, is_real, names = zip(*samples, strict=True)
+            return SoundBatch(torch.stack(waves), torch.tensor(is_real), names)
 
         class SoundData(Data):
             unit = "sound"
@@ -110,7 +111,7 @@ class Data(lightning.LightningDataModule, ABC):
 
     @abstractmethod
     def dataset(self, split: str, *, training: bool = False) -> Dataset[Any]:
-        """A split's samples: it has a length, and what it returns for a `Pick` depends on the `Pick` only."""
+        """A split's samples: it has a length, and what it returns for a `SampleIndex` depends on that only."""
 
     @abstractmethod
     def collate(self, split: str, *, training: bool = False) -> Callable[[list[Any]], Any]:
@@ -125,7 +126,7 @@ class Data(lightning.LightningDataModule, ABC):
         """How long samples are: those of similar length are trained on together. None = they are not grouped."""
         return None
 
-    def mixing(self, split: str) -> Pool | None:
+    def mixture(self, split: str) -> EpochMixture | None:
         """Which samples a training epoch takes, where that is not each of them once (None)."""
         return None
 
@@ -202,20 +203,21 @@ class Data(lightning.LightningDataModule, ABC):
             )
         dataset = self.dataset(split, training=training)
         size = len(dataset)  # pyright: ignore[reportArgumentType]
-        pool, tokens = (self.mixing(split), self.lengths(split)) if training else (None, None)
+        mixture, tokens = (self.mixture(split), self.lengths(split)) if training else (None, None)
 
         def lengths(epoch: int) -> np.ndarray:
             assert tokens is not None
-            index, turn = (np.arange(size), epoch) if pool is None else pool.images(epoch)
-            return tokens(turn, index)
+            index, times = (np.arange(size), epoch) if mixture is None else mixture.samples(epoch)
+            return tokens(times, index)
 
         sampler = IndexSampler(
-            size if pool is None else pool.size,
+            size if mixture is None else mixture.size,
             self.batch_size,
             seed=self.seed,
             shuffle=training,
             lengths=None if tokens is None else lengths,
-            pool=pool,
+            mixture=mixture,
+            repeat=training and bool(getattr(self.trainer, "overfit_batches", 0)),
             block=self.block(world),
             rank=rank,
             world=world,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.source import Caption, Pairs
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -38,18 +38,18 @@ def image_token(tokenizer: Tokenizer) -> int:
     return tokenizer.image_id
 
 
-class Row(NamedTuple):
+class CaptionRow(NamedTuple):
     """One caption, ready for a batch.
 
     Attributes:
         tokens: (q,) prompt, caption and eos; eos is missing where the caption was cut.
         prompt: How many of them are the prompt.
-        counted: Whether the caption is a target of training or of the validation loss.
+        is_real: Whether the caption is a target of training or of the validation loss.
     """
 
     tokens: np.ndarray
     prompt: int
-    counted: bool
+    is_real: bool
 
 
 class CaptionRows:
@@ -125,7 +125,7 @@ class CaptionRows:
         count, epoch = self.count[index][:, None], np.reshape(epoch, (-1, 1))
         turns = np.maximum(count // rows, 1)  # epochs until the list is shuffled anew
         place = np.arange(count.max())
-        keys = mix(seed, epoch // turns, index[:, None], place, 2)
+        keys = hash64(seed, epoch // turns, index[:, None], place, 2)
         order = np.argsort(np.where(place < count, keys, np.iinfo(np.uint64).max), axis=1, kind="stable")
         column = (epoch % turns * rows + np.arange(rows)) % count
         return self.first[index][:, None] + np.take_along_axis(order, column, axis=1)
@@ -137,13 +137,13 @@ class CaptionRows:
         index = np.arange(len(self)) if index is None else index
         return np.diff(self.starts)[self.choose(seed, epoch, index, rows)].max(axis=1)
 
-    def row(self, caption: int, counted: bool = True) -> Row:
+    def row(self, caption: int, is_real: bool = True) -> CaptionRow:
         """Return one caption by its number."""
-        return Row(
-            self.tokens[self.starts[caption] : self.starts[caption + 1]], int(self.prompt[caption]), counted
+        return CaptionRow(
+            self.tokens[self.starts[caption] : self.starts[caption + 1]], int(self.prompt[caption]), is_real
         )
 
-    def fixed(self, i: int, rows: int) -> list[Row]:
+    def fixed(self, i: int, rows: int) -> list[CaptionRow]:
         """Return the captions of picture i that evaluation uses: the first of each language, the second, and so on.
 
         Where there are fewer than `rows`, the first one is repeated without being counted.
@@ -156,7 +156,7 @@ class CaptionRows:
         chosen = [j for _, _, j in sorted(ranks)[:rows]]
         first = int(self.first[i])
         return [self.row(first + j) for j in chosen] + [
-            self.row(first + chosen[0], counted=False) for _ in range(rows - len(chosen))
+            self.row(first + chosen[0], is_real=False) for _ in range(rows - len(chosen))
         ]
 
 

@@ -1,129 +1,83 @@
 """The order of a run: a pure function of (seed, epoch), exact for any number of workers and processes.
 
-Nothing here draws from a global random generator and nothing here remembers where a generator stood. Every random
-choice is a hash, `mix(seed, epoch, index, ...)`, so it can be asked for again at any time, in any process: which
-picture comes when, which of its captions, whether it is flipped, how it is cropped. The epoch travels with the index
-(`Pick`), so that a worker which lives for many epochs is never a step behind.
+Every random choice is a hash, `hash64(seed, epoch, index, ...)`, so it can be asked for again at any time, in any
+process: which sample comes when, which of its captions, whether it is flipped, how it is cropped. The epoch travels
+with the index (`SampleIndex`), so that a worker which lives for many epochs is never a step behind.
 
-    order = f(seed, epoch)         augmentation = f(seed, epoch, index)         place = number of pictures consumed
+    order = f(seed, epoch)         augmentation = f(seed, epoch, index)         place = number of samples consumed
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmtransformer.data.loading.workers import deaf
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_WORD = (1 << 64) - 1
-
-
-def mix(*words: int | np.ndarray) -> np.ndarray:
-    """Hash integers, or arrays of them, into uniform 64-bit words: the one source of randomness of the data.
-
-    SplitMix64 (Steele, Lea and Flood 2014) in a sponge: one round a word. It is defined by arithmetic, so a seed gives
-    the same run with any version of numpy or torch.
-
-    Args:
-        words: Integers or integer arrays that broadcast together; their order matters.
-
-    Returns:
-        An array of `uint64` of the broadcast shape.
-    """
-    state = np.array(0, np.uint64)
-    with np.errstate(over="ignore"):
-        for word in words:
-            bits = np.asarray(word & _WORD if isinstance(word, int) else word).astype(np.uint64)
-            z = (state ^ bits) + np.uint64(_GOLDEN)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = z ^ (z >> np.uint64(31))
-    return state
+from mmtransformer.data.loading.epoch_mixture import EpochMixture
+from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.data.loading.workers import ignore_signals
 
 
-def generator(*words: int) -> torch.Generator:
-    """Make the random generator of one sample.
-
-    Args:
-        words: What the sample is: seed, epoch, index.
-
-    Returns:
-        A CPU generator of its own; the global one is untouched.
-    """
-    return torch.Generator().manual_seed(int(mix(*words)) >> 1)  # manual_seed takes 63 bits
-
-
-class Pick(NamedTuple):
-    """One picture of a batch, as it travels from the sampler to the dataset, in whatever process that is.
+class SampleIndex(NamedTuple):
+    """One sample of a batch, as it travels from the sampler to the dataset, in whatever process that is.
 
     Attributes:
-        epoch: The epoch it is picked for.
-        index: The picture's place in its split.
-        counted: False for a filler: it keeps a process in step with the others in an uneven last batch, and none of
-            its tokens is a target.
+        epoch: The epoch it is taken in.
+        index: The sample's place in its split.
+        is_real: False for a padding sample: it keeps a process in step with the others in an uneven last batch, and
+            none of its tokens has a loss.
     """
 
     epoch: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    counted: bool = True
+    is_real: bool = True
 
 
-class Pool(Protocol):
-    """Which pictures an epoch goes through, where it is not each of them once: a weighted mixture."""
+class IndexSampler(Sampler[list[SampleIndex]]):
+    """Yields the batches of one process, as lists of `SampleIndex`.
 
-    size: int
-    """Pictures of every epoch."""
+    All processes see one order of samples, f(seed, epoch), cut into steps of `batch_size * world` samples; a process
+    takes every `world`-th sample of a step. So one process with batches of 8 and two processes with batches of 4 see
+    the same steps. The last step of an epoch may be uneven: its samples are shared out as evenly as possible, and a
+    process that gets none gets a padding sample (`SampleIndex.is_real` is False), so every process takes the same
+    number of steps and every sample is seen exactly once.
 
-    def images(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's pictures, (size,), and for each how often it has come before, (size,): a pure function."""
-        ...
-
-
-class IndexSampler(Sampler[list[Pick]]):
-    """Yields the batches of one process, as lists of `Pick`.
-
-    All processes see one order of pictures, f(seed, epoch), cut into steps of `batch_size * world` pictures; a process
-    takes every `world`-th picture of a step. So one process with batches of 8 and two processes with batches of 4 see
-    the same steps. The last step of an epoch may be uneven: it is dealt out as evenly as it goes, and a process that
-    gets nothing gets a filler (`Pick.counted` is False), so every process takes the same number of steps and every
-    picture is seen exactly once.
-
-    With `lengths`, pictures of similar caption length are put together: the shuffled order is cut into windows of
-    `window` blocks, each window is sorted by length and cut into blocks, and the blocks are shuffled. The order depends
-    on the size of a block, not on how a block is shared out.
+    With `lengths`, samples of similar length are put together: the shuffled order is cut into windows of `window`
+    blocks, each window is sorted by length and cut into blocks, and the blocks are shuffled. The order depends on the
+    size of a block, not on how a block is shared out.
 
     Args:
-        num_images: Pictures in the split.
-        batch_size: Pictures in a batch of one process.
+        num_samples: Samples in the split.
+        batch_size: Samples in a batch of one process.
         seed: Seed of the order.
-        shuffle: Take a new order every epoch; otherwise the pictures come as they are, without grouping.
-        lengths: From the epoch to the tokens of every picture, (num_pictures,); None does not group.
-        pool: The pictures of each epoch, where they are not all of them once. A picture's `Pick.epoch` is then the
-            number of times that it has come before, so that it is never cropped or captioned twice in the same way;
-            `num_images` is the pool's size, and `lengths` gives those of the pool's pictures in their order.
-        block: Pictures that stay together when grouping; a step (`batch_size * world`) unless told. Give the pictures
+        shuffle: Take a new order every epoch; otherwise the samples come as they are, without grouping.
+        lengths: From the epoch to the tokens of every sample, (num_samples,); None does not group.
+        mixture: The samples of each epoch, where they are not all of them once. A sample's `SampleIndex.epoch` is then
+            the number of times that it has come before, so that it is never cropped or captioned twice in the same way;
+            `num_samples` is the mixture's size, and `lengths` gives those of its samples in their order.
+        repeat: Whether every epoch is the first one again, with its samples, captions and crops: for overfitting.
+        block: Samples that stay together when grouping; a step (`batch_size * world`) unless told. Give the samples
             of one optimizer step to make gradient accumulation see the same groups as one large batch.
-        window: Blocks in which pictures are sorted by length. More gives less padding and less mixing.
+        window: Blocks in which samples are sorted by length. More gives less padding and less shuffling.
         rank: This process, counted from 0.
         world: The number of processes.
         drop_last: Leave out the last step of an epoch if it is not full.
 
     Raises:
-        ValueError: If the sizes cannot be: no picture, a rank past the world.
+        ValueError: If the sizes cannot be: no sample, a rank past the world.
     """
 
     def __init__(
         self,
-        num_images: int,
+        num_samples: int,
         batch_size: int,
         *,
         seed: int = 0,
         shuffle: bool = True,
         lengths: Callable[[int], np.ndarray] | None = None,
-        pool: Pool | None = None,
+        mixture: EpochMixture | None = None,
+        repeat: bool = False,
         block: int | None = None,
         window: int = 50,
         rank: int = 0,
@@ -131,33 +85,32 @@ class IndexSampler(Sampler[list[Pick]]):
         drop_last: bool = False,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1 picture")
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1 sample")
         if not 0 <= rank < world:
             raise ValueError(f"rank ({rank}) must be from 0 to world - 1 ({world - 1})")
         self.step = batch_size * world
-        if num_images < (self.step if drop_last else 1):
+        if num_samples < (self.step if drop_last else 1):
             raise ValueError(
-                f"{num_images} pictures do not fill one step of {batch_size} x {world} processes; "
+                f"{num_samples} samples do not fill one step of {batch_size} x {world} processes; "
                 f"use a smaller batch_size or drop_last=False"
-                if num_images
-                else "there are no pictures to sample from (0)"
+                if num_samples
+                else "there are no samples to take (0)"
             )
         if (block is not None and block < 1) or window < 1:
             raise ValueError(f"block ({block}) and window ({window}) must be at least 1")
-        if pool is not None and (not shuffle or pool.size != num_images):
+        if mixture is not None and (not shuffle or mixture.size != num_samples):
             raise ValueError(
-                f"a pool of {pool.size} pictures needs num_pictures={pool.size} (not {num_images}) and shuffle"
+                f"a mixture of {mixture.size} samples needs num_samples={mixture.size} (not {num_samples}) and shuffle"
             )
-        self.num_images, self.batch_size, self.seed, self.shuffle = num_images, batch_size, seed, shuffle
-        self.lengths, self.pool = lengths, pool
+        self.num_samples, self.batch_size, self.seed, self.shuffle = num_samples, batch_size, seed, shuffle
+        self.lengths, self.mixture, self.repeat = lengths, mixture, repeat
         self.block, self.window = block or self.step, window
         self.rank, self.world, self.drop_last = rank, world, drop_last
         self.epoch = 0
-        self.start = 0  # pictures of this epoch that the next pass leaves out; only a resumed pass has any
-        self.position = 0  # pictures of this epoch that all processes together have consumed
-        self.begun: tuple[int, int] | None = (
-            None  # an epoch that was begun with blocks of another size, and that size
-        )
+        self.start = 0  # samples of this epoch that the next pass leaves out; only a resumed pass has any
+        self.position = 0  # samples of this epoch that all processes together have consumed
+        # an epoch that was begun with blocks of another size, and that size
+        self.begun: tuple[int, int] | None = None
 
     @property
     def sampler(self) -> "IndexSampler":
@@ -170,37 +123,33 @@ class IndexSampler(Sampler[list[Pick]]):
             self.epoch, self.start, self.position = epoch, 0, 0
 
     def order(self, epoch: int) -> np.ndarray:
-        """All pictures (of the pool) in the order of an epoch, (num_pictures,): a pure function of (seed, epoch)."""
+        """All samples (of the mixture) in the order of an epoch, (num_samples,): a pure function of (seed, epoch)."""
         if not self.shuffle:
-            return np.arange(self.num_images)
-        order = np.argsort(mix(self.seed, epoch, np.arange(self.num_images)), kind="stable")
+            return np.arange(self.num_samples)
+        order = np.argsort(hash64(self.seed, epoch, np.arange(self.num_samples)), kind="stable")
         if self.lengths is None:
             return order
         block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block
         lengths, size = self.lengths(epoch), block * self.window
-        order = np.concatenate(
-            [
-                part[np.argsort(lengths[part], kind="stable")]
-                for part in (order[i : i + size] for i in range(0, len(order), size))
-            ]
-        )
+        windows = (order[i : i + size] for i in range(0, len(order), size))
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in windows])
         full = len(order) // block  # the incomplete block stays last
-        blocks = np.argsort(mix(self.seed, epoch, np.arange(full), 1), kind="stable")
+        blocks = np.argsort(hash64(self.seed, epoch, np.arange(full), 1), kind="stable")
         head = order[: full * block].reshape(full, block)[blocks]
         return np.concatenate([head.reshape(-1), order[full * block :]])
 
-    def __iter__(self) -> Iterator[list[Pick]]:
-        order = self.order(self.epoch)
-        if self.pool is None:
-            picks = np.stack([np.full(self.num_images, self.epoch), order], axis=1)
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        epoch = 0 if self.repeat else self.epoch
+        if self.mixture is None:
+            index, times = np.arange(self.num_samples), np.full(self.num_samples, epoch)
         else:
-            index, epoch = self.pool.images(self.epoch)
-            picks = np.stack([epoch, index], axis=1)[order]
+            index, times = self.mixture.samples(epoch)
+        samples = np.stack([times, index], axis=1)[self.order(epoch)]
         first, self.start = self.start, 0
         for start in range(first, self._end, self.step):
-            step = picks[start : start + self.step].tolist()
-            mine = [Pick(*pick) for pick in step[self.rank :: self.world]]
-            yield mine or [Pick(*step[0], counted=False)]
+            step = samples[start : start + self.step].tolist()
+            mine = [SampleIndex(*sample) for sample in step[self.rank :: self.world]]
+            yield mine or [SampleIndex(*step[0], is_real=False)]
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever one is in it."""
@@ -208,7 +157,7 @@ class IndexSampler(Sampler[list[Pick]]):
 
     @property
     def _end(self) -> int:
-        return self.num_images - (self.num_images % self.step if self.drop_last else 0)
+        return self.num_samples - (self.num_samples % self.step if self.drop_last else 0)
 
     def state_dict(self) -> dict[str, int]:
         """The place in the run, which is good for any number of processes and workers."""
@@ -216,7 +165,7 @@ class IndexSampler(Sampler[list[Pick]]):
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
-            "num_images": self.num_images,
+            "num_samples": self.num_samples,
             "block": self.begun[1] if self.begun and self.begun[0] == self.epoch else self.block,
         }
 
@@ -224,13 +173,13 @@ class IndexSampler(Sampler[list[Pick]]):
         """Go to a place in a run.
 
         Raises:
-            ValueError: If the state is of another order of pictures.
+            ValueError: If the state is of another order of samples.
         """
-        for key in ("seed", "num_images"):
+        for key in ("seed", "num_samples"):
             if state[key] != getattr(self, key):
                 raise ValueError(
                     f"cannot resume: {key} was {state[key]} and is now {getattr(self, key)}, so the order of the "
-                    f"pictures differs; use the data and seed of the run, or start a new one"
+                    f"samples differs; use the data and seed of the run, or start a new one"
                 )
         self.epoch, self.start, self.position = state["epoch"], state["position"], state["position"]
         self.begun = (state["epoch"], state.get("block", self.block))
@@ -244,7 +193,7 @@ class ResumableLoader(DataLoader):
     global random generator is left alone.
 
     Args:
-        dataset: A dataset that takes a `Pick`.
+        dataset: A dataset that takes a `SampleIndex`.
         sampler: Which batches.
         collate: From a list of samples to a batch.
         num_workers: Processes that load; 0 loads in this one. The batches are the same.
@@ -267,7 +216,7 @@ class ResumableLoader(DataLoader):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator().manual_seed(sampler.seed),
         )
         self.place = sampler
@@ -276,7 +225,7 @@ class ResumableLoader(DataLoader):
         sampler = self.place
         epoch, position = sampler.epoch, sampler.start
         for batch in super().__iter__():
-            position = min(position + sampler.step, sampler.num_images)
+            position = min(position + sampler.step, sampler.num_samples)
             if sampler.epoch == epoch:
                 sampler.position = position
             yield batch

@@ -6,8 +6,8 @@ import signal
 import threading
 
 
-def deaf(worker: int) -> None:
-    """Makes a loading worker deaf to signals that are meant for the run as a whole.
+def ignore_signals(worker: int) -> None:
+    """Makes a loading worker ignore signals that are meant for the run as a whole.
 
     A terminal sends Ctrl+C to every process in the foreground, a scheduler its SIGTERM to every process of a job. A
     worker that died of it would end the run before it is saved. Where the sender of a signal can be asked for (Linux),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mmtransformer.data.scenes.palette import COLORS, RGB, contrast, luma, mix
+from mmtransformer.data.scenes.palette import COLORS, RGB, blend, contrast, luma
 from mmtransformer.data.scenes.world import Scene
 
 _SUPER = 4  # supersampling of the masks, in each direction
@@ -35,7 +35,7 @@ def draw(scene: Scene, image_size: int, clutter: float = 1.0) -> Image.Image:
     order = sorted(range(len(scene.groups)), key=lambda i: -scene.spots[i][0].diameter)  # containers first
     for i in order:
         group, color = scene.groups[i], colors[i]
-        other = mix(color, (0.0, 0.0, 0.0) if luma(color) > 0.62 else (1.0, 1.0, 1.0), 0.72)
+        other = blend(color, (0.0, 0.0, 0.0) if luma(color) > 0.62 else (1.0, 1.0, 1.0), 0.72)
         for spot in scene.spots[i]:
             side = max(round(spot.diameter * image_size), 3)
             body, pattern = sprite(group.shape, group.fill, side, spot.angle)
@@ -132,7 +132,7 @@ def _bar(rng: random.Random, canvas: NDArray[np.float32], base: RGB) -> None:
     distance = np.abs(x * math.cos(angle) + y * math.sin(angle) - np.float32(offset))
     size = canvas.shape[0]
     cover = np.clip((rng.uniform(0.008, 0.014) - distance) * size + 0.5, 0, 1)[..., None] * np.float32(0.85)
-    shade = mix(base, (0.0, 0.0, 0.0) if luma(base) > 0.5 else (1.0, 1.0, 1.0), rng.uniform(0.15, 0.4))
+    shade = blend(base, (0.0, 0.0, 0.0) if luma(base) > 0.5 else (1.0, 1.0, 1.0), rng.uniform(0.15, 0.4))
     canvas += cover * (np.array(shade, np.float32) * 255 - canvas)
 
 

@@ -23,7 +23,7 @@ def contrast(a: RGB, b: RGB) -> float:
     return ((2 + red) * dr * dr + 4 * dg * dg + (3 - red) * db * db) ** 0.5
 
 
-def mix(a: RGB, b: RGB, share: float) -> RGB:
+def blend(a: RGB, b: RGB, share: float) -> RGB:
     """The colour `share` of the way from a to b."""
     return (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share, a[2] + (b[2] - a[2]) * share)
 

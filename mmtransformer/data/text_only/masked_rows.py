@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
-from mmtransformer.data.loading.sampler import Pick, mix
+from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.masking import Masking
 from mmtransformer.text.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ class MaskedRows:
         n = len(self)
         index = np.arange(n)
         alone = (self._count < 2) | (self._count == n) | (not self.pairs)
-        coin, near, far = (mix(self.seed, epoch, index, word) for word in (20, 21, 22))
+        coin, near, far = (hash64(self.seed, epoch, index, word) for word in (20, 21, 22))
         fellows = np.maximum(self._count - 1, 1)
         step = 1 + (near % fellows.astype(np.uint64)).astype(np.int64)
         fellow = self._first + (index - self._first + step) % self._count
@@ -138,7 +139,7 @@ class MaskedSample(NamedTuple):
         second: Where the second text begins; q if there is none.
         other: Whether that is of another group: 0, 1, or -1 if there is none.
         keys: (3,) seed, epoch, index: what the hidden words depend on.
-        counted: Whether the row counts.
+        is_real: Whether the row counts.
     """
 
     ids: np.ndarray
@@ -146,11 +147,11 @@ class MaskedSample(NamedTuple):
     second: int
     other: int
     keys: tuple[int, int, int]
-    counted: bool
+    is_real: bool
 
 
 class MaskedDataset(Dataset[MaskedSample]):
-    """One split's rows; what it returns depends on the `Pick` only.
+    """One split's rows; what it returns depends on the `SampleIndex` only.
 
     Args:
         rows: The rows.
@@ -167,7 +168,7 @@ class MaskedDataset(Dataset[MaskedSample]):
         """The number of rows."""
         return len(self.rows)
 
-    def __getitem__(self, pick: Pick) -> MaskedSample:
+    def __getitem__(self, pick: SampleIndex) -> MaskedSample:
         """A row of an epoch."""
         rows, epoch = self.rows, pick.epoch if self.training else 0
         if self._made is None or self._made[0] != epoch:
@@ -186,7 +187,7 @@ class MaskedDataset(Dataset[MaskedSample]):
             sizes[0] + 2,
             other,
             (rows.seed, epoch, pick.index),
-            pick.counted,
+            pick.is_real,
         )
 
 
@@ -215,17 +216,17 @@ class MaskedCollate:
         words[attention_mask] = np.concatenate([sample.words for sample in samples])
         keys = np.array([sample.keys for sample in samples])
         tokens, loss_mask = self.masking.hide(labels, words, keys)
-        counted = np.array([sample.counted for sample in samples])
+        is_real = np.array([sample.is_real for sample in samples])
         second = np.array([sample.second for sample in samples])
-        other = np.where(counted, np.array([sample.other for sample in samples]), -1)
+        other = np.where(is_real, np.array([sample.other for sample in samples]), -1)
         found = {
             "tokens": tokens,
             "labels": labels,
-            "loss_mask": loss_mask & counted[:, None],
+            "loss_mask": loss_mask & is_real[:, None],
             "words": words,
             "types": (attention_mask & (place >= second[:, None])).astype(np.int64),
             "attention_mask": attention_mask,
             "other": other,
         }
-        names = tuple(f"{self.name} {sample.keys[2]}" for sample in samples if sample.counted)
+        names = tuple(f"{self.name} {sample.keys[2]}" for sample in samples if sample.is_real)
         return MaskedBatch(**{key: torch.from_numpy(array) for key, array in found.items()}, names=names)

@@ -9,7 +9,7 @@ import string
 
 import numpy as np
 
-from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.text.tokenizer import Tokenizer
 
 MASKS = ("[MASK]", "<mask>", "<|mask|>")
@@ -93,7 +93,7 @@ class Masking:
         place = np.arange(tokens.shape[1])
         asked = [column[:, None] for column in keys.T]
         units = words if self.whole_words else np.where(words >= 0, place, -1)
-        order = np.argsort(mix(*asked, place, 11), axis=1, kind="stable")
+        order = np.argsort(hash64(*asked, place, 11), axis=1, kind="stable")
         loss_mask = np.zeros(tokens.shape, bool)
         for row, (unit, first) in enumerate(zip(units, order, strict=True)):
             sizes = np.bincount(unit[unit >= 0])
@@ -108,8 +108,8 @@ class Masking:
             if not chosen and len(sizes):  # every word is longer than the share: the first one, then
                 chosen = [next(number for number in unit[first].tolist() if number >= 0)]
             loss_mask[row] = np.isin(unit, chosen)
-        draw = mix(*asked, place, 12) / 2.0**64
-        other = self.ordinary[(mix(*asked, place, 13) % np.uint64(len(self.ordinary))).astype(np.int64)]
+        draw = hash64(*asked, place, 12) / 2.0**64
+        other = self.ordinary[(hash64(*asked, place, 13) % np.uint64(len(self.ordinary))).astype(np.int64)]
         seen = np.where(
             draw < self.hidden, self.mask_id, np.where(draw < self.hidden + self.changed, other, tokens)
         )

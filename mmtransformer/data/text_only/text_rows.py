@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -128,7 +128,7 @@ class TextRows:
     def parts(self, epoch: int) -> np.ndarray:
         """Which part stands where in an epoch, row after row: (p,), each part once."""
         if self._filled is None or self._filled[0] != epoch:
-            by_length = np.lexsort((mix(self.seed, epoch, np.arange(len(self.lengths)), 7), self.lengths))
+            by_length = np.lexsort((hash64(self.seed, epoch, np.arange(len(self.lengths)), 7), self.lengths))
             parts = np.empty_like(by_length)
             parts[self._slots] = by_length
             self._filled = (epoch, parts)
@@ -164,7 +164,7 @@ def fill_rows(lengths: np.ndarray, row_len: int, seed: int = 0) -> list[list[int
         The lengths in each row.
     """
     left = np.bincount(lengths, minlength=row_len + 1)
-    order = lengths[np.argsort(mix(seed, np.arange(len(lengths)), 6), kind="stable")].tolist()
+    order = lengths[np.argsort(hash64(seed, np.arange(len(lengths)), 6), kind="stable")].tolist()
     early = [0] * (row_len + 1)  # texts of a length that were placed before it was their turn
     near, shortest = 2 * int(np.median(lengths)), int(lengths.min())
     rows: list[list[int]] = []

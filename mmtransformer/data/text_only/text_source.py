@@ -131,8 +131,8 @@ class TextFiles:
         self.unit, self.val_fraction, self.max_bad = unit, val_fraction, max_bad
         columns = (text_column,) if isinstance(text_column, str) else text_column
         self._wanted = Wanted(None, columns, language_column, split_column, images=False)
-        groups = [group for path in paths for group in self._settle_splits(str(path))]
-        self._splits = _settle_languages(groups, language)
+        groups = [group for path in paths for group in self._normalize_splits(str(path))]
+        self._splits = _normalize_languages(groups, language)
         self.repeated = self._drop_repeated()
         found = {text.language for name in self._splits for text in self.split(name)} - {None}
         self.languages: tuple[str, ...] = tuple(sorted(code for code in found if code))
@@ -161,7 +161,7 @@ class TextFiles:
             parts.append(f"{self.repeated:,} left out of train, which val or test has word for word")
         return "; ".join(parts)
 
-    def _settle_splits(self, path: str) -> Iterator[_Group]:
+    def _normalize_splits(self, path: str) -> Iterator[_Group]:
         """The groups of one path, each with its split."""
         groups = list(self._read(path))
         if not groups:
@@ -194,8 +194,8 @@ class TextFiles:
             _, rows = read_manifest(files, manifest, self._wanted)
             for row in rows:
                 report.rows += 1
-                for cause, what in row.faults:
-                    report.fault(cause, row.where, what)
+                for cause, what in row.errors:
+                    report.error(cause, row.where, what)
                 if row.captions:
                     name = row.image or "\n".join(caption.text for caption in row.captions)
                     yield _Group(name, row.captions, row.split or manifest.split)
@@ -206,7 +206,7 @@ class TextFiles:
         for line in lines(files.read(entry)):
             report.rows += 1
             if line.text is None:
-                report.fault("not UTF-8", f"{entry.path}:{line.number}", line.hint)
+                report.error("not UTF-8", f"{entry.path}:{line.number}", line.hint)
             kept.append(line.text or "")
         report.enforce(entry.path, self.max_bad)
         if self.unit == "line":
@@ -243,7 +243,9 @@ def _key(text: Caption) -> str:
     return nfc(text.text).casefold()
 
 
-def _settle_languages(groups: Sequence[_Group], language: str | None) -> dict[str, list[tuple[Caption, ...]]]:
+def _normalize_languages(
+    groups: Sequence[_Group], language: str | None
+) -> dict[str, list[tuple[Caption, ...]]]:
     """The splits, every text with its language: as the data says, or its script, or `language`."""
     texts = [text for group in groups for text in group.texts]
     counts = Counter("ko" if is_korean(t.text) else "" for t in texts if t.language is None)

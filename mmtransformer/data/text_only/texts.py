@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.loading.module import Data
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.text_rows import TextRow, TextRows
 from mmtransformer.data.text_only.text_source import TextFiles, TextSource, Unit
@@ -42,7 +42,7 @@ class TextBatch(Batch):
 
 
 class TextDataset(Dataset[tuple[TextRow, bool]]):
-    """One split's rows; what it returns depends on the `Pick` only.
+    """One split's rows; what it returns depends on the `SampleIndex` only.
 
     Args:
         rows: The rows.
@@ -56,9 +56,9 @@ class TextDataset(Dataset[tuple[TextRow, bool]]):
         """The number of rows."""
         return len(self.rows)
 
-    def __getitem__(self, pick: Pick) -> tuple[TextRow, bool]:
+    def __getitem__(self, pick: SampleIndex) -> tuple[TextRow, bool]:
         """A row of an epoch, and whether it counts."""
-        return self.rows.row(pick.epoch if self.training else 0, pick.index), pick.counted
+        return self.rows.row(pick.epoch if self.training else 0, pick.index), pick.is_real
 
 
 class TextCollate:
@@ -79,11 +79,11 @@ class TextCollate:
         tokens = np.full(shape, self.pad_id, np.int64)
         document_ids = np.tile(-1 - np.arange(shape[1]), (shape[0], 1))  # padding sees nothing but itself
         loss_mask, parts = np.zeros(shape, bool), list[int]()
-        for i, (row, counted) in enumerate(samples):
+        for i, (row, is_real) in enumerate(samples):
             end = len(row.tokens)
-            tokens[i, :end], loss_mask[i, :end] = row.tokens, row.loss_mask & counted
+            tokens[i, :end], loss_mask[i, :end] = row.tokens, row.loss_mask & is_real
             document_ids[i, :end] = row.parts[row.document_ids]
-            parts += row.parts.tolist() if counted else []
+            parts += row.parts.tolist() if is_real else []
         return TextBatch(
             tokens=torch.from_numpy(tokens),
             document_ids=torch.from_numpy(document_ids),

@@ -9,7 +9,7 @@ import torch
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.dataset import Collate
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training.engine.sharded import Sharded
@@ -85,7 +85,7 @@ def sample_captions(
     """
     if not data.val_splits or not len(dataset := data.dataset(data.val_splits[0])):
         return []
-    sample = dataset[Pick(0, turn % len(dataset))]
+    sample = dataset[SampleIndex(0, turn % len(dataset))]
     with torch.autocast(device.type, enabled=False):  # on a CPU it cannot stack a cache's float16
         batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.data.loading.sampler import ResumableLoader, mix
+from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.serialization.pretrained import Pretrained, to_config
 from mmtransformer.training.engine.checkpoints import CheckpointError
 
@@ -32,7 +33,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
         step: The batch's number in the run.
         rank: The process.
     """
-    word = int(mix(seed, step, rank, 5)) >> 1
+    word = int(hash64(seed, step, rank, 5)) >> 1
     torch.manual_seed(word)
     random.seed(word)
     np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002 (for code that draws from the global generator)

@@ -171,7 +171,9 @@ class Task(pl.LightningModule, ABC):
         with self._memory_advice():
             loss = self.loss(batch)
         count = self._parts.add(batch, names, loss)
-        self.samples_seen += len(names) if count else 0  # A filler, to keep processes in step, has no target.
+        self.samples_seen += (
+            len(names) if count else 0
+        )  # A padding sample, to keep processes in step, has no target.
         self.tokens_seen += count
         return loss.sum
 

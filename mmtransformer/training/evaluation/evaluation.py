@@ -160,7 +160,7 @@ def evaluate(
                     prompts=prompts,
                 )
             for name, references, row in zip(batch.names, batch.references, rows, strict=True):
-                if name in seen:  # a stand-in for a picture that cannot be read
+                if name in seen:  # a replacement sample for a picture that cannot be read
                     continue
                 seen.add(name)
                 for code, (said, *_) in zip(codes, row, strict=True):

@@ -242,7 +242,7 @@ def _split(
 def _batches(
     data: CaptionData, split: str, limit: int | None
 ) -> Iterator[tuple[list[tuple[int, int]], CaptionBatch]]:
-    """Batches, with (place in the batch, place in the split) of each picture; a stand-in for a bad one is left out."""
+    """Batches, with (place in the batch, place in the split) of each picture; replacement samples are left out."""
     pairs, seen = data.pairs(split), set[str]()
     places = {pairs.name(i): i for i in range(len(pairs))}
     for number, batch in enumerate(data.loader(split)):

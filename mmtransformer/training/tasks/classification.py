@@ -105,15 +105,15 @@ class Classification(Task):
         each = F.cross_entropy(
             logits.float(), batch.labels, reduction="none", label_smoothing=label_smoothing
         )
-        return Loss((each * batch.counted).sum(), batch.counted.sum())
+        return Loss((each * batch.is_real).sum(), batch.is_real.sum())
 
     def validation_step(self, batch: ClassBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss, without smoothing, and how many are right."""
         split, logits = self.split_names[dataloader_idx], self.vit(batch.pixels)
-        if batch.counted.any():
+        if batch.is_real.any():
             self.add(split, "loss", self._loss(logits, batch, 0.0))
-            right = (logits.argmax(-1) == batch.labels) & batch.counted
-            self.add(split, "accuracy", Loss(right.sum().float(), batch.counted.sum()))
+            right = (logits.argmax(-1) == batch.labels) & batch.is_real
+            self.add(split, "accuracy", Loss(right.sum().float(), batch.is_real.sum()))
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's loss and accuracy."""
@@ -155,7 +155,7 @@ class Classification(Task):
             with fast_autocast(device):
                 said = self.vit(batch.pixels.to(device)).argmax(-1).cpu()
             pairs = batch.labels * len(data.classes) + said
-            matrix += torch.bincount(pairs[batch.counted], minlength=matrix.numel()).view_as(matrix)
+            matrix += torch.bincount(pairs[batch.is_real], minlength=matrix.numel()).view_as(matrix)
         return matrix
 
 

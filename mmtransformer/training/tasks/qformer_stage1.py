@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Loss
 from mmtransformer.captioners.image_text import ImageText, Losses
-from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.contrastive import image_ids
@@ -89,7 +89,7 @@ class QFormerStage1(Captioning):
         return self.captioner.losses(
             batch,
             image_ids=image_ids(batch.names, batch.loss_mask),
-            seed=int(mix(self.seed, *step)) >> 2,
+            seed=int(hash64(self.seed, *step)) >> 2,
             itc_smoothing=self.itc_smoothing if training else 0.0,
             itg_smoothing=self.label_smoothing if training else 0.0,
             match_texts=self.match_texts if training else None,
@@ -110,7 +110,7 @@ class QFormerStage1(Captioning):
         total = super().training_step(batch, batch_idx)
         tokens = int(batch.loss_mask.sum())
         self.tokens_seen += tokens - 1  # The loss counted as one.
-        self.samples_seen -= 0 if tokens else len(batch.names)  # a filler
+        self.samples_seen -= 0 if tokens else len(batch.names)  # a padding sample
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

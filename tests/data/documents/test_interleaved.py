@@ -30,8 +30,8 @@ from mmtransformer.data.documents.documents import (
 from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
-from mmtransformer.data.loading.errors import TooManyFaults
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.errors import TooManyErrors
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture
 from mmtransformer.data.scenes.scenes import Scenes
@@ -146,7 +146,7 @@ def test_a_folder_of_documents(tmp_path: Path) -> None:
             seen += 1
     assert seen == 23
     assert "23 documents, 45 pictures" in source.describe()
-    assert not source.report.faults
+    assert not source.report.errors
     assert pickle.loads(pickle.dumps(source.split("val"))).image(0, 0).size == (5, 7)
     with pytest.raises(ValueError, match="has no split 'test'; it has: train, val"):
         source.split("test")
@@ -280,7 +280,7 @@ def test_a_faulty_document_is_counted_and_named_by_line(kind: str, tmp_path: Pat
     source = InterleavedFiles(root, val_fraction=0)
     assert len(source.split("train")) == 22
     assert source.report.bad_rows == 1
-    (cause,) = source.report.faults
+    (cause,) = source.report.errors
     named = f"{cause}: " + source.report.first[cause][0]
     assert "d.jsonl:23" in named
     assert fault in named.replace(f"{cause}: d.jsonl:23: ", f"{cause}: ")
@@ -290,7 +290,7 @@ def test_too_many_faulty_documents_stop_the_run(tmp_path: Path) -> None:
     records = [*(record(n) for n in range(20)), *({"text": "a", "images": ["p/0.png"]} for _ in range(3))]
     write(folder(tmp_path) / "d.jsonl", records)
     with pytest.raises(
-        TooManyFaults, match=r"3 of 23 rows can't be used \(13\.0%, more than 1\.0% allowed"
+        TooManyErrors, match=r"3 of 23 rows can't be used \(13\.0%, more than 1\.0% allowed"
     ) as error:
         InterleavedFiles(tmp_path)
     assert "marks and pictures differ in number: 3" in str(error.value)
@@ -335,7 +335,7 @@ def test_marks_are_found_wherever_they_stand(
         expected += [[]] if piece is None else []
         expected[-1] += [piece] if piece else []
     if len(expected) == 1 or not any(expected):
-        assert list(source.report.faults.values()) == [1]
+        assert list(source.report.errors.values()) == [1]
     else:
         assert source.split("train").document(1).texts == tuple(map(" ".join, expected))
 
@@ -568,16 +568,16 @@ def test_batches_do_not_depend_on_workers_or_processes() -> None:
             ):
                 assert torch.equal(getattr(a, name), getattr(b, name)), name
     dataset = one.dataset("train", training=True)
-    a, b = dataset[Pick(0, 3)].pixels, dataset[Pick(1, 3)].pixels
+    a, b = dataset[SampleIndex(0, 3)].pixels, dataset[SampleIndex(1, 3)].pixels
     assert not torch.equal(a, b), "another epoch is augmented otherwise"
-    assert torch.equal(a, one.dataset("train", training=True)[Pick(0, 3)].pixels)
+    assert torch.equal(a, one.dataset("train", training=True)[SampleIndex(0, 3)].pixels)
 
 
 def test_a_failing_image_is_hidden_and_its_text_is_no_target(tmp_path: Path) -> None:
     documents = [Document(("", "a red star", "three circles", "별과 원"), "en"), *some_documents(60)]
     bad = make(Fake(documents, bad=((0, 1),)), report_dir=str(tmp_path), pack=False, max_bad=0.05)
     good = make(Fake(documents), report_dir=str(tmp_path / "good"), pack=False)
-    sample, whole = (data.dataset("train", training=True)[Pick(0, 0)] for data in (bad, good))
+    sample, whole = (data.dataset("train", training=True)[SampleIndex(0, 0)] for data in (bad, good))
     assert sample.image_mask.tolist() == [True, False, True]
     assert not sample.pixels[1].any()
     assert torch.equal(sample.pixels[[0, 2]], whole.pixels[[0, 2]])
@@ -598,17 +598,17 @@ def test_a_row_without_a_target_is_replaced_and_too_many_bad_images_stop_the_run
     dataset = data.dataset("train", training=True)
     order = [dataset.rows.row(i)[0].document for i in range(len(dataset))]
     at = order.index(4)
-    sample = dataset[Pick(0, at)]
+    sample = dataset[SampleIndex(0, at)]
     assert sample.name == "d6"
     assert sample.layout.loss_mask.any()
-    assert not dataset[Pick(0, at, counted=False)].layout.loss_mask.any()
-    still = data.dataset("train")[Pick(0, at)]
-    assert not still.layout.loss_mask.any(), "a stand-in does not count in evaluation"
+    assert not dataset[SampleIndex(0, at, is_real=False)].layout.loss_mask.any()
+    still = data.dataset("train")[SampleIndex(0, at)]
+    assert not still.layout.loss_mask.any(), "a replacement sample does not count in evaluation"
     many = make(
         Fake(documents, bad=tuple((i, 0) for i in range(9))), report_dir=str(tmp_path / "many"), pack=False
     )
-    with pytest.raises(TooManyFaults, match=r"3 of 211 pictures can't be read"):
-        [many.dataset("train")[Pick(0, i)] for i in range(211)]
+    with pytest.raises(TooManyErrors, match=r"3 of 211 pictures can't be read"):
+        [many.dataset("train")[SampleIndex(0, i)] for i in range(211)]
 
 
 def test_a_document_that_names_a_side_is_not_mirrored() -> None:
@@ -626,7 +626,7 @@ def test_a_document_that_names_a_side_is_not_mirrored() -> None:
     dataset = data.dataset("train", training=True)
     rotated = {0: 0, 1: 0}
     for i in range(len(dataset)):
-        for pixels in dataset[Pick(0, i)].pixels:
+        for pixels in dataset[SampleIndex(0, i)].pixels:
             rotated[dataset.rows.row(i)[0].document % 2] += bool(pixels[0, 0, 0] > 0)
     assert rotated[1] == 0
     assert 4 < rotated[0] < 20
@@ -648,14 +648,14 @@ def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> N
     singles = alone.dataset("train")
     where = {singles.rows.row(i)[0].document: i for i in range(len(singles))}
     collate = CollateDocuments(tokenizer().pad_id)
-    whole = collate([packed.dataset("train")[Pick(0, i)] for i in range(len(packed.rows("train")))])
+    whole = collate([packed.dataset("train")[SampleIndex(0, i)] for i in range(len(packed.rows("train")))])
     logits = model.logits(whole)
     checked = 0
     for r in range(len(whole.tokens)):
         for number, piece in enumerate(packed.rows("train").row(r)):
             assert whole.document_ids is not None
             mine = whole.document_ids[r] == number
-            own = model.logits(collate([singles[Pick(0, where[piece.document])]]))[0]
+            own = model.logits(collate([singles[SampleIndex(0, where[piece.document])]]))[0]
             torch.testing.assert_close(logits[r, mine], own, atol=1e-5, rtol=0)
             checked += 1
     assert checked == 9 > len(whole.tokens)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmtransformer.data.files.archives import FileError, Files, join, refusal
 from mmtransformer.data.files.tables import Wanted, read_table
 from mmtransformer.data.files.text import fold, is_missing
-from mmtransformer.data.loading.errors import TooManyFaults
+from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
@@ -77,7 +77,7 @@ def test_names_that_leave_the_root_are_refused_by_line(name: str, tmp_path: Path
     source = with_one_bad(root, name)
     assert everything(source) == expected(1)
     assert source.report.bad_rows == 1
-    (cause,) = source.report.faults
+    (cause,) = source.report.errors
     named = f"{cause}: " + source.report.first[cause][0]
     assert "c.jsonl:24" in named
     assert HOSTILE[name] in named
@@ -88,7 +88,7 @@ def test_names_that_leave_the_root_are_refused_by_line(name: str, tmp_path: Path
 def test_a_image_that_is_no_name(image: object, tmp_path: Path) -> None:
     source = with_one_bad(tmp_path, image)
     assert everything(source) == expected(1)
-    assert source.report.faults == {"no picture named": 1}
+    assert source.report.errors == {"no picture named": 1}
 
 
 def test_links_inside_the_root_are_followed_for_files(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_up_and_down_again_inside_the_root(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "c.jsonl").write_text(jsonl(rows))
     source = PairFiles(tmp_path)
     assert sum(len(source.split(s)) for s in source.splits()) == 23
-    with pytest.raises(TooManyFaults, match="climbs out of the root: give a folder higher up as the root"):
+    with pytest.raises(TooManyErrors, match="climbs out of the root: give a folder higher up as the root"):
         PairFiles(tmp_path / "annotations")
 
 
@@ -129,7 +129,7 @@ def test_hostile_names_in_archives_are_refused(kind: str, tmp_path: Path) -> Non
     source = PairFiles(tmp_path, max_bad=0.9)
     assert everything(source) == expected(names=NAMES[:1])
     assert source.report.notes["file left out"] == 4
-    assert source.report.faults["missing picture"] + source.report.faults.get("refused path", 0) == 4
+    assert source.report.errors["missing picture"] + source.report.errors.get("refused path", 0) == 4
 
 
 def test_links_in_tars_are_refused(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_links_in_tars_are_refused(tmp_path: Path) -> None:
             info.type, info.linkname = kind, to
             box.addfile(info)
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:2]))
-    with pytest.raises(TooManyFaults, match=r"2 of 2 rows(.|\n)*a link inside an archive"):
+    with pytest.raises(TooManyErrors, match=r"2 of 2 rows(.|\n)*a link inside an archive"):
         PairFiles(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_captions_in_a_damaged_archive_are_an_error_or_a_fault(tmp_path: Path) -
     files = {n: png(n) for n in NAMES} | {n[:3] + ".txt": b"some words" for n in NAMES}
     path.write_bytes(pack(path, files).read_bytes().replace(b"some words", b"some wolds", 1))
     source = PairFiles(path)
-    assert source.report.faults == {"caption file that can't be read": 1}
+    assert source.report.errors == {"caption file that can't be read": 1}
     assert source.report.first["caption file that can't be read"] == [
         "p00.png: p00.txt: bytes fail the zip's checksum"
     ]
@@ -278,7 +278,7 @@ def test_lines_that_cannot_be_used_are_counted_by_line(
     line: bytes, cause: str, said: str, tmp_path: Path
 ) -> None:
     source = read_csv(tmp_path, [b"p01.png,a cat", line])
-    assert source.report.faults == {cause: 1}
+    assert source.report.errors == {cause: 1}
     assert (source.report.rows, source.report.bad_rows) == (20, 1)
     (first,) = source.report.first[cause]
     assert first.startswith("c.csv:3: ")
@@ -286,13 +286,13 @@ def test_lines_that_cannot_be_used_are_counted_by_line(
     names = [source.split("train").name(i) for i in range(len(source.split("train")))]
     assert "p00.png" not in names
     with pytest.raises(
-        TooManyFaults, match=rf"1 of 20 rows can't be used \(5.0%, more than 0.0%(.|\n)*{cause}"
+        TooManyErrors, match=rf"1 of 20 rows can't be used \(5.0%, more than 0.0%(.|\n)*{cause}"
     ):
         read_csv(tmp_path, [b"p01.png,a cat", line], max_bad=0)
 
 
 def test_more_than_the_threshold_is_an_error_with_the_first_offenders(tmp_path: Path) -> None:
-    with pytest.raises(TooManyFaults) as error:
+    with pytest.raises(TooManyErrors) as error:
         read_csv(tmp_path, [b"x%d.png,a dog" % i for i in range(7)])
     said = str(error.value)
     assert "7 of 25 rows can't be used (28.0%, more than 1.0% allowed by max_bad)" in said
@@ -310,7 +310,7 @@ def test_utf16_and_other_encodings_of_a_whole_file(tmp_path: Path) -> None:
     assert source.split("train").captions(4) == [Caption("그림 4", "ko")]
     (tmp_path / "c.tsv").write_text(text, "cp949", newline="")
     with pytest.raises(
-        TooManyFaults, match=r"23 of 23(.|\n)*c.tsv:2: byte .* Korean Windows\): save the file as UTF-8"
+        TooManyErrors, match=r"23 of 23(.|\n)*c.tsv:2: byte .* Korean Windows\): save the file as UTF-8"
     ):
         PairFiles(tmp_path)
     (tmp_path / "c.tsv").write_text("사진\t설명\nx\ty\n", "cp949")
@@ -341,7 +341,7 @@ def test_json_lines_that_cannot_be_used(line: str, cause: str, tmp_path: Path) -
     lines = [json.dumps({"image": n, "caption": caption(n), "language": "en"}) for n in NAMES[1:]]
     (tmp_path / "c.jsonl").write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n\n")
     source = PairFiles(tmp_path)
-    assert source.report.faults == {cause: 1}
+    assert source.report.errors == {cause: 1}
     assert source.report.first[cause][0].startswith("c.jsonl:3: ")
     (broken := tmp_path / "broken.json").write_text('{"images": [\n{"a": }]}')
     with pytest.raises(ValueError, match=r"broken.json:2 is not JSON: Expecting value at column 7"):
@@ -353,7 +353,7 @@ def test_one_empty_caption_of_several_costs_only_itself(tmp_path: Path) -> None:
     rows = [{"image": n, "captions": ["a dog", "" if n == "p03.png" else "b"]} for n in NAMES]
     (tmp_path / "c.jsonl").write_text(jsonl(rows))
     source = PairFiles(tmp_path, val_fraction=0)
-    assert source.report.faults == {"empty caption": 1}
+    assert source.report.errors == {"empty caption": 1}
     assert source.split("train").captions(3) == [Caption("a dog")]
     assert len(source.split("train")) == 23
 
@@ -382,4 +382,4 @@ def test_whatever_a_spreadsheet_writes_is_read_back(
     for row, (_, text) in zip(got, cells, strict=True):
         folded = fold(text)
         assert [c.text for c in row.captions] == ([] if is_missing(folded) else [folded])
-        assert bool(row.faults) == is_missing(folded)
+        assert bool(row.errors) == is_missing(folded)

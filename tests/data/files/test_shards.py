@@ -17,7 +17,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.files import archives
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import ShardError, read_index
-from mmtransformer.data.loading.errors import TooManyFaults
+from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.mixture import Mixture
 from mmtransformer.data.opening import are_documents, are_shards, open_pairs
@@ -287,18 +287,18 @@ def test_samples_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> No
     pack(tmp_path / "a.tar", [m for n in range(21) for m in sample(n)] + bad)
     source = Shards(str(tmp_path), max_bad=0.25)
     assert len(everything(source)) == 21
-    assert source.report.faults == {
+    assert source.report.errors == {
         "no picture": 1, "no caption": 1, "several pictures": 1, "not UTF-8": 1, "not JSON": 1, "empty caption": 1,
     }  # fmt: skip
     assert source.report.first["no picture"] == ["a.tar:a"]
     assert source.report.first["several pictures"] == ["a.tar:c: png, jpg"]
-    with pytest.raises(TooManyFaults, match=r"6 of 27 rows can't be used \(22\.2%"):
+    with pytest.raises(TooManyErrors, match=r"6 of 27 rows can't be used \(22\.2%"):
         Shards(str(tmp_path))
     with pytest.raises(ValueError, match=r"max_bad \(2\)"):
         Shards(str(tmp_path), max_bad=2)
     with pytest.raises(ValueError, match="no samples"):
         Shards(str(pack(tmp_path / "b" / "empty.tar", [])))
-    with pytest.raises(TooManyFaults, match="not one of 1 samples"):
+    with pytest.raises(TooManyErrors, match="not one of 1 samples"):
         Shards(str(pack(tmp_path / "c" / "one.tar", bad[:1])))
 
 
@@ -448,7 +448,7 @@ def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
     for a, b in zip(*whole, strict=True):
         assert same(a, b)
     loader = runs[0].train_dataloader()
-    loader.load_state_dict({"epoch": 1, "position": 8, "seed": 0, "num_images": len(source.split("train"))})
+    loader.load_state_dict({"epoch": 1, "position": 8, "seed": 0, "num_samples": len(source.split("train"))})
     assert all(same(a, b) for a, b in zip(loader, whole[0][2:], strict=True))
     names = [name for batch in whole[0] for name in batch.names]
     assert sorted(names) == sorted(source.split("train").name(i) for i in range(len(source.split("train"))))

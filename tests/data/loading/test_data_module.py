@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmtransformer.data.loading.module import Data, Lengths
-from mmtransformer.data.loading.sampler import Pick, ResumableLoader
+from mmtransformer.data.loading.sampler import ResumableLoader, SampleIndex
 from mmtransformer.text.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class Numbers(Dataset[tuple[int, int, bool]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, pick: Pick) -> tuple[int, int, bool]:
+    def __getitem__(self, pick: SampleIndex) -> tuple[int, int, bool]:
         return pick
 
 
@@ -69,9 +69,9 @@ class Rich(Plain):
 class Evens(Rich):
     size = 12
 
-    def mixing(self, split: str) -> Any:
+    def mixture(self, split: str) -> Any:
         turn = np.zeros(6, int)
-        return SimpleNamespace(size=6, images=lambda epoch: (np.arange(0, 12, 2), turn + epoch))
+        return SimpleNamespace(size=6, samples=lambda epoch: (np.arange(0, 12, 2), turn + epoch))
 
 
 def trainer(rank: int = 0, world: int = 1, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def epoch_of(loader: ResumableLoader, epoch: int) -> list[Any]:
     return list(loader)
 
 
-def picks_of(loader: ResumableLoader, epoch: int = 0) -> list[Pick]:
+def picks_of(loader: ResumableLoader, epoch: int = 0) -> list[SampleIndex]:
     """The samples of an epoch of `Plain` data, in their order."""
     return [pick for batch in epoch_of(loader, epoch) for pick in batch]
 
@@ -110,7 +110,8 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.loading.module import Data
-from mmtransformer.data.loading.sampler import Pick, generator
+from mmtransformer.data.loading.hashing import generator
+from mmtransformer.data.loading.sampler import SampleIndex
 """
 
 
@@ -152,7 +153,7 @@ def test_the_example_runs(sounds: Any, tmp_path: Path) -> None:
     later.load_state_dict(loader.state_dict())
     assert [batch.waves.tolist() for batch in later] == [batch.waves.tolist() for batch in epochs[1][1:]]
     moved = data.transfer_batch_to_device(epochs[0][0], torch.device("meta"), 0)
-    assert moved.waves.device.type == moved.counted.device.type == "meta"
+    assert moved.waves.device.type == moved.is_real.device.type == "meta"
 
 
 # -------------------------------------------------------------------------------------------------- the contract
@@ -198,8 +199,8 @@ def test_processes_share_the_samples_and_lightnings_sampler_is_refused() -> None
         return data.train_dataloader()
 
     shares = [picks_of(loader(rank)) for rank in range(2)]
-    counted = sorted(i for share in shares for _, i, is_counted in share if is_counted)
-    assert counted == list(range(23))
+    is_real = sorted(i for share in shares for _, i, is_counted in share if is_counted)
+    assert is_real == list(range(23))
     assert [len(loader(rank)) for rank in range(2)] == [3, 3]
     with pytest.raises(
         ValueError, match="use_distributed_sampler to false: Plain shares the numbers among the 2"
@@ -264,31 +265,61 @@ def test_impossible_settings_are_refused() -> None:
         _ = Plain().tokenizer
 
 
+class Module(lightning.LightningModule):
+    """Learns nothing and remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(3)), list[Any]()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen.append((self.current_epoch, batch.names))
+        return (self.weight * batch.waves).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(("val", batch.names))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def fitted(sounds: Any, folder: Path, val: int = 3, **options: Any) -> Module:
+    """A module that was trained on 11 sounds, and validated on `val`."""
+    for split, size in (("train", 11), ("val", val)):
+        torch.save(torch.randn(size, 3), folder / f"{split}.pt")
+    data, module = sounds.SoundData(str(folder), batch_size=4, num_workers=1), Module()
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0} | ({} if options.get("barebones") else quiet)
+    lightning.Trainer(accelerator="cpu", default_root_dir=folder, **(settings | options)).fit(module, data)
+    return module
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
 def test_lightning_trains_on_it(sounds: Any, tmp_path: Path) -> None:
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.seen = torch.nn.Parameter(torch.ones(3)), list[Any]()
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            self.seen.append((self.current_epoch, batch.names))
-            return (self.weight * batch.waves).sum()
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.seen.append(("val", batch.names))
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.01)
-
-    for split, size in (("train", 11), ("val", 3)):
-        torch.save(torch.randn(size, 3), tmp_path / f"{split}.pt")
-    data, module = sounds.SoundData(str(tmp_path), batch_size=4, num_workers=1), Module()
-    run = lightning.Trainer(
-        max_epochs=2, num_sanity_val_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    run.fit(module, data)
+    module = fitted(sounds, tmp_path, max_epochs=2)
     assert [epoch for epoch, _ in module.seen] == [0] * 3 + ["val"] + [1] * 3 + ["val"]
     assert module.seen[0][1] != module.seen[4][1]
     assert module.seen[3][1] == module.seen[7][1] == ("sound 0", "sound 1", "sound 2")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*")
+@pytest.mark.parametrize(
+    ("options", "batches", "same"),
+    [
+        ({"overfit_batches": 1}, 1, True),
+        ({"overfit_batches": 0.7}, 2, True),
+        ({"limit_train_batches": 2, "limit_val_batches": 1}, 2, False),  # as with any data that are shuffled
+        ({"limit_train_batches": 0.4}, 1, False),
+        ({"barebones": True}, 3, False),
+        ({"barebones": True, "overfit_batches": 2}, 2, True),
+    ],
+)
+def test_lightnings_flags_that_shorten_an_epoch(
+    options: dict[str, Any], batches: int, same: bool, sounds: Any, tmp_path: Path
+) -> None:
+    module = fitted(sounds, tmp_path, val=7, max_epochs=3, **options)
+    epochs = [[names for epoch, names in module.seen if epoch == wanted] for wanted in range(3)]
+    assert [len(names) for names in epochs] == [batches] * 3
+    assert all((names == epochs[0]) is same for names in epochs[1:])

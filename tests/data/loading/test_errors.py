@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtransformer.data.loading.errors import BadImages, Report, TooManyFaults, allowed
+from mmtransformer.data.loading.errors import BadImages, Report, TooManyErrors, allowed
 
 
 @pytest.mark.parametrize(
@@ -22,11 +22,11 @@ def test_a_report_counts_each_row_once_and_names_the_first() -> None:
     report = Report()
     report.rows = 300
     for line in range(7):
-        report.fault("empty caption", f"c.csv:{line}", "x" * 300)
-        report.fault("missing picture", f"c.csv:{line}")
+        report.error("empty caption", f"c.csv:{line}", "x" * 300)
+        report.error("missing picture", f"c.csv:{line}")
     report.note("remark", "c.csv:9", "kept")
     assert report.bad_rows == 7
-    assert report.faults == {"empty caption": 7, "missing picture": 7}
+    assert report.errors == {"empty caption": 7, "missing picture": 7}
     assert len(report.first["empty caption"]) == 5
     assert report.first["missing picture"][0] == "c.csv:0"
     assert max(map(len, str(report).splitlines())) < 220
@@ -35,7 +35,7 @@ def test_a_report_counts_each_row_once_and_names_the_first() -> None:
     assert json.loads(json.dumps(report.to_dict()))["bad_rows"] == 7
     report.enforce("c.csv", 0.03)
     with pytest.raises(
-        TooManyFaults, match=r"c.csv: 7 of 300 rows can't be used \(2.3%, more than 2.0% allowed"
+        TooManyErrors, match=r"c.csv: 7 of 300 rows can't be used \(2.3%, more than 2.0% allowed"
     ):
         report.enforce("c.csv", 0.02)
 
@@ -52,7 +52,7 @@ def test_bad_images_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -
     assert rows[1] == {"image": "그림1.png", "error": "ValueError: cut at 1"}
     assert len(rows) == 3
     with pytest.raises(
-        TooManyFaults, match=r"4 of 301 pictures can't be read \(1.3%, more than 1.0% allowed\)"
+        TooManyErrors, match=r"4 of 301 pictures can't be read \(1.3%, more than 1.0% allowed\)"
     ) as e:
         bad.record("x.png", OSError("gone"))
     assert str(path) in str(e.value)
@@ -65,7 +65,7 @@ def test_bad_images_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -
 
 
 def test_a_strict_run_stops_at_the_first(tmp_path: Path) -> None:
-    with pytest.raises(TooManyFaults, match="1 of 5000"):
+    with pytest.raises(TooManyErrors, match="1 of 5000"):
         BadImages(tmp_path / "bad.jsonl", 5000, max_fraction=0).record("x.png", OSError("gone"))
 
 
@@ -79,7 +79,7 @@ def _record(bad: BadImages, start: int) -> str:
     try:
         for i in range(start, start + 40):
             bad.record(f"p{i}.png", ValueError("broken"))
-    except TooManyFaults as error:
+    except TooManyErrors as error:
         return str(error)
     return ""
 

@@ -15,7 +15,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
 from mmtransformer.data.loading.features import FeatureCache, cache_key
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, ImageTransform
 from support.sources import FakePairs, FakeSource, make
@@ -153,7 +153,7 @@ def test_bad_images_are_known_to_the_cache(tmp_path):
     x = pixels(pairs)
     torch.testing.assert_close(cache[1, False], x[0].flatten(1).T)
     torch.testing.assert_close(cache[210, False], x[-1].flatten(1).T)
-    assert cache.faults == {0: "p0.jpg: cut off", 100: "p100.jpg: cut off"}
+    assert cache.errors == {0: "p0.jpg: cut off", 100: "p100.jpg: cut off"}
     with pytest.raises(ImageError, match=r"p100\.jpg: cut off"):
         cache[100, False]
 
@@ -166,13 +166,13 @@ def test_the_first_batch_may_be_all_bad(tmp_path):
 def test_long_faults_are_shortened(tmp_path):
     pairs = FakePairs(11, bad=range(8))
     cache = build(tmp_path, pairs=pairs)
-    assert len(cache.faults) == 8
+    assert len(cache.errors) == 8
     pairs.image = lambda i: (
         (_ for _ in ()).throw(ImageError("속" * 5000)) if i < 8 else FakePairs(11).image(i)
     )
     cache = build(tmp_path / "long", pairs=pairs)
-    assert all(fault and set(fault) == {"속"} for fault in cache.faults.values())
-    assert sorted(cache.faults) == list(range(8))
+    assert all(fault and set(fault) == {"속"} for fault in cache.errors.values())
+    assert sorted(cache.errors) == list(range(8))
 
 
 def test_no_readable_image_is_an_error(tmp_path):
@@ -265,7 +265,7 @@ def test_the_header_is_what_others_read(tmp_path):
         "shape": [7, 1, 240, 3],
         "data_offsets": [0, 7 * 240 * 3 * 2],
     }
-    assert features._FORMAT == 1
+    assert features._FORMAT == 2
 
 
 # ------------------------------------------------------------------------------------------ in CaptionData
@@ -318,7 +318,7 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
     cache, dataset = data._features["train"], data.dataset("train", training=True)
     drawn = []
     for epoch in range(3):
-        got = [dataset[Pick(epoch, i)].visual_tokens[0] for i in range(40)]
+        got = [dataset[SampleIndex(epoch, i)].visual_tokens[0] for i in range(40)]
         mirrored = [torch.equal(got[i], cache[i, True]) for i in range(40)]
         assert all(torch.equal(got[i], cache[i, mirrored[i]]) for i in range(40))
         assert not any(mirrored[1::2]), "captions speak of sides"

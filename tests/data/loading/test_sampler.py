@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from mmtransformer.data.loading.hashing import generator, hash64
 from mmtransformer.data.loading.rows import share_of_padding
-from mmtransformer.data.loading.sampler import IndexSampler, Pick, ResumableLoader, generator, mix
-from mmtransformer.data.loading.workers import deaf
+from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, SampleIndex
+from mmtransformer.data.loading.workers import ignore_signals
 
 N = 101
 
 
 def lengths(epoch):
-    return 5 + (mix(17, epoch, np.arange(N)) % np.uint64(23)).astype(np.int64)
+    return 5 + (hash64(17, epoch, np.arange(N)) % np.uint64(23)).astype(np.int64)
 
 
 def indices(batches):
@@ -38,20 +39,20 @@ def loader(workers=0, **options):
     return ResumableLoader(Dataset(), IndexSampler(N, 7, **options), torch.stack, num_workers=workers)
 
 
-def test_mix_is_the_published_splitmix64():
+def test_hash64_is_the_published_splitmix64():
     # The first three outputs of SplitMix64 from state 1234567 (Vigna's reference program).
     state = 1234567
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [int(mix(state + i * 0x9E3779B97F4A7C15)) for i in range(3)] == expected
+    assert [int(hash64(state + i * 0x9E3779B97F4A7C15)) for i in range(3)] == expected
 
 
-def test_mix_is_uniform_and_order_matters():
-    words = mix(5, np.arange(20011))
+def test_hash64_is_uniform_and_order_matters():
+    words = hash64(5, np.arange(20011))
     assert len(np.unique(words)) == 20011
     bits = (words[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
     assert abs(bits.mean(0) - 0.5).max() < 0.02
-    assert int(mix(2, 3)) != int(mix(3, 2)) != int(mix(2, 3, 0))
-    assert int(mix(-1)) == int(mix(2**64 - 1))
+    assert int(hash64(2, 3)) != int(hash64(3, 2)) != int(hash64(2, 3, 0))
+    assert int(hash64(-1)) == int(hash64(2**64 - 1))
 
 
 def test_order_is_a_permutation_and_a_pure_function():
@@ -65,6 +66,34 @@ def test_order_is_a_permutation_and_a_pure_function():
     assert indices(IndexSampler(N, 7, shuffle=False)) == [
         list(range(i, min(i + 7, N))) for i in range(0, N, 7)
     ]
+
+
+def test_every_epoch_has_another_order():
+    plain = IndexSampler(N, 7, seed=3)
+    assert not np.array_equal(plain.order(0), plain.order(1))
+    # Equal lengths keep the shuffled order within a block, so other samples must meet in it ...
+    same = IndexSampler(98, 7, seed=3, lengths=lambda _: np.ones(98, int))
+    blocks = [{frozenset(block) for block in same.order(epoch).reshape(-1, 7)} for epoch in (0, 1)]
+    assert not blocks[0] & blocks[1]
+    # ... and where lengths fix what is in a block, the blocks must come in another order.
+    fixed = IndexSampler(98, 7, seed=3, lengths=lambda _: np.arange(98))
+    first, second = (fixed.order(epoch).reshape(-1, 7).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+    for sampler in (plain, same, fixed):
+        for epoch in (0, 1, 2):
+            sampler.set_epoch(epoch)
+            assert [index for batch in indices(sampler) for index in batch] == sampler.order(epoch).tolist()
+
+
+def test_a_repeated_epoch_is_the_first_one_again():
+    first = list(IndexSampler(N, 7, seed=3, lengths=lengths))
+    sampler = IndexSampler(N, 7, seed=3, lengths=lengths, repeat=True)
+    for epoch in (0, 1, 5):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == first
+    sampler.load_state_dict({"epoch": 5, "position": 14, "seed": 3, "num_samples": N})
+    assert list(sampler) == first[2:]
 
 
 def test_the_order_of_a_seed_never_changes():
@@ -87,9 +116,9 @@ def test_processes_share_the_same_steps(world, size):
     assert len({len(share) for share in shares}) == 1
     one = list(IndexSampler(N, 8, seed=5, lengths=lengths))
     for together, step in zip(zip(*shares, strict=True), one, strict=True):
-        counted = [pick for pick in itertools.chain(*together) if pick.counted]
-        assert sorted(counted) == sorted(step)
-        sizes = [sum(pick.counted for pick in share) for share in together]
+        is_real = [pick for pick in itertools.chain(*together) if pick.is_real]
+        assert sorted(is_real) == sorted(step)
+        sizes = [sum(pick.is_real for pick in share) for share in together]
         assert max(sizes) - min(sizes) <= 1
 
 
@@ -99,11 +128,11 @@ def test_accumulation_sees_the_groups_of_one_large_batch():
     assert [a + b for a, b in zip(small[::2], small[1::2], strict=True)] == large
 
 
-def test_a_process_without_images_gets_a_filler_that_does_not_count():
+def test_a_process_without_images_gets_a_padding_sample_that_does_not_count():
     shares = [list(IndexSampler(7, 2, rank=rank, world=3)) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 2, 2]
     last = [share[-1] for share in shares]
-    assert [[pick.counted for pick in share] for share in last] == [[True], [False], [False]]
+    assert [[pick.is_real for pick in share] for share in last] == [[True], [False], [False]]
     assert len({pick.index for share in last for pick in share}) == 1
 
 
@@ -158,11 +187,11 @@ def test_resume_goes_on_with_the_next_batch(stop, before, after):
 
 def test_resume_with_another_number_of_processes():
     one = IndexSampler(N, 8, seed=5)
-    one.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_images": N})
+    one.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_samples": N})
     shares = []
     for rank in range(2):
         sampler = IndexSampler(N, 4, seed=5, rank=rank, world=2)
-        sampler.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_images": N})
+        sampler.load_state_dict({"epoch": 2, "position": 40, "seed": 5, "num_samples": N})
         shares.append(list(sampler))
     for step, together in zip(one, zip(*shares, strict=True), strict=True):
         assert sorted(step) == sorted(itertools.chain(*together))
@@ -191,23 +220,23 @@ def test_a_state_of_another_order_is_refused():
     state = IndexSampler(N, 7, seed=3).state_dict()
     with pytest.raises(ValueError, match="seed was 3 and is now 4"):
         IndexSampler(N, 7, seed=4).load_state_dict(state)
-    with pytest.raises(ValueError, match="num_images was 101 and is now 103"):
+    with pytest.raises(ValueError, match="num_samples was 101 and is now 103"):
         IndexSampler(103, 7, seed=3).load_state_dict(state)
 
 
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match=r"rank \(2\) must be from 0 to world - 1 \(1\)"):
         IndexSampler(N, 7, rank=2, world=2)
-    with pytest.raises(ValueError, match=r"no pictures to sample from \(0\)"):
+    with pytest.raises(ValueError, match=r"no samples to take \(0\)"):
         IndexSampler(0, 7)
-    with pytest.raises(ValueError, match="5 pictures do not fill one step of 7 x 1"):
+    with pytest.raises(ValueError, match="5 samples do not fill one step of 7 x 1"):
         IndexSampler(5, 7, drop_last=True)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         IndexSampler(5, 0)
 
 
 def test_a_pick_counts_unless_told():
-    assert Pick(1, 2).counted
+    assert SampleIndex(1, 2).is_real
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not known here")
@@ -228,8 +257,8 @@ def test_workers_outlive_the_signals_of_others_and_obey_their_parent():
     assert workers[0].exitcode == 0
 
 
-def deaf_and_waiting(ready):
-    deaf(0)
+def waiting_without_signals(ready):
+    ignore_signals(0)
     ready.set()
     time.sleep(60)
 
@@ -239,7 +268,7 @@ def deaf_and_waiting(ready):
 def test_the_parent_is_who_started_a_worker_however_it_was_started(method):
     context = multiprocessing.get_context(method)
     ready = context.Event()
-    worker = context.Process(target=deaf_and_waiting, args=(ready,), daemon=True)
+    worker = context.Process(target=waiting_without_signals, args=(ready,), daemon=True)
     worker.start()
     assert ready.wait(30)
     worker.terminate()

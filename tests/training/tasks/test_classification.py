@@ -16,8 +16,8 @@ from mmtransformer import ImageClassifier, ImageTransform, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
 from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
-from mmtransformer.data.loading.errors import BadImages, TooManyFaults
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.errors import BadImages, TooManyErrors
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
 from mmtransformer.images import Augment, ImageError
@@ -119,7 +119,7 @@ def test_an_epoch_has_each_image_once_with_its_class(tmp_path: Path) -> None:
     images, seen = module.images("train"), {}
     for batch in module.train_dataloader():
         assert batch.pixels.shape[1:] == (3, 32, 32)
-        assert batch.counted.all()
+        assert batch.is_real.all()
         seen |= dict(zip(batch.names, batch.labels.tolist(), strict=True))
     assert seen == {images.name(i): images.label(i) for i in range(30)}
     assert "8 classes (circle, square" in module.describe()
@@ -129,10 +129,10 @@ def test_an_epoch_has_each_image_once_with_its_class(tmp_path: Path) -> None:
 def test_augmentation_is_a_function_of_the_pick() -> None:
     images = shapes().split("train")
     dataset = ClassDataset(images, ImageTransform(32), augment=Augment((0.3, 0.5)), training=True, seed=1)
-    assert torch.equal(dataset[Pick(0, 3)].pixels, dataset[Pick(0, 3)].pixels)
-    assert not torch.equal(dataset[Pick(0, 3)].pixels, dataset[Pick(1, 3)].pixels)
+    assert torch.equal(dataset[SampleIndex(0, 3)].pixels, dataset[SampleIndex(0, 3)].pixels)
+    assert not torch.equal(dataset[SampleIndex(0, 3)].pixels, dataset[SampleIndex(1, 3)].pixels)
     plain = data(shapes(), augment=Augment((0.3, 0.5))).dataset("val")
-    assert torch.equal(plain[Pick(0, 3)].pixels, plain[Pick(1, 3)].pixels)
+    assert torch.equal(plain[SampleIndex(0, 3)].pixels, plain[SampleIndex(1, 3)].pixels)
 
 
 def test_a_broken_image_is_named_and_stood_in_for(tmp_path: Path) -> None:
@@ -144,15 +144,15 @@ def test_a_broken_image_is_named_and_stood_in_for(tmp_path: Path) -> None:
     broken = held.files[1].path
     broken.write_bytes(broken.read_bytes()[:40])
     report = tmp_path / "bad.jsonl"
-    images, picks = source.split("val"), [Pick(0, i) for i in range(4)]
-    for training, counted in ((True, [True] * 4), (False, [True, False, True, True])):
+    images, picks = source.split("val"), [SampleIndex(0, i) for i in range(4)]
+    for training, is_real in ((True, [True] * 4), (False, [True, False, True, True])):
         bad = BadImages(report, 4, 0.5)
         dataset = ClassDataset(images, ImageTransform(16), training=training, bad=bad)
         batch = collate([dataset[pick] for pick in picks])
-        assert batch.counted.tolist() == counted
+        assert batch.is_real.tolist() == is_real
         assert batch.names[1] == batch.names[2]
     assert list(BadImages(report, 4).names()) == [images.name(1)]
-    with pytest.raises(TooManyFaults, match="1 of 4 pictures"):
+    with pytest.raises(TooManyErrors, match="1 of 4 pictures"):
         ClassDataset(images, ImageTransform(16), bad=BadImages(tmp_path / "none", 4, 0.0))[picks[1]]
     with pytest.raises(ImageError, match=r"green/1\.png"):
         ClassDataset(images, ImageTransform(16))[picks[1]]

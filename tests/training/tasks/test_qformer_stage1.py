@@ -27,7 +27,7 @@ from mmtransformer import (
     from_stage1,
 )
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.loading.sampler import mix
+from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.config import GenerationConfig
@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
     m = model().double()
     parts = []
     for micro, b in enumerate((first, second)):
-        seed = int(mix(0, 0, micro)) >> 2
+        seed = int(hash64(0, 0, micro)) >> 2
         parts.append(m.losses(b, image_ids=image_ids(b.names, b.loss_mask), seed=seed, match_texts=1).total)
     (sum(parts) / 2).backward()  # type: ignore[operator]
     expected = [p.grad for p in m.parameters() if p.grad is not None]

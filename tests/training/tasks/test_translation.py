@@ -12,7 +12,7 @@ import torch
 
 from mmtransformer import TextPairs, Tokenizer, Transformer, Translator
 from mmtransformer.cli import main
-from mmtransformer.data.loading.sampler import Pick
+from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.meaning import Facts
 from mmtransformer.data.scenes.parallel import Parallel, ParallelTable, SceneTranslations, plain_caption
@@ -163,7 +163,7 @@ def test_an_epoch_has_every_pair_once_and_fillers_do_not_count() -> None:
     names = [name for batch in loader for name in batch.names]
     assert sorted(names) == sorted(f"{pair.name} {pair.direction}" for pair in module.rows("train").pairs)
     rows = module.rows("val")
-    batch = PairCollate(module.tokenizer)([rows[Pick(0, 3)], rows[Pick(0, 4, False)]])
+    batch = PairCollate(module.tokenizer)([rows[SampleIndex(0, 3)], rows[SampleIndex(0, 4, False)]])
     assert batch.loss_mask[0].any()
     assert not batch.loss_mask[1].any()
 
