@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
     from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
-    from mmtransformer.backbones.seq2seq import TRANSFORMER_SIZES as TRANSFORMER_SIZES
+    from mmtransformer.backbones.patches import ConvStem as ConvStem
+    from mmtransformer.backbones.patches import PatchConfig as PatchConfig
+    from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
     from mmtransformer.backbones.seq2seq import TextPairs as TextPairs
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
-    from mmtransformer.backbones.vit import VIT_SIZES as VIT_SIZES
-    from mmtransformer.backbones.vit import ConvStem as ConvStem
-    from mmtransformer.backbones.vit import PatchEmbed as PatchEmbed
+    from mmtransformer.backbones.vit import BlockConfig as BlockConfig
     from mmtransformer.backbones.vit import ViT as ViT
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from mmtransformer.layers.attention import KVCache as KVCache
     from mmtransformer.layers.attention import Rope as Rope
     from mmtransformer.layers.attention import attend as attend
+    from mmtransformer.layers.config import AttentionConfig as AttentionConfig
+    from mmtransformer.layers.config import MLPConfig as MLPConfig
+    from mmtransformer.layers.config import NormConfig as NormConfig
+    from mmtransformer.layers.config import PositionConfig as PositionConfig
     from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
     from mmtransformer.layers.record import record_attention as record_attention
     from mmtransformer.losses.contrastive import clip_loss as clip_loss
@@ -73,6 +77,7 @@ __version__ = "0.1.0"
 # Where the public names are defined, floor by floor.
 _CONTENTS = {
     "layers.attention": "Attention KVCache KeyValue Rope attend",
+    "layers.config": "AttentionConfig MLPConfig NormConfig PositionConfig",
     "layers.linear_attention": "LinearAttention",
     "layers.record": "record_attention",
     "backbones.base": "Decoder DecoderState",
@@ -82,8 +87,9 @@ _CONTENTS = {
     "backbones.extended_vocabulary": "ExtendedVocabulary",
     "backbones.hub_decoder": "HubDecoder",
     "backbones.hub_seq2seq": "HubSeq2Seq",
-    "backbones.seq2seq": "TRANSFORMER_SIZES TextPairs Transformer",
-    "backbones.vit": "ConvStem PatchEmbed VIT_SIZES ViT",
+    "backbones.patches": "ConvStem PatchConfig PatchEmbed",
+    "backbones.seq2seq": "TextPairs Transformer",
+    "backbones.vit": "BlockConfig ViT",
     "connectors.adapter": "VisualAdapter",
     "connectors.projector": "MLPProjector",
     "connectors.qformer": "QFormer",

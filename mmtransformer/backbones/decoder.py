@@ -5,7 +5,7 @@ Letters: b rows, q new tokens, k tokens so far, n rows of a context (n divides b
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,16 +13,45 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention, KeyValue, Mask
-from mmtransformer.layers.blocks import MLP, Activation, DecoderBlock, Norm, SwiGLU, make_dropout, make_norm
+from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
+from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.layers.positions import Rotary, sinusoidal
 from mmtransformer.serialization.pretrained import Pretrained
 
 Context = Tensor | Sequence[KeyValue]
 """What cross-attention reads: (n k d) tokens, or each block's keys and values from `TextDecoder.project_context`."""
 
+_LLAMA: dict[str, Any] = {
+    "attention": AttentionConfig(bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms"),
+    "positions": PositionConfig("rotary"),
+    "tied": False,
+}
+_OPT: dict[str, Any] = {"vocab_size": 50272, "max_len": 2048, "mlp": MLPConfig("relu")}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 50257},
+    "gpt2-medium": {"vocab_size": 50257, "dim": 1024, "depth": 24, "num_heads": 16},
+    "gpt2-large": {"vocab_size": 50257, "dim": 1280, "depth": 36, "num_heads": 20},
+    "gpt2-xl": {"vocab_size": 50257, "dim": 1600, "depth": 48, "num_heads": 25},
+    "opt-125m": _OPT,
+    "opt-1.3b": _OPT | {"dim": 2048, "depth": 24, "num_heads": 32},
+    "opt-2.7b": _OPT | {"dim": 2560, "depth": 32, "num_heads": 32},
+    "opt-6.7b": _OPT | {"dim": 4096, "depth": 32, "num_heads": 32},
+    "llama-2-7b": _LLAMA
+    | {"vocab_size": 32000, "dim": 4096, "depth": 32, "num_heads": 32, "max_len": 4096, "mlp_dim": 11008},
+    "llama-3-8b": _LLAMA
+    | {"vocab_size": 128256, "dim": 4096, "depth": 32, "num_heads": 32, "max_len": 8192, "mlp_dim": 14336}
+    | {"attention": AttentionConfig(num_kv_heads=8, bias=False)}
+    | {"positions": PositionConfig("rotary", theta=500_000.0)},
+    "smollm-135m": _LLAMA
+    | {"vocab_size": 49152, "dim": 576, "depth": 30, "num_heads": 9, "max_len": 2048, "mlp_dim": 1536}
+    | {"attention": AttentionConfig(num_kv_heads=3, bias=False), "tied": True},
+}
+
 
 class TextDecoder(Pretrained, Decoder):
-    """A causal decoder: GPT-2's shape by default (Radford et al. 2019), Llama's with other arguments.
+    """A causal decoder: GPT-2's shape by default (Radford et al. 2019), others by `TextDecoder.preset("llama-3-8b")`.
 
     Args:
         vocab_size: number of token ids.
@@ -33,26 +62,18 @@ class TextDecoder(Pretrained, Decoder):
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         cross_dim: width of the context's tokens; None = a language model without cross-attention.
         cross_every: the last of every so many blocks reads the context.
-        num_kv_heads: key/value heads (grouped-query attention); None = num_heads.
-        head_dim: width of one head; None = dim / num_heads.
-        norm: "layer" (GPT-2, OPT) or "rms" (Llama).
-        norm_eps: of the norms; GPT-2's 1e-5.
-        mlp: "swiglu" (Llama) or the activation of a plain MLP; "gelu_tanh" is GPT-2's, "relu" OPT's.
-        positions: "learned" (GPT-2, OPT), "rotary" (Llama) or "sinusoidal" (the 2017 Transformer).
-        rope_theta: base of the rotary wave lengths.
-        rope_scaling: see `positions.Rotary`.
-        bias: biases in attention and MLP: "all" (GPT-2, OPT), "qkv" (Qwen2) or "none" (Llama).
-        qk_norm: norm of each head's queries and keys (Qwen3: "rms").
-        window: a token looks at so many tokens up to itself (Mistral); None = at all.
-        nope_interval: the last of every so many blocks does not turn queries and keys (SmolLM3: 4); None = all do.
+        attention: heads, biases, window.
+        mlp: activation and biases of the MLPs.
+        norm: which norms, and where.
+        positions: how tokens know where they stand.
         tied: whether the head's weight is the embedding.
-        embed_scale: what embeddings are multiplied by; sqrt(dim) in the 2017 Transformer.
-        pre_norm: norm before each branch, and a last one; False = after each sum, and no last one (2017, OPT-350m).
         dropout: share of embeddings, self-attention weights and branch results dropped in training.
 
     Raises:
         ValueError: if the numbers do not fit.
     """
+
+    presets = _PRESETS
 
     def __init__(
         self,
@@ -65,56 +86,27 @@ class TextDecoder(Pretrained, Decoder):
         mlp_dim: int | None = None,
         cross_dim: int | None = None,
         cross_every: int = 1,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        norm: Norm = "layer",
-        norm_eps: float = 1e-5,
-        mlp: Activation | Literal["swiglu"] = "gelu_tanh",
-        positions: Literal["learned", "rotary", "sinusoidal"] = "learned",
-        rope_theta: float = 10_000.0,
-        rope_scaling: dict | None = None,
-        bias: Literal["all", "qkv", "none"] = "all",
-        qk_norm: Literal["rms", "layer"] | None = None,
-        window: int | None = None,
-        nope_interval: int | None = None,
+        attention: AttentionConfig = AttentionConfig(),
+        mlp: MLPConfig = MLPConfig(),
+        norm: NormConfig = NormConfig(),
+        positions: PositionConfig = PositionConfig(),
         tied: bool = True,
-        embed_scale: float = 1.0,
-        pre_norm: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if positions not in ("learned", "rotary", "sinusoidal"):
-            raise ValueError(f'positions must be "learned", "rotary" or "sinusoidal", not "{positions}"')
-        if bias not in ("all", "qkv", "none"):
-            raise ValueError(f'bias must be "all", "qkv" or "none", not "{bias}"')
         if not 1 <= cross_every <= max(depth, 1):
             raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 token, not {window}")
-        if nope_interval is not None and (nope_interval < 1 or positions != "rotary"):
-            raise ValueError(
-                f'unrotated_every ({nope_interval}) must be at least 1, with positions "rotary", not "{positions}"'
-            )
-        self.vocab_size, self.dim, self.depth, self.num_heads, self.max_len = (
-            vocab_size,
-            dim,
-            depth,
-            num_heads,
-            max_len,
-        )
-        self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
-        self.cross_dim, self.cross_every = cross_dim, cross_every
-        self.num_kv_heads, self.head_dim, self.qk_norm = num_kv_heads, head_dim, qk_norm
-        self.norm, self.norm_eps, self.mlp, self.bias = norm, norm_eps, mlp, bias
-        self.positions, self.rope_theta, self.rope_scaling = positions, rope_theta, rope_scaling
-        self.window, self.nope_interval = window, nope_interval
-        self.tied, self.embed_scale, self.pre_norm, self.dropout = tied, embed_scale, pre_norm, dropout
+        self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
+        self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
+        self.cross_dim, self.cross_every, self.tied, self.dropout = cross_dim, cross_every, tied, dropout
+        self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
-        make = partial(make_norm, norm, dim, norm_eps)
+        make = partial(make_norm, norm.kind, dim, norm.eps)
         self.tok_embed = nn.Embedding(vocab_size, dim)
-        self.pos_embed = nn.Embedding(max_len, dim) if positions == "learned" else None
-        width = dim // num_heads if head_dim is None else head_dim
-        self.rotary = Rotary(width, theta=rope_theta, scaling=rope_scaling) if positions == "rotary" else None
+        self.pos_embed = nn.Embedding(max_len, dim) if positions.kind == "learned" else None
+        head_dim = attention.head_dim or dim // num_heads
+        turns = positions.kind == "rotary"
+        self.rotary = Rotary(head_dim, theta=positions.theta, scaling=positions.scaling) if turns else None
         self.drop = make_dropout(dropout)
         self.blocks = nn.ModuleList(
             DecoderBlock(
@@ -122,25 +114,25 @@ class TextDecoder(Pretrained, Decoder):
                 Attention(
                     dim,
                     num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    bias=bias != "none",
-                    out_bias=bias == "all",
-                    qk_norm=qk_norm,
-                    norm_eps=norm_eps,
+                    num_kv_heads=attention.num_kv_heads,
+                    head_dim=attention.head_dim,
+                    bias=attention.bias,
+                    out_bias=attention.out_bias,
+                    qk_norm=attention.qk_norm,
+                    norm_eps=norm.eps,
                     dropout=dropout,
                 ),
                 SwiGLU(dim, mlp_dim)
-                if mlp == "swiglu"
-                else MLP(dim, mlp_dim, activation=mlp, bias=bias == "all"),
+                if mlp.activation == "swiglu"
+                else MLP(dim, mlp_dim, activation=mlp.activation, bias=mlp.bias),
                 make,
                 cross_attn=self._cross_attention(i),
-                pre_norm=pre_norm,
+                pre_norm=norm.pre,
                 dropout=dropout,
             )
             for i in range(depth)
         )
-        self.last_norm = make() if pre_norm else nn.Identity()
+        self.last_norm = make() if norm.pre else nn.Identity()
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.tok_embed.weight
@@ -181,8 +173,8 @@ class TextDecoder(Pretrained, Decoder):
 
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads of embeddings (b q d) at positions (q) or (b q): (b q d)."""
-        x = x if self.embed_scale == 1 else x * self.embed_scale
-        if self.positions == "sinusoidal":
+        x = x if self.positions.embed_scale == 1 else x * self.positions.embed_scale
+        if self.positions.kind == "sinusoidal":
             return x + sinusoidal(positions, self.dim).to(x.dtype)
         return x if self.pos_embed is None else x + self.pos_embed(positions)
 
@@ -245,7 +237,7 @@ class TextDecoder(Pretrained, Decoder):
         """As `forward`, from embeddings (b q d) at positions (q) or (b q): for bridges with other tokens in front."""
         mask = self._mask(x, attention_mask, mask, state)
         rope = self.rotary(positions) if self.rotary is not None else None
-        contexts, context_mask = self._contexts(context), None
+        contexts, context_mask, nope_interval = self._contexts(context), None, self.positions.nope_interval
         if context_attention_mask is not None:
             context_mask = context_attention_mask.repeat_interleave(
                 x.shape[0] // context_attention_mask.shape[0], 0
@@ -255,7 +247,7 @@ class TextDecoder(Pretrained, Decoder):
             if before_block is not None:
                 x = before_block(i, x)
             cache = None if state is None else state.caches[i]
-            rotated = None if self.nope_interval and (i + 1) % self.nope_interval == 0 else rope
+            rotated = None if nope_interval and (i + 1) % nope_interval == 0 else rope
             x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=rotated, cache=cache)
         if state is not None:
             state.advance(positions, attention_mask, *x.shape[:2])
@@ -297,7 +289,7 @@ class TextDecoder(Pretrained, Decoder):
         past = 0 if state is None else state.past
         real = attention_mask if state is None else state.keys(rows, count, attention_mask, x.device)
         total = past + count if isinstance(past, int) else real.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
-        narrow = self.window is not None and total > self.window
+        narrow = self.attention.window is not None and total > self.attention.window
         if given is None and not narrow:
             if real is None:
                 return "causal"
@@ -307,13 +299,15 @@ class TextDecoder(Pretrained, Decoder):
             return masks.dense(allowed, rows, count, total, x.device)
         if given is not None and not narrow:
             return given
-        assert self.window is not None
-        parts = [masks.window(self.window, past)]
+        assert self.attention.window is not None
+        parts = [masks.window(self.attention.window, past)]
         if given is None:
             parts += [masks.causal(past)] + ([] if real is None else [masks.padding(real)])
         near = masks.dense(masks.all_of(*parts), rows, count, total, x.device)
         if isinstance(given, Tensor):
             return near & given
         if given is not None:
-            raise ValueError(f"a decoder with a window ({self.window}) takes a mask as a tensor only")
+            raise ValueError(
+                f"a decoder with a window ({self.attention.window}) takes a mask as a tensor only"
+            )
         return near

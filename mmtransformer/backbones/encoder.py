@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention, Mask
-from mmtransformer.layers.blocks import MLP, Activation, EncoderBlock, activation_function, make_norm
+from mmtransformer.layers.blocks import MLP, EncoderBlock, activation_function, make_norm
+from mmtransformer.layers.config import Activation
 from mmtransformer.serialization.pretrained import Pretrained
 
 

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from mmtransformer.backbones.decoder import DecoderState, TextDecoder
 from mmtransformer.batch import Batch
 from mmtransformer.layers.attention import Attention, KeyValue
-from mmtransformer.layers.blocks import MLP, Activation, EncoderBlock, make_norm
+from mmtransformer.layers.blocks import MLP, EncoderBlock, make_norm
+from mmtransformer.layers.config import Activation, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import Pretrained
 
-TRANSFORMER_SIZES: dict[str, dict[str, Any]] = {
-    "base": {},
-    "big": {"dim": 1024, "num_heads": 16, "mlp_dim": 4096, "dropout": 0.3},
+# The paper's two sizes (its table 3), with its vocabularies of English and German.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {"vocab_size": 37000},
+    "big": {"vocab_size": 37000, "dim": 1024, "num_heads": 16, "mlp_dim": 4096, "dropout": 0.3},
 }
-"""The paper's two sizes (its table 3): `Transformer(37000, **TRANSFORMER_SIZES["big"])`."""
 
 
 @dataclass
@@ -103,6 +104,8 @@ class Transformer(Pretrained, nn.Module):
         ValueError: if the numbers do not divide.
     """
 
+    presets = _PRESETS
+
     def __init__(
         self,
         vocab_size: int,
@@ -149,12 +152,10 @@ class Transformer(Pretrained, nn.Module):
             max_len=max_len,
             mlp_dim=mlp_dim,
             cross_dim=dim,
-            norm_eps=norm_eps,
-            mlp=activation,
-            positions="sinusoidal",
+            mlp=MLPConfig(activation),
+            norm=NormConfig(eps=norm_eps, pre=pre_norm),
+            positions=PositionConfig("sinusoidal", embed_scale=dim**0.5),
             tied=tied,
-            embed_scale=dim**0.5,
-            pre_norm=pre_norm,
             dropout=dropout,
         )
         self.init_weights()

@@ -79,7 +79,7 @@ class CoCa(Captioner):
             raise ValueError(
                 f"the decoder's cross_dim ({decoder.cross_dim}) must be the vision tower's dim ({vision.dim})"
             )
-        if decoder.positions == "learned":
+        if decoder.positions.kind == "learned":
             raise ValueError(
                 'the upper half reads placed tokens: its positions must be "rotary" or "sinusoidal", not "learned"'
             )

@@ -24,7 +24,8 @@ from mmtransformer.captioners.image_attention_mask import (
 )
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention, KeyValue, cast_once
-from mmtransformer.layers.blocks import MLP, Activation, GatedCrossAttentionBlock, Norm, SwiGLU, make_norm
+from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
+from mmtransformer.layers.config import Activation, Norm
 from mmtransformer.layers.record import record_attention
 
 Door = Callable[[int, Tensor], Tensor]

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mmtransformer.backbones.vit import drop_tokens
+from mmtransformer.backbones.patches import drop_tokens
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock
 from mmtransformer.serialization.pretrained import Pretrained

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention
-from mmtransformer.layers.blocks import MLP, Activation
+from mmtransformer.layers.blocks import MLP
+from mmtransformer.layers.config import Activation
 from mmtransformer.serialization.pretrained import Pretrained
 
 

@@ -6,16 +6,13 @@ Letters: b rows, q tokens, k context tokens, d width of a token.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention, KeyValue, KVCache, Mask, Rope
-
-Norm = Literal["layer", "rms"]
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+from mmtransformer.layers.config import Activation, Norm
 
 
 def make_norm(kind: Norm, dim: int, eps: float) -> nn.Module:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention
-from mmtransformer.layers.blocks import MLP, Activation
+from mmtransformer.layers.blocks import MLP
+from mmtransformer.layers.config import Activation
 
 Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["fp32", "bf16", "int8"]

@@ -12,15 +12,16 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said
+from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -42,6 +43,8 @@ def to_config(module: nn.Module) -> dict[str, Any]:
             value = to_config(value)
         elif isinstance(value, tuple):
             value = list(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
         args[name] = value
     return {"class": kind.__name__, "args": args}
 
@@ -70,11 +73,12 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
     known = list(inspect.signature(found.__init__).parameters)[1:]
     if unknown := sorted(set(config["args"]) - set(known)):
         raise ValueError(f"{where}: {name} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
-    args = {
-        k: from_config(v, where) if isinstance(v, dict) and "class" in v else v
-        for k, v in config["args"].items()
-    }
-    hints = hints_of(found)
+    hints, args = hints_of(found), dict(config["args"])
+    for key, value in args.items():
+        if isinstance(value, dict) and is_dataclass(hint := hints.get(key)) and isinstance(hint, type):
+            args[key] = settings_of(hint, value, f"{where}: {key}")
+        elif isinstance(value, dict) and "class" in value:
+            args[key] = from_config(value, where)
     minus = [
         key for key, value in args.items() if isinstance(value, int) and value < 0
     ]  # a size, all of them
@@ -226,7 +230,30 @@ def _few(names: list[str], most: int = 5) -> str:
 
 
 class Pretrained:
-    """Saving to and loading from folders, for the library's models (beside `nn.Module`)."""
+    """Saving to and loading from folders, for the library's models (beside `nn.Module`).
+
+    Attributes:
+        presets: constructor arguments of known models, by name.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A model of a known shape, with random weights: `ViT.preset("tiny", image_size=64)`.
+
+        Args:
+            name: one of `presets`.
+            changes: constructor arguments that differ from it.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        if name not in cls.presets:
+            raise ValueError(
+                f'{cls.__name__} has no preset "{name}": it has {", ".join(cls.presets) or "none"}'
+            )
+        return cls(**(cls.presets[name] | changes))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`; tied tensors once.

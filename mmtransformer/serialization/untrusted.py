@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -54,6 +54,8 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (int, float):
         return isinstance(value, (int, origin)) and not isinstance(value, bool)
     if origin in (bool, str, type(None)):
+        return isinstance(value, origin)
+    if is_dataclass(origin) and isinstance(origin, type):
         return isinstance(value, origin)
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = get_args(hint)

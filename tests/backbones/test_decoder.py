@@ -1,25 +1,30 @@
 """TextDecoder against its definition, against transformers' GPT-2, Llama, Qwen2 and Qwen3, and by its properties."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import TextDecoder
+from mmtransformer import AttentionConfig, MLPConfig, NormConfig, PositionConfig, TextDecoder
 from mmtransformer.backbones.decoder import DecoderState
 from mmtransformer.layers import masks
 
 VOCAB, DIM, CROSS = 53, 24, 19
 
 LLAMA: dict[str, Any] = {
-    "norm": "rms", "norm_eps": 1e-6, "mlp": "swiglu", "mlp_dim": 31, "positions": "rotary", "bias": "none",
-    "num_kv_heads": 2, "tied": False,
-}  # fmt: skip
+    "attention": AttentionConfig(num_kv_heads=2, bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms", 1e-6),
+    "positions": PositionConfig("rotary"),
+    "mlp_dim": 31,
+    "tied": False,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 cross": {"cross_dim": CROSS},
-    "llama": LLAMA | {"qk_norm": "rms"},
+    "llama": LLAMA | {"attention": AttentionConfig(num_kv_heads=2, bias=False, qk_norm="rms")},
     "llama cross": LLAMA | {"cross_dim": CROSS, "cross_every": 2},
 }
 
@@ -109,24 +114,25 @@ def test_llama_families_equal_transformers(family: str) -> None:
         "original_max_position_embeddings": 16,
     }  # fmt: skip
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 500.0}
-    options: dict[str, Any] = {}
+    positions, attention, tied = PositionConfig("rotary", 500.0), AttentionConfig(2, bias=False), False
     if family == "Llama3":
-        rope, options = scaling | {"rope_theta": 500.0}, {"rope_scaling": scaling}
+        rope, positions = scaling | {"rope_theta": 500.0}, replace(positions, scaling=scaling)
     if family == "Qwen2":
-        options = {"bias": "qkv", "tied": True}
+        attention, tied = AttentionConfig(2, out_bias=False), True
     if family == "Qwen3":
-        options = {"qk_norm": "rms", "head_dim": 10}
+        attention = AttentionConfig(2, 10, bias=False, qk_norm="rms")
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=options.get("head_dim", 6), intermediate_size=31, max_position_embeddings=64, rms_norm_eps=1e-6,
-        rope_parameters=rope, tie_word_embeddings=options.get("tied", False), pad_token_id=0,
+        head_dim=attention.head_dim or 6, intermediate_size=31, max_position_embeddings=64, rms_norm_eps=1e-6,
+        rope_parameters=rope, tie_word_embeddings=tied, pad_token_id=0,
         attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(4)
     theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)
-    ours = TextDecoder(VOCAB, DIM, 3, 4, max_len=64, rope_theta=500.0, **LLAMA | options).eval()
+    options = {"attention": attention, "positions": positions, "tied": tied}
+    ours = TextDecoder(VOCAB, DIM, 3, 4, max_len=64, **LLAMA | options).eval()
     ours.load_state_dict(llama_state(theirs, 3))
     tokens, _ = inputs(ours, length=23)
     torch.testing.assert_close(ours.head(ours(tokens)), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
@@ -362,19 +368,19 @@ def test_weights_start_as_gpt2s() -> None:
 
 def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
-        ({"positions": "alibi"}, '"alibi"'),
         ({"cross_every": 4}, r"cross_every \(4\).*depth \(3\)"),
         ({"cross_every": 0}, r"cross_every \(0\)"),
-        ({"norm": "batch"}, '"batch"'),
-        ({"mlp": "geglu"}, '"geglu"'),
-        ({"bias": "some"}, 'not "some"'),
-        ({"num_kv_heads": 3}, r"\(4\).*\(3\)"),
-        ({"positions": "rotary", "head_dim": 7}, r"\(7\)"),
-        ({"positions": "rotary", "rope_scaling": {"rope_type": "yarn"}}, '"yarn"'),
+        ({"norm": NormConfig("batch")}, '"batch"'),  # pyright: ignore[reportArgumentType]
+        ({"mlp": MLPConfig("geglu")}, '"geglu"'),  # pyright: ignore[reportArgumentType]
+        ({"attention": AttentionConfig(num_kv_heads=3)}, r"\(4\).*\(3\)"),
+        ({"positions": PositionConfig("rotary"), "attention": AttentionConfig(head_dim=7)}, r"\(7\)"),
+        ({"positions": PositionConfig("rotary", scaling={"rope_type": "yarn"})}, '"yarn"'),
     ]
     for options, message in faults:
         with pytest.raises(ValueError, match=message):
             TextDecoder(VOCAB, DIM, 3, 4, **options)
+    with pytest.raises(ValueError, match='"alibi"'):
+        PositionConfig("alibi")  # pyright: ignore[reportArgumentType]
     decoder = make()
     with pytest.raises(ValueError, match=r"30 tokens.*29 positions"):
         decoder(torch.zeros(2, 30, dtype=torch.long))

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import Decoder, ExtendedVocabulary, HubDecoder, TextDecoder
+from mmtransformer import (
+    AttentionConfig,
+    Decoder,
+    ExtendedVocabulary,
+    HubDecoder,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+    TextDecoder,
+)
 from mmtransformer.captioners.base import freeze
 from mmtransformer.weights import load_lm, save_lm
 
@@ -24,9 +33,20 @@ NEOX: dict[str, Any] = {
 INNER = {
     "tied": lambda: TextDecoder(VOCAB, 24, 2, 4, max_len=29, dropout=0.3),
     "free": lambda: TextDecoder(VOCAB, 24, 2, 4, max_len=29, tied=False),
-    "scaled": lambda: TextDecoder(VOCAB, 24, 2, 4, max_len=29, embed_scale=5.0, positions="sinusoidal"),
+    "scaled": lambda: TextDecoder(
+        VOCAB, 24, 2, 4, max_len=29, positions=PositionConfig("sinusoidal", embed_scale=5.0)
+    ),
     "llama": lambda: TextDecoder(
-        VOCAB, 24, 2, 4, max_len=29, norm="rms", mlp="swiglu", positions="rotary", bias="none", tied=False
+        VOCAB,
+        24,
+        2,
+        4,
+        max_len=29,
+        attention=AttentionConfig(bias=False),
+        mlp=MLPConfig("swiglu", bias=False),
+        norm=NormConfig("rms"),
+        positions=PositionConfig("rotary"),
+        tied=False,
     ),
     "gemma": lambda: HubDecoder(GEMMA),
     "neox": lambda: HubDecoder(NEOX),

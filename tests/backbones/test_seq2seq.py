@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer import TRANSFORMER_SIZES, TextPairs, Transformer, generate, record_attention
+from mmtransformer import TextPairs, Transformer, generate, record_attention
 from mmtransformer.layers.attention import Attention
 from mmtransformer.weights.shared.keys import convert_back, rows_of
 
@@ -147,8 +147,8 @@ def test_parameters_of_base_and_big() -> None:
     """The paper says 65 and 213 million, rounded; no one vocabulary gives both, its own of 37000 gives these."""
     counts = {}
     with torch.device("meta"):
-        for name, size in TRANSFORMER_SIZES.items():
-            model = Transformer(37000, **size)
+        for name in Transformer.presets:
+            model = Transformer.preset(name)
             counts[name] = sum(p.numel() for p in model.parameters())
             assert model.decoder.lm_head.weight is model.decoder.tok_embed.weight
     assert counts == {"base": 63_082_496, "big": 214_245_376}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import VIT_SIZES, ViT, freeze
-from mmtransformer.backbones.vit import ConvStem, drop_tokens
+from mmtransformer import BlockConfig, PatchConfig, ViT, freeze
+from mmtransformer.backbones.patches import ConvStem, drop_tokens
 from mmtransformer.layers.positions import sinusoidal_2d
 
 SMALL: dict[str, Any] = {
@@ -46,16 +46,16 @@ def definition(vit: Any, pixels: Tensor) -> Tensor:
             for left in range(0, image.shape[2], size):
                 patch = image[:, top : top + size, left : left + size].reshape(-1)
                 rows.append(vit.patch_embed.proj.weight @ patch)
-                if vit.patch_bias:
+                if vit.patches.bias:
                     rows[-1] = rows[-1] + vit.patch_embed.proj.bias
         x = torch.stack(rows) + vit.pos_embed[0]
         if vit.prefix_tokens is not None:
             x = torch.cat((vit.prefix_tokens[0], x))
-        if vit.norm_pre:
+        if vit.patches.norm:
             x = normed(vit.first_norm, x)
         for block in vit.blocks:
             scale1, scale2 = (
-                branch[0].gamma if vit.layer_scale is not None else 1.0
+                branch[0].gamma if vit.block.layer_scale is not None else 1.0
                 for branch in (block.branch1, block.branch2)
             )
             y, out = normed(block.norm1, x), []
@@ -75,13 +75,14 @@ def definition(vit: Any, pixels: Tensor) -> Tensor:
     [
         {},
         {"class_token": False, "pool": "mean"},
-        {"num_registers": 3, "layer_scale": 0.3},
-        {"norm_pre": True, "patch_bias": False, "norm_eps": 1e-3, "in_channels": 5},
+        {"num_registers": 3, "block": BlockConfig(layer_scale=0.3)},
+        {"patches": PatchConfig(5, bias=False, norm=True), "block": BlockConfig(norm_eps=1e-3)},
     ],
     ids=str,
 )
 def test_visual_tokens_are_the_definition(options: dict[str, Any]) -> None:
-    vit, pixels = small(**options), torch.randn(2, options.get("in_channels", 3), 16, 24)
+    vit = small(**options)
+    pixels = torch.randn(2, vit.patches.in_channels, 16, 24)
     got = vit.forward_features(pixels)
     assert got.shape == (2, 6 + vit.num_prefix_tokens, vit.num_features)
     torch.testing.assert_close(got.double(), definition(vit, pixels), atol=2e-5, rtol=2e-5)
@@ -89,7 +90,7 @@ def test_visual_tokens_are_the_definition(options: dict[str, Any]) -> None:
 
 def test_a_convolutional_stem_is_the_definition() -> None:
     """Each convolution halves the picture and doubles the channels; a norm over the whole picture; GELU."""
-    vit, pixels = small(stem="conv", num_registers=2), torch.randn(2, 3, 16, 40)
+    vit, pixels = small(patches=PatchConfig(stem="conv"), num_registers=2), torch.randn(2, 3, 16, 40)
     assert isinstance(vit.patch_embed, ConvStem)
     stem: Any = vit.patch_embed
     assert [conv.out_channels for conv in stem.convs] == [5, 10, 20]
@@ -111,7 +112,9 @@ def test_a_convolutional_stem_is_the_definition() -> None:
 
 
 def test_positions_start_from_noise_or_from_sinusoids() -> None:
-    noise, waves = (ViT(**SMALL, positions=kind).pos_embed for kind in ("learned", "sinusoids"))
+    noise, waves = (
+        ViT(**SMALL, patches=PatchConfig(positions=kind)).pos_embed for kind in ("learned", "sinusoids")
+    )
     assert torch.equal(waves.data[0], 0.5 * sinusoidal_2d((2, 3), 20))
     assert waves.requires_grad
     assert 0.01 < noise.std().item() < 0.03
@@ -175,7 +178,7 @@ def test_intermediates_are_those_of_the_pass() -> None:
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
-    vit, pixels, grads = small(dropout=0.3).train(), torch.randn(2, 3, 16, 24), []
+    vit, pixels, grads = small(block=BlockConfig(dropout=0.3)).train(), torch.randn(2, 3, 16, 24), []
     for again in (False, True):
         vit.zero_grad()
         vit.set_grad_checkpointing(again)
@@ -193,7 +196,7 @@ def test_patches_are_dropped_in_training_only_and_stay_in_order() -> None:
     share = torch.bincount(kept.long().flatten(), minlength=11) / 501
     assert (share - 7 / 11).abs().max() < 0.1
     assert drop_tokens(x, 0.99).shape[1] == 1
-    vit, pixels = small(patch_dropout=0.5), torch.randn(2, 3, 16, 24)
+    vit, pixels = small(patches=PatchConfig(dropout=0.5)), torch.randn(2, 3, 16, 24)
     assert torch.equal(vit(pixels), vit(pixels))
     seen: list[tuple[int, ...]] = []
     vit.blocks[0].register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
@@ -202,7 +205,7 @@ def test_patches_are_dropped_in_training_only_and_stay_in_order() -> None:
 
 
 def test_stochastic_depth_rises_with_depth() -> None:
-    blocks: Any = small(drop_path=0.2).blocks
+    blocks: Any = small(block=BlockConfig(drop_path=0.2)).blocks
     rates = [[getattr(step, "rate", 0) for step in block.branch1] for block in blocks]
     assert rates == [[], [0.1], [0.2]]
 
@@ -210,20 +213,26 @@ def test_stochastic_depth_rises_with_depth() -> None:
 @pytest.mark.parametrize(
     ("size", "published"),
     # Features only, at 224 px; H has patches of 14 px.
-    [("Ti", 5_524_416), ("S", 21_665_664), ("B", 85_798_656), ("L", 303_301_632), ("H", 630_764_800)],
+    [
+        ("tiny", 5_524_416),
+        ("small", 21_665_664),
+        ("base", 85_798_656),
+        ("large", 303_301_632),
+        ("huge", 630_764_800),
+    ],
 )
 def test_parameter_counts_are_the_published(size: str, published: int) -> None:
-    arguments: dict[str, Any] = dict(VIT_SIZES[size])
     with torch.device("meta"):
-        vit = ViT(**arguments)
+        vit = ViT.preset(size)
     # The class token's position is added into the class token, so there is one vector less.
     assert sum(p.numel() for p in vit.parameters()) == published - vit.dim
 
 
 def test_deit_ti_with_its_head_counts_as_published() -> None:
-    arguments: dict[str, Any] = VIT_SIZES["Ti"] | {"num_classes": 1000}
     with torch.device("meta"):
-        vit = ViT(**arguments)
+        vit = ViT.preset("tiny", num_classes=1000)
+    with pytest.raises(ValueError, match='ViT has no preset "giant": it has tiny, small, base, large, huge'):
+        ViT.preset("giant")
     assert sum(p.numel() for p in vit.parameters()) == 5_717_416 - vit.dim
 
 
@@ -241,7 +250,7 @@ def test_weights_start_as_documented() -> None:
 def test_timm_makes_its_groups_with_layer_decay() -> None:
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
-    vit = small(num_registers=2, pool="attention", num_classes=7, norm_pre=True)
+    vit = small(num_registers=2, pool="attention", num_classes=7, patches=PatchConfig(norm=True))
     optimizer = create_optimizer_v2(vit, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     names = {id(p): name for name, p in vit.named_parameters()}
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
@@ -262,19 +271,26 @@ def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
         ({"image_size": (16, 23)}, r"16 x 23.*\(8\)"),
         ({"pool": "max"}, 'not "max"'),
-        ({"stem": "wide"}, 'not "wide"'),
-        ({"positions": "rotary"}, 'not "rotary"'),
-        ({"stem": "conv", "dim": 22, "num_heads": 2}, r"patch_size \(8\).*dim \(22\)"),
-        ({"stem": "conv", "image_size": 12, "patch_size": 6}, r"patch_size \(6\).*dim \(20\)"),
+        ({"patches": PatchConfig(stem="conv"), "dim": 22, "num_heads": 2}, r"patch_size \(8\).*dim \(22\)"),
+        (
+            {"patches": PatchConfig(stem="conv"), "image_size": 12, "patch_size": 6},
+            r"patch_size \(6\).*dim \(20\)",
+        ),
         ({"class_token": False}, 'pool="class" needs class_token'),
-        ({"patch_dropout": 1.0}, r"not 1\.0"),
-        ({"drop_path": 1.5}, r"not 1\.5"),
+        ({"block": BlockConfig(drop_path=1.5)}, r"not 1\.5"),
         ({"dim": 21}, r"dim \(21\).*num_heads \(4\)"),
-        ({"activation": "swish"}, '"swish"'),
+        ({"block": BlockConfig(activation="swish")}, '"swish"'),
     ]
     for options, message in faults:
         with pytest.raises(ValueError, match=message):
             ViT(**SMALL | options)
+    for arguments, message in (
+        ({"stem": "wide"}, 'not "wide"'),
+        ({"positions": "rotary"}, 'not "rotary"'),
+        ({"dropout": 1.0}, r"not 1\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PatchConfig(**arguments)
     vit = small()
     with pytest.raises(ValueError, match=r"16 x 25 px.*8 px"):
         vit(torch.randn(2, 3, 16, 25))

@@ -4,7 +4,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtransformer import CaptionBatch, EncoderDecoder, ViT
+from mmtransformer import BlockConfig, CaptionBatch, EncoderDecoder, ViT
 from mmtransformer.weights import from_transformers
 
 VOCAB, IMAGE_TOKENS = 50257, 197
@@ -55,7 +55,7 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> EncoderDecoder:
 
 def vision_of(encoder: nn.Module) -> ViT:
     """Our ViT with the weights of transformers' ViTModel."""
-    vit = ViT(dim=192, num_heads=3, norm_eps=encoder.config.layer_norm_eps)
+    vit = ViT(dim=192, num_heads=3, block=BlockConfig(norm_eps=encoder.config.layer_norm_eps))
     theirs, ours = encoder.state_dict(), {}
     cls, positions = theirs["embeddings.cls_token"], theirs["embeddings.position_embeddings"]
     ours["prefix_tokens"], ours["pos_embed"] = cls + positions[:, :1], positions[:, 1:]

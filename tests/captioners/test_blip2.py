@@ -7,7 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, Transformer, ViT, caption_loss, generate
+from mmtransformer import (
+    AttentionConfig,
+    Blip2,
+    CaptionBatch,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+    QFormer,
+    TextDecoder,
+    Transformer,
+    ViT,
+    caption_loss,
+    generate,
+)
 from mmtransformer.captioners.blip2 import InstructBatch
 
 VOCAB, L = 53, 3
@@ -45,11 +58,10 @@ def pixels(given: CaptionBatch) -> Tensor:
 
 SEQ2SEQ = {"seq2seq": True, "mlp_dim": 31, "decoder_depth": 2}
 LLAMA = {
-    "norm": "rms",
-    "mlp": "swiglu",
-    "positions": "rotary",
-    "bias": "none",
-    "num_kv_heads": 2,
+    "attention": AttentionConfig(num_kv_heads=2, bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms"),
+    "positions": PositionConfig("rotary"),
     "tied": False,
 }
 
@@ -388,7 +400,7 @@ def test_saved_and_loaded(tmp_path: object, decoder: dict[str, Any]) -> None:
 def test_published_sizes() -> None:
     with torch.device("meta"):
         vision = ViT(224, 14, 1408, 39, 16, mlp_dim=6144)
-        opt = TextDecoder(50_272, 2560, 32, 32, max_len=2048, mlp="relu")
+        opt = TextDecoder(50_272, 2560, 32, 32, max_len=2048, mlp=MLPConfig("relu"))
         model = Blip2(vision, QFormer(), opt, train_norm=True)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 107_133_696
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, VisualAdapter, ViT, caption_loss, freeze
+from mmtransformer import (
+    BlockConfig,
+    CaptionBatch,
+    EncoderDecoder,
+    TextDecoder,
+    VisualAdapter,
+    ViT,
+    caption_loss,
+    freeze,
+)
 from mmtransformer.captioners.base import is_frozen
 
 VOCAB, PAD = 53, 0
@@ -16,7 +25,7 @@ VOCAB, PAD = 53, 0
 def captioner(**options: Any) -> EncoderDecoder:
     torch.manual_seed(2)
     model = EncoderDecoder(
-        ViT((16, 24), 8, 20, 1, 4, drop_path=0.3, dropout=0.3),
+        ViT((16, 24), 8, 20, 1, 4, block=BlockConfig(drop_path=0.3, dropout=0.3)),
         TextDecoder(VOCAB, 24, 2, 4, max_len=13, cross_dim=12, dropout=0.3),
         adapter=VisualAdapter(20, 12, 1, 3, dropout=0.3, token_dropout=0.4),
         **options,

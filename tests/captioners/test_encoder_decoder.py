@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, VisualAdapter, ViT, record_attention
+from mmtransformer import (
+    AttentionConfig,
+    BlockConfig,
+    CaptionBatch,
+    EncoderDecoder,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+    TextDecoder,
+    VisualAdapter,
+    ViT,
+    record_attention,
+)
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.encoder_decoder import EncoderDecoderState, add_cross_attention
 from mmtransformer.weights import from_transformers
@@ -78,7 +90,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
     ).eval()  # fmt: skip
     for parameter in (*tower.parameters(), *hub.parameters()):
         parameter.data += 0.2 * torch.randn_like(parameter)
-    vision = ViT(16, 8, 24, 1, 4, mlp_dim=31, norm_eps=1e-5).eval()
+    vision = ViT(16, 8, 24, 1, 4, mlp_dim=31, block=BlockConfig(norm_eps=1e-5)).eval()
     state, ours = tower.state_dict(), vision.state_dict()
     find = lambda *parts: next(v for k, v in state.items() if all(p in k for p in parts))  # noqa: E731
     positions = find("position_embeddings")
@@ -159,7 +171,12 @@ def padded(given: CaptionBatch, counts: tuple[int, ...]) -> CaptionBatch:
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "cross every 2": {"cross_every": 2},
-    "llama": {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "none", "num_kv_heads": 2},
+    "llama": {
+        "attention": AttentionConfig(num_kv_heads=2, bias=False),
+        "mlp": MLPConfig("swiglu", bias=False),
+        "norm": NormConfig("rms"),
+        "positions": PositionConfig("rotary"),
+    },
 }
 
 
@@ -315,7 +332,16 @@ def test_the_contract_is_abstract() -> None:
 
 def test_cross_attention_added_to_a_frozen_language_model() -> None:
     torch.manual_seed(8)
-    language = TextDecoder(VOCAB, 24, 3, 4, max_len=29, positions="rotary", mlp="swiglu", bias="none").eval()
+    language = TextDecoder(
+        VOCAB,
+        24,
+        3,
+        4,
+        max_len=29,
+        positions=PositionConfig("rotary"),
+        mlp=MLPConfig("swiglu", bias=False),
+        attention=AttentionConfig(bias=False),
+    ).eval()
     reads = add_cross_attention(language, 20, cross_every=2)
     given, model = batch(), EncoderDecoder(ViT((16, 24), 8, 20, 1, 4), reads, freeze_decoder=True).train()
     torch.testing.assert_close(model.eval().logits(given), language.head(language(given.tokens)))

@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mmtransformer import (
+    AttentionConfig,
     CaptionBatch,
     Flamingo,
     HubDecoder,
+    MLPConfig,
+    NormConfig,
     PerceiverResampler,
+    PositionConfig,
     TextDecoder,
     ViT,
     caption_loss,
@@ -33,11 +37,10 @@ from mmtransformer.training.engine.speed import checkpoint_activations
 
 VOCAB, DEPTH = 53, 3
 LLAMA: dict[str, Any] = {
-    "norm": "rms",
-    "mlp": "swiglu",
-    "positions": "rotary",
-    "bias": "none",
-    "num_kv_heads": 2,
+    "attention": AttentionConfig(num_kv_heads=2, bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms"),
+    "positions": PositionConfig("rotary"),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},

@@ -10,7 +10,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, CoCa, PrefixCaptioner, TextDecoder, ViT, caption_loss, generate
+from mmtransformer import (
+    CaptionBatch,
+    CoCa,
+    PositionConfig,
+    PrefixCaptioner,
+    TextDecoder,
+    ViT,
+    caption_loss,
+    generate,
+)
 from mmtransformer.captioners.base import Captioner
 
 VOCAB = 53
@@ -38,7 +47,7 @@ def prefix(shuffle: int = 2, **options: Any) -> PrefixCaptioner:
 def coca(**options: Any) -> CoCa:
     torch.manual_seed(3)
     text = TextDecoder(VOCAB, 24, 2, 4, max_len=31)
-    upper = TextDecoder(VOCAB, 24, 2, 3, max_len=31, cross_dim=20, positions="rotary")
+    upper = TextDecoder(VOCAB, 24, 2, 3, max_len=31, cross_dim=20, positions=PositionConfig("rotary"))
     return shaken(CoCa(tower(), text, upper, num_queries=7, num_heads=5, embed_dim=11, **options))
 
 

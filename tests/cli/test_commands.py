@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import (
+    AttentionConfig,
     Blip2,
     CoCa,
     EncoderDecoder,
@@ -18,6 +19,9 @@ from mmtransformer import (
     ImageCaptioner,
     ImageText,
     ImageTransform,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
     PrefixCaptioner,
     QFormer,
     TextDecoder,
@@ -117,7 +121,17 @@ def opt() -> TextDecoder:
 
 
 def smollm2() -> TextDecoder:
-    return TextDecoder(WORDS, 16, 2, 2, max_len=64, norm="rms", mlp="swiglu", positions="rotary", bias="none")
+    return TextDecoder(
+        WORDS,
+        16,
+        2,
+        2,
+        max_len=64,
+        attention=AttentionConfig(bias=False),
+        mlp=MLPConfig("swiglu", bias=False),
+        norm=NormConfig("rms"),
+        positions=PositionConfig("rotary"),
+    )
 
 
 LANGUAGE_MODELS: dict[str, tuple[str, Callable[[], TextDecoder]]] = {
@@ -221,7 +235,12 @@ BRIDGES: dict[str, Callable[[], Any]] = {
     ),
     "prefix": lambda: PrefixCaptioner(tower(), decoder(), shuffle=2),
     "coca": lambda: CoCa(
-        tower(), decoder(), decoder(cross_dim=16, positions="rotary"), num_queries=5, num_heads=2, embed_dim=8
+        tower(),
+        decoder(),
+        decoder(cross_dim=16, positions=PositionConfig("rotary")),
+        num_queries=5,
+        num_heads=2,
+        embed_dim=8,
     ),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import Attention, TextDecoder, ViT, record_attention
+from mmtransformer import Attention, AttentionConfig, PositionConfig, TextDecoder, ViT, record_attention
 
 
 def decoder(**options: object) -> TextDecoder:
@@ -85,8 +85,12 @@ def test_training_is_the_same() -> None:
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_decoding_with_a_cache_keeps_the_last_weights(positions: str, padded: bool) -> None:
-    model, tokens, context = decoder(positions=positions), torch.randint(31, (3, 6)), torch.randn(3, 7, 19)
+def test_decoding_with_a_cache_keeps_the_last_weights(positions: Any, padded: bool) -> None:
+    model, tokens, context = (
+        decoder(positions=PositionConfig(positions)),
+        torch.randint(31, (3, 6)),
+        torch.randn(3, 7, 19),
+    )
     attention_mask = torch.ones(3, 6, dtype=torch.bool)
     attention_mask[1, :2] = not padded
     with record_attention(model) as full:
@@ -120,7 +124,9 @@ def test_layers_are_kept_by_part_of_the_name_or_function() -> None:
 
 
 def test_rows_sum_to_one_and_grouped_heads_are_recorded_each() -> None:
-    model = decoder(num_kv_heads=2, qk_norm="rms", positions="rotary")
+    model = decoder(
+        attention=AttentionConfig(num_kv_heads=2, qk_norm="rms"), positions=PositionConfig("rotary")
+    )
     with record_attention(model) as record:
         model(torch.randint(31, (6, 5)), torch.randn(3, 7, 19))
     assert record["blocks.0.attn"].shape == (6, 4, 5, 5)

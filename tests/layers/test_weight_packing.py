@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
 from mmtransformer.layers.attention import Attention
-from mmtransformer.layers.blocks import MLP, Activation
+from mmtransformer.layers.blocks import MLP
+from mmtransformer.layers.config import Activation
 from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, _State, for_inference, prepack
 from mmtransformer.layers.weight_packing import _memory as prepack_memory
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import Blip2, CaptionBatch, Captioner, QFormer, TextDecoder, ViT
+from mmtransformer import (
+    Blip2,
+    CaptionBatch,
+    Captioner,
+    PatchConfig,
+    PositionConfig,
+    QFormer,
+    TextDecoder,
+    ViT,
+)
 from mmtransformer.training import Optim
 from mmtransformer.training.evaluation.ablation import Frozen, sized
 
@@ -33,8 +42,17 @@ def images(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
 
 def trained(bridge: str, steps: int) -> Captioner:
     torch.manual_seed(1)
-    vision = ViT(GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", positions="sinusoids")
-    language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions="rotary")
+    vision = ViT(
+        GRID * PATCH,
+        PATCH,
+        32,
+        1,
+        2,
+        class_token=False,
+        pool="mean",
+        patches=PatchConfig(positions="sinusoids"),
+    )
+    language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions=PositionConfig("rotary"))
     frozen = Frozen(freeze_vision=False, freeze_decoder=False)
     if bridge == "qformer":  # With the one head that `sized` makes of 32, all queries look at the same place.
         queries = QFormer(8, 32, 2, 2, 32, cross_every=1, dropout=0.0)

@@ -12,7 +12,9 @@ from torch import nn
 
 import mmtransformer
 from mmtransformer import (
+    AttentionConfig,
     Blip2,
+    BlockConfig,
     CoCa,
     EncoderDecoder,
     ExtendedVocabulary,
@@ -20,8 +22,12 @@ from mmtransformer import (
     HubDecoder,
     HubSeq2Seq,
     ImageText,
+    MLPConfig,
     MLPProjector,
+    NormConfig,
+    PatchConfig,
     PerceiverResampler,
+    PositionConfig,
     PrefixCaptioner,
     QFormer,
     TextDecoder,
@@ -59,22 +65,21 @@ def qformer(**options: Any) -> QFormer:
 
 MODELS = {
     "ViT": lambda: ViT(
-        **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7, activation="quick_gelu",
-        norm_eps=1e-3, patch_bias=False, norm_pre=True, layer_scale=0.5, dropout=0.1, drop_path=0.1,
-        patch_dropout=0.1,
+        **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7,
+        patches=PatchConfig(bias=False, norm=True, dropout=0.1), block=BlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
     ),
     "ViT with a stem": lambda: ViT(
-        **VISION, stem="conv", positions="sinusoids", class_token=False, pool="mean", in_channels=1
+        **VISION, patches=PatchConfig(1, "conv", positions="sinusoids"), class_token=False, pool="mean"
     ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
-        mlp_dim=31, cross_dim=19, cross_every=2, num_kv_heads=2, head_dim=10, norm="rms", norm_eps=1e-3,
-        mlp="swiglu", positions="rotary", rope_theta=5e3, rope_scaling={"rope_type": "linear", "factor": 2.0},
-        bias="qkv", qk_norm="rms", tied=False, dropout=0.1,
+        mlp_dim=31, cross_dim=19, cross_every=2, attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"),
+        mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1,
+        positions=PositionConfig("rotary", 5e3, {"rope_type": "linear", "factor": 2.0}),
     ),
     "TextDecoder with a window": lambda: decoder(
-        positions="rotary", window=5, nope_interval=2, norm="rms", mlp="swiglu", bias="none", embed_scale=2.0,
-        pre_norm=False,
+        attention=AttentionConfig(bias=False, window=5), mlp=MLPConfig("relu", bias=False), norm=NormConfig(pre=False),
+        positions=PositionConfig("rotary", nope_interval=2, embed_scale=2.0),
     ),
     "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
     "HubDecoder": lambda: HubDecoder(
@@ -109,8 +114,8 @@ MODELS = {
         ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, shuffle=2, freeze_vision=False, freeze_decoder=False
     ),
     "CoCa": lambda: CoCa(
-        ViT(**VISION), decoder(), decoder(cross_dim=20, positions="rotary"), num_queries=5, num_heads=4, embed_dim=7,
-        caption_weight=1.5, contrastive_weight=0.5, freeze_vision=True,
+        ViT(**VISION), decoder(), decoder(cross_dim=20, positions=PositionConfig("rotary")),
+        num_queries=5, num_heads=4, embed_dim=7, caption_weight=1.5, contrastive_weight=0.5, freeze_vision=True,
     ),
     "TextEncoder": lambda: TextEncoder(
         53, 24, 2, 4, mlp_dim=31, max_len=17, num_types=3, activation="relu", norm_eps=1e-5, pooler=False,
@@ -260,10 +265,17 @@ def test_a_config_that_is_wrong_is_refused(tmp_path: Path, change: Any, message:
 
 
 def test_a_nested_fault_is_named(tmp_path: Path) -> None:
-    captioner().save_pretrained(tmp_path)
-    edit(tmp_path, lambda c: c["args"]["vision"]["args"].update({"patches": 3}))
-    with pytest.raises(ValueError, match="ViT has no argument patches"):
-        EncoderDecoder.from_pretrained(tmp_path)
+    for key, value, message in (
+        ("patch", 3, "ViT has no argument patch"),
+        ("patches", 3, r"ViT cannot be built: patches is 3, not .*PatchConfig"),
+        ("patches", {"stem": "wide"}, "patches: stem is 'wide'|stem must be .* not \"wide\""),
+        ("patches", {"stems": "conv"}, r"patches: unknown keys \['stems'\]"),
+        ("block", {"drop_path": "much"}, "block: drop_path is 'much'"),
+    ):
+        captioner().save_pretrained(tmp_path)
+        edit(tmp_path, lambda c: c["args"]["vision"]["args"].update({key: value}))  # noqa: B023
+        with pytest.raises(ValueError, match=message):
+            EncoderDecoder.from_pretrained(tmp_path)
 
 
 def test_another_class_is_refused(tmp_path: Path) -> None:

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 
 from mmtransformer import (
+    AttentionConfig,
     Blip2,
     CaptionBatch,
     CoCa,
     EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
     PrefixCaptioner,
     QFormer,
     TextDecoder,
@@ -41,11 +45,10 @@ def vit() -> ViT:
 
 
 LLAMA: dict[str, Any] = {
-    "positions": "rotary",
-    "norm": "rms",
-    "mlp": "swiglu",
-    "bias": "none",
-    "num_kv_heads": 2,
+    "attention": AttentionConfig(num_kv_heads=2, bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms"),
+    "positions": PositionConfig("rotary"),
 }
 
 
@@ -58,16 +61,24 @@ QUERIES: dict[str, Any] = {"num_queries": 3, "dim": DIM, "depth": 2, "num_heads"
 
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": decoder,
-    "llama": lambda: decoder(**LLAMA, qk_norm="rms"),
-    "window": lambda: decoder(**LLAMA, window=5),
-    "longrope": lambda: decoder(**LLAMA, head_dim=4, rope_scaling=LONG),
+    "llama": lambda: decoder(**LLAMA | {"attention": AttentionConfig(2, bias=False, qk_norm="rms")}),
+    "window": lambda: decoder(**LLAMA | {"attention": AttentionConfig(2, bias=False, window=5)}),
+    "longrope": lambda: decoder(
+        **LLAMA
+        | {
+            "positions": PositionConfig("rotary", scaling=LONG),
+            "attention": AttentionConfig(2, 4, bias=False),
+        }
+    ),
     "extended": lambda: ExtendedVocabulary(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
     "cross-attention": lambda: EncoderDecoder(vit(), decoder(cross_dim=DIM)),
     "flamingo": lambda: Flamingo(vit(), decoder(), num_heads=3, head_dim=7, visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
-    "coca": lambda: CoCa(vit(), decoder(), decoder(cross_dim=DIM, positions="rotary"), num_heads=4),
+    "coca": lambda: CoCa(
+        vit(), decoder(), decoder(cross_dim=DIM, positions=PositionConfig("rotary")), num_heads=4
+    ),
 }
 
 

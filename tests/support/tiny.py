@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
+from mmtransformer import BlockConfig, EncoderDecoder, ImageTransform, TextDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.mixture import Mixture
@@ -35,7 +35,7 @@ def captioner(
 ) -> EncoderDecoder:
     """A captioner with dropout."""
     torch.manual_seed(seed)
-    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", dropout=0.1)
+    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=BlockConfig(dropout=0.1))
     decoder = TextDecoder(vocab, dim, depth, 2, max_len=60, cross_dim=24, dropout=0.1)
     return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer import (
+    AttentionConfig,
     Blip2,
     CaptionBatch,
     Flamingo,
     ImageText,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
     PrefixCaptioner,
     QFormer,
     TextDecoder,
@@ -26,7 +30,13 @@ from mmtransformer.weights import load_lm, load_vit
 from mmtransformer.weights.shared.dtype import cast_frozen
 
 VOCAB, SIZE = 53, (16, 24)
-LLAMA: dict[str, Any] = {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "none", "tied": False}
+LLAMA: dict[str, Any] = {
+    "attention": AttentionConfig(bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms"),
+    "positions": PositionConfig("rotary"),
+    "tied": False,
+}
 
 
 def shaken(model: nn.Module) -> Any:

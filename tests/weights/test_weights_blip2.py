@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
-from mmtransformer import Blip2, CaptionBatch, QFormer, TextDecoder, ViT, generate
+from mmtransformer import Blip2, BlockConfig, CaptionBatch, MLPConfig, QFormer, TextDecoder, ViT, generate
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2, to_blip2
@@ -92,7 +92,7 @@ def test_the_vision_tower() -> None:
     ours = vision_from_blip2(theirs.config.to_dict(), state, "it")
     pixels, _, _ = texts()
     close(ours.forward_features(pixels), theirs(pixels).last_hidden_state)
-    assert ours.norm_eps == 1e-6
+    assert ours.block.norm_eps == 1e-6
     with pytest.raises(ValueError, match="hidden_act quick_gelu, qkv_bias True"):
         vision_from_blip2(theirs.config.to_dict() | {"hidden_act": "quick_gelu"}, state, "it")
     with pytest.raises(ValueError, match=r"it has no tensor vision_model\.embeddings\.class_embedding"):
@@ -290,11 +290,11 @@ def test_a_published_config_leaves_out_what_is_usual(tmp_path: Any) -> None:
 
 
 def test_towers_that_blip2_does_not_know_are_refused() -> None:
-    opt = TextDecoder(VOCAB, 12, 1, 3, mlp="relu")
+    opt = TextDecoder(VOCAB, 12, 1, 3, mlp=MLPConfig("relu"))
     for vision, what in (
         (ViT(28, 7, 24, 1, 4, num_registers=2), "this has 2 registers"),
         (ViT((28, 35), 7, 24, 1, 4), r"pictures of \(28, 35\)"),
-        (ViT(28, 7, 24, 1, 4, layer_scale=0.1), r"blocks\.0\.branch1\.0\.gamma"),
+        (ViT(28, 7, 24, 1, 4, block=BlockConfig(layer_scale=0.1)), r"blocks\.0\.branch1\.0\.gamma"),
     ):
         with pytest.raises(ValueError, match=what):
             to_blip2(Blip2(vision, QFormer(L, 20, 1, 4, 24), opt))

@@ -12,7 +12,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmtransformer import Decoder, ExtendedVocabulary, TextDecoder, Tokenizer
+from mmtransformer import (
+    AttentionConfig,
+    Decoder,
+    ExtendedVocabulary,
+    MLPConfig,
+    NormConfig,
+    PositionConfig,
+    TextDecoder,
+    Tokenizer,
+)
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.weights import from_transformers, load_lm, save_lm, to_transformers
 from mmtransformer.weights.text.llama import rope_of
@@ -341,16 +350,24 @@ def test_tied_weights_that_differ_are_refused() -> None:
         decoder_from_state(theirs.config.to_dict(), state, "my file")
 
 
+LLAMA_GROUPS: dict[str, Any] = {
+    "attention": AttentionConfig(bias=False),
+    "mlp": MLPConfig("swiglu", bias=False),
+    "norm": NormConfig("rms"),
+    "positions": PositionConfig("rotary"),
+}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": "rotary"}, "rotary"),
-        ({"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "qkv", "qk_norm": "rms"}, "qkv"),
+        ({"positions": PositionConfig("rotary")}, "rotary"),
+        (LLAMA_GROUPS | {"attention": AttentionConfig(out_bias=False, qk_norm="rms")}, "out_bias=False"),
         (
-            {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "bias": "none", "cross_dim": 19},
+            LLAMA_GROUPS | {"cross_dim": 19},
             "cross_dim 19",
         ),
-        ({"pre_norm": False}, "pre_norm False"),
+        ({"norm": NormConfig(pre=False)}, "pre=False"),
     ],
     ids=str,
 )
@@ -361,7 +378,7 @@ def test_decoders_of_no_family_are_not_written(options: dict[str, Any], message:
 
 
 def test_gpt2_or_opt_as_asked() -> None:
-    decoder = TextDecoder(53, 24, 2, 4, max_len=29, mlp="relu")
+    decoder = TextDecoder(53, 24, 2, 4, max_len=29, mlp=MLPConfig("relu"))
     assert to_transformers(decoder)[0]["model_type"] == "opt"
     assert to_transformers(decoder, "gpt2")[0]["model_type"] == "gpt2"
     assert to_transformers(TextDecoder(53, 24, 2, 4))[0]["model_type"] == "gpt2"

@@ -13,7 +13,15 @@ from timm.layers.mlp import GluMlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer import (
+    AttentionConfig,
+    EncoderDecoder,
+    MLPConfig,
+    NormConfig,
+    PatchConfig,
+    TextDecoder,
+    ViT,
+)
 from mmtransformer.weights import (
     decoder_to_gpt2,
     from_timm,
@@ -72,7 +80,8 @@ def test_vit_equals_timm_both_ways(name: str) -> None:
     back.load_state_dict(state)
     close(back.eval()(pixels), theirs(pixels))
     kept: dict[str, Any] = {
-        key: getattr(ours, key) for key in ("num_heads", "grid", "activation", "norm_eps", "pool")
+        **{key: getattr(ours, key) for key in ("num_heads", "grid", "pool")},
+        **{key: getattr(ours.block, key) for key in ("activation", "norm_eps")},
     }
     again = vit_from_state(to_timm(ours), **kept)
     assert all(
@@ -132,7 +141,7 @@ def test_no_vit_at_all() -> None:
 
 def test_a_convolutional_stem_is_not_timms() -> None:
     with pytest.raises(ValueError, match='stem="conv"'):
-        to_timm(ViT(16, 8, 20, 1, 4, stem="conv"))
+        to_timm(ViT(16, 8, 20, 1, 4, patches=PatchConfig(stem="conv")))
 
 
 # --- load_vit: a folder of ours, a folder or a file with timm's names, a timm name
@@ -314,12 +323,12 @@ def test_language_models_that_do_not_fit_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "rms"}, "rms"),
-        ({"mlp": "swiglu"}, "swiglu"),
-        ({"num_kv_heads": 2}, "num_kv_heads 2"),
-        ({"head_dim": 5}, "head_dim 5"),
+        ({"norm": NormConfig("rms")}, "rms"),
+        ({"mlp": MLPConfig("swiglu")}, "swiglu"),
+        ({"attention": AttentionConfig(num_kv_heads=2)}, "num_kv_heads=2"),
+        ({"attention": AttentionConfig(head_dim=5)}, "head_dim=5"),
         ({"cross_dim": 19}, "cross_dim 19"),
-        ({"cross_dim": 24, "cross_every": 2}, "cross_every 2"),
+        ({"cross_dim": 24, "cross_every": 2}, "every 2"),
     ],
     ids=str,
 )

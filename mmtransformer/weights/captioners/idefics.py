@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.vit import BlockConfig, ViT
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
@@ -146,10 +147,10 @@ def to_idefics(model: Flamingo) -> dict[str, Tensor]:
     last = vision.norm.state_dict()
     plain = {"weight": torch.ones_like(last["weight"]), "bias": torch.zeros_like(last["bias"])}
     kept = [name for name, tensor in last.items() if not torch.equal(tensor, plain[name])]
-    if kept or not vision.norm_pre or resampler.activation != "relu":
+    if kept or not vision.patches.norm or resampler.activation != "relu":
         raise ValueError(
             f"Idefics has a vision tower with norm_pre and a plain last norm, and activation relu in the resampler; "
-            f"this one has norm_pre {vision.norm_pre}, a last norm with {kept or 'nothing'} of its own, and "
+            f"this one has norm_pre {vision.patches.norm}, a last norm with {kept or 'nothing'} of its own, and "
             f"{resampler.activation}"
         )
     source = decoder_to_llama(decoder)
@@ -197,11 +198,8 @@ def _vision(config: Any, state: dict[str, Tensor], context: str) -> ViT:
         config.num_hidden_layers,
         config.num_attention_heads,
         mlp_dim=config.intermediate_size,
-        in_channels=config.num_channels,
-        activation=activation,
-        norm_eps=config.layer_norm_eps,
-        patch_bias=False,
-        norm_pre=True,
+        patches=PatchConfig(config.num_channels, bias=False, norm=True),
+        block=BlockConfig(activation, config.layer_norm_eps),
     )
     plain = {"norm.weight": torch.ones(vision.dim), "norm.bias": torch.zeros(vision.dim)}
     unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]

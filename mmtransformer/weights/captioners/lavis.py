@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
+from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.image_text import ImageText
@@ -81,7 +82,7 @@ def vision_from_lavis(
         _depth(state, r"visual_encoder\.blocks\.(\d+)\."),
         dim // 88 if num_heads is None else num_heads,
         mlp_dim=state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-        in_channels=channels,
+        patches=PatchConfig(channels),
     )
     keyless = {f"blocks.{i}.attn.k_proj.bias": torch.zeros(dim) for i in range(vit.depth)}
     return fill_vit(vit, _TOWER, state, context, positions=_TABLE, prefix=[_TOKEN], extra=keyless)
@@ -207,10 +208,10 @@ def to_lavis(model: ImageText | Blip2, *, projection: str | None = None) -> dict
         ValueError: if the vision tower has parts that LAVIS's has not.
     """
     vision = model.vision
-    if not vision.class_token or vision.num_registers or vision.activation != "gelu":
+    if not vision.class_token or vision.num_registers or vision.block.activation != "gelu":
         raise ValueError(
             f"LAVIS's EVA-ViT has one class token and gelu; this tower has {vision.num_prefix_tokens} prefix tokens "
-            f"and {vision.activation}"
+            f"and {vision.block.activation}"
         )
     keyless = tuple(f"blocks.{i}.attn.k_proj.bias" for i in range(vision.depth))
     tower = vit_tensors(vision, _TOWER, "LAVIS's EVA-ViT", positions=_TABLE, prefix=[_TOKEN], kept=keyless)

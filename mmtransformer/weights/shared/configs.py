@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmtransformer.layers.blocks import Activation
+from mmtransformer.layers.config import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.weights.shared.configs import (
     SOURCE_ACTIVATIONS,
     UnsupportedModel,
@@ -60,8 +61,8 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
         max_len=max_len,
         mlp_dim=config.get("n_inner"),
         cross_dim=dim if config.get("add_cross_attention") else None,
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        mlp=activation,
+        mlp=MLPConfig(activation),
+        norm=NormConfig(eps=config.get("layer_norm_epsilon", 1e-5)),
         tied=config.get("tie_word_embeddings", True),
     )
     return fill_decoder(decoder, _KEYS, state, context, transposed=_TRANSPOSED, buffers=_BUFFERS)
@@ -69,12 +70,12 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
 
 def is_gpt2(decoder: TextDecoder) -> bool:
     """Whether a decoder can be written as GPT-2."""
-    kind = (decoder.norm, decoder.positions, decoder.bias, decoder.qk_norm, decoder.window)
-    heads = decoder.num_kv_heads in (None, decoder.num_heads)
-    width = decoder.head_dim in (None, decoder.dim // decoder.num_heads)
+    heads, width = (decoder.num_heads, None), (decoder.dim // decoder.num_heads, None)
+    attention = [AttentionConfig(h, c, out_bias=out) for h in heads for c in width for out in (None, True)]
     crosses = decoder.cross_dim is None or (decoder.cross_dim == decoder.dim and decoder.cross_every == 1)
-    shape = decoder.pre_norm and decoder.embed_scale == 1 and decoder.mlp in SOURCE_ACTIVATIONS
-    return kind == ("layer", "learned", "all", None, None) and heads and width and crosses and shape
+    mlp = decoder.mlp.activation in SOURCE_ACTIVATIONS and decoder.mlp.bias
+    shape = decoder.norm == NormConfig(eps=decoder.norm.eps) and decoder.positions == PositionConfig()
+    return decoder.attention in attention and crosses and mlp and shape
 
 
 def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
@@ -84,11 +85,9 @@ def decoder_to_gpt2(decoder: TextDecoder) -> dict[str, Tensor]:
         ValueError: if the decoder is not of GPT-2's kind.
     """
     if not is_gpt2(decoder):
-        kind = (decoder.norm, decoder.positions, decoder.bias, decoder.qk_norm)
         raise ValueError(
-            f"only a decoder of GPT-2's kind can be written as GPT-2; this one has {kind}, mlp {decoder.mlp}, "
-            f"num_kv_heads {decoder.num_kv_heads}, head_dim {decoder.head_dim}, cross_dim {decoder.cross_dim}, "
-            f"cross_every {decoder.cross_every}, window {decoder.window}, pre_norm {decoder.pre_norm}"
+            f"only a decoder of GPT-2's kind can be written as GPT-2; this has cross_dim {decoder.cross_dim}, every "
+            f"{decoder.cross_every}, {decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     return decoder_tensors(decoder, _KEYS, "GPT-2", transposed=_TRANSPOSED)
 
@@ -104,8 +103,8 @@ def gpt2_config(decoder: TextDecoder) -> dict[str, Any]:
         "n_head": decoder.num_heads,
         "n_positions": decoder.max_len,
         "n_inner": decoder.mlp_dim,
-        "layer_norm_epsilon": decoder.norm_eps,
-        "activation_function": SOURCE_ACTIVATIONS[decoder.mlp],  # pyright: ignore[reportArgumentType]
+        "layer_norm_epsilon": decoder.norm.eps,
+        "activation_function": SOURCE_ACTIVATIONS[decoder.mlp.activation],  # pyright: ignore[reportArgumentType]
         "add_cross_attention": decoder.cross_dim is not None,
         "tie_word_embeddings": decoder.tied,
     }

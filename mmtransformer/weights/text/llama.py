@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, need, only
 from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 
@@ -59,18 +60,19 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context
         heads,
         max_len=max_len,
         mlp_dim=mlp_dim,
-        num_kv_heads=config.get("num_key_value_heads"),
-        head_dim=config.get("head_dim", 128 if family == "qwen3" else None),
-        norm="rms",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        mlp="swiglu",
-        positions="rotary",
-        rope_theta=theta,
-        rope_scaling=scaling,
-        bias="qkv" if family == "qwen2" else "all" if config.get("attention_bias") else "none",
-        qk_norm="rms" if family == "qwen3" else None,
-        window=_window(config, context),
-        nope_interval=_nope_interval(config, context) if family == "smollm3" else None,
+        attention=AttentionConfig(
+            num_kv_heads=config.get("num_key_value_heads"),
+            head_dim=config.get("head_dim", 128 if family == "qwen3" else None),
+            bias=family == "qwen2" or bool(config.get("attention_bias")),
+            out_bias=family != "qwen2" and bool(config.get("attention_bias")),
+            qk_norm="rms" if family == "qwen3" else None,
+            window=_window(config, context),
+        ),
+        mlp=MLPConfig("swiglu", bias=False),
+        norm=NormConfig("rms", config.get("rms_norm_eps", 1e-6)),
+        positions=PositionConfig(
+            "rotary", theta, scaling, _nope_interval(config, context) if family == "smollm3" else None
+        ),
         tied=config.get("tie_word_embeddings", family == "smollm3"),
     )
     angles = ("rotary_emb.inv_freq",)  # of old checkpoints
@@ -140,20 +142,27 @@ def _nope_interval(config: dict[str, Any], context: str) -> int | None:
     return every
 
 
+def _biases(decoder: TextDecoder) -> str:
+    """Which of the attention's layers have biases."""
+    bias, out = decoder.attention.bias, decoder.attention.out_bias
+    names = {(True, True): "all", (True, False): "qkv", (False, False): "none"}
+    return names.get((bias, bias if out is None else out), "out")
+
+
 def llamas_of(decoder: TextDecoder) -> list[str]:
     """Which of the families a decoder can be written as, the plainest first."""
-    d = decoder
-    shape = (d.norm, d.mlp, d.positions, d.pre_norm, d.embed_scale, d.cross_dim)
-    if shape != ("rms", "swiglu", "rotary", True, 1.0, None):
+    d, attention, positions, bias = decoder, decoder.attention, decoder.positions, _biases(decoder)
+    shape = (d.norm.kind, d.norm.pre, d.mlp.activation, positions.kind, positions.embed_scale, d.cross_dim)
+    if shape != ("rms", True, "swiglu", "rotary", 1.0, None):
         return []
-    plain, whole = d.qk_norm is None and d.bias != "qkv", d.window is None
-    rotated = d.nope_interval is None
+    plain, whole = attention.qk_norm is None and bias in ("all", "none"), attention.window is None
+    rotated = positions.nope_interval is None
     fits = {
         "llama": plain and whole and rotated,
-        "mistral": plain and rotated and d.bias == "none",
-        "qwen2": d.qk_norm is None and d.bias == "qkv" and rotated,
-        "qwen3": d.qk_norm == "rms" and d.bias != "qkv" and rotated,
-        "smollm3": plain and whole and d.head_dim in (None, d.dim // d.num_heads),
+        "mistral": plain and rotated and bias == "none",
+        "qwen2": attention.qk_norm is None and bias == "qkv" and rotated,
+        "qwen3": attention.qk_norm == "rms" and bias in ("all", "none") and rotated,
+        "smollm3": plain and whole and attention.head_dim in (None, d.dim // d.num_heads),
     }
     return [name for name, fit in fits.items() if fit]
 
@@ -165,11 +174,9 @@ def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
         ValueError: if the decoder is of none of the families.
     """
     if not llamas_of(decoder):
-        kind = (decoder.norm, decoder.mlp, decoder.positions, decoder.bias, decoder.qk_norm)
         raise ValueError(
-            f"only a decoder of one of the kinds {', '.join(LLAMAS)} can be written as such; this one has {kind}, "
-            f"window {decoder.window}, unrotated_every {decoder.nope_interval}, cross_dim {decoder.cross_dim}, "
-            f"pre_norm {decoder.pre_norm}, embed_scale {decoder.embed_scale}"
+            f"only a decoder of one of the kinds {', '.join(LLAMAS)} can be written as such; this one has "
+            f"cross_dim {decoder.cross_dim}, {decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     return decoder_tensors(decoder, _KEYS, "Llama")
 
@@ -184,21 +191,21 @@ def llama_config(decoder: TextDecoder, family: str) -> dict[str, Any]:
         "hidden_size": decoder.dim,
         "num_hidden_layers": depth,
         "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads or decoder.num_heads,
-        "head_dim": decoder.head_dim or decoder.dim // decoder.num_heads,
+        "num_key_value_heads": decoder.attention.num_kv_heads or decoder.num_heads,
+        "head_dim": decoder.attention.head_dim or decoder.dim // decoder.num_heads,
         "intermediate_size": decoder.mlp_dim,
         "max_position_embeddings": decoder.max_len,
-        "rms_norm_eps": decoder.norm_eps,
+        "rms_norm_eps": decoder.norm.eps,
         "hidden_act": "silu",
-        "rope_theta": decoder.rope_theta,
-        "rope_scaling": decoder.rope_scaling,
+        "rope_theta": decoder.positions.theta,
+        "rope_scaling": decoder.positions.scaling,
         "tie_word_embeddings": decoder.tied,
-        "attention_bias": decoder.bias == "all",
-        "sliding_window": decoder.window,
+        "attention_bias": _biases(decoder) == "all",
+        "sliding_window": decoder.attention.window,
     }
-    if decoder.window is not None and family != "mistral":
+    if decoder.attention.window is not None and family != "mistral":
         config |= {"use_sliding_window": True, "max_window_layers": 0}
     if family == "smollm3":
-        every = decoder.nope_interval or depth + 1
+        every = decoder.positions.nope_interval or depth + 1
         config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(depth)]
     return config

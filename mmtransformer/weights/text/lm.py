@@ -71,7 +71,7 @@ def to_transformers(
         ValueError: if the decoder is of none of the families, or not of that one.
     """
     opt = ["opt"] * is_opt(decoder)
-    fits = llamas_of(decoder) + opt * (decoder.mlp == "relu") + ["gpt2"] * is_gpt2(decoder) + opt
+    fits = llamas_of(decoder) + opt * (decoder.mlp.activation == "relu") + ["gpt2"] * is_gpt2(decoder) + opt
     if family is not None and family not in fits:
         also = f"; it can be as {', '.join(dict.fromkeys(fits))}" if fits else ""
         raise ValueError(f'this decoder cannot be written as "{family}"{also}')

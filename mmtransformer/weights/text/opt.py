@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.layers.config import MLPConfig
 from mmtransformer.weights.shared.configs import (
     SOURCE_ACTIVATIONS,
     UnsupportedModel,
@@ -74,7 +75,7 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: 
         heads,
         max_len=max_len,
         mlp_dim=mlp_dim,
-        mlp=activation,
+        mlp=MLPConfig(activation),
         tied=config.get("tie_word_embeddings", True),
     )
     state = {name: t[_OFFSET:] if "embed_positions" in name else t for name, t in state.items()}
@@ -88,10 +89,9 @@ def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
         ValueError: if the decoder is not of OPT's kind.
     """
     if not is_opt(decoder):
-        kind = (decoder.norm, decoder.norm_eps, decoder.positions, decoder.bias, decoder.qk_norm)
         raise ValueError(
-            f"only a decoder of OPT's kind can be written as OPT; this one has {kind}, mlp {decoder.mlp}, cross_dim "
-            f"{decoder.cross_dim}, num_kv_heads {decoder.num_kv_heads}, head_dim {decoder.head_dim}"
+            f"only a decoder of OPT's kind can be written as OPT; this one has cross_dim {decoder.cross_dim}, "
+            f"{decoder.attention}, {decoder.mlp}, {decoder.norm}, {decoder.positions}"
         )
     source = decoder_tensors(decoder, _KEYS, "OPT")
     name = "model.decoder.embed_positions.weight"
@@ -100,7 +100,7 @@ def decoder_to_opt(decoder: TextDecoder) -> dict[str, Tensor]:
 
 def is_opt(decoder: TextDecoder) -> bool:
     """Whether a decoder can be written as OPT."""
-    return is_gpt2(decoder) and decoder.cross_dim is None and decoder.norm_eps == 1e-5
+    return is_gpt2(decoder) and decoder.cross_dim is None and decoder.norm.eps == 1e-5
 
 
 def opt_config(decoder: TextDecoder) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def opt_config(decoder: TextDecoder) -> dict[str, Any]:
         "num_attention_heads": decoder.num_heads,
         "ffn_dim": decoder.mlp_dim,
         "max_position_embeddings": decoder.max_len,
-        "activation_function": SOURCE_ACTIVATIONS[decoder.mlp],  # pyright: ignore[reportArgumentType]
+        "activation_function": SOURCE_ACTIVATIONS[decoder.mlp.activation],  # pyright: ignore[reportArgumentType]
         "word_embed_proj_dim": decoder.dim,
         "tie_word_embeddings": decoder.tied,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit import BlockConfig, ViT
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _KEYS = {
@@ -44,7 +44,7 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context:
         config["num_hidden_layers"],
         config["num_attention_heads"],
         mlp_dim=config["intermediate_size"],
-        norm_eps=config["layer_norm_eps"],
+        block=BlockConfig(norm_eps=config["layer_norm_eps"]),
     )
     return fill_vit(vit, _KEYS, state, context, positions=_POSITIONS, prefix=[_CLASS])
 
@@ -55,11 +55,12 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if this tower has parts that BLIP-2's has not.
     """
-    plain = vit.class_token and vit.num_registers == 0 and vit.activation == "gelu" and vit.in_channels == 3
+    activation, channels = vit.block.activation, vit.patches.in_channels
+    plain = vit.class_token and vit.num_registers == 0 and (activation, channels) == ("gelu", 3)
     if not plain or vit.image_size[0] != vit.image_size[1]:
         raise ValueError(
             f"BLIP-2's vision tower has a class token, no registers, gelu, 3 channels and square pictures; this has "
-            f"{vit.num_registers} registers, {vit.activation}, {vit.in_channels} channels, pictures of {vit.image_size}"
+            f"{vit.num_registers} registers, {activation}, {channels} channels, pictures of {vit.image_size}"
         )
     tensors = vit_tensors(vit, _KEYS, "BLIP-2's vision tower", positions=_POSITIONS, prefix=[_CLASS])
     config = {
@@ -70,7 +71,7 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "image_size": vit.image_size[0],
         "patch_size": vit.patch_size,
         "hidden_act": "gelu",
-        "layer_norm_eps": vit.norm_eps,
+        "layer_norm_eps": vit.block.norm_eps,
     }
     return config, tensors
 

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.vit import BlockConfig, ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.base import freeze as freeze_module
-from mmtransformer.layers.blocks import Activation
+from mmtransformer.layers.config import Activation
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.pretrained import (
     CONFIG,
@@ -144,25 +145,21 @@ def vit_from_state(
         depth,
         num_heads or dim // 64,
         mlp_dim=state["blocks.0.mlp.fc1.weight"].shape[0],
-        in_channels=channels,
         class_token=has_class,
         num_registers=count - has_class,
         pool=pools[pool],
         num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
-        activation=activation,
-        norm_eps=norm_eps,
-        patch_bias="patch_embed.proj.bias" in state,
-        norm_pre="norm_pre.weight" in state,
-        layer_scale=None if scale is None else 1.0,
+        patches=PatchConfig(channels, bias="patch_embed.proj.bias" in state, norm="norm_pre.weight" in state),
+        block=BlockConfig(activation, norm_eps, layer_scale=None if scale is None else 1.0),
     )
     return fill_vit(vit, _KEYS, state, context, positions="pos_embed", prefix=prefix)
 
 
 def to_timm(vit: ViT) -> dict[str, Tensor]:
     """Tensors with timm's names, for a timm `VisionTransformer` of the same shape; prefix tokens' positions are 0."""
-    if vit.stem != "patch":
+    if vit.patches.stem != "patch":
         raise ValueError(
-            f'timm has no ViT with our stem="{vit.stem}"; only stem="patch" can be written with its names'
+            f'timm has no ViT with our stem="{vit.patches.stem}"; only stem="patch" can be written with its names'
         )
     return vit_tensors(vit, _KEYS, "timm", positions="pos_embed", prefix=["cls_token", "reg_token"])
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mmtransformer import BlockConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
@@ -128,8 +129,8 @@ def test_the_key_knows_everything_that_matters():
         key(changed),
         key(tower(1)),
         key(tower(num_heads=3)),
-        key(tower(norm_eps=1e-5)),
-        key(tower(activation="gelu_tanh")),
+        key(tower(block=BlockConfig(norm_eps=1e-5))),
+        key(tower(block=BlockConfig(activation="gelu_tanh"))),
         key(pairs=FakePairs(8)),
         key(pairs=FakePairs(7, seed=1)),  # other pictures of the same names
         key(pairs=renamed),

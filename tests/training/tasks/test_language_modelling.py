@@ -13,7 +13,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from mmtransformer import TextDecoder, Tokenizer, generate
+from mmtransformer import PositionConfig, TextDecoder, Tokenizer, generate
 from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.texts import TextBatch, TextData
@@ -70,7 +70,7 @@ def data_of(**arguments: Any) -> TextData:
 
 def decoder_of(positions: Any = "learned", **arguments: Any) -> TextDecoder:
     torch.manual_seed(3)
-    decoder = TextDecoder(VOCAB, 24, 2, 3, max_len=40, positions=positions, **arguments)
+    decoder = TextDecoder(VOCAB, 24, 2, 3, max_len=40, positions=PositionConfig(positions), **arguments)
     for parameter in decoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return decoder

@@ -1,0 +1,94 @@
+"""Constructor arguments that belong together: frozen, plain values, in YAML and JSON a mapping of the same names."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Norm = Literal["layer", "rms"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How a decoder's tokens attend; GPT-2's way by default.
+
+    Args:
+        num_kv_heads: key/value heads (grouped-query attention, arXiv:2305.13245); None = as many as query heads.
+        head_dim: width of one head; None = dim / num_heads.
+        bias: whether queries, keys and values have biases (GPT-2, OPT, Qwen2; not Llama).
+        out_bias: whether the output has one; None = as `bias` (Qwen2: false).
+        qk_norm: norm of each head's queries and keys (Qwen3: "rms").
+        window: a token looks at so many tokens up to itself (Mistral); None = at all.
+
+    Raises:
+        ValueError: for a window without a token.
+    """
+
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = True
+    out_bias: bool | None = None
+    qk_norm: Literal["rms", "layer"] | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 token, not {self.window}")
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """A decoder's MLPs; GPT-2's by default.
+
+    Args:
+        activation: "swiglu" (Llama, arXiv:2002.05202), or the activation between two layers; "gelu_tanh" is GPT-2's,
+            "relu" OPT's.
+        bias: whether the layers have biases; "swiglu" has none.
+    """
+
+    activation: Activation | Literal["swiglu"] = "gelu_tanh"
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """A decoder's norms; GPT-2's by default.
+
+    Args:
+        kind: "layer" (GPT-2, OPT) or "rms" (Llama).
+        eps: added to variances.
+        pre: norm before each branch, and a last one; false = after each sum, and no last one (2017, OPT-350m).
+    """
+
+    kind: Norm = "layer"
+    eps: float = 1e-5
+    pre: bool = True
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """How a decoder's tokens know where they stand.
+
+    Args:
+        kind: "learned" (GPT-2, OPT), "rotary" (Llama) or "sinusoidal" (the 2017 Transformer).
+        theta: base of the rotary wave lengths.
+        scaling: how rotary positions reach longer contexts than trained on, see `positions.scaled_rates`.
+        nope_interval: the last of every so many blocks does not turn queries and keys (SmolLM3: 4); None = all do.
+        embed_scale: what embeddings are multiplied by before positions are added; sqrt(dim) in the 2017 Transformer.
+
+    Raises:
+        ValueError: for an unknown kind, or an interval that is none.
+    """
+
+    kind: Literal["learned", "rotary", "sinusoidal"] = "learned"
+    theta: float = 10_000.0
+    scaling: dict[str, Any] | None = None
+    nope_interval: int | None = None
+    embed_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("learned", "rotary", "sinusoidal"):
+            raise ValueError(f'positions must be "learned", "rotary" or "sinusoidal", not "{self.kind}"')
+        if self.nope_interval is not None and (self.nope_interval < 1 or self.kind != "rotary"):
+            raise ValueError(
+                f'nope_interval ({self.nope_interval}) must be at least 1, with positions "rotary", not "{self.kind}"'
+            )
