@@ -16,6 +16,7 @@ from mmtransformer import (
     Blip2,
     BlockConfig,
     CoCa,
+    DiffusionTransformer,
     EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
@@ -130,6 +131,10 @@ MODELS = {
         {"model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 6, "d_ff": 31, "num_layers": 2,
          "num_heads": 4, "decoder_start_token_id": 0},
         max_len=29,
+    ),
+    "DiffusionTransformer": lambda: DiffusionTransformer(
+        2, 4, 20, 1, 4, mlp_dim=31, out_channels=8, context_dim=7, num_classes=5, modulation="block", bottleneck_dim=6,
+        base_grid=4,
     ),
     "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip
