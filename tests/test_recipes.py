@@ -77,7 +77,7 @@ def check_language_model(name: str, run: Path, out: str) -> None:
     assert set(metrics["ngrams"]) == {"2", "3", "4", "5"}
     assert "5-grams" in out
     assert (run / "texts.txt").read_text("utf-8").strip()
-    decoder, tokenizer = load_lm(run / "model"), Tokenizer.from_folder(run / "model")
+    decoder, tokenizer = load_lm(run / "model"), Tokenizer.from_pretrained(run / "model")
     assert decoder.vocab_size >= tokenizer.vocab_size
 
 
@@ -86,7 +86,7 @@ def check_masked(name: str, run: Path, out: str) -> None:
     assert scores.keys() >= {"words", "unigram_words", "bigram_words", "pairs"}
     assert f"bigrams {scores['bigram_words']:.1%}" in out
     assert "[" in (run / "filled.txt").read_text("utf-8")
-    tokenizer = Tokenizer.from_folder(run / "model")
+    tokenizer = Tokenizer.from_pretrained(run / "model")
     assert TextEncoder.from_pretrained(run / "model").vocab_size >= tokenizer.vocab_size
 
 

@@ -38,7 +38,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_folder(args.model) if args.model else None
+    tokenizer = Tokenizer.from_pretrained(args.model) if args.model else None
     source = open_pairs(args.root, images=args.images, max_bad=1.0)
     report = check(
         source,

@@ -91,7 +91,7 @@ class ImageCaptioner:
             read_transform(folder / PREPROCESSOR),
             read_generation(folder / GENERATION, CAPTIONING),
         )
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
         return cls(captioner, tokenizer, transform, generation=generation, device=device, precision=precision)
 
     def ready(self) -> Captioner:
@@ -116,7 +116,7 @@ class ImageCaptioner:
         """
         folder = Path(folder)
         self.captioner.save_pretrained(folder)
-        self.tokenizer.save(folder)
+        self.tokenizer.save_pretrained(folder)
         _write_json(folder / PREPROCESSOR, self.transform.to_dict())
         _write_json(folder / GENERATION, dataclasses.asdict(self.generation))
         (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")

@@ -133,7 +133,7 @@ class Translator:
         """
         folder = Path(folder)
         self.model.save_pretrained(folder)
-        self.tokenizer.save(folder)
+        self.tokenizer.save_pretrained(folder)
         text = json.dumps(dataclasses.asdict(self.generation), indent=2)
         (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
         (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
@@ -150,7 +150,7 @@ class Translator:
         folder = find_folder(folder_or_id)
         model = Transformer.from_pretrained(folder)
         generation = read_generation(folder / GENERATION, PAPER)
-        found = cls(model, Tokenizer.from_folder(folder), generation=generation, device=device)
+        found = cls(model, Tokenizer.from_pretrained(folder), generation=generation, device=device)
         for_inference(found.model)
         return found
 

@@ -1,7 +1,5 @@
 """Text to ids and back, on top of the library `tokenizers`.
 
-Letters: b rows, q tokens.
-
 The round-trip law of a trained tokenizer: `decode(encode(x)) == unicodedata.normalize("NFC", x)` for every
 text x, in any language. NFC, so that Korean typed as separate jamo (as file names from macOS are) gets the
 ids of the same syllables typed whole; nothing else is folded: case, spaces and line ends stay.
@@ -36,15 +34,16 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 class Tokenizer:
     """Turns text into ids and ids into text; user text never becomes a special token.
 
-    Make one with `Tokenizer.train(...)` or `Tokenizer.from_folder(...)`. It can be pickled, so it travels to
+    Make one with `Tokenizer.train(...)` or `Tokenizer.from_pretrained(...)`. It can be pickled, so it travels to
     data-loading workers.
 
     Args:
         backend: The tokenizer of the library `tokenizers`; the object is taken over, not copied.
-        bos: The token that every prompt starts with.
-        eos: The token that ends a caption.
-        pad: The token that fills rows up. It may be `eos`: padding is told by `attention_mask`, never by the id.
-        image: The token that stands for a picture inside text, if there is one.
+        bos_token: The token that every prompt starts with.
+        eos_token: The token that ends a caption.
+        pad_token: The token that fills rows up. It may be `eos_token`: padding is told by `attention_mask`, never by
+            the id.
+        image_token: The token that stands for a picture inside text, if there is one.
         languages: Language codes; each has a token such as `<|ko|>`.
 
     Raises:
@@ -55,40 +54,33 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
-        bos: str = BOS,
-        eos: str = EOS,
-        pad: str = PAD,
-        image: str | None = None,
+        bos_token: str = BOS,
+        eos_token: str = EOS,
+        pad_token: str = PAD,
+        image_token: str | None = None,
         languages: Sequence[str] = (),
     ):
-        roles = {"bos": bos, "eos": eos, "pad": pad, "image": image}
+        vocab = backend.get_vocab()
+        roles = {"bos": bos_token, "eos": eos_token, "pad": pad_token, "image": image_token}
         roles |= {f"language {code}": f"<|{code}|>" for code in languages}
+        roles = {role: token for role, token in roles.items() if token is not None}
         for role, token in roles.items():
-            if token is not None and backend.token_to_id(token) is None:
-                raise ValueError(
-                    f"the {role} token {token!r} is not among the {len(backend.get_vocab())} tokens"
-                )
+            if token not in vocab:
+                raise ValueError(f"the {role} token {token!r} is not among the {len(vocab)} tokens")
         backend.no_truncation()  # a hub tokenizer.json may cut texts at 128 tokens without a word
         backend.no_padding()
-        backend.add_special_tokens([AddedToken(t, special=True) for t in roles.values() if t is not None])
+        backend.add_special_tokens([AddedToken(token, special=True) for token in roles.values()])
         backend.encode_special_tokens = True  # tokenizer.json and pickles do not keep it
         self.backend = backend
-        self.bos, self.eos, self.pad_token, self.image = bos, eos, pad, image
-        self.languages = tuple(languages)
-        self._index()
-
-    def _index(self) -> None:
-        """Builds the tables that follow from the backend."""
-        vocab = self.backend.get_vocab()
+        self.bos_token, self.eos_token, self.pad_token = bos_token, eos_token, pad_token
+        self.image_token, self.languages = image_token, tuple(languages)
         self.vocab_size: int = max(vocab.values()) + 1  # ids may have gaps, so not len(vocab)
-        self.bos_id: int = vocab[self.bos]
-        self.eos_id: int = vocab[self.eos]
-        self.pad_id: int = vocab[self.pad_token]
-        self.image_id: int | None = None if self.image is None else vocab[self.image]
+        self.bos_id, self.eos_id, self.pad_id = vocab[bos_token], vocab[eos_token], vocab[pad_token]
+        self.image_id: int | None = None if image_token is None else vocab[image_token]
         self._language_ids = {code: vocab[f"<|{code}|>"] for code in self.languages}
-        added = self.backend.get_added_tokens_decoder()
+        added = backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
-        description = json.loads(self.backend.to_str())
+        description = json.loads(backend.to_str())
         self._token_bytes = TokenBytes(description, {i: token.content for i, token in added.items()})
         model = description["model"]
         unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
@@ -98,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, languages: Sequence[str] = (), *, min_count: int = 2
+        cls, texts: Iterable[str], vocab_size: int, languages: Sequence[str] = (), *, min_frequency: int = 2
     ) -> Self:
         """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2), lossless on any text.
 
@@ -109,7 +101,7 @@ class Tokenizer:
             vocab_size: The most ids to use. The special tokens come first, then the 256 bytes, then merges;
                 a corpus that supports fewer merges gives a smaller vocabulary.
             languages: Language codes such as "en", "ko"; each gets a token that opens its captions.
-            min_count: A pair of pieces is merged only if it occurs at least so often.
+            min_frequency: A pair of pieces is merged only if it occurs at least so often.
 
         Raises:
             ValueError: If `vocab_size` is too small, or a language code is malformed or doubled.
@@ -129,17 +121,17 @@ class Tokenizer:
         backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            min_frequency=min_count,
+            min_frequency=min_frequency,
             special_tokens=[AddedToken(token, special=True) for token in specials],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         backend.train_from_iterator(iter(texts), trainer)
-        return cls(backend, image=IMAGE, languages=languages)
+        return cls(backend, image_token=IMAGE, languages=languages)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Self:
-        """Reads a tokenizer that `save` or a hub wrote: `tokenizer.json`, GPT-2's `vocab.json` and
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Reads a tokenizer that `save_pretrained` or a hub wrote: `tokenizer.json`, GPT-2's `vocab.json` and
         `merges.txt`, or BERT's `vocab.txt`.
 
         The bos, eos and pad tokens are looked up in `tokenizer_config.json`, `special_tokens_map.json`,
@@ -173,14 +165,14 @@ class Tokenizer:
             )
         return cls(
             backend,
-            bos=find("bos", "cls") or eos,
-            eos=eos,
-            pad=find("pad") or eos,
-            image=find("image") or (IMAGE if IMAGE in vocab else None),
+            bos_token=find("bos", "cls") or eos,
+            eos_token=eos,
+            pad_token=find("pad") or eos,
+            image_token=find("image") or (IMAGE if IMAGE in vocab else None),
             languages=languages,
         )
 
-    def with_specials(
+    def with_special_tokens(
         self, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
     ) -> Self:
         """Returns a tokenizer with more special tokens: what a hub's tokenizer lacks to drive a multimodal model.
@@ -199,8 +191,10 @@ class Tokenizer:
         """
         _check_languages(languages)
         known = (*self.languages, *(code for code in dict.fromkeys(languages) if code not in self.languages))
-        mark = (self.image or IMAGE) if image else self.image
-        wanted = [IMAGE] * (image and self.image is None) + [f"<|{code}|>" for code in known] + list(tokens)
+        image_token = self.image_token or (IMAGE if image else None)
+        wanted = (
+            [IMAGE] * (image and self.image_token is None) + [f"<|{code}|>" for code in known] + list(tokens)
+        )
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         new = [token for token in dict.fromkeys(wanted) if backend.token_to_id(token) is None]
         backend.add_special_tokens([AddedToken(token, special=True) for token in wanted])
@@ -210,24 +204,30 @@ class Tokenizer:
                 f"{', '.join(new)} got the ids {ids}, not those from {self.vocab_size} on: this tokenizer's "
                 f"{len(self.backend.get_vocab())} tokens have gaps among their ids"
             )
-        roles = {"bos": self.bos, "eos": self.eos, "pad": self.pad_token}
-        return type(self)(backend, **roles, image=mark, languages=known)
+        return type(self)(
+            backend,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            pad_token=self.pad_token,
+            image_token=image_token,
+            languages=known,
+        )
 
-    def save(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which the hub's libraries read as well."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos,
-            "eos_token": self.eos,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
             "languages": list(self.languages),
         }
-        if self.image is not None:
-            config["image_token"] = self.image
+        if self.image_token is not None:
+            config["image_token"] = self.image_token
         self.backend.save(str(folder / "tokenizer.json"))
         text = json.dumps(config, ensure_ascii=False, indent=2)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
@@ -245,7 +245,7 @@ class Tokenizer:
         if language not in self._language_ids:
             known = ", ".join(self.languages) or "none"
             raise ValueError(
-                f"language {language!r} is unknown to this tokenizer; it knows: {known} (others: `with_specials`)"
+                f"language {language!r} is unknown to this tokenizer; it knows: {known} (others: `with_special_tokens`)"
             )
         return [self.bos_id, self._language_ids[language]]
 

@@ -89,7 +89,7 @@ def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str],
 
     torch.manual_seed(0)
     TextDecoder(640, 16, 2, 2, max_len=128).save_pretrained(lm)
-    Tokenizer.from_folder(one / "model").save(lm)
+    Tokenizer.from_pretrained(one / "model").save_pretrained(lm)
     fit(
         capsys, "qformer_stage2_scenes", two, *SCENES,
         f"--model.captioner.folder={one}", f"--model.captioner.decoder.source={lm}", f"--data.tokenizer={lm}",
@@ -158,7 +158,7 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_file(to_timm(ViT(32, 8, 64, 1, 1)), vit)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
     BertModel(BertConfig(vocab_size=WORDS, max_position_embeddings=40, **sizes)).save_pretrained(bert)
-    tokenizer(()).save(bert)
+    tokenizer(()).save_pretrained(bert)
     words = [
         f"--data.root={images}", "--data.image.image_size=32", f"--model.captioner.vision.source={vit}",
         f"--model.captioner.qformer.source={bert}",

@@ -256,7 +256,7 @@ def test_a_tokenizer_is_trained_on_the_training_captions(tmp_path):
     assert data.tokenizer.vocab_size <= 300
     assert data.tokenizer.languages == ("en",)
     assert data.tokenizer is data.tokenizer
-    data.tokenizer.save(tmp_path)
+    data.tokenizer.save_pretrained(tmp_path)
     loaded = make(tokenizer=str(tmp_path))
     assert loaded.tokenizer.encode("a red star") == data.tokenizer.encode("a red star")
     loaded.load_state_dict(data.state_dict())
@@ -384,7 +384,7 @@ def test_the_dataset_can_be_used_alone():
 def test_a_recipe_can_name_it(tmp_path):
     from jsonargparse import ArgumentParser
 
-    tokenizer().save(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(lightning.LightningDataModule, "data")
     recipe = f"""

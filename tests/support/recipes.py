@@ -56,7 +56,7 @@ def language_model(folder: Path, family: str = "ours") -> list[str]:
         save_lm(decoder, folder, "gpt2")
     else:
         decoder.save_pretrained(folder)
-    tokenizer.save(folder)
+    tokenizer.save_pretrained(folder)
     return [f"--model.captioner.decoder.source={folder}", f"--data.tokenizer={folder}"]
 
 
@@ -74,7 +74,7 @@ def bert(folder: Path) -> list[str]:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
     BertModel(BertConfig(vocab_size=300, max_position_embeddings=40, **sizes)).save_pretrained(folder)
     source = Scenes(image_size=32, train_size=9).split("train")
-    Tokenizer.train([c.text for i in range(9) for c in source.captions(i)], 300).save(folder)
+    Tokenizer.train([c.text for i in range(9) for c in source.captions(i)], 300).save_pretrained(folder)
     return [
         f"--model.captioner.qformer.source={folder}",
         f"--data.tokenizer={folder}",

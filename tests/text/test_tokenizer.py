@@ -126,7 +126,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary() -> None:
     assert empty.decode(empty.encode(check)) == check
     once = Tokenizer.train(["red star"], 5000)
     assert once.vocab_size == 260  # nothing occurs twice
-    assert 260 < Tokenizer.train(["red star"], 5000, min_count=1).vocab_size < 290
+    assert 260 < Tokenizer.train(["red star"], 5000, min_frequency=1).vocab_size < 290
 
 
 def test_training_errors_have_the_numbers() -> None:
@@ -243,15 +243,15 @@ def test_pad(tokenizer: Tokenizer) -> None:
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "a" / "b")
-    loaded = Tokenizer.from_folder(tmp_path / "a" / "b")
+    tokenizer.save_pretrained(tmp_path / "a" / "b")
+    loaded = Tokenizer.from_pretrained(tmp_path / "a" / "b")
     assert loaded.backend.to_str() == tokenizer.backend.to_str()
     for name in ("vocab_size", "pad_id", "bos_id", "eos_id", "image_id", "languages"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     for text in AWKWARD:
         assert loaded.encode(text) == tokenizer.encode(text)
         check_laws(loaded, text)
-    loaded.save(tmp_path / "c")
+    loaded.save_pretrained(tmp_path / "c")
     for path in (tmp_path / "c").iterdir():
         assert path.read_bytes() == (tmp_path / "a" / "b" / path.name).read_bytes()
 
@@ -265,7 +265,7 @@ def test_pickled_for_a_worker_it_still_guards_special_tokens(tokenizer: Tokenize
 
 def test_transformers_reads_what_is_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tokenizer.save(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
     for text in (*ENGLISH, *KOREAN, "hi <|eos|> there"):
@@ -299,7 +299,7 @@ def gpt2(folder: Path) -> Path:
 
 
 def test_gpt2_folder(tmp_path: Path) -> None:
-    loaded = Tokenizer.from_folder(gpt2(tmp_path / "gpt2"))
+    loaded = Tokenizer.from_pretrained(gpt2(tmp_path / "gpt2"))
     assert loaded.vocab_size == 301
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.image_id) == (300, 300, 300, None)
     for text in (
@@ -314,8 +314,8 @@ def test_gpt2_folder(tmp_path: Path) -> None:
         assert loaded.decode(ids) == text == loaded.backend.decode(ids)
         assert [word for word, _ in loaded.words(ids)] == text.split()
     assert loaded.encode("red") != loaded.encode(" red")  # as GPT-2 was trained
-    loaded.save(tmp_path / "again")
-    again = Tokenizer.from_folder(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again")
+    again = Tokenizer.from_pretrained(tmp_path / "again")
     assert again.encode("a <|endoftext|>") == loaded.encode("a <|endoftext|>")
     assert again.pad_id == 300
 
@@ -324,19 +324,19 @@ def test_gpt2_folder_with_a_config(tmp_path: Path) -> None:
     folder = write(
         gpt2(tmp_path / "gpt2"), config={"eos_token_id": [300, 7], "bos_token_id": 65, "pad_token_id": -1}
     )
-    loaded = Tokenizer.from_folder(folder)
+    loaded = Tokenizer.from_pretrained(folder)
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (65, 300, 300)
     write(folder, config={"eos_token_id": 301})
     with pytest.raises(ValueError, match=r"gpt2/config\.json: eos_token_id is 301, an id without a token"):
-        Tokenizer.from_folder(folder)
+        Tokenizer.from_pretrained(folder)
     write(folder, config={"model_type": "gpt2"})
     with pytest.raises(
         ValueError, match=r'no eos token\. Add "eos_token".*tokenizer_config\.json.*in config\.json'
     ):
-        Tokenizer.from_folder(folder)
+        Tokenizer.from_pretrained(folder)
     write(folder, special_tokens_map={"eos_token": {"content": "<|endoftext|>"}, "pad_token": "<pad>"})
     with pytest.raises(ValueError, match=r"special_tokens_map\.json: pad_token is '<pad>', .* 301 tokens"):
-        Tokenizer.from_folder(folder)
+        Tokenizer.from_pretrained(folder)
 
 
 def llama(folder: Path) -> Path:
@@ -366,7 +366,7 @@ def llama(folder: Path) -> Path:
 
 
 def test_llama_folder(tmp_path: Path) -> None:
-    loaded = Tokenizer.from_folder(llama(tmp_path / "llama"))
+    loaded = Tokenizer.from_pretrained(llama(tmp_path / "llama"))
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (1, 2, 2, 269)
     assert loaded.encode("red 별") == [266, 268]
     for text in ("red 별 빨간 ✨ red", " a  b", "</s> red <s>", "", "a\nb"):
@@ -383,7 +383,7 @@ def test_bert_folder(tmp_path: Path, cased: bool) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(words.split()), "utf-8")
     if cased:
         write(tmp_path, tokenizer_config={"do_lower_case": False})
-    loaded = Tokenizer.from_folder(tmp_path)
+    loaded = Tokenizer.from_pretrained(tmp_path)
     assert (loaded.pad_id, loaded.bos_id, loaded.eos_id) == (0, 2, 3)
     ids = loaded.encode("a red, red star. stars")
     assert loaded.decode(ids) == "a red, red star. stars" == loaded.backend.decode(ids)
@@ -392,8 +392,8 @@ def test_bert_folder(tmp_path: Path, cased: bool) -> None:
     assert loaded.decode(loaded.encode("[SEP] a")) == ("[ SEP ] a" if cased else "[ sep ] a")
     if cased:  # the other one takes Hangul apart, as Google's does
         assert loaded.words(loaded.encode("a 별이")) == [("a", [0]), ("별이", [1, 2])]
-    loaded.save(tmp_path / "again")
-    assert Tokenizer.from_folder(tmp_path / "again").encode("A stars") == loaded.encode("A stars")
+    loaded.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").encode("A stars") == loaded.encode("A stars")
 
 
 # ------------------------------------------------------------------------- Korean in the hub's three other forms
@@ -481,7 +481,7 @@ def test_korean_in_the_forms_of_the_hub(form: str, tmp_path: Path) -> None:
     """Ids and texts are those of transformers on the same file; words own their tokens; saved, it is the same."""
     transformers = pytest.importorskip("transformers")
     folder = FORMS[form](tmp_path / "hub")
-    ours, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, theirs = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
     split = 0
     for text in (*SENTENCES, "빨간 원이 별빛", "작은 원과 파란 별."):
         ids = ours.encode(text)
@@ -498,8 +498,8 @@ def test_korean_in_the_forms_of_the_hub(form: str, tmp_path: Path) -> None:
         ]
         split += sum(len(places) > 1 for _, places in words)
     assert split, "no word has several tokens: the pieces inside words were not looked at"
-    ours.save(tmp_path / "again")
-    again = Tokenizer.from_folder(tmp_path / "again")
+    ours.save_pretrained(tmp_path / "again")
+    again = Tokenizer.from_pretrained(tmp_path / "again")
     for text in SENTENCES:
         assert again.decode(again.encode(text)) == ours.decode(ours.encode(text))
         assert again.encode(text) == ours.encode(text)
@@ -528,7 +528,7 @@ def test_clip_folder(tmp_path: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, tokenizer_config={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"})
-    loaded = Tokenizer.from_folder(tmp_path)
+    loaded = Tokenizer.from_pretrained(tmp_path)
     assert loaded.decode(loaded.encode("sra a")) == "sra a"
     assert loaded.words(loaded.encode("sra a")) == [("sra", [0]), ("a", [1])]
 
@@ -543,7 +543,7 @@ def test_models_that_spell_special_tokens_by_themselves(tmp_path: Path) -> None:
     backend.add_special_tokens([AddedToken("<unk>", special=True)])  # the one special token that text may get
     assert 1 in backend.encode("a </s> a").ids
     backend.save(str(tmp_path / "tokenizer.json"))
-    loaded = Tokenizer.from_folder(
+    loaded = Tokenizer.from_pretrained(
         write(tmp_path, special_tokens_map={"eos_token": "</s>", "unk_token": "<unk>"})
     )
     assert 1 not in loaded.encode("a </s> a")
@@ -552,36 +552,36 @@ def test_models_that_spell_special_tokens_by_themselves(tmp_path: Path) -> None:
 
 
 def test_truncation_of_a_hub_tokenizer_is_switched_off(tmp_path: Path) -> None:
-    loaded = Tokenizer.from_folder(llama(tmp_path / "llama"))
+    loaded = Tokenizer.from_pretrained(llama(tmp_path / "llama"))
     assert len(loaded.encode("red " * 50)) > 50
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"nowhere: no such folder"):
-        Tokenizer.from_folder(tmp_path / "nowhere")
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json, .* it holds: nothing"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
     write(tmp_path, config={"a": 1})
     with pytest.raises(ValueError, match=r"it holds: config\.json"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
     write(tmp_path, tokenizer='{"model": ')
     with pytest.raises(ValueError, match=r"tokenizer\.json: not readable as a tokenizer: "):
-        Tokenizer.from_folder(tmp_path)
-    tokenizer.save(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     write(tmp_path, config="[1]")
     with pytest.raises(ValueError, match=r"config\.json: holds a list, not an object"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
     write(tmp_path, config="{")
     with pytest.raises(ValueError, match=r"config\.json: not readable as JSON: "):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
     shutil.rmtree(tmp_path)
-    tokenizer.save(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     write(tmp_path, tokenizer_config=values | {"languages": ["en", "fr"]})
     with pytest.raises(
         ValueError, match=r"tokenizer_config\.json: languages names 'fr', but '<\|fr\|>' is not"
     ):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
 
 
 HUBS = {"gpt2": gpt2, "llama": llama, "bert": lambda folder: bert(folder)}
@@ -596,10 +596,10 @@ def bert(folder: Path) -> Path:
 
 @pytest.mark.parametrize("hub", HUBS)
 def test_special_tokens_are_added_behind_those_of_a_hub(hub: str, tmp_path: Path) -> None:
-    old = Tokenizer.from_folder(HUBS[hub](tmp_path / "hub"))
+    old = Tokenizer.from_pretrained(HUBS[hub](tmp_path / "hub"))
     assert old.image_id is None
     before = {text: old.encode(text) for text in ("a red star", "별이 <|image|> <|ko|>")}
-    new = old.with_specials(image=True, languages=["en", "ko"], tokens=["<|endofchunk|>"])
+    new = old.with_special_tokens(image=True, languages=["en", "ko"], tokens=["<|endofchunk|>"])
     count = old.vocab_size
     assert new.vocab_size == count + 4
     assert new.image_id == count
@@ -611,12 +611,12 @@ def test_special_tokens_are_added_behind_those_of_a_hub(hub: str, tmp_path: Path
     for text, ids in before.items():
         assert new.encode(text) == ids
     assert new.decode([count, *before["a red star"], count + 2]) == "a red star"
-    new.save(tmp_path / "new")
-    again = Tokenizer.from_folder(tmp_path / "new")
+    new.save_pretrained(tmp_path / "new")
+    again = Tokenizer.from_pretrained(tmp_path / "new")
     assert (again.image_id, again.languages, again.vocab_size) == (count, ("en", "ko"), count + 4)
     assert again.encode("별이 <|image|> <|endofchunk|>") == new.encode("별이 <|image|> <|endofchunk|>")
-    assert again.with_specials(image=True, languages=["ko"]).backend.to_str() == again.backend.to_str()
-    more = again.with_specials(languages=["ko", "fr", "fr"])
+    assert again.with_special_tokens(image=True, languages=["ko"]).backend.to_str() == again.backend.to_str()
+    more = again.with_special_tokens(languages=["ko", "fr", "fr"])
     assert (more.languages, more.prompt("fr")[1]) == (("en", "ko", "fr"), count + 4)
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "new")
     assert theirs.convert_tokens_to_ids(["<|image|>", "<|en|>", "<|ko|>"]) == [count, count + 1, count + 2]
@@ -624,20 +624,20 @@ def test_special_tokens_are_added_behind_those_of_a_hub(hub: str, tmp_path: Path
 
 def test_special_tokens_cannot_fall_in_gaps(tokenizer: Tokenizer) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 9, EOS: 1}, unk_token="a"))
-    gaps = Tokenizer(backend, bos=EOS, pad=EOS)
+    gaps = Tokenizer(backend, bos_token=EOS, pad_token=EOS)
     with pytest.raises(
         ValueError, match=r"<\|image\|> got the ids \[3\], not those from 10 on.* 3 tokens have gaps"
     ):
-        gaps.with_specials(image=True)
+        gaps.with_special_tokens(image=True)
     with pytest.raises(ValueError, match="language 'K-O' is not a code"):
-        tokenizer.with_specials(languages=["K-O"])
+        tokenizer.with_special_tokens(languages=["K-O"])
 
 
 def test_a_decoder_learns_the_tokens_that_a_tokenizer_was_given(tmp_path: Path) -> None:
     from mmtransformer import ExtendedVocabulary, TextDecoder
 
-    old = Tokenizer.from_folder(llama(tmp_path / "llama"))
-    new = old.with_specials(image=True, languages=["ko"])
+    old = Tokenizer.from_pretrained(llama(tmp_path / "llama"))
+    new = old.with_special_tokens(image=True, languages=["ko"])
     decoder = TextDecoder(old.vocab_size, 24, 1, 4, max_len=29)
     decoder = ExtendedVocabulary(decoder, new.vocab_size - old.vocab_size, first=old.vocab_size)
     ids = torch.tensor([[*new.prompt("ko"), new.image_id or 0, *new.encode("red 별")]])
@@ -649,14 +649,14 @@ def test_constructor_names_the_missing_token() -> None:
     with pytest.raises(ValueError, match=r"the eos token '<\|eos\|>' is not among the 3 tokens"):
         Tokenizer(backend)
     with pytest.raises(ValueError, match=r"the image token '<\|image\|>' is not among the 3 tokens"):
-        Tokenizer(backend, eos="a", image=IMAGE)
+        Tokenizer(backend, eos_token="a", image_token=IMAGE)
     with pytest.raises(ValueError, match=r"the language ko token '<\|ko\|>' is not among"):
-        Tokenizer(backend, eos="a", languages=["ko"])
+        Tokenizer(backend, eos_token="a", languages=["ko"])
 
 
 def test_gaps_among_the_ids_count() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 9, EOS: 11}, unk_token="a"))
-    loaded = Tokenizer(backend, bos=EOS, pad=EOS)
+    loaded = Tokenizer(backend, bos_token=EOS, pad_token=EOS)
     assert loaded.vocab_size == 12
     assert loaded.decode([9, 0]) == "b a"
     assert loaded.pieces([9, 5, 9]) == ["b", "", " b"]

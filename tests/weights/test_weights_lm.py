@@ -428,7 +428,7 @@ def test_windows_forget_and_stay_within_packed_documents() -> None:
 @pytest.mark.skipif("MMT_DATA" not in os.environ, reason="MMT_DATA names no folder of real data")
 def test_a_real_tiny_llama_tells_transformers_story() -> None:
     path = Path(os.environ["MMT_DATA"]) / "weights" / "stories260k"
-    ours, tokenizer = load_lm(path), Tokenizer.from_folder(path)
+    ours, tokenizer = load_lm(path), Tokenizer.from_pretrained(path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("Once upon a time")]])
     count = 200

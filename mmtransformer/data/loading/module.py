@@ -158,7 +158,7 @@ class Data(lightning.LightningDataModule, ABC):
         if self._given is None:
             return self.train_tokenizer()
         given = self._given
-        return given if isinstance(given, Tokenizer) else Tokenizer.from_folder(find_folder(given))
+        return given if isinstance(given, Tokenizer) else Tokenizer.from_pretrained(find_folder(given))
 
     @property
     def tokenizer_hash(self) -> str:

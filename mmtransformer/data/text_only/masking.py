@@ -21,7 +21,7 @@ _MARKS = frozenset((string.punctuation + string.whitespace).encode())
 def with_mask(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer, with a mask token if it had none."""
     known = any(tokenizer.backend.token_to_id(mask) is not None for mask in MASKS)
-    return tokenizer if known else tokenizer.with_specials(tokens=[MASKS[-1]])
+    return tokenizer if known else tokenizer.with_special_tokens(tokens=[MASKS[-1]])
 
 
 class Masking:
@@ -56,7 +56,7 @@ class Masking:
         if mask_id is None:
             raise ValueError(
                 f"none of the tokenizer's {tokenizer.vocab_size} tokens is {', '.join(MASKS)}: "
-                f"add one (Tokenizer.with_specials)"
+                f"add one (Tokenizer.with_special_tokens)"
             )
         self.mask_id, self.share, self.whole_words = mask_id, share, whole_words
         self.hidden, self.changed = hidden, changed

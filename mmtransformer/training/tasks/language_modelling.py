@@ -182,7 +182,7 @@ class LanguageModelling(Task):
 
 
 def save_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
-    """Writes a language model and its tokenizer into one folder, for `weights.load_lm` and `Tokenizer.from_folder`.
+    """Writes a language model and its tokenizer into one folder, for `weights.load_lm` and `Tokenizer.from_pretrained`.
 
     Args:
         decoder: The model.
@@ -192,7 +192,7 @@ def save_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, *,
     """
     assert isinstance(decoder, Pretrained)
     decoder.save_pretrained(folder)
-    tokenizer.save(folder)
+    tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in decoder.parameters())
     head = ["library_name: mmtransformer", "pipeline_tag: text-generation"]
     head += [f"language: [{', '.join(tokenizer.languages)}]"] if tokenizer.languages else []
@@ -209,7 +209,7 @@ A language model of mmtransformer: {parameters / 1e6:.1f} million parameters, {t
 from mmtransformer import Tokenizer
 from mmtransformer.weights import load_lm
 
-decoder, tokenizer = load_lm("{folder.name}"), Tokenizer.from_folder("{folder.name}")  # this folder
+decoder, tokenizer = load_lm("{folder.name}"), Tokenizer.from_pretrained("{folder.name}")  # this folder
 ```
 
 {note}

@@ -180,7 +180,7 @@ def save_encoder(encoder: TextEncoder, tokenizer: Tokenizer, folder: Path, *, no
         note: More for the folder's README.md: scores, say.
     """
     encoder.save_pretrained(folder)
-    tokenizer.save(folder)
+    tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in encoder.parameters())
     title = folder.parent.name if folder.name == "model" else folder.name
     card = f"""---
@@ -195,7 +195,8 @@ A text encoder of mmtransformer: {parameters / 1e6:.1f} million parameters, {tok
 ```python
 from mmtransformer import TextEncoder, Tokenizer
 
-encoder, tokenizer = TextEncoder.from_pretrained("{folder.name}"), Tokenizer.from_folder("{folder.name}")  # this folder
+encoder = TextEncoder.from_pretrained("{folder.name}")  # this folder
+tokenizer = Tokenizer.from_pretrained("{folder.name}")
 ```
 
 {note}

@@ -222,7 +222,7 @@ def test_a_run_goes_on_with_what_it_had(tokenizer: Tokenizer, tmp_path: Path) ->
     data = Rich(tokenizer=tokenizer, vocab_size=300)
     state = data.state_dict()
     assert state == {"tokenizer": data.tokenizer_hash, "size": 23}
-    tokenizer.save(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     Rich(tokenizer=str(tmp_path)).load_state_dict(state)
     with pytest.raises(
         ValueError, match=r"cannot resume: the size of the run was 23 and is now 22, so its batches"

@@ -293,7 +293,7 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
     out = capsys.readouterr().out
     assert "0.3" in out or "padding" in out
     assert f"{score['perplexity']:.2f}" in out
-    saved, tokenizer = load_lm(tmp_path / "model"), Tokenizer.from_folder(tmp_path / "model")
+    saved, tokenizer = load_lm(tmp_path / "model"), Tokenizer.from_pretrained(tmp_path / "model")
     assert isinstance(TextDecoder.from_pretrained(tmp_path / "model"), TextDecoder)
     assert isinstance(saved, TextDecoder)
     batch = next(iter(data.train_dataloader()))

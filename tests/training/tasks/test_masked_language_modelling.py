@@ -431,7 +431,7 @@ def test_a_run_learns_and_leaves_model_scores_and_filled_texts(
     assert f"hidden words right {score['words']:.1%}" in out
     saved, tokenizer = (
         TextEncoder.from_pretrained(tmp_path / "model"),
-        Tokenizer.from_folder(tmp_path / "model"),
+        Tokenizer.from_pretrained(tmp_path / "model"),
     )
     batch = next(iter(data.val_dataloader()[0]))
     torch.testing.assert_close(saved(batch.tokens), module.encoder(batch.tokens), atol=0, rtol=0)
