@@ -105,26 +105,9 @@ def save_lm(
     """
     config, tensors = to_transformers(decoder, family)
     if tokenizer is not None:
-<<<<<<< HEAD
         tokenizer.save_pretrained(folder)
     roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("pad", "bos", "eos")}
     write_folder(folder, config | roles, tensors)
-=======
-        roles = {
-            "pad_token_id": tokenizer.pad_id,
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-        }
-        tokenizer.save_pretrained(folder)
-    if decoder.tied:
-        tensors.pop("lm_head.weight")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with weights_written_to(folder / WEIGHTS):
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config | roles, indent=2) + "\n", encoding="utf-8")
-    open_weights(folder)
->>>>>>> 233b84c (Tokenizer: from_pretrained and save_pretrained, bos_token and its kind, with_special_tokens, min_frequency: transformers' and tokenizers' names)
 
 
 def load_lm(
@@ -204,35 +187,5 @@ def load_tokenizer(
     Raises:
         ValueError: if there is no tokenizer, or it cannot get these tokens.
     """
-<<<<<<< HEAD
     tokenizer = Tokenizer.from_pretrained(find_folder(source))
     return tokenizer.with_special_tokens(image=image, languages=languages, tokens=tokens)
-=======
-    tokenizer = Tokenizer.from_pretrained(find_folder(source))
-    return tokenizer.with_special_tokens(image=image, languages=languages, tokens=tokens)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a hub-style folder, of one file or of the shards that its index names.
-
-    Raises:
-        ValueError: naming files that are missing or damaged, and tensors that the index promises and no shard has.
-    """
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
-    if not (folder / _INDEX).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        there = f"; {', '.join(pickles[:3])} can run code when read, so convert it first" if pickles else ""
-        raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{there}")
-    places = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f'{folder / _INDEX} has no "weight_map" from tensors to files')
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{folder / _INDEX} names {name}, which is not a file of this folder")
-        tensors |= read_safetensors(folder / name)
-    if missing := sorted(set(places) - set(tensors)):
-        raise ValueError(f"{folder}: no shard has {', '.join(missing[:5])} ({len(missing)} in all)")
-    return tensors
->>>>>>> 233b84c (Tokenizer: from_pretrained and save_pretrained, bos_token and its kind, with_special_tokens, min_frequency: transformers' and tokenizers' names)
