@@ -113,7 +113,7 @@ def test_the_same_gradients_and_heat(kind: str) -> None:
 
     def learned(batch: Any) -> dict[str, Tensor]:
         model.zero_grad()
-        model.loss(batch).sum.backward()
+        model(batch).loss.backward()
         return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
     want, seen = learned(batch), model.attention_map(batch)

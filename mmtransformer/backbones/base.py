@@ -6,7 +6,7 @@ Letters: b rows, q new tokens, k tokens so far, d width of a token, e width of a
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,26 @@ def kept_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.copy_(kept) if kept.shape == x.shape else kept
 
 
+class State(Protocol):
+    """What a model remembers between decoding steps."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows of text, in their order; beams stay within the rows of their sample."""
+        ...
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
+def repeat_rows(logits: Tensor, state: AnyState, expand_size: int) -> tuple[Tensor, AnyState]:
+    """Logits (b v) and the state of decoding with every row `expand_size` times, side by side (beams, samples)."""
+    if expand_size == 1:
+        return logits, state
+    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(expand_size)
+    state.reorder(rows)
+    return logits.index_select(0, rows), state
+
+
 class Decoder(nn.Module, ABC):
     """The contract of a causal language model: tokens -> logits, with caches, and a door for bridges.
 
@@ -226,15 +246,10 @@ class Decoder(nn.Module, ABC):
         Returns:
             Logits of the first new token (b * copies, vocab_size), and the state to give to `decode_step`.
         """
-        rows, count = batch.tokens.shape
-        state = self.new_state(count + max_new_tokens)
+        state = self.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         logits = self.head(self(batch.tokens, attention_mask=attention_mask, state=state)[:, -1])
-        if expand_size > 1:
-            order = torch.arange(rows, device=logits.device).repeat_interleave(expand_size)
-            state.reorder(order)
-            logits = logits.index_select(0, order)
-        return logits, state
+        return repeat_rows(logits, state, expand_size)
 
     def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.decoder import DecoderState, TextDecoder
 from mmtransformer.batch import Batch
 from mmtransformer.layers.attention import Attention, KeyValue
@@ -284,21 +285,16 @@ class Transformer(Pretrained, nn.Module):
         Returns:
             Logits of the first new token (n * copies, vocab_size), and the state to give to `decode_step`.
         """
-        n, length = batch.tokens.shape
         source_attention_mask = (
             None if bool(batch.source_attention_mask.all()) else batch.source_attention_mask
         )
         source = self.project(self.encode(batch.source, attention_mask=source_attention_mask))
-        state = self.decoder.new_state(length + max_new_tokens)
+        state = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         logits = self.head(
             self.decode(batch.tokens, source, attention_mask=attention_mask, state=state)[:, -1]
         )
-        if expand_size > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
-            state.reorder(rows)
-            logits = logits.index_select(0, rows)
-        return logits, TransformerState(state, source)
+        return repeat_rows(logits, TransformerState(state, source), expand_size)
 
     def decode_step(self, tokens: Tensor, state: TransformerState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""

@@ -1,42 +1,56 @@
-"""What a captioner is: pictures and a prompt -> logits, whatever the bridge between vision and language.
+"""What a captioner is: images and a prompt -> logits, whatever connects vision and language.
 
-Everything above (training, generation, evaluation) speaks only to this contract, so a bridge is exchanged in a word.
+Everything above (training, generation, evaluation) speaks only to this contract, so a connector is exchanged in a word.
 
-Letters: b samples, i pictures of a sample, p visual tokens of a picture, n = b * r rows of text (r texts share a
-sample's pictures, and are consecutive), q text tokens, d width of a token, gh gw rows and columns of patches.
+Shapes: n rows of text, r of each of the b samples, side by side: they share its images; gh gw rows and columns of
+patches.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, TypeVar, overload
 
+import torch
+from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.backbones.base import DecoderState, State, kept_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch
+from mmtransformer.layers.attention import KeyValue
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# The fields of a `CaptionBatch` that have a place for every text token.
+_TOKEN_FIELDS = ("tokens", "attention_mask", "loss_mask", "image_index", "first_image_index", "document_ids")
+
+INSTRUCTION = ("instruction", "instruction_attention_mask")
+"""The fields that an `InstructBatch` adds."""
+
 
 @dataclass
 class CaptionBatch(Batch):
-    """Pictures with their texts.
+    """Images with their texts.
 
     Attributes:
         tokens: (n q) long: prompt, caption and end-of-sequence, padded on the right; a prompt alone, on the left.
         attention_mask: (n q) bool, True = a real token.
         loss_mask: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
-        pixels: (b i 3 height width).
+        pixels: (b i 3 height width); (b 3 height width) is taken as one image a sample.
         visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
         names: the b samples' names.
         references: the b samples' captions, each (text, language).
-        image_mask: (b i) bool, which of a sample's pictures are real, where samples have different numbers; None = all.
-        image_index: (n q) long: number (from 1) of the last picture that has come up to and including a token, 0 = none
-            in its own document; None = all pictures stand before the text.
-        first_image_index: (n q) long: number of the first picture of the token's own document; None = 1.
+        image_mask: (b i) bool, which of a sample's images are real, where samples have different numbers; None = all.
+        image_index: (n q) long: number (from 1) of the last image that has come up to and including a token, 0 = none
+            in its own document; None = all images stand before the text.
+        first_image_index: (n q) long: number of the first image of the token's own document; None = 1.
         document_ids: (n q) long: number (from 0) of the token's document in a packed row; None = one document a row.
+
+    Raises:
+        ValueError: if pixels have another number of dimensions.
     """
 
     tokens: Tensor
@@ -51,9 +65,13 @@ class CaptionBatch(Batch):
     first_image_index: Tensor | None = None
     document_ids: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.pixels is not None and self.pixels.ndim != 5:
+            self.pixels = _with_images(self.pixels)
+
     @property
     def visual(self) -> Tensor:
-        """The pictures in whatever form they came, pixels or cached tokens: (b i ...).
+        """The images in whatever form they came, pixels or cached tokens: (b i ...).
 
         Raises:
             ValueError: if the batch has neither.
@@ -65,95 +83,224 @@ class CaptionBatch(Batch):
 
     def truncate(self, length: int) -> Self:
         """The batch with only the first `length` tokens of every row."""
-        rows = ("tokens", "attention_mask", "loss_mask", "image_index", "first_image_index", "document_ids")
-        found = {name: getattr(self, name) for name in rows}
-        return replace(self, **{name: x[:, :length] for name, x in found.items() if x is not None})
+        kept: dict[str, Tensor] = {}
+        for name in _TOKEN_FIELDS:
+            if (x := getattr(self, name)) is not None:
+                kept[name] = x[:, :length]
+        return replace(self, **kept)
 
 
-class State(Protocol):
-    """What a captioner remembers between decoding steps."""
+@dataclass(frozen=True)
+class Output:
+    """What a captioner's `forward` gives.
+
+    Attributes:
+        sums: the loss as a sum and a count, for training over micro-batches and processes, which divides at the end.
+        logits: (n q vocab), of every token, where they were asked for; else None: training needs those of the
+            predicted tokens only, and makes no others.
+        terms: what the loss is made of, by name (detached scalars), where it is made of several.
+    """
+
+    sums: Loss
+    logits: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over what is predicted, a scalar, 0 where nothing is: what to call `backward` on."""
+        return self.sums.sum / self.sums.count.clamp(min=1)
+
+
+class CrossAttentionState:
+    """What decoding remembers where blocks read images by cross-attention.
+
+    Args:
+        decoder: the decoder's caches.
+        context: keys and values of the images for each block that reads them, shared by a sample's rows; None = there
+            is no image.
+        mask: (n k) bool, which of the context's tokens new text tokens see; None = all.
+        text: the caches of a second decoder, whose result the first one reads.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderState,
+        context: list[KeyValue] | None,
+        mask: Tensor | None = None,
+        *,
+        text: DecoderState | None = None,
+    ) -> None:
+        self.decoder, self.context, self.text = decoder, context, text
+        # Rows share memory in a broadcast mask, and could not be reordered in place.
+        self.mask = None if mask is None else mask.clone(memory_format=torch.contiguous_format)
 
     def reorder(self, rows: Tensor) -> None:
-        """Keeps the given rows of text, in their order; a row stays within its sample's rows (beams)."""
-        ...
+        """Reorders what belongs to rows of text; the images' keys and values stay where they are."""
+        self.decoder.reorder(rows)
+        if self.text is not None:
+            self.text.reorder(rows)
+        if self.mask is not None:
+            self.mask = kept_rows(self.mask, rows)
 
 
 class Captioner(Pretrained, nn.Module, ABC):
-    """The contract of every bridge. Towers whose parameters are all frozen stay in evaluation mode."""
+    """The contract of every captioner: a vision encoder, a language model, and what connects them.
 
-    vision: ViT
+    `forward` gives the loss. A captioner's own file shows its `hidden_states`, which reads like the figure of its
+    paper, and how it decodes (`prefill`, `decode_step`). Parts whose parameters are all frozen stay in evaluation mode.
+    What of the vision encoder no captioner reads, its pooling and its classes, is frozen: it would get no gradient,
+    which plain data-parallel training does not take.
+
+    Args:
+        vision: the vision encoder; its `forward_features` gives the visual tokens.
+        freeze_vision: whether it is taken out of training (its features can then be cached).
+        train_norm: whether the last norm of a frozen one learns, as in BLIP-2's own code; `encode` then gives, and a
+            cache keeps, the tokens before it.
+
+    Raises:
+        ValueError: for `train_norm` without `freeze_vision`.
+    """
+
+    decoder: Any
+    """The language model: a `Decoder`, or an encoder-decoder."""
+    unread: tuple[str, ...] = ("image_index", "first_image_index", "document_ids", *INSTRUCTION)
+    """Fields of a batch that this captioner could not heed, and refuses."""
+
+    def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
+        super().__init__()
+        if train_norm and not freeze_vision:
+            raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
+        self.vision, self.freeze_vision, self.train_norm = vision, freeze_vision, train_norm
+        if freeze_vision:
+            freeze(vision)
+            vision.norm.requires_grad_(train_norm)
+        for part in (vision.attn_pool, vision.head):
+            if part is not None:
+                part.requires_grad_(False)
 
     @property
-    @abstractmethod
     def vocab_size(self) -> int:
         """Number of token ids that the head scores."""
+        return self.decoder.vocab_size
 
     @property
-    @abstractmethod
     def max_len(self) -> int:
         """Most text tokens of a row, prompt included."""
+        return self.decoder.max_len
 
-    @abstractmethod
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The vision tower's tokens, (b i 3 height width) -> (b i p d): what a feature cache keeps."""
+    def forward(
+        self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False
+    ) -> Output:
+        """The loss of the captions, each token given the images and the tokens before it.
+
+        Args:
+            batch: images and right-padded rows of text.
+            label_smoothing: share of the target's probability that is spread over the vocabulary.
+            return_logits: whether to give the logits of every token, not only the loss.
+
+        Raises:
+            ValueError: if a row is longer than can be read or not padded on the right, or the batch has fields that
+                this captioner cannot heed.
+        """
+        check_rows(self, batch)
+        q = batch.tokens.shape[1] - (not return_logits)  # The last token predicts nothing.
+        hidden = self.hidden_states(batch.truncate(q))
+        logits, head = None, self.head
+        if return_logits:
+            hidden = logits = head(hidden)
+            head = nn.Identity()
+        sums = next_token_loss(hidden, batch.tokens, batch.loss_mask, head, label_smoothing=label_smoothing)
+        return Output(sums, logits)
 
     @abstractmethod
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states before the head, for right-padded rows: (n q d)."""
 
-    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Logits: (... d) -> (... vocab)."""
+        return self.decoder.head(hidden)
 
     @abstractmethod
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, State]:
-        """Reads pictures and left-padded prompts, once; then every row stands `expand_size` times, side by side.
+        """Reads images and left-padded prompts, once; then every row stands `expand_size` times, side by side.
 
         Returns:
-            Logits of the first new token (n * copies, vocab), and the state to give to `decode_step`.
+            Logits of the first new token (n * expand_size, vocab), and the state to give to `decode_step`.
         """
 
     @abstractmethod
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
-        """Adds one token a row to what `prefill` gave: (m) long -> logits of the next (m vocab), m = n copies."""
+        """Adds one token a row to what `prefill` gave: (n) long -> logits of the next (n vocab)."""
 
     @abstractmethod
     def attention_map(self, batch: CaptionBatch) -> Tensor:
-        """Where each text token looks in the pictures: (n q i gh gw), at most 1 in sum over all patches."""
-
-    def loss(self, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
-        """What is trained on: the loss of the captions, for most captioners."""
-        return caption_loss(self, batch, label_smoothing=label_smoothing)
+        """Where each text token looks in the images: (n q i gh gw), at most 1 in sum over all patches."""
 
     def logits(self, batch: CaptionBatch) -> Tensor:
         """Logits of every token of right-padded rows: (n q vocab)."""
+        check_rows(self, batch)
         return self.head(self.hidden_states(batch))
 
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The vision encoder's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d)."""
+        pixels = pixels if pixels.ndim == 5 else _with_images(pixels)
+        flat = rearrange(pixels, "b i c h w -> (b i) c h w")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            if self.train_norm:
+                features = self.vision.forward_intermediates(flat, [-1])[0]
+            else:
+                features = self.vision.forward_features(flat)
+        return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
+
     def visual_tokens(self, batch: CaptionBatch) -> Tensor:
-        """The batch's visual tokens (b i p d): those of a cache, else of its pixels.
+        """The batch's visual tokens (b i p d), normed: those of a cache, else of its pixels.
 
         Raises:
-            ValueError: if the batch has neither.
+            ValueError: if the batch has neither, or fields that this captioner cannot heed.
         """
-        if batch.visual_tokens is not None:
-            return batch.visual_tokens
-        if batch.pixels is None:
-            raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
-        return self.encode(batch.pixels.to(next(self.vision.parameters()).dtype))
+        self.check_fields(batch)
+        visual = batch.visual
+        if batch.visual_tokens is None:
+            visual = self.encode(visual.to(self.vision.pos_embed.dtype))
+        norm = self.vision.norm
+        return norm(visual.to(next(norm.parameters()).dtype)) if self.train_norm else visual
+
+    def check_fields(self, batch: CaptionBatch) -> None:
+        """Refuses a batch with fields that this captioner cannot heed.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        for name in self.unread:
+            if getattr(batch, name, None) is not None:
+                raise ValueError(f"a {type(self).__name__} cannot heed a batch's {name}")
+
+    def grid(self, batch: CaptionBatch) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        return self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for all but frozen towers: no dropout, no stochastic depth where nothing learns."""
+        """Training mode for all but frozen parts: no dropout, no stochastic depth where nothing learns."""
         super().train(mode)
-        for tower in self.children():
-            if is_frozen(tower):
-                tower.eval()
+        for part in self.children():
+            if is_frozen(part) or (part is self.vision and self.freeze_vision):  # Its last norm may learn.
+                part.eval()
         return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay spares, beside biases and norms: those that its parts name."""
+        return {
+            f"{path}.{name}"
+            for path, part in self.named_modules()
+            if path and hasattr(part, "no_weight_decay")
+            for name in part.no_weight_decay()  # pyright: ignore[reportCallIssue]
+        }
 
 
 def freeze(module: Module) -> Module:
-    """Takes a tower out of training: no gradients, evaluation mode (which `Captioner.train` then keeps)."""
+    """Takes a part out of training: no gradients, evaluation mode (which `Captioner.train` then keeps)."""
     return module.requires_grad_(False).eval()
 
 
@@ -163,31 +310,70 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Loss:
-    """Cross-entropy of the target tokens (`next_token_loss`); zero, gradient too, where there are none.
+@overload
+def caption_loss(
+    captioner: Captioner,
+    batch: CaptionBatch,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean"] = "mean",
+) -> Tensor: ...
+@overload
+def caption_loss(
+    captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0, reduction: Literal["sum"]
+) -> Loss: ...
+def caption_loss(
+    captioner: Captioner,
+    batch: CaptionBatch,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor | Loss:
+    """Cross-entropy of the captions alone, also where a captioner trains on other losses beside it.
 
     Args:
         captioner: the model.
         batch: right-padded rows.
         label_smoothing: share of the target's probability that is spread over the vocabulary.
+        reduction: "mean" over the predicted tokens, a scalar; or their "sum" and count.
+
+    Returns:
+        Zero, gradient too, where no token is to be predicted.
 
     Raises:
-        ValueError: if a row is longer than the captioner can read.
+        ValueError: as `Captioner.forward`, and for another reduction.
     """
-    check_rows(captioner, batch)
-    hidden = captioner.hidden_states(batch.truncate(batch.tokens.shape[1] - 1))
-    return next_token_loss(
-        hidden, batch.tokens, batch.loss_mask, captioner.head, label_smoothing=label_smoothing
-    )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not "{reduction}"')
+    output = Captioner.forward(captioner, batch, label_smoothing=label_smoothing)
+    return output.loss if reduction == "mean" else output.sums
 
 
 def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
-    """Refuses rows that cannot be read to their end.
+    """Refuses rows of text that would not be read as they are meant.
 
     Raises:
-        ValueError: if a row is longer than the captioner can read.
+        ValueError: if a row is longer than the captioner can read, or (on a CPU: elsewhere it would be a wait for the
+            device) has padding that is not at its end.
     """
-    if batch.tokens.shape[1] > captioner.max_len:
+    mask = batch.attention_mask
+    if mask.shape[1] > captioner.max_len:
         raise ValueError(
-            f"rows of {batch.tokens.shape[1]} tokens, but the captioner reads {captioner.max_len} at most"
+            f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most"
         )
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        late = (mask[:, 1:] > mask[:, :-1]).any(1)
+        if bool(late.any()):
+            raise ValueError(
+                f"row {int(late.nonzero()[0])} has real tokens behind padding: only prompts are padded on the left"
+            )
+
+
+def _with_images(pixels: Tensor) -> Tensor:
+    """Pixels (b 3 height width) of one image a sample, as (b 1 3 height width)."""
+    if pixels.ndim != 4:
+        raise ValueError(
+            "pixels are (samples, images of a sample, 3, height, width), or (samples, 3, height, width) with one image "
+            f"each, not {tuple(pixels.shape)}"
+        )
+    return pixels[:, None]

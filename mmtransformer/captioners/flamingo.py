@@ -1,8 +1,7 @@
 """Flamingo: gated attention to pictures inside a frozen language model, pictures anywhere in the text.
 
-Letters: b samples, i pictures of a sample, p visual tokens of a picture, l latents of a picture, n rows of text (b
-divides n), m rows while decoding (beams; n divides m), q text tokens, k latents of all pictures, d width of a token,
-h heads, gh gw rows and columns of patches.
+Shapes: n rows of text, r of each of the b samples, side by side; l latents of an image, k latents of all images of a
+sample, gh gw rows and columns of patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +13,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import Decoder, DecoderState, kept_rows
+from mmtransformer.backbones.base import Decoder, repeat_rows
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
+from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, CrossAttentionState, freeze
 from mmtransformer.captioners.image_attention_mask import (
     VisibleImages,
     check_visible_images,
@@ -26,29 +26,8 @@ from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention, KeyValue, cast_once
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
 from mmtransformer.layers.config import Activation, Norm
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
-
-Door = Callable[[int, Tensor], Tensor]
-
-
-class FlamingoState:
-    """The decoder's caches; each gated block's keys and values of the pictures, shared by the rows of a sample.
-
-    Args:
-        decoder: the decoder's state.
-        context: a pair a gated block; None = there is no picture.
-        mask: (m 1 k), which latents new tokens see; None = all.
-    """
-
-    def __init__(self, decoder: DecoderState, context: list[KeyValue] | None, mask: Tensor | None) -> None:
-        self.decoder, self.context = decoder, context
-        self.mask = None if mask is None else mask.clone(memory_format=torch.contiguous_format)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Reorders what belongs to rows of text; the pictures' keys and values stay where they are."""
-        self.decoder.reorder(rows)
-        if self.mask is not None:
-            self.mask = kept_rows(self.mask, rows)
 
 
 class Flamingo(Captioner):
@@ -58,7 +37,7 @@ class Flamingo(Captioner):
     edited nor hooked: everything goes through its `before_block` door.
 
     Args:
-        vision: the vision tower.
+        vision: the vision encoder.
         decoder: the language model.
         resampler: visual tokens to latents; None = the gated blocks read all visual tokens.
         cross_every: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
@@ -74,7 +53,7 @@ class Flamingo(Captioner):
         mlp_without_image: whether the gated MLPs also work on tokens that see no picture, as in OpenFlamingo, Idefics;
             False keeps the language model as it was wherever there is no picture to see.
         visible_images: which pictures a token sees; see `image_attention_mask`.
-        patches_only: leave out the vision tower's class token and registers, as OpenFlamingo does.
+        patches_only: leave out the vision encoder's class token and registers, as OpenFlamingo does.
         dropout: share of the gated branches' results dropped in training.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
         freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
@@ -82,6 +61,8 @@ class Flamingo(Captioner):
     Raises:
         ValueError: if the parts do not fit, or there is no such block.
     """
+
+    unread = INSTRUCTION
 
     def __init__(
         self,
@@ -106,10 +87,10 @@ class Flamingo(Captioner):
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(vision, freeze_vision=freeze_vision)
         if resampler is not None and resampler.dim != vision.dim:
             raise ValueError(
-                f"the resampler's dim ({resampler.dim}) must be the vision tower's ({vision.dim})"
+                f"the resampler's dim ({resampler.dim}) must be the vision encoder's ({vision.dim})"
             )
         if getattr(decoder, "cross_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
@@ -120,7 +101,8 @@ class Flamingo(Captioner):
             raise ValueError(
                 f"{asked} names no ascending list of the decoder's {decoder.depth} blocks (0 to {decoder.depth - 1})"
             )
-        self.vision, self.decoder, self.resampler = vision, decoder, resampler
+        self.decoder = freeze(decoder) if freeze_decoder else decoder
+        self.resampler, self.freeze_decoder = resampler, freeze_decoder
         self.cross_every, self.cross_layers = cross_every, layers
         self.num_heads, self.head_dim, self.qk_norm = num_heads, head_dim, qk_norm
         self.mlp_dim = mlp_dim = 4 * decoder.dim if mlp_dim is None else mlp_dim
@@ -128,7 +110,6 @@ class Flamingo(Captioner):
         self.per_channel, self.mlp_without_image, self.dropout = per_channel, mlp_without_image, dropout
         self.visible_images: VisibleImages = check_visible_images(visible_images)
         self.patches_only = patches_only
-        self.freeze_vision, self.freeze_decoder = freeze_vision, freeze_decoder
 
         width = decoder.dim
         self.gated_blocks = nn.ModuleList(
@@ -153,40 +134,48 @@ class Flamingo(Captioner):
             )
             for _ in layers
         )
-        if freeze_vision:
-            freeze(vision)
-        if freeze_decoder:
-            freeze(decoder)
+        if visible_images == "none":  # What no token sees gets no gradient.
+            parts = [vision, *([] if resampler is None else [resampler]), self.gated_blocks]
+            for part in parts:
+                freeze(part)
+            if mlp_without_image:
+                for block in self.gated_blocks:
+                    for part in (block.norm2, block.mlp, block.mlp_gate):
+                        part.requires_grad_(True)
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids that the head scores."""
-        return self.decoder.vocab_size
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
+        """Hidden states (n q d); rows are padded on the right, and may hold several documents."""
+        latents, mask = self.read_images(batch)
+        before_block = self.gated(latents, mask)
+        return self.decoder(batch.tokens, document_ids=batch.document_ids, before_block=before_block)
 
-    @property
-    def max_len(self) -> int:
-        """Most text tokens of a row, prompt included."""
-        return self.decoder.max_len
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The vision tower's tokens: (b i 3 height width) -> (b i p d)."""
-        b, i = pixels.shape[:2]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
-        return rearrange(features, "(b i) p d -> b i p d", b=b, i=i)
+    def read_images(self, batch: CaptionBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Latents (b k d) and who sees which (n q k); no latents where nobody sees any, no mask where all see all."""
+        self.check_fields(batch)
+        visible = image_attention_mask(batch, self.visible_images)
+        if self.visible_images == "none" or not batch.visual.shape[1]:
+            return None, None
+        # In training images that nobody sees are read all the same: every process computes with the same weights.
+        unseen = (
+            batch.image_mask is not None and not torch.is_grad_enabled() and not bool(batch.image_mask.any())
+        )
+        if unseen:
+            return None, None
+        latents = self.latents(batch)
+        if visible is not None:
+            visible = repeat(visible, "n q i -> n q (i l)", l=latents.shape[2])
+        return cast_once(rearrange(latents, "b i l d -> b (i l) d")), visible
 
     def latents(self, batch: CaptionBatch) -> Tensor:
-        """What the gated blocks read: (b i l d). Pictures that are padding are not computed; theirs are 0."""
+        """What the gated blocks read: (b i l d). Images that are padding are not computed; theirs are 0."""
         if batch.image_mask is None or (self.resampler is not None and self.resampler.max_images):
             return self._resample(self.visual_tokens(batch))
         b, i = batch.image_mask.shape
         real = batch.image_mask.flatten().nonzero()[:, 0]
-        few = {
-            name: visual.flatten(0, 1)[real][:, None]
-            for name, visual in (("pixels", batch.pixels), ("visual_tokens", batch.visual_tokens))
-            if visual is not None
-        }
-        found = self._resample(self.visual_tokens(replace(batch, **few)))[:, 0]
+        real = real if len(real) else real.new_zeros(1)
+        name = "pixels" if batch.visual_tokens is None else "visual_tokens"
+        few = replace(batch, **{name: batch.visual.flatten(0, 1)[real][:, None]})
+        found = self._resample(self.visual_tokens(few))[:, 0]
         latents = found.new_zeros(b * i, *found.shape[1:]).index_copy(0, real, found)
         return rearrange(latents, "(b i) l d -> b i l d", b=b)
 
@@ -198,123 +187,94 @@ class Flamingo(Captioner):
         visual_tokens = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
         return visual_tokens if self.resampler is None else self.resampler(visual_tokens)
 
-    def hidden_states(self, batch: CaptionBatch) -> Tensor:
-        """Hidden states (n q d); rows are padded on the right, and may hold several documents."""
-        context, mask = self._read(batch)
-        door = self._door(context, mask)
-        return self.decoder(batch.tokens, document_ids=batch.document_ids, before_block=door)
+    def gated(
+        self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None
+    ) -> Callable[[int, Tensor], Tensor]:
+        """The hook before the decoder's blocks: runs the gated block of those that have one.
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits: (... d) -> (... vocab)."""
-        return self.decoder.head(hidden)
+        Args:
+            context: latents (b k d), or their keys and values for each gated block; None = there is no image.
+            mask: (n q k) bool, which of them each token sees; None = all.
+        """
+        sees = None if mask is None else mask.any(-1)
+        number_of = {layer: number for number, layer in enumerate(self.cross_layers)}
+        dtype = next(self.gated_blocks.parameters()).dtype
+
+        def before_block(i: int, x: Tensor) -> Tensor:
+            number = number_of.get(i)
+            if number is None:
+                return x
+            read = context if context is None or isinstance(context, Tensor) else context[number]
+            # A frozen language model may be kept in bfloat16: the gated blocks keep the format they learn in.
+            return self.gated_blocks[number](x.to(dtype), read, mask=mask, sees=sees).to(x.dtype)
+
+        return before_block
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, FlamingoState]:
-        """Encodes the pictures once and reads the left-padded prompts; see `Captioner.prefill`."""
+    ) -> tuple[Tensor, CrossAttentionState]:
+        """Encodes the images once and reads the left-padded prompts; see `Captioner.prefill`."""
         if batch.document_ids is not None:
-            raise ValueError("a prompt is one document a row, but segments were given")
-        n, q = batch.tokens.shape
-        latents, mask = self._read(batch)
-        context = None if latents is None else [layer.project_kv(latents) for layer in self._layers]
-        decoder = self.decoder.new_state(q + max_new_tokens)
+            raise ValueError("a prompt is one document a row, but document_ids were given")
+        latents, mask = self.read_images(batch)
+        context = None if latents is None else [block.attn.project_kv(latents) for block in self.gated_blocks]  # pyright: ignore
+        decoder = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         hidden = self.decoder(
             batch.tokens,
             attention_mask=attention_mask,
             state=decoder,
-            before_block=self._door(context, mask),
+            before_block=self.gated(context, mask),
         )
-        logits = self.head(hidden[:, -1])
         if context is not None and mask is not None:
-            context, mask = self._seen_from_now_on(context, mask[:, -1:], batch)
-        state = FlamingoState(decoder, context, mask)
-        if expand_size > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
-            state.reorder(rows)
-            logits = logits.index_select(0, rows)
-        return logits, state
+            context, mask = self._for_new_tokens(context, mask[:, -1], batch)
+        state = CrossAttentionState(decoder, context, mask)
+        return repeat_rows(self.head(hidden[:, -1]), state, expand_size)
 
-    def decode_step(self, tokens: Tensor, state: FlamingoState) -> Tensor:
-        """Adds a token to each row: (m) -> logits of the next (m vocab)."""
-        door = self._door(state.context, state.mask)
-        return self.head(self.decoder(tokens[:, None], state=state.decoder, before_block=door)[:, 0])
+    def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
+        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
+        before_block = self.gated(state.context, None if state.mask is None else state.mask[:, None])
+        hidden = self.decoder(tokens[:, None], state=state.decoder, before_block=before_block)
+        return self.decoder.head(hidden[:, 0])
 
-    @property
-    def _layers(self) -> list[Attention]:
-        return [block.attn for block in self.gated_blocks]  # pyright: ignore[reportReturnType]
-
-    def _read(self, batch: CaptionBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Latents (b k d) and who sees which (n q k); no latents where nobody sees any, no mask where all see all."""
-        seen = image_attention_mask(batch, self.visible_images)
-        blind = self.visible_images == "none" or not batch.visual.shape[1]
-        if blind or (batch.image_mask is not None and not bool(batch.image_mask.any())):
-            return None, None
-        latents = self.latents(batch)
-        if seen is not None:
-            seen = repeat(seen, "n q i -> n q (i l)", l=latents.shape[2])
-        return cast_once(rearrange(latents, "b i l d -> b (i l) d")), seen
-
-    def _door(self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None) -> Door:
-        """What runs before each of the decoder's blocks."""
-        sees = None if mask is None else mask.any(-1)
-        place = {layer: number for number, layer in enumerate(self.cross_layers)}
-        learns = next(self.gated_blocks.parameters()).dtype
-
-        def before_block(i: int, x: Tensor) -> Tensor:
-            if i not in place:
-                return x
-            read = context if context is None or isinstance(context, Tensor) else context[place[i]]
-            # A frozen language model may be kept in bfloat16: the gated blocks keep the format they learn in.
-            return self.gated_blocks[place[i]](x.to(learns), read, mask=mask, sees=sees).to(x.dtype)
-
-        return before_block
-
-    def _seen_from_now_on(
+    def _for_new_tokens(
         self, context: list[KeyValue], mask: Tensor, batch: CaptionBatch
     ) -> tuple[list[KeyValue], Tensor | None]:
-        """What new tokens see: of several pictures, only the one that is the last from now on, where that is so."""
+        """What new tokens see (n k): of several images only the one that is the last by now, where that is so."""
         (n, _), (b, i) = batch.tokens.shape, batch.visual.shape[:2]
         if self.visible_images == "last" and n == b and i > 1:
-            seen = rearrange(mask, "n 1 (i l) -> n i l", i=i)
-            last, rows = seen[..., 0].long().argmax(1), torch.arange(n, device=mask.device)
-            mask = rearrange(seen[rows, last], "n l -> n 1 l")
-            apart = [
-                [rearrange(x, "n g (i l) c -> n i g l c", i=i)[rows, last] for x in kv] for kv in context
+            visible = rearrange(mask, "n (i l) -> n i l", i=i)
+            last, rows = visible[..., 0].long().argmax(1), torch.arange(n, device=mask.device)
+            mask = visible[rows, last]
+            context = [
+                KeyValue(*(rearrange(x, "n g (i l) c -> n i g l c", i=i)[rows, last] for x in kv))
+                for kv in context
             ]
-            context = [KeyValue(k, v) for k, v in apart]
         return context, None if bool(mask.all()) else mask
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
-        """Where each text token looks in the pictures, through the latents: (n q i gh gw).
+        """Where each text token looks in the images, through the latents: (n q i gh gw).
 
         The gated layers' weights on the latents, a mean of heads and of layers by how far their gates are open; times
         what each latent has gathered of the patches, followed through the resampler's layers as in attention rollout
         (arXiv:2005.00928).
         """
-        training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             visual_tokens = self.visual_tokens(batch)
-            seen = replace(batch, pixels=None, visual_tokens=visual_tokens, image_mask=batch.image_mask)
-            with record_attention(self.gated_blocks) as words:
-                self.hidden_states(seen)
-            patches = self._patches_of_latents(visual_tokens)
-        finally:
-            self.train(training)
-        (n, q), (b, i) = batch.tokens.shape, visual_tokens.shape[:2]
-        grid = self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
-        if not words:
-            return torch.zeros(n, q, i, *grid, device=batch.tokens.device)
-        opened = torch.stack([block.attn_gate.tanh().abs().mean() for block in self.gated_blocks])  # pyright: ignore
-        share = torch.ones_like(opened) if not bool(opened.any()) else opened
-        layers = torch.stack([weights.mean(1) for weights in words.values()])
-        mean = torch.einsum("j, j n q k -> n q k", (share / share.sum()).float(), layers)
-        mean = rearrange(mean, "(b r) q (i l) -> b i (r q) l", b=b, i=i)
-        found = rearrange(mean @ patches, "b i (r q) p -> (b r) q i p", q=q)
-        found = found[..., self.vision.num_prefix_tokens - self._skipped :]
-        return rearrange(found, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
+            with record_attention(self.gated_blocks) as reads:
+                self.hidden_states(replace(batch, pixels=None, visual_tokens=visual_tokens))
+            to_patches = self._patches_of_latents(visual_tokens)
+        q, (i, grid) = batch.tokens.shape[1], (visual_tokens.shape[1], self.grid(batch))
+        if not reads:
+            return torch.zeros(len(batch.tokens), q, i, *grid, device=batch.tokens.device)
+        gates = torch.stack([block.attn_gate.tanh().abs().mean() for block in self.gated_blocks]).float()  # pyright: ignore
+        gates = gates if bool(gates.any()) else torch.ones_like(gates)
+        layers = torch.stack([weights.mean(1) for weights in reads.values()])
+        to_latents = torch.einsum("j, j n q k -> n q k", gates / gates.sum(), layers)
+        weights = through_latents(rearrange(to_latents, "n q (i l) -> n i q l", i=i), to_patches)
+        skipped = self.vision.num_prefix_tokens - self._skipped
+        return on_patches(rearrange(weights, "n i q p -> n q i p"), grid, skipped)
 
     def _patches_of_latents(self, visual_tokens: Tensor) -> Tensor:
         """What each latent holds of each visual token, at most 1 in sum: (b i l p)."""
@@ -323,8 +283,4 @@ class Flamingo(Captioner):
             return torch.eye(p, device=visual_tokens.device).expand(b, i, p, p)
         with record_attention(self.resampler) as record:
             self._resample(visual_tokens)
-        held = torch.zeros(b * i, self.resampler.num_latents, p, device=visual_tokens.device)
-        for weights in record.values():
-            on_patches, on_latents = weights.mean(1).split((p, self.resampler.num_latents), dim=-1)
-            held = (held + on_patches + on_latents @ held) / 2  # Half of a latent is what it was before.
-        return rearrange(held, "(b i) l p -> b i l p", b=b)
+        return rearrange(latents_rollout(record.values(), p), "(b i) l p -> b i l p", b=b)

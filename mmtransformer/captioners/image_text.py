@@ -3,42 +3,40 @@
 One model with three heads on shared work: which text belongs to which picture (contrastive), whether this text belongs
 to this picture (matching), and what to say of a picture (generation), which makes it a captioner of its own.
 
-Letters: b samples, i pictures of a sample, p visual tokens of a picture, n rows of text (b divides n, the r = n / b
-texts of a sample stand side by side), q text tokens, l queries, d width of a token, e width of an embedding, k keys.
+Shapes: n rows of text, r of each of the b samples, side by side; e width of an embedding.
 """
 
 import math
-from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
+from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check_rows
 from mmtransformer.connectors.qformer import QFormer, Seen, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import KeyValue, KVCache
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
-from mmtransformer.losses.contrastive import compare, contrastive_loss, itg_loss, itm_loss, refuse_empty
+from mmtransformer.losses.contrastive import (
+    compare,
+    contrastive_loss,
+    image_ids,
+    itg_loss,
+    itm_loss,
+    refuse_empty,
+)
 from mmtransformer.losses.distributed import gather, processes
 from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
+from mmtransformer.losses.next_token import Loss
 
-
-class Losses(NamedTuple):
-    """The three losses of stage 1, and the share of matching's pairs that were told right (detached)."""
-
-    itc: Tensor
-    itm: Tensor
-    itg: Tensor
-    itm_accuracy: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Their sum, as BLIP-2 weighs them."""
-        return self.itc + self.itm + self.itg
+TERMS: tuple[str, ...] = ("itc", "itm", "itg", "itm_accuracy")
+"""The terms of stage 1's `Output`: the three losses, and the share of matching's pairs that were told right."""
 
 
 class ImageTextState:
@@ -55,10 +53,10 @@ class ImageTextState:
 
 
 class ImageText(Captioner):
-    """A vision tower and a Q-Former with its text stream, for contrastive, matching and generation losses.
+    """A vision encoder and a Q-Former with its text stream, for contrastive, matching and generation losses.
 
     Args:
-        vision: the vision tower; its `forward_features` gives the visual tokens.
+        vision: the vision encoder; its `forward_features` gives the visual tokens.
         qformer: the Q-Former, built with a vocabulary.
         embed_dim: width e in which pictures and texts are compared.
         class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
@@ -83,21 +81,19 @@ class ImageText(Captioner):
         train_norm: bool = False,
         init_temperature: float = 0.07,
     ) -> None:
-        super().__init__()
+        super().__init__(vision, freeze_vision=freeze_vision, train_norm=train_norm)
         if qformer.vocab_size is None or qformer.tok_embed is None:
             raise ValueError("stage 1 needs a Q-Former with a text stream: build it with vocab_size")
         if qformer.visual_dim != vision.dim:
             raise ValueError(
-                f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision tower's dim ({vision.dim})"
+                f"the Q-Former's visual_dim ({qformer.visual_dim}) must be the vision encoder's dim ({vision.dim})"
             )
         if class_id is not None and not 0 <= class_id < qformer.vocab_size:
             raise ValueError(f"class_id ({class_id}) must be one of the Q-Former's {qformer.vocab_size} ids")
         if init_temperature <= 0:
             raise ValueError(f"init_temperature ({init_temperature}) must be above 0")
-        if train_norm and not freeze_vision:
-            raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
-        self.vision, self.qformer, self.embed_dim, self.class_id = vision, qformer, embed_dim, class_id
-        self.freeze_vision, self.train_norm = freeze_vision, train_norm
+        self.unread = (*self.unread, "image_mask")
+        self.qformer, self.embed_dim, self.class_id = qformer, embed_dim, class_id
         self.init_temperature = init_temperature
         dim = qformer.dim
         self.vision_proj = nn.Linear(dim, embed_dim)
@@ -111,18 +107,10 @@ class ImageText(Captioner):
         for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):
             nn.init.normal_(layer.weight, std=dim**-0.5)  # As `QFormer.init_weights`.
             nn.init.zeros_(layer.bias)
-        if freeze_vision:
-            freeze(vision)
-            vision.norm.requires_grad_(train_norm)
-            if train_norm:  # Of a tower kept in bfloat16, too, it learns in the format of what else learns.
-                vision.norm.to(qformer.query_tokens.dtype)
-
-    def train(self, mode: bool = True) -> Self:
-        """As every captioner's; a frozen tower stays in evaluation mode though its last norm may learn."""
-        super().train(mode)
-        if self.freeze_vision:
-            self.vision.eval()
-        return self
+        if (
+            train_norm
+        ):  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
+            vision.norm.to(qformer.query_tokens.dtype)
 
     # ------------------------------------------------------------------------------------------ the three heads
 
@@ -170,58 +158,70 @@ class ImageText(Captioner):
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def losses(
+    def forward(
         self,
         batch: CaptionBatch,
         *,
-        image_ids: Tensor | None = None,
-        seed: int = 0,
-        itc_smoothing: float = 0.1,
-        itg_smoothing: float = 0.1,
+        label_smoothing: float = 0.0,
+        return_logits: bool = False,
+        itc_smoothing: float = 0.0,
         match_texts: int | None = None,
         gather_grad: bool = True,
-    ) -> Losses:
-        """The three losses of a batch, means over the global batch as `objectives` says.
+        seed: int = 0,
+    ) -> Output:
+        """The sum of the three losses of a batch, as BLIP-2 weighs them; each is a mean over the global batch.
 
-        The pictures are projected once for all passes, and the query pass is shared by contrast and generation.
+        The images are projected once for all passes, and the query pass is shared by contrast and generation. Images
+        of one name are the same one, in all processes; those without a predicted token take no part.
 
         Args:
-            batch: pictures and right-padded texts.
-            image_ids: (b) long, what picture it is, the same in all processes; -1 = a padding sample, which takes no
-                part; None = all are different.
-            seed: of the negatives that are drawn; they depend on it and on the ids, not on how the batch is cut.
-            itc_smoothing: label smoothing of the contrastive loss.
-            itg_smoothing: label smoothing of the generation loss.
-            match_texts: how many of a picture's r texts are matched, the first ones; None = all. Matching is most of a
+            batch: images and right-padded texts.
+            label_smoothing: of the generation loss; BLIP-2's 0.1.
+            return_logits: whether to give generation's logits of every token.
+            itc_smoothing: label smoothing of the contrastive loss; BLIP-2's 0.1.
+            match_texts: how many of an image's r texts are matched, the first ones; None = all. Matching is most of a
                 step's work.
             gather_grad: whether contrastive gradients reach the processes that candidates came from.
+            seed: of the negatives that are drawn; they depend on it and on the names, not on how the batch is cut.
+
+        Returns:
+            The loss, with a count of 1, and the `TERMS`.
 
         Raises:
-            ValueError: if a text is empty, longer than the Q-Former's positions, or the texts cannot be shared out.
+            ValueError: if a text is empty, or the texts cannot be shared out; or as `Captioner.forward`.
         """
+        check_rows(self, batch)
         visual_tokens = self.context(batch)
         b, n = visual_tokens.shape[0], batch.tokens.shape[0]
         if not n or n % b:
-            raise ValueError(f"{n} texts cannot be shared out among {b} pictures")
+            raise ValueError(f"{n} texts cannot be shared out among {b} images")
+        r = n // b if match_texts is None else match_texts
+        if not 1 <= r <= n // b:
+            raise ValueError(f"match_texts ({r}) must be from 1 to the {n // b} texts of an image")
         visual = self.qformer.project_visual(visual_tokens)
         seen = self.qformer.encode_queries(visual)
+
         similarity = compare(
             self.embed_images(seen.queries),
             self.embed_texts(batch.tokens, batch.attention_mask),
-            image_ids,
+            image_ids(batch.names, batch.loss_mask),
             gather_grad=gather_grad,
         )
         itc = contrastive_loss(similarity, self.temperature, label_smoothing=itc_smoothing)
-        r = n // b if match_texts is None else match_texts
-        if not 1 <= r <= n // b:
-            raise ValueError(f"match_texts ({r}) must be from 1 to the {n // b} texts of a picture")
+
         pairs = hard_pairs(similarity, self.temperature, texts=r, seed=seed)
         logits, match, counted = self._matches(batch, visual_tokens, visual, pairs)
+        itm = itm_loss(logits, match, counted)
         right = ((logits.detach().argmax(1) == match.long()) & counted).sum() / counted.sum().clamp(min=1)
-        earlier = batch.truncate(batch.tokens.shape[1] - 1)
-        said = self.qformer.encode_text(earlier.tokens, earlier.attention_mask, seen)
-        itg = itg_loss(said, batch.tokens, batch.loss_mask, self.head, label_smoothing=itg_smoothing)
-        return Losses(itc, itm_loss(logits, match, counted), itg, right)
+
+        read = batch.truncate(batch.tokens.shape[1] - (not return_logits))  # The last token predicts nothing.
+        hidden = self.qformer.encode_text(read.tokens, read.attention_mask, seen)
+        itg = itg_loss(hidden, batch.tokens, batch.loss_mask, self.head, label_smoothing=label_smoothing)
+
+        total = itc + itm + itg
+        terms = dict(zip(TERMS, (itc.detach(), itm.detach(), itg.detach(), right), strict=True))
+        one = torch.ones((), dtype=torch.long, device=total.device)
+        return Output(Loss(total, one), self.head(hidden) if return_logits else None, terms)
 
     def _matches(
         self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], pairs: HardPairs
@@ -276,22 +276,10 @@ class ImageText(Captioner):
         """Most text tokens of a row."""
         return self.qformer.max_len
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The vision tower's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d)."""
-        b, flat = pixels.shape[0], rearrange(pixels, "b i c h w -> (b i) c h w")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            if self.train_norm:
-                features = self.vision.forward_intermediates(flat, [-1])[0]
-            else:
-                features = self.vision.forward_features(flat)
-        return rearrange(features, "(b i) p d -> b i p d", b=b)
-
     def context(self, batch: CaptionBatch) -> Tensor:
-        """All visual tokens of a sample's pictures in a row: (b (i p) d)."""
-        visual_tokens = rearrange(self.visual_tokens(batch), "b i p d -> b (i p) d").to(
-            self.vision_proj.weight.dtype
-        )
-        return self.vision.norm(visual_tokens) if self.train_norm else visual_tokens
+        """All visual tokens of a sample's images in a row: (b (i p) d)."""
+        visual_tokens = self.visual_tokens(batch).to(self.vision_proj.weight.dtype)
+        return rearrange(visual_tokens, "b i p d -> b (i p) d")
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d) of generation."""
@@ -310,11 +298,7 @@ class ImageText(Captioner):
             )
         state = self._new_state(self.qformer.encode_queries(self.context(batch)), n, q + max_new_tokens)
         logits = self._append(batch.tokens, batch.attention_mask, state)
-        if expand_size > 1:
-            rows = torch.arange(n, device=logits.device).repeat_interleave(expand_size)
-            state.reorder(rows)
-            logits = logits.index_select(0, rows)
-        return logits, state
+        return repeat_rows(logits, state, expand_size)
 
     def decode_step(self, tokens: Tensor, state: ImageTextState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
@@ -351,22 +335,14 @@ class ImageText(Captioner):
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each token looks, (n q i gh gw): its attention to the queries, the mean of heads and layers, times what
-        they hold of the patches (`QFormer.held`).
+        they hold of the patches (`QFormer.attention_map`).
         """
-        training, l = self.training, self.qformer.num_queries
-        self.eval()
-        try:
+        with evaluation_mode(self):
             with record_attention(self.qformer) as sees:
                 seen = self.qformer.encode_queries(self.context(batch))
             with record_attention(self.qformer, keep=lambda name: name.endswith(".attn")) as reads:
                 self.qformer.encode_text(batch.tokens, batch.attention_mask, seen)
-        finally:
-            self.train(training)
-        to_queries = torch.stack([w.mean(1)[..., :l] for w in reads.values()]).mean(0)
-        held = self.qformer.attention_map(sees)
-        weights = to_queries @ held.repeat_interleave(len(to_queries) // len(held), 0)
-        i, grid = batch.visual.shape[1], self.vision.grid
-        if batch.pixels is not None:
-            grid = self.vision.grid_size(*batch.pixels.shape[3:])
-        weights = rearrange(weights, "n q (i p) -> n q i p", i=i)[..., self.vision.num_prefix_tokens :]
-        return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
+        to_queries = mean_weights(reads.values())[..., : self.qformer.num_queries]
+        weights = through_latents(to_queries, self.qformer.attention_map(sees))
+        weights = rearrange(weights, "n q (i p) -> n q i p", i=batch.visual.shape[1])
+        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens)

@@ -1,84 +1,89 @@
-"""Pictures as a soft prompt: embeddings in front of the text of a causal language model.
+"""Images as a soft prompt: embeddings in front of the text of a causal language model.
 
-Letters: b samples, i pictures of a sample, l embeddings of a picture, k = i * l, m rows of embeddings (m divides n),
-n rows of text (b divides n), q text tokens, d width of a hidden state, e width of the decoder's embeddings.
+Shapes: n rows of text, r of each of the b samples, side by side; m rows of embeddings (b, or n where instructions make
+them differ), l embeddings of an image, k = i * l, e width of the decoder's embeddings.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from mmtransformer.backbones.base import Decoder, DecoderState
+from mmtransformer.backbones.base import Decoder, DecoderState, repeat_rows
 from mmtransformer.captioners.base import CaptionBatch
 
 
 def forward_with_prefix(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch) -> Tensor:
-    """The hidden states of right-padded text behind its pictures: (n q d).
+    """The hidden states of right-padded text behind its images: (n q d).
 
     Args:
         decoder: the language model.
-        prefix_embeds: what stands before the text (m k e), k = i * l.
-        batch: the text, and which pictures are real.
+        prefix_embeds: what stands before the text (m i l e).
+        batch: the text, and which images are real.
     """
-    x, real = _joined(decoder, prefix_embeds, batch)
+    images, real = join_images(prefix_embeds, batch)
+    text = decoder.embed_tokens(batch.tokens)
+    x = torch.cat((images.to(text.dtype), text), dim=1)
     attention_mask = None if real is None else torch.cat((real, torch.ones_like(batch.attention_mask)), dim=1)
     positions, _ = decoder.position_ids(x, attention_mask, None, None, None)
     hidden = decoder.forward_embeds(
         decoder.add_positions(x, positions), positions, attention_mask=attention_mask
     )
-    return hidden[:, x.shape[1] - batch.tokens.shape[1] :]
+    return hidden[:, images.shape[1] :]
 
 
 def prefill_with_prefix(
     decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch, *, expand_size: int, max_new_tokens: int
 ) -> tuple[Tensor, DecoderState]:
-    """Reads pictures and left-padded prompts, then repeats every row `expand_size` times; see `Captioner.prefill`.
-
-    Returns:
-        Logits of the first new token (n * copies, vocab), and the decoder's state.
-    """
-    x, real = _joined(decoder, prefix_embeds, batch)
-    attention_mask = None
+    """Reads images and left-padded prompts, then repeats every row `expand_size` times; see `Captioner.prefill`."""
+    images, real = join_images(prefix_embeds, batch)
+    text = decoder.embed_tokens(batch.tokens)
+    x, attention_mask = torch.cat((images.to(text.dtype), text), dim=1), None
     if real is not None or not bool(batch.attention_mask.all()):
-        before = batch.attention_mask.new_ones(x.shape[0], x.shape[1] - batch.tokens.shape[1])
-        # Padding goes to the front: a window counts places, and the queries are as near to each prompt.
-        order = torch.cat((before, batch.attention_mask), dim=1).long().argsort(dim=1, stable=True)
-        x = x.gather(1, order[..., None].expand_as(x))
-        attention_mask = torch.cat((before if real is None else real, batch.attention_mask), dim=1).gather(
-            1, order
-        )
+        real = batch.attention_mask.new_ones(images.shape[:2]) if real is None else real
+        attention_mask = torch.cat((real, batch.attention_mask), dim=1)
+        # Padding goes to the front: a window counts places, and the images are as near to each prompt.
+        order = attention_mask.long().argsort(dim=1, stable=True)
+        x = x.take_along_dim(order[..., None], 1)
+        attention_mask = attention_mask.gather(1, order)
     state = decoder.new_state(x.shape[1] + max_new_tokens)
     positions, _ = decoder.position_ids(x, attention_mask, None, None, state)
     hidden = decoder.forward_embeds(
         decoder.add_positions(x, positions), positions, attention_mask=attention_mask, state=state
     )
-    logits = decoder.head(hidden[:, -1])
-    if expand_size > 1:
-        rows = torch.arange(x.shape[0], device=x.device).repeat_interleave(expand_size)
-        state.reorder(rows)
-        logits = logits.index_select(0, rows)
-    return logits, state
+    return repeat_rows(decoder.head(hidden[:, -1]), state, expand_size)
 
 
-def refuse_documents(batch: CaptionBatch, who: str) -> None:
-    """Refuses pictures that stand inside the text.
+def join_images(prefix_embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
+    """A row's images one behind the other, those that are padding first, for each row of text.
 
-    Raises:
-        ValueError: if the batch has some.
+    Where a window or a relative position counts places, real images must stand beside the text.
+
+    Args:
+        prefix_embeds: (m i l e).
+        batch: the text, and which images are real.
+
+    Returns:
+        (n k e), and which are of real images (n k); None = all.
     """
-    if batch.image_index is not None or batch.document_ids is not None:
-        raise ValueError(
-            f"{who} reads pictures before the text: batches with image_index or document_ids are Flamingo's"
-        )
+    n, real = len(batch.tokens), None
+    if batch.image_mask is not None:
+        order = _padding_first(batch.image_mask)
+        rows = order.repeat_interleave(len(prefix_embeds) // len(order), 0)
+        prefix_embeds = prefix_embeds.take_along_dim(rows[:, :, None, None], 1)
+        real = batch.image_mask.gather(1, order).repeat_interleave(prefix_embeds.shape[2], 1)
+        real = real.repeat_interleave(n // len(real), 0)
+    x = rearrange(prefix_embeds, "m i l e -> m (i l) e")
+    return x.repeat_interleave(n // len(x), 0), real
 
 
-def _joined(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
-    """Embeddings of pictures and text (n k+q e); which of the former are those of real pictures (n k)."""
-    text = decoder.embed_tokens(batch.tokens)
-    x = torch.cat(
-        (prefix_embeds.to(text.dtype).repeat_interleave(text.shape[0] // prefix_embeds.shape[0], 0), text),
-        dim=1,
-    )
+def in_image_order(weights: Tensor, batch: CaptionBatch) -> Tensor:
+    """Weights on the embeddings of images as `join_images` arranged them, (n q k), by image: (n q i l)."""
+    weights = rearrange(weights, "n q (i l) -> n q i l", i=batch.visual.shape[1])
     if batch.image_mask is None:
-        return x, None
-    real = batch.image_mask.repeat_interleave(prefix_embeds.shape[1] // batch.image_mask.shape[1], 1)
-    return x, real.repeat_interleave(text.shape[0] // real.shape[0], 0)
+        return weights
+    back = _padding_first(batch.image_mask).argsort(1)
+    return weights.take_along_dim(back.repeat_interleave(len(weights) // len(back), 0)[:, None, :, None], 2)
+
+
+def _padding_first(image_mask: Tensor) -> Tensor:
+    return image_mask.long().argsort(dim=1, stable=True)

@@ -1,18 +1,19 @@
-"""Pictures as part of a source: embeddings in front of what the encoder of an encoder-decoder reads.
+"""Images as part of a source: embeddings in front of what the encoder of an encoder-decoder reads.
 
-A row of text is a begin token, a prompt and a caption. The encoder reads pictures and prompt, the decoder the begin
+A row of text is a begin token, a prompt and a caption. The encoder reads images and prompt, the decoder the begin
 token and the caption, as BLIP-2 feeds T5 (arXiv:2301.12597, figure 3).
 
-Letters: b samples, i pictures of a sample, k embeddings of them, m rows of embeddings (m divides n), n rows of text (b
-divides n), q text tokens, t prompt tokens, d width of a token.
+Shapes: n rows of text, r of each of the b samples, side by side; m rows of embeddings (b, or n where instructions make
+them differ), l embeddings of an image, t prompt tokens.
 """
 
-import torch
 from torch import Tensor
 
+from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
 from mmtransformer.backbones.seq2seq import Source, Transformer, TransformerState
 from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.captioners.soft_prompt import join_images
 
 SourceReader = Transformer | HubSeq2Seq
 """An encoder-decoder: it reads a source, and writes a target."""
@@ -54,12 +55,12 @@ def put_back(x: Tensor, batch: CaptionBatch) -> Tensor:
 
 
 def forward_with_source_prefix(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> Tensor:
-    """The hidden states of text whose pictures and prompt the encoder reads: (n q d); a prompt's mean nothing.
+    """The hidden states of text whose images and prompt the encoder reads: (n q d); a prompt's mean nothing.
 
     Args:
         model: the encoder-decoder.
-        prefix_embeds: what stands before the prompt (m k d).
-        batch: the text, and which pictures are real.
+        prefix_embeds: what stands before the prompt (m i l d).
+        batch: the text, and which images are real.
     """
     tokens = batch.tokens.gather(1, _moved_left(_written(batch)))
     return put_back(model.decode(tokens, _source(model, prefix_embeds, batch)), batch)
@@ -68,29 +69,15 @@ def forward_with_source_prefix(model: SourceReader, prefix_embeds: Tensor, batch
 def prefill_with_source_prefix(
     model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch, *, expand_size: int, max_new_tokens: int
 ) -> tuple[Tensor, TransformerState]:
-    """Reads pictures and prompts, then repeats every row `expand_size` times; see `Captioner.prefill`.
-
-    Returns:
-        Logits of the first new token (n * copies, vocab), and the state of decoding.
-    """
+    """Reads images and prompts, then repeats every row `expand_size` times; see `Captioner.prefill`."""
     source = model.project(_source(model, prefix_embeds, batch))
     state = (model.decoder if isinstance(model, Transformer) else model).new_state(1 + max_new_tokens)
     first = batch.attention_mask.long().argmax(1, keepdim=True)
     logits = model.head(model.decode(batch.tokens.gather(1, first), source, state=state)[:, 0])
-    if expand_size > 1:
-        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(expand_size)
-        state.reorder(rows)
-        logits = logits.index_select(0, rows)
-    return logits, TransformerState(state, source)
+    return repeat_rows(logits, TransformerState(state, source), expand_size)
 
 
 def _source(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> Source:
     tokens, attention_mask = prompt_of(batch, begin=False)
-    n, real = len(tokens), None
-    if batch.image_mask is not None:
-        real = batch.image_mask.repeat_interleave(prefix_embeds.shape[1] // batch.image_mask.shape[1], 1)
-        real = real.repeat_interleave(n // len(real), 0)
-    prefix_embeds = prefix_embeds.repeat_interleave(n // len(prefix_embeds), 0)
-    return model.encode(
-        tokens, attention_mask=attention_mask, before=prefix_embeds, prefix_attention_mask=real
-    )
+    images, real = join_images(prefix_embeds, batch)
+    return model.encode(tokens, attention_mask=attention_mask, before=images, prefix_attention_mask=real)

@@ -131,6 +131,11 @@ class QFormer(Pretrained, nn.Module):
         alone.load_state_dict({name: own[name] for name in alone.state_dict()})
         return alone.train(self.training)
 
+    def freeze_last_text(self) -> None:
+        """Freezes the last block's text MLP, whose result nobody reads where a text is an instruction only."""
+        for part in (self.blocks[-1].mlp, self.blocks[-1].norm2):
+            part.requires_grad_(False)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
+
     def project_visual(self, visual_tokens: Tensor) -> list[KeyValue]:
         """Each cross-attending block's keys and values of visual tokens (n p visual_dim): once, for all passes.
 

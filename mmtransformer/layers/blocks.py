@@ -303,9 +303,9 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, mlp_dim, activation=activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b k d) -> (b num_queries d)."""
-        pooled = self.attn(self.queries.expand(x.shape[0], -1, -1), x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(b k d) -> (b num_queries d); `mask` (b 1 k) bool: which tokens may be looked at, None = all."""
+        pooled = self.attn(self.queries.expand(x.shape[0], -1, -1), x, mask=mask)
         return pooled + self.mlp(self.norm(pooled))
 
 

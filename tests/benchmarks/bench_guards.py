@@ -69,7 +69,7 @@ def main() -> None:
     optimizer = adamw(bare, lr=1e-3)
 
     def plain(batch: CaptionBatch) -> None:
-        loss = bare.loss(batch)
+        loss = bare(batch).sums
         loss.sum.backward()
         grads = [p.grad for p in bare.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, 1 / int(loss.count))

@@ -195,7 +195,7 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
         return peer(pixel_values=pixels, input_ids=ids, attention_mask=known, labels=labels).loss
 
     def mine(model: Blip2, batch: CaptionBatch) -> Tensor:
-        loss = caption_loss(model, batch)
+        loss = caption_loss(model, batch, reduction="sum")
         return loss.sum / loss.count
 
     with torch.no_grad():
@@ -315,7 +315,7 @@ def bench_stage1(args: Any) -> None:
     adamw = optimizer(model, fused=True)  # Of both sides, which train the same weights.
     for name, dtype in DTYPES.items():
         if args.only in f"stage 1, {name}":
-            own = training(lambda: model.losses(batch).total, adamw, dtype)
+            own = training(lambda: model(batch, label_smoothing=0.1, itc_smoothing=0.1).loss, adamw, dtype)
             other = training(lambda: by_lavis(model, visual, batch), adamw, dtype)
             compare(f"stage 1, {name}", own, other, loss_mask=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
 

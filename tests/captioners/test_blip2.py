@@ -90,7 +90,7 @@ def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> 
     one = CaptionBatch(
         *(x[:1] for x in (whole.tokens, whole.attention_mask, whole.loss_mask)), pixels=pixels(whole)[:1]
     )
-    loss = caption_loss(model, one)
+    loss = caption_loss(model, one, reduction="sum")
     loss.sum.backward()
     assert loss.sum.shape == ()
     assert loss.count == 5
@@ -99,7 +99,7 @@ def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> 
 
 def test_the_loss_falls_on_caption_tokens_only() -> None:
     model, given = blip2(), batch()
-    loss = caption_loss(model, given)
+    loss = caption_loss(model, given, reduction="sum")
     assert int(loss.count) == int(given.loss_mask.sum())
     said = model.logits(given).log_softmax(-1)[:, :-1].gather(2, given.tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(loss.sum, -said[given.loss_mask[:, 1:]].sum())
@@ -117,7 +117,7 @@ def test_what_learns() -> None:
     assert learnt == {"vision.norm.weight", "vision.norm.bias"}
     modes = [m.training for m in (normed.vision, normed.qformer, normed.decoder)]
     assert modes == [False, True, False]
-    caption_loss(normed, batch()).sum.backward()
+    caption_loss(normed, batch(), reduction="sum").sum.backward()
     grads = {name.split(".")[0]: p.grad for name, p in normed.named_parameters() if p.grad is not None}
     assert set(grads) == {"qformer", "proj", "vision"}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in normed.qformer.parameters())
@@ -248,11 +248,11 @@ def test_the_queries_are_computed_once_a_caption(monkeypatch: pytest.MonkeyPatch
 def test_an_instruction_changes_what_the_queries_gather() -> None:
     model, given = blip2(instruct=True), batch(i=2)
     queries = model.prefix_embeds(given)
-    assert queries.shape == (6, 2 * L, 24)
+    assert queries.shape == (6, 2, L, 24)
     for row in range(6):
         features = model.vision.forward_features(pixels(given)[row // 2])
         want = model.proj(model.qformer(features, given.tokens[[row, row], :2]))
-        torch.testing.assert_close(queries[row], want.flatten(0, 1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(queries[row], want, atol=1e-5, rtol=1e-5)
     captions = replace(given, tokens=torch.cat((given.tokens[:, :2], given.tokens[:, 2:] * 0), 1))
     assert torch.equal(model.prefix_embeds(captions), queries)  # What must be predicted is not read.
     prompts = replace(given, tokens=torch.cat(((given.tokens[:, :2] + 1) % VOCAB, given.tokens[:, 2:]), 1))
@@ -348,7 +348,7 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
     model.proj.load_state_dict(own.proj.state_dict())
     rows = batch()
     logits = model.logits(rows)
-    prefix_embeds = model.prefix_embeds(rows).repeat_interleave(2, 0)
+    prefix_embeds = model.prefix_embeds(rows).flatten(1, 2).repeat_interleave(2, 0)
     x = torch.cat((prefix_embeds, lm.get_input_embeddings()(rows.tokens)), 1)
     torch.testing.assert_close(logits, lm(inputs_embeds=x).logits[:, L:], atol=1e-4, rtol=1e-4)
     prompts = CaptionBatch(rows.tokens[:3, :3], torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]).bool(),
@@ -377,7 +377,7 @@ def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     model.proj.load_state_dict(own.proj.state_dict())
     given = batch()
     logits = model.logits(given)
-    prefix_embeds = model.prefix_embeds(given).repeat_interleave(2, 0)
+    prefix_embeds = model.prefix_embeds(given).flatten(1, 2).repeat_interleave(2, 0)
     x = torch.cat((prefix_embeds, lm.get_input_embeddings()(given.tokens)), 1)
     torch.testing.assert_close(logits, lm(inputs_embeds=x).logits[:, L:], atol=1e-5, rtol=1e-5)
     first, state = model.prefill(given.truncate(2), expand_size=2, max_new_tokens=4)
@@ -416,7 +416,7 @@ def test_half_precision_decoder() -> None:
 
 def test_errors() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 1, 4, max_len=5)
-    with pytest.raises(ValueError, match=r"visual_dim \(21\) must be the vision tower's dim \(20\)"):
+    with pytest.raises(ValueError, match=r"visual_dim \(21\) must be the vision encoder's dim \(20\)"):
         Blip2(vision, QFormer(L, 12, 1, 3, 21, cross_every=1), decoder)
     with pytest.raises(ValueError, match=r"5 positions leave no room for text after 5 queries"):
         Blip2(vision, QFormer(5, 12, 1, 3, 20, cross_every=1), decoder)
@@ -433,8 +433,8 @@ def test_errors() -> None:
         model.hidden_states(given.truncate(6))
     assert model.max_len == 2
     with pytest.raises(ValueError, match="rows of 7 tokens, but the captioner reads 2 at most"):
-        caption_loss(model, given)
-    with pytest.raises(ValueError, match="batches with image_index or document_ids are Flamingo's"):
+        caption_loss(model, given, reduction="sum")
+    with pytest.raises(ValueError, match="a Blip2 cannot heed a batch's image_index"):
         model.hidden_states(replace(given, image_index=given.tokens))
     instructed, long = blip2(instruct=True), torch.zeros(6, 18, dtype=torch.long)
     fields = (given.tokens, given.attention_mask, given.loss_mask, batch().pixels)

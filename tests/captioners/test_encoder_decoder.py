@@ -19,8 +19,8 @@ from mmtransformer import (
     ViT,
     record_attention,
 )
-from mmtransformer.captioners.base import Captioner
-from mmtransformer.captioners.encoder_decoder import EncoderDecoderState, add_cross_attention
+from mmtransformer.captioners.base import Captioner, CrossAttentionState
+from mmtransformer.captioners.encoder_decoder import add_cross_attention
 from mmtransformer.weights import from_transformers
 
 VOCAB = 53
@@ -237,7 +237,7 @@ def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
     _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
     assert calls == ["vision", "kv", "kv", "kv"]
-    assert isinstance(state, EncoderDecoderState)
+    assert isinstance(state, CrossAttentionState)
     before = [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context]
     assert all(kv.k.shape[0] == kv.v.shape[0] == 3 for kv in state.context)  # Not 6 rows, not 30 beams.
     state.reorder(torch.arange(30).view(6, 5).flip(1).flatten())
@@ -315,13 +315,13 @@ def test_look_is_the_same_in_training() -> None:
 
 def test_widths_that_do_not_fit_are_refused() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 1, 4, cross_dim=24)
-    with pytest.raises(ValueError, match=r"cross_dim \(24\).*vision tower's dim \(20\)"):
+    with pytest.raises(ValueError, match=r"cross_dim \(24\).*vision encoder's dim \(20\)"):
         EncoderDecoder(vision, decoder)
-    with pytest.raises(ValueError, match=r"cross_dim \(None\).*vision tower's dim \(20\)"):
+    with pytest.raises(ValueError, match=r"cross_dim \(None\).*vision encoder's dim \(20\)"):
         EncoderDecoder(vision, TextDecoder(VOCAB, 24, 1, 4))
     with pytest.raises(ValueError, match=r"cross_dim \(24\).*adapter's dim \(12\)"):
         EncoderDecoder(vision, decoder, adapter=VisualAdapter(20, 12, 1, 3))
-    with pytest.raises(ValueError, match=r"visual_dim \(19\).*vision tower's dim \(20\)"):
+    with pytest.raises(ValueError, match=r"visual_dim \(19\).*vision encoder's dim \(20\)"):
         EncoderDecoder(vision, decoder, adapter=VisualAdapter(19, 24, 1, 3))
 
 

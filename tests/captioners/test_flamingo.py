@@ -30,8 +30,7 @@ from mmtransformer import (
     show_mask,
 )
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.captioners.base import is_frozen
-from mmtransformer.captioners.flamingo import FlamingoState
+from mmtransformer.captioners.base import CrossAttentionState, is_frozen
 from mmtransformer.layers.attention import Attention
 from mmtransformer.training.engine.speed import checkpoint_activations
 
@@ -359,7 +358,7 @@ def test_layouts_that_cannot_be_are_refused() -> None:
         model.logits(replace(packed, image_index=None))
     with pytest.raises(ValueError, match="need first_image_index: which"):
         flamingo(visible_images="all_previous").logits(replace(packed, first_image_index=None))
-    with pytest.raises(ValueError, match="segments were given"):
+    with pytest.raises(ValueError, match="document_ids were given"):
         model.prefill(packed)
     with pytest.raises(ValueError, match='"previous"'):
         image_attention_mask(given, "previous")  # pyright: ignore[reportArgumentType]
@@ -401,7 +400,7 @@ def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.O
         [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
     )
     for _ in range(steps):
-        loss = caption_loss(model, given)
+        loss = caption_loss(model, given, reduction="sum")
         optimizer.zero_grad()
         loss.sum.backward()
         optimizer.step()
@@ -411,7 +410,7 @@ def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.O
 def test_frozen_is_frozen() -> None:
     model, given = flamingo(opened=False, lm={"dropout": 0.3}, cross_every=2), batch()
     before = digest(model.vision), digest(model.decoder)
-    start = caption_loss(model, given).sum.item()
+    start = caption_loss(model, given, reduction="sum").sum.item()
     optimizer = train(model, given, steps=4)
     assert (digest(model.vision), digest(model.decoder)) == before
     assert is_frozen(model.vision)
@@ -426,7 +425,7 @@ def test_frozen_is_frozen() -> None:
         n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     assert still == []
-    assert caption_loss(model.eval(), given).sum.item() < start
+    assert caption_loss(model.eval(), given, reduction="sum").sum.item() < start
 
 
 def seen_by_blocks(model: Flamingo, given: CaptionBatch) -> list[bool]:
@@ -435,7 +434,7 @@ def seen_by_blocks(model: Flamingo, given: CaptionBatch) -> list[bool]:
     inner: Any = model.decoder.decoder if isinstance(model.decoder, ExtendedVocabulary) else model.decoder
     blocks: Any = inner.blocks
     hooks = [b.register_forward_pre_hook(lambda _, args: found.append(args[0].requires_grad)) for b in blocks]
-    caption_loss(model.train(), given).sum.backward()
+    caption_loss(model.train(), given, reduction="sum").sum.backward()
     for hook in hooks:
         hook.remove()
     return found
@@ -466,7 +465,7 @@ def test_recomputation_reaches_the_frozen_blocks_above_the_first_gated_one() -> 
     for i, block in enumerate(blocks):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     for model in (plain, saving):
-        caption_loss(model, given).sum.backward()
+        caption_loss(model, given, reduction="sum").sum.backward()
     assert sorted(calls) == [0, 1, 1, 2, 2]
     for mine, theirs in zip(saving.gated_blocks.parameters(), plain.gated_blocks.parameters(), strict=True):
         assert mine.grad is not None
@@ -589,7 +588,7 @@ def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
     _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
     assert calls == ["vision", "kv", "kv", "kv"]
-    assert isinstance(state, FlamingoState)
+    assert isinstance(state, CrossAttentionState)
     assert state.context is not None
     assert state.mask is None
     before = [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context]
@@ -717,7 +716,7 @@ def test_number_of_parameters_is_that_of_the_peers() -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 3, 4)
-    with pytest.raises(ValueError, match=r"resampler's dim \(21\).*vision tower's \(20\)"):
+    with pytest.raises(ValueError, match=r"resampler's dim \(21\).*vision encoder's \(20\)"):
         Flamingo(vision, decoder, resampler=PerceiverResampler(21, 1))
     with pytest.raises(ValueError, match="without cross-attention of its own"):
         Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, cross_dim=20))
@@ -728,7 +727,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             Flamingo(vision, decoder, cross_layers=layers)
     with pytest.raises(ValueError, match='"first"'):
         Flamingo(vision, decoder, visible_images="first")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"32 tokens.*31 positions"):
+    with pytest.raises(ValueError, match=r"rows of 32 tokens.*31 at most"):
         flamingo().logits(batch(q=32))
 
 
@@ -807,6 +806,6 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
             torch.testing.assert_close(found[row][mine], model.logits(alone)[0], atol=2e-5, rtol=2e-5)
             read += 1
     assert read > 2
-    loss = caption_loss(model, given)
+    loss = caption_loss(model, given, reduction="sum")
     loss.sum.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.gated_blocks.parameters())

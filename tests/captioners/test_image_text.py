@@ -1,7 +1,6 @@
 """Stage 1's model: its shared passes against the three modes one by one, its losses against their definitions, in one
 process and in two, and as a captioner."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer import CaptionBatch, ImageText, QFormer, ViT, caption_loss, generate, itc_loss
-from mmtransformer.captioners import image_text as home
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.connectors.qformer_block import mode_mask
 from mmtransformer.losses.contrastive import Similarity
@@ -32,6 +30,10 @@ def model(**options: Any) -> ImageText:
     for parameter in found.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return found.double().eval()
+
+
+def named(given: CaptionBatch, *ids: int) -> CaptionBatch:
+    return replace(given, names=tuple(map(str, ids)))
 
 
 def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4, 6, 9), images: int = 4) -> CaptionBatch:
@@ -76,7 +78,7 @@ def row(given: CaptionBatch, j: int) -> Tensor:
 @torch.no_grad()
 def test_losses_are_their_definitions() -> None:
     m, given = model(), batch()
-    found = m.losses(given, itc_smoothing=0.1, itg_smoothing=0.2, seed=5)
+    found = m(given, itc_smoothing=0.1, label_smoothing=0.2, seed=5)
     assert given.pixels is not None
     seen = [m.vision.forward_features(pixels) for pixels in given.pixels]
 
@@ -93,8 +95,8 @@ def test_losses_are_their_definitions() -> None:
         count += tokens.shape[1] - 1
     vectors = torch.stack(images[::2])
     itc = itc_loss(vectors, torch.stack(texts), m.log_temperature.exp(), label_smoothing=0.1)
-    assert float(found.itc) == pytest.approx(float(itc), abs=1e-12)
-    assert float(found.itg) == pytest.approx(itg / count, abs=1e-12)
+    assert float(found.terms["itc"]) == pytest.approx(float(itc), abs=1e-12)
+    assert float(found.terms["itg"]) == pytest.approx(itg / count, abs=1e-12)
 
     # Matching: negatives by multinomial (Gumbel-max over softmax) of the nearest query, none of the same picture.
     scores = torch.stack([(vector @ torch.stack(texts).T).amax(0) for vector in vectors]) / m.temperature
@@ -111,9 +113,9 @@ def test_losses_are_their_definitions() -> None:
             logits = m.itm_head(queries[0]).mean(0)  # the mean of the queries' logits
             total += float(F.cross_entropy(logits, torch.tensor(match)))
             right += int(logits.argmax()) == match
-    assert float(found.itm) == pytest.approx(total / 24, abs=1e-12)
-    assert float(found.itm_accuracy) == pytest.approx(right / 24)
-    assert float(found.total) == pytest.approx(float(found.itc + found.itm + found.itg))
+    assert float(found.terms["itm"]) == pytest.approx(total / 24, abs=1e-12)
+    assert float(found.terms["itm_accuracy"]) == pytest.approx(right / 24)
+    assert float(found.loss) == pytest.approx(sum(float(found.terms[name]) for name in ("itc", "itm", "itg")))
 
 
 def test_images_are_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_images_are_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[int] = []
     see = QFormer.encode_queries
     monkeypatch.setattr(QFormer, "encode_queries", lambda self, visual: passed.append(1) or see(self, visual))
-    m.losses(given)
+    m(given)
     assert calls == [4, 4]  # one pass over the four pictures, for each of the two layers that read them
     assert passed == [1]
 
@@ -152,8 +154,8 @@ def test_matching_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_padding_and_order_change_nothing() -> None:
     m, given = model(), batch()
-    ids = torch.tensor([5, 11, 2, 7])
-    plain = m.losses(given, image_ids=ids, seed=3)
+    given = named(given, 5, 11, 2, 7)
+    plain = m(given, seed=3)
     wide = replace(
         given, **{k: F.pad(getattr(given, k), (0, 5)) for k in ("tokens", "attention_mask", "loss_mask")}
     )
@@ -163,9 +165,9 @@ def test_padding_and_order_change_nothing() -> None:
     rotated = CaptionBatch(
         given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[order]
     )
-    for other in (m.losses(wide, image_ids=ids, seed=3), m.losses(rotated, image_ids=ids[order], seed=3)):
-        torch.testing.assert_close(other, plain, atol=1e-12, rtol=0)
-    assert float(m.losses(given, image_ids=ids, seed=4).itm - plain.itm) != 0
+    for other in (m(wide, seed=3), m(named(rotated, 2, 5, 7, 11), seed=3)):
+        torch.testing.assert_close(dict(other.terms), dict(plain.terms), atol=1e-12, rtol=0)
+    assert float(m(given, seed=4).terms["itm"] - plain.terms["itm"]) != 0
 
 
 @torch.no_grad()
@@ -173,31 +175,32 @@ def test_fillers_take_no_part() -> None:
     m, given = model(), batch()
     assert given.pixels is not None
     alone = CaptionBatch(given.tokens[:6], given.attention_mask[:6], given.loss_mask[:6], given.pixels[:3])
-    ids = torch.tensor([8, 1, 4, -1])
     loss_mask = given.loss_mask.clone()
     loss_mask[6:] = False
-    beside = m.losses(replace(given, loss_mask=loss_mask), image_ids=ids)
-    torch.testing.assert_close(beside, m.losses(alone, image_ids=ids[:3]), atol=1e-12, rtol=0)
+    beside = m(named(replace(given, loss_mask=loss_mask), 8, 1, 4, 9))
+    torch.testing.assert_close(dict(beside.terms), dict(m(named(alone, 8, 1, 4)).terms), atol=1e-12, rtol=0)
 
 
 def test_one_single_pair_is_a_batch() -> None:
     m, given = model().train(), batch((5,), 1)
-    losses = m.losses(given, itc_smoothing=0.1)
-    losses.total.backward()
-    assert float(losses.itc.detach()) == 0.0
-    assert float(losses.itm.detach()) > 0  # the true pair; there are no others
+    found = m(given, itc_smoothing=0.1)
+    found.loss.backward()
+    assert float(found.terms["itc"]) == 0.0
+    assert float(found.terms["itm"]) > 0  # the true pair; there are no others
     assert all(p.grad is not None and p.grad.isfinite().all() for p in m.qformer.parameters())
 
 
 def test_copies_of_one_image_are_no_negatives() -> None:
     m, given = model(), batch((5, 6), 2)
     with torch.no_grad():
-        same = m.losses(given, image_ids=torch.tensor([4, 4]))
+        same = m(named(given, 4, 4))
         logits = torch.cat([
             m.match(m.context(replace(given, pixels=given.pixels[j : j + 1])), row(given, j), row(given, j) > 0)  # type: ignore[index]
             for j in range(2)
         ])  # fmt: skip
-    assert float(same.itm) == pytest.approx(float(F.cross_entropy(logits, torch.ones(2).long())), abs=1e-12)
+    assert float(same.terms["itm"]) == pytest.approx(
+        float(F.cross_entropy(logits, torch.ones(2).long())), abs=1e-12
+    )
 
 
 def test_temperature_starts_where_it_is_told() -> None:
@@ -213,7 +216,7 @@ def test_temperature_starts_where_it_is_told() -> None:
         ({"qformer": QFormer(3, 20, 2, 4, visual_dim=12)}, "needs a Q-Former with a text stream"),
         (
             {"vision": ViT(16, 8, 24, 1, 3)},
-            r"visual_dim \(12\) must be the vision tower's dim \(24\)",
+            r"visual_dim \(12\) must be the vision encoder's dim \(24\)",
         ),
         ({"class_id": 53}, r"class_id \(53\) must be one of the Q-Former's 53 ids"),
         ({"init_temperature": 0.0}, r"init_temperature \(0.0\) must be above 0"),
@@ -231,11 +234,11 @@ def test_bad_texts_are_named() -> None:
     attention_mask = given.attention_mask.clone()
     attention_mask[5] = False
     with pytest.raises(ValueError, match="text 5 of 8 is empty"):
-        m.losses(replace(given, attention_mask=attention_mask))
-    with pytest.raises(ValueError, match="a text of 23 tokens, but this Q-Former has 19 positions"):
-        m.losses(batch((23, 5), 2))
-    with pytest.raises(ValueError, match="8 texts cannot be shared out among 3 pictures"):
-        m.losses(replace(given, pixels=given.pixels[:3]))  # type: ignore[index]
+        m(replace(given, attention_mask=attention_mask))
+    with pytest.raises(ValueError, match="rows of 23 tokens, but the captioner reads 19 at most"):
+        m(batch((23, 5), 2))
+    with pytest.raises(ValueError, match="8 texts cannot be shared out among 3 images"):
+        m(replace(given, pixels=given.pixels[:3]))  # type: ignore[index]
 
 
 # ------------------------------------------------------------------------------------------------- a captioner
@@ -244,10 +247,8 @@ def test_bad_texts_are_named() -> None:
 @torch.no_grad()
 def test_generation_loss_is_the_captioners() -> None:
     m, given = model(), batch()
-    loss = caption_loss(m, given)
-    assert float(loss.sum / loss.count) == pytest.approx(
-        float(m.losses(given, itg_smoothing=0).itg), abs=1e-12
-    )
+    loss = caption_loss(m, given, reduction="sum")
+    assert float(loss.sum / loss.count) == pytest.approx(float(m(given).terms["itg"]), abs=1e-12)
 
 
 @torch.no_grad()
@@ -319,10 +320,10 @@ def test_frozen_tower_with_a_norm_that_learns() -> None:
     plain = model(freeze_vision=True)
     assert given.pixels is not None
     cached = replace(given, pixels=None, visual_tokens=m.encode(given.pixels))
-    losses = [m.losses(given), m.losses(cached), plain.losses(given)]
-    for other in losses[1:]:
-        torch.testing.assert_close(other, losses[0], atol=1e-12, rtol=0)
-    losses[1].total.backward()
+    first, second, third = m(given), m(cached), plain(given)
+    for other in (second, third):
+        torch.testing.assert_close(dict(other.terms), dict(first.terms), atol=1e-12, rtol=0)
+    second.loss.backward()
     assert m.vision.norm.weight.grad is not None
 
 
@@ -341,20 +342,20 @@ def run(rank: int, world: int, folder: str) -> None:
 def losses_and_gradients(rank: int, world: int) -> tuple[list[Tensor], list[Tensor]]:
     m, given = model(), batch((7, 3, 11, 5, 8, 4, 6, 9, 5, 5), 5)
     assert given.pixels is not None
-    ids = torch.tensor([5, 11, 2, 5, 7])
+    ids = (5, 11, 2, 5, 7)
     mine = torch.arange(5)[rank::world]
     rows = (mine[:, None] * 2 + torch.arange(2)).flatten()
     part = CaptionBatch(
         given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[mine]
     )
     part = part.truncate(int(part.attention_mask.sum(1).max()))  # other lengths in other processes
-    losses = m.losses(part, image_ids=ids[mine], seed=9)
-    losses.total.backward()
+    found = m(named(part, *(ids[k] for k in mine.tolist())), seed=9)
+    found.loss.backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in m.parameters()]
     if world > 1:
         for grad in grads:
             dist.all_reduce(grad)
-    return [x.detach() for x in losses[:3]], [grad / world for grad in grads]
+    return [found.terms[name] for name in ("itc", "itm", "itg")], [grad / world for grad in grads]
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -372,8 +373,3 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for part in parts:
         assert max(float((a - b).abs().max()) for a, b in zip(part[1], grads, strict=True)) < 1e-13
     assert max(float(g.abs().max()) for g in grads) > 1e-2
-
-
-def test_module_is_the_home_of_its_names() -> None:
-    assert home.ImageText is ImageText
-    assert math.isclose(float(home.Losses(*torch.ones(4)).total), 3.0)

@@ -119,7 +119,7 @@ def test_coca_by_definition() -> None:
 
 def test_coca_trains_on_both_losses() -> None:
     model, given = coca(), batch()
-    said, both = caption_loss(model, given), model.loss(given)
+    said, both = caption_loss(model, given, reduction="sum"), model(given).sums
     scores = model.log_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
     own = torch.arange(6) // 2
     to_images = F.cross_entropy(scores.T, own)
@@ -128,7 +128,9 @@ def test_coca_trains_on_both_losses() -> None:
     torch.testing.assert_close(both.sum, want, atol=1e-3, rtol=1e-4)
     assert both.count == said.count
     alone = coca(contrastive_weight=0.0, caption_weight=1.0)
-    torch.testing.assert_close(alone.loss(given).sum, said.sum)
+    weights = model.state_dict()
+    alone.load_state_dict({name: weights[name] for name in alone.state_dict()})
+    torch.testing.assert_close(alone(given).sums.sum, said.sum)
     both.sum.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
@@ -208,7 +210,7 @@ def test_frozen_parts_learn_nothing() -> None:
     model = prefix().train()
     assert not model.vision.training
     assert not model.decoder.training
-    caption_loss(model, batch()).sum.backward()
+    caption_loss(model, batch(), reduction="sum").sum.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"proj"}
 
 
@@ -219,22 +221,22 @@ def test_what_takes_part_in_cocas_contrast() -> None:
     same = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]]).float()
     to_texts = -(scores.log_softmax(1) * same / same.sum(1, keepdim=True)).sum(1).mean()
     to_images = -(scores.log_softmax(0) * same / same.sum(0)).sum(0).mean()
-    found = model.loss(given)
+    found = model(given).sums
     torch.testing.assert_close(found.sum / found.count, (to_texts + to_images) / 2, atol=1e-4, rtol=1e-4)
     with_filler = replace(batch(), names=("a", "b", "c"))
     with_filler.loss_mask[4:] = False
     assert with_filler.pixels is not None
     rows = {k: getattr(with_filler, k)[:4] for k in ("tokens", "attention_mask", "loss_mask")}
-    alone = model.loss(CaptionBatch(**rows, pixels=with_filler.pixels[:2], names=("a", "b")))
-    torch.testing.assert_close(model.loss(with_filler).sum, alone.sum, atol=1e-4, rtol=1e-4)
+    alone = model(CaptionBatch(**rows, pixels=with_filler.pixels[:2], names=("a", "b"))).sums
+    torch.testing.assert_close(model(with_filler).sums.sum, alone.sum, atol=1e-4, rtol=1e-4)
 
 
 def test_an_empty_text_is_refused_where_texts_are_compared() -> None:
     given = batch()
     given.attention_mask[3] = given.loss_mask[3] = False
     with pytest.raises(ValueError, match="text 3 of 6 is empty, and would fit every picture"):
-        coca().loss(given)
-    assert coca(contrastive_weight=0.0).loss(given).count == given.loss_mask[:, 1:].sum()
+        coca()(given)
+    assert coca(contrastive_weight=0.0)(given).sums.count == given.loss_mask[:, 1:].sum()
 
 
 def test_one_single_pair_is_a_batch(model: Any) -> None:
@@ -243,7 +245,7 @@ def test_one_single_pair_is_a_batch(model: Any) -> None:
     given = CaptionBatch(
         *(x[:1] for x in (whole.tokens, whole.attention_mask, whole.loss_mask)), pixels=whole.pixels[:1]
     )
-    loss = model.loss(given)
+    loss = model(given).sums
     loss.sum.backward()
     assert loss.sum.shape == ()
     assert loss.sum.isfinite()
@@ -269,7 +271,7 @@ def loss_and_gradients(rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
         given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[mine].double(),
         names=tuple(names[i] for i in mine),
     )  # fmt: skip
-    loss = model.loss(part)
+    loss = model(part).sums
     loss.sum.backward()
     sums = [loss.sum.detach(), loss.count.double()]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -308,7 +310,7 @@ def test_cocas_loss_in_two_processes_is_that_in_one(tmp_path: Path) -> None:
         ),
         (
             lambda: CoCa(tower(), TextDecoder(9, 24, 1, 4), TextDecoder(9, 24, 1, 4, cross_dim=19)),
-            r"cross_dim \(19\) must be the vision tower's dim \(20\)",
+            r"cross_dim \(19\) must be the vision encoder's dim \(20\)",
         ),
         (
             lambda: CoCa(tower(), TextDecoder(9, 20, 1, 4), TextDecoder(9, 24, 1, 4, cross_dim=20)),
@@ -323,5 +325,5 @@ def test_parts_that_do_not_fit(build: Any, message: str) -> None:
 
 def test_images_inside_the_text_are_refused(model: Any) -> None:
     given = batch()
-    with pytest.raises(ValueError, match="reads pictures before the text"):
+    with pytest.raises(ValueError, match="cannot heed a batch's image_index"):
         model.logits(replace(given, image_index=torch.ones_like(given.tokens)))

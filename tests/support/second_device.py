@@ -2,7 +2,7 @@
 
     with SecondDevice() as gpu:
         model = model.to(gpu.device)
-        loss = model.loss(batch.to(gpu.device))     # WrongDevice where a tensor was made on the CPU
+        loss = model(batch.to(gpu.device)).loss     # WrongDevice where a tensor was made on the CPU
         assert not gpu.waits                        # what Python waited for
 
 Code that asks for the device's name takes the GPU's path; the kernels are the CPU's. So it finds tensors made in the

@@ -68,7 +68,7 @@ class Captioning(Task):
 
     def loss(self, batch: CaptionBatch) -> Loss:
         """The losses of the batch's target tokens, and what else the captioner trains on."""
-        return self.captioner.loss(batch, label_smoothing=self.label_smoothing)
+        return self.captioner(batch, label_smoothing=self.label_smoothing).sums
 
     def sample(self) -> list[str]:
         """What the model says of a held-out picture, in each of the data's languages; another one each time."""
@@ -134,12 +134,12 @@ class Captioning(Task):
         split = self.split_names[dataloader_idx]
         if not batch.loss_mask[:, 1:].any():
             return
-        loss = caption_loss(self.captioner, batch)
+        loss = caption_loss(self.captioner, batch, reduction="sum")
         self.add(split, "loss", loss)
         if batch_idx < self.image_ablation_batches and len(batch.names) > 1:
             self.add(split, "loss_right_image", loss)
-            self.add(split, "loss_other_image", caption_loss(self.captioner, other_images(batch)))
-            self.add(split, "loss_blank_image", caption_loss(self.captioner, self.blank_images(batch)))
+            for name, other in (("other", other_images(batch)), ("blank", self.blank_images(batch))):
+                self.add(split, f"loss_{name}_image", caption_loss(self.captioner, other, reduction="sum"))
 
     def blank_images(self, batch: CaptionBatch) -> CaptionBatch:
         """The batch with grey pictures (the mean colour of the transform) in place of its own."""

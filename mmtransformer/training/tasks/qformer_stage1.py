@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, Loss
-from mmtransformer.captioners.image_text import ImageText, Losses
+from mmtransformer.captioners.base import CaptionBatch, Loss, Output
+from mmtransformer.captioners.image_text import TERMS, ImageText
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.training.engine.data_checks import refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run
@@ -83,27 +82,26 @@ class QFormerStage1(Captioning):
         if self.data is not None:
             refuse_empty_captions(self.data, testing=stage == "test")
 
-    def losses(self, batch: CaptionBatch, *, training: bool) -> Losses:
+    def output(self, batch: CaptionBatch, *, training: bool) -> Output:
         """The three losses of a batch; smoothed, and with new negatives each step, in training."""
         step = (self.trainer.global_step, self._micro) if training else (0, -1)
-        return self.captioner.losses(
+        return self.captioner(
             batch,
-            image_ids=image_ids(batch.names, batch.loss_mask),
-            seed=int(hash64(self.seed, *step)) >> 2,
+            label_smoothing=self.label_smoothing if training else 0.0,
             itc_smoothing=self.itc_smoothing if training else 0.0,
-            itg_smoothing=self.label_smoothing if training else 0.0,
+            seed=int(hash64(self.seed, *step)) >> 2,
             match_texts=self.match_texts if training else None,
             gather_grad=self.gather_grad,
         )
 
     def loss(self, batch: CaptionBatch) -> Loss:
         """The sum of the three, each a mean over the global batch already: it counts as one."""
-        found = self.losses(batch, training=True)
+        found = self.output(batch, training=True)
         if self._micro == 0 and self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
-            logs = {f"train/{name}": float(value.detach()) for name, value in found._asdict().items()}
+            logs = {f"train/{name}": float(value) for name, value in found.terms.items()}
             self._log(logs | {"temperature": float(self.captioner.temperature.detach())})
         self._micro += 1
-        return Loss(found.total, torch.ones((), dtype=torch.long, device=found.total.device))
+        return found.sums
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         """The sum of the three losses."""
@@ -120,15 +118,15 @@ class QFormerStage1(Captioning):
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the three losses, and generation's with other and blank pictures."""
-        found = self.losses(batch, training=False)  # First: all processes have to meet in it.
-        split, one = self.split_names[dataloader_idx], torch.ones((), device=found.itc.device)
-        for name, value in found._asdict().items():
+        found = self.output(batch, training=False)  # First: all processes have to meet in it.
+        split, one = self.split_names[dataloader_idx], torch.ones((), device=found.loss.device)
+        for name, value in found.terms.items():
             self.add(split, name, Loss(value, one))
         super().validation_step(batch, batch_idx, dataloader_idx)
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's losses, with generation's of other and blank pictures beside them."""
-        values = {name: float(metrics[f"{split}/{name}"]) for name in Losses._fields}
+        values = {name: float(metrics[f"{split}/{name}"]) for name in TERMS}
         return (
             f"{super().describe(split, metrics)}, contrast {values['itc']:.3f}, matching {values['itm']:.3f} "
             f"({values['itm_accuracy']:.1%} right)"
@@ -161,7 +159,7 @@ def stage1_scores(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str
     """The losses of a validation, by split; "itg_perplexity" is that of a caption's token."""
     found: dict[str, dict[str, float]] = {}
     for split in splits:
-        names = [name for name in Losses._fields if f"{split}/{name}" in metrics]
+        names = [name for name in TERMS if f"{split}/{name}" in metrics]
         if names:
             found[split] = {name: float(metrics[f"{split}/{name}"]) for name in names}
             found[split]["itg_perplexity"] = float(metrics[f"{split}/perplexity"])

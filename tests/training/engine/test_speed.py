@@ -44,7 +44,7 @@ def step(module: Captioning) -> tuple[float, list[Tensor], int]:
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     torch.manual_seed(11)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = module.captioner.train().loss(batch())
+        loss = module.captioner.train()(batch()).sums
     size = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
     loss.sum.backward()
     return float(loss.sum.detach()), [p.grad for p in module.parameters() if p.grad is not None], size

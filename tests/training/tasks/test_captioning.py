@@ -141,7 +141,9 @@ def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> 
     assert max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) < 1e-14
     model = captioner().double()
     loss = caption_loss(
-        model, CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double())
+        model,
+        CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double()),
+        reduction="sum",
     )  # type: ignore[union-attr]
     (loss.sum / 27).backward()
     assert int(loss.count) == 27
@@ -201,7 +203,7 @@ def test_losses_of_other_and_blank_images(tmp_path: Path, blind: bool) -> None:
             assert min(abs(right - other), abs(right - blank), abs(other - blank)) > 1e-4
         loader = data.loader(split)
         with torch.no_grad():
-            sums = [caption_loss(model, b) for b in loader]
+            sums = [caption_loss(model, b, reduction="sum") for b in loader]
         mean = float(sum(s.sum for s in sums) / sum(s.count for s in sums))
         assert float(run.callback_metrics[f"{split}/loss"]) == pytest.approx(mean, rel=1e-5)
 
@@ -411,7 +413,7 @@ def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> Non
     assert found["decoder.blocks.0.norm1.weight"] == (True, False)
     assert len(found) == sum(p.requires_grad for p in model.parameters())
     before = model.decoder.blocks[0].attn.q_proj.weight.clone()
-    caption_loss(model, _batch_of_noise(model)).sum.backward()
+    caption_loss(model, _batch_of_noise(model), reduction="sum").sum.backward()
     optimizer.step()
     change = (model.decoder.blocks[0].attn.q_proj.weight - before).double()
     values = torch.linalg.svdvals(change)  # An orthogonal update: all directions move alike.

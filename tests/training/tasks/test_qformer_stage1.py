@@ -114,7 +114,7 @@ def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
     parts = []
     for micro, b in enumerate((first, second)):
         seed = int(hash64(0, 0, micro)) >> 2
-        parts.append(m.losses(b, image_ids=image_ids(b.names, b.loss_mask), seed=seed, match_texts=1).total)
+        parts.append(m(b, label_smoothing=0.1, itc_smoothing=0.1, seed=seed, match_texts=1).loss)
     (sum(parts) / 2).backward()  # type: ignore[operator]
     expected = [p.grad for p in m.parameters() if p.grad is not None]
     assert len(found) == len(expected) > 20
@@ -149,12 +149,12 @@ def test_it_learns_to_find() -> None:
     optimizer = optim.build(m)
     schedule = optim.schedule(optimizer, 20)
     for step in range(20):
-        loss = m.losses(given, seed=step, itc_smoothing=0.0, itg_smoothing=0.0)
+        loss = m(given, seed=step)
         optimizer.zero_grad()
-        loss.total.backward()
+        loss.loss.backward()
         optimizer.step()
         schedule.step()
-    assert float(loss.itc.detach()) < 0.7  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert float(loss.terms["itc"]) < 0.7  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,15 +358,15 @@ def test_numbers_out_of_range(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QFormerStage1(model(), **change)
     given = next(iter(scenes(captions_per_image=2).loader("train")))
-    with pytest.raises(ValueError, match=r"match_texts \(3\) must be from 1 to the 2 texts of a picture"):
-        model().losses(given, match_texts=3)
+    with pytest.raises(ValueError, match=r"match_texts \(3\) must be from 1 to the 2 texts of an image"):
+        model()(given, match_texts=3)
 
 
 def test_stage_2_says_what_does_not_fit(tmp_path: Path) -> None:
     model().save_pretrained(tmp_path / "stage1")
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)
     with pytest.raises(
-        ValueError, match="reads visual tokens 24 wide, but the vision tower given makes them 36 wide"
+        ValueError, match="reads visual tokens 24 wide, but the vision encoder given makes them 36 wide"
     ):
         from_stage1(tmp_path / "stage1", decoder, vision=ViT(32, 8, 36, 1, 3))
     from_stage1(tmp_path / "stage1", decoder).save_pretrained(tmp_path / "stage2")
