@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
+    from mmtransformer.generation.base import Generated as Generated
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
     from mmtransformer.generation.config import GenerationConfig as GenerationConfig
     from mmtransformer.generation.cuda_graph import CudaGraphDecoder as CudaGraphDecoder
-    from mmtransformer.generation.loop import Generated as Generated
     from mmtransformer.generation.loop import generate as generate
     from mmtransformer.generation.loop import stream as stream
     from mmtransformer.images import Augment as Augment
@@ -107,7 +107,8 @@ _CONTENTS = {
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
     "generation.cuda_graph": "CudaGraphDecoder",
-    "generation.loop": "Generated generate stream",
+    "generation.base": "Generated",
+    "generation.loop": "generate stream",
     "text.tokenizer": "Tokenizer",
     "images": "Augment ImageError ImageTransform",
     "pipelines.classifier": "ImageClassifier",

@@ -28,7 +28,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "no_repeat_ngram_size": 2},
-    "required words": {"num_beams": 5, "required": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
+    "forced words": {"num_beams": 5, "force_words_ids": [[[7, 9]], [[11]]], "repetition_penalty": 1.3},
 }
 
 

@@ -1,6 +1,6 @@
 """Captions as texts, from a batch of pictures.
 
-Letters: b pictures, r languages, n = b * r rows, gh gw rows and columns of patches.
+Shapes: r languages, gh gw rows and columns of patches.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.generation.base import Generated
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.generation.logits_processors import Generated
 from mmtransformer.generation.loop import generate, stream
-from mmtransformer.generation.prompts import Prompts, with_prompts
+from mmtransformer.generation.prompts import Prompts, prompted
+from mmtransformer.generation.sampling import checksums
 from mmtransformer.text.tokenizer import Tokenizer
 
 CAPTIONING = GenerationConfig(num_beams=3, max_new_tokens=60)
@@ -66,10 +67,7 @@ def write_captions(
     Returns:
         For each picture, for each language, its captions, best first.
     """
-    if prompts is None:
-        batch = with_prompts(batch, tokenizer, languages, mark=generation.mark_images)
-    else:
-        batch = prompts(batch, languages)
+    given, batch = batch, prompted(batch, tokenizer, languages, prompts, mark=generation.mark_images)
     c = generation.limited(captioner.max_len - batch.tokens.shape[1])
     rows = generate(
         captioner,
@@ -77,7 +75,7 @@ def write_captions(
         c,
         eos_id=tokenizer.eos_id,
         force_words_ids=[spellings(tokenizer, word) for word in c.force_words],
-        generator=torch.Generator(batch.tokens.device).manual_seed(c.seed) if c.do_sample else None,
+        content=checksums(batch, given) if c.do_sample else None,
     )
     results = [
         [_result(said, tokenizer, languages[i % len(languages)]) for said in row]
@@ -110,15 +108,12 @@ def stream_caption(
     Raises:
         ValueError: If there are words that the caption must contain.
     """
-    if prompts is None:
-        batch = with_prompts(batch, tokenizer, [language], mark=generation.mark_images)
-    else:
-        batch = prompts(batch, [language])
     if generation.force_words:
         raise ValueError("force_words need beams, and a caption that is streamed has none")
+    given, batch = batch, prompted(batch, tokenizer, [language], prompts, mark=generation.mark_images)
     c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
-    generator = torch.Generator(batch.tokens.device).manual_seed(c.seed) if c.do_sample else None
-    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_id, generator=generator)
+    content = checksums(batch, given) if c.do_sample else None
+    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_id, content=content)
     ids: list[int] = []
     shown = 0
     for (token,) in tokens:
@@ -173,10 +168,7 @@ def heatmap_of(
         prompts: What made the prompt it was said after, if not plain ones.
         mark: Whether the plain prompt marks the picture.
     """
-    if prompts is None:
-        prompt = with_prompts(batch, tokenizer, [said.language], mark=mark)
-    else:
-        prompt = prompts(batch, [said.language])
+    prompt = prompted(batch, tokenizer, [said.language], prompts, mark=mark)
     tokens = torch.cat([prompt.tokens, prompt.tokens.new_tensor([said.tokens])], 1)
     attention_mask = torch.ones_like(tokens, dtype=torch.bool)
     image_index = prompt.image_index

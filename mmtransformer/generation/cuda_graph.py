@@ -1,12 +1,13 @@
-"""Captured: a model whose decoding step is recorded once and then played, so that a token costs kernels and no Python.
+"""CudaGraphDecoder: a decoding step is recorded once and replayed for every token, which then costs no Python.
 
-    model = Captured(captioner)                     # a CUDA graph: on a GPU
+    model = CudaGraphDecoder(captioner)             # on a GPU
     texts = generate(model, batch, eos_id=2)        # as ever
 
-Caches have their full length from the start, masks hide what is not yet written, and every tensor stays where it is:
-so all steps are the same operations on the same memory. The recording is kept for later batches of the same shapes.
+A recording is the same operations on the same memory every time. So caches have their full length from the start, masks
+hide what is not yet written, and every tensor stays where it is (`DecoderState.make_static`). The recording is kept for
+later batches of the same shapes.
 
-Letters: m rows of text, v vocabulary.
+Shapes: m rows of texts.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import DecoderState
 from mmtransformer.captioners.base import State
-from mmtransformer.generation.logits_processors import Batch, GenerativeModel
+from mmtransformer.generation.base import BatchT, GenerativeModel
 
 Step = Callable[[], Tensor]
 """Reads tokens from a fixed place and gives logits (m v)."""
@@ -25,20 +26,20 @@ Step = Callable[[], Tensor]
 
 def cuda_graph(step: Step) -> Step:
     """Records a step as one CUDA graph; its logits come in the same memory every time."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         step()  # Libraries make their workspaces in a first call, which a graph could not hold.
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = step()
 
-    def play() -> Tensor:
+    def replay() -> Tensor:
         graph.replay()
         return logits
 
-    return play
+    return replay
 
 
 def compiled(step: Step) -> Step:
@@ -47,12 +48,28 @@ def compiled(step: Step) -> Step:
 
 
 class CudaGraphState:
-    """A model's state, the place where its next tokens are put, and the recorded step, once there is one."""
+    """A model's state, the place where its next tokens are put, and the recorded step, once there is one.
 
-    def __init__(self, state: State, tokens: Tensor) -> None:
-        self.state, self.tokens = state, tokens
-        self.tensors = list(_tensors(state))
-        self.play: Step | None = None
+    Args:
+        state: what the model's `prefill` gave, with all its decoder states static.
+        rows: rows of text, m.
+    """
+
+    def __init__(self, state: State, rows: int) -> None:
+        self.state = state
+        self.tensors = list(tensors_of(state))
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=self.tensors[0].device)
+        self.replay: Step | None = None
+
+    def has_shapes_of(self, other: "CudaGraphState") -> bool:
+        """Whether a recording for one can serve the other."""
+        mine, others = ([(x.shape, x.dtype, x.device) for x in state.tensors] for state in (self, other))
+        return mine == others
+
+    def copy_(self, other: "CudaGraphState") -> None:
+        """Takes over what another state of the same shapes holds; every tensor stays where it is."""
+        for mine, new in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(new)
 
     def reorder(self, rows: Tensor) -> None:
         """Reorders the model's state, in place.
@@ -65,8 +82,8 @@ class CudaGraphState:
         self.state.reorder(rows)
 
 
-class CudaGraphDecoder(Generic[Batch]):
-    """A model for `generate` and `stream` whose steps are one recording, played for every token.
+class CudaGraphDecoder(Generic[BatchT]):
+    """A model for `generate` and `stream` whose steps are one recording, replayed for every token.
 
     It writes one batch at a time, and holds on to where the weights were: make a new one after the model was moved.
     For guidance put it around: `CudaGraphDecoder(Guided(captioner, 2.0))`.
@@ -76,52 +93,33 @@ class CudaGraphDecoder(Generic[Batch]):
         record: `cuda_graph`, or `compiled`.
     """
 
-    def __init__(self, model: GenerativeModel[Batch], record: Callable[[Step], Step] = cuda_graph) -> None:
+    def __init__(self, model: GenerativeModel[BatchT], record: Callable[[Step], Step] = cuda_graph) -> None:
         self.model, self.record = model, record
+        self.vocab_size, self.max_len, self.modules = model.vocab_size, model.max_len, model.modules
         self._last: CudaGraphState | None = None
 
-    @property
-    def training(self) -> bool:
-        """That of the model."""
-        return self.model.training
-
-    @property
-    def max_len(self) -> int:
-        """That of the model."""
-        return self.model.max_len
-
-    def eval(self) -> None:
-        """Evaluation mode."""
-        self.model.eval()
-
-    def train(self, mode: bool = True) -> None:
-        """Training mode."""
-        self.model.train(mode)
-
     def prefill(
-        self, batch: Batch, *, expand_size: int = 1, max_new_tokens: int = 40
+        self, batch: BatchT, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, CudaGraphState]:
-        """As the model's; the state is then fixed, and takes the place of the last one if that had the same shapes.
+        """As the model's; the state is then static, and takes the place of the last one if that had the same shapes.
 
         Raises:
-            ValueError: if the model's state cannot be fixed.
+            ValueError: if the model's state cannot be made static.
         """
         logits, state = self.model.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
-        found = list(_decoder_states(state))
-        if not found:
+        parts = list(decoder_states_of(state))
+        if not parts:
             raise ValueError(
-                f"the state of a {type(self.model).__name__} cannot be fixed, so its steps cannot be recorded: "
+                f"the state of a {type(self.model).__name__} cannot be made static, so its steps cannot be recorded: "
                 f"{type(state).__name__} holds no DecoderState"
             )
-        for part in found:
+        for part in parts:
             part.make_static()
-        tokens = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-        new, last = CudaGraphState(state, tokens), self._last
-        if last is None or not _alike(new.tensors, last.tensors):
+        new, last = CudaGraphState(state, len(logits)), self._last
+        if last is None or not new.has_shapes_of(last):
             self._last = new
             return logits, new
-        for old, now in zip(last.tensors, new.tensors, strict=True):
-            old.copy_(now)
+        last.copy_(new)
         return logits, last
 
     def decode_step(self, tokens: Tensor, state: CudaGraphState) -> Tensor:
@@ -131,55 +129,49 @@ class CudaGraphDecoder(Generic[Batch]):
             ValueError: under autocast, whose casts of the weights a recording would lose.
         """
         with torch.cuda.device_of(tokens):
-            return self._play(tokens, state)
+            state.tokens.copy_(tokens)
+            if state.replay is None:
+                state.replay = self._recorded(state)
+            return state.replay()
 
-    def _play(self, tokens: Tensor, state: CudaGraphState) -> Tensor:
-        state.tokens.copy_(tokens)
-        if state.play is None:
-            kind = tokens.device.type
-            if torch.is_autocast_enabled(kind):
-                raise ValueError(
-                    "a recorded step knows no autocast: leave it, and convert the model instead, model.bfloat16()"
-                )
-            parts = list(_decoder_states(state.state))
-            moving = [x for part in parts for x in _own(part)]
-            before = [x.clone() for x in moving]
-            state.play = self.record(lambda: self.model.decode_step(state.tokens, state.state))
-            for x, was in zip(moving, before, strict=True):
-                x.copy_(was)  # Recording may have taken steps.
-        return state.play()
-
-
-def _parts(x: Any) -> Iterator[Any]:
-    """What a state is made of: the values of its attributes, or of a list."""
-    if isinstance(x, list | tuple):
-        yield from x
-    elif hasattr(x, "__dict__"):
-        yield from vars(x).values()
+    def _recorded(self, state: CudaGraphState) -> Step:
+        if torch.is_autocast_enabled(state.tokens.device.type):
+            raise ValueError(
+                "a recorded step knows no autocast: leave it, and convert the model instead, model.bfloat16()"
+            )
+        # Recording takes steps. Of what a step changes, keys and values at its place are written again by the next one;
+        # the rest is put back.
+        changed = [
+            x for part in decoder_states_of(state.state) for x in vars(part).values() if isinstance(x, Tensor)
+        ]
+        before = [x.clone() for x in changed]
+        replay = self.record(lambda: self.model.decode_step(state.tokens, state.state))
+        for x, was in zip(changed, before, strict=True):
+            x.copy_(was)
+        return replay
 
 
-def _decoder_states(x: Any) -> Iterator[DecoderState]:
-    if isinstance(x, DecoderState):
-        yield x
-    elif not isinstance(x, Tensor):
-        for part in _parts(x):
-            yield from _decoder_states(part)
+def decoder_states_of(state: Any) -> Iterator[DecoderState]:
+    """The decoder states that a model's state holds, however deep."""
+    if isinstance(state, DecoderState):
+        yield state
+    elif not isinstance(state, Tensor):
+        for part in _parts(state):
+            yield from decoder_states_of(part)
 
 
-def _own(state: DecoderState) -> Iterator[Tensor]:
-    """What a step changes in a state besides the keys and values at its place, which the next step writes again."""
-    yield from (x for x in vars(state).values() if isinstance(x, Tensor))
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
+def tensors_of(state: Any) -> Iterator[Tensor]:
     """All tensors of a state, always in the same order."""
-    if isinstance(x, Tensor):
-        yield x
+    if isinstance(state, Tensor):
+        yield state
     else:
-        for part in _parts(x):
-            yield from _tensors(part)
+        for part in _parts(state):
+            yield from tensors_of(part)
 
 
-def _alike(new: list[Tensor], old: list[Tensor]) -> bool:
-    shape = [(x.shape, x.dtype, x.device) for x in new]
-    return shape == [(x.shape, x.dtype, x.device) for x in old]
+def _parts(state: Any) -> Iterator[Any]:
+    """What a state is made of: the values of its attributes, or of a list."""
+    if isinstance(state, list | tuple):
+        yield from state
+    elif hasattr(state, "__dict__"):
+        yield from vars(state).values()

@@ -1,6 +1,6 @@
 """Guidance: what a picture makes likelier than a blank one does, made likelier still.
 
-Letters: n rows of text, m rows while decoding, v vocabulary.
+Shapes: m rows of texts.
 """
 
 from dataclasses import replace
@@ -12,20 +12,20 @@ from torch import Tensor
 from mmtransformer.captioners.base import CaptionBatch, Captioner, State
 
 
-class Both(NamedTuple):
+class GuidedState(NamedTuple):
     """The states with the picture and with a blank one."""
 
-    right: State
+    seen: State
     blank: State
 
     def reorder(self, rows: Tensor) -> None:
         """Reorders both."""
-        self.right.reorder(rows)
+        self.seen.reorder(rows)
         self.blank.reorder(rows)
 
 
 class Guided:
-    """A captioner whose log-probabilities are blank + scale * (right - blank) (arXiv:2207.12598, equation 6).
+    """A captioner whose log-probabilities are blank + scale * (seen - blank) (arXiv:2207.12598, equation 6).
 
     Args:
         captioner: the model.
@@ -33,38 +33,30 @@ class Guided:
     """
 
     def __init__(self, captioner: Captioner, scale: float) -> None:
-        self.captioner, self.scale, self.training = captioner, scale, captioner.training
-
-    @property
-    def max_len(self) -> int:
-        """That of the captioner."""
-        return self.captioner.max_len
-
-    def eval(self) -> None:
-        """Evaluation mode."""
-        self.captioner.eval()
-
-    def train(self, mode: bool = True) -> None:
-        """Training mode."""
-        self.captioner.train(mode)
+        self.captioner, self.scale = captioner, scale
+        self.vocab_size, self.max_len, self.modules = (
+            captioner.vocab_size,
+            captioner.max_len,
+            captioner.modules,
+        )
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, Both]:
+    ) -> tuple[Tensor, GuidedState]:
         """Reads the prompts twice, with their pictures and with blank ones."""
-        right, state = self.captioner.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
+        seen, state = self.captioner.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
         blank, other = self.captioner.prefill(
             blank_images(self.captioner, batch), expand_size=expand_size, max_new_tokens=max_new_tokens
         )
-        return self._guided(right, blank), Both(state, other)
+        return self._guided(seen, blank), GuidedState(state, other)
 
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row of both."""
-        right = self.captioner.decode_step(tokens, state.right)
-        return self._guided(right, self.captioner.decode_step(tokens, state.blank))
+        seen = self.captioner.decode_step(tokens, state.seen)
+        return self._guided(seen, self.captioner.decode_step(tokens, state.blank))
 
-    def _guided(self, right: Tensor, blank: Tensor) -> Tensor:
-        return blank.float().log_softmax(1).lerp(right.float().log_softmax(1), self.scale)
+    def _guided(self, seen: Tensor, blank: Tensor) -> Tensor:
+        return blank.float().log_softmax(1).lerp(seen.float().log_softmax(1), self.scale)
 
 
 def blank_images(captioner: Captioner, batch: CaptionBatch) -> CaptionBatch:

@@ -1,132 +1,79 @@
-"""What every search has in common: the model's contract, rules on scores, and the text that comes out.
+"""Logits processors: what is done to the scores of the next token before one is chosen, as transformers knows them.
 
-Letters: n rows of prompts, m rows of texts (beams or samples of a prompt), t tokens so far, v vocabulary.
+Shapes: m rows of texts, t tokens of prompt and text so far.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import State
+from mmtransformer.generation.config import GenerationConfig
 
-IMPOSSIBLE = -1e9
-"""Finite, so that sums and comparisons of impossible candidates stay ordered and free of NaN."""
+LogitsProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Scores (m v), ids (m t) and which of these are real (m t) -> changed scores (m v)."""
 
-
-class Prompts(Protocol):
-    """What a search reads of a batch; the model reads the rest (pictures, source texts)."""
-
-    tokens: Tensor
-    """(n q) long, padded on the left."""
-    attention_mask: Tensor
-    """(n q) bool, True = a real token."""
+BANNED = float("-inf")
 
 
-Batch = TypeVar("Batch", bound=Prompts, contravariant=True)
+def logits_processors(config: GenerationConfig, eos_ids: Tensor, prompt_length: int) -> list[LogitsProcessor]:
+    """Those that a search's settings ask for, in the order in which they act.
 
-
-class GenerativeModel(Protocol[Batch]):
-    """What a search needs of a model: every `Captioner` has it, every `Decoder`, and the 2017 `Transformer`."""
-
-    @property
-    def training(self) -> bool:
-        """Whether it is in training mode."""
-        ...
-
-    @property
-    def max_len(self) -> int:
-        """Most text tokens of a row, prompt included."""
-        ...
-
-    def prefill(
-        self, batch: Batch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, State]:
-        """See `Captioner.prefill`."""
-        ...
-
-    def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
-        """See `Captioner.step`."""
-        ...
-
-    def eval(self) -> Any:
-        """Evaluation mode."""
-        ...
-
-    def train(self, mode: bool = True) -> Any:
-        """Training mode."""
-        ...
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One text that was generated.
-
-    Attributes:
-        tokens: its ids, without the prompt and the end-of-sequence.
-        log_prob: log-probability of the whole text under the model, natural log, the end-of-sequence included.
-        token_log_probs: that of each token of `tokens`.
-        finished: whether the model ended it; False = cut at `max_new_tokens`.
+    Args:
+        config: the settings.
+        eos_ids: the ids that end a text.
+        prompt_length: tokens of the (padded) prompts.
     """
-
-    tokens: list[int]
-    log_prob: float
-    token_log_probs: list[float]
-    finished: bool
-
-
-def text_of(ids: list[int], log_probs: list[float], eos_id: int) -> Generated:
-    """The text that new ids are, up to their first end-of-sequence."""
-    finished = eos_id in ids
-    length = ids.index(eos_id) if finished else len(ids)
-    return Generated(ids[:length], sum(log_probs[: length + finished]), log_probs[:length], finished)
+    found: list[LogitsProcessor] = []
+    if config.repetition_penalty != 1.0:
+        found.append(partial(repetition_penalty, penalty=config.repetition_penalty))
+    if config.min_new_tokens:
+        found.append(partial(min_length, least=prompt_length + config.min_new_tokens, eos_ids=eos_ids))
+    if config.no_repeat_ngram_size:
+        found.append(partial(no_repeat_ngram, size=config.no_repeat_ngram_size, eos_ids=eos_ids))
+    return found
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What is done to the scores of the next token before one is chosen; the names and effects are transformers'.
+def repetition_penalty(scores: Tensor, ids: Tensor, real: Tensor, *, penalty: float) -> Tensor:
+    """Makes tokens of prompt and text less likely, above a penalty of 1 (CTRL, arXiv:1909.05858)."""
+    used = _marked(ids, real, scores.shape[1])
+    return torch.where(used, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
-    Attributes:
-        eos_id: the id that ends a text.
-        min_new_tokens: no end before so many tokens.
-        repetition_penalty: above 1, tokens of prompt and text get less likely (CTRL, arXiv:1909.05858).
-        no_repeat_ngram_size: no n-gram of this length comes twice; 0 = they may.
-    """
 
-    eos_id: int
-    min_new_tokens: int = 0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
+def min_length(scores: Tensor, ids: Tensor, real: Tensor, *, least: int, eos_ids: Tensor) -> Tensor:
+    """Bans the end of a text of fewer than `least` tokens, those of its prompt included."""
+    return scores.index_fill(1, eos_ids, BANNED) if ids.shape[1] < least else scores
 
-    @property
-    def look_back(self) -> bool:
-        """Whether what was written before matters."""
-        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
-    def apply(self, scores: Tensor, history: Tensor, known: Tensor, new_tokens: int) -> Tensor:
-        """Changed scores (m v), for rows whose prompt and text are `history` (m t) where `known` (m t) is True."""
-        if self.repetition_penalty != 1.0:
-            used = torch.zeros_like(scores, dtype=torch.int8)
-            used = used.scatter_add_(1, history, known.to(torch.int8)).bool()
-            penalised = torch.where(
-                scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty
-            )
-            scores = torch.where(used, penalised, scores)
-        size = self.no_repeat_ngram_size
-        if size and history.shape[1] >= size:
-            grams, real = history.unfold(1, size, 1), known.unfold(1, size, 1).all(-1)
-            last = history[:, history.shape[1] - size + 1 :]
-            repeats = (grams[..., :-1] == last[:, None]).all(-1) & real
-            banned = torch.zeros_like(scores, dtype=torch.int8)
-            banned = banned.scatter_add_(1, grams[..., -1], repeats.to(torch.int8)).bool()
-            scores = scores.masked_fill(banned, float("-inf"))
-        if new_tokens < self.min_new_tokens:
-            scores = scores.clone()
-            scores[:, self.eos_id] = float("-inf")
+def no_repeat_ngram(scores: Tensor, ids: Tensor, real: Tensor, *, size: int, eos_ids: Tensor) -> Tensor:
+    """Bans what would make an n-gram come twice; a text that may not go on with any token ends."""
+    if ids.shape[1] < size:
         return scores
+    grams, whole = ids.unfold(1, size, 1), real.unfold(1, size, 1).all(-1)
+    last = ids[:, ids.shape[1] - size + 1 :]
+    repeats = (grams[..., :-1] == last[:, None]).all(-1) & whole
+    scores = scores.masked_fill(_marked(grams[..., -1], repeats, scores.shape[1]), BANNED)
+    stuck = scores.amax(1, keepdim=True) == BANNED
+    return torch.where(stuck, torch.full_like(scores, BANNED).index_fill(1, eos_ids[:1], 0.0), scores)
 
 
-def stop_every(device: torch.device) -> int:
-    """After how many steps it is looked whether all texts have ended: on a GPU every look waits for it."""
-    return 1 if device.type == "cpu" else 8
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Bans all but the k likeliest tokens, and those as likely as the last of them."""
+    if k >= scores.shape[1]:
+        return scores
+    return scores.masked_fill(scores < scores.topk(k, dim=1).values[:, -1:], BANNED)
+
+
+def top_p(scores: Tensor, p: float) -> Tensor:
+    """Bans all but the fewest tokens that hold this share of probability (nucleus, arXiv:1904.09751)."""
+    ordered, order = scores.sort(dim=1, descending=True)
+    before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= p)
+    return scores.masked_fill(dropped, BANNED)
+
+
+def _marked(ids: Tensor, where: Tensor, vocab: int) -> Tensor:
+    """Which ids of the vocabulary stand anywhere in a row where it counts: (m v) bool."""
+    found = torch.zeros(ids.shape[0], vocab + 1, dtype=torch.bool, device=ids.device)
+    return found.scatter_(1, ids.masked_fill(~where, vocab), True)[:, :vocab]

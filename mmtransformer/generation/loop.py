@@ -1,32 +1,31 @@
-"""generate() and stream(): texts from any model with start and step, by greedy search, sampling or beam search.
-
-Letters: n rows of prompts.
-"""
+"""generate() and stream(): texts from any model with prefill and decode_step, by greedy search, sampling or beams."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmtransformer.captioners.base import Captioner
-from mmtransformer.generation.beam_search import Beams, LengthPenalty, beam_search
+from mmtransformer.generation.base import BatchT, Generated, GenerativeModel, Search
+from mmtransformer.generation.beam_search import Beams, BeamSearch
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.generation.constrained import ConstrainedBeams, Word, required_words
+from mmtransformer.generation.constrained import ConstrainedBeams, Word
 from mmtransformer.generation.guidance import Guided
-from mmtransformer.generation.logits_processors import Batch, Generated, GenerativeModel, Rules
-from mmtransformer.generation.sampling import Drawing, sample, walk
+from mmtransformer.generation.sampling import Sampler
+from mmtransformer.layers.modes import evaluation_mode
 
 
 @torch.inference_mode()
 def generate(
-    captioner: GenerativeModel[Batch],
-    batch: Batch,
+    model: GenerativeModel[BatchT],
+    batch: BatchT,
     config: GenerationConfig | None = None,
     *,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     force_words_ids: Sequence[Word] = (),
-    generator: torch.Generator | None = None,
+    content: Sequence[int] | None = None,
     **changes: Any,
 ) -> list[list[Generated]]:
     """Continues each row's prompt. Names, defaults and results follow transformers' `generate`.
@@ -34,12 +33,13 @@ def generate(
     Pictures are encoded once, their keys and values projected once, and shared by all beams and samples.
 
     Args:
-        captioner: the model; evaluation mode is set for the call.
+        model: the model; it is in evaluation mode for the call.
         batch: pictures (or source texts) and prompts; prompts are padded on the left.
         config: how to search; greedily unless told.
-        eos_id: the id that ends a text.
+        eos_id: the id that ends a text, or several.
         force_words_ids: words that must come, each as the ways to spell it in tokens; needs beams.
-        generator: source of randomness for sampling.
+        content: a number for each row that its noise comes from, besides `seed` and the number of the sample, where
+            tokens are drawn; a checksum of its pictures (or source text) and its prompt unless told.
         changes: settings of `GenerationConfig`, in place of those of `config`.
 
     Returns:
@@ -49,47 +49,42 @@ def generate(
         ValueError: for numbers that make no sense, alone or together, or with this model and batch.
     """
     c = dataclasses.replace(config or GenerationConfig(), **changes)
-    check(c, captioner, batch, force_words_ids)
-    model = _guided(captioner, c.guidance_scale)
-    rules = Rules(eos_id, c.min_new_tokens, c.repetition_penalty, c.no_repeat_ngram_size)
-    training = captioner.training
-    captioner.eval()
-    try:
-        if c.num_beams == 1:
-            drawing = Drawing(c.temperature, c.top_k, c.top_p, generator) if c.do_sample else None
-            return sample(model, batch, rules, c.max_new_tokens, c.num_return_sequences, drawing)
-        divide = LengthPenalty(c.length_penalty, c.length_offset)
-        size = c.num_beams // c.num_beam_groups
-        new = (batch.tokens.shape[0], size, c.max_new_tokens, rules, divide, batch.tokens.device)
+    ends = [eos_id] if isinstance(eos_id, int) else [*eos_id]
+    check(c, model, batch, ends, force_words_ids)
+    eos_ids = torch.tensor(ends, device=batch.tokens.device)
+    search: Search
+    if c.num_beams == 1:
+        search = Sampler(batch, c, eos_ids, content)
+    else:
+        n, size = len(batch.tokens), c.num_beams // c.num_beam_groups
         if force_words_ids:
-            beams = ConstrainedBeams(*new, force_words_ids)
-            return required_words(model, batch, rules, c.max_new_tokens, beams, c.num_return_sequences)
-        groups = [Beams(*new) for _ in range(c.num_beam_groups)]
-        return beam_search(
-            model, batch, rules, c.max_new_tokens, groups, c.num_return_sequences, c.diversity_penalty
-        )
-    finally:
-        captioner.train(training)
+            groups: list[Beams] = [ConstrainedBeams(n, size, c, eos_ids, force_words_ids)]
+        else:
+            groups = [Beams(n, size, c, eos_ids) for _ in range(c.num_beam_groups)]
+        search = BeamSearch(batch, c, eos_ids, groups)
+    for _ in decode_loop(model, batch, c, search):
+        pass
+    return search.texts()
 
 
 @torch.inference_mode()
 def stream(
-    captioner: GenerativeModel[Batch],
-    batch: Batch,
+    model: GenerativeModel[BatchT],
+    batch: BatchT,
     config: GenerationConfig | None = None,
     *,
-    eos_id: int,
-    generator: torch.Generator | None = None,
+    eos_id: int | Sequence[int],
+    content: Sequence[int] | None = None,
     **changes: Any,
 ) -> Iterator[list[int | None]]:
     """Yields tokens while they are written: what `generate` would give with the same arguments, a step at a time.
 
     Args:
-        captioner: the model; evaluation mode is set until the last token, or until the iterator is closed.
+        model: the model; it is in evaluation mode until the last token, or until the iterator is closed.
         batch: pictures (or source texts) and prompts; prompts are padded on the left.
         config: how to search, without beams; greedily unless told.
-        eos_id: the id that ends a text.
-        generator: source of randomness for sampling.
+        eos_id: the id that ends a text, or several.
+        content: see `generate`.
         changes: settings of `GenerationConfig`, in place of those of `config`.
 
     Yields:
@@ -99,32 +94,52 @@ def stream(
         ValueError: as `generate`; and for several beams or texts, of which no token is sure before the end.
     """
     c = dataclasses.replace(config or GenerationConfig(), **changes)
-    check(c, captioner, batch)
     if c.num_beams > 1 or c.num_return_sequences > 1:
         raise ValueError(
             f"a stream is one text, without beams: num_beams is {c.num_beams}, num_return_sequences "
             f"{c.num_return_sequences}"
         )
-    rules = Rules(eos_id, c.min_new_tokens, c.repetition_penalty, c.no_repeat_ngram_size)
-    drawing = Drawing(c.temperature, c.top_k, c.top_p, generator) if c.do_sample else None
-    training, ended = captioner.training, [False] * batch.tokens.shape[0]
-    captioner.eval()
-    try:
-        model = _guided(captioner, c.guidance_scale)
-        for tokens, _ in walk(model, batch, rules, c.max_new_tokens, 1, drawing):
-            ids = tokens.tolist()
-            ended = [was or token == eos_id for was, token in zip(ended, ids, strict=True)]
-            yield [None if end else token for end, token in zip(ended, ids, strict=True)]
-            if all(ended):
+    ends = [eos_id] if isinstance(eos_id, int) else [*eos_id]
+    check(c, model, batch, ends)
+    search = Sampler(batch, c, torch.tensor(ends, device=batch.tokens.device), content)
+    for tokens in decode_loop(model, batch, c, search):
+        yield [
+            None if end else token for end, token in zip(search.ended.tolist(), tokens.tolist(), strict=True)
+        ]
+        if search.ended.all():
+            return
+
+
+def decode_loop(
+    model: GenerativeModel[BatchT], batch: BatchT, config: GenerationConfig, search: Search
+) -> Iterator[Tensor]:
+    """Yields the tokens of every step (m), until all texts have ended or `max_new_tokens` are written."""
+    writer: Any = model
+    if config.guidance_scale != 1.0:
+        writer = Guided(writer, config.guidance_scale)
+    new, every = config.max_new_tokens, look_every(batch.tokens.device)
+    with evaluation_mode(model):  # pyright: ignore[reportArgumentType]  # it has `modules`, like a Module
+        logits, state = writer.prefill(batch, expand_size=search.expand_size, max_new_tokens=new)
+        for step in range(new):
+            rows, tokens = search.advance(logits, step)
+            yield tokens
+            if step + 1 == new or ((step + 1) % every == 0 and bool(search.all_done())):
                 return
-    finally:
-        captioner.train(training)
+            if rows is not None:
+                state.reorder(rows)
+            logits = writer.decode_step(tokens, state)
+
+
+def look_every(device: torch.device) -> int:
+    """After how many steps it is looked whether all texts have ended: on a GPU every look waits for it."""
+    return 1 if device.type == "cpu" else 8
 
 
 def check(
     config: GenerationConfig,
-    model: GenerativeModel[Batch],
-    batch: Batch,
+    model: GenerativeModel[BatchT],
+    batch: BatchT,
+    eos_ids: Sequence[int],
     force_words_ids: Sequence[Word] = (),
 ) -> None:
     """Refuses settings that make no sense with a model and a batch.
@@ -138,6 +153,8 @@ def check(
             f"a prompt of {prompt} and max_new_tokens ({new}) are more than the {model.max_len} tokens that the model "
             f"reads; at most {model.max_len - prompt} new tokens fit"
         )
+    if not eos_ids or not all(0 <= i < model.vocab_size for i in eos_ids):
+        raise ValueError(f"eos_id {[*eos_ids]} is not in the model's vocabulary, 0 to {model.vocab_size - 1}")
     if config.guidance_scale != 1 and not isinstance(model, Captioner):
         raise ValueError(f"guidance_scale is for captioners, and a {type(model).__name__} sees no picture")
     if config.force_words and not force_words_ids:
@@ -155,9 +172,3 @@ def check(
         )
     if (least := sum(min(map(len, word)) for word in force_words_ids)) > new:
         raise ValueError(f"force_words_ids has {least} tokens, more than max_new_tokens ({new})")
-
-
-def _guided(captioner: GenerativeModel[Batch], scale: float) -> GenerativeModel[Batch]:
-    if scale == 1.0 or not isinstance(captioner, Captioner):
-        return captioner
-    return Guided(captioner, scale)  # pyright: ignore[reportReturnType]  # Its batches are a captioner's.

@@ -1,6 +1,6 @@
 """Prompts: what a caption is written after.
 
-Letters: b samples, i pictures of a sample, r languages, n = b * r rows.
+Shapes: b samples, r languages, n = b * r rows.
 """
 
 import dataclasses
@@ -22,6 +22,20 @@ class Prompts(Protocol):
         A sample's last picture is the one to be captioned; pictures before it are examples.
         """
         ...
+
+
+def prompted(
+    batch: CaptionBatch,
+    tokenizer: Tokenizer,
+    languages: Sequence[str | None],
+    prompts: Prompts | None,
+    *,
+    mark: bool = False,
+) -> CaptionBatch:
+    """The batch with prompts: those that `prompts` makes, or else plain ones (see `with_prompts`)."""
+    return (
+        with_prompts(batch, tokenizer, languages, mark=mark) if prompts is None else prompts(batch, languages)
+    )
 
 
 def with_prompts(

@@ -1,86 +1,119 @@
 """Greedy search and sampling, a token a row at a time.
 
-Letters: n rows of prompts, m rows of texts, v vocabulary.
+Shapes: n rows of prompts, m rows of texts, t new tokens at most.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmtransformer.generation.logits_processors import (
-    Batch,
-    Generated,
-    GenerativeModel,
-    Rules,
-    stop_every,
-    text_of,
-)
+from mmtransformer.backbones.seq2seq import TextPairs
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.generation.base import Generated, TokenBatch, allocate, is_end
+from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.generation.logits_processors import logits_processors, top_k, top_p
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How tokens are drawn; see `generate`."""
+class Sampler:
+    """The likeliest token of every row, or a drawn one.
 
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    generator: torch.Generator | None
+    Args:
+        batch: prompts.
+        config: how to search.
+        eos_ids: the ids that end a text.
+        content: for each row what its noise comes from, besides the seed; see `checksums`.
+    """
 
-    def draw(self, scores: Tensor) -> Tensor:
-        """One id a row, (m v) -> (m)."""
-        scores = scores / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[1]:
-            least = scores.topk(self.top_k, dim=1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = scores.sort(dim=1, descending=True)
-            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
-            scores = scores.masked_fill(dropped, float("-inf"))
-        return torch.multinomial(scores.softmax(1), 1, generator=self.generator)[:, 0]
+    def __init__(
+        self,
+        batch: TokenBatch,
+        config: GenerationConfig,
+        eos_ids: Tensor,
+        content: Sequence[int] | None = None,
+    ) -> None:
+        self.config, self.eos_ids = config, eos_ids
+        self.expand_size, self.prompt_length = config.num_return_sequences, batch.tokens.shape[1]
+        self.ids, self.real = allocate(batch, self.expand_size, config.max_new_tokens)
+        self.processors = logits_processors(config, eos_ids, self.prompt_length)
+        self.ended = torch.zeros(len(self.ids), dtype=torch.bool, device=eos_ids.device)
+        self.log_probs: list[Tensor] = []
+        if config.do_sample:
+            keys = checksums(batch) if content is None else content
+            self.noise = torch.tensor(noise(config, keys), device=eos_ids.device)
+
+    def advance(self, logits: Tensor, step: int) -> tuple[None, Tensor]:
+        """See `Search`; the end of a text stays its end."""
+        at, logits = self.prompt_length + step, logits.float()
+        scores = logits
+        for processor in self.processors:
+            scores = processor(scores, self.ids[:, :at], self.real[:, :at])
+        tokens = self.draw(scores, self.noise[:, step]) if self.config.do_sample else scores.argmax(1)
+        tokens = tokens.masked_fill(self.ended, self.eos_ids[0])
+        self.ids[:, at] = tokens
+        self.log_probs.append(logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
+        self.ended = self.ended | is_end(tokens, self.eos_ids)
+        return None, tokens
+
+    def draw(self, scores: Tensor, noise: Tensor) -> Tensor:
+        """One id a row from numbers that lie evenly in [0, 1): (m v) and (m) -> (m)."""
+        scores = scores / self.config.temperature
+        if self.config.top_k is not None:
+            scores = top_k(scores, self.config.top_k)
+        if self.config.top_p is not None and self.config.top_p < 1:
+            scores = top_p(scores, self.config.top_p)
+        shares = scores.softmax(1).cumsum(1)
+        return torch.searchsorted(shares, noise[:, None] * shares[:, -1:], right=True)[:, 0]
+
+    def all_done(self) -> Tensor:
+        """See `Search`."""
+        return self.ended.all()
+
+    def texts(self) -> list[list[Generated]]:
+        """For each prompt its texts, in the order drawn."""
+        new = self.ids[:, self.prompt_length : self.prompt_length + len(self.log_probs)].tolist()
+        scored, ends = torch.stack(self.log_probs, 1).tolist(), self.eos_ids.tolist()
+        found = [Generated.until_end(*text, ends) for text in zip(new, scored, strict=True)]
+        return [found[i : i + self.expand_size] for i in range(0, len(found), self.expand_size)]
 
 
-def walk(
-    model: GenerativeModel[Batch],
-    batch: Batch,
-    rules: Rules,
-    max_new_tokens: int,
-    expand_size: int,
-    drawing: Drawing | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields each step's tokens and their log-probabilities, (m) each; the end of a text stays its end."""
-    logits, state = model.prefill(batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
-    prompt, device = batch.tokens.shape[1], logits.device
-    history = batch.tokens.new_full((logits.shape[0], prompt + max_new_tokens), rules.eos_id)
-    history[:, :prompt] = batch.tokens.repeat_interleave(expand_size, 0)
-    known = batch.attention_mask.new_zeros(history.shape)
-    known[:, :prompt] = batch.attention_mask.repeat_interleave(expand_size, 0)
-    done = torch.zeros(logits.shape[0], dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        at, logits = prompt + step, logits.float()
-        scores = rules.apply(logits, history[:, :at], known[:, :at], step)
-        tokens = scores.argmax(1) if drawing is None else drawing.draw(scores)
-        tokens = tokens.masked_fill(done, rules.eos_id)
-        history[:, at], known[:, at] = tokens, ~done
-        yield tokens, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
-        done = done | (tokens == rules.eos_id)
-        if step + 1 == max_new_tokens or ((step + 1) % stop_every(device) == 0 and bool(done.all())):
-            return
-        logits = model.decode_step(tokens, state)
+def noise(config: GenerationConfig, content: Sequence[int]) -> np.ndarray:
+    """The numbers that tokens are drawn with, even in [0, 1): (m t) float32.
+
+    They depend on the seed, the content of the row and the number of the sample, so neither on the row's place nor on
+    its batch.
+    """
+    rows = [
+        np.random.default_rng([config.seed, key, number]).random(config.max_new_tokens, np.float32)
+        for key in content
+        for number in range(config.num_return_sequences)
+    ]
+    return np.stack(rows) * np.float32(1 - 2**-22)  # a share of 1 would, rounded, be behind the last token
 
 
-def sample(
-    model: GenerativeModel[Batch],
-    batch: Batch,
-    rules: Rules,
-    max_new_tokens: int,
-    expand_size: int,
-    drawing: Drawing | None,
-) -> list[list[Generated]]:
-    """The texts of `expand_size` samples a row, or of greedy search."""
-    steps = list(walk(model, batch, rules, max_new_tokens, expand_size, drawing))
-    new, scored = (torch.stack(column, 1).tolist() for column in zip(*steps, strict=True))
-    texts = [text_of(ids, scores, rules.eos_id) for ids, scores in zip(new, scored, strict=True)]
-    return [texts[i : i + expand_size] for i in range(0, len(texts), expand_size)]
+def checksums(batch: TokenBatch, seen: TokenBatch | None = None) -> list[int]:
+    """A number for each row, from its pictures or its source text and its prompt, padding left out.
+
+    Args:
+        batch: the prompts.
+        seen: where pictures stand as they were given, if the batch holds what was computed of them.
+    """
+    seen = batch if seen is None else seen
+    tokens, real, samples = batch.tokens.cpu(), batch.attention_mask.cpu(), [0]
+    if isinstance(seen, CaptionBatch) and (seen.pixels is not None or seen.visual_tokens is not None):
+        visual = [*seen.visual.float().cpu()]
+        if seen.image_mask is not None:
+            visual = [x[mask] for x, mask in zip(visual, seen.image_mask.cpu(), strict=True)]
+        samples = [zlib.crc32(x.numpy().tobytes()) for x in visual]
+    elif isinstance(seen, TextPairs):
+        sources, masks = seen.source.cpu(), seen.source_attention_mask.cpu()
+        samples = [_of_ids(*row) for row in zip(sources, masks, strict=True)]
+    share = len(tokens) // len(samples)
+    rows = zip(tokens, real, strict=True)
+    return [_of_ids(*row, samples[i // share]) for i, row in enumerate(rows)]
+
+
+def _of_ids(ids: Tensor, real: Tensor, begun: int = 0) -> int:
+    return zlib.crc32(ids[real].numpy().tobytes(), begun)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, EncoderDecoder, TextDecoder, ViT, generate
-from mmtransformer.generation.logits_processors import Generated, Rules
+from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, TextDecoder, ViT, generate
+from mmtransformer.backbones.base import PromptBatch
+from mmtransformer.generation.base import Generated
+from mmtransformer.generation.logits_processors import BANNED, logits_processors
 from mmtransformer.weights import from_transformers
 
 EOS, VOCAB, WIDTH = 2, 53, 24
@@ -177,8 +179,8 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecode
     draw = lambda seed, **options: [  # noqa: E731
         text.tokens[0] if text.tokens else EOS
         for text in generate(
-            captioner, batch, eos_id=EOS, max_new_tokens=1, do_sample=True, num_return_sequences=4000,
-            generator=torch.Generator().manual_seed(seed), **options,
+            captioner, batch, eos_id=EOS, max_new_tokens=1, do_sample=True, num_return_sequences=4000, seed=seed,
+            **options,
         )[0]
     ]  # fmt: skip
     logits, _ = captioner.prefill(batch, max_new_tokens=1)
@@ -195,14 +197,63 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecode
     assert len(nucleus) > 1
 
 
-def test_rules_leave_padding_out() -> None:
-    rules = Rules(EOS, repetition_penalty=2.0, no_repeat_ngram_size=2)
-    scores = torch.tensor([[4.0, -4.0, 1.0, 2.0]])
-    history, known = torch.tensor([[0, 0, 1, 3, 1]]), torch.tensor([[False, False, True, True, True]])
-    got = rules.apply(scores, history, known, 9)
-    assert got.tolist() == [
-        [4.0, -8.0, 1.0, float("-inf")]
-    ]  # 0 only pads; 1 was said; "1 3" would come twice.
+def processed(
+    scores: list[float], ids: list[int], real: list[bool] | None = None, **options: Any
+) -> list[float]:
+    """One row's scores after the processors that the options ask for."""
+    found, history = torch.tensor([scores]), torch.tensor([ids])
+    mask = torch.ones_like(history, dtype=torch.bool) if real is None else torch.tensor([real])
+    for processor in logits_processors(GenerationConfig(**options), torch.tensor([EOS]), 0):
+        found = processor(found, history, mask)
+    return found[0].tolist()
+
+
+def test_logits_processors_leave_padding_out() -> None:
+    real = [False, False, True, True, True]
+    got = processed(
+        [4.0, -4.0, 1.0, 2.0], [0, 0, 1, 3, 1], real, repetition_penalty=2.0, no_repeat_ngram_size=2
+    )
+    assert got == [4.0, -8.0, 1.0, BANNED]  # 0 only pads; 1 was said; "1 3" would come twice.
+
+
+@pytest.mark.parametrize("count", [1, 2, 127, 128, 255, 256, 257, 512])
+def test_it_does_not_matter_how_often_a_token_came(count: int) -> None:
+    """Counts that wrap at 256 would forget what came so often."""
+    assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * count, repetition_penalty=2.0) == [0.5, -2.0, 2.0, 0.5]
+    assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * count, no_repeat_ngram_size=1) == [
+        BANNED,
+        BANNED,
+        2.0,
+        0.5,
+    ]
+    want = [BANNED, -1.0, 2.0, 0.5] if count > 1 else [1.0, -1.0, 2.0, 0.5]
+    assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * (count - 1) + [1], no_repeat_ngram_size=2) == want
+
+
+def test_a_text_that_may_go_on_with_no_token_ends() -> None:
+    for least in (0, 9):
+        got = processed([1.0, 2.0, 3.0, 4.0], [0, 1, 2, 3], no_repeat_ngram_size=1, min_new_tokens=least)
+        assert got == [BANNED, BANNED, 0.0, BANNED]
+
+
+@pytest.mark.parametrize("beams", [1, 2, 5])
+@pytest.mark.parametrize("forced", [False, True])
+def test_every_prompt_gets_a_text_where_every_token_is_banned(beams: int, forced: bool) -> None:
+    if forced and beams == 1:
+        pytest.skip("forced words need beams")
+    torch.manual_seed(0)
+    model = TextDecoder(5, 8, 1, 2, max_len=30)
+    tokens = torch.tensor([[0, 1], [3, 4]])
+    words = [[[0, 0]]] if forced else []
+    found = generate(
+        model, PromptBatch(tokens, tokens >= 0), eos_id=EOS, max_new_tokens=20, min_new_tokens=9, num_beams=beams,
+        no_repeat_ngram_size=1, force_words_ids=words,
+    )  # fmt: skip
+    for row, prompt in zip(found, tokens.tolist(), strict=True):
+        (text,) = row
+        assert text.finished
+        assert set(text.tokens) <= set(range(5)) - {EOS, *prompt}
+        assert len(text.tokens) == 2
 
 
 def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:

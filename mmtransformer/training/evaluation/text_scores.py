@@ -171,7 +171,7 @@ def write_texts(
     language: str | None,
     count: int,
     *,
-    generator: torch.Generator,
+    seed: int = 0,
     max_new_tokens: int = 60,
     temperature: float = 1.0,
     top_p: float | None = None,
@@ -183,7 +183,7 @@ def write_texts(
         tokenizer: Its tokenizer.
         language: The language to write in; None names none.
         count: How many.
-        generator: Source of randomness, on the model's device.
+        seed: Of the drawing; a text depends on it, the language and the text's number alone.
         max_new_tokens: Most tokens of a text, if the model has room for so many.
         temperature: Below 1 the likely gets likelier.
         top_p: Draw from the fewest tokens that hold this share of probability; None draws from all.
@@ -200,7 +200,7 @@ def write_texts(
         do_sample=True,
         temperature=temperature,
         top_p=top_p,
-        generator=generator,
+        seed=seed,
     )
     # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
     return [tokenizer.decode([t for t in text.tokens if t < tokenizer.vocab_size]) for text in written]

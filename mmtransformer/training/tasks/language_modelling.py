@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
@@ -112,10 +111,9 @@ class LanguageModelling(Task):
         if data is None:
             return []
         self._turn += 1
-        generator = torch.Generator(self.device).manual_seed(self._turn)
         lines = []
         for language in self._languages(data):
-            (text,) = write_texts(self.decoder, data.tokenizer, language, 1, generator=generator)
+            (text,) = write_texts(self.decoder, data.tokenizer, language, 1, seed=self._turn)
             lines.append(f"{language or 'it writes'}: {text}")
         return lines
 
@@ -142,7 +140,7 @@ class LanguageModelling(Task):
             for split in data.val_splits
         }
         ngrams = score_ngrams(data, data.val_splits, self.baseline_orders, max_tokens=self.baseline_tokens)
-        written = self._write(decoder, data, run.device)
+        written = self._write(decoder, data)
         known = data.texts(data.train_split)
         metrics: dict[str, Any] = {
             "scores": scores_to_dict(scores),
@@ -169,10 +167,9 @@ class LanguageModelling(Task):
             )
         )
 
-    def _write(self, decoder: Decoder, data: TextData, device: torch.device) -> dict[str | None, list[str]]:
-        generator = torch.Generator(device).manual_seed(0)
+    def _write(self, decoder: Decoder, data: TextData) -> dict[str | None, list[str]]:
         return {
-            language: write_texts(decoder, data.tokenizer, language, self.num_texts, generator=generator)
+            language: write_texts(decoder, data.tokenizer, language, self.num_texts)
             for language in self._languages(data)
         }
 

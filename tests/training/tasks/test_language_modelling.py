@@ -221,8 +221,7 @@ def test_texts_are_written_by_seed_and_language() -> None:
     data, decoder = data_of(), decoder_of()
 
     def write(language: str, seed: int, **options: Any) -> list[str]:
-        generator = torch.Generator().manual_seed(seed)
-        return write_texts(decoder, data.tokenizer, language, 3, generator=generator, **options)
+        return write_texts(decoder, data.tokenizer, language, 3, seed=seed, **options)
 
     assert write("ko", 0) == write("ko", 0)
     assert write("ko", 0) != write("ko", 1)
@@ -240,7 +239,7 @@ def test_ids_without_a_token_say_nothing() -> None:
     decoder = TextDecoder(5000, 16, 1, 2, max_len=40)
     with torch.no_grad():
         decoder.tok_embed.weight[:500] = 0
-    texts = write_texts(decoder, data.tokenizer, "en", 5, generator=torch.Generator().manual_seed(0))
+    texts = write_texts(decoder, data.tokenizer, "en", 5)
     assert len(texts) == 5
 
 
