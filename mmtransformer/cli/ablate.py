@@ -89,7 +89,7 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
 
 def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
     """Prints the table, and writes it as ablation.json and ablation.png."""
-    from mmtransformer.plots.comparison import comparison
+    from mmtransformer.plots.comparison import save_comparison
 
     table = {bridge: scores_of(metrics) for bridge, metrics in rows.items()}
     names = list(dict.fromkeys(name for row in table.values() for name in row))
@@ -103,7 +103,7 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
     bars = {name: {bridge: row[name] for bridge, row in table.items() if name in row} for name in shown}
     logs = {bridge: out / bridge / "metrics.csv" for bridge in rows}
     title = f"Bridges of {parameters / 1e6:.2f} million parameters"
-    path = comparison(bars, logs, out / "ablation.png", title=title)
+    path = save_comparison(bars, logs, out / "ablation.png", title=title)
     print(f"\ntable     {out / 'ablation.json'}\npicture   {path}")
 
 

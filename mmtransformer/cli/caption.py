@@ -111,7 +111,14 @@ def _heatmaps(
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
     import sys
 
-    from mmtransformer.plots import Card, Said, grid_box, html_page, word_heatmaps
+    from mmtransformer.plots import (
+        Card,
+        CardCaption,
+        draw_word_heatmaps,
+        grid_box,
+        save_html_gallery,
+        save_image,
+    )
 
     cards = []
     for i, (path, image, captions) in enumerate(zip(paths, images, results, strict=True)):
@@ -122,12 +129,12 @@ def _heatmaps(
             continue
         heat = model.heatmap(image, best, prompts)
         if out.suffix.lower() == ".html":
-            said = Said(best.text, best.language, words=words, heat=heat, box=box)
+            said = CardCaption(best.text, best.language, words=words, heat=heat, box=box)
             cards.append(Card(image, [said], heading=path))
             continue
         sheet = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
-        word_heatmaps(image, words, heat, sheet, box=box, title=best.text)
+        save_image(draw_word_heatmaps(image, words, heat, box=box, title=best.text), sheet)
         print(f"{sheet}: where the model looked in {path}", file=sys.stderr)
     if cards:
-        html_page("Where the model looked", cards, None, out)
+        save_html_gallery(cards, out, title="Where the model looked")
         print(f"{out}: where the model looked; point at a word", file=sys.stderr)

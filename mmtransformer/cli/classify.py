@@ -40,7 +40,8 @@ def run(name: str, words: Sequence[str]) -> int:
             told = ", ".join(f"{label} {share:.1%}" for label, share in best)
             print(f"{path}: {told}" if len(args.images) > 1 else told)
     if args.attention:
-        from mmtransformer.plots import rollout_sheet
+        from mmtransformer.plots import draw_rollout, save_image
 
-        rollout_sheet(classifier.vit, images[0], classifier.transform, args.attention, title=args.images[0])
+        sheet = draw_rollout(classifier.vit, images[0], classifier.transform, title=args.images[0])
+        save_image(sheet, args.attention)
     return 0

@@ -44,9 +44,10 @@ def run(name: str, words: Sequence[str]) -> int:
         row = {"text": text, "language": args.language, "translation": translation}
         print(json.dumps(row, ensure_ascii=False) if args.json else translation)
     if args.attention:
-        from mmtransformer.plots import attention_sheet
+        from mmtransformer.plots import draw_attention, save_image
 
         queries, keys, weights = translator.attention_map(texts[0], said[0], args.language)
         named = {f"block {i}": block for i, block in enumerate(weights)}
-        attention_sheet(named, queries, keys, args.attention, title=f"{texts[0]} → {said[0]}")
+        title = f"{texts[0]} → {said[0]}"
+        save_image(draw_attention(named, queries, keys, title=title), args.attention)
     return 0

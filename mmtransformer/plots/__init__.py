@@ -1,22 +1,24 @@
 """Pictures of what a model does: galleries (PNG and HTML), word heat maps, training curves; Korean without a font."""
 
-from mmtransformer.plots.attention_maps import attention_sheet, rollout_maps, rollout_sheet
-from mmtransformer.plots.cards import Card, Said
-from mmtransformer.plots.curves import loss_curves
-from mmtransformer.plots.gallery import save_gallery
-from mmtransformer.plots.heatmap import grid_box, overlay, word_heatmaps
-from mmtransformer.plots.page import html_page
+from mmtransformer.plots.attention_maps import draw_attention, draw_rollout, rollout_maps
+from mmtransformer.plots.cards import Card, CardCaption
+from mmtransformer.plots.curves import save_loss_curves
+from mmtransformer.plots.files import save_image
+from mmtransformer.plots.gallery import draw_gallery
+from mmtransformer.plots.heatmap import draw_word_heatmaps, grid_box, overlay
+from mmtransformer.plots.html_gallery import save_html_gallery
 
 __all__ = [
     "Card",
-    "Said",
-    "attention_sheet",
+    "CardCaption",
+    "draw_attention",
+    "draw_gallery",
+    "draw_rollout",
+    "draw_word_heatmaps",
     "grid_box",
-    "html_page",
-    "loss_curves",
     "overlay",
     "rollout_maps",
-    "rollout_sheet",
-    "save_gallery",
-    "word_heatmaps",
+    "save_html_gallery",
+    "save_image",
+    "save_loss_curves",
 ]

@@ -2,14 +2,12 @@
 
 with record_attention(encoder) as record:
     encoder(tokens)
-attention_sheet(record, tokenizer.pieces(ids), tokenizer.pieces(ids), "attention.png")
+save_image(draw_attention(record, tokenizer.pieces(ids), tokenizer.pieces(ids)), "attention.png")
 
-Letters: h heads, q tokens that ask, k tokens that are asked, p visual tokens, gh gw rows and columns of patches.
+Shapes: gh gw rows and columns of patches.
 """
 
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,19 +16,18 @@ from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention, rollout
-from mmtransformer.plots.cards import show_number
-from mmtransformer.plots.files import write_whole
 from mmtransformer.plots.heatmap import (
     GAP,
     MARGIN,
     PAPER,
-    SMALL,
     TITLE,
+    draw_scale,
+    draw_word_heatmaps,
     grid_box,
     heat_top,
     palette,
-    word_heatmaps,
 )
 from mmtransformer.plots.text import Style, draw, width, wrap
 
@@ -39,11 +36,10 @@ LABEL = Style(12, (214, 217, 226))
 HEAD = Style(14, (240, 241, 245), bold=True)
 
 
-def attention_sheet(
+def draw_attention(
     weights: Mapping[str, Tensor],
     queries: Sequence[str],
     keys: Sequence[str],
-    path: str | Path | None = None,
     *,
     row: int = 0,
     cell: int = 16,
@@ -51,15 +47,14 @@ def attention_sheet(
 ) -> Image.Image:
     """Draw the weights of every layer (a row of panels each) and head (a column each): who looks at whom.
 
-    In a panel a line is a token that asks, a column a token that is asked, bright where it looks. All panels share one
+    In a panel a line is a query, a column a key, bright where the query looks. All panels share one
     scale, written below the sheet.
 
     Args:
         weights: layer name -> weights (h q k) or (b h q k): what `record_attention` yields. Self-attention and
             cross-attention are drawn apart, since their keys differ.
-        queries: the q tokens that ask, as text.
-        keys: the k tokens that are asked.
-        path: where to write a PNG; None writes nothing.
+        queries: the q tokens that look, as text.
+        keys: the k tokens that are looked at.
         row: which row of a batch.
         cell: pixels of a token's side.
         title: a line above, such as the sentence.
@@ -102,11 +97,7 @@ def attention_sheet(
             colours = palette()[level].repeat(cell, 0).repeat(cell, 1)
             sheet.paste(Image.fromarray(colours), (gutter + number * (wide + GAP), y))
         draw(canvas, (gutter + heads * (wide + GAP), y), name, HEAD)
-    _legend(sheet, canvas, top)
-    if path is not None:
-        file = io.BytesIO()
-        sheet.save(file, "PNG", optimize=True)
-        write_whole(path, file.getvalue())
+    draw_scale(sheet, top, "of a token's attention", 120)
     return sheet
 
 
@@ -142,14 +133,6 @@ def _draw_upwards(sheet: Image.Image, bottom: tuple[float, float], cell: int, te
     sheet.paste(line, (round(bottom[0] + (cell - line.width) / 2), round(bottom[1] - line.height)))
 
 
-def _legend(sheet: Image.Image, canvas: ImageDraw.ImageDraw, top: float) -> None:
-    x, y, long = MARGIN, sheet.height - 36, 120
-    bar = palette()[np.linspace(0, 255, long).astype(np.uint8)]
-    sheet.paste(Image.fromarray(np.repeat(bar[None], 10, axis=0)), (x + 16, y + 5))
-    draw(canvas, (x, y), "0", SMALL)
-    draw(canvas, (x + 16 + long + 8, y), f"{show_number(top)} of a token's attention", SMALL)
-
-
 @torch.no_grad()
 def rollout_maps(vit: ViT, pixels: Tensor) -> Tensor:
     """What of a picture is in its pooled feature after each block, by attention rollout (arXiv:2005.00928).
@@ -157,19 +140,14 @@ def rollout_maps(vit: ViT, pixels: Tensor) -> Tensor:
     A class token is asked where there is one, else all patches alike; attention pooling is not looked into.
 
     Args:
-        vit: the model; its mode is kept, and evaluation mode is set meanwhile.
+        vit: the model; dropout is off meanwhile.
         pixels: (b 3 height width).
 
     Returns:
         (b blocks gh gw); what is on prefix tokens is left out, so a map sums to 1 at most.
     """
-    training = vit.training
-    vit.eval()
-    try:
-        with record_attention(vit, keep=lambda name: name.startswith("blocks.")) as record:
-            vit.forward_features(pixels)
-    finally:
-        vit.train(training)
+    with evaluation_mode(vit), record_attention(vit, keep=lambda name: name.startswith("blocks.")) as record:
+        vit.forward_features(pixels)
     layers, first = list(record.values()), vit.num_prefix_tokens
     grid = vit.grid_size(*pixels.shape[2:])
     maps = []
@@ -180,11 +158,10 @@ def rollout_maps(vit: ViT, pixels: Tensor) -> Tensor:
     return torch.stack(maps, dim=1)
 
 
-def rollout_sheet(
+def draw_rollout(
     vit: ViT,
     image: Image.Image,
     transform: ImageTransform,
-    path: str | Path | None = None,
     *,
     columns: int = 6,
     title: str = "",
@@ -195,7 +172,6 @@ def rollout_sheet(
         vit: the model.
         image: the picture, RGB.
         transform: how it becomes pixels.
-        path: where to write a PNG; None writes nothing.
         columns: panels a row.
         title: a line above.
 
@@ -210,4 +186,4 @@ def rollout_sheet(
     names = [f"block {i}" for i in range(len(maps))]
     box = grid_box(image.size, transform.size, transform.resize)
     scale = "of the feature from one patch, above the least"
-    return word_heatmaps(image, names, maps, path, box=box, columns=columns, title=title, scale=scale)
+    return draw_word_heatmaps(image, names, maps, box=box, columns=columns, title=title, scale=scale)

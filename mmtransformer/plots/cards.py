@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Said:
+class CardCaption:
     """One caption of a card and what is known about it.
 
     Args:
@@ -46,6 +46,15 @@ class Said:
         """Whether all stated facts are true; None if none is known."""
         return all(ok for _, ok in self.facts) if self.facts else None
 
+    def marks(self) -> list[tuple[str, str]]:
+        """What stands below the caption: texts, each "language", "good", "bad" or ""."""
+        marks = [(self.language, "language")] if self.language else []
+        if self.facts:
+            right, sign = sum(ok for _, ok in self.facts), "✓" if self.correct else "✗"
+            marks.append((f"{sign} {right}/{len(self.facts)} facts", "good" if self.correct else "bad"))
+            marks += [(f"✗ {fact}", "bad") for fact, ok in self.facts if not ok]
+        return marks if self.score is None else [*marks, (f"log p {self.score:.2f}", "")]
+
 
 @dataclass(frozen=True)
 class Card:
@@ -58,7 +67,7 @@ class Card:
     """
 
     image: Image.Image
-    captions: Sequence[Said]
+    captions: Sequence[CardCaption]
     heading: str = ""
 
 

@@ -1,14 +1,13 @@
 """Several runs side by side in one picture: bars of their scores, and the curves of their validation losses."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmtransformer.plots.curves import COLOURS, NATS, read_log
-from mmtransformer.plots.files import write_whole
+from mmtransformer.plots.curves import COLOURS, NATS, new_figure, read_log, style_axes
+from mmtransformer.plots.files import save_figure
 
 
-def comparison(
+def save_comparison(
     bars: Mapping[str, Mapping[str, float]],
     logs: Mapping[str, str | Path],
     png_path: str | Path,
@@ -28,19 +27,9 @@ def comparison(
     Returns:
         The picture's path.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-
-    from mmtransformer.plots import fonts
-
     colours = dict(zip(logs, COLOURS * (1 + len(logs) // len(COLOURS)), strict=False))
     height = max(3.6, 0.5 + 0.22 * len(bars) * (len(logs) + 1))
-    figure = Figure(figsize=(12, height + 0.6), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    heading = fonts.spelt(title or "Runs compared")
-    face = fonts.font(14, heading).path
-    figure.suptitle(heading.replace("$", r"\$"), fontproperties=FontProperties(fname=str(face), size=14))
+    figure = new_figure(12, height + 0.6, title or "Runs compared")
     left, right = figure.subplots(1, 2)
 
     for turn, (run, colour) in enumerate(colours.items()):
@@ -50,7 +39,7 @@ def comparison(
         left.bar_label(drawn, fmt="%.1f", fontsize=8, padding=2)
     left.set_yticks(range(len(bars)), list(bars), fontsize=9)
     left.invert_yaxis()
-    left.set_title("scores", fontsize=11, fontweight="bold", loc="left")
+    style_axes(left, "scores")
 
     found_series = {run: read_log(path)[0] for run, path in logs.items()}
     if any(len(series.get(loss, [])) < 3 for series in found_series.values()):
@@ -59,15 +48,8 @@ def comparison(
         points = series.get(loss, [])
         x, y = [p[0] for p in points], [p[1] for p in points]
         right.plot(x, y, color=colours[run], label=run, marker="o" if len(x) <= 30 else None, markersize=4)
-    right.set_title(loss, fontsize=11, fontweight="bold", loc="left")
+    style_axes(right, loss)
     right.set_xlabel("optimizer step")
     right.set_ylabel(NATS)
     right.legend(fontsize=9, frameon=False)
-    for axes in (left, right):
-        axes.grid(True, color="#e3e6eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return write_whole(png_path, file.getvalue())
+    return save_figure(figure, png_path)

@@ -1,17 +1,18 @@
 """The course of a training run as one picture: losses, metrics and learning rate over the steps."""
 
 import csv
-import io
 import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmtransformer.plots.files import write_whole
+from mmtransformer.plots import fonts
+from mmtransformer.plots.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Series = dict[str, list[tuple[float, float]]]
 """Column name -> (step, value) pairs in the order of the steps."""
@@ -25,7 +26,7 @@ AXES = {LOSS: NATS, CHECK: NATS, "grad_norm": "gradient norm", "seconds": "time 
 """Panel -> name and unit of its y axis, where its own name does not say it."""
 
 
-def loss_curves(csv_path: str | Path, png_path: str | Path, *, title: str = "") -> Path:
+def save_loss_curves(csv_path: str | Path, png_path: str | Path, *, title: str = "") -> Path:
     """Draw the curves of a run's `metrics.csv`.
 
     Losses share one panel, so do learning rates, and so do the columns of one metric (val/facts/en with
@@ -42,23 +43,12 @@ def loss_curves(csv_path: str | Path, png_path: str | Path, *, title: str = "") 
     Raises:
         ValueError: if the file has no step column or no number in it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-
-    from mmtransformer.plots import fonts
-
     series, epochs = read_log(csv_path)
     panels = group(series)
     columns = min(len(panels), 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(
-        figsize=(5.6 * columns + 0.4, 3.5 * rows + 0.5), dpi=120, layout="constrained", facecolor="white"
-    )
-    FigureCanvasAgg(figure)
-    heading = fonts.spelt(title or f"Training run {Path(csv_path).resolve().parent.name}")
-    face = fonts.font(14, heading).path
-    figure.suptitle(heading.replace("$", r"\$"), fontproperties=FontProperties(fname=str(face), size=14))
+    heading = title or f"Training run {Path(csv_path).resolve().parent.name}"
+    figure = new_figure(5.6 * columns + 0.4, 3.5 * rows + 0.5, heading)
     steps = [step for points in series.values() for step, _ in points]
     edge = max(0.02 * (max(steps) - min(steps)), 0.5)
     for i, (name, members) in enumerate(panels.items()):
@@ -67,9 +57,29 @@ def loss_curves(csv_path: str | Path, png_path: str | Path, *, title: str = "") 
         axes.set_xlim(min(steps) - edge, max(steps) + edge)
         if i < columns and epochs:
             _epoch_axis(axes, epochs)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return write_whole(png_path, file.getvalue())
+    return save_figure(figure, png_path)
+
+
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    """Give an empty figure of so many inches with a title in any language."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    title = fonts.spelt(title)
+    face = FontProperties(fname=str(fonts.font(14, title).path), size=14)
+    figure.suptitle(title.replace("$", r"\$"), fontproperties=face)
+    return figure
+
+
+def style_axes(axes: "Axes", title: str) -> None:
+    """Give axes a title, a pale grid behind, and no frame above and on the right."""
+    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
+    axes.grid(True, color="#e3e6eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def read_log(csv_path: str | Path) -> tuple[Series, list[tuple[float, float]]]:
@@ -123,13 +133,9 @@ def group(series: Series) -> dict[str, list[str]]:
 def _panel(axes: "Axes", name: str, members: Series) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.set_title(name.replace("_", " "), fontsize=11, fontweight="bold", loc="left")
+    style_axes(axes, name.replace("_", " "))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(AXES.get(name, name.replace("_", " ")))
-    axes.grid(True, color="#e3e6eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     splits = [key.replace("_", "/").split("/")[0] for key in members]
     by_split = len(set(splits)) == len(splits) and set(splits) <= set(SPLITS)
     for i, (key, points) in enumerate(members.items()):

@@ -1,13 +1,10 @@
-"""A sheet of cards: pictures with captions, as one PNG (or JPEG, or WebP) to look at."""
+"""A sheet of cards: pictures with captions, as one picture to look at."""
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mmtransformer.plots.cards import Card, Said
-from mmtransformer.plots.files import write_whole
+from mmtransformer.plots.cards import Card, CardCaption
 from mmtransformer.plots.text import Colour, Style, draw, draw_lines, width, wrap
 
 PAPER: Colour = (243, 244, 247)
@@ -23,6 +20,9 @@ BAD_TINT: Colour = (252, 228, 228)
 BLUE: Colour = (44, 82, 160)
 BLUE_TINT: Colour = (226, 234, 250)
 
+INKS = {"language": (BLUE, BLUE_TINT), "good": (GOOD, GOOD_TINT), "bad": (BAD, BAD_TINT), "": (GREY, MAT)}
+"""Kind of a mark -> its letters and its ground."""
+
 TITLE = Style(30, INK, bold=True)
 SUBTITLE = Style(17, GREY)
 HEADING = Style(13, GREY)
@@ -32,61 +32,6 @@ CHIP = Style(13, INK, bold=True)
 
 MARGIN, GAP, PAD = 36, 22, 18
 MAX_HEIGHT = 60_000
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-
-
-def save_gallery(
-    cards: Sequence[Card],
-    path: str | Path,
-    *,
-    columns: int = 4,
-    title: str = "",
-    subtitle: str = "",
-    card_width: int = 360,
-    max_references: int = 3,
-    max_lines: int = 8,
-) -> Path:
-    """Draw a sheet of cards and write it to a file.
-
-    Args:
-        cards: the pictures with their captions; each goes to the column that is shortest so far.
-        path: the file to write; its ending names the format (.png, .jpg, .webp).
-        columns: cards a row.
-        title: the sheet's title.
-        subtitle: a line or two below the title, such as the metrics.
-        card_width: pixels of a card.
-        max_references: how many references a caption shows.
-        max_lines: lines of a caption or reference before it is cut off with "…".
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: if there is no card, the ending is unknown, or the sheet would be too high for its format.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path.name}: a gallery can be {', '.join(FORMATS)}")
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, not {columns}")
-    sheet = draw_gallery(
-        cards,
-        columns=columns,
-        title=title,
-        subtitle=subtitle,
-        card_width=card_width,
-        max_references=max_references,
-        max_lines=max_lines,
-    )
-    if path.suffix.lower() == ".webp" and max(sheet.size) > 16_383:
-        raise ValueError(
-            f"a sheet of {sheet.width} x {sheet.height} px is too large for WebP (16383); use .png"
-        )
-    file = io.BytesIO()
-    sheet.save(
-        file, FORMATS[path.suffix.lower()], quality=90
-    ) if path.suffix.lower() != ".png" else sheet.save(file, "PNG", optimize=True)
-    return write_whole(path, file.getvalue())
 
 
 def draw_gallery(
@@ -99,7 +44,22 @@ def draw_gallery(
     max_references: int = 3,
     max_lines: int = 8,
 ) -> Image.Image:
-    """Draw the sheet that `gallery` writes."""
+    """Draw a sheet of cards; `save_image` writes it to a file.
+
+    Args:
+        cards: the pictures with their captions; each goes to the column that is shortest so far.
+        columns: cards a row.
+        title: the sheet's title.
+        subtitle: a line or two below the title, such as the metrics.
+        card_width: pixels of a card.
+        max_references: how many references a caption shows.
+        max_lines: lines of a caption or reference before it is cut off with "…".
+
+    Raises:
+        ValueError: if there is no card, or the sheet would be too high.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
     if not cards:
         raise ValueError("a gallery needs at least one card")
     columns = min(columns, len(cards))
@@ -173,13 +133,12 @@ def _most_height(card: Card, max_references: int, max_lines: int) -> int:
 
 
 def _caption(
-    canvas: ImageDraw.ImageDraw, y: float, said: Said, room: float, max_references: int, max_lines: int
+    canvas: ImageDraw.ImageDraw, y: float, said: CardCaption, room: float, max_references: int, max_lines: int
 ) -> float:
     """Draw a caption, its marks and its references; give where they end."""
     lines = wrap(said.text, CAPTION, room, max_lines) or ["(empty)"]
     y = draw_lines(canvas, (PAD, y), lines, CAPTION)
-    chips = _chips(said)
-    if chips:
+    if chips := [(text, *INKS[kind]) for text, kind in said.marks()]:
         y = draw_chips(canvas, y + 5, chips, room) + 3
     for reference in said.references[:max_references]:
         lines = wrap(reference, REFERENCE, room - 14, max_lines) or ["(empty)"]
@@ -189,21 +148,6 @@ def _caption(
     if (more := len(said.references) - max_references) > 0:
         y = draw_lines(canvas, (PAD + 14, y + 4), [f"+ {more} more"], REFERENCE)
     return y
-
-
-def _chips(said: Said) -> list[tuple[str, Colour, Colour]]:
-    """The marks of a caption as (text, ink, tint)."""
-    chips: list[tuple[str, Colour, Colour]] = []
-    if said.language:
-        chips.append((said.language, BLUE, BLUE_TINT))
-    if said.facts:
-        right = sum(ok for _, ok in said.facts)
-        ink, tint = (GOOD, GOOD_TINT) if said.correct else (BAD, BAD_TINT)
-        chips.append((f"{'✓' if said.correct else '✗'} {right}/{len(said.facts)} facts", ink, tint))
-        chips += [(f"✗ {fact}", BAD, BAD_TINT) for fact, ok in said.facts if not ok]
-    if said.score is not None:
-        chips.append((f"log p {said.score:.2f}", GREY, MAT))
-    return chips
 
 
 def draw_chips(

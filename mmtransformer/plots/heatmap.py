@@ -1,20 +1,17 @@
 """Where the model looked while it wrote each word: heat over the picture.
 
-Letters: gh gw = rows and columns of the visual grid.
+Shapes: gh gw rows and columns of the visual grid.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mmtransformer.plots.cards import show_number
-from mmtransformer.plots.files import write_whole
 from mmtransformer.plots.text import Colour, Style, draw, draw_lines, width, wrap
 
 Box = tuple[float, float, float, float]
@@ -26,11 +23,10 @@ SMALL = Style(13, (160, 166, 178))
 MARGIN, GAP = 24, 14
 
 
-def word_heatmaps(
+def draw_word_heatmaps(
     image: Image.Image,
     words: Sequence[str],
     heat: Tensor | np.ndarray,
-    path: str | Path | None = None,
     *,
     box: Box = WHOLE,
     columns: int = 6,
@@ -46,7 +42,6 @@ def word_heatmaps(
         image: the picture.
         words: the words of the caption.
         heat: (words gh gw), zero or more; how much of the word's attention went to each patch.
-        path: where to write a PNG; None writes nothing.
         box: left, top, right and bottom of the grid as fractions of the picture (see `grid_box`).
         columns: panels a row.
         panel: pixels of a panel's width.
@@ -83,11 +78,7 @@ def word_heatmaps(
         for j, line in enumerate(label):
             at = x + (panel - width(line, WORD)) / 2
             draw(canvas, (at, y + size[1] + 6 + j * WORD.line_height), line, WORD)
-    _scale(sheet, canvas, top, scale)
-    if path is not None:
-        file = io.BytesIO()
-        sheet.save(file, "PNG", optimize=True)
-        write_whole(path, file.getvalue())
+    draw_scale(sheet, top, scale, 180)
     return sheet
 
 
@@ -184,9 +175,10 @@ def _spread(level: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
     return np.clip(np.asarray(field), 0, 1)
 
 
-def _scale(sheet: Image.Image, canvas: ImageDraw.ImageDraw, top: float, text: str) -> None:
-    """Draw the colour scale at the foot of the sheet."""
-    x, y, long = MARGIN, sheet.height - 36, 180
+def draw_scale(sheet: Image.Image, top: float, text: str, long: int) -> None:
+    """Draw the colour scale, `long` pixels of it, at the foot of a sheet."""
+    canvas = ImageDraw.Draw(sheet)
+    x, y = MARGIN, sheet.height - 36
     bar = palette()[np.linspace(0, 255, long).astype(np.uint8)]
     sheet.paste(Image.fromarray(np.repeat(bar[None], 10, axis=0)), (x + 16, y + 5))
     draw(canvas, (x, y), "0", SMALL)

@@ -1,14 +1,11 @@
 """What a model finds: a text with its nearest pictures, a picture with its nearest texts, on one sheet."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageDraw
 
-from mmtransformer.plots.files import write_whole
 from mmtransformer.plots.gallery import (
     BAD,
     BAD_TINT,
@@ -35,7 +32,7 @@ Mark = Literal["own", "true", "other"]
 QUERY = Style(18, bold=True, leading=1.36)
 FOUND = Style(14, leading=1.36)
 NOTE = Style(13, GREY)
-INKS: dict[Mark, tuple[str, Colour, Colour]] = {
+MARK_INKS: dict[Mark, tuple[str, Colour, Colour]] = {
     "own": ("✓", GOOD, GOOD_TINT),
     "true": ("also true", BLUE, BLUE_TINT),
     "other": ("", GREY, CARD),
@@ -81,25 +78,23 @@ class FoundTexts:
     language: str | None = None
 
 
-def retrieval_sheet(
+def draw_searches(
     by_text: Sequence[FoundImages],
     by_image: Sequence[FoundTexts],
-    path: str | Path,
     *,
     title: str = "",
     subtitle: str = "",
-) -> Path:
-    """Draw searches as a PNG: texts with the pictures they found on the left, pictures with their texts on the right.
+) -> Image.Image:
+    """Draw searches: texts with the pictures they found on the left, pictures with their texts on the right.
 
     Args:
         by_text: searches by text.
         by_image: searches by picture.
-        path: the file to write.
         title: the sheet's title.
         subtitle: a line or two below the title, such as the recall.
 
     Returns:
-        The path.
+        The sheet.
 
     Raises:
         ValueError: if there is nothing to show, or marks do not fit.
@@ -118,9 +113,7 @@ def retrieval_sheet(
         for panel in column:
             draw_frame(sheet, (MARGIN + i * (WIDE + GAP), y), panel)
             y += panel.height + GAP
-    file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
-    return write_whole(path, file.getvalue())
+    return sheet
 
 
 def _images(found: FoundImages) -> Image.Image:
@@ -132,7 +125,7 @@ def _images(found: FoundImages) -> Image.Image:
     y = _chips(canvas, y, found.language, found.rank, found.marks) + 8
     for i, (image, mark) in enumerate(zip(found.images, found.marks, strict=True)):
         x = PAD + i * (SIDE + 10)
-        word, ink, _ = INKS[mark]
+        word, ink, _ = MARK_INKS[mark]
         box = (x, round(y), x + SIDE, round(y) + SIDE)
         canvas.rectangle(box, outline=EDGE if mark == "other" else ink, width=1 if mark == "other" else 4)
         small = _fitted(image, SIDE - 10)
@@ -151,7 +144,7 @@ def _texts(found: FoundTexts) -> Image.Image:
     x, room = PAD + side + 16, WIDE - side - 16 - 2 * PAD
     y = _chips(canvas, PAD - 8, found.language, found.rank, found.marks, left=x) + 6
     for i, (text, mark) in enumerate(zip(found.texts, found.marks, strict=True)):
-        word, ink, tint = INKS[mark]
+        word, ink, tint = MARK_INKS[mark]
         line = f"{i + 1}  {text}" + (f"  ({word})" if mark == "true" else f"  {word}")
         lines = wrap(line, FOUND, room - 12, 3)
         bottom = y + len(lines) * FOUND.line_height + 6

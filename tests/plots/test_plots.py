@@ -6,8 +6,9 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +17,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmtransformer.plots import (
     Card,
-    Said,
+    CardCaption,
     curves,
+    draw_gallery,
+    draw_word_heatmaps,
     fonts,
     grid_box,
     heatmap,
-    html_page,
-    loss_curves,
+    html_gallery,
     overlay,
-    page,
-    save_gallery,
+    save_html_gallery,
+    save_image,
+    save_loss_curves,
     text,
-    word_heatmaps,
 )
 
 KOREAN = "작은 빨간 별 세 개가 파란 원의 왼쪽에 있습니다."
@@ -50,6 +52,10 @@ def scene(size: tuple[int, int] = (97, 61)) -> Image.Image:
     image = Image.new("RGB", size, (250, 240, 220))
     ImageDraw.Draw(image).ellipse((11, 13, 47, 53), fill=(200, 40, 40))
     return image
+
+
+def saved(cards: Sequence[Card], path: Path, **options: Any) -> Path:
+    return save_image(draw_gallery(cards, **options), path)
 
 
 def ink(line: str, size: int = 31) -> np.ndarray:
@@ -144,9 +150,11 @@ def test_a_font_of_the_machine_is_used_for_what_the_others_lack(
     ],
 )
 def test_no_text_crashes(line: str, tmp_path: Path) -> None:
-    said = Said(line, line or None, [line], facts=[(line, False)])
-    save_gallery([Card(scene(), [said], line)], tmp_path / "sheet.png", title=line, subtitle=line)
-    html_page(line, [Card(scene(), [said], line)], {line: line}, tmp_path / "page.html")
+    said = CardCaption(line, line or None, [line], facts=[(line, False)])
+    saved([Card(scene(), [said], line)], tmp_path / "sheet.png", title=line, subtitle=line)
+    save_html_gallery(
+        [Card(scene(), [said], line)], tmp_path / "html_gallery.html", title=line, metrics={line: line}
+    )
 
 
 # wrapping
@@ -203,8 +211,8 @@ def cards(n: int = 5) -> list[Card]:
         Card(
             scene((97 + 10 * i, 61)),
             [
-                Said("a red circle", "en", ["the circle is red"], -0.43, [("red circle", True)]),
-                Said(
+                CardCaption("a red circle", "en", ["the circle is red"], -0.43, [("red circle", True)]),
+                CardCaption(
                     "빨간 원",
                     "ko",
                     ["원이 빨갛다"] * 5,
@@ -220,10 +228,8 @@ def cards(n: int = 5) -> list[Card]:
 
 
 def test_gallery_is_the_same_bytes_every_time_and_makes_its_folder(tmp_path: Path) -> None:
-    first = save_gallery(
-        cards(), tmp_path / "new/folder/a.png", columns=3, title="장면", subtitle="facts 0.97"
-    )
-    second = save_gallery(cards(), tmp_path / "b.png", columns=3, title="장면", subtitle="facts 0.97")
+    first = saved(cards(), tmp_path / "new/folder/a.png", columns=3, title="장면", subtitle="facts 0.97")
+    second = saved(cards(), tmp_path / "b.png", columns=3, title="장면", subtitle="facts 0.97")
     assert first.read_bytes() == second.read_bytes()
     with Image.open(first) as sheet:
         assert sheet.width == 2 * 36 + 3 * 360 + 2 * 22
@@ -232,16 +238,16 @@ def test_gallery_is_the_same_bytes_every_time_and_makes_its_folder(tmp_path: Pat
 
 def test_gallery_shows_the_image_itself(tmp_path: Path) -> None:
     blue = Image.new("RGB", (50, 50), (7, 31, 211))
-    path = save_gallery([Card(blue, [Said("a")])], tmp_path / "a.png")
+    path = saved([Card(blue, [CardCaption("a")])], tmp_path / "a.png")
     with Image.open(path) as sheet:
         assert sheet.getpixel((36 + 180, 36 + 180)) == (7, 31, 211)
 
 
 def test_right_and_wrong_look_different() -> None:
-    from mmtransformer.plots.gallery import BAD_TINT, GOOD_TINT, draw_gallery
+    from mmtransformer.plots.gallery import BAD_TINT, GOOD_TINT
 
     def tints(ok: bool) -> set[tuple[int, ...]]:
-        sheet = draw_gallery([Card(scene(), [Said("a", facts=[("red", ok)])])])
+        sheet = draw_gallery([Card(scene(), [CardCaption("a", facts=[("red", ok)])])])
         return {tuple(c) for c in np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)}
 
     assert GOOD_TINT in tints(True) - tints(False)
@@ -250,21 +256,21 @@ def test_right_and_wrong_look_different() -> None:
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 def test_gallery_in_other_formats(tmp_path: Path, suffix: str) -> None:
-    with Image.open(save_gallery(cards(2), tmp_path / f"a{suffix}")) as sheet:
+    with Image.open(saved(cards(2), tmp_path / f"a{suffix}")) as sheet:
         assert sheet.format in ("JPEG", "WEBP")
 
 
 def test_gallery_refuses_by_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one card"):
-        save_gallery([], tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a.bmp: a gallery can be .png"):
-        save_gallery(cards(1), tmp_path / "a.bmp")
+        saved([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.bmp: a picture can be written as .png"):
+        saved(cards(1), tmp_path / "a.bmp")
     with pytest.raises(ValueError, match="columns must be at least 1, not 0"):
-        save_gallery(cards(1), tmp_path / "a.png", columns=0)
+        saved(cards(1), tmp_path / "a.png", columns=0)
     with pytest.raises(ValueError, match=r"131 cards make a sheet \d+ px high \(at most 60000\)"):
-        save_gallery([Card(scene((10, 50)), [Said("a")])] * 131, tmp_path / "a.png", columns=1)
+        saved([Card(scene((10, 50)), [CardCaption("a")])] * 131, tmp_path / "a.png", columns=1)
     with pytest.raises(ValueError, match="is a folder"):
-        save_gallery(cards(1), _folder(tmp_path / "folder.png"))
+        saved(cards(1), _folder(tmp_path / "folder.png"))
 
 
 def _folder(path: Path) -> Path:
@@ -275,13 +281,13 @@ def _folder(path: Path) -> Path:
 def test_extreme_images(tmp_path: Path) -> None:
     for size in ((1, 1), (3000, 2), (2, 3000)):
         image = Image.new("RGB", size, "red")
-        save_gallery([Card(image, [Said("a")])], tmp_path / "a.png")
-        word_heatmaps(image, ["a"], torch.ones(1, 2, 3))
-        html_page("t", [Card(image, [Said("a")])], None, tmp_path / "a.html")
+        saved([Card(image, [CardCaption("a")])], tmp_path / "a.png")
+        draw_word_heatmaps(image, ["a"], torch.ones(1, 2, 3))
+        save_html_gallery([Card(image, [CardCaption("a")])], tmp_path / "a.html", title="t")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_gallery(cards(1), tmp_path / "a.png")
+    path = saved(cards(1), tmp_path / "a.png")
     old = path.read_bytes()
 
     def fail(*_: object) -> None:
@@ -289,7 +295,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_gallery(cards(2), path)
+        saved(cards(2), path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
@@ -324,35 +330,33 @@ def test_grid_box() -> None:
         grid_box((200, 100), (64, 64), "stretch")
 
 
-def test_words_share_one_scale(tmp_path: Path) -> None:
+def test_words_share_one_scale() -> None:
     heat = torch.zeros(2, 3, 5)
     heat[0, 1, 1], heat[1, 1, 1] = 0.8, 0.1
     grey = Image.new("RGB", (100, 60), (90, 90, 90))
-    sheet = np.asarray(word_heatmaps(grey, ["강한", "weak"], heat, tmp_path / "h.png", panel=100)).astype(int)
+    sheet = np.asarray(draw_word_heatmaps(grey, ["강한", "weak"], heat, panel=100)).astype(int)
     where = [24 + 30 + i * (100 + 14) for i in range(3)]
     bare_, strong, weak = (sheet[24 + 30, x].sum() for x in where)
     assert bare_ == 270
     assert strong > weak + 100
-    with Image.open(tmp_path / "h.png") as written:
-        assert np.array_equal(np.asarray(written), sheet)
 
 
 def test_heat_takes_bf16_and_gradients_and_silence() -> None:
     heat = torch.zeros(1, 3, 5, dtype=torch.bfloat16, requires_grad=True)
-    word_heatmaps(scene(), ["a"], heat)  # no heat at all: no division by zero
+    draw_word_heatmaps(scene(), ["a"], heat)  # no heat at all: no division by zero
 
 
 def test_heat_refuses_by_number() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 3, 5\) does not fit 3 words"):
-        word_heatmaps(scene(), ["a", "b", "c"], torch.ones(2, 3, 5))
+        draw_word_heatmaps(scene(), ["a", "b", "c"], torch.ones(2, 3, 5))
     with pytest.raises(ValueError, match=r"smallest value is -0\.25"):
         overlay(scene(), torch.full((3, 5), -0.25))
     with pytest.raises(ValueError, match="15 values that are not finite"):
         overlay(scene(), np.full((3, 5), math.nan))
     with pytest.raises(ValueError, match=r"heat of shape \(2, 3, 5\) does not fit 1 words"):
-        Said("a", words=["a"], heat=torch.ones(2, 3, 5))
+        CardCaption("a", words=["a"], heat=torch.ones(2, 3, 5))
     with pytest.raises(ValueError, match="references must be a list"):
-        Said("a", references="the reference")
+        CardCaption("a", references="the reference")
 
 
 # the page
@@ -376,8 +380,10 @@ class Reader(html.parser.HTMLParser):
 
 def test_page_is_self_contained_and_the_same_every_time(tmp_path: Path) -> None:
     metrics = {"facts": {"en": 0.973, "ko": (0.951, 0.94, 0.96)}, "METEOR": {"en": None}, "images": 1200}
-    first = html_page("장면", cards(), metrics, tmp_path / "new/a.html").read_bytes()
-    assert first == html_page("장면", cards(), metrics, tmp_path / "b.html").read_bytes()
+    first = save_html_gallery(cards(), tmp_path / "new/a.html", title="장면", metrics=metrics).read_bytes()
+    assert (
+        first == save_html_gallery(cards(), tmp_path / "b.html", title="장면", metrics=metrics).read_bytes()
+    )
     source = first.decode("utf-8")
     outside = re.findall(r"(?:src|href|url\()\s*=?\s*[\"']?(?!data:)(?:https?:|//|\w+\.)[^\"')]*", source)
     assert outside == []
@@ -393,11 +399,11 @@ def test_page_is_self_contained_and_the_same_every_time(tmp_path: Path) -> None:
 
 
 def test_captions_are_strangers(tmp_path: Path) -> None:
-    said = Said(HOSTILE, '"><script>', [HOSTILE], facts=[(HOSTILE, False)])
-    heated = Said(HOSTILE, "ko", words=[HOSTILE], heat=torch.ones(1, 2, 3))
-    path = html_page(
-        HOSTILE, [Card(scene(), [said, heated], HOSTILE)], {HOSTILE: {HOSTILE: HOSTILE}}, tmp_path / "a.html"
-    )
+    said = CardCaption(HOSTILE, '"><script>', [HOSTILE], facts=[(HOSTILE, False)])
+    heated = CardCaption(HOSTILE, "ko", words=[HOSTILE], heat=torch.ones(1, 2, 3))
+    card = Card(scene(), [said, heated], HOSTILE)
+    metrics = {HOSTILE: {HOSTILE: HOSTILE}}
+    path = save_html_gallery([card], tmp_path / "a.html", title=HOSTILE, metrics=metrics)
     source = path.read_text(encoding="utf-8")
     reader = Reader(source)
     assert [tag for tag, _ in reader.tags].count("script") == 1  # ours
@@ -410,7 +416,7 @@ def test_captions_are_strangers(tmp_path: Path) -> None:
 def test_policy_lets_only_the_page_s_own_script_run(tmp_path: Path) -> None:
     import base64
 
-    source = html_page("t", cards(1), None, tmp_path / "a.html").read_text(encoding="utf-8")
+    source = save_html_gallery(cards(1), tmp_path / "a.html", title="t").read_text(encoding="utf-8")
     script = source.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in source
@@ -421,7 +427,7 @@ def test_heat_reaches_the_page_to_a_byte(tmp_path: Path) -> None:
     import base64
 
     card = cards(1)[0]
-    source = html_page("t", [card], None, tmp_path / "a.html").read_text(encoding="utf-8")
+    source = save_html_gallery([card], tmp_path / "a.html", title="t").read_text(encoding="utf-8")
     (said,) = [a for tag, a in Reader(source).tags if "data-heat" in a]
     assert said["data-grid"] == "3 5 0 0 1 1"
     grid = np.frombuffer(base64.b64decode(str(said["data-heat"])), np.uint8).reshape(2, 3, 5) / 255
@@ -436,7 +442,7 @@ def test_page_stays_small_and_carries_the_korean_it_needs(tmp_path: Path) -> Non
 
     noise = np.random.default_rng(3).integers(0, 255, (15, 20, 3), dtype=np.uint8)
     photo = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
-    path = html_page("t", [Card(photo, cards(1)[0].captions)] * 5, None, tmp_path / "a.html")
+    path = save_html_gallery([Card(photo, cards(1)[0].captions)] * 5, tmp_path / "a.html", title="t")
     assert path.stat().st_size < 400_000
     face = TTFont(io.BytesIO(fonts.subset("빨간 원 犬")))
     assert set(face.getBestCmap()) == {ord(c) for c in "빨간원"}
@@ -446,13 +452,13 @@ def test_images_are_embedded_whole() -> None:
     import base64
 
     drawing = scene()
-    data = base64.b64decode(page.encode_image(drawing, 448).split(",")[1])
+    data = base64.b64decode(html_gallery.encode_image(drawing, 448).split(",")[1])
     with Image.open(io.BytesIO(data)) as back:
         assert np.array_equal(
             np.asarray(back.convert("RGB")), np.asarray(drawing)
         )  # small ones stay lossless
     big = Image.new("RGB", (1000, 500), "red")
-    data = base64.b64decode(page.encode_image(big, 448).split(",")[1])
+    data = base64.b64decode(html_gallery.encode_image(big, 448).split(",")[1])
     assert Image.open(io.BytesIO(data)).size == (448, 224)
     assert big.size == (1000, 500)  # the caller's picture is left alone
 
@@ -515,8 +521,8 @@ def test_curves_are_drawn_without_pyplot_and_the_same_every_time(tmp_path: Path)
     before = dict(matplotlib.rcParams)
     path = tmp_path / "metrics.csv"
     path.write_text(LOG)
-    first = loss_curves(path, tmp_path / "new/c.png", title="장면 학습 $x_1 犬").read_bytes()
-    assert first == loss_curves(path, tmp_path / "d.png", title="장면 학습 $x_1 犬").read_bytes()
+    first = save_loss_curves(path, tmp_path / "new/c.png", title="장면 학습 $x_1 犬").read_bytes()
+    assert first == save_loss_curves(path, tmp_path / "d.png", title="장면 학습 $x_1 犬").read_bytes()
     assert dict(matplotlib.rcParams) == before
     with Image.open(io.BytesIO(first)) as image:
         assert image.width > 1000
@@ -531,11 +537,11 @@ def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
 def test_curves_refuse_by_name(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     with pytest.raises(ValueError, match=r"metrics.csv: no such file"):
-        loss_curves(path, tmp_path / "c.png")
+        save_loss_curves(path, tmp_path / "c.png")
     path.write_text("epoch,loss\n0,1\n")
     with pytest.raises(ValueError, match="no column 'step' among \\['epoch', 'loss'\\]"):
-        loss_curves(path, tmp_path / "c.png")
+        save_loss_curves(path, tmp_path / "c.png")
     path.write_text("step,loss\n0,nan\n")
     with pytest.raises(ValueError, match="no number to draw"):
-        loss_curves(path, tmp_path / "c.png")
+        save_loss_curves(path, tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()

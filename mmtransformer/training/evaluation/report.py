@@ -13,7 +13,15 @@ from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.images import ImageError
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.plots import Card, Said, grid_box, html_page, loss_curves, save_gallery
+from mmtransformer.plots import (
+    Card,
+    CardCaption,
+    draw_gallery,
+    grid_box,
+    save_html_gallery,
+    save_image,
+    save_loss_curves,
+)
 from mmtransformer.training.evaluation.evaluation import ANY, Evaluation, Prediction
 
 
@@ -51,9 +59,10 @@ def write_report(
     title = folder.resolve().name.replace("_", " ")
     if cards:
         subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
-        save_gallery(cards, folder / "gallery.png", title=title, subtitle=subtitle)
+        save_image(draw_gallery(cards, title=title, subtitle=subtitle), folder / "gallery.png")
         hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
-        html_page(title, cards, page_table(evaluation), folder / "gallery.html", hint=hint)
+        table = page_table(evaluation)
+        save_html_gallery(cards, folder / "gallery.html", title=title, metrics=table, hint=hint)
     if (folder / "metrics.csv").is_file():
         draw_curves(folder, title)
     return metrics
@@ -68,7 +77,7 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
 def draw_curves(folder: Path, title: str | None = None) -> None:
     """Draws the losses of the run's metrics.csv, under its name unless told; too few steps have no curve."""
     with suppress(ValueError):
-        loss_curves(folder / "metrics.csv", folder / "curves.png", title=title or folder.resolve().name)
+        save_loss_curves(folder / "metrics.csv", folder / "curves.png", title=title or folder.resolve().name)
 
 
 def make_cards(
@@ -106,7 +115,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
         if isinstance(pairs, SceneSplit) and p.said.language:
             claims = judge(p.said.text, pairs.scene(index), p.said.language).claims
         said.append(
-            Said(
+            CardCaption(
                 text=p.said.text,
                 language=p.said.language,
                 references=p.references,

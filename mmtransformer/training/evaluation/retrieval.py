@@ -21,7 +21,8 @@ from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.images import ImageError
 from mmtransformer.metrics.retrieval import recall_at_k
-from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, retrieval_sheet
+from mmtransformer.plots import save_image
+from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, draw_searches
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY
 
@@ -136,7 +137,7 @@ def draw_retrieval(
             f"{100 * s.recalls()['itc']['image_recall@1']:.1f} % of pictures"
             for split, code, s in pools
         )
-        retrieval_sheet(by_text, by_image, path, title=title, subtitle=subtitle)
+        save_image(draw_searches(by_text, by_image, title=title, subtitle=subtitle), path)
 
 
 def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) -> Mark:

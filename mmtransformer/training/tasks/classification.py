@@ -13,7 +13,7 @@ from mmtransformer.images import ImageError
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.classifier import ImageClassifier
 from mmtransformer.pipelines.image_captioner import fast_autocast
-from mmtransformer.plots import Card, Said, rollout_sheet, save_gallery
+from mmtransformer.plots import Card, CardCaption, draw_gallery, draw_rollout, save_image
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
@@ -136,8 +136,10 @@ class Classification(Task):
         classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
         title = run.folder.resolve().name.replace("_", " ")
         if cards := make_cards(classifier, data, self.num_cards):
-            save_gallery(cards, run.folder / "gallery.png", title=title, columns=6, card_width=200)
-            rollout_sheet(self.vit, cards[0].image, data.transform, run.folder / "attention.png", title=title)
+            gallery = draw_gallery(cards, title=title, columns=6, card_width=200)
+            save_image(gallery, run.folder / "gallery.png")
+            rollout = draw_rollout(self.vit, cards[0].image, data.transform, title=title)
+            save_image(rollout, run.folder / "attention.png")
         draw_curves(run.folder, title)
         print(  # noqa: T201
             f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}\n\n{found}\n\n"
@@ -188,7 +190,7 @@ def make_cards(classifier: ImageClassifier, data: ClassData, num_cards: int) -> 
             continue
         ((name, share),) = classifier(image)[0]
         true = data.classes[images.label(i)]
-        said = Said(f"{name} {share:.0%}", references=[true], facts=[(name, name == true)])
+        said = CardCaption(f"{name} {share:.0%}", references=[true], facts=[(name, name == true)])
         cards.append(Card(image, [said], heading=images.name(i)))
     return cards
 

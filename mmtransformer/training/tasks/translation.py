@@ -15,7 +15,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
-from mmtransformer.plots import attention_sheet
+from mmtransformer.plots import draw_attention, save_image
 from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
@@ -202,8 +202,8 @@ class Translation(Task):
             queries, keys, weights = translator.attention_map(pair.source, said, pair.language)
             named = {f"block {i}": block for i, block in enumerate(weights)}
             with suppress(ValueError):  # too long to be seen
-                path = run.folder / f"attention_{direction}.png"
-                attention_sheet(named, queries, keys, path, title=f"{pair.source} → {said}")
+                sheet = draw_attention(named, queries, keys, title=f"{pair.source} → {said}")
+                save_image(sheet, run.folder / f"attention_{direction}.png")
 
 
 def by_direction(pairs: Sequence[Parallel]) -> dict[str, list[Parallel]]:

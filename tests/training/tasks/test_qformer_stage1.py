@@ -35,7 +35,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots.gallery import GAP
-from mmtransformer.plots.retrieval import INKS, WIDE, FoundImages, FoundTexts, retrieval_sheet
+from mmtransformer.plots.retrieval import MARK_INKS, WIDE, FoundImages, FoundTexts, draw_searches
 from mmtransformer.training import Captioning, Optim, QFormerStage1, Run
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.weights import qformer_from_bert
@@ -259,22 +259,19 @@ def colours(image: Image.Image) -> set[tuple[int, ...]]:
     return {tuple(x) for x in np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).tolist()}
 
 
-def test_a_sheet_shows_what_was_found(tmp_path: Path) -> None:
+def test_a_sheet_shows_what_was_found() -> None:
     images = [Image.new("RGB", (30 + 10 * i, 40), (40 * i, 80, 120)) for i in range(3)]
     found = FoundImages("큰 빨간 원 하나", images, ["other", "own", "true"], 2, "ko")
     texts = FoundTexts(images[0], ["a red circle", "two stars"], ["other", "other"], 7)
-    one, both = tmp_path / "one.png", tmp_path / "both.png"
-    retrieval_sheet([found], [], one, title="found")
-    retrieval_sheet([found], [texts], both, title="found")
-    with Image.open(one) as left, Image.open(both) as whole:
-        assert whole.width == left.width + WIDE + GAP
-        frames = {INKS["own"][1], INKS["true"][1]}
-        assert colours(left) >= frames
-        assert INKS["own"][1] not in colours(whole.crop((left.width, 0, *whole.size)))
+    left = draw_searches([found], [], title="found")
+    whole = draw_searches([found], [texts], title="found")
+    assert whole.width == left.width + WIDE + GAP
+    assert colours(left) >= {MARK_INKS["own"][1], MARK_INKS["true"][1]}
+    assert MARK_INKS["own"][1] not in colours(whole.crop((left.width, 0, *whole.size)))
     with pytest.raises(ValueError, match="3 pictures were found, but 2 are marked"):
-        retrieval_sheet([replace(found, marks=["own", "other"])], [], one)
+        draw_searches([replace(found, marks=["own", "other"])], [])
     with pytest.raises(ValueError, match="at least one search"):
-        retrieval_sheet([], [], one)
+        draw_searches([], [])
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmtransformer.plots import fonts
-from mmtransformer.plots.cards import Card, Said, show_number
+from mmtransformer.plots.cards import Card, CardCaption, show_number
 from mmtransformer.plots.files import write_whole
 from mmtransformer.plots.heatmap import as_heat, heat_top, palette
 
@@ -23,12 +23,12 @@ CSS = Path(__file__).parent / "assets" / "page.css"
 SCRIPT = Path(__file__).parent / "assets" / "page.js"
 
 
-def html_page(
-    title: str,
+def save_html_gallery(
     cards: Sequence[Card],
-    metrics: Mapping[str, Number | Mapping[str, Number]] | None,
     path: str | Path,
     *,
+    title: str,
+    metrics: Mapping[str, Number | Mapping[str, Number]] | None = None,
     hint: str = "",
     image_size: int = 448,
 ) -> Path:
@@ -39,10 +39,10 @@ def html_page(
     script run but its own and nothing be fetched.
 
     Args:
-        title: the page's title.
-        cards: the pictures with their captions; `Said.heat` brings the heat maps.
-        metrics: name -> figure, or name -> (column -> figure); None for no table.
+        cards: the pictures with their captions; `CardCaption.heat` brings the heat maps.
         path: the .html file to write.
+        title: the page's title.
+        metrics: name -> figure, or name -> (column -> figure); None for no table.
         hint: a line below the title; what stands between backticks is set as a command.
         image_size: pixels of a picture's longer side, at most.
 
@@ -129,26 +129,17 @@ def _card(card: Card, image_size: int) -> str:
     )
 
 
-def _said(said: Said) -> str:
+def _said(said: CardCaption) -> str:
     """A caption with its marks and references."""
     language = _language(said.language)
-    chips = []
-    if said.language:
-        chips.append(f'<li class="language">{_text(said.language)}</li>')
-    if said.facts:
-        right = sum(ok for _, ok in said.facts)
-        mark = '"good">✓' if said.correct else '"bad">✗'
-        chips.append(f"<li class={mark} {right}/{len(said.facts)} facts</li>")
-        chips += [f'<li class="bad">✗ {_text(fact)}</li>' for fact, ok in said.facts if not ok]
-    if said.score is not None:
-        chips.append(f"<li>log p {said.score:.2f}</li>")
-    marks = f'\n<ul class="chips">{"".join(chips)}</ul>' if chips else ""
+    chips = "".join(f'<li class="{kind}">{_text(text)}</li>' for text, kind in said.marks())
+    marks = f'\n<ul class="chips">{chips}</ul>' if chips else ""
     items = "".join(f'<li dir="auto">{_text(r)}</li>' for r in said.references)
     references = f'\n<ul class="references"{language}>{items}</ul>' if items else ""
     return f"\n<section>{_words(said, language)}{marks}{references}</section>"
 
 
-def _words(said: Said, language: str) -> str:
+def _words(said: CardCaption, language: str) -> str:
     """The caption itself; with heat, every word in a span and the grids as bytes."""
     if said.heat is None or not said.words:
         return f'<p class="said" dir="auto"{language}>{_text(said.text) or "(empty)"}</p>'
