@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
+    from mmtransformer.diffusion.drawing import DrawingConfig as DrawingConfig
+    from mmtransformer.diffusion.paths import Diffusion as Diffusion
+    from mmtransformer.diffusion.text_to_image import TextToImageModel as TextToImageModel
     from mmtransformer.generation.base import Generated as Generated
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
     from mmtransformer.generation.config import GenerationConfig as GenerationConfig
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
     from mmtransformer.pipelines.few_shot import FewShot as FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
+    from mmtransformer.pipelines.text_to_image import TextToImage as TextToImage
     from mmtransformer.pipelines.translator import Translator as Translator
     from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
 
@@ -106,6 +110,9 @@ _CONTENTS = {
     "captioners.prefix": "PrefixCaptioner",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
+    "diffusion.drawing": "DrawingConfig",
+    "diffusion.paths": "Diffusion",
+    "diffusion.text_to_image": "TextToImageModel",
     "generation.cuda_graph": "CudaGraphDecoder",
     "generation.base": "Generated",
     "generation.loop": "generate stream",
@@ -114,6 +121,7 @@ _CONTENTS = {
     "pipelines.classifier": "ImageClassifier",
     "pipelines.few_shot": "FewShot",
     "pipelines.image_captioner": "ImageCaptioner",
+    "pipelines.text_to_image": "TextToImage",
     "pipelines.translator": "Translator",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

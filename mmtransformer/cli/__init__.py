@@ -11,6 +11,7 @@ COMMANDS = {
     "caption": ("caption", "Caption pictures with a trained model."),
     "translate": ("translate", "Translate texts with a trained Transformer."),
     "classify": ("classify", "Classify pictures with a trained ViT."),
+    "draw": ("draw", "Draw pictures of what texts say with a trained diffusion transformer."),
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "ablate": ("ablate", "Train several bridges on the towers and data of one recipe, and compare them."),
     "check": ("check", "Look at image-text pairs before training on them."),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.captioning import Captioning as Captioning
     from mmtransformer.training.tasks.captioning import finetune as finetune
     from mmtransformer.training.tasks.classification import Classification as Classification
+    from mmtransformer.training.tasks.image_generation import ImageGeneration as ImageGeneration
     from mmtransformer.training.tasks.language_modelling import LanguageModelling as LanguageModelling
     from mmtransformer.training.tasks.masked_language_modelling import (
         MaskedLanguageModelling as MaskedLanguageModelling,
@@ -43,6 +44,7 @@ _CONTENTS = {
     "callbacks.saving": "Saving Stopped",
     "tasks.captioning": "Captioning finetune",
     "tasks.classification": "Classification",
+    "tasks.image_generation": "ImageGeneration",
     "tasks.language_modelling": "LanguageModelling",
     "tasks.masked_language_modelling": "MaskedLanguageModelling",
     "tasks.qformer_stage1": "QFormerStage1",

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
@@ -13,7 +12,7 @@ from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors.qformer import QFormer
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
 from mmtransformer.weights.shared.configs import UnsupportedModel
@@ -141,22 +140,15 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: 
 
 
 def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Decoder | HubSeq2Seq:
-    kind: type[HubDecoder | HubSeq2Seq] = HubSeq2Seq
-    if config["model_type"] not in ("t5", "mt5", "umt5"):
+    if config["model_type"] in ("t5", "mt5", "umt5"):
+        model: HubDecoder | HubSeq2Seq = HubSeq2Seq(config)
+    else:
         try:
             return decoder_from_state(config, state, context)
         except UnsupportedModel:
-            kind = HubDecoder
-    built = kind(config).model
-    # By transformers' own reader: what a tensor is called in files is not always its name in memory.
-    model, report = type(built).from_pretrained(
-        None, config=built.config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
-    if faults := [
-        f"{name}: {', '.join(sorted(map(str, found))[:5])}" for name, found in report.items() if found
-    ]:
-        raise ValueError(f"{context} does not fit transformers' {type(built).__name__}; {'; '.join(faults)}")
-    return kind.from_model(model.eval())
+            model = HubDecoder(config)
+    load_strictly(model.model, state, context)
+    return model
 
 
 _ELSEWHERE = ("vision.", "decoder.", "head_", "log_temperature")

@@ -1,0 +1,253 @@
+"""TextToImage: texts in, images out, and everything that belongs to a saved model in one folder."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from mmtransformer.diffusion.drawing import DrawingConfig, Edit, draw, seeded_noise
+from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.images import ImageTransform, load
+from mmtransformer.layers.record import record_attention
+from mmtransformer.pipelines.image_captioner import CARD, PREPROCESSOR, ImageLike, read_transform
+from mmtransformer.serialization.pretrained import find_folder, read_json
+from mmtransformer.serialization.untrusted import settings_of
+from mmtransformer.text.tokenizer import Tokenizer
+
+DRAWING = "drawing_config.json"
+
+
+class TextToImage:
+    """Draws what texts say with a trained model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        transform: How a picture became pixels in training: its size, and what its numbers mean.
+        config: How to draw unless a call says otherwise.
+        device: Where to compute; a GPU if there is one.
+
+    Raises:
+        ValueError: If the tokenizer has more ids than the model, or the patch does not divide the size.
+    """
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        tokenizer: Tokenizer,
+        transform: ImageTransform,
+        *,
+        config: DrawingConfig = DrawingConfig(),  # noqa: B008
+        device: torch.device | str | None = None,
+    ) -> None:
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, but the model reads {model.vocab_size}: they do not "
+                "belong together"
+            )
+        if any(side % model.transformer.patch_size for side in transform.size):
+            raise ValueError(
+                f"pictures of {transform.size[0]} x {transform.size[1]} px are not divided by the model's patches of "
+                f"{model.transformer.patch_size} px"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
+        self.config = config
+
+    def draw(
+        self,
+        texts: str | Sequence[str],
+        *,
+        language: str | None = None,
+        num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        negative: str | None = None,
+        config: DrawingConfig | None = None,
+        start: ImageLike | None = None,
+        strength: float = 0.6,
+        hole: ImageLike | None = None,
+        truncate: bool = False,
+        batch_size: int = 16,
+        on_step: Callable[[int, list[Image.Image]], None] | None = None,
+    ) -> list[list[Image.Image]]:
+        """Draws pictures.
+
+        Args:
+            texts: What to draw: a text, or a list of them.
+            language: Its language, for a model that knows several; found by the letters unless told.
+            num_images: Pictures a text: of the seeds `seed`, `seed + 1`, ...
+            seed: A text and a seed make one picture, whatever else is drawn beside it; a number, or one a text.
+            negative: What to keep away from.
+            config: How to draw.
+            start: A picture to begin with instead of noise (SDEdit).
+            strength: How far from it: 0 = not at all, 1 = as from noise.
+            hole: A picture, white where to draw in `start` and black where it stays.
+            truncate: Read the beginning of texts that are longer than the model can read, as in training.
+            batch_size: Pictures at once.
+            on_step: Sees the pictures of a batch as they are after each step, and the step's number.
+
+        Returns:
+            For each text its pictures.
+
+        Raises:
+            ValueError: If a text is longer than the model can read, or `hole` has no `start`.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images ({num_images}) and batch_size ({batch_size}) must be at least 1")
+        if hole is not None and start is None:
+            raise ValueError("a hole is drawn in a picture to begin with: give start too")
+        rows = [self._row(text, language, truncate) for text in many for _ in range(num_images)]
+        firsts = [seed] * len(many) if isinstance(seed, int) else list(seed)
+        if len(firsts) != len(many):
+            raise ValueError(f"{len(firsts)} seeds for {len(many)} texts: give one number, or one a text")
+        seeds = [first + k for first in firsts for k in range(num_images)]
+        away = None if negative is None else self._padded([self._row(negative, language)])
+        found: list[Image.Image] = []
+        for first in range(0, len(rows), batch_size):
+            tokens, mask = self._padded(rows[first : first + batch_size])
+            shape = (self.model.transformer.in_channels, *self.transform.size)
+            noise = seeded_noise(seeds[first : first + batch_size], shape).to(self.device)
+            edit = None if start is None else self._edit(start, strength, hole, len(tokens))
+            look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
+            drawn = draw(
+                self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look
+            )
+            found += self._images(drawn)
+        return [found[i : i + num_images] for i in range(0, len(found), num_images)]
+
+    def heatmap(
+        self, text: str, *, language: str | None = None, seed: int = 0, config: DrawingConfig | None = None
+    ) -> tuple[Image.Image, list[str], Tensor]:
+        """Draws one picture and says where each word steered it.
+
+        Args:
+            text: What to draw.
+            language: See `draw`.
+            seed: See `draw`.
+            config: How to draw.
+
+        Returns:
+            The picture, the words, and (words gh gw): the share of the patch's look at the text that went to the
+            word, averaged over heads, blocks and steps.
+        """
+        row = self._row(text, language)
+        words = [(word, places) for word, places in self.tokenizer.words(row) if word.strip()]
+        looks: list[Tensor] = []
+        with record_attention(self.model.transformer, keep="cross_attn") as record:
+            ((image,),) = self.draw(
+                text,
+                language=language,
+                seed=seed,
+                config=config,
+                on_step=lambda *_: looks.append(torch.stack([w[0].mean(0) for w in record.values()]).mean(0)),
+            )
+        look = torch.stack(looks).mean(0)  # (q k)
+        rows = self.transform.size[0] // self.model.transformer.patch_size
+        heat = torch.stack([look[:, places].sum(1) for _, places in words])
+        return image, [word for word, _ in words], rearrange(heat, "w (y x) -> w y x", y=rows).cpu()
+
+    def _row(self, text: str, language: str | None, truncate: bool = False) -> list[int]:
+        known = self.tokenizer.languages
+        if language is None and known:
+            hangul = any("가" <= letter <= "힣" for letter in text)
+            language = "ko" if hangul and "ko" in known else next((c for c in known if c != "ko"), known[0])
+        row = [*self.tokenizer.prompt(language), *self.tokenizer.encode(text), self.tokenizer.eos_id]
+        if len(row) > self.model.max_len and not truncate:
+            raise ValueError(
+                f'"{text[:40]}" has {len(row)} tokens, but the model reads {self.model.max_len}: shorten it'
+            )
+        return row[: self.model.max_len]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        tokens, mask = self.tokenizer.pad(rows, side="right")
+        return tokens.to(self.device), mask.to(self.device)
+
+    def _edit(self, start: ImageLike, strength: float, hole: ImageLike | None, count: int) -> Edit:
+        images = self.transform(load(start)).to(self.device).expand(count, -1, -1, -1)
+        where = None
+        if hole is not None:
+            white = (
+                self.transform(load(hole)).mean(0)
+                > self.transform(Image.new("RGB", (8, 8), "#808080")).mean()
+            )
+            where = white.to(self.device).expand(count, 1, -1, -1)
+        return Edit(images, strength, where)
+
+    def _images(self, pixels: Tensor) -> list[Image.Image]:
+        mean, std = torch.tensor((self.transform.mean, self.transform.std), device=pixels.device).view(
+            2, 1, 3, 1, 1
+        )
+        colours = (pixels.float() * std + mean).clamp(0, 1).mul(255).round().byte()
+        return [Image.fromarray(np.ascontiguousarray(x)) for x in colours.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
+        """Writes model, tokenizer, image transform, how to draw, and a model card.
+
+        Args:
+            folder: Where to; made if it is not there.
+            card: Text for the model card, below its heading: how it was trained, its scores.
+        """
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        values: dict[str, dict[str, Any]] = {
+            PREPROCESSOR: self.transform.to_dict(),
+            DRAWING: asdict(self.config),
+        }
+        for name, value in values.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
+        """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
+
+        Raises:
+            ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
+        """
+        folder = find_folder(folder_or_id)
+        settings = settings_of(DrawingConfig, read_json(folder / DRAWING), str(folder / DRAWING))
+        return cls(
+            TextToImageModel.from_pretrained(folder),
+            Tokenizer.from_pretrained(folder),
+            read_transform(folder / PREPROCESSOR),
+            config=settings,
+            device=device,
+        )
+
+    def with_config(self, **changes: Any) -> DrawingConfig:
+        """The model's own way of drawing, with some of its settings changed."""
+        return replace(self.config, **changes)
+
+    def _card(self, folder: Path, text: str) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return f"""---
+library_name: mmtransformer
+pipeline_tag: text-to-image
+---
+
+# {folder.parent.name if folder.name == "model" else folder.name}
+
+A diffusion transformer of mmtransformer: {parameters / 1e6:.1f} million parameters, {self.transform.size[1]} x
+{self.transform.size[0]} pixels.
+
+```python
+from mmtransformer import TextToImage
+
+painter = TextToImage.from_pretrained("{folder.name}")  # this folder
+painter.draw("a large red star")[0][0].save("picture.png")
+```
+
+{text}
+"""

@@ -1,0 +1,132 @@
+"""Image generation: a diffusion transformer that learns to draw what texts say. The mirror of captioning."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.scenes.facts import judge_facts
+from mmtransformer.data.scenes.reader import read
+from mmtransformer.data.scenes.scenes import SceneSplit
+from mmtransformer.diffusion.drawing import DrawingConfig
+from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.pipelines.text_to_image import TextToImage
+from mmtransformer.plots import Card, Said, save_gallery
+from mmtransformer.training.engine.data_checks import check_texts
+from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, table, texts_of
+from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+
+
+class ImageGeneration(Task):
+    """Trains a model to draw what people say of a picture.
+
+    Where the data are drawn scenes, what the model draws is read back and judged by facts (`scenes.reader`).
+
+    Args:
+        model: The model.
+        optim: The optimizer and its schedule.
+        drawing: How pictures are drawn when the run is evaluated; saved with the model.
+        num_scored: Texts of each split and language that are drawn and judged when the run ends.
+        guidance_scales: The first half as many texts are also drawn with each of these: a curve.
+        num_cards: Pictures in the gallery.
+    """
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        *,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        drawing: DrawingConfig = DrawingConfig(),  # noqa: B008 (frozen)
+        num_scored: int = 200,
+        guidance_scales: Sequence[float] = (),
+        num_cards: int = 24,
+    ) -> None:
+        super().__init__(optim)
+        if num_scored < 1 or num_cards < 0:
+            raise ValueError(
+                f"num_scored ({num_scored}) must be at least 1, num_cards ({num_cards}) not below 0"
+            )
+        self.model, self.drawing, self.num_scored, self.num_cards = model, drawing, num_scored, num_cards
+        self.guidance_scales = tuple(guidance_scales)
+
+    @property
+    def data(self) -> CaptionData | None:
+        """The run's data, if they are pictures with texts."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, CaptionData) else None
+
+    def setup(self, stage: str) -> None:
+        """Checks that model and data fit, before anything is computed.
+
+        Raises:
+            ValueError: If vocabulary or texts are larger than the model, or patches do not divide the pictures.
+        """
+        if self.data is not None:
+            check_texts(self.data, self.data.max_len, self.model, "text")
+            TextToImage(self.model, self.data.tokenizer, self.data.transform, device="cpu")
+            self.model.train()
+
+    def loss(self, batch: CaptionBatch) -> Loss:
+        """The losses of the batch's texts, each at a time of its own."""
+        return self.model(batch)
+
+    def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the loss, with the same times and noise in every validation."""
+        chance = torch.Generator().manual_seed(batch_idx)
+        self.add(self.split_names[dataloader_idx], "loss", self.model(batch, generator=chance))
+
+    def finish(self, run: Run) -> None:
+        """Draws the texts of the validation splits; writes scores, a gallery, curves and the model."""
+        data = self.data
+        if data is None:
+            return
+        facts = self.training_facts(run)
+        painter = TextToImage(
+            self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device
+        )
+        count = self.num_scored if run.limit_batches is None else min(self.num_scored, 2 * run.limit_batches)
+        scores, curve, reader, cards = {}, {}, {}, []
+        for split in data.val_splits:
+            pairs = data.pairs(split)
+            if not isinstance(pairs, SceneSplit):
+                continue
+            reader[split] = reader_accuracy(pairs, count).to_dict()
+            scores[split] = {}
+            for language in pairs.languages:
+                found, drawings = score_drawings(painter, pairs, language, count)
+                scores[split][language] = found.to_dict()
+                share = max(self.num_cards // (2 * len(data.val_splits)), 1)
+                cards += self._cards(pairs, texts_of(pairs, language, count), drawings, language)[:share]
+            for scale in self.guidance_scales:
+                some, _ = score_drawings(
+                    painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale
+                )
+                curve.setdefault(split, {})[str(scale)] = some.to_dict()
+        metrics = {"drawings": scores, "reader": reader, "guidance": curve, "training": facts}
+        write_metrics(run.folder, metrics)
+        found = table(scores)
+        painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
+        title = run.folder.resolve().name.replace("_", " ")
+        if cards:
+            save_gallery(cards, run.folder / "gallery.png", title=title, columns=6, card_width=200)
+        draw_curves(run.folder, title)
+        limits = ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items())
+        print(  # noqa: T201
+            f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}\n\n"
+            f"of true pictures the reader reads {limits} of the facts\n{found}\n\n"
+            f"metrics   {run.folder / 'metrics.json'}\ngallery   {run.folder / 'gallery.png'}\n"
+            f"model     {run.folder / 'model'}\n\nDraw something of your own:\n"
+            f'  mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
+        )
+
+    @staticmethod
+    def _cards(pairs: SceneSplit, texts: list[str], drawings: list, language: str) -> list[Card]:
+        judged = (judge_facts(read(image, pairs.world), pairs.scene(i)) for i, image in enumerate(drawings))
+        return [
+            Card(image, [Said(text, language, facts=judgement.claims)])
+            for image, text, judgement in zip(drawings, texts, judged, strict=True)
+        ]

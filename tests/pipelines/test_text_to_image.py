@@ -1,0 +1,132 @@
+"""TextToImage: pictures of texts and seeds, words' heat, folders, the strip, the command line, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmtransformer import (
+    DiffusionTransformer,
+    DrawingConfig,
+    ImageTransform,
+    TextEncoder,
+    TextToImage,
+    Tokenizer,
+)
+from mmtransformer.cli import main
+from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.plots.strips import save_strip
+
+TEXTS = ["a large red star", "작은 파란 원 두 개", "a red heart"]
+
+
+@pytest.fixture(scope="module")
+def painter() -> TextToImage:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([*TEXTS, "left of a"], 300, languages=["en", "ko"])
+    text = TextEncoder(
+        tokenizer.vocab_size, dim=12, depth=1, num_heads=2, max_len=40, pooler=False, dropout=0.0
+    )
+    model = TextToImageModel(text, DiffusionTransformer(8, 3, 16, 2, 2, context_dim=12))
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return TextToImage(model, tokenizer, ImageTransform((16, 24)), config=DrawingConfig(3), device="cpu")
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    """But for rounding of what is computed in batches of another size."""
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) <= 1
+
+
+def test_a_text_and_a_seed_make_one_picture(painter: TextToImage) -> None:
+    drawn = painter.draw(TEXTS, num_images=2, seed=5)
+    assert [len(images) for images in drawn] == [2, 2, 2]
+    assert drawn[0][0].size == (24, 16)
+    again = painter.draw(TEXTS, num_images=2, seed=5, batch_size=4)
+    assert all(
+        same(a, b) for one, other in zip(drawn, again, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    assert same(painter.draw(TEXTS[1], seed=6)[0][0], drawn[1][1])
+    assert not same(drawn[1][0], drawn[1][1])
+    several = painter.draw(TEXTS, seed=[5, 6, 7])
+    assert same(several[2][0], painter.draw(TEXTS[2], seed=7)[0][0])
+
+
+def test_the_language_is_found_by_the_letters(painter: TextToImage) -> None:
+    korean = painter.draw(TEXTS[1], seed=1)[0][0]
+    assert same(korean, painter.draw(TEXTS[1], language="ko", seed=1)[0][0])
+    assert not same(korean, painter.draw(TEXTS[1], language="en", seed=1)[0][0])
+
+
+def test_pixels_are_the_transforms_colours(painter: TextToImage) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    (back,) = painter._images(painter.transform(image)[None])
+    assert same(image, back)
+
+
+def test_each_word_has_its_heat(painter: TextToImage) -> None:
+    image, words, heat = painter.heatmap(TEXTS[0], seed=3)
+    assert words == ["a", "large", "red", "star"]
+    assert heat.shape == (4, 2, 3)
+    assert (heat >= 0).all()
+    assert (heat.sum(0) < 1).all()  # the rest looked at the prompt and the end
+    assert same(image, painter.draw(TEXTS[0], seed=3)[0][0])
+
+
+def test_what_stays_outside_the_hole(painter: TextToImage) -> None:
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    hole = Image.new("L", (24, 16))
+    hole.paste(255, (0, 0, 12, 16))
+    drawn = np.asarray(painter.draw(TEXTS[0], start=start, strength=1.0, hole=hole)[0][0], int)
+    assert np.abs(drawn[:, 12:] - np.asarray(start, int)[:, 12:]).max() <= 1
+    assert np.abs(drawn[:, :12] - np.asarray(start, int)[:, :12]).mean() > 10
+
+
+def test_it_is_the_same_from_its_folder(painter: TextToImage, tmp_path: Path) -> None:
+    painter.save_pretrained(tmp_path / "model", card="scores")
+    loaded = TextToImage.from_pretrained(tmp_path / "model", device="cpu")
+    assert loaded.config == painter.config
+    assert np.array_equal(np.asarray(loaded.draw(TEXTS[0])[0][0]), np.asarray(painter.draw(TEXTS[0])[0][0]))
+    assert "text-to-image" in (tmp_path / "model" / "README.md").read_text("utf-8")
+    settings = tmp_path / "model" / "drawing_config.json"
+    settings.write_text(json.dumps({"solver": "rk4"}), "utf-8")
+    with pytest.raises(ValueError, match=r"drawing_config\.json"):
+        TextToImage.from_pretrained(tmp_path / "model")
+
+
+def test_the_command(painter: TextToImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    painter.save_pretrained(tmp_path / "model")
+    out, strip, heat = (tmp_path / name for name in ("out/p.png", "strip.gif", "heat.png"))
+    words = [TEXTS[1], "--model", str(tmp_path / "model"), "--out", str(out), "--num", "2", "--steps", "4"]
+    assert main(["draw", *words, "--strip", str(strip), "--heatmap", str(heat), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.split() == [str(out), str(out.with_name("p-2.png"))]
+    with Image.open(strip) as film:
+        assert getattr(film, "n_frames", 1) == 4
+    assert heat.stat().st_size > 1000
+    assert main(["draw", TEXTS[0], "--model", str(tmp_path / "model"), "--steps", "0"]) == 2
+    assert "num_steps must be a whole number from 1, not 0" in capsys.readouterr().err
+
+
+def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (6, 4), (k, 0, 0)) for k in range(30)]
+    with Image.open(save_strip(images, tmp_path / "a.png", side=8)) as sheet:
+        assert sheet.size == (12 * 16 - 4, 8)
+        assert sheet.getpixel((sheet.width - 1, 0)) == (29, 0, 0)
+    with pytest.raises(ValueError, match=r"a strip of 0 steps"):
+        save_strip([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"\.png or \.gif"):
+        save_strip(images, tmp_path / "a.jpg")
+
+
+def test_what_cannot_be_drawn_is_refused(painter: TextToImage) -> None:
+    with pytest.raises(ValueError, match="the model reads 40: shorten it"):
+        painter.draw("a large red star " * 20)
+    with pytest.raises(ValueError, match="give start too"):
+        painter.draw(TEXTS[0], hole=Image.new("L", (4, 4)))
+    with pytest.raises(ValueError, match="2 seeds for 3 texts"):
+        painter.draw(TEXTS, seed=[1, 2])
+    with pytest.raises(ValueError, match="16 x 20 px are not divided"):
+        TextToImage(painter.model, painter.tokenizer, ImageTransform((16, 20)))

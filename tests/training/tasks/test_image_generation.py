@@ -1,0 +1,154 @@
+"""Image generation as a task: a run from YAML to its folder, scores that follow from the seed, and what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from mmtransformer import DiffusionTransformer, DrawingConfig, TextEncoder, TextToImage, TextToImageModel
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.training import ImageGeneration
+from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, texts_of
+from support.cli import mmt
+
+ENCODER = {
+    "vocab_size": 300,
+    "dim": 12,
+    "depth": 1,
+    "num_heads": 2,
+    "max_len": 96,
+    "pooler": False,
+    "dropout": 0.0,
+}
+TRANSFORMER = {"patch_size": 16, "dim": 16, "depth": 1, "num_heads": 2, "context_dim": 12}
+
+
+def recipe(**model) -> dict:
+    scenes = {"train_size": 12, "val_size": 4, "compositional_size": 4}
+    return {
+        "seed_everything": 0,
+        "trainer": {"max_epochs": 1, "max_steps": 3, "accelerator": "cpu", "log_every_n_steps": 1},
+        "model": {
+            "class_path": "mmtransformer.training.ImageGeneration",
+            "init_args": {
+                "model": {
+                    "class_path": "mmtransformer.TextToImageModel",
+                    "init_args": {
+                        "text": {"class_path": "mmtransformer.TextEncoder", "init_args": ENCODER},
+                        "transformer": {
+                            "class_path": "mmtransformer.DiffusionTransformer",
+                            "init_args": TRANSFORMER,
+                        },
+                    },
+                },
+                "drawing": {"num_steps": 2},
+                "num_scored": 2,
+                "guidance_scales": [1.0, 4.0],
+                "num_cards": 4,
+            }
+            | model,
+        },
+        "data": {
+            "class_path": "mmtransformer.data.captions.CaptionData",
+            "init_args": {
+                "source": {"class_path": "mmtransformer.data.scenes.scenes.Scenes", "init_args": scenes},
+                "image": {"image_size": 64},
+                "vocab_size": 300,
+                "batch_size": 4,
+                "max_len": 96,
+                "val_splits": ["val", "compositional"],
+            },
+        },
+    }
+
+
+def test_a_run_from_its_recipe_to_a_drawing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("draw.yaml").write_text(yaml.safe_dump(recipe()), "utf-8")
+    code, _, errors = mmt(capsys, "fit", "--config", "draw.yaml")
+    assert code == 0, errors
+    run = tmp_path / "runs" / "draw"
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert metrics["drawings"].keys() == metrics["reader"].keys() == {"val", "compositional"}
+    assert metrics["drawings"]["val"].keys() == {"en", "ko"}
+    assert metrics["reader"]["val"]["facts"] > 0.8
+    assert metrics["guidance"]["val"].keys() == {"1.0", "4.0"}
+    assert metrics["training"]["steps"] == 3
+    assert (run / "gallery.png").stat().st_size > 1000
+    painter = TextToImage.from_pretrained(run / "model", device="cpu")
+    assert painter.config == DrawingConfig(num_steps=2)
+    words = ["draw", "빨간 별", "--model", str(run / "model"), "--out", "one.png", "--strip", "strip.png"]
+    assert mmt(capsys, *words)[0] == 0
+    assert Path("one.png").is_file()
+
+
+def model() -> TextToImageModel:
+    torch.manual_seed(0)
+    return TextToImageModel(TextEncoder(**ENCODER), DiffusionTransformer(**TRANSFORMER))
+
+
+def test_validations_see_the_same_noise() -> None:
+    task = ImageGeneration(model())
+    added: list[float] = []
+    task.add = lambda split, name, loss: added.append(loss.sum.item())  # type: ignore[method-assign]
+    task._trainer = SimpleNamespace(datamodule=None, testing=False, num_val_batches=[1])  # type: ignore[assignment]
+    from mmtransformer import CaptionBatch
+
+    tokens = torch.randint(3, 300, (2, 5))
+    batch = CaptionBatch(tokens, tokens > 0, tokens > 0, pixels=torch.randn(2, 1, 3, 32, 32))
+    torch.nn.init.normal_(task.model.transformer.head.weight)
+    for number in (0, 0, 1):
+        torch.manual_seed(number + len(added))
+        task.validation_step(batch, number)
+    assert added[0] == added[1] != added[2]
+
+
+def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
+    """A painter that draws the truth gets what the reader gets right of it, and one that draws another less."""
+    split = Scenes(val_size=6).split("val")
+
+    class Truth:
+        config = DrawingConfig()
+
+        def __init__(self, shift: int) -> None:
+            self.shift = shift
+
+        def draw(self, texts: list[str], **_) -> list[list]:
+            return [[split.image((i + self.shift) % 6)] for i in range(len(texts))]
+
+    best = reader_accuracy(split, 6).to_dict()
+    found, drawings = score_drawings(Truth(0), split, "ko", 6)  # type: ignore[arg-type]
+    assert found.to_dict() == best
+    assert len(drawings) == 6
+    wrong, _ = score_drawings(Truth(1), split, "ko", 6)  # type: ignore[arg-type]
+    assert wrong.right.recall < best["facts"] / 2
+    assert texts_of(split, "ko", 2) == [
+        next(c.text for c in split.captions(i) if c.language == "ko") for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"num_scored": 0}, "num_scored"), ({"num_cards": -1}, "num_cards")]
+)
+def test_numbers_without_sense_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageGeneration(model(), **settings)
+
+
+def test_patches_that_do_not_divide_the_pictures_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = recipe()
+    given["model"]["init_args"]["model"]["init_args"]["transformer"]["init_args"] = TRANSFORMER | {
+        "patch_size": 5
+    }
+    Path("draw.yaml").write_text(yaml.safe_dump(given), "utf-8")
+    code, _, errors = mmt(capsys, "fit", "--config", "draw.yaml")
+    assert code == 2
+    assert "64 x 64 px are not divided by the model's patches of 5 px" in errors
