@@ -1,6 +1,5 @@
 """The shape of the house: files import only from lower rooms, and files stay short, portable and lazy."""
 
-import ast
 import importlib
 import re
 import subprocess
@@ -10,44 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "mmtransformer"
-
-# The rooms from the ground up: a file imports only from its own room and from those above it in this list.
-ROOMS = [
-    "lazy",
-    "batch",
-    "layers",
-    "serialization",
-    "text",
-    "images",
-    "metrics",
-    "backbones",
-    "connectors",
-    "losses",
-    "captioners",
-    "generation",
-    "diffusion",
-    "weights/shared",
-    "weights/vision",
-    "weights/text",
-    "weights/captioners",
-    "weights",
-    "plots",
-    "data/loading",
-    "data/files",
-    "data/documents",
-    "data/text_only",
-    "data/scenes",
-    "data",
-    "pipelines",
-    "training/evaluation",
-    "training/engine",
-    "training/callbacks",
-    "training/tasks",
-    "training",
-    "cli",
-]
+from support import rooms
+from support.rooms import PACKAGE, ROOMS, ROOT, file_of, imports, modules, room_of
 
 # Libraries that only some rooms may import, anywhere in a file.
 LIGHTNING = ("data", "training", "cli")
@@ -72,48 +35,11 @@ LAZY = (
 MAX_LINES, MAX_FILES = 400, 15
 
 
-def modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-def room_of(path: Path) -> str:
-    """mmtransformer/data/files/tables.py -> data/files; a file at the top is a room of its own."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "/".join(parts[:-1]) or parts[0]
-
-
-def imports(path: Path, *, when_loaded: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of what a file imports; `when_loaded` leaves out the imports inside functions."""
-    package = ["mmtransformer", *path.relative_to(PACKAGE).parts[:-1]]
-    nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"), filename=str(path))]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join(above + ([node.module] if node.module else []))
-            for alias in node.names:  # from mmtransformer import masks: a module, not a name in one
-                is_module = (
-                    base == "mmtransformer" or (PACKAGE.parent / base.replace(".", "/") / alias.name).exists()
-                )
-                is_module |= (PACKAGE.parent / base.replace(".", "/") / f"{alias.name}.py").exists()
-                yield node.lineno, f"{base}.{alias.name}" if is_module else base
-        elif not (when_loaded and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
-            nodes += ast.iter_child_nodes(node)
-
-
-def file_of(name: str) -> Path:
-    """The file of a dotted name: mmtransformer.layers.masks -> mmtransformer/layers/masks.py."""
-    path = PACKAGE.parent / name.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
 def faults(path: Path) -> list[str]:
     """What is wrong with a file's imports, one line each."""
     room, where = room_of(path), path.relative_to(ROOT)
     if room not in ROOMS:
-        return [f"{where}: {room} is no room yet; add it to ROOMS in {Path(__file__).name}"]
+        return [f"{where}: {room} is no room yet; add it to ROOMS in support/rooms.py"]
     found = []
     for line, imported in imports(path):
         library, _, rest = imported.partition(".")
@@ -188,8 +114,9 @@ def test_a_fault_is_found(source: str, fault: str, tmp_path: Path, monkeypatch: 
     package = tmp_path / "mmtransformer"
     for room in ("layers", "backbones", "captioners", "attic"):
         (package / room).mkdir(parents=True)
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    monkeypatch.setitem(globals(), "PACKAGE", package)
+    for module in (globals(), vars(rooms)):
+        monkeypatch.setitem(module, "ROOT", tmp_path)
+        monkeypatch.setitem(module, "PACKAGE", package)
     (package / "captioners" / "base.py").touch()
     for room in ("layers", "attic"):
         (package / room / "novelty.py").write_text(source, "utf-8")
@@ -250,8 +177,8 @@ def test_nothing_depends_on_one_machine() -> None:
 
 def text_files() -> Iterator[Path]:
     """The repository's own text files, without asking git (a source archive has none)."""
-    yield from (p for p in ROOT.iterdir() if p.is_file() and not p.name.startswith(".git"))
-    endings = {".py", ".yaml", ".md", ".txt", ".json", ".csv", ".html", ".css", ""}
-    for folder in ("mmtransformer", "recipes", "tests", ".ci", "assets"):
+    yield from (p for p in ROOT.iterdir() if p.is_file() and p.name != ".git")
+    endings = {".py", ".yaml", ".md", ".txt", ".json", ".csv", ".html", ".css", ".svg", ".yml", ""}
+    for folder in ("mmtransformer", "recipes", "tests", "docs", ".ci", ".github", "assets"):
         paths = (path for path in (ROOT / folder).rglob("*") if path.suffix in endings and path.is_file())
         yield from (path for path in paths if "__pycache__" not in path.parts)

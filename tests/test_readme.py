@@ -1,8 +1,8 @@
-"""The README is true: its commands and Python are run in order, its links and its file map lead somewhere.
+"""README and the pages of docs/ are true: commands and Python are run in order, links lead somewhere.
 
-A reader's folder is made: the recipes, a photo and small sets of pairs under the names that README uses. In it `mmt`
-gets recipes/tiny.yaml behind the recipe of every training command, so that it takes seconds, and `make` runs the
-commands of the real Makefile, without the set-up.
+A reader's folder is made: the recipes, a photo and small sets of pairs under the names that the pages use. A training
+command gets recipes/tiny.yaml behind its recipe, so that it takes seconds, and `make` runs the commands of the real
+Makefile, without the set-up. What a page takes from another one (runs/NAME/model) is trained by that recipe first.
 """
 
 import os
@@ -10,9 +10,8 @@ import random
 import re
 import shlex
 import shutil
-import stat
 import subprocess
-import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,54 +19,69 @@ from typing import NamedTuple
 import pytest
 from PIL import Image, ImageDraw
 
+import draw_rooms
 from mmtransformer import ViT
+from mmtransformer.cli import main
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "tiny")
+PAGES = {
+    str(p.relative_to(ROOT)): p.read_text("utf-8")
+    for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
-# The first line of each block that is not run -> why.
-NOT_RUN: dict[str, str] = {}
-
-# Commands of make that are looked up in the Makefile only: they would run this test again, or set up.
-ONLY_LOOKED_UP = ("test", "setup", "lint")
+# Commands that are not run, by their first words -> why.
+NOT_RUN = {"make test": "it would run this test again", "make lint": "the same", "make setup": "it installs"}
 
 # Where a recipe of drawn pictures says how many there are, and of which splits; data.source and all three if not here.
 SIZES = {
-    "lm_scenes.yaml": ("data.source.pairs", ("train", "val", "compositional")),
-    "translate_scenes.yaml": ("data.source.scenes", ("train", "val", "compositional")),
-    "vit_classify.yaml": ("data.source.scenes", ("train", "val", "compositional")),
-    "few_shot_scenes.yaml": ("data.documents", ("train", "val")),
+    "lm_scenes": ("data.source.pairs", ("train", "val", "compositional")),
+    "translate_scenes": ("data.source.scenes", ("train", "val", "compositional")),
+    "vit_classify": ("data.source.scenes", ("train", "val", "compositional")),
+    "few_shot_scenes": ("data.documents", ("train", "val")),
 }
 
 
 class Block(NamedTuple):
-    """A fenced block of README."""
+    """A fenced block of a page."""
 
     language: str
     code: str
-    line: int
+    where: str
     section: str
 
 
-def blocks() -> Iterator[Block]:
-    for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        before = README[: fence.start()]
-        headings = re.findall(
-            r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", before, flags=re.M | re.S), re.MULTILINE
-        )
-        yield Block(fence[1], fence[2], before.count("\n") + 2, headings[-1])
+def blocks(page: str) -> list[Block]:
+    text, found = PAGES[page], []
+    for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        before = text[: fence.start()]
+        section = re.findall(r"^#+ (.*)$", without_fences(before), re.MULTILINE)[-1]
+        found.append(Block(fence[1], fence[2], f"{page}:{before.count(chr(10)) + 2}", section))
+    return found
 
 
-def parts(section: str) -> str:
+def without_fences(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def parts(page: str, section: str) -> str:
     """The code of the tables of a section: what stands in backquotes in the last cell of each row."""
-    body = re.search(rf"^#+ {re.escape(section)}$(.*?)(?=^#+ |\Z)", README, re.MULTILINE | re.DOTALL)
+    body = re.search(rf"^#+ {re.escape(section)}$(.*?)(?=^#+ |\Z)", PAGES[page], re.MULTILINE | re.DOTALL)
     assert body
     return "\n".join(re.findall(r"^\|.*\| `([^`]+)` \|$", body[1], re.MULTILINE))
 
 
-@pytest.fixture
-def reader(tmp_path: Path) -> Path:
-    """The folder in which a reader types the commands."""
+def commands(code: str) -> Iterator[list[str]]:
+    """The commands of a block for the shell, each as its words."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a reader types the commands, on every page."""
+    tmp_path = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     rng = random.Random(3)
     scene(rng).save(tmp_path / "photo.jpg")
@@ -94,6 +108,13 @@ def reader(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("JAVA_HOME", "")
+    return folder
+
+
 def scene(rng: random.Random) -> Image.Image:
     image = Image.new("RGB", (64, 48), tuple(rng.randrange(256) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -103,111 +124,136 @@ def scene(rng: random.Random) -> Image.Image:
     return image
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Puts this Python's commands first in PATH, and before them the stand-ins for `mmt` and `make`."""
-    here, stand_ins = Path(sys.executable).parent, folder / ".bin"
-    if shutil.which("make") is None:
-        pytest.skip("needs make")
-    if not (here / "mmt").exists():
-        pytest.fail(f"{here / 'mmt'} is missing: run make setup")
-    stand_ins.mkdir()
-    mmt = f"""import os, sys
-args = sys.argv[1:]
-if args and args[0] in ("fit", "validate", "test", "ablate"):
-    after = args.index("--recipe" if args[0] == "ablate" else "--config") + 2
-    recipe = os.path.basename(args[after - 1])
-    source, splits = {SIZES!r}.get(recipe, ("data.source", ("train", "val", "compositional")))
-    fewer = [f"--{{source}}.{{split}}_size={{40 if split == 'train' else 8}}" for split in splits]
-    args[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in recipe or recipe in {SIZES!r})
-    args += ["--bridges", "qformer,prefix"] * (args[0] == "ablate")  # two of the four: it is slow
-os.execv({str(here / "mmt")!r}, ["mmt", *args])
-"""
-    # The real make by its full name: plain `make` is this stand-in, which would call itself without end.
-    dry_run = [shutil.which("make"), "--no-print-directory", "-C", str(ROOT), "-n", "-o", ".venv/.installed"]
-    make = f"""import subprocess, sys
-target = sys.argv[1]
-lines = subprocess.run({dry_run!r} + sys.argv[1:], capture_output=True, text=True, check=True).stdout
-commands = [line.replace(".venv/bin/", "") for line in lines.splitlines() if line.startswith(".venv/bin/mmt")]
-if target not in {ONLY_LOOKED_UP!r}:
-    assert commands, lines
-    sys.exit(subprocess.run(["sh", "-ec", chr(10).join(commands)]).returncode)
-"""
-    for name, source in (("mmt", mmt), ("make", make)):
-        (stand_ins / f"{name}.py").write_text(source, "utf-8")
-        # Not "#!python": the first line of a program may hold no space, but the folder of .venv may.
-        words = shlex.join([sys.executable, str(stand_ins / f"{name}.py")])
-        (stand_ins / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n', "utf-8")
-        (stand_ins / name).chmod(stat.S_IRWXU)
-    path = os.pathsep.join([str(stand_ins), str(here), os.environ["PATH"]])
-    # What `make test ARGS=...` passes on to this test is not meant for the reader's commands.
-    ours = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS")
-    inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def test_every_block_runs(reader: Path) -> None:
-    env = environment(reader)
-    for block in blocks():
-        if block.language not in ("bash", "python") or block.code.splitlines()[0] in NOT_RUN:
-            continue
-        if block.language == "bash":
-            command = ["bash", "-euo", "pipefail", "-c", block.code]
-        else:
-            rows, block_of_rows = (
-                parts(block.section),
-                next(b for b in blocks() if b.section == block.section),
-            )
-            code = block.code + (rows if block == block_of_rows else "")
-            command = [sys.executable, "-W", "error", "-c", code]
-        done = subprocess.run(
-            command, cwd=reader, env=env, capture_output=True, text=True, check=False, timeout=900
+def mmt(words: list[str]) -> int:
+    """`mmt`, with tiny.yaml behind the recipe of a command that trains, and everything there that its recipe reads."""
+    if words[0] in ("fit", "ablate"):
+        after = words.index("--recipe" if words[0] == "ablate" else "--config") + 2
+        name = Path(words[after - 1]).stem
+        needed = re.findall(
+            r"runs/(\w+)/model", Path(words[after - 1]).read_text("utf-8").partition("\nseed_everything")[2]
         )
-        assert done.returncode == 0, (
-            f"README.md:{block.line} fails:\n{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
+        source, splits = SIZES.get(name, ("data.source", ("train", "val", "compositional")))
+        fewer = [f"--{source}.{split}_size={40 if split == 'train' else 8}" for split in splits]
+        words[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in name or name in SIZES)
+        words += ["--bridges", "qformer,prefix"] * (words[0] == "ablate")  # two of the four: it is slow
+    else:
+        needed = re.findall(r"runs/(\w+)/model", " ".join(words))
+    have_trained(needed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a reader sees them; what they say is not the page's
+        return main(words)
 
 
-def test_what_is_not_run_is_in_the_readme() -> None:
-    first_lines = {block.code.splitlines()[0] for block in blocks()}
-    assert set(NOT_RUN) <= first_lines
+def have_trained(names: list[str]) -> None:
+    for name in names:
+        if not Path("runs", name, "model").exists():
+            data = ["--data.root", "flickr8k"] if "flickr8k" in name else []
+            data = ["--data.root", "photos"] if name == "finetune_pairs" else data
+            assert mmt(["fit", "--config", f"recipes/{name}.yaml", *data]) == 0, name
 
 
-def test_blocks_say_their_language() -> None:
-    strange = [
-        f"README.md:{b.line}" for b in blocks() if b.language not in ("bash", "python", "text", "yaml", "csv")
+def make(words: list[str]) -> int:
+    """`make`: the commands of `mmt` that it would run."""
+    dry_run = ["make", "--no-print-directory", "-C", str(ROOT), "-n", "-o", ".venv/.installed"]
+    ours = (
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+        "MAKEOVERRIDES",
+        "ARGS",
+    )  # what runs this test is not the reader's
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([*dry_run, *words], capture_output=True, text=True, check=True, env=env)
+    found = [
+        line.removeprefix(".venv/bin/mmt")
+        for line in done.stdout.splitlines()
+        if line.startswith(".venv/bin/mmt ")
     ]
+    assert found, done.stdout
+    return max(mmt(shlex.split(line)) for line in found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done: set[str] = set()
+    for block in blocks(page):
+        if block.language == "bash":
+            for words in commands(block.code):
+                if " ".join(words[:2]) in NOT_RUN:
+                    continue
+                assert words[0] in ("mmt", "make"), f"{block.where}: no way to run {words[0]} in a test"
+                if words[0] == "make" and shutil.which("make") is None:
+                    pytest.skip("needs make")
+                code = {"mmt": mmt, "make": make}[words[0]](words[1:])
+                out, err = capsys.readouterr()
+                assert code == 0, f"{block.where}: {shlex.join(words)}\n{out[-2000:]}\n{err[-4000:]}"
+        elif block.language == "python":
+            code = block.code + parts(page, block.section) * (block.section not in done)
+            done.add(block.section)
+            have_trained(re.findall(r"runs/(\w+)/model", code))
+            exec(compile(code, block.where, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_say_their_language(page: str) -> None:
+    strange = [b.where for b in blocks(page) if b.language not in ("bash", "python", "text", "yaml", "csv")]
     assert not strange, f"{strange}: write ```bash, ```python (both are run), ```text, ```yaml or ```csv"
 
 
 def test_tables_of_code_follow_a_block_that_imports_what_they_use() -> None:
-    sections = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S), re.MULTILINE)
-    with_python = {block.section for block in blocks() if block.language == "python"}
-    assert [s for s in sections if parts(s)], "README has no table of the parts"
-    assert not [s for s in sections if parts(s) and s not in with_python]
+    found = []
+    for page, text in PAGES.items():
+        sections = re.findall(r"^#+ (.*)$", without_fences(text), re.MULTILINE)
+        found += [(page, section) for section in sections if parts(page, section)]
+        with_python = {block.section for block in blocks(page) if block.language == "python"}
+        assert not [s for p, s in found if p == page and s not in with_python]
+    assert ("README.md", "Parts") in found
+    assert ("docs/parts.md", "The parts") in found
 
 
-def test_links_lead_somewhere() -> None:
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    slugs = {
-        re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-")
-        for h in re.findall(r"^#+ (.*)$", text, re.M)
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "tests/benchmarks/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences((ROOT / page).read_text("utf-8"))):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}: no such file"
+        if heading:
+            assert heading in slugs(file.read_text("utf-8")), f"{page}: {target}: no such heading"
+
+
+def slugs(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", without_fences(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+def test_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150
+    assert not [page for page in PAGES if page != "README.md" and f"({page})" not in PAGES["README.md"]]
+
+
+def test_readme_has_every_recipe() -> None:
+    listed = re.findall(r"\(recipes/(\w+)\.yaml\)", PAGES["README.md"])
+    assert sorted(listed) == RECIPES
+
+
+def test_files_are_listed() -> None:
+    (text,) = (block.code for block in blocks("README.md") if block.section == "Files")
+    names = [line.split()[0] for line in text.splitlines()]
+    assert not [name for name in names if not (ROOT / name).exists()]
+    folders = {
+        f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.*")) and p.name[0] not in "._"
     }
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in slugs, f"{target}: no such heading"
-        elif "://" not in target:
-            assert (ROOT / target).exists(), f"{target}: no such file"
+    assert folders - {"runs/", "build/", "dist/"} <= set(names)
 
 
-def test_file_map_is_complete() -> None:
-    """The map names every module and folder of the package and nothing else; so does its part on the top level."""
-    (text,) = (block.code for block in blocks() if block.language == "text" and block.section == "Files")
-    listed = {line.split()[0] for line in text.splitlines() if line.strip()}
-    missing = sorted(name for name in listed if not (ROOT / name).exists())
-    assert not missing, f"listed, but not there: {missing}"
-    modules = {
-        f"mmtransformer/{path.name}" + ("/" if path.is_dir() else "")
-        for path in (ROOT / "mmtransformer").iterdir()
-        if path.name[0] != "_" and (path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py"))))
-    }
-    assert not sorted(modules - listed), f"there, but not listed: {sorted(modules - listed)}"
+def test_the_rooms_are_drawn_as_they_are() -> None:
+    page = ROOT / "docs/architecture.md"
+    stale = "stale: run python tests/draw_rooms.py"
+    assert draw_rooms.with_rooms(page.read_text("utf-8")) == page.read_text("utf-8"), (
+        f"{page.name} is {stale}"
+    )
+    assert draw_rooms.description() in draw_rooms.PICTURE.read_text("utf-8"), (
+        f"{draw_rooms.PICTURE.name} is {stale}"
+    )

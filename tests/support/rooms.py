@@ -1,0 +1,109 @@
+"""The rooms of the library, and which imports which, read from the imports themselves."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mmtransformer"
+
+# The rooms from the ground up: a file imports only from its own room and from those above it in this list.
+ROOMS = [
+    "lazy",
+    "batch",
+    "layers",
+    "serialization",
+    "text",
+    "images",
+    "metrics",
+    "backbones",
+    "connectors",
+    "losses",
+    "captioners",
+    "generation",
+    "diffusion",
+    "weights/shared",
+    "weights/vision",
+    "weights/text",
+    "weights/captioners",
+    "weights",
+    "plots",
+    "data/loading",
+    "data/files",
+    "data/documents",
+    "data/text_only",
+    "data/scenes",
+    "data",
+    "pipelines",
+    "training/evaluation",
+    "training/engine",
+    "training/callbacks",
+    "training/tasks",
+    "training",
+    "cli",
+]
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    """mmtransformer/data/files/tables.py -> data/files; a file at the top is a room of its own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "/".join(parts[:-1]) or parts[0]
+
+
+def imports(path: Path, *, when_loaded: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of what a file imports; `when_loaded` leaves out the imports inside functions."""
+    package = ["mmtransformer", *path.relative_to(PACKAGE).parts[:-1]]
+    nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"), filename=str(path))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join(above + ([node.module] if node.module else []))
+            for alias in node.names:  # from mmtransformer import masks: a module, not a name in one
+                is_module = (
+                    base == "mmtransformer" or (PACKAGE.parent / base.replace(".", "/") / alias.name).exists()
+                )
+                is_module |= (PACKAGE.parent / base.replace(".", "/") / f"{alias.name}.py").exists()
+                yield node.lineno, f"{base}.{alias.name}" if is_module else base
+        elif not (when_loaded and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            nodes += ast.iter_child_nodes(node)
+
+
+def file_of(name: str) -> Path:
+    """The file of a dotted name: mmtransformer.layers.masks -> mmtransformer/layers/masks.py."""
+    path = PACKAGE.parent / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def arrows(*, sub_rooms: bool = False) -> dict[str, list[str]]:
+    """Room -> the rooms that it imports, both from the ground up; those in a room are left out, or a room each."""
+    found: dict[str, set[str]] = {}
+    for path in modules():
+        room = _shown(room_of(path), sub_rooms)
+        below = found.setdefault(room, set())
+        for _, name in imports(path):
+            if name.startswith("mmtransformer."):
+                below.add(_shown(room_of(file_of(name)), sub_rooms))
+        below.discard(room)
+    order = list(dict.fromkeys(_shown(room, sub_rooms) for room in ROOMS))
+    return {room: sorted(found[room], key=order.index) for room in order if room in found}
+
+
+def _shown(room: str, sub_rooms: bool) -> str:
+    return room if sub_rooms else room.partition("/")[0]
+
+
+def purpose(room: str) -> str:
+    """What a room is for: the first line of its docstring."""
+    path = PACKAGE / room
+    text = ast.get_docstring(
+        ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
+    )
+    assert text, room
+    return text.splitlines()[0]
