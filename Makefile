@@ -1,10 +1,12 @@
 # The everyday commands of mmtransformer; `make help` lists them.
 # They need Python 3.11 or newer (with its venv module), make, and a C compiler. Everything else is
-# installed into .venv, at the versions and with the hashes that requirements.txt pins.
+# installed into .venv, at the versions and with the hashes that are pinned: in requirements.txt what users
+# need, in requirements-dev.txt what tests and checks need besides.
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 # Left behind by a set-up that was interrupted: the next one then starts from an empty .venv.
 UNFINISHED := $(VENV)/.unfinished
 
@@ -14,7 +16,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
 	"$$python" -c '$(SUITABLE)' >/dev/null 2>&1 && echo "$$python" && break; done)
 
-# uv installs only what requirements.txt pins, whatever other places this machine would look in: a CPU-only
+# uv installs only what is pinned, whatever other places this machine would look in: a CPU-only
 # torch from a folder of wheels, for example, cannot be combined with the published torchvision.
 unexport UV_FIND_LINKS UV_EXTRA_INDEX_URL UV_INDEX UV_TORCH_BACKEND UV_CONFIG_FILE UV_CONSTRAINT UV_OVERRIDE
 # Nor may packages from outside .venv be seen.
@@ -29,33 +31,42 @@ MIRROR = $${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(BIN)/pytho
 JOBS ?= $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count()))' 2>/dev/null)
 ARGS ?=
 
-.PHONY: help caption test lint format setup lock clean
+.PHONY: help caption test lint format setup setup-dev lock clean
 .DEFAULT_GOAL := help
 
 help:  ## List these commands.
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' Makefile | expand -t 18
 
 caption: setup  ## Train the captioner of recipes/caption_scenes.yaml, score it and draw its gallery.
 	@$(BIN)/mmt fit --config recipes/caption_scenes.yaml $(ARGS)
 
-test: setup  ## Run all tests. ARGS="-k vit" passes arguments on to pytest.
+test: $(DEV_STAMP)  ## Run all tests. ARGS="-k vit" passes arguments on to pytest.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-lint: setup  ## Check style and types.
+lint: $(DEV_STAMP)  ## Check style and types.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
 
-format: setup  ## Rewrite the code in the house style.
+format: $(DEV_STAMP)  ## Rewrite the code in the house style.
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# The stamp holds the folder that .venv was made in: programs in .venv do not survive being moved.
+# A stamp holds the folder that .venv was made in: programs in .venv do not survive being moved.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-setup: $(STAMP)  ## Make .venv and install into it. The other commands do this themselves.
+# Makes .venv hold what these files pin, and the package itself.
+define INSTALL
+export UV_DEFAULT_INDEX="$(MIRROR)"; test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; \
+	$(UV) sync --quiet --python $(BIN)/python --no-build --require-hashes --compile-bytecode $(1) \
+	&& $(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+endef
+
+setup: $(STAMP)  ## Make .venv and install what users need. The other commands do this themselves.
+
+setup-dev: $(DEV_STAMP)  ## Install what tests and checks need besides.
 
 $(STAMP): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c '$(SUITABLE)' || { \
@@ -70,16 +81,25 @@ $(STAMP): requirements.txt pyproject.toml
 	@awk '/^[^ ]/ { keep = /^uv==/ } keep' requirements.txt > $(VENV)/uv.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.txt
 	@echo "Installing the pinned packages (the first time, about 3 GB are downloaded)"
-	@export UV_DEFAULT_INDEX="$(MIRROR)"; test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; \
-		$(UV) sync --quiet --python $(BIN)/python --no-build --require-hashes \
-			--compile-bytecode requirements.txt \
-		&& $(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+	@$(call INSTALL,requirements.txt $(if $(wildcard $(DEV_STAMP)),requirements-dev.txt))
 	@rm -f $(UNFINISHED)
 	@echo "$(CURDIR)" > $(STAMP)
 
-lock: setup  ## Pin anew, in requirements.txt, what pyproject.toml asks for. ARGS=--upgrade takes newer versions.
-	@$(UV) compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
-		--no-emit-index-url --no-header --no-annotate $(ARGS) pyproject.toml -o requirements.txt
+$(DEV_STAMP): $(STAMP) requirements-dev.txt
+	@echo "Installing what tests and checks need besides"
+	@$(call INSTALL,requirements.txt requirements-dev.txt)
+	@touch $(DEV_STAMP)
+
+COMPILE = $(UV) compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-header --no-annotate --group setup --extra hf --extra lora --extra parquet
+
+lock: setup  ## Pin anew what pyproject.toml asks for. ARGS=--upgrade takes newer versions.
+	@$(COMPILE) $(ARGS) pyproject.toml -o requirements.txt
+	@cat requirements.txt requirements-dev.txt > $(VENV)/all.txt
+	@$(COMPILE) $(ARGS) --extra meteor --extra tensorboard --group dev --constraint requirements.txt \
+		pyproject.toml -o $(VENV)/all.txt
+	@awk 'NR == FNR { known[$$1] = 1; next } /^[^ ]/ { keep = !($$1 in known) } keep' \
+		requirements.txt $(VENV)/all.txt > requirements-dev.txt
 
 clean:  ## Remove what these commands made, except for runs/.
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The set-up: what requirements.txt pins is what pyproject.toml asks for, and make says what is wrong."""
+"""The set-up: what is pinned is what pyproject.toml asks for, and make says what is wrong."""
 
 import re
 import shutil
@@ -13,16 +13,25 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-REQUIREMENTS = (ROOT / "requirements.txt").read_text("utf-8")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+FILES = {name: (ROOT / name).read_text("utf-8") for name in ("requirements.txt", "requirements-dev.txt")}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT, EXTRAS = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
+
+# What users need, and what tests and checks need besides.
+USERS = [
+    *PROJECT["dependencies"],
+    *PYPROJECT["dependency-groups"]["setup"],
+    *(requirement for extra in ("hf", "lora", "parquet") for requirement in EXTRAS[extra]),
+]
+DEVELOPERS = [*(r for extra in EXTRAS.values() for r in extra), *PYPROJECT["dependency-groups"]["dev"]]
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
-def pins() -> dict[str, list[tuple[Version, str, str]]]:
+def pins(*files: str) -> dict[str, list[tuple[Version, str, str]]]:
     """name -> (version, marker, the lines that follow) of every pin; a name may have one pin a platform."""
     found: dict[str, list[tuple[Version, str, str]]] = {}
-    for entry in re.split(r"\n(?=\S)", REQUIREMENTS.strip()):
+    for entry in re.split(r"\n(?=\S)", "\n".join(FILES[file].strip() for file in files or FILES)):
         head, _, hashes = entry.partition("\\\n")
         requirement, _, marker = head.strip().partition(" ; ")
         name, _, version = requirement.partition("==")
@@ -30,24 +39,31 @@ def pins() -> dict[str, list[tuple[Version, str, str]]]:
     return found
 
 
-def test_every_requirement_is_pinned_within_its_bounds() -> None:
-    wanted = [
-        *PROJECT["dependencies"],
-        *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
-    ]
-    found = pins()
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [(["requirements.txt"], USERS), (list(FILES), USERS + DEVELOPERS)],
+    ids=["users", "all"],
+)
+def test_every_requirement_is_pinned_within_its_bounds(files: list[str], wanted: list[str]) -> None:
+    found = pins(*files)
     for requirement in map(Requirement, wanted):
-        if requirement.name != PROJECT["name"]:
-            assert requirement.name in found, f"{requirement.name} is not pinned: make lock"
-            for version, _, _ in found[requirement.name]:
-                assert version in requirement.specifier, (
-                    f"{requirement.name} {version}, not {requirement.specifier}"
-                )
+        assert requirement.name in found, f"{requirement.name} is not pinned: make lock"
+        for version, _, _ in found[requirement.name]:
+            assert version in requirement.specifier, (
+                f"{requirement.name} {version}, not {requirement.specifier}"
+            )
+
+
+def test_users_install_no_tools_of_the_tests() -> None:
+    assert not set(pins("requirements.txt")) & set(pins("requirements-dev.txt"))
+    tools = {Requirement(name).name for name in PYPROJECT["dependency-groups"]["dev"]}
+    assert tools <= set(pins("requirements-dev.txt"))
 
 
 def test_every_pin_has_hashes_and_no_address() -> None:
-    assert "://" not in REQUIREMENTS
-    assert not re.search(r"^-", REQUIREMENTS, re.MULTILINE), "options such as an index do not belong here"
+    for text in FILES.values():
+        assert "://" not in text
+        assert not re.search(r"^-", text, re.MULTILINE), "options such as an index do not belong here"
     for name, entries in pins().items():
         for version, marker, hashes in entries:
             lines = [line.strip(" \\") for line in hashes.splitlines()]
@@ -75,7 +91,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 @needs_make
 def test_make_lists_its_commands() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = re.findall(r"^ +make (\w+) +\S", done.stdout, re.MULTILINE)
+    listed = re.findall(r"^ +make ([\w-]+) +\S", done.stdout, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert phony
     assert sorted(listed) == sorted(phony[1].split())
@@ -84,7 +100,7 @@ def test_make_lists_its_commands() -> None:
 @needs_make
 @pytest.mark.parametrize("python", ["", "no-such-python", "false"])
 def test_make_names_the_python_it_needs(python: str, tmp_path: Path) -> None:
-    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+    for name in ("Makefile", "pyproject.toml", *FILES):
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run(
         ["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False

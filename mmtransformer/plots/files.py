@@ -66,7 +66,7 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
             f"a picture of {image.width} x {image.height} px is too large for WebP (16383); use .png"
         )
     file = io.BytesIO()
-    image.save(file, kind, quality=90, optimize=kind == "PNG")
+    image.save(file, kind, quality=90)
     return write_whole(path, file.getvalue())
 
 
