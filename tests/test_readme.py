@@ -127,8 +127,8 @@ def scene(rng: random.Random) -> Image.Image:
 
 def mmt(words: list[str]) -> int:
     """`mmt`, with tiny.yaml behind the recipe of a command that trains, and everything there that its recipe reads."""
-    if words[0] in ("fit", "ablate"):
-        after = words.index("--recipe" if words[0] == "ablate" else "--config") + 2
+    if words[0] in ("fit", "ablate", "plan"):
+        after = {"fit": 3, "ablate": 3, "plan": 2}[words[0]]  # fit --config RECIPE
         name = Path(words[after - 1]).stem
         needed = re.findall(
             r"runs/(\w+)/model", Path(words[after - 1]).read_text("utf-8").partition("\nseed_everything")[2]
