@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import KVCache, Mask
+from mmtransformer.layers.positions import document_positions
 
 
 class Cache(Protocol):
@@ -48,26 +49,49 @@ class DecoderState:
         depth: number of blocks.
         max_len: most tokens, prompt included.
         caches: other caches than those of our own blocks; None = a `KVCache` a block.
+
+    Attributes:
+        length: tokens so far, padding included; of a static state, when it was made static.
+        next_positions: (b) long, the position that a row's next token gets; None before the first token.
+        attention_mask: (b length) bool, True = a real token; None = all are. Of a static state (b max_len).
+        cache_position: (1) long, the last token's place in the caches, once the state is static.
     """
 
     def __init__(self, depth: int, max_len: int, *, caches: Sequence[Cache] | None = None) -> None:
         self.caches = [KVCache(max_len) for _ in range(depth)] if caches is None else list(caches)
-        self.max_len = max_len
-        self.positions: Tensor | None = None
-        """(b) long: the position that a row's next token gets."""
+        self.max_len, self.length = max_len, 0
+        self.next_positions: Tensor | None = None
+        self.attention_mask: Tensor | None = None
         self.cache_position: Tensor | None = None
-        """(1) long: the place that the next token gets in the caches, once the state is fixed."""
-        self._attention_mask: Tensor | None = None  # (b max_len); None as long as no token is padding.
 
-    @property
-    def length(self) -> int:
-        """Tokens so far, padding included; of a fixed state, when it was fixed."""
-        return self.caches[0].length
+    def advance(self, rows: int, position_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Notes new tokens, before the blocks append their keys and values to the caches.
 
-    @property
-    def past(self) -> int | Tensor:
-        """Tokens before the next one, as a tensor where the state is fixed."""
-        return self.length if self.cache_position is None else self.cache_position
+        Args:
+            rows: b.
+            position_ids: of the new tokens, (q) or (b q).
+            attention_mask: which of them are real (b q); None = all.
+        """
+        if self.cache_position is not None:
+            assert self.attention_mask is not None
+            assert self.next_positions is not None
+            self.cache_position += 1
+            self.next_positions += 1
+            self.attention_mask.index_fill_(1, self.cache_position, True)
+            return
+        count = position_ids.shape[-1]
+        if attention_mask is not None or self.attention_mask is not None:
+            every = torch.ones(1, 1, dtype=torch.bool, device=position_ids.device)
+            old = every.expand(rows, self.length) if self.attention_mask is None else self.attention_mask
+            new = every.expand(rows, count) if attention_mask is None else attention_mask
+            self.attention_mask = torch.cat((old, new), dim=1)
+        self.length += count
+        if attention_mask is None:
+            self.next_positions = (position_ids[..., -1] + 1).expand(rows)
+        else:  # Padding takes no position, also where all of a row's new tokens are padding.
+            following = (position_ids + 1).expand(rows, count).masked_fill(~attention_mask, 0).amax(-1)
+            known = self.next_positions
+            self.next_positions = following if known is None else following.maximum(known)
 
     def make_static(self) -> None:
         """From now on tokens come one by one, and a step does the same operations on the same tensors every time.
@@ -83,12 +107,16 @@ class DecoderState:
                     f"a {type(cache).__name__} grows with every token, so no step is like another: only decoders of "
                     "the library's own blocks can be recorded"
                 )
-        if self.positions is None:
-            raise ValueError("a state is fixed after its prompt was read, and this one has read nothing")
-        rows, device = self.positions.shape[0], self.positions.device
-        if self._attention_mask is None:
-            self._attention_mask = torch.arange(self.max_len, device=device).expand(rows, -1) < self.length
-        self.cache_position = torch.full((1,), self.length, device=device)
+        if self.next_positions is None:
+            raise ValueError(
+                "a state is made static after its prompt was read, and this one has read nothing"
+            )
+        rows, device = self.next_positions.shape[0], self.next_positions.device
+        every = torch.arange(self.max_len, device=device).expand(rows, -1) < self.length
+        if self.attention_mask is not None:
+            every[:, : self.length] = self.attention_mask
+        self.attention_mask, self.next_positions = every, self.next_positions.clone()
+        self.cache_position = torch.full((1,), self.length - 1, device=device)
         for cache in self.caches:
             cache.make_static(self.cache_position)  # pyright: ignore[reportAttributeAccessIssue]  # All are KVCaches.
 
@@ -96,56 +124,16 @@ class DecoderState:
         """Keeps the given rows (b) long, in their order; a row may be named more than once."""
         for cache in self.caches:
             cache.reorder(rows)
-        if self._attention_mask is not None:
-            self._attention_mask = kept_rows(self._attention_mask, rows)
-        if self.positions is not None:
-            self.positions = kept_rows(self.positions, rows)
-
-    def keys(
-        self, rows: int, count: int, attention_mask: Tensor | None, device: torch.device
-    ) -> Tensor | None:
-        """Which keys, those so far and `count` new ones, are real tokens: (b k) bool; None = all.
-
-        Args:
-            rows: b.
-            count: how many tokens a row come next.
-            attention_mask: which of them are real (b count); None = all.
-            device: where they are.
-        """
-        if self.cache_position is not None:
-            assert self._attention_mask is not None
-            return self._attention_mask.index_fill_(1, self.cache_position, True)
-        end = self.length + count
-        if self._attention_mask is None and attention_mask is not None:
-            self._attention_mask = torch.zeros(rows, self.max_len, dtype=torch.bool, device=device)
-            self._attention_mask[:, : self.length] = True
-        if self._attention_mask is None:
-            return None
-        if end > self.max_len:
-            raise ValueError(f"the state holds {self.max_len} tokens, but {end} are needed: raise max_len")
-        self._attention_mask[:, self.length : end] = True if attention_mask is None else attention_mask
-        return self._attention_mask[:, :end]
-
-    def advance(self, positions: Tensor, attention_mask: Tensor | None, rows: int, count: int) -> None:
-        """Notes the positions of `count` tokens a row that have just been cached."""
-        if self.cache_position is not None:
-            assert self.positions is not None
-            self.positions += 1
-            self.cache_position += 1
-            return
-        following = (positions + 1).expand(rows, count)
-        if (
-            attention_mask is not None
-        ):  # Padding takes no position, also where all of a row's new tokens are padding.
-            following = following.masked_fill(~attention_mask, 0)
-        last = following.max(dim=-1).values
-        self.positions = last if self.positions is None else last.maximum(self.positions)
+        if self.attention_mask is not None:
+            self.attention_mask = select_rows(self.attention_mask, rows)
+        if self.next_positions is not None:
+            self.next_positions = select_rows(self.next_positions, rows)
 
 
-def kept_rows(x: Tensor, rows: Tensor) -> Tensor:
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
     """The given rows of a tensor, in their order: in the same memory if they are as many."""
     kept = x.index_select(0, rows)
-    return x.copy_(kept) if kept.shape == x.shape else kept
+    return x.copy_(kept) if kept.shape == x.shape and x.is_contiguous() else kept
 
 
 class State(Protocol):
@@ -191,21 +179,21 @@ class Decoder(nn.Module, ABC):
         """The embeddings of tokens (b q), as they stand in the table: (b q e)."""
 
     @abstractmethod
-    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What the first block reads of embeddings (b q e) at positions (q) or (b q): (b q d)."""
+    def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first block reads of embeddings (b q e), whose position ids are (q) or (b q): (b q d)."""
 
     @abstractmethod
     def forward_embeds(
         self,
         x: Tensor,
-        positions: Tensor,
+        position_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
         mask: Mask | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """As `forward`, from what `embed` gave: for bridges with other tokens in front."""
+        """As `forward`, from what `add_positions` gave: for connectors with other tokens in front."""
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
@@ -221,8 +209,8 @@ class Decoder(nn.Module, ABC):
         """The weights of the embedding and of the head, each (vocab_size e): the same tensor where they are tied."""
 
     @property
-    def embed_scale_of(self) -> float:
-        """What `embed_tokens` multiplies the rows of the table with."""
+    def embedding_scale(self) -> float:
+        """What `embed_tokens` multiplies the table's rows by (Gemma 3)."""
         return 1.0
 
     def new_state(self, max_len: int | None = None) -> DecoderState:
@@ -255,9 +243,9 @@ class Decoder(nn.Module, ABC):
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""
         return self.head(self(tokens[:, None], state=state)[:, 0])
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """What the first block reads: tokens (b q) at positions (q) or (b q) -> (b q d)."""
-        return self.add_positions(self.embed_tokens(tokens), positions)
+    def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first block reads of tokens (b q), whose position ids are (q) or (b q): (b q d)."""
+        return self.add_positions(self.embed_tokens(tokens), position_ids)
 
     def forward(
         self,
@@ -286,58 +274,72 @@ class Decoder(nn.Module, ABC):
         Raises:
             ValueError: if a document has more tokens than `max_len`, or (on a CPU) an id is outside the vocabulary.
         """
-        positions, mask = self.position_ids(tokens, attention_mask, document_ids, mask, state)
-        x = self.embed(tokens, positions)
+        position_ids = self.position_ids(tokens, attention_mask, document_ids=document_ids, state=state)
+        if document_ids is not None:
+            mask = self.document_mask(document_ids, attention_mask, mask)
+        x = self.add_positions(self.embed_tokens(tokens), position_ids)
         return self.forward_embeds(
-            x, positions, attention_mask=attention_mask, mask=mask, state=state, before_block=before_block
+            x, position_ids, attention_mask=attention_mask, mask=mask, state=state, before_block=before_block
         )
 
     def position_ids(
         self,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        document_ids: Tensor | None,
-        mask: Mask | None,
-        state: DecoderState | None,
-    ) -> tuple[Tensor, Mask | None]:
-        """Where tokens (b q ...) stand, (q), or (b q) where rows differ; and the mask, of packed rows or as given.
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        state: DecoderState | None = None,
+    ) -> Tensor:
+        """Where tokens stand in their rows, or documents; padding takes no position.
 
-        Padding takes no position.
+        Args:
+            x: tokens or embeddings (b q ...).
+            attention_mask: (b q) bool, True = a real token; None = all are.
+            document_ids: (b q) long, the number of each token's document in a packed row; None = one document a row.
+            state: tokens before these.
+
+        Returns:
+            (q) long, or (b q) where rows differ.
 
         Raises:
-            ValueError: if there are more tokens than `max_len`, or segments together with a mask or a state.
+            ValueError: if there are more tokens than `max_len` (in documents on a CPU only), or documents and a state.
         """
         if document_ids is not None:
-            if mask is not None or state is not None:
+            if state is not None:
+                raise ValueError("document_ids are of whole packed rows; give no state with them")
+            position_ids = document_positions(document_ids)
+            on_cpu = position_ids.device.type == "cpu"
+            if on_cpu and (longest := int(position_ids.max()) + 1) > self.max_len:
                 raise ValueError(
-                    "segments make the mask of packed rows; give neither a mask nor a state with them"
+                    f"a packed document has {longest} tokens, but this decoder has {self.max_len} positions"
                 )
-            return self._packed(document_ids, attention_mask)
-        past = 0 if state is None else state.length
-        if past + tokens.shape[1] > self.max_len:
-            raise ValueError(
-                f"{past + tokens.shape[1]} tokens were given, but this decoder has {self.max_len} positions"
-            )
-        if attention_mask is not None:
-            counted = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-            known = None if state is None else state.positions
-            return counted if known is None else counted + known[:, None], mask
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        if state is None or state.positions is None:
-            return steps, mask
-        return state.positions[:, None] + steps, mask
+            return position_ids
+        total = x.shape[1] + (0 if state is None else state.length)
+        if total > self.max_len:
+            raise ValueError(f"{total} tokens were given, but this decoder has {self.max_len} positions")
+        if attention_mask is None:
+            steps = torch.arange(x.shape[1], device=x.device)
+        else:
+            steps = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        known = None if state is None else state.next_positions
+        return steps if known is None else steps + known[:, None]
 
-    def _packed(self, document_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        positions = masks.places(document_ids)
-        if document_ids.device.type == "cpu" and (longest := int(positions.max()) + 1) > self.max_len:
-            raise ValueError(
-                f"a packed document has {longest} tokens, but this decoder has {self.max_len} positions"
-            )
-        allowed = masks.all_of(masks.causal(), masks.documents(document_ids))
+    @staticmethod
+    def document_mask(
+        document_ids: Tensor, attention_mask: Tensor | None, mask: Mask | None = None
+    ) -> Tensor:
+        """The mask (b q q) of packed rows: causal, within each token's own document, and without padding.
+
+        Raises:
+            ValueError: if there is another mask beside it.
+        """
+        if mask is not None:
+            raise ValueError("document_ids make the mask of packed rows; give no mask with them")
+        allowed = [masks.causal(), masks.documents(document_ids)]
         if attention_mask is not None:
-            allowed = masks.all_of(allowed, masks.padding(attention_mask))
+            allowed.append(masks.padding(attention_mask))
         rows, count = document_ids.shape
-        return positions, masks.dense(allowed, rows, count, count, document_ids.device)
+        return masks.dense(masks.all_of(*allowed), rows, count, count, document_ids.device)
 
 
 def vocabulary_error(tokens: Tensor, vocab_size: int) -> ValueError:

@@ -171,12 +171,12 @@ class TextDecoder(Pretrained, Decoder):
         except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
             raise vocabulary_error(tokens, self.vocab_size) from error
 
-    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What the first block reads of embeddings (b q d) at positions (q) or (b q): (b q d)."""
+    def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first block reads of embeddings (b q d), whose position ids are (q) or (b q): (b q d)."""
         x = x if self.positions.embed_scale == 1 else x * self.positions.embed_scale
         if self.positions.kind == "sinusoidal":
-            return x + sinusoidal(positions, self.dim).to(x.dtype)
-        return x if self.pos_embed is None else x + self.pos_embed(positions)
+            return x + sinusoidal(position_ids, self.dim).to(x.dtype)
+        return x if self.pos_embed is None else x + self.pos_embed(position_ids)
 
     def forward(
         self,
@@ -210,10 +210,12 @@ class TextDecoder(Pretrained, Decoder):
             ValueError: if a document has more tokens than `max_len` (on a CPU only, where it is packed), (on a CPU) a
                 token id is outside the vocabulary, or a context is missing, or given to a decoder that cannot read it.
         """
-        positions, mask = self.position_ids(tokens, attention_mask, document_ids, mask, state)
+        position_ids = self.position_ids(tokens, attention_mask, document_ids=document_ids, state=state)
+        if document_ids is not None:
+            mask = self.document_mask(document_ids, attention_mask, mask)
         return self.forward_embeds(
-            self.embed(tokens, positions),
-            positions,
+            self.add_positions(self.embed_tokens(tokens), position_ids),
+            position_ids,
             context,
             attention_mask=attention_mask,
             context_attention_mask=context_attention_mask,
@@ -225,7 +227,7 @@ class TextDecoder(Pretrained, Decoder):
     def forward_embeds(
         self,
         x: Tensor,
-        positions: Tensor,
+        position_ids: Tensor,
         context: Context | None = None,
         *,
         attention_mask: Tensor | None = None,
@@ -234,39 +236,84 @@ class TextDecoder(Pretrained, Decoder):
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """As `forward`, from embeddings (b q d) at positions (q) or (b q): for bridges with other tokens in front."""
-        mask = self._mask(x, attention_mask, mask, state)
-        rope = self.rotary(positions) if self.rotary is not None else None
-        contexts, context_mask, nope_interval = self._contexts(context), None, self.positions.nope_interval
+        """As `forward`, from embeddings (b q d) with position ids (q) or (b q): for connectors with tokens in front."""
+        if (context is None) != (self.cross_dim is None):
+            has = "has no" if self.cross_dim is None else "has"
+            given = "no context was given" if context is None else "a context was given"
+            raise ValueError(f"this decoder {has} cross-attention, but {given}")
+        if isinstance(context, Tensor):
+            context = self.project_context(context)
+        if context is not None and len(context) != (count := self.depth // self.cross_every):
+            raise ValueError(
+                f"keys and values for {len(context)} blocks were given, but {count} read a context"
+            )
+        contexts, context_mask = iter(context or ()), None
         if context_attention_mask is not None:
-            context_mask = context_attention_mask.repeat_interleave(
-                x.shape[0] // context_attention_mask.shape[0], 0
-            )[:, None]
+            each = x.shape[0] // context_attention_mask.shape[0]
+            context_mask = context_attention_mask.repeat_interleave(each, 0)[:, None]
+        if state is not None:
+            state.advance(x.shape[0], position_ids, attention_mask)
+        mask = self.attention_mask(x, attention_mask, mask, state)
+        rope = None if self.rotary is None else self.rotary(position_ids)
+        nope_interval = self.positions.nope_interval
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if before_block is not None:
                 x = before_block(i, x)
-            cache = None if state is None else state.caches[i]
-            rotated = None if nope_interval and (i + 1) % nope_interval == 0 else rope
-            x = block(x, contexts.get(i), mask=mask, context_mask=context_mask, rope=rotated, cache=cache)
-        if state is not None:
-            state.advance(positions, attention_mask, *x.shape[:2])
+            x = block(
+                x,
+                None if block.cross_attn is None else next(contexts),
+                mask=mask,
+                context_mask=context_mask,
+                rope=None if nope_interval and (i + 1) % nope_interval == 0 else rope,
+                cache=None if state is None else state.caches[i],
+            )
         return self.last_norm(x)
 
-    def _contexts(self, context: Context | None) -> dict[int, KeyValue]:
-        layers = self.cross_layers
-        if layers and context is None:
-            raise ValueError("this decoder has cross-attention, but no context was given")
-        if not layers and context is not None:
-            raise ValueError("this decoder has no cross-attention, but a context was given")
-        if isinstance(context, Tensor):
-            context = self.project_context(context)
-        context = () if context is None else context
-        if len(context) != len(layers):
-            raise ValueError(
-                f"keys and values for {len(context)} blocks were given, but {len(layers)} read a context"
-            )
-        return dict(zip(layers, context, strict=True))
+    def attention_mask(
+        self, x: Tensor, attention_mask: Tensor | None, mask: Mask | None, state: DecoderState | None
+    ) -> Mask | None:
+        """Which keys the new tokens' queries may look at.
+
+        Args:
+            x: the new tokens (b q d).
+            attention_mask: which of them are real (b q); None = all.
+            mask: in place of the causal mask.
+            state: all tokens so far, the new ones among them.
+
+        Returns:
+            The mask given, or causal and without padding; within the window where there is one.
+
+        Raises:
+            ValueError: if there is a window, and a mask that is not a tensor.
+        """
+        rows, count = x.shape[:2]
+        past: int | Tensor = 0
+        if state is not None:
+            attention_mask = state.attention_mask
+            past = state.length - count if state.cache_position is None else state.cache_position
+        total = attention_mask.shape[1] if attention_mask is not None else count + int(past)
+        window = self.attention.window
+        narrow = window if window is not None and total > window else None
+        if narrow is None and mask is not None:
+            return mask
+        if narrow is None and attention_mask is None:
+            return "causal"
+        if narrow is None and count == 1 and attention_mask is not None:
+            return attention_mask[:, None, :]
+        allowed = []
+        if narrow is not None:
+            allowed.append(masks.window(narrow, past))
+        if mask is None:
+            allowed.append(masks.causal(past))
+        if mask is None and attention_mask is not None:
+            allowed.append(masks.padding(attention_mask))
+        found = masks.dense(masks.all_of(*allowed), rows, count, total, x.device)
+        if mask is None:
+            return found
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"a decoder with a window ({window}) takes a mask as a tensor only")
+        return found & mask
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
@@ -280,34 +327,3 @@ class TextDecoder(Pretrained, Decoder):
     def embedding_weights(self) -> tuple[Tensor, Tensor]:
         """The weights of the embedding and of the head, each (vocab_size d): the same tensor where they are tied."""
         return self.tok_embed.weight, self.lm_head.weight
-
-    def _mask(
-        self, x: Tensor, attention_mask: Tensor | None, given: Mask | None, state: DecoderState | None
-    ) -> Mask | None:
-        """Who may look at whom: the mask given, or causal and without padding; within the window where there is one."""
-        rows, count = x.shape[:2]
-        past = 0 if state is None else state.past
-        real = attention_mask if state is None else state.keys(rows, count, attention_mask, x.device)
-        total = past + count if isinstance(past, int) else real.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
-        narrow = self.attention.window is not None and total > self.attention.window
-        if given is None and not narrow:
-            if real is None:
-                return "causal"
-            if count == 1:
-                return real[:, None, :]
-            allowed = masks.all_of(masks.causal(past), masks.padding(real))
-            return masks.dense(allowed, rows, count, total, x.device)
-        if given is not None and not narrow:
-            return given
-        assert self.attention.window is not None
-        parts = [masks.window(self.attention.window, past)]
-        if given is None:
-            parts += [masks.causal(past)] + ([] if real is None else [masks.padding(real)])
-        near = masks.dense(masks.all_of(*parts), rows, count, total, x.device)
-        if isinstance(given, Tensor):
-            return near & given
-        if given is not None:
-            raise ValueError(
-                f"a decoder with a window ({self.attention.window}) takes a mask as a tensor only"
-            )
-        return near

@@ -13,6 +13,7 @@ from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention, Mask
 from mmtransformer.layers.blocks import MLP, EncoderBlock, activation_function, make_norm
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.positions import document_positions
 from mmtransformer.serialization.pretrained import Pretrained
 
 
@@ -118,14 +119,14 @@ class TextEncoder(Pretrained, nn.Module):
                     nn.init.zeros_(module.bias)
 
     def embed(
-        self, tokens: Tensor, types: Tensor | None = None, *, positions: Tensor | None = None
+        self, tokens: Tensor, types: Tensor | None = None, *, position_ids: Tensor | None = None
     ) -> Tensor:
         """What the first block reads, without dropout: words, positions and types, normed.
 
         Args:
             tokens: (b q) long.
             types: (b q) long, 0 = first sentence; None = all 0.
-            positions: (q) or (b q) long; None = in order from 0.
+            position_ids: (q) or (b q) long; None = in order from 0.
 
         Returns:
             (b q d).
@@ -146,11 +147,11 @@ class TextEncoder(Pretrained, nn.Module):
                 f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to an encoder with a "
                 f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
             ) from error
-        if positions is None:
-            positions = torch.arange(count, device=tokens.device)
+        if position_ids is None:
+            position_ids = torch.arange(count, device=tokens.device)
         if self.type_embed is not None:
             x = x + (self.type_embed.weight[0] if types is None else self.type_embed(types))
-        return self.norm(x + self.pos_embed(positions))
+        return self.norm(x + self.pos_embed(position_ids))
 
     def forward_embeds(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
         """The blocks, from embeddings: (b q d) -> (b q d), each token looking where the mask lets it."""
@@ -180,20 +181,17 @@ class TextEncoder(Pretrained, nn.Module):
             (b q d).
         """
         b, q = tokens.shape
-        positions, mask = None, None
+        position_ids, mask = None, None
         if document_ids is not None:
-            place = torch.arange(q, device=tokens.device)
-            starts = torch.ones_like(document_ids, dtype=torch.bool)
-            starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-            positions = place - torch.where(starts, place, 0).cummax(1).values
-            allowed = masks.documents(document_ids)
+            position_ids = document_positions(document_ids)
+            allowed = [masks.documents(document_ids)]
             if attention_mask is not None:
-                allowed = masks.all_of(allowed, masks.padding(attention_mask))
-            mask = masks.dense(allowed, b, q, q, tokens.device)
+                allowed.append(masks.padding(attention_mask))
+            mask = masks.dense(masks.all_of(*allowed), b, q, q, tokens.device)
         elif attention_mask is not None:
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             mask = attention_mask[:, None, :]
-        return self.forward_embeds(self.embed(tokens, types, positions=positions), mask=mask)
+        return self.forward_embeds(self.embed(tokens, types, position_ids=position_ids), mask=mask)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """A whole text from its first token: (b q d) -> (b d), in (-1, 1)."""

@@ -53,7 +53,7 @@ class ExtendedVocabulary(Pretrained, Decoder):
         with torch.no_grad():
             one = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
             if not torch.allclose(
-                decoder.embed_tokens(one)[0, 0], embedding[0] * decoder.embed_scale_of, atol=1e-5
+                decoder.embed_tokens(one)[0, 0], embedding[0] * decoder.embedding_scale, atol=1e-5
             ):
                 raise ValueError(f"{type(decoder).__name__}'s embeddings are not the rows of its table")
 
@@ -72,9 +72,9 @@ class ExtendedVocabulary(Pretrained, Decoder):
         return whole, whole if self.new_head is None else self._put(head, self.new_head.weight, 0)
 
     @property
-    def embed_scale_of(self) -> float:
+    def embedding_scale(self) -> float:
         """What the decoder multiplies rows with."""
-        return self.decoder.embed_scale_of
+        return self.decoder.embedding_scale
 
     def _put(self, old: Tensor, new: Tensor, axis: int) -> Tensor:
         """The new tokens' part among the others', along an axis of ids."""
@@ -87,17 +87,17 @@ class ExtendedVocabulary(Pretrained, Decoder):
         place = tokens - self.first
         is_new = (place >= 0) & (place < self.new_tokens)
         old = self.decoder.embed_tokens(tokens.masked_fill(is_new, 0))
-        new = self.new_embed(place.clamp(0, self.new_tokens - 1)) * self.decoder.embed_scale_of
+        new = self.new_embed(place.clamp(0, self.new_tokens - 1)) * self.decoder.embedding_scale
         return torch.where(is_new[..., None], new.to(old.dtype), old)
 
-    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What the first block reads of embeddings (b q e) at positions (q) or (b q): (b q d)."""
-        return self.decoder.add_positions(x, positions)
+    def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first block reads of embeddings (b q e), whose position ids are (q) or (b q): (b q d)."""
+        return self.decoder.add_positions(x, position_ids)
 
     def forward_embeds(
         self,
         x: Tensor,
-        positions: Tensor,
+        position_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
         mask: Mask | None = None,
@@ -106,7 +106,7 @@ class ExtendedVocabulary(Pretrained, Decoder):
     ) -> Tensor:
         """As the decoder's."""
         return self.decoder.forward_embeds(
-            x, positions, attention_mask=attention_mask, mask=mask, state=state, before_block=before_block
+            x, position_ids, attention_mask=attention_mask, mask=mask, state=state, before_block=before_block
         )
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class HubDecoder(Pretrained, Decoder):
         return self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
 
     @property
-    def embed_scale_of(self) -> float:
+    def embedding_scale(self) -> float:
         """What some embeddings do to their rows (Gemma 3)."""
         return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
@@ -212,14 +212,14 @@ class HubDecoder(Pretrained, Decoder):
         except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
 
-    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The embeddings as they are: the model adds or turns its positions itself, in `run`."""
+    def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """The embeddings as they are: the model adds or turns its positions itself, in `forward_embeds`."""
         return x
 
     def forward_embeds(
         self,
         x: Tensor,
-        positions: Tensor,
+        position_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
         mask: Mask | None = None,
@@ -232,14 +232,15 @@ class HubDecoder(Pretrained, Decoder):
             ValueError: for a mask that is not a tensor (b q k).
         """
         rows, count = x.shape[:2]
-        past = 0 if state is None else state.length
         base = self.model.base_model
         given: dict[str, Any] = {"use_cache": state is not None}
         if state is not None:
+            state.advance(rows, position_ids, attention_mask)
+            attention_mask = state.attention_mask
             given["past_key_values"] = state.caches[0].cache  # pyright: ignore[reportAttributeAccessIssue]
         if "position_ids" in inspect.signature(base.forward).parameters:
-            given["position_ids"] = positions.expand(rows, count)
-        real = attention_mask if state is None else state.keys(rows, count, attention_mask, x.device)
+            given["position_ids"] = position_ids.expand(rows, count)
+        total = count if state is None else state.length
         if mask is not None:
             if not isinstance(mask, Tensor):
                 raise ValueError(f"a HubDecoder takes masks as bool tensors (b q k) only, not {mask!r:.50}")
@@ -248,27 +249,22 @@ class HubDecoder(Pretrained, Decoder):
                     f"transformers' {type(self.model).__name__} ignores masks (b q k), or cannot take them"
                 )
             window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-            if window and past + count > window:
+            if window and total > window:
                 raise ValueError(
-                    f"rows of {past + count} tokens with a mask are longer than the window of {window} in layers of "
+                    f"rows of {total} tokens with a mask are longer than the window of {window} in layers of "
                     f"transformers' {type(self.model).__name__}, which a mask would undo"
                 )
-            forward_with_source_prefix = ~mask.expand(rows, count, past + count)[:, None]
+            hidden = ~mask.expand(rows, count, total)[:, None]
             # Added to the scores, as some families do themselves; a bool would be added there as 0 and 1.
-            given["attention_mask"] = x.new_zeros(forward_with_source_prefix.shape).masked_fill(
-                forward_with_source_prefix, torch.finfo(x.dtype).min
-            )
+            given["attention_mask"] = x.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(x.dtype).min)
         else:
-            given["attention_mask"] = None if real is None else real.long()
+            given["attention_mask"] = None if attention_mask is None else attention_mask.long()
         with ExitStack() as hooks:
             if before_block is not None:
                 for i, layer in enumerate(self.layers):
                     hook = partial(_open_door, i, before_block)
                     hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            hidden = base(inputs_embeds=x, **given).last_hidden_state
-        if state is not None:
-            state.advance(positions, attention_mask, rows, count)
-        return hidden
+            return base(inputs_embeds=x, **given).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import repeat_rows
-from mmtransformer.backbones.decoder import DecoderState, TextDecoder
+from mmtransformer.backbones.base import DecoderState, repeat_rows
+from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.batch import Batch
 from mmtransformer.layers.attention import Attention, KeyValue
 from mmtransformer.layers.blocks import MLP, EncoderBlock, make_norm
@@ -180,11 +180,7 @@ class Transformer(Pretrained, nn.Module):
             raise ValueError(
                 f"a source of {tokens.shape[1]} tokens was given, but this model reads {self.max_len} at most"
             )
-        if attention_mask is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-        else:
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        return self.decoder.embed(tokens, positions)
+        return self.decoder.embed(tokens, self.decoder.position_ids(tokens, attention_mask))
 
     def encode(
         self,

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import DecoderState, State, kept_rows
+from mmtransformer.backbones.base import DecoderState, State, select_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch
 from mmtransformer.layers.attention import KeyValue
@@ -140,7 +140,7 @@ class CrossAttentionState:
         if self.text is not None:
             self.text.reorder(rows)
         if self.mask is not None:
-            self.mask = kept_rows(self.mask, rows)
+            self.mask = select_rows(self.mask, rows)
 
 
 class Captioner(Pretrained, nn.Module, ABC):

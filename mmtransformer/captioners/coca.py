@@ -203,7 +203,7 @@ class CoCa(Captioner):
 
     def _append(self, tokens: Tensor, attention_mask: Tensor | None, state: CrossAttentionState) -> Tensor:
         lower = self.text(tokens, attention_mask=attention_mask, state=state.text)
-        positions, _ = self.decoder.position_ids(lower, attention_mask, None, None, state.decoder)
+        positions = self.decoder.position_ids(lower, attention_mask, state=state.decoder)
         return self.decoder.forward_embeds(
             lower, positions, state.context, attention_mask=attention_mask, state=state.decoder
         )

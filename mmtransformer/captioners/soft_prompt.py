@@ -24,7 +24,7 @@ def forward_with_prefix(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionB
     text = decoder.embed_tokens(batch.tokens)
     x = torch.cat((images.to(text.dtype), text), dim=1)
     attention_mask = None if real is None else torch.cat((real, torch.ones_like(batch.attention_mask)), dim=1)
-    positions, _ = decoder.position_ids(x, attention_mask, None, None, None)
+    positions = decoder.position_ids(x, attention_mask)
     hidden = decoder.forward_embeds(
         decoder.add_positions(x, positions), positions, attention_mask=attention_mask
     )
@@ -46,7 +46,7 @@ def prefill_with_prefix(
         x = x.take_along_dim(order[..., None], 1)
         attention_mask = attention_mask.gather(1, order)
     state = decoder.new_state(x.shape[1] + max_new_tokens)
-    positions, _ = decoder.position_ids(x, attention_mask, None, None, state)
+    positions = decoder.position_ids(x, attention_mask, state=state)
     hidden = decoder.forward_embeds(
         decoder.add_positions(x, positions), positions, attention_mask=attention_mask, state=state
     )

@@ -48,14 +48,6 @@ def documents(ids: Tensor) -> Predicate:
     return lambda b, q, k: ids[b, q] == ids[b, k]
 
 
-def places(ids: Tensor) -> Tensor:
-    """Each token's place in its own document of a packed row, from 0; `ids` and the result are (b q) long."""
-    step = torch.arange(ids.shape[1], device=ids.device)
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return step - torch.where(begins, step, 0).cummax(1).values
-
-
 def images(text_time: Tensor, image_time: Tensor, *, last_only: bool = True) -> Predicate:
     """Text looks at pictures that came before it, and at none that come later (Flamingo, arXiv:2204.14198, 3.1.3).
 

@@ -67,6 +67,14 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     return rearrange(image, "one d h w -> one (h w) d").to(table.dtype)
 
 
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Each token's position in its own document of a packed row, from 0: (b q) long -> (b q) long."""
+    steps = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return steps - torch.where(begins, steps, 0).cummax(1).values
+
+
 class Rotary(nn.Module):
     """Rotary positions (RoFormer, arXiv:2104.09864); the angles of a pass are computed once and handed down.
 

@@ -300,9 +300,9 @@ def test_segments_refuse_what_does_not_go_with_them() -> None:
     with pytest.raises(ValueError, match=r"document has 30 tokens.*29 positions"):
         decoder(torch.zeros(1, 31, dtype=torch.long), document_ids=torch.tensor([[0] + 30 * [1]]))
     ids = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="neither a mask nor a state"):
+    with pytest.raises(ValueError, match="give no state"):
         decoder(ids, document_ids=ids, state=decoder.new_state(3))
-    with pytest.raises(ValueError, match="neither a mask nor a state"):
+    with pytest.raises(ValueError, match="give no mask"):
         decoder(ids, document_ids=ids, mask="causal")
 
 

@@ -195,8 +195,8 @@ def test_recording_leaves_no_mark() -> None:
                 captured.decode_step(tokens, state), plain := model.decode_step(tokens, own)
             )
     inner: Any = state.state
-    assert inner.cache_position.tolist() == [own.length]
-    assert torch.equal(inner.positions, own.positions)
+    assert inner.cache_position.tolist() == [own.length - 1]
+    assert torch.equal(inner.next_positions, own.next_positions)
     with pytest.raises(ValueError, match=f"a recorded step has {len(plain)} rows: reorder them, not 1"):
         state.reorder(torch.tensor([0]))
 

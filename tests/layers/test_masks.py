@@ -26,11 +26,6 @@ def test_each_predicate_is_its_definition() -> None:
         assert masks.dense(predicate, b, q, k).tolist() == want, name
 
 
-def test_places_restart_with_every_document() -> None:
-    ids = torch.tensor([[0, 0, 0, 1, 2, 2, 5], [3, 3, 0, 0, 0, 0, 0]])
-    assert masks.places(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4]]
-
-
 def test_media_never_shows_a_later_image() -> None:
     text_time = torch.tensor([[0, 0, 1, 1, 2, 2]])
     image_time = torch.tensor([[1, 1, 2, 2, 0]])  # Two tokens a picture, the last one padding.

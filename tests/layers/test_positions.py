@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from mmtransformer.layers.positions import Rotary, resize_positions, sinusoidal, sinusoidal_2d
+from mmtransformer.layers.positions import (
+    Rotary,
+    document_positions,
+    resize_positions,
+    sinusoidal,
+    sinusoidal_2d,
+)
 
 
 def test_sinusoidal_is_the_formula() -> None:
@@ -80,3 +86,8 @@ def test_rotary_refuses_what_it_does_not_know() -> None:
         Rotary(8, scaling={"rope_type": "yarn", "factor": 2})
     with pytest.raises(ValueError, match=r"head_dim \(7\)"):
         Rotary(7)
+
+
+def test_document_positions_restart_with_every_document() -> None:
+    ids = torch.tensor([[0, 0, 0, 1, 2, 2, 5], [3, 3, 0, 0, 0, 0, 0]])
+    assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4]]
