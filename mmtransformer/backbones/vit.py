@@ -63,13 +63,15 @@ class ViT(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         class_token: whether a class token stands first.
         num_registers: register tokens after it (arXiv:2309.16588).
-        pool: what `forward` returns of an image: its class token, the mean of its patches, or attention pooling.
+        pool: what `forward` returns of an image: its class token, the mean of its patches, or attention to them.
         num_classes: classes of the linear head; 0 = none.
         patches: how patches are made of pixels.
         block: what the blocks are made of.
+        last_norm: what the norm behind the blocks is of: "tokens", each (the paper), or "pooled", only what they are
+            pooled to (timm's `fc_norm`); "none" = there is none, and who reads the tokens norms them (Idefics, RADIO).
 
     Raises:
-        ValueError: if sizes do not divide, or the class token is pooled where there is none.
+        ValueError: if sizes do not divide, the class token is pooled where there is none, or a word is unknown.
     """
 
     presets = _PRESETS
@@ -89,6 +91,7 @@ class ViT(Pretrained, nn.Module):
         num_classes: int = 0,
         patches: PatchConfig = PatchConfig(),
         block: BlockConfig = BlockConfig(),
+        last_norm: Literal["tokens", "pooled", "none"] = "tokens",
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -100,11 +103,14 @@ class ViT(Pretrained, nn.Module):
             raise ValueError(f'pool must be "class", "mean" or "attention", not "{pool}"')
         if pool == "class" and not class_token:
             raise ValueError('pool="class" needs class_token=True; without one, pool "mean" or "attention"')
+        if last_norm not in ("tokens", "pooled", "none"):
+            raise ValueError(f'last_norm must be "tokens", "pooled" or "none", not "{last_norm}"')
         self.image_size, self.patch_size = (height, width), patch_size
         self.dim, self.depth, self.num_heads = dim, depth, num_heads
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.class_token, self.num_registers = class_token, num_registers
         self.pool, self.num_classes, self.patches, self.block = pool, num_classes, patches, block
+        self.last_norm = last_norm
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
@@ -132,7 +138,8 @@ class ViT(Pretrained, nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = norm()
+        self.norm = norm() if last_norm == "tokens" else nn.Identity()
+        self.pool_norm = norm() if last_norm == "pooled" else nn.Identity()
         self.attn_pool = (
             AttentionPool(dim, num_heads, mlp_dim, activation=block.activation, eps=block.norm_eps)
             if pool == "attention"
@@ -199,7 +206,7 @@ class ViT(Pretrained, nn.Module):
 
     def _normed(self, x: Tensor) -> Tensor:
         """The last norm, which may learn in float32 behind blocks that are kept in bfloat16."""
-        own = next(self.norm.parameters()).dtype
+        own = next((parameter.dtype for parameter in self.norm.parameters()), self.pos_embed.dtype)
         return self.norm(x if own == self.pos_embed.dtype else x.to(own))
 
     def _run(self, x: Tensor) -> Tensor:
@@ -230,10 +237,12 @@ class ViT(Pretrained, nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools visual tokens and classifies: (b p d) -> (b num_classes), or (b d) with `pre_logits` or no classes."""
+        patches = x[:, self.num_prefix_tokens :]
         if self.attn_pool is not None:
-            pooled = self.attn_pool(x)[:, 0]
+            pooled = self.attn_pool(patches)[:, 0]
         else:
-            pooled = x[:, 0] if self.pool == "class" else x[:, self.num_prefix_tokens :].mean(1)
+            pooled = x[:, 0] if self.pool == "class" else patches.mean(1)
+        pooled = self.pool_norm(pooled)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -259,4 +268,4 @@ class ViT(Pretrained, nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers by name, for layer-wise learning rates (timm's protocol)."""
         stem = r"^(?:prefix_tokens|pos_embed|patch_embed|first_norm)"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:pool_)?norm", (99999,))]}

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.blip2 import save_blip2 as save_blip2
     from mmtransformer.weights.captioners.blip2 import to_blip2 as to_blip2
     from mmtransformer.weights.captioners.idefics import from_idefics as from_idefics
+    from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
+    from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics
     from mmtransformer.weights.captioners.idefics import to_idefics as to_idefics
     from mmtransformer.weights.captioners.lavis import blip2_from_lavis as blip2_from_lavis
     from mmtransformer.weights.captioners.lavis import image_text_from_lavis as image_text_from_lavis
@@ -34,15 +36,17 @@ if TYPE_CHECKING:
     from mmtransformer.weights.text.lm import to_transformers as to_transformers
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
+    from mmtransformer.weights.vision.load import load_vit as load_vit
+    from mmtransformer.weights.vision.load import save_vit as save_vit
+    from mmtransformer.weights.vision.timm import ViTSettings as ViTSettings
     from mmtransformer.weights.vision.timm import from_timm as from_timm
-    from mmtransformer.weights.vision.timm import load_vit as load_vit
     from mmtransformer.weights.vision.timm import to_timm as to_timm
     from mmtransformer.weights.vision.timm import vit_from_state as vit_from_state
 
 # Where the public names are defined, floor by floor.
 _CONTENTS = {
     "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
-    "captioners.idefics": "from_idefics to_idefics",
+    "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.qformer": "init_from_bert qformer_from_bert",
@@ -50,6 +54,7 @@ _CONTENTS = {
     "text.gpt2": "decoder_to_gpt2",
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
-    "vision.timm": "from_timm load_vit to_timm vit_from_state",
+    "vision.load": "load_vit save_vit",
+    "vision.timm": "ViTSettings from_timm to_timm vit_from_state",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

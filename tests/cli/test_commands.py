@@ -31,7 +31,7 @@ from mmtransformer import (
 )
 from mmtransformer.cli import main
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.weights import from_transformers, save_lm, to_timm
+from mmtransformer.weights import from_transformers, save_lm, save_vit
 from support.cli import mmt
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -144,18 +144,17 @@ LANGUAGE_MODELS: dict[str, tuple[str, Callable[[], TextDecoder]]] = {
 @pytest.fixture(name="coco", scope="module")
 def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Pictures with captions, and a run of stage 1 on them: a tower as timm saves it, kept in bfloat16, and a BERT."""
-    from safetensors.torch import save_file
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("coco")
-    images, bert, one, vit = (folder / part for part in ("pictures", "bert", "one", "vit.safetensors"))
+    images, bert, one, vit = (folder / part for part in ("pictures", "bert", "one", "vit"))
     split = Scenes(image_size=32, train_size=8, languages=("en",)).split("train")
     images.mkdir()
     for i in range(8):
         split.image(i).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(split.captions(i)[0].text, "utf-8")
-    save_file(to_timm(ViT(32, 8, 64, 1, 1)), vit)
+    save_vit(ViT(32, 8, 64, 1, 1), vit)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
     BertModel(BertConfig(vocab_size=WORDS, max_position_embeddings=40, **sizes)).save_pretrained(bert)
     tokenizer(()).save_pretrained(bert)

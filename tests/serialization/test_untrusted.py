@@ -23,6 +23,7 @@ from mmtransformer import (
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
+    ViTSettings,
     load_blip2,
     load_encoder,
     load_lm,
@@ -179,7 +180,8 @@ VIT: dict[str, Any] = {
 @pytest.mark.parametrize("name", VIT)
 def test_tensors_of_no_vit(name: str, model: Path) -> None:
     path = rewritten(model / "vit.safetensors", **{name: VIT[name]})
-    refused(lambda: load_vit(str(path)), path)
+    settings = ViTSettings(1, (2, 2), "gelu", 1e-6, "class")
+    refused(lambda: load_vit(path, settings=settings), path)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "n_embd", "n_layer", "n_positions", "n_inner"])

@@ -1,5 +1,6 @@
 """Weights of OpenFlamingo and Idefics, both directions: against transformers, and against OpenFlamingo's definition."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,14 @@ from mmtransformer import (
 )
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import GatedCrossAttentionBlock, SwiGLU, make_norm
-from mmtransformer.weights.captioners.idefics import GATED, RESAMPLER, from_idefics, to_idefics
+from mmtransformer.weights.captioners.idefics import (
+    GATED,
+    RESAMPLER,
+    from_idefics,
+    load_idefics,
+    save_idefics,
+    to_idefics,
+)
 from mmtransformer.weights.captioners.openflamingo import from_openflamingo, to_openflamingo
 from mmtransformer.weights.shared.keys import fill
 
@@ -42,9 +50,10 @@ def config(**options: Any) -> IdeficsConfig:
                  "resampler_head_dim": 7, "qk_layer_norms_perceiver": norms}  # fmt: skip
     vision = {"embed_dim": VISUAL, "image_size": 16, "intermediate_size": 31, "patch_size": 8, "num_hidden_layers": 2,
               "num_attention_heads": 4}  # fmt: skip
+    options = {"use_resampler": True} | options
     return IdeficsConfig(
         vocab_size=VOCAB, hidden_size=DIM, intermediate_size=37, num_hidden_layers=4, num_attention_heads=4,
-        use_resampler=True, vision_config=vision, perceiver_config=perceiver, max_position_embeddings=29,
+        vision_config=vision, perceiver_config=perceiver, max_position_embeddings=29,
         rms_norm_eps=1e-4, **options,
     )  # fmt: skip
 
@@ -106,14 +115,15 @@ def test_the_resampler_of_idefics(norms: bool) -> None:
         {"cross_layer_interval": 2, "qk_layer_norms": True, "perceiver_norms": True, "alpha_type": "vector"},
         {"additional_vocab_size": 3, "tie_word_embeddings": True},
         {"additional_vocab_size": 2},
+        {"use_resampler": False},
     ],
-    ids=["plain", "norms, every 2, vector", "more words, tied", "more words"],
+    ids=["plain", "norms, every 2, vector", "more words, tied", "more words", "no resampler"],
 )
 def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
     torch.manual_seed(3)
     theirs = noisy(IdeficsForVisionText2Text(config(**options)))
-    theirs.model.vision_model.post_layernorm.weight.data.fill_(1.0)  # Read by nobody, so not kept.
-    theirs.model.vision_model.post_layernorm.bias.data.fill_(0.0)
+    last_norm = theirs.model.vision_model.post_layernorm  # Read by nobody, so not kept.
+    last_norm.weight.data.fill_(1.0), last_norm.bias.data.fill_(0.0)
     given = media_batch()
     assert given.pixels is not None
     assert given.image_index is not None
@@ -128,7 +138,7 @@ def test_the_whole_of_idefics_and_back(options: dict[str, Any]) -> None:
         from_idefics(theirs, visible_images="all_previous").logits(given), want, atol=1e-4, rtol=1e-4
     )
     assert isinstance(ours.decoder, ExtendedVocabulary) == bool(options.get("additional_vocab_size"))
-    back = to_idefics(ours)
+    _, back = to_idefics(ours)
     state = theirs.state_dict()
     assert set(back) == set(state)
     moved = ("class_embedding", "position_embedding")  # The class token's position is part of the token here.
@@ -154,21 +164,54 @@ def test_idefics_generates_the_same_words() -> None:
     assert [texts[0].tokens for texts in found] == want.tolist()
 
 
-def test_an_idefics_that_flamingo_cannot_be_is_refused() -> None:
-    bare = IdeficsForVisionText2Text(config())
-    bare.config.use_resampler = False
-    with pytest.raises(ValueError, match="without a resampler"):
-        from_idefics(bare)
-    ours = from_idefics(IdeficsForVisionText2Text(config()))
-    ours.vision.norm.weight.data += 1  # pyright: ignore[reportOperatorIssue]
-    with pytest.raises(ValueError, match=r"last norm with \['weight'\] of its own"):
-        to_idefics(ours)
-    with pytest.raises(ValueError, match=r"no resampler, mlp gelu and norm layer"):
-        to_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)))
+def test_small_visual_tokens_of_idefics_are_normed_once() -> None:
+    """Where tokens are no larger than a norm's eps, a norm of a norm is not the norm."""
+    theirs = noisy(IdeficsForVisionText2Text(config()))
+    tower = theirs.model.vision_model
+    for layer in tower.encoder.layers:
+        for last in (layer.self_attn.out_proj, layer.mlp.fc2):
+            last.weight.data *= 1e-3
+            last.bias.data *= 1e-3
+    tower.pre_layrnorm.weight.data *= 1e-2
+    tower.pre_layrnorm.bias.data *= 1e-2
+    given = media_batch()
+    assert given.pixels is not None
+    hidden = tower(given.pixels.flatten(0, 1)).last_hidden_state
+    assert 0.005 < hidden.std() < 0.02
+    ours = from_idefics(theirs)
+    torch.testing.assert_close(ours.encode(given.pixels).flatten(0, 1), hidden, atol=1e-6, rtol=1e-5)
+    assert ours.resampler is not None
+    found = ours.latents(given).flatten(0, 1)
+    torch.testing.assert_close(found, theirs.model.perceiver_resampler(hidden), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_resampler": False, "additional_vocab_size": 2}], ids=str)
+def test_folders_of_idefics(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs, given = noisy(IdeficsForVisionText2Text(config(**options))), media_batch()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_idefics(tmp_path / "theirs")
+    assert torch.equal(ours.logits(given), from_idefics(theirs).logits(given))
+    save_idefics(ours, tmp_path / "ours")
+    again, report = IdeficsForVisionText2Text.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    last = given.image_index[..., None] == torch.arange(1, 3)  # type: ignore[index]
+    for model in (theirs, again.eval()):
+        want = model(given.tokens, pixel_values=given.pixels, image_attention_mask=last.long()).logits
+        torch.testing.assert_close(ours.logits(given), want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(load_idefics(tmp_path / "ours").logits(given), ours.logits(given))
+    ours.save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match='model_type is "None", not "idefics"'):
+        load_idefics(tmp_path / "own")
+
+
+def test_a_flamingo_that_idefics_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mlp='gelu', .*norm='layer', .*vision\.last_norm='tokens'"):
+        save_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     ours = from_idefics(IdeficsForVisionText2Text(config(additional_vocab_size=2)))
     assert isinstance(ours.decoder, ExtendedVocabulary)
     ours.decoder.first = 50
-    with pytest.raises(ValueError, match="behind the other 53, not from id 50"):
+    with pytest.raises(ValueError, match="first new token=50"):
         to_idefics(ours)
 
 

@@ -1,6 +1,8 @@
 """Weights of timm and transformers: their small random models against ours with the same weights, both ways."""
 
 import json
+import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,17 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import QuickGELU
 from timm.layers.mlp import GluMlp
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 from mmtransformer import (
     AttentionConfig,
+    BlockConfig,
     EncoderDecoder,
     MLPConfig,
     NormConfig,
@@ -23,10 +31,12 @@ from mmtransformer import (
     ViT,
 )
 from mmtransformer.weights import (
+    ViTSettings,
     decoder_to_gpt2,
     from_timm,
     from_transformers,
     load_vit,
+    save_vit,
     to_timm,
     vit_from_state,
 )
@@ -45,6 +55,12 @@ VITS: dict[str, dict[str, Any]] = {
     "siglip": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
     "clip": {"pre_norm": True, "act_layer": QuickGELU, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
     "mean of patches": {"global_pool": "avg", "fc_norm": False, "num_classes": 7},
+    "mean of patches, then a norm": {"global_pool": "avg", "num_classes": 7},
+    "class token, then a norm": {"fc_norm": True, "num_classes": 7},
+    "no last norm": {"final_norm": False},
+    "attention to patches beside prefix tokens": {"global_pool": "map", "reg_tokens": 4, "num_classes": 7},
+    "attention to patches beside registers": {"global_pool": "map", "class_token": False, "reg_tokens": 3,
+                                              "no_embed_class": True},
     "one channel": {"in_chans": 1},
 }  # fmt: skip
 
@@ -63,6 +79,10 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
+def settings_of(vit: ViT) -> ViTSettings:
+    return ViTSettings(vit.num_heads, vit.grid, vit.block.activation, vit.block.norm_eps, vit.pool)
+
+
 @pytest.mark.parametrize("name", VITS)
 def test_vit_equals_timm_both_ways(name: str) -> None:
     theirs = timm_vit(**VITS[name])
@@ -79,11 +99,7 @@ def test_vit_equals_timm_both_ways(name: str) -> None:
         state["pos_embed"] = state["pos_embed"][:, ours.num_prefix_tokens :]
     back.load_state_dict(state)
     close(back.eval()(pixels), theirs(pixels))
-    kept: dict[str, Any] = {
-        **{key: getattr(ours, key) for key in ("num_heads", "grid", "pool")},
-        **{key: getattr(ours.block, key) for key in ("activation", "norm_eps")},
-    }
-    again = vit_from_state(to_timm(ours), **kept)
+    again = vit_from_state(to_timm(ours), settings_of(ours))
     assert all(
         torch.equal(a, b)
         for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
@@ -109,17 +125,17 @@ def test_parameters_count_as_in_timm() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_pool": "avg"}, r'"norm.weight".*fc_norm'),
         ({"global_pool": "max", "fc_norm": False}, 'global_pool="max"'),
         ({"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True}, "prefix tokens: True"),
         ({"qk_norm": True}, r"unknown: blocks\.0\.attn\.k_norm"),
         ({"qkv_bias": False}, r"missing: blocks\.0\.attn\.qkv\.bias.*\(2 in all\)"),
         ({"act_layer": nn.Tanh}, "timm's Tanh"),
-        (
-            {"mlp_layer": GluMlp, "act_layer": "silu"},
-            r"blocks\.0\.mlp\.fc2\.weight is \(20, 15\).*\(20, 30\)",
-        ),
-        ({"patch_size": (8, 12)}, r"patch"),
+        ({"mlp_layer": GluMlp, "act_layer": "silu"}, "blocks with GluMlp: ViT knows Mlp"),
+        ({"block_fn": ResPostBlock}, "blocks with ResPostBlock: ViT knows Block"),
+        ({"block_fn": ParallelScalingBlock}, "blocks with ParallelScalingBlock: ViT knows Block"),
+        ({"block_fn": ParallelThingsBlock}, "blocks with ParallelThingsBlock: ViT knows Block"),
+        ({"attn_layer": "diff"}, "blocks with DiffAttention: ViT knows Attention"),
+        ({"patch_size": (8, 12)}, r"patches of 8 x 12 px"),
     ],
     ids=str,
 )
@@ -131,12 +147,32 @@ def test_a_timm_model_that_does_not_fit_is_refused_by_name(options: dict[str, An
 def test_no_vit_at_all() -> None:
     with pytest.raises(ValueError, match="Linear is not a VisionTransformer"):
         from_timm(nn.Linear(2, 3))
-    state = timm_vit().state_dict()
-    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
+    state, settings = timm_vit().state_dict(), settings_of(from_timm(timm_vit()))
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         with pytest.raises(ValueError, match=f'my file has no tensor "{name}"'):
-            vit_from_state({k: v for k, v in state.items() if k != name}, context="my file")
-    with pytest.raises(ValueError, match=r"12 positions.*1 prefix"):
-        vit_from_state(state | {"pos_embed": torch.zeros(1, 12, 20)})
+            vit_from_state({k: v for k, v in state.items() if k != name}, settings, "my file")
+
+
+@pytest.mark.parametrize(
+    ("places", "grid", "options"),
+    [
+        (16, (3, 5), {}),  # with a class token; a square of 4 without one
+        (9, (2, 2), {"reg_tokens": 4}),  # with five prefix tokens; a square of 3 without them
+        (225, (14, 16), {}),
+    ],
+)
+def test_positions_are_read_as_the_grid_that_was_said(
+    places: int, grid: tuple[int, int], options: dict[str, Any]
+) -> None:
+    theirs = timm_vit(img_size=(8 * grid[0], 8 * grid[1]), **options)
+    assert theirs.pos_embed.shape[1] == places
+    settings = ViTSettings(4, grid, "gelu", 1e-6, "class")
+    pixels = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
+    close(vit_from_state(theirs.state_dict(), settings)(pixels), theirs(pixels))
+    side = math.isqrt(places)
+    square = replace(settings, grid=(side, side) if side**2 != places else (side + 1, side + 1))
+    with pytest.raises(ValueError, match=rf"{places} positions are not those of a grid of"):
+        vit_from_state(theirs.state_dict(), square)
 
 
 def test_a_convolutional_stem_is_not_timms() -> None:
@@ -170,14 +206,24 @@ def test_load_vit_from_our_folder(tmp_path: Path) -> None:
 
 
 def test_load_vit_from_timms_names(tmp_path: Path) -> None:
+    """A file alone does not say how many heads there are, nor which activation, epsilon and grid."""
     theirs, pixels = timm_vit(num_classes=7, act_layer=QuickGELU), torch.randn(2, 3, 24, 24)
-    theirs.norm.eps = 1e-3
-    for block in theirs.blocks:
-        block.norm1.eps = block.norm2.eps = 1e-3
-    config = {"num_heads": 4, "activation": "quick_gelu", "layer_norm_eps": 1e-3}
-    folder = write(tmp_path / "plain", config, theirs.state_dict())
-    close(load_vit(folder, keep_head=True)(pixels), theirs(pixels))
-    close(load_vit(folder)(pixels), theirs.forward_features(pixels)[:, 0])
+    for norm in (theirs.norm, *(norm for block in theirs.blocks for norm in (block.norm1, block.norm2))):
+        norm.eps = 1e-3
+    path = tmp_path / "vit.safetensors"
+    save_file(theirs.state_dict(), path)
+    settings = ViTSettings(4, (3, 3), "quick_gelu", 1e-3, "class")
+    close(load_vit(path, settings=settings, keep_head=True)(pixels), theirs(pixels))
+    close(load_vit(path, settings=settings)(pixels), theirs.forward_features(pixels)[:, 0])
+    with pytest.raises(
+        ValueError, match=r"vit\.safetensors: tensors do not say how many heads .* give settings"
+    ):
+        load_vit(path)
+    with pytest.raises(ValueError, match="is no file: a folder and a name say by themselves"):
+        load_vit(tmp_path, settings=settings)
+    write(tmp_path / "plain", {"num_heads": 4}, theirs.state_dict())
+    with pytest.raises(ValueError, match=r'config\.json has neither "class" .* nor "architecture"'):
+        load_vit(tmp_path / "plain")
 
 
 def test_load_vit_from_a_folder_of_timms(tmp_path: Path) -> None:
@@ -203,15 +249,35 @@ def test_load_vit_from_a_folder_of_timms(tmp_path: Path) -> None:
         load_vit(write(tmp_path / "unknown", config, theirs.state_dict()))
 
 
-def test_load_vit_from_a_file_with_heads_as_in_the_paper(tmp_path: Path) -> None:
-    theirs, pixels = timm_vit(embed_dim=128, num_heads=2), torch.randn(2, 3, 24, 24)
-    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
-    close(load_vit(str(tmp_path / "vit.safetensors"))(pixels), theirs(pixels))
+@pytest.mark.parametrize("name", [name for name in VITS if name != "deit, not square"])
+def test_a_folder_that_timm_reads(name: str, tmp_path: Path) -> None:
+    import timm
+
+    theirs = timm_vit(**VITS[name])
+    ours = from_timm(theirs)
+    save_vit(ours, tmp_path)
+    again = load_vit(tmp_path, keep_head=True)
+    pixels = torch.randn(2, ours.patches.in_channels, *ours.image_size)
+    assert torch.equal(again(pixels), ours(pixels))
+    back = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    close(back(pixels), theirs(pixels))
+
+
+def test_towers_that_timms_arguments_cannot_say_are_not_written(tmp_path: Path) -> None:
+    for patches, block, message in (
+        (PatchConfig(norm=True), BlockConfig(), "where there is no norm before"),
+        (PatchConfig(), BlockConfig(norm_eps=1e-12), "norm_eps 1e-06 or 1e-05.* this has 1e-12"),
+        (PatchConfig(), BlockConfig(activation="relu"), "not built with relu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_vit(ViT(16, 8, 20, 1, 4, patches=patches, block=block), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_load_vit_resizes_and_freezes(tmp_path: Path) -> None:
     theirs, pixels = timm_vit(), torch.randn(2, 3, 40, 16)
-    folder = write(tmp_path / "vit", {"num_heads": 4}, theirs.state_dict())
+    folder = tmp_path / "vit"
+    save_vit(from_timm(theirs), folder)
     vit = load_vit(folder, image_size=(40, 16), freeze=True)
     assert vit.image_size == (40, 16)
     assert not any(p.requires_grad for p in vit.parameters())
@@ -230,9 +296,9 @@ def test_load_vit_names_what_is_wrong(tmp_path: Path) -> None:
             load_vit(source)
     with pytest.raises(ValueError, match=r"could not load vit_tiny_patch16_224.*give a folder"):
         load_vit("vit_tiny_patch16_224")  # Tests reach no network.
-    write(tmp_path / "resnet", {"num_heads": 4}, {"conv1.weight": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r'resnet has no tensor "patch_embed\.proj\.weight"'):
-        load_vit(str(tmp_path / "resnet"))
+    save_file({"conv1.weight": torch.zeros(2, 3)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(ValueError, match=r'resnet\.safetensors has no tensor "patch_embed\.proj\.weight"'):
+        load_vit(tmp_path / "resnet.safetensors", settings=settings_of(from_timm(timm_vit())))
     TextDecoder(53, 24, 1, 4).save_pretrained(tmp_path / "decoder")
     with pytest.raises(ValueError, match="decoder holds a TextDecoder, neither a ViT nor a captioner"):
         load_vit(str(tmp_path / "decoder"))

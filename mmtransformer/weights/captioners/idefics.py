@@ -1,5 +1,6 @@
 """transformers' Idefics (the first one, after Flamingo) -> `Flamingo`, and back: towers, resampler, gated layers."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from mmtransformer.backbones.vit import BlockConfig, ViT
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
-from mmtransformer.weights.shared.configs import activation_of
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
-from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama
+from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _ROWS, _HEAD = "model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight"
@@ -38,9 +42,9 @@ GATED = {
 }
 """The key table of `IdeficsGatedCrossAttentionLayer`."""
 
-_GATED = nested(GATED, source="*.", target="*.")
+_BLOCKS = nested(GATED, source="*.", target="*.")
 _TOWER = {
-    "embeddings.patch_embedding": "patch_embed.proj",
+    "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
     "pre_layrnorm": "first_norm",
     "encoder.layers.*.layer_norm[1,2]": "blocks.*.norm[1,2]",
     "encoder.layers.*.self_attn.[q_proj,k_proj,v_proj,out_proj]": "blocks.*.attn.[q_proj,k_proj,v_proj,out_proj]",
@@ -48,35 +52,49 @@ _TOWER = {
 }
 _POSITIONS, _CLASS = "embeddings.position_embedding.weight", "embeddings.class_embedding"
 
+_USUAL: dict[str, Any] = {  # What transformers takes for granted where a config.json does not say it.
+    "vocab_size": 32000, "additional_vocab_size": 0, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu", "alpha_type": "float",
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "cross_layer_interval": 1, "qk_layer_norms": False,
+    "use_resampler": False, "max_position_embeddings": 2048,
+}  # fmt: skip
+_USUAL_VISION: dict[str, Any] = {
+    "embed_dim": 768, "image_size": 224, "intermediate_size": 5120, "patch_size": 14, "num_hidden_layers": 32,
+    "num_attention_heads": 16, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+_USUAL_RESAMPLER: dict[str, Any] = {
+    "resampler_n_latents": 64, "resampler_depth": 6, "resampler_n_heads": 16, "resampler_head_dim": 96,
+    "qk_layer_norms_perceiver": False,
+}  # fmt: skip
+
 
 def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") -> Flamingo:
-    """A `Flamingo` with all weights of a transformers `IdeficsForVisionText2Text` that has a resampler.
-
-    Its resampler reads the vision tower's tokens without their last norm and norms them itself, so here the tower's
-    last norm is the plain one: a norm of a norm changes nothing but rounding.
+    """A `Flamingo` with all weights of a transformers `IdeficsForVisionText2Text`; equal to 1e-4 in float32.
 
     Args:
         model: the model.
         visible_images: which pictures a token sees; there, the caller's mask says.
 
     Raises:
-        ValueError: if it has no resampler, or a part is of another kind than ours.
+        ValueError: if a part is of another kind than ours.
     """
     config: Any = model.config
     context = f"transformers' {type(model).__name__}"
-    if not config.use_resampler:
-        raise ValueError(
-            f"{context}: without a resampler it reads tokens that are not normed, which ViT does not give"
-        )
-    state = dict(model.state_dict())
-    text = {"model_type": "llama"} | {
-        name: getattr(config, name)
-        for name in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-            "rms_norm_eps", "hidden_act", "rope_parameters",
-        )
-    }  # fmt: skip
-    text |= {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    return idefics_from_state(config.to_dict(), model.state_dict(), context, visible_images)
+
+
+def idefics_from_state(
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    context: str,
+    visible_images: VisibleImages = "last",
+) -> Flamingo:
+    """The same from what a hub folder holds: its config.json, and all of its tensors.
+
+    Raises:
+        ValueError: as `from_idefics`.
+    """
+    config = _USUAL | config
     others = (
         "model.vision_model.",
         "model.perceiver_resampler.",
@@ -85,48 +103,46 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
         _HEAD,
     )
     words = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
-    decoder = _with_more_words(decoder_from_llama(text, words, context), state)
-    vision = _vision(config.vision_config, part(state, "model.vision_model."), context)
-    perceiver = config.perceiver_config
-    qk_norm = perceiver.qk_layer_norms_perceiver
-    resampler = PerceiverResampler(
-        vision.dim,
-        perceiver.resampler_depth,
-        perceiver.resampler_n_heads,
-        perceiver.resampler_head_dim,
-        perceiver.resampler_n_latents,
-        activation="relu",
-        qk_norm="layer" if qk_norm else None,
-    )
-    fill(resampler, RESAMPLER, part(state, "model.perceiver_resampler."), context)
+    decoder = decoder_from_llama(config | {"model_type": "llama"}, words, context)
+    vision = _vision(_USUAL_VISION | config.get("vision_config", {}), part(state, others[0]), context)
+    resampler = None
+    if config["use_resampler"]:
+        own = _USUAL_RESAMPLER | config.get("perceiver_config", {})
+        resampler = PerceiverResampler(
+            vision.dim,
+            own["resampler_depth"],
+            own["resampler_n_heads"],
+            own["resampler_head_dim"],
+            own["resampler_n_latents"],
+            activation="relu",
+            qk_norm="layer" if own["qk_layer_norms_perceiver"] else None,
+        )
+        fill(resampler, RESAMPLER, part(state, others[1]), context)
     flamingo = Flamingo(
         vision,
-        decoder,
+        _with_more_words(decoder, state),
         resampler=resampler,
-        cross_layers=list(range(0, decoder.depth, config.cross_layer_interval)),
-        num_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        cross_layers=list(range(0, decoder.depth, config["cross_layer_interval"])),
+        num_heads=config["num_attention_heads"],
+        head_dim=config["hidden_size"] // config["num_attention_heads"],
         mlp="swiglu",
-        mlp_dim=config.intermediate_size,
+        mlp_dim=config["intermediate_size"],
         norm="rms",
-        norm_eps=config.rms_norm_eps,
-        qk_norm="rms" if config.qk_layer_norms else None,
-        per_channel=config.alpha_type == "vector",
+        norm_eps=config["rms_norm_eps"],
+        qk_norm="rms" if config["qk_layer_norms"] else None,
+        per_channel=config["alpha_type"] == "vector",
         mlp_without_image=True,
         visible_images=visible_images,
     )
-    gated = {
-        n: t.flatten() if "alpha" in n else t
-        for n, t in part(state, "model.gated_cross_attn_layers.").items()
-    }
-    fill(flamingo.gated_blocks, _GATED, gated, context)
+    gated = {n: t.flatten() if "alpha" in n else t for n, t in part(state, others[2]).items()}
+    fill(flamingo.gated_blocks, _BLOCKS, gated, context)
     return flamingo.eval()
 
 
-def to_idefics(model: Flamingo) -> dict[str, Tensor]:
-    """Tensors named as in `IdeficsForVisionText2Text`; an `ExtendedVocabulary`'s new tokens are the additional ones.
+def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers needs to hold this model: its config.json, and its tensors by their names there.
 
-    The tower's last norm must be the plain one, as `from_idefics` makes it: there, nobody reads it.
+    An `ExtendedVocabulary`'s new tokens are the additional ones there.
 
     Raises:
         ValueError: if the captioner is of another kind.
@@ -134,47 +150,115 @@ def to_idefics(model: Flamingo) -> dict[str, Tensor]:
     resampler, vision = model.resampler, model.vision
     longer = model.decoder if isinstance(model.decoder, ExtendedVocabulary) else None
     decoder = model.decoder if longer is None else longer.decoder
-    if (
-        not isinstance(decoder, TextDecoder)
-        or resampler is None
-        or model.mlp != "swiglu"
-        or model.norm != "rms"
-    ):
-        raise ValueError(
-            f"Idefics has a Llama, a resampler, mlp swiglu and norm rms, not {type(decoder).__name__}, "
-            f"{'a' if resampler else 'no'} resampler, mlp {model.mlp} and norm {model.norm}"
-        )
-    last = vision.norm.state_dict()
-    plain = {"weight": torch.ones_like(last["weight"]), "bias": torch.zeros_like(last["bias"])}
-    kept = [name for name, tensor in last.items() if not torch.equal(tensor, plain[name])]
-    if kept or not vision.patches.norm or resampler.activation != "relu":
-        raise ValueError(
-            f"Idefics has a vision tower with norm_pre and a plain last norm, and activation relu in the resampler; "
-            f"this one has norm_pre {vision.patches.norm}, a last norm with {kept or 'nothing'} of its own, and "
-            f"{resampler.activation}"
-        )
+    if not isinstance(decoder, TextDecoder):
+        raise ValueError(f"Idefics has a Llama, not {type(decoder).__name__}")
+    every = model.cross_layers[1] if len(model.cross_layers) > 1 else decoder.depth
+    text = llama_config(decoder, "llama")
+    only_these(
+        "Idefics",
+        {
+            "mlp": (model.mlp, "swiglu"),
+            "mlp_dim": (model.mlp_dim, decoder.mlp_dim),
+            "norm": (model.norm, "rms"),
+            "norm_eps": (model.norm_eps, decoder.norm.eps),
+            "qk_norm": (model.qk_norm, "rms" if model.qk_norm else None),
+            "num_heads": (model.num_heads, decoder.num_heads),
+            "head_dim": (model.head_dim, decoder.dim // decoder.num_heads),
+            "cross_layers": (model.cross_layers, list(range(0, decoder.depth, every))),
+            "mlp_without_image": (model.mlp_without_image, True),
+            "patches_only": (model.patches_only, False),
+            "decoder.num_kv_heads": (text["num_key_value_heads"], decoder.num_heads),
+            "decoder.bias": (text["attention_bias"], False),
+            "vision.last_norm": (vision.last_norm, "none"),
+            "vision.patches.norm": (vision.patches.norm, True),
+            "vision.num_prefix_tokens": (vision.num_prefix_tokens, 1),
+            "vision.image_size": (vision.image_size, (vision.image_size[0],) * 2),
+            "first new token": (decoder.vocab_size if longer is None else longer.first, decoder.vocab_size),
+        }
+        | (
+            {
+                "resampler.activation": (resampler.activation, "relu"),
+                "resampler.mlp_dim": (resampler.mlp_dim, 4 * vision.dim),
+                "resampler.norm_eps": (resampler.norm_eps, 1e-5),
+            }
+            if resampler
+            else {}
+        ),
+    )
+    config = {
+        **text,
+        "model_type": "idefics",
+        "architectures": ["IdeficsForVisionText2Text"],
+        "additional_vocab_size": 0 if longer is None else longer.vocab_size - longer.first,
+        "alpha_type": "vector" if model.per_channel else "float",
+        "cross_layer_interval": every,
+        "qk_layer_norms": model.qk_norm is not None,
+        "use_resampler": resampler is not None,
+        "vision_config": {
+            "embed_dim": vision.dim,
+            "image_size": vision.image_size[0],
+            "intermediate_size": vision.mlp_dim,
+            "patch_size": vision.patch_size,
+            "num_hidden_layers": vision.depth,
+            "num_attention_heads": vision.num_heads,
+            "num_channels": vision.patches.in_channels,
+            "hidden_act": SOURCE_ACTIVATIONS[vision.block.activation],
+            "layer_norm_eps": vision.block.norm_eps,
+        },
+    }
     source = decoder_to_llama(decoder)
     if longer is not None:
-        if longer.first != decoder.vocab_size:
-            raise ValueError(
-                f"Idefics has its additional words behind the other {decoder.vocab_size}, not from id {longer.first}"
-            )
         source[_ROWS] = longer.new_embed.weight.detach()
         source[_HEAD] = source[_ROWS] if longer.new_head is None else longer.new_head.weight.detach()
-    tower = vit_tensors(vision, _TOWER, "Idefics", positions=_POSITIONS, prefix=[_CLASS], kept=("norm.",))
+    tower = vit_tensors(vision, _TOWER, "Idefics", positions=_POSITIONS, prefix=[_CLASS])
     tower |= {_POSITIONS: tower[_POSITIONS][0], _CLASS: tower[_CLASS][0, 0]}
-    tower |= {f"post_layernorm.{name}": tensor for name, tensor in plain.items()}
+    tower |= {"post_layernorm.weight": torch.ones(vision.dim), "post_layernorm.bias": torch.zeros(vision.dim)}
     gated = {
         name: tensor[None, None] if "alpha" in name and model.per_channel else tensor
-        for name, tensor in export(model.gated_blocks, _GATED, "Idefics").items()
+        for name, tensor in export(model.gated_blocks, _BLOCKS, "Idefics").items()
     }
-    for place, tensors in (
-        ("vision_model", tower),
-        ("perceiver_resampler", export(resampler, RESAMPLER, "Idefics")),
-        ("gated_cross_attn_layers", gated),
-    ):
+    parts = {"vision_model": tower, "gated_cross_attn_layers": gated}
+    if resampler is not None:
+        parts["perceiver_resampler"] = export(resampler, RESAMPLER, "Idefics")
+        config["perceiver_config"] = {
+            "use_resampler": True,
+            "resampler_n_latents": resampler.num_latents,
+            "resampler_depth": resampler.depth,
+            "resampler_n_heads": resampler.num_heads,
+            "resampler_head_dim": resampler.head_dim,
+            "qk_layer_norms_perceiver": resampler.qk_norm is not None,
+        }
+    for place, tensors in parts.items():
         source |= {f"model.{place}.{name}": tensor for name, tensor in tensors.items()}
-    return source
+    return config, source
+
+
+def load_idefics(source: str | Path, *, visible_images: VisibleImages = "last") -> Flamingo:
+    """An Idefics (the first one) from a folder as hubs have it, or the name of a hub's repository.
+
+    Args:
+        source: the folder or the name.
+        visible_images: see `from_idefics`.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    folder = find_folder(source)
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("model_type")) != "idefics":
+        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "idefics"')
+    state = read_tensors(folder)
+    with built_from(state, str(folder)):
+        return idefics_from_state(config, state, str(folder), visible_images)
+
+
+def save_idefics(model: Flamingo, folder: str | Path) -> None:
+    """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: if the captioner is of another kind, before anything is written.
+    """
+    write_folder(folder, *to_idefics(model))
 
 
 def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
@@ -189,20 +273,18 @@ def _with_more_words(decoder: TextDecoder, state: dict[str, Tensor]) -> Decoder:
     return longer
 
 
-def _vision(config: Any, state: dict[str, Tensor], context: str) -> ViT:
-    activation = activation_of(config.to_dict(), "hidden_act", context)
+def _vision(config: dict[str, Any], state: dict[str, Tensor], context: str) -> ViT:
+    """The tower, whose last norm nobody reads there."""
     vision = ViT(
-        config.image_size,
-        config.patch_size,
-        config.embed_dim,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        mlp_dim=config.intermediate_size,
-        patches=PatchConfig(config.num_channels, bias=False, norm=True),
-        block=BlockConfig(activation, config.layer_norm_eps),
+        config["image_size"],
+        config["patch_size"],
+        config["embed_dim"],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        mlp_dim=config["intermediate_size"],
+        patches=PatchConfig(config["num_channels"], bias=False, norm=True),
+        block=BlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
+        last_norm="none",
     )
-    plain = {"norm.weight": torch.ones(vision.dim), "norm.bias": torch.zeros(vision.dim)}
     unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]
-    return fill_vit(
-        vision, _TOWER, state, context, positions=_POSITIONS, prefix=[_CLASS], ignored=unread, extra=plain
-    )
+    return fill_vit(vision, _TOWER, state, context, positions=_POSITIONS, prefix=[_CLASS], ignored=unread)

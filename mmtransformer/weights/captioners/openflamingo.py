@@ -16,6 +16,7 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_state, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 
@@ -122,24 +123,21 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
     resampler = model.resampler
     if resampler is None:
         raise ValueError("OpenFlamingo always has a resampler, this captioner has none")
-    differs = [
-        f"{name}={found!r}"
-        for name, found, wanted in (
-            ("resampler.activation", resampler.activation, "gelu"),
-            ("resampler.qk_norm", resampler.qk_norm, None),
-            ("resampler.head_dim", resampler.head_dim, _HEAD_DIM),
-            ("resampler.norm_eps", resampler.norm_eps, 1e-5),
-            ("head_dim", model.head_dim, _HEAD_DIM),
-            ("mlp", model.mlp, "gelu"),
-            ("norm", model.norm, "layer"),
-            ("norm_eps", model.norm_eps, 1e-5),
-            ("qk_norm", model.qk_norm, None),
-            ("per_channel", model.per_channel, False),
-        )
-        if found != wanted
-    ]
-    if differs:
-        raise ValueError(f"OpenFlamingo has nothing like {', '.join(differs)}")
+    only_these(
+        "OpenFlamingo",
+        {
+            "resampler.activation": (resampler.activation, "gelu"),
+            "resampler.qk_norm": (resampler.qk_norm, None),
+            "resampler.head_dim": (resampler.head_dim, _HEAD_DIM),
+            "resampler.norm_eps": (resampler.norm_eps, 1e-5),
+            "head_dim": (model.head_dim, _HEAD_DIM),
+            "mlp": (model.mlp, "gelu"),
+            "norm": (model.norm, "layer"),
+            "norm_eps": (model.norm_eps, 1e-5),
+            "qk_norm": (model.qk_norm, None),
+            "per_channel": (model.per_channel, False),
+        },
+    )
     source = export(resampler, _RESAMPLER, "OpenFlamingo")
     if "perceiver.media_time_embs" in source:
         source["perceiver.media_time_embs"] = source["perceiver.media_time_embs"][:, None]

@@ -69,3 +69,17 @@ def only(
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise UnsupportedModel(f"{context}: {name} is {config[name]!r}, and {kind} has only {value!r}")
+
+
+def only_these(context: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
+    """Checks a model that is to be written as another project's: each of its traits is the one that the other has.
+
+    Args:
+        context: the other project's model.
+        facts: by name, what the model has and what the other would have.
+
+    Raises:
+        ValueError: naming the traits that differ.
+    """
+    if differs := [f"{name}={found!r}" for name, (found, wanted) in facts.items() if found != wanted]:
+        raise ValueError(f"{context} has nothing like {', '.join(differs)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.weights.shared.keys import export, fill
+from mmtransformer.weights.shared.keys import export, fill, rows_of
 
 
 def fill_vit(
@@ -91,4 +91,4 @@ def vit_tensors(
 
 def _patches(keys: Mapping[str, str]) -> str:
     """What the project calls the weight of its patches' convolution."""
-    return next(f"{source}.weight" for source, target in keys.items() if target == "patch_embed.proj")
+    return rows_of(keys, ["patch_embed.proj.weight"])[0].source

@@ -1,32 +1,26 @@
-"""timm's Vision Transformers (ViT, DeiT, DINOv2, CLIP, SigLIP ...) -> `ViT`, and back."""
+"""timm's Vision Transformers (ViT, DeiT, DINOv2, CLIP, SigLIP ...) -> `ViT`, and back, in memory."""
 
-import inspect
-import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import BlockConfig, ViT
-from mmtransformer.captioners.base import Captioner
-from mmtransformer.captioners.base import freeze as freeze_module
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.lora import add_lora
-from mmtransformer.serialization.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    Pretrained,
-    load_strictly,
-    read_json,
-    read_safetensors,
-)
-from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
+Pool = Literal["class", "mean", "attention"]
+POOLS: dict[str, Pool] = {"token": "class", "avg": "mean", "map": "attention"}
+"""timm's names of ways to pool, and the library's."""
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+}
 _KEYS = {
     "patch_embed.proj": "patch_embed.proj",
     "norm_pre": "first_norm",
@@ -36,6 +30,7 @@ _KEYS = {
     "blocks.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
     "blocks.*.ls[1,2].gamma": "blocks.*.branch[1,2].0.gamma",
     "norm": "norm",
+    "fc_norm": "pool_norm",
     "attn_pool.latent": "attn_pool.queries",
     "attn_pool.q": "attn_pool.attn.q_proj",
     "attn_pool.kv": "attn_pool.attn.[k,v]_proj",
@@ -46,111 +41,116 @@ _KEYS = {
 }
 
 
+@dataclass(frozen=True)
+class ViTSettings:
+    """What the tensors of a Vision Transformer do not say of themselves; wrong ones give other numbers, not an error.
+
+    Attributes:
+        num_heads: attention heads; 12 in ViT-B.
+        grid: rows and columns of patches that positions are for; 14 and 14 at 224 px in patches of 16.
+        activation: of the MLPs: "gelu" in the paper, "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in some SigLIPs.
+        norm_eps: of the LayerNorms: 1e-6 in the paper's code and timm, 1e-5 in CLIP.
+        pool: what `forward` returns; vision towers of captioners do not pool.
+    """
+
+    num_heads: int
+    grid: tuple[int, int]
+    activation: Activation
+    norm_eps: float
+    pool: Pool
+
+
 def from_timm(model: nn.Module) -> ViT:
     """Our ViT with the weights of a timm `VisionTransformer`; equal to 1e-5 in float32.
 
     Raises:
-        ValueError: if it is no Vision Transformer, or has parts that `ViT` does not (query/key norms, gated MLPs, a
-            norm after pooling).
+        ValueError: naming what it has and `ViT` has not (other blocks, query/key norms, gated MLPs, other pooling),
+            or if it is no Vision Transformer.
     """
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.layers.attention import Attention
+    from timm.layers.mlp import Mlp
+    from timm.models.vision_transformer import Block, VisionTransformer
 
     timm_model: Any = model
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"timm's {type(model).__name__} is not a VisionTransformer, which alone fits ViT")
-    pools = {"token": "class", "avg": "mean", "map": "attention", "": None}
-    if timm_model.global_pool not in pools or (
-        timm_model.pool_include_prefix and timm_model.global_pool == "avg"
+    context = f"timm's {type(model).__name__}"
+    if type(model) is not VisionTransformer:
+        raise ValueError(f"{context} is not a VisionTransformer, which alone fits ViT")
+    block = timm_model.blocks[0]
+    for part, kinds in (
+        (block, Block),
+        (getattr(block, "attn", None), Attention),
+        (getattr(block, "mlp", None), Mlp),
     ):
+        if type(part) is not kinds:
+            raise ValueError(f"{context} has blocks with {type(part).__name__}: ViT knows {kinds.__name__}")
+    pool = timm_model.global_pool
+    if pool not in (*POOLS, "") or (timm_model.pool_include_prefix and pool in ("avg", "map")):
         raise ValueError(
-            f'ViT does not pool like timm\'s global_pool="{timm_model.global_pool}" '
+            f'ViT does not pool like timm\'s global_pool="{pool}" '
             f"(with prefix tokens: {timm_model.pool_include_prefix})"
         )
-    block = timm_model.blocks[0]
-    activations: dict[str, Activation] = {
-        "GELU": "gelu",
-        "GELUTanh": "gelu_tanh",
-        "QuickGELU": "quick_gelu",
-        "SiLU": "silu",
-    }
     name = type(block.mlp.act).__name__
     if name == "GELU" and getattr(block.mlp.act, "approximate", "none") == "tanh":
         name = "GELUTanh"
-    if name not in activations:
-        raise ValueError(f"ViT has no activation like timm's {name}: it has {', '.join(activations)}")
-    return vit_from_state(
-        timm_model.state_dict(),
-        num_heads=block.attn.num_heads,
-        grid=timm_model.patch_embed.grid_size,
-        activation=activations[name],
-        norm_eps=block.norm1.eps,
-        pool=pools[timm_model.global_pool],
-        context=f"timm's {type(model).__name__}",
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"ViT has no activation like timm's {name}: it has {', '.join(_ACTIVATIONS)}")
+    epsilons = {m.eps for m in timm_model.modules() if isinstance(m, nn.LayerNorm)}
+    if len(epsilons) > 1:
+        raise ValueError(f"{context} has norms with eps {sorted(epsilons)}: ViT's have one")
+    settings = ViTSettings(
+        block.attn.num_heads,
+        timm_model.patch_embed.grid_size,
+        _ACTIVATIONS[name],
+        epsilons.pop(),
+        POOLS.get(pool, "class" if timm_model.has_class_token else "mean"),
     )
+    return vit_from_state(timm_model.state_dict(), settings, context)
 
 
 def vit_from_state(
-    state: dict[str, Tensor],
-    *,
-    num_heads: int | None = None,
-    grid: tuple[int, int] | None = None,
-    activation: Activation = "gelu",
-    norm_eps: float = 1e-6,
-    pool: str | None = None,
-    context: str = "the state dict",
+    state: Mapping[str, Tensor], settings: ViTSettings, context: str = "the state dict"
 ) -> ViT:
-    """Our ViT from tensors with timm's names; what shapes do not say is given, or as the paper's.
+    """Our ViT from tensors with timm's names.
 
     Args:
         state: timm's tensors by name.
-        num_heads: heads; None = dim / 64, as in all sizes from Ti to L.
-        grid: rows and columns of patches; None = square.
-        activation: of the MLPs.
-        norm_eps: of the LayerNorms.
-        pool: "class", "mean" or "attention"; None = what the tensors allow, in this order: attention, class, mean.
+        settings: what they do not say.
         context: what the tensors come from, for errors.
 
     Raises:
         ValueError: if the tensors are not a Vision Transformer's that `ViT` can hold.
     """
-    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in state:
-            hint = (
-                ": it norms after pooling (fc_norm), which ViT does not do"
-                if "fc_norm.weight" in state and name == "norm.weight"
-                else ""
-            )
-            raise ValueError(f'{context} has no tensor "{name}", so it is not a ViT with timm\'s names{hint}')
-    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+            raise ValueError(f'{context} has no tensor "{name}", so it is not a ViT with timm\'s names')
+    dim, channels, patch, width = state["patch_embed.proj.weight"].shape
+    if patch != width:
+        raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
     prefix = [name for name in ("cls_token", "reg_token") if name in state]
     count, has_class = sum(state[name].shape[1] for name in prefix), "cls_token" in state
-    places = state["pos_embed"].shape[1]
-    embedded = places - (math.prod(grid) if grid else math.isqrt(places) ** 2)
-    if embedded not in (0, count):
-        raise ValueError(f"{context}: {places} positions are not those of a grid and {count} prefix tokens")
-    rows, columns = grid or (math.isqrt(places - embedded),) * 2
-    if pool is None:
-        pool = "attention" if "attn_pool.latent" in state else "class" if has_class else "mean"
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    scale = state.get("blocks.0.ls1.gamma")
-    pools: dict[str, Literal["class", "mean", "attention"]] = {
-        "class": "class",
-        "mean": "mean",
-        "attention": "attention",
-    }
+    places, (rows, columns) = state["pos_embed"].shape[1], settings.grid
+    if places not in (rows * columns, rows * columns + count):
+        raise ValueError(
+            f"{context}: {places} positions are not those of a grid of {rows} x {columns} and {count} prefix tokens"
+        )
     vit = ViT(
         (rows * patch, columns * patch),
         patch,
         dim,
-        depth,
-        num_heads or dim // 64,
+        1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        settings.num_heads,
         mlp_dim=state["blocks.0.mlp.fc1.weight"].shape[0],
         class_token=has_class,
         num_registers=count - has_class,
-        pool=pools[pool],
+        pool=settings.pool,
         num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
         patches=PatchConfig(channels, bias="patch_embed.proj.bias" in state, norm="norm_pre.weight" in state),
-        block=BlockConfig(activation, norm_eps, layer_scale=None if scale is None else 1.0),
+        block=BlockConfig(
+            settings.activation,
+            settings.norm_eps,
+            layer_scale=1.0 if "blocks.0.ls1.gamma" in state else None,
+        ),
+        last_norm="tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none",
     )
     return fill_vit(vit, _KEYS, state, context, positions="pos_embed", prefix=prefix)
 
@@ -164,114 +164,47 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
     return vit_tensors(vit, _KEYS, "timm", positions="pos_embed", prefix=["cls_token", "reg_token"])
 
 
-def load_vit(
-    source: str,
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    freeze: bool = False,
-    keep_head: bool = False,
-    dtype: DType = "float32",
-    lora_rank: int = 0,
-    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
-) -> ViT:
-    """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
-
-    Args:
-        source: a folder (a ViT saved by this library, or a captioner, whose tower is taken, or `config.json` and
-            `model.safetensors` with timm's names), a `.safetensors` file with timm's names, or the name of a timm
-            model, which timm then fetches from the hub.
-        image_size: picture size to resize the positions to, px; None = as trained.
-        freeze: whether the tower is taken out of training.
-        keep_head: whether a classifier is kept; captioners do not read it.
-        dtype: "bfloat16" keeps a tower that stays frozen in half the memory.
-        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
-            must then not freeze the tower itself (freeze_vision: false).
-        lora_targets: ends of the names of the layers that get them.
+def timm_config(vit: ViT) -> dict[str, Any]:
+    """The config.json with which timm builds a `VisionTransformer` for these tensors.
 
     Raises:
-        ValueError: naming what is missing or does not fit.
+        ValueError: if timm's arguments cannot say what this tower is.
     """
-    if lora_rank and (freeze or dtype != "float32"):
+    known = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+    if vit.block.norm_eps not in known or vit.patches.bias == vit.patches.norm:
         raise ValueError(
-            f"lora_rank ({lora_rank}) needs freeze false and dtype float32, not {str(freeze).lower()} and {dtype}: the "
-            f"products learn, and are added to the weights in the end"
+            f"timm's ViTs have norm_eps {' or '.join(map(str, known))}, and biases of patches where there is no norm "
+            f"before the blocks; this has {vit.block.norm_eps}, bias {vit.patches.bias}, norm {vit.patches.norm}"
         )
-    path = Path(source)
-    if path.is_dir():
-        vit = _from_folder(path)
-    elif path.suffix == ".safetensors" or path.exists():
-        state = read_safetensors(path)
-        with built_from(state, str(path)):
-            vit = vit_from_state(state, context=str(path))
-    elif "/" in source and not source.startswith(("hf-hub:", "timm/")):
-        raise ValueError(f"{source}: no such folder or file")
-    else:
-        vit = _from_name(source)
-    if not keep_head and vit.num_classes:
-        vit.head, vit.num_classes = nn.Identity(), 0
-    if image_size is not None:
-        vit.set_input_size(image_size)
-    if lora_rank:
-        add_lora(vit, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
-    cast_frozen(vit, dtype)
-    return freeze_module(vit) if freeze else vit
-
-
-def _from_folder(folder: Path) -> ViT:
-    config = read_json(folder / CONFIG)
-    if "class" in config:
-        if config["class"] == ViT.__name__:
-            return ViT.from_pretrained(folder)
-        model = Pretrained.from_pretrained(folder)
-        if not isinstance(model, Captioner):
-            raise ValueError(
-                f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one"
-            )
-        return model.vision
-    state = read_safetensors(folder / WEIGHTS)
-    with built_from(state, str(folder / CONFIG)):
-        if "pretrained_cfg" in config:  # As timm writes it: the architecture says what shapes do not.
-            return _as_timm_wrote(folder, config, state)
-        return vit_from_state(
-            state,
-            num_heads=config.get("num_heads"),
-            activation=config.get("activation", "gelu"),
-            norm_eps=config.get("layer_norm_eps", 1e-6),
-            context=str(folder),
-        )
-
-
-def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> ViT:
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    name, classes = config.get("architecture", ""), state.get("head.bias", torch.empty(0)).shape[0]
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(f'{folder / CONFIG}: timm has no model "{name}"')
-    given = config.get("model_args", {})
-    # timm's own arguments would read other files (checkpoint_path) and fetch some (pretrained_cfg).
-    allowed = set(inspect.signature(VisionTransformer).parameters)
-    if other := sorted(set(given) - allowed):
-        raise ValueError(
-            f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer"
-        )
-    model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
-    load_strictly(model, state, str(folder / WEIGHTS))
-    return from_timm(model)
-
-
-def _from_name(name: str) -> ViT:
-    import timm
-
-    if not name.startswith(("hf-hub:", "timm/")) and not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(
-            f'"{name}" is no folder, no file and no timm model' + (f"; timm has {close} ..." if close else "")
-        )
-    try:
-        return from_timm(timm.create_model(name, pretrained=True))
-    except (OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"timm could not load {name}: {reason}. Without a network, give a folder instead"
-        ) from error
+    activations = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
+    if vit.block.activation not in activations:
+        raise ValueError(f"timm's ViTs are not built with {vit.block.activation} by a name")
+    return {
+        "architecture": known[vit.block.norm_eps],
+        "num_classes": vit.num_classes,
+        "num_features": vit.dim,
+        "global_pool": (pool := {ours: theirs for theirs, ours in POOLS.items()}[vit.pool]),
+        "model_args": {
+            "img_size": list(vit.image_size),
+            "patch_size": vit.patch_size,
+            "in_chans": vit.patches.in_channels,
+            "embed_dim": vit.dim,
+            "depth": vit.depth,
+            "num_heads": vit.num_heads,
+            "mlp_ratio": (vit.mlp_dim + 0.5) / vit.dim,  # timm rounds down.
+            "init_values": vit.block.layer_scale,
+            "class_token": vit.class_token,
+            "reg_tokens": vit.num_registers,
+            "pre_norm": vit.patches.norm,
+            "final_norm": vit.last_norm != "none",
+            "fc_norm": vit.last_norm == "pooled",
+            "global_pool": pool,
+            "act_layer": activations[vit.block.activation],
+        },
+        "pretrained_cfg": {
+            "input_size": [vit.patches.in_channels, *vit.image_size],
+            "num_classes": vit.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }

@@ -1,0 +1,159 @@
+"""Vision towers from folders, files and timm's names, and into folders that timm reads."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.base import Captioner
+from mmtransformer.captioners.base import freeze as freeze_module
+from mmtransformer.layers.lora import add_lora
+from mmtransformer.serialization.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    Pretrained,
+    load_strictly,
+    read_json,
+    read_safetensors,
+)
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.dtype import DType, cast_frozen
+from mmtransformer.weights.shared.folders import write_folder
+from mmtransformer.weights.vision.timm import ViTSettings, from_timm, timm_config, to_timm, vit_from_state
+
+
+def load_vit(
+    source: str | Path,
+    *,
+    settings: ViTSettings | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    freeze: bool = False,
+    keep_head: bool = False,
+    dtype: DType = "float32",
+    lora_rank: int = 0,
+    lora_targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> ViT:
+    """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
+
+    Args:
+        source: a folder (a ViT saved by this library, a captioner, whose tower is taken, or `config.json` and
+            `model.safetensors` as timm and `save_vit` write them), a `.safetensors` file with timm's names, or the name
+            of a timm model, which timm then fetches from the hub.
+        settings: what a bare file does not say; needed for one, and for nothing else.
+        image_size: picture size to resize the positions to, px; None = as trained.
+        freeze: whether the tower is taken out of training.
+        keep_head: whether a classifier is kept; captioners do not read it.
+        dtype: "bfloat16" keeps a tower that stays frozen in half the memory.
+        lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
+            must then not freeze the tower itself (freeze_vision: false).
+        lora_targets: ends of the names of the layers that get them.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    if lora_rank and (freeze or dtype != "float32"):
+        raise ValueError(
+            f"lora_rank ({lora_rank}) needs freeze false and dtype float32, not {str(freeze).lower()} and {dtype}: the "
+            f"products learn, and are added to the weights in the end"
+        )
+    path = Path(source)
+    is_file = not path.is_dir() and (path.suffix == ".safetensors" or path.exists())
+    if is_file:
+        vit = _from_file(path, settings)
+    elif settings is not None:
+        raise ValueError(f"{source} is no file: a folder and a name say by themselves what settings are for")
+    elif path.is_dir():
+        vit = _from_folder(path)
+    elif "/" in (name := str(source)) and not name.startswith(("hf-hub:", "timm/")):
+        raise ValueError(f"{source}: no such folder or file")
+    else:
+        vit = _from_name(name)
+    if not keep_head and vit.num_classes:
+        vit.head, vit.num_classes = nn.Identity(), 0
+    if image_size is not None:
+        vit.set_input_size(image_size)
+    if lora_rank:
+        add_lora(vit, lora_targets, rank=lora_rank, alpha=2.0 * lora_rank)
+    cast_frozen(vit, dtype)
+    return freeze_module(vit) if freeze else vit
+
+
+def save_vit(vit: ViT, folder: str | Path) -> None:
+    """Writes a folder that timm reads (`timm.create_model("local-dir:FOLDER")`), and `load_vit`.
+
+    Raises:
+        ValueError: if timm has no such tower, before anything is written.
+    """
+    write_folder(folder, timm_config(vit), to_timm(vit))
+
+
+def _from_file(path: Path, settings: ViTSettings | None) -> ViT:
+    state = read_safetensors(path)
+    if settings is None:
+        raise ValueError(
+            f"{path}: tensors do not say how many heads they are for, which grid, activation, norm_eps and pooling: "
+            f"give settings, or a folder with the {CONFIG} that timm writes"
+        )
+    with built_from(state, str(path)):
+        return vit_from_state(state, settings, str(path))
+
+
+def _from_folder(folder: Path) -> ViT:
+    config = read_json(folder / CONFIG)
+    if "class" in config:
+        if config["class"] == ViT.__name__:
+            return ViT.from_pretrained(folder)
+        model = Pretrained.from_pretrained(folder)
+        if not isinstance(model, Captioner):
+            raise ValueError(
+                f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one"
+            )
+        return model.vision
+    if "architecture" not in config:
+        raise ValueError(
+            f'{folder / CONFIG} has neither "class" (a model of this library) nor "architecture" (one of timm); of '
+            f"tensors with timm's names alone, give the file itself, with settings"
+        )
+    state = read_safetensors(folder / WEIGHTS)
+    with built_from(state, str(folder / CONFIG)):
+        return _as_timm_wrote(folder, config, state)
+
+
+def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> ViT:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    name, classes = config["architecture"], state.get("head.bias", torch.empty(0)).shape[0]
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f'{folder / CONFIG}: timm has no model "{name}"')
+    given = config.get("model_args", {})
+    # timm's own arguments would read other files (checkpoint_path) and fetch some (pretrained_cfg).
+    allowed = set(inspect.signature(VisionTransformer).parameters)
+    if other := sorted(set(given) - allowed):
+        raise ValueError(
+            f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer"
+        )
+    model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
+    load_strictly(model, state, str(folder / WEIGHTS))
+    return from_timm(model)
+
+
+def _from_name(name: str) -> ViT:
+    import timm
+
+    if not name.startswith(("hf-hub:", "timm/")) and not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(
+            f'"{name}" is no folder, no file and no timm model' + (f"; timm has {close} ..." if close else "")
+        )
+    try:
+        return from_timm(timm.create_model(name, pretrained=True))
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"timm could not load {name}: {reason}. Without a network, give a folder instead"
+        ) from error
