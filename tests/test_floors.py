@@ -158,6 +158,15 @@ def test_tests_share_through_support_alone() -> None:
     assert not files, f"these import from a test file: {[str(path.relative_to(ROOT)) for path in files]}"
 
 
+def test_tests_mirror_the_library() -> None:
+    """A room's tests lie in the folder of its name; no two files of tests have one name, as pytest asks."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    folders = {path.parent.relative_to(ROOT / "tests") for path in files} - {Path()}
+    assert not [str(folder) for folder in folders if not (PACKAGE / folder).is_dir()]
+    names = [path.name for path in files]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 # Written so that no pattern matches itself.
 NOT_PORTABLE = {
     "a package registry's host or a download address": r"py[p]i\.|python[h]osted|/sim[p]le/|https?://\S+\.wh[l]",

@@ -13,7 +13,7 @@ from mmtransformer.diffusion.drawing import DrawingConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.text_to_image import TextToImage
-from mmtransformer.plots import Card, Said, save_gallery
+from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
 from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
@@ -112,7 +112,8 @@ class ImageGeneration(Task):
         painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
         title = run.folder.resolve().name.replace("_", " ")
         if cards:
-            save_gallery(cards, run.folder / "gallery.png", title=title, columns=6, card_width=200)
+            gallery = draw_gallery(cards, title=title, columns=6, card_width=200)
+            save_image(gallery, run.folder / "gallery.png")
         draw_curves(run.folder, title)
         limits = ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items())
         print(  # noqa: T201
@@ -127,6 +128,6 @@ class ImageGeneration(Task):
     def _cards(pairs: SceneSplit, texts: list[str], drawings: list, language: str) -> list[Card]:
         judged = (judge_facts(read(image, pairs.world), pairs.scene(i)) for i, image in enumerate(drawings))
         return [
-            Card(image, [Said(text, language, facts=judgement.claims)])
+            Card(image, [CardCaption(text, language, facts=judgement.claims)])
             for image, text, judgement in zip(drawings, texts, judged, strict=True)
         ]
