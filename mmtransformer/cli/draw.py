@@ -78,11 +78,11 @@ def run(name: str, words: Sequence[str]) -> int:
         save_strip(steps[: config.num_steps], args.strip)
         print(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
     if args.heatmap:
-        from mmtransformer.plots import word_heatmaps
+        from mmtransformer.plots import draw_word_heatmaps, save_image
 
         image, found, heat = painter.heatmap(
             args.texts[0], language=args.language, seed=args.seed, config=config
         )
-        word_heatmaps(image, found, heat, args.heatmap, title=args.texts[0])
+        save_image(draw_word_heatmaps(image, found, heat, title=args.texts[0]), args.heatmap)
         print(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0
