@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.openflamingo import to_openflamingo as to_openflamingo
     from mmtransformer.weights.captioners.qformer import init_from_bert as init_from_bert
     from mmtransformer.weights.captioners.qformer import qformer_from_bert as qformer_from_bert
+    from mmtransformer.weights.families import FAMILIES as FAMILIES
+    from mmtransformer.weights.families import Family as Family
+    from mmtransformer.weights.families import families_for as families_for
+    from mmtransformer.weights.families import family_of as family_of
     from mmtransformer.weights.text.bert import encoder_to_bert as encoder_to_bert
     from mmtransformer.weights.text.bert import from_bert as from_bert
     from mmtransformer.weights.text.bert import load_encoder as load_encoder
@@ -50,6 +54,7 @@ _CONTENTS = {
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.qformer": "init_from_bert qformer_from_bert",
+    "families": "FAMILIES Family families_for family_of",
     "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
     "text.gpt2": "decoder_to_gpt2",
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",

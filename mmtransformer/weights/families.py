@@ -1,0 +1,70 @@
+"""The families of public models that are read and written here: one line each.
+
+A new family is a file with its key table, a `load_` and a `save_`, and a line in this table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.blip2 import Blip2
+from mmtransformer.captioners.flamingo import Flamingo
+from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2
+from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
+from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
+from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
+from mmtransformer.weights.text.bert import load_encoder, save_encoder
+from mmtransformer.weights.text.llama import LLAMAS
+from mmtransformer.weights.text.lm import load_lm, save_lm
+from mmtransformer.weights.vision.load import load_vit, save_vit
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of a family come in and go out.
+
+    Attributes:
+        load: a folder, or the name of a hub's repository, -> a model; what it needs besides are keywords.
+        save: a model and a folder -> nothing; refuses what is not of the family before anything is written.
+        makes: the classes of its models here.
+        model_types: what `config.json` says under `model_type`; nothing where it names the family otherwise.
+    """
+
+    load: Callable[..., nn.Module]
+    save: Callable[..., None]
+    makes: tuple[type[nn.Module], ...]
+    model_types: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "timm": Family(load_vit, save_vit, (ViT,)),
+    **{
+        name: Family(load_lm, partial(save_lm, family=name), (TextDecoder,), (name,))
+        for name in ("gpt2", "opt", *LLAMAS)
+    },
+    "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
+    "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip")),
+    "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
+    "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
+    "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
+}
+
+
+def family_of(config: dict[str, Any]) -> str | None:
+    """The family that a folder's `config.json` names; None = none of them."""
+    if isinstance(config.get("architecture"), str):
+        return "timm"
+    kind = config.get("model_type")
+    return next((name for name, family in FAMILIES.items() if kind in family.model_types), None)
+
+
+def families_for(model: nn.Module) -> list[str]:
+    """The families that a model of this class may be written as; `save` says whether this one can."""
+    return [name for name, family in FAMILIES.items() if isinstance(model, family.makes)]

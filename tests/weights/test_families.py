@@ -1,0 +1,174 @@
+"""The table of public families: each writes what it reads, and its folder names it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmtransformer import (
+    AttentionConfig,
+    Blip2,
+    CaptionBatch,
+    Flamingo,
+    ImageText,
+    MLPConfig,
+    NormConfig,
+    PerceiverResampler,
+    PositionConfig,
+    QFormer,
+    TextDecoder,
+    TextEncoder,
+    ViT,
+)
+from mmtransformer.weights import FAMILIES, families_for, family_of, load_encoder, save_encoder
+from mmtransformer.weights.text.llama import LLAMAS
+
+VOCAB = 53
+
+
+def shaken(model: nn.Module) -> Any:
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tower(**options: Any) -> ViT:
+    return ViT(16, 8, 88, 1, 1, **options)
+
+
+def gpt2(activation: Any = "gelu_tanh") -> TextDecoder:
+    return TextDecoder(VOCAB, 24, 2, 4, max_len=29, mlp=MLPConfig(activation))
+
+
+def llama(family: str) -> TextDecoder:
+    attention = AttentionConfig(
+        bias=family == "qwen2", out_bias=False, qk_norm="rms" if family == "qwen3" else None
+    )
+    return TextDecoder(
+        VOCAB, 24, 2, 4, max_len=29, attention=attention, mlp=MLPConfig("swiglu", bias=False),
+        norm=NormConfig("rms"), positions=PositionConfig("rotary"), tied=False,
+    )  # fmt: skip
+
+
+def stage2() -> Blip2:
+    return Blip2(tower(), QFormer(3, 64, 2, 1, 88), gpt2("relu"))
+
+
+def stage1() -> ImageText:
+    return ImageText(tower(), QFormer(3, 64, 2, 1, 88, vocab_size=VOCAB), embed_dim=11, freeze_vision=True)
+
+
+def openflamingo() -> Flamingo:
+    resampler = PerceiverResampler(88, 2, 1, 64, 5)
+    return Flamingo(tower(), gpt2(), resampler=resampler, mlp_without_image=True, patches_only=True)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: tower(num_registers=2, num_classes=7),
+    "gpt2": gpt2,
+    "opt": lambda: gpt2("relu"),
+    **{family: lambda family=family: llama(family) for family in LLAMAS},
+    "bert": lambda: TextEncoder(VOCAB, 24, 2, 4, max_len=29, word_head=True, sentence_head=True),
+    "blip2": stage2,
+    "lavis": stage1,
+    "openflamingo": openflamingo,
+}
+SAVED = {"blip2": {"image_token_id": VOCAB - 1}}
+
+
+def needed(name: str, model: Any) -> dict[str, Any]:
+    """What a family's files leave out."""
+    if name == "openflamingo":
+        return {"vision": model.vision, "decoder": model.decoder}
+    return {"timm": {"keep_head": True}, "lavis": {"num_heads": 1, "class_id": None}}.get(name, {})
+
+
+def test_every_family_is_tried_here_or_beside_its_oracle() -> None:
+    assert set(FAMILIES) - {"idefics"} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_family_reads_what_it_writes(name: str, tmp_path: Path) -> None:
+    model = shaken(MODELS[name]())
+    family = FAMILIES[name]
+    assert isinstance(model, family.makes)
+    assert name in families_for(model)
+    family.save(model, tmp_path, **SAVED.get(name, {}))
+    assert family_of(json.loads((tmp_path / "config.json").read_text())) == name
+    again = family.load(tmp_path, **needed(name, model))
+    assert not again.training
+    own = again.state_dict()
+    for path, tensor in model.state_dict().items():
+        if name == "lavis" and path.endswith("k_proj.bias") and path.startswith("vision"):
+            continue  # Changes nothing, and has no name there.
+        torch.testing.assert_close(own[path], tensor, atol=1e-6, rtol=1e-6, msg=path)
+    again.save_pretrained(tmp_path / "ours")  # type: ignore[operator]  # What was loaded can be saved.
+
+
+def test_what_no_family_is() -> None:
+    assert family_of({"class": "ViT", "args": {}}) is None
+    assert family_of({"model_type": "gpt_neox"}) is None
+    assert family_of({"model_type": ["llama"]}) is None
+    assert families_for(nn.Linear(2, 3)) == []
+
+
+# --- doors that have no test file of an oracle's
+
+
+HEADS = {
+    "BertForPreTraining": {"word_head": True, "sentence_head": True},
+    "BertForMaskedLM": {"word_head": True, "pooler": False},
+    "BertForNextSentencePrediction": {"sentence_head": True},
+    "BertModel": {},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_an_encoder_that_transformers_reads(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    encoder = shaken(TextEncoder(VOCAB, 24, 2, 4, mlp_dim=31, max_len=29, activation="relu", **HEADS[kind]))
+    save_encoder(encoder, tmp_path)
+    theirs, report = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = torch.randint(VOCAB, (3, 7))
+    base: Any = theirs if kind == "BertModel" else theirs.bert
+    want = base.eval()(tokens).last_hidden_state
+    torch.testing.assert_close(encoder(tokens), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(load_encoder(tmp_path)(tokens), encoder(tokens))
+
+
+def test_encoders_that_bert_cannot_be_are_not_written(tmp_path: Path) -> None:
+    for options, message in (
+        ({"word_head": True}, "pooler True, word_head True, sentence_head False"),
+        ({"num_types": 0}, "0 token types"),
+    ):
+        with pytest.raises(ValueError, match=f"transformers has no BERT with .*{message}"):
+            save_encoder(TextEncoder(VOCAB, 24, 1, 4, **options), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_stage_2_of_lavis_from_a_file(tmp_path: Path) -> None:
+    model = shaken(stage2())
+    FAMILIES["lavis"].save(model, tmp_path)
+    again = FAMILIES["lavis"].load(tmp_path / "model.safetensors", model.decoder, num_heads=1)
+    tokens = torch.randint(VOCAB, (2, 5))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    given = CaptionBatch(tokens, real, real, pixels=torch.randn(2, 1, 3, 16, 16))
+    logits: list[Tensor] = [m.logits(given) for m in (again, model)]  # type: ignore[operator]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_without_the_familys_tensors_is_named(tmp_path: Path) -> None:
+    for name, more in (("lavis", {}), ("openflamingo", {"vision": tower(), "decoder": gpt2()})):
+        FAMILIES["gpt2"].save(gpt2(), tmp_path)
+        with pytest.raises(ValueError, match=f"{tmp_path} has no tensor"):
+            FAMILIES[name].load(tmp_path, **more)
