@@ -13,7 +13,7 @@ import numpy as np
 _SMALL, _TINY = 1e-9, 1e-15
 
 
-def counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
+def bleu_statistics(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
     """Count what BLEU needs to know of one caption.
 
     Args:
@@ -29,12 +29,12 @@ def counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     closest = min((abs(len(reference) - length), len(reference)) for reference in references)[1]
     row = [length, closest, *(max(0, length - k) for k in range(4))]
     for n in range(1, 5):
-        mine = Counter(grams(candidate, n))
+        mine = Counter(ngrams(candidate, n))
         correct = 0
         if mine:
             best: dict[tuple[str, ...], int] = {}
             for reference in references:
-                for gram, times in Counter(grams(reference, n)).items():
+                for gram, times in Counter(ngrams(reference, n)).items():
                     if gram in mine and times > best.get(gram, 0):
                         best[gram] = times
             correct = sum(min(times, best.get(gram, 0)) for gram, times in mine.items())
@@ -46,7 +46,7 @@ def bleu(sums: np.ndarray) -> np.ndarray:
     """Turn counts into BLEU.
 
     Args:
-        sums: The ten numbers of ``counts`` in the last dimension, summed over a set of captions
+        sums: The ten numbers of ``bleu_statistics`` in the last dimension, summed over a set of captions
             (the score of the set) or not summed (the score of each caption).
 
     Returns:
@@ -60,6 +60,6 @@ def bleu(sums: np.ndarray) -> np.ndarray:
     return precision * brevity[..., None]
 
 
-def grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """List the n-grams of a caption, in order."""
     return list(zip(*(words[k:] for k in range(n)), strict=False))

@@ -1,9 +1,9 @@
-"""Confidence intervals and a paired test by resampling pictures, from numbers kept for each picture.
+"""Confidence intervals and a paired test by resampling pictures, from statistics kept for each picture.
 
 A score of a set is a function of sums over its pictures (BLEU: counts; CIDEr-D: score and 1). So the
-scores of 1000 resampled sets are one matrix product: how often each picture was drawn, times its numbers.
+scores of 1000 resampled sets are one matrix product: how often each picture was drawn, times its statistics.
 
-Shapes: n pictures, s numbers a picture, r resamples, m scores.
+Shapes: n pictures, s statistics of a picture, r resamples, m scores.
 """
 
 from collections.abc import Callable
@@ -35,13 +35,18 @@ class Comparison:
     p_value: float
 
 
-def intervals(
-    numbers: np.ndarray, combine: Combine, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+def bootstrap_intervals(
+    statistics: np.ndarray,
+    combine: Combine,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resample pictures with replacement and return the middle range of the scores.
 
     Args:
-        numbers: (n s), what each picture adds to the sums.
+        statistics: (n s), what each picture adds to the sums.
         combine: Turns sums (... s) into scores (... m).
         resamples: How many sets to draw.
         seed: The same seed gives the same intervals.
@@ -53,14 +58,14 @@ def intervals(
     Raises:
         ValueError: If there is no picture, fewer than 2 resamples, or a confidence outside 0 to 1.
     """
-    _check(len(numbers), resamples, confidence)
-    scores = combine(_drawn_sums(numbers, resamples, seed))
+    _check(len(statistics), resamples, confidence)
+    scores = combine(_drawn_sums(statistics, resamples, seed))
     tail = (1 - confidence) / 2
     low, high = np.quantile(scores, [tail, 1 - tail], axis=0)
     return low, high
 
 
-def paired(
+def paired_test(
     first: np.ndarray,
     second: np.ndarray,
     combine: Combine,
@@ -86,12 +91,12 @@ def paired(
         One comparison a score, m in all.
 
     Raises:
-        ValueError: If the shapes differ, or as ``intervals``.
+        ValueError: If the shapes differ, or as ``bootstrap_intervals``.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(
-            f"the two runs have numbers of shape {first.shape} and {second.shape}; give one row a picture each"
+            f"the two runs have statistics of shape {first.shape} and {second.shape}; give one row a picture each"
         )
     _check(len(first), resamples, confidence)
     difference = combine(second.sum(0)) - combine(first.sum(0))
@@ -113,18 +118,18 @@ def paired(
     ]
 
 
-def _drawn_sums(numbers: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _drawn_sums(statistics: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Return the sums (r s) of resampled sets of pictures."""
     rng = np.random.default_rng((seed, 0))
-    images = len(numbers)
-    numbers = np.asarray(numbers, dtype=np.float64)
-    sums = np.empty((resamples, numbers.shape[1]))
+    images = len(statistics)
+    statistics = np.asarray(statistics, dtype=np.float64)
+    sums = np.empty((resamples, statistics.shape[1]))
     start = 0
     for rows in _blocks(resamples, images):
         drawn = rng.integers(0, images, size=(rows, images), dtype=np.int64)
         drawn += np.arange(rows)[:, None] * images
         times = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images)
-        sums[start : start + rows] = times.astype(np.float64) @ numbers
+        sums[start : start + rows] = times.astype(np.float64) @ statistics
         start += rows
     return sums
 
@@ -136,7 +141,7 @@ def _blocks(resamples: int, images: int) -> list[int]:
 
 def _check(images: int, resamples: int, confidence: float) -> None:
     if images == 0:
-        raise ValueError("no picture to resample; give one row of numbers a picture")
+        raise ValueError("no picture to resample; give one row of statistics a picture")
     if resamples < 2:
         raise ValueError(f"resamples ({resamples}) must be at least 2")
     if not 0 < confidence < 1:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mmtransformer.metrics.bleu import ngrams
+
 _SIGMA = 6.0
 _Gram = tuple[str, ...]
 
@@ -45,7 +47,7 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
 def _counts(words: Sequence[str]) -> Counter[_Gram]:
     counts: Counter[_Gram] = Counter()
     for n in range(1, 5):
-        counts.update(zip(*(words[k:] for k in range(n)), strict=False))
+        counts.update(ngrams(words, n))
     return counts
 
 

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from mmtransformer.metrics.bleu import ngrams
+
 
 def distinct(captions: Sequence[Sequence[str]], n: int) -> float:
     """Return the share of different n-grams among all n-grams of the captions (0 if there are none).
@@ -10,7 +12,7 @@ def distinct(captions: Sequence[Sequence[str]], n: int) -> float:
     Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", NAACL 2016. It
     falls with the number of captions, so compare sets of one size.
     """
-    grams = [gram for words in captions for gram in zip(*(words[k:] for k in range(n)), strict=False)]
+    grams = [gram for words in captions for gram in ngrams(words, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 

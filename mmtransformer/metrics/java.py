@@ -4,7 +4,7 @@ Both come inside the Python package ``pycocoevalcap``. Nothing is ever downloade
 what cannot be computed is said to be not computed, with the reason. Programs run with a time limit
 and are killed past it.
 
-Letters: n pictures, s numbers a picture.
+Shapes: n pictures.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ class NotComputed(RuntimeError):
     """A score that this machine cannot compute; the message is the reason."""
 
 
-def meteor_numbers(
+def meteor_statistics(
     candidates: Sequence[str], references: Sequence[Sequence[str]], *, seconds: float | None = None
 ) -> np.ndarray:
     """Let METEOR 1.5 align captions with their references.
@@ -76,7 +76,7 @@ def meteor_numbers(
 
 
 def meteor(sums: np.ndarray) -> np.ndarray:
-    """Turn sums of ``meteor_numbers`` (... 23) into the METEOR score (... 1), a fraction of 1."""
+    """Turn sums of ``meteor_statistics`` (... 23) into the METEOR score (... 1), a fraction of 1."""
     sums = np.asarray(sums, dtype=np.float64)
     modules = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
     matched = _DELTA * modules[..., 0:2] + (1 - _DELTA) * modules[..., 2:4]  # (... module, caption|reference)

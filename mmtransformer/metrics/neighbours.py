@@ -4,7 +4,7 @@
     bigram     the likeliest between its two neighbours: P(w | left) P(w | right) / P(w), as if the neighbours did not
                know of each other; a neighbour that is hidden too says nothing
 
-Letters: t ids of all texts one after the other, n texts, m hidden tokens, v vocabulary.
+Shapes: t ids of all texts one after the other, n texts, m hidden tokens, v vocabulary.
 """
 
 from typing import Self
@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 
-class NeighbourGuess:
+class NeighbourBaseline:
     """Counts which tokens stand beside which, and guesses hidden ones.
 
     Args:
@@ -42,11 +42,11 @@ class NeighbourGuess:
             Itself.
 
         Raises:
-            ValueError: If no id is a target.
+            ValueError: If loss_mask is all False.
         """
         tokens = np.asarray(tokens, np.int64)
         if not loss_mask.any():
-            raise ValueError(f"none of the {len(tokens)} ids is a target: there is nothing to count")
+            raise ValueError(f"none of the {len(tokens)} ids is in loss_mask: there is nothing to count")
         counts = np.bincount(tokens[loss_mask], minlength=self.vocab_size).astype(float)
         self.unigram = int(counts.argmax())
         """The most frequent id."""
@@ -62,7 +62,7 @@ class NeighbourGuess:
         )
         return self
 
-    def guess(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    def predict(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """The bigrams' guesses.
 
         Args:

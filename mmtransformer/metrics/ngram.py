@@ -10,7 +10,7 @@ The longest n-grams are counted as they occur; of a shorter one it is counted ho
 ("Francisco" is frequent, but only after "San"), and how often it begins a text. All counts stand in sorted arrays:
 millions of ids take seconds.
 
-Letters: t ids of all texts one after the other, n texts, m ids that are predicted.
+Shapes: t ids of all texts one after the other, n texts, m ids that are predicted.
 """
 
 from collections.abc import Iterator
@@ -64,11 +64,11 @@ class NGram:
             Itself.
 
         Raises:
-            ValueError: If no id is a target, or one is outside the vocabulary.
+            ValueError: If loss_mask is all False, or one is outside the vocabulary.
         """
         tokens = self._checked(tokens)
         if not loss_mask.any():
-            raise ValueError(f"none of the {len(tokens)} ids is a target: there is nothing to count")
+            raise ValueError(f"none of the {len(tokens)} ids is in loss_mask: there is nothing to count")
         place = _places(starts)
         keys = [np.arange(self.vocab_size)]
         grams = [
@@ -94,7 +94,7 @@ class NGram:
         return self
 
     def log_probs(self, tokens: np.ndarray, starts: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-        """The natural logarithm of each target's probability, (m,); the arguments are those of `fit`.
+        """The natural logarithm of each predicted id's probability, (m,); the arguments are those of `fit`.
 
         Raises:
             ValueError: If nothing was counted yet, or an id is outside the vocabulary.

@@ -1,25 +1,21 @@
 """All scores of a set of captions in one call, with confidence intervals, and a paired test of two runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from mmtransformer.metrics import java
-from mmtransformer.metrics.bleu import bleu, counts
-from mmtransformer.metrics.bootstrap import Combine, Comparison, intervals, paired
+from mmtransformer.metrics.bleu import bleu, bleu_statistics
+from mmtransformer.metrics.bootstrap import Combine, Comparison, bootstrap_intervals, paired_test
 from mmtransformer.metrics.cider import cider_d
 from mmtransformer.metrics.diversity import diversity
 from mmtransformer.metrics.ptb import tokenize
 from mmtransformer.metrics.rouge import rouge_l
 
 # How each score is written in a table, and what it is multiplied by there.
-_TABLE = {
-    "bleu_1": ("BLEU-1", 100),
-    "bleu_2": ("BLEU-2", 100),
-    "bleu_3": ("BLEU-3", 100),
-    "bleu_4": ("BLEU-4", 100),
+_TABLE = {f"bleu_{n}": (f"BLEU-{n}", 100) for n in range(1, 5)} | {
     "rouge_l": ("ROUGE-L", 100),
     "cider_d": ("CIDEr-D", 100),
     "meteor": ("METEOR", 100),
@@ -33,11 +29,11 @@ _TABLE = {
 
 
 @dataclass(frozen=True)
-class _Part:
+class Statistics:
     """Scores that come from the same sums: what each picture adds (n s), and how sums become scores."""
 
     names: tuple[str, ...]
-    numbers: np.ndarray
+    values: np.ndarray
     combine: Combine
 
 
@@ -54,6 +50,7 @@ class CaptionScores:
         per_image: Scores of each picture by name (BLEU of one caption is smoothed and says little).
         references: References a picture, on average.
         unit: What was counted, "word" or "character".
+        statistics: What the scores are made of, a picture each: for `compare`.
     """
 
     values: dict[str, float | str]
@@ -61,7 +58,7 @@ class CaptionScores:
     per_image: dict[str, dict[str, float]]
     references: float
     unit: str
-    _parts: tuple[_Part, ...] = field(repr=False, compare=False, default=())
+    statistics: tuple[Statistics, ...] = field(repr=False, compare=False, default=())
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -147,43 +144,44 @@ def score_captions(
     mine_split = [_split(words) for words in mine]
     theirs_split = [[_split(words) for words in refs] for refs in theirs]
 
-    bleu_part = _Part(
-        ("bleu_1", "bleu_2", "bleu_3", "bleu_4"),
-        np.array([counts(m, t) for m, t in zip(mine_split, theirs_split, strict=True)], dtype=np.float64),
-        bleu,
-    )
-    rouge = np.array([rouge_l(m, t) for m, t in zip(mine, theirs, strict=True)])
+    counted = np.array([bleu_statistics(m, r) for m, r in zip(mine_split, theirs_split, strict=True)], float)
     parts = [
-        bleu_part,
-        _means("rouge_l", rouge),
+        Statistics(("bleu_1", "bleu_2", "bleu_3", "bleu_4"), counted, bleu),
+        _means("rouge_l", np.array([rouge_l(m, r) for m, r in zip(mine, theirs, strict=True)])),
         _means("cider_d", cider_d(mine_split, theirs_split)),
     ]
-    reasons: dict[str, str] = {}
-    by_java = {
-        "meteor": _by_java("meteor", meteor, unit, mine, theirs, _meteor_part),
-        "spice": _by_java("spice", spice, unit, mine, theirs, _spice_part),
-    }
-    for name, part in by_java.items():
-        if isinstance(part, str):
-            reasons[name] = part
-        else:
-            parts.append(part)
+    reasons: dict[str, float | str] = {}
+    texts = [" ".join(words) for words in mine], [[" ".join(words) for words in refs] for refs in theirs]
+    for name, wanted, compute in (("meteor", meteor, _meteor), ("spice", spice, _spice)):
+        try:
+            if wanted is False:
+                raise java.NotComputed("not asked for")
+            if unit != "word":
+                raise java.NotComputed(f"it counts words, and unit is {unit!r}")
+            parts.append(compute(*texts))
+        except java.NotComputed as error:
+            if wanted is True:
+                raise ValueError(
+                    f"{name} cannot be computed: {error}; pass {name}='auto' to go on without it"
+                ) from error
+            reasons[name] = f"not computed: {error}"
 
-    values: dict[str, float | str] = {}
-    for part in parts:
-        values |= dict(zip(part.names, part.combine(part.numbers.sum(0)).tolist(), strict=True))
-    values |= reasons
-    values |= diversity(mine)
-    each = {name: part.combine(part.numbers)[:, i] for part in parts for i, name in enumerate(part.names)}
+    def combine(sums: np.ndarray) -> np.ndarray:
+        pieces = np.split(sums, np.cumsum([part.values.shape[1] for part in parts])[:-1], axis=-1)
+        return np.concatenate([part.combine(x) for part, x in zip(parts, pieces, strict=True)], axis=-1)
+
+    statistics = np.concatenate([part.values for part in parts], axis=1)
+    scored = [name for part in parts for name in part.names]
+    values = dict(zip(scored, combine(statistics.sum(0)).tolist(), strict=True)) | reasons | diversity(mine)
+    each = combine(statistics)
+    ends = bootstrap_intervals(statistics, combine, resamples=bootstrap, seed=seed) if bootstrap else ((), ())
     return CaptionScores(
         values={name: values[name] for name in _TABLE},
-        intervals=_intervals(parts, bootstrap, seed),
-        per_image={
-            name: {key: float(column[i]) for key, column in each.items()} for i, name in enumerate(names)
-        },
+        intervals={name: (float(low), float(high)) for name, low, high in zip(scored, *ends)},
+        per_image={name: dict(zip(scored, row, strict=True)) for name, row in zip(names, each.tolist())},
         references=sum(map(len, theirs)) / len(theirs),
         unit=unit,
-        _parts=tuple(parts),
+        statistics=tuple(parts),
     )
 
 
@@ -209,12 +207,13 @@ def compare(
     _same_names("the first run", first.per_image, "the second run", second.per_image)
     place = {name: i for i, name in enumerate(second.per_image)}
     order = [place[name] for name in first.per_image]
-    others = {part.names: part for part in second._parts}
+    others = {part.names: part for part in second.statistics}
     out: dict[str, Comparison] = {}
-    for part in first._parts:
-        other = others.get(part.names)
-        if other is not None:
-            found = paired(part.numbers, other.numbers[order], part.combine, resamples=resamples, seed=seed)
+    for part in first.statistics:
+        if (other := others.get(part.names)) is not None:
+            found = paired_test(
+                part.values, other.values[order], part.combine, resamples=resamples, seed=seed
+            )
             out |= dict(zip(part.names, found, strict=True))
     return out
 
@@ -228,59 +227,17 @@ def _split(words: list[str]) -> list[str]:
     return " ".join(words).split() if any("\u00a0" in word for word in words) else words
 
 
-def _means(name: str, scores: np.ndarray) -> _Part:
-    return _Part(
-        (name,), np.stack([scores, np.ones_like(scores)], axis=1), lambda sums: sums[..., :1] / sums[..., 1:]
-    )
+def _means(name: str, scores: np.ndarray) -> Statistics:
+    values = np.stack([scores, np.ones_like(scores)], axis=1)
+    return Statistics((name,), values, lambda sums: sums[..., :1] / sums[..., 1:])
 
 
-def _meteor_part(candidates: list[str], references: list[list[str]]) -> _Part:
-    return _Part(("meteor",), java.meteor_numbers(candidates, references), java.meteor)
+def _meteor(candidates: list[str], references: list[list[str]]) -> Statistics:
+    return Statistics(("meteor",), java.meteor_statistics(candidates, references), java.meteor)
 
 
-def _spice_part(candidates: list[str], references: list[list[str]]) -> _Part:
+def _spice(candidates: list[str], references: list[list[str]]) -> Statistics:
     return _means("spice", java.spice(candidates, references))
-
-
-def _by_java(
-    name: str,
-    wanted: bool | Literal["auto"],
-    unit: str,
-    mine: list[list[str]],
-    theirs: list[list[list[str]]],
-    compute: Callable[[list[str], list[list[str]]], _Part],
-) -> _Part | str:
-    if wanted is False:
-        return "not computed: not asked for"
-    try:
-        if unit != "word":
-            raise java.NotComputed(f"it counts words, and unit is {unit!r}")
-        return compute(
-            [" ".join(words) for words in mine], [[" ".join(words) for words in refs] for refs in theirs]
-        )
-    except java.NotComputed as error:
-        if wanted is True:
-            raise ValueError(
-                f"{name} cannot be computed: {error}; pass {name}='auto' to go on without it"
-            ) from error
-        return f"not computed: {error}"
-
-
-def _intervals(parts: Sequence[_Part], resamples: int, seed: int) -> dict[str, tuple[float, float]]:
-    if resamples == 0:
-        return {}
-    ends = np.cumsum([part.numbers.shape[1] for part in parts])
-
-    def combine(sums: np.ndarray) -> np.ndarray:
-        pieces = np.split(sums, ends[:-1], axis=-1)
-        return np.concatenate(
-            [part.combine(piece) for part, piece in zip(parts, pieces, strict=True)], axis=-1
-        )
-
-    numbers = np.concatenate([part.numbers for part in parts], axis=1)
-    low, high = intervals(numbers, combine, resamples=resamples, seed=seed)
-    names = [name for part in parts for name in part.names]
-    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
 
 
 def _check(

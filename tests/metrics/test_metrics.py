@@ -16,11 +16,11 @@ import pytest
 
 from mmtransformer.metrics import bootstrap as bootstrap_module
 from mmtransformer.metrics import compare, java, recall_at_k, score_captions, tokenize
-from mmtransformer.metrics.bleu import bleu, counts
-from mmtransformer.metrics.bootstrap import intervals, paired
+from mmtransformer.metrics.bleu import bleu, bleu_statistics
+from mmtransformer.metrics.bootstrap import bootstrap_intervals, paired_test
 from mmtransformer.metrics.cider import cider_d
 from mmtransformer.metrics.diversity import distinct, diversity, repeated
-from mmtransformer.metrics.java import NotComputed, meteor, meteor_numbers, spice
+from mmtransformer.metrics.java import NotComputed, meteor, meteor_statistics, spice
 from mmtransformer.metrics.rouge import longest_common, rouge_l
 
 WORDS = tokenize("a dog cat red blue runs sits on the near big small tree house man woman 별 원")
@@ -120,7 +120,9 @@ def test_references_without_words_do_not_stop_the_scores() -> None:
 
 
 def test_bleu_counts_by_hand() -> None:
-    row = counts(["the", "the", "the", "cat"], [["the", "cat", "sat"], ["the", "the", "mat", "on", "it"]])
+    row = bleu_statistics(
+        ["the", "the", "the", "cat"], [["the", "cat", "sat"], ["the", "the", "mat", "on", "it"]]
+    )
     #              length, closest (3 and 5 are as near: the shorter), 4 guesses, 4 hits
     assert row == [4, 3, 4, 3, 2, 1, 3, 2, 0, 0]
     assert bleu(np.array(row))[0] == pytest.approx(3 / 4)
@@ -128,7 +130,7 @@ def test_bleu_counts_by_hand() -> None:
 
 
 def test_bleu_punishes_short_captions() -> None:
-    row = counts(["a", "dog"], [["a", "dog", "runs", "home"]])
+    row = bleu_statistics(["a", "dog"], [["a", "dog", "runs", "home"]])
     assert bleu(np.array(row))[0] == pytest.approx(np.exp(1 - 4 / 2))
 
 
@@ -192,7 +194,9 @@ def test_intervals_of_a_mean_are_those_of_theory() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(3.0, 2.0, size=503)
     numbers = np.stack([values, np.ones(503)], axis=1)
-    low, high = intervals(numbers, lambda sums: sums[..., :1] / sums[..., 1:], resamples=4000, seed=1)
+    low, high = bootstrap_intervals(
+        numbers, lambda sums: sums[..., :1] / sums[..., 1:], resamples=4000, seed=1
+    )
     half = 1.96 * values.std() / 503**0.5
     assert low[0] == pytest.approx(values.mean() - half, abs=0.02)
     assert high[0] == pytest.approx(values.mean() + half, abs=0.02)
@@ -200,10 +204,10 @@ def test_intervals_of_a_mean_are_those_of_theory() -> None:
 
 def test_intervals_do_not_depend_on_how_many_draws_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = np.random.default_rng(0).normal(size=(37, 3))
-    whole = intervals(numbers, lambda sums: sums, resamples=101, seed=7)
+    whole = bootstrap_intervals(numbers, lambda sums: sums, resamples=101, seed=7)
     monkeypatch.setattr(bootstrap_module, "_BLOCK", 37 * 13)
-    np.testing.assert_allclose(whole, intervals(numbers, lambda sums: sums, resamples=101, seed=7))
-    assert not np.allclose(whole, intervals(numbers, lambda sums: sums, resamples=101, seed=8))
+    np.testing.assert_allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, resamples=101, seed=7))
+    assert not np.allclose(whole, bootstrap_intervals(numbers, lambda sums: sums, resamples=101, seed=8))
 
 
 def test_scores_lie_within_their_intervals_and_repeat() -> None:
@@ -223,14 +227,14 @@ def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
     small = 0
     for seed in range(100):
         first, second = rng.normal(size=(2, 41, 1))
-        row = paired(
+        row = paired_test(
             *(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean, resamples=200, seed=seed
         )
         small += row[0].p_value <= 0.1
     assert 3 <= small <= 19  # 10 expected of 100 equal runs
     first = rng.normal(size=(41, 1))
     second = first + 0.3 + 0.2 * rng.normal(size=(41, 1))  # far less than the spread of either
-    row = paired(*(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean)[0]
+    row = paired_test(*(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean)[0]
     assert row.difference == pytest.approx(0.3, abs=0.1)
     assert 0 < row.low < row.difference < row.high
     assert row.p_value < 0.01
@@ -308,13 +312,13 @@ def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="unit 'letter'"):
         score_captions(*one, unit="letter")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"resamples \(1\)"):
-        intervals(np.ones((3, 1)), lambda sums: sums, resamples=1)
+        bootstrap_intervals(np.ones((3, 1)), lambda sums: sums, resamples=1)
     with pytest.raises(ValueError, match=r"confidence \(95\)"):
-        intervals(np.ones((3, 1)), lambda sums: sums, confidence=95)
+        bootstrap_intervals(np.ones((3, 1)), lambda sums: sums, confidence=95)
     with pytest.raises(ValueError, match="no picture"):
-        intervals(np.ones((0, 1)), lambda sums: sums)
+        bootstrap_intervals(np.ones((0, 1)), lambda sums: sums)
     with pytest.raises(ValueError, match=r"\(3, 1\) and \(5, 1\)"):
-        paired(np.ones((3, 1)), np.ones((5, 1)), lambda sums: sums)
+        paired_test(np.ones((3, 1)), np.ones((5, 1)), lambda sums: sums)
     with pytest.raises(ValueError, match="the second run lack 1 of 2 pictures of the first run: 'b'"):
         compare(
             score_captions({"a": "x", "b": "y"}, {"a": ["x"], "b": ["y"]}, meteor=False, spice=False),
@@ -422,7 +426,7 @@ def test_meteor_is_killed_when_it_hangs(fake_java) -> None:
     fake_java("import time; time.sleep(600)")
     start = time.perf_counter()
     with pytest.raises(NotComputed, match="METEOR did not finish within 1 s"):
-        meteor_numbers(["a dog"], [["a dog"]], seconds=1)
+        meteor_statistics(["a dog"], [["a dog"]], seconds=1)
     assert time.perf_counter() - start < 30
 
 
@@ -436,13 +440,13 @@ def test_meteor_says_why_it_failed(fake_java) -> None:
         score_captions(*one, meteor=True, spice=False)
     fake_java("print('1 2 3')")
     with pytest.raises(NotComputed, match="answered 1 lines for 2 captions"):
-        meteor_numbers(["a", "b"], [["a"], ["b"]])
+        meteor_statistics(["a", "b"], [["a"], ["b"]])
 
 
 def test_meteor_gets_one_clean_line_a_image(fake_java, tmp_path: Path) -> None:
     seen = tmp_path / "seen.txt"
     fake_java(f"import sys\nopen({str(seen)!r}, 'w').write(sys.stdin.read()); print(' '.join(['1'] * 23))")
-    meteor_numbers(["a ||| dog\nruns"], [["one\r\ntwo", "three"]])
+    meteor_statistics(["a ||| dog\nruns"], [["one\r\ntwo", "three"]])
     assert seen.read_text() == "SCORE ||| one two ||| three ||| a dog runs\n"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
-from mmtransformer.metrics.neighbours import NeighbourGuess
+from mmtransformer.metrics.neighbours import NeighbourBaseline
 from mmtransformer.pipelines.image_captioner import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def score_masked(
     encoder: TextEncoder,
     data: MaskedData,
     split: str,
-    baseline: NeighbourGuess,
+    baseline: NeighbourBaseline,
     *,
     limit_batches: int | None = None,
 ) -> MaskedScore:
@@ -91,7 +91,7 @@ def score_masked(
         following = np.concatenate([seen[:, 1:], edge], axis=1)[loss_mask]
         right["model"].append(guesses == labels)
         right["unigram"].append(labels == baseline.unigram)
-        right["bigram"].append(baseline.guess(left, following) == labels)
+        right["bigram"].append(baseline.predict(left, following) == labels)
         row = np.broadcast_to(np.arange(len(loss_mask))[:, None] + rows, loss_mask.shape)[loss_mask]
         words.append(row * 10_000 + batch.words.numpy()[loss_mask])
         rows += len(loss_mask)
@@ -135,7 +135,7 @@ def _answers(encoder: TextEncoder, batch: MaskedBatch) -> tuple[np.ndarray, np.n
     return tuple(None if a is None else a.cpu().numpy() for a in answers)  # pyright: ignore[reportReturnType]
 
 
-def count_neighbours(data: MaskedData) -> NeighbourGuess:
+def count_neighbours(data: MaskedData) -> NeighbourBaseline:
     """The n-gram baseline, counted over the training texts, each between bos and eos as in a row."""
     rows: MaskedRows = data.rows(data.train_split)
     bos, eos = data.tokenizer.bos_id, data.tokenizer.eos_id
@@ -143,7 +143,7 @@ def count_neighbours(data: MaskedData) -> NeighbourGuess:
     starts = np.concatenate([[0], np.cumsum(rows.sizes + 2)])
     loss_mask = np.ones(len(tokens), bool)
     loss_mask[starts[:-1]] = loss_mask[starts[1:] - 1] = False
-    return NeighbourGuess(data.tokenizer.vocab_size).fit(tokens, starts, loss_mask)
+    return NeighbourBaseline(data.tokenizer.vocab_size).fit(tokens, starts, loss_mask)
 
 
 @torch.inference_mode()

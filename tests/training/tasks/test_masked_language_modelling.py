@@ -19,7 +19,7 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.masked import MaskedData, own_masked
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
-from mmtransformer.metrics.neighbours import NeighbourGuess
+from mmtransformer.metrics.neighbours import NeighbourBaseline
 from mmtransformer.training import MaskedLanguageModelling, Optim, Run
 from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
 
@@ -268,7 +268,7 @@ def test_neighbours_guess_by_definition() -> None:
     texts = [[min(int(t), vocab - 1) for t in text] for text in texts]
     tokens, starts = np.array([i for text in texts for i in text]), np.arange(0, 7 * 40 + 1, 7)
     loss_mask = np.tile([False, True, True, True, True, True, False], 40)
-    model = NeighbourGuess(vocab, strength=0.7).fit(tokens, starts, loss_mask)
+    model = NeighbourBaseline(vocab, strength=0.7).fit(tokens, starts, loss_mask)
     inner = [w for text in texts for w in text[1:-1]]
     share = [inner.count(w) / len(inner) for w in range(vocab)]
     assert model.unigram == int(np.argmax(share))
@@ -290,19 +290,19 @@ def test_neighbours_guess_by_definition() -> None:
         return int(np.argmax(scores))
 
     pairs = [(a, b) for a in range(-1, vocab) for b in range(-1, vocab)]
-    found = model.guess(np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]))
+    found = model.predict(np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]))
     assert found.tolist() == [definition(a, b) for a, b in pairs]
     assert len(set(found.tolist())) > 3
-    assert model.guess(np.array([-1]), np.array([-1])).tolist() == [model.unigram]
+    assert model.predict(np.array([-1]), np.array([-1])).tolist() == [model.unigram]
 
 
 def test_neighbours_refuse_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"vocab_size \(0\)"):
-        NeighbourGuess(0)
+        NeighbourBaseline(0)
     with pytest.raises(ValueError, match=r"strength \(0\)"):
-        NeighbourGuess(3, 0)
+        NeighbourBaseline(3, 0)
     with pytest.raises(ValueError, match="none of the 2 ids"):
-        NeighbourGuess(3).fit(np.array([0, 1]), np.array([0, 2]), np.zeros(2, bool))
+        NeighbourBaseline(3).fit(np.array([0, 1]), np.array([0, 2]), np.zeros(2, bool))
 
 
 # --------------------------------------------------------------------------------------------------------- runs
