@@ -28,7 +28,7 @@ def test_tokens_equal_the_frozen_answers_of_the_official_tool(row: dict) -> None
 
 
 def test_there_are_enough_frozen_answers() -> None:
-    assert len(OFFICIAL) >= 150
+    assert len(OFFICIAL) >= 190
     assert sum(len(row["tokens"]) for row in OFFICIAL) > 1000
 
 
@@ -116,7 +116,29 @@ def test_captions_in_a_row_are_cut_like_each_alone(words: list[str]) -> None:
     assert tokenize(" ".join(words) + " .") == alone
 
 
-@pytest.mark.parametrize("unit", ["a,", "a'", "a@", "<a ", "1,", "'a", ":-", "aa'n", "한'", "a&"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a,",
+        "a'",
+        "a@",
+        "<a ",
+        "1,",
+        "a-",
+        "a.",
+        "a!",
+        "a/",
+        "1 ",
+        "<a@",
+        "#a",
+        "a=",
+        "'a",
+        ":-",
+        "aa'n",
+        "한'",
+        "a&",
+    ],
+)
 def test_a_caption_of_50_000_marks_takes_no_time(unit: str) -> None:
     start = time.perf_counter()
     tokenize(unit * 10_000)
@@ -136,7 +158,7 @@ def _jar() -> Path | None:
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="the official tool needs Java")
 def test_awkward_captions_agree_with_the_official_tool(tmp_path: Path) -> None:
-    """2000 captions with marks strewn in; at most 4 in 1000 may differ (odd ones, as telephone numbers)."""
+    """2000 captions with marks strewn in; at most 1 in 1000 may differ (letters newer than the tool)."""
     jar = _jar()
     if jar is None:
         pytest.skip("the official tool's jar is not in pycocoevalcap")
@@ -185,4 +207,4 @@ def test_awkward_captions_agree_with_the_official_tool(tmp_path: Path) -> None:
         for caption, theirs in zip(captions, official, strict=True)
         if theirs != tokenize(caption)
     ]
-    assert len(misses) <= 0.004 * len(captions), misses[:5]
+    assert len(misses) <= 0.001 * len(captions), misses[:5]
