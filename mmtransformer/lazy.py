@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 
 def lazy(
     package: str, contents: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """A package's `__getattr__`, `__dir__` and `__all__`.
+    """A package's `__getattr__`, `__dir__` and `__all__`: its public names, and the modules in it.
 
     Args:
         package: its dotted name.
@@ -17,11 +18,22 @@ def lazy(
     """
     home = {name: module for module, names in contents.items() for name in names.split()}
 
+    def modules() -> list[str]:
+        found = (module.name for module in iter_modules(sys.modules[package].__path__))
+        return [name for name in found if name[0] != "_"]
+
     def get(name: str) -> Any:
-        if name not in home:
+        if name in home:
+            value = getattr(import_module(f"{package}.{home[name]}"), name)
+        elif name[0] != "_" and name in modules():
+            value = import_module(f"{package}.{name}")
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{home[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted([*vars(sys.modules[package]), *home]), sorted(home)
+    def listed() -> list[str]:
+        shown = (name for name in vars(sys.modules[package]) if name.startswith("__"))
+        return sorted({*shown, *home, *modules()})
+
+    return get, listed, sorted(home)

@@ -320,7 +320,7 @@ def _transformers(reason: str = "") -> Any:
         import transformers
     except ImportError as error:
         why = f"{reason}. " if reason else ""
-        raise ValueError(f'{why}This needs transformers: pip install "mmtransformer[hf]"') from error
+        raise ValueError(f"{why}This needs transformers: pip install transformers") from error
     return transformers
 
 

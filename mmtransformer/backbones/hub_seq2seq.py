@@ -52,7 +52,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         try:
             from transformers import AutoConfig, AutoModelForSeq2SeqLM
         except ImportError as error:
-            raise ValueError('HubSeq2Seq needs transformers: pip install "mmtransformer[hf]"') from error
+            raise ValueError("HubSeq2Seq needs transformers: pip install transformers") from error
         family = config.get("model_type", "")
         if family not in _FAMILIES:
             raise ValueError(f'HubSeq2Seq holds {", ".join(_FAMILIES)}, not "{family}"')

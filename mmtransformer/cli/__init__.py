@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "ablate": ("ablate", "Train several bridges on the towers and data of one recipe, and compare them."),
     "check": ("check", "Look at image-text pairs before training on them."),
+    "recipes": ("recipes", "List the recipes that come with the library; show or copy one."),
     "plan": ("plan", "Say what a recipe needs of memory and disk, before it is run."),
 }
 
@@ -67,7 +68,7 @@ def usage() -> str:
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     lines += [
         "",
-        "  mmt fit --config recipes/caption_scenes.yaml",
+        "  mmt fit --config caption_scenes",
         "  mmt caption cat.jpg --model runs/caption_scenes/model --language ko",
         "",
         "mmt COMMAND --help says more; --debug shows the traceback of an error.",

@@ -32,14 +32,13 @@ def run(name: str, words: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(list(words))
     bridges = args.bridges.split(",")
 
-    from mmtransformer.cli.errors import check_file
+    from mmtransformer.cli.recipes import recipe_file
     from mmtransformer.training.evaluation.ablation import check_bridges
 
     check_bridges(bridges)
-    for file in (args.recipe, *args.config):
-        check_file(file, "recipe")
+    files = [recipe_file(file) for file in (args.recipe, *args.config)]
     out = Path(args.out or Path("runs") / f"ablate_{Path(args.recipe).stem}")
-    configs = [word for file in (args.recipe, *args.config) for word in ("--config", file)]
+    configs = [word for file in files for word in ("--config", file)]
     parameters, rows = args.parameters, {}
     for bridge in bridges:
         print(f"\n== {bridge} ==")

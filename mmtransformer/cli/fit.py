@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
+from mmtransformer.cli.recipes import with_files
 from mmtransformer.cli.trust import check_names, check_recipe
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ HELP = """usage: mmt {name} --config RECIPE.yaml [--config OVERLAY.yaml] [--KEY=
 
 The keys that one changes most (any key of a recipe can be given so; --help=all lists the Trainer's too):
 
-  --config FILE                        a recipe; a second one lays its keys over the first
+  --config FILE                        a recipe, or the name of one (mmt recipes); a second one lays its keys over it
   --resume                             go on where the run in this folder stopped, if it has begun
   --ckpt_path last|FILE                go on from a checkpoint
   --seed_everything N                  seed of weights and data
@@ -67,12 +68,10 @@ def run(name: str, words: Sequence[str]) -> int:
         print(HELP.format(name=name, text=COMMANDS[name][1]))
         return 0
     spelt = {"--help=all": "--help", "--resume": "--resume=true"}
-    words = [spelt.get(word, word) for word in words]
+    words = with_files([spelt.get(word, word) for word in words])
     configs = list(config_files(words))
-    for config in configs:
-        check_file(config, "recipe")
     if not configs and not any(w == "--help" or ".help" in w or "print_config" in w for w in words):
-        raise ValueError(f"mmt {name} needs a recipe: --config recipes/caption_scenes.yaml")
+        raise ValueError(f"mmt {name} needs a recipe: --config caption_scenes; mmt recipes lists them")
     _quiet()
     folder = Path("runs") / (Path(configs[0]).stem if configs else "run")
     cli = recipe_cli(list(words), folder)

@@ -32,15 +32,12 @@ def run(name: str, words: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         print(HELP)
         return 0
-    from mmtransformer.cli.errors import check_file
-    from mmtransformer.cli.fit import config_files
+    from mmtransformer.cli.recipes import with_files
 
     words = list(words)
     if not words[0].startswith("-"):
         words = ["--config", *words]
-    for config in config_files(words):
-        check_file(config, "recipe")
-    needs, samples, unit = plan(words)
+    needs, samples, unit = plan(with_files(words))
     print(needs.table(samples, unit))
     return 0
 

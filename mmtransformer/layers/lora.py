@@ -38,7 +38,7 @@ def add_lora(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("add_lora needs peft: pip install 'mmtransformer[lora]'") from error
+        raise ValueError("add_lora needs peft: pip install peft") from error
     linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     for target in targets:
         if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):

@@ -72,6 +72,15 @@ class ImageCaptioner:
         self.precision: Precision = precision
         self._ready = False
 
+    def __repr__(self) -> str:
+        known = ", ".join(self.tokenizer.languages)
+        size = sum(p.numel() for p in self.captioner.parameters()) / 1e6
+        return (
+            f"ImageCaptioner({type(self.captioner).__name__}, {size:.1f} million parameters, "
+            f"{self.tokenizer.vocab_size} tokens{f', languages {known}' if known else ''}, "
+            f"{self.precision} on {self.device})"
+        )
+
     @classmethod
     def from_pretrained(
         cls,

@@ -86,6 +86,10 @@ class Tokenizer:
         unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
         self._forbidden = self._specials - {unknown}  # ids that no text may get
 
+    def __repr__(self) -> str:
+        known = f", languages {', '.join(self.languages)}" if self.languages else ""
+        return f"Tokenizer({self.vocab_size} tokens{known})"
+
     # ------------------------------------------------------------------------------------------- making one
 
     @classmethod

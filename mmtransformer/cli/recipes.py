@@ -1,0 +1,100 @@
+"""`mmt recipes`, and where a recipe's file is: the user's own, or one of those that come with the library."""
+
+import argparse
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmtransformer.cli.errors import suggest
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Lists the recipes, shows one, or copies one.
+
+    Args:
+        name: The command's name.
+        words: The words after it.
+    """
+    text = "The recipes that come with the library, each with its time and its score."
+    parser = argparse.ArgumentParser(f"mmt {name}", description=text)
+    commands = parser.add_subparsers(dest="command", metavar="show|copy")
+    show = commands.add_parser("show", help="print a recipe")
+    copy = commands.add_parser("copy", help="copy a recipe here, to change it")
+    for command in (show, copy):
+        command.add_argument("recipe", metavar="NAME")
+    copy.add_argument("to", nargs="?", metavar="FILE", help="where to (NAME.yaml)")
+    args = parser.parse_args(list(words))
+    if args.command is None:
+        print("\n".join(listing()))
+        return 0
+    file = Path(recipe_file(args.recipe))
+    if args.command == "show":
+        print(file.read_text("utf-8"), end="")
+        return 0
+    to = Path(args.to or file.name)
+    if to.exists():
+        raise ValueError(f"{to} is there already; name another file: mmt {name} copy {args.recipe} FILE")
+    shutil.copyfile(file, to)
+    print(f"{to}; run it with: mmt fit --config {to}")
+    return 0
+
+
+def folder() -> Path:
+    """The library's recipes: in an installed package within it, in a clone of the repository beside it."""
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def names() -> list[str]:
+    """The names of the library's recipes; "tiny", which is laid over others, is none of them."""
+    return sorted(path.stem for path in folder().glob("*.yaml") if path.stem != "tiny")
+
+
+def recipe_file(recipe: str) -> str:
+    """The file of a recipe: a path, or the name of one of the library's, as "caption_scenes" or as a clone has it.
+
+    Raises:
+        ValueError: If there is no such recipe, with one of a similar name, if there is one.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return recipe
+    if path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml"):
+        own = folder() / f"{path.stem}.yaml"
+        if own.is_file():
+            return str(own)
+    near = [p.name for p in path.parent.glob("*.yaml")]
+    raise ValueError(
+        f"{recipe}: no such recipe{suggest(path.name, [*near, *names()])}; mmt recipes lists the library's"
+    )
+
+
+def with_files(words: Sequence[str]) -> list[str]:
+    """A command line with the files of the recipes that --config names."""
+    found: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if equals and option in ("--config", "-c"):
+            found.append(f"{option}={recipe_file(value)}")
+        else:
+            found.append(recipe_file(word) if found[-1:] in (["--config"], ["-c"]) else word)
+    return found
+
+
+def listing() -> list[str]:
+    """Of each recipe what it is for, its time and its score, out of its header."""
+    lines = []
+    for name in names():
+        text = (folder() / f"{name}.yaml").read_text("utf-8")
+        purpose = text.splitlines()[0].lstrip("# ")
+        fields = {
+            field: " ".join(re.sub(r"\n# +", " ", value).split())
+            for field, value in re.findall(r"^#   (time|score) +(.*(?:\n#     .*)*)", text, re.MULTILINE)
+        }
+        lines.append(f"{name:<25}{purpose}")
+        lines += [f"{'':<25}{field:<7}{textwrap.shorten(fields[field], 120)}" for field in ("time", "score")]
+    return [*lines, "", "mmt fit --config NAME trains one; mmt recipes show|copy NAME prints or copies it."]

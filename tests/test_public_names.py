@@ -1,0 +1,42 @@
+"""What a user finds by looking: `dir`, submodules as attributes, reprs, and types for checkers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from mmtransformer import (
+    EncoderDecoder,
+    ImageCaptioner,
+    ImageTransform,
+    TextDecoder,
+    Tokenizer,
+    ViT,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_package_shows_public_names_and_submodules_only() -> None:
+    code = "import mmtransformer as mm; mm.weights.load_lm; mm.data, mm.training; print(*dir(mm))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = {name for name in done.stdout.split() if not name.startswith("__")}
+    rooms = {path.stem for path in (ROOT / "mmtransformer").iterdir() if path.name[0] not in "_."}
+    assert {"ViT", "generate", "weights", "layers"} <= shown
+    assert not {name for name in shown if name[0] == "_" or name == "TYPE_CHECKING"}
+    assert rooms - {"recipes", "py"} <= shown
+
+
+def test_reprs_say_what_it_is() -> None:
+    tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300, languages=["en", "ko"])
+    assert repr(tokenizer) == f"Tokenizer({tokenizer.vocab_size} tokens, languages en, ko)"
+    vit = ViT(32, 8, 16, 1, 2, class_token=False, pool="mean")
+    model = EncoderDecoder(vit, TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, cross_dim=16))
+    captioner = ImageCaptioner(model, tokenizer, ImageTransform(32), device="cpu")
+    assert repr(captioner) == (
+        f"ImageCaptioner(EncoderDecoder, 0.0 million parameters, {tokenizer.vocab_size} tokens, "
+        "languages en, ko, fp32 on cpu)"
+    )
+
+
+def test_types_are_found() -> None:
+    assert (ROOT / "mmtransformer" / "py.typed").is_file()
