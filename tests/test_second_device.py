@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -17,6 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from mmtransformer import Captioner, CudaGraphDecoder, ImageText, QFormer, TextEncoder, generate, stream
 from mmtransformer.cli import main
+from mmtransformer.training.engine.log import MetricsLog
+from mmtransformer.training.tasks.captioning import Captioning
+from support import tiny
 from support.generators import DIM, EOS, MODELS, QUERIES, VOCAB, batch_for, noisy, told, vit
 from support.recipes import NAMES, RECIPES, arguments
 from support.second_device import GPU, Graph, OnGPU, SecondDevice, Stream, WrongDevice
@@ -177,9 +181,6 @@ def test_a_graph_can_hold_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert graphs[0].replays > 8
 
 
-# --- recipes
-
-
 @pytest.fixture
 def trainer_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's CPU accelerator computes there, and what asks the driver gets an answer."""
@@ -202,6 +203,51 @@ def trainer_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 10**6)
+
+
+# --- a run
+
+
+class Waits(pl.Callback):
+    """What was waited for in each batch of a training."""
+
+    def __init__(self, gpu: SecondDevice) -> None:
+        self.gpu, self.batches = gpu, []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.gpu.waits.clear()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches.append(dict(self.gpu.waits))
+
+
+@pytest.mark.usefixtures("trainer_on_it")
+def test_a_step_waits_once_however_many_batches_it_has(tmp_path: Path) -> None:
+    """Where its numbers are read; a batch waits for the number of its target tokens, so that no others have logits."""
+    module = Captioning(tiny.captioner())
+    with warnings.catch_warnings(), SecondDevice() as gpu:
+        warnings.simplefilter("ignore")
+        waits = Waits(gpu)
+        pl.Trainer(
+            accelerator="cpu",
+            precision="32-true",
+            max_epochs=1,
+            accumulate_grad_batches=3,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=MetricsLog(tmp_path),
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+            callbacks=[waits],
+        ).fit(module, datamodule=tiny.scenes(2, train_size=12))
+    assert waits.batches == [{"nonzero": 1}, {"nonzero": 1}, {"nonzero": 1, "_to_copy": 1}] * 2
+    assert module.samples_seen == 12
+
+
+# --- recipes
 
 
 IN_CI = ("flamingo_scenes",)

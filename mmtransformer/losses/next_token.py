@@ -41,9 +41,11 @@ def next_token_loss(
     Returns:
         The sum, and the number of targets; both zero, and the gradient too, where there is no target.
     """
-    predicts, labels = loss_mask[:, 1:], tokens[:, 1:]
-    chosen = labels[predicts]
-    logits = head(hidden[:, : labels.shape[1]][predicts])
+    places = loss_mask[:, 1:].nonzero(
+        as_tuple=True
+    )  # the one wait for the device: a mask as index would wait thrice
+    chosen = tokens[:, 1:][places]
+    logits = head(hidden[places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
     return Loss(total, torch.tensor(chosen.numel(), device=total.device))

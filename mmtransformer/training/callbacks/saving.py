@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, remove_leftovers
 from mmtransformer.training.engine.ema import EMA
+from mmtransformer.training.engine.internals import epoch_ends, in_a_step, validation_follows
 from mmtransformer.training.engine.log import MetricsLog
-from mmtransformer.training.engine.resume import validation_follows
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -95,13 +95,12 @@ class Saving(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves after an optimizer step, if it is time to or a signal came."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        if in_a_step(trainer):
             return
         step, number = trainer.global_step, self._agreed(trainer)
         due = self.every_steps and step % self.every_steps == 0
         late = self._late(trainer)
-        last = loop._num_ready_batches_reached() and not validation_follows(trainer)
+        last = epoch_ends(trainer) and not validation_follows(trainer)
         if (due or late or number) and not last:  # The epoch's end is saved when it has ended.
             self._save(trainer)
             self._stop(trainer, number)

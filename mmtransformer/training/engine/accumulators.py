@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,39 +21,79 @@ def all_reduce_sum(numbers: Tensor, processes: int) -> Tensor:
 class StepAccumulator:
     """What one process has seen of a global batch: its micro-batches since the last optimizer step.
 
+    Nothing here waits for the device: sums stay there, and are read all at once when the step ends (`read`).
+
     Attributes:
-        names: The names of all samples.
-        bad: Whether the loss of one of them is not finite.
+        watched: Single numbers that are logged with the step, by name.
+    """
+
+    def __init__(self) -> None:
+        self.watched: dict[str, Tensor] = {}
+        self._batches: list[tuple[Any, Sequence[str]]] = []
+        self._sums: list[Tensor] = []
+
+    def add(self, batch: Any, names: Sequence[str], loss: Loss, tokens: Tensor) -> None:
+        """Adds a micro-batch.
+
+        Args:
+            batch: What to look at again if its loss is not finite.
+            names: Its samples.
+            loss: Its sum and count.
+            tokens: How many of its tokens are learned; none in a padding sample, which keeps processes in step.
+        """
+        self._batches.append((batch, names))
+        sums = [loss.sum.detach(), loss.count, tokens]
+        self._sums.append(torch.stack([number.double() for number in sums]))
+
+    def read(self, norm: Tensor, processes: int) -> "StepSums":
+        """The step's sums; one wait for the device.
+
+        Args:
+            norm: The gradient's norm.
+            processes: How many there are; all call this at once.
+        """
+        mine = torch.stack(self._sums)
+        total = all_reduce_sum(mine[:, :2].sum(0), processes)
+        parts = [total, norm.detach(), mine.flatten(), *self.watched.values()]
+        loss, count, size, *rest = torch.cat([part.reshape(-1).double() for part in parts]).tolist()
+        losses, counts = rest[: mine.numel() : 3], rest[2 : mine.numel() : 3]
+        watched = dict(zip(self.watched, rest[mine.numel() :], strict=True))
+        named = [names for _, names in self._batches]
+        # A padding sample, to keep processes in step, has no token that is learned.
+        samples = sum(len(names) for names, tokens in zip(named, counts, strict=True) if tokens)
+        first = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
+        batch, names = self._batches[-1 if first is None else first]
+        suspects = [name for names in named for name in names] if first is None else list(names)
+        return StepSums(
+            loss, int(count), size, samples, int(sum(counts)), watched, first is not None, batch, suspects
+        )
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """An optimizer step's sums, as plain numbers.
+
+    Attributes:
+        loss: The sum of the losses of all processes.
+        count: What it is to be divided by, of all processes.
+        norm: The gradient's norm.
+        samples: This process's.
+        tokens: This process's, that are learned.
+        watched: Single numbers of this process that are logged with the step.
+        bad: Whether the loss of one of its own micro-batches is not finite.
         suspect: The batch to look at if something is wrong: the first bad one, else the last.
         suspects: The names of its samples; of all, if none is bad.
     """
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.bad = False
-        self.suspect: Any = None
-        self.suspects: Sequence[str] = self.names
-        self._losses: list[Tensor] = []
-
-    def add(self, batch: Any, names: Sequence[str], loss: Loss) -> int:
-        """Adds a micro-batch.
-
-        Returns:
-            Its count.
-        """
-        both = torch.stack([loss.sum.detach().double(), loss.count.double()])
-        total, count = both.tolist()
-        if not self.bad:
-            self.suspect = batch
-            if not math.isfinite(total):
-                self.bad, self.suspects = True, list(names)
-        self._losses.append(both)
-        self.names += names
-        return int(count)
-
-    def total(self) -> Tensor:
-        """The sum of all losses and their count, (2) float64."""
-        return torch.stack(self._losses).sum(0)
+    loss: float
+    count: int
+    norm: float
+    samples: int
+    tokens: int
+    watched: dict[str, float]
+    bad: bool
+    suspect: Any
+    suspects: list[str]
 
 
 class Means:

@@ -15,6 +15,8 @@ class EMA(pl.Callback):
 
     With a fixed decay of 0.999 a run of 1000 steps would keep a third of the random weights that it began with; so the
     decay of step n is (1 + n) / (10 + n), until that reaches `decay`. Frozen weights are neither copied nor averaged.
+    Lightning's `EMAWeightAveraging` copies frozen towers, into the checkpoint too, and knows no weights that are shared
+    out; a run stopped in a validation would go on from the average in the weights' place.
 
     Args:
         decay: The decay that is reached, above 0 and below 1.

@@ -17,7 +17,8 @@ from mmtransformer.training.engine.checkpoints import CheckpointError, write_who
 class MetricsLog(Logger):
     """Writes metrics.csv into the run's folder, a row for each time that something is logged.
 
-    A checkpoint holds the number of rows, and a run that goes on goes on behind that row.
+    A checkpoint holds the number of rows, and a run that goes on goes on behind that row: Lightning's `CSVLogger` would
+    begin another file, or repeat the rows that a killed run wrote after its last checkpoint.
 
     Args:
         folder: The run's folder.

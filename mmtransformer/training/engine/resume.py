@@ -12,13 +12,11 @@ import json
 import random
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmtransformer.data.loading.hashing import hash64
-from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.serialization.pretrained import Pretrained, to_config
 from mmtransformer.training.engine.checkpoints import CheckpointError
 
@@ -161,66 +159,3 @@ def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, An
             found += _differences(old.get(key), new.get(key), path)
         return found
     return [] if old == new else [(place, old, new)]
-
-
-# ------------------------------------------------------------------------------------------------------ counters
-
-
-def normalize_counters(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Brings the loops' counters into the one form that a run goes on from.
-
-    The epoch is in its middle, all batches up to here are done, and a validation that was due is still due.
-
-    Args:
-        trainer: The trainer.
-        checkpoint: What Lightning collected; it is changed.
-    """
-    loops = checkpoint["loops"]["fit_loop"]
-    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    validation = loops["epoch_loop.val_loop.batch_progress"]
-    batch_ends = batches["current"]["completed"] < batches["current"]["processed"]
-    for counts in (batches["total"], batches["current"]):
-        counts["completed"] = counts["processed"]
-    steps, follows = loops["epoch_loop.state_dict"], validation_follows(trainer)
-    if trainer.validating or (batch_ends and follows):
-        # "In the middle of a validation", none of whose batches is done: it is done anew.
-        validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        validation["current"] = dict.fromkeys(validation["current"], 0)
-    elif batch_ends:
-        steps["_batches_that_stepped"] += 1
-    elif (
-        follows
-    ):  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
-        steps["_batches_that_stepped"] -= 1
-    for counts in (epochs["total"], epochs["current"]):
-        counts["processed"] = counts["completed"]
-
-
-def validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after this batch."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-
-
-def resume_loaders(trainer: pl.Trainer) -> None:
-    """Puts the loaders where the run was: Lightning may make them (to count the steps) before it reads the place.
-
-    The place is a number of pictures, so it is good for any number of processes and workers.
-
-    Args:
-        trainer: The trainer, at the start of its training.
-    """
-    loop = trainer.fit_loop
-    places, loader = loop._combined_loader_states_to_load, loop._combined_loader
-    batches = loop.epoch_loop.batch_progress
-    if not loop.restarting or loader is None:
-        return
-    if places:
-        loader._load_state_dicts(places)
-        loop._combined_loader_states_to_load = []
-    if batches.is_last_batch and loop._data_fetcher is not None:
-        loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
-    elif isinstance(found := loader.flattened[0], ResumableLoader):
-        done = -(-found.place.start // found.place.step)  # where it was, in batches of this size
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(batches.current, name, done)

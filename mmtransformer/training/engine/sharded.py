@@ -13,8 +13,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -27,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from mmtransformer.connectors.qformer_block import QFormerBlock
+from mmtransformer.training.engine.internals import forget_sharding, make_root, share_data
 from mmtransformer.training.engine.speed import blocks
 
 STEPS = ("training_step", "validation_step", "test_step", "compute_again")
@@ -41,7 +40,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """All processes share the data."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        share_data(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def on_validation_start(self) -> None:
@@ -167,7 +166,7 @@ def keep_unsharded(task: LightningModule) -> None:
     Args:
         task: What `shard` was given; all processes call this at once.
     """
-    task._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue] (else a block would be taken for the root)
+    make_root(task)
     for part in _shared(task):
         part.unshard()
         if part is not task:  # which keeps its own after a step anyway
@@ -205,30 +204,11 @@ def unshard(task: LightningModule) -> None:
                     done[parameter] = nn.Parameter(weight, parameter.requires_grad)
                 whole.append((part, name, done[parameter]))
     for part in sharded:
-        _forget(part)
+        forget_sharding(part)
     for part, name, parameter in whole:
         part._parameters[name] = parameter
     for name in STEPS:
         task.__dict__.pop(name, None)
-
-
-def _forget(part: nn.Module) -> None:
-    """Takes torch's hooks and class off a module (there is no public way)."""
-    state = part._get_fsdp_state()  # pyright: ignore[reportCallIssue]
-    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
-        handle.remove()
-    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-        if group is not None:
-            for handles in (
-                group._module_to_pre_save_state_dict_hook_handle,
-                group._module_to_pre_load_state_dict_hook_handle,
-            ):
-                for handle in handles.values():
-                    handle.remove()
-    part.__class__ = type(part).__mro__[2]
-    _module_state_mapping.pop(part, None)  # Else it could not be shared out again.
-    for key in (REGISTRY_KEY, STATE_KEY):
-        part.__dict__.pop(key, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def reshard(module: nn.Module) -> None:

@@ -27,15 +27,9 @@ from mmtransformer.training.engine.guard import (
     memory_advice,
     not_finite,
 )
+from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.resume import (
-    frozen_hashes,
-    normalize_counters,
-    restore_frozen,
-    resume_loaders,
-    seed_step,
-    strip_frozen,
-)
+from mmtransformer.training.engine.resume import frozen_hashes, restore_frozen, seed_step, strip_frozen
 from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
 
 
@@ -77,6 +71,7 @@ class Task(pl.LightningModule, ABC):
         self.last_loss = torch.tensor(math.nan)
         self._parts = StepAccumulator()
         self._size = 0  # samples of the last micro-batch
+        self._host_batch: Any = None  # the last batch as it was before the device got it
         self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
         self._seed: int | None = None
@@ -95,6 +90,19 @@ class Task(pl.LightningModule, ABC):
     def names(self, batch: Any) -> Sequence[str]:
         """The names of a batch's samples: for the count of samples, and for errors."""
         return batch.names
+
+    def learned_tokens(self, batch: Any, loss: Loss) -> Tensor:
+        """How many tokens of a batch are learned: for the count of tokens; the loss's count unless a task says else."""
+        return loss.count
+
+    def watch(self, name: str, value: Tensor) -> None:
+        """Lets a single number be logged with the step that is computed, without waiting for it."""
+        self._parts.watched[name] = value.detach()
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the step that is computed is one of those whose numbers are logged."""
+        return self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0
 
     def sample(self) -> list[str]:
         """Lines that show what the model can do by now, printed now and then; none unless a task has some."""
@@ -164,17 +172,23 @@ class Task(pl.LightningModule, ABC):
             self._seed = torch.initial_seed()
         seed_step(self._seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keeps the batch: if a loss is not finite it is looked at again, and meanwhile takes no room on the device."""
+        self._host_batch = batch
+        return batch
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch."""
         names = self.names(batch)
         self._size = len(names)
         with self._memory_advice():
             loss = self.loss(batch)
-        count = self._parts.add(batch, names, loss)
-        self.samples_seen += (
-            len(names) if count else 0
-        )  # A padding sample, to keep processes in step, has no target.
-        self.tokens_seen += count
+        self._parts.add(
+            batch if self._host_batch is None else self._host_batch,
+            names,
+            loss,
+            self.learned_tokens(batch, loss),
+        )
         return loss.sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -204,13 +218,17 @@ class Task(pl.LightningModule, ABC):
         """
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
-        loss, count, norm = self._global(grads)
-        if not count:
+        norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        parts, self._parts = self._parts.read(norm, self.trainer.world_size), StepAccumulator()
+        self.samples_seen += parts.samples
+        self.tokens_seen += parts.tokens
+        if not parts.count:
             raise ValueError(f"step {self.trainer.global_step}: none of the samples has a target token")
         # Lightning has divided by the micro-batches, DDP by the processes.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / count
-        loss, norm, lr = loss / count, norm * scale, optimizer.param_groups[0]["lr"]
-        parts, self._parts = self._parts, StepAccumulator()
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / parts.count
+        loss, norm, lr = parts.loss / parts.count, parts.norm * scale, optimizer.param_groups[0]["lr"]
         finite = is_finite(loss, norm)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
@@ -226,7 +244,9 @@ class Task(pl.LightningModule, ABC):
                 process=self.global_rank,
                 bad_here=parts.bad,
                 culprit=first_bad_module(
-                    self, lambda: self.compute_again(parts.suspect), not_finite_in(weights)
+                    self,
+                    lambda: self.compute_again(self.trainer.strategy.batch_to_device(parts.suspect)),
+                    not_finite_in(weights),
                 ),
                 gradient=next((name for name in weights if name in bad), None),
                 record=Path(self.trainer.default_root_dir) / RECORD,
@@ -251,28 +271,17 @@ class Task(pl.LightningModule, ABC):
         if gradient_clip_val and not by_norm:
             torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
         self.last_loss = torch.tensor(loss)
-        if self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
-            self._log({"train/loss": loss, "train/grad_norm": norm, "lr": lr})
+        if (
+            self.logs_this_step
+        ):  # Written before the step's checkpoint, which Lightning's own log would come after.
+            row = {"train/loss": loss, "train/grad_norm": norm, "lr": lr} | parts.watched
+            for logger in self.trainer.loggers:
+                logger.log_metrics(row | {"epoch": self.trainer.current_epoch}, self.trainer.global_step)
 
     def compute_again(self, batch: Any) -> None:
         """The way forward of a training step, in its number format, to see where numbers stop being finite."""
         with self.trainer.precision_plugin.forward_context():
             self.loss(batch)
-
-    def _global(self, grads: list[Tensor]) -> tuple[float, float, float]:
-        """Loss and count of all micro-batches and processes, and the gradient's norm; one wait for the device."""
-        sums = all_reduce_sum(self._parts.total(), self.trainer.world_size)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        loss, count, value = torch.cat([sums, norm.double()[None]]).tolist()
-        return loss, count, value
-
-    def _log(self, row: dict[str, float]) -> None:
-        """Writes a row before the step's checkpoint, which Lightning's own log would come after."""
-        row |= {"epoch": self.trainer.current_epoch}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(row, self.trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------- validation
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmtransformer.training.engine.internals import in_a_step
 from mmtransformer.training.engine.task import Task
 
 
@@ -30,7 +31,7 @@ class Throughput(pl.Callback):
         self.flops_per_sample = 0.0
         self.samples_per_second = self.tokens_per_second = 0.0
         self._counter: FlopCounterMode | None = None
-        self._batches, self._samples, self._world = 0, 0, 1
+        self._batches, self._world = 0, 1
         self._last = (0.0, 0, 0)  # clock, samples, tokens
         self._paused = 0.0
 
@@ -61,7 +62,6 @@ class Throughput(pl.Callback):
         self._batches += 1
         compiled = any(part._compiled_call_impl is not None for part in pl_module.modules())
         if self._batches == 2 and isinstance(pl_module, Task) and not compiled:
-            self._samples = pl_module.samples_seen
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
@@ -73,13 +73,12 @@ class Throughput(pl.Callback):
             return
         if self._counter is not None:
             self._close()
-            counted = pl_module.samples_seen - self._samples
             assert self._counter is not None
-            self.flops_per_sample = self._counter.get_total_flops() / max(counted, 1)
+            self.flops_per_sample = self._counter.get_total_flops() / max(len(pl_module.names(batch)), 1)
             self._counter = None
             self._restart(pl_module)  # A counted batch is a slow one.
         every = getattr(trainer, "log_every_n_steps", 0)
-        if self._batches > 2 and every and trainer.global_step % every == 0:
+        if self._batches > 2 and every and trainer.global_step % every == 0 and not in_a_step(trainer):
             self.measure(pl_module)
             row = {
                 "epoch": trainer.current_epoch,

@@ -97,19 +97,16 @@ class QFormerStage1(Captioning):
     def loss(self, batch: CaptionBatch) -> Loss:
         """The sum of the three, each a mean over the global batch already: it counts as one."""
         found = self.output(batch, training=True)
-        if self._micro == 0 and self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0:
-            logs = {f"train/{name}": float(value) for name, value in found.terms.items()}
-            self._log(logs | {"temperature": float(self.captioner.temperature.detach())})
+        if self._micro == 0 and self.logs_this_step:
+            for name, value in found.terms.items():
+                self.watch(f"train/{name}", value)
+            self.watch("temperature", self.captioner.temperature)
         self._micro += 1
         return found.sums
 
-    def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
-        """The sum of the three losses."""
-        total = super().training_step(batch, batch_idx)
-        tokens = int(batch.loss_mask.sum())
-        self.tokens_seen += tokens - 1  # The loss counted as one.
-        self.samples_seen -= 0 if tokens else len(batch.names)  # a padding sample
-        return total
+    def learned_tokens(self, batch: CaptionBatch, loss: Loss) -> Tensor:
+        """Those of the captions; the loss counts as one."""
+        return batch.loss_mask.sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """As every task's; the next batch is the first of its step again."""

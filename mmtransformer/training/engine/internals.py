@@ -1,0 +1,120 @@
+"""Private parts of Lightning and of torch's FSDP2 that a run leans on: all of them are here, and nowhere else.
+
+Written for Lightning 2.6 and torch 2.11 to 2.15; pyproject.toml caps both, and this file is what to look through before
+a cap is raised. What stands on it is exact resume (tests/training/engine/test_resume.py and test_soak.py) and weights
+that are shared out (test_distributed.py).
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
+
+from mmtransformer.data.loading.sampler import ResumableLoader
+
+# ---------------------------------------------------------------------------------------------- Lightning's loops
+
+
+def in_a_step(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer step of the batch that has just ended is still to come."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def epoch_ends(trainer: pl.Trainer) -> bool:
+    """Whether the batch that has just ended is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def normalize_counters(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Brings the loops' counters into the one form that a run goes on from.
+
+    The epoch is in its middle, all batches up to here are done, and a validation that was due is still due.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What Lightning collected; it is changed.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    batch_ends = batches["current"]["completed"] < batches["current"]["processed"]
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"]
+    steps, follows = loops["epoch_loop.state_dict"], validation_follows(trainer)
+    if trainer.validating or (batch_ends and follows):
+        # "In the middle of a validation", none of whose batches is done: it is done anew.
+        validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        validation["current"] = dict.fromkeys(validation["current"], 0)
+    elif batch_ends:
+        steps["_batches_that_stepped"] += 1
+    elif (
+        follows
+    ):  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
+        steps["_batches_that_stepped"] -= 1
+    for counts in (epochs["total"], epochs["current"]):
+        counts["processed"] = counts["completed"]
+
+
+def resume_loaders(trainer: pl.Trainer) -> None:
+    """Puts the loaders where the run was: Lightning may make them (to count the steps) before it reads the place.
+
+    The place is a number of pictures, so it is good for any number of processes and workers.
+
+    Args:
+        trainer: The trainer, at the start of its training.
+    """
+    loop = trainer.fit_loop
+    places, loader = loop._combined_loader_states_to_load, loop._combined_loader
+    batches = loop.epoch_loop.batch_progress
+    if not loop.restarting or loader is None:
+        return
+    if places:
+        loader._load_state_dicts(places)
+        loop._combined_loader_states_to_load = []
+    if batches.is_last_batch and loop._data_fetcher is not None:
+        loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
+    elif isinstance(found := loader.flattened[0], ResumableLoader):
+        done = -(-found.place.start // found.place.step)  # where it was, in batches of this size
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(batches.current, name, done)
+
+
+# ---------------------------------------------------------------------------------------------------------- FSDP2
+
+
+def share_data(strategy: ModelParallelStrategy, processes: int) -> None:
+    """Lets so many processes share the data, where Lightning's "auto" asks for those of one machine."""
+    strategy._data_parallel_size = processes
+
+
+def make_root(module: nn.Module) -> None:
+    """Makes a sharded module the root of its parts, before one of them is used alone and taken for it."""
+    module._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue]
+
+
+def forget_sharding(module: nn.Module) -> None:
+    """Takes torch's hooks and class off a sharded module (there is no public way)."""
+    state = module._get_fsdp_state()  # pyright: ignore[reportCallIssue]
+    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+        handle.remove()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        if group is not None:
+            for handles in (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for handle in handles.values():
+                    handle.remove()
+    module.__class__ = type(module).__mro__[2]
+    _module_state_mapping.pop(module, None)  # Else it could not be shared out again.
+    for key in (REGISTRY_KEY, STATE_KEY):
+        module.__dict__.pop(key, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
