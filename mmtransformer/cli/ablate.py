@@ -78,7 +78,6 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
     parameters = bridge_parameters(captioner) if parameters is None else parameters
     frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
     module.captioner = sized(bridge, captioner.vision, decoder, parameters, frozen)
-    module.captioner.train()
     learned = bridge_parameters(module.captioner)
     print(f"{learned:,} parameters in the bridge ({learned / parameters - 1:+.1%} of {parameters:,})")
     fit(cli)

@@ -102,11 +102,11 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
 
     from mmtransformer.training import Captioning, Progress, Samples
     from mmtransformer.training.callbacks.saving import Saving
+    from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
     from mmtransformer.training.engine.log import MetricsLog
     from mmtransformer.training.engine.precision import fast_matmuls, pick_precision
     from mmtransformer.training.engine.sharded import Sharded, number_format
-    from mmtransformer.training.engine.throughput import Throughput
 
     fast_matmuls()  # Before a model of the user's computes anything, too.
 
@@ -234,9 +234,10 @@ def fit(cli: "LightningCLI") -> None:
     from mmtransformer.training import Run, Task
     from mmtransformer.training.callbacks.saving import Saving
     from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
+    from mmtransformer.training.engine.parameters import trainable_parameters
     from mmtransformer.training.engine.sharded import Sharded
     from mmtransformer.training.engine.speed import checkpoint_activations, compile_blocks
-    from mmtransformer.training.engine.task import device_name, trainable_parameters
+    from mmtransformer.training.engine.task import device_name
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):

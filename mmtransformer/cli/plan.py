@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-    from mmtransformer.training.engine.plan import Needs, Watch
+    from mmtransformer.training.callbacks.plan import Needs, Watch
 
 HELP = """usage: mmt plan RECIPE.yaml [--config OVERLAY.yaml] [--KEY=VALUE ...]
 
@@ -54,7 +54,7 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
     Raises:
         ValueError: If the recipe's data has no batch_size.
     """
-    from mmtransformer.training.engine.plan import cache_bytes, extended
+    from mmtransformer.training.callbacks.plan import cache_bytes, extended
 
     with tempfile.TemporaryDirectory() as folder:
         first = _cli(words, [], folder)
@@ -92,7 +92,7 @@ def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
 
 def longest(data: Any) -> None:
     """Lets the batch with the longest sample come third in the training data."""
-    from mmtransformer.training.engine.plan import longest_soon
+    from mmtransformer.training.callbacks.plan import longest_soon
 
     make = data.train_dataloader
 
@@ -107,7 +107,7 @@ def longest(data: Any) -> None:
 
 def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "LightningCLI"]:
     """A few steps with batches of `size`."""
-    from mmtransformer.training.engine.plan import STEPS, Watch
+    from mmtransformer.training.callbacks.plan import STEPS, Watch
     from mmtransformer.training.engine.speed import checkpoint_activations
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

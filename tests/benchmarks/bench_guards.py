@@ -20,9 +20,9 @@ import torch
 from mmtransformer import EncoderDecoder, TextDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.training.callbacks.saving import Saving
+from mmtransformer.training.callbacks.throughput import Throughput
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim, adamw
-from mmtransformer.training.engine.throughput import Throughput
 from mmtransformer.training.tasks.captioning import Captioning
 
 

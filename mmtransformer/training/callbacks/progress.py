@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
+from mmtransformer.training.callbacks.throughput import Throughput
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.engine.throughput import Throughput
 
 
 class Progress(ProgressBar):

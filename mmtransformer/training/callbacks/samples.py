@@ -12,6 +12,7 @@ from mmtransformer.data.loading.dataset import Collate
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.training.engine.sharded import Sharded
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.evaluation import split_languages
@@ -59,13 +60,10 @@ class Samples(pl.Callback):
         """Prints a task's sample."""
         if not isinstance(module, Task):
             return
-        was_training = module.training
-        module.eval()
         # Compiled blocks would be compiled anew for caches of every length.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.no_grad(), trainer.precision_plugin.forward_context():
+        with evaluation_mode(module), eager, torch.no_grad(), trainer.precision_plugin.forward_context():
             lines = module.sample()
-        module.train(was_training)
         show = trainer.progress_bar_callback.print if trainer.progress_bar_callback else print
         for line in lines:
             show(f"  {line}")

@@ -1,6 +1,7 @@
-"""The optimizers and their schedules: AdamW without decay on vectors, Muon for matrices; warm-up, then a decline."""
+"""The optimizers and their schedules: AdamW that spares vectors, Muon for matrices; warm-up, then a decline."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +16,10 @@ class Optim:
     """How weights are learned.
 
     Args:
-        kind: "adamw", or "muon" for matrices with AdamW for the rest: small models learn from fewer samples.
+        kind: "adamw", or "muon" for matrices with NAdamW for the rest: small models learn from fewer samples.
         lr: The peak learning rate.
-        weight_decay: Decay of matrices; vectors (norms, biases) have none.
-        betas: AdamW's decay rates.
+        weight_decay: Decay of matrices; vectors (norms, biases) have none, and what `no_weight_decay()` names.
+        betas: AdamW's decay rates, and NAdamW's.
         warmup_steps: Steps until the peak.
         lr_schedule: What follows the warm-up: half a "cosine" over the run, or "inverse_sqrt" of the step, whatever the
             length of the run (Vaswani et al. 2017; their peak is `noam_peak`).
@@ -79,7 +80,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.98),
     fused: bool = True,
 ) -> AdamW:
-    """AdamW over the trainable parameters; norms, biases and other vectors are not decayed.
+    """AdamW over the trainable parameters; norms, biases, other vectors and what `no_weight_decay()` names are spared.
 
     Args:
         module: The module whose parameters with ``requires_grad`` are trained.
@@ -94,28 +95,32 @@ def adamw(
     Raises:
         ValueError: If nothing is trainable.
     """
-    trainable = [parameter for _, parameter in _trainable(module)]
+    trainable, spared = _trainable(module), _spared(module)
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable.values() if p not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in trainable.values() if p in spared], "weight_decay": 0.0},
     ]
-    fused = fused and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trainable)
+    fused = fused and all(p.device.type in ("cpu", "cuda") for p in trainable.values())
     return AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
 
 
 def muon(
     module: nn.Module, *, lr: float, weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.98)
 ) -> Optimizer:
-    """Muon (Jordan et al. 2024; arXiv:2502.16982) for the matrices of blocks, AdamW at half the rate for all else.
+    """Muon (Jordan et al. 2024; arXiv:2502.16982) for the matrices of blocks, NAdamW at half the rate for all else.
 
     A step makes a matrix's update orthogonal, so that no direction is starved: small models learn in fewer pictures,
     at some more work a step. Its updates are scaled to AdamW's size, so learning rates of AdamW are a fair start.
 
+    The steps are timm's: Nesterov's momentum for both kinds of parameter, which makes an NAdamW of the AdamW (Dozat
+    2016); and five Newton-Schulz iterations, each with coefficients of its own (timm's "quintic"), where Jordan's have
+    one set, (3.4445, -4.7750, 2.0315).
+
     Args:
         module: The module whose parameters with ``requires_grad`` are trained.
         lr: The peak learning rate of the matrices.
-        weight_decay: Decoupled decay of everything but vectors.
-        betas: AdamW's decay rates.
+        weight_decay: Decoupled decay of everything but vectors, and what `no_weight_decay()` names.
+        betas: NAdamW's decay rates.
 
     Returns:
         The optimizer: timm's, one for both kinds of parameter.
@@ -127,21 +132,32 @@ def muon(
 
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for name, parameter in _trainable(module):
+    undecayed: list[nn.Parameter] = []
+    spared = _spared(module)
+    for name, parameter in _trainable(module).items():
         inner = "blocks." in name and parameter.ndim == 2
-        (vectors if parameter.ndim <= 1 else matrices if inner else others).append(parameter)
+        (undecayed if parameter in spared else matrices if inner else others).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": weight_decay, "use_fallback": True},
-        {"params": vectors, "weight_decay": 0.0, "use_fallback": True},
+        {"params": undecayed, "weight_decay": 0.0, "use_fallback": True},
     ]
     kept = [g for g in groups if g["params"]]
     return Muon(kept, lr=lr, betas=betas, nesterov=True, fallback_lr_scale=0.5)
 
 
-def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def _spared(module: nn.Module) -> set[nn.Parameter]:
+    """What is not decayed: vectors, and what a module of any depth names in `no_weight_decay()` (timm's protocol)."""
+    spared = {p for p in module.parameters() if p.ndim <= 1}
+    for part in module.modules():
+        named = dict(part.named_parameters())
+        names: Callable[[], Collection[str]] | None = getattr(part, "no_weight_decay", None)
+        spared |= {named[name] for name in names() if name in named} if callable(names) else set()
+    return spared
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
             "nothing to train: every parameter of the model is frozen; leave at least one part unfrozen"

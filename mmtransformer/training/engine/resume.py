@@ -10,6 +10,7 @@ Frozen weights are left out; a hash of each says what is expected in their place
 import hashlib
 import json
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -159,3 +160,26 @@ def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, An
             found += _differences(old.get(key), new.get(key), path)
         return found
     return [] if old == new else [(place, old, new)]
+
+
+def refuse_another_optimizer(checkpoint: Mapping[str, Any], optim: Mapping[str, Any]) -> None:
+    """Compares the settings of the optimizer with those of the run.
+
+    Args:
+        checkpoint: The run's.
+        optim: The fields of this run's `Optim`.
+
+    Raises:
+        CheckpointError: Naming those that differ, or if the checkpoint holds no optimizer's state.
+    """
+    if not checkpoint.get("optimizer_states"):
+        raise CheckpointError(
+            "cannot resume: the checkpoint holds nothing of the optimizer. Take another one, or start a new run from "
+            "the weights"
+        )
+    then = checkpoint.get("optim", {})
+    changed = [f"optim.{k} was {v} and is now {optim.get(k)}" for k, v in then.items() if v != optim.get(k)]
+    if changed:
+        raise CheckpointError(
+            f"cannot resume with another optimizer: {', '.join(changed)}; a run that goes on keeps what it began with"
+        )

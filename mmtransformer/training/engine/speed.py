@@ -1,12 +1,14 @@
 """Two switches of a recipe: less memory for more work, and compiled blocks. Names of weights stay what they are."""
 
 from collections.abc import Iterator
-from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from mmtransformer.captioners.base import is_frozen
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -33,22 +35,16 @@ def checkpoint_activations(module: nn.Module) -> int:
     """
     found = list(blocks(module))
     for block in found:
-        _recompute(block)
+        block.forward = MethodType(_recompute, block)  # bound, so that a copy's is the copy's
     return len(found)
 
 
-def _recompute(block: nn.Module) -> None:
-    forward = block.forward
-    frozen = not any(parameter.requires_grad for parameter in block.parameters())
-
-    @wraps(forward)
-    def again(*args: Any, **kwargs: Any) -> Any:
-        # A frozen block stays in evaluation mode, and yet keeps what the gradient of its input needs.
-        if torch.is_grad_enabled() and (block.training or frozen):
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return forward(*args, **kwargs)
-
-    block.forward = again
+def _recompute(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = MethodType(type(block).forward, block)
+    # A frozen block stays in evaluation mode, and yet keeps what the gradient of its input needs.
+    if torch.is_grad_enabled() and (block.training or is_frozen(block)):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> int:

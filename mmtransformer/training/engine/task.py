@@ -12,12 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, all_reduce_sum
-from mmtransformer.training.engine.checkpoints import CheckpointError
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,
@@ -29,7 +28,14 @@ from mmtransformer.training.engine.guard import (
 )
 from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.resume import frozen_hashes, restore_frozen, seed_step, strip_frozen
+from mmtransformer.training.engine.parameters import say_what_cannot_learn, set_modes, trainable_parameters
+from mmtransformer.training.engine.resume import (
+    frozen_hashes,
+    refuse_another_optimizer,
+    restore_frozen,
+    seed_step,
+    strip_frozen,
+)
 from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
 
 
@@ -74,6 +80,7 @@ class Task(pl.LightningModule, ABC):
         self._host_batch: Any = None  # the last batch as it was before the device got it
         self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
+        self._first = True  # whether the first batch is still to come
         self._seed: int | None = None
         self._hashes: dict[str, str] | None = None
 
@@ -162,9 +169,19 @@ class Task(pl.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Goes on where the run was, if it was resumed; else forgets what an earlier one met in its folder."""
+        self.set_modes()
+        self._first = True
         resume_loaders(self.trainer)
         if self.trainer.is_global_zero and not self.trainer.ckpt_path:
             (Path(self.trainer.default_root_dir) / RECORD).unlink(missing_ok=True)
+
+    def set_modes(self) -> None:
+        """What learns trains, what is frozen evaluates: at the start of a run, and of epochs if that has changed."""
+        set_modes(self)
+
+    def on_train_epoch_start(self) -> None:
+        """A callback may have thawed a part."""
+        self.set_modes()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes what the step draws a function of seed, step and process."""
@@ -183,6 +200,9 @@ class Task(pl.LightningModule, ABC):
         self._size = len(names)
         with self._memory_advice():
             loss = self.loss(batch)
+        if self._first:
+            self._first = False
+            say_what_cannot_learn(self, loss.sum)
         self._parts.add(
             batch if self._host_batch is None else self._host_batch,
             names,
@@ -335,21 +355,8 @@ class Task(pl.LightningModule, ABC):
         if self._hashes is None:
             self._hashes = frozen_hashes(self)
         restore_frozen(self, checkpoint, self._hashes)
-        then, now = checkpoint.get("optim", {}), asdict(self.optim)
-        changed = [
-            f"{key} was {then[key]} and is now {now[key]}" for key in then if then[key] != now.get(key)
-        ]
-        fitting = self.trainer.state.fn == "fit"
-        if fitting and not checkpoint.get("optimizer_states"):
-            raise CheckpointError(
-                "cannot resume: the checkpoint holds nothing of the optimizer. Take another one, or start a new run "
-                "from the weights"
-            )
-        if changed and fitting:
-            raise CheckpointError(
-                f"cannot resume with another optimizer: optim.{', optim.'.join(changed)}; a run that goes on keeps "
-                f"what it began with"
-            )
+        if self.trainer.state.fn == "fit":
+            refuse_another_optimizer(checkpoint, asdict(self.optim))
         self._seed = checkpoint.get("seed")
         seen = checkpoint.get("seen", {})
         self._take_counts((seen.get("samples", 0), seen.get("tokens", 0)))
@@ -377,11 +384,6 @@ class Task(pl.LightningModule, ABC):
             "precision": str(self.trainer.precision),
             "parameters": trainable_parameters(self),
         }
-
-
-def trainable_parameters(module: nn.Module) -> int:
-    """How many numbers are learned."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def device_name(device: torch.device) -> str:

@@ -19,12 +19,12 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.training.callbacks.samples import sample_captions
-from mmtransformer.training.engine.data_checks import check_texts, refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.evaluation import evaluate, image_ablation
 from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
+from mmtransformer.training.tasks.data_checks import check_texts, refuse_empty_captions
 
 
 class Captioning(Task):
@@ -127,7 +127,6 @@ class Captioning(Task):
                 autocast=torch.bfloat16 if half else None,
                 progress=sys.stderr.isatty(),
             )
-            self.captioner.train()
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the losses with right, other and blank pictures."""
@@ -242,7 +241,7 @@ def finetune(
         generation: How captions are searched for; that of the saved model unless told.
     """
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
-    captioner = saved.captioner.train()
+    captioner = saved.captioner
     if freeze_vision and not is_frozen(captioner.vision):
         freeze(captioner.vision)
     module = Captioning(

@@ -89,12 +89,11 @@ class Classification(Task):
         if self.data is not None and self.trainer.is_global_zero:
             print(self.data.describe())  # noqa: T201
 
-    def train(self, mode: bool = True) -> "Classification":
-        """Training mode; a frozen tower has neither dropout nor stochastic depth."""
-        super().train(mode)
+    def set_modes(self) -> None:
+        """A frozen tower has neither dropout nor stochastic depth."""
+        super().set_modes()
         if self.freeze_vit:
             self.vit.eval()
-        return self
 
     def loss(self, batch: ClassBatch) -> Loss:
         """The losses of the batch's pictures."""

@@ -12,7 +12,6 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
@@ -25,6 +24,7 @@ from mmtransformer.training.evaluation.text_scores import (
     table,
     write_texts,
 )
+from mmtransformer.training.tasks.data_checks import check_texts
 
 
 class LanguageModelling(Task):

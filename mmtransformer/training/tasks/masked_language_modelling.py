@@ -15,11 +15,11 @@ from mmtransformer.data.text_only.masked import MaskedData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.tasks.data_checks import check_texts
 
 
 class MaskedLanguageModelling(Task):

@@ -12,12 +12,12 @@ from mmtransformer.captioners.image_text import TERMS, ImageText
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.training.engine.data_checks import refuse_empty_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run
 from mmtransformer.training.evaluation.report import write_metrics
 from mmtransformer.training.evaluation.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.tasks.captioning import Captioning
+from mmtransformer.training.tasks.data_checks import refuse_empty_captions
 
 
 class QFormerStage1(Captioning):

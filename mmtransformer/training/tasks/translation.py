@@ -16,10 +16,10 @@ from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import draw_attention, save_image
-from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.tasks.data_checks import check_texts
 
 
 @dataclass(frozen=True)

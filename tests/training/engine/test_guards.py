@@ -14,6 +14,7 @@ from torch import nn
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.cli.errors import one_line
+from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,
     RECORD,
@@ -23,6 +24,7 @@ from mmtransformer.training.engine.guard import (
     not_finite,
 )
 from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Run
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
@@ -179,6 +181,31 @@ def test_bad_steps_can_be_left_out(tmp_path: Path, kind: str) -> None:
         not torch.equal(a, b) for a, b in zip(start.parameters(), module.captioner.parameters(), strict=True)
     ]
     assert all(moved)
+
+
+def test_steps_left_out_are_counted_through_a_resume(tmp_path: Path) -> None:
+    class Poison(pl.Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, module: Any, batch: CaptionBatch, index: int
+        ) -> None:
+            if index == 1:
+                batch.pixels[0] = math.nan  # type: ignore[index]
+
+    def run(steps: int, path: Path | None) -> Captioning:
+        module = Captioning(tiny.captioner(), optim=Optim(nonfinite="skip"))
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=steps,
+            default_root_dir=tmp_path, limit_val_batches=0, callbacks=[Saving(every_steps=1), Poison()],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=tiny.scenes(), ckpt_path=path)
+        return module
+
+    with pytest.warns(UserWarning, match="step left out"):
+        assert run(2, None).skipped == 1
+    module = run(3, tmp_path / "checkpoints/last.ckpt")
+    assert (module.skipped, module.trainer.global_step) == (1, 3)
+    facts = module.training_facts(Run(tmp_path, 1.0, torch.device("cpu")))
+    assert (facts["steps"], facts["skipped_steps"]) == (3, 1)
 
 
 def test_a_run_that_only_skips_stops(tmp_path: Path) -> None:

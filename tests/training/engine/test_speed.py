@@ -1,5 +1,6 @@
 """Activation checkpointing, compiled blocks and the meter: the same gradient, less memory, honest numbers."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.training.callbacks.throughput import Throughput, gemm_rate
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.speed import blocks, checkpoint_activations, compile_blocks
-from mmtransformer.training.engine.throughput import Throughput, gemm_rate
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
@@ -72,6 +73,20 @@ def test_recomputed_activations_give_the_same_gradient_for_less_memory() -> None
     saving.eval()
     with torch.no_grad():
         assert torch.equal(saving.captioner.logits(batch()), plain.eval().captioner.logits(batch()))
+
+
+def test_a_copy_recomputes_its_own_blocks() -> None:
+    saving = module()
+    checkpoint_activations(saving)
+    other = copy.deepcopy(saving)
+    with torch.no_grad():
+        for parameter in saving.parameters():
+            parameter.zero_()
+    (loss, gradients, _), (again, others, less) = step(module()), step(other)
+    assert again == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    assert less < 0.5 * step(module())[2]
+    assert all(parameter.grad is None for parameter in saving.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own

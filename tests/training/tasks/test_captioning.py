@@ -8,19 +8,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from torch import nn
 
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, ViT
-from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
+from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
-from mmtransformer.training.engine.ema import EMA
-from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
-from mmtransformer.training.engine.precision import pick_precision
+from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.evaluation import evaluation as evaluation_module
 
 VOCAB = 300
@@ -70,42 +67,6 @@ def batch(rows: list[int], seed: int = 0) -> CaptionBatch:
     return CaptionBatch(
         tokens, attention_mask, loss_mask, pixels=torch.randn(len(rows), 1, 3, 32, 32), names=names
     )
-
-
-# ------------------------------------------------------------------------------------------------- optimizer
-
-
-def test_vectors_are_not_decayed() -> None:
-    module = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), freeze(nn.Linear(5, 2)))
-    matrices, vectors = adamw(module, lr=0.1, weight_decay=0.3).param_groups
-    assert matrices["weight_decay"] == 0.3
-    assert [p.shape for p in matrices["params"]] == [(5, 3)]
-    assert vectors["weight_decay"] == 0.0
-    assert len(vectors["params"]) == 3
-    with pytest.raises(ValueError, match="nothing to train"):
-        adamw(freeze(module), lr=0.1)
-
-
-def test_warmup_and_cosine() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = warmup_cosine(optimizer, warmup_steps=4, total_steps=10, min_lr_ratio=0.1)
-    rates = []
-    for _ in range(12):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
-    assert rates[7] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))))
-    assert rates[10:] == pytest.approx([0.2, 0.2])
-    with pytest.raises(ValueError, match=r"min_lr_ratio \(1.5\)"):
-        warmup_cosine(optimizer, warmup_steps=4, total_steps=10, min_lr_ratio=1.5)
-
-
-def test_precision_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert pick_precision("cpu") == ("bf16-mixed", "the CPU has avx512_bf16")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
-    assert pick_precision("cpu").precision == "32-true"
 
 
 # -------------------------------------------------------------------------------------------------- the loss
@@ -334,8 +295,7 @@ def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     continued = finetune(str(tmp_path / "model"), freeze_vision=True)
     assert continued.start is not None
     assert continued.start.tokenizer.vocab_size == data.tokenizer.vocab_size
-    assert continued.captioner.training
-    assert not continued.captioner.vision.training
+    assert is_frozen(continued.captioner.vision)
 
 
 # -------------------------------------------------------------------------------------------------- callbacks
@@ -376,53 +336,3 @@ def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.C
 
 def test_clock() -> None:
     assert [clock(s) for s in (4.6, 245, 3600)] == ["0:05", "4:05", "1:00:00"]
-
-
-def test_the_average_forgets_where_it_began_in_short_runs_and_keeps_its_decay_in_long_ones() -> None:
-    average, module = EMA(0.999), nn.Linear(2, 1, bias=False).double()
-    start, new = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    nn.init.zeros_(module.weight).data += start  # the share of the first weights, that of all later ones
-    average.update(module)
-    nn.init.zeros_(module.weight).data += new
-    for _ in range(1000):
-        average.update(module)
-    mean = average.weights["weight"][0].clone()
-    assert mean.sum().item() == pytest.approx(1.0)
-    assert mean[0] < 1e-6  # A fixed decay would have kept 0.37 of them.
-    average.count = 10**6
-    nn.init.zeros_(module.weight)
-    average.update(module)
-    assert average.weights["weight"][0].tolist() == pytest.approx((0.999 * mean).tolist(), rel=1e-12)
-    average.swap(module)
-    assert module.weight[0].tolist() == pytest.approx((0.999 * mean).tolist(), rel=1e-12)
-    assert average.weights["weight"][0].tolist() == [0.0, 0.0]
-
-
-def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_adamw() -> None:
-    model = EncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
-    optimizer = muon(model, lr=0.01)
-    # With plain momentum the scenes are learnt later.
-    assert all(group["nesterov"] for group in optimizer.param_groups)
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            found[names[id(parameter)]] = (bool(group.get("use_fallback")), group["weight_decay"] > 0)
-    assert found["decoder.blocks.0.attn.q_proj.weight"] == (False, True)
-    assert found["decoder.tok_embed.weight"] == (True, True)
-    assert found["decoder.blocks.0.norm1.weight"] == (True, False)
-    assert len(found) == sum(p.requires_grad for p in model.parameters())
-    before = model.decoder.blocks[0].attn.q_proj.weight.clone()
-    caption_loss(model, _batch_of_noise(model), reduction="sum").sum.backward()
-    optimizer.step()
-    change = (model.decoder.blocks[0].attn.q_proj.weight - before).double()
-    values = torch.linalg.svdvals(change)  # An orthogonal update: all directions move alike.
-    assert values.median() > 0.9 * values.max()
-    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
-        muon(freeze(model), lr=0.01)
-
-
-def _batch_of_noise(model: EncoderDecoder) -> CaptionBatch:
-    tokens = torch.randint(0, model.vocab_size, (6, 7))
-    every = torch.ones_like(tokens, dtype=torch.bool)
-    return CaptionBatch(tokens, every, every, pixels=torch.randn(3, 1, 3, 16, 16))

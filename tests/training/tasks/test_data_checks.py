@@ -8,7 +8,7 @@ import pytest
 
 from mmtransformer.data.loading.module import Data
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.training.engine.data_checks import check_texts
+from mmtransformer.training.tasks.data_checks import check_texts
 
 
 @dataclass

@@ -1,0 +1,100 @@
+"""Which parameters of a task learn: their number, the modes that follow from it, and those that no loss reaches."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def trainable_parameters(module: nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def set_modes(module: nn.Module, training: bool = True) -> None:
+    """Puts what learns into training mode and what is frozen into evaluation mode, whoever left it in which.
+
+    A part learns if one of its parameters does; what has no parameters, such as dropout, goes with the part it is in.
+    So a frozen tower has neither dropout nor stochastic depth, and a loaded one that learns has both.
+
+    Args:
+        module: The module.
+        training: The mode of parts without parameters.
+    """
+    learns = [p.requires_grad for p in module.parameters()]
+    module.training = any(learns) if learns else training
+    for part in module.children():
+        set_modes(part, module.training)
+
+
+def say_what_cannot_learn(task: pl.LightningModule, loss: Tensor) -> None:
+    """Warns of parameters that are to be learned and that a loss does not reach: they would stay what they are.
+
+    Args:
+        task: The task, in a training.
+        loss: The loss of its first batch; all processes call this at once.
+
+    Raises:
+        ValueError: If processes would wait for their gradients, as they do with the strategy "ddp".
+    """
+    if isinstance(task.trainer.strategy, ModelParallelStrategy):
+        return  # whose weights are gathered anew, and waited for by nobody
+    names, wrapper = not_reached(task, loss), task.trainer.strategy.model
+    waits = isinstance(wrapper, DistributedDataParallel) and not (
+        wrapper.find_unused_parameters or wrapper.static_graph
+    )
+    if waits:
+        found: list[list[str]] = [[]] * task.trainer.world_size
+        torch.distributed.all_gather_object(found, names)
+        names = list(dict.fromkeys(name for some in found for name in some))
+    if not names:
+        return
+    text = f"{len(names)} parameters are to be learned, but the loss does not reach them: {in_words(names)}"
+    remedy = "freeze that part, or leave it out of the model"
+    if waits:
+        raise ValueError(
+            f"{text}, and processes would wait for their gradients; {remedy}, or take "
+            f"--trainer.strategy ddp_find_unused_parameters_true"
+        )
+    warnings.warn(f"{text}; {remedy}", stacklevel=2)
+
+
+def not_reached(module: nn.Module, loss: Tensor) -> list[str]:
+    """The names of parameters that require a gradient and get none from a loss; no backward pass is run.
+
+    Args:
+        module: The module.
+        loss: A loss of its output, with its graph.
+    """
+    graph = list(_graph(loss))
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in graph):
+        return []  # Reentrant checkpointing hides what is inside.
+    reached = {id(node.variable) for node in graph if hasattr(node, "variable")}
+    named = module.named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad and id(parameter) not in reached]
+
+
+def _graph(loss: Tensor) -> Iterator[Any]:
+    todo: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [below for below, _ in node.next_functions]
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Names of parameters by the module that they are of, at most four: "vit.pool.q_proj (2), head (1)"."""
+    counts: dict[str, int] = {}
+    for name in names:
+        owner = name.rpartition(".")[0]
+        counts[owner] = counts.get(owner, 0) + 1
+    shown = [f"{owner or 'the task itself'} ({n})" for owner, n in list(counts.items())[:4]]
+    return ", ".join(shown + ([f"and {len(counts) - 4} more modules"] if len(counts) > 4 else []))

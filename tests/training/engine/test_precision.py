@@ -1,0 +1,13 @@
+"""The arithmetic that a machine is fast at."""
+
+import pytest
+import torch
+
+from mmtransformer.training.engine.precision import pick_precision
+
+
+def test_precision_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert pick_precision("cpu") == ("bf16-mixed", "the CPU has avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    assert pick_precision("cpu").precision == "32-true"
