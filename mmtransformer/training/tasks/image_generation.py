@@ -14,11 +14,11 @@ from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.text_to_image import TextToImage
 from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
-from mmtransformer.training.engine.data_checks import check_texts
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task
 from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, table, texts_of
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.tasks.data_checks import check_texts
 
 
 class ImageGeneration(Task):
@@ -68,7 +68,6 @@ class ImageGeneration(Task):
         if self.data is not None:
             check_texts(self.data, self.data.max_len, self.model, "text")
             TextToImage(self.model, self.data.tokenizer, self.data.transform, device="cpu")
-            self.model.train()
 
     def loss(self, batch: CaptionBatch) -> Loss:
         """The losses of the batch's texts, each at a time of its own."""
