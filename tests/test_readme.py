@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 import draw_rooms
 from mmtransformer import ViT
 from mmtransformer.cli import main
+from mmtransformer.cli.recipes import recipe_file
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "tiny")
@@ -31,7 +32,12 @@ PAGES = {
 }
 
 # Commands that are not run, by their first words -> why.
-NOT_RUN = {"make test": "it would run this test again", "make lint": "the same", "make setup": "it installs"}
+NOT_RUN = {
+    "make test": "it would run this test again",
+    "make lint": "the same",
+    "make setup": "it installs",
+    "python -m": "the same",
+}
 
 # Where a recipe of drawn pictures says how many there are, and of which splits; data.source and all three if not here.
 SIZES = {
@@ -129,10 +135,9 @@ def mmt(words: list[str]) -> int:
     """`mmt`, with tiny.yaml behind the recipe of a command that trains, and everything there that its recipe reads."""
     if words[0] in ("fit", "ablate", "plan"):
         after = {"fit": 3, "ablate": 3, "plan": 2}[words[0]]  # fit --config RECIPE
-        name = Path(words[after - 1]).stem
-        needed = re.findall(
-            r"runs/(\w+)/model", Path(words[after - 1]).read_text("utf-8").partition("\nseed_everything")[2]
-        )
+        recipe = Path(recipe_file(words[after - 1]))
+        name = recipe.stem
+        needed = re.findall(r"runs/(\w+)/model", recipe.read_text("utf-8").partition("\nseed_everything")[2])
         source, splits = SIZES.get(name, ("data.source", ("train", "val", "compositional")))
         fewer = [f"--{source}.{split}_size={16 if split == 'train' else 4}" for split in splits]
         words[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in name or name in SIZES)
