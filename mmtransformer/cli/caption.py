@@ -84,10 +84,11 @@ def run(name: str, words: Sequence[str]) -> int:
 
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
     """The examples of --examples: those to train on where the data names any, else all."""
+    from mmtransformer.data.files.read_options import ReadOptions
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.pipelines.few_shot import FewShot
 
-    source = open_pairs(args.examples, val_fraction=0.0)
+    source = open_pairs(args.examples, ReadOptions(val_fraction=0.0))
     splits = source.splits()
     return FewShot(
         source.split("train" if "train" in splits else splits[0]),

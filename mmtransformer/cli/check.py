@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmtransformer.cli.reading import add_read_options, read_options
+
 
 def run(name: str, words: Sequence[str]) -> int:
     """Looks at pairs; the exit code is 1 if training would be hurt.
@@ -21,15 +23,13 @@ def run(name: str, words: Sequence[str]) -> int:
         metavar="ROOT",
         help="a folder, an archive, one manifest or documents.jsonl, or a pattern of tar shards",
     )
-    parser.add_argument(
-        "--images", metavar="DIR", help="folder or archive of the pictures, if not at the root"
-    )
     parser.add_argument("--model", metavar="DIR", help="count tokens with this model's tokenizer")
     parser.add_argument("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
     parser.add_argument(
         "--max-bad", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)"
     )
     parser.add_argument("--json", metavar="OUT", help="write what was found to this file")
+    add_read_options(parser)
     args = parser.parse_args(list(words))
 
     import sys
@@ -39,7 +39,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(args.model) if args.model else None
-    source = open_pairs(args.root, images=args.images, max_bad=1.0)
+    source = open_pairs(args.root, read_options(args), max_bad=1.0)
     report = check(
         source,
         tokenizer=tokenizer,

@@ -1,11 +1,13 @@
 """`mmt evaluate`: a trained model's captions of a split, scored."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.cli.reading import add_read_options, read_options
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -29,10 +31,6 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     parser.add_argument("--split", default="val", help="which split (val)")
     parser.add_argument(
-        "--images", metavar="DIR", help="folder or archive of the pictures, if not at the root"
-    )
-    parser.add_argument("--language", metavar="CODE", help="language of captions whose script does not tell")
-    parser.add_argument(
         "--num-examples",
         type=int,
         metavar="N",
@@ -50,9 +48,11 @@ def run(name: str, words: Sequence[str]) -> int:
         "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
     )
     add_generation_options(parser, without=("num_return_sequences",))
+    add_read_options(parser)
     args = parser.parse_args(list(words))
 
     from mmtransformer.data.captions import CaptionData
+    from mmtransformer.data.loading.module import Splits
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.data.scenes.scenes import Scenes
     from mmtransformer.pipelines.few_shot import FewShot
@@ -68,9 +68,9 @@ def run(name: str, words: Sequence[str]) -> int:
         source = Scenes(image_size=max(model.transform.size))
     else:
         known = model.tokenizer.languages
-        source = open_pairs(
-            args.data, images=args.images, language=args.language or (known[0] if known else None)
-        )
+        read = read_options(args)
+        read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
+        source = open_pairs(args.data, read)
         print(source.describe())
     data = CaptionData(
         source,
@@ -78,7 +78,7 @@ def run(name: str, words: Sequence[str]) -> int:
         tokenizer=model.tokenizer,
         batch_size=args.batch_size,
         max_len=model.captioner.max_len,
-        val_splits=[args.split],
+        splits=Splits(val=[args.split]),
     )
     generation = model.generation.updated(**generation_changes(args))
     prompts = None

@@ -45,7 +45,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --model.label_smoothing X            share of probability spread over the vocabulary
   --model.captioner.decoder.depth N    any argument of any part
   --model.init DIR                     finetune: the model to go on from
-  --data.root DIR                      finetune: your own pairs
+  --data.source DIR                    your own pairs (data.read.* names columns, if they must be)
   --data.batch_size N                  pictures a batch
   --data.num_workers N                 processes that load pictures
 

@@ -58,10 +58,8 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         first = _cli(words, [], folder)
-        batch, cached = (
-            getattr(first.datamodule, "batch_size", None),
-            getattr(first.datamodule, "cache_features", False),
-        )
+        batch = getattr(first.datamodule, "batch_size", None)
+        cached = getattr(first.datamodule, "cache_features", None)
         if not isinstance(batch, int):
             raise ValueError(
                 f"{type(first.datamodule).__name__} has no batch_size that could be planned with"
@@ -74,7 +72,7 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
         samples = batch * watch.samples // sizes[-1]
         needs = extended(watches[0], watch, samples)
         if cached:
-            needs.cache = cache_bytes(cli.model, cli.datamodule)
+            needs.cache = cache_bytes(cli.model, cli.datamodule, cached)
     return needs, samples, getattr(cli.model, "unit", "samples")
 
 
@@ -113,9 +111,7 @@ def _watch(words: list[str], size: int, folder: str) -> tuple["Watch", "Lightnin
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cli = _cli(words, [f"--data.batch_size={size}", f"--trainer.max_steps={STEPS}"], folder)
     if hasattr(cli.datamodule, "cache_features"):
-        cli.datamodule.cache_features = (
-            False  # It would be computed for all pictures; its reading needs nothing.
-        )
+        cli.datamodule.cache_features = None  # All pictures would be computed; its reading needs nothing.
     if cli.config.get("activation_checkpointing"):
         checkpoint_activations(cli.model)
     longest(cli.datamodule)

@@ -2,20 +2,23 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.dataset import CaptionDataset, Collate
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
-from mmtransformer.data.loading.features import FeatureCache
-from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
+from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
 from mmtransformer.data.loading.rows import CaptionRows, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
+from mmtransformer.data.opening import open_pairs
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -26,78 +29,72 @@ class CaptionData(Data):
     """Pictures with captions, in batches grouped by length, the same for any number of workers and processes.
 
     Args:
-        source: Where the pairs come from, such as `PairFiles`, `Shards`, `Scenes`, or a `Mixture` of some.
-        image: How a picture becomes pixels; saved with the model.
+        source: Where the pairs come from, such as `PairFiles`, `Shards`, `Scenes`, or a `Mixture` of some; or a path: a
+            folder, CSV, TSV, JSONL, JSON (COCO, Karpathy), Parquet, zip, tar or shards, whose format is detected. Of
+            interleaved documents each picture is taken with the text that follows it.
+        read: How a path is read, such as the names of columns, where that is not to be detected.
+        image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model. A saved model that is
+            fine-tuned brings its own.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
-        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions.
+        tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions. A
+            saved model that is fine-tuned brings its own.
         vocab_size: The most words of a tokenizer that is trained here.
-        captions_per_image: Captions of a picture in a batch; they share one pass of the vision tower.
-        batch_size: Pictures in a batch of one process.
+        captions_per_image: Captions of a picture in a batch; they share one pass of the vision encoder.
         max_len: The most tokens of a caption, with prompt and end.
+        cache_features: Compute a frozen vision encoder's visual tokens once, and how they are kept; None does not.
+        batch_size: Pictures in a batch of one process.
         num_workers: Processes that load pictures. The batches are the same for any number.
         seed: Seed of order, augmentation and choice of captions.
-        train_split: The split to train on.
-        val_splits: The splits to validate on.
-        test_splits: The splits to test on.
-        languages: Language codes that the tokenizer which is trained here gets; those of the source unless told.
+        splits: Which splits are for training, validation and test.
         drop_last: Leave out the last training batch of an epoch if it is not full.
-        cache_features: Compute a frozen vision tower's visual tokens once, and read them from `cache_dir`.
-        cache_dir: Folder of the visual tokens; "features" beside the runs unless told.
-        flip_features: Keep mirrored visual tokens as well, and use them half of the time.
-        cache_dtype: Number format of the visual tokens.
-        mark_images: Let the prompt show where the picture stands, by the tokenizer's image token, as in documents.
-        max_bad: Share of the pictures that may be unreadable before the run stops.
-        report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
+        max_bad: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
+
+    Attributes:
+        mark_images: Whether prompts show where the picture stands, by the tokenizer's image token, as in documents.
     """
 
     unit = "picture"
+    mark_images = False
 
     def __init__(
         self,
-        source: PairSource,
+        source: PairSource | str,
         *,
-        image: ImageTransform,
+        read: ReadOptions = ReadOptions(),
+        image: ImageTransform | None = None,
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
         captions_per_image: int = 1,
-        batch_size: int = 32,
         max_len: int = 64,
+        cache_features: CacheFeatures | None = None,
+        batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        test_splits: Sequence[str] = ("test",),
-        languages: Sequence[str] | None = None,
+        splits: Splits = Splits(),
         drop_last: bool = False,
-        cache_features: bool = False,
-        cache_dir: str | None = None,
-        flip_features: bool = False,
-        cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
-        mark_images: bool = False,
         max_bad: float = 0.01,
-        report_dir: str | None = None,
     ):
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
-            train_split=train_split,
-            val_splits=val_splits,
-            test_splits=test_splits,
+            splits=splits,
             drop_last=drop_last,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
         if captions_per_image < 1:
             raise ValueError(f"captions_per_image ({captions_per_image}) must be at least 1")
-        self.source, self.transform, self.augment = source, image, augment
-        self.captions_per_image, self.max_len, self.languages = captions_per_image, max_len, languages
-        self.cache_features, self.cache_dir, self.flip_features = cache_features, cache_dir, flip_features
-        self.cache_dtype: Literal["float16", "bfloat16", "float32"] = cache_dtype
-        self.mark_images, self.max_bad, self.report_dir = mark_images, max_bad, report_dir
-        self._pairs: dict[str, Pairs] = {}
-        self._rows: dict[str, CaptionRows] = {}
+        self.source: PairSource = (
+            open_pairs(source, read, max_bad=max_bad) if isinstance(source, str | Path) else source
+        )
+        self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
+        self.captions_per_image, self.max_len, self.cache_features = (
+            captions_per_image,
+            max_len,
+            cache_features,
+        )
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
 
@@ -105,38 +102,37 @@ class CaptionData(Data):
         """Train a tokenizer on the training captions."""
         pairs = self.pairs(self.train_split)
         texts = (caption.text for i in range(len(pairs)) for caption in pairs.captions(i))
-        languages = self.source.languages if self.languages is None else self.languages
-        return Tokenizer.train(texts, self.vocab_size, languages)
+        return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
     def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
         self.tokenizer, self.transform = tokenizer, image
-        self._rows, self._features, self._datasets = {}, {}, {}
+        self.forget()
+        self._features, self._datasets = {}, {}
 
+    @once_a_split
     def pairs(self, split: str) -> Pairs:
         """Return the pairs of a split."""
-        if split not in self._pairs:
-            self._pairs[split] = self.source.split(split)
-        return self._pairs[split]
+        return self.source.split(split)
 
+    @once_a_split
     def rows(self, split: str) -> CaptionRows:
         """Return the captions of a split, tokenised at the first call; captions that had to be cut are reported."""
-        if split not in self._rows:
-            rows = self._rows[split] = CaptionRows(
-                self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images
+        rows = CaptionRows(self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images)
+        if rows.cut:
+            _log.warning(
+                "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
+                *(split, rows.cut, len(rows.prompt), self.max_len, rows.longest),
             )
-            if rows.cut:
-                _log.warning(
-                    "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
-                    *(split, rows.cut, len(rows.prompt), self.max_len, rows.longest),
-                )
-        return self._rows[split]
+        return rows
 
     def prepare(self, split: str) -> None:
-        """Read and tokenise a split; its report on unreadable pictures is emptied, unless a run goes on."""
+        """Read and tokenise a split."""
         self.rows(split)
-        if self.begins:
-            self._bad(split).reset()
+
+    def bad_samples(self, split: str) -> BadImages:
+        """Where pictures that cannot be read are recorded."""
+        return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad)
 
     def use_features(
         self,
@@ -147,41 +143,41 @@ class CaptionData(Data):
         autocast: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        """From now on yield visual tokens, computed once, in place of pixels; for a frozen vision tower.
+        """From now on yield visual tokens, computed once, in place of pixels; for a frozen vision encoder.
 
         Args:
-            captioner: A captioner (its `encode` is what is stored), or a vision tower alone.
+            captioner: A captioner (its `encode` is what is stored), or a vision encoder alone.
             stage: Whose splits: "fit", "validate" or "test".
             device: Where to compute.
             autocast: The number format of the computation; None computes in that of the weights.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: If the vision tower has trainable parameters, whose features would change.
+            ValueError: If the vision encoder has trainable parameters, whose features would change.
         """
         vision = getattr(captioner, "vision", captioner)
         trainable = [name for name, parameter in vision.named_parameters() if parameter.requires_grad]
         if trainable:
             raise ValueError(
-                f"cache_features needs a frozen vision tower, but {len(trainable)} of its parameters are trainable "
-                f"({trainable[0]}, ...); freeze it, or set cache_features to false"
+                f"cache_features needs a frozen vision encoder, but {len(trainable)} of its parameters are trainable "
+                f"({trainable[0]}, ...); freeze it, or set cache_features to null"
             )
         if self.augment is not None:
             raise ValueError(
-                "cache_features cannot be used with augment; set augment to null (flip_features mirrors)"
+                "cache_features cannot be used with augment; set augment to null (cache_features.flip mirrors)"
             )
         encode: Callable[[Tensor], Tensor] | None = getattr(captioner, "encode", None)
-        folder = self.cache_dir or "features"
+        kept = self.cache_features or CacheFeatures()
         for split in self.splits_of(stage):
             if split not in self._features:
                 self._features[split] = FeatureCache.build(
                     vision,
                     self.pairs(split),
                     self.transform,
-                    folder,
+                    kept.folder,
                     encode=None if encode is None else lambda pixels: encode(pixels[:, None])[:, 0],
-                    flip=self.flip_features and split == self.train_split,
-                    dtype=self.cache_dtype,
+                    flip=kept.flip and split == self.train_split,
+                    dtype=kept.dtype,
                     autocast=autocast,
                     num_workers=self.num_workers,
                     device=device,
@@ -203,15 +199,11 @@ class CaptionData(Data):
             seed=self.seed,
             augment=self.augment if training else None,
             features=self._features.get(split),
-            mirror=self.flip_features,
-            bad=self._bad(split),
+            mirror=self.cache_features is not None and self.cache_features.flip,
+            bad=self.bad_samples(split),
         )
         self._datasets.setdefault(split, []).append(dataset)
         return dataset
-
-    def _bad(self, split: str) -> BadImages:
-        path = self.report_folder(self.report_dir) / f"bad_images_{split}.jsonl"
-        return BadImages(path, len(self.pairs(split)), self.max_bad)
 
     def collate(self, split: str, *, training: bool = False) -> Collate:
         """What makes a `CaptionBatch` of pictures with their captions."""
@@ -263,7 +255,3 @@ class CaptionData(Data):
                 f"the run, or start a new one"
             )
         return super().changed(name, was, now)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a run which goes on has what it had; one from before there were mixtures had none."""
-        super().load_state_dict({"mixture": [], **state_dict})

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import draw, split_word
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import load
@@ -101,8 +102,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str, *, val_fraction: float = 0.1) -> None:
-        if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"val_fraction ({val_fraction}) must be at least 0 and below 1")
+        check_share("val_fraction", val_fraction)
         top = Path(root)
         if not top.is_dir():
             raise ValueError(f"{root}: no such folder")

@@ -3,7 +3,7 @@
 Letters: b pictures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
-from mmtransformer.data.class_sources import Classified, ClassSource
+from mmtransformer.data.class_sources import Classified, ClassSource, ImageFolder
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.hashing import generator
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.module import Data, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
@@ -114,46 +114,39 @@ class ClassData(Data):
     """Pictures with a class each, in batches that are the same for any number of workers and processes.
 
     Args:
-        source: Where the pictures come from, such as `ImageFolder` or `SceneShapes`.
-        image: How a picture becomes pixels; saved with the model.
+        source: Where the pictures come from, such as `ImageFolder` or `SceneShapes`; or a folder with a folder for each
+            class.
+        image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         batch_size: Pictures in a batch of one process.
         num_workers: Processes that load pictures. The batches are the same for any number.
         seed: Seed of order and augmentation.
-        train_split: The split to train on.
-        val_splits: The splits to validate on.
-        test_splits: The splits to test on.
+        splits: Which splits are for training, validation and test.
         max_bad: Share of the pictures that may be unreadable before the run stops.
-        report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
     """
 
     unit = "picture"
 
     def __init__(
         self,
-        source: ClassSource,
+        source: ClassSource | str,
         *,
-        image: ImageTransform,
+        image: ImageTransform | None = None,
         augment: Augment | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        test_splits: Sequence[str] = ("test",),
+        splits: Splits = Splits(),
         max_bad: float = 0.01,
-        report_dir: str | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
-            train_split=train_split,
-            val_splits=val_splits,
-            test_splits=test_splits,
+            splits=splits,
         )
-        self.source, self.transform, self.augment = source, image, augment
-        self.max_bad, self.report_dir = max_bad, report_dir
+        self.source: ClassSource = ImageFolder(source) if isinstance(source, str) else source
+        self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -169,22 +162,21 @@ class ClassData(Data):
         images = self.images(split)
         augment = self.augment if training else None
         return ClassDataset(
-            images, self.transform, augment=augment, training=training, seed=self.seed, bad=self._bad(split)
+            images,
+            self.transform,
+            augment=augment,
+            training=training,
+            seed=self.seed,
+            bad=self.bad_samples(split),
         )
 
     def collate(self, split: str, *, training: bool = False) -> Callable[[list[ClassSample]], ClassBatch]:
         """What makes a `ClassBatch` of pictures."""
         return collate
 
-    def setup(self, stage: str | None = None) -> None:
-        """Empties the report on unreadable pictures, unless a run goes on."""
-        if stage == "fit" and self.begins:
-            for split in self.splits_of(stage):
-                self._bad(split).reset()
-
-    def _bad(self, split: str) -> BadImages:
-        path = self.report_folder(self.report_dir) / f"bad_images_{split}.jsonl"
-        return BadImages(path, len(self.images(split)), self.max_bad)
+    def bad_samples(self, split: str) -> BadImages:
+        """Where pictures that cannot be read are recorded."""
+        return BadImages.of_split(self.report_folder(), split, len(self.images(split)), self.max_bad)
 
     def describe(self) -> str:
         """What there is: "8 classes (circle, square ...); train 20,000, val 500"."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -9,10 +10,11 @@ import lightning
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.documents.document_dataset import CollateDocuments, DocumentDataset
 from mmtransformer.data.documents.documents import DocumentPairs, Documents, DocumentSource, texts_of
+from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
-from mmtransformer.data.loading.module import Data, Lengths, list_of_splits
+from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.mixture import MixedDocuments
@@ -22,6 +24,10 @@ from mmtransformer.text.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 
+class _MarkedCaptions(CaptionData):
+    mark_images = True
+
+
 class InterleavedData(Data):
     """Documents with pictures anywhere in their text, in batches that are the same for any workers and processes.
 
@@ -29,154 +35,138 @@ class InterleavedData(Data):
     in documents.
 
     Args:
-        documents: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairDocuments`, or a
-            `DocumentMixture` of some.
-        image: How a picture becomes pixels; saved with the model.
+        source: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairDocuments`, or a
+            `DocumentMixture` of some; or a folder, an archive or a file of documents.
+        image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, document, picture).
         tokenizer: A tokenizer with an image token, or where to load one from (a folder or hub name); None trains one.
         vocab_size: The most words of a tokenizer that is trained here.
-        batch_size: Rows in a batch of one process.
         max_len: The most tokens of a row.
         max_images: The most pictures of a row.
         pack: Whether short documents share a row; they never see each other.
+        batch_size: Rows in a batch of one process.
         num_workers: Processes that load pictures. The batches are the same for any number.
         seed: Seed of order, packing and augmentation.
-        train_split: The split to train on.
-        val_splits: The splits of the documents to validate on; they are logged as documents_SPLIT.
+        splits: Which splits of the documents are for training and validation; these are logged as documents_SPLIT.
         captions: Pairs to caption and score; None = the pictures of the documents, with the texts that follow them.
         caption_splits: The splits of these pairs.
-        languages: Language codes that the tokenizer which is trained here gets; those of the documents unless told.
         drop_last: Leave out the last training batch of an epoch if it is not full.
         max_bad: Share of the pictures that may be unreadable before the run stops.
-        report_dir: Folder of the report on unreadable pictures; the run's folder unless told.
     """
 
     def __init__(
         self,
-        documents: DocumentSource,
+        source: DocumentSource | str,
         *,
-        image: ImageTransform,
+        image: ImageTransform | None = None,
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
-        batch_size: int = 16,
         max_len: int = 256,
         max_images: int = 6,
         pack: bool = True,
+        batch_size: int = 16,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        captions: PairSource | None = None,
+        splits: Splits = Splits(),
+        captions: PairSource | str | None = None,
         caption_splits: Sequence[str] = ("val",),
-        languages: Sequence[str] | None = None,
         drop_last: bool = False,
         max_bad: float = 0.01,
-        report_dir: str | None = None,
     ):
-        self.document_splits = list_of_splits("val_splits", val_splits)
-        self._caption_splits = list_of_splits("caption_splits", caption_splits)
+        self.document_splits, self.caption_splits = tuple(splits.val), Splits(val=caption_splits).val
+        logged = [f"documents_{split}" for split in self.document_splits]
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
-            train_split=train_split,
-            val_splits=[f"documents_{split}" for split in val_splits] + list(caption_splits),  # as logged
-            test_splits=(),
+            splits=Splits(splits.train, (*logged, *self.caption_splits), ()),
             drop_last=drop_last,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        self.source, self.transform, self.augment = documents, image, augment
+        self.source: DocumentSource = (
+            InterleavedFiles(source, max_bad=max_bad) if isinstance(source, str | Path) else source
+        )
+        self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
-        self.languages, self.max_bad, self.report_dir = languages, max_bad, report_dir
-        self._pairs = DocumentPairs(documents) if captions is None else captions
+        self._pairs = DocumentPairs(self.source) if captions is None else captions
         self._captions: CaptionData | None = None
-        self._documents: dict[str, Documents] = {}
-        self._rows: dict[str, DocumentRows] = {}
 
     def train_tokenizer(self) -> Tokenizer:
         """Train a tokenizer on the training documents."""
-        languages = self.source.languages if self.languages is None else self.languages
-        return Tokenizer.train(texts_of(self.documents(self.train_split)), self.vocab_size, languages)
+        texts = texts_of(self.documents(self.train_split))
+        return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
     @property
     def captions(self) -> CaptionData:
         """The pairs that the run is scored on, with this data's tokenizer and transform."""
         if self._captions is None:
-            self._captions = CaptionData(
+            self._captions = _MarkedCaptions(
                 self._pairs,
                 image=self.transform,
                 tokenizer=self.tokenizer,
-                batch_size=self.batch_size,
                 max_len=self.max_len,
+                batch_size=self.batch_size,
                 num_workers=self.num_workers,
                 seed=self.seed,
-                val_splits=self._caption_splits,
-                test_splits=(),
-                mark_images=True,
+                splits=Splits(val=self.caption_splits, test=()),
                 max_bad=self.max_bad,
-                report_dir=self.report_dir,
             )
-        self._captions.trainer = self.trainer
+        self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions
 
     def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
         self.tokenizer, self.transform = tokenizer, image
-        self._rows, self._captions = {}, None
+        self.forget()
+        self._captions = None
 
+    @once_a_split
     def documents(self, split: str) -> Documents:
         """Return the documents of a split."""
-        if split not in self._documents:
-            self._documents[split] = self.source.split(split)
-        return self._documents[split]
+        return self.source.split(split)
 
+    @once_a_split
     def rows(self, split: str) -> DocumentRows:
         """Return a split as rows, tokenised at the first call; what had to be divided, cut or left out is reported."""
-        if split not in self._rows:
-            documents = self.documents(split)
-            parts = documents.parts if isinstance(documents, MixedDocuments) else None
-            rows = self._rows[split] = DocumentRows(
-                documents,
-                self.tokenizer,
-                max_len=self.max_len,
-                max_images=self.max_images,
-                pack=self.pack,
-                seed=self.seed,
-                parts=parts,
-            )
-            all_ = f"of {len(documents)} documents"
-            for count, what in (
-                (
-                    rows.divided,
-                    f"{all_} are longer than a row ({self.max_len} tokens, {self.max_images} pictures): divided",
-                ),
-                (rows.cut, "texts are longer than a row: cut"),
-                (rows.silent, f"{all_} have no text after a picture: left out"),
-            ):
-                if count:
-                    _log.warning("%s: %d %s", split, count, what)
-        return self._rows[split]
+        documents = self.documents(split)
+        rows = DocumentRows(
+            documents,
+            self.tokenizer,
+            max_len=self.max_len,
+            max_images=self.max_images,
+            pack=self.pack,
+            seed=self.seed,
+            parts=documents.parts if isinstance(documents, MixedDocuments) else None,
+        )
+        of, row = f"of {len(documents)} documents", f"({self.max_len} tokens, {self.max_images} pictures)"
+        for count, what in (
+            (rows.divided, f"{of} are longer than a row {row}: divided"),
+            (rows.cut, "texts are longer than a row: cut"),
+            (rows.silent, f"{of} have no text after a picture: left out"),
+        ):
+            if count:
+                _log.warning("%s: %d %s", split, count, what)
+        return rows
 
     def splits_of(self, stage: str | None) -> tuple[str, ...]:
         """The splits of the documents for a stage."""
         return (self.train_split, *self.document_splits) if stage in (None, "fit") else self.document_splits
 
     def prepare(self, split: str) -> None:
-        """Read and tokenise a split; its report on unreadable pictures is emptied, unless a run goes on."""
+        """Read and tokenise a split."""
         self.rows(split)
-        if self.begins:
-            self._bad(split).reset()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits of a stage: "fit" or "validate"."""
         super().setup(stage)
         self.captions.setup("validate")
 
-    def _bad(self, split: str) -> BadImages:
-        path = self.report_folder(self.report_dir) / f"bad_images_documents_{split}.jsonl"
-        return BadImages(path, int(self.rows(split).images.sum()), self.max_bad)
+    def bad_samples(self, split: str) -> BadImages:
+        """Where pictures that cannot be read are recorded."""
+        total = int(self.rows(split).images.sum())
+        return BadImages.of_split(self.report_folder(), f"documents_{split}", total, self.max_bad)
 
     def dataset(self, split: str, *, training: bool = False) -> DocumentDataset:
         """Return a split as a dataset of `SampleIndex`s."""
@@ -187,17 +177,15 @@ class InterleavedData(Data):
             training=training,
             seed=self.seed,
             augment=self.augment if training else None,
-            bad=self._bad(split),
+            bad=self.bad_samples(split),
         )
 
     def mixture(self, split: str) -> EpochMixture | None:
         """How a training epoch of a split is mixed; None if it is no mixture."""
         documents = self.documents(split)
-        return (
-            documents.mixture(self.seed, self.rows(split).parts)
-            if isinstance(documents, MixedDocuments)
-            else None
-        )
+        if not isinstance(documents, MixedDocuments):
+            return None
+        return documents.mixture(self.seed, self.rows(split).parts)
 
     def collate(self, split: str, *, training: bool = False) -> CollateDocuments:
         """What makes a `CaptionBatch` of rows."""

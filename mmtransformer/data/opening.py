@@ -9,6 +9,7 @@ from mmtransformer.data.documents.document_records import document_files, holds_
 from mmtransformer.data.documents.documents import DocumentPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.files.archives import IMAGES, Files
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
 from mmtransformer.data.loading.errors import Report
@@ -33,34 +34,25 @@ class InterleavedPairs(DocumentPairs):
 
 
 def open_pairs(
-    root: str | Path,
-    *,
-    images: str | Path | None = None,
-    language: str | None = None,
-    val_fraction: float = 0.1,
-    max_bad: float = 0.01,
+    root: str | Path, read: ReadOptions = ReadOptions(), *, max_bad: float = 0.01
 ) -> PairFiles | Shards | InterleavedPairs:
     """Opens what a path names: `Shards`, the pictures of `InterleavedFiles` with the texts after them, or `PairFiles`.
 
     Args:
         root: A folder, an archive, a manifest, or a pattern of tar shards.
-        images: Folder or archive with the pictures, if not at or below the root.
-        language: The language of captions that neither the data nor their script tells.
-        val_fraction: Share of the pictures for val where the data names none.
-        max_bad: Share that may be unusable.
+        read: How it is read. A format or columns that are named make it `PairFiles`.
+        max_bad: Share of the rows that may be unusable.
 
     Raises:
         ValueError: If nothing is there that could be pairs.
     """
-    if images is None and are_shards(root):
-        return Shards(str(root), language=language, val_fraction=val_fraction, max_bad=max_bad)
-    if are_documents(root):
-        return InterleavedPairs(
-            InterleavedFiles(
-                root, images=images, language=language, val_fraction=val_fraction, max_bad=max_bad
-            )
-        )
-    return PairFiles(root, images=images, language=language, val_fraction=val_fraction, max_bad=max_bad)
+    if read.format == "auto" and not any(read.wanted[:4]):
+        if read.images is None and are_shards(root):
+            return Shards(str(root), language=read.language, val_fraction=read.val_fraction, max_bad=max_bad)
+        if are_documents(root):
+            options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
+            return InterleavedPairs(InterleavedFiles(root, **options, max_bad=max_bad))
+    return PairFiles(root, read, max_bad=max_bad)
 
 
 def are_documents(root: str | Path) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
@@ -13,12 +13,12 @@ from mmtransformer.data.files.archives import Entry, Files, nfc
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import Manifest, find_manifests, read_folder, read_manifest
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
-from mmtransformer.data.files.tables import Row, Wanted
+from mmtransformer.data.files.read_options import ReadOptions, check_share
+from mmtransformer.data.files.tables import Row
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 
-Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet"]
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
            "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file"}  # fmt: skip
 
@@ -100,14 +100,7 @@ class PairFiles:
 
     Args:
         root: A folder, an archive, or one manifest.
-        format: The format, if it can't be told.
-        images: Folder or archive with the pictures, if not at or below the root.
-        image_column: Column (or key) with the picture's path; found by its name if not given.
-        caption_column: Column or columns with captions.
-        language_column: Column with the language of the row's captions.
-        split_column: Column with the split.
-        language: The language of captions that neither the data nor their script tells.
-        val_fraction: Share of the pictures for val where the data names none; 0 for no val.
+        read: How it is read, such as the names of its columns, where that is not to be detected.
         max_bad: Share of rows that may be unusable; one always may, unless this is 0.
 
     Raises:
@@ -117,30 +110,18 @@ class PairFiles:
     def __init__(
         self,
         root: str | Path,
+        read: ReadOptions = ReadOptions(),
         *,
-        format: Format = "auto",
-        images: str | Path | None = None,
-        image_column: str | None = None,
-        caption_column: str | Sequence[str] | None = None,
-        language_column: str | None = None,
-        split_column: str | None = None,
-        language: str | None = None,
-        val_fraction: float = 0.1,
         max_bad: float = 0.01,
     ):
-        if not 0 <= val_fraction < 1 or not 0 <= max_bad <= 1:
-            raise ValueError(
-                f"val_fraction ({val_fraction}) and max_bad ({max_bad}) are shares: from 0 up to 1, and a val_fraction "
-                "of 1 leaves nothing to train on"
-            )
+        check_share("max_bad", max_bad, whole=True)
         self.root = Path(root).expanduser()
-        self.val_fraction = val_fraction
         self.report = Report()
         files = Files(root)
-        manifests = find_manifests(files, format)
-        self._images_in = files if images is None or not manifests else Files(_images_folder(files, images))
-        captions = [caption_column] if isinstance(caption_column, str) else caption_column
-        wanted = Wanted(image_column, captions, language_column, split_column)
+        manifests = find_manifests(files, read.format)
+        self._images_in = (
+            files if read.images is None or not manifests else Files(_images_folder(files, read.images))
+        )
         self._found: dict[Any, _Image] = {}
         self._missing: list[tuple[str | None, Row, str, str]] = []
         self._said: list[str] = []
@@ -148,7 +129,7 @@ class PairFiles:
             listing = ", ".join(m.entry.path for m in manifests[:3])
             listing += f" and {len(manifests) - 3} more" if len(manifests) > 3 else ""
             for manifest in manifests:
-                columns, rows = read_manifest(files, manifest, wanted)
+                columns, rows = read_manifest(files, manifest, read.wanted)
                 self._said = [f"{_title(manifest)} {listing}"]
                 self._said += [str(columns)] if columns else []
                 base = manifest.base if self._images_in is files else ""
@@ -168,10 +149,10 @@ class PairFiles:
             raise TooManyErrors(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
         self._normalize_names(found)
         self.languages: tuple[str, ...]
-        self.languages, said = normalize_languages([image.captions for image in found], language)
+        self.languages, said = normalize_languages([image.captions for image in found], read.language)
         self._said.append(said)
         names, splits = [p.name for p in found], [p.split for p in found]
-        members, said = normalize_splits(names, splits, val_fraction)
+        members, said = normalize_splits(names, splits, read.val_fraction)
         self._said += [said] if said else []
         self._splits = {split: [found[i] for i in some] for split, some in members.items()}
         del self._found, self._missing

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from mmtransformer.backbones.seq2seq import TextPairs
-from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
-from mmtransformer.data.scenes.parallel import Parallel, ParallelSource
+from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -107,23 +107,21 @@ class TranslationData(Data):
     """Texts with translations, in batches grouped by length, the same for any number of workers and processes.
 
     Args:
-        source: Where the pairs come from, such as `SceneTranslations` or `ParallelTable`.
+        source: Where the pairs come from, such as `SceneTranslations` or `ParallelTable`; or the path of a table.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on both sides' texts.
         vocab_size: The most words of a tokenizer that is trained here.
         batch_size: Pairs in a batch of one process.
         max_len: The most tokens of a source or a target, with prompt and end; longer pairs are left out, and counted.
         num_workers: Processes that make batches. The batches are the same for any number.
         seed: Seed of the order.
-        train_split: The split to train on.
-        val_splits: The splits to validate on.
-        test_splits: The splits to test on.
+        splits: Which splits are for training, validation and test.
     """
 
     unit = "pair"
 
     def __init__(
         self,
-        source: ParallelSource,
+        source: ParallelSource | str,
         *,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 8192,
@@ -131,45 +129,39 @@ class TranslationData(Data):
         max_len: int = 128,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        test_splits: Sequence[str] = ("test",),
+        splits: Splits = Splits(),
     ) -> None:
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
-            train_split=train_split,
-            val_splits=val_splits,
-            test_splits=test_splits,
+            splits=splits,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        self.source, self.max_len = source, max_len
-        self._pairs: dict[str, list[Parallel]] = {}
-        self._rows: dict[str, TranslationRows] = {}
+        self.source = ParallelTable(source) if isinstance(source, str) else source
+        self.max_len = max_len
 
     def train_tokenizer(self) -> Tokenizer:
         """Train a tokenizer on the training texts of both sides."""
         texts = (text for pair in self.pairs(self.train_split) for text in (pair.source, pair.text))
         return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
+    @once_a_split
     def pairs(self, split: str) -> list[Parallel]:
         """Return the pairs of a split, the longest too."""
-        if split not in self._pairs:
-            self._pairs[split] = self.source.split(split)
-        return self._pairs[split]
+        return self.source.split(split)
 
+    @once_a_split
     def rows(self, split: str) -> TranslationRows:
         """Return the pairs of a split, tokenised at the first call; how many are left out is reported."""
-        if split not in self._rows:
-            rows = self._rows[split] = TranslationRows(self.pairs(split), self.tokenizer, self.max_len)
-            if rows.too_long:
-                _log.warning(
-                    "%s: %d of %d pairs are longer than max_len (%d tokens; the longest has %d) and were left out",
-                    *(split, rows.too_long, len(rows) + rows.too_long, self.max_len, rows.longest),
-                )
-        return self._rows[split]
+        rows = TranslationRows(self.pairs(split), self.tokenizer, self.max_len)
+        if rows.too_long:
+            _log.warning(
+                "%s: %d of %d pairs are longer than max_len (%d tokens; the longest has %d) and were left out",
+                *(split, rows.too_long, len(rows) + rows.too_long, self.max_len, rows.longest),
+            )
+        return rows
 
     def prepare(self, split: str) -> None:
         """Read and tokenise a split."""

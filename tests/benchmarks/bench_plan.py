@@ -1,7 +1,7 @@
 """What `mmt plan` says of a recipe's memory beside what its first steps take, on a CPU with Linux, a process for each.
 
     python tests/benchmarks/bench_plan.py caption_scenes lm_scenes translate_scenes
-    python tests/benchmarks/bench_plan.py bert_captions --words="--data.paths=[captions.csv]"
+    python tests/benchmarks/bench_plan.py bert_captions --words="--data.source=[captions.csv]"
 
 Measured is the peak of the process's memory that no file backs: VmHWM less RssFile of /proc/self/status. Of the whole
 process most is Python with its libraries, which hardly differs from recipe to recipe; so the rest is compared as well:

@@ -159,7 +159,7 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     BertModel(BertConfig(vocab_size=WORDS, max_position_embeddings=40, **sizes)).save_pretrained(bert)
     tokenizer(()).save_pretrained(bert)
     words = [
-        f"--data.root={images}", "--data.image.image_size=32", f"--model.captioner.vision.source={vit}",
+        f"--data.source={images}", "--data.image.image_size=32", f"--model.captioner.vision.source={vit}",
         f"--model.captioner.qformer.source={bert}",
         "--model.captioner.qformer.visual_dim=64", f"--model.captioner.class_id={WORDS}", f"--data.tokenizer={bert}",
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_blip2_on_pairs_with_a_hubs_tower_and_language_model(
     assert json.loads((lm / "config.json").read_text("utf-8"))["model_type"] == family
     two = tmp_path / "two"
     fit(
-        capsys, "qformer_coco", two, f"--data.root={images}", "--data.image.image_size=32",
+        capsys, "qformer_coco", two, f"--data.source={images}", "--data.image.image_size=32",
         f"--model.captioner.folder={one}", f"--model.captioner.decoder.source={lm}",
         f"--data.tokenizer={lm}",
     )  # fmt: skip

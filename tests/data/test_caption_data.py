@@ -10,6 +10,7 @@ from torch import nn
 
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.dataset import CaptionDataset
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.rows import CaptionRows, names_a_side, share_of_padding
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
@@ -209,7 +210,8 @@ def test_evaluation_has_every_language_and_is_always_the_same():
     count = lambda i: 2 if i != 4 else 1  # noqa: E731
     val = FakePairs(11, ("en", "ko"), count=count)
     data = make(
-        FakeSource(train=FakePairs(23, ("en", "ko")), val=val, more=FakePairs(3)), val_splits=["val", "more"]
+        FakeSource(train=FakePairs(23, ("en", "ko")), val=val, more=FakePairs(3)),
+        splits=Splits(val=["val", "more"]),
     )
     first, second = data.val_dataloader()
     assert (len(first), len(second)) == (2, 1)
@@ -285,10 +287,10 @@ def test_processes_share_the_batches_and_lightnings_sampler_is_refused():
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         make(batch_size=0)
-    with pytest.raises(ValueError, match=r"val_splits must be a list of splits: \[val\]"):
-        make(val_splits="val")
+    with pytest.raises(ValueError, match=r"splits.val must be a list of splits: \[val\]"):
+        make(splits=Splits(val="val"))
     with pytest.raises(ValueError, match="no split dev"):
-        make(val_splits=["dev"])
+        make(splits=Splits(val=["dev"]))
 
 
 class Module(lightning.LightningModule):
@@ -395,7 +397,8 @@ def test_a_recipe_can_name_it(tmp_path):
           image: {{image_size: [16, 24]}}
           augment: {{scale: [0.7, 1.0]}}
           tokenizer: {tmp_path}
-          val_splits: [val, compositional]
+          splits:
+            val: [val, compositional]
           batch_size: 5
     """
     data = parser.instantiate(parser.parse_string(recipe)).data

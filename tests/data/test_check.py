@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mmtransformer.data.check import CheckReport, Finding, check
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.data.scenes.scenes import Scenes
@@ -199,7 +200,7 @@ def test_any_source_of_pairs_can_be_checked(tmp_path: Path) -> None:
     assert finding(report, "pictures that are in two splits").count == 10
     assert report.languages == {"ko": 22}
     build(tmp_path)
-    report = check(PairFiles(tmp_path, val_fraction=0), progress=False)
+    report = check(PairFiles(tmp_path, ReadOptions(val_fraction=0)), progress=False)
     assert report.findings == []
 
 

@@ -14,6 +14,7 @@ from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.features import cache_key
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture, MixedDocuments, MixedPairs, Mixture
@@ -159,7 +160,7 @@ def test_a_mixture_is_a_source_of_pairs() -> None:
 
 def test_training_follows_the_weights_and_evaluation_sees_all_once() -> None:
     source = two_sources(weights={"big": 1.0, "small": 3.0}, epoch_size=40)
-    data = make(source, batch_size=6, val_splits=["val", "small/test"])
+    data = make(source, batch_size=6, splits=Splits(val=["val", "small/test"]))
     counts: Counter[str] = Counter()
     for epoch in range(4):
         batches = batches_of(data, epoch)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import pytest
 
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.pairs import PairFiles
@@ -214,7 +215,7 @@ def test_coco_images_elsewhere_and_two_years(tmp_path: Path) -> None:
         path = tmp_path / "texts" / f"captions_{year}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"images": images, "annotations": notes}))
-    source = PairFiles(tmp_path / "texts", images=tmp_path / "photos")
+    source = PairFiles(tmp_path / "texts", ReadOptions(images=tmp_path / "photos"))
     assert everything(source) == expected(1)
     assert [len(source.split(s)) for s in source.splits()] == [17, 6]
     with pytest.raises(
@@ -300,9 +301,10 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     ):
         PairFiles(tmp_path)
     with pytest.raises(ValueError, match="has no column 'kurtz'; its columns are: f, image, kurz"):
-        PairFiles(tmp_path, caption_column="kurtz")
+        PairFiles(tmp_path, ReadOptions(caption_column="kurtz"))
     source = PairFiles(
-        tmp_path, image_column="f", caption_column="kurz", language_column="l", split_column="teil"
+        tmp_path,
+        ReadOptions(image_column="f", caption_column="kurz", language_column="l", split_column="teil"),
     )
     assert "columns image=f caption=kurz language=l split=teil" in source.describe()
     assert source.splits() == ("val",)
@@ -323,7 +325,7 @@ def test_captions_in_many_shapes(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         jsonl([{"image": n, "caption": s} for n, s in zip(NAMES, shapes, strict=False)])
     )
-    assert list(everything(PairFiles(tmp_path, val_fraction=0)).values()) == [
+    assert list(everything(PairFiles(tmp_path, ReadOptions(val_fraction=0))).values()) == [
         ["one"], ["two", "three"], ["four", "다섯", "여섯"], ["seven", "여덟"], ["nine", "ten"],
         ["el\u200beven twelve thirteen"], ["열넷"],
     ]  # fmt: skip
@@ -347,7 +349,7 @@ def test_languages_need_no_configuration(
     (tmp_path / "a.jsonl").write_text(
         jsonl([{"image": n, "caption": t} for n, t in zip(NAMES, texts, strict=True)])
     )
-    source = PairFiles(tmp_path, language=language, val_fraction=0)
+    source = PairFiles(tmp_path, ReadOptions(language=language, val_fraction=0))
     assert source.languages == languages
     for i in range(23):
         text, code = source.split("train").captions(i)[0]
@@ -386,7 +388,7 @@ def test_a_column_for_each_language(tmp_path: Path) -> None:
 def test_columns_named_by_language_alone(header: str, tmp_path: Path) -> None:
     draw(tmp_path)
     (tmp_path / "a.tsv").write_text(header + "\n" + "".join(f"{n}\ta key\t열쇠\n" for n in NAMES))
-    assert PairFiles(tmp_path, val_fraction=0).split("train").captions(22) == [
+    assert PairFiles(tmp_path, ReadOptions(val_fraction=0)).split("train").captions(22) == [
         Caption("a key", "en"), Caption("열쇠", "ko")]  # fmt: skip
 
 
@@ -441,7 +443,7 @@ def test_val_is_never_empty_and_named_splits_win(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"{n},{caption(n)}\n" for n in NAMES[:2]))
     source = PairFiles(tmp_path)
     assert [len(source.split(s)) for s in ("train", "val")] == [1, 1]
-    assert PairFiles(tmp_path, val_fraction=0).splits() == ("train",)
+    assert PairFiles(tmp_path, ReadOptions(val_fraction=0)).splits() == ("train",)
     splits = ["train"] * 17 + ["test"] * 6
     (tmp_path / "a.csv").write_text(
         "image,caption,split\n"
@@ -455,7 +457,7 @@ def test_val_is_never_empty_and_named_splits_win(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no split 'dev'; it has: train, val, test"):
         source.split("dev")
     with pytest.raises(ValueError, match=r"val_fraction \(1\)"):
-        PairFiles(tmp_path, val_fraction=1)
+        PairFiles(tmp_path, ReadOptions(val_fraction=1))
 
 
 def test_a_split_without_any_image_is_left_out_and_said(tmp_path: Path) -> None:
@@ -488,12 +490,12 @@ def test_several_manifests_must_belong_together(tmp_path: Path) -> None:
         ValueError, match=r"2 manifests .* captions.csv \(csv\), more.jsonl \(jsonl\).* or the format"
     ):
         PairFiles(tmp_path)
-    assert "JSONL" in PairFiles(tmp_path, format="jsonl").describe()
+    assert "JSONL" in PairFiles(tmp_path, ReadOptions(format="jsonl")).describe()
     assert everything(PairFiles(tmp_path / "captions.csv")) == expected()
     with pytest.raises(ValueError, match="holds no coco manifest"):
-        PairFiles(tmp_path, format="coco")
+        PairFiles(tmp_path, ReadOptions(format="coco"))
     with pytest.raises(ValueError, match="format='cvs' is none of auto, folder, csv"):
-        PairFiles(tmp_path, format="cvs")  # type: ignore[arg-type]
+        PairFiles(tmp_path, ReadOptions(format="cvs"))  # type: ignore[arg-type]
     (tmp_path / "more.jsonl").unlink()
     (tmp_path / "captions.csv").rename(tmp_path / "train.csv")
     (tmp_path / "valid.csv").write_text("filepath,title\np00.png,again\n")
@@ -563,7 +565,7 @@ def test_korean_file_names_in_either_form(form: Literal["NFC", "NFD"], tmp_path:
     draw(tmp_path / "그림", [unicodedata.normalize(form, n) for n in names])
     rows = [{"사진": unicodedata.normalize(other, f"그림/{n}"), "설명": "고양이"} for n in names]
     (tmp_path / "자료.jsonl").write_text(jsonl(rows))
-    assert len(everything(PairFiles(tmp_path, val_fraction=0))) == 5
+    assert len(everything(PairFiles(tmp_path, ReadOptions(val_fraction=0)))) == 5
     (tmp_path / "z").mkdir()
     # names in CP949 and without the flag for UTF-8, as Korean Windows packs them: zipfile can't write that, so the
     # names are put in afterwards, in the place of others that are as long in bytes
@@ -574,7 +576,7 @@ def test_korean_file_names_in_either_form(form: Literal["NFC", "NFD"], tmp_path:
         data = data.replace(stand_ins[name].encode(), name.encode("cp949"))
     path.write_bytes(data)
     (tmp_path / "z" / "a.jsonl").write_text(jsonl([{"image": n, "caption": "고양이"} for n in names]))
-    assert len(everything(PairFiles(tmp_path / "z", val_fraction=0))) == 5
+    assert len(everything(PairFiles(tmp_path / "z", ReadOptions(val_fraction=0)))) == 5
 
 
 def _pixel(split: Pairs, i: int) -> object:
@@ -584,7 +586,7 @@ def _pixel(split: Pairs, i: int) -> object:
 def test_workers_read_the_same_archive(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(rows_jsonl())
     pack(tmp_path / "a.zip", {n: png(n) for n in NAMES}, zipfile.ZIP_DEFLATED)
-    split = PairFiles(tmp_path, val_fraction=0).split("train")
+    split = PairFiles(tmp_path, ReadOptions(val_fraction=0)).split("train")
     split.image(0)  # opened before the fork
     whole = [colour(n) for n in NAMES]
     with get_context("fork").Pool(2) as pool:
@@ -598,7 +600,7 @@ def test_workers_read_the_same_archive(tmp_path: Path) -> None:
 def test_what_fails_later_is_an_image_error_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:3]))
     draw(tmp_path, NAMES[:3])
-    split = PairFiles(tmp_path, val_fraction=0).split("train")
+    split = PairFiles(tmp_path, ReadOptions(val_fraction=0)).split("train")
     (tmp_path / NAMES[0]).unlink()
     (tmp_path / NAMES[1]).write_bytes(b"")
     with pytest.raises(ImageError, match=r"p00.png"):

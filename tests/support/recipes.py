@@ -104,8 +104,8 @@ def arguments(name: str, folder: Path) -> list[str]:
         ViT(64, 8, 192, 1, 3).save_pretrained(folder / "vit")
         return [
             f"--model.captioner.vision.source={folder / 'vit'}",
-            "--data.documents.train_size=12",
-            "--data.documents.val_size=2",
+            "--data.source.train_size=12",
+            "--data.source.val_size=2",
             "--model.generation.max_new_tokens=3",
         ]
     if name == "caption_scenes":
@@ -123,16 +123,20 @@ def arguments(name: str, folder: Path) -> list[str]:
         sizes = {"train_size": 9, "val_size": 2, "compositional_size": 2}
         return [f"--data.source.scenes.{key}={value}" for key, value in sizes.items()]
     if name == "lm_captions":
-        paths = f"--data.paths=[{flickr_folder(folder / 'flickr')}]"
+        paths = f"--data.source={flickr_folder(folder / 'flickr')}"
         return [paths, "--data.max_len=48", "--model.num_texts=3"]
     if name == "bert_captions":
-        return [f"--data.paths=[{flickr_folder(folder / 'flickr')}]"]
-    root = f"--data.root={flickr_folder(folder / 'flickr')}"
+        return [f"--data.source={flickr_folder(folder / 'flickr')}"]
+    root = f"--data.source={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
     if name in ("qformer_stage2_flickr8k", "qformer_coco"):
         language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
-        cache = [f"--data.cache_dir={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []
+        cache = (
+            [f"--data.cache_features.folder={folder / 'features'}"]
+            if name == "qformer_stage2_flickr8k"
+            else []
+        )
         return [root, *language, stage1(folder / "stage1"), "--data.image.image_size=32", *cache]
     dim = {"flamingo_coco": 768, "qformer_stage1_coco": 1024}.get(name, 192)
     vision = ViT(32, 8, dim, 1, 4 if dim % 3 else 3)
@@ -143,5 +147,5 @@ def arguments(name: str, folder: Path) -> list[str]:
         return sources + smaller + language_model(folder / "lm", "gpt2")
     if name == "qformer_stage1_coco":
         return sources + bert(folder / "bert")
-    sources += [f"--data.cache_dir={folder / 'features'}"]
+    sources += [f"--data.cache_features.folder={folder / 'features'}"]
     return sources + (language_model(folder / "lm") if name == "flamingo_flickr8k" else [])

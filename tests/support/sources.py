@@ -67,12 +67,13 @@ def tokenizer():
     return Tokenizer.train((c.text for i in range(40) for c in captions(i)), 400, ("en", "ko"))
 
 
-def make(source=None, **options):
+def make(source=None, report_dir=None, **options):
     source = source or FakeSource(train=FakePairs(53), val=FakePairs(11, seed=1))
     data = CaptionData(
         source,
         **({"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 7} | options),
     )
+    data.report_dir = report_dir
     data.setup("fit")
     return data
 

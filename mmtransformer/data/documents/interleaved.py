@@ -30,6 +30,7 @@ from mmtransformer.data.files.archives import Entry, FileError, Files
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import json_lines
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
+from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import (
     fold,
     is_broken,
@@ -135,11 +136,8 @@ class InterleavedFiles:
         val_fraction: float = 0.05,
         max_bad: float = 0.01,
     ):
-        if not 0 <= val_fraction < 1 or not 0 <= max_bad <= 1:
-            raise ValueError(
-                f"val_fraction ({val_fraction}) and max_bad ({max_bad}) are shares: from 0 up to 1, and a val_fraction "
-                "of 1 leaves nothing to train on"
-            )
+        check_share("val_fraction", val_fraction)
+        check_share("max_bad", max_bad, whole=True)
         if not mark.strip():
             raise ValueError(f"mark ({mark!r}) must be a word that stands for a picture, such as {MARK}")
         self.root, self.mark, self.report = Path(root).expanduser(), mark, Report()

@@ -13,13 +13,13 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from mmtransformer.data.files.archives import IMAGES, Entry, FileError, Files, nfc
+from mmtransformer.data.files.read_options import Format, Wanted
 from mmtransformer.data.files.tables import (
     Columns,
     Row,
-    Wanted,
     find_columns,
     make_row,
     read_captions,
@@ -29,7 +29,6 @@ from mmtransformer.data.files.tables import (
 from mmtransformer.data.files.text import CODES, SPLITS, lines, split_word
 from mmtransformer.data.loading.source import Caption
 
-FORMATS = ("folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet")
 _TABLES = (".csv", ".tsv", ".tab", ".psv")
 _SUFFIXES = (*_TABLES, ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
 # files that lie beside manifests and hold no captions
@@ -47,7 +46,7 @@ class Manifest(NamedTuple):
 
     Attributes:
         entry: The file.
-        format: One of FORMATS.
+        format: One of `Format`, but for "auto".
         split: The split that its own name says, if it is one of several.
     """
 
@@ -69,8 +68,8 @@ def find_manifests(files: Files, format: str = "auto") -> list[Manifest]:
     Raises:
         ValueError: If there are several that don't belong together, or the asked format isn't there.
     """
-    if format not in ("auto", *FORMATS):
-        raise ValueError(f"format={format!r} is none of auto, {', '.join(FORMATS)}")
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is none of {', '.join(get_args(Format))}")
     if format == "folder":
         return []
     if files.asked is not None:

@@ -9,6 +9,11 @@ from mmtransformer.data.loading.source import Caption
 _ORDER = {"train": 0, "val": 1, "test": 2}
 
 
+def split_order(name: str) -> tuple[int, str]:
+    """What splits are sorted by: train, val, test, then any others."""
+    return _ORDER.get(name, 3), name
+
+
 def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -> tuple[tuple[str, ...], str]:
     """Names the language of captions that name none: Korean by its script, the others as `PairFiles` says.
 
@@ -45,7 +50,8 @@ def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -
 def normalize_splits(
     names: Sequence[str], splits: Sequence[str | None], val_fraction: float, what: str = "pictures"
 ) -> tuple[dict[str, list[int]], str]:
-    """Shares members out to splits: as the data says, and where it has no val, by a hash of the name.
+    """Shares members out to splits: as the data says, and where it has no val, by a hash of the name (so members of one
+    name stay together).
 
     Args:
         names: The members' names.
@@ -59,13 +65,15 @@ def normalize_splits(
     found, said = list(splits), ""
     if val_fraction and "val" not in found:
         pool = [i for i, split in enumerate(found) if split in (None, "train")]
+        draws = {names[i]: draw(names[i]) for i in pool}
+        held_out = {name for name, value in draws.items() if value < val_fraction}
+        if len(draws) > 1:  # neither train nor val is empty, however few there are
+            held_out = held_out or {min(draws, key=lambda name: draws[name])}
+            held_out -= {max(draws, key=lambda name: draws[name])}
         for i in pool:
-            found[i] = "val" if draw(names[i]) < val_fraction else "train"
-        for empty, pick in (("val", min), ("train", max)):
-            if len(pool) > 1 and not any(found[i] == empty for i in pool):
-                found[pick(pool, key=lambda i: draw(names[i]))] = empty
+            found[i] = "val" if names[i] in held_out else "train"
         said = f"val by hash of the name, {val_fraction:.0%} of the {what}" if pool else ""
     members: dict[str, list[int]] = {}
     for i, split in enumerate(found):
         members.setdefault(split or "train", []).append(i)
-    return dict(sorted(members.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0]))), said
+    return dict(sorted(members.items(), key=lambda item: split_order(item[0]))), said

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES, Entry, Files
-from mmtransformer.data.files.tables import Columns, Row, Wanted, find_columns, make_row
+from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.tables import Columns, Row, find_columns, make_row
 
 _SMALL_ROWS = 1_000_000  # that a file of any size may have
 CACHE_BYTES = 1 << 28  # row groups kept in memory by each process

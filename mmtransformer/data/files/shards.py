@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmtransformer.data.files.archives import Entry, FileError, Files
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
+from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.tar_index import TEXTS, ShardError, ShardSample, read_index
 from mmtransformer.data.files.text import SPLITS, split_word
 from mmtransformer.data.loading.errors import Report, TooManyErrors
@@ -114,11 +115,8 @@ class Shards:
         max_bad: float = 0.01,
         progress: bool = False,
     ):
-        if not 0 <= val_fraction < 1 or not 0 <= max_bad <= 1:
-            raise ValueError(
-                f"val_fraction ({val_fraction}) and max_bad ({max_bad}) are shares: from 0 up to 1, and a val_fraction "
-                "of 1 leaves nothing to train on"
-            )
+        check_share("val_fraction", val_fraction)
+        check_share("max_bad", max_bad, whole=True)
         given = [shards] if isinstance(shards, str | Path) else list(shards)
         self.paths = [path for one in given for path in find_shards(str(one))]
         self.report = Report()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmtransformer.data.files.archives import IMAGES
+from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.text import (
     CODES,
     LANGUAGES,
@@ -74,16 +75,6 @@ class Columns(NamedTuple):
             self.split
         )
         return "columns " + " ".join(said)
-
-
-class Wanted(NamedTuple):
-    """The columns that the user named; None where they are to be found. `images` = False: texts alone will do."""
-
-    image: str | None = None
-    captions: Sequence[str] | None = None
-    language: str | None = None
-    split: str | None = None
-    images: bool = True
 
 
 def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:

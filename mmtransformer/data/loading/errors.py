@@ -105,6 +105,11 @@ class BadImages:
         self.max_fraction = max_fraction
         self._seen: set[str] = set()
 
+    @classmethod
+    def of_split(cls, folder: Path, split: str, total: int, max_fraction: float) -> "BadImages":
+        """The report of a split, bad_images_SPLIT.jsonl in a folder."""
+        return cls(folder / f"bad_images_{split}.jsonl", total, max_fraction)
+
     def record(self, name: str, error: Exception) -> None:
         """Adds a picture to the report, if it isn't there yet.
 

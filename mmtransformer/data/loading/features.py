@@ -35,6 +35,28 @@ _DTYPES = {
 _FORMAT = 2  # raise it when the meaning of the file changes
 
 
+@dataclass(frozen=True)
+class CacheFeatures:
+    """How the visual tokens of a frozen vision encoder are kept.
+
+    Args:
+        folder: The folder.
+        flip: Keep mirrored visual tokens as well, and use them half of the time in training.
+        dtype: Their type.
+
+    Raises:
+        ValueError: If `dtype` is none of these.
+    """
+
+    folder: str = "features"
+    flip: bool = False
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(_DTYPES)}")
+
+
 class FeatureCache:
     """The visual tokens of a split, on disk; reading one copies nothing.
 

@@ -3,12 +3,14 @@
 The batches are a pure function of (seed, epoch), the same for any number of workers and processes; see `sampler`.
 """
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import numpy as np
@@ -16,12 +18,52 @@ import torch
 from torch.utils.data import Dataset
 
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
+from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
 
+Own = TypeVar("Own", bound="Data")
+Made = TypeVar("Made")
 Lengths = Callable[[int | np.ndarray, np.ndarray], np.ndarray]
 """From an epoch (or that of each sample, (n,)) and the places of samples, (n,), to their tokens, (n,)."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which splits of the data are for what.
+
+    Args:
+        train: The split to train on.
+        val: The splits to validate on.
+        test: The splits to test on.
+
+    Raises:
+        ValueError: If several splits are given as a string, which would be taken for a list of letters.
+    """
+
+    train: str = "train"
+    val: Sequence[str] = ("val",)
+    test: Sequence[str] = ("test",)
+
+    def __post_init__(self) -> None:
+        for name in ("val", "test"):
+            if isinstance(splits := getattr(self, name), str):
+                raise ValueError(f"splits.{name} must be a list of splits: [{splits}]")
+            object.__setattr__(self, name, tuple(splits))
+
+
+def once_a_split(make: Callable[[Own, str], Made]) -> Callable[[Own, str], Made]:
+    """Lets a method of `Data` be computed once for each split; `Data.forget` forgets all that was."""
+
+    @functools.wraps(make)
+    def kept(self: Own, split: str) -> Made:
+        key = (make.__name__, split)
+        if key not in self._kept:
+            self._kept[key] = make(self, split)
+        return self._kept[key]
+
+    return kept
 
 
 class Data(lightning.LightningDataModule, ABC):
@@ -71,19 +113,21 @@ class Data(lightning.LightningDataModule, ABC):
         batch_size: Samples in a batch of one process.
         num_workers: Processes that load samples. The batches are the same for any number.
         seed: Seed of the order.
-        train_split: The split to train on.
-        val_splits: The splits to validate on.
-        test_splits: The splits to test on.
+        splits: Which splits are for training, validation and test.
         drop_last: Leave out the last training batch of an epoch if it is not full.
         tokenizer: Of data with texts: a tokenizer, or a folder or hub name to load one from; None trains one.
         vocab_size: The most words of a tokenizer that is trained here.
 
+    Attributes:
+        report_dir: Folder of the reports on unusable samples; that of the run unless set.
+
     Raises:
-        ValueError: If there is no sample in a batch, or the splits are a string.
+        ValueError: If there is no sample in a batch.
     """
 
     unit = "row"
     """What a sample is called where something is wrong."""
+    report_dir: str | Path | None = None
 
     def __init__(
         self,
@@ -91,9 +135,7 @@ class Data(lightning.LightningDataModule, ABC):
         batch_size: int,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        test_splits: Sequence[str] = ("test",),
+        splits: Splits = Splits(),
         drop_last: bool = False,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
@@ -101,11 +143,15 @@ class Data(lightning.LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
-        self.batch_size, self.drop_last = batch_size, drop_last
-        self.num_workers, self.seed, self.train_split = num_workers, seed, train_split
-        self.val_splits = list_of_splits("val_splits", val_splits)
-        self.test_splits = list_of_splits("test_splits", test_splits)
+        self.batch_size, self.drop_last, self.num_workers, self.seed = (
+            batch_size,
+            drop_last,
+            num_workers,
+            seed,
+        )
+        self.train_split, self.val_splits, self.test_splits = splits.train, splits.val, splits.test
         self.vocab_size, self._given = vocab_size, tokenizer
+        self._kept: dict[tuple[str, str], Any] = {}
 
     # -------------------------------------------------------------------------------- what data must say of itself
 
@@ -121,6 +167,10 @@ class Data(lightning.LightningDataModule, ABC):
 
     def prepare(self, split: str) -> None:
         """Read a split of the run's stage before anything is computed: what is wrong with it is told at once."""
+
+    def bad_samples(self, split: str) -> BadImages | None:
+        """Where samples of a split that cannot be read are recorded; None where there can be none."""
+        return None
 
     def lengths(self, split: str) -> Lengths | None:
         """How long samples are: those of similar length are trained on together. None = they are not grouped."""
@@ -165,9 +215,13 @@ class Data(lightning.LightningDataModule, ABC):
         """Tells tokenizers apart: for the `identity`."""
         return hashlib.sha256(self.tokenizer.backend.to_str().encode()).hexdigest()[:16]
 
-    def report_folder(self, named: str | None = None) -> Path:
-        """Where reports on the data belong: the folder that is named, or that of the run."""
-        return Path(named or (self.trainer.default_root_dir if self.trainer else "."))
+    def report_folder(self) -> Path:
+        """Where reports on the data belong: `report_dir`, or the folder of the run."""
+        return Path(self.report_dir or (self.trainer.default_root_dir if self.trainer else "."))
+
+    def forget(self) -> None:
+        """Forget what was read and tokenised, as a tokenizer that is replaced asks for."""
+        self._kept.clear()
 
     @property
     def begins(self) -> bool:
@@ -185,9 +239,11 @@ class Data(lightning.LightningDataModule, ABC):
         return self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def setup(self, stage: str | None = None) -> None:
-        """Prepare the splits of a stage: "fit", "validate" or "test"."""
+        """Prepare the splits of a stage: "fit", "validate" or "test"; a run that begins empties earlier reports."""
         for split in self.splits_of(stage):
             self.prepare(split)
+            if self.begins and (bad := self.bad_samples(split)):
+                bad.reset()
 
     def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
         """Return the loader of a split: shuffled, mixed and grouped by length for training, as it is otherwise.
@@ -265,14 +321,3 @@ class Data(lightning.LightningDataModule, ABC):
                 )
             if state_dict[name] != now:
                 raise ValueError(f"cannot resume: {self.changed(name, state_dict[name], now)}")
-
-
-def list_of_splits(name: str, splits: Sequence[str]) -> tuple[str, ...]:
-    """An argument that names several splits.
-
-    Raises:
-        ValueError: If it is a string, which would be taken for a list of letters.
-    """
-    if isinstance(splits, str):
-        raise ValueError(f"{name} must be a list of splits: [{splits}]")
-    return tuple(splits)

@@ -1,26 +1,28 @@
 """Pairs of texts with hidden words as a LightningDataModule, for a `TextEncoder`."""
 
 import logging
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.files.read_options import TextReadOptions
+from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
 from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
-from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, Unit
+from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, open_texts
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-class MaskedData(Data):
+class MaskedTextData(Data):
     """Texts with hidden words, alone or in pairs.
 
     Validation hides all of the words that are asked for, always the same ones.
 
     Args:
-        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
+        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`; or files, folders or archives of
+            texts.
+        read: How files are read, such as the names of their columns, where that is not to be detected.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one. A mask token is added.
         vocab_size: The most words of a tokenizer that is trained here, the mask token included.
         pairs: Whether rows are pairs of texts, half of the time of one group.
@@ -30,15 +32,15 @@ class MaskedData(Data):
         batch_size: Rows in a batch of one process.
         num_workers: Processes that make batches. The batches are the same for any number.
         seed: Seed of order, pairs and masks.
-        train_split: The split to train on.
-        val_splits: The splits to validate on.
-        test_splits: The splits to test on.
+        splits: Which splits are for training, validation and test.
+        max_bad: Share of a table's rows that may be unusable.
     """
 
     def __init__(
         self,
-        source: GroupedTexts,
+        source: GroupedTexts | str | list[str],
         *,
+        read: TextReadOptions = TextReadOptions(),
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
         pairs: bool = True,
@@ -48,23 +50,19 @@ class MaskedData(Data):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        test_splits: Sequence[str] = ("test",),
+        splits: Splits = Splits(),
+        max_bad: float = 0.01,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
-            train_split=train_split,
-            val_splits=val_splits,
-            test_splits=test_splits,
+            splits=splits,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        self.source, self.pairs = source, pairs
+        self.source, self.pairs = open_texts(source, read, max_bad=max_bad), pairs
         self.share, self.whole_words, self.max_len = share, whole_words, max_len
-        self._rows: dict[str, MaskedRows] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -83,23 +81,23 @@ class MaskedData(Data):
             self.tokenizer, share=self.share, whole_words=self.whole_words, hidden=hidden, changed=changed
         )
 
+    @once_a_split
     def rows(self, split: str) -> MaskedRows:
         """Return the rows of a split, tokenised at the first call; texts that are cut are reported."""
-        if split not in self._rows:
-            rows = self._rows[split] = MaskedRows(
-                self.source.groups(split),
-                self.tokenizer,
-                self.masking(training=False),
-                max_len=self.max_len,
-                pairs=self.pairs,
-                seed=self.seed,
+        rows = MaskedRows(
+            self.source.groups(split),
+            self.tokenizer,
+            self.masking(training=False),
+            max_len=self.max_len,
+            pairs=self.pairs,
+            seed=self.seed,
+        )
+        if rows.cut:
+            _log.warning(
+                "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and are cut",
+                *(split, rows.cut, len(rows), self.max_len, int(rows.sizes.max()) + 2),
             )
-            if rows.cut:
-                _log.warning(
-                    "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and are cut",
-                    *(split, rows.cut, len(rows), self.max_len, int(rows.sizes.max()) + 2),
-                )
-        return self._rows[split]
+        return rows
 
     def prepare(self, split: str) -> None:
         """Tokenise a split."""
@@ -134,62 +132,3 @@ class MaskedData(Data):
     def identity(self) -> dict[str, Any]:
         """The tokenizer."""
         return {"tokenizer": self.tokenizer_hash}
-
-
-def own_masked(
-    paths: list[str],
-    *,
-    unit: Unit = "line",
-    text_column: str | list[str] | None = None,
-    split_column: str | None = None,
-    val_fraction: float = 0.05,
-    tokenizer: str | None = None,
-    vocab_size: int = 4096,
-    pairs: bool = True,
-    share: float = 0.15,
-    whole_words: bool = True,
-    max_len: int = 64,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    seed: int = 0,
-    max_bad: float = 0.01,
-) -> MaskedData:
-    """Texts of one's own with hidden words: plain text, JSONL, CSV, COCO and Karpathy JSON, Parquet, zip, tar.
-
-    Args:
-        paths: Files, folders or archives.
-        unit: What a document is in a plain text file: a line, a paragraph or the file.
-        text_column: Column, or columns, with the texts of tables; those of one row belong together.
-        split_column: Column with the split.
-        val_fraction: Share of the texts for validation where the data names none.
-        tokenizer: Folder of a tokenizer; else one is trained.
-        vocab_size: The most words of a tokenizer that is trained.
-        pairs: Whether rows are pairs of texts, half of the time of one picture or row of a table.
-        share: Share of the tokens that are to be filled in.
-        whole_words: Hide words with all of their tokens; else single tokens.
-        max_len: The most tokens of a row.
-        batch_size: Rows in a batch of one process.
-        num_workers: Processes that make batches.
-        seed: Seed of order, pairs and masks.
-        max_bad: Share of a table's rows that may be unusable before the run stops.
-    """
-    source = TextFiles(
-        paths,
-        unit=unit,
-        text_column=text_column,
-        split_column=split_column,
-        val_fraction=val_fraction,
-        max_bad=max_bad,
-    )
-    return MaskedData(
-        source,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        pairs=pairs,
-        share=share,
-        whole_words=whole_words,
-        max_len=max_len,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-    )

@@ -5,20 +5,19 @@ and val, and what val says word for word is left out of train.
 """
 
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
 from mmtransformer.data.files.archives import Entry, Files, nfc
 from mmtransformer.data.files.manifests import find_manifests, read_manifest
-from mmtransformer.data.files.tables import Wanted
-from mmtransformer.data.files.text import draw, fold, is_korean, lines
+from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
+from mmtransformer.data.files.read_options import TextReadOptions, check_share
+from mmtransformer.data.files.text import fold, lines
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.loading.source import Caption, PairSource
 
-Unit = Literal["line", "paragraph", "file"]
 _PLAIN = (".txt", ".text", ".md")
-_ORDER = {"train": 0, "val": 1, "test": 2}
 
 
 class TextSource(Protocol):
@@ -80,7 +79,7 @@ class _Group(NamedTuple):
     """Texts that stay together."""
 
     name: str
-    texts: tuple[Caption, ...]
+    texts: list[Caption]
     split: str | None
 
 
@@ -92,13 +91,7 @@ class TextFiles:
 
     Args:
         paths: Files, folders or archives; a folder holds one kind of table, or else plain text files.
-        unit: What a document is in a plain text file: a line, a paragraph (between empty lines) or the file.
-        text_column: Column, or columns, with the texts of tables; else those whose name says so.
-        language_column: Column with the language of a row's texts.
-        split_column: Column with the split.
-        language: The language of texts that neither the data nor their script tells; None names none, unless some
-            of the texts are Korean or have a language named: the others then are English.
-        val_fraction: Share of the groups for validation where the data names none.
+        read: How they are read, such as the names of columns, where that is not to be detected.
         max_bad: Share of a table's rows that may be unusable.
 
     Attributes:
@@ -111,31 +104,33 @@ class TextFiles:
     def __init__(
         self,
         paths: Sequence[str],
+        read: TextReadOptions = TextReadOptions(),
         *,
-        unit: Unit = "line",
-        text_column: str | Sequence[str] | None = None,
-        language_column: str | None = None,
-        split_column: str | None = None,
-        language: str | None = None,
-        val_fraction: float = 0.05,
         max_bad: float = 0.01,
     ) -> None:
         if isinstance(paths, str):
             raise ValueError(f"paths must be a list: [{paths}]")
         if not paths:
             raise ValueError("no paths were given (0): name at least one file or folder of texts")
-        if unit not in ("line", "paragraph", "file"):
-            raise ValueError(f'unit must be "line", "paragraph" or "file", not "{unit}"')
-        if not 0.0 <= val_fraction < 1.0:
-            raise ValueError(f"val_fraction ({val_fraction}) must be at least 0 and below 1")
-        self.unit, self.val_fraction, self.max_bad = unit, val_fraction, max_bad
-        columns = (text_column,) if isinstance(text_column, str) else text_column
-        self._wanted = Wanted(None, columns, language_column, split_column, images=False)
-        groups = [group for path in paths for group in self._normalize_splits(str(path))]
-        self._splits = _normalize_languages(groups, language)
+        check_share("max_bad", max_bad, whole=True)
+        self.read, self.max_bad = read, max_bad
+        found: dict[str, list[list[Caption]]] = {}
+        for path in map(str, paths):
+            groups = list(self._read(path))
+            if not groups:
+                raise ValueError(f"{path} holds no text")
+            names, splits = [group.name for group in groups], [group.split for group in groups]
+            members, _ = normalize_splits(names, splits, read.val_fraction, "texts")
+            for split, some in members.items():
+                found.setdefault(split, []).extend(groups[i].texts for i in some)
+        self.languages: tuple[str, ...]
+        self.languages, _ = normalize_languages(
+            [group for some in found.values() for group in some], read.language
+        )
+        self._splits = {
+            name: [tuple(group) for group in found[name]] for name in sorted(found, key=split_order)
+        }
         self.repeated = self._drop_repeated()
-        found = {text.language for name in self._splits for text in self.split(name)} - {None}
-        self.languages: tuple[str, ...] = tuple(sorted(code for code in found if code))
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits that hold texts: train, val, test, then any others."""
@@ -161,23 +156,6 @@ class TextFiles:
             parts.append(f"{self.repeated:,} left out of train, which val or test has word for word")
         return "; ".join(parts)
 
-    def _normalize_splits(self, path: str) -> Iterator[_Group]:
-        """The groups of one path, each with its split."""
-        groups = list(self._read(path))
-        if not groups:
-            raise ValueError(f"{path} holds no text")
-        if any(group.split == "val" for group in groups):
-            yield from (group._replace(split=group.split or "train") for group in groups)
-            return
-        draws = {group.name: draw(group.name) for group in groups if group.split in (None, "train")}
-        held_out = {name for name, value in draws.items() if value < self.val_fraction}
-        if self.val_fraction and len(draws) > 1:  # neither train nor val is empty, however few the groups are
-            held_out = held_out or {min(draws, key=lambda name: draws[name])}
-            held_out -= {max(draws, key=lambda name: draws[name])}
-        for group in groups:
-            held = group.split in (None, "train") and group.name in held_out
-            yield group._replace(split="val" if held else group.split or "train")
-
     def _read(self, path: str) -> Iterator[_Group]:
         files = Files(path)
         asked = files.asked
@@ -191,14 +169,14 @@ class TextFiles:
             return
         report = Report()
         for manifest in manifests:
-            _, rows = read_manifest(files, manifest, self._wanted)
+            _, rows = read_manifest(files, manifest, self.read.wanted)
             for row in rows:
                 report.rows += 1
                 for cause, what in row.errors:
                     report.error(cause, row.where, what)
                 if row.captions:
                     name = row.image or "\n".join(caption.text for caption in row.captions)
-                    yield _Group(name, row.captions, row.split or manifest.split)
+                    yield _Group(name, list(row.captions), row.split or manifest.split)
         report.enforce(path, self.max_bad)
 
     def _plain(self, files: Files, entry: Entry) -> Iterator[_Group]:
@@ -209,12 +187,12 @@ class TextFiles:
                 report.error("not UTF-8", f"{entry.path}:{line.number}", line.hint)
             kept.append(line.text or "")
         report.enforce(entry.path, self.max_bad)
-        if self.unit == "line":
+        if self.read.unit == "line":
             texts = map(fold, kept)
         else:
             whole = unicodedata.normalize("NFC", "\n".join(line.rstrip() for line in kept)).strip()
-            texts = [whole] if self.unit == "file" else map(str.strip, _paragraphs(whole))
-        yield from (_Group(text, (Caption(text),), None) for text in texts if text)
+            texts = [whole] if self.read.unit == "file" else map(str.strip, _paragraphs(whole))
+        yield from (_Group(text, [Caption(text)], None) for text in texts if text)
 
     def _drop_repeated(self) -> int:
         """Takes out of train what another split says word for word; returns how many texts that were."""
@@ -243,23 +221,12 @@ def _key(text: Caption) -> str:
     return nfc(text.text).casefold()
 
 
-def _normalize_languages(
-    groups: Sequence[_Group], language: str | None
-) -> dict[str, list[tuple[Caption, ...]]]:
-    """The splits, every text with its language: as the data says, or its script, or `language`."""
-    texts = [text for group in groups for text in group.texts]
-    counts = Counter("ko" if is_korean(t.text) else "" for t in texts if t.language is None)
-    named = any(text.language for text in texts)
-    rest = language
-    if rest is None and (named or 100 * counts["ko"] >= counts.total() > 0):
-        rest = "en" if named or 100 * counts[""] >= counts.total() else "ko"
+Source = TypeVar("Source", bound=TextSource)
 
-    def settled(text: Caption) -> Caption:
-        if text.language is not None or rest is None:
-            return text
-        return Caption(text.text, "ko" if is_korean(text.text) else rest)
 
-    splits: dict[str, list[tuple[Caption, ...]]] = {}
-    for group in groups:
-        splits.setdefault(group.split or "train", []).append(tuple(map(settled, group.texts)))
-    return dict(sorted(splits.items(), key=lambda item: (_ORDER.get(item[0], 3), item[0])))
+def open_texts(
+    source: Source | str | list[str], read: TextReadOptions, *, max_bad: float
+) -> "Source | TextFiles":
+    """The texts of files, folders or archives; a source that is open already stays as it is."""
+    paths = [source] if isinstance(source, str | Path) else source
+    return TextFiles(paths, read, max_bad=max_bad) if isinstance(paths, list | tuple) else paths

@@ -4,7 +4,6 @@ Letters: b rows, q tokens of a row.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.files.read_options import TextReadOptions
+from mmtransformer.data.loading.module import Data, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.text_rows import TextRow, TextRows
-from mmtransformer.data.text_only.text_source import TextFiles, TextSource, Unit
+from mmtransformer.data.text_only.text_source import TextFiles, TextSource, open_texts
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,9 @@ class TextData(Data):
     """Texts for a language model, packed into full rows; no text sees its neighbours.
 
     Args:
-        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`.
+        source: Where the texts come from, such as `TextFiles` or `CaptionTexts`; or files, folders or archives of
+            texts.
+        read: How files are read, such as the names of their columns, where that is not to be detected.
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training texts.
         vocab_size: The most words of a tokenizer that is trained here.
         max_len: The most tokens that see each other, prompt and end included; a longer text is divided.
@@ -104,16 +106,15 @@ class TextData(Data):
         batch_size: Rows in a batch of one process.
         num_workers: Processes that make batches. The batches are the same for any number.
         seed: Seed of order and rows.
-        train_split: The split to train on.
-        val_splits: The splits to validate on.
-        test_splits: The splits to test on.
-        languages: Language codes that the tokenizer which is trained here gets; those of the source unless told.
+        splits: Which splits are for training, validation and test.
+        max_bad: Share of a table's rows that may be unusable.
     """
 
     def __init__(
         self,
-        source: TextSource,
+        source: TextSource | str | list[str],
         *,
+        read: TextReadOptions = TextReadOptions(),
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
         max_len: int = 64,
@@ -121,47 +122,41 @@ class TextData(Data):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
-        train_split: str = "train",
-        val_splits: Sequence[str] = ("val",),
-        test_splits: Sequence[str] = ("test",),
-        languages: Sequence[str] | None = None,
+        splits: Splits = Splits(),
+        max_bad: float = 0.01,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
-            train_split=train_split,
-            val_splits=val_splits,
-            test_splits=test_splits,
+            splits=splits,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        self.source, self.languages = source, languages
+        self.source = open_texts(source, read, max_bad=max_bad)
         self.max_len, self.row_len = max_len, max_len if row_len is None else row_len
-        self._rows: dict[str, TextRows] = {}
 
     def train_tokenizer(self) -> Tokenizer:
         """Train a tokenizer on the training texts."""
         texts = (text.text for text in self.texts(self.train_split))
-        languages = self.source.languages if self.languages is None else self.languages
-        return Tokenizer.train(texts, self.vocab_size, languages)
+        return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
     def texts(self, split: str) -> list[Caption]:
         """Return the texts of a split."""
         return self.source.split(split)
 
+    @once_a_split
     def rows(self, split: str) -> TextRows:
         """Return the rows of a split, tokenised and packed at the first call; what was divided is reported."""
-        if split not in self._rows:
-            rows = self._rows[split] = TextRows(
-                self.texts(split), self.tokenizer, max_len=self.max_len, row_len=self.row_len, seed=self.seed
+        rows = TextRows(
+            self.texts(split), self.tokenizer, max_len=self.max_len, row_len=self.row_len, seed=self.seed
+        )
+        if rows.divided:
+            _log.warning(
+                "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and were divided",
+                *(split, rows.divided, len(rows.prompt), self.max_len, rows.longest),
             )
-            if rows.divided:
-                _log.warning(
-                    "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and were divided",
-                    *(split, rows.divided, len(rows.prompt), self.max_len, rows.longest),
-                )
-        return self._rows[split]
+        return rows
 
     def prepare(self, split: str) -> None:
         """Tokenise and pack a split."""
@@ -198,62 +193,3 @@ class TextData(Data):
         if name == "rows":
             return "the run had max_len {} and row_len {}, now they are {} and {}".format(*was, *now)
         return super().changed(name, was, now)
-
-
-def own_texts(
-    paths: list[str],
-    *,
-    unit: Unit = "line",
-    text_column: str | list[str] | None = None,
-    language_column: str | None = None,
-    split_column: str | None = None,
-    language: str | None = None,
-    val_fraction: float = 0.05,
-    tokenizer: str | None = None,
-    vocab_size: int = 4096,
-    max_len: int = 64,
-    row_len: int | None = None,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    seed: int = 0,
-    max_bad: float = 0.01,
-) -> TextData:
-    """Texts of one's own in plain text files, JSONL, CSV, COCO and Karpathy JSON, Parquet, zip or tar.
-
-    Args:
-        paths: Files, folders or archives.
-        unit: What a document is in a plain text file: a line, a paragraph or the file.
-        text_column: Column, or columns, with the texts of tables.
-        language_column: Column with the language of a row's texts.
-        split_column: Column with the split.
-        language: The language of texts that neither the data nor their script tells.
-        val_fraction: Share of the texts for validation where the data names none.
-        tokenizer: Folder of a tokenizer; else one is trained.
-        vocab_size: The most words of a tokenizer that is trained.
-        max_len: The most tokens that see each other; a longer text is divided.
-        row_len: Tokens of a row, in which several texts stand.
-        batch_size: Rows in a batch of one process.
-        num_workers: Processes that make batches.
-        seed: Seed of order and rows.
-        max_bad: Share of a table's rows that may be unusable before the run stops.
-    """
-    source = TextFiles(
-        paths,
-        unit=unit,
-        text_column=text_column,
-        language_column=language_column,
-        split_column=split_column,
-        language=language,
-        val_fraction=val_fraction,
-        max_bad=max_bad,
-    )
-    return TextData(
-        source,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        max_len=max_len,
-        row_len=row_len,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-    )

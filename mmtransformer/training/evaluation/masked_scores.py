@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.data.text_only.masked import MaskedData
+from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.metrics.neighbours import NeighbourBaseline
 from mmtransformer.pipelines.image_captioner import fast_autocast
@@ -60,7 +60,7 @@ class MaskedScore:
 @torch.inference_mode()
 def score_masked(
     encoder: TextEncoder,
-    data: MaskedData,
+    data: MaskedTextData,
     split: str,
     baseline: NeighbourBaseline,
     *,
@@ -135,7 +135,7 @@ def _answers(encoder: TextEncoder, batch: MaskedBatch) -> tuple[np.ndarray, np.n
     return tuple(None if a is None else a.cpu().numpy() for a in answers)  # pyright: ignore[reportReturnType]
 
 
-def count_neighbours(data: MaskedData) -> NeighbourBaseline:
+def count_neighbours(data: MaskedTextData) -> NeighbourBaseline:
     """The n-gram baseline, counted over the training texts, each between bos and eos as in a row."""
     rows: MaskedRows = data.rows(data.train_split)
     bos, eos = data.tokenizer.bos_id, data.tokenizer.eos_id

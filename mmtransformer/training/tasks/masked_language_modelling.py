@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.data.text_only.masked import MaskedData
+from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.text.tokenizer import Tokenizer
@@ -52,10 +52,10 @@ class MaskedLanguageModelling(Task):
         self._turn = 0  # of the rows that are shown
 
     @property
-    def data(self) -> MaskedData | None:
+    def data(self) -> MaskedTextData | None:
         """The run's data, if it is a MaskedData."""
         data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, MaskedData) else None
+        return data if isinstance(data, MaskedTextData) else None
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.

@@ -31,6 +31,7 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.errors import TooManyErrors
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture
@@ -492,7 +493,7 @@ def test_impossible_rows_are_refused() -> None:
 # -------------------------------------------------------------------------------------------------------- batches
 
 
-def make(train: Fake | None = None, **options: object) -> InterleavedData:
+def make(train: Fake | None = None, report_dir: str | None = None, **options: object) -> InterleavedData:
     source = FakeSource(train=train or Fake(some_documents(53)), val=Fake(some_documents(11, 1)))
     settings = {
         "image": TRANSFORM,
@@ -502,6 +503,7 @@ def make(train: Fake | None = None, **options: object) -> InterleavedData:
         "max_images": 4,
     }
     data = InterleavedData(source, **(settings | options))  # type: ignore[arg-type]
+    data.report_dir = report_dir
     data.setup("fit")
     return data
 
@@ -677,8 +679,8 @@ def test_what_was_divided_and_cut_is_said(caplog: pytest.LogCaptureFixture) -> N
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         make(batch_size=0)
-    with pytest.raises(ValueError, match=r"val_splits must be a list of splits: \[val\]"):
-        make(val_splits="val")
+    with pytest.raises(ValueError, match=r"splits.val must be a list of splits: \[val\]"):
+        make(splits=Splits(val="val"))
 
 
 # ---------------------------------------------------------------------------------------------- pairs and documents

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtransformer.data.files.archives import FileError, Files, join, refusal
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import Wanted, read_table
 from mmtransformer.data.files.text import fold, is_missing
 from mmtransformer.data.loading.errors import TooManyErrors
@@ -95,7 +96,7 @@ def test_links_inside_the_root_are_followed_for_files(tmp_path: Path) -> None:
     draw(tmp_path / "store", NAMES[:1])
     (tmp_path / "p00.png").symlink_to(tmp_path / "store" / "p00.png")
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:1]))
-    assert everything(PairFiles(tmp_path, val_fraction=0)) == expected(names=NAMES[:1])
+    assert everything(PairFiles(tmp_path, ReadOptions(val_fraction=0))) == expected(names=NAMES[:1])
 
 
 def test_up_and_down_again_inside_the_root(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_archives_that_cannot_be_read_in_place_are_named(tmp_path: Path) -> None
 def test_bytes_that_change_or_lie_are_errors_not_images(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {n: png(n) for n in NAMES[:3]}, zipfile.ZIP_STORED)
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:3]))
-    split = PairFiles(tmp_path, val_fraction=0).split("train")
+    split = PairFiles(tmp_path, ReadOptions(val_fraction=0)).split("train")
     assert split.image(1).getpixel((0, 0)) == colour("p01.png")
     data = bytearray(path.read_bytes())
     at = data.index(png("p01.png"))
@@ -220,7 +221,7 @@ def read_csv(root: Path, lines: list[bytes], **options: float) -> PairFiles:
     draw(root)
     good = [f"{n},{caption(n).replace(',', '')}".encode() for n in NAMES[5:]]
     (root / "c.csv").write_bytes(b"\n".join([b"image,caption", *lines, *good]) + b"\n")
-    source = PairFiles(root, val_fraction=0, **options)  # type: ignore[arg-type]
+    source = PairFiles(root, ReadOptions(val_fraction=0), **options)
     found = everything(source)
     for name in NAMES[5:]:  # no odd line costs another one
         assert found[name] == [caption(name).replace(",", "")]
@@ -306,7 +307,7 @@ def test_utf16_and_other_encodings_of_a_whole_file(tmp_path: Path) -> None:
     draw(tmp_path)
     text = "image\tcaption\r\n" + "".join(f"{n}\t그림 {i}\r\n" for i, n in enumerate(NAMES))
     (tmp_path / "c.tsv").write_text(text, "utf-16", newline="")
-    source = PairFiles(tmp_path, val_fraction=0)
+    source = PairFiles(tmp_path, ReadOptions(val_fraction=0))
     assert source.split("train").captions(4) == [Caption("그림 4", "ko")]
     (tmp_path / "c.tsv").write_text(text, "cp949", newline="")
     with pytest.raises(
@@ -352,7 +353,7 @@ def test_one_empty_caption_of_several_costs_only_itself(tmp_path: Path) -> None:
     draw(tmp_path)
     rows = [{"image": n, "captions": ["a dog", "" if n == "p03.png" else "b"]} for n in NAMES]
     (tmp_path / "c.jsonl").write_text(jsonl(rows))
-    source = PairFiles(tmp_path, val_fraction=0)
+    source = PairFiles(tmp_path, ReadOptions(val_fraction=0))
     assert source.report.errors == {"empty caption": 1}
     assert source.split("train").captions(3) == [Caption("a dog")]
     assert len(source.split("train")) == 23

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.scenes.parallel import ParallelTable
@@ -159,7 +160,7 @@ def test_a_text_for_a_images_bytes_is_no_path(root: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"bytes": str(root.parent / "secret.png"), "path": f"{i}.png"} for i in range(3)]
     pq.write_table(pa.table({"image": pa.array(rows), "caption": ["a"] * 3}), root / "t.parquet")
-    split = open_pairs(root / "t.parquet", val_fraction=0).split("train")
+    split = open_pairs(root / "t.parquet", ReadOptions(val_fraction=0)).split("train")
     with pytest.raises(ImageError, match="a str where the picture's bytes should be"):
         split.image(0)
 
@@ -210,7 +211,7 @@ def spoilt(whole: dict[str, Any], key: str, value: Any) -> str:
 )  # fmt: skip
 def test_one_odd_row_costs_one_row(name: str, text: str, root: Path) -> None:
     (root / name).write_text(text)
-    pairs = open_pairs(root / name, val_fraction=0, max_bad=1.0)
+    pairs = open_pairs(root / name, ReadOptions(val_fraction=0), max_bad=1.0)
     assert [caption.text for caption in pairs.split("train").captions(0)] == ["a star"]
     assert len(pairs.split("train")) == 1
     assert pairs.report.bad_rows >= 1
@@ -218,7 +219,7 @@ def test_one_odd_row_costs_one_row(name: str, text: str, root: Path) -> None:
 
 def test_a_folder_that_is_no_text_is_left_out(root: Path) -> None:
     (root / "k.json").write_text(spoilt(KARPATHY, "filepath", 5))
-    assert len(open_pairs(root / "k.json", val_fraction=0, max_bad=1.0).split("train")) == 2
+    assert len(open_pairs(root / "k.json", ReadOptions(val_fraction=0), max_bad=1.0).split("train")) == 2
 
 
 @pytest.mark.parametrize("text", [f"{GOOD}\n{'[' * 100_000}", f"[{'9' * 5000}]", f"{GOOD}\n{'9' * 5000}"])

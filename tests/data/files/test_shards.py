@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.files import archives
+from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import ShardError, read_index
 from mmtransformer.data.loading.errors import TooManyErrors
@@ -487,7 +488,7 @@ def test_a_path_is_told_what_it_holds(tmp_path: Path) -> None:
     line = json.dumps({"text": "a <image> b", "images": ["0.png"]})
     (plain / "documents.jsonl").write_text(line + "\n")
     assert are_documents(plain)
-    opened = open_pairs(plain, val_fraction=0)
+    opened = open_pairs(plain, ReadOptions(val_fraction=0))
     assert opened.split("train").captions(0) == [Caption("b")]
     assert "1 documents, 1 pictures" in opened.describe()
     assert opened.report.rows == 1

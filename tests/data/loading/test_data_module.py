@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.data.loading.module import Data, Lengths
+from mmtransformer.data.loading.module import Data, Lengths, Splits
 from mmtransformer.data.loading.sampler import ResumableLoader, SampleIndex
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -173,7 +173,7 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own() -> None:
         assert sorted(picks) == [(epoch, i, True) for i in range(23)]
     assert [i for _, i, _ in epochs[0]] != [i for _, i, _ in epochs[1]] != list(range(23))
     assert picks_of(Plain(seed=4).train_dataloader()) != epochs[0]
-    assert [len(loader) for loader in Plain(val_splits=["val", "hard"]).val_dataloader()] == [2, 1]
+    assert [len(loader) for loader in Plain(splits=Splits(val=["val", "hard"])).val_dataloader()] == [2, 1]
     assert [list(loader) for loader in Plain().test_dataloader()] == [[[(0, 0, True), (0, 1, True)]]]
     assert len(Plain(drop_last=True).train_dataloader()) == 5
     assert len(Plain(drop_last=True).val_dataloader()[0]) == 2
@@ -213,7 +213,7 @@ def test_a_stage_prepares_its_splits(tokenizer: Tokenizer) -> None:
         "fit": ["train", "val", "hard"], "validate": ["val", "hard"], "test": ["test"],
         None: ["train", "val", "hard"], "predict": [],
     }.items():  # fmt: skip
-        data = Rich(val_splits=["val", "hard"], tokenizer=tokenizer)
+        data = Rich(splits=Splits(val=["val", "hard"]), tokenizer=tokenizer)
         data.setup(stage)
         assert data.prepared == splits, stage
 
@@ -245,9 +245,10 @@ def test_a_run_goes_on_with_what_it_had(tokenizer: Tokenizer, tmp_path: Path) ->
 
 def test_reports_belong_to_the_run_and_are_begun_once(tmp_path: Path) -> None:
     data = Plain()
-    assert (data.report_folder(), data.report_folder("there"), data.begins) == (
-        Path(), Path("there"), False,
-    )  # fmt: skip
+    assert (data.report_folder(), data.begins) == (Path(), False)
+    data.report_dir = "there"
+    assert data.report_folder() == Path("there")
+    data.report_dir = None  # fmt: skip
     for rank, ckpt_path, begins in ((0, None, True), (1, None, False), (0, "last.ckpt", False)):
         data.trainer = trainer(rank, 2, ckpt_path=ckpt_path)
         assert data.begins is begins
@@ -257,10 +258,10 @@ def test_reports_belong_to_the_run_and_are_begun_once(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"batch_size \(0\) must be at least 1 number"):
         Plain(batch_size=0)
-    with pytest.raises(ValueError, match=r"val_splits must be a list of splits: \[hard\]"):
-        Plain(val_splits="hard")
-    with pytest.raises(ValueError, match=r"test_splits must be a list of splits: \[hard\]"):
-        Plain(test_splits="hard")
+    with pytest.raises(ValueError, match=r"splits.val must be a list of splits: \[hard\]"):
+        Plain(splits=Splits(val="hard"))
+    with pytest.raises(ValueError, match=r"splits.test must be a list of splits: \[hard\]"):
+        Plain(splits=Splits(test="hard"))
     with pytest.raises(ValueError, match="Plain has no tokenizer, nor texts"):
         _ = Plain().tokenizer
 

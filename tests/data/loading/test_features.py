@@ -15,7 +15,7 @@ from mmtransformer import BlockConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
-from mmtransformer.data.loading.features import FeatureCache, cache_key
+from mmtransformer.data.loading.features import CacheFeatures, FeatureCache, cache_key
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, ImageTransform
@@ -283,8 +283,9 @@ class FakeCaptioner(nn.Module):
         return self.vision.forward_features(x.flatten(0, 1))[:, 1:].unflatten(0, (b, i))
 
 
-def with_features(tmp_path, source=None, **options):
-    data = make(source, image=TRANSFORM, cache_dir=str(tmp_path), cache_features=True, **options)
+def with_features(tmp_path, source=None, flip=False, **options):
+    kept = CacheFeatures(str(tmp_path), flip)
+    data = make(source, image=TRANSFORM, cache_features=kept, **options)
     captioner = FakeCaptioner(tower())
     data.use_features(captioner, progress=False)
     return data, captioner
@@ -315,7 +316,7 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
 
     pairs = Sided(40, ("ko",))
     source = FakeSource(train=pairs, val=pairs)
-    data, _ = with_features(tmp_path, source, flip_features=True)
+    data, _ = with_features(tmp_path, source, flip=True)
     cache, dataset = data._features["train"], data.dataset("train", training=True)
     drawn = []
     for epoch in range(3):
@@ -326,7 +327,7 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
         assert 4 < sum(mirrored[::2]) < 16
         drawn.append(mirrored)
     assert drawn[0] != drawn[1] != drawn[2]
-    again, _ = with_features(tmp_path, source, flip_features=True, num_workers=2)
+    again, _ = with_features(tmp_path, source, flip=True, num_workers=2)
     for loader in (data.train_dataloader(), again.train_dataloader()):
         loader.place.set_epoch(1)
         batches = list(loader)
@@ -346,7 +347,7 @@ def test_bad_images_with_features(tmp_path):
 
 
 def test_only_frozen_towers_are_cached(tmp_path):
-    data = make(image=TRANSFORM, cache_dir=str(tmp_path))
+    data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
     captioner = FakeCaptioner(tower())
     captioner.vision.blocks[0].attn.out_proj.bias.requires_grad_(True)
     with pytest.raises(
@@ -356,7 +357,7 @@ def test_only_frozen_towers_are_cached(tmp_path):
 
 
 def test_loaders_that_were_made_before_use_the_features_too(tmp_path):
-    data = make(image=TRANSFORM, cache_dir=str(tmp_path))
+    data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
     loaders = [
         data.train_dataloader(),
         *data.val_dataloader(),

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtransformer import Tokenizer
+from mmtransformer.data.files.read_options import TextReadOptions
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.text_only.text_rows import TextRows, fill_rows
 from mmtransformer.data.text_only.text_source import CaptionTexts, TextFiles
-from mmtransformer.data.text_only.texts import TextBatch, TextData, own_texts
+from mmtransformer.data.text_only.texts import TextBatch, TextData
 
 TEXTS = [
     Caption(text, language)
@@ -244,7 +246,7 @@ def test_data_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         data_of(0)
     with pytest.raises(ValueError, match=r"list of splits: \[val\]"):
-        data_of(val_splits="val")
+        data_of(splits=Splits(val="val"))
 
 
 def test_captions_of_any_source_are_texts() -> None:
@@ -254,7 +256,7 @@ def test_captions_of_any_source_are_texts() -> None:
     assert texts.languages == ("en", "ko")
     train = source.split("train")
     assert texts.split("train") == [caption for i in range(5) for caption in train.captions(i)]
-    data = TextData(texts, vocab_size=400, val_splits=["val", "compositional"])
+    data = TextData(texts, vocab_size=400, splits=Splits(val=["val", "compositional"]))
     assert data.tokenizer.languages == ("en", "ko")
     assert [len(list(loader)) for loader in data.val_dataloader()] == [1, 1]
 
@@ -294,7 +296,7 @@ def test_without_splits_the_captions_of_a_image_stay_together(tmp_path: Path) ->
         {"photo_id": i, "captions": [f"number {i}", f"the {i}"]} for i in range(200)
     ]
     path = write(tmp_path / "texts.jsonl", rows)
-    files = TextFiles([str(path)], val_fraction=0.2)
+    files = TextFiles([str(path)], TextReadOptions(val_fraction=0.2))
     val = {text.text.split()[1] for text in files.split("val")}
     assert 20 < len(val) < 60
     assert len(files.split("val")) == 2 * len(val)
@@ -302,16 +304,16 @@ def test_without_splits_the_captions_of_a_image_stay_together(tmp_path: Path) ->
     with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
         archive.write(path, "texts.jsonl")
         archive.writestr("README.md", "# What this is")
-    packed = TextFiles([str(tmp_path / "texts.zip")], val_fraction=0.2)
+    packed = TextFiles([str(tmp_path / "texts.zip")], TextReadOptions(val_fraction=0.2))
     assert [packed.split(name) for name in packed.splits()] == [files.split(s) for s in files.splits()]
-    assert TextFiles([str(path)], val_fraction=0.0).splits() == ("train",)
+    assert TextFiles([str(path)], TextReadOptions(val_fraction=0.0)).splits() == ("train",)
 
 
 def test_few_texts_fill_both_splits(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n", "utf-8")
-    files = TextFiles([str(tmp_path / "a.txt")], val_fraction=0.001)
+    files = TextFiles([str(tmp_path / "a.txt")], TextReadOptions(val_fraction=0.001))
     assert [len(files.split(name)) for name in ("train", "val")] == [2, 1]
-    most = TextFiles([str(tmp_path / "a.txt")], val_fraction=0.999)
+    most = TextFiles([str(tmp_path / "a.txt")], TextReadOptions(val_fraction=0.999))
     assert [len(most.split(name)) for name in ("train", "val")] == [1, 2]
 
 
@@ -326,7 +328,7 @@ def test_few_texts_fill_both_splits(tmp_path: Path) -> None:
 def test_plain_text_by_line_paragraph_and_file(tmp_path: Path, unit: str, texts: list[str]) -> None:
     (tmp_path / "story.txt").write_text("Once upon  \na time .\n \n\nThe end .\n\n", "utf-8")
     (tmp_path / "picture.png").write_bytes(b"no text")
-    files = TextFiles([str(tmp_path)], unit=unit, val_fraction=0)  # type: ignore[arg-type]
+    files = TextFiles([str(tmp_path)], TextReadOptions(unit=unit, val_fraction=0))  # type: ignore[arg-type]
     found = [text.text for text in files.split("train")]
     assert [text.split() for text in found] == [text.split() for text in texts]
     assert ("\n" in found[0]) == (unit != "line")
@@ -336,14 +338,16 @@ def test_tables_and_coco(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('text,split\n"Hello, you",train\nBye,val\n', "utf-8")
     assert [t.text for t in TextFiles([str(tmp_path / "t.csv")]).split("train")] == ["Hello, you"]
     (tmp_path / "u.csv").write_text("said;other\nHello;1\nBye;2\n", "utf-8")
-    two = TextFiles([str(tmp_path / "u.csv")], text_column="said", val_fraction=0)
+    two = TextFiles([str(tmp_path / "u.csv")], TextReadOptions(text_column="said", val_fraction=0))
     assert [t.text for t in two.split("train")] == ["Hello", "Bye"]
     coco = {
         "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)],
         "annotations": [{"image_id": i % 3, "caption": f"caption {i}"} for i in range(7)],
     }
     (tmp_path / "captions_val2017.json").write_text(json.dumps(coco), "utf-8")
-    both = TextFiles([str(tmp_path / "captions_val2017.json"), str(tmp_path / "t.csv")], val_fraction=0.0)
+    both = TextFiles(
+        [str(tmp_path / "captions_val2017.json"), str(tmp_path / "t.csv")], TextReadOptions(val_fraction=0)
+    )
     assert len(both.split("train")) == 7 + 1
     assert [t.text for t in both.split("val")] == ["Bye"]
 
@@ -353,7 +357,7 @@ def test_parquet_without_images(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["one", "둘"], "lang": ["en", "ko"]}), tmp_path / "t.parquet")
-    files = TextFiles([str(tmp_path / "t.parquet")], val_fraction=0)
+    files = TextFiles([str(tmp_path / "t.parquet")], TextReadOptions(val_fraction=0))
     assert files.split("train") == [Caption("one", "en"), Caption("둘", "ko")]
 
 
@@ -370,7 +374,7 @@ def test_languages_are_told_by_script(
     tmp_path: Path, lines: list[str], language: str | None, found: list[str | None]
 ) -> None:
     (tmp_path / "a.txt").write_text("\n".join(lines), "utf-8")
-    files = TextFiles([str(tmp_path / "a.txt")], language=language, val_fraction=0)
+    files = TextFiles([str(tmp_path / "a.txt")], TextReadOptions(language=language, val_fraction=0))
     assert [text.language for text in files.split("train")] == found
     assert files.languages == tuple(sorted({code for code in found if code}))
 
@@ -378,8 +382,10 @@ def test_languages_are_told_by_script(
 def test_korean_typed_as_jamo_is_the_same_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\u1100\u1162\n", "utf-8")
     (tmp_path / "b.txt").write_text("\u1100\u1162\n \nb", "utf-8")
-    assert TextFiles([str(tmp_path / "a.txt")], val_fraction=0).split("train") == [Caption("개", "ko")]
-    whole = TextFiles([str(tmp_path / "b.txt")], unit="paragraph", val_fraction=0)
+    assert TextFiles([str(tmp_path / "a.txt")], TextReadOptions(val_fraction=0)).split("train") == [
+        Caption("개", "ko")
+    ]
+    whole = TextFiles([str(tmp_path / "b.txt")], TextReadOptions(unit="paragraph", val_fraction=0))
     assert whole.split("train")[0].text == "개"
 
 
@@ -400,17 +406,17 @@ def test_files_refuse_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a list"):
         TextFiles("a.txt")
     with pytest.raises(ValueError, match='not "word"'):
-        TextFiles(["a.txt"], unit="word")  # type: ignore[arg-type]
+        TextFiles(["a.txt"], TextReadOptions(unit="word"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"val_fraction \(1.0\)"):
-        TextFiles(["a.txt"], val_fraction=1.0)
+        TextFiles(["a.txt"], TextReadOptions(val_fraction=1.0))
     (tmp_path / "b.txt").write_text("one\ntwo\n", "utf-8")
     with pytest.raises(ValueError, match="no split 'test'; they have: train, val"):
         TextFiles([str(tmp_path / "b.txt")]).split("test")
 
 
-def test_own_texts_is_the_data_of_a_recipe(tmp_path: Path) -> None:
+def test_a_file_is_the_data_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(f"line {i} of this" for i in range(50)), "utf-8")
-    data = own_texts([str(tmp_path / "a.txt")], vocab_size=300, max_len=16, row_len=33, batch_size=2)
+    data = TextData(str(tmp_path / "a.txt"), vocab_size=300, max_len=16, row_len=33, batch_size=2)
     batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape == (2, 33)
     assert data.describe().startswith("50 texts; splits train ")

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from mmtransformer import EncoderDecoder, QFormer, TextDecoder, ViT
 from mmtransformer.cli import main
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.training.callbacks.samples import Samples
 from mmtransformer.training.callbacks.saving import Saving
@@ -62,7 +63,7 @@ def fit(
     warnings.simplefilter("ignore")
     optim = Optim(lr=0.003, warmup_steps=3, ema=0.9)
     captioner = model(freeze_vision=freeze_vision).double()
-    data = tiny.scenes(batch_size, train_size=19, val_splits=["val"])
+    data = tiny.scenes(batch_size, train_size=19, splits=Splits(val=["val"]))
     precision, plugins, looks = "64-true", [], 0
     if isinstance(strategy, Sharded):  # A process may look at more batches of a validation than the others.
         (precision, plugins), looks = number_format("64-true"), 2

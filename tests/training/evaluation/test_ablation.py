@@ -41,7 +41,8 @@ data:
     vocab_size: 300
     batch_size: 4
     max_len: 60
-    val_splits: [val]
+    splits:
+      val: [val]
 """
 
 

@@ -12,6 +12,8 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.features import CacheFeatures
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
@@ -39,7 +41,11 @@ def captioner(vocab: int = VOCAB, patch: int = 8) -> EncoderDecoder:
 
 def scenes(batch_size: int = 4, **arguments: object) -> CaptionData:
     source = Scenes(image_size=32, train_size=11, val_size=5, compositional_size=3)
-    arguments = {"vocab_size": VOCAB, "max_len": 60, "val_splits": ["val", "compositional"]} | arguments
+    arguments = {
+        "vocab_size": VOCAB,
+        "max_len": 60,
+        "splits": Splits(val=["val", "compositional"]),
+    } | arguments
     return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)  # type: ignore[arg-type]
 
 
@@ -218,7 +224,7 @@ def test_frozen_vision_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ViT, "forward_features", lambda self, x: calls.append(len(x)) or forward(self, x))
     model = captioner()
     freeze(model.vision)
-    data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
+    data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
     run = trainer(tmp_path, max_steps=-1, max_epochs=2)
     module = Captioning(model, image_ablation_batches=0)
     run.fit(module, datamodule=data)
@@ -327,7 +333,7 @@ def test_samples_change_nothing(tmp_path: Path) -> None:
 def test_samples_of_cached_features_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = captioner()
     freeze(model.vision)
-    data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
+    data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
     said = [Progress(log_seconds=0.0), Samples(every_seconds=0.0)]
     run = trainer(tmp_path, callbacks=said, enable_progress_bar=True, precision="bf16-mixed")
     run.fit(Captioning(model), datamodule=data)

@@ -17,6 +17,7 @@ from mmtransformer.cli import main
 from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
 from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
@@ -115,7 +116,8 @@ def data(source: Any, **options: Any) -> ClassData:
 
 def test_an_epoch_has_each_image_once_with_its_class(tmp_path: Path) -> None:
     source = shapes()
-    module = data(source, report_dir=str(tmp_path))
+    module = data(source)
+    module.report_dir = tmp_path
     images, seen = module.images("train"), {}
     for batch in module.train_dataloader():
         assert batch.pixels.shape[1:] == (3, 32, 32)
@@ -166,8 +168,8 @@ def test_only_the_same_classes_resume(tmp_path: Path) -> None:
         other.load_state_dict(module.state_dict())
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         data(shapes(), batch_size=0)
-    with pytest.raises(ValueError, match=r"val_splits must be a list of splits: \[val\]"):
-        data(shapes(), val_splits="val")
+    with pytest.raises(ValueError, match=r"splits.val must be a list of splits: \[val\]"):
+        data(shapes(), splits=Splits(val="val"))
 
 
 # --- the task
@@ -306,9 +308,9 @@ def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Pat
     vit = ViT(32, 8, 16, 1, 2, num_classes=5)
     vit.save_pretrained(tmp_path / "vit")
     words = ["fit", "--config", str(recipes / "vit_classify.yaml"), "--config", str(recipes / "tiny.yaml")]
-    words += ["--data.source=mmtransformer.data.class_sources.ImageFolder", f"--data.source.root={root}"]
+    words += [f"--data.source={root}"]
     words += ["--model.vit=mmtransformer.weights.load_vit", f"--model.vit.source={tmp_path / 'vit'}"]
-    words += ["--data.image.image_size=48", "--data.val_splits=[val]", "--trainer.max_steps=1"]
+    words += ["--data.image.image_size=48", "--data.splits.val=[val]", "--trainer.max_steps=1"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0

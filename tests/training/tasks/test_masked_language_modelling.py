@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from mmtransformer import TextEncoder, Tokenizer
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.source import Caption
-from mmtransformer.data.text_only.masked import MaskedData, own_masked
+from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.metrics.neighbours import NeighbourBaseline
@@ -63,8 +64,8 @@ def lightning_is_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
-def data_of(**arguments: Any) -> MaskedData:
-    return MaskedData(Groups(), **({"vocab_size": VOCAB, "max_len": 40, "batch_size": 8} | arguments))
+def data_of(**arguments: Any) -> MaskedTextData:
+    return MaskedTextData(Groups(), **({"vocab_size": VOCAB, "max_len": 40, "batch_size": 8} | arguments))
 
 
 def encoder_of(**arguments: Any) -> TextEncoder:
@@ -478,10 +479,10 @@ def test_filled_texts_show_the_truth_behind_a_colon() -> None:
     assert fill_in(encoder, data.tokenizer, batch, rows=[2]) == lines[2:3]
 
 
-def test_own_masked_is_the_data_of_a_recipe(tmp_path: Path) -> None:
+def test_a_file_is_the_data_of_a_recipe(tmp_path: Path) -> None:
     rows = [{"image": f"{i}.jpg", "captions": [f"a thing {i}", f"the {i}"]} for i in range(60)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    data = own_masked([str(tmp_path / "t.jsonl")], vocab_size=300, batch_size=4)
+    data = MaskedTextData(str(tmp_path / "t.jsonl"), vocab_size=300, batch_size=4)
     batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape[0] == 4
     assert (batch.other >= 0).all()
@@ -507,4 +508,4 @@ def test_errors_name_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         data_of(batch_size=0)
     with pytest.raises(ValueError, match=r"list of splits: \[val\]"):
-        data_of(val_splits="val")
+        data_of(splits=Splits(val="val"))

@@ -28,7 +28,9 @@ from mmtransformer import (
     from_stage1,
 )
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.features import CacheFeatures
 from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.config import GenerationConfig
@@ -62,7 +64,7 @@ def scenes(source: Any = None, **arguments: Any) -> CaptionData:
     arguments = {
         "vocab_size": VOCAB,
         "max_len": 80,
-        "val_splits": ["val", "compositional"],
+        "splits": Splits(val=["val", "compositional"]),
         "batch_size": 4,
     } | arguments
     return CaptionData(source, image=ImageTransform(32), **arguments)
@@ -141,7 +143,7 @@ def test_it_learns_to_find() -> None:
     """Sixteen pictures by heart: with 0.02 for all weights of a narrow Q-Former this is still at chance, log 16."""
     torch.manual_seed(0)
     source = Scenes(image_size=32, train_size=16, languages=("ko",))
-    given = next(iter(scenes(source, batch_size=16, val_splits=["train"]).loader("train")))
+    given = next(iter(scenes(source, batch_size=16, splits=Splits(val=["train"])).loader("train")))
     qformer = QFormer(4, 32, 2, 4, 32, cross_every=1, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 32, 1, 4, class_token=False, pool="mean")
     m = ImageText(vision, qformer, embed_dim=16, class_id=VOCAB)
@@ -161,7 +163,7 @@ def test_frozen_vision_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     calls: list[int] = []
     forward = ViT.forward_features
     monkeypatch.setattr(ViT, "forward_features", lambda self, x: calls.append(len(x)) or forward(self, x))
-    data = scenes(cache_features=True, cache_dir=str(tmp_path / "features"))
+    data = scenes(cache_features=CacheFeatures(str(tmp_path / "features")))
     module = QFormerStage1(model(freeze_vision=True), image_ablation_batches=0)
     run = trainer(tmp_path, max_steps=-1, max_epochs=2)
     run.fit(module, datamodule=data)
