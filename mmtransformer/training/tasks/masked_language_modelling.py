@@ -53,7 +53,7 @@ class MaskedLanguageModelling(Task):
 
     @property
     def data(self) -> MaskedTextData | None:
-        """The run's data, if it is a MaskedData."""
+        """The run's data, if it is a MaskedTextData."""
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, MaskedTextData) else None
 
