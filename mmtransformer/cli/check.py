@@ -4,8 +4,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from mmtransformer.cli.reading import add_read_options, read_options
+from mmtransformer.data.files.read_options import Format, ReadOptions
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -52,3 +53,28 @@ def run(name: str, words: Sequence[str]) -> int:
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     return 1 if report.hurts else 0
+
+
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how pairs are read, the same in every command; in a recipe the keys of data.read."""
+    add = parser.add_argument_group("how pairs are read, where it is not to be detected").add_argument
+    add("--format", choices=get_args(Format), default="auto", help="the format")
+    add("--images", metavar="DIR", help="folder or archive of the pictures, if not at the root")
+    add("--image-column", metavar="NAME", help="column with the picture's path")
+    add("--caption-column", metavar="NAME", action="append", help="column with captions; may be given again")
+    add("--language-column", metavar="NAME", help="column with the language of a row's captions")
+    add("--split-column", metavar="NAME", help="column with the split")
+    add("--language", metavar="CODE", help="language of captions whose script does not tell")
+
+
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    """What was given of them."""
+    return ReadOptions(
+        format=args.format,
+        images=args.images,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        language_column=args.language_column,
+        split_column=args.split_column,
+        language=args.language,
+    )

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmtransformer.cli.check import add_read_options, read_options
 from mmtransformer.cli.generation_options import add_generation_options, generation_changes
-from mmtransformer.cli.reading import add_read_options, read_options
 
 
 def run(name: str, words: Sequence[str]) -> int:
