@@ -3,8 +3,9 @@
 `load` takes files from anywhere and either gives the picture as a person would see it or raises an
 `ImageError` that names the file, the fault and the remedy; it never gives a wrong picture and never hangs.
 What it knows and most loaders do not: orientation tags are applied, alpha is laid on white, 16-bit grey is
-scaled and not clipped, checksums are verified, sizes are looked at before anything is decoded, pipes and
-devices are refused. Colour profiles are not applied, as no training set of the field applies them.
+scaled and not clipped (the rule stands at `_grey_to_rgb`), checksums are verified, copies that stopped are
+found, sizes are looked at before anything is decoded, pipes and devices are refused. Colour profiles are not
+applied, as no training set of the field applies them.
 
 Pillow's global settings are neither changed nor needed, so threads may load side by side.
 """
@@ -12,8 +13,6 @@ Pillow's global settings are neither changed nor needed, so threads may load sid
 import io
 import os
 import stat
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +31,8 @@ from PIL import (
     WebPImagePlugin,
     features,
 )
+
+from mmtransformer.images import damage
 
 Source = str | Path | bytes | BinaryIO | Image.Image
 
@@ -88,12 +89,20 @@ def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_0
         raise ImageError(f"{name}: {_what_it_is(data, kind)}; give one of {', '.join(_OPENERS)}")
 
     def decode() -> Image.Image:
-        image = _OPENERS[kind](io.BytesIO(data), "")  # reads the header only
+        coded = damage.without_texts(data) if kind == "PNG" else data
+        image = _OPENERS[kind](io.BytesIO(coded), "")  # reads the header only
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tags(image, name)
+            damage.check_tiff(data, image)
         result = _finished(image, name, max_pixels)
         if kind == "PNG":
-            _check_png(data, image)
+            damage.check_png(data, image)
         if kind == "JPEG":
-            _check_jpeg(data, image)
+            damage.check_jpeg(data, image)
+        if kind == "WEBP":
+            damage.check_webp(data)
+        if kind == "AVIF":
+            damage.check_avif(data)
         return result
 
     return _decoded(name, decode, kind)
@@ -214,67 +223,6 @@ def _what_it_is(data: bytes, kind: str) -> str:
     return f"not a picture (it starts with {data[:8]!r})"
 
 
-def _check_jpeg(data: bytes, image: Image.Image) -> None:
-    """Raises if the pixels end early: the decoder reads zeros as pixels, and fills up with grey at an end marker."""
-    position = 2
-    while position < len(data) and data[position + 1 : position + 2] != b"\xda":  # the start of the pixels
-        if data[position] == 0xFF and data[position + 1 : position + 2] != b"\xff":
-            position += 2 + int.from_bytes(data[position + 2 : position + 4])
-        else:
-            position += 1
-    end = data.find(b"\xff\xd9", position)
-    if end < 0:
-        raise OSError(f"no end marker in {len(data):,} bytes")
-    last = image.getpixel((image.width - 1, image.height - 1))
-    if any(
-        abs(value - 128) > 16 for value in (last if isinstance(last, tuple) else (last,)) if value is not None
-    ):
-        return  # not filled up
-    # Bytes before the end marker are ignored behind whole pixels, and are pixels if there is room for more.
-    longer = data[:end] + bytes(range(1, 251)) * 4 + data[end:]
-    with JpegImagePlugin.JpegImageFile(io.BytesIO(longer), "") as other:
-        if other.tobytes() != image.tobytes():
-            raise OSError("its pixels end early")
-
-
-def _check_png(data: bytes, image: Image.Image) -> None:
-    """Raises if a checksum is wrong or rows are missing, neither of which decoding notices."""
-    position, compressed = 8, []
-    while True:
-        size, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
-        checksum = data[position + 8 + size : position + 12 + size]
-        if len(checksum) < 4:
-            raise OSError(f"it ends before its IEND, after {len(data):,} bytes")
-        if zlib.crc32(data[position + 4 : position + 8 + size]) != int.from_bytes(checksum):
-            raise OSError(f"wrong checksum of {kind.decode('latin-1')!r} at byte {position:,}")
-        if kind == b"IDAT":
-            compressed.append(data[position + 8 : position + 8 + size])
-        if kind == b"IEND":
-            break
-        position += 12 + size
-    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
-    if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
-        return  # missing rows are left 0, so only a dark end needs the closer look
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    sevenths = (
-        (0, 0, 8, 8),
-        (4, 0, 8, 8),
-        (0, 4, 4, 8),
-        (2, 0, 4, 4),
-        (0, 2, 2, 4),
-        (1, 0, 2, 2),
-        (0, 1, 1, 2),
-    )
-    expected = 0
-    for left, top, step_x, step_y in sevenths if interlaced else ((0, 0, 1, 1),):
-        columns, lines = -((left - width) // step_x), -((top - height) // step_y)
-        if columns > 0 and lines > 0:
-            expected += lines * (1 + (columns * bits + 7) // 8)  # one byte a line names its filter
-    found = len(zlib.decompressobj().decompress(b"".join(compressed), expected))
-    if found < expected:
-        raise OSError(f"it holds {found:,} of {expected:,} bytes of pixels")
-
-
 def _finished(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """Decodes a picture that is not too large, turns it upright and makes it a plain RGB picture."""
     width, height = image.size
@@ -290,17 +238,54 @@ def _finished(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged tags say nothing about the pixels, nor about how to turn them
         turn = None
-    result = _to_rgb(image if turn is None else image.transpose(turn), name)
+    frame = image.dispose_extent if isinstance(image, GifImagePlugin.GifImageFile) else None
+    upright = image if turn is None else image.transpose(turn)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        result = _grey_to_rgb(upright, name, _white_is_zero(image), _is_unsigned(image))
+    else:
+        result = _to_rgb(upright, name)
+    if frame not in (None, (0, 0, *image.size)):  # nothing was drawn around the frame
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(result.crop(frame), frame)
+        result = canvas
     result = image.copy() if result is image else result
     result.info.clear()  # profiles and tags that would travel with every picture
     return result
 
 
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF's grey of more than 8 bits is written the other way round, which Pillow leaves as it is."""
+    return (
+        isinstance(image, TiffImagePlugin.TiffImageFile)
+        and image.tag_v2.get(262) == 0
+        and image.mode not in ("1", "L")
+    )
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Whether 32-bit whole numbers are unsigned, which Pillow reads as signed."""
+    return (
+        isinstance(image, TiffImagePlugin.TiffImageFile)
+        and image.mode == "I"
+        and image.tag_v2.get(339, (1,))[0] == 1
+        and image.tag_v2.get(258, (1,))[0] == 32
+    )
+
+
+def _check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
+    """Refuses what Pillow takes and reads wrongly."""
+    bits = image.tag_v2.get(258, (1,))
+    if bits[0] == 8 and image.tag_v2.get(339, (1,))[0] == 2:
+        raise ImageError(f"{name}: a TIFF of signed bytes; save it with unsigned ones")
+    if len(bits) > 1 and max(bits) > 8 and image.tag_v2.get(284) == 2:
+        raise ImageError(
+            f"{name}: a TIFF of {max(bits)} bits with each colour apart; save it with 8 bits or with colours together"
+        )
+
+
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
-        return _grey_to_rgb(image, name)
     if image.mode in ("1", "L", "CMYK", "YCbCr", "HSV", "RGBX") and "transparency" not in image.info:
         return image.convert("RGB")
     if image.mode == "LAB":
@@ -313,20 +298,33 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return Image.alpha_composite(paper, image).convert("RGB")
 
 
-def _grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Scales grey of more than 8 bits to 8. Pillow's own conversion clips it to white."""
-    values = np.asarray(image).astype(np.float32 if image.mode != "I" else np.float64)
+def _grey_to_rgb(image: Image.Image, name: str, white_is_zero: bool, unsigned: bool) -> Image.Image:
+    """Scales grey of more than 8 bits to 8, by one rule; Pillow's own conversion clips it to white.
+
+    16 bits mean 0 to 65535, also where only 12 of them are used. 32-bit numbers mean the smallest of 0 to 1 (floats),
+    0 to 255 and 0 to 65535 that holds them; floats that are not whole numbers mean 0 to 1. What fits none of these
+    (negative or larger values) goes from its darkest to its brightest value.
+    """
+    values = np.asarray(image)
+    if unsigned:
+        values = values.view(np.uint32)
+    values = values.astype(np.float32 if values.itemsize < 4 or image.mode == "F" else np.float64)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise ImageError(f"{name}: {bad:,} pixels are not finite numbers; repair it and save it as 8-bit")
     low, high = float(values.min()), float(values.max())
-    top = next((top for top in (1, 255, 65535) if high <= top), 0) if low >= 0 else 0
-    if image.mode.startswith("I"):
-        top = top and 65535
-    if top:  # the whole range of the convention, so that a dark picture stays dark
+    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow gives a PPM of 16 bits as one of 32
+        top = 65535  # whatever is used of it: a dark picture stays dark
+    elif image.mode == "F" and not (values == np.rint(values)).all():
+        top = 1 if high <= 1 else 0
+    else:  # 32 bits say nothing of the range
+        top = next((top for top in (1, 255, 65535) if high <= top and (top > 1 or image.mode == "F")), 0)
+    if top and low >= 0:
         grey = values * (255 / top)
-    else:  # no convention left: from its darkest to its brightest value
+    else:
         grey = (values - low) * (255 / max(high - low, 1e-30))
+    if white_is_zero:
+        grey = 255 - grey
     image_8 = np.rint(grey).clip(0, 255).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -749,3 +749,140 @@ def test_augmentation_of_extreme_shapes(shape: tuple[int, int]) -> None:
 def test_wrong_arguments_of_the_augmentation(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augment(**arguments)
+
+
+# What Pillow reads wrongly, or takes for damage.
+
+
+def tiff(values: np.ndarray, photometric: int, *, planar: int = 1, kind: int = 1) -> bytes:
+    """An uncompressed TIFF of (height width) or (height width colours); kind 1 unsigned, 2 signed, 3 float."""
+    height, width, colours = (*values.shape, 1)[:3]
+    planes = [values.tobytes()] if planar == 1 else [values[..., i].tobytes() for i in range(colours)]
+    body, starts = b"", []
+    for plane in planes:
+        starts.append(8 + len(body))
+        body += plane
+    tags, extra = [], b""
+    fields = {256: [width], 257: [height], 258: [8 * values.itemsize] * colours, 259: [1], 262: [photometric]}
+    fields |= {
+        273: starts,
+        277: [colours],
+        278: [height],
+        279: [len(plane) for plane in planes],
+        284: [planar],
+    }
+    for tag, numbers in (fields | {339: [kind] * colours}).items():
+        data = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            data, extra = struct.pack("<I", 8 + len(body) + len(extra)), extra + data
+        tags.append(struct.pack("<HHI", tag, 4, len(numbers)) + data)
+    directory = struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(body) + len(extra)) + body + extra + directory
+
+
+def greys(data: bytes) -> list[int]:
+    return np.asarray(load(data))[..., 0].ravel().tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "photometric", "expected"),
+    [
+        (np.array([[0, 4095, 65535]], np.uint16), 1, 1, [0, 16, 255]),  # 12 bits of 16 stay dark
+        (np.array([[0, 32896, 65535]], np.uint16), 1, 0, [255, 127, 0]),  # 0 is white
+        (np.array([[0, 2**31, 2**32 - 1]], np.uint32), 1, 1, [0, 128, 255]),
+        (np.array([[0, 100, 255]], np.uint32), 1, 1, [0, 100, 255]),
+        (np.array([[0, 100, 255]], np.int32), 2, 1, [0, 100, 255]),
+        (np.array([[-100, 0, 100]], np.int16), 2, 1, [0, 128, 255]),
+        (np.array([[0, 0.502, 1.004]], np.float32), 3, 1, [0, 128, 255]),
+        (np.array([[0, 1.3, 2.6]], np.float32), 3, 1, [0, 128, 255]),
+        (np.array([[0, 12749.9, 25500]], np.float32), 3, 1, [0, 127, 255]),
+        (np.array([[0, 100, 255]], np.float32), 3, 1, [0, 100, 255]),
+        (np.array([[0, 0.5, 1]], np.float32), 3, 0, [255, 127, 0]),
+    ],
+)
+def test_grey_of_any_numbers_by_one_rule(
+    values: np.ndarray, kind: int, photometric: int, expected: list[int]
+) -> None:
+    assert greys(tiff(values, photometric, kind=kind)) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(("colours", "photometric"), [(3, 2), (4, 5)])
+def test_deep_colours_apart_are_refused(colours: int, photometric: int) -> None:
+    values = np.arange(2 * 3 * colours, dtype=np.uint16).reshape(2, 3, colours) * 2000
+    with pytest.raises(ImageError, match="a TIFF of 16 bits with each colour apart"):
+        load(tiff(values, photometric, planar=2))
+    bytes_apart = tiff((values >> 8).astype(np.uint8), photometric, planar=2)
+    bytes_together = tiff((values >> 8).astype(np.uint8), photometric)
+    assert load(bytes_apart).tobytes() == load(bytes_together).tobytes()
+
+
+def test_signed_bytes_are_refused() -> None:
+    with pytest.raises(ImageError, match="signed bytes"):
+        load(tiff(np.array([[-5, 5]], np.int8), 1, kind=2))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_cut_behind_an_ff_byte_is_refused(mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (97, 89, 3), dtype=np.uint8)
+    whole = encode(Image.fromarray(noise).convert(mode), "JPEG", quality=90)
+    start = whole.index(b"\xff\xda")
+    cuts = [i + 1 for i in range(start + 20, len(whole) - 200) if whole[i] == 0xFF]
+    assert len(cuts) > 20
+    taken = 0
+    for cut in cuts:
+        try:
+            load(whole[:cut] + b"\xff\xd9")
+            taken += 1
+        except ImageError:
+            pass
+    assert taken == 0, f"{taken} of {len(cuts)}"
+    load(whole)
+
+
+@pytest.mark.parametrize("kind", ["iCCP", "zTXt"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_a_long_profile_or_text_is_whole(kind: str, behind: bool) -> None:
+    image = Image.new("RGB", (5, 4), (1, 2, 3))
+    data = encode(image, "PNG")
+    body = b"name\0\0" + zlib.compress(bytes(range(256)) * 40_000)
+    named = kind.encode() + body
+    chunk = struct.pack(">I", len(body)) + named + struct.pack(">I", zlib.crc32(named))
+    place = data.index(b"IEND") - 4 if behind else 33
+    assert load(data[:place] + chunk + data[place:]).tobytes() == image.tobytes()
+    with pytest.raises(ImageError, match="wrong checksum"):
+        load(data[:place] + chunk[:-1] + bytes([chunk[-1] ^ 1]) + data[place:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("AVIF", {}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}),
+    ],
+)
+def test_a_copy_that_stopped_is_refused(kind: str, options: dict[str, Any]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 170, 3), dtype=np.uint8)
+    whole = encode(Image.fromarray(noise), kind, **options)
+    load(whole)
+    for part in (0.4, 0.7, 0.95):
+        cut = int(len(whole) * part)
+        start = 8 if kind == "TIFF" and whole[4:8] == b"\x08\0\0\0" else 0
+        assert start == 0
+        stopped = whole[:cut] + bytes(len(whole) - cut)
+        with pytest.raises(ImageError):
+            load(stopped)
+    flat = encode(Image.new("RGB", (400, 300), "white"), kind, **options)
+    assert load(flat).size == (400, 300)
+
+
+def test_nothing_was_drawn_around_a_small_first_frame_of_a_gif() -> None:
+    data = bytearray(encode(Image.new("RGB", (4, 3), (200, 10, 10)), "GIF"))
+    data[6:10] = struct.pack("<HH", 9, 7)
+    found = load(bytes(data))
+    assert (found.size, found.getpixel((8, 6)), found.getpixel((3, 2))) == (
+        (9, 7),
+        (255, 255, 255),
+        (200, 10, 10),
+    )

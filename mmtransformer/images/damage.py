@@ -1,0 +1,114 @@
+"""Damage that a decoder does not notice, or takes for damage where there is none."""
+
+import io
+import struct
+import zlib
+
+from PIL import Image, JpegImagePlugin, TiffImagePlugin
+
+_TEXTS = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")
+_TAIL = bytes(64)
+
+
+def check_jpeg(data: bytes, image: Image.Image) -> None:
+    """Raises if the pixels end early: the decoder reads zeros as pixels, and fills up with grey at an end marker."""
+    position = 2
+    while position < len(data) and data[position + 1 : position + 2] != b"\xda":  # the start of the pixels
+        if data[position] == 0xFF and data[position + 1 : position + 2] != b"\xff":
+            position += 2 + int.from_bytes(data[position + 2 : position + 4])
+        else:
+            position += 1
+    end = data.find(b"\xff\xd9", position)
+    if end < 0:
+        raise OSError(f"no end marker in {len(data):,} bytes")
+    while data[end - 1] == 0xFF:  # what was cut behind an FF byte
+        end -= 1
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if any(
+        abs(value - 128) > 16 for value in (last if isinstance(last, tuple) else (last,)) if value is not None
+    ):
+        return  # not filled up
+    # Bytes before the end marker are ignored behind whole pixels, and are pixels if there is room for more.
+    longer = data[:end] + bytes(range(1, 251)) * 4 + data[end:]
+    with JpegImagePlugin.JpegImageFile(io.BytesIO(longer), "") as other:
+        if other.tobytes() != image.tobytes():
+            raise OSError("its pixels end early")
+
+
+def check_png(data: bytes, image: Image.Image) -> None:
+    """Raises if a checksum is wrong or rows are missing, neither of which decoding notices."""
+    position, compressed = 8, []
+    while True:
+        size, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
+        checksum = data[position + 8 + size : position + 12 + size]
+        if len(checksum) < 4:
+            raise OSError(f"it ends before its IEND, after {len(data):,} bytes")
+        if zlib.crc32(data[position + 4 : position + 8 + size]) != int.from_bytes(checksum):
+            raise OSError(f"wrong checksum of {kind.decode('latin-1')!r} at byte {position:,}")
+        if kind == b"IDAT":
+            compressed.append(data[position + 8 : position + 8 + size])
+        if kind == b"IEND":
+            break
+        position += 12 + size
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
+        return  # missing rows are left 0, so only a dark end needs the closer look
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    sevenths = (
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    )
+    expected = 0
+    for left, top, step_x, step_y in sevenths if interlaced else ((0, 0, 1, 1),):
+        columns, lines = -((left - width) // step_x), -((top - height) // step_y)
+        if columns > 0 and lines > 0:
+            expected += lines * (1 + (columns * bits + 7) // 8)  # one byte a line names its filter
+    found = len(zlib.decompressobj().decompress(b"".join(compressed), expected))
+    if found < expected:
+        raise OSError(f"it holds {found:,} of {expected:,} bytes of pixels")
+
+
+def without_texts(data: bytes) -> bytes:
+    """Takes profiles and texts out of a PNG: nothing here reads them, and Pillow takes long ones for damage."""
+    kept, position = [data[:8]], 8
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        if data[position + 4 : position + 8] not in _TEXTS:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept) if len(kept) > 1 else data
+
+
+def check_webp(data: bytes) -> None:
+    """Raises if the coded pixels end in zeros, as those of a copy that was stopped do."""
+    position = 12
+    while position + 8 <= len(data):
+        kind, size = (
+            data[position : position + 4],
+            int.from_bytes(data[position + 4 : position + 8], "little"),
+        )
+        end = position + 8 + size
+        if kind in (b"VP8 ", b"VP8L") and size > 128 and data[end - len(_TAIL) : end] == _TAIL:
+            raise OSError("its pixels end in zeros, as after a copy that was stopped")
+        position = end + size % 2
+
+
+def check_avif(data: bytes) -> None:
+    """Raises if the file ends in zeros, where AVIF keeps its pixels."""
+    if len(data) > 256 and data.endswith(_TAIL):
+        raise OSError("it ends in zeros, as after a copy that was stopped")
+
+
+def check_tiff(data: bytes, image: TiffImagePlugin.TiffImageFile) -> None:
+    """Raises if a deflated strip or tile is not whole."""
+    if image.tag_v2.get(259) not in (8, 32946):
+        return
+    starts, sizes = (image.tag_v2.get(a) or image.tag_v2.get(b) or () for a, b in ((273, 324), (279, 325)))
+    for start, size in zip(starts, sizes, strict=False):
+        if size > 24 and not any(data[start + size - 16 : start + size]):
+            raise OSError(f"the pixels at byte {start:,} end in zeros, as after a copy that was stopped")
