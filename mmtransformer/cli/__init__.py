@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from mmtransformer.text.printable import printable
+
 COMMANDS = {
     "fit": ("fit", "Train a recipe, score it, and leave model, metrics and galleries in the run's folder."),
     "validate": ("fit", "Compute the losses of a recipe's validation splits."),
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = one_line(error)
         if debug or line is None:
             raise
-        print(f"mmt {name}: error: {line}", file=sys.stderr)
+        print(printable(f"mmt {name}: error: {line}"), file=sys.stderr)
         return 2
 
 

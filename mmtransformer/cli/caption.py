@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
     from mmtransformer.pipelines.few_shot import FewShot
@@ -76,7 +77,7 @@ def run(name: str, words: Sequence[str]) -> int:
         for caption in captions:
             lead = f"{path}: " if len(args.images) > 1 else ""
             tail = f"   ({caption.log_prob:.2f})" if len(captions) > 1 else ""
-            print(f"{lead}{caption.text}{tail}")
+            print(printable(f"{lead}{caption.text}{tail}"))
     if args.heatmap:
         _heatmaps(model, args.images, images, results, Path(args.heatmap), prompts)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from mmtransformer.data.files.read_options import Format, ReadOptions
+from mmtransformer.text.printable import printable
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -48,7 +49,7 @@ def run(name: str, words: Sequence[str]) -> int:
         max_bad=args.max_bad,
         progress=sys.stderr.isatty(),
     )
-    print(report)
+    print(printable(str(report)))
     if args.json:
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         Path(args.json).write_text(text + "\n", encoding="utf-8")

@@ -4,6 +4,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from mmtransformer.text.printable import printable
+
 
 def run(name: str, words: Sequence[str]) -> int:
     """Classifies pictures.
@@ -38,7 +40,7 @@ def run(name: str, words: Sequence[str]) -> int:
             print(json.dumps(row, ensure_ascii=False))
         else:
             told = ", ".join(f"{label} {share:.1%}" for label, share in best)
-            print(f"{path}: {told}" if len(args.images) > 1 else told)
+            print(printable(f"{path}: {told}" if len(args.images) > 1 else told))
     if args.attention:
         from mmtransformer.plots import draw_rollout, save_image
 

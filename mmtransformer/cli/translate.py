@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.text.printable import printable
 
 ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
 
@@ -42,7 +43,7 @@ def run(name: str, words: Sequence[str]) -> int:
     said = translator(texts, args.language, **generation_changes(args))
     for text, translation in zip(texts, said, strict=True):
         row = {"text": text, "language": args.language, "translation": translation}
-        print(json.dumps(row, ensure_ascii=False) if args.json else translation)
+        print(json.dumps(row, ensure_ascii=False) if args.json else printable(translation))
     if args.attention:
         from mmtransformer.plots import draw_attention, save_image
 

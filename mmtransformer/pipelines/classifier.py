@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Self
 
@@ -122,7 +123,7 @@ library_name: mmtransformer
 pipeline_tag: image-classification
 ---
 
-# {folder.parent.name if folder.name == "model" else folder.name}
+# {escape(folder.parent.name if folder.name == "model" else folder.name)}
 
 A ViT of mmtransformer that tells {len(self.classes)} classes apart: {parameters / 1e6:.1f} million parameters.
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -252,7 +253,7 @@ class ImageCaptioner:
 {chr(10).join(head)}
 ---
 
-# {folder.parent.name if folder.name == "model" else folder.name}
+# {escape(folder.parent.name if folder.name == "model" else folder.name)}
 
 A {type(self.captioner).__name__} of mmtransformer that captions pictures: {parameters / 1e6:.1f} million parameters,
 {self.tokenizer.vocab_size} tokens{f", languages {', '.join(known)}" if known else ""}.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -237,7 +238,7 @@ library_name: mmtransformer
 pipeline_tag: text-to-image
 ---
 
-# {folder.parent.name if folder.name == "model" else folder.name}
+# {escape(folder.parent.name if folder.name == "model" else folder.name)}
 
 A diffusion transformer of mmtransformer: {parameters / 1e6:.1f} million parameters, {self.transform.size[1]} x
 {self.transform.size[0]} pixels.

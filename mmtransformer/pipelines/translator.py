@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -163,7 +164,7 @@ class Translator:
 {chr(10).join(head)}
 ---
 
-# {folder.parent.name if folder.name == "model" else folder.name}
+# {escape(folder.parent.name if folder.name == "model" else folder.name)}
 
 A Transformer of mmtransformer that translates texts: {parameters / 1e6:.1f} million parameters,
 {self.tokenizer.vocab_size} tokens, languages {", ".join(known)}.

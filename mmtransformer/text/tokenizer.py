@@ -262,13 +262,26 @@ class Tokenizer:
                 f"text has a lone surrogate, {text[error.start]!r} at character {error.start}: it was read with "
                 f'the wrong encoding; read it as UTF-8 with errors="replace"'
             ) from error
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text)
         if not self._forbidden.isdisjoint(ids):  # a word list or a unigram model can spell "</s>" by itself
             for token in map(self._token, self._forbidden):
                 text = text.replace(token, f"{token[:1]} {token[1:]}")
-            ids = self.backend.encode(text, add_special_tokens=False).ids
+            ids = self._ids(text)
             ids = [i for i in ids if i not in self._forbidden]
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except (
+            BaseException
+        ) as error:  # a pattern that tries too many ways ends in Rust's panic, which is no Exception
+            if not type(error).__name__.startswith("PanicException"):
+                raise
+            raise ValueError(
+                f"tokenizer.json: its pattern takes too long on a text of {len(text):,} characters, "
+                f"{text[:40]!r} ({error})"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids: up to eos, without special tokens.

@@ -212,3 +212,19 @@ def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path) 
     assert code == 1
     assert "HURTS" in out
     assert json.loads((tmp_path / "found.json").read_text("utf-8"))["hurts"] is True
+
+
+def test_strangers_names_and_captions_are_shown_as_escapes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = Scenes(image_size=32, train_size=2).split("train")
+    paths = [tmp_path / f"a\x1b[2J{i}.png" for i in range(2)]
+    for i, path in enumerate(paths):
+        split.image(i).save(path)
+    code, out, err = mmt(capsys, "caption", *map(str, paths), "--model", str(model))
+    assert (code, "\x1b" in out + err, "a\\x1b[2J1.png: " in out) == (0, False, True)
+    code, out, err = mmt(capsys, "caption", str(tmp_path / "no\x1b[31m.png"), "--model", str(model))
+    assert (code, "\x1b" in out + err, "no\\x1b[31m.png" in err) == (2, False, True)
+    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    ImageCaptioner.from_pretrained(model, device="cpu").save_pretrained(folder)
+    assert "# &lt;img src=x onerror=alert(1)&gt;" in (folder / "README.md").read_text("utf-8")

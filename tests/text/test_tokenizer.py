@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from mmtransformer.text.printable import printable
 from mmtransformer.text.tokenizer import BOS, EOS, IMAGE, PAD, Tokenizer
 
 ENGLISH = [
@@ -670,3 +671,22 @@ def test_added_tokens_that_are_not_special_are_text() -> None:
     ids = loaded.encode("a ĠĠ빨간별 b")
     assert loaded.vocab_size - 1 in ids
     assert loaded.decode(ids) == "a ĠĠ빨간별 b"
+
+
+def test_a_pattern_that_backtracks_is_an_error_not_a_panic() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    tokenizer = Tokenizer(backend, bos_token="a", eos_token="a", pad_token="a")
+    with pytest.raises(ValueError, match=r"its pattern takes too long on a text of 41 characters, 'aaaa"):
+        tokenizer.encode("a" * 40 + "b")
+
+
+def test_a_terminal_obeys_no_stranger() -> None:
+    assert (
+        printable("a\x1b[2Jb\r\x07 빨간 별\u202eevil\ud800\n")
+        == "a\\x1b[2Jb\\r\\x07 빨간 별\\u202eevil\\ud800\n"
+    )
+    assert (
+        printable("가족 \U0001f468\u200d\U0001f469 c\u00e1\u00a0fe\t")
+        == "가족 \U0001f468\u200d\U0001f469 c\u00e1\u00a0fe\t"
+    )

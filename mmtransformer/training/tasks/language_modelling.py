@@ -1,6 +1,7 @@
 """LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def save_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, *,
     parameters = sum(p.numel() for p in decoder.parameters())
     head = ["library_name: mmtransformer", "pipeline_tag: text-generation"]
     head += [f"language: [{', '.join(tokenizer.languages)}]"] if tokenizer.languages else []
-    title = folder.parent.name if folder.name == "model" else folder.name
+    title = escape(folder.parent.name if folder.name == "model" else folder.name)
     card = f"""---
 {chr(10).join(head)}
 ---

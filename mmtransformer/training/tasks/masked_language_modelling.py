@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def save_encoder(encoder: TextEncoder, tokenizer: Tokenizer, folder: Path, *, no
     encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in encoder.parameters())
-    title = folder.parent.name if folder.name == "model" else folder.name
+    title = escape(folder.parent.name if folder.name == "model" else folder.name)
     card = f"""---
 library_name: mmtransformer
 pipeline_tag: fill-mask
