@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.vit import ViT as ViT
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
+    from mmtransformer.captioners.base import Output as Output
     from mmtransformer.captioners.base import caption_loss as caption_loss
     from mmtransformer.captioners.base import freeze as freeze
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.coca import CoCa as CoCa
     from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
+    from mmtransformer.captioners.flamingo import GatedConfig as GatedConfig
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
@@ -100,11 +102,11 @@ _CONTENTS = {
     "connectors.resampler": "PerceiverResampler",
     "losses.contrastive": "clip_loss itc_loss itg_loss itm_loss",
     "losses.hard_negatives": "hard_negatives",
-    "captioners.base": "CaptionBatch Captioner caption_loss freeze",
+    "captioners.base": "CaptionBatch Captioner Output caption_loss freeze",
     "captioners.blip2": "Blip2 InstructBatch from_stage1",
     "captioners.coca": "CoCa",
     "captioners.encoder_decoder": "EncoderDecoder",
-    "captioners.flamingo": "Flamingo",
+    "captioners.flamingo": "Flamingo GatedConfig",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
     "captioners.prefix": "PrefixCaptioner",

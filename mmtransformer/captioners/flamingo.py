@@ -5,7 +5,7 @@ sample, gh gw rows and columns of patches.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -30,6 +30,60 @@ from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 
 
+@dataclass(frozen=True)
+class GatedConfig:
+    """Flamingo's gated blocks; OpenFlamingo's by default.
+
+    Args:
+        num_heads: heads of the gated attention.
+        head_dim: width of one head.
+        qk_norm: norm of each head's queries and keys.
+        mlp: activation of the gated MLPs, or "swiglu" (Idefics).
+        mlp_dim: their hidden width; None = 4 times the decoder's.
+        norm: "layer" or "rms" (Idefics).
+        norm_eps: of the norms.
+        per_channel: gates a channel instead of a branch.
+        mlp_without_image: whether the gated MLPs also work on tokens that see no image, as in OpenFlamingo, Idefics;
+            False keeps the language model as it was wherever there is no image to see.
+        dropout: share of the gated branches' results dropped in training.
+    """
+
+    num_heads: int = 8
+    head_dim: int = 64
+    qk_norm: Literal["rms", "layer"] | None = None
+    mlp: Activation | Literal["swiglu"] = "gelu"
+    mlp_dim: int | None = None
+    norm: Norm = "layer"
+    norm_eps: float = 1e-5
+    per_channel: bool = False
+    mlp_without_image: bool = False
+    dropout: float = 0.0
+
+    def build(self, dim: int, context_dim: int) -> GatedCrossAttentionBlock:
+        """A block between tokens of width `dim` and latents of width `context_dim`."""
+        mlp_dim = 4 * dim if self.mlp_dim is None else self.mlp_dim
+        attn = Attention(
+            dim,
+            self.num_heads,
+            head_dim=self.head_dim,
+            context_dim=context_dim,
+            bias=False,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+        )
+        return GatedCrossAttentionBlock(
+            dim,
+            attn,
+            SwiGLU(dim, mlp_dim)
+            if self.mlp == "swiglu"
+            else MLP(dim, mlp_dim, activation=self.mlp, bias=False),
+            partial(make_norm, self.norm, dim, self.norm_eps),
+            per_channel=self.per_channel,
+            mlp_without_image=self.mlp_without_image,
+            dropout=self.dropout,
+        )
+
+
 class Flamingo(Captioner):
     """Gated cross-attention blocks before some blocks of a language model (Flamingo, arXiv:2204.14198).
 
@@ -42,19 +96,9 @@ class Flamingo(Captioner):
         resampler: visual tokens to latents; None = the gated blocks read all visual tokens.
         cross_every: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
         cross_layers: numbers of the blocks that have one before them, in the place of `cross_every`.
-        num_heads: heads of the gated attention.
-        head_dim: width of one head.
-        mlp: activation of the gated MLPs, or "swiglu" (Idefics).
-        mlp_dim: their hidden width; None = 4 times the decoder's.
-        norm: "layer" or "rms" (Idefics).
-        norm_eps: of the gated blocks' norms.
-        qk_norm: norm of each head's queries and keys in the gated attention.
-        per_channel: gates a channel instead of a branch.
-        mlp_without_image: whether the gated MLPs also work on tokens that see no picture, as in OpenFlamingo, Idefics;
-            False keeps the language model as it was wherever there is no picture to see.
+        gated: what the gated blocks are.
         visible_images: which pictures a token sees; see `image_attention_mask`.
         patches_only: leave out the vision encoder's class token and registers, as OpenFlamingo does.
-        dropout: share of the gated branches' results dropped in training.
         freeze_vision: whether the tower is taken out of training (its features can then be cached).
         freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
 
@@ -72,18 +116,9 @@ class Flamingo(Captioner):
         resampler: PerceiverResampler | None = None,
         cross_every: int = 1,
         cross_layers: Sequence[int] | None = None,
-        num_heads: int = 8,
-        head_dim: int = 64,
-        mlp: Activation | Literal["swiglu"] = "gelu",
-        mlp_dim: int | None = None,
-        norm: Norm = "layer",
-        norm_eps: float = 1e-5,
-        qk_norm: Literal["rms", "layer"] | None = None,
-        per_channel: bool = False,
-        mlp_without_image: bool = False,
+        gated: GatedConfig = GatedConfig(),
         visible_images: VisibleImages = "last",
         patches_only: bool = False,
-        dropout: float = 0.0,
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
     ) -> None:
@@ -104,41 +139,14 @@ class Flamingo(Captioner):
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.resampler, self.freeze_decoder = resampler, freeze_decoder
         self.cross_every, self.cross_layers = cross_every, layers
-        self.num_heads, self.head_dim, self.qk_norm = num_heads, head_dim, qk_norm
-        self.mlp_dim = mlp_dim = 4 * decoder.dim if mlp_dim is None else mlp_dim
-        self.mlp, self.norm, self.norm_eps = mlp, norm, norm_eps
-        self.per_channel, self.mlp_without_image, self.dropout = per_channel, mlp_without_image, dropout
+        self.gated, self.patches_only = gated, patches_only
         self.visible_images: VisibleImages = check_visible_images(visible_images)
-        self.patches_only = patches_only
-
-        width = decoder.dim
-        self.gated_blocks = nn.ModuleList(
-            GatedCrossAttentionBlock(
-                width,
-                Attention(
-                    width,
-                    num_heads,
-                    head_dim=head_dim,
-                    context_dim=vision.dim,
-                    bias=False,
-                    qk_norm=qk_norm,
-                    norm_eps=norm_eps,
-                ),
-                SwiGLU(width, mlp_dim)
-                if mlp == "swiglu"
-                else MLP(width, mlp_dim, activation=mlp, bias=False),
-                partial(make_norm, norm, width, norm_eps),
-                per_channel=per_channel,
-                mlp_without_image=mlp_without_image,
-                dropout=dropout,
-            )
-            for _ in layers
-        )
+        self.gated_blocks = nn.ModuleList(gated.build(decoder.dim, vision.dim) for _ in layers)
         if visible_images == "none":  # What no token sees gets no gradient.
             parts = [vision, *([] if resampler is None else [resampler]), self.gated_blocks]
             for part in parts:
                 freeze(part)
-            if mlp_without_image:
+            if gated.mlp_without_image:
                 for block in self.gated_blocks:
                     for part in (block.norm2, block.mlp, block.mlp_gate):
                         part.requires_grad_(True)
@@ -146,8 +154,8 @@ class Flamingo(Captioner):
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, and may hold several documents."""
         latents, mask = self.read_images(batch)
-        before_block = self.gated(latents, mask)
-        return self.decoder(batch.tokens, document_ids=batch.document_ids, before_block=before_block)
+        hook = self.before_block(latents, mask)
+        return self.decoder(batch.tokens, document_ids=batch.document_ids, before_block=hook)
 
     def read_images(self, batch: CaptionBatch) -> tuple[Tensor | None, Tensor | None]:
         """Latents (b k d) and who sees which (n q k); no latents where nobody sees any, no mask where all see all."""
@@ -187,7 +195,7 @@ class Flamingo(Captioner):
         visual_tokens = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
         return visual_tokens if self.resampler is None else self.resampler(visual_tokens)
 
-    def gated(
+    def before_block(
         self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None
     ) -> Callable[[int, Tensor], Tensor]:
         """The hook before the decoder's blocks: runs the gated block of those that have one.
@@ -200,7 +208,7 @@ class Flamingo(Captioner):
         number_of = {layer: number for number, layer in enumerate(self.cross_layers)}
         dtype = next(self.gated_blocks.parameters()).dtype
 
-        def before_block(i: int, x: Tensor) -> Tensor:
+        def hook(i: int, x: Tensor) -> Tensor:
             number = number_of.get(i)
             if number is None:
                 return x
@@ -208,7 +216,7 @@ class Flamingo(Captioner):
             # A frozen language model may be kept in bfloat16: the gated blocks keep the format they learn in.
             return self.gated_blocks[number](x.to(dtype), read, mask=mask, sees=sees).to(x.dtype)
 
-        return before_block
+        return hook
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
@@ -224,7 +232,7 @@ class Flamingo(Captioner):
             batch.tokens,
             attention_mask=attention_mask,
             state=decoder,
-            before_block=self.gated(context, mask),
+            before_block=self.before_block(context, mask),
         )
         if context is not None and mask is not None:
             context, mask = self._for_new_tokens(context, mask[:, -1], batch)
@@ -233,8 +241,8 @@ class Flamingo(Captioner):
 
     def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        before_block = self.gated(state.context, None if state.mask is None else state.mask[:, None])
-        hidden = self.decoder(tokens[:, None], state=state.decoder, before_block=before_block)
+        hook = self.before_block(state.context, None if state.mask is None else state.mask[:, None])
+        hidden = self.decoder(tokens[:, None], state=state.decoder, before_block=hook)
         return self.decoder.head(hidden[:, 0])
 
     def _for_new_tokens(

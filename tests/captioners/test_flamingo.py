@@ -1,7 +1,7 @@
 """Flamingo: its definition in float64, its properties over random layouts, what is frozen, decoding, looking."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mmtransformer import (
     AttentionConfig,
     CaptionBatch,
     Flamingo,
+    GatedConfig,
     HubDecoder,
     MLPConfig,
     NormConfig,
@@ -55,6 +56,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def grouped(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the gated blocks, together."""
+    names = {field.name for field in fields(GatedConfig)} & options.keys()
+    return {k: v for k, v in options.items() if k not in names} | {
+        "gated": GatedConfig(**{name: options[name] for name in names})
+    }
+
+
 def flamingo(
     *, latents: int = 5, opened: bool = True, lm: dict[str, Any] | None = None, **options: Any
 ) -> Flamingo:
@@ -63,7 +72,7 @@ def flamingo(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
         TextDecoder(VOCAB, 24, DEPTH, 4, **{"max_len": 31} | (lm or {})),
         resampler=PerceiverResampler(20, 2, 3, 7, latents) if latents else None,
-        **{"num_heads": 3, "head_dim": 7} | options,
+        **grouped({"num_heads": 3, "head_dim": 7} | options),
     )
     for name, parameter in model.named_parameters():
         if opened or "gate" not in name:
@@ -489,7 +498,7 @@ def test_only_new_tokens_of_the_language_model_learn(kind: str) -> None:
     plain, given = flamingo(opened=False, **KINDS[kind]), batch()
     options = {name: value for name, value in KINDS[kind].items() if name != "lm"}
     longer = ExtendedVocabulary(plain.decoder, 2)
-    model = Flamingo(plain.vision, longer, num_heads=3, head_dim=7, **options).eval()
+    model = Flamingo(plain.vision, longer, **grouped({"num_heads": 3, "head_dim": 7} | options)).eval()
     assert model.vocab_size == VOCAB + 2
     assert torch.equal(model.logits(given)[..., :VOCAB], plain.decoder.head(plain.decoder(given.tokens)))
     tokens = given.tokens.clone()
@@ -699,7 +708,7 @@ def test_a_gated_block_stands_where_openflamingo_has_it() -> None:
 def test_number_of_parameters_is_that_of_the_peers() -> None:
     def count(dim: int, visual_dim: int, **options: Any) -> int:
         decoder = TextDecoder(11, dim, 1, 32 if dim == 4096 else 4)
-        model = Flamingo(ViT(14, 14, visual_dim, 1, 4), decoder, **options)
+        model = Flamingo(ViT(14, 14, visual_dim, 1, 4), decoder, **grouped(options))
         return sum(p.numel() for p in model.gated_blocks.parameters())
 
     with torch.device("meta"):
@@ -746,7 +755,7 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
         parameter.data += 0.2 * torch.randn_like(parameter)
     decoder, vision = HubDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
     model = Flamingo(
-        vision, decoder, resampler=PerceiverResampler(20, 1, 3, 7, 5), num_heads=3, head_dim=7
+        vision, decoder, resampler=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedConfig(3, 7)
     ).eval()
     (given, prompt), names = few_shot(("..I..I......", "I......", "......."), 9), set(hub.state_dict())
     first = laid_out("..I.I..", ".......")
@@ -785,7 +794,7 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
     given = next(iter(data.train_dataloader()))
     torch.manual_seed(0)
     decoder = TextDecoder(data.tokenizer.vocab_size, 24, 2, 4, max_len=120)
-    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, visible_images="all_previous", num_heads=3, head_dim=7)
+    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, visible_images="all_previous", gated=GatedConfig(3, 7))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.eval()

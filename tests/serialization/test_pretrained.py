@@ -20,6 +20,7 @@ from mmtransformer import (
     EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
+    GatedConfig,
     HubDecoder,
     HubSeq2Seq,
     ImageText,
@@ -96,9 +97,9 @@ MODELS = {
         20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_images=3, norm_eps=1e-3
     ),
     "Flamingo": lambda: Flamingo(
-        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_every=2, num_heads=3,
-        head_dim=10, mlp="swiglu", mlp_dim=31, norm="rms", norm_eps=1e-3, qk_norm="rms", per_channel=True,
-        mlp_without_image=True, visible_images="all_previous", patches_only=True, dropout=0.1, freeze_vision=False,
+        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_every=2, gated=GatedConfig(
+            3, 10, "rms", "swiglu", 31, "rms", 1e-3, per_channel=True, mlp_without_image=True, dropout=0.1),
+        visible_images="all_previous", patches_only=True, freeze_vision=False,
         freeze_decoder=False,
     ),
     "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),

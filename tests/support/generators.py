@@ -14,6 +14,7 @@ from mmtransformer import (
     EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
+    GatedConfig,
     MLPConfig,
     NormConfig,
     PositionConfig,
@@ -73,7 +74,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "extended": lambda: ExtendedVocabulary(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
     "cross-attention": lambda: EncoderDecoder(vit(), decoder(cross_dim=DIM)),
-    "flamingo": lambda: Flamingo(vit(), decoder(), num_heads=3, head_dim=7, visible_images="all_previous"),
+    "flamingo": lambda: Flamingo(vit(), decoder(), gated=GatedConfig(3, 7), visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
     "coca": lambda: CoCa(

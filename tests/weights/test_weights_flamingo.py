@@ -14,6 +14,7 @@ from mmtransformer import (
     CaptionBatch,
     ExtendedVocabulary,
     Flamingo,
+    GatedConfig,
     PerceiverResampler,
     TextDecoder,
     ViT,
@@ -353,8 +354,10 @@ def test_what_is_not_openflamingos_is_refused() -> None:
         from_openflamingo({n: t for n, t in state.items() if "ff.3" not in n}, vision, decoder)
     with pytest.raises(ValueError, match=rf"is \(128, {DIM}\), the model wants \(128, 28\)"):
         from_openflamingo(state, vision, TextDecoder(VOCAB, 28, 4, 4))
-    with pytest.raises(ValueError, match="nothing like head_dim=7, mlp='relu', norm='rms', per_channel=True"):
-        to_openflamingo(Flamingo(vision, decoder, resampler=PerceiverResampler(VISUAL), head_dim=7, mlp="relu",
-                                 norm="rms", per_channel=True))  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"nothing like gated\.head_dim=7, gated\.mlp='relu', gated\.norm='rms'"
+    ):
+        to_openflamingo(Flamingo(vision, decoder, resampler=PerceiverResampler(VISUAL), gated=GatedConfig(
+            head_dim=7, mlp="relu", norm="rms", per_channel=True)))  # fmt: skip
     with pytest.raises(ValueError, match="always has a resampler"):
         to_openflamingo(Flamingo(vision, decoder))

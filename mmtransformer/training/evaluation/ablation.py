@@ -12,7 +12,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder, add_cross_attention
-from mmtransformer.captioners.flamingo import Flamingo
+from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.prefix import PrefixCaptioner
 from mmtransformer.connectors.adapter import VisualAdapter
 from mmtransformer.connectors.qformer import QFormer
@@ -44,7 +44,7 @@ def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captio
     heads, width = _heads(decoder.dim)
     resampler = PerceiverResampler(vision.dim, 1, heads, width, NUM_QUERIES, mlp_dim=size)
     return Flamingo(
-        vision, decoder, resampler=resampler, num_heads=heads, head_dim=width, mlp_dim=size, **frozen
+        vision, decoder, resampler=resampler, gated=GatedConfig(heads, width, mlp_dim=size), **frozen
     )
 
 

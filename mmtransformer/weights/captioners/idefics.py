@@ -11,7 +11,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import BlockConfig, ViT
-from mmtransformer.captioners.flamingo import Flamingo
+from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
@@ -123,15 +123,17 @@ def idefics_from_state(
         _with_more_words(decoder, state),
         resampler=resampler,
         cross_layers=list(range(0, decoder.depth, config["cross_layer_interval"])),
-        num_heads=config["num_attention_heads"],
-        head_dim=config["hidden_size"] // config["num_attention_heads"],
-        mlp="swiglu",
-        mlp_dim=config["intermediate_size"],
-        norm="rms",
-        norm_eps=config["rms_norm_eps"],
-        qk_norm="rms" if config["qk_layer_norms"] else None,
-        per_channel=config["alpha_type"] == "vector",
-        mlp_without_image=True,
+        gated=GatedConfig(
+            num_heads=config["num_attention_heads"],
+            head_dim=config["hidden_size"] // config["num_attention_heads"],
+            mlp="swiglu",
+            mlp_dim=config["intermediate_size"],
+            norm="rms",
+            norm_eps=config["rms_norm_eps"],
+            qk_norm="rms" if config["qk_layer_norms"] else None,
+            per_channel=config["alpha_type"] == "vector",
+            mlp_without_image=True,
+        ),
         visible_images=visible_images,
     )
     gated = {n: t.flatten() if "alpha" in n else t for n, t in part(state, others[2]).items()}
@@ -157,15 +159,15 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
     only_these(
         "Idefics",
         {
-            "mlp": (model.mlp, "swiglu"),
-            "mlp_dim": (model.mlp_dim, decoder.mlp_dim),
-            "norm": (model.norm, "rms"),
-            "norm_eps": (model.norm_eps, decoder.norm.eps),
-            "qk_norm": (model.qk_norm, "rms" if model.qk_norm else None),
-            "num_heads": (model.num_heads, decoder.num_heads),
-            "head_dim": (model.head_dim, decoder.dim // decoder.num_heads),
+            "gated.mlp": (model.gated.mlp, "swiglu"),
+            "gated.mlp_dim": (model.gated.mlp_dim or 4 * decoder.dim, decoder.mlp_dim),
+            "gated.norm": (model.gated.norm, "rms"),
+            "gated.norm_eps": (model.gated.norm_eps, decoder.norm.eps),
+            "gated.qk_norm": (model.gated.qk_norm, "rms" if model.gated.qk_norm else None),
+            "gated.num_heads": (model.gated.num_heads, decoder.num_heads),
+            "gated.head_dim": (model.gated.head_dim, decoder.dim // decoder.num_heads),
             "cross_layers": (model.cross_layers, list(range(0, decoder.depth, every))),
-            "mlp_without_image": (model.mlp_without_image, True),
+            "gated.mlp_without_image": (model.gated.mlp_without_image, True),
             "patches_only": (model.patches_only, False),
             "decoder.num_kv_heads": (text["num_key_value_heads"], decoder.num_heads),
             "decoder.bias": (text["attention_bias"], False),
@@ -190,9 +192,9 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model_type": "idefics",
         "architectures": ["IdeficsForVisionText2Text"],
         "additional_vocab_size": 0 if longer is None else longer.vocab_size - longer.first,
-        "alpha_type": "vector" if model.per_channel else "float",
+        "alpha_type": "vector" if model.gated.per_channel else "float",
         "cross_layer_interval": every,
-        "qk_layer_norms": model.qk_norm is not None,
+        "qk_layer_norms": model.gated.qk_norm is not None,
         "use_resampler": resampler is not None,
         "vision_config": {
             "embed_dim": vision.dim,
@@ -214,7 +216,7 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tower |= {_POSITIONS: tower[_POSITIONS][0], _CLASS: tower[_CLASS][0, 0]}
     tower |= {"post_layernorm.weight": torch.ones(vision.dim), "post_layernorm.bias": torch.zeros(vision.dim)}
     gated = {
-        name: tensor[None, None] if "alpha" in name and model.per_channel else tensor
+        name: tensor[None, None] if "alpha" in name and model.gated.per_channel else tensor
         for name, tensor in export(model.gated_blocks, _BLOCKS, "Idefics").items()
     }
     parts = {"vision_model": tower, "gated_cross_attn_layers": gated}

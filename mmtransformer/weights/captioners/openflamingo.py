@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.flamingo import Flamingo
+from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.untrusted import built_from
@@ -98,10 +98,12 @@ def from_openflamingo(
         decoder,
         resampler=resampler,
         cross_layers=layers,
-        num_heads=gated[f"{first}.attn.to_q.weight"].shape[0] // _HEAD_DIM,
-        head_dim=_HEAD_DIM,
-        mlp_dim=gated[f"{first}.ff.1.weight"].shape[0],
-        mlp_without_image=True,
+        gated=GatedConfig(
+            num_heads=gated[f"{first}.attn.to_q.weight"].shape[0] // _HEAD_DIM,
+            head_dim=_HEAD_DIM,
+            mlp_dim=gated[f"{first}.ff.1.weight"].shape[0],
+            mlp_without_image=True,
+        ),
         visible_images=visible_images,
         patches_only=True,
     )
@@ -130,12 +132,12 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
             "resampler.qk_norm": (resampler.qk_norm, None),
             "resampler.head_dim": (resampler.head_dim, _HEAD_DIM),
             "resampler.norm_eps": (resampler.norm_eps, 1e-5),
-            "head_dim": (model.head_dim, _HEAD_DIM),
-            "mlp": (model.mlp, "gelu"),
-            "norm": (model.norm, "layer"),
-            "norm_eps": (model.norm_eps, 1e-5),
-            "qk_norm": (model.qk_norm, None),
-            "per_channel": (model.per_channel, False),
+            "gated.head_dim": (model.gated.head_dim, _HEAD_DIM),
+            "gated.mlp": (model.gated.mlp, "gelu"),
+            "gated.norm": (model.gated.norm, "layer"),
+            "gated.norm_eps": (model.gated.norm_eps, 1e-5),
+            "gated.qk_norm": (model.gated.qk_norm, None),
+            "gated.per_channel": (model.gated.per_channel, False),
         },
     )
     source = export(resampler, _RESAMPLER, "OpenFlamingo")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from mmtransformer import EncoderDecoder, Flamingo, TextDecoder, ViT
+from mmtransformer import EncoderDecoder, Flamingo, GatedConfig, TextDecoder, ViT
 from mmtransformer.data.documents.document_dataset import CollateDocuments, lay_out
 from mmtransformer.data.documents.documents import (
     Document,
@@ -644,7 +644,7 @@ def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> N
     torch.manual_seed(0)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     decoder = TextDecoder(300, 20, 2, 2, max_len=97)
-    model = Flamingo(vision, decoder, num_heads=2, head_dim=5, visible_images=visible_images).eval()  # type: ignore[arg-type]
+    model = Flamingo(vision, decoder, gated=GatedConfig(2, 5), visible_images=visible_images).eval()  # type: ignore[arg-type]
     for block in model.gated_blocks:
         block.attn_gate.data.fill_(2.0)  # type: ignore[union-attr]
     singles = alone.dataset("train")
