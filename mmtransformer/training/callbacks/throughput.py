@@ -1,7 +1,6 @@
 """How fast a run is, and how much of the machine it uses: in the progress line and in metrics.csv."""
 
 import contextlib
-import resource
 import sys
 import time
 from typing import Any
@@ -121,7 +120,8 @@ class Throughput(pl.Callback):
     def words(self, device: torch.device) -> str:
         """MFU and memory for the progress line."""
         share = f"MFU {self.mfu:.0%}  " if self.mfu else ""
-        return f"{share}{peak_memory(device) / 1e9:.1f} GB"
+        peak = peak_memory(device)
+        return f"{share}{peak / 1e9:.1f} GB" if peak else share.strip()
 
 
 def gemm_rate(device: torch.device, kind: torch.dtype, size: int = 1024) -> float:
@@ -149,7 +149,11 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use at once: the device's, or this process's."""
+    """The most bytes that were in use at once: the device's, or this process's; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
