@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
     from mmtransformer.backbones.seq2seq import TextPairs as TextPairs
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
-    from mmtransformer.backbones.vit import BlockConfig as BlockConfig
     from mmtransformer.backbones.vit import ViT as ViT
+    from mmtransformer.backbones.vit_blocks import BlockConfig as BlockConfig
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
     from mmtransformer.captioners.base import Output as Output
@@ -95,7 +95,8 @@ _CONTENTS = {
     "backbones.hub_seq2seq": "HubSeq2Seq",
     "backbones.patches": "ConvStem PatchConfig PatchEmbed",
     "backbones.seq2seq": "TextPairs Transformer",
-    "backbones.vit": "BlockConfig ViT",
+    "backbones.vit": "ViT",
+    "backbones.vit_blocks": "BlockConfig",
     "connectors.adapter": "VisualAdapter",
     "connectors.projector": "MLPProjector",
     "connectors.qformer": "QFormer",

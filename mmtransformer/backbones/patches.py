@@ -25,6 +25,7 @@ class PatchConfig:
             (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step.
         norm: a LayerNorm before the first block (CLIP).
         dropout: share of patches left out in training (arXiv:2212.00794).
+        embed_norm: a norm of the projected patches, before positions are added (AIMv2, arXiv:2411.14402).
 
     Raises:
         ValueError: for unknown words, or a share that is none.
@@ -36,6 +37,7 @@ class PatchConfig:
     positions: Literal["learned", "sinusoids"] = "learned"
     norm: bool = False
     dropout: float = 0.0
+    embed_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.stem not in ("patch", "conv"):

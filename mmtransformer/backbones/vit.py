@@ -4,7 +4,6 @@ Shapes: b images.
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, drop_tokens
-from mmtransformer.layers.attention import Attention
-from mmtransformer.layers.blocks import MLP, AttentionPool, EncoderBlock, make_norm
-from mmtransformer.layers.config import Activation
+from mmtransformer.backbones.vit_blocks import BlockConfig, make_block
+from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.positions import resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -27,25 +25,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "large": {"dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
 }
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """What a ViT's blocks are made of.
-
-    Args:
-        activation: of the MLPs; SigLIP uses "gelu_tanh", OpenAI's CLIP "quick_gelu".
-        norm_eps: of the LayerNorms; 1e-6 as in the paper's code and timm.
-        layer_scale: first value of LayerScale (DINOv2, CaiT); None = none.
-        dropout: share of a branch's result dropped in training.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-    """
-
-    activation: Activation = "gelu"
-    norm_eps: float = 1e-6
-    layer_scale: float | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
 
 
 class ViT(Pretrained, nn.Module):
@@ -115,7 +94,7 @@ class ViT(Pretrained, nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
 
-        norm = partial(make_norm, "layer", dim, block.norm_eps)
+        norm = partial(block.make_norm, dim)
         self.patch_embed = (
             PatchEmbed(patch_size, patches.in_channels, dim, bias=patches.bias)
             if patches.stem == "patch"
@@ -125,23 +104,17 @@ class ViT(Pretrained, nn.Module):
             nn.Parameter(torch.zeros(1, self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dim))
+        self.embed_norm = norm() if patches.embed_norm else nn.Identity()
         self.first_norm = norm() if patches.norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            EncoderBlock(
-                dim,
-                Attention(dim, num_heads),
-                MLP(dim, mlp_dim, activation=block.activation),
-                norm,
-                dropout=block.dropout,
-                drop_path=block.drop_path * i / max(depth - 1, 1),
-                layer_scale=block.layer_scale,
-            )
+            make_block(dim, num_heads, mlp_dim, block, block.drop_path * i / max(depth - 1, 1))
             for i in range(depth)
         )
         self.norm = norm() if last_norm == "tokens" else nn.Identity()
         self.pool_norm = norm() if last_norm == "pooled" else nn.Identity()
+        pool_activation = "gelu" if block.activation == "swiglu" else block.activation
         self.attn_pool = (
-            AttentionPool(dim, num_heads, mlp_dim, activation=block.activation, eps=block.norm_eps)
+            AttentionPool(dim, num_heads, mlp_dim, activation=pool_activation, eps=block.norm_eps)
             if pool == "attention"
             else None
         )
@@ -192,7 +165,7 @@ class ViT(Pretrained, nn.Module):
                 f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}"
             )
         grid = self.grid_size(*pixels.shape[2:])
-        x = self.patch_embed(pixels.to(self.pos_embed.dtype))
+        x = self.embed_norm(self.patch_embed(pixels.to(self.pos_embed.dtype)))
         x = x + resize_positions(self.pos_embed, self.grid, grid).to(x.dtype)
         if self.training and self.patches.dropout:
             x = drop_tokens(x, self.patches.dropout)
@@ -267,5 +240,5 @@ class ViT(Pretrained, nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers by name, for layer-wise learning rates (timm's protocol)."""
-        stem = r"^(?:prefix_tokens|pos_embed|patch_embed|first_norm)"
+        stem = r"^(?:prefix_tokens|pos_embed|patch_embed|embed_norm|first_norm)"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:pool_)?norm", (99999,))]}

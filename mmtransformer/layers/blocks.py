@@ -104,13 +104,14 @@ class SwiGLU(nn.Module):
     Args:
         dim: width of a token.
         hidden_dim: width of gate and up.
+        bias: whether the layers have biases (DINOv2-g, EVA-02).
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
@@ -146,7 +147,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def _branch(dim: int, dropout: float, drop_path: float, layer_scale: float | None) -> nn.Module:
+def make_branch(dim: int, dropout: float, drop_path: float, layer_scale: float | None) -> nn.Module:
     """What a branch's result passes before it is added: LayerScale, dropout, stochastic depth, where asked for."""
     steps: list[nn.Module] = []
     if layer_scale is not None:
@@ -187,8 +188,8 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.pre_norm = pre_norm
         self.norm1, self.attn, self.norm2, self.mlp = norm(), attn, norm(), mlp
-        self.branch1 = _branch(dim, dropout, drop_path, layer_scale)
-        self.branch2 = _branch(dim, dropout, drop_path, layer_scale)
+        self.branch1 = make_branch(dim, dropout, drop_path, layer_scale)
+        self.branch2 = make_branch(dim, dropout, drop_path, layer_scale)
 
     def forward(self, x: Tensor, *, mask: Mask | None = None, rope: Rope | None = None) -> Tensor:
         """(b q d) -> (b q d)."""

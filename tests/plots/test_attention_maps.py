@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import ImageTransform, TextEncoder, Tokenizer, ViT, record_attention
-from mmtransformer.backbones.vit import BlockConfig
+from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.images import load
 from mmtransformer.layers.record import rollout
 from mmtransformer.plots import draw_attention, draw_rollout, rollout_maps, save_image

@@ -10,7 +10,8 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.patches import PatchConfig
-from mmtransformer.backbones.vit import BlockConfig, ViT
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtransformer.backbones.vit import BlockConfig, ViT
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _KEYS = {

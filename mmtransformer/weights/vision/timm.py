@@ -7,8 +7,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mmtransformer.backbones.patches import PatchConfig
-from mmtransformer.backbones.vit import BlockConfig, ViT
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.layers.config import Activation
+from mmtransformer.weights.shared.keys import part
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 Pool = Literal["class", "mean", "attention"]
@@ -23,11 +25,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _KEYS = {
     "patch_embed.proj": "patch_embed.proj",
+    "patch_embed.norm": "embed_norm",
     "norm_pre": "first_norm",
     "blocks.*.norm[1,2]": "blocks.*.norm[1,2]",
-    "blocks.*.attn.qkv": "blocks.*.attn.[q,k,v]_proj",
-    "blocks.*.attn.proj": "blocks.*.attn.out_proj",
-    "blocks.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
     "blocks.*.ls[1,2].gamma": "blocks.*.branch[1,2].0.gamma",
     "norm": "norm",
     "fc_norm": "pool_norm",
@@ -39,6 +39,36 @@ _KEYS = {
     "attn_pool.mlp.fc[1,2]": "attn_pool.mlp.fc[1,2]",
     "head": "head",
 }
+_PARALLEL = {  # one matrix holds the MLP's first layer and queries, keys, values: see `_unpacked`
+    "blocks.*.in_norm": "blocks.*.norm",
+    "blocks.*.in_proj.[mlp,q,k,v]": "blocks.*.[mlp.fc1,attn.q_proj,attn.k_proj,attn.v_proj]",
+    "blocks.*.[q,k]_norm": "blocks.*.attn.[q,k]_norm",
+    "blocks.*.[attn,mlp]_out_proj": "blocks.*.[attn.out_proj,mlp.fc2]",
+    "blocks.*.ls.gamma": "blocks.*.branch.0.gamma",
+}
+
+
+def _keys(block: BlockConfig, *, packed: bool) -> dict[str, str]:
+    """The key table of towers with these blocks; packed = gate and up of a gated MLP are one matrix."""
+    if block.order == "parallel":
+        return _KEYS | _PARALLEL
+    gated = block.activation == "swiglu"
+    last = "down_proj" if gated else "fc2"
+    first = {"blocks.*.mlp.fc1": "blocks.*.mlp.fc1"}
+    if gated:
+        first = {"blocks.*.mlp." + ("fc1" if packed else "fc1_[g,x]"): "blocks.*.mlp.[gate,up]_proj"}
+    return (
+        _KEYS
+        | first
+        | {
+            "blocks.*.attn.qkv": "blocks.*.attn.[q,k,v]_proj",
+            "blocks.*.attn.[q,k]_norm": "blocks.*.attn.[q,k]_norm",
+            "blocks.*.attn.norm": "blocks.*.attn.out_proj.0",
+            "blocks.*.attn.proj": "blocks.*.attn.out_proj" + ".1" * block.attn_norm,
+            "blocks.*.mlp.norm": f"blocks.*.mlp.{last}.0",
+            "blocks.*.mlp.fc2": f"blocks.*.mlp.{last}" + ".1" * block.mlp_norm,
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -51,58 +81,72 @@ class ViTSettings:
         activation: of the MLPs: "gelu" in the paper, "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in some SigLIPs.
         norm_eps: of the LayerNorms: 1e-6 in the paper's code and timm, 1e-5 in CLIP.
         pool: what `forward` returns; vision towers of captioners do not pool.
+        order: where the blocks' norms stand, see `BlockConfig`; parallel blocks are seen by their tensors.
     """
 
     num_heads: int
     grid: tuple[int, int]
-    activation: Activation
+    activation: Activation | Literal["swiglu"]
     norm_eps: float
     pool: Pool
+    order: Literal["pre", "res_post"] = "pre"
 
 
 def from_timm(model: nn.Module) -> ViT:
     """Our ViT with the weights of a timm `VisionTransformer`; equal to 1e-5 in float32.
 
     Raises:
-        ValueError: naming what it has and `ViT` has not (other blocks, query/key norms, gated MLPs, other pooling),
-            or if it is no Vision Transformer.
+        ValueError: naming what it has and `ViT` has not (other blocks, MLPs or pooling), or if it is no Vision
+            Transformer.
     """
     from timm.layers.attention import Attention
-    from timm.layers.mlp import Mlp
-    from timm.models.vision_transformer import Block, VisionTransformer
+    from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+    from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 
     timm_model: Any = model
     context = f"timm's {type(model).__name__}"
     if type(model) is not VisionTransformer:
         raise ValueError(f"{context} is not a VisionTransformer, which alone fits ViT")
-    block = timm_model.blocks[0]
-    for part, kinds in (
-        (block, Block),
-        (getattr(block, "attn", None), Attention),
-        (getattr(block, "mlp", None), Mlp),
-    ):
-        if type(part) is not kinds:
-            raise ValueError(f"{context} has blocks with {type(part).__name__}: ViT knows {kinds.__name__}")
+    block: Any = timm_model.blocks[0]
+    kind: type = type(block)
+    parallel = kind is ParallelScalingBlock
+    parts: list[tuple[Any, tuple[type, ...]]] = [(block, (Block, ResPostBlock, ParallelScalingBlock))]
+    parts += [] if parallel else [(getattr(block, "attn", None), (Attention,))]
+    parts += [] if parallel else [(getattr(block, "mlp", None), (Mlp, GluMlp, SwiGLU))]
+    for module, kinds in parts:
+        if type(module) not in kinds:
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{context} has blocks with {type(module).__name__}: ViT knows {names}")
     pool = timm_model.global_pool
     if pool not in (*POOLS, "") or (timm_model.pool_include_prefix and pool in ("avg", "map")):
         raise ValueError(
             f'ViT does not pool like timm\'s global_pool="{pool}" '
             f"(with prefix tokens: {timm_model.pool_include_prefix})"
         )
-    name = type(block.mlp.act).__name__
-    if name == "GELU" and getattr(block.mlp.act, "approximate", "none") == "tanh":
+    activation = block.mlp_act if parallel else block.mlp.act
+    name = type(activation).__name__
+    if name == "GELU" and getattr(activation, "approximate", "none") == "tanh":
         name = "GELUTanh"
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"ViT has no activation like timm's {name}: it has {', '.join(_ACTIVATIONS)}")
-    epsilons = {m.eps for m in timm_model.modules() if isinstance(m, nn.LayerNorm)}
+    gated = not parallel and type(block.mlp) is not Mlp
+    known: dict[str, Any] = {"SiLU": "swiglu"} if gated else _ACTIVATIONS
+    if name not in known or getattr(getattr(block, "mlp", None), "gate_last", False):
+        raise ValueError(
+            f"ViT has no {'gated MLP' if gated else 'activation'} like timm's {name}: it has {', '.join(known)}"
+        )
+    if gated and timm_model.attn_pool is not None and type(timm_model.attn_pool.mlp.act).__name__ != "GELU":
+        raise ValueError(
+            f"{context} pools with an MLP that is not gated and has no gelu, ViT with one that has"
+        )
+    epsilons = {m.eps for m in timm_model.modules() if type(m).__name__.lower().endswith("norm")}
     if len(epsilons) > 1:
         raise ValueError(f"{context} has norms with eps {sorted(epsilons)}: ViT's have one")
     settings = ViTSettings(
-        block.attn.num_heads,
+        block.num_heads if parallel else block.attn.num_heads,
         timm_model.patch_embed.grid_size,
-        _ACTIVATIONS[name],
+        known[name],
         epsilons.pop(),
         POOLS.get(pool, "class" if timm_model.has_class_token else "mean"),
+        "res_post" if kind is ResPostBlock else "pre",
     )
     return vit_from_state(timm_model.state_dict(), settings, context)
 
@@ -120,7 +164,8 @@ def vit_from_state(
     Raises:
         ValueError: if the tensors are not a Vision Transformer's that `ViT` can hold.
     """
-    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
+    state = _unpacked(state, context)
+    for name in ("patch_embed.proj.weight", "pos_embed"):
         if name not in state:
             raise ValueError(f'{context} has no tensor "{name}", so it is not a ViT with timm\'s names')
     dim, channels, patch, width = state["patch_embed.proj.weight"].shape
@@ -133,26 +178,70 @@ def vit_from_state(
         raise ValueError(
             f"{context}: {places} positions are not those of a grid of {rows} x {columns} and {count} prefix tokens"
         )
+    block, mlp_dim, packed = _blocks_of(state, settings, context)
     vit = ViT(
         (rows * patch, columns * patch),
         patch,
         dim,
         1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         settings.num_heads,
-        mlp_dim=state["blocks.0.mlp.fc1.weight"].shape[0],
+        mlp_dim=mlp_dim,
         class_token=has_class,
         num_registers=count - has_class,
         pool=settings.pool,
         num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
-        patches=PatchConfig(channels, bias="patch_embed.proj.bias" in state, norm="norm_pre.weight" in state),
-        block=BlockConfig(
-            settings.activation,
-            settings.norm_eps,
-            layer_scale=1.0 if "blocks.0.ls1.gamma" in state else None,
+        patches=PatchConfig(
+            channels,
+            bias="patch_embed.proj.bias" in state,
+            norm="norm_pre.weight" in state,
+            embed_norm="patch_embed.norm.weight" in state,
         ),
+        block=block,
         last_norm="tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none",
     )
-    return fill_vit(vit, _KEYS, state, context, positions="pos_embed", prefix=prefix)
+    return fill_vit(vit, _keys(block, packed=packed), state, context, positions="pos_embed", prefix=prefix)
+
+
+def _blocks_of(
+    state: Mapping[str, Tensor], settings: ViTSettings, context: str
+) -> tuple[BlockConfig, int, bool]:
+    """What the blocks are made of, the MLPs' width, and whether gate and up are one matrix."""
+    first = part(state, "blocks.0.")
+    parallel = "in_proj.q.weight" in first
+    last = "mlp_out_proj.weight" if parallel else "mlp.fc2.weight"
+    if last not in first:
+        raise ValueError(f'{context} has no tensor "blocks.0.{last}", so it is not a ViT with timm\'s names')
+    norm = "in_norm" if parallel else "norm1"
+    block = BlockConfig(
+        settings.activation,
+        settings.norm_eps,
+        layer_scale=1.0 if "ls1.gamma" in first or "ls.gamma" in first else None,
+        norm="layer" if f"{norm}.bias" in first else "rms",
+        order="parallel" if parallel else settings.order,
+        qkv_bias="attn.qkv.bias" in first or "in_proj.q.bias" in first,
+        bias=last.replace("weight", "bias") in first,
+        qk_norm="attn.q_norm.weight" in first or "q_norm.weight" in first,
+        attn_norm="attn.norm.weight" in first,
+        mlp_norm="mlp.norm.weight" in first,
+    )
+    return block, first[last].shape[1], "mlp.fc1.weight" in first
+
+
+def _unpacked(state: Mapping[str, Tensor], context: str) -> dict[str, Tensor]:
+    """The matrices of parallel blocks, each a layer of the MLP and queries, keys and values, taken apart."""
+    found = dict(state)
+    for name in [name for name in state if ".in_proj." in name]:
+        stem, kind = name.rsplit(".", 1)
+        out = state.get(stem.replace("in_proj", "attn_out_proj") + ".weight")
+        if out is None:
+            raise ValueError(f"{context} has {name} without the block's attn_out_proj")
+        sizes = [len(found[name]) - 3 * len(out), *[len(out)] * 3]
+        for layer, tensor in zip(("mlp", "q", "k", "v"), found.pop(name).split(sizes), strict=True):
+            found[f"{stem}.{layer}.{kind}"] = tensor
+        alone = stem.replace("in_proj", "mlp_bias")
+        if alone in found:
+            found[f"{stem}.mlp.bias"] = found.pop(alone)
+    return found
 
 
 def to_timm(vit: ViT) -> dict[str, Tensor]:
@@ -161,7 +250,8 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
         raise ValueError(
             f'timm has no ViT with our stem="{vit.patches.stem}"; only stem="patch" can be written with its names'
         )
-    return vit_tensors(vit, _KEYS, "timm", positions="pos_embed", prefix=["cls_token", "reg_token"])
+    keys = _keys(vit.block, packed=vit.block.norm == "layer")
+    return vit_tensors(vit, keys, "timm", positions="pos_embed", prefix=["cls_token", "reg_token"])
 
 
 def timm_config(vit: ViT) -> dict[str, Any]:
@@ -170,17 +260,31 @@ def timm_config(vit: ViT) -> dict[str, Any]:
     Raises:
         ValueError: if timm's arguments cannot say what this tower is.
     """
-    known = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
-    if vit.block.norm_eps not in known or vit.patches.bias == vit.patches.norm:
+    block, gated = vit.block, vit.block.activation == "swiglu"
+    known = {  # What no argument of JSON's can say, an architecture says.
+        ("layer", 1e-6, False): "vit_base_patch16_224",
+        ("layer", 1e-5, False): "vit_base_patch16_clip_224",
+        ("layer", 1e-6, True): "vit_giant_patch14_dinov2",
+        ("rms", 1e-5, True): "aimv2_large_patch14_224",
+    }
+    kind = (block.norm, block.norm_eps, gated)
+    if kind not in known or vit.patches.bias == vit.patches.norm or block.order != "pre":
         raise ValueError(
-            f"timm's ViTs have norm_eps {' or '.join(map(str, known))}, and biases of patches where there is no norm "
-            f"before the blocks; this has {vit.block.norm_eps}, bias {vit.patches.bias}, norm {vit.patches.norm}"
+            f"timm has names for ViTs of the kinds (norm, norm_eps, gated) {', '.join(map(str, known))}, with pre-norm "
+            f"blocks and biases of patches where there is no norm before the blocks; this has {kind}, "
+            f"order {block.order}, bias {vit.patches.bias}, norm {vit.patches.norm}"
+        )
+    if vit.patches.embed_norm != (block.norm == "rms") or (gated and vit.pool == "attention"):
+        raise ValueError(
+            f"timm's {known[kind]} has embed_norm {block.norm == 'rms'} and, where it is gated, no attention pooling; "
+            f"this has embed_norm {vit.patches.embed_norm} and pool {vit.pool}"
         )
     activations = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
-    if vit.block.activation not in activations:
-        raise ValueError(f"timm's ViTs are not built with {vit.block.activation} by a name")
+    if not gated and block.activation not in activations:
+        raise ValueError(f"timm's ViTs are not built with {block.activation} by a name")
+    width = vit.mlp_dim * (2 if gated and block.norm == "layer" else 1)
     return {
-        "architecture": known[vit.block.norm_eps],
+        "architecture": known[kind],
         "num_classes": vit.num_classes,
         "num_features": vit.dim,
         "global_pool": (pool := {ours: theirs for theirs, ours in POOLS.items()}[vit.pool]),
@@ -191,16 +295,21 @@ def timm_config(vit: ViT) -> dict[str, Any]:
             "embed_dim": vit.dim,
             "depth": vit.depth,
             "num_heads": vit.num_heads,
-            "mlp_ratio": (vit.mlp_dim + 0.5) / vit.dim,  # timm rounds down.
-            "init_values": vit.block.layer_scale,
+            "mlp_ratio": (width + 0.5) / vit.dim,  # timm rounds down.
+            "init_values": block.layer_scale,
             "class_token": vit.class_token,
             "reg_tokens": vit.num_registers,
             "pre_norm": vit.patches.norm,
             "final_norm": vit.last_norm != "none",
             "fc_norm": vit.last_norm == "pooled",
             "global_pool": pool,
-            "act_layer": activations[vit.block.activation],
-        },
+            "qkv_bias": block.qkv_bias,
+            "proj_bias": block.bias,
+            "qk_norm": block.qk_norm,
+            "scale_attn_norm": block.attn_norm,
+            "scale_mlp_norm": block.mlp_norm,
+        }
+        | ({} if gated else {"act_layer": activations[block.activation]}),
         "pretrained_cfg": {
             "input_size": [vit.patches.in_channels, *vit.image_size],
             "num_classes": vit.num_classes,
