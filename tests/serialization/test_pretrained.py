@@ -73,6 +73,13 @@ MODELS = {
     "ViT with a stem": lambda: ViT(
         **VISION, patches=PatchConfig(1, "conv", positions="sinusoids"), class_token=False, pool="mean"
     ),
+    "ViT of other blocks": lambda: ViT(
+        **VISION, patches=PatchConfig(embed_norm=True), last_norm="none",
+        block=BlockConfig(
+            "swiglu", norm="rms", qkv_bias=False, bias=False, qk_norm=True, attn_norm=True, mlp_norm=True
+        ),
+    ),
+    "ViT of parallel blocks": lambda: ViT(**VISION, block=BlockConfig(order="parallel"), last_norm="pooled"),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
         mlp_dim=31, cross_dim=19, cross_every=2, attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"),
