@@ -139,6 +139,16 @@ def test_import_is_lazy(top: str) -> None:
     assert done.stdout.split() == [], f"import {names[-1]}, or one before it, also imports {done.stdout}"
 
 
+def test_saved_models_need_no_trainer() -> None:
+    names = [f"mmtransformer.pipelines.{path.stem}" for path in (PACKAGE / "pipelines").glob("[!_]*.py")]
+    for name in names:
+        script = f"import sys, {name}; print(*{{'lightning', 'matplotlib'}} & set(sys.modules))"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert (done.returncode, done.stdout.split()) == (0, []), f"{name}: {done.stdout}{done.stderr}"
+
+
 def test_folders_stay_small() -> None:
     counts = {f: len([p for p in f.iterdir() if p.is_file()]) for f in {path.parent for path in modules()}}
     large = [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in counts.items() if n > MAX_FILES]

@@ -30,11 +30,6 @@ class PairRow(NamedTuple):
     is_real: bool = True
 
 
-def source_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """What the encoder reads of a text: its ids and the end; which language it is in, the model sees."""
-    return [*tokenizer.encode(text), tokenizer.eos_id]
-
-
 class TranslationRows(Dataset[PairRow]):
     """The pairs of a split, tokenised; those that are longer than `max_len` are left out.
 
@@ -55,7 +50,7 @@ class TranslationRows(Dataset[PairRow]):
         self._rows: list[tuple[np.ndarray, np.ndarray, int]] = []
         for pair in pairs:
             prompt = tokenizer.prompt(pair.language)
-            source = source_ids(tokenizer, pair.source)
+            source = tokenizer.encode_source(pair.source)
             tokens = [*prompt, *tokenizer.encode(pair.text), tokenizer.eos_id]
             self.longest = max(self.longest, len(source), len(tokens))
             if max(len(source), len(tokens)) > max_len:

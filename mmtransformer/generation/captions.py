@@ -73,7 +73,7 @@ def write_captions(
         captioner,
         batch,
         c,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         force_words_ids=[spellings(tokenizer, word) for word in c.force_words],
         content=checksums(batch, given) if c.do_sample else None,
     )
@@ -113,7 +113,7 @@ def stream_caption(
     given, batch = batch, prompted(batch, tokenizer, [language], prompts, mark=generation.mark_images)
     c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
     content = checksums(batch, given) if c.do_sample else None
-    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_id, content=content)
+    tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, content=content)
     ids: list[int] = []
     shown = 0
     for (token,) in tokens:

@@ -3,6 +3,7 @@
 Letters: h height, w width of the pixels.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mmtransformer.images.files import load
 
+_LEAST_STD = 1e-4  # smaller ones would take pixels out of float16's range, and then float32's
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -49,8 +51,10 @@ class ImageTransform:
             raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
         if self.interpolation not in _RESAMPLING:
             raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic" or "bilinear"')
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, _LEAST_STD)):
+            if len(values) != 3 or not all(math.isfinite(x) and x >= least for x in values):
+                bound = f", of at least {least:g}" if name == "std" else ""
+                raise ValueError(f"{name} is {values}, must be three finite numbers{bound}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
         if self.crop_fraction != 1 and self.resize != "crop":

@@ -1,8 +1,6 @@
 """ImageClassifier: pictures in, classes out, and everything that belongs to a saved model in one folder."""
 
-import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Self
 
@@ -11,12 +9,15 @@ import torch
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import for_inference
-from mmtransformer.pipelines.image_captioner import (
-    CARD,
+from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
     fast_autocast,
+    in_batches,
+    pick_device,
     read_transform,
+    write_card,
+    write_json,
 )
 from mmtransformer.serialization.pretrained import find_folder, read_json
 
@@ -48,9 +49,7 @@ class ImageClassifier:
             raise ValueError(
                 f"the model tells {vit.num_classes} classes apart, but there are {len(classes)} names"
             )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self.vit, self.classes, self.transform = vit.to(self.device).eval(), tuple(classes), transform
 
     @torch.inference_mode()
@@ -72,10 +71,10 @@ class ImageClassifier:
         """
         many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         found: list[list[tuple[str, float]]] = []
-        for start in range(0, len(many), batch_size):
-            some = [self.transform(load(image)) for image in many[start : start + batch_size]]
+        for some in in_batches(many, batch_size):
+            pixels = torch.stack([self.transform(load(image)) for image in some])
             with fast_autocast(self.device):
-                logits = self.vit(torch.stack(some).to(self.device))
+                logits = self.vit(pixels.to(self.device))
             best = logits.float().softmax(-1).topk(min(top, len(self.classes)), dim=-1)
             for shares, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 found.append([(self.classes[i], share) for i, share in zip(numbers, shares, strict=True)])
@@ -90,13 +89,18 @@ class ImageClassifier:
         """
         folder = Path(folder)
         self.vit.save_pretrained(folder)
-        for name, value in (
-            (CLASSES, {"classes": list(self.classes)}),
-            (PREPROCESSOR, self.transform.to_dict()),
-        ):
-            text = json.dumps(value, indent=2, ensure_ascii=False)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+        write_json(folder / CLASSES, {"classes": list(self.classes)})
+        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_card(
+            folder,
+            self.vit,
+            task="image-classification",
+            about=f"A ViT of mmtransformer that tells {len(self.classes)} classes apart",
+            usage="from mmtransformer import ImageClassifier\n\n"
+            'classifier = ImageClassifier.from_pretrained("FOLDER")  # this folder\n'
+            'print(classifier("picture.jpg", top=3)[0])',
+            note=card,
+        )
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
@@ -115,24 +119,3 @@ class ImageClassifier:
         found = cls(ViT.from_pretrained(folder), [str(name) for name in names], transform, device=device)
         for_inference(found.vit)
         return found
-
-    def _card(self, folder: Path, text: str) -> str:
-        parameters = sum(p.numel() for p in self.vit.parameters())
-        return f"""---
-library_name: mmtransformer
-pipeline_tag: image-classification
----
-
-# {escape(folder.parent.name if folder.name == "model" else folder.name)}
-
-A ViT of mmtransformer that tells {len(self.classes)} classes apart: {parameters / 1e6:.1f} million parameters.
-
-```python
-from mmtransformer import ImageClassifier
-
-classifier = ImageClassifier.from_pretrained("{folder.name}")  # this folder
-print(classifier("picture.jpg", top=3)[0])
-```
-
-{text}
-"""

@@ -1,19 +1,14 @@
 """ImageCaptioner: pictures in, captions out, and everything that belongs to a saved model in one folder.
 
-Letters: gh gw rows and columns of patches.
+Shapes: gh gw rows and columns of patches.
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from html import escape
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
@@ -28,13 +23,21 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.prompts import Prompts
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import Precision, for_inference
-from mmtransformer.serialization.pretrained import find_folder, read_json
-from mmtransformer.serialization.untrusted import settings_of
+from mmtransformer.pipelines.base import (
+    GENERATION,
+    PREPROCESSOR,
+    ImageLike,
+    check_vocabulary,
+    fast_autocast,
+    in_batches,
+    pick_device,
+    read_generation,
+    read_transform,
+    write_card,
+    write_json,
+)
+from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
-
-PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation_config.json", "README.md"
-_MOST_PIXELS = 100_000_000
-ImageLike = str | Path | bytes | BinaryIO | Image
 
 
 class ImageCaptioner:
@@ -62,12 +65,8 @@ class ImageCaptioner:
         device: torch.device | str | None = None,
         precision: Precision = "fp32",
     ) -> None:
-        if tokenizer.vocab_size > captioner.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model scores {captioner.vocab_size}; "
-                f"they do not belong together"
-            )
-        self.device = torch.device(device) if device is not None else _best_device()
+        check_vocabulary(tokenizer, captioner.vocab_size)
+        self.device = pick_device(device)
         self.captioner = captioner.to(self.device).eval()
         self.tokenizer, self.transform, self.generation = tokenizer, transform, generation
         self.precision: Precision = precision
@@ -127,9 +126,20 @@ class ImageCaptioner:
         folder = Path(folder)
         self.captioner.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        _write_json(folder / PREPROCESSOR, self.transform.to_dict())
-        _write_json(folder / GENERATION, dataclasses.asdict(self.generation))
-        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_json(folder / GENERATION, dataclasses.asdict(self.generation))
+        known, kind = self.tokenizer.languages, type(self.captioner).__name__
+        write_card(
+            folder,
+            self.captioner,
+            task="image-to-text",
+            about=f"A {kind} of mmtransformer that captions pictures in {self.tokenizer.vocab_size} tokens",
+            usage="from mmtransformer import ImageCaptioner\n\n"
+            'captioner = ImageCaptioner.from_pretrained("FOLDER")  # this folder\n'
+            'print(captioner("picture.jpg")[0][0].text)',
+            languages=known,
+            note=card or "",
+        )
 
     @torch.inference_mode()
     def __call__(
@@ -161,16 +171,18 @@ class ImageCaptioner:
             ValueError: If the model does not know the language, or settings make no sense.
         """
         many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         generation = (generation or self.generation).updated(**changes)
         language = self.language(language)
         captions = []
-        for start in range(0, len(many), batch_size):
-            batch = self.batch(many[start : start + batch_size])
+        for some in in_batches(many, batch_size):
             with fast_autocast(self.device):
                 rows = write_captions(
-                    self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=prompts
+                    self.ready(),
+                    self.tokenizer,
+                    self.batch(some),
+                    [language],
+                    generation=generation,
+                    prompts=prompts,
                 )
             captions += [row[0] for row in rows]
         return captions
@@ -243,66 +255,3 @@ class ImageCaptioner:
         pixels = torch.stack([self.transform(load(image)) for image in images])[:, None]
         none = torch.zeros(len(images), 0, dtype=torch.long, device=self.device)
         return CaptionBatch(none, none.bool(), none.bool(), pixels=pixels.to(self.device))
-
-    def _card(self, folder: Path, text: str | None) -> str:
-        known = self.tokenizer.languages
-        parameters = sum(p.numel() for p in self.captioner.parameters())
-        head = ["library_name: mmtransformer", "pipeline_tag: image-to-text"]
-        head += [f"language: [{', '.join(known)}]"] if known else []
-        return f"""---
-{chr(10).join(head)}
----
-
-# {escape(folder.parent.name if folder.name == "model" else folder.name)}
-
-A {type(self.captioner).__name__} of mmtransformer that captions pictures: {parameters / 1e6:.1f} million parameters,
-{self.tokenizer.vocab_size} tokens{f", languages {', '.join(known)}" if known else ""}.
-
-```python
-from mmtransformer import ImageCaptioner
-
-captioner = ImageCaptioner.from_pretrained("{folder.name}")  # this folder
-print(captioner("picture.jpg")[0][0].text)
-```
-
-{text or ""}
-"""
-
-
-@contextmanager
-def fast_autocast(device: torch.device) -> Iterator[None]:
-    """bfloat16 on a GPU that has it; elsewhere nothing changes."""
-    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=on):
-        yield
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
-    """How a saved model searches; the default, if its folder does not say.
-
-    Raises:
-        ValueError: naming the file, if it is damaged or asks for what makes no sense.
-    """
-    return settings_of(GenerationConfig, read_json(path), str(path)) if path.exists() else default
-
-
-def read_transform(path: Path) -> ImageTransform:
-    """How a saved model's pictures become pixels.
-
-    Raises:
-        ValueError: naming the file, if it is missing, damaged or asks for what makes no sense.
-    """
-    transform = settings_of(ImageTransform, read_json(path), str(path))
-    if (pixels := math.prod(transform.size)) > _MOST_PIXELS:
-        raise ValueError(f"{path}: pictures of {pixels:,} pixels are larger than {_MOST_PIXELS:,}")
-    return transform
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

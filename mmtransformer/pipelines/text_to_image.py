@@ -1,9 +1,7 @@
 """TextToImage: texts in, images out, and everything that belongs to a saved model in one folder."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +15,14 @@ from mmtransformer.diffusion.drawing import DrawingConfig, Edit, draw, seeded_no
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.record import record_attention
-from mmtransformer.pipelines.image_captioner import CARD, PREPROCESSOR, ImageLike, read_transform
+from mmtransformer.pipelines.base import (
+    PREPROCESSOR,
+    ImageLike,
+    pick_device,
+    read_transform,
+    write_card,
+    write_json,
+)
 from mmtransformer.serialization.pretrained import find_folder, read_json
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
@@ -58,9 +63,7 @@ class TextToImage:
                 f"pictures of {transform.size[0]} x {transform.size[1]} px are not divided by the model's patches of "
                 f"{model.transformer.patch_size} px"
             )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
         self.config = config
 
@@ -201,14 +204,19 @@ class TextToImage:
         folder = Path(folder)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        values: dict[str, dict[str, Any]] = {
-            PREPROCESSOR: self.transform.to_dict(),
-            DRAWING: asdict(self.config),
-        }
-        for name, value in values.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_json(folder / DRAWING, asdict(self.config))
+        height, width = self.transform.size
+        write_card(
+            folder,
+            self.model,
+            task="text-to-image",
+            about=f"A diffusion transformer of mmtransformer that draws {width} x {height} pixels",
+            usage="from mmtransformer import TextToImage\n\n"
+            'painter = TextToImage.from_pretrained("FOLDER")  # this folder\n'
+            'painter.draw("a large red star")[0][0].save("picture.png")',
+            note=card,
+        )
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
@@ -230,25 +238,3 @@ class TextToImage:
     def with_config(self, **changes: Any) -> DrawingConfig:
         """The model's own way of drawing, with some of its settings changed."""
         return replace(self.config, **changes)
-
-    def _card(self, folder: Path, text: str) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return f"""---
-library_name: mmtransformer
-pipeline_tag: text-to-image
----
-
-# {escape(folder.parent.name if folder.name == "model" else folder.name)}
-
-A diffusion transformer of mmtransformer: {parameters / 1e6:.1f} million parameters, {self.transform.size[1]} x
-{self.transform.size[0]} pixels.
-
-```python
-from mmtransformer import TextToImage
-
-painter = TextToImage.from_pretrained("{folder.name}")  # this folder
-painter.draw("a large red star")[0][0].save("picture.png")
-```
-
-{text}
-"""

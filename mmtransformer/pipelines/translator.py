@@ -1,21 +1,27 @@
 """Translator: texts in, translations out, and everything that belongs to a saved model in one folder."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from mmtransformer.backbones.seq2seq import TextPairs, Transformer
-from mmtransformer.data.translation import source_ids
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
 from mmtransformer.layers.record import record_attention
 from mmtransformer.layers.weight_packing import for_inference
-from mmtransformer.pipelines.image_captioner import CARD, GENERATION, fast_autocast, read_generation
+from mmtransformer.pipelines.base import (
+    GENERATION,
+    check_vocabulary,
+    fast_autocast,
+    in_batches,
+    pick_device,
+    read_generation,
+    write_card,
+    write_json,
+)
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -44,14 +50,8 @@ class Translator:
         generation: GenerationConfig = PAPER,
         device: torch.device | str | None = None,
     ) -> None:
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model scores {model.vocab_size}; "
-                f"they do not belong together"
-            )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        check_vocabulary(tokenizer, model.vocab_size)
+        self.device = pick_device(device)
         self.model = model.to(self.device).eval()
         self.tokenizer, self.generation = tokenizer, generation
 
@@ -81,15 +81,14 @@ class Translator:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         prompt = self.tokenizer.prompt(language)
-        sources = [source_ids(self.tokenizer, text) for text in texts]
+        sources = [self.tokenizer.encode_source(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(sources[i]))
         found = [""] * len(texts)
         generation = self.generation.updated(**changes).limited(self.model.max_len - len(prompt))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in in_batches(order, batch_size):
             batch = self._batch([sources[i] for i in chosen], prompt)
             with fast_autocast(self.device):
-                rows = generate(self.model, batch, generation, eos_id=self.tokenizer.eos_id)
+                rows = generate(self.model, batch, generation, eos_id=self.tokenizer.eos_ids)
             for i, (best, *_) in zip(chosen, rows, strict=True):
                 # A model may score more ids than its tokenizer has; those say nothing.
                 found[i] = self.tokenizer.decode([t for t in best.tokens if t < self.tokenizer.vocab_size])
@@ -117,7 +116,7 @@ class Translator:
             weights of each decoder block and head: (blocks heads q k).
         """
         prompt, said = self.tokenizer.prompt(language), self.tokenizer.encode(translation)
-        source = source_ids(self.tokenizer, text)
+        source = self.tokenizer.encode_source(text)
         tokens = torch.tensor([[*prompt, *said]], device=self.device)
         with record_attention(self.model.decoder, keep="cross_attn") as record:
             self.model.decode(tokens, self.model.encode(torch.tensor([source], device=self.device)))
@@ -132,12 +131,21 @@ class Translator:
             folder: Where to; made if it is not there.
             card: Text for the model card, below its heading: how it was trained, its scores.
         """
-        folder = Path(folder)
+        folder, known = Path(folder), self.tokenizer.languages
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        text = json.dumps(dataclasses.asdict(self.generation), indent=2)
-        (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
-        (folder / CARD).write_text(self._card(folder.resolve(), card), encoding="utf-8")
+        write_json(folder / GENERATION, dataclasses.asdict(self.generation))
+        write_card(
+            folder,
+            self.model,
+            task="translation",
+            about=f"A Transformer of mmtransformer that translates texts in {self.tokenizer.vocab_size} tokens",
+            usage="from mmtransformer import Translator\n\n"
+            'translator = Translator.from_pretrained("FOLDER")  # this folder\n'
+            f'print(translator("a text", "{known[-1] if known else "ko"}")[0])',
+            languages=known,
+            note=card,
+        )
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
@@ -154,27 +162,3 @@ class Translator:
         found = cls(model, Tokenizer.from_pretrained(folder), generation=generation, device=device)
         for_inference(found.model)
         return found
-
-    def _card(self, folder: Path, text: str) -> str:
-        known = self.tokenizer.languages
-        parameters = sum(p.numel() for p in self.model.parameters())
-        head = ["library_name: mmtransformer", "pipeline_tag: translation"]
-        head += [f"language: [{', '.join(known)}]"] if known else []
-        return f"""---
-{chr(10).join(head)}
----
-
-# {escape(folder.parent.name if folder.name == "model" else folder.name)}
-
-A Transformer of mmtransformer that translates texts: {parameters / 1e6:.1f} million parameters,
-{self.tokenizer.vocab_size} tokens, languages {", ".join(known)}.
-
-```python
-from mmtransformer import Translator
-
-translator = Translator.from_pretrained("{folder.name}")  # this folder
-print(translator("a text", "{known[-1] if known else "ko"}")[0])
-```
-
-{text}
-"""

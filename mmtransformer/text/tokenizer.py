@@ -12,7 +12,6 @@ cannot give back " red" and "red" as they were; an unconditional space can.)
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,16 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from mmtransformer.text.token_bytes import TokenBytes
-from mmtransformer.text.tokenizer_files import find_token, read_backend, read_settings
+from mmtransformer.text.tokenizer_files import (
+    check_languages,
+    find_ends,
+    find_token,
+    read_backend,
+    read_languages,
+    read_settings,
+)
 
 PAD, BOS, EOS, IMAGE = "<|pad|>", "<|bos|>", "<|eos|>", "<|image|>"
-
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 class Tokenizer:
@@ -41,6 +45,7 @@ class Tokenizer:
         backend: The tokenizer of the library `tokenizers`; the object is taken over, not copied.
         bos_token: The token that every prompt starts with.
         eos_token: The token that ends a caption.
+        more_eos_tokens: Others that end what a model writes, as Llama 3's chat models have.
         pad_token: The token that fills rows up. It may be `eos_token`: padding is told by `attention_mask`, never by
             the id.
         image_token: The token that stands for a picture inside text, if there is one.
@@ -56,6 +61,7 @@ class Tokenizer:
         *,
         bos_token: str = BOS,
         eos_token: str = EOS,
+        more_eos_tokens: Sequence[str] = (),
         pad_token: str = PAD,
         image_token: str | None = None,
         languages: Sequence[str] = (),
@@ -64,7 +70,7 @@ class Tokenizer:
         roles = {"bos": bos_token, "eos": eos_token, "pad": pad_token, "image": image_token}
         roles |= {f"language {code}": f"<|{code}|>" for code in languages}
         roles = {role: token for role, token in roles.items() if token is not None}
-        for role, token in roles.items():
+        for role, token in (*roles.items(), *(("eos", token) for token in more_eos_tokens)):
             if token not in vocab:
                 raise ValueError(f"the {role} token {token!r} is not among the {len(vocab)} tokens")
         backend.no_truncation()  # a hub tokenizer.json may cut texts at 128 tokens without a word
@@ -73,13 +79,16 @@ class Tokenizer:
         backend.encode_special_tokens = True  # tokenizer.json and pickles do not keep it
         self.backend = backend
         self.bos_token, self.eos_token, self.pad_token = bos_token, eos_token, pad_token
+        self.more_eos_tokens = tuple(more_eos_tokens)
         self.image_token, self.languages = image_token, tuple(languages)
         self.vocab_size: int = max(vocab.values()) + 1  # ids may have gaps, so not len(vocab)
         self.bos_id, self.eos_id, self.pad_id = vocab[bos_token], vocab[eos_token], vocab[pad_token]
+        self.eos_ids: tuple[int, ...] = (self.eos_id, *(vocab[token] for token in more_eos_tokens))
         self.image_id: int | None = None if image_token is None else vocab[image_token]
         self._language_ids = {code: vocab[f"<|{code}|>"] for code in self.languages}
         added = backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
+        self._ends = {self.eos_id} | (self._specials & {*self.eos_ids})
         description = json.loads(backend.to_str())
         self._token_bytes = TokenBytes(description, {i: token.content for i, token in added.items()})
         model = description["model"]
@@ -110,7 +119,7 @@ class Tokenizer:
         Raises:
             ValueError: If `vocab_size` is too small, or a language code is malformed or doubled.
         """
-        _check_languages(languages)
+        check_languages(languages)
         if len(set(languages)) != len(languages):
             raise ValueError(f"languages {list(languages)} names one of them twice")
         specials = [PAD, BOS, EOS, IMAGE, *(f"<|{code}|>" for code in languages)]
@@ -139,7 +148,8 @@ class Tokenizer:
         `merges.txt`, or BERT's `vocab.txt`.
 
         The bos, eos and pad tokens are looked up in `tokenizer_config.json`, `special_tokens_map.json`,
-        `config.json` and `generation_config.json`, in this order. A missing bos is replaced by the cls token
+        `config.json` and `generation_config.json`, in this order; all that any of them lists as `eos_token_id` end a
+        text. A missing bos is replaced by the cls token
         (BERT) or else by eos (GPT-2 and OPT start texts with it); a missing eos by sep (BERT); a missing pad
         by eos, as the hub's language models were trained without padding and `attention_mask` masks it anyway.
 
@@ -157,23 +167,14 @@ class Tokenizer:
                 f'{folder}: no eos token. Add "eos_token": "..." to {folder / "tokenizer_config.json"} '
                 f"(looked for eos_token, eos_token_id and sep_token in {', '.join(settings) or 'no config file'})"
             )
-        languages = settings.get("tokenizer_config.json", {}).get("languages", [])
-        if not isinstance(languages, list) or not all(isinstance(code, str) for code in languages):
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: languages is {languages!r:.80}, not a list of codes"
-            )
-        if missing := [code for code in languages if f"<|{code}|>" not in vocab]:
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: languages names {missing[0]!r}, "
-                f"but '<|{missing[0]}|>' is not among the tokenizer's {len(vocab)} tokens"
-            )
         return cls(
             backend,
             bos_token=find("bos", "cls") or eos,
             eos_token=eos,
+            more_eos_tokens=[token for token in find_ends(folder, settings, vocab) if token != eos],
             pad_token=find("pad") or eos,
             image_token=find("image") or (IMAGE if IMAGE in vocab else None),
-            languages=languages,
+            languages=read_languages(folder, settings, vocab),
         )
 
     def with_special_tokens(
@@ -193,7 +194,7 @@ class Tokenizer:
         Raises:
             ValueError: If a language code is malformed, or the ids of the vocabulary have gaps that new ids fall in.
         """
-        _check_languages(languages)
+        check_languages(languages)
         known = (*self.languages, *(code for code in dict.fromkeys(languages) if code not in self.languages))
         image_token = self.image_token or (IMAGE if image else None)
         wanted = (
@@ -212,6 +213,7 @@ class Tokenizer:
             backend,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
+            more_eos_tokens=self.more_eos_tokens,
             pad_token=self.pad_token,
             image_token=image_token,
             languages=known,
@@ -230,6 +232,8 @@ class Tokenizer:
             "split_special_tokens": True,
             "languages": list(self.languages),
         }
+        if self.more_eos_tokens:
+            config["eos_token_id"] = list(self.eos_ids)
         if self.image_token is not None:
             config["image_token"] = self.image_token
         self.backend.save(str(folder / "tokenizer.json"))
@@ -282,6 +286,10 @@ class Tokenizer:
                 f"tokenizer.json: its pattern takes too long on a text of {len(text):,} characters, "
                 f"{text[:40]!r} ({error})"
             ) from None
+
+    def encode_source(self, text: str) -> list[int]:
+        """Returns what an encoder reads of a text: its ids and the end; which language it is in, the model sees."""
+        return [*self.encode(text), self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids: up to eos, without special tokens.
@@ -366,7 +374,7 @@ class Tokenizer:
         """Yields the position and the bytes of each id that is text."""
         strip = self._token_bytes.strips_space
         for position, token in enumerate(self._checked(ids)):
-            if stop and token == self.eos_id:
+            if stop and token in self._ends:
                 break
             if token in self._specials:
                 continue
@@ -387,9 +395,3 @@ class Tokenizer:
                     waiting = len(chars) - 1 - i + len(utf8.getstate()[0])
                     yield char, list(dict.fromkeys(pending[: len(pending) - waiting]))
                     pending = pending[len(pending) - waiting :]
-
-
-def _check_languages(codes: Sequence[str]) -> None:
-    for code in codes:
-        if not _LANGUAGE.fullmatch(code):
-            raise ValueError(f'language {code!r} is not a code such as "en", "ko" or "pt-BR"')

@@ -1,7 +1,8 @@
 """Reading the files that a tokenizer is kept in, by this library, by hubs, or as GPT-2 and BERT were published."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mmtransformer.serialization.untrusted import check_plain
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
@@ -97,3 +100,50 @@ def find_token(
                     )
                 return token
     return None
+
+
+def find_ends(folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int]) -> list[str]:
+    """The tokens of all ids that any file lists as `eos_token_id`, each once; arguments as for `find_token`.
+
+    Raises:
+        ValueError: If one is an id without a token; names the file.
+    """
+    tokens, found = {index: token for token, index in vocab.items()}, dict[str, None]()
+    for file, values in settings.items():
+        listed = values.get("eos_token_id")
+        for index in listed if isinstance(listed, list) else []:
+            if not isinstance(index, int) or index not in tokens:
+                raise ValueError(f"{folder / file}: eos_token_id has {index!r}, an id without a token")
+            found[tokens[index]] = None
+    return list(found)
+
+
+def read_languages(
+    folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int]
+) -> list[str]:
+    """The codes of the languages that a folder's tokenizer tags; arguments as for `find_token`.
+
+    Raises:
+        ValueError: If they are no codes, or one has no token; names the file.
+    """
+    path = folder / "tokenizer_config.json"
+    languages = settings.get(path.name, {}).get("languages", [])
+    if not isinstance(languages, list) or not all(isinstance(code, str) for code in languages):
+        raise ValueError(f"{path}: languages is {languages!r:.80}, not a list of codes")
+    if missing := [code for code in languages if f"<|{code}|>" not in vocab]:
+        raise ValueError(
+            f"{path}: languages names {missing[0]!r}, but '<|{missing[0]}|>' is not among the tokenizer's {len(vocab)} "
+            f"tokens"
+        )
+    return languages
+
+
+def check_languages(codes: Sequence[str]) -> None:
+    """Refuses what is no code of a language.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for code in codes:
+        if not _LANGUAGE.fullmatch(code):
+            raise ValueError(f'language {code!r} is not a code such as "en", "ko" or "pt-BR"')

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, TextDecoder, ViT, generate
+from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, TextDecoder, ViT, generate, stream
 from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.generation.base import Generated
 from mmtransformer.generation.logits_processors import BANNED, logits_processors
+from mmtransformer.generation.sampling import checksums, noise
 from mmtransformer.weights import from_transformers
 
 EOS, VOCAB, WIDTH = 2, 53, 24
@@ -274,8 +275,132 @@ def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
             generate(captioner, batch, eos_id=EOS, **options)
 
 
-def test_the_mode_is_put_back(captioner: EncoderDecoder) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_of_several_ids_ends_a_text(
+    hub: Any, captioner: EncoderDecoder, options: dict[str, Any], count: int
+) -> None:
+    batch = prompts(rows=9)
+    said = [
+        token
+        for (text,) in generate(captioner, batch, eos_id=EOS, max_new_tokens=13)
+        for token in text.tokens[2:5]
+    ]
+    ends = [*said[:: len(said) // count][:count], EOS]
+    assert batch.visual_tokens is not None
+    want = hub.generate(
+        batch.tokens, attention_mask=batch.attention_mask.long(), encoder_hidden_states=batch.visual_tokens[:, 0],
+        do_sample=False, early_stopping=False, max_new_tokens=13, eos_token_id=ends, **options,
+    )  # fmt: skip
+    found = [
+        text for row in generate(captioner, batch, eos_id=ends, max_new_tokens=13, **options) for text in row
+    ]
+    assert not any({*ends} & {*text.tokens} for text in found)
+    assert any(text.finished for text in found)
+    for text, row in zip(found, want[:, 3:].tolist(), strict=True):
+        assert text.tokens == row[: len(text.tokens)]
+        assert text.finished == (len(text.tokens) < len(row) and row[len(text.tokens)] in ends)
+
+
+def test_ends_hold_for_streams_least_lengths_and_samples(captioner: EncoderDecoder) -> None:
+    batch, ends = prompts(rows=9), [7, 2, 30]
+    (steps, whole) = (
+        list(stream(captioner, batch, eos_id=ends, max_new_tokens=13)),
+        generate(captioner, batch, eos_id=ends, max_new_tokens=13),
+    )
+    assert [[i for i in row if i is not None] for row in zip(*steps, strict=True)] == [
+        t.tokens for (t,) in whole
+    ]
+    for options in ({}, {"num_beams": 3}, {"do_sample": True}):
+        found = generate(captioner, batch, eos_id=ends, max_new_tokens=13, min_new_tokens=6, **options)
+        assert all(len(text.tokens) >= 6 and not {*ends} & {*text.tokens} for (text,) in found)
+
+
+@pytest.mark.parametrize("ends", [VOCAB, -1, [2, VOCAB], []])
+def test_an_end_outside_the_vocabulary_is_refused(captioner: EncoderDecoder, ends: Any) -> None:
+    for search in (generate, stream):
+        with pytest.raises(ValueError, match=r"eos_id \[.*\] is not in the model's vocabulary, 0 to 52"):
+            list(search(captioner, prompts(), eos_id=ends))
+
+
+def one_row(batch: CaptionBatch, row: int, padding: int = 0) -> CaptionBatch:
+    """One row of a batch, with more padding before its prompt."""
+    assert batch.visual_tokens is not None
+    tokens = torch.cat((torch.full((1, padding), 5), batch.tokens[row : row + 1]), 1)
+    mask = torch.arange(tokens.shape[1])[None] >= padding
+    return CaptionBatch(tokens, mask, mask, visual_tokens=batch.visual_tokens[row : row + 1])
+
+
+def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: EncoderDecoder) -> None:
+    batch = prompts(rows=4, length=3)
+
+    def drawn(batch: CaptionBatch, count: int = 3, **options: Any) -> list[list[list[int]]]:
+        found = generate(
+            captioner,
+            batch,
+            eos_id=EOS,
+            max_new_tokens=9,
+            do_sample=True,
+            num_return_sequences=count,
+            **options,
+        )
+        return [[text.tokens for text in row] for row in found]
+
+    together = drawn(batch)
+    assert len({str(text) for row in together for text in row}) == 12
+    for row in range(4):
+        assert drawn(one_row(batch, row)) == [together[row]]
+        assert drawn(one_row(batch, row, padding=2), count=2) == [together[row][:2]]
+        steps = stream(captioner, one_row(batch, row), eos_id=EOS, max_new_tokens=9, do_sample=True)
+        assert [token for (token,) in steps if token is not None] == together[row][0]
+    assert drawn(batch, seed=1) != together
+    assert batch.visual_tokens is not None
+    others = CaptionBatch(
+        batch.tokens, batch.attention_mask, batch.loss_mask, visual_tokens=batch.visual_tokens.flip(0)
+    )
+    assert (
+        noise(GenerationConfig(), checksums(others)).tolist()
+        != noise(GenerationConfig(), checksums(batch)).tolist()
+    )
+
+
+def test_a_longer_text_begins_as_a_shorter_one(captioner: EncoderDecoder) -> None:
+    batch = prompts(rows=4)
+    short, long = (
+        generate(captioner, batch, eos_id=EOS, max_new_tokens=new, do_sample=True, seed=3) for new in (5, 12)
+    )
+    assert [b.tokens[:5] for (b,) in long] == [a.tokens for (a,) in short]
+
+
+def test_every_module_keeps_its_own_mode(captioner: EncoderDecoder) -> None:
+    def modes() -> list[bool]:
+        return [module.training for module in captioner.modules()]
+
     captioner.train()
-    generate(captioner, prompts(), eos_id=EOS, max_new_tokens=2)
-    assert captioner.training
+    captioner.vision.blocks[0].eval()
+    captioner.decoder.blocks[1].mlp.eval()
+    before = modes()
+    seen: list[bool] = []
+    hook = captioner.decoder.register_forward_pre_hook(lambda *_: seen.extend(modes()))
+    for options in ({}, {"num_beams": 2}, {"do_sample": True}, {"guidance_scale": 2.0}):
+        generate(captioner, prompts(), eos_id=EOS, max_new_tokens=2, **options)
+        assert modes() == before
+    words = stream(captioner, prompts(), eos_id=EOS, max_new_tokens=9)
+    next(words)
+    assert not any(modes())
+    words.close()  # type: ignore[attr-defined]
+    assert modes() == before
+    hook.remove()
+    hook = captioner.decoder.register_forward_pre_hook(raise_stop)
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(captioner, prompts(), eos_id=EOS, max_new_tokens=2)
+    hook.remove()
+    assert modes() == before
     captioner.eval()
+    assert not any(seen)
+
+
+def raise_stop(*_: Any) -> None:
+    raise RuntimeError("stop")

@@ -1,6 +1,7 @@
 """Models and weights from outside that claim what is not so: an error that names the file, before memory is taken."""
 
 import json
+import math
 import os
 import resource
 from collections.abc import Callable
@@ -125,6 +126,27 @@ def test_sizes_that_are_none(part: str, value: Any, model: Path) -> None:
 def test_settings_that_are_none(file: str, key: str, value: Any, model: Path) -> None:
     changed(model / file, key, value=value)
     assert file in refused(lambda: ImageCaptioner.from_pretrained(model, device="cpu"), model)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("preprocessor.json", "image_size", 10_000),
+        ("preprocessor.json", "mean", [0.5, math.nan, 0.5]),
+        ("preprocessor.json", "std", [0.5, 1e-300, 0.5]),
+        ("preprocessor.json", "std", [0.5, 0.5, math.inf]),
+        ("generation_config.json", "temperature", math.nan),
+        ("generation_config.json", "repetition_penalty", -1.0),
+        ("generation_config.json", "no_repeat_ngram_size", -1),
+        ("generation_config.json", "num_beams", 5000),
+        ("tokenizer_config.json", "eos_token_id", [2, [3]]),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_named(file: str, key: str, value: Any, model: Path) -> None:
+    changed(model / file, key, value=value)
+    said = refused(lambda: ImageCaptioner.from_pretrained(model, device="cpu"), model)
+    assert file in said
+    assert key in said
 
 
 @pytest.mark.parametrize(

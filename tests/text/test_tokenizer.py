@@ -321,12 +321,34 @@ def test_gpt2_folder(tmp_path: Path) -> None:
     assert again.pad_id == 300
 
 
+def test_all_ends_that_a_folder_lists_end_a_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Llama 3's chat models name one end in tokenizer_config.json and all of them in generation_config.json."""
+    ko = tokenizer.backend.token_to_id("<|ko|>")
+    tokenizer.save_pretrained(tmp_path / "hub")
+    write(tmp_path / "hub", generation_config={"eos_token_id": [ko, tokenizer.eos_id]})
+    loaded = Tokenizer.from_pretrained(tmp_path / "hub")
+    assert (loaded.eos_id, loaded.eos_ids) == (tokenizer.eos_id, (tokenizer.eos_id, ko))
+    for end in loaded.eos_ids:
+        assert loaded.decode([*loaded.encode("red"), end, *loaded.encode("blue")]) == "red"
+    loaded.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").eos_ids == loaded.eos_ids
+    assert loaded.with_special_tokens(tokens=["<x>"]).eos_ids == loaded.eos_ids
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").eos_token_id == tokenizer.eos_id
+    write(tmp_path / "hub", generation_config={"eos_token_id": [2, 9999]})
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: eos_token_id has 9999, an id without a token"
+    ):
+        Tokenizer.from_pretrained(tmp_path / "hub")
+
+
 def test_gpt2_folder_with_a_config(tmp_path: Path) -> None:
     folder = write(
         gpt2(tmp_path / "gpt2"), config={"eos_token_id": [300, 7], "bos_token_id": 65, "pad_token_id": -1}
     )
     loaded = Tokenizer.from_pretrained(folder)
-    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (65, 300, 300)
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.eos_ids) == (65, 300, 300, (300, 7))
+    assert loaded.decode(loaded.encode("(a)")) == "(a)"  # what is no special token ends no text that is there
     write(folder, config={"eos_token_id": 301})
     with pytest.raises(ValueError, match=r"gpt2/config\.json: eos_token_id is 301, an id without a token"):
         Tokenizer.from_pretrained(folder)

@@ -16,7 +16,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.metrics.neighbours import NeighbourBaseline
-from mmtransformer.pipelines.image_captioner import fast_autocast
+from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ from mmtransformer.data.text_only.text_rows import TextRows
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.generation.loop import generate
 from mmtransformer.metrics.ngram import NGram
-from mmtransformer.pipelines.image_captioner import fast_autocast
+from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 
 ALL = "all"
@@ -194,7 +194,7 @@ def write_texts(
     (written,) = generate(
         decoder,
         batch,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.eos_ids,
         max_new_tokens=min(max_new_tokens, decoder.max_len - prompt.shape[1]),
         num_return_sequences=count,
         do_sample=True,

@@ -11,8 +11,8 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.data.classes import ClassBatch, ClassData
 from mmtransformer.images import ImageError
 from mmtransformer.losses.next_token import Loss
+from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
-from mmtransformer.pipelines.image_captioner import fast_autocast
 from mmtransformer.plots import Card, CardCaption, draw_gallery, draw_rollout, save_image
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Run, Task

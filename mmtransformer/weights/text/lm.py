@@ -107,6 +107,8 @@ def save_lm(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     roles = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("pad", "bos", "eos")}
+    if tokenizer is not None and tokenizer.more_eos_tokens:
+        roles["eos_token_id"] = list(tokenizer.eos_ids)
     write_folder(folder, config | roles, tensors)
 
 

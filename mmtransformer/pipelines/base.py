@@ -1,0 +1,131 @@
+"""What saved models have in common: where they compute, and the folder that holds all that belongs to one."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.images import ImageTransform
+from mmtransformer.serialization.pretrained import read_json
+from mmtransformer.serialization.untrusted import settings_of
+from mmtransformer.text.tokenizer import Tokenizer
+
+PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation_config.json", "README.md"
+_MOST_PIXELS = 4096 * 4096
+
+ImageLike = str | Path | bytes | BinaryIO | Image
+T = TypeVar("T")
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device that is named, or else a GPU if there is one."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def fast_autocast(device: torch.device) -> Iterator[None]:
+    """bfloat16 on a GPU that has it; elsewhere nothing changes."""
+    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=on):
+        yield
+
+
+def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:
+    """Things a batch at a time.
+
+    Raises:
+        ValueError: if no batch could be made.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    return [things[start : start + batch_size] for start in range(0, len(things), batch_size)]
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer with more tokens than a model scores.
+
+    Raises:
+        ValueError: if they do not belong together.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model scores {vocab_size}; they do not belong "
+            f"together"
+        )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes settings for people to read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
+    """How a saved model searches; the default, if its folder does not say.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or asks for what makes no sense.
+    """
+    return settings_of(GenerationConfig, read_json(path), str(path)) if path.exists() else default
+
+
+def read_transform(path: Path) -> ImageTransform:
+    """How a saved model's pictures become pixels.
+
+    Raises:
+        ValueError: naming the file, if it is missing, damaged or asks for what makes no sense.
+    """
+    transform = settings_of(ImageTransform, read_json(path), str(path))
+    if (pixels := math.prod(transform.size)) > _MOST_PIXELS:
+        raise ValueError(
+            f"{path}: image_size is {transform.image_size}: {pixels:,} pixels are more than {_MOST_PIXELS:,}"
+        )
+    return transform
+
+
+def write_card(
+    folder: Path,
+    model: nn.Module,
+    *,
+    task: str,
+    about: str,
+    usage: str,
+    languages: Sequence[str] = (),
+    note: str,
+) -> None:
+    """Writes a model card, as a hub shows it.
+
+    Args:
+        folder: The model's folder.
+        model: The model.
+        task: The hub's word for what it does.
+        about: What it is and does.
+        usage: The lines of Python that use it; FOLDER stands for the folder's name.
+        languages: What it writes.
+        note: How it was trained, its scores.
+    """
+    folder = folder.resolve()
+    title = escape(folder.parent.name if folder.name == "model" else folder.name)  # cards may hold HTML
+    head = ["library_name: mmtransformer", f"pipeline_tag: {task}"]
+    head += [f"language: [{', '.join(languages)}]"] if languages else []
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
+    code = usage.replace("FOLDER", folder.name)
+    parts = [
+        "\n".join(["---", *head, "---"]),
+        f"# {title}",
+        f"{about}: {size}.",
+        f"```python\n{code}\n```",
+        note,
+    ]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
