@@ -159,7 +159,11 @@ class LanguageModelling(Task):
         (run.folder / "texts.txt").write_text("\n".join(made_up) + "\n", encoding="utf-8")
         save_language_model(decoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
         draw_curves(run.folder)
-        shown = [f"  {text}" for language in written for text in self._first(written, language)]
+        shown = [
+            f"  {language}: {text}" if language else f"  {text}"
+            for language, texts in written.items()
+            for text in texts[:3]
+        ]
         print(  # noqa: T201
             "\n".join(
                 ["", lines, "", "It writes, for example:", *shown, ""]
@@ -173,10 +177,6 @@ class LanguageModelling(Task):
             language: write_texts(decoder, data.tokenizer, language, self.num_texts)
             for language in self._languages(data)
         }
-
-    @staticmethod
-    def _first(written: Mapping[str | None, list[str]], language: str | None) -> list[str]:
-        return [f"{language}: {text}" if language else text for text in written[language][:3]]
 
 
 def save_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
