@@ -189,6 +189,10 @@ class Task(pl.LightningModule, ABC):
             self._seed = torch.initial_seed()
         seed_step(self._seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
+    def prepare_data(self) -> None:
+        """Before anything else: Lightning need not say that the hook below is the task's, not the data's."""
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in")
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Keeps the batch: if a loss is not finite it is looked at again, and meanwhile takes no room on the device."""
         self._host_batch = batch
