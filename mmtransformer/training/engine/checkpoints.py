@@ -23,10 +23,13 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 SUFFIX = ".ckpt"
+FORMAT_VERSION = 1
+"""What stands in a checkpoint and how; one more with every change after which a run could not go on."""
 _SLACK = 1 << 20  # bytes of a checkpoint that are not tensors: names, numbers, the archive's directory
 _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _MOST_DEPTH, _MOST_VALUES = 60, 10_000_000
 _KINDS: dict[str, Any] = {
+    "format_version": int,
     "state_dict": dict,
     "loops": dict,
     "callbacks": dict,
@@ -73,7 +76,7 @@ class CheckpointFiles(CheckpointIO):
         """
         if storage_options is not None:
             raise CheckpointError(f"storage_options ({storage_options}) must be None: there are none")
-        data = plain(checkpoint)
+        data = plain(checkpoint) | {"format_version": FORMAT_VERSION}
         write_whole(path, lambda file: torch.save(data, file), tensor_bytes(data) + _SLACK)
 
     def load_checkpoint(
@@ -87,7 +90,7 @@ class CheckpointFiles(CheckpointIO):
             weights_only: True or None; it is always so.
 
         Raises:
-            CheckpointError: If there is none, it is damaged, or it wants to run code.
+            CheckpointError: If there is none, it is damaged, of another format, or wants to run code.
         """
         if weights_only is False:
             raise CheckpointError(f"{path}: checkpoints are read with weights_only=True only")
@@ -96,6 +99,11 @@ class CheckpointFiles(CheckpointIO):
             raise CheckpointError(f"{path}: not a checkpoint of a run (no {', '.join(missing)})")
         if not re.match(r"\d+\.\d+", found.get("pytorch-lightning_version", "2.0")):
             raise CheckpointError(f"{path}: not a checkpoint of a run (of no version of Lightning)")
+        if (version := found.get("format_version")) != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: of format {version}, and this version of mmtransformer reads format {FORMAT_VERSION}: go on "
+                f"with the version that wrote it, or start a new run, without --resume"
+            )
         return found
 
     def remove_checkpoint(self, path: str | Path) -> None:

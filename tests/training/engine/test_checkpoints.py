@@ -21,6 +21,7 @@ import torch
 
 from mmtransformer.training.engine import checkpoints
 from mmtransformer.training.engine.checkpoints import (
+    FORMAT_VERSION,
     CheckpointError,
     CheckpointFiles,
     damage,
@@ -88,6 +89,18 @@ def test_what_users_keep_in_a_checkpoint_is_read_again(tmp_path: Path) -> None:
     found = FILES.load_checkpoint(tmp_path / "a.ckpt")
     assert found["EMA_decay"] == 0.99
     assert found["state_dict"]["part._extra_state"] == {"seen": 3}
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, None])
+def test_another_format_is_refused_in_a_line(tmp_path: Path, version: int | None) -> None:
+    path = tmp_path / "a.ckpt"
+    FILES.save_checkpoint(checkpoint(), path)
+    found = read(path)
+    assert found.pop("format_version") == FORMAT_VERSION
+    torch.save(found | ({} if version is None else {"format_version": version}), path)
+    with pytest.raises(CheckpointError, match=rf"a\.ckpt: of format {version}, .* start a new run") as caught:
+        FILES.load_checkpoint(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [lambda: 0, socket, signal.getsignal, object()])
