@@ -15,6 +15,7 @@ from mmtransformer import (
 )
 from mmtransformer.cli import main
 from mmtransformer.pipelines.translator import Translator
+from mmtransformer.training.tasks.captioning import Captioning
 from mmtransformer.weights import load_lm
 from support.recipes import NAMES, RECIPES, arguments
 
@@ -138,6 +139,20 @@ CHECKS = {
     "lm_captions": check_language_model,
     "bert_captions": check_masked,
 }
+
+
+def test_a_recipe_runs_barebones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning refuses a logger, a progress bar, checkpoints and a rate of logging then: the command gives it none."""
+    steps: list[int] = []
+    monkeypatch.setattr(Captioning, "finish", lambda self, run: steps.append(self.trainer.global_step))
+    words = ["--config", str(RECIPES / "caption_scenes.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (
+            main(["fit", *words, "--trainer.barebones=true", f"--trainer.default_root_dir={tmp_path}"]) == 0
+        )
+    assert steps == [3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -40,6 +40,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --trainer.gradient_clip_val X        clip the gradient's norm
   --activation_checkpointing=true      less memory for a third more work
   --compile=true                       compiled blocks
+  --max_drawn N                        most pictures of a split of drawn data, for a trial
   --model.optim.lr X                   peak learning rate
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
@@ -119,6 +120,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             text = "compute blocks again in the backward pass, in place of keeping what is in them"
             parser.add_argument("--activation_checkpointing", type=bool, default=False, help=text)
             parser.add_argument("--compile", type=bool, default=False, help="compile the blocks")
+            text = "most pictures of each split where they are drawn in the run: for a trial"
+            parser.add_argument("--max_drawn", type=int | None, default=None, help=text)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             for file in config_files(args):
@@ -128,6 +131,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             except ArgumentError as error:
                 raise ValueError(explain(str(error), keys_of(parser))) from error
             check_names(self.config)
+            if (most := self.config.max_drawn) is not None:
+                cap_sizes(self.config.data, most)
 
         def instantiate_classes(self) -> None:
             try:
@@ -153,6 +158,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 reason = choice.reason
             else:
                 reason = f"{config.precision} was asked for"
+            if config.barebones:  # Lightning refuses whatever would be said or kept.
+                config.logger = config.enable_progress_bar = config.enable_checkpointing = False
+                config.log_every_n_steps = 0
             if config.logger is None:
                 config.logger = MetricsLog(root)
             plugins = config.plugins or []
@@ -162,7 +170,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 config.precision, more = number_format(config.precision)
                 plugins = [*plugins, *more]
             extra: list[pl.Callback] = []
-            if config.logger is not False and not config.barebones:
+            if config.logger is not False:
                 extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.
             if config.enable_progress_bar is not False:
                 extra += [Progress(), Samples()]
@@ -195,6 +203,21 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             "use_distributed_sampler": False,  # The data share themselves out, the same for any number of processes.
         },
     )
+
+
+def cap_sizes(config: Any, most: int) -> None:
+    """Lets no split of drawn data be larger, wherever in a configuration its size stands.
+
+    Raises:
+        ValueError: If nothing would be left.
+    """
+    if most < 1:
+        raise ValueError(f"max_drawn ({most}) must be at least 1")
+    for key, value in vars(config).items():
+        if key in ("train_size", "val_size", "compositional_size"):
+            config[key] = min(value, most)
+        elif hasattr(value, "__dict__"):
+            cap_sizes(value, most)
 
 
 def checkpoint(cli: "LightningCLI") -> str | None:

@@ -87,10 +87,9 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name == "qformer_stage1_scenes":
         ViT(64, 8, 192, 1, 3).save_pretrained(folder / "vit")
         vision = f"--model.captioner.vision.source={folder / 'vit'}"
-        return [*arguments("caption_scenes", folder), vision]
+        return [vision]
     if name == "qformer_stage2_scenes":
         return [
-            *arguments("caption_scenes", folder),
             *language_model(folder / "lm"),
             stage1(folder / "stage1"),
             "--data.image.image_size=32",
@@ -99,29 +98,18 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name == "flamingo_scenes":
         ViT(64, 8, 192, 1, 3).save_pretrained(folder / "vit")
         vision = f"--model.captioner.vision.source={folder / 'vit'}"
-        return [*arguments("caption_scenes", folder), *language_model(folder / "lm"), vision]
+        return [*language_model(folder / "lm"), vision]
     if name == "few_shot_scenes":
         ViT(64, 8, 192, 1, 3).save_pretrained(folder / "vit")
         return [
             f"--model.captioner.vision.source={folder / 'vit'}",
-            "--data.source.train_size=12",
             "--data.source.val_size=2",
             "--model.generation.max_new_tokens=3",
         ]
-    if name == "caption_scenes":
-        sizes = {"train_size": 12, "val_size": 3, "compositional_size": 2}
-        return [f"--data.source.{key}={value}" for key, value in sizes.items()]
     if name == "lm_scenes":
-        sizes = {"train_size": 40, "val_size": 3, "compositional_size": 2}
-        return [f"--data.source.pairs.{key}={value}" for key, value in sizes.items()] + [
-            "--model.num_texts=3"
-        ]
-    if name == "vit_classify":
-        sizes = {"train_size": 12, "val_size": 5, "compositional_size": 5}
-        return [f"--data.source.scenes.{key}={value}" for key, value in sizes.items()]
-    if name == "translate_scenes":
-        sizes = {"train_size": 9, "val_size": 2, "compositional_size": 2}
-        return [f"--data.source.scenes.{key}={value}" for key, value in sizes.items()]
+        return ["--model.num_texts=3"]
+    if name in ("caption_scenes", "translate_scenes", "vit_classify"):
+        return []
     if name == "lm_captions":
         paths = f"--data.source={flickr_folder(folder / 'flickr')}"
         return [paths, "--data.max_len=48", "--model.num_texts=3"]

@@ -77,10 +77,9 @@ class Task(pl.LightningModule, ABC):
         self.last_loss = torch.tensor(math.nan)
         self._parts = StepAccumulator()
         self._size = 0  # samples of the last micro-batch
-        self._host_batch: Any = None  # the last batch as it was before the device got it
         self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
-        self._first = True  # whether the first batch is still to come
+        self._at_first_batch = True  # whether the first batch is still to come
         self._seed: int | None = None
         self._hashes: dict[str, str] | None = None
 
@@ -109,7 +108,8 @@ class Task(pl.LightningModule, ABC):
     @property
     def logs_this_step(self) -> bool:
         """Whether the step that is computed is one of those whose numbers are logged."""
-        return self.trainer.global_step % getattr(self.trainer, "log_every_n_steps", 1) == 0
+        every = getattr(self.trainer, "log_every_n_steps", 1)
+        return every > 0 and self.trainer.global_step % every == 0
 
     def sample(self) -> list[str]:
         """Lines that show what the model can do by now, printed now and then; none unless a task has some."""
@@ -170,7 +170,7 @@ class Task(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Goes on where the run was, if it was resumed; else forgets what an earlier one met in its folder."""
         self.set_modes()
-        self._first = True
+        self._at_first_batch = True
         resume_loaders(self.trainer)
         if self.trainer.is_global_zero and not self.trainer.ckpt_path:
             (Path(self.trainer.default_root_dir) / RECORD).unlink(missing_ok=True)
@@ -189,30 +189,16 @@ class Task(pl.LightningModule, ABC):
             self._seed = torch.initial_seed()
         seed_step(self._seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
 
-    def prepare_data(self) -> None:
-        """Before anything else: Lightning need not say that the hook below is the task's, not the data's."""
-        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in")
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Keeps the batch: if a loss is not finite it is looked at again, and meanwhile takes no room on the device."""
-        self._host_batch = batch
-        return batch
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a batch."""
         names = self.names(batch)
         self._size = len(names)
         with self._memory_advice():
             loss = self.loss(batch)
-        if self._first:
-            self._first = False
+        if self._at_first_batch:
+            self._at_first_batch = False
             say_what_cannot_learn(self, loss.sum)
-        self._parts.add(
-            batch if self._host_batch is None else self._host_batch,
-            names,
-            loss,
-            self.learned_tokens(batch, loss),
-        )
+        self._parts.add(batch, names, loss, self.learned_tokens(batch, loss))
         return loss.sum
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -269,7 +255,7 @@ class Task(pl.LightningModule, ABC):
                 bad_here=parts.bad,
                 culprit=first_bad_module(
                     self,
-                    lambda: self.compute_again(self.trainer.strategy.batch_to_device(parts.suspect)),
+                    lambda: self.compute_again(parts.suspect),
                     not_finite_in(weights),
                 ),
                 gradient=next((name for name in weights if name in bad), None),
