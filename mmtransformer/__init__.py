@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer as DiffusionTransformer
     from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
     from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
+    from mmtransformer.backbones.grid_rope import RopeConfig as RopeConfig
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
     from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
     from mmtransformer.backbones.patches import ConvStem as ConvStem
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
     from mmtransformer.backbones.vit import ViT as ViT
     from mmtransformer.backbones.vit_blocks import BlockConfig as BlockConfig
+    from mmtransformer.backbones.vit_blocks import OutputConfig as OutputConfig
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
     from mmtransformer.captioners.base import Output as Output
@@ -93,10 +95,11 @@ _CONTENTS = {
     "backbones.extended_vocabulary": "ExtendedVocabulary",
     "backbones.hub_decoder": "HubDecoder",
     "backbones.hub_seq2seq": "HubSeq2Seq",
+    "backbones.grid_rope": "RopeConfig",
     "backbones.patches": "ConvStem PatchConfig PatchEmbed",
     "backbones.seq2seq": "TextPairs Transformer",
     "backbones.vit": "ViT",
-    "backbones.vit_blocks": "BlockConfig",
+    "backbones.vit_blocks": "BlockConfig OutputConfig",
     "connectors.adapter": "VisualAdapter",
     "connectors.projector": "MLPProjector",
     "connectors.qformer": "QFormer",

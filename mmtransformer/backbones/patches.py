@@ -22,7 +22,8 @@ class PatchConfig:
         stem: "patch" cuts patches and projects them, as the paper; "conv" convolves (see `ConvStem`).
         bias: whether the projection has a bias (OpenAI CLIP's has none).
         positions: what the table of positions starts from: "learned" from noise (the paper), or from 2-D "sinusoids"
-            (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step.
+            (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step; "none" =
+            there is no table (DINOv3, whose patches are turned, see `RopeConfig`).
         norm: a LayerNorm before the first block (CLIP).
         dropout: share of patches left out in training (arXiv:2212.00794).
         embed_norm: a norm of the projected patches, before positions are added (AIMv2, arXiv:2411.14402).
@@ -34,7 +35,7 @@ class PatchConfig:
     in_channels: int = 3
     stem: Literal["patch", "conv"] = "patch"
     bias: bool = True
-    positions: Literal["learned", "sinusoids"] = "learned"
+    positions: Literal["learned", "sinusoids", "none"] = "learned"
     norm: bool = False
     dropout: float = 0.0
     embed_norm: bool = False
@@ -42,17 +43,26 @@ class PatchConfig:
     def __post_init__(self) -> None:
         if self.stem not in ("patch", "conv"):
             raise ValueError(f'stem must be "patch" or "conv", not "{self.stem}"')
-        if self.positions not in ("learned", "sinusoids"):
-            raise ValueError(f'positions must be "learned" or "sinusoids", not "{self.positions}"')
+        if self.positions not in ("learned", "sinusoids", "none"):
+            raise ValueError(f'positions must be "learned", "sinusoids" or "none", not "{self.positions}"')
         if not 0 <= self.dropout < 1:
             raise ValueError(f"the share of patches left out must be in [0, 1), not {self.dropout}")
 
 
+def kept_tokens(x: Tensor, rate: float) -> Tensor:
+    """Which tokens stay where a random share of each row's are left out, in order: (b p d) -> (b fewer) long."""
+    count = max(1, round(x.shape[1] * (1 - rate)))
+    return torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count].sort(dim=1).values
+
+
+def keep_tokens(x: Tensor, kept: Tensor) -> Tensor:
+    """The tokens of those numbers: (b p d), (b fewer) -> (b fewer d)."""
+    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+
+
 def drop_tokens(x: Tensor, rate: float) -> Tensor:
     """Leaves out a random share of each row's tokens, the rest stays in order: (b p d) -> (b fewer d)."""
-    count = max(1, round(x.shape[1] * (1 - rate)))
-    kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :count].sort(dim=1).values
-    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+    return keep_tokens(x, kept_tokens(x, rate))
 
 
 class PatchEmbed(nn.Module):

@@ -4,6 +4,7 @@ Shapes: b images.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, drop_tokens
-from mmtransformer.backbones.vit_blocks import BlockConfig, make_block
+from mmtransformer.backbones.grid_rope import GridRotary, RopeConfig, keep_angles
+from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, keep_tokens, kept_tokens
+from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig, make_block
+from mmtransformer.layers.attention import Rope
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.positions import resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
@@ -46,11 +49,11 @@ class ViT(Pretrained, nn.Module):
         num_classes: classes of the linear head; 0 = none.
         patches: how patches are made of pixels.
         block: what the blocks are made of.
-        last_norm: what the norm behind the blocks is of: "tokens", each (the paper), or "pooled", only what they are
-            pooled to (timm's `fc_norm`); "none" = there is none, and who reads the tokens norms them (Idefics, RADIO).
+        rope: how blocks turn queries and keys of patches (EVA-02, DINOv3); not at all in the paper.
+        output: what stands behind the blocks: the last norm, attention pooling.
 
     Raises:
-        ValueError: if sizes do not divide, the class token is pooled where there is none, or a word is unknown.
+        ValueError: if sizes do not divide, or the class token is pooled where there is none.
     """
 
     presets = _PRESETS
@@ -70,7 +73,8 @@ class ViT(Pretrained, nn.Module):
         num_classes: int = 0,
         patches: PatchConfig = PatchConfig(),
         block: BlockConfig = BlockConfig(),
-        last_norm: Literal["tokens", "pooled", "none"] = "tokens",
+        rope: RopeConfig = RopeConfig(),
+        output: OutputConfig = OutputConfig(),
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -82,14 +86,12 @@ class ViT(Pretrained, nn.Module):
             raise ValueError(f'pool must be "class", "mean" or "attention", not "{pool}"')
         if pool == "class" and not class_token:
             raise ValueError('pool="class" needs class_token=True; without one, pool "mean" or "attention"')
-        if last_norm not in ("tokens", "pooled", "none"):
-            raise ValueError(f'last_norm must be "tokens", "pooled" or "none", not "{last_norm}"')
         self.image_size, self.patch_size = (height, width), patch_size
         self.dim, self.depth, self.num_heads = dim, depth, num_heads
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.class_token, self.num_registers = class_token, num_registers
         self.pool, self.num_classes, self.patches, self.block = pool, num_classes, patches, block
-        self.last_norm = last_norm
+        self.rope, self.output = rope, output
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
@@ -103,21 +105,23 @@ class ViT(Pretrained, nn.Module):
         self.prefix_tokens = (
             nn.Parameter(torch.zeros(1, self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
         )
-        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dim))
+        table = patches.positions != "none"
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dim)) if table else None
+        turns = rope.kind != "none"
+        self.rotary = GridRotary(dim // num_heads, num_heads, depth, rope) if turns else None
         self.embed_norm = norm() if patches.embed_norm else nn.Identity()
         self.first_norm = norm() if patches.norm else nn.Identity()
         self.blocks = nn.ModuleList(
             make_block(dim, num_heads, mlp_dim, block, block.drop_path * i / max(depth - 1, 1))
             for i in range(depth)
         )
-        self.norm = norm() if last_norm == "tokens" else nn.Identity()
-        self.pool_norm = norm() if last_norm == "pooled" else nn.Identity()
+        self.norm = norm() if output.norm == "tokens" else nn.Identity()
+        self.pool_norm = norm() if output.norm == "pooled" else nn.Identity()
         pool_activation = "gelu" if block.activation == "swiglu" else block.activation
-        self.attn_pool = (
-            AttentionPool(dim, num_heads, mlp_dim, activation=pool_activation, eps=block.norm_eps)
-            if pool == "attention"
-            else None
-        )
+        self.attn_pool = None
+        if pool == "attention":
+            heads, width = output.pool_heads or num_heads, output.pool_mlp_dim or mlp_dim
+            self.attn_pool = AttentionPool(dim, heads, width, activation=pool_activation, eps=block.norm_eps)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
@@ -130,6 +134,7 @@ class ViT(Pretrained, nn.Module):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
         if self.patches.positions == "sinusoids":
+            assert self.pos_embed is not None
             self.pos_embed.data.copy_(
                 0.5 * sinusoidal_2d(self.grid, self.dim)
             )  # As large as fresh patches are.
@@ -158,37 +163,47 @@ class ViT(Pretrained, nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """What the first block reads: prefix tokens and patches with positions; (b channels h w) -> (b p d)."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks' weights are kept in."""
+        return next(self.patch_embed.parameters()).dtype
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Sequence[Rope | None]]:
+        """What the first block reads, prefix tokens and patches (b p d), and each block's angles.
+
+        Args:
+            pixels: (b channels height width).
+        """
         if pixels.ndim != 4 or pixels.shape[1] != self.patches.in_channels:
             raise ValueError(
                 f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}"
             )
-        grid = self.grid_size(*pixels.shape[2:])
-        x = self.embed_norm(self.patch_embed(pixels.to(self.pos_embed.dtype)))
-        x = x + resize_positions(self.pos_embed, self.grid, grid).to(x.dtype)
+        grid, prefix = self.grid_size(*pixels.shape[2:]), self.num_prefix_tokens
+        x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
+        ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)
+        if self.pos_embed is not None:
+            x = x + resize_positions(self.pos_embed, self.grid, grid).to(x.dtype)
         if self.training and self.patches.dropout:
-            x = drop_tokens(x, self.patches.dropout)
+            kept = kept_tokens(x, self.patches.dropout)
+            x, ropes = keep_tokens(x, kept), [r and keep_angles(r, kept, prefix) for r in ropes]
         if self.prefix_tokens is not None:
             x = torch.cat((self.prefix_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
-        return self.first_norm(x)
+        return self.first_norm(x), ropes
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """All visual tokens after the last norm, prefix tokens first: (b channels height width) -> (b p d)."""
-        return self._normed(self._run(self.embed(pixels)))
+        x, ropes = self.embed(pixels)
+        for block, rope in zip(self.blocks, ropes, strict=True):
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rope=rope, use_reentrant=False)
+            else:
+                x = block(x, rope=rope)
+        return self._normed(x)  # pyright: ignore[reportArgumentType]  # A tensor, whatever `checkpoint` says.
 
     def _normed(self, x: Tensor) -> Tensor:
         """The last norm, which may learn in float32 behind blocks that are kept in bfloat16."""
-        own = next((parameter.dtype for parameter in self.norm.parameters()), self.pos_embed.dtype)
-        return self.norm(x if own == self.pos_embed.dtype else x.to(own))
-
-    def _run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-            else:
-                x = block(x)
-        return x
+        own = next((parameter.dtype for parameter in self.norm.parameters()), self.dtype)
+        return self.norm(x if own == self.dtype else x.to(own))
 
     def forward_intermediates(
         self, pixels: Tensor, indices: list[int], *, norm: bool = False
@@ -201,9 +216,9 @@ class ViT(Pretrained, nn.Module):
         wanted = [i + self.depth if i < 0 else i for i in indices]
         if any(not 0 <= i < self.depth for i in wanted):
             raise ValueError(f"blocks {indices} were asked for, but there are {self.depth}")
-        x, found = self.embed(pixels), {}
+        (x, ropes), found = self.embed(pixels), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = block(x)
+            x = block(x, rope=ropes[i])
             if i in wanted:
                 found[i] = self._normed(x) if norm else x
         return [found[i] for i in wanted]
@@ -212,7 +227,7 @@ class ViT(Pretrained, nn.Module):
         """Pools visual tokens and classifies: (b p d) -> (b num_classes), or (b d) with `pre_logits` or no classes."""
         patches = x[:, self.num_prefix_tokens :]
         if self.attn_pool is not None:
-            pooled = self.attn_pool(patches)[:, 0]
+            pooled = self.attn_pool(x if self.output.pool_prefix else patches)[:, 0]
         else:
             pooled = x[:, 0] if self.pool == "class" else patches.mean(1)
         pooled = self.pool_norm(pooled)
@@ -226,8 +241,9 @@ class ViT(Pretrained, nn.Module):
         """Makes the table of positions one for another picture size, so that no resizing happens at run time."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         grid = self.grid_size(height, width)
-        table = resize_positions(self.pos_embed.data, self.grid, grid)
-        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        if self.pos_embed is not None:
+            table = resize_positions(self.pos_embed.data, self.grid, grid)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         self.image_size, self.grid = (height, width), grid
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -236,9 +252,10 @@ class ViT(Pretrained, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay spares, beside biases and norms (timm's protocol)."""
-        return {"pos_embed", "prefix_tokens", "attn_pool.queries"}
+        learned = {"rotary.freqs"} if self.rope.kind == "mixed" else set()
+        return {"pos_embed", "prefix_tokens", "attn_pool.queries"} | learned
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers by name, for layer-wise learning rates (timm's protocol)."""
-        stem = r"^(?:prefix_tokens|pos_embed|patch_embed|embed_norm|first_norm)"
+        stem = r"^(?:prefix_tokens|pos_embed|rotary|patch_embed|embed_norm|first_norm)"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:pool_)?norm", (99999,))]}

@@ -59,6 +59,31 @@ class BlockConfig:
         return make_norm(self.norm, dim, self.norm_eps)
 
 
+@dataclass(frozen=True)
+class OutputConfig:
+    """What stands behind a ViT's blocks.
+
+    Args:
+        norm: what the last norm is of: "tokens", each (the paper), or "pooled", only what they are pooled to (timm's
+            `fc_norm`); "none" = there is none, and who reads the tokens norms them (Idefics, RADIO).
+        pool_heads: heads of attention pooling; None = as the blocks (SigLIP). Perception Encoder: 8.
+        pool_mlp_dim: hidden width of the MLP behind it; None = as the blocks'.
+        pool_prefix: whether attention pooling also reads class token and registers (Perception Encoder).
+
+    Raises:
+        ValueError: for an unknown word.
+    """
+
+    norm: Literal["tokens", "pooled", "none"] = "tokens"
+    pool_heads: int | None = None
+    pool_mlp_dim: int | None = None
+    pool_prefix: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("tokens", "pooled", "none"):
+            raise ValueError(f'the last norm is of "tokens", "pooled" or "none", not "{self.norm}"')
+
+
 class ResPostNormBlock(EncoderBlock):
     """Attention, then an MLP, whose results are normed before they are added (Swin v2, arXiv:2111.09883)."""
 

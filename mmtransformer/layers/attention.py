@@ -39,7 +39,7 @@ class KeyValue(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary angles of one pass: `cos` and `sin`, each (q c) or (b q c), float32 (RoFormer, arXiv:2104.09864).
+    """Rotary angles of one pass (RoFormer, arXiv:2104.09864): cos and sin, (q c), (b q c) or (b h q c), float32.
 
     Rotates the pairs (i, i + c/2), as Llama's "rotate half" does.
     """

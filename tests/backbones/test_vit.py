@@ -169,7 +169,7 @@ def test_intermediates_are_those_of_the_pass() -> None:
     vit, pixels = small(), torch.randn(2, 3, 16, 24)
     last, first = vit.forward_intermediates(pixels, [-1, 0], norm=True)
     assert torch.equal(last, vit.forward_features(pixels))
-    assert torch.equal(first, vit.norm(vit.blocks[0](vit.embed(pixels))))
+    assert torch.equal(first, vit.norm(vit.blocks[0](vit.embed(pixels)[0])))
     (raw,) = vit.forward_intermediates(pixels, [1])
     assert torch.equal(vit.norm(vit.blocks[2](raw)), last)
     for wrong in (3, -4):

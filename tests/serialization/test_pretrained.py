@@ -27,11 +27,13 @@ from mmtransformer import (
     MLPConfig,
     MLPProjector,
     NormConfig,
+    OutputConfig,
     PatchConfig,
     PerceiverResampler,
     PositionConfig,
     PrefixCaptioner,
     QFormer,
+    RopeConfig,
     TextDecoder,
     TextEncoder,
     Transformer,
@@ -74,12 +76,18 @@ MODELS = {
         **VISION, patches=PatchConfig(1, "conv", positions="sinusoids"), class_token=False, pool="mean"
     ),
     "ViT of other blocks": lambda: ViT(
-        **VISION, patches=PatchConfig(embed_norm=True), last_norm="none",
+        **VISION, patches=PatchConfig(embed_norm=True), output=OutputConfig("none"),
         block=BlockConfig(
             "swiglu", norm="rms", qkv_bias=False, bias=False, qk_norm=True, attn_norm=True, mlp_norm=True
         ),
     ),
-    "ViT of parallel blocks": lambda: ViT(**VISION, block=BlockConfig(order="parallel"), last_norm="pooled"),
+    "ViT of parallel blocks": lambda: ViT(
+        **VISION | {"num_heads": 5}, block=BlockConfig(order="parallel"), pool="attention",
+        rope=RopeConfig("axial", 1e3, 1.0, "xy", (2, 3)), output=OutputConfig("pooled", 2, 13, True),
+    ),
+    "ViT that learns to turn": lambda: ViT(
+        **VISION | {"num_heads": 5}, patches=PatchConfig(positions="none"), rope=RopeConfig("mixed", 10.0)
+    ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
         mlp_dim=31, cross_dim=19, cross_every=2, attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"),

@@ -206,7 +206,7 @@ def test_folders_of_idefics(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_flamingo_that_idefics_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mlp='gelu', .*norm='layer', .*vision\.last_norm='tokens'"):
+    with pytest.raises(ValueError, match=r"mlp='gelu', .*norm='layer', .*vision\.output\.norm='tokens'"):
         save_idefics(Flamingo(ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, DIM, 1, 4)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     ours = from_idefics(IdeficsForVisionText2Text(config(additional_vocab_size=2)))

@@ -11,7 +11,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
 from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
@@ -172,7 +172,7 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "patches_only": (model.patches_only, False),
             "decoder.num_kv_heads": (text["num_key_value_heads"], decoder.num_heads),
             "decoder.bias": (text["attention_bias"], False),
-            "vision.last_norm": (vision.last_norm, "none"),
+            "vision.output.norm": (vision.output.norm, "none"),
             "vision.patches.norm": (vision.patches.norm, True),
             "vision.num_prefix_tokens": (vision.num_prefix_tokens, 1),
             "vision.image_size": (vision.image_size, (vision.image_size[0],) * 2),
@@ -287,7 +287,7 @@ def _vision(config: dict[str, Any], state: dict[str, Tensor], context: str) -> V
         mlp_dim=config["intermediate_size"],
         patches=PatchConfig(config["num_channels"], bias=False, norm=True),
         block=BlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
-        last_norm="none",
+        output=OutputConfig("none"),
     )
     unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]
     return fill_vit(vision, _TOWER, state, context, positions=_POSITIONS, prefix=[_CLASS], ignored=unread)

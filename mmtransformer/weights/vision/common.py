@@ -82,6 +82,8 @@ def vit_tensors(
     source = export(vit, keys, context, kept=("pos_embed", "prefix_tokens", *kept))
     weight = source[_patches(keys)]
     source[_patches(keys)] = weight.unflatten(1, (vit.patches.in_channels, vit.patch_size, vit.patch_size))
+    if vit.pos_embed is None:
+        raise ValueError(f"{context} has a table of positions, and this tower none")
     table = vit.pos_embed.detach()
     tokens = table[:, :0] if vit.prefix_tokens is None else vit.prefix_tokens.detach()
     parts = zip(prefix, tokens.split([int(vit.class_token), vit.num_registers], 1), strict=False)

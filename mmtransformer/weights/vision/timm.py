@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
 from mmtransformer.layers.config import Activation
 from mmtransformer.weights.shared.keys import part
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
@@ -197,7 +197,9 @@ def vit_from_state(
             embed_norm="patch_embed.norm.weight" in state,
         ),
         block=block,
-        last_norm="tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none",
+        output=OutputConfig(
+            "tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none"
+        ),
     )
     return fill_vit(vit, _keys(block, packed=packed), state, context, positions="pos_embed", prefix=prefix)
 
@@ -300,8 +302,8 @@ def timm_config(vit: ViT) -> dict[str, Any]:
             "class_token": vit.class_token,
             "reg_tokens": vit.num_registers,
             "pre_norm": vit.patches.norm,
-            "final_norm": vit.last_norm != "none",
-            "fc_norm": vit.last_norm == "pooled",
+            "final_norm": vit.output.norm != "none",
+            "fc_norm": vit.output.norm == "pooled",
             "global_pool": pool,
             "qkv_bias": block.qkv_bias,
             "proj_bias": block.bias,
