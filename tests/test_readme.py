@@ -5,6 +5,8 @@ command gets recipes/tiny.yaml behind its recipe, so that it takes seconds, and 
 Makefile, without the set-up. What a page takes from another one (runs/NAME/model) is trained by that recipe first.
 """
 
+import importlib
+import inspect
 import os
 import random
 import re
@@ -14,9 +16,10 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 
 import draw_rooms
@@ -44,7 +47,7 @@ SIZES = {
     "lm_scenes": ("data.source.pairs", ("train", "val", "compositional")),
     "translate_scenes": ("data.source.scenes", ("train", "val", "compositional")),
     "vit_classify": ("data.source.scenes", ("train", "val", "compositional")),
-    "few_shot_scenes": ("data.documents", ("train", "val")),
+    "few_shot_scenes": ("data.source", ("train", "val")),
 }
 
 
@@ -208,6 +211,28 @@ def test_every_block_runs(page: str, reader: Path, capsys: pytest.CaptureFixture
             done.add(block.section)
             have_trained(re.findall(r"runs/(\w+)/model", code))
             exec(compile(code, block.where, "exec"), {"__name__": "__main__"})
+
+
+def unknown_arguments(node: Any) -> list[str]:
+    """What no constructor takes of a piece of a recipe; an ImportError for a class that is not there."""
+    if isinstance(node, list):
+        return [fault for item in node for fault in unknown_arguments(item)]
+    if not isinstance(node, dict):
+        return []
+    found = [fault for value in node.values() for fault in unknown_arguments(value)]
+    if "class_path" in node:
+        module, _, name = node["class_path"].rpartition(".")
+        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        found += [f"{name}: {argument}" for argument in node.get("init_args", {}) if argument not in known]
+    return found
+
+
+def test_yaml_names_what_there_is() -> None:
+    pieces = [b for page in PAGES for b in blocks(page) if b.language == "yaml"]
+    assert pieces
+    assert not [(b.where, fault) for b in pieces for fault in unknown_arguments(yaml.safe_load(b.code))]
+    wrong = {"class_path": "mmtransformer.data.mixture.Mixture", "init_args": {"sauces": {}}}
+    assert unknown_arguments({"data": [wrong]}) == ["Mixture: sauces"]
 
 
 @pytest.mark.parametrize("page", PAGES)
