@@ -1,6 +1,8 @@
 """What learns trains and what is frozen evaluates, whoever looks; and what no loss reaches is said."""
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import EncoderDecoder
+from mmtransformer import Blip2, CoCa, EncoderDecoder, Flamingo, PositionConfig, QFormer, TextDecoder, ViT
+from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.training.callbacks.samples import Samples
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.parameters import in_words, not_reached, set_modes
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
+from support.processes import pair
 
 
 class Modes(pl.Callback):
@@ -114,3 +118,79 @@ def test_it_is_said_at_the_start(tmp_path: Path) -> None:
     ) as said:
         trainer.fit(module, datamodule=tiny.scenes())
     assert len([w for w in said if "does not reach" in str(w.message)]) == 1
+
+
+# ------------------------------------------------------------------------------------------- in two processes
+
+
+def lm(**options: Any) -> TextDecoder:
+    return TextDecoder(tiny.VOCAB, 24, 1, 2, max_len=60, **options)
+
+
+def vit(**options: Any) -> ViT:
+    return ViT(32, 8, 24, 1, 3, **options)
+
+
+def coca() -> CoCa:
+    return CoCa(
+        vit(),
+        lm(),
+        lm(cross_dim=24, positions=PositionConfig("rotary")),
+        num_queries=5,
+        num_heads=2,
+        contrastive_weight=0.0,
+    )
+
+
+def instructed() -> Blip2:
+    qformer = QFormer(3, 24, 1, 2, 24, vocab_size=tiny.VOCAB, max_len=60, dropout=0.0)
+    return Blip2(vit(), qformer, lm(), instruct=True, freeze_vision=False, freeze_decoder=False)
+
+
+UNEVEN: dict[str, Callable[[], Captioner]] = {
+    "a contrast that counts for nothing": coca,
+    "a pool that a captioner passes by": lambda: EncoderDecoder(vit(pool="attention"), lm(cross_dim=24)),
+    "the last text MLP of a Q-Former": instructed,
+    "a gated block that sees no image": lambda: Flamingo(
+        vit(), lm(), visible_images="none", freeze_decoder=False
+    ),
+}
+
+
+def test_every_captioner_learns_by_plain_ddp_and_what_cannot_is_named(tmp_path: Path) -> None:
+    """All in one pair of processes. A part that no loss reaches would let them wait, and torch name numbers."""
+
+    def fit(model: Captioner) -> tuple[list[Tensor], list[Tensor]]:
+        begin = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        tokens = torch.randint(3, tiny.VOCAB, (2, 7))
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        given = CaptionBatch(tokens, mask, mask, torch.randn(2, 1, 3, 32, 32), names=("a", "b"))
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_model_summary=False, max_steps=2,
+            enable_progress_bar=False, enable_checkpointing=False, default_root_dir=tmp_path,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        module = Captioning(model, optim=Optim(lr=0.01, warmup_steps=0))
+        trainer.fit(module, torch.utils.data.DataLoader([given] * 2, batch_size=None))  # type: ignore[arg-type]
+        return begin, [p.detach() for p in model.parameters() if p.requires_grad]
+
+    def job(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        found = {}
+        for name, build in UNEVEN.items():
+            begin, end = fit(build())
+            found[name] = [torch.equal(a, b) for a, b in zip(begin, end, strict=True)]
+        try:
+            fit(Lazy(tiny.captioner()))
+        except ValueError as error:
+            found["lazy"] = str(error)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+
+    assert pair(job) == [0, 0]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        text = found.pop("lazy")
+        assert "captioner.idle (2), and processes would wait for their gradients; freeze that part" in text
+        assert found.keys() == UNEVEN.keys()
+        assert not [name for name, still in found.items() if any(still) or not still]
