@@ -19,7 +19,10 @@ def add_generation_options(parser: argparse.ArgumentParser, *, without: Collecti
     group = parser.add_argument_group("search", "settings of the search, in place of the model's own")
     hints, said = get_type_hints(GenerationConfig), GenerationConfig.__doc__ or ""
     for name in (field.name for field in dataclasses.fields(GenerationConfig) if field.name not in without):
-        flag, words = f"--{name.replace('_', '-')}", re.search(rf"^ +{name}: ([^.;]+)", said, re.MULTILINE)
+        flag, words = (
+            f"--{name.replace('_', '-')}",
+            re.search(rf"^ +{name}: ((?:[^.;]|\.(?=\d))+)", said, re.MULTILINE),
+        )
         text = " ".join((words[1] if words else "").split()).replace("%", "%%")
         kind = (get_args(hints[name]) or (hints[name],))[0]
         if kind is bool:

@@ -48,6 +48,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_help_of_the_search_is_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["caption", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "arXiv:1610.02424)" in text
+    assert text.count("(") == text.count(")")
+
+
 def test_help_is_quick() -> None:
     script = "import sys; from mmtransformer.cli import main; main(['--help']); main(['fit', '--help']); "
     script += "print(sorted({'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)))"
