@@ -19,7 +19,7 @@ def fill_vit(
     state: Mapping[str, Tensor],
     context: str,
     *,
-    positions: str,
+    positions: str | None,
     prefix: Sequence[str] = (),
     ignored: Iterable[str] = (),
     extra: Mapping[str, Tensor] | None = None,
@@ -31,7 +31,8 @@ def fill_vit(
         keys: the key table.
         state: the other project's tensors.
         context: what they come from, for errors.
-        positions: the name of the table of positions, of patches alone or of prefix tokens and patches.
+        positions: the name of the table of positions, of patches alone or of prefix tokens and patches; None = there
+            is none.
         prefix: names of the prefix tokens, in their order.
         ignored: names that may be left over.
         extra: tensors of the tower's that the source does not hold.
@@ -40,20 +41,24 @@ def fill_vit(
         ValueError: naming tensors that are missing, left over or of another shape.
     """
     state = dict(state)
-    for name in (positions, *prefix):
+    named = [positions, *prefix] if positions else list(prefix)
+    for name in named:
         if name not in state:
             raise ValueError(f"{context} has no tensor {name}")
-    table, *tokens = (state.pop(name).reshape(1, -1, vit.dim) for name in (positions, *prefix))
+    parts = [state.pop(name).reshape(1, -1, vit.dim) for name in named]
     target = dict(extra or {})
-    if tokens:
-        first = torch.cat(tokens, 1)
-        if table.shape[1] == first.shape[1] + math.prod(vit.grid):
+    table = parts.pop(0) if positions else None
+    if parts:
+        first = torch.cat(parts, 1)
+        if table is not None and table.shape[1] == first.shape[1] + math.prod(vit.grid):
             first, table = first + table[:, : first.shape[1]], table[:, first.shape[1] :]
         target["prefix_tokens"] = first
+    if table is not None:
+        target["pos_embed"] = table
     patches = _patches(keys)
     if patches in state:
         state[patches] = state[patches].flatten(1)
-    fill(vit, keys, state, context, ignored=ignored, extra=target | {"pos_embed": table})
+    fill(vit, keys, state, context, ignored=ignored, extra=target)
     return vit.eval()
 
 

@@ -6,69 +6,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from mmtransformer.backbones.grid_rope import RopeConfig
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
 from mmtransformer.layers.config import Activation
+from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.keys import part
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
-
-Pool = Literal["class", "mean", "attention"]
-POOLS: dict[str, Pool] = {"token": "class", "avg": "mean", "map": "attention"}
-"""timm's names of ways to pool, and the library's."""
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "QuickGELU": "quick_gelu",
-    "SiLU": "silu",
-}
-_KEYS = {
-    "patch_embed.proj": "patch_embed.proj",
-    "patch_embed.norm": "embed_norm",
-    "norm_pre": "first_norm",
-    "blocks.*.norm[1,2]": "blocks.*.norm[1,2]",
-    "blocks.*.ls[1,2].gamma": "blocks.*.branch[1,2].0.gamma",
-    "norm": "norm",
-    "fc_norm": "pool_norm",
-    "attn_pool.latent": "attn_pool.queries",
-    "attn_pool.q": "attn_pool.attn.q_proj",
-    "attn_pool.kv": "attn_pool.attn.[k,v]_proj",
-    "attn_pool.proj": "attn_pool.attn.out_proj",
-    "attn_pool.norm": "attn_pool.norm",
-    "attn_pool.mlp.fc[1,2]": "attn_pool.mlp.fc[1,2]",
-    "head": "head",
-}
-_PARALLEL = {  # one matrix holds the MLP's first layer and queries, keys, values: see `_unpacked`
-    "blocks.*.in_norm": "blocks.*.norm",
-    "blocks.*.in_proj.[mlp,q,k,v]": "blocks.*.[mlp.fc1,attn.q_proj,attn.k_proj,attn.v_proj]",
-    "blocks.*.[q,k]_norm": "blocks.*.attn.[q,k]_norm",
-    "blocks.*.[attn,mlp]_out_proj": "blocks.*.[attn.out_proj,mlp.fc2]",
-    "blocks.*.ls.gamma": "blocks.*.branch.0.gamma",
-}
-
-
-def _keys(block: BlockConfig, *, packed: bool) -> dict[str, str]:
-    """The key table of towers with these blocks; packed = gate and up of a gated MLP are one matrix."""
-    if block.order == "parallel":
-        return _KEYS | _PARALLEL
-    gated = block.activation == "swiglu"
-    last = "down_proj" if gated else "fc2"
-    first = {"blocks.*.mlp.fc1": "blocks.*.mlp.fc1"}
-    if gated:
-        first = {"blocks.*.mlp." + ("fc1" if packed else "fc1_[g,x]"): "blocks.*.mlp.[gate,up]_proj"}
-    return (
-        _KEYS
-        | first
-        | {
-            "blocks.*.attn.qkv": "blocks.*.attn.[q,k,v]_proj",
-            "blocks.*.attn.[q,k]_norm": "blocks.*.attn.[q,k]_norm",
-            "blocks.*.attn.norm": "blocks.*.attn.out_proj.0",
-            "blocks.*.attn.proj": "blocks.*.attn.out_proj" + ".1" * block.attn_norm,
-            "blocks.*.mlp.norm": f"blocks.*.mlp.{last}.0",
-            "blocks.*.mlp.fc2": f"blocks.*.mlp.{last}" + ".1" * block.mlp_norm,
-        }
-    )
+from mmtransformer.weights.vision.timm_eva import from_eva
+from mmtransformer.weights.vision.timm_keys import ACTIVATIONS, POOLS, Pool, norm_eps_of, tower_keys
 
 
 @dataclass(frozen=True)
@@ -93,7 +40,7 @@ class ViTSettings:
 
 
 def from_timm(model: nn.Module) -> ViT:
-    """Our ViT with the weights of a timm `VisionTransformer`; equal to 1e-5 in float32.
+    """Our ViT with the weights of a timm `VisionTransformer` or `Eva`; equal to 1e-5 in float32.
 
     Raises:
         ValueError: naming what it has and `ViT` has not (other blocks, MLPs or pooling), or if it is no Vision
@@ -101,12 +48,15 @@ def from_timm(model: nn.Module) -> ViT:
     """
     from timm.layers.attention import Attention
     from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 
     timm_model: Any = model
     context = f"timm's {type(model).__name__}"
+    if type(model) is Eva:
+        return from_eva(model)
     if type(model) is not VisionTransformer:
-        raise ValueError(f"{context} is not a VisionTransformer, which alone fits ViT")
+        raise ValueError(f"{context} is not a VisionTransformer or Eva, which alone fit ViT")
     block: Any = timm_model.blocks[0]
     kind: type = type(block)
     parallel = kind is ParallelScalingBlock
@@ -128,7 +78,7 @@ def from_timm(model: nn.Module) -> ViT:
     if name == "GELU" and getattr(activation, "approximate", "none") == "tanh":
         name = "GELUTanh"
     gated = not parallel and type(block.mlp) is not Mlp
-    known: dict[str, Any] = {"SiLU": "swiglu"} if gated else _ACTIVATIONS
+    known: dict[str, Any] = {"SiLU": "swiglu"} if gated else ACTIVATIONS
     if name not in known or getattr(getattr(block, "mlp", None), "gate_last", False):
         raise ValueError(
             f"ViT has no {'gated MLP' if gated else 'activation'} like timm's {name}: it has {', '.join(known)}"
@@ -137,14 +87,11 @@ def from_timm(model: nn.Module) -> ViT:
         raise ValueError(
             f"{context} pools with an MLP that is not gated and has no gelu, ViT with one that has"
         )
-    epsilons = {m.eps for m in timm_model.modules() if type(m).__name__.lower().endswith("norm")}
-    if len(epsilons) > 1:
-        raise ValueError(f"{context} has norms with eps {sorted(epsilons)}: ViT's have one")
     settings = ViTSettings(
         block.num_heads if parallel else block.attn.num_heads,
         timm_model.patch_embed.grid_size,
         known[name],
-        epsilons.pop(),
+        norm_eps_of(model, context),
         POOLS.get(pool, "class" if timm_model.has_class_token else "mean"),
         "res_post" if kind is ResPostBlock else "pre",
     )
@@ -201,7 +148,9 @@ def vit_from_state(
             "tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none"
         ),
     )
-    return fill_vit(vit, _keys(block, packed=packed), state, context, positions="pos_embed", prefix=prefix)
+    return fill_vit(
+        vit, tower_keys(block, packed=packed), state, context, positions="pos_embed", prefix=prefix
+    )
 
 
 def _blocks_of(
@@ -252,7 +201,15 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
         raise ValueError(
             f'timm has no ViT with our stem="{vit.patches.stem}"; only stem="patch" can be written with its names'
         )
-    keys = _keys(vit.block, packed=vit.block.norm == "layer")
+    only_these(
+        "timm's VisionTransformer",
+        {
+            "rope": (vit.rope, RopeConfig()),
+            "pool_heads": (vit.output.pool_heads or vit.num_heads, vit.num_heads),
+            "pool_prefix": (vit.output.pool_prefix, False),
+        },
+    )
+    keys = tower_keys(vit.block, packed=vit.block.norm == "layer")
     return vit_tensors(vit, keys, "timm", positions="pos_embed", prefix=["cls_token", "reg_token"])
 
 
