@@ -24,6 +24,7 @@ from mmtransformer import (
     TextEncoder,
     ViT,
 )
+from mmtransformer.captioners.flamingo import GatedConfig
 from mmtransformer.weights import FAMILIES, families_for, family_of, load_encoder, save_encoder
 from mmtransformer.weights.text.llama import LLAMAS
 
@@ -65,7 +66,9 @@ def stage1() -> ImageText:
 
 def openflamingo() -> Flamingo:
     resampler = PerceiverResampler(88, 2, 1, 64, 5)
-    return Flamingo(tower(), gpt2(), resampler=resampler, mlp_without_image=True, patches_only=True)
+    return Flamingo(
+        tower(), gpt2(), resampler=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True
+    )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
