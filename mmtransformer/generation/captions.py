@@ -13,6 +13,7 @@ from torch import Tensor
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.base import Generated
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.loop import generate, stream
 from mmtransformer.generation.prompts import Prompts, prompted
 from mmtransformer.generation.sampling import checksums
@@ -74,7 +75,7 @@ def write_captions(
         batch,
         c,
         eos_id=tokenizer.eos_ids,
-        force_words_ids=[spellings(tokenizer, word) for word in c.force_words],
+        force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size),
         content=checksums(batch, given) if c.do_sample else None,
     )
     results = [
@@ -122,12 +123,6 @@ def stream_caption(
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)
-
-
-def spellings(tokenizer: Tokenizer, word: str) -> list[list[int]]:
-    """The ways to spell a word in tokens, at the beginning of a text and inside it."""
-    both = [tokenizer.encode(word.strip()), tokenizer.encode(f" {word.strip()}")]
-    return both[:1] if both[0] == both[1] else both
 
 
 def _result(said: Generated, tokenizer: Tokenizer, language: str | None) -> CaptionResult:

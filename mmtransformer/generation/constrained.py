@@ -7,17 +7,13 @@ fewest tokens, second fewest and so on, so that the words come in at the cost of
 Shapes: n rows of prompts, s beams, c candidates of a row, w forced words, t new tokens at most.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mmtransformer.generation.base import is_end
 from mmtransformer.generation.beam_search import IMPOSSIBLE, Beams
 from mmtransformer.generation.config import GenerationConfig
-
-Word = Sequence[Sequence[int]]
-"""A forced word: the ways to spell it in tokens, one of which must come."""
+from mmtransformer.generation.forced_words import ForcedWords
 
 
 class ConstrainedBeams(Beams):
@@ -30,23 +26,27 @@ class ConstrainedBeams(Beams):
         size: beams of a row.
         config: how to search.
         eos_ids: the ids that end a text.
-        words: the forced words.
+        forced: the words.
     """
 
     def __init__(
-        self, n: int, size: int, config: GenerationConfig, eos_ids: Tensor, words: Sequence[Word]
+        self, n: int, size: int, config: GenerationConfig, eos_ids: Tensor, forced: ForcedWords
     ) -> None:
         super().__init__(n, size, config, eos_ids)
         self.spellings = [
-            (number, torch.tensor(list(ids), device=eos_ids.device))
-            for number, word in enumerate(words)
+            (number, torch.tensor(list(ids), device=eos_ids.device), forced.only_first(ids))
+            for number, word in enumerate(forced.words)
             for ids in word
         ]
-        self.met = torch.zeros(n, size, len(words), dtype=torch.bool, device=eos_ids.device)
+        self.met = torch.zeros(n, size, len(forced.words), dtype=torch.bool, device=eos_ids.device)
+        self.just_met = torch.zeros(n, size, 1, dtype=torch.bool, device=eos_ids.device)
+        self.extends = None if forced.extends is None else forced.extends.to(eos_ids.device)
 
     def advance(self, log_probs: Tensor, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """As `Beams.advance`, with the unmet words among the candidates, and the beams allocated."""
         n, size, vocab = scores.shape
+        if self.extends is not None:
+            scores = scores.masked_fill(self.just_met & self.extends, IMPOSSIBLE)
         likely = scores.topk(min((1 + len(self.eos_ids)) * size, vocab), dim=2).indices
         token = torch.cat((likely, self._next_tokens(step)), 2)
         score = (self.running[..., None] + scores.gather(2, token)).clamp(min=10 * IMPOSSIBLE)
@@ -69,24 +69,27 @@ class ConstrainedBeams(Beams):
         keep = self._allocated(score.masked_fill(ends, 10 * IMPOSSIBLE), missing, size)
         self.running = score.masked_fill(ends, IMPOSSIBLE).gather(1, keep)
         self.finished.close(self.score(self.running.amax(1, keepdim=True), step + 1))
-        self.ids, self.log_probs, self.met = (
-            x.gather(1, keep[..., None].expand(-1, -1, x.shape[2])) for x in (ids, token_log_probs, met)
+        before = self.met.gather(1, beam[..., None].expand(-1, -1, met.shape[2]))
+        just_met = (met & ~before).any(2, keepdim=True)
+        self.ids, self.log_probs, self.met, self.just_met = (
+            x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+            for x in (ids, token_log_probs, met, just_met)
         )
         return beam.gather(1, keep), token.gather(1, keep)
 
     def _next_tokens(self, step: int) -> Tensor:
         """The token with which each spelling would go on, or begin: (n s spellings)."""
         found = []
-        for _, spelling in self.spellings:
-            at = self._progress(self.ids, spelling, step)
+        for _, spelling, only_first in self.spellings:
+            at = self._progress(self.ids, spelling, step, only_first)
             found.append(spelling[at.clamp(max=len(spelling) - 1)])
         return torch.stack(found, 2)
 
     @staticmethod
-    def _progress(ids: Tensor, spelling: Tensor, length: int) -> Tensor:
+    def _progress(ids: Tensor, spelling: Tensor, length: int, only_first: bool) -> Tensor:
         """How many tokens of a spelling the first `length` ids (n c t) end with: (n c)."""
         at = torch.zeros(ids.shape[:2], dtype=torch.long, device=ids.device)
-        for k in range(1, min(len(spelling), length) + 1):
+        for k in range(max(length, 1) if only_first else 1, min(len(spelling), length) + 1):
             at = at.masked_fill((ids[..., length - k : length] == spelling[:k]).all(-1), k)
         return at
 
@@ -94,8 +97,8 @@ class ConstrainedBeams(Beams):
         """Which words candidates contain (n c w), and how many tokens they miss in all (n c)."""
         met = self.met.gather(1, beam[..., None].expand(-1, -1, self.met.shape[2]))
         left = torch.full(met.shape, 10**6, device=ids.device)
-        for word, spelling in self.spellings:
-            unmet = len(spelling) - self._progress(ids, spelling, step + 1)
+        for word, spelling, only_first in self.spellings:
+            unmet = len(spelling) - self._progress(ids, spelling, step + 1, only_first)
             left[..., word] = torch.minimum(left[..., word], unmet)
         met = met | (left == 0)
         return met, left.masked_fill(met, 0).sum(-1)

@@ -11,7 +11,8 @@ from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.base import BatchT, Generated, GenerativeModel, Search
 from mmtransformer.generation.beam_search import Beams, BeamSearch
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.generation.constrained import ConstrainedBeams, Word
+from mmtransformer.generation.constrained import ConstrainedBeams
+from mmtransformer.generation.forced_words import ForcedWords, Word
 from mmtransformer.generation.guidance import Guided
 from mmtransformer.generation.sampling import Sampler
 from mmtransformer.layers.modes import evaluation_mode
@@ -24,7 +25,7 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     eos_id: int | Sequence[int],
-    force_words_ids: Sequence[Word] = (),
+    force_words_ids: ForcedWords | Sequence[Word] = (),
     content: Sequence[int] | None = None,
     **changes: Any,
 ) -> list[list[Generated]]:
@@ -50,15 +51,16 @@ def generate(
     """
     c = dataclasses.replace(config or GenerationConfig(), **changes)
     ends = [eos_id] if isinstance(eos_id, int) else [*eos_id]
-    check(c, model, batch, ends, force_words_ids)
+    forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
+    check(c, model, batch, ends, forced.words)
     eos_ids = torch.tensor(ends, device=batch.tokens.device)
     search: Search
     if c.num_beams == 1:
         search = Sampler(batch, c, eos_ids, content)
     else:
         n, size = len(batch.tokens), c.num_beams // c.num_beam_groups
-        if force_words_ids:
-            groups: list[Beams] = [ConstrainedBeams(n, size, c, eos_ids, force_words_ids)]
+        if forced.words:
+            groups: list[Beams] = [ConstrainedBeams(n, size, c, eos_ids, forced)]
         else:
             groups = [Beams(n, size, c, eos_ids) for _ in range(c.num_beam_groups)]
         search = BeamSearch(batch, c, eos_ids, groups)

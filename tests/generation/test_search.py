@@ -1,13 +1,16 @@
 """Streaming, diverse beams, required words and guidance: against their definitions, on models small enough to know."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from mmtransformer import (
@@ -22,9 +25,12 @@ from mmtransformer import (
     generate,
     stream,
 )
+from mmtransformer.generation import forced_words
 from mmtransformer.generation.beam_search import Beams
 from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.guidance import blank_images
+from mmtransformer.generation.prompts import with_prompts
 
 EOS, VOCAB = 2, 23
 
@@ -222,6 +228,64 @@ def test_required_words_come_with_few_beams_too(beams: int) -> None:
         for k in range(3)
     ]
     assert again == [row[0].tokens for row in found]
+
+
+@pytest.mark.parametrize("beams", [2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_makes_another_word_of_a_forced_one(beams: int, seed: int) -> None:
+    model, given = captioner(seed=seed), batch()
+    extends = torch.arange(VOCAB) % 3 > 0
+    forced = ForcedWords(
+        [[[6, 8]], [[12], [13, 3]]], extends
+    )  # 13 extends: "13 3" counts at the beginning only
+    found = generate(model, given, eos_id=EOS, max_new_tokens=12, num_beams=beams, force_words_ids=forced)
+    for (text,) in found:
+        ids = text.tokens
+        ends = [next(k for k in range(len(ids)) if ids[k : k + 2] == [6, 8]) + 2]
+        ends += [2 if ids[:2] == [13, 3] else ids.index(12) + 1]
+        assert not any(extends[ids[end]] for end in ends if end < len(ids))
+
+
+@pytest.mark.parametrize(
+    ("piece", "goes_on"),
+    [
+        (b"ntains", True), (b" dog", False), (b"s", True), (b"'s", False), (b".", False), (b"", False), (b"2", True),
+        ("é".encode(), True), ("é".encode()[:1], True), ("ế".encode(), True), ("별".encode(), False),
+        ("이 ".encode(), False), ("犬".encode(), False), ("Жук".encode(), True), (b"\xff", False), (b"\n", False),
+    ],
+)  # fmt: skip
+def test_what_goes_on_with_a_word(piece: bytes, goes_on: bool) -> None:
+    assert forced_words._goes_on(piece) is goes_on
+
+
+def hub_like() -> Tokenizer:
+    """As GPT-2's: no space before a text, so a word has two spellings."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(["star", "a star", "a red star and a ring"] * 3, trainer)
+    return Tokenizer(backend, bos_token="</s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "as GPT-2's"])
+def test_a_forced_word_is_a_word(ours: bool) -> None:
+    tokenizer = Tokenizer.train(["a red star", "a star and a red ring"] * 3, 290) if ours else hub_like()
+    whole = re.compile(r"(?<![A-Za-z0-9])star(?![A-Za-z0-9])")
+    config = GenerationConfig(num_beams=4, max_new_tokens=9, force_words=("star",))
+    glued = 0
+    for seed in range(12):
+        model, given = captioner(tokenizer.vocab_size, seed=seed), batch(1)
+        ((said,),) = write_captions(model, tokenizer, given, generation=config)[0]
+        assert whole.search(said.text), said.text
+        words = ForcedWords.of(tokenizer, ["star"], model.vocab_size).words
+        start = with_prompts(given, tokenizer, [None])
+        (plain,) = generate(model, start, eos_id=0, max_new_tokens=9, num_beams=4, force_words_ids=words)[0]
+        glued += not whole.search(tokenizer.decode(plain.tokens))
+    assert glued > 0  # or else the test would show nothing
 
 
 # ----------------------------------------------------------------------------------------------------- guidance
