@@ -16,53 +16,6 @@ IMPOSSIBLE = -1e9
 """Finite, so that sums and comparisons of impossible candidates stay ordered and free of NaN."""
 
 
-class Finished:
-    """The best texts of each row that have ended: scores, new ids and their log-probabilities, best first.
-
-    Args:
-        n: rows.
-        kept: how many texts of a row are kept.
-        config: how to search.
-        eos_ids: the ids that end a text.
-    """
-
-    def __init__(self, n: int, kept: int, config: GenerationConfig, eos_ids: Tensor) -> None:
-        device, shape = eos_ids.device, (n, kept, config.max_new_tokens)
-        self.kept, self.eos_ids = kept, eos_ids
-        self.scores = torch.full((n, kept), IMPOSSIBLE, device=device)
-        self.ids = torch.zeros(shape, dtype=torch.long, device=device)
-        self.log_probs = torch.zeros(shape, device=device)
-        self.done = torch.zeros(n, 1, dtype=torch.bool, device=device)
-
-    def offer(self, scores: Tensor, ids: Tensor, log_probs: Tensor) -> None:
-        """Takes in candidates: scores (n c), IMPOSSIBLE where not ended; ids and log-probabilities (n c t)."""
-        scores = scores.masked_fill(self.done, IMPOSSIBLE)
-        self.scores, chosen = torch.cat((self.scores, scores), 1).topk(self.kept, dim=1)
-        chosen = chosen[..., None].expand(-1, -1, ids.shape[2])
-        self.ids = torch.cat((self.ids, ids), 1).gather(1, chosen)
-        self.log_probs = torch.cat((self.log_probs, log_probs), 1).gather(1, chosen)
-
-    def close(self, best_possible: Tensor) -> None:
-        """A row is done when its worst kept text is as good as the best possible score of the running ones, (n 1)."""
-        worst = self.scores[:, -1:]
-        self.done = self.done | ((worst > IMPOSSIBLE / 2) & (worst >= best_possible))
-
-    def rows(self) -> list[list[tuple[float, Generated]]]:
-        """For each row its texts with their scores, best first."""
-        columns, ends = (
-            (self.scores.tolist(), self.ids.tolist(), self.log_probs.tolist()),
-            self.eos_ids.tolist(),
-        )
-        return [
-            [
-                (score, Generated.until_end(ids, log_probs, ends))
-                for score, ids, log_probs in zip(*row, strict=True)
-                if score > IMPOSSIBLE / 2
-            ]
-            for row in zip(*columns, strict=True)
-        ]
-
-
 class Beams:
     """The running texts of one group, and those that have ended; transformers' rules of when a row is done.
 
@@ -80,7 +33,9 @@ class Beams:
         self.log_probs = torch.zeros(shape, device=device)
         self.running = torch.full((n, size), IMPOSSIBLE, device=device)
         self.running[:, 0] = 0.0  # At first all beams are the same: one is enough.
-        self.finished = Finished(n, size, config, eos_ids)
+        self.done = torch.zeros(n, 1, dtype=torch.bool, device=device)
+        self.ended_scores = torch.full((n, size), IMPOSSIBLE, device=device)  # best first, as what follows
+        self.ended_ids, self.ended_log_probs = torch.zeros_like(self.ids), torch.zeros_like(self.log_probs)
 
     def advance(self, log_probs: Tensor, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Chooses the next tokens from log-probabilities, and scores after all processors, (n s v) each.
@@ -99,11 +54,9 @@ class Beams:
         ends, last = is_end(token, self.eos_ids), step + 1 == self.config.max_new_tokens
         complete = ends | last
         complete[:, size:] = False  # Only a candidate that would have stayed in the beam may finish.
-        self.finished.offer(
-            self.score(total, step + 1).masked_fill(~complete, IMPOSSIBLE), ids, token_log_probs
-        )
+        ended = self.score(total, step + 1).masked_fill(~complete, IMPOSSIBLE)
         self.running, keep = total.masked_fill(ends, IMPOSSIBLE).topk(size, dim=1)
-        self.finished.close(self.score(self.running[:, :1], step + 1))
+        self.collect(ended, ids, token_log_probs, self.score(self.running[:, :1], step + 1))
         places = keep[..., None].expand(-1, -1, ids.shape[2])
         self.ids, self.log_probs = ids.gather(1, places), token_log_probs.gather(1, places)
         return beam.gather(1, keep), token.gather(1, keep)
@@ -120,6 +73,23 @@ class Beams:
         ids[..., step] = token
         token_log_probs[..., step] = log_probs.flatten(1).gather(1, beam * log_probs.shape[2] + token)
         return ids, token_log_probs
+
+    def collect(self, scores: Tensor, ids: Tensor, log_probs: Tensor, best_possible: Tensor) -> None:
+        """Takes in texts that have ended, and closes the rows that can get no better ones.
+
+        Args:
+            scores: (n c), IMPOSSIBLE where a candidate has not ended.
+            ids: (n c t).
+            log_probs: (n c t), those of the ids.
+            best_possible: (n 1), the best score that a running text can still come to, as transformers sees it.
+        """
+        scores = torch.cat((self.ended_scores, scores.masked_fill(self.done, IMPOSSIBLE)), 1)
+        self.ended_scores, best = scores.topk(self.size, dim=1)
+        places = best[..., None].expand(-1, -1, ids.shape[2])
+        self.ended_ids = torch.cat((self.ended_ids, ids), 1).gather(1, places)
+        self.ended_log_probs = torch.cat((self.ended_log_probs, log_probs), 1).gather(1, places)
+        worst = self.ended_scores[:, -1:]
+        self.done = self.done | ((worst > IMPOSSIBLE / 2) & (worst >= best_possible))
 
 
 class BeamSearch:
@@ -139,7 +109,7 @@ class BeamSearch:
         self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, groups: Sequence[Beams]
     ) -> None:
         n, self.prompt_length = batch.tokens.shape
-        self.config, self.groups, self.expand_size = config, groups, config.num_beams
+        self.config, self.eos_ids, self.groups, self.expand_size = config, eos_ids, groups, config.num_beams
         self.ids, self.real = allocate(batch, config.num_beams, config.max_new_tokens)
         self.processors = logits_processors(config, eos_ids, self.prompt_length)
         self.first_row = torch.arange(n, device=eos_ids.device)[:, None] * config.num_beams
@@ -172,10 +142,20 @@ class BeamSearch:
 
     def all_done(self) -> Tensor:
         """See `Search`."""
-        return torch.stack([group.finished.done.all() for group in self.groups]).all()
+        return torch.stack([group.done.all() for group in self.groups]).all()
 
     def texts(self) -> list[list[Generated]]:
         """For each prompt its texts, best first."""
-        found = zip(*(group.finished.rows() for group in self.groups), strict=True)
-        rows = [sorted((text for part in parts for text in part), key=lambda x: -x[0]) for parts in found]
-        return [[text for _, text in row[: self.config.num_return_sequences]] for row in rows]
+        columns = ("ended_scores", "ended_ids", "ended_log_probs")
+        rows = zip(
+            *(torch.cat([getattr(group, x) for group in self.groups], 1).tolist() for x in columns),
+            strict=True,
+        )
+        ends, found = self.eos_ids.tolist(), []
+        for row in rows:
+            texts = sorted(zip(*row, strict=True), key=lambda text: -text[0])[
+                : self.config.num_return_sequences
+            ]
+            kept = [(ids, said) for score, ids, said in texts if score > IMPOSSIBLE / 2]
+            found.append([Generated.until_end(ids, said, ends) for ids, said in kept])
+        return found

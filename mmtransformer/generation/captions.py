@@ -15,7 +15,7 @@ from mmtransformer.generation.base import Generated
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.loop import generate, stream
-from mmtransformer.generation.prompts import Prompts, prompted
+from mmtransformer.generation.prompts import Prompts, with_prompts
 from mmtransformer.generation.sampling import checksums
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -68,14 +68,16 @@ def write_captions(
     Returns:
         For each picture, for each language, its captions, best first.
     """
-    given, batch = batch, prompted(batch, tokenizer, languages, prompts, mark=generation.mark_images)
+    given, batch = batch, with_prompts(batch, tokenizer, languages, prompts, mark=generation.mark_images)
     c = generation.limited(captioner.max_len - batch.tokens.shape[1])
     rows = generate(
         captioner,
         batch,
         c,
         eos_id=tokenizer.eos_ids,
-        force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size),
+        force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size)
+        if c.force_words
+        else (),
         content=checksums(batch, given) if c.do_sample else None,
     )
     results = [
@@ -111,7 +113,7 @@ def stream_caption(
     """
     if generation.force_words:
         raise ValueError("force_words need beams, and a caption that is streamed has none")
-    given, batch = batch, prompted(batch, tokenizer, [language], prompts, mark=generation.mark_images)
+    given, batch = batch, with_prompts(batch, tokenizer, [language], prompts, mark=generation.mark_images)
     c = generation.one_at_a_time().limited(captioner.max_len - batch.tokens.shape[1])
     content = checksums(batch, given) if c.do_sample else None
     tokens = stream(captioner, batch, c, eos_id=tokenizer.eos_ids, content=content)
@@ -163,7 +165,7 @@ def heatmap_of(
         prompts: What made the prompt it was said after, if not plain ones.
         mark: Whether the plain prompt marks the picture.
     """
-    prompt = prompted(batch, tokenizer, [said.language], prompts, mark=mark)
+    prompt = with_prompts(batch, tokenizer, [said.language], prompts, mark=mark)
     tokens = torch.cat([prompt.tokens, prompt.tokens.new_tensor([said.tokens])], 1)
     attention_mask = torch.ones_like(tokens, dtype=torch.bool)
     image_index = prompt.image_index

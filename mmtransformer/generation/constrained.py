@@ -64,11 +64,11 @@ class ConstrainedBeams(Beams):
         # A text that misses words is kept only where its time is up, and behind all that miss fewer tokens.
         ended = torch.where(missing == 0, total, total + 1e-3 * IMPOSSIBLE * missing)
         complete = possible & ((ends & ((missing == 0) | stuck)) | (last & ~ends))
-        self.finished.offer(ended.masked_fill(~complete, IMPOSSIBLE), ids, token_log_probs)
 
         keep = self._allocated(score.masked_fill(ends, 10 * IMPOSSIBLE), missing, size)
         self.running = score.masked_fill(ends, IMPOSSIBLE).gather(1, keep)
-        self.finished.close(self.score(self.running.amax(1, keepdim=True), step + 1))
+        best_possible = self.score(self.running.amax(1, keepdim=True), step + 1)
+        self.collect(ended.masked_fill(~complete, IMPOSSIBLE), ids, token_log_probs, best_possible)
         before = self.met.gather(1, beam[..., None].expand(-1, -1, met.shape[2]))
         just_met = (met & ~before).any(2, keepdim=True)
         self.ids, self.log_probs, self.met, self.just_met = (

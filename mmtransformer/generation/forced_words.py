@@ -42,8 +42,6 @@ class ForcedWords:
             words: The words.
             vocab_size: Ids that the model scores, v; it may be more than the tokenizer has.
         """
-        if not words:
-            return cls()
         pieces = tokenizer.token_bytes()
         spelled = [_spellings(tokenizer, pieces, word.strip()) for word in words]
         if any(pieces[ids[-1]].endswith(b" ") for word in spelled for ids in word):

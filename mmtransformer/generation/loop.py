@@ -17,6 +17,9 @@ from mmtransformer.generation.guidance import Guided
 from mmtransformer.generation.sampling import Sampler
 from mmtransformer.layers.modes import evaluation_mode
 
+LOOK_EVERY = {"cpu": 1}
+"""Steps after which it is looked whether all texts have ended: 8 elsewhere, where every look waits for the device."""
+
 
 @torch.inference_mode()
 def generate(
@@ -119,7 +122,7 @@ def decode_loop(
     writer: Any = model
     if config.guidance_scale != 1.0:
         writer = Guided(writer, config.guidance_scale)
-    new, every = config.max_new_tokens, look_every(batch.tokens.device)
+    new, every = config.max_new_tokens, LOOK_EVERY.get(batch.tokens.device.type, 8)
     with evaluation_mode(model):  # pyright: ignore[reportArgumentType]  # it has `modules`, like a Module
         logits, state = writer.prefill(batch, expand_size=search.expand_size, max_new_tokens=new)
         for step in range(new):
@@ -130,11 +133,6 @@ def decode_loop(
             if rows is not None:
                 state.reorder(rows)
             logits = writer.decode_step(tokens, state)
-
-
-def look_every(device: torch.device) -> int:
-    """After how many steps it is looked whether all texts have ended: on a GPU every look waits for it."""
-    return 1 if device.type == "cpu" else 8
 
 
 def check(

@@ -24,22 +24,13 @@ class Prompts(Protocol):
         ...
 
 
-def prompted(
+def with_prompts(
     batch: CaptionBatch,
     tokenizer: Tokenizer,
     languages: Sequence[str | None],
-    prompts: Prompts | None,
+    prompts: Prompts | None = None,
     *,
     mark: bool = False,
-) -> CaptionBatch:
-    """The batch with prompts: those that `prompts` makes, or else plain ones (see `with_prompts`)."""
-    return (
-        with_prompts(batch, tokenizer, languages, mark=mark) if prompts is None else prompts(batch, languages)
-    )
-
-
-def with_prompts(
-    batch: CaptionBatch, tokenizer: Tokenizer, languages: Sequence[str | None], *, mark: bool = False
 ) -> CaptionBatch:
     """The same pictures with one prompt a language in place of the captions: n = b * r rows.
 
@@ -47,15 +38,18 @@ def with_prompts(
         batch: Pictures; their texts are not looked at.
         tokenizer: Makes the prompts.
         languages: The languages.
-        mark: Whether prompts end with an image token a picture.
+        prompts: Makes them; None makes plain ones.
+        mark: Whether plain prompts end with an image token a picture.
 
     Raises:
         ValueError: If the tokenizer has no image token and should mark pictures with it.
     """
+    if prompts is not None:
+        return prompts(batch, languages)
     b, i = batch.visual.shape[:2]
     if mark and tokenizer.image_id is None:
         raise ValueError(
-            f"pictures cannot be marked (mark_pictures): the tokenizer ({tokenizer.vocab_size} tokens) has no image "
+            f"pictures cannot be marked (mark_images): the tokenizer ({tokenizer.vocab_size} tokens) has no image "
             f'token; "image_token" in its tokenizer_config.json names one'
         )
     marks = [tokenizer.image_id] * i if mark and tokenizer.image_id is not None else []

@@ -19,6 +19,7 @@ from mmtransformer import (
 )
 from mmtransformer.generation.cuda_graph import Step, compiled
 from mmtransformer.generation.guidance import Guided
+from mmtransformer.generation.loop import LOOK_EVERY
 from support.generators import (
     DIM,
     EOS,
@@ -280,12 +281,12 @@ SEARCHES: list[dict[str, Any]] = [
 def test_a_gpu_is_waited_for_every_eight_tokens_only(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what a GPU gets for `look_every`: the same texts, and as many looks as there are eights of tokens."""
+    """With what a GPU gets for `LOOK_EVERY`: the same texts, and as many looks as there are eights of tokens."""
     torch.manual_seed(0)
     model = noisy(EncoderDecoder(vit(), decoder(cross_dim=DIM)))
     batch = batch_for(model, 1)
     want = told(model, batch, **options)
-    monkeypatch.setattr("mmtransformer.generation.loop.look_every", lambda device: 8)
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 8)
     assert told(model, batch, **options) == want
     counts = []
     for new in (7, 15, 31):

@@ -406,3 +406,19 @@ def test_what_cannot_be_done_is_refused() -> None:
     assert two.pixels is not None
     with pytest.raises(ValueError, match="examples go before one picture a sample, but these samples have 2"):
         shots()(dataclasses.replace(two, pixels=two.pixels.transpose(0, 1)), ["en"])
+
+
+def test_drawn_captions_after_examples_are_those_of_one_by_one() -> None:
+    """Features of a batch differ in their last bits: what is drawn must not come from them."""
+    few, model = shots(num_examples=2), captioner()
+    drawn = GenerationConfig(do_sample=True, max_new_tokens=7, num_return_sequences=2)
+    together = write_captions(
+        model, tokenizer(), queries("red", "blue", "black"), ["en", "ko"], generation=drawn, prompts=few
+    )
+    for row, colour in zip(together, ("red", "blue", "black"), strict=True):
+        (alone,) = write_captions(
+            model, tokenizer(), queries(colour), ["en", "ko"], generation=drawn, prompts=few
+        )
+        assert [[said.tokens for said in some] for some in row] == [
+            [s.tokens for s in some] for some in alone
+        ]

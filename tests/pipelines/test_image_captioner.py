@@ -1,0 +1,159 @@
+"""ImageCaptioner: what a caption depends on, settings of a call, the card, and how far a reader follows a caption."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import mmtransformer
+from mmtransformer import (
+    EncoderDecoder,
+    GenerationConfig,
+    ImageCaptioner,
+    ImageClassifier,
+    ImageTransform,
+    TextDecoder,
+    Tokenizer,
+    Transformer,
+    Translator,
+    ViT,
+    stream,
+)
+from mmtransformer.generation.prompts import with_prompts
+
+PACKAGE = str(Path(mmtransformer.__file__).parent)
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["a red star", "a blue dot", "빨간 별 하나"], 290, ("en", "ko"))
+
+
+def captioner() -> ImageCaptioner:
+    torch.manual_seed(2)
+    words = tokenizer()
+    decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+    model = EncoderDecoder(ViT(16, 8, 20, 1, 4), decoder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return ImageCaptioner(model, words, ImageTransform(16), device="cpu")
+
+
+def images() -> list[Image.Image]:
+    return [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "white", "green", "black")]
+
+
+def test_a_drawn_caption_depends_on_the_picture_the_seed_and_its_number_alone() -> None:
+    model, pictures = captioner(), images()
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 8, "seed": 5}
+    together = [[c.tokens for c in row] for row in model(pictures, **options)]
+    assert len({str(row) for row in together}) > 1
+    for size in (1, 2):
+        assert [[c.tokens for c in row] for row in model(pictures, batch_size=size, **options)] == together
+    backwards = model(pictures[::-1], batch_size=3, **options)
+    assert [[c.tokens for c in row] for row in backwards[::-1]] == together
+    for picture, (first, _) in zip(pictures, together, strict=True):
+        assert [c.tokens for c in model(picture, **options | {"num_return_sequences": 1})[0]] == [first]
+    assert [[c.tokens for c in row] for row in model(pictures, **options | {"seed": 6})] != together
+
+
+def test_a_drawn_caption_is_streamed_as_it_is_written() -> None:
+    model = captioner()
+    drawn = GenerationConfig(do_sample=True, max_new_tokens=12, seed=3)
+    for picture in images():
+        assert "".join(model.stream(picture, generation=drawn)) == model(picture, generation=drawn)[0][0].text
+
+
+def test_words_that_must_come_cannot_be_streamed() -> None:
+    with pytest.raises(ValueError, match="force_words need beams"):
+        next(captioner().stream(images()[0], generation=GenerationConfig(num_beams=2, force_words=("star",))))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_none_is_refused(size: int) -> None:
+    words = tokenizer()
+    classifier = ImageClassifier(
+        ViT(16, 8, 20, 1, 4, num_classes=2), ["a", "b"], ImageTransform(16), device="cpu"
+    )
+    translator = Translator(Transformer(words.vocab_size, 16, 1, 2, mlp_dim=8), words, device="cpu")
+    for call in (
+        lambda: captioner()(images(), batch_size=size),
+        lambda: classifier(images(), batch_size=size),
+        lambda: translator(["a"], "ko", batch_size=size),
+    ):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {size}"):
+            call()
+
+
+def test_a_drawn_translation_depends_on_the_text_alone() -> None:
+    torch.manual_seed(0)
+    words = tokenizer()
+    translator = Translator(Transformer(words.vocab_size, 16, 1, 2, mlp_dim=8), words, device="cpu")
+    texts = ["a red star", "a dot", "a blue dot and a star"]
+    together = translator(texts, "ko", do_sample=True, max_new_tokens=9)
+    assert len({*together}) == 3
+    assert [translator(text, "ko", do_sample=True, max_new_tokens=9)[0] for text in texts] == together
+
+
+def test_the_card_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "star & <b>"
+    captioner().save_pretrained(folder / "model", card="Its scores.")
+    card = (folder / "model" / "README.md").read_text("utf-8")
+    assert "\n# star &amp; &lt;b&gt;\n" in card
+    assert card.endswith("\n\nIts scores.\n")
+    assert "language: [en, ko]" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    images()[0].save(tmp_path / "picture.jpg")
+    exec(
+        code.replace('"model"', repr(str(folder / "model"))).replace(
+            "picture.jpg", str(tmp_path / "picture.jpg")
+        )
+    )
+
+
+# --- how many functions a reader goes through
+
+
+def followed(call: Callable[[], Any]) -> tuple[set[str], set[str]]:
+    """The library's functions that a call crosses, and their files; comprehensions are part of their function."""
+    functions: set[str] = set()
+
+    def look(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<"):
+            functions.add(f"{code.co_filename.removeprefix(PACKAGE)[1:]} {code.co_qualname}")
+
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return functions, {name.split()[0] for name in functions}
+
+
+# What it is now; a change may only lower these. The aim is 60 functions in 12 files, and 20 for a step.
+CAPTION, FILES, STEP = 110, 24, 39
+
+
+def test_a_caption_is_followed_through_few_functions() -> None:
+    model = captioner()
+    model(images()[0])  # warm: the first one packs weights
+    functions, files = followed(lambda: model(images()[0]))
+    assert len(functions) <= CAPTION, sorted(functions)
+    assert len(files) <= FILES, sorted(files)
+
+
+def test_a_decoding_step_is_followed_through_few_functions() -> None:
+    model = captioner()
+    prompt = with_prompts(model.batch([images()[0]]), model.tokenizer, ["ko"])
+    steps = stream(model.ready(), prompt, eos_id=model.tokenizer.eos_ids, max_new_tokens=9, min_new_tokens=9)
+    next(steps)
+    next(steps)
+    functions, _ = followed(lambda: next(steps))
+    assert len(functions) <= STEP, sorted(functions)
