@@ -88,14 +88,14 @@ def main() -> None:
         dtype: torch.dtype,
         ours: Captioner,
         batch: CaptionBatch,
-        loss_mask: float | None = None,
+        target: float | None = None,
         same: bool = False,
     ) -> None:
         if args.only not in name:
             return
         mine = our_step(ours, batch, memory, dtype)
         them = peer_step(peer, full, memory, dtype, same=same)
-        compare(name, mine, them, loss_mask=loss_mask, pairs=args.pairs, unit=(len(batch.tokens), "captions"))
+        compare(name, mine, them, target=target, pairs=args.pairs, unit=(len(batch.tokens), "captions"))
         memory.zero_()
 
     for form in ("same layers", "folded"):

@@ -43,7 +43,7 @@ class Step:
     ) -> None:
         self.model, self.batch, self.dtype, self.tuned = model, batch, dtype, tuned
         self.adamw = optimizer(model, memory, fused=tuned)
-        self.labels = batch.tokens.masked_fill(~batch.target, -100)[:, 1:]
+        self.labels = batch.tokens.masked_fill(~batch.loss_mask, -100)[:, 1:]
 
     def loss(self) -> Tensor:
         if isinstance(self.model, Flamingo):

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
-from mmtransformer import qformer as qformer_module
+from mmtransformer.connectors import qformer as qformer_module
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_blip2
@@ -70,6 +70,19 @@ def training(
         adamw.zero_grad(set_to_none=True)
 
     return step
+
+
+@contextmanager
+def weights_kept(*models: nn.Module) -> Iterator[None]:
+    """Gives models their weights back, so that each line begins from those that the two sides share."""
+    kept = [[parameter.detach().clone() for parameter in model.parameters()] for model in models]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for model, weights in zip(models, kept, strict=True):
+                for parameter, weight in zip(model.parameters(), weights, strict=True):
+                    parameter.copy_(weight)
 
 
 def flops(run: Callable[[], object]) -> float:
@@ -131,21 +144,22 @@ def bench_qformer(args: Any, dropout: float) -> None:
                     with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
                         run(text)
 
-                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), loss_mask=1.0, flops=asked,
+                compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=asked,
                         gemm=args.gemm[dtype], pairs=args.pairs)  # fmt: skip
                 if dtype == torch.float32:
                     packed = prepack(copy.deepcopy(ours))
                     compare(f"{line}, packed", lambda f=forward, p=packed: f(partial(mine, model=p)),
-                            lambda f=forward: f(theirs), loss_mask=1.0, flops=asked, gemm=args.gemm[dtype],
+                            lambda f=forward: f(theirs), target=1.0, flops=asked, gemm=args.gemm[dtype],
                             pairs=args.pairs)  # fmt: skip
             line = f"Q-Former, {what}, training, {name}" + (f", dropout {dropout}" if dropout else "")
             if args.only in line:
                 ours.train(), peer.train()
                 own = training(lambda text=text: mine(text).square().mean(), ours, dtype)
                 other = training(lambda text=text: theirs(text).square().mean(), peer, dtype)
-                compare(
-                    line, own, other, loss_mask=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs
-                )
+                with weights_kept(ours, peer):
+                    compare(
+                        line, own, other, target=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs
+                    )
 
 
 # --------------------------------------------------------------------------------------------------------- stage 2
@@ -213,8 +227,9 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
                     other = training(
                         theirs, peer, dtype, fused=same, precision="medium" if same else "highest"
                     )
-                    compare(line, own, other, loss_mask=None if same else goal, pairs=args.pairs,
-                            unit=(CAPTIONS, "captions"))  # fmt: skip
+                    with weights_kept(model, peer):
+                        compare(line, own, other, target=None if same else goal, pairs=args.pairs,
+                                unit=(CAPTIONS, "captions"))  # fmt: skip
 
 
 def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
@@ -256,7 +271,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
                 f"{line}, fp32, packed",
                 mine,
                 theirs,
-                loss_mask=2.0,
+                target=2.0,
                 pairs=args.pairs,
                 unit=(rows * NEW, "tokens"),
             )
@@ -317,7 +332,8 @@ def bench_stage1(args: Any) -> None:
         if args.only in f"stage 1, {name}":
             own = training(lambda: model(batch, label_smoothing=0.1, itc_smoothing=0.1).loss, adamw, dtype)
             other = training(lambda: by_lavis(model, visual, batch), adamw, dtype)
-            compare(f"stage 1, {name}", own, other, loss_mask=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
+            with weights_kept(model):
+                compare(f"stage 1, {name}", own, other, target=1.3, pairs=args.pairs, unit=(ROWS, "pairs"))
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def main() -> None:
     bf16 = torch.bfloat16
 
     def line(
-        name: str, model: str, batch: int, dtype: torch.dtype, loss_mask: float | None, compiled: bool = False
+        name: str, model: str, batch: int, dtype: torch.dtype, target: float | None, compiled: bool = False
     ) -> None:
         if args.only not in name:
             return
@@ -75,7 +75,7 @@ def main() -> None:
             name,
             mine,
             peer,
-            loss_mask=loss_mask,
+            target=target,
             flops=flops,
             gemm=args.gemm[dtype],
             pairs=args.pairs,
