@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
-from mmtransformer.connectors import qformer as qformer_module
 from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.connectors import qformer as qformer_module
 from mmtransformer.layers.weight_packing import prepack
 from mmtransformer.weights import from_blip2
 from mmtransformer.weights.captioners.qformer import BLIP2, qformer_keys
