@@ -142,16 +142,20 @@ CHECKS = {
 
 
 def test_a_recipe_runs_barebones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning refuses a logger, a progress bar, checkpoints and a rate of logging then: the command gives it none."""
-    steps: list[int] = []
-    monkeypatch.setattr(Captioning, "finish", lambda self, run: steps.append(self.trainer.global_step))
+    """Lightning refuses a logger, a progress bar, checkpoints and a rate of logging then: the command gives it none.
+
+    A share of the validation's batches is that of the evaluation as well.
+    """
+    ends: list[tuple[int, int | None]] = []
+    monkeypatch.setattr(
+        Captioning, "finish", lambda self, run: ends.append((self.trainer.global_step, run.limit_batches))
+    )
     words = ["--config", str(RECIPES / "caption_scenes.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    words += ["--trainer.barebones=true", "--trainer.limit_val_batches=0.67"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert (
-            main(["fit", *words, "--trainer.barebones=true", f"--trainer.default_root_dir={tmp_path}"]) == 0
-        )
-    assert steps == [3]
+        assert main(["fit", *words, f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert ends == [(3, 2)]  # of three batches
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 

@@ -258,9 +258,9 @@ def fit(cli: "LightningCLI") -> None:
     from mmtransformer.training.callbacks.saving import Saving
     from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
     from mmtransformer.training.engine.parameters import trainable_parameters
+    from mmtransformer.training.engine.run import device_name
     from mmtransformer.training.engine.sharded import Sharded
     from mmtransformer.training.engine.speed import checkpoint_activations, compile_blocks
-    from mmtransformer.training.engine.task import device_name
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):
@@ -298,13 +298,15 @@ def fit(cli: "LightningCLI") -> None:
     trainer.ckpt_path = None
     if isinstance(module, Task) and trainer.is_global_zero:
         limit = trainer.limit_val_batches
+        if isinstance(limit, float):  # a share of each split: as many batches as of the largest
+            limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
         seconds = earlier + time.monotonic() - began
         last = folder / "checkpoints" / f"last{SUFFIX}"
         # For caches of every length it would compile anew.
         with torch.compiler.set_stance("force_eager"), written_to(folder, last):
-            module.finish(Run(folder, seconds, device, limit if isinstance(limit, int) else None))
+            module.finish(Run(folder, seconds, device, limit))
 
 
 def _quiet() -> None:

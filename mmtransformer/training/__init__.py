@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmtransformer.training.engine.guard import NotFinite as NotFinite
     from mmtransformer.training.engine.optim import Optim as Optim
     from mmtransformer.training.engine.precision import pick_precision as pick_precision
-    from mmtransformer.training.engine.task import Run as Run
+    from mmtransformer.training.engine.run import Run as Run
     from mmtransformer.training.engine.task import Task as Task
     from mmtransformer.training.evaluation.evaluation import Evaluation as Evaluation
     from mmtransformer.training.evaluation.evaluation import evaluate as evaluate
@@ -38,7 +38,8 @@ _CONTENTS = {
     "engine.guard": "NotFinite",
     "engine.optim": "Optim",
     "engine.precision": "pick_precision",
-    "engine.task": "Run Task",
+    "engine.run": "Run",
+    "engine.task": "Task",
     "callbacks.progress": "Progress",
     "callbacks.samples": "Samples",
     "callbacks.saving": "Saving Stopped",

@@ -5,9 +5,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,8 +16,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
-from mmtransformer.training.engine.accumulators import Means, StepAccumulator, all_reduce_sum
+from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,
@@ -36,27 +38,14 @@ from mmtransformer.training.engine.resume import (
     seed_step,
     strip_frozen,
 )
+from mmtransformer.training.engine.run import Run, device_name
 from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
+from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+
+DataT = TypeVar("DataT", bound=Data)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training run that has ended, for `Task.finish`.
-
-    Attributes:
-        folder: Where its results belong.
-        seconds: How long the training took.
-        device: What it computed on.
-        limit_batches: Most batches of a split that are to be evaluated; None = all.
-    """
-
-    folder: Path
-    seconds: float
-    device: torch.device
-    limit_batches: int | None = None
-
-
-class Task(pl.LightningModule, ABC):
+class Task(pl.LightningModule, ABC, Generic[DataT]):
     """The contract between a recipe and `mmt fit`: a loss to train on, and what is written when training ends.
 
     A training step returns the SUM of the losses; before the optimizer step the gradient is divided by the count (of
@@ -69,15 +58,16 @@ class Task(pl.LightningModule, ABC):
 
     unit = "pictures"
     """What a sample is called where the throughput is shown."""
+    data_kind: type[DataT] = Data  # pyright: ignore[reportAssignmentType]
+    """The data that it knows."""
 
     def __init__(self, optim: Optim) -> None:
         super().__init__()
         self.optim = optim
         self.samples_seen = self.tokens_seen = 0
         self.last_loss = torch.tensor(math.nan)
-        self._parts = StepAccumulator()
+        self._parts, self._means = StepAccumulator(), Means()
         self._size = 0  # samples of the last micro-batch
-        self._means = Means()
         self.skipped = self._in_a_row = 0  # steps that were left out as they were not finite
         self._at_first_batch = True  # whether the first batch is still to come
         self._seed: int | None = None
@@ -92,6 +82,12 @@ class Task(pl.LightningModule, ABC):
     @abstractmethod
     def finish(self, run: Run) -> None:
         """Evaluates what was trained, and writes metrics.json, model/ and pictures into the run's folder."""
+
+    @property
+    def data(self) -> DataT | None:
+        """The run's data, if it is of the kind that the task knows."""
+        found = getattr(self.trainer, "datamodule", None)
+        return found if isinstance(found, self.data_kind) else None
 
     def names(self, batch: Any) -> Sequence[str]:
         """The names of a batch's samples: for the count of samples, and for errors."""
@@ -132,6 +128,11 @@ class Task(pl.LightningModule, ABC):
             self._hashes = frozen_hashes(self)
             assert self.device_mesh is not None
             shard(self, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Says what there is to learn from, where the data can say it."""
+        if self.trainer.is_global_zero and (describe := getattr(self.data, "describe", None)):
+            print(describe())  # noqa: T201
 
     def on_fit_end(self) -> None:
         """Gives the first process the counts of all."""
@@ -196,8 +197,8 @@ class Task(pl.LightningModule, ABC):
         with self._memory_advice():
             loss = self.loss(batch)
         if self._at_first_batch:
-            self._at_first_batch = False
             say_what_cannot_learn(self, loss.sum)
+        self._at_first_batch = False
         self._parts.add(batch, names, loss, self.learned_tokens(batch, loss))
         return loss.sum
 
@@ -229,8 +230,7 @@ class Task(pl.LightningModule, ABC):
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         parts, self._parts = self._parts.read(norm, self.trainer.world_size), StepAccumulator()
         self.samples_seen += parts.samples
         self.tokens_seen += parts.tokens
@@ -242,51 +242,48 @@ class Task(pl.LightningModule, ABC):
         finite = is_finite(loss, norm)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
-            # All processes come by here, so what they compute together they compute together once more.
-            weights = dict(self.named_parameters(remove_duplicate=False))
-            bad = not_finite_in({n: p.grad for n, p in weights.items() if p.grad is not None})
-            error = not_finite(
-                loss=loss,
-                grad_norm=norm,
-                step=self.trainer.global_step,
-                lr=lr,
-                names=parts.suspects,
-                process=self.global_rank,
-                bad_here=parts.bad,
-                culprit=first_bad_module(
-                    self,
-                    lambda: self.compute_again(parts.suspect),
-                    not_finite_in(weights),
-                ),
-                gradient=next((name for name in weights if name in bad), None),
-                record=Path(self.trainer.default_root_dir) / RECORD,
-            )
-            self._in_a_row += 1
-            if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
-                raise error
-            self.skipped += 1
-            if parts.bad or self.trainer.is_global_zero:  # whose samples are bad says so too
-                warnings.warn(f"step left out ({self.skipped} so far): {error}", stacklevel=2)
+            self._leave_out(parts, loss, norm, lr)
             for parameter in params:
                 parameter.grad = None  # An optimizer passes over what has no gradient.
             return
         self._in_a_row = 0
         # Lightning's own clipping refuses fused optimizers, and would measure the norm once more.
-        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        factor = (
-            scale * min(1.0, gradient_clip_val / (norm + 1e-6)) if by_norm and gradient_clip_val else scale
-        )
-        if factor != 1.0 and finite:
-            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
-        if gradient_clip_val and not by_norm:
+        by_value = gradient_clip_algorithm == "value"
+        if gradient_clip_val and not by_value:
+            scale *= min(1.0, gradient_clip_val / (norm + 1e-6))
+        if scale != 1.0 and finite:
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+        if gradient_clip_val and by_value:
             torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
         self.last_loss = torch.tensor(loss)
-        if (
-            self.logs_this_step
-        ):  # Written before the step's checkpoint, which Lightning's own log would come after.
+        if self.logs_this_step:  # before the step's checkpoint, which Lightning's own log would come after
             row = {"train/loss": loss, "train/grad_norm": norm, "lr": lr} | parts.watched
             for logger in self.trainer.loggers:
                 logger.log_metrics(row | {"epoch": self.trainer.current_epoch}, self.trainer.global_step)
+
+    def _leave_out(self, parts: StepSums, loss: float, norm: float, lr: float) -> None:
+        """Finds what is wrong with a step, in all processes at once, and counts it, or raises `NotFinite`."""
+        weights = dict(self.named_parameters(remove_duplicate=False))
+        bad = not_finite_in({n: p.grad for n, p in weights.items() if p.grad is not None})
+        culprit = first_bad_module(self, lambda: self.compute_again(parts.suspect), not_finite_in(weights))
+        error = not_finite(
+            loss=loss,
+            grad_norm=norm,
+            step=self.trainer.global_step,
+            lr=lr,
+            names=parts.suspects,
+            process=self.global_rank,
+            bad_here=parts.bad,
+            culprit=culprit,
+            gradient=next((name for name in weights if name in bad), None),
+            record=Path(self.trainer.default_root_dir) / RECORD,
+        )
+        self._in_a_row += 1
+        if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
+            raise error
+        self.skipped += 1
+        if parts.bad or self.trainer.is_global_zero:  # whose samples are bad says so too
+            warnings.warn(f"step left out ({self.skipped} so far): {error}", stacklevel=2)
 
     def compute_again(self, batch: Any) -> None:
         """The way forward of a training step, in its number format, to see where numbers stop being finite."""
@@ -362,6 +359,33 @@ class Task(pl.LightningModule, ABC):
         """Gives the first process what all have counted."""
         self.samples_seen, self.tokens_seen = counts if self.global_rank == 0 else (0, 0)
 
+    # -------------------------------------------------------------------------------------------------- the end
+
+    def conclude(
+        self,
+        run: Run,
+        metrics: Mapping[str, Any],
+        table: str,
+        *,
+        shown: Sequence[str] = (),
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Writes metrics.json, with how the run went, and curves.png; says what was found and where it is.
+
+        Args:
+            run: The run.
+            metrics: What was measured.
+            table: The same as lines of text.
+            shown: Lines below it: examples.
+            files: What else lies in the folder: "texts" -> "texts.txt".
+        """
+        write_metrics(run.folder, {**metrics, "training": self.training_facts(run)})
+        draw_curves(run.folder)
+        took = f"trained {self.trainer.global_step} steps in {seconds_to_text(run.seconds)}"
+        paths = {"metrics": "metrics.json", **files, "model": "model"}
+        where = [f"{what:<10}{run.folder / name}" for what, name in paths.items()]
+        print("\n".join([took, "", table, "", *shown, *([""] if shown else []), *where]))  # noqa: T201
+
     def training_facts(self, run: Run) -> dict[str, Any]:
         """How the run went, for metrics.json."""
         return {
@@ -374,10 +398,3 @@ class Task(pl.LightningModule, ABC):
             "precision": str(self.trainer.precision),
             "parameters": trainable_parameters(self),
         }
-
-
-def device_name(device: torch.device) -> str:
-    """What computes, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type

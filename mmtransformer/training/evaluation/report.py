@@ -5,9 +5,12 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from mmtransformer.backbones.base import Decoder
+from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
@@ -22,6 +25,8 @@ from mmtransformer.plots import (
     save_image,
     save_loss_curves,
 )
+from mmtransformer.serialization.pretrained import Pretrained
+from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY, Evaluation, Prediction
 
 
@@ -63,8 +68,7 @@ def write_report(
         hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
         table = page_table(evaluation)
         save_html_gallery(cards, folder / "gallery.html", title=title, metrics=table, hint=hint)
-    if (folder / "metrics.csv").is_file():
-        draw_curves(folder, title)
+    draw_curves(folder)
     return metrics
 
 
@@ -74,10 +78,14 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
-def draw_curves(folder: Path, title: str | None = None) -> None:
-    """Draws the losses of the run's metrics.csv, under its name unless told; too few steps have no curve."""
+def draw_curves(folder: Path) -> None:
+    """Draws the losses of the run's metrics.csv under its name, if there are any; too few steps have no curve."""
+    if not (folder / "metrics.csv").is_file():
+        return
     with suppress(ValueError):
-        save_loss_curves(folder / "metrics.csv", folder / "curves.png", title=title or folder.resolve().name)
+        save_loss_curves(
+            folder / "metrics.csv", folder / "curves.png", title=folder.resolve().name.replace("_", " ")
+        )
 
 
 def make_cards(
@@ -190,3 +198,48 @@ def seconds_to_text(seconds: float) -> str:
     """12 s, or 3 min 5 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def save_text_model(
+    model: Decoder | TextEncoder, tokenizer: Tokenizer, folder: Path, *, note: str = ""
+) -> None:
+    """Writes a language model or a text encoder, its tokenizer and a model card into one folder.
+
+    Args:
+        model: The model, one that can be saved.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        note: More for the folder's README.md: scores, say.
+    """
+    assert isinstance(model, Pretrained)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    encodes = isinstance(model, TextEncoder)
+    kind, tag = ("text encoder", "fill-mask") if encodes else ("language model", "text-generation")
+    name, door = ("encoder", "TextEncoder.from_pretrained") if encodes else ("decoder", "load_lm")
+    imports = (
+        "from mmtransformer import TextEncoder, Tokenizer"
+        if encodes
+        else ("from mmtransformer import Tokenizer\nfrom mmtransformer.weights import load_lm")
+    )
+    languages = f"\nlanguage: [{', '.join(tokenizer.languages)}]" if tokenizer.languages else ""
+    parameters = sum(p.numel() for p in model.parameters())
+    card = f"""---
+library_name: mmtransformer
+pipeline_tag: {tag}{languages}
+---
+
+# {escape(folder.parent.name if folder.name == "model" else folder.name)}
+
+A {kind} of mmtransformer: {parameters / 1e6:.1f} million parameters, {tokenizer.vocab_size} tokens.
+
+```python
+{imports}
+
+{name} = {door}("{folder.name}")  # this folder
+tokenizer = Tokenizer.from_pretrained("{folder.name}")
+```
+
+{note}
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -20,7 +20,8 @@ from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.engine.run import Run
+from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.evaluation import evaluate, image_ablation
 from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report

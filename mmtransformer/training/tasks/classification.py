@@ -15,11 +15,11 @@ from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
 from mmtransformer.plots import Card, CardCaption, draw_gallery, draw_rollout, save_image
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run, Task
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.engine.run import Run
+from mmtransformer.training.engine.task import Task
 
 
-class Classification(Task):
+class Classification(Task[ClassData]):
     """Trains a ViT to classify (Dosovitskiy et al., arXiv:2010.11929).
 
     A ViT without a head, such as `load_vit` gives, gets one for the classes of the data.
@@ -31,6 +31,8 @@ class Classification(Task):
         freeze: Train the head alone, and leave the rest as it is (a linear probe).
         num_cards: Pictures in the gallery.
     """
+
+    data_kind = ClassData
 
     def __init__(
         self,
@@ -50,12 +52,6 @@ class Classification(Task):
             freeze,
             num_cards,
         )
-
-    @property
-    def data(self) -> ClassData | None:
-        """The run's data, if it is a ClassData."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, ClassData) else None
 
     def setup(self, stage: str) -> None:
         """Gives the model a head for the data's classes, and checks that the pictures fit.
@@ -83,11 +79,6 @@ class Classification(Task):
         if self.freeze_vit:
             self.vit.requires_grad_(False)
             self.vit.head.requires_grad_(True)
-
-    def on_fit_start(self) -> None:
-        """Says what there is to learn from."""
-        if self.data is not None and self.trainer.is_global_zero:
-            print(self.data.describe())  # noqa: T201
 
     def set_modes(self) -> None:
         """A frozen tower has neither dropout nor stochastic depth."""
@@ -123,28 +114,22 @@ class Classification(Task):
         data = self.data
         if data is None:
             return
-        facts = self.training_facts(run)
         self.vit.to(run.device).eval()
         confusions = {
             split: self._confusion(data, split, run.device, run.limit_batches) for split in data.val_splits
         }
         scores = {split: class_scores(matrix, data.classes) for split, matrix in confusions.items()}
-        write_metrics(run.folder, {"classification": scores, "training": facts})
         found = table(scores)
         classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
         classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
-        title = run.folder.resolve().name.replace("_", " ")
+        files = {}
         if cards := make_cards(classifier, data, self.num_cards):
-            gallery = draw_gallery(cards, title=title, columns=6, card_width=200)
+            gallery = draw_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
-            rollout = draw_rollout(self.vit, cards[0].image, data.transform, title=title)
+            rollout = draw_rollout(self.vit, cards[0].image, data.transform, title=run.title)
             save_image(rollout, run.folder / "attention.png")
-        draw_curves(run.folder, title)
-        print(  # noqa: T201
-            f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}\n\n{found}\n\n"
-            f"metrics   {run.folder / 'metrics.json'}\ngallery   {run.folder / 'gallery.png'}\n"
-            f"model     {run.folder / 'model'}"
-        )
+            files = {"gallery": "gallery.png"}
+        self.conclude(run, {"classification": scores}, found, files=files)
 
     @torch.inference_mode()
     def _confusion(self, data: ClassData, split: str, device: torch.device, limit: int | None) -> Tensor:

@@ -15,13 +15,13 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.text_to_image import TextToImage
 from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.engine.run import Run
+from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, table, texts_of
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
-class ImageGeneration(Task):
+class ImageGeneration(Task[CaptionData]):
     """Trains a model to draw what people say of a picture.
 
     Where the data are drawn scenes, what the model draws is read back and judged by facts (`scenes.reader`).
@@ -34,6 +34,8 @@ class ImageGeneration(Task):
         guidance_scales: The first half as many texts are also drawn with each of these: a curve.
         num_cards: Pictures in the gallery.
     """
+
+    data_kind = CaptionData
 
     def __init__(
         self,
@@ -52,12 +54,6 @@ class ImageGeneration(Task):
             )
         self.model, self.drawing, self.num_scored, self.num_cards = model, drawing, num_scored, num_cards
         self.guidance_scales = tuple(guidance_scales)
-
-    @property
-    def data(self) -> CaptionData | None:
-        """The run's data, if they are pictures with texts."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, CaptionData) else None
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -83,7 +79,6 @@ class ImageGeneration(Task):
         data = self.data
         if data is None:
             return
-        facts = self.training_facts(run)
         painter = TextToImage(
             self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device
         )
@@ -105,23 +100,17 @@ class ImageGeneration(Task):
                     painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale
                 )
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
-        metrics = {"drawings": scores, "reader": reader, "guidance": curve, "training": facts}
-        write_metrics(run.folder, metrics)
+        metrics = {"drawings": scores, "reader": reader, "guidance": curve}
         found = table(scores)
         painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
-        title = run.folder.resolve().name.replace("_", " ")
         if cards:
-            gallery = draw_gallery(cards, title=title, columns=6, card_width=200)
+            gallery = draw_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
-        draw_curves(run.folder, title)
         limits = ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items())
-        print(  # noqa: T201
-            f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}\n\n"
-            f"of true pictures the reader reads {limits} of the facts\n{found}\n\n"
-            f"metrics   {run.folder / 'metrics.json'}\ngallery   {run.folder / 'gallery.png'}\n"
-            f"model     {run.folder / 'model'}\n\nDraw something of your own:\n"
-            f'  mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
-        )
+        found = f"of true pictures the reader reads {limits} of the facts\n{found}"
+        self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
+        command = f'mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
+        print(f"\nDraw something of your own:\n  {command}")  # noqa: T201
 
     @staticmethod
     def _cards(pairs: SceneSplit, texts: list[str], drawings: list, language: str) -> list[Card]:

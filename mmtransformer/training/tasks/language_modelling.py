@@ -1,8 +1,6 @@
 """LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +10,10 @@ from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
-from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run, Task
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.engine.run import Run
+from mmtransformer.training.engine.task import Task
+from mmtransformer.training.evaluation.report import save_text_model
 from mmtransformer.training.evaluation.text_scores import (
     ALL,
     novelty,
@@ -28,7 +26,7 @@ from mmtransformer.training.evaluation.text_scores import (
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
-class LanguageModelling(Task):
+class LanguageModelling(Task[TextData]):
     """Trains a decoder on texts in packed rows: GPT (Radford et al. 2018), whatever the decoder's family.
 
     When the run ends, the model is set beside n-gram models of the same training texts, and model and tokenizer are
@@ -43,6 +41,7 @@ class LanguageModelling(Task):
     """
 
     unit = "texts"
+    data_kind = TextData
 
     def __init__(
         self,
@@ -61,12 +60,6 @@ class LanguageModelling(Task):
         self.num_texts = num_texts
         self._turn = 0  # of the texts that are shown
 
-    @property
-    def data(self) -> TextData | None:
-        """The run's data, if it is a TextData."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, TextData) else None
-
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
 
@@ -81,11 +74,6 @@ class LanguageModelling(Task):
         if data is None:
             return
         check_texts(data, data.max_len, self.decoder, "decoder")
-
-    def on_fit_start(self) -> None:
-        """Says how the texts became rows."""
-        if self.data is not None and self.trainer.is_global_zero:
-            print(self.data.describe())  # noqa: T201
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -129,12 +117,6 @@ class LanguageModelling(Task):
         data = self.data
         if data is None:
             return
-        facts = self.training_facts(run)
-        facts["tokens_per_second"] = round(self.tokens_seen / max(run.seconds, 1e-9))
-        print(  # noqa: T201
-            f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}, "
-            f"{facts['tokens_per_second']:,} tokens a second"
-        )
         decoder = merge_lora(self.decoder).to(run.device).eval()
         scores = {
             split: score_texts(decoder, data, split, limit_batches=run.limit_batches)
@@ -143,73 +125,29 @@ class LanguageModelling(Task):
         ngrams = score_ngrams(data, data.val_splits, self.baseline_orders, max_tokens=self.baseline_tokens)
         written = self._write(decoder, data)
         known = data.texts(data.train_split)
-        metrics: dict[str, Any] = {
+        metrics = {
             "scores": scores_to_dict(scores),
             "ngrams": {str(n): scores_to_dict(by) for n, by in ngrams.items()},
             "texts": {language or ALL: novelty(texts, known) for language, texts in written.items()},
-            "training": facts,
         }
         lines = table(scores, ngrams)
-        write_metrics(run.folder, metrics)
-        made_up = [
-            f"{language}: {text}" if language else text
+        tagged = {
+            language: [f"{language}: {text}" if language else text for text in texts]
             for language, texts in written.items()
-            for text in texts
-        ]
+        }
+        made_up = [text for texts in tagged.values() for text in texts]
         (run.folder / "texts.txt").write_text("\n".join(made_up) + "\n", encoding="utf-8")
-        save_language_model(decoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
-        draw_curves(run.folder)
-        shown = [
-            f"  {language}: {text}" if language else f"  {text}"
-            for language, texts in written.items()
-            for text in texts[:3]
-        ]
-        print(  # noqa: T201
-            "\n".join(
-                ["", lines, "", "It writes, for example:", *shown, ""]
-                + [f"metrics   {run.folder / 'metrics.json'}", f"texts     {run.folder / 'texts.txt'}"]
-                + [f"model     {run.folder / 'model'}  (the frozen language model of a bridge)"]
-            )
-        )
+        save_text_model(decoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
+        shown = ["It writes, for example:", *(f"  {text}" for texts in tagged.values() for text in texts[:3])]
+        self.conclude(run, metrics, lines, shown=shown, files={"texts": "texts.txt"})
+
+    def training_facts(self, run: Run) -> dict[str, Any]:
+        """As of every task, and how many tokens were learned in a second."""
+        speed = round(self.tokens_seen / max(run.seconds, 1e-9))
+        return super().training_facts(run) | {"tokens_per_second": speed}
 
     def _write(self, decoder: Decoder, data: TextData) -> dict[str | None, list[str]]:
         return {
             language: write_texts(decoder, data.tokenizer, language, self.num_texts)
             for language in self._languages(data)
         }
-
-
-def save_language_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
-    """Writes a language model and its tokenizer into one folder, for `weights.load_lm` and `Tokenizer.from_pretrained`.
-
-    Args:
-        decoder: The model.
-        tokenizer: Its tokenizer.
-        folder: Where to.
-        note: More for the folder's README.md: scores, say.
-    """
-    assert isinstance(decoder, Pretrained)
-    decoder.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    parameters = sum(p.numel() for p in decoder.parameters())
-    head = ["library_name: mmtransformer", "pipeline_tag: text-generation"]
-    head += [f"language: [{', '.join(tokenizer.languages)}]"] if tokenizer.languages else []
-    title = escape(folder.parent.name if folder.name == "model" else folder.name)
-    card = f"""---
-{chr(10).join(head)}
----
-
-# {title}
-
-A language model of mmtransformer: {parameters / 1e6:.1f} million parameters, {tokenizer.vocab_size} tokens.
-
-```python
-from mmtransformer import Tokenizer
-from mmtransformer.weights import load_lm
-
-decoder, tokenizer = load_lm("{folder.name}"), Tokenizer.from_pretrained("{folder.name}")  # this folder
-```
-
-{note}
-"""
-    (folder / "README.md").write_text(card, encoding="utf-8")

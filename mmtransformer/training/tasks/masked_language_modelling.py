@@ -2,10 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from html import escape
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +12,15 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.losses.next_token import Loss
-from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run, Task
+from mmtransformer.training.engine.run import Run
+from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.evaluation.report import save_text_model
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
-class MaskedLanguageModelling(Task):
+class MaskedLanguageModelling(Task[MaskedTextData]):
     """Trains a text encoder as BERT was (Devlin et al., arXiv:1810.04805): hidden words, and pairs of texts.
 
     The loss is the mean over hidden tokens, plus the mean over pairs where there are any. Whether two texts belong
@@ -38,6 +35,7 @@ class MaskedLanguageModelling(Task):
     """
 
     unit = "texts"
+    data_kind = MaskedTextData
 
     def __init__(
         self,
@@ -51,12 +49,6 @@ class MaskedLanguageModelling(Task):
             raise ValueError(f"pair_weight ({pair_weight}) must not be below 0")
         self.encoder, self.pair_weight = encoder, pair_weight
         self._turn = 0  # of the rows that are shown
-
-    @property
-    def data(self) -> MaskedTextData | None:
-        """The run's data, if it is a MaskedTextData."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, MaskedTextData) else None
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -78,11 +70,6 @@ class MaskedLanguageModelling(Task):
                 f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.pairs: false"
             )
         check_texts(data, data.max_len, self.encoder, "encoder")
-
-    def on_fit_start(self) -> None:
-        """Says what the texts are."""
-        if self.data is not None and self.trainer.is_global_zero:
-            print(self.data.describe())  # noqa: T201
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -138,19 +125,12 @@ class MaskedLanguageModelling(Task):
         data = self.data
         if data is None:
             return
-        facts = self.training_facts(run)
-        print(f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}")  # noqa: T201
         encoder = self.encoder.to(run.device).eval()
         baseline = count_neighbours(data)
         scores = {
             split: score_masked(encoder, data, split, baseline, limit_batches=run.limit_batches)
             for split in data.val_splits
         }
-        metrics: dict[str, Any] = {
-            "scores": {s: asdict(score) for s, score in scores.items()},
-            "training": facts,
-        }
-        write_metrics(run.folder, metrics)
         lines = "\n".join(f"{split}: {score}" for split, score in scores.items())
         filled = [
             line
@@ -159,47 +139,11 @@ class MaskedLanguageModelling(Task):
             for line in fill_in(encoder, data.tokenizer, batch.to(run.device))
         ]
         (run.folder / "filled.txt").write_text("\n".join(filled) + "\n", encoding="utf-8")
-        save_encoder(encoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
-        draw_curves(run.folder)
-        shown = ["", lines, "", "It fills in [word: what stood there], for example:"]
-        shown += [f"  {line}" for line in filled[:6]]
-        shown += ["", f"metrics   {run.folder / 'metrics.json'}", f"texts     {run.folder / 'filled.txt'}"]
-        print("\n".join([*shown, f"model     {run.folder / 'model'}"]))  # noqa: T201
+        save_text_model(encoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
+        metrics = {"scores": {split: asdict(score) for split, score in scores.items()}}
+        shown = ["It fills in [word: what stood there], for example:", *(f"  {line}" for line in filled[:6])]
+        self.conclude(run, metrics, lines, shown=shown, files={"texts": "filled.txt"})
 
 
 def _at_least_float(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def save_encoder(encoder: TextEncoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
-    """Writes an encoder and its tokenizer into one folder.
-
-    Args:
-        encoder: The model.
-        tokenizer: Its tokenizer.
-        folder: Where to.
-        note: More for the folder's README.md: scores, say.
-    """
-    encoder.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    parameters = sum(p.numel() for p in encoder.parameters())
-    title = escape(folder.parent.name if folder.name == "model" else folder.name)
-    card = f"""---
-library_name: mmtransformer
-pipeline_tag: fill-mask
----
-
-# {title}
-
-A text encoder of mmtransformer: {parameters / 1e6:.1f} million parameters, {tokenizer.vocab_size} tokens.
-
-```python
-from mmtransformer import TextEncoder, Tokenizer
-
-encoder = TextEncoder.from_pretrained("{folder.name}")  # this folder
-tokenizer = Tokenizer.from_pretrained("{folder.name}")
-```
-
-{note}
-"""
-    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -13,7 +13,7 @@ from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run
+from mmtransformer.training.engine.run import Run
 from mmtransformer.training.evaluation.report import write_metrics
 from mmtransformer.training.evaluation.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.tasks.captioning import Captioning
@@ -147,8 +147,7 @@ class QFormerStage1(Captioning):
         path = run.folder / "metrics.json"
         metrics = json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1}
         write_metrics(run.folder, metrics)
-        title = run.folder.resolve().name.replace("_", " ")
-        draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=title)
+        draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
         print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201
 
 

@@ -17,8 +17,8 @@ from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import draw_attention, save_image
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run, Task
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.engine.run import Run
+from mmtransformer.training.engine.task import Task
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
@@ -72,7 +72,7 @@ def score_translations(said: Sequence[str], pairs: Sequence[Parallel]) -> Transl
     )
 
 
-class Translation(Task):
+class Translation(Task[TranslationData]):
     """Trains an encoder-decoder to translate (Vaswani et al., arXiv:1706.03762).
 
     Args:
@@ -83,6 +83,7 @@ class Translation(Task):
     """
 
     unit = "pairs"
+    data_kind = TranslationData
 
     def __init__(
         self,
@@ -98,12 +99,6 @@ class Translation(Task):
         self.model, self.label_smoothing, self.generation = model, label_smoothing, generation
         self._turn = 0  # of the samples that are shown
 
-    @property
-    def data(self) -> TranslationData | None:
-        """The run's data, if it is a TranslationData."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, TranslationData) else None
-
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
 
@@ -114,11 +109,6 @@ class Translation(Task):
         if data is None:
             return
         check_texts(data, data.max_len, self.model, "model")
-
-    def on_fit_start(self) -> None:
-        """Says what there is to learn from."""
-        if self.data is not None and self.trainer.is_global_zero:
-            print(self.data.describe())  # noqa: T201
 
     def loss(self, batch: TextPairs) -> Loss:
         """The losses of the batch's target tokens, each after the true ones before it."""
@@ -159,7 +149,6 @@ class Translation(Task):
         data = self.data
         if data is None:
             return
-        facts = self.training_facts(run)
         translator = Translator(self.model, data.tokenizer, generation=self.generation, device=run.device)
         scores: dict[str, dict[str, TranslationScore]] = {}
         shown: list[str] = []
@@ -180,18 +169,10 @@ class Translation(Task):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             (run.folder / f"translations_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         plain = {split: {key: asdict(score) for key, score in by.items()} for split, by in scores.items()}
-        write_metrics(run.folder, {"translation": plain, "training": facts})
         self._draw(translator, data, run)
         found = table(scores)
         translator.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
-        draw_curves(run.folder)
-        print(  # noqa: T201
-            "\n".join(
-                [f"trained {facts['steps']} steps in {seconds_to_text(run.seconds)}", "", found, ""]
-                + ["It translates, for example:", *shown, "", f"metrics   {run.folder / 'metrics.json'}"]
-                + [f"model     {run.folder / 'model'}"]
-            )
-        )
+        self.conclude(run, {"translation": plain}, found, shown=["It translates, for example:", *shown])
 
     def _draw(self, translator: Translator, data: TranslationData, run: Run) -> None:
         """Where the decoder looked while it wrote the first translation of each direction."""

@@ -24,7 +24,7 @@ from mmtransformer.training.engine.guard import (
     not_finite,
 )
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.task import Run
+from mmtransformer.training.engine.run import Run
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
 
