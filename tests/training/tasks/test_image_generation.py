@@ -59,7 +59,7 @@ def recipe(**model) -> dict:
                 "vocab_size": 300,
                 "batch_size": 4,
                 "max_len": 96,
-                "val_splits": ["val", "compositional"],
+                "splits": {"val": ["val", "compositional"]},
             },
         },
     }
