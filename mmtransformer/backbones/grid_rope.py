@@ -64,14 +64,14 @@ class GridRotary(nn.Module):
             )
         self.head_dim, self.depth, self.config = head_dim, depth, config
         if config.kind == "mixed":
-            rates, turn = self._rates(torch.device("cpu")), 2 * math.pi * torch.rand(depth, num_heads, 1)
+            rates, turn = self._rates(), 2 * math.pi * torch.rand(depth, num_heads, 1)
             turns = torch.cat(
                 (turn.expand(-1, -1, len(rates)), turn.expand(-1, -1, len(rates)) + math.pi / 2), -1
             )
             self.freqs = nn.Parameter(torch.stack((turns.cos(), turns.sin())) * rates.repeat(2))
             """(2 depth h c/2): what a step along the first coordinate, and along the second, turns each pair by."""
 
-    def _rates(self, device: torch.device) -> Tensor:
+    def _rates(self, device: torch.device | None = None) -> Tensor:
         """How far a step turns each of the c/4 pairs, in float32 whatever the weights are kept in."""
         quarter = self.head_dim // 4
         rates = self.config.theta ** -(torch.arange(quarter, device=device, dtype=torch.float32) / quarter)

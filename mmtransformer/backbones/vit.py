@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmtransformer.backbones.grid_rope import GridRotary, RopeConfig, keep_angles
 from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, keep_tokens, kept_tokens
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig, make_block
+from mmtransformer.backbones.vit_blocks import BlockConfig, DistilledHead, OutputConfig, make_block
 from mmtransformer.layers.attention import Rope
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.positions import resize_positions, sinusoidal_2d
@@ -45,7 +45,8 @@ class ViT(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         class_token: whether a class token stands first.
         num_registers: register tokens after it (arXiv:2309.16588).
-        pool: what `forward` returns of an image: its class token, the mean of its patches, or attention to them.
+        pool: what `forward` returns of an image: its class token, the mean of its patches, attention to them, or
+            "distilled", the mean of the class and the distillation token (the first register; DeiT, arXiv:2012.12877).
         num_classes: classes of the linear head; 0 = none.
         patches: how patches are made of pixels.
         block: what the blocks are made of.
@@ -69,7 +70,7 @@ class ViT(Pretrained, nn.Module):
         mlp_dim: int | None = None,
         class_token: bool = True,
         num_registers: int = 0,
-        pool: Literal["class", "mean", "attention"] = "class",
+        pool: Literal["class", "mean", "attention", "distilled"] = "class",
         num_classes: int = 0,
         patches: PatchConfig = PatchConfig(),
         block: BlockConfig = BlockConfig(),
@@ -82,10 +83,12 @@ class ViT(Pretrained, nn.Module):
             raise ValueError(
                 f"image_size ({height} x {width}) must be divisible by patch_size ({patch_size})"
             )
-        if pool not in ("class", "mean", "attention"):
-            raise ValueError(f'pool must be "class", "mean" or "attention", not "{pool}"')
+        if pool not in ("class", "mean", "attention", "distilled"):
+            raise ValueError(f'pool must be "class", "mean", "attention" or "distilled", not "{pool}"')
         if pool == "class" and not class_token:
             raise ValueError('pool="class" needs class_token=True; without one, pool "mean" or "attention"')
+        if pool == "distilled" and not (class_token and num_registers):
+            raise ValueError('pool="distilled" reads a class token and the first register: it needs both')
         self.image_size, self.patch_size = (height, width), patch_size
         self.dim, self.depth, self.num_heads = dim, depth, num_heads
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
@@ -122,7 +125,8 @@ class ViT(Pretrained, nn.Module):
         if pool == "attention":
             heads, width = output.pool_heads or num_heads, output.pool_mlp_dim or mlp_dim
             self.attn_pool = AttentionPool(dim, heads, width, activation=pool_activation, eps=block.norm_eps)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        head = DistilledHead if pool == "distilled" else nn.Linear
+        self.head = head(dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -229,9 +233,11 @@ class ViT(Pretrained, nn.Module):
         if self.attn_pool is not None:
             pooled = self.attn_pool(x if self.output.pool_prefix else patches)[:, 0]
         else:
-            pooled = x[:, 0] if self.pool == "class" else patches.mean(1)
+            pooled = {"class": x[:, :1], "distilled": x[:, :2]}.get(self.pool, patches).mean(1)
         pooled = self.pool_norm(pooled)
-        return pooled if pre_logits else self.head(pooled)
+        if pre_logits:
+            return pooled
+        return self.head(x[:, :2] if isinstance(self.head, DistilledHead) else pooled)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Class logits, or the pooled feature where there are none: (b channels height width) -> (b classes | d)."""

@@ -127,6 +127,23 @@ class ParallelBlock(nn.Module):
         return x + self.branch(self.attn(normed, mask=mask, rope=rope) + self.mlp(normed))
 
 
+class DistilledHead(nn.Module):
+    """A classifier of the class token and one of the distillation token, averaged (DeiT, arXiv:2012.12877).
+
+    Args:
+        dim: width of a token.
+        num_classes: classes.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.of_class, self.of_distilled = nn.Linear(dim, num_classes), nn.Linear(dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The two tokens (b 2 d) -> logits (b num_classes)."""
+        return (self.of_class(x[:, 0]) + self.of_distilled(x[:, 1])) / 2
+
+
 def make_block(dim: int, num_heads: int, mlp_dim: int, config: BlockConfig, drop_path: float) -> nn.Module:
     """One block of width dim: tokens (b q d) -> (b q d).
 

@@ -85,6 +85,7 @@ MODELS = {
         **VISION | {"num_heads": 5}, block=BlockConfig(order="parallel"), pool="attention",
         rope=RopeConfig("axial", 1e3, 1.0, "xy", (2, 3)), output=OutputConfig("pooled", 2, 13, True),
     ),
+    "ViT of two heads": lambda: ViT(**VISION, num_registers=1, pool="distilled", num_classes=3),
     "ViT that learns to turn": lambda: ViT(
         **VISION | {"num_heads": 5}, patches=PatchConfig(positions="none"), rope=RopeConfig("mixed", 10.0)
     ),

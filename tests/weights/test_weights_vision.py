@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.layers import QuickGELU
 from timm.layers.mlp import GluMlp, SwiGLU, SwiGLUPacked
 from timm.layers.norm import RmsNorm
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -72,6 +73,13 @@ VITS: dict[str, dict[str, Any]] = {
         "reg_tokens": 3,
         "no_embed_class": True,
     },
+    "attention to all tokens": {
+        "global_pool": "map",
+        "class_token": False,
+        "reg_tokens": 1,
+        "num_classes": 7,
+        "pool_include_prefix": True,
+    },
     "one channel": {"in_chans": 1},
     "no bias of queries, keys and values": {"qkv_bias": False},
     "no biases at all": {"qkv_bias": False, "proj_bias": False},
@@ -117,7 +125,27 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 def settings_of(vit: ViT) -> ViTSettings:
     order = "res_post" if vit.block.order == "res_post" else "pre"
-    return ViTSettings(vit.num_heads, vit.grid, vit.block.activation, vit.block.norm_eps, vit.pool, order)
+    return ViTSettings(
+        vit.num_heads,
+        vit.grid,
+        vit.block.activation,
+        vit.block.norm_eps,
+        vit.pool,
+        order,
+        vit.output.pool_prefix,
+    )
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_a_distilled_tower_equals_timm(classes: int) -> None:
+    theirs = shake(VisionTransformerDistilled(**BASE | {"num_classes": classes}))
+    ours, pixels = from_timm(theirs), torch.randn(3, 3, 24, 24)
+    features = theirs.forward_features(pixels)
+    close(ours.forward_features(pixels), features)
+    close(ours(pixels), theirs(pixels))
+    close(ours.forward_head(features, True), theirs.forward_head(features, True))
+    with pytest.raises(ValueError, match="nothing like pool='distilled'"):
+        to_timm(ours)
 
 
 @pytest.mark.parametrize("name", OTHER_BLOCKS)

@@ -29,6 +29,7 @@ class ViTSettings:
         norm_eps: of the LayerNorms: 1e-6 in the paper's code and timm, 1e-5 in CLIP.
         pool: what `forward` returns; vision towers of captioners do not pool.
         order: where the blocks' norms stand, see `BlockConfig`; parallel blocks are seen by their tensors.
+        pool_prefix: whether attention pooling also reads class token and registers.
     """
 
     num_heads: int
@@ -37,6 +38,7 @@ class ViTSettings:
     norm_eps: float
     pool: Pool
     order: Literal["pre", "res_post"] = "pre"
+    pool_prefix: bool = False
 
 
 def from_timm(model: nn.Module) -> ViT:
@@ -48,6 +50,7 @@ def from_timm(model: nn.Module) -> ViT:
     """
     from timm.layers.attention import Attention
     from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
     from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 
@@ -55,7 +58,8 @@ def from_timm(model: nn.Module) -> ViT:
     context = f"timm's {type(model).__name__}"
     if type(model) is Eva:
         return from_eva(model)
-    if type(model) is not VisionTransformer:
+    distilled = type(model) is VisionTransformerDistilled
+    if type(model) is not VisionTransformer and not distilled:
         raise ValueError(f"{context} is not a VisionTransformer or Eva, which alone fit ViT")
     block: Any = timm_model.blocks[0]
     kind: type = type(block)
@@ -68,7 +72,7 @@ def from_timm(model: nn.Module) -> ViT:
             names = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{context} has blocks with {type(module).__name__}: ViT knows {names}")
     pool = timm_model.global_pool
-    if pool not in (*POOLS, "") or (timm_model.pool_include_prefix and pool in ("avg", "map")):
+    if pool not in (*POOLS, "") or (timm_model.pool_include_prefix and pool == "avg"):
         raise ValueError(
             f'ViT does not pool like timm\'s global_pool="{pool}" '
             f"(with prefix tokens: {timm_model.pool_include_prefix})"
@@ -92,8 +96,9 @@ def from_timm(model: nn.Module) -> ViT:
         timm_model.patch_embed.grid_size,
         known[name],
         norm_eps_of(model, context),
-        POOLS.get(pool, "class" if timm_model.has_class_token else "mean"),
+        "distilled" if distilled else POOLS.get(pool, "class" if timm_model.has_class_token else "mean"),
         "res_post" if kind is ResPostBlock else "pre",
+        timm_model.pool_include_prefix and pool == "map",
     )
     return vit_from_state(timm_model.state_dict(), settings, context)
 
@@ -118,7 +123,7 @@ def vit_from_state(
     dim, channels, patch, width = state["patch_embed.proj.weight"].shape
     if patch != width:
         raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
-    prefix = [name for name in ("cls_token", "reg_token") if name in state]
+    prefix = [name for name in ("cls_token", "dist_token", "reg_token") if name in state]
     count, has_class = sum(state[name].shape[1] for name in prefix), "cls_token" in state
     places, (rows, columns) = state["pos_embed"].shape[1], settings.grid
     if places not in (rows * columns, rows * columns + count):
@@ -145,12 +150,14 @@ def vit_from_state(
         ),
         block=block,
         output=OutputConfig(
-            "tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none"
+            "tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none",
+            pool_prefix=settings.pool_prefix,
         ),
     )
-    return fill_vit(
-        vit, tower_keys(block, packed=packed), state, context, positions="pos_embed", prefix=prefix
-    )
+    keys = tower_keys(block, packed=packed)
+    if settings.pool == "distilled":
+        keys["head"] = "head.of_class"
+    return fill_vit(vit, keys, state, context, positions="pos_embed", prefix=prefix)
 
 
 def _blocks_of(
@@ -206,7 +213,7 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
         {
             "rope": (vit.rope, RopeConfig()),
             "pool_heads": (vit.output.pool_heads or vit.num_heads, vit.num_heads),
-            "pool_prefix": (vit.output.pool_prefix, False),
+            "pool": (vit.pool if vit.pool == "distilled" else None, None),
         },
     )
     keys = tower_keys(vit.block, packed=vit.block.norm == "layer")
@@ -261,6 +268,7 @@ def timm_config(vit: ViT) -> dict[str, Any]:
             "pre_norm": vit.patches.norm,
             "final_norm": vit.output.norm != "none",
             "fc_norm": vit.output.norm == "pooled",
+            "pool_include_prefix": vit.output.pool_prefix,
             "global_pool": pool,
             "qkv_bias": block.qkv_bias,
             "proj_bias": block.bias,

@@ -7,7 +7,7 @@ from torch import nn
 from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.layers.config import Activation
 
-Pool = Literal["class", "mean", "attention"]
+Pool = Literal["class", "mean", "attention", "distilled"]
 POOLS: dict[str, Pool] = {"token": "class", "avg": "mean", "map": "attention"}
 """timm's names of ways to pool, and the library's."""
 
@@ -34,6 +34,7 @@ _KEYS = {
     "attn_pool.norm": "attn_pool.norm",
     "attn_pool.mlp.fc[1,2]": "attn_pool.mlp.fc[1,2]",
     "head": "head",
+    "head_dist": "head.of_distilled",
 }
 _PARALLEL = {  # one matrix holds the MLP's first layer and queries, keys, values: see `timm._unpacked`
     "blocks.*.in_norm": "blocks.*.norm",
