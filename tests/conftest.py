@@ -14,6 +14,12 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the tests in another order, a seed each"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the processes of -n share the cores
     # Autograd starts its threads at the first backward pass, one a device. The stand-in of a GPU must not be counted:
@@ -21,7 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.zeros((), requires_grad=True).backward()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (
+        seed := config.getoption("--shuffle")
+    ) is not None:  # files among each other, and the tests of each file
+        chance, files = random.Random(seed), {item.path for item in items}
+        place = {path: chance.random() for path in sorted(files)}
+        items.sort(key=lambda item: (place[item.path], chance.random()))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
