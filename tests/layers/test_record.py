@@ -140,4 +140,4 @@ def test_a_vit_is_recorded_with_its_pool() -> None:
     with record_attention(vit) as record:
         vit(torch.randn(2, 3, 16, 24))
     assert record["blocks.1.attn"].shape == (2, 4, 7, 7)
-    assert record["attn_pool.attn"].shape == (2, 4, 1, 7)
+    assert record["attn_pool.attn"].shape == (2, 4, 1, 6)  # the class token is not pooled

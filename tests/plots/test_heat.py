@@ -63,9 +63,9 @@ def trained(bridge: str, steps: int) -> Captioner:
     optimizer = optim.build(model)
     schedule = optim.schedule(optimizer, 5 * steps)
     for _ in range(steps):
-        loss = model.loss(images(64, generator)[0])
+        loss = model(images(64, generator)[0]).loss
         optimizer.zero_grad()
-        (loss.sum / loss.count).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     return model.eval()

@@ -16,6 +16,7 @@ from mmtransformer import (
     Blip2,
     BlockConfig,
     CoCa,
+    Diffusion,
     DiffusionTransformer,
     EncoderDecoder,
     ExtendedVocabulary,
@@ -36,6 +37,7 @@ from mmtransformer import (
     RopeConfig,
     TextDecoder,
     TextEncoder,
+    TextToImageModel,
     Transformer,
     VisualAdapter,
     ViT,
@@ -152,6 +154,10 @@ MODELS = {
     "DiffusionTransformer": lambda: DiffusionTransformer(
         2, 4, 20, 1, 4, mlp_dim=31, out_channels=8, context_dim=7, num_classes=5, modulation="block", bottleneck_dim=6,
         base_grid=4,
+    ),
+    "TextToImageModel": lambda: TextToImageModel(
+        TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 3, 20, 1, 4, context_dim=20),
+        diffusion=Diffusion(time_mean=0.3), text_dropout=0.2, freeze_text=True,
     ),
     "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip
