@@ -55,7 +55,7 @@ def no_repeat_ngram(scores: Tensor, ids: Tensor, real: Tensor, *, size: int, eos
     repeats = (grams[..., :-1] == last[:, None]).all(-1) & whole
     scores = scores.masked_fill(_marked(grams[..., -1], repeats, scores.shape[1]), BANNED)
     stuck = scores.amax(1, keepdim=True) == BANNED
-    return torch.where(stuck, torch.full_like(scores, BANNED).index_fill(1, eos_ids[:1], 0.0), scores)
+    return scores.index_copy_(1, eos_ids[:1], scores[:, eos_ids[:1]].masked_fill(stuck, 0.0))
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

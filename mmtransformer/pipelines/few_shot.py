@@ -5,8 +5,7 @@
 It is the form that documents have in training (`data.packing`), so a model that learnt to go on with a document goes on
 with the examples.
 
-Letters: b pictures to be captioned, r languages, n = b * r rows, i pictures of a row (the examples, then the picture),
-p visual tokens, d dimensions.
+Shapes: r languages, n = b * r rows; i images of a row are the examples, then the one to be captioned.
 """
 
 import dataclasses
