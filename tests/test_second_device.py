@@ -16,10 +16,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mmtransformer import Captioner, CudaGraphDecoder, ImageText, QFormer, TextEncoder, generate, stream
+from mmtransformer import Captioner, CudaGraphDecoder, ImageText, QFormer, TextEncoder, ViT, generate, stream
 from mmtransformer.cli import main
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.tasks.captioning import Captioning
+from mmtransformer.training.tasks.qformer_stage1 import QFormerStage1
 from support import tiny
 from support.generators import DIM, EOS, MODELS, QUERIES, VOCAB, batch_for, noisy, told, vit
 from support.recipes import NAMES, RECIPES, arguments
@@ -221,10 +222,15 @@ class Waits(pl.Callback):
         self.batches.append(dict(self.gpu.waits))
 
 
+@pytest.mark.parametrize("kind", ["captions", "stage 1"])
 @pytest.mark.usefixtures("trainer_on_it")
-def test_a_step_waits_once_however_many_batches_it_has(tmp_path: Path) -> None:
+def test_a_step_waits_once_however_many_batches_it_has(kind: str, tmp_path: Path) -> None:
     """Where its numbers are read; a batch waits for the number of its target tokens, so that no others have logits."""
-    module = Captioning(tiny.captioner())
+    if kind == "captions":
+        module: Captioning = Captioning(tiny.captioner())
+    else:
+        qformer = QFormer(3, 16, 1, 2, 24, vocab_size=tiny.VOCAB + 1, max_len=60)
+        module = QFormerStage1(ImageText(ViT(32, 8, 24, 1, 3), qformer, class_id=tiny.VOCAB))
     with warnings.catch_warnings(), SecondDevice() as gpu:
         warnings.simplefilter("ignore")
         waits = Waits(gpu)
