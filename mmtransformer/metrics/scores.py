@@ -28,6 +28,10 @@ _TABLE = {f"bleu_{n}": (f"BLEU-{n}", 100) for n in range(1, 5)} | {
 }
 
 
+# Characters of a caption that are scored. What is longer is no caption, and would take minutes and gigabytes.
+_MOST = 10_000
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Scores that come from the same sums: what each picture adds (n s), and how sums become scores."""
@@ -50,6 +54,7 @@ class CaptionScores:
         per_image: Scores of each picture by name (BLEU of one caption is smoothed and says little).
         references: References a picture, on average.
         unit: What was counted, "word" or "character".
+        cut: The pictures with a caption or reference of more than 10,000 characters, of which the rest is not scored.
         statistics: What the scores are made of, a picture each: for `compare`.
     """
 
@@ -58,6 +63,7 @@ class CaptionScores:
     per_image: dict[str, dict[str, float]]
     references: float
     unit: str
+    cut: tuple[str, ...] = ()
     statistics: tuple[Statistics, ...] = field(repr=False, compare=False, default=())
 
     @property
@@ -78,6 +84,8 @@ class CaptionScores:
             "values": dict(self.values),
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
         }
+        if self.cut:
+            out["cut"] = list(self.cut)
         if per_image:
             out["per_image"] = {name: dict(scores) for name, scores in self.per_image.items()}
         return out
@@ -87,6 +95,11 @@ class CaptionScores:
         lines = [
             f"{len(self.per_image)} pictures, {self.references:.1f} references each, counted in {self.unit}s"
         ]
+        if self.cut:
+            some = ", ".join(map(repr, self.cut[:5])) + (", ..." if len(self.cut) > 5 else "")
+            lines.append(
+                f"only the first {_MOST:,} characters are scored of {len(self.cut)} pictures: {some}"
+            )
         for name, value in self.values.items():
             label, times = _TABLE[name]
             if isinstance(value, str):
@@ -138,6 +151,7 @@ def score_captions(
     """
     _check(candidates, references, bootstrap, unit)
     names = list(candidates)
+    long = [name for name in names if max(map(len, (candidates[name], *references[name]))) > _MOST]
     mine = [_cut(candidates[name], unit) for name in names]
     theirs = [[_cut(text, unit) for text in references[name]] for name in names]
     # The official n-gram counters cut once more at white space, also inside the token "2 1/2".
@@ -181,6 +195,7 @@ def score_captions(
         per_image={name: dict(zip(scored, row, strict=True)) for name, row in zip(names, each.tolist())},
         references=sum(map(len, theirs)) / len(theirs),
         unit=unit,
+        cut=tuple(long),
         statistics=tuple(parts),
     )
 
@@ -219,7 +234,7 @@ def compare(
 
 
 def _cut(text: str, unit: str) -> list[str]:
-    words = tokenize(text)
+    words = tokenize(text[:_MOST])
     return words if unit == "word" else list("".join(words).replace("\u00a0", ""))
 
 

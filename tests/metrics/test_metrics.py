@@ -494,3 +494,17 @@ def test_meteor_is_not_computed_for_korean_or_for_characters(fake_java) -> None:
     )
     letters = score_captions({"x": "a dog"}, {"x": ["a dog"]}, unit="character")
     assert letters.values["meteor"] == "not computed: it counts words, and unit is 'character'"
+
+
+def test_a_caption_of_a_megabyte_is_named_and_no_end() -> None:
+    candidates = {"a": "a red dog", "b": "two cats", "c\x1b": "a,b " * 250_000}
+    references = {"a": ["a red dog"], "b": ["two cats", "고양이 " * 200_000], "c\x1b": ["a,b " * 250_000]}
+    start = time.perf_counter()
+    scores = score_captions(candidates, references, bootstrap=0, meteor=False, spice=False)
+    assert time.perf_counter() - start < 5
+    assert scores.cut == ("b", "c\x1b")
+    assert scores.to_dict()["cut"] == ["b", "c\x1b"]
+    assert "only the first 10,000 characters are scored of 2 pictures: 'b', 'c\\x1b'" in scores.table()
+    assert scores.numbers["rouge_l"] == pytest.approx(1)
+    short = score_captions({"a": "a red dog"}, {"a": ["a red dog"]}, bootstrap=0, meteor=False, spice=False)
+    assert (short.cut, "cut" in short.to_dict(), "only the first" in short.table()) == ((), False, False)
