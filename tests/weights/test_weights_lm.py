@@ -199,7 +199,7 @@ def no_hf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_transformers_other_families_are_refused_with_the_remedy(tmp_path: Path, no_hf: None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(ValueError, match=r'"gpt_neox" is not one of.*gpt2, opt, llama.*mmtransformer\[hf\]'):
+    with pytest.raises(ValueError, match=r'"gpt_neox" is not one of.*gpt2, opt, llama.*pip install transformers'):
         load_lm(tmp_path)
 
 
