@@ -58,15 +58,15 @@ if TYPE_CHECKING:
     from mmtransformer.images import ImageError as ImageError
     from mmtransformer.images import ImageTransform as ImageTransform
     from mmtransformer.layers.attention import Attention as Attention
-    from mmtransformer.layers.attention import KeyValue as KeyValue
-    from mmtransformer.layers.attention import KVCache as KVCache
-    from mmtransformer.layers.attention import Rope as Rope
     from mmtransformer.layers.attention import attend as attend
+    from mmtransformer.layers.cache import KeyValue as KeyValue
+    from mmtransformer.layers.cache import KVCache as KVCache
     from mmtransformer.layers.config import AttentionConfig as AttentionConfig
     from mmtransformer.layers.config import MLPConfig as MLPConfig
     from mmtransformer.layers.config import NormConfig as NormConfig
     from mmtransformer.layers.config import PositionConfig as PositionConfig
     from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
+    from mmtransformer.layers.positions import Rope as Rope
     from mmtransformer.layers.record import record_attention as record_attention
     from mmtransformer.losses.contrastive import clip_loss as clip_loss
     from mmtransformer.losses.contrastive import itc_loss as itc_loss
@@ -84,9 +84,11 @@ __version__ = "0.1.0"
 
 # Where the public names are defined, floor by floor.
 _CONTENTS = {
-    "layers.attention": "Attention KVCache KeyValue Rope attend",
+    "layers.attention": "Attention attend",
+    "layers.cache": "KVCache KeyValue",
     "layers.config": "AttentionConfig MLPConfig NormConfig PositionConfig",
     "layers.linear_attention": "LinearAttention",
+    "layers.positions": "Rope",
     "layers.record": "record_attention",
     "backbones.base": "Decoder DecoderState",
     "backbones.decoder": "TextDecoder",

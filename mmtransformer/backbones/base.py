@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.layers import masks
-from mmtransformer.layers.attention import KVCache, Mask
+from mmtransformer.layers.cache import KVCache
+from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import document_positions
 
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
 from mmtransformer.layers import masks
-from mmtransformer.layers.attention import Attention, KeyValue, Mask
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
+from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rotary, sinusoidal
 from mmtransformer.serialization.pretrained import Pretrained
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Attention, KeyValue
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.serialization.pretrained import Pretrained
 
 Modulation = Literal["shared", "block"]

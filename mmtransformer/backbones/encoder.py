@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.layers import masks
-from mmtransformer.layers.attention import Attention, Mask
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock, activation_function, make_norm
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import document_positions
 from mmtransformer.serialization.pretrained import Pretrained
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState
-from mmtransformer.layers.attention import Mask
+from mmtransformer.layers.masks import Mask
 from mmtransformer.serialization.pretrained import Pretrained, from_config, load_strictly, to_config
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Rope
+from mmtransformer.layers.positions import Rope
 
 
 @dataclass(frozen=True)

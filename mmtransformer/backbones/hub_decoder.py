@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
-from mmtransformer.layers.attention import Mask
+from mmtransformer.layers.masks import Mask
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json, shapes_in
 from mmtransformer.serialization.untrusted import built_from
 

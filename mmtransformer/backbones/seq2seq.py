@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.batch import Batch
-from mmtransformer.layers.attention import Attention, KeyValue
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock, make_norm
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import Pretrained
 

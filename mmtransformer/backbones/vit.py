@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mmtransformer.backbones.grid_rope import GridRotary, RopeConfig, keep_angles
 from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, keep_tokens, kept_tokens
 from mmtransformer.backbones.vit_blocks import BlockConfig, DistilledHead, OutputConfig, make_block
-from mmtransformer.layers.attention import Rope
 from mmtransformer.layers.blocks import AttentionPool
-from mmtransformer.layers.positions import resize_positions, sinusoidal_2d
+from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
 
 # The paper's sizes (arXiv:2010.11929, table 1); tiny and small from DeiT (arXiv:2012.12877).

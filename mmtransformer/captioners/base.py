@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import DecoderState, State, select_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch
-from mmtransformer.layers.attention import KeyValue
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 

@@ -23,9 +23,11 @@ from mmtransformer.captioners.image_attention_mask import (
     image_attention_mask,
 )
 from mmtransformer.connectors.resampler import PerceiverResampler
-from mmtransformer.layers.attention import Attention, KeyValue, cast_once
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation, Norm
+from mmtransformer.layers.kernels import autocast_input
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 
@@ -172,7 +174,7 @@ class Flamingo(Captioner):
         latents = self.latents(batch)
         if visible is not None:
             visible = repeat(visible, "n q i -> n q (i l)", l=latents.shape[2])
-        return cast_once(rearrange(latents, "b i l d -> b (i l) d")), visible
+        return autocast_input(rearrange(latents, "b i l d -> b (i l) d")), visible
 
     def latents(self, batch: CaptionBatch) -> Tensor:
         """What the gated blocks read: (b i l d). Images that are padding are not computed; theirs are 0."""

@@ -20,7 +20,7 @@ from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check
 from mmtransformer.connectors.qformer import QFormer, Seen, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
-from mmtransformer.layers.attention import KeyValue, KVCache
+from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import (

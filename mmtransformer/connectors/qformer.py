@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.connectors.qformer_block import Mode, QFormerBlock, mode_mask
-from mmtransformer.layers.attention import KeyValue, Mask
 from mmtransformer.layers.blocks import real_places
+from mmtransformer.layers.cache import KeyValue
+from mmtransformer.layers.masks import Mask
 from mmtransformer.serialization.pretrained import Pretrained
 
 Visual = Tensor | Sequence[KeyValue]

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.layers import masks
-from mmtransformer.layers.attention import Attention, KeyValue, Mask
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, on_real
+from mmtransformer.layers.cache import KeyValue
+from mmtransformer.layers.masks import Mask
 
 Mode = Literal["bidirectional", "multimodal_causal", "unimodal"]
 """Who sees whom: all see all (image-text matching); text sees the queries and the text before it, queries see no text

@@ -6,13 +6,17 @@ Letters: b rows, q tokens, k context tokens, d width of a token.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Attention, KeyValue, KVCache, Mask, Rope
+from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.config import Activation, Norm
+from mmtransformer.layers.masks import Mask
+from mmtransformer.layers.positions import Rope
 
 
 def make_norm(kind: Norm, dim: int, eps: float) -> nn.Module:
@@ -31,16 +35,22 @@ def make_dropout(rate: float) -> nn.Module:
 
 def activation_function(name: Activation) -> Callable[[Tensor], Tensor]:
     """The named activation; "gelu_tanh" is GPT-2's and SigLIP's, "quick_gelu" OpenAI CLIP's: they are not the same."""
-    table: dict[str, Callable[[Tensor], Tensor]] = {
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-        "relu": F.relu,
-        "silu": F.silu,
-    }
-    if name not in table:
-        raise ValueError(f'unknown activation "{name}": known are {", ".join(table)}')
-    return table[name]
+    if name not in _ACTIVATIONS:
+        raise ValueError(f'unknown activation "{name}": known are {", ".join(_ACTIVATIONS)}')
+    return _ACTIVATIONS[name]
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def real_places(attention_mask: Tensor | None) -> Tensor | None:
@@ -90,12 +100,12 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
         self.activation: Activation = activation
-        activation_function(activation)  # An unknown name fails here.
+        self.act = activation_function(activation)
         self.drop = make_dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
-        return self.fc2(self.drop(activation_function(self.activation)(self.fc1(x))))
+        return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
 class SwiGLU(nn.Module):

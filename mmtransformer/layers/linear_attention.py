@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Attention, KeyValue, KVCache, Mask, Rope
+from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.cache import KeyValue, KVCache
+from mmtransformer.layers.masks import Mask
+from mmtransformer.layers.positions import Rope
 
 _CHUNK = 64  # Causal: within so many tokens queries meet keys one by one, across chunks through sums.
 
@@ -169,7 +172,9 @@ class LinearAttention(nn.Module):
         elif mask is not None and not (isinstance(mask, str) and mask == "causal"):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else mask
             raise ValueError(f'linear attention takes the mask None, "causal" or (b 1 k) bool, not {shape}')
-        q, kv = self.attn.project(x, context, rope, None)
+        q, kv = self.attn.project(x, context)
+        if rope is not None:
+            q, kv = rope.rotate(q), KeyValue(rope.rotate(kv.k), kv.v)
         repeats = (q.shape[0] // kv.k.shape[0], q.shape[1] // kv.k.shape[1])
         k, v = (t.repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1) for t in kv)
         out = linear_attend(

@@ -2,15 +2,17 @@
 
 A mask is a predicate `(b, q, k) -> bool` over index tensors that broadcast. Predicates are combined with `all_of`
 and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block()` for FlexAttention.
-
-Letters: b rows, q tokens that ask, k tokens that are asked.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+Mask = Tensor | BlockMask | Literal["causal"]
+"""True = may look. A tensor is (q k), (b q k) or (b h q k), bool; "causal" aligns the last query with the last key."""
 
 Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Row, query and key indices (long, broadcastable) -> bool: may this query of this row look at this key?"""
@@ -94,6 +96,19 @@ def dense(predicate: Predicate, b: int, q: int, k: int, device: torch.device | s
     asked = torch.arange(q, device=device)[None, :, None]
     keys = torch.arange(k, device=device)[None, None, :]
     return predicate(rows, asked, keys).expand(b, q, k)
+
+
+def broadcast(mask: Mask | None, q: int, k: int, device: torch.device) -> Tensor | None:
+    """A mask as a bool tensor that broadcasts to (b h q k), or None; `q` queries and `k` keys."""
+    if mask is None:
+        return None
+    if isinstance(mask, BlockMask):
+        raise ValueError("a BlockMask has no dense form here: build the mask with masks.dense()")
+    if isinstance(mask, str):
+        return torch.ones(q, k, dtype=torch.bool, device=device).tril(k - q)[None, None]
+    if mask.ndim == 2:
+        return mask[None, None]
+    return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
 
 def block(predicate: Predicate, b: int, q: int, k: int, device: torch.device | str = "cuda") -> BlockMask:

@@ -4,14 +4,12 @@ Letters: q tokens, d width of a token, c width of a head, b rows; a grid is (hei
 """
 
 import math
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-
-from mmtransformer.layers.attention import Rope
 
 
 def sinusoidal(positions: Tensor, dim: int, *, theta: float = 10_000.0) -> Tensor:
@@ -73,6 +71,24 @@ def document_positions(document_ids: Tensor) -> Tensor:
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return steps - torch.where(begins, steps, 0).cummax(1).values
+
+
+class Rope(NamedTuple):
+    """Rotary angles of one pass (RoFormer, arXiv:2104.09864): cos and sin, (q c), (b q c) or (b h q c), float32.
+
+    Rotates the pairs (i, i + c/2), as Llama's "rotate half" does.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turns queries or keys (b h q c) by their positions."""
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        if cos.ndim == 3:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Rotary(nn.Module):

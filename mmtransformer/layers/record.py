@@ -11,7 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Attention, KeyValue, KVCache, Mask, Rope, attention_weights
+from mmtransformer.layers.attention import Attention
+from mmtransformer.layers.cache import KeyValue, KVCache
+from mmtransformer.layers.kernels import softmax
+from mmtransformer.layers.masks import Mask, broadcast
+from mmtransformer.layers.positions import Rope
 
 
 @contextmanager
@@ -94,8 +98,20 @@ def _weights(
     rope: Rope | None = None,
     cache: KVCache | None = None,
 ) -> Tensor:
-    if cache is not None:  # The layer has run: its cache already holds the new keys.
-        q = layer.project_q(x)
-        return attention_weights(q if rope is None else rope.rotate(q), cache.view().k, mask)
-    q, kv = layer.project(x, context, rope, None)
-    return attention_weights(q, kv.k, mask)
+    # The layer has run: its cache already holds the new keys.
+    q, kv = layer.project(x, context if cache is None else cache.view())
+    k = kv.k
+    if rope is not None:
+        q, k = rope.rotate(q), k if cache is not None else rope.rotate(k)
+    return attention_weights(q, k, mask)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Mask | None = None) -> Tensor:
+    """The weights that `attend` puts on keys (n g k c) for queries (b h q c), in float32: (b h q k)."""
+    k = (
+        k.repeat_interleave(q.shape[0] // k.shape[0], 0)
+        .repeat_interleave(q.shape[1] // k.shape[1], 1)
+        .float()
+    )
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return softmax(scores, broadcast(mask, q.shape[2], k.shape[2], q.device))

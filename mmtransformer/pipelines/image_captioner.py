@@ -104,7 +104,7 @@ class ImageCaptioner:
         return cls(captioner, tokenizer, transform, generation=generation, device=device, precision=precision)
 
     def ready(self) -> Captioner:
-        """The model as it captions: in its precision, and packed where it runs on a CPU (`prepack.for_inference`).
+        """The model as it captions: in its precision, and packed where it runs on a CPU (`pack_weights.for_inference`).
 
         It is converted in place, with the first picture: what `save_pretrained` writes after that is in its precision.
 

@@ -24,7 +24,7 @@ from peer_flamingo import PATCHES, VISUAL, PeerFlamingo, ours_of
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, Flamingo, caption_loss, generate
-from mmtransformer.layers.weight_packing import prepack
+from mmtransformer.layers.weight_packing import pack_weights
 
 NEW = 20
 
@@ -161,7 +161,7 @@ def main() -> None:
     with torch.no_grad():  # Louder branches, so that rounding decides no token.
         for parameter in peer.lm.transformer.h.parameters():
             parameter.mul_(3)
-    ours = prepack(ours_of(peer).eval())
+    ours = pack_weights(ours_of(peer).eval())
     for rows, beams in ((1, 1), (8, 1), (1, 5), (8, 5)):
         name, batch = f"generate, {beams} beams, pictures: {rows}", prompts(rows)
         if args.only in name:

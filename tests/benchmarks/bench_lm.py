@@ -12,7 +12,7 @@ from harness import agreement, compare, start
 from torch import Tensor, nn
 
 from mmtransformer import CaptionBatch, TextDecoder, generate
-from mmtransformer.layers.weight_packing import prepack
+from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_transformers
 
 PROMPT, NEW, VOCAB = 16, 64, 50257
@@ -49,7 +49,7 @@ def main() -> None:
     args = start(__doc__ or "", weights=("fp32", "bf16", "int8"))
     peer = make_peer()
     ours = from_transformers(peer)
-    ours = prepack(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
+    ours = pack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows, target in TARGETS.items():
         name, tokens = f"greedy, {NEW} tokens, rows: {rows}", torch.randint(0, VOCAB - 1, (rows, PROMPT))
         if args.only in name:

@@ -34,7 +34,7 @@ from transformers import (
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors import qformer as qformer_module
-from mmtransformer.layers.weight_packing import prepack
+from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_blip2
 from mmtransformer.weights.captioners.qformer import BLIP2, qformer_keys
 from mmtransformer.weights.shared.dtype import cast_frozen
@@ -147,7 +147,7 @@ def bench_qformer(args: Any, dropout: float) -> None:
                 compare(line, lambda f=forward: f(mine), lambda f=forward: f(theirs), target=1.0, flops=asked,
                         gemm=args.gemm[dtype], pairs=args.pairs)  # fmt: skip
                 if dtype == torch.float32:
-                    packed = prepack(copy.deepcopy(ours))
+                    packed = pack_weights(copy.deepcopy(ours))
                     compare(f"{line}, packed", lambda f=forward, p=packed: f(partial(mine, model=p)),
                             lambda f=forward: f(theirs), target=1.0, flops=asked, gemm=args.gemm[dtype],
                             pairs=args.pairs)  # fmt: skip
@@ -243,7 +243,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
                 p for part in louder for name, p in part.named_parameters() if "norm" not in name.lower()
             ):
                 parameter.mul_(3)
-    prepack(ours)
+    pack_weights(ours)
     torch.set_float32_matmul_precision("highest")
     for rows in (1, 8):
         full = captions(rows)

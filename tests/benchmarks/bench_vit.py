@@ -12,7 +12,7 @@ from harness import compare, start
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmtransformer.layers.weight_packing import prepack
+from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_timm
 
 
@@ -69,7 +69,7 @@ def main() -> None:
             ours, theirs, pixels = ours.eval().to(dtype), theirs.eval().to(dtype), pixels.to(dtype)
             flops = flops_of(inference(ours, pixels))
             if "packed" in name:
-                prepack(ours)
+                pack_weights(ours)
             mine, peer = inference(ours, pixels), inference(theirs, pixels)
         compare(
             name,

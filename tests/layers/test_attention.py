@@ -5,9 +5,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.layers import masks
-from mmtransformer.layers.attention import Attention, KeyValue, KVCache, attend, attention_weights
+from mmtransformer.layers import kernels, masks
+from mmtransformer.layers.attention import Attention, attend
+from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.positions import Rotary
+from mmtransformer.layers.record import attention_weights
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -27,6 +29,12 @@ def definition(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -
     return out
 
 
+def by_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Float32 on a CPU by plain products or by SDPA."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(kernels, "_CPU_PLAIN_KEYS", 1024 if way == "plain" else 0)
+
+
 def qkv(
     b: int = 6, h: int = 6, q: int = 5, k: int = 7, c: int = 11, n: int = 6, g: int = 6
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,13 +42,13 @@ def qkv(
     return torch.randn(b, h, q, c), torch.randn(n, g, k, c), torch.randn(n, g, k, 13 if c == 0 else c)
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
+@pytest.mark.parametrize("way", ["plain", "sdpa"])
 @pytest.mark.parametrize(("n", "g"), [(6, 6), (6, 2), (3, 6), (2, 3), (1, 1)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attend_is_the_definition(
-    monkeypatch: pytest.MonkeyPatch, long: bool, n: int, g: int, masked: bool
+    monkeypatch: pytest.MonkeyPatch, way: str, n: int, g: int, masked: bool
 ) -> None:
-    monkeypatch.setattr("mmtransformer.layers.attention._plain_is_faster", lambda *_: not long)
+    by_way(monkeypatch, way)
     q, k, v = qkv(n=n, g=g)
     allowed = None
     if masked:
@@ -52,12 +60,12 @@ def test_attend_is_the_definition(
         assert (out[2, :, 3] == 0).all()
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
+@pytest.mark.parametrize("way", ["plain", "sdpa"])
 @pytest.mark.parametrize(("asked", "keys"), [(7, 7), (3, 7), (1, 7)])
 def test_causal_aligns_the_last_query_with_the_last_key(
-    monkeypatch: pytest.MonkeyPatch, long: bool, asked: int, keys: int
+    monkeypatch: pytest.MonkeyPatch, way: str, asked: int, keys: int
 ) -> None:
-    monkeypatch.setattr("mmtransformer.layers.attention._plain_is_faster", lambda *_: not long)
+    by_way(monkeypatch, way)
     q, k, v = qkv(q=asked, k=keys)
     allowed = masks.dense(masks.causal(keys - asked), 6, asked, keys)
     torch.testing.assert_close(
@@ -85,9 +93,9 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["plain", "sdpa"])
-def test_a_masked_key_changes_no_bit(monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
-    monkeypatch.setattr("mmtransformer.layers.attention._plain_is_faster", lambda *_: not long)
+@pytest.mark.parametrize("way", ["plain", "sdpa"])
+def test_a_masked_key_changes_no_bit(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    by_way(monkeypatch, way)
     q, k, v = qkv()
     allowed = torch.rand(6, 5, 7) > 0.4
     allowed[:, :, 4] = False
@@ -139,7 +147,7 @@ def test_attention_equals_torch_with_the_same_weights() -> None:
     allowed[:, 0] = True
     want, weights = theirs(x, context, context, attn_mask=~allowed, average_attn_weights=False)
     torch.testing.assert_close(ours(x, context, mask=allowed), want, atol=1e-6, rtol=1e-5)
-    q, kv = ours.project(x, context, None, None)
+    q, kv = ours.project(x, context)
     torch.testing.assert_close(attention_weights(q, kv.k, allowed), weights, atol=1e-6, rtol=1e-5)
 
 
@@ -202,3 +210,46 @@ def test_dropout_acts_in_training_only() -> None:
     ones = rearrange(torch.ones(64, 1, 16, 1), "b h k c -> b h k c")
     layer_mean = attend(torch.zeros(64, 1, 16, 1), ones, ones, dropout=0.5).mean()
     assert abs(layer_mean.item() - 1) < 0.1  # Weights are dropped, and the rest is scaled up.
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "c"), [(torch.bfloat16, 64), (torch.bfloat16, 48), (torch.float16, 64)], ids=str
+)
+@pytest.mark.parametrize("largest", [3, 20, 200, 1800, 180_000])
+def test_scores_in_16_bits_are_as_exact_as_sdpas(
+    largest: float, dtype: torch.dtype, c: int, masked: bool
+) -> None:
+    """On a CPU plain products are faster; a score of 200 rounded to bfloat16 would be off by up to 0.5."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 3, n, c) for n in (41, 53, 53))
+    scale = (largest * c**0.5 / (q @ k.transpose(-1, -2)).abs().max()) ** 0.5
+    q, k = q * scale, k * scale
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    allowed = torch.rand(2, 41, 53) > 0.4 if masked else None
+    want = definition(q, k, v, allowed)
+    dense = None if allowed is None else allowed[:, None]
+    sdpa = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    for grad in (False, True):
+        got = attend(q.requires_grad_(grad), k, v, allowed)
+        assert got.dtype == dtype
+        assert rms(got.detach() - want) < 1.5 * rms(sdpa - want) + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "g"), [(6, 6), (3, 2)])
+def test_gradients_in_16_bits_are_those_of_the_definition(n: int, g: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    allowed, sent = torch.rand(6, 5, 7) > 0.4, torch.randn(6, 6, 5, 48)
+    allowed[2, 3] = False
+    grads = []
+    for kind in (dtype, torch.float64):
+        inputs = [x.to(dtype).to(kind).requires_grad_() for x in qkv(c=48, n=n, g=g)]
+        out = attend(*inputs, allowed)
+        grads.append(torch.autograd.grad(out, inputs, sent.to(kind)))
+    for got, want in zip(*grads, strict=True):
+        assert rms(got.detach() - want) < 0.01 * rms(want)

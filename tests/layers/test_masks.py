@@ -47,7 +47,7 @@ def test_all_of_and_any_of() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_block_mask_attends_as_the_dense_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "mmtransformer.layers.attention._compiled_flex", lambda device: flex_attention
+        "mmtransformer.layers.kernels._compiled_flex", lambda device: flex_attention
     )  # Compiling takes a minute.
     attention_mask = torch.rand(2, 128) > 0.3
     predicate = masks.all_of(masks.causal(), masks.padding(attention_mask))
@@ -56,6 +56,8 @@ def test_a_block_mask_attends_as_the_dense_one_does(monkeypatch: pytest.MonkeyPa
     q, k, v = (torch.randn(2, 3, 128, 16) for _ in range(3))
     dense = masks.dense(predicate, 2, 128, 128)
     torch.testing.assert_close(attend(q, k, v, block), attend(q, k, v, dense), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"FlexAttention has no dropout \(0\.1\)"):
+        attend(q, k, v, block, dropout=0.1)
 
 
 @pytest.mark.slow

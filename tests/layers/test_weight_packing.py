@@ -10,8 +10,8 @@ from mmtransformer import EncoderDecoder, TextDecoder, ViT
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, _State, for_inference, prepack
-from mmtransformer.layers.weight_packing import _memory as prepack_memory
+from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, _State, for_inference, pack_weights
+from mmtransformer.layers.weight_packing import _memory as packed_memory
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -31,7 +31,7 @@ def packed_layers(model: nn.Module) -> list[PackedLinear]:
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_results_are_the_same(dtype: torch.dtype, most: float):
     plain = vit().to(dtype)
-    packed = prepack(copy.deepcopy(plain))
+    packed = pack_weights(copy.deepcopy(plain))
     with torch.inference_mode():
         expected, found = plain(PIXELS.to(dtype)), packed(PIXELS.to(dtype))
     assert len(packed_layers(packed)) == 2 * 6 + 2
@@ -48,7 +48,7 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
 def test_an_activation_is_computed_with_its_product(activation: Any):
     torch.manual_seed(3)
     plain, x = nn.Sequential(MLP(22, 37, activation=activation)).eval(), torch.randn(3, 5, 22)
-    packed, calls = prepack(copy.deepcopy(plain)), []
+    packed, calls = pack_weights(copy.deepcopy(plain)), []
     assert [name for name, _ in packed.named_parameters()] == [name for name, _ in plain.named_parameters()]
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
@@ -72,7 +72,7 @@ def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
     plain = nn.ModuleDict(
         {"self": Attention(22, 2, bias=bias), "cross": Attention(22, 2, context_dim=13, bias=bias)}
     )
-    model, calls = prepack(copy.deepcopy(plain).eval(), int8=int8), []
+    model, calls = pack_weights(copy.deepcopy(plain).eval(), int8=int8), []
     x, context = torch.randn(3, 5, 22), torch.randn(3, 7, 13)
     product = type(model["self"].q_proj).product
 
@@ -81,7 +81,7 @@ def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
         return product(x, packed, bias)
 
     def both() -> list[torch.Tensor]:
-        q, kv = model["self"].project(x, None, None, None)
+        q, kv = model["self"].project(x)
         return [q, *kv, *model["cross"].project_kv(context)]
 
     def one_by_one() -> list[torch.Tensor]:
@@ -94,14 +94,14 @@ def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
             found = both()
             assert calls == [x.shape, context.shape]
         torch.testing.assert_close(found, one_by_one(), rtol=1e-5, atol=1e-5)
-        exact, kv = plain["self"].project(x, None, None, None)
+        exact, kv = plain["self"].project(x)
         torch.testing.assert_close(found[:3], [exact, *kv], rtol=0, atol=0.05 if int8 else 1e-5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
         torch.testing.assert_close(both(), one_by_one(), rtol=1e-5, atol=1e-5)
         before = both()
-        prepack(model, int8=not int8)
+        pack_weights(model, int8=not int8)
         assert not torch.equal(both()[0], before[0]), "weights packed in the other way were used"
         torch.testing.assert_close(both(), one_by_one(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(copy.deepcopy(model)["self"](x), model["self"](x))
@@ -112,7 +112,7 @@ def test_parts_that_are_not_alike_are_products_of_their_own():
     x, plain = torch.randn(3, 5, 22), Attention(22, 2)
     with torch.inference_mode():
         for change in ("hook", "bias", "layer"):
-            model, seen = prepack(nn.Sequential(copy.deepcopy(plain)))[0], []
+            model, seen = pack_weights(nn.Sequential(copy.deepcopy(plain)))[0], []
             expected = [model.q_proj(x), model.k_proj(x), model.v_proj(x)]
             if change == "hook":
                 model.k_proj.register_forward_hook(lambda layer, args, out, seen=seen: seen.append(out.shape))
@@ -121,8 +121,9 @@ def test_parts_that_are_not_alike_are_products_of_their_own():
                 model.k_proj.bias = None
             else:
                 model.v_proj = nn.Sequential(model.v_proj)
-            found = model.read(x, model.q_proj, model.k_proj, model.v_proj)
-            torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-5)
+            q, kv = model.project(x)
+            expected = [part.unflatten(-1, (2, 11)).transpose(1, 2) for part in expected]
+            torch.testing.assert_close([q, *kv], expected, rtol=1e-5, atol=1e-5)
             assert not model._packed
             assert len(seen) == (change == "hook")
 
@@ -130,17 +131,17 @@ def test_parts_that_are_not_alike_are_products_of_their_own():
 def test_parameters_and_state_dict_stay():
     model = vit()
     before, parameters = model.state_dict(), dict(model.named_parameters())
-    assert prepack(model) is model
+    assert pack_weights(model) is model
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    prepack(model)
+    pack_weights(model)
     assert len(packed_layers(model)) == 14
 
 
 def test_changed_weights_are_packed_again():
-    model, other = prepack(vit()), vit()
+    model, other = pack_weights(vit()), vit()
     with torch.no_grad():
         first = model(PIXELS)
         for parameter in other.parameters():
@@ -153,7 +154,7 @@ def test_changed_weights_are_packed_again():
 
 
 def test_training_goes_around_the_packed_weights():
-    model, plain = prepack(vit()), vit()
+    model, plain = pack_weights(vit()), vit()
     with torch.no_grad():
         model(PIXELS)
     for m in (model, plain):
@@ -168,7 +169,7 @@ def test_training_goes_around_the_packed_weights():
 
 
 def test_autocast_and_copies():
-    model = prepack(vit())
+    model = pack_weights(vit())
     with torch.no_grad():
         expected = model(PIXELS)
         torch.testing.assert_close(copy.deepcopy(model)(PIXELS), expected)
@@ -177,7 +178,7 @@ def test_autocast_and_copies():
 
 
 def test_saved_as_before(tmp_path):
-    model = prepack(vit())
+    model = pack_weights(vit())
     with torch.no_grad():
         expected = model(PIXELS)
         model.save_pretrained(tmp_path)
@@ -186,7 +187,7 @@ def test_saved_as_before(tmp_path):
 
 def test_tied_head_stays_tied():
     decoder = TextDecoder(31, 22, 1, 2, max_len=11, cross_dim=22)
-    model = prepack(EncoderDecoder(vit(), decoder).eval())
+    model = pack_weights(EncoderDecoder(vit(), decoder).eval())
     assert model.decoder.lm_head.weight is model.decoder.tok_embed.weight
     with torch.no_grad():
         hidden = torch.randn(3, 22)
@@ -198,12 +199,12 @@ def test_tied_head_stays_tied():
 
 def test_what_cannot_be_packed(monkeypatch):
     with pytest.raises(ValueError, match=r"use PackedLinear\(layer\)"):
-        prepack(nn.Linear(3, 5))
-    double = prepack(nn.Sequential(nn.Linear(3, 5).double()))
+        pack_weights(nn.Linear(3, 5))
+    double = pack_weights(nn.Sequential(nn.Linear(3, 5).double()))
     assert not packed_layers(double)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="has none"):
-        prepack(vit())
+        pack_weights(vit())
 
 
 # -------------------------------------------------------------------------------------------------------- eight bits
@@ -248,7 +249,7 @@ def test_eight_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
 
 def test_eight_bits_are_near_and_follow_the_weight() -> None:
     torch.manual_seed(4)
-    model = prepack(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 11)), int8=True)
+    model = pack_weights(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 11)), int8=True)
     x = torch.randn(7, 64)
     exact = model(x)  # with gradients it is an ordinary linear layer
     with torch.inference_mode():
@@ -258,7 +259,7 @@ def test_eight_bits_are_near_and_follow_the_weight() -> None:
         model[2].weight.mul_(2.0)
         model[2].bias.mul_(2.0)
         torch.testing.assert_close(model(x), 2 * near, atol=1e-5, rtol=1e-4)
-    back = prepack(model)  # and back to all bits
+    back = pack_weights(model)  # and back to all bits
     assert type(back[0]) is PackedLinear
     with torch.no_grad():
         torch.testing.assert_close(back(x), 2 * exact, atol=1e-4, rtol=1e-4)
@@ -298,7 +299,7 @@ def test_weights_that_would_fill_the_memory_are_not_packed(monkeypatch: pytest.M
         assert sum(isinstance(layer, PackedLinear) for layer in for_inference(make())) == packed
     assert isinstance(for_inference(make(), "int8")[0], Int8Linear)
     monkeypatch.undo()
-    assert 2**28 < prepack_memory() < 2**50
+    assert 2**28 < packed_memory() < 2**50
     on_meta = make().to("meta")
     assert not packed_layers(for_inference(on_meta))
     with pytest.raises(ValueError, match="int8 weights are for CPUs"):
@@ -315,7 +316,7 @@ def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
         with torch.no_grad():
             return model(tokens)
 
-    prepack(model)
+    pack_weights(model)
     logits()
     add_lora(model, ["q_proj", "v_proj", "fc1"], rank=3)
     with torch.no_grad():
@@ -328,7 +329,7 @@ def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
     for parameter in model.parameters():
         parameter.data.mul_(1.5)  # What nobody can see.
     want = copy.deepcopy(model)(tokens).detach()
-    torch.testing.assert_close(prepack(model)(tokens), want)
+    torch.testing.assert_close(pack_weights(model)(tokens), want)
     torch.testing.assert_close(logits(), want, atol=1e-4, rtol=1e-4)
     layer = model.blocks[0].attn.q_proj
     layer.weight = nn.Parameter(torch.randn(24, 24))
@@ -354,7 +355,7 @@ def test_packed_attention_keeps_hooks_and_stays_one_where_it_was_one() -> None:
     attn.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     x = torch.randn(2, 5, 24)
     want = attn(x)
-    prepack(both)
+    pack_weights(both)
     assert both[0][0] is both[1][0]
     with torch.no_grad():
         torch.testing.assert_close(both[0](x), want, atol=1e-5, rtol=1e-4)

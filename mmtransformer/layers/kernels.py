@@ -1,0 +1,150 @@
+"""What a CPU or a GPU makes special: which kernel meets queries and keys, and in which dtype.
+
+Nothing here changes what attention is: every way gives the same numbers, but for rounding.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from mmtransformer.layers.masks import Mask, broadcast
+
+# On the CPU plain matrix products beat SDPA's kernel where they run in bfloat16, and lose where they run in float32;
+# beyond this many keys their scores take too much memory. Measured on Zen 5 with torch 2.15, CPU ms of forward and
+# backward, (8 12 197 64): bf16 16 against 49, float32 at matmul precision "medium" 25 against 56, "highest" 44 against
+# 41; the forward pass alone 7 : 13, 9 : 15, 16 : 13. The order is the same at 20, 50 and 577 keys.
+_CPU_PLAIN_KEYS = 1024
+_CHUNK = 1 << 20  # scores in float32 at a time
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """What several linear layers will read, in autocast's dtype where autocast is on; else each would cast it again."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+    """`attention.attend`, by the kernel that is fastest on this device, in this dtype, at this length.
+
+    Args:
+        q: queries (b h q c).
+        k: keys (n g k c).
+        v: values (n g k c).
+        mask: a BlockMask, "causal", or bool that broadcasts to (b h q k); None = everything.
+        dropout: share of attention weights dropped; not with a BlockMask.
+
+    Returns:
+        (b h q c).
+    """
+    grouped, shared = q.shape[1] != k.shape[1], q.shape[0] != k.shape[0]
+    if not isinstance(mask, BlockMask) and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
+        # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout. torch.compile cannot ask for the
+        # process's precision of float32 products, and would break the graph here.
+        plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32
+        if plain or (not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "medium"):
+            return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout)
+    if shared and mask is None:  # Rows that share keys are only more queries on the same keys.
+        count = q.shape[2]  # "(n m) h q c -> n h (m q) c", and back: not by rearrange, see `Attention`.
+        q = q.unflatten(0, (k.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=grouped)
+        return out.unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1)
+    if shared:
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
+    if isinstance(mask, BlockMask):
+        return _compiled_flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    # SDPA's is_causal aligns the FIRST query with the first key: right only where the lengths are equal.
+    causal = isinstance(mask, str) and q.shape[2] == k.shape[2]
+    allowed = None if causal or mask is None else broadcast(mask, q.shape[2], k.shape[2], q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    )
+
+
+@cache
+def _compiled_flex(device: str) -> Callable[..., Tensor]:
+    """FlexAttention compiled, since uncompiled it holds all scores."""
+    # On a CPU torch 2.15 writes C++ that does not compile where lengths vary: there each length is compiled by itself,
+    # as far as torch's limit goes (torch._dynamo.config.recompile_limit); more run uncompiled, with torch's warning.
+    dynamic = False if device == "cpu" else None
+    return torch.compile(flex_attention, dynamic=dynamic)  # pyright: ignore[reportReturnType]
+
+
+def _plain_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+    (b, h, count, c), (n, g, keys, _) = q.shape, k.shape
+    m, r = b // n, h // g
+    # Rows that share keys, and heads that share a group, are only more queries on the same keys.
+    q = q.view(n, m, g, r, count, c).permute(0, 2, 1, 3, 4, 5).reshape(n * g, m * r * count, c)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    if allowed is not None:  # (b h q k), any of them 1 -> (n g m r q k)
+        rows, heads = allowed.shape[:2]
+        split = ((n, m) if rows == b else (1, 1)) + ((g, r) if heads == h else (1, 1))
+        allowed = allowed.view(*split, *allowed.shape[2:]).permute(0, 2, 1, 3, 4, 5)
+    shape = (n, g, m, r, count, keys)
+    if q.dtype.itemsize > 2:
+        weights = softmax((q * c**-0.5 @ k.transpose(1, 2)).view(shape), allowed).view(n * g, -1, keys)
+    elif torch.is_grad_enabled():
+        weights = _ExactWeights.apply(q, k, allowed, shape)
+    else:
+        weights = _exact_weights(q, k, allowed, shape)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    out = (weights @ v).view(n, g, m, r, count, -1).permute(0, 2, 1, 3, 4, 5)
+    return out.reshape(b, h, count, -1)
+
+
+def softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Weights (... k) from scores (... k); zeros where a query may look nowhere.
+
+    Args:
+        scores: float32 or more.
+        allowed: bool that broadcasts to them; None = everything.
+    """
+    if allowed is None:
+        return scores.softmax(-1)
+    # The lowest finite number, not -inf: a row that may look nowhere stays finite in the backward pass, and the
+    # product then makes it exactly zero whatever its keys are.
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights * allowed.any(-1, keepdim=True)
+
+
+def _exact_weights(q: Tensor, k: Tensor, allowed: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Weights (n q k) in 16 bits, from scores in float32: in bfloat16 a score of 200 would be off by up to 0.5."""
+    n, g = shape[:2]
+    rows = max(1, _CHUNK // math.prod(shape[1:]))
+    weights, q, k = q.new_empty(len(q), q.shape[1], k.shape[1]), q.float() * q.shape[-1] ** -0.5, k.float()
+    for i in range(0, n, rows):
+        some = slice(i * g, (i + rows) * g)
+        mask = allowed if allowed is None or len(allowed) == 1 else allowed[i : i + rows]
+        scores = torch.bmm(q[some], k[some].transpose(1, 2)).view(-1, *shape[1:])
+        weights[some] = softmax(scores, mask).flatten(0, 1).view(-1, *weights.shape[1:])
+    return weights
+
+
+class _ExactWeights(torch.autograd.Function):
+    """`_exact_weights`, which keeps only the weights in 16 bits for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, allowed: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        weights = _exact_weights(q, k, allowed, shape)
+        ctx.save_for_backward(q, k, weights)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, weights = ctx.saved_tensors
+        grad = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+        nothing, scale = q.new_empty(1, 1, 1), q.shape[-1] ** -0.5
+        return (
+            torch.baddbmm(nothing, grad, k, beta=0, alpha=scale),
+            torch.baddbmm(nothing, grad.transpose(1, 2), q, beta=0, alpha=scale),
+            None,
+            None,
+        )
