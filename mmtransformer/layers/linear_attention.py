@@ -75,37 +75,59 @@ def linear_attend(
         ValueError: if causal queries and keys are not as many.
     """
     queries, keys = positive_features(q, directions), positive_features(k, directions)
-    # What is common to all features of a query, or to all keys of a head, falls out of the quotient below.
-    queries = (queries - queries.amax(-1, keepdim=True)).exp()
     if attention_mask is not None:
         keys = keys.masked_fill(~attention_mask[:, None, :, None], float("-inf"))
-    largest = keys.amax((-2, -1), keepdim=True)
-    keys = (keys - largest.masked_fill(largest.isinf(), 0.0)).exp()
     values = F.pad(v.to(keys.dtype), (0, 1), value=1.0)  # The column of ones gathers the denominator.
     if causal:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"causal linear attention needs as many queries ({q.shape[2]}) as keys ({k.shape[2]})"
             )
-        sums = _causal_sums(queries, keys, values)
-    else:
-        sums = queries @ (keys.transpose(-1, -2) @ values)
+        sums = _causal_sums(_shifted(queries), keys, values)
+    else:  # The largest key of a feature goes over to the queries: so each query's largest product is near 1.
+        largest = _finite(keys.amax(-2, keepdim=True))
+        sums = _shifted(queries + largest) @ ((keys - largest).exp().transpose(-1, -2) @ values)
     above, below = sums[..., :-1], sums[..., -1:]
-    return (above / below.clamp(min=torch.finfo(below.dtype).tiny)).to(v.dtype)
+    empty = below <= 0  # A query that may look nowhere; the quotient's gradient would not be finite there.
+    return (above / below.masked_fill(empty, 1.0)).masked_fill(empty, 0.0).to(v.dtype)
+
+
+def _shifted(queries: Tensor) -> Tensor:
+    """Features from their logarithms; what is common to all features of a query falls out of the quotient."""
+    return (queries - queries.detach().amax(-1, keepdim=True)).exp()
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """A maximum as what exponents are shifted by: without gradient, and 0 where nothing was real."""
+    return largest.detach().masked_fill(largest.isinf(), 0.0)
 
 
 def _causal_sums(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """For each query the sum over the keys up to its place of (feature product) times value: (b h q c+1)."""
-    length = queries.shape[2]
-    rest = -length % _CHUNK
-    queries, keys, values = (
-        rearrange(F.pad(x, (0, 0, 0, rest)), "b h (t s) c -> b h t s c", s=_CHUNK)
-        for x in (queries, keys, values)
-    )
-    each = keys.transpose(-1, -2) @ values  # (b h t m c+1)
-    before = each.cumsum(2) - each
-    near = (queries @ keys.transpose(-1, -2)).tril()
-    return rearrange(queries @ before + near @ values, "b h t s c -> b h (t s) c")[:, :, :length]
+    """For each query the sum over the keys up to its place of (feature product) times value: (b h q c+1).
+
+    Shifts run along: a chunk's exponents are relative to the largest of the chunks so far, and within the chunk to the
+    largest up to each place, so that no later key, however large, makes an earlier sum vanish.
+    """
+    b, h, length, m = queries.shape
+    state = values.new_zeros(b, h, m, values.shape[-1])
+    shift = keys.new_full((b, h, 1, 1), float("-inf"))
+    found = []
+    for first in range(0, length, _CHUNK):
+        asking, some, said = (x[:, :, first : first + _CHUNK] for x in (queries, keys, values))
+        # Of each place: the largest exponent of any key up to it.
+        running = torch.maximum(some.detach().amax(-1, keepdim=True).cummax(2).values, shift)  # (b h s 1)
+        reach = _finite(running)
+        before = (shift - reach).exp() * (asking @ state)
+        # Keys are shifted by the reach of their own place, and products by the difference to the query's, which is at
+        # most 0 where a query may look.
+        near = (asking @ (some - reach).exp().transpose(-1, -2)).tril()
+        near = near * (reach.transpose(-1, -2) - reach).clamp(max=0.0).exp()
+        found.append(before + near @ said)
+        last = running[:, :, -1:]
+        kept = (some - _finite(last)).exp()
+        state = (shift - _finite(last)).exp() * state + kept.transpose(-1, -2) @ said
+        shift = last
+    return torch.cat(found, dim=2)
 
 
 class LinearAttention(nn.Module):

@@ -237,3 +237,40 @@ def test_window_and_global_tokens_are_longformers() -> None:
     mask = masks.dense(pattern, 2, length, length)
     torch.testing.assert_close(ours(x, mask=mask)[attention_mask], want[attention_mask], atol=1e-5, rtol=1e-5)
     assert int(mask[0].sum()) < length * length // 2
+
+
+@torch.no_grad()
+def test_a_later_key_however_large_changes_no_earlier_place() -> None:
+    torch.manual_seed(0)
+    q, v = torch.randn(2, 3, 150, 16), torch.randn(2, 3, 150, 16)
+    directions = random_directions(64, 16, generator=torch.Generator().manual_seed(1))
+    for spread in (1.0, 8.0, 20.0):
+        k = spread * torch.randn(2, 3, 150, 16)
+        before = linear_attend(q, k, v, directions, causal=True)
+        for place in (10, 63, 64, 140):
+            for size in (0.01, 1.0, 100.0):
+                changed = k.clone()
+                changed[:, :, place] = size * torch.randn(2, 3, 16)
+                after = linear_attend(q, changed, v, directions, causal=True)
+                assert torch.equal(after[:, :, :place], before[:, :, :place])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1.0, 200.0, 2000.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_are_finite(causal: bool, size: float, padded: bool) -> None:
+    """Of rows that are padding only, and of queries whose features are far apart."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 16) for _ in range(3))
+    q = q / q.norm(dim=-1, keepdim=True) * size
+    attention_mask = torch.ones(2, 9, dtype=torch.bool)
+    if padded:
+        attention_mask[0], attention_mask[1, 5:] = False, False
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    directions = random_directions(64, 16, generator=torch.Generator().manual_seed(1))
+    out = linear_attend(*inputs, directions, attention_mask=attention_mask, causal=causal)
+    assert out.isfinite().all()
+    if padded:
+        assert not out[0].any()
+    for grad in torch.autograd.grad((out * torch.randn(out.shape)).sum(), inputs):
+        assert grad.isfinite().all()
