@@ -94,6 +94,9 @@ class Rope(NamedTuple):
 class Rotary(nn.Module):
     """Rotary positions (RoFormer, arXiv:2104.09864); the angles of a pass are computed once and handed down.
 
+    Where rates depend on the length ("longrope"), each row takes those of its own: no row depends on those beside it.
+    Packed documents share their row's.
+
     Args:
         head_dim: width c of one head; even.
         theta: base of the wave lengths: 10,000 in Llama 1 and 2, 500,000 in Llama 3.
@@ -107,25 +110,36 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim ({head_dim}) must be even for rotary positions")
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
         rates, self.gain, long = scaled_rates(head_dim, theta, scaling)
         self.old_len = 0 if long is None or scaling is None else scaling["original_max_position_embeddings"]
         self.register_buffer("inv_freq", rates, persistent=False)
         self.register_buffer("long_freq", long, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        rates, long = self.inv_freq, self.long_freq
         super()._apply(fn, recurse)
-        # In bfloat16 a rate has 8 bits: at position 1000 the angle would be off by whole turns.
-        self.inv_freq = rates.to(self.inv_freq.device)
-        self.long_freq = None if long is None else long.to(self.inv_freq.device)
+        self._compute(self.inv_freq.device)
         return self
 
-    def forward(self, positions: Tensor) -> Rope:
-        """Angles for positions (q) or (b q), in tokens."""
+    def _compute(self, device: torch.device) -> None:
+        """Rates anew, in float32: a state dict does not hold them, and `to_empty` leaves them undefined.
+
+        In bfloat16 a rate has 8 bits: at position 1000 the angle would be off by whole turns.
+        """
+        with torch.device("cpu"):
+            rates, _, long = scaled_rates(self.head_dim, self.theta, self.scaling)
+        self.inv_freq = rates.to(device)
+        self.long_freq = None if long is None else long.to(device)
+
+    def forward(self, position_ids: Tensor) -> Rope:
+        """Angles for position ids (q) or (b q), in tokens."""
+        if self.inv_freq.is_meta and not position_ids.is_meta:  # filled by load_state_dict(assign=True)
+            self._compute(position_ids.device)
         rates = self.inv_freq
         if self.long_freq is not None:
-            rates = torch.where(positions.max() >= self.old_len, self.long_freq, rates)
-        angles = positions[..., None].float() * rates
+            is_long = position_ids.amax(-1, keepdim=True)[..., None] >= self.old_len
+            rates = torch.where(is_long, self.long_freq, rates)
+        angles = position_ids[..., None].float() * rates
         angles = torch.cat((angles, angles), dim=-1)
         return Rope(angles.cos() * self.gain, angles.sin() * self.gain)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mmtransformer import PositionConfig, TextDecoder
 from mmtransformer.layers.positions import (
     Rotary,
     document_positions,
@@ -91,3 +92,36 @@ def test_rotary_refuses_what_it_does_not_know() -> None:
 def test_document_positions_restart_with_every_document() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 2, 2, 5], [3, 3, 0, 0, 0, 0, 0]])
     assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 3, 4]]
+
+
+LONGROPE = {
+    "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0],
+}  # fmt: skip
+
+
+def test_longrope_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    rotary = Rotary(6, scaling=LONGROPE)
+    short, long = torch.arange(12).expand(1, -1), torch.arange(8, 20).expand(1, -1)
+    both = rotary(torch.cat((short, long)))
+    for row, alone in ((0, rotary(short)), (1, rotary(long))):
+        assert torch.equal(both.cos[row], alone.cos[0])
+        assert torch.equal(both.sin[row], alone.sin[0])
+    assert not torch.equal(rotary(short).cos[0, 8:], rotary(long).cos[0, :4])
+
+
+@pytest.mark.parametrize("scaling", [None, LONGROPE], ids=["plain", "longrope"])
+def test_rotary_built_on_meta_is_filled_by_either_way(scaling: dict | None) -> None:
+    torch.manual_seed(0)
+    positions = PositionConfig("rotary", scaling=scaling)
+    make = lambda: TextDecoder(31, 24, 1, 4, max_len=40, positions=positions).eval()  # noqa: E731
+    want, tokens = make(), torch.randint(31, (2, 20))
+    for assign in (False, True):
+        with torch.device("meta"):
+            model = make()
+        if not assign:
+            model.to_empty(device="cpu")
+        model.load_state_dict(want.state_dict(), assign=assign)
+        assert torch.equal(model(tokens), want(tokens))
+        assert torch.equal(model.double()(tokens), want.double()(tokens))
+        want.float()
