@@ -62,7 +62,9 @@ def split_heads(x: Tensor, count: int, norm: nn.Module | None = None) -> Tensor:
     # Not by rearrange: to read its words takes longer, and every token comes by here.
     x = x.unflatten(-1, (count, -1)).transpose(1, 2)
     # In the norm's own dtype: under autocast RMSNorm would otherwise fall back to a slow kernel, and say so.
-    return x if norm is None else norm(x.to(next(norm.parameters()).dtype)).to(x.dtype)
+    if norm is None or isinstance(norm, nn.Identity):
+        return x
+    return norm(x.to(next(norm.parameters()).dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -123,8 +125,8 @@ class Attention(nn.Module):
             "rms": lambda: nn.RMSNorm(head_dim, eps=norm_eps),
             "layer": lambda: nn.LayerNorm(head_dim, eps=norm_eps),
         }
-        self.q_norm = norm[qk_norm]() if qk_norm else None
-        self.k_norm = norm[qk_norm]() if qk_norm else None
+        self.q_norm = norm[qk_norm]() if qk_norm else nn.Identity()
+        self.k_norm = norm[qk_norm]() if qk_norm else nn.Identity()
 
     def project_kv(self, context: Tensor) -> KeyValue:
         """Projects a context once: (n k d) -> keys and values (n g k c), to be passed as `context` many times."""
