@@ -297,6 +297,7 @@ def fit(cli: "LightningCLI") -> None:
         raise
     trainer.ckpt_path = None
     if isinstance(module, Task) and trainer.is_global_zero:
+        half = torch.bfloat16 if device.type == "cuda" and trainer.precision == "bf16-mixed" else None
         limit = trainer.limit_val_batches
         if isinstance(limit, float):  # a share of each split: as many batches as of the largest
             limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
@@ -306,7 +307,7 @@ def fit(cli: "LightningCLI") -> None:
         last = folder / "checkpoints" / f"last{SUFFIX}"
         # For caches of every length it would compile anew.
         with torch.compiler.set_stance("force_eager"), written_to(folder, last):
-            module.finish(Run(folder, seconds, device, limit))
+            module.finish(Run(folder, seconds, device, limit, half))
 
 
 def _quiet() -> None:

@@ -15,12 +15,14 @@ class Run:
         seconds: How long the training took.
         device: What it computed on.
         limit_batches: Most batches of a split that are to be evaluated; None = all.
+        autocast: The number format to evaluate in; None computes in that of the weights.
     """
 
     folder: Path
     seconds: float
     device: torch.device
     limit_batches: int | None = None
+    autocast: torch.dtype | None = None
 
     @property
     def title(self) -> str:

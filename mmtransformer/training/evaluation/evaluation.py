@@ -206,3 +206,11 @@ def image_ablation(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[st
         if losses:
             found[split] = losses
     return found
+
+
+def ablation_text(losses: Mapping[str, float]) -> str:
+    """The losses with right, other and blank images in words; nothing if they were not computed."""
+    if "loss_right_image" not in losses:
+        return ""
+    right, other, blank = (losses[f"loss_{kind}_image"] for kind in ("right", "other", "blank"))
+    return f"right picture {right:.3f}, another {other:.3f}, blank {blank:.3f}"

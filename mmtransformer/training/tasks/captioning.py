@@ -22,7 +22,7 @@ from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.evaluation.evaluation import evaluate, image_ablation
+from mmtransformer.training.evaluation.evaluation import ablation_text, evaluate, image_ablation
 from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
 from mmtransformer.training.tasks.data_checks import check_texts, refuse_empty_captions
@@ -81,11 +81,8 @@ class Captioning(Task):
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's losses, with those of other and blank pictures beside them."""
         text = super().describe(split, metrics)
-        losses = image_ablation(metrics, [split])[split]
-        if "loss_right_image" not in losses:
-            return text
-        right, other, blank = (losses[f"loss_{kind}_image"] for kind in ("right", "other", "blank"))
-        return f"{text} (right picture {right:.3f}, another {other:.3f}, blank {blank:.3f})"
+        said = ablation_text(image_ablation(metrics, [split])[split])
+        return f"{text} ({said})" if said else text
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -166,16 +163,15 @@ class Captioning(Task):
             trainer.validate(self, datamodule=data, verbose=False)
             use = image_ablation(trainer.callback_metrics, data.val_splits)
         began = time.monotonic()
-        half = run.device.type == "cuda" and trainer.precision == "bf16-mixed"
         evaluation = evaluate(
             self.captioner,
             data,
             generation=self.generation,
             device=run.device,
-            autocast=torch.bfloat16 if half else None,
+            autocast=run.autocast,
             limit_batches=run.limit_batches,
         )
-        few_shot, note = self._score_few_shot(whole, run, half) if self.num_examples else ({}, "")
+        few_shot, note = self._score_few_shot(whole, run) if self.num_examples else ({}, "")
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
@@ -188,22 +184,14 @@ class Captioning(Task):
             path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")
         }
         lines += [f"{n} pictures could not be read; they are named in {path}" for path, n in bad.items() if n]
-        for split, losses in use.items():
-            if "loss_right_image" in losses:
-                right, other, blank = (losses[f"loss_{kind}_image"] for kind in ("right", "other", "blank"))
-                lines.append(
-                    f"{split}: loss {right:.3f} with the right picture, {other:.3f} with another, {blank:.3f} with a "
-                    f"blank one"
-                )
+        lines += [f"{split}: loss of the {said}" for split, x in use.items() if (said := ablation_text(x))]
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
         lines += [f"  {how_to(run.folder, model)}"]
         print("\n".join(lines))  # noqa: T201
 
-    def _score_few_shot(
-        self, data: CaptionData | InterleavedData, run: Run, half: bool
-    ) -> tuple[dict[str, object], str]:
+    def _score_few_shot(self, data: CaptionData | InterleavedData, run: Run) -> tuple[dict[str, object], str]:
         """The scores after examples, and a line of them; a prompt that does not fit is said, and costs no model."""
         try:
             scored = score_few_shot(
@@ -212,7 +200,7 @@ class Captioning(Task):
                 self.num_examples,
                 generation=self.generation,
                 device=run.device,
-                autocast=torch.bfloat16 if half else None,
+                autocast=run.autocast,
                 limit_batches=run.limit_batches,
             )
         except ValueError as error:

@@ -134,13 +134,12 @@ class QFormerStage1(Captioning):
         super().finish(run)
         if (data := self.data) is None:
             return
-        half = run.device.type == "cuda" and self.trainer.precision == "bf16-mixed"
         retrieval = evaluate_retrieval(
             self.captioner,
             data,
             rerank=self.rerank,
             device=run.device,
-            autocast=torch.bfloat16 if half else None,
+            autocast=run.autocast,
             limit_batches=run.limit_batches,
         )
         stage1 = stage1_scores(self.trainer.callback_metrics, data.val_splits)
