@@ -34,7 +34,8 @@ def test_tensors_move_and_the_rest_stays() -> None:
 
 @pytest.mark.parametrize("kind", [CaptionBatch, TextPairs, ClassBatch, MaskedBatch, TextBatch])
 def test_every_tensor_of_every_batch_moves(kind: type[Batch]) -> None:
-    given = {field.name: torch.zeros(2) for field in dataclasses.fields(kind) if "Tensor" in str(field.type)}
+    tensors = [field.name for field in dataclasses.fields(kind) if "Tensor" in str(field.type)]
+    given = {name: torch.zeros(1, 1, 3, 2, 2) if name == "pixels" else torch.zeros(2) for name in tensors}
     moved = kind(**given, names=("a", "b")).to("meta")  # type: ignore[call-arg]
     assert len(given) >= 3
     assert {name: getattr(moved, name).device.type for name in given} == dict.fromkeys(given, "meta")

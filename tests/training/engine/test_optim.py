@@ -11,6 +11,7 @@ from torch import nn
 
 from mmtransformer import EncoderDecoder, Flamingo, PerceiverResampler, TextDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
+from mmtransformer.captioners.flamingo import GatedConfig
 from mmtransformer.training.engine.optim import adamw, muon, warmup_cosine
 
 
@@ -77,7 +78,12 @@ def test_what_a_part_names_is_not_decayed(kind: Any) -> None:
     resampler = PerceiverResampler(16, 1, 2, 8, 5, max_images=3)
     decoder = TextDecoder(31, 16, 1, 2)
     model = Flamingo(
-        vision, decoder, resampler=resampler, num_heads=2, freeze_vision=False, freeze_decoder=False
+        vision,
+        decoder,
+        resampler=resampler,
+        gated=GatedConfig(num_heads=2),
+        freeze_vision=False,
+        freeze_decoder=False,
     )
     task = nn.ModuleDict({"captioner": model})  # as deep inside as in a run
     for whole in (model, task):

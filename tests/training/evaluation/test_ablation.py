@@ -70,7 +70,7 @@ def test_what_cannot_be_built() -> None:
         sized("flamingo", vision, decoder, 1000, FROZEN)
 
 
-def test_a_table_and_a_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE, "utf-8")
     words = ["--recipe", str(recipe), "--out", str(out)]
@@ -84,7 +84,7 @@ def test_a_table_and_a_image(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     sizes = [row["bridge parameters"] for row in table.values()]
     assert max(sizes) / min(sizes) < 1.04
     assert all(row["steps"] == 2 for row in table.values())
-    assert table["prefix"].keys() >= {"facts % val en", "facts % val ko", "val loss right", "seconds"}
+    assert table["prefix"].keys() >= {"facts % val en", "facts % val ko", "val loss right image", "seconds"}
     assert (out / "ablation.png").read_bytes()[1:4] == b"PNG"
     assert "facts % val ko" in said
     assert (out / "qformer/gallery.png").is_file()
