@@ -148,7 +148,9 @@ class HubDecoder(Pretrained, Decoder):
                 f"transformers' {name} has {text.num_hidden_layers} layers by its config, but its largest list of "
                 f"equal modules has {self.depth} of {type(layers[0]).__name__}"
             )
-        self._try()
+        self.takes_masks, self.training = True, model.training
+        if not self.embedding_weights[0].is_meta:
+            self._try()
 
     @torch.no_grad()
     def _try(self) -> None:

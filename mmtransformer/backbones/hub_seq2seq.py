@@ -80,6 +80,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         self.model, self.config, self.max_len = model, model.config.to_dict(), max_len
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.dim: int = model.config.d_model
+        self.training = model.training
 
     def encode(
         self,

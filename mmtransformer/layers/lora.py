@@ -33,7 +33,7 @@ def add_lora(
         The same model.
 
     Raises:
-        ValueError: If peft is not installed, or no layer has such a name.
+        ValueError: If peft is not installed, no layer has such a name, or one shares its weight with another.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -43,6 +43,15 @@ def add_lora(
     for target in targets:
         if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):
             raise ValueError(f'no linear layer is called "{target}"; there are {", ".join(linear)}')
+    shared = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not name.endswith(tuple(targets)):
+            continue
+        if shared.count(id(module.weight)) > 1:
+            raise ValueError(
+                f"{name} shares its weight with another layer (a head tied to the embedding?), which would receive the "
+                "product too: choose other targets, or a model that is not tied"
+            )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))  # pyright: ignore[reportArgumentType]  # A float is fine.
     inject_adapter_in_model(config, model)
     return model

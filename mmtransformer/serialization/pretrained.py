@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT_VERSION = 1
+"""Of folders: what config.json and model.safetensors hold, and how it is named."""
 
 
 def to_config(module: nn.Module) -> dict[str, Any]:
@@ -225,6 +227,48 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
             own[name].copy_(tensor)
 
 
+def rebuilt(config: dict[str, Any]) -> nn.Module | None:
+    """The module that a config describes, without memory (on the meta device); None where it cannot be built there."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return from_config(config)
+    except ValueError:  # a model of transformers that computes with its weights when it is built
+        return None
+
+
+def refuse_unreadable(module: nn.Module, config: dict[str, Any]) -> None:
+    """Refuses a module whose tensors, or whose ties, are not those of its arguments.
+
+    Raises:
+        ValueError: naming them.
+    """
+    own = module.state_dict(keep_vars=True)
+    name = type(module).__name__
+    again = rebuilt(config)
+    fresh = own if again is None else again.state_dict(keep_vars=True)
+    other = [key for key in own if key not in fresh or own[key].shape != fresh[key].shape]
+    other += [key for key in fresh if key not in own]
+    lora = [key for key in own if ".lora_" in key]
+    if other or lora:
+        hint = "; merge_lora takes its products in" if lora else ""
+        raise ValueError(
+            f"{name} is not saved, as it could not be loaded: its arguments say nothing of {_few(other or lora)}{hint}"
+        )
+    if strange := _ties(own) ^ _ties(fresh):
+        raise ValueError(
+            f"{name} is not saved, since it could not be loaded: its arguments do not say of "
+            f"{_few(sorted(strange.pop()))} whether they are one tensor; give each its own, or tie as the arguments do"
+        )
+
+
+def _ties(state: dict[str, Tensor]) -> set[frozenset[str]]:
+    """Which names stand for one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
 def _few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -255,14 +299,23 @@ class Pretrained:
             )
         return cls(**(cls.presets[name] | changes))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`; tied tensors once.
 
+        Args:
+            folder: where; made if it is not there.
+            metadata: anything else that JSON can hold, for other uses (hashes, data settings): `from_pretrained` leaves
+                it alone.
+
         Raises:
-            ValueError: if a part is not a public model of this library, before anything is written.
+            ValueError: if `from_pretrained` could not read it, before anything is written: a part is no public model of
+                this library, or its tensors are not those of its arguments.
         """
         assert isinstance(self, nn.Module)
-        text = json.dumps(to_config(self), indent=2, ensure_ascii=False) + "\n"
+        config = to_config(self)
+        refuse_unreadable(self, config)
+        whole = {"format_version": FORMAT_VERSION, **config, "metadata": metadata or {}}
+        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with weights_written_to(folder / WEIGHTS):
@@ -278,7 +331,14 @@ class Pretrained:
             ValueError: if a file is missing or damaged, or weights and config do not fit in every name and shape.
         """
         folder = find_folder(folder_or_id)
-        config, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+        config = read_json(folder / CONFIG)
+        if "class" in config and (version := config.get("format_version")) != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / CONFIG}: format_version is {version!r:.20}, and this mmtransformer reads {FORMAT_VERSION}: "
+                f"save the model again with this version, or load it with the one that saved it"
+            )
+        config = {key: value for key, value in config.items() if key not in ("format_version", "metadata")}
+        state = read_safetensors(folder / WEIGHTS)
         with built_from(state, str(folder / CONFIG)):
             model = from_config(config, str(folder / CONFIG))
         if not isinstance(model, cls):

@@ -98,3 +98,15 @@ def test_a_language_model_for_a_recipe(tmp_path) -> None:
     torch.testing.assert_close(
         Blip2.from_pretrained(tmp_path / "merged").logits(batch), before, atol=1e-5, rtol=1e-4
     )
+
+
+def test_a_head_that_is_the_embedding_is_refused() -> None:
+    """Its product would be added to the embedding too, when it is merged."""
+    with pytest.raises(ValueError, match="lm_head shares its weight with another layer"):
+        add_lora(TextDecoder(31, 24, 1, 4), ["q_proj", "lm_head"])
+    untied = add_lora(TextDecoder(31, 24, 1, 4, tied=False), ["lm_head"])
+    tokens = torch.randint(31, (2, 5))
+    torch.nn.init.normal_(untied.get_parameter("lm_head.lora_B.default.weight"))
+    before = untied.head(untied(tokens))
+    merged = merge_lora(untied)
+    torch.testing.assert_close(merged.head(merged(tokens)), before, atol=1e-5, rtol=1e-5)

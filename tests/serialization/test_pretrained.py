@@ -25,6 +25,7 @@ from mmtransformer import (
     HubDecoder,
     HubSeq2Seq,
     ImageText,
+    LinearAttention,
     MLPConfig,
     MLPProjector,
     NormConfig,
@@ -42,12 +43,14 @@ from mmtransformer import (
     VisualAdapter,
     ViT,
 )
+from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.pretrained import (
     Pretrained,
     find_folder,
     from_config,
     load_strictly,
     read_json,
+    rebuilt,
     to_config,
 )
 
@@ -65,8 +68,9 @@ def captioner(**options: Any) -> EncoderDecoder:
 
 
 def qformer(**options: Any) -> QFormer:
-    arguments: dict[str, Any] = {"cross_every": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5} | options
-    return QFormer(3, 12, 2, 3, 20, **arguments)
+    sizes: dict[str, Any] = {"num_queries": 3, "dim": 12, "depth": 2, "num_heads": 3, "visual_dim": 20}
+    arguments: dict[str, Any] = {"cross_every": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5}
+    return QFormer(**sizes | arguments | options)
 
 
 MODELS = {
@@ -403,3 +407,69 @@ def test_weights_may_be_read_by_those_who_may_read_the_config(tmp_path: Path) ->
     decoder().save_pretrained(tmp_path)
     modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("config.json", "model.safetensors")}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+# --- what could not be loaded is not saved; versions
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_model_would_be_again_takes_no_memory_and_no_random_numbers(name: str) -> None:
+    config, before = to_config(MODELS[name]()), torch.get_rng_state()
+    again = rebuilt(config)
+    assert again is not None
+    assert all(p.is_meta for p in again.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def unreadable(kind: str) -> tuple[Any, str]:
+    model = Blip2(ViT(**VISION), qformer(vocab_size=53, dim=24, num_heads=4), decoder(), instruct=True)
+    if kind == "a tie of one's own":
+        assert model.qformer.tok_embed is not None
+        model.qformer.tok_embed.weight = model.decoder.tok_embed.weight
+        return model, "tok_embed.weight"
+    if kind == "a block used twice":
+        model.decoder.blocks[1] = model.decoder.blocks[0]
+        return model, r"decoder\.blocks\.0\."
+    if kind == "a tie undone":
+        model.decoder.lm_head.weight = torch.nn.Parameter(model.decoder.lm_head.weight.clone())
+        return model, r"lm_head\.weight, decoder\.tok_embed\.weight"
+    if kind == "another layer":
+        model.decoder.blocks[0].attn = LinearAttention(model.decoder.blocks[0].attn)
+        return model, r"decoder\.blocks\.0\.attn\.directions"
+    add_lora(model.decoder)
+    return model, "lora_.*merge_lora"
+
+
+@pytest.mark.parametrize(
+    "kind", ["a tie of one's own", "a block used twice", "a tie undone", "another layer", "lora"]
+)
+def test_what_could_not_be_loaded_is_not_saved(kind: str, tmp_path: Path) -> None:
+    model, message = unreadable(kind)
+    with pytest.raises(ValueError, match=f"Blip2 is not saved.*{message}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
+    model = decoder(attention=AttentionConfig(num_kv_heads=2))
+    model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert (config["format_version"], config["class"]) == (1, "TextDecoder")
+    assert config["args"]["attention"]["num_kv_heads"] == 2
+    assert config["metadata"] == {"hash": "ab12"}
+    again = TextDecoder.from_pretrained(tmp_path)
+    assert again.attention == model.attention
+    for version in (2, None):
+        edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
+        with pytest.raises(
+            ValueError, match=rf"config.json: format_version is {version}.*reads 1: save .* again"
+        ):
+            TextDecoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["HubDecoder", "HubSeq2Seq"])
+def test_a_hub_models_mode_is_that_of_what_it_holds(name: str) -> None:
+    model: Any = MODELS[name]()
+    for mode in (False, True):
+        model.model.train(mode)
+        assert type(model).from_model(model.model, max_len=29).training is mode
