@@ -1,6 +1,10 @@
 """Multimodal Transformers on one attention core.
 
 The names below are imported when they are first used, so that `mmt --help` need not wait for torch.
+
+Shapes are written in einops letters, the same in all files; a file's own "Shapes:" names only what differs there:
+b rows, i images of a row, n all images, q and k query and key positions, d width, h heads, c head width, p patches,
+l latents or queries, v vocabulary. "(b q d)" has three dimensions; "(... d)" any number before the last.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
 """What every causal language model of the library is to the bridges: `Decoder`, and what it remembers: `DecoderState`.
 
-Letters: b rows, q new tokens, k tokens so far, d width of a token, e width of an embedding, n rows of a table.
+Shapes: e width of an embedding, n rows of its table.
 """
 
 from abc import ABC, abstractmethod

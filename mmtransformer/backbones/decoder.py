@@ -1,6 +1,6 @@
 """TextDecoder: tokens -> logits, with caches, optional cross-attention, and one door for bridges.
 
-Letters: b rows, q new tokens, k tokens so far, n rows of a context (n divides b), d width of a token.
+Shapes: n rows of a context (n divides b).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,4 @@
-"""TextEncoder: tokens -> hidden states that see both ways, with BERT's heads (Devlin et al., arXiv:1810.04805).
-
-Letters: b rows, q tokens, d width of a token.
-"""
+"""TextEncoder: tokens -> hidden states that see both ways, with BERT's heads (Devlin et al., arXiv:1810.04805)."""
 
 from functools import partial
 

@@ -1,6 +1,6 @@
 """ExtendedVocabulary: new tokens for a language model that stays as it is.
 
-Letters: b rows, q tokens, d width of a token, e width of an embedding, m new tokens.
+Shapes: e width of an embedding, m new tokens.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Nothing of the model is edited: a bridge enters through forward pre-hooks on the list of its layers, which live for one
 pass. So its weights keep their names, and without a bridge it is the model, bit for bit.
 
-Letters: b rows, q new tokens, k tokens so far, d width of a token, e width of an embedding, n rows of a table.
+Shapes: e width of an embedding, n rows of its table.
 """
 
 import inspect

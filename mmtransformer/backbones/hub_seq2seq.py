@@ -1,7 +1,6 @@
 """HubSeq2Seq: an encoder-decoder of transformers (T5, Flan-T5, mT5) behind our `Transformer`'s methods (extra: hf).
 
-Letters: n rows of sources, k source tokens, p embeddings in front of them, b rows of targets (n divides b), q target
-tokens, d width of a token.
+Shapes: n rows of sources (n divides b), k source tokens, p embeddings in front of them.
 """
 
 from typing import Any, Self

@@ -1,6 +1,6 @@
 """Transformer: the encoder-decoder of "Attention Is All You Need" (Vaswani et al., arXiv:1706.03762).
 
-Letters: n rows of sources, k source tokens, b rows of targets (n divides b), q target tokens, d width of a token.
+Shapes: n rows of sources (n divides b), k source tokens.
 """
 
 from collections.abc import Sequence

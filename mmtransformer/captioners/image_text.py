@@ -17,7 +17,7 @@ from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
 from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check_rows
-from mmtransformer.connectors.qformer import QFormer, Seen, Visual
+from mmtransformer.connectors.qformer import QFormer, QueryStates, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue, KVCache
@@ -304,7 +304,7 @@ class ImageText(Captioner):
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self._append(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool), state)
 
-    def _new_state(self, seen: Seen, rows: int, length: int) -> ImageTextState:
+    def _new_state(self, seen: QueryStates, rows: int, length: int) -> ImageTextState:
         l, device = self.qformer.num_queries, seen.queries.device
         caches = []
         for memory in seen.memory:  # The first block's is one row for all pictures: it has not read them yet.

@@ -10,7 +10,7 @@ Training needs several passes over the same pictures, and nothing is computed tw
     caption = qformer.encode_text(tokens, attention_mask, seen)         # causal text over the queries: generation
     queries, text = qformer.encode_pair(visual, tokens, attention_mask) # queries and text see each other: matching
 
-Letters: n pictures, b rows of text (n divides b), p visual tokens, l queries, q text tokens, d width, k keys.
+Shapes: n images, b rows of text (n divides b).
 """
 
 import inspect
@@ -30,7 +30,7 @@ Visual = Tensor | Sequence[KeyValue]
 """What cross-attention reads: visual tokens (n p visual_dim), or their `QFormer.project_visual`."""
 
 
-class Seen(NamedTuple):
+class QueryStates(NamedTuple):
     """What the query pass leaves: the queries (n l d), and each block's self-attention keys and values of them."""
 
     queries: Tensor
@@ -170,7 +170,7 @@ class QFormer(Pretrained, nn.Module):
         _copies(tokens.shape[0], found[0].k.shape[0])
         return self._joint(found, tokens, attention_mask, keep_text=False)[0]
 
-    def encode_queries(self, visual: Visual) -> Seen:
+    def encode_queries(self, visual: Visual) -> QueryStates:
         """The query pass: the queries (n l d), and their self-attention keys and values for `read`."""
         found = self._visual(visual)
         n, memory = found[0].k.shape[0], []
@@ -183,10 +183,10 @@ class QFormer(Pretrained, nn.Module):
             # Until they read the first picture, queries are the same for all: the first block attends once.
             x = block.attend(x, kv, None).expand(n, -1, -1)
             x = block.finish_queries(x, found.get(i))
-        return Seen(x, memory)
+        return QueryStates(x, memory)
 
     def encode_text(
-        self, tokens: Tensor, attention_mask: Tensor | None = None, seen: Seen | None = None
+        self, tokens: Tensor, attention_mask: Tensor | None = None, seen: QueryStates | None = None
     ) -> Tensor:
         """The text pass: each token sees the whole text ("unimodal"), or with `seen` queries and earlier tokens.
 

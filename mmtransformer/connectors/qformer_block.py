@@ -1,6 +1,6 @@
 """A block of the Q-Former, and the three masks of its passes (BLIP-2, arXiv:2301.12597, figure 2).
 
-Letters: b rows, p visual tokens, l queries, q text tokens, d width, g c heads of keys and their width, k keys.
+Shapes: g c heads of keys and their width.
 """
 
 from typing import Literal, get_args

@@ -1,6 +1,6 @@
 """PerceiverResampler: any number of visual tokens -> a fixed number of latents.
 
-Letters: b rows, i pictures of a row, t frames of a picture, p visual tokens of a frame, l latents, d width.
+Shapes: t frames of an image, p visual tokens of a frame.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 Blocks are composed of built modules, so a tower's choices (norm, activation, heads) are made in one place, the tower.
 
-Letters: b rows, q tokens, k context tokens, d width of a token.
+Shapes: n rows of a context (n divides b).
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Softmax attention weighs a key by exp(q.k / sqrt(c)). That is the mean, over ran
 exp(w.q' - q'^2 / 2) exp(w.k' - k'^2 / 2) with q' = q c^-1/4 and k' = k c^-1/4: a product of something of the query and
 something of the key. With m directions drawn once, sums over keys are taken before any query is asked.
 
-Letters: b rows, h heads, q queries, k keys, c width of a head, m random features, s tokens of a chunk, t chunks.
+Shapes: m random features, s tokens of a chunk.
 """
 
 import torch

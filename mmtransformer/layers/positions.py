@@ -1,6 +1,6 @@
 """Where a token stands: sinusoidal (1-D and 2-D), learned (resized to any grid) and rotary positions.
 
-Letters: q tokens, d width of a token, c width of a head, b rows; a grid is (height, width) in patches.
+Shapes: a grid is (height, width) in patches.
 """
 
 import math
