@@ -1,1 +1,1 @@
-"""Towers that read pictures or text: ViT, decoders, encoders."""
+"""Backbones that read images or text: ViT, decoders, encoders."""

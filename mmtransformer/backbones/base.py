@@ -1,4 +1,4 @@
-"""What every causal language model of the library is to the bridges: `Decoder`, and what it remembers: `DecoderState`.
+"""`Decoder`: what every causal language model is to connectors and captioners; `DecoderState`: what it remembers.
 
 Shapes: e width of an embedding, n rows of its table.
 """
@@ -158,7 +158,7 @@ def repeat_rows(logits: Tensor, state: AnyState, expand_size: int) -> tuple[Tens
 
 
 class Decoder(nn.Module, ABC):
-    """The contract of a causal language model: tokens -> logits, with caches, and a door for bridges.
+    """The contract of a causal language model: tokens -> logits, with caches, and a hook before each block.
 
     `TextDecoder` (our own blocks), `HubDecoder` (any language model of transformers) and `ExtendedVocabulary` (either,
     with new tokens) keep it, and bridges need no more than it.
@@ -233,7 +233,7 @@ class Decoder(nn.Module, ABC):
         """Reads left-padded prompts, so that `generate` writes what follows; then every row stands `expand_size` times.
 
         Returns:
-            Logits of the first new token (b * copies, vocab_size), and the state to give to `decode_step`.
+            Logits of the first new token (b * expand_size, vocab_size), and the state to give to `decode_step`.
         """
         state = self.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
@@ -267,7 +267,7 @@ class Decoder(nn.Module, ABC):
                 only, whose positions begin at 0; not with a state. None = a row is one document.
             mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
             state: tokens decoded so far, from `new_state`; these tokens are appended to it.
-            before_block: called as x = before_block(i, x) before block i: the door for bridges.
+            before_block: called as x = before_block(i, x) before block i: where connectors enter.
 
         Returns:
             (b q d), normed.

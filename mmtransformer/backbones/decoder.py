@@ -1,4 +1,4 @@
-"""TextDecoder: tokens -> logits, with caches, optional cross-attention, and one door for bridges.
+"""TextDecoder: tokens -> logits, with caches, optional cross-attention, and a hook before each block.
 
 Shapes: n rows of a context (n divides b).
 """
@@ -203,7 +203,7 @@ class TextDecoder(Pretrained, Decoder):
                 only, whose positions begin at 0; not with a state. None = a row is one document.
             mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
             state: tokens decoded so far, from `new_state`; these tokens are appended to it.
-            before_block: called as x = before_block(i, x) before block i: the door for bridges.
+            before_block: called as x = before_block(i, x) before block i: where connectors enter.
 
         Returns:
             (b q d), normed.

@@ -115,7 +115,7 @@ class ExtendedVocabulary(Pretrained, Decoder):
         return self._put(self.decoder.head(hidden), self.logits(hidden, rows.weight), -1)
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
-        """As the decoder's; rows in its number format or another."""
+        """As the decoder's; rows in its dtype or another."""
         return self.decoder.logits(hidden, table.to(hidden.dtype))
 
     def new_state(self, max_len: int | None = None) -> DecoderState:

@@ -154,7 +154,7 @@ class HubDecoder(Pretrained, Decoder):
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Passes of two tokens: the door must open before every layer in turn, and our head must be the model's."""
+        """Passes of two tokens: the hook must run before every layer in turn, and our head must be the model's."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         opened: list[int] = []
@@ -264,7 +264,7 @@ class HubDecoder(Pretrained, Decoder):
         with ExitStack() as hooks:
             if before_block is not None:
                 for i, layer in enumerate(self.layers):
-                    hook = partial(_open_door, i, before_block)
+                    hook = partial(_run_hook, i, before_block)
                     hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             return base(inputs_embeds=x, **given).last_hidden_state
 
@@ -305,7 +305,7 @@ def _refuse_strangers(config: Any, where: str) -> None:
         _refuse_strangers(value, where)
 
 
-def _open_door(
+def _run_hook(
     i: int,
     before_block: Callable[[int, Tensor], Tensor],
     layer: nn.Module,

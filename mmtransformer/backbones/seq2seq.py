@@ -280,7 +280,7 @@ class Transformer(Pretrained, nn.Module):
         """Reads sources and left-padded prompts, once; then every row stands `expand_size` times, side by side.
 
         Returns:
-            Logits of the first new token (n * copies, vocab_size), and the state to give to `decode_step`.
+            Logits of the first new token (n * expand_size, vocab_size), and the state to give to `decode_step`.
         """
         source_attention_mask = (
             None if bool(batch.source_attention_mask.all()) else batch.source_attention_mask

@@ -120,7 +120,7 @@ class PerceiverResampler(Pretrained, nn.Module):
         if t > (self.max_frames or 1):
             raise ValueError(f"{t} frames of a picture were given, but max_frames is {self.max_frames}")
         if self.max_images is not None and i > self.max_images:
-            raise ValueError(f"{i} pictures of a row were given, but max_pictures is {self.max_images}")
+            raise ValueError(f"{i} pictures of a row were given, but max_images is {self.max_images}")
         if self.frame_embed is not None:
             x = x + self.frame_embed[:t, None]
         if self.image_embed is not None:

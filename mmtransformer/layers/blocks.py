@@ -1,6 +1,6 @@
-"""The blocks that towers are stacked from, on one page: norms, MLPs, encoder and decoder blocks.
+"""The blocks that backbones are stacked from, on one page: norms, MLPs, encoder and decoder blocks.
 
-Blocks are composed of built modules, so a tower's choices (norm, activation, heads) are made in one place, the tower.
+Blocks are composed of built modules: a backbone's choices (norm, activation, heads) are made in one place, there.
 
 Shapes: n rows of a context (n divides b).
 """

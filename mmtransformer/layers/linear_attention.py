@@ -174,8 +174,8 @@ class LinearAttention(nn.Module):
         """Attends, roughly as `Attention.forward`.
 
         Args:
-            x: tokens that ask (b q d).
-            context: tokens that are asked (n k d) or their `project_kv`, n dividing b; None = x itself.
+            x: the queries' tokens (b q d).
+            context: the keys' tokens (n k d) or their `project_kv`, n dividing b; None = x itself.
             mask: None, "causal", or which keys are real, (b 1 k) bool; a sum over keys knows no other mask.
             rope: rotary angles of x's positions.
             cache: must be None.
