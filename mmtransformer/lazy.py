@@ -7,9 +7,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 
-def lazy(
-    package: str, contents: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy(package: str, contents: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """A package's `__getattr__`, `__dir__` and `__all__`: its public names, and the modules in it.
 
     Args:

@@ -15,9 +15,7 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--shuffle", type=int, metavar="SEED", help="run the tests in another order, a seed each"
-    )
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order, a seed each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,9 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (
-        seed := config.getoption("--shuffle")
-    ) is not None:  # files among each other, and the tests of each file
+    if (seed := config.getoption("--shuffle")) is not None:  # files among each other, and the tests of each file
         chance, files = random.Random(seed), {item.path for item in items}
         place = {path: chance.random() for path in sorted(files)}
         items.sort(key=lambda item: (place[item.path], chance.random()))

@@ -44,10 +44,7 @@ def direct(below: dict[str, list[str]]) -> list[Arrow]:
 
 def places(floor: dict[str, int], strong: list[Arrow]) -> tuple[dict[str, float], dict[Arrow, list[str]]]:
     """Room -> its place on its floor; arrow -> the points that it passes, named after the floors between."""
-    paths = {
-        (a, b): [a, *(f"{a} {b} {level}" for level in range(floor[a] - 1, floor[b], -1)), b]
-        for a, b in strong
-    }
+    paths = {(a, b): [a, *(f"{a} {b} {level}" for level in range(floor[a] - 1, floor[b], -1)), b] for a, b in strong}
     level = dict(floor) | {p: int(p.split()[2]) for path in paths.values() for p in path if " " in p}
     rows = [[p for p in level if level[p] == n] for n in range(max(level.values()) + 1)]
     segments = [s for path in paths.values() for s in itertools.pairwise(path)]
@@ -90,9 +87,7 @@ def places(floor: dict[str, int], strong: list[Arrow]) -> tuple[dict[str, float]
 
 def contents(room: str) -> str:
     """The first files or folders of a room, as many as fit into its box."""
-    names = sorted(
-        p.stem for p in (PACKAGE / room).glob("*") if p.suffix == ".py" or (p / "__init__.py").exists()
-    )
+    names = sorted(p.stem for p in (PACKAGE / room).glob("*") if p.suffix == ".py" or (p / "__init__.py").exists())
     names = [name for name in names if name[0] != "_"]
     line = ""
     for name in names:
@@ -131,9 +126,7 @@ def draw(path: Path) -> None:
             vertices += [(ax, (ay + by) / 2), (bx, (ay + by) / 2), (bx, by)]
             codes += [Curve.CURVE4] * 3
         style = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 0}
-        axes.add_patch(
-            FancyArrowPatch(path=Curve(vertices, codes), color=color, lw=width, zorder=zorder, **style)
-        )
+        axes.add_patch(FancyArrowPatch(path=Curve(vertices, codes), color=color, lw=width, zorder=zorder, **style))
 
     for room, imported in below.items():
         for other in imported:
@@ -142,9 +135,7 @@ def draw(path: Path) -> None:
             arrow(points, *((STRONG, 1.6, 2) if (room, other) in paths else (FAINT, 0.8, 1)))
     for room in below:
         corner = x[room] - half_width, y[room] - half_height
-        box = FancyBboxPatch(
-            corner, 2 * half_width, 2 * half_height, boxstyle="round,pad=0,rounding_size=0.12"
-        )
+        box = FancyBboxPatch(corner, 2 * half_width, 2 * half_height, boxstyle="round,pad=0,rounding_size=0.12")
         box.set(facecolor="white", edgecolor=INK, linewidth=1.2, zorder=3)
         axes.add_patch(box)
         middle = {"ha": "center", "va": "center", "zorder": 4}
@@ -176,9 +167,7 @@ def page() -> str:
         lines.append(f"| **{room}** | {purpose(room)} | {', '.join(between[room])} |")
         for part in within:
             if part.startswith(f"{room}/"):
-                near = [
-                    other.removeprefix(f"{room}/") for other in within[part] if other.startswith(f"{room}/")
-                ]
+                near = [other.removeprefix(f"{room}/") for other in within[part] if other.startswith(f"{room}/")]
                 lines.append(f"| {part} | {purpose(part)} | {', '.join(near)} |")
     return "\n".join([*lines, "", MARKS[1]])
 

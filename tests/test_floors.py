@@ -49,9 +49,7 @@ def faults(path: Path) -> list[str]:
         if library != "mmtransformer" or (not rest and room == "cli"):  # mmt asks the package for its version
             continue
         whom = room_of(file_of(imported)) if rest else ""
-        if path.name == "__init__.py" and whom.startswith(
-            f"{room}/"
-        ):  # what a folder shows of what lies in it
+        if path.name == "__init__.py" and whom.startswith(f"{room}/"):  # what a folder shows of what lies in it
             continue
         if whom not in ROOMS:
             found.append(f"{where}:{line}: {imported}: import from the module that defines the name")
@@ -84,14 +82,10 @@ def test_no_two_files_import_each_other() -> None:
     """Within a folder too: what a file imports when it is loaded must not lead back to it."""
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in modules()}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
-    edges = {
-        name: {i for _, i in imports(path, when_loaded=True) if i in files} for name, path in files.items()
-    }
+    edges = {name: {i for _, i in imports(path, when_loaded=True) if i in files} for name, path in files.items()}
     while free := [name for name, below in edges.items() if not below & edges.keys()]:
         edges = {name: below for name, below in edges.items() if name not in free}
-    cycles = "\n".join(
-        f"{name} -> {', '.join(sorted(below & edges.keys()))}" for name, below in edges.items()
-    )
+    cycles = "\n".join(f"{name} -> {', '.join(sorted(below & edges.keys()))}" for name, below in edges.items())
     assert not edges, f"these files import each other, or files that do:\n{cycles}"
 
 
@@ -132,9 +126,7 @@ def test_import_is_lazy(top: str) -> None:
     script = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n" + (
         f"print(*sorted(set({LAZY}) & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [], f"import {names[-1]}, or one before it, also imports {done.stdout}"
 
@@ -143,9 +135,7 @@ def test_saved_models_need_no_trainer() -> None:
     names = [f"mmtransformer.pipelines.{path.stem}" for path in (PACKAGE / "pipelines").glob("[!_]*.py")]
     for name in names:
         script = f"import sys, {name}; print(*{{'lightning', 'matplotlib'}} & set(sys.modules))"
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
         assert (done.returncode, done.stdout.split()) == (0, []), f"{name}: {done.stdout}{done.stderr}"
 
 

@@ -30,8 +30,7 @@ from mmtransformer.cli.recipes import recipe_file
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "tiny")
 PAGES = {
-    str(p.relative_to(ROOT)): p.read_text("utf-8")
-    for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    str(p.relative_to(ROOT)): p.read_text("utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 
 # Commands that are not run, by their first words -> why.
@@ -184,9 +183,7 @@ def make(words: list[str]) -> int:
     env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([*dry_run, *words], capture_output=True, text=True, check=True, env=env)
     found = [
-        line.removeprefix(".venv/bin/mmt")
-        for line in done.stdout.splitlines()
-        if line.startswith(".venv/bin/mmt ")
+        line.removeprefix(".venv/bin/mmt") for line in done.stdout.splitlines() if line.startswith(".venv/bin/mmt ")
     ]
     assert found, done.stdout
     return max(mmt(shlex.split(line)) for line in found)
@@ -283,18 +280,12 @@ def test_files_are_listed() -> None:
     (text,) = (block.code for block in blocks("README.md") if block.section == "Files")
     names = [line.split()[0] for line in text.splitlines()]
     assert not [name for name in names if not (ROOT / name).exists()]
-    folders = {
-        f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.*")) and p.name[0] not in "._"
-    }
+    folders = {f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.*")) and p.name[0] not in "._"}
     assert folders - {"runs/", "build/", "dist/"} <= set(names)
 
 
 def test_the_rooms_are_drawn_as_they_are() -> None:
     page = ROOT / "docs/architecture.md"
     stale = "stale: run python tests/draw_rooms.py"
-    assert draw_rooms.with_rooms(page.read_text("utf-8")) == page.read_text("utf-8"), (
-        f"{page.name} is {stale}"
-    )
-    assert draw_rooms.description() in draw_rooms.PICTURE.read_text("utf-8"), (
-        f"{draw_rooms.PICTURE.name} is {stale}"
-    )
+    assert draw_rooms.with_rooms(page.read_text("utf-8")) == page.read_text("utf-8"), f"{page.name} is {stale}"
+    assert draw_rooms.description() in draw_rooms.PICTURE.read_text("utf-8"), f"{draw_rooms.PICTURE.name} is {stale}"

@@ -32,9 +32,7 @@ def test_recipe_runs(
         code = main(["fit", *words, f"--trainer.default_root_dir={run}", *arguments(name, tmp_path)])
     out, err = capsys.readouterr()
     assert code == 0, err
-    always = (
-        "config.yaml metrics.csv metrics.json checkpoints/last.ckpt model/model.safetensors model/config.json"
-    )
+    always = "config.yaml metrics.csv metrics.json checkpoints/last.ckpt model/model.safetensors model/config.json"
     assert [file for file in f"{always} model/README.md".split() if not (run / file).is_file()] == []
     CHECKS.get(name, check_captioner)(name, run, out)
 
@@ -108,9 +106,7 @@ def check_classification(name: str, run: Path, out: str) -> None:
     scores = metrics["classification"]["compositional"]
     assert (scores["images"], len(scores["confusion"])) == (4, 8)
     assert "worst classes" in out
-    assert [
-        f for f in ("gallery.png", "attention.png", "model/classes.json") if not (run / f).is_file()
-    ] == []
+    assert [f for f in ("gallery.png", "attention.png", "model/classes.json") if not (run / f).is_file()] == []
     classifier = ImageClassifier.from_pretrained(run / "model", device="cpu")
     ((name, share),) = classifier(Image.new("RGB", (50, 40)))[0]
     assert name in classifier.classes

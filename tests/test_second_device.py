@@ -143,9 +143,7 @@ def test_an_encoder_learns_there() -> None:
     loss_mask = attention_mask & (torch.rand(4, 9) < 0.4)
     loss_mask[:, 1] = True
     other = torch.tensor([0, 1, -1, 1])
-    batch = MaskedBatch(
-        tokens, tokens, loss_mask, torch.zeros_like(tokens), (tokens > 9).long(), attention_mask, other
-    )
+    batch = MaskedBatch(tokens, tokens, loss_mask, torch.zeros_like(tokens), (tokens > 9).long(), attention_mask, other)
     want = module.loss(batch)
     with SecondDevice() as gpu:
         encoder.to(gpu.device)

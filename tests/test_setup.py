@@ -49,9 +49,7 @@ def test_every_requirement_is_pinned_within_its_bounds(files: list[str], wanted:
     for requirement in map(Requirement, wanted):
         assert requirement.name in found, f"{requirement.name} is not pinned: make lock"
         for version, _, _ in found[requirement.name]:
-            assert version in requirement.specifier, (
-                f"{requirement.name} {version}, not {requirement.specifier}"
-            )
+            assert version in requirement.specifier, f"{requirement.name} {version}, not {requirement.specifier}"
 
 
 def test_users_install_no_tools_of_the_tests() -> None:

@@ -109,9 +109,7 @@ class DecoderState:
                     "the library's own blocks can be recorded"
                 )
         if self.next_positions is None:
-            raise ValueError(
-                "a state is made static after its prompt was read, and this one has read nothing"
-            )
+            raise ValueError("a state is made static after its prompt was read, and this one has read nothing")
         rows, device = self.next_positions.shape[0], self.next_positions.device
         every = torch.arange(self.max_len, device=device).expand(rows, -1) < self.length
         if self.attention_mask is not None:
@@ -222,9 +220,7 @@ class Decoder(nn.Module, ABC):
         """
         max_len = self.max_len if max_len is None else max_len
         if max_len > self.max_len:
-            raise ValueError(
-                f"{max_len} tokens were asked for, but this decoder has {self.max_len} positions"
-            )
+            raise ValueError(f"{max_len} tokens were asked for, but this decoder has {self.max_len} positions")
         return DecoderState(self.depth, max_len)
 
     def prefill(
@@ -326,9 +322,7 @@ class Decoder(nn.Module, ABC):
         return steps if known is None else steps + known[:, None]
 
     @staticmethod
-    def document_mask(
-        document_ids: Tensor, attention_mask: Tensor | None, mask: Mask | None = None
-    ) -> Tensor:
+    def document_mask(document_ids: Tensor, attention_mask: Tensor | None, mask: Mask | None = None) -> Tensor:
         """The mask (b q q) of packed rows: causal, within each token's own document, and without padding.
 
         Raises:

@@ -246,9 +246,7 @@ class TextDecoder(Pretrained, Decoder):
         if isinstance(context, Tensor):
             context = self.project_context(context)
         if context is not None and len(context) != (count := self.depth // self.cross_every):
-            raise ValueError(
-                f"keys and values for {len(context)} blocks were given, but {count} read a context"
-            )
+            raise ValueError(f"keys and values for {len(context)} blocks were given, but {count} read a context")
         contexts, context_mask = iter(context or ()), None
         if context_attention_mask is not None:
             each = x.shape[0] // context_attention_mask.shape[0]

@@ -250,9 +250,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         if height % p or width % p:
             raise ValueError(f"images of {height} x {width} are not divided by the patch of {p}")
         if (context is None) != (self.context_dim is None):
-            raise ValueError(
-                "a text is needed exactly where the transformer has cross-attention (context_dim)"
-            )
+            raise ValueError("a text is needed exactly where the transformer has cross-attention (context_dim)")
         contexts = self.project_context(context) if isinstance(context, Tensor) else context
         mask = None if context_mask is None else context_mask[:, None]
 
@@ -283,12 +281,9 @@ def grid_positions(grid: tuple[int, int], dim: int, base: int | None = None) -> 
         base: how many steps a side has, whatever the grid; None = one a patch.
     """
     rates = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    height, width = (
-        torch.arange(side, dtype=torch.float64) * (1 if base is None else base / side) for side in grid
-    )
+    height, width = (torch.arange(side, dtype=torch.float64) * (1 if base is None else base / side) for side in grid)
     rows, columns = (
-        torch.cat((angles.sin(), angles.cos()), dim=1)
-        for angles in (height[:, None] * rates, width[:, None] * rates)
+        torch.cat((angles.sin(), angles.cos()), dim=1) for angles in (height[:, None] * rates, width[:, None] * rates)
     )
     both = torch.cat((columns[None].expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)), dim=-1)
     return both.flatten(0, 1)

@@ -116,9 +116,7 @@ class TextEncoder(Pretrained, nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.zeros_(module.bias)
 
-    def embed(
-        self, tokens: Tensor, types: Tensor | None = None, *, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, tokens: Tensor, types: Tensor | None = None, *, position_ids: Tensor | None = None) -> Tensor:
         """What the first block reads, without dropout: words, positions and types, normed.
 
         Args:

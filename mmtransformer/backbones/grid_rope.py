@@ -59,15 +59,11 @@ class GridRotary(nn.Module):
     def __init__(self, head_dim: int, num_heads: int, depth: int, config: RopeConfig) -> None:
         super().__init__()
         if head_dim % 4:
-            raise ValueError(
-                f"rotary positions of rows and columns need heads of 4 n channels, not {head_dim}"
-            )
+            raise ValueError(f"rotary positions of rows and columns need heads of 4 n channels, not {head_dim}")
         self.head_dim, self.depth, self.config = head_dim, depth, config
         if config.kind == "mixed":
             rates, turn = self._rates(), 2 * math.pi * torch.rand(depth, num_heads, 1)
-            turns = torch.cat(
-                (turn.expand(-1, -1, len(rates)), turn.expand(-1, -1, len(rates)) + math.pi / 2), -1
-            )
+            turns = torch.cat((turn.expand(-1, -1, len(rates)), turn.expand(-1, -1, len(rates)) + math.pi / 2), -1)
             self.freqs = nn.Parameter(torch.stack((turns.cos(), turns.sin())) * rates.repeat(2))
             """(2 depth h c/2): what a step along the first coordinate, and along the second, turns each pair by."""
 

@@ -105,9 +105,7 @@ class HubDecoder(Pretrained, Decoder):
         transformers = _transformers(reason)
         _refuse_strangers(read_json(Path(folder) / CONFIG), str(folder))
         if (other := Path(folder) / "adapter_config.json").exists():
-            raise ValueError(
-                f"{other}: an adapter of a model that is elsewhere; merge it into its model first"
-            )
+            raise ValueError(f"{other}: an adapter of a model that is elsewhere; merge it into its model first")
         try:
             with built_from(shapes_in(Path(folder)), str(folder)):
                 model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -122,9 +120,7 @@ class HubDecoder(Pretrained, Decoder):
             raise ValueError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
         faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
         if faults:
-            told = "; ".join(
-                f"{name}: {', '.join(found[:5])} ({len(found)} in all)" for name, found in faults.items()
-            )
+            told = "; ".join(f"{name}: {', '.join(found[:5])} ({len(found)} in all)" for name, found in faults.items())
             raise ValueError(f"{folder} does not fit transformers' {type(model).__name__}; {told}")
         return cls.from_model(model.eval(), max_len=max_len)
 
@@ -133,9 +129,7 @@ class HubDecoder(Pretrained, Decoder):
         if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
             raise ValueError(f"transformers' {name} is not a causal language model with a head")
         self.model = model
-        self.config: dict[str, Any] = {
-            k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"
-        }
+        self.config: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
         text: Any = model.config.get_text_config()
         lengths = [getattr(text, n) for n in _LENGTHS if isinstance(getattr(text, n, None), int)]
         self.max_len = max_len or (lengths[0] if lengths else _NO_LENGTH)

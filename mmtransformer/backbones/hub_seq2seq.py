@@ -56,9 +56,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         if family not in _FAMILIES:
             raise ValueError(f'HubSeq2Seq holds {", ".join(_FAMILIES)}, not "{family}"')
         settings = {name: value for name, value in config.items() if name != "model_type"}
-        self._adopt(
-            AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **settings)).eval(), max_len
-        )
+        self._adopt(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **settings)).eval(), max_len)
 
     @classmethod
     def from_model(cls, model: nn.Module, *, max_len: int = _LENGTH) -> Self:
@@ -110,9 +108,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
                 )
                 attention_mask = torch.cat((prefix_attention_mask, attention_mask), dim=1)
         mask = None if attention_mask is None else attention_mask.long()
-        return Source(
-            self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, attention_mask
-        )
+        return Source(self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, attention_mask)
 
     def project(self, source: Source) -> Source:
         """The source as it is: transformers' cache projects it with the first token of a target, once."""

@@ -115,9 +115,7 @@ class ConvStem(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(b channels height width) -> (b (gh gw) d)."""
-        x = pixels.to(
-            memory_format=torch.channels_last
-        )  # The layout that CPUs and tensor cores convolve fast.
+        x = pixels.to(memory_format=torch.channels_last)  # The layout that CPUs and tensor cores convolve fast.
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.gelu(norm(conv(x)))
         return self.proj(rearrange(x, "b d gh gw -> b (gh gw) d"))

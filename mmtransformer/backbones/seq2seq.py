@@ -227,11 +227,7 @@ class Transformer(Pretrained, nn.Module):
     def project(self, source: Source) -> Source:
         """The source as keys and values of every decoder block: once a source, not once a token."""
         context, attention_mask = source
-        return (
-            Source(self.decoder.project_context(context), attention_mask)
-            if isinstance(context, Tensor)
-            else source
-        )
+        return Source(self.decoder.project_context(context), attention_mask) if isinstance(context, Tensor) else source
 
     def decode(
         self,
@@ -266,9 +262,7 @@ class Transformer(Pretrained, nn.Module):
 
     def hidden_states(self, batch: TextPairs) -> Tensor:
         """Hidden states (n q d) of right-padded targets; the causal mask alone hides their padding."""
-        return self.decode(
-            batch.tokens, self.encode(batch.source, attention_mask=batch.source_attention_mask)
-        )
+        return self.decode(batch.tokens, self.encode(batch.source, attention_mask=batch.source_attention_mask))
 
     def logits(self, batch: TextPairs) -> Tensor:
         """Logits of every target token, each from the true tokens before it (teacher forcing): (n q vocab_size)."""
@@ -282,15 +276,11 @@ class Transformer(Pretrained, nn.Module):
         Returns:
             Logits of the first new token (n * expand_size, vocab_size), and the state to give to `decode_step`.
         """
-        source_attention_mask = (
-            None if bool(batch.source_attention_mask.all()) else batch.source_attention_mask
-        )
+        source_attention_mask = None if bool(batch.source_attention_mask.all()) else batch.source_attention_mask
         source = self.project(self.encode(batch.source, attention_mask=source_attention_mask))
         state = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        logits = self.head(
-            self.decode(batch.tokens, source, attention_mask=attention_mask, state=state)[:, -1]
-        )
+        logits = self.head(self.decode(batch.tokens, source, attention_mask=attention_mask, state=state)[:, -1])
         return repeat_rows(logits, TransformerState(state, source), expand_size)
 
     def decode_step(self, tokens: Tensor, state: TransformerState) -> Tensor:

@@ -79,9 +79,7 @@ class ViT(Pretrained, nn.Module):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"image_size ({height} x {width}) must be divisible by patch_size ({patch_size})"
-            )
+            raise ValueError(f"image_size ({height} x {width}) must be divisible by patch_size ({patch_size})")
         if pool not in ("class", "mean", "attention", "distilled"):
             raise ValueError(f'pool must be "class", "mean", "attention" or "distilled", not "{pool}"')
         if pool == "class" and not class_token:
@@ -114,8 +112,7 @@ class ViT(Pretrained, nn.Module):
         self.embed_norm = norm() if patches.embed_norm else nn.Identity()
         self.first_norm = norm() if patches.norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            make_block(dim, num_heads, mlp_dim, block, block.drop_path * i / max(depth - 1, 1))
-            for i in range(depth)
+            make_block(dim, num_heads, mlp_dim, block, block.drop_path * i / max(depth - 1, 1)) for i in range(depth)
         )
         self.norm = norm() if output.norm == "tokens" else nn.Identity()
         self.pool_norm = norm() if output.norm == "pooled" else nn.Identity()
@@ -138,13 +135,9 @@ class ViT(Pretrained, nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
         if self.patches.positions == "sinusoids":
             assert self.pos_embed is not None
-            self.pos_embed.data.copy_(
-                0.5 * sinusoidal_2d(self.grid, self.dim)
-            )  # As large as fresh patches are.
+            self.pos_embed.data.copy_(0.5 * sinusoidal_2d(self.grid, self.dim))  # As large as fresh patches are.
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not (
-                self.patches.stem == "conv" and name.startswith("patch_embed")
-            ):
+            if isinstance(module, nn.Linear) and not (self.patches.stem == "conv" and name.startswith("patch_embed")):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -161,9 +154,7 @@ class ViT(Pretrained, nn.Module):
             ValueError: if the patches do not cover it exactly.
         """
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"a picture of {height} x {width} px is not divisible into {self.patch_size} px patches"
-            )
+            raise ValueError(f"a picture of {height} x {width} px is not divisible into {self.patch_size} px patches")
         return height // self.patch_size, width // self.patch_size
 
     @property
@@ -178,9 +169,7 @@ class ViT(Pretrained, nn.Module):
             pixels: (b channels height width).
         """
         if pixels.ndim != 4 or pixels.shape[1] != self.patches.in_channels:
-            raise ValueError(
-                f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}"
-            )
+            raise ValueError(f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}")
         grid, prefix = self.grid_size(*pixels.shape[2:]), self.num_prefix_tokens
         x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
         ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)
@@ -208,9 +197,7 @@ class ViT(Pretrained, nn.Module):
         own = next((parameter.dtype for parameter in self.norm.parameters()), self.dtype)
         return self.norm(x if own == self.dtype else x.to(own))
 
-    def forward_intermediates(
-        self, pixels: Tensor, indices: list[int], *, norm: bool = False
-    ) -> list[Tensor]:
+    def forward_intermediates(self, pixels: Tensor, indices: list[int], *, norm: bool = False) -> list[Tensor]:
         """Visual tokens after the named blocks (negative = from the end), each (b p d); normed where asked for.
 
         Raises:

@@ -188,9 +188,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         """Most text tokens of a row, prompt included."""
         return self.decoder.max_len
 
-    def forward(
-        self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False
-    ) -> Output:
+    def forward(self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False) -> Output:
         """The loss of the captions, each token given the images and the tokens before it.
 
         Args:
@@ -221,9 +219,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         return self.decoder.head(hidden)
 
     @abstractmethod
-    def prefill(
-        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, State]:
+    def prefill(self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
         """Reads images and left-padded prompts, once; then every row stands `expand_size` times, side by side.
 
         Returns:
@@ -358,9 +354,7 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
     """
     mask = batch.attention_mask
     if mask.shape[1] > captioner.max_len:
-        raise ValueError(
-            f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most"
-        )
+        raise ValueError(f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most")
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         late = (mask[:, 1:] > mask[:, :-1]).any(1)
         if bool(late.any()):

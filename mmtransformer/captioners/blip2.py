@@ -89,9 +89,7 @@ class Blip2(Captioner):
             )
         self.qformer, self.instruct, self.freeze_decoder = qformer, instruct, freeze_decoder
         self.decoder = freeze(decoder) if freeze_decoder else decoder
-        if (
-            train_norm
-        ):  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
+        if train_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
             vision.norm.to(qformer.query_tokens.dtype)
         if instruct:
             self.unread = tuple(name for name in self.unread if name not in INSTRUCTION)
@@ -124,9 +122,7 @@ class Blip2(Captioner):
             return forward_with_source_prefix(self.decoder, self.prefix_embeds(batch), batch)
         return forward_with_prefix(self.decoder, self.prefix_embeds(batch), batch)
 
-    def prefill(
-        self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, State]:
+    def prefill(self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
         """Computes the queries once and reads the left-padded prompts; see `Captioner.prefill`."""
         seq2seq = isinstance(self.decoder, SourceReader)
         prefill: Any = prefill_with_source_prefix if seq2seq else prefill_with_prefix
@@ -194,9 +190,7 @@ def from_stage1(
     stage1 = Captioner.from_pretrained(inside if inside.is_dir() else folder)
     qformer = getattr(stage1, "qformer", None)
     if not isinstance(qformer, QFormer):
-        raise ValueError(
-            f"{folder} holds a {type(stage1).__name__}, which has no Q-Former: give a run of stage 1"
-        )
+        raise ValueError(f"{folder} holds a {type(stage1).__name__}, which has no Q-Former: give a run of stage 1")
     if vision is not None and vision.dim != qformer.visual_dim:
         raise ValueError(
             f"the Q-Former of {folder} reads visual tokens {qformer.visual_dim} wide, but the vision encoder given "

@@ -97,9 +97,7 @@ class CoCa(Captioner):
         """Most text tokens of a row, prompt included; one position is the gathering token's."""
         return min(self.text.max_len - 1, self.decoder.max_len)
 
-    def forward(
-        self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False
-    ) -> Output:
+    def forward(self, batch: CaptionBatch, *, label_smoothing: float = 0.0, return_logits: bool = False) -> Output:
         """The captions' loss and the contrast, from one pass over images and texts (section 3.2).
 
         The contrast, a mean over the batch, is multiplied by the number of predicted tokens, so that it stays a mean.
@@ -118,9 +116,7 @@ class CoCa(Captioner):
 
         q = batch.tokens.shape[1] - (not return_logits)  # The last token predicts nothing.
         hidden = self._upper(lower[:, :q], pooled)
-        captions = next_token_loss(
-            hidden, batch.tokens, batch.loss_mask, self.head, label_smoothing=label_smoothing
-        )
+        captions = next_token_loss(hidden, batch.tokens, batch.loss_mask, self.head, label_smoothing=label_smoothing)
 
         ids = image_ids(batch.names, batch.loss_mask)
         contrast = clip_loss(self._image_vectors(pooled), texts, self.log_scale, image_ids=ids)
@@ -180,9 +176,7 @@ class CoCa(Captioner):
         positions = torch.arange(batch.tokens.shape[1] + 1, device=batch.tokens.device)
         embedded = F.pad(self.text.embed_tokens(batch.tokens), (0, 0, 0, 1))
         # Right behind the text, not behind its padding: a window counts places.
-        embedded = torch.where(
-            (positions == length[:, None])[..., None], self.end.to(embedded.dtype), embedded
-        )
+        embedded = torch.where((positions == length[:, None])[..., None], self.end.to(embedded.dtype), embedded)
         lower = self.text.forward_embeds(self.text.add_positions(embedded, positions), positions)
         return lower, F.normalize(self.text_proj(lower[rows, length]), dim=-1)
 

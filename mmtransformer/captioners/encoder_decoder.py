@@ -45,9 +45,7 @@ class EncoderDecoder(Captioner):
         given = vision.dim if adapter is None else adapter.dim
         if decoder.cross_dim != given:
             source = "vision encoder's" if adapter is None else "adapter's"
-            raise ValueError(
-                f"the decoder's cross_dim ({decoder.cross_dim}) must be the {source} dim ({given})"
-            )
+            raise ValueError(f"the decoder's cross_dim ({decoder.cross_dim}) must be the {source} dim ({given})")
         if adapter is not None and adapter.visual_dim != vision.dim:
             raise ValueError(
                 f"the adapter's visual_dim ({adapter.visual_dim}) must be the vision encoder's dim ({vision.dim})"
@@ -94,9 +92,7 @@ class EncoderDecoder(Captioner):
 
     def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        hidden = self.decoder(
-            tokens[:, None], state.context, context_attention_mask=state.mask, state=state.decoder
-        )
+        hidden = self.decoder(tokens[:, None], state.context, context_attention_mask=state.mask, state=state.decoder)
         return self.decoder.head(hidden[:, 0])
 
     @torch.no_grad()

@@ -76,9 +76,7 @@ class GatedConfig:
         return GatedCrossAttentionBlock(
             dim,
             attn,
-            SwiGLU(dim, mlp_dim)
-            if self.mlp == "swiglu"
-            else MLP(dim, mlp_dim, activation=self.mlp, bias=False),
+            SwiGLU(dim, mlp_dim) if self.mlp == "swiglu" else MLP(dim, mlp_dim, activation=self.mlp, bias=False),
             partial(make_norm, self.norm, dim, self.norm_eps),
             per_channel=self.per_channel,
             mlp_without_image=self.mlp_without_image,
@@ -126,9 +124,7 @@ class Flamingo(Captioner):
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
         if resampler is not None and resampler.dim != vision.dim:
-            raise ValueError(
-                f"the resampler's dim ({resampler.dim}) must be the vision encoder's ({vision.dim})"
-            )
+            raise ValueError(f"the resampler's dim ({resampler.dim}) must be the vision encoder's ({vision.dim})")
         if getattr(decoder, "cross_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
         layers = range(cross_every - 1, decoder.depth, max(cross_every, 1))
@@ -166,9 +162,7 @@ class Flamingo(Captioner):
         if self.visible_images == "none" or not batch.visual.shape[1]:
             return None, None
         # In training images that nobody sees are read all the same: every process computes with the same weights.
-        unseen = (
-            batch.image_mask is not None and not torch.is_grad_enabled() and not bool(batch.image_mask.any())
-        )
+        unseen = batch.image_mask is not None and not torch.is_grad_enabled() and not bool(batch.image_mask.any())
         if unseen:
             return None, None
         latents = self.latents(batch)
@@ -257,8 +251,7 @@ class Flamingo(Captioner):
             last, rows = visible[..., 0].long().argmax(1), torch.arange(n, device=mask.device)
             mask = visible[rows, last]
             context = [
-                KeyValue(*(rearrange(x, "n g (i l) c -> n i g l c", i=i)[rows, last] for x in kv))
-                for kv in context
+                KeyValue(*(rearrange(x, "n g (i l) c -> n i g l c", i=i)[rows, last] for x in kv)) for kv in context
             ]
         return context, None if bool(mask.all()) else mask
 

@@ -49,11 +49,7 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
     ):
         missing = "image_index" if batch.image_index is None else "first_image_index"
         raise ValueError(f"rows of packed documents need {missing}: which pictures belong to which document")
-    if (
-        batch.image_index is None
-        and batch.image_mask is None
-        and (i == 1 or visible_images == "all_previous")
-    ):
+    if batch.image_index is None and batch.image_mask is None and (i == 1 or visible_images == "all_previous"):
         return None
     numbers = torch.arange(1, i + 1, device=batch.tokens.device).expand(b, i)
     if batch.image_mask is not None:
@@ -63,9 +59,7 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
     seen = last.expand(n, q) if batch.image_index is None else batch.image_index
     if seen.device.type == "cpu" and bool((seen > last).any()):
         row = int((seen > last).any(1).nonzero()[0])
-        raise ValueError(
-            f"row {row} has text after picture {int(seen[row].max())}, but only {int(last[row])} pictures"
-        )
+        raise ValueError(f"row {row} has text after picture {int(seen[row].max())}, but only {int(last[row])} pictures")
     allowed = masks.images(seen, numbers, last_only=visible_images == "last")
     if batch.first_image_index is not None:
         first = batch.first_image_index

@@ -107,9 +107,7 @@ class ImageText(Captioner):
         for layer in (self.vision_proj, self.text_proj, self.itm_head, self.head_dense):
             nn.init.normal_(layer.weight, std=dim**-0.5)  # As `QFormer.init_weights`.
             nn.init.zeros_(layer.bias)
-        if (
-            train_norm
-        ):  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
+        if train_norm:  # Of a vision encoder kept in bfloat16, too, it learns in the format of what else learns.
             vision.norm.to(qformer.query_tokens.dtype)
 
     # ------------------------------------------------------------------------------------------ the three heads
@@ -252,9 +250,7 @@ class ImageText(Captioner):
 
         logits = torch.cat(
             (
-                self.match(
-                    visual, beside(tokens, other_tokens), beside(attention_mask, other_attention_mask)
-                ),
+                self.match(visual, beside(tokens, other_tokens), beside(attention_mask, other_attention_mask)),
                 self.match(other_images, tokens, attention_mask),
             )
         )

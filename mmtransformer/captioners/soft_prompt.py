@@ -25,9 +25,7 @@ def forward_with_prefix(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionB
     x = torch.cat((images.to(text.dtype), text), dim=1)
     attention_mask = None if real is None else torch.cat((real, torch.ones_like(batch.attention_mask)), dim=1)
     positions = decoder.position_ids(x, attention_mask)
-    hidden = decoder.forward_embeds(
-        decoder.add_positions(x, positions), positions, attention_mask=attention_mask
-    )
+    hidden = decoder.forward_embeds(decoder.add_positions(x, positions), positions, attention_mask=attention_mask)
     return hidden[:, images.shape[1] :]
 
 

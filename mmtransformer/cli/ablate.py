@@ -21,13 +21,9 @@ def run(name: str, words: Sequence[str]) -> int:
         "number of trained parameters, steps and pictures, and compare them. Further words are keys of `mmt fit`.",
     )
     parser.add_argument("--recipe", metavar="FILE", required=True, help="a captioning recipe")
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", default=[], help="overlays, as of mmt fit"
-    )
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="overlays, as of mmt fit")
     parser.add_argument("--bridges", default="cross,flamingo,qformer,prefix", help="which ones (all four)")
-    parser.add_argument(
-        "--parameters", type=int, metavar="N", help="of each bridge (as many as the recipe's has)"
-    )
+    parser.add_argument("--parameters", type=int, metavar="N", help="of each bridge (as many as the recipe's has)")
     parser.add_argument("--out", metavar="DIR", help="folder (runs/ablate_NAME_OF_RECIPE)")
     args, rest = parser.parse_known_args(list(words))
     bridges = args.bridges.split(",")
@@ -121,9 +117,7 @@ def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
                 label = f"{split}" if language == "any" else f"{split} {language}"
                 names = {"bleu_4": "BLEU-4", "cider_d": "CIDEr-D", "rouge_l": "ROUGE-L"}
                 values = scores["values"]
-                found |= {
-                    f"{text} {label}": 100 * values[key] for key, text in names.items() if key in values
-                }
+                found |= {f"{text} {label}": 100 * values[key] for key, text in names.items() if key in values}
     for split, losses in metrics.get("image_ablation", {}).items():
         found |= {f"{split} {name.replace('_', ' ')}": x for name, x in losses.items()}
     training = metrics["training"]

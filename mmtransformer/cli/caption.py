@@ -23,9 +23,7 @@ def run(name: str, words: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Caption pictures with a trained model.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
-    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
     parser.add_argument("--language", metavar="CODE", help="language of the captions, such as ko")
     parser.add_argument(
         "--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples"
@@ -35,9 +33,7 @@ def run(name: str, words: Sequence[str]) -> int:
         "--nearest", action="store_true", help="choose the examples that are most like the picture, not any"
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
-    parser.add_argument(
-        "--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)"
-    )
+    parser.add_argument("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"

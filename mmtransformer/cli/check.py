@@ -17,9 +17,7 @@ def run(name: str, words: Sequence[str]) -> int:
         name: The command's name.
         words: The words after it.
     """
-    parser = argparse.ArgumentParser(
-        f"mmt {name}", description="Look at image-text pairs before training on them."
-    )
+    parser = argparse.ArgumentParser(f"mmt {name}", description="Look at image-text pairs before training on them.")
     parser.add_argument(
         "root",
         metavar="ROOT",
@@ -27,9 +25,7 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     parser.add_argument("--model", metavar="DIR", help="count tokens with this model's tokenizer")
     parser.add_argument("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
-    parser.add_argument(
-        "--max-bad", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)"
-    )
+    parser.add_argument("--max-bad", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)")
     parser.add_argument("--json", metavar="OUT", help="write what was found to this file")
     add_read_options(parser)
     args = parser.parse_args(list(words))

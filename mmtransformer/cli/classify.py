@@ -16,9 +16,7 @@ def run(name: str, words: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Classify pictures with a trained ViT.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
-    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
     parser.add_argument("--top", type=int, default=1, metavar="N", help="classes a picture (1)")
     parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
     parser.add_argument(

@@ -15,34 +15,20 @@ def run(name: str, words: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Draw what texts say with a trained model.")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="what to draw")
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
-    )
-    parser.add_argument(
-        "--out", default="picture.png", metavar="OUT.png", help="picture.png; more get -2, -3 ..."
-    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
+    parser.add_argument("--out", default="picture.png", metavar="OUT.png", help="picture.png; more get -2, -3 ...")
     parser.add_argument("--num", type=int, default=1, metavar="N", help="pictures a text (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
     parser.add_argument("--language", metavar="CODE", help="of the texts (found by their letters)")
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="from noise to picture (the model's own number)"
-    )
-    parser.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not"
-    )
+    parser.add_argument("--steps", type=int, metavar="N", help="from noise to picture (the model's own number)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not")
     parser.add_argument("--solver", help="euler, heun or dpm")
     parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--start", metavar="IMAGE", help="a picture to begin with instead of noise")
-    parser.add_argument(
-        "--strength", type=float, metavar="X", help="how far from it, above 0 and at most 1 (0.6)"
-    )
+    parser.add_argument("--strength", type=float, metavar="X", help="how far from it, above 0 and at most 1 (0.6)")
     parser.add_argument("--hole", metavar="IMAGE", help="white where to draw in it, black where it stays")
-    parser.add_argument(
-        "--strip", metavar="OUT.png", help="how the first picture came out of the noise; or OUT.gif"
-    )
-    parser.add_argument(
-        "--heatmap", metavar="OUT.png", help="where each word of the first text steered its picture"
-    )
+    parser.add_argument("--strip", metavar="OUT.png", help="how the first picture came out of the noise; or OUT.gif")
+    parser.add_argument("--heatmap", metavar="OUT.png", help="where each word of the first text steered its picture")
     parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
     args = parser.parse_args(list(words))
     if args.start is None and (args.strength is not None or args.hole is not None):
@@ -80,9 +66,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.heatmap:
         from mmtransformer.plots import draw_word_heatmaps, save_image
 
-        image, found, heat = painter.heatmap(
-            args.texts[0], language=args.language, seed=args.seed, config=config
-        )
+        image, found, heat = painter.heatmap(args.texts[0], language=args.language, seed=args.seed, config=config)
         save_image(draw_word_heatmaps(image, found, heat, title=args.texts[0]), args.heatmap)
         print(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0

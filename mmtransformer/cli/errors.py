@@ -45,9 +45,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
     trail = [name for name in trail if "." not in name or name in keys or name.partition(".")[0] in owned]
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         word, owner = found[1], classes[-1] if classes else ""
-        return (
-            f"no such key: {'.'.join([*trail, word])} ({owner} has none){suggest(word, arguments_of(owner))}"
-        )
+        return f"no such key: {'.'.join([*trail, word])} ({owner} has none){suggest(word, arguments_of(owner))}"
     if found := re.search(r"the following arguments are required: (.*)", message):
         missing = [f"--{'.'.join([*trail, word.strip()])}" for word in found[1].split(",")]
         return f"{classes[-1] if classes else 'the configuration'} needs {', '.join(missing)}"
@@ -75,9 +73,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
 def cause_of(error: ValueError) -> ValueError:
     """What a constructor said, out of what jsonargparse makes of it when a class cannot be built."""
     cause: BaseException | None = error
-    while cause is not None and str(cause).startswith(
-        ("Does not validate", "Problem with given", "Parser key")
-    ):
+    while cause is not None and str(cause).startswith(("Does not validate", "Problem with given", "Parser key")):
         cause = cause.__cause__
     if isinstance(cause, ValueError):
         return cause

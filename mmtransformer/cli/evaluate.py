@@ -17,12 +17,8 @@ def run(name: str, words: Sequence[str]) -> int:
         name: The command's name.
         words: The words after it.
     """
-    parser = argparse.ArgumentParser(
-        f"mmt {name}", description="Caption a split with a trained model, and score it."
-    )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
-    )
+    parser = argparse.ArgumentParser(f"mmt {name}", description="Caption a split with a trained model, and score it.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
     parser.add_argument(
         "--data",
         required=True,
@@ -36,9 +32,7 @@ def run(name: str, words: Sequence[str]) -> int:
         metavar="N",
         help="put N training pictures with captions before each as examples",
     )
-    parser.add_argument(
-        "--nearest", action="store_true", help="choose the examples that are most like the picture"
-    )
+    parser.add_argument("--nearest", action="store_true", help="choose the examples that are most like the picture")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
     parser.add_argument("--limit", type=int, metavar="N", help="only about so many pictures")
     parser.add_argument("--json", metavar="OUT", help="write the scores to this file")

@@ -238,9 +238,7 @@ def checkpoint(cli: "LightningCLI") -> str | None:
     for problem in problems:
         print(f"passed over {problem}")
     if found is None and (problems or not resume):
-        raise ValueError(
-            f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew"
-        )
+        raise ValueError(f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew")
     print(f"going on from {found}" if found else f"{folder}: nothing to go on from, the run starts anew")
     return str(found) if found else None
 
@@ -264,9 +262,7 @@ def fit(cli: "LightningCLI") -> None:
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):
-        print(
-            f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass"
-        )
+        print(f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass")
     if cli.config.get("compile"):
         print(f"{compile_blocks(module)} blocks are compiled at their first use")
     folder, device = Path(trainer.default_root_dir), trainer.strategy.root_device
@@ -286,9 +282,7 @@ def fit(cli: "LightningCLI") -> None:
     if said:
         print("; ".join(said))
     began = time.monotonic()
-    trainer.ckpt_path = checkpoint(
-        cli
-    )  # Not an argument of fit: data ask in setup already whether a run goes on.
+    trainer.ckpt_path = checkpoint(cli)  # Not an argument of fit: data ask in setup already whether a run goes on.
     try:
         trainer.fit(module, datamodule=data)
     except SystemExit as stop:  # what Lightning makes of an interrupt
@@ -320,9 +314,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings(
-        "ignore", message=".*in eval mode at the start of training.*"
-    )  # frozen towers are
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen towers are
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 

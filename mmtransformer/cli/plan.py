@@ -61,9 +61,7 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
         batch = getattr(first.datamodule, "batch_size", None)
         cached = getattr(first.datamodule, "cache_features", None)
         if not isinstance(batch, int):
-            raise ValueError(
-                f"{type(first.datamodule).__name__} has no batch_size that could be planned with"
-            )
+            raise ValueError(f"{type(first.datamodule).__name__} has no batch_size that could be planned with")
         del first  # Its weights are not what a run needs.
         sizes = sorted({max(batch // 4, 1), max(batch // 2, 1)})
         watches = [_watch(words, size, folder)[0] for size in sizes[:-1]]

@@ -19,12 +19,8 @@ def run(name: str, words: Sequence[str]) -> int:
         words: The words after it.
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Translate texts with a trained Transformer.")
-    parser.add_argument(
-        "texts", nargs="*", metavar="TEXT", help="texts; without any, lines are read from the input"
-    )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub"
-    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, lines are read from the input")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
     parser.add_argument("--language", required=True, metavar="CODE", help="the language to write, such as ko")
     parser.add_argument("--json", action="store_true", help="one line of JSON a text")
     parser.add_argument(

@@ -151,9 +151,7 @@ class QFormer(Pretrained, nn.Module):
         layers = (block.cross_attn for _, block in self._each())
         return [layer.project_kv(visual_tokens) for layer in layers if layer is not None]
 
-    def forward(
-        self, visual: Visual, tokens: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, visual: Visual, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """The queries after they have read the picture, and an instruction if there is one (arXiv:2305.06500).
 
         Args:
@@ -301,9 +299,7 @@ class QFormer(Pretrained, nn.Module):
         if self.tok_embed is None or self.pos_embed is None:
             raise ValueError("this Q-Former has no text stream: build it with vocab_size")
         if tokens.shape[1] > self.max_len:
-            raise ValueError(
-                f"a text of {tokens.shape[1]} tokens, but this Q-Former has {self.max_len} positions"
-            )
+            raise ValueError(f"a text of {tokens.shape[1]} tokens, but this Q-Former has {self.max_len} positions")
         try:
             return self.tok_embed(tokens) + self.pos_embed.weight[: tokens.shape[1]]
         except IndexError as error:  # From CPUs only.
@@ -322,7 +318,5 @@ def _copies(rows: int, images: int) -> int:
 def _in_front(memory: KeyValue, kv: KeyValue) -> KeyValue:
     expand_size = _copies(kv.k.shape[0], memory.k.shape[0])
     if expand_size > 1:
-        memory = KeyValue(
-            memory.k.repeat_interleave(expand_size, 0), memory.v.repeat_interleave(expand_size, 0)
-        )
+        memory = KeyValue(memory.k.repeat_interleave(expand_size, 0), memory.v.repeat_interleave(expand_size, 0))
     return KeyValue(torch.cat((memory.k, kv.k), dim=2), torch.cat((memory.v, kv.v), dim=2))

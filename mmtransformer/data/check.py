@@ -98,9 +98,7 @@ class CheckReport:
         lines.append("")
         for finding in self.findings:
             share = f" of {finding.of:,} ({finding.count / finding.of:.2%})" if finding.of else ""
-            lines.append(
-                f"{'HURTS' if finding.hurts else 'note ':<6} {finding.what}: {finding.count:,}{share}"
-            )
+            lines.append(f"{'HURTS' if finding.hurts else 'note ':<6} {finding.what}: {finding.count:,}{share}")
             lines += [f"         {offender}" for offender in finding.first]
             lines += [f"         -> {finding.remedy}"] * bool(finding.remedy and finding.hurts)
         if not self.findings:
@@ -226,14 +224,10 @@ def _rows(report: Report, max_bad: float) -> list[Finding]:
         "marks and pictures differ in number": "write one <image> where each picture of the list stands",
     }
     found = [
-        Finding(
-            cause, count, report.rows, hurts, report.first[cause], remedies.get(cause, "repair these rows")
-        )
+        Finding(cause, count, report.rows, hurts, report.first[cause], remedies.get(cause, "repair these rows"))
         for cause, count in report.errors.items()
     ]
-    return found + [
-        Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()
-    ]
+    return found + [Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()]
 
 
 def _images(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
@@ -299,9 +293,7 @@ def _captions(
     if short:
         hurts = _hurts(len(short), total, max_bad)
         findings.append(
-            Finding(
-                "captions that say next to nothing", len(short), total, hurts, short[:FIRST], "rewrite them"
-            )
+            Finding("captions that say next to nothing", len(short), total, hurts, short[:FIRST], "rewrite them")
         )
     images = sum(map(len, captions.values()))
     text, places = max(of_images.items(), key=lambda item: len(item[1]), default=("", set[tuple[str, int]]()))

@@ -115,9 +115,7 @@ class ImageFolder:
             places = [(folder, None) for folder in inner]
         self.classes: tuple[str, ...] = tuple(sorted({folder.name for folder, _ in places}))
         if len(self.classes) < 2:
-            raise ValueError(
-                f"{root}: a folder for each class is needed, two at least; there are {len(self.classes)}"
-            )
+            raise ValueError(f"{root}: a folder for each class is needed, two at least; there are {len(self.classes)}")
         has_val = any(split == "val" for _, split in places)
         self._splits: dict[str, list[_File]] = {"train": [], "val": []}
         for folder, split in places:
@@ -131,12 +129,8 @@ class ImageFolder:
                 self._splits.setdefault("val" if held_out else split or "train", []).append(file)
         self._splits = {name: files for name, files in self._splits.items() if files}
         if not self._splits.get("train") or not self._splits.get("val"):
-            counts = (
-                ", ".join(f"{name} {len(files)}" for name, files in self._splits.items()) or "no pictures"
-            )
-            raise ValueError(
-                f"{root}: train and val both need pictures, there are: {counts}; see val_fraction"
-            )
+            counts = ", ".join(f"{name} {len(files)}" for name, files in self._splits.items()) or "no pictures"
+            raise ValueError(f"{root}: train and val both need pictures, there are: {counts}; see val_fraction")
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""
@@ -185,9 +179,7 @@ class SceneShapes:
     def __init__(self, scenes: Scenes) -> None:
         shares = scenes.world.group_shares
         if any(shares[1:]):
-            raise ValueError(
-                f"classes need scenes of one group: set world.group_shares to [1], not {list(shares)}"
-            )
+            raise ValueError(f"classes need scenes of one group: set world.group_shares to [1], not {list(shares)}")
         self.scenes = scenes
         self.classes: tuple[str, ...] = tuple(scenes.world.shapes)
 

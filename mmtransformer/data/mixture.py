@@ -35,9 +35,7 @@ class _Source(Protocol[Split]):
 class _Parts(Generic[Split]):
     """Members of several splits, numbered through."""
 
-    def __init__(
-        self, splits: Mapping[str, Split], weights: Sequence[float] | None, epoch_size: int | None = None
-    ):
+    def __init__(self, splits: Mapping[str, Split], weights: Sequence[float] | None, epoch_size: int | None = None):
         self.splits = dict(splits)
         self.names = tuple(splits)
         self.parts = tuple(len(split) for split in splits.values())
@@ -108,22 +106,16 @@ class MixedDocuments(_Parts[Documents]):
 class _Sources(Generic[Split]):
     """Several sources, and the weights of those that have a split."""
 
-    def __init__(
-        self, sources: Mapping[str, _Source[Split]], weights: dict[str, float] | None, epoch_size: int | None
-    ):
+    def __init__(self, sources: Mapping[str, _Source[Split]], weights: dict[str, float] | None, epoch_size: int | None):
         if not sources:
             raise ValueError("a mixture needs at least 1 source, there are 0")
         if slashed := [name for name in sources if "/" in name or not name]:
             raise ValueError(f"a source of a mixture cannot be named {slashed[0]!r}: no empty name, no slash")
         if weights is not None and set(weights) != set(sources):
-            raise ValueError(
-                f"weights are given for {', '.join(weights)}; the sources are {', '.join(sources)}"
-            )
+            raise ValueError(f"weights are given for {', '.join(weights)}; the sources are {', '.join(sources)}")
         for name, weight in (weights or {}).items():
             if not 0 < weight < float("inf"):
-                raise ValueError(
-                    f"the weight of {name} ({weight}) must be above 0; leave the source out instead"
-                )
+                raise ValueError(f"the weight of {name} ({weight}) must be above 0; leave the source out instead")
         if epoch_size is not None and epoch_size < 1:
             raise ValueError(f"epoch_size ({epoch_size}) must be at least 1")
         self.sources, self.weights, self.epoch_size = sources, weights, epoch_size

@@ -119,9 +119,7 @@ class PairFiles:
         self.report = Report()
         files = Files(root)
         manifests = find_manifests(files, read.format)
-        self._images_in = (
-            files if read.images is None or not manifests else Files(_images_folder(files, read.images))
-        )
+        self._images_in = files if read.images is None or not manifests else Files(_images_folder(files, read.images))
         self._found: dict[Any, _Image] = {}
         self._missing: list[tuple[str | None, Row, str, str]] = []
         self._said: list[str] = []
@@ -168,9 +166,7 @@ class PairFiles:
             ValueError: If there is no such split; the message lists those there are.
         """
         if name not in self._splits:
-            raise ValueError(
-                f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}"
-            )
+            raise ValueError(f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}")
         return PairSplit(self._images_in, self._splits[name])
 
     def describe(self) -> str:
@@ -179,9 +175,7 @@ class PairFiles:
         captions = sum(len(image.captions) for split in self._splits.values() for image in split)
         parts = [f"{self._said[0]}: {images} pictures, {captions} captions", *self._said[1:]]
         if self._splits:
-            parts.append(
-                "splits " + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
-            )
+            parts.append("splits " + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items()))
         return "; ".join(parts)
 
     def _add(self, rows: list[Row], base: str, split: str | None) -> None:
@@ -212,9 +206,7 @@ class PairFiles:
             if known is None:
                 self._found[key] = _Image(name, place, row.split or split, list(row.captions))
             elif known.name != name and finder.way > 1:
-                self.report.error(
-                    "ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key}"
-                )
+                self.report.error("ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key}")
             elif known.split != (row.split or split):
                 what = f"{name!r} is in {known.split or 'no split'} already, not in {row.split or split or 'none'}"
                 self.report.error("picture in two splits", row.where, what)

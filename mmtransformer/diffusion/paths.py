@@ -47,9 +47,7 @@ class Diffusion:
         if self.prediction not in ("image", "velocity", "noise"):
             raise ValueError(f'prediction must be "image", "velocity" or "noise", not "{self.prediction}"')
         if not (self.time_std >= 0 and math.isfinite(self.time_std) and math.isfinite(self.time_mean)):
-            raise ValueError(
-                f"time_mean ({self.time_mean}) and time_std ({self.time_std}, not below 0) are numbers"
-            )
+            raise ValueError(f"time_mean ({self.time_mean}) and time_std ({self.time_std}, not below 0) are numbers")
 
     def times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Times to train on, drawn on the CPU: (count) in (0, 1)."""

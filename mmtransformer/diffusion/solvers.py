@@ -68,16 +68,12 @@ def _look(predict: Predict, x: Tensor, diffusion: Diffusion, time: float) -> tup
 Step = Callable[[Predict, Tensor, Diffusion, float, float], tuple[Tensor, Tensor]]
 
 
-def _euler(
-    predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float
-) -> tuple[Tensor, Tensor]:
+def _euler(predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float) -> tuple[Tensor, Tensor]:
     velocity, image = _look(predict, x, diffusion, now)
     return (x + (then - now) * velocity if then else image), image
 
 
-def _heun(
-    predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float
-) -> tuple[Tensor, Tensor]:
+def _heun(predict: Predict, x: Tensor, diffusion: Diffusion, now: float, then: float) -> tuple[Tensor, Tensor]:
     velocity, image = _look(predict, x, diffusion, now)
     if not then:
         return image, image
@@ -98,12 +94,9 @@ class _Dpm:
         if not then:
             return image, image
         (alpha, sigma), (alpha_then, sigma_then) = (
-            [float(level) for level in diffusion.levels(torch.tensor(t, dtype=torch.float64))]
-            for t in (now, then)
+            [float(level) for level in diffusion.levels(torch.tensor(t, dtype=torch.float64))] for t in (now, then)
         )
-        if (
-            alpha < 1e-6
-        ):  # Pure noise: there is no signal to take a logarithm of; a first-order step is exact there.
+        if alpha < 1e-6:  # Pure noise: there is no signal to take a logarithm of; a first-order step is exact there.
             self.last = None
             noise = x / sigma
             return alpha_then * image + sigma_then * noise, image

@@ -38,9 +38,7 @@ class GenerativeModel(Protocol[BatchT]):
         """Most text tokens of a row, prompt included."""
         ...
 
-    def prefill(
-        self, batch: BatchT, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, State]:
+    def prefill(self, batch: BatchT, *, expand_size: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
         """See `Captioner.prefill`."""
         ...
 

@@ -105,9 +105,7 @@ class BeamSearch:
         groups: empty beams of equal size.
     """
 
-    def __init__(
-        self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, groups: Sequence[Beams]
-    ) -> None:
+    def __init__(self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, groups: Sequence[Beams]) -> None:
         n, self.prompt_length = batch.tokens.shape
         self.config, self.eos_ids, self.groups, self.expand_size = config, eos_ids, groups, config.num_beams
         self.ids, self.real = allocate(batch, config.num_beams, config.max_new_tokens)
@@ -131,9 +129,7 @@ class BeamSearch:
             own = scores[:, mine]
             if first and self.config.diversity_penalty:
                 earlier = torch.cat(tokens, 1)
-                taken = torch.zeros_like(own[:, 0]).scatter_add_(
-                    1, earlier, torch.ones_like(own[:, 0, :first])
-                )
+                taken = torch.zeros_like(own[:, 0]).scatter_add_(1, earlier, torch.ones_like(own[:, 0, :first]))
                 own = own - self.config.diversity_penalty * taken[:, None]
             beam, token = group.advance(log_probs[:, mine], own, step)
             sources.append(beam + first)
@@ -153,9 +149,7 @@ class BeamSearch:
         )
         ends, found = self.eos_ids.tolist(), []
         for row in rows:
-            texts = sorted(zip(*row, strict=True), key=lambda text: -text[0])[
-                : self.config.num_return_sequences
-            ]
+            texts = sorted(zip(*row, strict=True), key=lambda text: -text[0])[: self.config.num_return_sequences]
             kept = [(ids, said) for score, ids, said in texts if score > IMPOSSIBLE / 2]
             found.append([Generated.until_end(ids, said, ends) for ids, said in kept])
         return found

@@ -75,15 +75,10 @@ def write_captions(
         batch,
         c,
         eos_id=tokenizer.eos_ids,
-        force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size)
-        if c.force_words
-        else (),
+        force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size) if c.force_words else (),
         content=checksums(batch, given) if c.do_sample else None,
     )
-    results = [
-        [_result(said, tokenizer, languages[i % len(languages)]) for said in row]
-        for i, row in enumerate(rows)
-    ]
+    results = [[_result(said, tokenizer, languages[i % len(languages)]) for said in row] for i, row in enumerate(rows)]
     return [results[i : i + len(languages)] for i in range(0, len(results), len(languages))]
 
 
@@ -129,9 +124,7 @@ def stream_caption(
 
 def _result(said: Generated, tokenizer: Tokenizer, language: str | None) -> CaptionResult:
     # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
-    known = [
-        (t, p) for t, p in zip(said.tokens, said.token_log_probs, strict=True) if t < tokenizer.vocab_size
-    ]
+    known = [(t, p) for t, p in zip(said.tokens, said.token_log_probs, strict=True) if t < tokenizer.vocab_size]
     tokens = [token for token, _ in known]
     return CaptionResult(
         text=tokenizer.decode(tokens),

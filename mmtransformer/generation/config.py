@@ -95,9 +95,7 @@ class GenerationConfig:
         if self.diversity_penalty and groups == 1:
             raise ValueError(f"diversity_penalty ({self.diversity_penalty}) needs num_beam_groups above 1")
         if self.force_words and (beams == 1 or groups > 1):
-            raise ValueError(
-                f"force_words need beams in one group: num_beams is {beams}, num_beam_groups {groups}"
-            )
+            raise ValueError(f"force_words need beams in one group: num_beams is {beams}, num_beam_groups {groups}")
 
     def updated(self, **changes: Any) -> Self:
         """These settings with some changed; settings of the beams that are not named follow those that are.

@@ -29,9 +29,7 @@ class ConstrainedBeams(Beams):
         forced: the words.
     """
 
-    def __init__(
-        self, n: int, size: int, config: GenerationConfig, eos_ids: Tensor, forced: ForcedWords
-    ) -> None:
+    def __init__(self, n: int, size: int, config: GenerationConfig, eos_ids: Tensor, forced: ForcedWords) -> None:
         super().__init__(n, size, config, eos_ids)
         self.spellings = [
             (number, torch.tensor(list(ids), device=eos_ids.device), forced.only_first(ids))
@@ -72,8 +70,7 @@ class ConstrainedBeams(Beams):
         before = self.met.gather(1, beam[..., None].expand(-1, -1, met.shape[2]))
         just_met = (met & ~before).any(2, keepdim=True)
         self.ids, self.log_probs, self.met, self.just_met = (
-            x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-            for x in (ids, token_log_probs, met, just_met)
+            x.gather(1, keep[..., None].expand(-1, -1, x.shape[2])) for x in (ids, token_log_probs, met, just_met)
         )
         return beam.gather(1, keep), token.gather(1, keep)
 

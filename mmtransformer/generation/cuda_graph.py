@@ -141,9 +141,7 @@ class CudaGraphDecoder(Generic[BatchT]):
             )
         # Recording takes steps. Of what a step changes, keys and values at its place are written again by the next one;
         # the rest is put back.
-        changed = [
-            x for part in decoder_states_of(state.state) for x in vars(part).values() if isinstance(x, Tensor)
-        ]
+        changed = [x for part in decoder_states_of(state.state) for x in vars(part).values() if isinstance(x, Tensor)]
         before = [x.clone() for x in changed]
         replay = self.record(lambda: self.model.decode_step(state.tokens, state.state))
         for x, was in zip(changed, before, strict=True):

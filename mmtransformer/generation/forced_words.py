@@ -54,9 +54,7 @@ class ForcedWords:
 def _spellings(tokenizer: Tokenizer, pieces: Sequence[bytes], word: str) -> list[list[int]]:
     """A word's ids at the beginning of a text and inside it, where these differ."""
     first, inside = tokenizer.encode(word), tokenizer.encode(f" {word}")
-    twice = b"".join(pieces[i] for i in inside).startswith(
-        b"  "
-    )  # ours puts a space before every text anyway
+    twice = b"".join(pieces[i] for i in inside).startswith(b"  ")  # ours puts a space before every text anyway
     return [first] if twice or first == inside else [first, inside]
 
 

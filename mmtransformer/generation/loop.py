@@ -108,9 +108,7 @@ def stream(
     check(c, model, batch, ends)
     search = Sampler(batch, c, torch.tensor(ends, device=batch.tokens.device), content)
     for tokens in decode_loop(model, batch, c, search):
-        yield [
-            None if end else token for end, token in zip(search.ended.tolist(), tokens.tolist(), strict=True)
-        ]
+        yield [None if end else token for end, token in zip(search.ended.tolist(), tokens.tolist(), strict=True)]
         if search.ended.all():
             return
 

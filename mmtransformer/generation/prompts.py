@@ -53,9 +53,7 @@ def with_prompts(
             f'token; "image_token" in its tokenizer_config.json names one'
         )
     marks = [tokenizer.image_id] * i if mark and tokenizer.image_id is not None else []
-    tokens, attention_mask = tokenizer.pad(
-        [tokenizer.prompt(language) + marks for language in languages], side="left"
-    )
+    tokens, attention_mask = tokenizer.pad([tokenizer.prompt(language) + marks for language in languages], side="left")
     tokens, attention_mask = (
         tokens.repeat(b, 1).to(batch.tokens.device),
         attention_mask.repeat(b, 1).to(batch.tokens.device),

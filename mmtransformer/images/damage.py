@@ -24,9 +24,7 @@ def check_jpeg(data: bytes, image: Image.Image) -> None:
     while data[end - 1] == 0xFF:  # what was cut behind an FF byte
         end -= 1
     last = image.getpixel((image.width - 1, image.height - 1))
-    if any(
-        abs(value - 128) > 16 for value in (last if isinstance(last, tuple) else (last,)) if value is not None
-    ):
+    if any(abs(value - 128) > 16 for value in (last if isinstance(last, tuple) else (last,)) if value is not None):
         return  # not filled up
     # Bytes before the end marker are ignored behind whole pixels, and are pixels if there is room for more.
     longer = data[:end] + bytes(range(1, 251)) * 4 + data[end:]

@@ -256,9 +256,7 @@ def _finished(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 def _white_is_zero(image: Image.Image) -> bool:
     """Whether a TIFF's grey of more than 8 bits is written the other way round, which Pillow leaves as it is."""
     return (
-        isinstance(image, TiffImagePlugin.TiffImageFile)
-        and image.tag_v2.get(262) == 0
-        and image.mode not in ("1", "L")
+        isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0 and image.mode not in ("1", "L")
     )
 
 

@@ -58,9 +58,7 @@ class ImageTransform:
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
         if self.crop_fraction != 1 and self.resize != "crop":
-            raise ValueError(
-                f'crop_fraction is {self.crop_fraction}, but resize is {self.resize!r}, not "crop"'
-            )
+            raise ValueError(f'crop_fraction is {self.crop_fraction}, but resize is {self.resize!r}, not "crop"')
 
     @property
     def size(self) -> tuple[int, int]:
@@ -119,9 +117,7 @@ class ImageTransform:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the arguments as plain values, for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -45,9 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
     if isinstance(mask, BlockMask):
         if dropout:
-            raise ValueError(
-                f"FlexAttention has no dropout ({dropout}): give a mask of masks.dense(), or dropout 0"
-            )
+            raise ValueError(f"FlexAttention has no dropout ({dropout}): give a mask of masks.dense(), or dropout 0")
     elif isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'unknown mask word "{mask}": the only one is "causal"')
@@ -108,9 +106,7 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
         if head_dim is None:
             if dim % num_heads:
-                raise ValueError(
-                    f"dim ({dim}) must be divisible by num_heads ({num_heads}), or give head_dim"
-                )
+                raise ValueError(f"dim ({dim}) must be divisible by num_heads ({num_heads}), or give head_dim")
             head_dim = dim // num_heads
         context_dim = dim if context_dim is None else context_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim

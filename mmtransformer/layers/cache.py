@@ -42,9 +42,7 @@ class KVCache:
         """
         if self.cache_position is not None:
             k, v = self.view()
-            return KeyValue(
-                k.index_copy_(2, self.cache_position, new.k), v.index_copy_(2, self.cache_position, new.v)
-            )
+            return KeyValue(k.index_copy_(2, self.cache_position, new.k), v.index_copy_(2, self.cache_position, new.v))
         count = new.k.shape[2]
         end = self.length + count
         if end > self.max_len:
@@ -89,9 +87,7 @@ class KVCache:
             self._spare = KeyValue(held.k.new_empty(shape), held.v.new_empty(shape))
         for x, kept in zip(self.view(), self._spare, strict=True):
             torch.index_select(x, 0, rows, out=kept.narrow(2, 0, x.shape[2]))
-        if (
-            self.cache_position is not None and shape == held.k.shape
-        ):  # What is recorded knows this memory, no other.
+        if self.cache_position is not None and shape == held.k.shape:  # What is recorded knows this memory, no other.
             for x, kept in zip(held, self._spare, strict=True):
                 x.copy_(kept)
             return

@@ -20,9 +20,7 @@ from mmtransformer.layers.positions import Rope
 _CHUNK = 64  # Causal: within so many tokens queries meet keys one by one, across chunks through sums.
 
 
-def random_directions(
-    num_features: int, head_dim: int, *, generator: torch.Generator | None = None
-) -> Tensor:
+def random_directions(num_features: int, head_dim: int, *, generator: torch.Generator | None = None) -> Tensor:
     """Gaussian vectors (m c), orthogonal in blocks of c, which estimates better than independent ones (its theorem 2).
 
     Args:
@@ -80,9 +78,7 @@ def linear_attend(
     values = F.pad(v.to(keys.dtype), (0, 1), value=1.0)  # The column of ones gathers the denominator.
     if causal:
         if q.shape[2] != k.shape[2]:
-            raise ValueError(
-                f"causal linear attention needs as many queries ({q.shape[2]}) as keys ({k.shape[2]})"
-            )
+            raise ValueError(f"causal linear attention needs as many queries ({q.shape[2]}) as keys ({k.shape[2]})")
         sums = _causal_sums(_shifted(queries), keys, values)
     else:  # The largest key of a feature goes over to the queries: so each query's largest product is near 1.
         largest = _finite(keys.amax(-2, keepdim=True))
@@ -199,7 +195,5 @@ class LinearAttention(nn.Module):
             q, kv = rope.rotate(q), KeyValue(rope.rotate(kv.k), kv.v)
         repeats = (q.shape[0] // kv.k.shape[0], q.shape[1] // kv.k.shape[1])
         k, v = (t.repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1) for t in kv)
-        out = linear_attend(
-            q, k, v, self.directions, attention_mask=attention_mask, causal=isinstance(mask, str)
-        )
+        out = linear_attend(q, k, v, self.directions, attention_mask=attention_mask, causal=isinstance(mask, str))
         return self.attn.out_proj(rearrange(out, "b h q c -> b q (h c)"))

@@ -191,9 +191,7 @@ def scaled_rates(
         gain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
         short, long = (torch.tensor(scaling[f"{name}_factor"]).float() for name in ("short", "long"))
         if not len(short) == len(long) == len(rates):
-            raise ValueError(
-                f"short_factor ({len(short)}) and long_factor ({len(long)}) need {len(rates)} numbers"
-            )
+            raise ValueError(f"short_factor ({len(short)}) and long_factor ({len(long)}) need {len(rates)} numbers")
         return rates / short, scaling.get("attention_factor") or gain, rates / long
     if kind == "llama3":
         # Waves longer than the trained context are slowed by `factor`, short ones are kept, the rest is blended.

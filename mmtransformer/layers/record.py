@@ -36,16 +36,11 @@ def record_attention(model: nn.Module, keep: str | Callable[[str], bool] = "") -
         ValueError: if no layer is kept.
     """
     wanted = keep if callable(keep) else lambda name: keep in name
-    layers = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, Attention) and wanted(name)
-    }
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Attention) and wanted(name)}
     if not layers:
         raise ValueError(f"no attention layer is kept by {keep!r} in {type(model).__name__}")
     record: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_hook(_recorder(name, record), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_hook(_recorder(name, record), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield record
     finally:
@@ -71,9 +66,7 @@ def rollout(weights: Iterable[Tensor]) -> Tensor:
     for layer in weights:
         mean = layer.float().mean(1)
         if mean.shape[1] != mean.shape[2] or (found is not None and found.shape != mean.shape):
-            raise ValueError(
-                f"rollout takes square weights (b h q q) of equal size, not {tuple(layer.shape)}"
-            )
+            raise ValueError(f"rollout takes square weights (b h q q) of equal size, not {tuple(layer.shape)}")
         mixed = (mean + torch.eye(mean.shape[1], device=mean.device)) / 2
         found = mixed if found is None else mixed @ found
     if found is None:
@@ -108,10 +101,6 @@ def _weights(
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask | None = None) -> Tensor:
     """The weights that `attend` puts on keys (n g k c) for queries (b h q c), in float32: (b h q k)."""
-    k = (
-        k.repeat_interleave(q.shape[0] // k.shape[0], 0)
-        .repeat_interleave(q.shape[1] // k.shape[1], 1)
-        .float()
-    )
+    k = k.repeat_interleave(q.shape[0] // k.shape[0], 0).repeat_interleave(q.shape[1] // k.shape[1], 1).float()
     scores = (q.float() * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return softmax(scores, broadcast(mask, q.shape[2], k.shape[2], q.device))

@@ -111,9 +111,7 @@ class Int8Linear(PackedLinear):
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         zero = torch.zeros_like(scale, dtype=torch.int32)
-        middle = weight.new_full(
-            weight.shape[1:], 128.5
-        )  # A row and not a number, with which torch is slower.
+        middle = weight.new_full(weight.shape[1:], 128.5)  # A row and not a number, with which torch is slower.
         return torch.ops.onednn.qlinear_prepack(rounded, None), scale, zero, middle
 
     @staticmethod
@@ -216,13 +214,9 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
         ValueError: if this build of torch has no oneDNN, or the model is itself one linear layer.
     """
     if not torch.backends.mkldnn.is_available():
-        raise ValueError(
-            "pack_weights needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none"
-        )
+        raise ValueError("pack_weights needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none")
     if type(model) is nn.Linear:
-        raise ValueError(
-            "pack_weights works on the layers inside a model: for one layer, use PackedLinear(layer)"
-        )
+        raise ValueError("pack_weights works on the layers inside a model: for one layer, use PackedLinear(layer)")
     kind = Int8Linear if int8 else PackedLinear
     packed: dict[nn.Module, nn.Module] = {}  # What stands in several places stays one.
     for parent in list(model.modules()):

@@ -98,9 +98,7 @@ def compare(
     if image_ids.shape != (b,) or text_ids.shape != (n,):
         raise ValueError(f"ids are ({b}) and ({n}), not {tuple(image_ids.shape)} and {tuple(text_ids.shape)}")
     kind = torch.promote_types(images.dtype, torch.float32)
-    with torch.autocast(
-        images.device.type, enabled=False
-    ):  # Divided by a temperature, bfloat16's steps are large.
+    with torch.autocast(images.device.type, enabled=False):  # Divided by a temperature, bfloat16's steps are large.
         images, texts = images.to(kind), texts.to(kind)
         of_images = torch.einsum("b l e, n e -> b n l", images, gather(texts, grad=gather_grad)).amax(-1)
         if processes() == 1:
@@ -111,9 +109,7 @@ def compare(
     return Similarity(of_images, of_texts, image_ids, text_ids, gather(image_ids), gather(text_ids))
 
 
-def contrastive_loss(
-    similarity: Similarity, temperature: Tensor | float, *, label_smoothing: float = 0.0
-) -> Tensor:
+def contrastive_loss(similarity: Similarity, temperature: Tensor | float, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of finding a picture's texts and a text's picture, the mean of both ways.
 
     Where several texts belong to a picture (or a picture stands twice in the batch) they share the target.
@@ -201,9 +197,7 @@ def refuse_empty(attention_mask: Tensor) -> None:
     """
     if attention_mask.device.type == "cpu" and not bool(attention_mask[:, :1].all()):
         row = int((~attention_mask[:, 0]).nonzero()[0])
-        raise ValueError(
-            f"text {row} of {len(attention_mask)} is empty, and would fit every picture: leave it out"
-        )
+        raise ValueError(f"text {row} of {len(attention_mask)} is empty, and would fit every picture: leave it out")
 
 
 # ------------------------------------------------------------------------------------------------- matching

@@ -41,9 +41,7 @@ def next_token_loss(
     Returns:
         The sum, and the number of targets; both zero, and the gradient too, where there is no target.
     """
-    places = loss_mask[:, 1:].nonzero(
-        as_tuple=True
-    )  # the one wait for the device: a mask as index would wait thrice
+    places = loss_mask[:, 1:].nonzero(as_tuple=True)  # the one wait for the device: a mask as index would wait thrice
     chosen = tokens[:, 1:][places]
     logits = head(hidden[places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

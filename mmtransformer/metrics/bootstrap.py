@@ -113,8 +113,7 @@ def paired_test(
         extreme += (np.abs(swapped) >= np.abs(difference) - 1e-12).sum(0)
     p_values = (1 + extreme) / (1 + resamples)
     return [
-        Comparison(*(float(x) for x in row))
-        for row in zip(np.atleast_1d(difference), low, high, p_values, strict=True)
+        Comparison(*(float(x) for x in row)) for row in zip(np.atleast_1d(difference), low, high, p_values, strict=True)
     ]
 
 

@@ -115,9 +115,7 @@ def spice(
     java = _java()
     for name in ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar"):
         if not (folder / name).is_file():
-            raise NotComputed(
-                f"{Path(name).name} is not in the installed pycocoevalcap, and nothing is downloaded"
-            )
+            raise NotComputed(f"{Path(name).name} is not in the installed pycocoevalcap, and nothing is downloaded")
     _check_latin(candidates)
     rows = [
         {"image_id": i, "test": candidate, "refs": list(refs)}
@@ -170,9 +168,7 @@ def _check_latin(captions: Sequence[str]) -> None:
 
 def _run(name: str, command: list[str], text: str, seconds: float) -> str:
     try:
-        done = subprocess.run(
-            command, input=text, encoding="utf-8", capture_output=True, timeout=seconds, check=False
-        )
+        done = subprocess.run(command, input=text, encoding="utf-8", capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         raise NotComputed(f"{name} did not finish within {seconds:.0f} s") from None
     except OSError as error:

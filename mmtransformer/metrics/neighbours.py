@@ -25,9 +25,7 @@ class NeighbourBaseline:
 
     def __init__(self, vocab_size: int, strength: float = 1.0) -> None:
         if vocab_size < 1 or strength <= 0:
-            raise ValueError(
-                f"vocab_size ({vocab_size}) must be at least 1 and strength ({strength}) above 0"
-            )
+            raise ValueError(f"vocab_size ({vocab_size}) must be at least 1 and strength ({strength}) above 0")
         self.vocab_size, self.strength = vocab_size, strength
 
     def fit(self, tokens: np.ndarray, starts: np.ndarray, loss_mask: np.ndarray) -> Self:

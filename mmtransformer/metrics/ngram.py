@@ -71,9 +71,7 @@ class NGram:
             raise ValueError(f"none of the {len(tokens)} ids is in loss_mask: there is nothing to count")
         place = _places(starts)
         keys = [np.arange(self.vocab_size)]
-        grams = [
-            tokens
-        ]  # of each length, the number of the n-gram that ends at an id; -1 across a text's start
+        grams = [tokens]  # of each length, the number of the n-gram that ends at an id; -1 across a text's start
         for k in range(1, self.order):
             inside = np.flatnonzero(place >= k)
             made = grams[-1][inside - 1] * self.vocab_size + tokens[inside]
@@ -110,19 +108,13 @@ class NGram:
             probability[seen] += level.gain[gram[seen]]
         return np.log(probability[loss_mask])
 
-    def _look_up(
-        self, tokens: np.ndarray, place: np.ndarray
-    ) -> Iterator[tuple[_Level, np.ndarray, np.ndarray]]:
+    def _look_up(self, tokens: np.ndarray, place: np.ndarray) -> Iterator[tuple[_Level, np.ndarray, np.ndarray]]:
         """Each length's table, with the numbers of the context before and of the n-gram at each id; -1 = unknown."""
         context = np.zeros(len(tokens), np.int64)
         for k, level in enumerate(self._levels):
             key = np.where(context >= 0, context * self.vocab_size + tokens, -1)
             at = np.minimum(np.searchsorted(level.keys, key), len(level.keys) - 1)
-            gram = (
-                np.where(len(level.keys) and level.keys[at] == key, at, -1)
-                if len(level.keys)
-                else context * 0 - 1
-            )
+            gram = np.where(len(level.keys) and level.keys[at] == key, at, -1) if len(level.keys) else context * 0 - 1
             yield level, context, gram
             context = np.where(place > k, np.concatenate([[-1], gram[:-1]]), -1)
 

@@ -47,9 +47,7 @@ _OWN = rf"(?-i:[A-HJ-XZn]){_AA}{_L}{_L}+"  # K'Nex
 _THING = rf"(?:[dol]{_AA}{_W})?{_W}+"
 _THINGS = rf"{_THING}(?:[-_\u2010\u2011]{_THING})*"  # well-known, 3-d, o'clock
 _DOTTED = rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)+"  # www.foo.com, "dog.And"
-_HYPHENED = (
-    r"[A-Za-z0-9][A-Za-z0-9.,]{0,60}(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+"  # v1.6-rc1, 2.5-inch
-)
+_HYPHENED = r"[A-Za-z0-9][A-Za-z0-9.,]{0,60}(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+"  # v1.6-rc1, 2.5-inch
 _SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"  # one side of and/or
 _EMAIL = r'(?:<|&lt;)?[A-Za-z0-9][^ "<>|(){}]{0,99}@(?:[^ "<>|(){}.]+\.)*[^ "<>|(){}.]+(?:>|&gt;)?'
 _HOST = r"(?:[^ \"<>|.!?(){},]{1,63}\.)+"

@@ -42,9 +42,7 @@ def recall_at_k(
     if len(alone):
         raise ValueError(f"{len(alone)} pictures have no caption, the first is row {alone[0]}")
     if not np.isfinite(similarity).all():
-        raise ValueError(
-            f"similarity holds {int((~np.isfinite(similarity)).sum())} numbers that are not finite"
-        )
+        raise ValueError(f"similarity holds {int((~np.isfinite(similarity)).sum())} numbers that are not finite")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks {tuple(ks)} must be ranks from 1")
 

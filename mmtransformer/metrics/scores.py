@@ -92,14 +92,10 @@ class CaptionScores:
 
     def table(self) -> str:
         """Return the scores as lines of text, times 100 as papers print them."""
-        lines = [
-            f"{len(self.per_image)} pictures, {self.references:.1f} references each, counted in {self.unit}s"
-        ]
+        lines = [f"{len(self.per_image)} pictures, {self.references:.1f} references each, counted in {self.unit}s"]
         if self.cut:
             some = ", ".join(map(repr, self.cut[:5])) + (", ..." if len(self.cut) > 5 else "")
-            lines.append(
-                f"only the first {_MOST:,} characters are scored of {len(self.cut)} pictures: {some}"
-            )
+            lines.append(f"only the first {_MOST:,} characters are scored of {len(self.cut)} pictures: {some}")
         for name, value in self.values.items():
             label, times = _TABLE[name]
             if isinstance(value, str):
@@ -226,9 +222,7 @@ def compare(
     out: dict[str, Comparison] = {}
     for part in first.statistics:
         if (other := others.get(part.names)) is not None:
-            found = paired_test(
-                part.values, other.values[order], part.combine, resamples=resamples, seed=seed
-            )
+            found = paired_test(part.values, other.values[order], part.combine, resamples=resamples, seed=seed)
             out |= dict(zip(part.names, found, strict=True))
     return out
 
@@ -255,9 +249,7 @@ def _spice(candidates: list[str], references: list[list[str]]) -> Statistics:
     return _means("spice", java.spice(candidates, references))
 
 
-def _check(
-    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], bootstrap: int, unit: str
-) -> None:
+def _check(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], bootstrap: int, unit: str) -> None:
     if not candidates and not references:
         raise ValueError("no caption to score; candidates and references are empty")
     _same_names("candidates", candidates, "references", references)

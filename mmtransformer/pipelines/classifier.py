@@ -46,9 +46,7 @@ class ImageClassifier:
         device: torch.device | str | None = None,
     ) -> None:
         if vit.num_classes != len(classes):
-            raise ValueError(
-                f"the model tells {vit.num_classes} classes apart, but there are {len(classes)} names"
-            )
+            raise ValueError(f"the model tells {vit.num_classes} classes apart, but there are {len(classes)} names")
         self.device = pick_device(device)
         self.vit, self.classes, self.transform = vit.to(self.device).eval(), tuple(classes), transform
 

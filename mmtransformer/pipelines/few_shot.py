@@ -124,9 +124,7 @@ class FewShot:
         """
         given, visual = batch.visual, batch.visual_tokens
         if given.shape[1] != 1:
-            raise ValueError(
-                f"examples go before one picture a sample, but these samples have {given.shape[1]}"
-            )
+            raise ValueError(f"examples go before one picture a sample, but these samples have {given.shape[1]}")
         visual = self.captioner.encode(given) if visual is None else visual
         names = batch.names or (None,) * len(given)
         able = self._able(tuple(languages))
@@ -174,9 +172,7 @@ class FewShot:
         """The examples of one picture, as it was given and as visual tokens (p d); the most alike last."""
         if self.choose == "random" or not self.num_examples:
             key = zlib.crc32(given.float().cpu().numpy().tobytes())
-            return others[
-                np.argsort(hash64(self.seed, key, others, 8), kind="stable")[: self.num_examples]
-            ].tolist()
+            return others[np.argsort(hash64(self.seed, key, others, 8), kind="stable")[: self.num_examples]].tolist()
         features, mean = self._all_features()
         near = features[torch.from_numpy(others)] @ F.normalize(self._pool(query[None]) - mean, dim=-1)[0]
         return others[near.topk(self.num_examples).indices.flip(0).cpu().numpy()].tolist()

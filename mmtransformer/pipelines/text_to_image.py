@@ -123,9 +123,7 @@ class TextToImage:
             noise = seeded_noise(seeds[first : first + batch_size], shape).to(self.device)
             edit = None if start is None else self._edit(start, strength, hole, len(tokens))
             look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
-            drawn = draw(
-                self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look
-            )
+            drawn = draw(self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look)
             found += self._images(drawn)
         return [found[i : i + num_images] for i in range(0, len(found), num_images)]
 
@@ -180,17 +178,12 @@ class TextToImage:
         images = self.transform(load(start)).to(self.device).expand(count, -1, -1, -1)
         where = None
         if hole is not None:
-            white = (
-                self.transform(load(hole)).mean(0)
-                > self.transform(Image.new("RGB", (8, 8), "#808080")).mean()
-            )
+            white = self.transform(load(hole)).mean(0) > self.transform(Image.new("RGB", (8, 8), "#808080")).mean()
             where = white.to(self.device).expand(count, 1, -1, -1)
         return Edit(images, strength, where)
 
     def _images(self, pixels: Tensor) -> list[Image.Image]:
-        mean, std = torch.tensor((self.transform.mean, self.transform.std), device=pixels.device).view(
-            2, 1, 3, 1, 1
-        )
+        mean, std = torch.tensor((self.transform.mean, self.transform.std), device=pixels.device).view(2, 1, 3, 1, 1)
         colours = (pixels.float() * std + mean).clamp(0, 1).mul(255).round().byte()
         return [Image.fromarray(np.ascontiguousarray(x)) for x in colours.permute(0, 2, 3, 1).cpu().numpy()]
 

@@ -101,9 +101,7 @@ class Translator:
         return TextPairs(source, source_attention_mask, tokens, every, ~every).to(self.device)
 
     @torch.no_grad()
-    def attention_map(
-        self, text: str, translation: str, language: str
-    ) -> tuple[list[str], list[str], torch.Tensor]:
+    def attention_map(self, text: str, translation: str, language: str) -> tuple[list[str], list[str], torch.Tensor]:
         """Where the decoder looked in the text while it wrote each token of a translation.
 
         Args:

@@ -180,9 +180,7 @@ def draw_rollout(
     """
     device = next(vit.parameters()).device
     maps = rollout_maps(vit, transform(image)[None].to(device))[0].cpu()
-    maps = maps - maps.amin(
-        (1, 2), keepdim=True
-    )  # What residuals spread evenly over all patches says nothing.
+    maps = maps - maps.amin((1, 2), keepdim=True)  # What residuals spread evenly over all patches says nothing.
     names = [f"block {i}" for i in range(len(maps))]
     box = grid_box(image.size, transform.size, transform.resize)
     scale = "of the feature from one patch, above the least"

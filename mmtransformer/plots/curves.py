@@ -166,9 +166,7 @@ def _epoch_axis(axes: "Axes", epochs: list[tuple[float, float]]) -> None:
     every = max(1, math.ceil(len(last) / 8))
     chosen = [(epoch + 1, step) for epoch, step in sorted(last.items()) if (epoch + 1) % every == 0]
     above = axes.secondary_xaxis("top")
-    above.set_xticks(
-        [step for _, step in chosen], [str(epoch) for epoch, _ in chosen], fontsize=8, color="#68707c"
-    )
+    above.set_xticks([step for _, step in chosen], [str(epoch) for epoch, _ in chosen], fontsize=8, color="#68707c")
     above.set_xlabel("epochs done", fontsize=8, color="#68707c")
     above.spines["top"].set_visible(False)
     above.tick_params(length=3, color="#b9bec8")

@@ -36,9 +36,7 @@ def write_whole(path: str | Path, data: bytes) -> Path:
         Path(temporary).replace(path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # an error of a file that is open names none
+        if isinstance(error, OSError) and error.errno is not None:  # an error of a file that is open names none
             error.filename = str(path)
         raise
     return path
@@ -62,9 +60,7 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     if kind is None:
         raise ValueError(f"{path.name}: a picture can be written as {', '.join(FORMATS)}")
     if kind == "WEBP" and max(image.size) > 16_383:
-        raise ValueError(
-            f"a picture of {image.width} x {image.height} px is too large for WebP (16383); use .png"
-        )
+        raise ValueError(f"a picture of {image.width} x {image.height} px is too large for WebP (16383); use .png")
     file = io.BytesIO()
     image.save(file, kind, quality=90)
     return write_whole(path, file.getvalue())

@@ -125,9 +125,7 @@ def system_fonts() -> tuple[Path, ...]:
     found = {p for folder in folders if folder.is_dir() for p in folder.rglob("*")}
     if lister := shutil.which("fc-list"):
         try:
-            told = subprocess.run(
-                [lister, "--format=%{file}\n"], capture_output=True, timeout=20, check=False
-            )
+            told = subprocess.run([lister, "--format=%{file}\n"], capture_output=True, timeout=20, check=False)
             found |= {Path(line) for line in os.fsdecode(told.stdout).splitlines()}
         except (OSError, subprocess.TimeoutExpired):
             pass  # the well-known folders were searched already

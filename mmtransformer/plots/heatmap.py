@@ -109,13 +109,9 @@ def overlay(
 
 def as_heat(heat: Tensor | np.ndarray, words: int) -> np.ndarray:
     """Check the heat of some words and give it as float64 (words gh gw)."""
-    array = (heat.detach().cpu().double().numpy() if isinstance(heat, Tensor) else np.asarray(heat)).astype(
-        np.float64
-    )
+    array = (heat.detach().cpu().double().numpy() if isinstance(heat, Tensor) else np.asarray(heat)).astype(np.float64)
     if array.ndim != 3 or array.shape[0] != words or 0 in array.shape[1:]:
-        raise ValueError(
-            f"heat of shape {array.shape} does not fit {words} words; expected ({words}, rows, columns)"
-        )
+        raise ValueError(f"heat of shape {array.shape} does not fit {words} words; expected ({words}, rows, columns)")
     if not np.isfinite(array).all():
         raise ValueError(f"heat has {int((~np.isfinite(array)).sum())} values that are not finite")
     if array.size and array.min() < 0:

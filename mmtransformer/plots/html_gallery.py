@@ -95,9 +95,7 @@ def _korean_face(told: str) -> str:
     hangul = "".join(c for c in fonts.clean(told) if re.match("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]", c))
     if not hangul:
         return ""
-    own = ", ".join(
-        f'local("{name}")' for name in ("Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans CJK KR")
-    )
+    own = ", ".join(f'local("{name}")' for name in ("Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans CJK KR"))
     data = base64.b64encode(fonts.subset(hangul)).decode()
     return (
         f'@font-face {{ font-family: "MMT Hangul"; src: {own}, url(data:font/woff;base64,{data}) format("woff"); '
@@ -157,11 +155,7 @@ def _table(metrics: Mapping[str, Number | Mapping[str, Number]]) -> str:
         columns |= dict.fromkeys(value) if isinstance(value, Mapping) else {"": None}
     head = ""
     if list(columns) != [""]:
-        head = (
-            "<thead><tr><th></th>"
-            + "".join(f"<th scope=col>{_text(c)}</th>" for c in columns)
-            + "</tr></thead>"
-        )
+        head = "<thead><tr><th></th>" + "".join(f"<th scope=col>{_text(c)}</th>" for c in columns) + "</tr></thead>"
     rows = []
     for name, value in metrics.items():
         cells = value if isinstance(value, Mapping) else {"": value}
@@ -183,9 +177,7 @@ def _text(text: str) -> str:
     """Escape a stranger's text, without direction overrides, control characters and broken halves of characters."""
     text = "".join(c if not 0xD800 <= ord(c) < 0xE000 else "\ufffd" for c in text)
     hidden = {ord(c): None for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f"}
-    return html.escape(
-        "".join(c for c in text.translate(hidden) if c in "\n\t" or (ord(c) >= 32 and c != "\x7f"))
-    )
+    return html.escape("".join(c for c in text.translate(hidden) if c in "\n\t" or (ord(c) >= 32 and c != "\x7f")))
 
 
 def _language(code: str | None) -> str:

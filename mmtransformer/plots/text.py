@@ -108,9 +108,7 @@ def wrap(text: str, style: Style, room: float, max_lines: int | None = None) -> 
         max_lines: how many lines to keep; what is cut off is marked by "…".
     """
     if max_lines is not None:
-        text = text[
-            : (max_lines + 1) * (int(room) + 2)
-        ]  # a letter takes a pixel at least: more is never seen
+        text = text[: (max_lines + 1) * (int(room) + 2)]  # a letter takes a pixel at least: more is never seen
     lines: list[str] = []
     line = ""
     for word in fonts.clean(text).split(" "):

@@ -36,9 +36,7 @@ def to_config(module: nn.Module) -> dict[str, Any]:
     """
     kind, args = type(module), {}
     if not isinstance(module, Pretrained) or _public(kind.__name__) is not kind:
-        raise ValueError(
-            f"{kind.__module__}.{kind.__name__} is no public model of mmtransformer: only those are saved"
-        )
+        raise ValueError(f"{kind.__module__}.{kind.__name__} is no public model of mmtransformer: only those are saved")
     for name in list(inspect.signature(kind.__init__).parameters)[1:]:
         value = getattr(module, name)
         if isinstance(value, nn.Module):
@@ -62,11 +60,7 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
     Raises:
         ValueError: for a class or argument that the library does not have, or arguments that do not fit.
     """
-    if (
-        not isinstance(config, dict)
-        or set(config) != {"class", "args"}
-        or not isinstance(config["args"], dict)
-    ):
+    if not isinstance(config, dict) or set(config) != {"class", "args"} or not isinstance(config["args"], dict):
         raise ValueError(f'{where}: a model is described by {{"class": ..., "args": {{...}}}}')
     name = config["class"]
     found = _public(name)
@@ -81,13 +75,9 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
             args[key] = settings_of(hint, value, f"{where}: {key}")
         elif isinstance(value, dict) and "class" in value:
             args[key] = from_config(value, where)
-    minus = [
-        key for key, value in args.items() if isinstance(value, int) and value < 0
-    ]  # a size, all of them
+    minus = [key for key, value in args.items() if isinstance(value, int) and value < 0]  # a size, all of them
     if odd := minus + [key for key, value in args.items() if not fits(value, hints.get(key, Any))]:
-        raise ValueError(
-            f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints.get(odd[0])}"
-        )
+        raise ValueError(f"{where}: {name} cannot be built: {odd[0]} is {args[odd[0]]!r:.80}, not {hints.get(odd[0])}")
     try:
         return found(**args)  # pyright: ignore[reportReturnType]  # All public ones are modules.
     except Exception as error:  # numbers that make no sense bring out almost any
@@ -109,14 +99,10 @@ def find_folder(folder_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(
-            snapshot_download(str(folder_or_id), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md"])
-        )
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{folder_or_id}: no such folder here, and the hub did not give it: {reason}"
-        ) from error
+        raise ValueError(f"{folder_or_id}: no such folder here, and the hub did not give it: {reason}") from error
 
 
 def _looks_like_id(name: str) -> bool:
@@ -208,11 +194,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     ]
     first = {storage[name]: name for name in reversed(state) if name in own}
     tied = [(first[storage[name]], name) for name in state if name in own and first[storage[name]] != name]
-    torn = [
-        f"{a} and {b}"
-        for a, b in tied
-        if state[a].shape == state[b].shape and not torch.equal(state[a], state[b])
-    ]
+    torn = [f"{a} and {b}" for a, b in tied if state[a].shape == state[b].shape and not torch.equal(state[a], state[b])]
     kinds = {
         "missing": missing,
         "not in the model": extra,
@@ -294,9 +276,7 @@ class Pretrained:
             ValueError: if there is no such preset.
         """
         if name not in cls.presets:
-            raise ValueError(
-                f'{cls.__name__} has no preset "{name}": it has {", ".join(cls.presets) or "none"}'
-            )
+            raise ValueError(f'{cls.__name__} has no preset "{name}": it has {", ".join(cls.presets) or "none"}')
         return cls(**(cls.presets[name] | changes))
 
     def save_pretrained(self, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:

@@ -28,9 +28,7 @@ def check_plain(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
     if leads_out(path, path.parent):
-        raise ValueError(
-            f"{path}: a link that leads out of its folder, to {path.resolve()}; put the file there itself"
-        )
+        raise ValueError(f"{path}: a link that leads out of its folder, to {path.resolve()}; put the file there itself")
     if path.suffix in (".json", ".txt") and (size := path.stat().st_size) > _MOST_JSON:
         raise ValueError(f"{path}: {size:,} bytes are too many for it ({_MOST_JSON:,} at most)")
 

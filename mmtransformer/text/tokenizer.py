@@ -197,9 +197,7 @@ class Tokenizer:
         check_languages(languages)
         known = (*self.languages, *(code for code in dict.fromkeys(languages) if code not in self.languages))
         image_token = self.image_token or (IMAGE if image else None)
-        wanted = (
-            [IMAGE] * (image and self.image_token is None) + [f"<|{code}|>" for code in known] + list(tokens)
-        )
+        wanted = [IMAGE] * (image and self.image_token is None) + [f"<|{code}|>" for code in known] + list(tokens)
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         new = [token for token in dict.fromkeys(wanted) if backend.token_to_id(token) is None]
         backend.add_special_tokens([AddedToken(token, special=True) for token in wanted])
@@ -277,9 +275,7 @@ class Tokenizer:
     def _ids(self, text: str) -> list[int]:
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
-        except (
-            BaseException
-        ) as error:  # a pattern that tries too many ways ends in Rust's panic, which is no Exception
+        except BaseException as error:  # a pattern that tries too many ways ends in Rust's panic, which is no Exception
             if not type(error).__name__.startswith("PanicException"):
                 raise
             raise ValueError(
@@ -334,9 +330,7 @@ class Tokenizer:
         ids = range(self.vocab_size)
         return [b"" if i in self._specials else self._token_bytes.bytes_of(self._token(i), i) for i in ids]
 
-    def pad(
-        self, rows: Sequence[Sequence[int]], side: Literal["right", "left"] = "right"
-    ) -> tuple[Tensor, Tensor]:
+    def pad(self, rows: Sequence[Sequence[int]], side: Literal["right", "left"] = "right") -> tuple[Tensor, Tensor]:
         """Makes one rectangle of rows of different lengths.
 
         Args:

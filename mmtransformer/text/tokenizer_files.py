@@ -56,9 +56,7 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
             backend.decoder = decoders.WordPiece()
             settings.setdefault("BERT", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
             return backend
-    except (
-        BaseException
-    ) as error:  # `tokenizers` raises bare Exception, and in its depths Rust's panic, which is none
+    except BaseException as error:  # `tokenizers` raises bare Exception, and in its depths Rust's panic, which is none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
@@ -118,9 +116,7 @@ def find_ends(folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Ma
     return list(found)
 
 
-def read_languages(
-    folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int]
-) -> list[str]:
+def read_languages(folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int]) -> list[str]:
     """The codes of the languages that a folder's tokenizer tags; arguments as for `find_token`.
 
     Raises:

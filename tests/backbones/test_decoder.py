@@ -168,14 +168,10 @@ def test_padding_changes_nothing(kind: str, side: str) -> None:
     assert hidden.isfinite().all()
     assert torch.equal(
         hidden[attention_mask],
-        decoder(tokens.masked_fill(~attention_mask, 1), context, attention_mask=attention_mask)[
-            attention_mask
-        ],
+        decoder(tokens.masked_fill(~attention_mask, 1), context, attention_mask=attention_mask)[attention_mask],
     )
     for row in range(4):  # A batch is its rows one by one.
-        alone = decoder(
-            tokens[row][attention_mask[row]][None], None if context is None else context[row, None]
-        )
+        alone = decoder(tokens[row][attention_mask[row]][None], None if context is None else context[row, None])
         torch.testing.assert_close(hidden[row][attention_mask[row]], alone[0], atol=1e-5, rtol=1e-5)
     if side == "right":  # There the causal mask alone hides it.
         torch.testing.assert_close(
@@ -183,9 +179,7 @@ def test_padding_changes_nothing(kind: str, side: str) -> None:
         )
 
 
-def decode(
-    decoder: TextDecoder, tokens: Tensor, context: Tensor | None, cuts: list[int], **given: Any
-) -> Tensor:
+def decode(decoder: TextDecoder, tokens: Tensor, context: Tensor | None, cuts: list[int], **given: Any) -> Tensor:
     """Hidden states of a row read in pieces, with a cache."""
     state = decoder.new_state(tokens.shape[1])
     attention_mask, parts = given.get("attention_mask"), []
@@ -242,9 +236,7 @@ def test_rows_share_a_context_as_if_each_had_its_own(kind: str) -> None:
     tokens, context = inputs(decoder, rows=6)
     assert context is not None
     shared = decoder(tokens, context[:3])
-    torch.testing.assert_close(
-        shared, decoder(tokens, context[:3].repeat_interleave(2, 0)), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(shared, decoder(tokens, context[:3].repeat_interleave(2, 0)), atol=1e-5, rtol=1e-5)
     projected = decoder.project_context(context[:3])
     assert len(projected) == len(decoder.cross_layers)
     assert torch.equal(shared, decoder(tokens, projected))

@@ -33,9 +33,7 @@ def make(**changes) -> DiffusionTransformer:
     return model
 
 
-def inputs(
-    dtype: torch.dtype = torch.float32, size: tuple[int, int] = (8, 6)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(dtype: torch.dtype = torch.float32, size: tuple[int, int] = (8, 6)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     images, context = torch.randn(2, 3, *size, dtype=dtype), torch.randn(2, 5, TEXT, dtype=dtype)
@@ -55,9 +53,7 @@ def attend(attn: nn.Module, x: Tensor, context: Tensor) -> Tensor:
     return attn.out_proj(out)
 
 
-def by_hand(
-    model: DiffusionTransformer, image: Tensor, time: float, context: Tensor, label: int | None
-) -> Tensor:
+def by_hand(model: DiffusionTransformer, image: Tensor, time: float, context: Tensor, label: int | None) -> Tensor:
     """The papers, one image and one patch at a time."""
     p, shared = model.patch_size, model.modulation == "shared"
     height, width = image.shape[1] // p, image.shape[2] // p
@@ -109,18 +105,14 @@ def test_by_definition(modulation: str, num_classes: int, text: bool) -> None:
     given = (context,) if text else ()
     found = model(images, times, *given, context_mask=mask if text else None, labels=labels)
     for b in range(2):
-        want = by_hand(
-            model, images[b], float(times[b]), context[b][mask[b]], None if labels is None else [2, 4][b]
-        )
+        want = by_hand(model, images[b], float(times[b]), context[b][mask[b]], None if labels is None else [2, 4][b])
         torch.testing.assert_close(found[b], want, atol=1e-10, rtol=1e-10)
 
 
 def test_it_is_the_identity_at_the_start() -> None:
     """adaLN-Zero: every block gives back its tokens, and the whole gives zeros."""
     for modulation in ("shared", "block"):
-        model = DiffusionTransformer(
-            2, 3, DIM, 3, HEADS, context_dim=TEXT, num_classes=3, modulation=modulation
-        )
+        model = DiffusionTransformer(2, 3, DIM, 3, HEADS, context_dim=TEXT, num_classes=3, modulation=modulation)
         images, times, context, _ = inputs()
         seen: list[tuple[Tensor, Tensor]] = []
         for block in model.blocks:
@@ -153,9 +145,7 @@ def test_a_text_is_projected_once() -> None:
     model = make()
     images, times, context, mask = inputs()
     kept = model.project_context(context)
-    assert torch.equal(
-        model(images, times, kept, context_mask=mask), model(images, times, context, context_mask=mask)
-    )
+    assert torch.equal(model(images, times, kept, context_mask=mask), model(images, times, context, context_mask=mask))
 
 
 def test_no_token_of_a_text_is_no_text_at_all() -> None:

@@ -44,19 +44,13 @@ def gelu(x: Tensor) -> Tensor:
 
 def definition(encoder: Any, tokens: Tensor, types: Tensor) -> Tensor:
     """One row without padding, one head at a time: hidden states (q d)."""
-    x = (
-        encoder.tok_embed.weight[tokens]
-        + encoder.pos_embed.weight[: len(tokens)]
-        + encoder.type_embed.weight[types]
-    )
+    x = encoder.tok_embed.weight[tokens] + encoder.pos_embed.weight[: len(tokens)] + encoder.type_embed.weight[types]
     x, width = normed(encoder.norm, x), DIM // HEADS
     for block in encoder.blocks:
         found = []
         for h in range(HEADS):
             part = slice(h * width, (h + 1) * width)
-            q, k, v = (
-                layer(x)[:, part] for layer in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
-            )
+            q, k, v = (layer(x)[:, part] for layer in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj))
             found.append((q @ k.T / width**0.5).softmax(-1) @ v)
         x = normed(block.norm1, x + block.attn.out_proj(torch.cat(found, -1)))
         x = normed(block.norm2, x + block.mlp.fc2(gelu(block.mlp.fc1(x))))
@@ -99,9 +93,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
         alone = encoder(tokens[row : row + 1, :count], types[row : row + 1, :count])
         torch.testing.assert_close(alone[0], hidden[row, :count], atol=1e-5, rtol=1e-5)
     other = torch.where(attention_mask, tokens, (tokens + 1) % VOCAB)
-    assert torch.equal(
-        encoder(other, types, attention_mask=attention_mask)[attention_mask], hidden[attention_mask]
-    )
+    assert torch.equal(encoder(other, types, attention_mask=attention_mask)[attention_mask], hidden[attention_mask])
     shifts = (11 - attention_mask.sum(1)).tolist()
     left = lambda x: torch.stack([line.roll(by) for line, by in zip(x, shifts, strict=True)])  # noqa: E731
     moved = encoder(left(tokens), left(types), attention_mask=left(attention_mask))
@@ -136,9 +128,7 @@ def test_packed_documents_are_as_if_alone(padded: bool) -> None:
     counts = (5, 2, 4)
     document_ids = torch.tensor([[0] * 5 + [1] * 2 + [2] * 4])
     attention_mask = torch.arange(11)[None] < 10 if padded else None
-    packed = encoder(tokens[:1], types[:1], document_ids=document_ids, attention_mask=attention_mask)[
-        0
-    ].split(counts)
+    packed = encoder(tokens[:1], types[:1], document_ids=document_ids, attention_mask=attention_mask)[0].split(counts)
     for document, ids, kinds in zip(packed, tokens[0].split(counts), types[0].split(counts), strict=True):
         real = slice(None, 3) if padded and len(ids) == 4 else slice(None)
         alone = encoder(ids[None, real], kinds[None, real])[0]

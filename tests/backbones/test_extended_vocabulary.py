@@ -33,9 +33,7 @@ NEOX: dict[str, Any] = {
 INNER = {
     "tied": lambda: TextDecoder(VOCAB, 24, 2, 4, max_len=29, dropout=0.3),
     "free": lambda: TextDecoder(VOCAB, 24, 2, 4, max_len=29, tied=False),
-    "scaled": lambda: TextDecoder(
-        VOCAB, 24, 2, 4, max_len=29, positions=PositionConfig("sinusoidal", embed_scale=5.0)
-    ),
+    "scaled": lambda: TextDecoder(VOCAB, 24, 2, 4, max_len=29, positions=PositionConfig("sinusoidal", embed_scale=5.0)),
     "llama": lambda: TextDecoder(
         VOCAB,
         24,
@@ -109,9 +107,7 @@ def test_frozen_means_all_but_the_new_rows(kind: str) -> None:
     assert not any(module.training for module in model.decoder.modules())
     before = {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
     new = model.new_embed.weight.detach().clone()
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1)
     asked = tokens(model)
     losses = []
     for _ in range(8):

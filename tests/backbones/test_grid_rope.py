@@ -117,9 +117,7 @@ def test_a_tower_learns_with_patches_left_out(name: str) -> None:
     assert all(name.endswith("k_proj.bias") for name in still), still
     vit.eval()
     whole, moved = (vit.forward_features(x) for x in (pixels, pixels.flip(3)))
-    assert (
-        whole[:, 3:].mean(1) - moved[:, 3:].mean(1)
-    ).abs().max() > 1e-6  # Without a table, places still count.
+    assert (whole[:, 3:].mean(1) - moved[:, 3:].mean(1)).abs().max() > 1e-6  # Without a table, places still count.
     vit.bfloat16()
     assert vit.forward_features(pixels).isfinite().all()
 

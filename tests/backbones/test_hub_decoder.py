@@ -124,9 +124,7 @@ def test_packed_documents_do_not_see_each_other(family: str) -> None:
     decoder, asked = make(family), tokens()
     ids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1]).expand(4, -1)
     if family in NO_MASKS or family == "qwen2":  # whose window of 4 a mask would undo
-        with pytest.raises(
-            ValueError, match="ignores masks" if family in NO_MASKS else r"9 tokens.*window of 4"
-        ):
+        with pytest.raises(ValueError, match="ignores masks" if family in NO_MASKS else r"9 tokens.*window of 4"):
             decoder(asked, document_ids=ids)
         return
     packed = decoder(asked, document_ids=ids)

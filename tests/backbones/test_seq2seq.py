@@ -261,9 +261,7 @@ def test_dropout_falls_on_embeddings_branches_and_attention_in_training_only() -
     torch.testing.assert_close(context[context != 0], (bare.embed(batch.source) / 0.75)[context != 0])
     model = make(dropout=0.25)
     layers = [module.p for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
-    assert layers == [0.25] * (
-        1 + 2 * model.depth + 1 + model.decoder_depth
-    )  # one for all of a decoder block
+    assert layers == [0.25] * (1 + 2 * model.depth + 1 + model.decoder_depth)  # one for all of a decoder block
     rates = [module.dropout for module in model.modules() if isinstance(module, Attention)]
     assert rates == [0.25] * model.depth + [0.25, 0.0] * model.decoder_depth
     assert torch.equal(model.logits(batch), model.logits(batch))

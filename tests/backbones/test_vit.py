@@ -98,10 +98,7 @@ def test_a_convolutional_stem_is_the_definition() -> None:
     for conv, norm in zip(stem.convs, stem.norms, strict=True):
         padded = nn.functional.pad(x, (1, 1, 1, 1))
         windows = padded.unfold(2, 3, 2).unfold(3, 3, 2)  # (b c gh gw y x)
-        x = (
-            torch.einsum("bchwyx,ocyx->bohw", windows, conv.weight.double())
-            + conv.bias.double()[:, None, None]
-        )
+        x = torch.einsum("bchwyx,ocyx->bohw", windows, conv.weight.double()) + conv.bias.double()[:, None, None]
         centred = x - x.mean((1, 2, 3), keepdim=True)
         x = centred / (centred.square().mean((1, 2, 3), keepdim=True) + norm.eps).sqrt()
         x = x * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]
@@ -112,9 +109,7 @@ def test_a_convolutional_stem_is_the_definition() -> None:
 
 
 def test_positions_start_from_noise_or_from_sinusoids() -> None:
-    noise, waves = (
-        ViT(**SMALL, patches=PatchConfig(positions=kind)).pos_embed for kind in ("learned", "sinusoids")
-    )
+    noise, waves = (ViT(**SMALL, patches=PatchConfig(positions=kind)).pos_embed for kind in ("learned", "sinusoids"))
     assert torch.equal(waves.data[0], 0.5 * sinusoidal_2d((2, 3), 20))
     assert waves.requires_grad
     assert 0.01 < noise.std().item() < 0.03
@@ -257,12 +252,8 @@ def test_timm_makes_its_groups_with_layer_decay() -> None:
     assert set(found) == set(names.values())
     spared = {name for name, group in found.items() if group["weight_decay"] == 0}
     assert vit.no_weight_decay() <= spared
-    assert all(
-        name in vit.no_weight_decay() or dict(vit.named_parameters())[name].ndim == 1 for name in spared
-    )
-    scales = [
-        found[name]["lr_scale"] for name in ("pos_embed", "blocks.0.norm1.weight", "blocks.2.norm1.weight")
-    ]
+    assert all(name in vit.no_weight_decay() or dict(vit.named_parameters())[name].ndim == 1 for name in spared)
+    scales = [found[name]["lr_scale"] for name in ("pos_embed", "blocks.0.norm1.weight", "blocks.2.norm1.weight")]
     assert scales[0] < scales[1] < scales[2] <= found["head.weight"]["lr_scale"] == 1.0
     assert found["prefix_tokens"]["lr_scale"] == found["first_norm.weight"]["lr_scale"] == scales[0]
 

@@ -52,9 +52,7 @@ def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch
     return step
 
 
-def peer_step(
-    model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, *, same: bool
-) -> Step:
+def peer_step(model: nn.Module, batch: CaptionBatch, memory: Tensor, dtype: torch.dtype, *, same: bool) -> Step:
     assert batch.pixels is not None
     adamw = optimizer(model, memory, fused=same)
     labels = batch.tokens.masked_fill(~batch.loss_mask, -100)[:, 1:]
@@ -65,9 +63,7 @@ def peer_step(
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(pixel_values=pixels, decoder_input_ids=inputs).logits
             # The loss is the peer's own, without its second shift of labels that are shifted already.
-            loss = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100
-            )
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)

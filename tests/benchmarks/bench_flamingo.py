@@ -51,9 +51,7 @@ class Step:
             return loss.sum / loss.count
         tokens, visual = self.batch.tokens[:, :-1], cast(Tensor, self.batch.visual_tokens)[:, 0]
         logits = self.model(tokens, visual.repeat_interleave(len(tokens) // len(visual), 0))
-        return nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), self.labels.flatten(), ignore_index=-100
-        )
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), self.labels.flatten(), ignore_index=-100)
 
     def __call__(self) -> Tensor:
         torch.set_float32_matmul_precision("medium" if self.tuned else "highest")
@@ -101,9 +99,7 @@ def print_memory(dtype: torch.dtype, threads: int) -> None:
         process.start()
         sizes.append(answer.get() / 2**20)
         process.join()
-    print(
-        f"  peak memory of a step above what stays: {sizes[0]:.0f} MiB against {sizes[1]:.0f} MiB", flush=True
-    )
+    print(f"  peak memory of a step above what stays: {sizes[0]:.0f} MiB against {sizes[1]:.0f} MiB", flush=True)
 
 
 def prompts(rows: int) -> CaptionBatch:
@@ -171,9 +167,7 @@ def main() -> None:
             compare(
                 f"{name}, fp32, packed",
                 lambda batch=batch, beams=beams: our_ids(ours, batch, beams),
-                lambda batch=batch, visual=visual, beams=beams: peer.generate(
-                    batch.tokens, visual, NEW, beams
-                ),
+                lambda batch=batch, visual=visual, beams=beams: peer.generate(batch.tokens, visual, NEW, beams),
                 target=3.0,
                 pairs=args.pairs,
                 unit=(rows * NEW, "tokens"),

@@ -39,9 +39,7 @@ def batches(count: int, size: int) -> list[CaptionBatch]:
         tokens = torch.randint(3, 640, (size, 48), generator=generator)
         attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         pixels = torch.randn(size, 1, 3, 64, 64, generator=generator)
-        found.append(
-            CaptionBatch(tokens, attention_mask, attention_mask, pixels, names=tuple(map(str, range(size))))
-        )
+        found.append(CaptionBatch(tokens, attention_mask, attention_mask, pixels, names=tuple(map(str, range(size)))))
     return found
 
 
@@ -106,9 +104,7 @@ def main() -> None:
     pairs = list(zip(guarded[skip:], clock.plain[skip:], strict=True))
     share = statistics.median(a / b for a, b in pairs) - 1
     plain_ms, guarded_ms = (1e3 * statistics.median(values) for values in zip(*pairs, strict=True))
-    print(
-        f"a step of {args.size} pictures: bare {plain_ms:.1f} ms, guarded {guarded_ms:.1f} ms: {share:+.2%}"
-    )
+    print(f"a step of {args.size} pictures: bare {plain_ms:.1f} ms, guarded {guarded_ms:.1f} ms: {share:+.2%}")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=5, help="timed calls, after two to warm up")
     parser.add_argument("--longest", type=int, default=8192, help="the longest length; the first is 512")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--no-window", action="store_true", help="leave FlexAttention out, which compiles for minutes"
-    )
+    parser.add_argument("--no-window", action="store_true", help="leave FlexAttention out, which compiles for minutes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -63,9 +63,7 @@ def in_process(arguments: list[str], **environment: str) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", help="names of recipes")
     parser.add_argument("--words", default="", help="keys that are changed, as for mmt fit")
     parser.add_argument("--steps", type=int, default=50, help="steps that are measured")

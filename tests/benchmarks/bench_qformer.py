@@ -137,9 +137,7 @@ def bench_qformer(args: Any, dropout: float) -> None:
             if args.only in line and not dropout:
                 ours.eval(), peer.eval()
 
-                def forward(
-                    run: Callable[[bool], Tensor], dtype: torch.dtype = dtype, text: bool = text
-                ) -> None:
+                def forward(run: Callable[[bool], Tensor], dtype: torch.dtype = dtype, text: bool = text) -> None:
                     torch.set_float32_matmul_precision("highest")
                     with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
                         run(text)
@@ -157,9 +155,7 @@ def bench_qformer(args: Any, dropout: float) -> None:
                 own = training(lambda text=text: mine(text).square().mean(), ours, dtype)
                 other = training(lambda text=text: theirs(text).square().mean(), peer, dtype)
                 with weights_kept(ours, peer):
-                    compare(
-                        line, own, other, target=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs
-                    )
+                    compare(line, own, other, target=1.0, flops=trained, gemm=args.gemm[dtype], pairs=args.pairs)
 
 
 # --------------------------------------------------------------------------------------------------------- stage 2
@@ -224,9 +220,7 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
                 if args.only in line:
                     same = how == SAME
                     own = training(partial(mine, model, batch), model, dtype, precision="medium")
-                    other = training(
-                        theirs, peer, dtype, fused=same, precision="medium" if same else "highest"
-                    )
+                    other = training(theirs, peer, dtype, fused=same, precision="medium" if same else "highest")
                     with weights_kept(model, peer):
                         compare(line, own, other, target=None if same else goal, pairs=args.pairs,
                                 unit=(CAPTIONS, "captions"))  # fmt: skip
@@ -253,9 +247,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
         pixels = cast(Tensor, full.pixels)[:, 0]
 
         def mine(prompts: CaptionBatch = prompts) -> list[list[int]]:
-            found = generate(
-                ours, prompts, eos_id=BEGIN, max_new_tokens=NEW, min_new_tokens=NEW, num_beams=BEAMS
-            )
+            found = generate(ours, prompts, eos_id=BEGIN, max_new_tokens=NEW, min_new_tokens=NEW, num_beams=BEAMS)
             return [texts[0].tokens for texts in found]
 
         def theirs(pixels: Tensor = pixels, ids: Tensor = ids) -> list[list[int]]:
@@ -319,9 +311,7 @@ def bench_stage1(args: Any) -> None:
     """Bert's vocabulary, the published sizes; visual tokens come from a cache, as a frozen tower's may."""
     if not any(args.only in f"stage 1, {name}" for name in DTYPES):
         return
-    model = ImageText(
-        ViT(224, 14, 1408, 1, 16), QFormer(vocab_size=30_523, dropout=0.0), freeze_vision=True
-    ).train()
+    model = ImageText(ViT(224, 14, 1408, 1, 16), QFormer(vocab_size=30_523, dropout=0.0), freeze_vision=True).train()
     tokens = torch.randint(1, 30_000, (ROWS, TEXT))
     attention_mask = torch.arange(TEXT) < torch.linspace(9, TEXT, ROWS).round().long()[:, None]
     loss_mask = attention_mask & (torch.arange(TEXT) > 0)
@@ -350,9 +340,7 @@ def main() -> None:
         for kind in ("", ", cached features")
         for how in ("", FROZEN_HALF, SAME)
     )
-    writes = any(
-        args.only in f"{BEAMS} beams, {NEW} tokens, pictures: {rows}, fp32, packed" for rows in (1, 8)
-    )
+    writes = any(args.only in f"{BEAMS} beams, {NEW} tokens, pictures: {rows}, fp32, packed" for rows in (1, 8))
     if trains or writes:
         ours, peer = stage2()
         if trains:

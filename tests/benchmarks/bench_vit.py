@@ -16,9 +16,7 @@ from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_timm
 
 
-def training_step(
-    model: nn.Module, pixels: Tensor, labels: Tensor, dtype: torch.dtype
-) -> Callable[[], object]:
+def training_step(model: nn.Module, pixels: Tensor, labels: Tensor, dtype: torch.dtype) -> Callable[[], object]:
     """Forward, loss, backward and update; the optimizer is the same for both sides."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

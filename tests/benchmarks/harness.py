@@ -96,12 +96,8 @@ def start(description: str, *, weights: tuple[str, ...] = ()) -> argparse.Namesp
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.gemm = {d: gemm_rate(d) for d in (torch.float32, torch.bfloat16)}
-    print(
-        f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}"
-    )
-    print(
-        ", ".join(f"{str(d).removeprefix('torch.')} GEMM {r / 1e9:.0f} GFLOP/s" for d, r in args.gemm.items())
-    )
+    print(f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}")
+    print(", ".join(f"{str(d).removeprefix('torch.')} GEMM {r / 1e9:.0f} GFLOP/s" for d, r in args.gemm.items()))
     print(f"{'':<48} {'ours':>11} {'peer':>11}   median of {args.pairs} ratios", flush=True)
     return args
 

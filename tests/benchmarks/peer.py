@@ -20,9 +20,7 @@ class Projection(nn.Linear):
 
 def make_peer(depth: int = 12) -> nn.Module:
     """ViT-Ti/16 and a GPT-2-small-shaped decoder with cross-attention, random weights, no dropout."""
-    vision = transformers.ViTConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
-    )
+    vision = transformers.ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
     text = transformers.GPT2Config(n_layer=depth, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
     config.decoder_start_token_id = config.pad_token_id = text.bos_token_id

@@ -34,24 +34,18 @@ class PeerFlamingo(nn.Module):
         self.lm = transformers.GPT2LMHeadModel(text).eval().requires_grad_(False)
         self.resampler = IdeficsPerceiverResampler(config, VISUAL, DEPTH, HEADS, HEAD_DIM, LATENTS)
         self.gated = nn.ModuleList(IdeficsGatedCrossAttentionLayer(config, layer_idx=i) for i in range(12))
-        for (
-            layer
-        ) in self.gated:  # Open, as after some training; shut gates give the towers below no gradient.
+        for layer in self.gated:  # Open, as after some training; shut gates give the towers below no gradient.
             layer.alpha_cross_attn.data.fill_(0.5)
             layer.alpha_dense.data.fill_(0.1)
         self.latents = torch.empty(0)
         for block, layer in zip(self.lm.transformer.h, self.gated, strict=True):
-            block.register_forward_pre_hook(
-                lambda _, args, layer=layer: (self.see(layer, args[0]), *args[1:])
-            )
+            block.register_forward_pre_hook(lambda _, args, layer=layer: (self.see(layer, args[0]), *args[1:]))
 
     def see(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What a gated layer adds; all tokens see all latents of their row."""
         open_ = x.new_zeros(len(x), 1, x.shape[1], self.latents.shape[1])
         gate = x.new_ones(x.shape[:2])
-        return layer(
-            x, image_hidden_states=self.latents, image_attention_mask=open_, cross_attention_gate=gate
-        )
+        return layer(x, image_hidden_states=self.latents, image_attention_mask=open_, cross_attention_gate=gate)
 
     def forward(self, tokens: Tensor, visual_tokens: Tensor) -> Tensor:
         """Logits of tokens (b q) that see their picture's visual tokens (b p d)."""
@@ -76,9 +70,7 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
         ViT(16, 16, VISUAL, 1, 12),
         from_transformers(peer.lm),
         resampler=resampler,
-        gated=GatedConfig(
-            num_heads=12, mlp="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True
-        ),
+        gated=GatedConfig(num_heads=12, mlp="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True),
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):
         fill(ours, GATED, theirs.state_dict(), "the peer")

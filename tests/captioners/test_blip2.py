@@ -187,18 +187,14 @@ def test_a_missing_image_is_as_if_it_were_not_there(decoder: dict[str, Any]) -> 
 @pytest.mark.parametrize("instruct", [False, True])
 @pytest.mark.parametrize("decoder", [{}, LLAMA, SEQ2SEQ])
 @pytest.mark.parametrize("expand_size", [1, 3])
-def test_decoding_step_by_step_is_the_whole_pass(
-    instruct: bool, decoder: dict[str, Any], expand_size: int
-) -> None:
+def test_decoding_step_by_step_is_the_whole_pass(instruct: bool, decoder: dict[str, Any], expand_size: int) -> None:
     """Prompts of different lengths, padded on the left; then five forced tokens a row."""
     model = blip2(instruct, decoder=decoder)
     torch.manual_seed(8)
     lengths, new = [4, 1, 3, 2], torch.randint(VOCAB, (4 * expand_size, 5))
     full = torch.randint(VOCAB, (4, 4))
     attention_mask = torch.stack([torch.arange(4) >= 4 - length for length in lengths])
-    prompts = CaptionBatch(
-        full, attention_mask, torch.zeros_like(attention_mask), pixels=torch.randn(2, 2, 3, 16, 24)
-    )
+    prompts = CaptionBatch(full, attention_mask, torch.zeros_like(attention_mask), pixels=torch.randn(2, 2, 3, 16, 24))
     known = torch.tensor([[True, True], [True, False]])
     prompts = replace(prompts, image_mask=known)
     logits, state = model.prefill(prompts, expand_size=expand_size, max_new_tokens=6)
@@ -226,18 +222,14 @@ def test_beams_follow_their_rows() -> None:
     state.reorder(order)
     after = model.decode_step(torch.tensor([5, 6, 7, 8]), state)
     _, other = model.prefill(given, expand_size=2, max_new_tokens=3)
-    torch.testing.assert_close(
-        after, model.decode_step(torch.tensor([5, 6, 7, 8]), other), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(after, model.decode_step(torch.tensor([5, 6, 7, 8]), other), atol=1e-5, rtol=1e-5)
     assert logits.shape == (4, VOCAB)
 
 
 def test_the_queries_are_computed_once_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = blip2(), []
     see = model.qformer.encode_queries
-    monkeypatch.setattr(
-        model.qformer, "encode_queries", lambda visual: calls.append(visual.shape[0]) or see(visual)
-    )
+    monkeypatch.setattr(model.qformer, "encode_queries", lambda visual: calls.append(visual.shape[0]) or see(visual))
     prompts = CaptionBatch(*(torch.ones(2, 1, dtype=d) for d in (torch.long, torch.bool, torch.bool)),
                            pixels=torch.randn(2, 1, 3, 16, 24))  # fmt: skip
     found = generate(model, prompts, eos_id=0, max_new_tokens=6, num_beams=3)
@@ -359,9 +351,7 @@ def test_every_decoder_family_reads_queries(family: str) -> None:
         tokens = torch.cat((prompts.tokens[row, row:], torch.tensor([5 + row])))[None]
         yes = torch.ones_like(tokens, dtype=torch.bool)
         alone = model.logits(CaptionBatch(tokens, yes, yes, pixels=pixels(rows)[row : row + 1]))[0]
-        torch.testing.assert_close(
-            torch.stack((first[row], following[row])), alone[-2:], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(torch.stack((first[row], following[row])), alone[-2:], atol=1e-4, rtol=1e-4)
 
 
 def test_any_language_model_of_transformers_can_be_the_decoder() -> None:

@@ -42,9 +42,7 @@ def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4), prompt: int = 2) -> Ca
     attention_mask = torch.arange(q) < torch.tensor(lengths)[:, None]
     tokens = torch.randint(1, VOCAB, (len(lengths), q)).masked_fill(~attention_mask, PAD)
     loss_mask = attention_mask & (torch.arange(q) >= prompt)
-    return CaptionBatch(
-        tokens, attention_mask, loss_mask, pixels=torch.randn(len(lengths) // 2, 1, 3, 16, 24)
-    )
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=torch.randn(len(lengths) // 2, 1, 3, 16, 24))
 
 
 def definition(model: EncoderDecoder, given: CaptionBatch, smoothing: float = 0.0) -> tuple[Tensor, int]:
@@ -95,9 +93,7 @@ def test_what_stands_in_the_padding_changes_no_bit() -> None:
     noise = torch.randint(1, VOCAB, given.tokens.shape)
     other = replace(given, tokens=torch.where(given.attention_mask, given.tokens, noise))
     assert not torch.equal(other.tokens, given.tokens)
-    assert torch.equal(
-        caption_loss(model, other, reduction="sum").sum, caption_loss(model, given, reduction="sum").sum
-    )
+    assert torch.equal(caption_loss(model, other, reduction="sum").sum, caption_loss(model, given, reduction="sum").sum)
 
 
 def test_more_padding_changes_nothing() -> None:
@@ -158,14 +154,10 @@ def test_a_batch_without_targets_has_no_loss_but_a_gradient() -> None:
 
 
 def test_a_batch_moves_with_its_names() -> None:
-    given = replace(
-        batch(), names=("a", "b", "c"), references=((("a dog", "en"),), (), (("개", "ko"), ("x", None)))
-    )
+    given = replace(batch(), names=("a", "b", "c"), references=((("a dog", "en"),), (), (("개", "ko"), ("x", None))))
     moved = given.to("meta")
     assert {
-        t.device.type
-        for t in (moved.tokens, moved.attention_mask, moved.loss_mask, moved.pixels)
-        if t is not None
+        t.device.type for t in (moved.tokens, moved.attention_mask, moved.loss_mask, moved.pixels) if t is not None
     } == {"meta"}
     assert moved.visual_tokens is None
     assert (moved.names, moved.references) == (given.names, given.references)

@@ -146,9 +146,7 @@ def test_one_image_each_needs_no_dimension_of_images(kind: str) -> None:
     assert given.pixels is not None
     assert torch.equal(model.logits(replace(given, pixels=given.pixels[:, 0])), model.logits(given))
     assert torch.equal(model.encode(given.pixels[:, 0]), model.encode(given.pixels))
-    with pytest.raises(
-        ValueError, match=r"\(samples, images of a sample, 3, height, width\).*not \(3, 16, 24\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(samples, images of a sample, 3, height, width\).*not \(3, 16, 24\)"):
         replace(given, pixels=given.pixels[0, 0])
 
 
@@ -176,9 +174,7 @@ def alone(given: CaptionBatch, image: int, row: int) -> CaptionBatch:
     return CaptionBatch(**texts, pixels=given.pixels[row // 2, image][None])
 
 
-PADDED: dict[str, Callable[[], Captioner]] = {
-    name: BUILD[name] for name in ("cross", "prefix", "blip2", "coca")
-}
+PADDED: dict[str, Callable[[], Captioner]] = {name: BUILD[name] for name in ("cross", "prefix", "blip2", "coca")}
 PADDED |= {
     f"{name}, window": (lambda make=make: make(decoder=lm(attention=AttentionConfig(window=5))))
     for name, make in (("prefix", prefix), ("blip2", blip2))
@@ -197,9 +193,7 @@ def test_images_that_are_padding_change_nothing(kind: str, real: int) -> None:
     for row in range(4):
         one = alone(given, real, row)
         torch.testing.assert_close(logits[row], model.logits(one)[0], atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            heat[row, :, real], model.attention_map(one)[0, :, 0], atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(heat[row, :, real], model.attention_map(one)[0, :, 0], atol=1e-5, rtol=1e-4)
     prompts = replace(padded, attention_mask=torch.ones_like(given.attention_mask))
     first, state = model.prefill(prompts, expand_size=2, max_new_tokens=4)
     then = model.decode_step(first.argmax(1), state)
@@ -227,9 +221,7 @@ def test_cocas_text_is_gathered_within_a_window_whatever_its_padding() -> None:
     given = batch()
     vectors = model.embed_texts(given)
     for row, length in enumerate(given.attention_mask.sum(1).tolist()):
-        one = CaptionBatch(
-            *(x[row : row + 1, :length] for x in (given.tokens, given.attention_mask, given.loss_mask))
-        )
+        one = CaptionBatch(*(x[row : row + 1, :length] for x in (given.tokens, given.attention_mask, given.loss_mask)))
         torch.testing.assert_close(vectors[row], model.embed_texts(one)[0], atol=1e-5, rtol=1e-5)
 
 

@@ -39,9 +39,7 @@ def captioner(adapter: bool = False, **options: Any) -> EncoderDecoder:
     return model.eval()
 
 
-def batch(
-    rows: int = 6, images: int = 3, i: int = 1, q: int = 7, size: tuple[int, int] = (16, 24)
-) -> CaptionBatch:
+def batch(rows: int = 6, images: int = 3, i: int = 1, q: int = 7, size: tuple[int, int] = (16, 24)) -> CaptionBatch:
     torch.manual_seed(5)
     tokens = torch.randint(VOCAB, (rows, q))
     return CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(images, i, 3, *size))
@@ -131,9 +129,7 @@ def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
     assert tokens.shape == (3, 2, 8, 20)
     cached = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, visual_tokens=tokens)
     assert torch.equal(model.logits(cached), model.logits(given))
-    halved = CaptionBatch(
-        given.tokens, given.attention_mask, given.loss_mask, visual_tokens=tokens.bfloat16()
-    )
+    halved = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, visual_tokens=tokens.bfloat16())
     torch.testing.assert_close(model.logits(halved), model.logits(given), atol=0.1, rtol=0.1)
 
 
@@ -152,9 +148,7 @@ def test_every_image_and_patch_matters_to_its_own_rows_only() -> None:
 def test_order_of_images_does_not_matter() -> None:
     model, given = captioner(), batch(i=3)
     assert given.pixels is not None
-    other = CaptionBatch(
-        given.tokens, given.attention_mask, given.loss_mask, pixels=given.pixels[:, [2, 0, 1]]
-    )
+    other = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, pixels=given.pixels[:, [2, 0, 1]])
     torch.testing.assert_close(model.logits(other), model.logits(given), atol=1e-5, rtol=1e-5)
 
 
@@ -187,9 +181,7 @@ def test_cached_steps_equal_the_full_pass(kind: str, adapter: bool, counts: tupl
     model, given = captioner(adapter, **KINDS[kind]), batch(i=2)
     assert given.pixels is not None
     whole = padded(given, counts)
-    prompt = CaptionBatch(
-        whole.tokens[:, :4], whole.attention_mask[:, :4], whole.loss_mask[:, :4], whole.pixels
-    )
+    prompt = CaptionBatch(whole.tokens[:, :4], whole.attention_mask[:, :4], whole.loss_mask[:, :4], whole.pixels)
     logits, state = model.prefill(prompt, max_new_tokens=3)
     steps = [logits] + [model.decode_step(whole.tokens[:, t], state) for t in (4, 5, 6)]
     for row in range(6):
@@ -215,14 +207,10 @@ def test_copies_and_reordered_rows_go_on_like_the_rows_they_came_from(counts: tu
     second = model.decode_step(new, state)
     for copy in range(3):
         _, alone = model.prefill(given, max_new_tokens=2)
-        torch.testing.assert_close(
-            model.decode_step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(model.decode_step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5)
         _, alone = model.prefill(given, max_new_tokens=2)
         model.decode_step(new[order][copy::3], alone)
-        torch.testing.assert_close(
-            model.decode_step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(model.decode_step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5)
 
 
 def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,9 +218,7 @@ def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) 
     blocks: Any = model.decoder.blocks
     for block in blocks:
         projected = block.cross_attn.project_kv
-        monkeypatch.setattr(
-            block.cross_attn, "project_kv", lambda x, f=projected: (calls.append("kv"), f(x))[1]
-        )
+        monkeypatch.setattr(block.cross_attn, "project_kv", lambda x, f=projected: (calls.append("kv"), f(x))[1])
     seen = model.vision.forward_features
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
     _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
@@ -279,17 +265,13 @@ def test_look_follows_the_size_of_the_image() -> None:
     assert model.attention_map(batch(size=(40, 16))).shape == (6, 7, 1, 5, 2)
     given = batch(i=2)
     assert given.pixels is not None
-    cached = CaptionBatch(
-        given.tokens, given.attention_mask, given.loss_mask, visual_tokens=model.encode(given.pixels)
-    )
+    cached = CaptionBatch(given.tokens, given.attention_mask, given.loss_mask, visual_tokens=model.encode(given.pixels))
     assert torch.equal(model.attention_map(cached), model.attention_map(given))
 
 
 def test_look_finds_the_patch_that_a_word_looks_at() -> None:
     """Keys made from one channel: the query is drawn to the patch where that channel is large."""
-    model = EncoderDecoder(
-        ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, cross_dim=20)
-    )
+    model = EncoderDecoder(ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, cross_dim=20))
     blocks: Any = model.decoder.blocks
     cross = blocks[0].cross_attn
     for projection in (cross.q_proj, cross.k_proj):

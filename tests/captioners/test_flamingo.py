@@ -64,9 +64,7 @@ def grouped(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def flamingo(
-    *, latents: int = 5, opened: bool = True, lm: dict[str, Any] | None = None, **options: Any
-) -> Flamingo:
+def flamingo(*, latents: int = 5, opened: bool = True, lm: dict[str, Any] | None = None, **options: Any) -> Flamingo:
     torch.manual_seed(4)
     model = Flamingo(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
@@ -97,9 +95,7 @@ def laid_out(*rows: str) -> CaptionBatch:
     torch.manual_seed(6)
     q = max(len(row.replace("|", "")) for row in rows)
     i = max(row.count("I") for row in rows)
-    image_index, first, document_ids, attention_mask = (
-        torch.zeros(len(rows), q, dtype=torch.long) for _ in range(4)
-    )
+    image_index, first, document_ids, attention_mask = (torch.zeros(len(rows), q, dtype=torch.long) for _ in range(4))
     for r, row in enumerate(rows):
         t = before = 0
         for number, document in enumerate(row.split("|")):
@@ -131,17 +127,13 @@ def sees(rows: tuple[str, ...], visible_images: str) -> list[list[set[int]]]:
                 if letter == "I":
                     mine.append(count)
                     count += 1
-                tokens.append(
-                    {"last": set(mine[-1:]), "all_previous": set(mine), "none": set()}[visible_images]
-                )
+                tokens.append({"last": set(mine[-1:]), "all_previous": set(mine), "none": set()}[visible_images])
         found.append(tokens)
     return found
 
 
 documents = st.text(alphabet=".I", min_size=1, max_size=6)
-layouts = st.lists(st.lists(documents, min_size=1, max_size=3).map("|".join), min_size=1, max_size=3).map(
-    tuple
-)
+layouts = st.lists(st.lists(documents, min_size=1, max_size=3).map("|".join), min_size=1, max_size=3).map(tuple)
 
 
 # --- the definition
@@ -193,9 +185,7 @@ def test_equals_the_definition(kind: str) -> None:
         for t in range(len(row)):
             seen[t, list(may[r][t])] = True
         width = latents.shape[1]
-        want = one_row(
-            model, given.tokens[r, : len(row)], latents.flatten(0, 1), seen.repeat_interleave(width, 1)
-        )
+        want = one_row(model, given.tokens[r, : len(row)], latents.flatten(0, 1), seen.repeat_interleave(width, 1))
         torch.testing.assert_close(found[r, : len(row)], want, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(model.logits(given), model.decoder.head(found))
 
@@ -246,9 +236,7 @@ def test_a_image_changes_only_what_comes_after_it_in_its_document(
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    rows=layouts, visible_images=st.sampled_from(["last", "all_previous"]), mlp_without_image=st.booleans()
-)
+@given(rows=layouts, visible_images=st.sampled_from(["last", "all_previous"]), mlp_without_image=st.booleans())
 def test_documents_packed_and_batched_are_as_each_alone(
     rows: tuple[str, ...], visible_images: str, mlp_without_image: bool
 ) -> None:
@@ -265,9 +253,7 @@ def test_documents_packed_and_batched_are_as_each_alone(
                 tokens=given.tokens[r : r + 1, t : t + len(document)],
                 pixels=given.pixels[r : r + 1, i : i + count],
             )
-            torch.testing.assert_close(
-                found[r, t : t + len(document)], model.logits(alone)[0], atol=2e-5, rtol=2e-5
-            )
+            torch.testing.assert_close(found[r, t : t + len(document)], model.logits(alone)[0], atol=2e-5, rtol=2e-5)
             t, i = t + len(document), i + count
 
 
@@ -278,9 +264,7 @@ def test_what_sees_no_image_is_the_language_models_own(visible_images: str) -> N
     plain, found = model.decoder(given.tokens), model.hidden_states(given)
     same = (plain == found).all(-1)
     assert same.tolist() == [[True] * 3 + [False] * 3, [True] * 6, [False] * 6]
-    blind = flamingo(
-        visible_images=visible_images, mlp_without_image=True
-    )  # As the peers: the MLP works on all.
+    blind = flamingo(visible_images=visible_images, mlp_without_image=True)  # As the peers: the MLP works on all.
     assert not (blind.hidden_states(given) == plain).all(-1).any()
     none = flamingo(visible_images="none")
     assert torch.equal(none.logits(given), none.decoder.head(none.decoder(given.tokens)))
@@ -288,9 +272,7 @@ def test_what_sees_no_image_is_the_language_models_own(visible_images: str) -> N
         given, pixels=torch.zeros(3, 0, 3, 16, 24), image_index=None, image_mask=None, first_image_index=None
     )
     assert torch.equal(model.hidden_states(textual), plain)
-    no_real = replace(
-        given, image_mask=torch.zeros(3, 1, dtype=torch.bool), image_index=None, first_image_index=None
-    )
+    no_real = replace(given, image_mask=torch.zeros(3, 1, dtype=torch.bool), image_index=None, first_image_index=None)
     assert torch.equal(model.hidden_states(no_real), plain)
     assert torch.equal(blind.hidden_states(textual), blind.hidden_states(no_real))
     assert not torch.equal(blind.hidden_states(textual), plain)
@@ -306,9 +288,7 @@ def test_images_without_places_stand_before_the_text() -> None:
     some = torch.tensor([[True, True, False], [True, False, False], [True] * 3])
     found = model.logits(replace(given, image_mask=some))
     for row, last in ((0, 1), (2, 0), (4, 2)):
-        alone = replace(
-            batch(), tokens=given.tokens[row : row + 1], pixels=given.pixels[row // 2, last][None, None]
-        )
+        alone = replace(batch(), tokens=given.tokens[row : row + 1], pixels=given.pixels[row // 2, last][None, None])
         torch.testing.assert_close(found[row], model.logits(alone)[0], atol=1e-5, rtol=1e-5)
 
 
@@ -319,9 +299,7 @@ def test_images_that_are_padding_are_not_even_computed() -> None:
     broken = given.pixels.masked_fill(~given.image_mask[..., None, None, None], float("nan"))
     assert torch.equal(model.logits(replace(given, pixels=broken)), model.logits(given))
     numbered = flamingo(latents=0)
-    numbered = Flamingo(
-        ViT((16, 24), 8, 20, 1, 4), numbered.decoder, resampler=PerceiverResampler(20, 1, max_images=2)
-    )
+    numbered = Flamingo(ViT((16, 24), 8, 20, 1, 4), numbered.decoder, resampler=PerceiverResampler(20, 1, max_images=2))
     assert numbered.latents(given).shape == (3, 2, 64, 20)
 
 
@@ -405,9 +383,7 @@ def digest(module: nn.Module) -> str:
 
 def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.Optimizer:
     model.train()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     for _ in range(steps):
         loss = caption_loss(model, given, reduction="sum")
         optimizer.zero_grad()
@@ -430,9 +406,7 @@ def test_frozen_is_frozen() -> None:
     assert model.training
     assert model.gated_blocks.training
     assert not any(m.training for tower in (model.vision, model.decoder) for m in tower.modules())
-    still = [
-        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
+    still = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert still == []
     assert caption_loss(model.eval(), given, reduction="sum").sum.item() < start
 
@@ -533,9 +507,7 @@ def few_shot(rows: tuple[str, ...], prompt: int) -> tuple[CaptionBatch, CaptionB
 
 @pytest.mark.parametrize("visible_images", ["last", "all_previous", "none"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama, as idefics", "no resampler"])
-def test_prompts_of_any_length_and_number_of_images_go_on_as_each_alone(
-    kind: str, visible_images: str
-) -> None:
+def test_prompts_of_any_length_and_number_of_images_go_on_as_each_alone(kind: str, visible_images: str) -> None:
     model = flamingo(**KINDS[kind] | {"visible_images": visible_images})
     rows = ("..I..I......", "I......", ".......", "..I.I.I......")
     whole, prompt = few_shot(rows, prompt=10)
@@ -576,14 +548,10 @@ def test_copies_and_reordered_rows_go_on_like_the_rows_they_came_from(rows: tupl
     second = model.decode_step(new, state)
     for copy in range(3):
         _, alone = model.prefill(given, max_new_tokens=2)
-        torch.testing.assert_close(
-            model.decode_step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(model.decode_step(new[copy::3], alone), first[copy::3], atol=1e-5, rtol=1e-5)
         _, alone = model.prefill(given, max_new_tokens=2)
         model.decode_step(new[order][copy::3], alone)
-        torch.testing.assert_close(
-            model.decode_step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(model.decode_step(new[copy::3], alone), second[copy::3], atol=1e-5, rtol=1e-5)
 
 
 def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -754,9 +722,7 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
     for parameter in hub.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     decoder, vision = HubDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
-    model = Flamingo(
-        vision, decoder, resampler=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedConfig(3, 7)
-    ).eval()
+    model = Flamingo(vision, decoder, resampler=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedConfig(3, 7)).eval()
     (given, prompt), names = few_shot(("..I..I......", "I......", "......."), 9), set(hub.state_dict())
     first = laid_out("..I.I..", ".......")
     want = hub(first.tokens).logits
@@ -787,9 +753,7 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
     from mmtransformer.data.scenes.scenes import Scenes
 
     documents = PairDocuments(Scenes(image_size=32, train_size=9, val_size=2, compositional_size=2))
-    data = InterleavedData(
-        documents, image=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_images=4
-    )
+    data = InterleavedData(documents, image=ImageTransform(16), vocab_size=300, batch_size=2, max_len=120, max_images=4)
     data.setup("fit")
     given = next(iter(data.train_dataloader()))
     torch.manual_seed(0)

@@ -22,9 +22,7 @@ VOCAB, CLASS, PAD = 53, 52, 0
 
 def model(**options: Any) -> ImageText:
     torch.manual_seed(2)
-    qformer = QFormer(
-        3, 20, 3, 4, visual_dim=12, cross_every=2, vocab_size=VOCAB, max_len=19, mlp_dim=31, dropout=0.0
-    )
+    qformer = QFormer(3, 20, 3, 4, visual_dim=12, cross_every=2, vocab_size=VOCAB, max_len=19, mlp_dim=31, dropout=0.0)
     options = {"embed_dim": 7, "class_id": CLASS, "init_temperature": 0.9} | options  # soft: negatives vary
     found = ImageText(ViT((16, 24), 8, 12, 1, 3), qformer, **options)
     for parameter in found.parameters():
@@ -156,15 +154,11 @@ def test_padding_and_order_change_nothing() -> None:
     m, given = model(), batch()
     given = named(given, 5, 11, 2, 7)
     plain = m(given, seed=3)
-    wide = replace(
-        given, **{k: F.pad(getattr(given, k), (0, 5)) for k in ("tokens", "attention_mask", "loss_mask")}
-    )
+    wide = replace(given, **{k: F.pad(getattr(given, k), (0, 5)) for k in ("tokens", "attention_mask", "loss_mask")})
     order = torch.tensor([2, 0, 3, 1])
     rows = (order[:, None] * 2 + torch.arange(2)).flatten()
     assert given.pixels is not None
-    rotated = CaptionBatch(
-        given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[order]
-    )
+    rotated = CaptionBatch(given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[order])
     for other in (m(wide, seed=3), m(named(rotated, 2, 5, 7, 11), seed=3)):
         torch.testing.assert_close(dict(other.terms), dict(plain.terms), atol=1e-12, rtol=0)
     assert float(m(given, seed=4).terms["itm"] - plain.terms["itm"]) != 0
@@ -198,9 +192,7 @@ def test_copies_of_one_image_are_no_negatives() -> None:
             m.match(m.context(replace(given, pixels=given.pixels[j : j + 1])), row(given, j), row(given, j) > 0)  # type: ignore[index]
             for j in range(2)
         ])  # fmt: skip
-    assert float(same.terms["itm"]) == pytest.approx(
-        float(F.cross_entropy(logits, torch.ones(2).long())), abs=1e-12
-    )
+    assert float(same.terms["itm"]) == pytest.approx(float(F.cross_entropy(logits, torch.ones(2).long())), abs=1e-12)
 
 
 def test_temperature_starts_where_it_is_told() -> None:
@@ -266,16 +258,10 @@ def test_decoding_step_by_step_is_one_pass(expand_size: int) -> None:
     for start in (prompt, replace(prompt, **left)):  # as it is, and padded on the left
         logits, state = m.prefill(start, expand_size=expand_size, max_new_tokens=5)
         for at in range(3, 8):
-            torch.testing.assert_close(
-                logits, whole[:, at - 1].repeat_interleave(expand_size, 0), atol=1e-12, rtol=0
-            )
+            torch.testing.assert_close(logits, whole[:, at - 1].repeat_interleave(expand_size, 0), atol=1e-12, rtol=0)
             if at < 7:
                 logits = m.decode_step(given.tokens[:, at].repeat_interleave(expand_size), state)
-                order = (
-                    torch.arange(4 * expand_size).flip(0)
-                    if expand_size == 1
-                    else torch.arange(4 * expand_size)
-                )
+                order = torch.arange(4 * expand_size).flip(0) if expand_size == 1 else torch.arange(4 * expand_size)
                 state.reorder(order)
                 state.reorder(order)
     with pytest.raises(ValueError, match="22 tokens were asked for, but this Q-Former has 19 positions"):
@@ -288,9 +274,9 @@ def test_a_stage_1_model_captions(tmp_path: Path) -> None:
     m.float().save_pretrained(tmp_path)
     loaded = Captioner.from_pretrained(tmp_path)
     assert isinstance(loaded, ImageText)
-    assert [
-        r[0].tokens for r in generate(loaded.double(), given, eos_id=1, max_new_tokens=6, num_beams=3)
-    ] == [r[0].tokens for r in before]
+    assert [r[0].tokens for r in generate(loaded.double(), given, eos_id=1, max_new_tokens=6, num_beams=3)] == [
+        r[0].tokens for r in before
+    ]
 
 
 @torch.no_grad()
@@ -307,9 +293,7 @@ def test_heat_is_where_the_queries_look_that_the_words_read() -> None:
     assert first is not None
     spread = m.attention_map(given)
     share = spread / spread.sum((3, 4), keepdim=True)
-    torch.testing.assert_close(
-        share, torch.full_like(share, 1 / 6), atol=1e-6, rtol=0
-    )  # nowhere in particular
+    torch.testing.assert_close(share, torch.full_like(share, 1 / 6), atol=1e-6, rtol=0)  # nowhere in particular
 
 
 def test_frozen_tower_with_a_norm_that_learns() -> None:
@@ -345,9 +329,7 @@ def losses_and_gradients(rank: int, world: int) -> tuple[list[Tensor], list[Tens
     ids = (5, 11, 2, 5, 7)
     mine = torch.arange(5)[rank::world]
     rows = (mine[:, None] * 2 + torch.arange(2)).flatten()
-    part = CaptionBatch(
-        given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[mine]
-    )
+    part = CaptionBatch(given.tokens[rows], given.attention_mask[rows], given.loss_mask[rows], given.pixels[mine])
     part = part.truncate(int(part.attention_mask.sum(1).max()))  # other lengths in other processes
     found = m(named(part, *(ids[k] for k in mine.tolist())), seed=9)
     found.loss.backward()

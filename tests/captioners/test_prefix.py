@@ -39,9 +39,7 @@ def tower() -> ViT:
 
 def prefix(shuffle: int = 2, **options: Any) -> PrefixCaptioner:
     torch.manual_seed(3)
-    return shaken(
-        PrefixCaptioner(tower(), TextDecoder(VOCAB, 24, 2, 4, max_len=61), shuffle=shuffle, **options)
-    )
+    return shaken(PrefixCaptioner(tower(), TextDecoder(VOCAB, 24, 2, 4, max_len=61), shuffle=shuffle, **options))
 
 
 def coca(**options: Any) -> CoCa:
@@ -108,9 +106,7 @@ def test_coca_by_definition() -> None:
         want = model.decoder.head(upper)[0]
         torch.testing.assert_close(model.logits(given)[n, : len(want)], want, atol=1e-5, rtol=1e-5)
         x = torch.cat((model.text.embed_tokens(one.tokens), model.end[None, None]), 1)
-        gathered = model.text.forward_embeds(model.text.add_positions(x, at := torch.arange(x.shape[1])), at)[
-            0, -1
-        ]
+        gathered = model.text.forward_embeds(model.text.add_positions(x, at := torch.arange(x.shape[1])), at)[0, -1]
         vector = F.normalize(gathered @ model.text_proj.weight.T, dim=0)
         torch.testing.assert_close(texts[n], vector, atol=1e-5, rtol=1e-5)
         seen = model.image_proj(model.contrast_pool(pooled)[0, 0])
@@ -161,9 +157,7 @@ def test_cached_decoding_is_the_full_pass_for_prompts_of_different_lengths(model
     given = batch(q=7)
     lengths = given.attention_mask.sum(1)
     order = (given.attention_mask.long().argsort(dim=1, stable=True),)  # padding to the left
-    left = replace(
-        given, tokens=given.tokens.gather(1, *order), attention_mask=given.attention_mask.gather(1, *order)
-    )
+    left = replace(given, tokens=given.tokens.gather(1, *order), attention_mask=given.attention_mask.gather(1, *order))
     logits, state = model.prefill(left, expand_size=2, max_new_tokens=3)
     extra = torch.randint(VOCAB, (12, 3))
     for k in range(4):

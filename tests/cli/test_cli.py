@@ -42,9 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
     captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     generation = GenerationConfig(min_new_tokens=3, max_new_tokens=6)
-    ImageCaptioner(
-        captioner, tokenizer, ImageTransform(32), generation=generation, device="cpu"
-    ).save_pretrained(folder)
+    ImageCaptioner(captioner, tokenizer, ImageTransform(32), generation=generation, device="cpu").save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -59,9 +59,7 @@ def test_help_of_the_search_is_whole_sentences(capsys: pytest.CaptureFixture[str
 def test_help_is_quick() -> None:
     script = "import sys; from mmtransformer.cli import main; main(['--help']); main(['fit', '--help']); "
     script += "print(sorted({'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     *text, heavy = done.stdout.splitlines()
     assert heavy == "[]"
     assert all(any(line.startswith(f"  {name}") for line in text) for name in COMMANDS)
@@ -149,10 +147,7 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
         assert len(first["tokens"]) == len(first["token_log_probs"]) >= 3
         assert second["log_prob"] < 0
     captioner = ImageCaptioner.from_pretrained(model, device="cpu")
-    assert (
-        rows[1]["captions"][0]["text"]
-        == captioner(images[1], language="ko", num_return_sequences=2)[0][0].text
-    )
+    assert rows[1]["captions"][0]["text"] == captioner(images[1], language="ko", num_return_sequences=2)[0][0].text
 
     heat = tmp_path / "words.png"
     code, out, err = mmt(capsys, "caption", images[0], "--model", str(model), "--heatmap", str(heat))
@@ -202,9 +197,7 @@ def test_evaluate(
     rows = [json.loads(line) for line in said.read_text("utf-8").splitlines()]
     assert {row["language"] for row in rows} == set(captions)
     assert sum(c["images"] for c in captions.values()) == len(rows)
-    code, out, _ = mmt(
-        capsys, "evaluate", "--model", str(model), *words, "--precision", "bf16", "--limit", "1"
-    )
+    code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *words, "--precision", "bf16", "--limit", "1")
     assert code == 0
     assert "BLEU-4" in out
 

@@ -46,9 +46,7 @@ def tokenizer(languages: tuple[str, ...] = ("en", "ko")) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------- two stages
 
 SCENES = ["--model.generation.max_new_tokens=5", "--data.image.image_size=32"]
-SCENES += [
-    f"--data.source.{name}_size={size}" for name, size in (("train", 12), ("val", 3), ("compositional", 2))
-]
+SCENES += [f"--data.source.{name}_size={size}" for name, size in (("train", 12), ("val", 3), ("compositional", 2))]
 
 
 @pytest.fixture(name="no_java", autouse=True)
@@ -96,12 +94,8 @@ def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str],
     )  # fmt: skip
     after = json.loads((two / "metrics.json").read_text("utf-8"))
     assert after["facts"]["val"].keys() == {"en", "ko"}
-    assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= after["image_ablation"][
-        "val"
-    ].keys()
-    first, last = (
-        ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner for run in (one, two)
-    )
+    assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= after["image_ablation"]["val"].keys()
+    first, last = (ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner for run in (one, two))
     assert isinstance(first, ImageText)
     assert isinstance(last, Blip2)
     assert (last.qformer.num_queries, last.qformer.dim) == (first.qformer.num_queries, first.qformer.dim)

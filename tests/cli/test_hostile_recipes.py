@@ -258,9 +258,7 @@ RECIPES: dict[str, Callable[[str], str]] = {
     "a part of the model": lambda harm: recipe(
         {
             "class_path": "mmtransformer.training.Captioning",
-            "init_args": {
-                "captioner": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}
-            },
+            "init_args": {"captioner": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", harm]}}},
         }
     ),
     "a callback": lambda harm: recipe(
@@ -351,9 +349,7 @@ def test_a_recipe_may_name_what_is_its_users_own(monkeypatch: pytest.MonkeyPatch
             check_names({"a": [{"b": {"class_path": name, "init_args": {}}}]})
 
 
-def test_a_recipe_may_name_what_is_in_a_folder_without_init(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_may_name_what_is_in_a_folder_without_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_folder/parts").mkdir(parents=True)
     text = "from mmtransformer import ViT\n\n\ndef tower() -> ViT:\n    return ViT(16, 8, 24, 1, 4)\n"
     (tmp_path / "own_folder/parts/mine.py").write_text(text)

@@ -26,9 +26,7 @@ def qformer(dtype: torch.dtype = torch.float32, dropout: float = 0.0, cross_ever
     return model.to(dtype).eval()
 
 
-def inputs(
-    rows: int = 4, images: int = 2, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(rows: int = 4, images: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(3)
     attention_mask = torch.arange(7) < torch.tensor([7, 5, 1, 6])[torch.arange(rows) % 4, None]
     return torch.randn(images, 13, VISUAL, dtype=dtype), torch.randint(VOCAB, (rows, 7)), attention_mask
@@ -99,13 +97,9 @@ def test_each_mode_is_one_pass_under_its_mask(mode: Mode, padded: bool) -> None:
 def test_an_instruction_joins_the_queries() -> None:
     model, (visual, tokens, attention_mask) = qformer(), inputs()
     queries = model(visual, tokens, attention_mask)
-    torch.testing.assert_close(
-        queries, model.encode_pair(visual, tokens, attention_mask)[0], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(queries, model.encode_pair(visual, tokens, attention_mask)[0], atol=1e-5, rtol=1e-5)
     assert (queries - model(visual).repeat_interleave(2, 0)).abs().amax((1, 2)).min() > 1e-3
-    torch.testing.assert_close(
-        model(visual, tokens), model.encode_pair(visual, tokens)[0], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(model(visual, tokens), model.encode_pair(visual, tokens)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_masks_in_print() -> None:
@@ -245,8 +239,7 @@ def test_gradients_reach_everything() -> None:
     visual.requires_grad_()
     seen = model.encode_queries(visual)
     sum(
-        x.square().sum()
-        for x in (seen.queries, model.encode_text(tokens, attention_mask, seen)[attention_mask])
+        x.square().sum() for x in (seen.queries, model.encode_text(tokens, attention_mask, seen)[attention_mask])
     ).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert visual.grad is not None
@@ -285,13 +278,8 @@ def test_what_queries_hold_is_followed_from_block_to_block(joint: bool) -> None:
         want = [[0.0] * 13 for _ in range(L)]
         for i in range(DEPTH):
             among = record[f"blocks.{i}.attn"].mean(1)[row if joint or i else 0]
-            mixed = [
-                [sum(float(among[j, m]) * want[m][p] for m in range(L)) for p in range(13)] for j in range(L)
-            ]
-            want = [
-                [(a + b) / 2 for a, b in zip(old, new, strict=True)]
-                for old, new in zip(want, mixed, strict=True)
-            ]
+            mixed = [[sum(float(among[j, m]) * want[m][p] for m in range(L)) for p in range(13)] for j in range(L)]
+            want = [[(a + b) / 2 for a, b in zip(old, new, strict=True)] for old, new in zip(want, mixed, strict=True)]
             if i % 2 == 0:
                 seen = record[f"blocks.{i}.cross_attn"].mean(1)[row]
                 want = [[(want[j][p] + float(seen[j, p])) / 2 for p in range(13)] for j in range(L)]
@@ -352,11 +340,7 @@ def test_errors() -> None:
         model.encode_text(torch.tensor([[0, 23]]))
     with pytest.raises(ValueError, match="no text stream: build it with vocab_size"):
         QFormer(L, DIM, 2, HEADS, VISUAL).encode_text(tokens)
-    with pytest.raises(
-        ValueError, match=r"num_queries \(0\), depth \(2\) and cross_every \(2\) must be at least 1"
-    ):
+    with pytest.raises(ValueError, match=r"num_queries \(0\), depth \(2\) and cross_every \(2\) must be at least 1"):
         QFormer(0, DIM, 2, HEADS, VISUAL)
-    with pytest.raises(
-        ValueError, match=r"num_queries \(3\), depth \(2\) and cross_every \(0\) must be at least 1"
-    ):
+    with pytest.raises(ValueError, match=r"num_queries \(3\), depth \(2\) and cross_every \(0\) must be at least 1"):
         QFormer(L, DIM, 2, HEADS, VISUAL, cross_every=0)

@@ -75,9 +75,7 @@ def test_a_image_is_a_video_of_one_frame() -> None:
     later = torch.zeros(2, 3, 2, 11, DIM)
     later[:, :, 1] = x
     assert timed(x).shape == (2, 3, LATENTS, DIM)
-    assert not torch.allclose(
-        timed(later), timed(later.flip(2)), atol=1e-3
-    )  # It knows which frame came first.
+    assert not torch.allclose(timed(later), timed(later.flip(2)), atol=1e-3)  # It knows which frame came first.
 
 
 def test_images_are_gathered_each_by_itself() -> None:

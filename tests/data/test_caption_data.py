@@ -33,15 +33,11 @@ def test_a_row_is_prompt_caption_and_eos():
         assert batch.references[i] == tuple(FakePairs(53).captions(int(batch.names[i][1:-4])))
         expected = TRANSFORM(FakePairs(53).image(int(batch.names[i][1:-4])))
         assert torch.equal(batch.pixels[i, 0], expected)
-    for tokens, attention_mask, loss_mask in zip(
-        batch.tokens, batch.attention_mask, batch.loss_mask, strict=True
-    ):
+    for tokens, attention_mask, loss_mask in zip(batch.tokens, batch.attention_mask, batch.loss_mask, strict=True):
         length = int(attention_mask.sum())
         assert attention_mask.tolist() == [True] * length + [False] * (len(attention_mask) - length)
         assert tokens[:2].tolist() == tok.prompt("en")
-        assert loss_mask.tolist() == [False, False] + [True] * (length - 2) + [False] * (
-            len(attention_mask) - length
-        )
+        assert loss_mask.tolist() == [False, False] + [True] * (length - 2) + [False] * (len(attention_mask) - length)
         assert tokens[length - 1] == tok.eos_id
         assert (tokens[length:] == tok.pad_id).all()
     assert batch.attention_mask.any(0).all(), "no column is all padding"
@@ -53,10 +49,7 @@ def test_a_cut_caption_does_not_teach_that_it_ends(caplog):
     assert data.rows("train").cut > 0
     longest = max(len(tokenizer().encode(c.text)) for i in range(53) for c in FakePairs(53).captions(i)) + 3
     cut = sum(len(tokenizer().encode(c.text)) > 6 for i in range(53) for c in FakePairs(53).captions(i))
-    assert (
-        f"train: {cut} of 159 captions are longer than max_len (9 tokens; the longest has {longest})"
-        in caplog.text
-    )
+    assert f"train: {cut} of 159 captions are longer than max_len (9 tokens; the longest has {longest})" in caplog.text
     rows = data.rows("train")
     for i, caption in enumerate(c for captions in rows.captions for c in captions):
         row = rows.row(i).tokens
@@ -162,9 +155,7 @@ def test_a_image_with_sides_in_its_captions_is_never_mirrored():
     pairs = Sided(40)
     data = make(FakeSource(train=pairs, val=pairs), augment=Augment(scale=(1.0, 1.0), flip=True))
     dataset = data.dataset("train", training=True)
-    mirrored = [
-        not torch.equal(dataset[SampleIndex(2, i)].pixels[0], TRANSFORM(pairs.image(i))) for i in range(40)
-    ]
+    mirrored = [not torch.equal(dataset[SampleIndex(2, i)].pixels[0], TRANSFORM(pairs.image(i))) for i in range(40)]
     assert not any(mirrored[1::2])
     assert 4 < sum(mirrored[::2]) < 16
     i = mirrored.index(True)
@@ -189,12 +180,8 @@ def test_bad_images_are_replaced_counted_and_named(tmp_path):
     (val,) = data.val_dataloader()
     batches = list(val)
     assert sum(len(batch.names) for batch in batches) == 11
-    is_real = [
-        name for batch in batches for name, t in zip(batch.names, batch.loss_mask, strict=True) if t.any()
-    ]
-    assert is_real == [f"p{i}.jpg" for i in range(11) if i != 3], (
-        "a replacement sample does not count in evaluation"
-    )
+    is_real = [name for batch in batches for name, t in zip(batch.names, batch.loss_mask, strict=True) if t.any()]
+    assert is_real == [f"p{i}.jpg" for i in range(11) if i != 3], "a replacement sample does not count in evaluation"
 
 
 def test_too_many_bad_images_stop_the_run(tmp_path):
@@ -229,9 +216,7 @@ def test_evaluation_has_every_language_and_is_always_the_same():
 
 
 def test_evaluation_counts_each_caption_once():
-    data = make(
-        FakeSource(train=FakePairs(23), val=FakePairs(7, count=lambda i: 1 + i % 3)), captions_per_image=5
-    )
+    data = make(FakeSource(train=FakePairs(23), val=FakePairs(7, count=lambda i: 1 + i % 3)), captions_per_image=5)
     (batch,) = data.val_dataloader()[0]
     assert batch.loss_mask.any(1).view(7, 5).sum(1).tolist() == [1 + i % 3 for i in range(7)]
 
@@ -357,9 +342,7 @@ def test_lightning_runs_every_epoch_once_and_resumes_with_the_next_batch(tmp_pat
     training = [step for step in whole if step[0] != "val"]
     for stop in stops:
         resumed = [
-            step
-            for step in fit(tmp_path, ckpt=tmp_path / f"{stop}.ckpt", workers=2 * (stop == 7))
-            if step[0] != "val"
+            step for step in fit(tmp_path, ckpt=tmp_path / f"{stop}.ckpt", workers=2 * (stop == 7)) if step[0] != "val"
         ]
         assert resumed == training[stop:], stop
 

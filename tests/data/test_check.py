@@ -88,9 +88,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("what", "field", "value", "where", "first"), CASES, ids=[c[0] + c[1] for c in CASES]
-)
+@pytest.mark.parametrize(("what", "field", "value", "where", "first"), CASES, ids=[c[0] + c[1] for c in CASES])
 def test_trouble_is_counted_named_and_hurts_past_the_threshold(
     what: str, field: str, value: object, where: Sequence[int], first: str, tmp_path: Path
 ) -> None:

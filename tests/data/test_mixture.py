@@ -99,9 +99,7 @@ def test_impossible_mixtures_are_refused() -> None:
         two_sources(epoch_size=0)
     with pytest.raises(ValueError, match="cannot be named 'a/b'"):
         Mixture({"a/b": FakeSource(train=FakePairs(3))})
-    with pytest.raises(
-        ValueError, match="has no split 'dev'; it has: train, val, test, big/train, big/val, small/"
-    ):
+    with pytest.raises(ValueError, match="has no split 'dev'; it has: train, val, test, big/train, big/val, small/"):
         two_sources().split("dev")
     with pytest.raises(ValueError, match=r"a mixture of 20 samples needs num_samples=20 \(not 19\)"):
         IndexSampler(19, 3, mixture=EpochMixture([3, 4], epoch_size=20))
@@ -192,16 +190,13 @@ def test_a_image_that_comes_again_has_another_caption() -> None:
 def test_a_run_with_other_weights_is_not_resumed() -> None:
     state = make(two_sources(weights={"big": 1.0, "small": 3.0}, epoch_size=40)).state_dict()
     make(two_sources(weights={"big": 2.0, "small": 6.0}, epoch_size=40)).load_state_dict(state)
-    with pytest.raises(
-        ValueError, match=r"took \[10, 30\] pictures of its sources, and now takes \[20, 20\]"
-    ):
+    with pytest.raises(ValueError, match=r"took \[10, 30\] pictures of its sources, and now takes \[20, 20\]"):
         make(two_sources(weights={"big": 1.0, "small": 1.0}, epoch_size=40)).load_state_dict(state)
 
 
 def test_batches_of_a_mixture_do_not_depend_on_workers_and_are_grouped_by_length() -> None:
     one, two = (
-        make(two_sources(weights={"big": 2.0, "small": 1.0}), num_workers=workers, batch_size=4)
-        for workers in (0, 2)
+        make(two_sources(weights={"big": 2.0, "small": 1.0}), num_workers=workers, batch_size=4) for workers in (0, 2)
     )
     for epoch in (0, 1):
         for a, b in zip(batches_of(one, epoch), batches_of(two, epoch), strict=True):

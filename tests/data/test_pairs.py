@@ -81,9 +81,7 @@ def make_jsonl(root: Path) -> None:
 
 def make_json_list(root: Path) -> None:
     draw(root)
-    rows = [
-        {"image_id": i, "image": n, "caption": caption(n, k)} for i, n in enumerate(NAMES) for k in range(3)
-    ]
+    rows = [{"image_id": i, "image": n, "caption": caption(n, k)} for i, n in enumerate(NAMES) for k in range(3)]
     (root / "train.json").write_text(json.dumps(rows))
 
 
@@ -96,17 +94,11 @@ def make_coco(root: Path) -> None:
     draw(root / "val2017")
     images = [{"id": 100 + i, "file_name": name} for i, name in enumerate(NAMES)]
     notes = [
-        {"id": 3 * i + k, "image_id": 100 + i, "caption": caption(n, k)}
-        for k in range(3)
-        for i, n in enumerate(NAMES)
+        {"id": 3 * i + k, "image_id": 100 + i, "caption": caption(n, k)} for k in range(3) for i, n in enumerate(NAMES)
     ]
     (root / "annotations").mkdir()
-    (root / "annotations" / "captions_val2017.json").write_text(
-        json.dumps({"images": images, "annotations": notes})
-    )
-    (root / "annotations" / "instances_val2017.json").write_text(
-        '{"images": [], "annotations": [{"bbox": [1]}]}'
-    )
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    (root / "annotations" / "instances_val2017.json").write_text('{"images": [], "annotations": [{"bbox": [1]}]}')
 
 
 def make_karpathy(root: Path) -> None:
@@ -171,9 +163,9 @@ def test_formats_are_detected_and_read_in_place(kind: str, packed: str, tmp_path
     assert isinstance(source.split("train"), Pairs)
     prefix = "data/" if packed == "wrapped" and kind == "folder" else ""
     assert everything(source) == expected(folder=prefix + folder)
-    assert re.search(
-        said.replace("annotations/", ".*annotations/"), source.describe().replace("data/", "")
-    ), source.describe()
+    assert re.search(said.replace("annotations/", ".*annotations/"), source.describe().replace("data/", "")), (
+        source.describe()
+    )
     assert source.report.rows > 0
     assert source.report.bad_rows == 0
     assert not source.report.notes
@@ -218,9 +210,7 @@ def test_coco_images_elsewhere_and_two_years(tmp_path: Path) -> None:
     source = PairFiles(tmp_path / "texts", ReadOptions(images=tmp_path / "photos"))
     assert everything(source) == expected(1)
     assert [len(source.split(s)) for s in source.splits()] == [17, 6]
-    with pytest.raises(
-        TooManyErrors, match=r"23 of 23 rows can't be used \(100.0%(.|\n)*missing picture: 23"
-    ):
+    with pytest.raises(TooManyErrors, match=r"23 of 23 rows can't be used \(100.0%(.|\n)*missing picture: 23"):
         PairFiles(tmp_path / "texts")
 
 
@@ -296,9 +286,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     draw(tmp_path)
     rows = [{"f": n, "image": "x", "kurz": caption(n), "l": "Korean", "teil": "dev"} for n in NAMES]
     (tmp_path / "a.jsonl").write_text(jsonl(rows))
-    with pytest.raises(
-        ValueError, match="no column looks like the caption; its columns are: f, image, kurz, l, teil"
-    ):
+    with pytest.raises(ValueError, match="no column looks like the caption; its columns are: f, image, kurz, l, teil"):
         PairFiles(tmp_path)
     with pytest.raises(ValueError, match="has no column 'kurtz'; its columns are: f, image, kurz"):
         PairFiles(tmp_path, ReadOptions(caption_column="kurtz"))
@@ -322,9 +310,7 @@ def test_captions_in_many_shapes(tmp_path: Path) -> None:
         "  el\u200beven\t twelve\n\u2028thirteen\x00 ",
         unicodedata.normalize("NFD", "열넷"),
     ]
-    (tmp_path / "a.jsonl").write_text(
-        jsonl([{"image": n, "caption": s} for n, s in zip(NAMES, shapes, strict=False)])
-    )
+    (tmp_path / "a.jsonl").write_text(jsonl([{"image": n, "caption": s} for n, s in zip(NAMES, shapes, strict=False)]))
     assert list(everything(PairFiles(tmp_path, ReadOptions(val_fraction=0))).values()) == [
         ["one"], ["two", "three"], ["four", "다섯", "여섯"], ["seven", "여덟"], ["nine", "ten"],
         ["el\u200beven twelve thirteen"], ["열넷"],
@@ -346,9 +332,7 @@ def test_languages_need_no_configuration(
     texts: list[str], language: str | None, languages: tuple[str, ...], tmp_path: Path
 ) -> None:
     draw(tmp_path)
-    (tmp_path / "a.jsonl").write_text(
-        jsonl([{"image": n, "caption": t} for n, t in zip(NAMES, texts, strict=True)])
-    )
+    (tmp_path / "a.jsonl").write_text(jsonl([{"image": n, "caption": t} for n, t in zip(NAMES, texts, strict=True)]))
     source = PairFiles(tmp_path, ReadOptions(language=language, val_fraction=0))
     assert source.languages == languages
     for i in range(23):
@@ -382,9 +366,7 @@ def test_a_column_for_each_language(tmp_path: Path) -> None:
     assert "languages en 23, ko 23 (en where nothing says otherwise)" in source.describe()
 
 
-@pytest.mark.parametrize(
-    "header", ["image\ten\tko", "사진\t영어\t한국어", "file_name\tcaption_en\tcaption_korean"]
-)
+@pytest.mark.parametrize("header", ["image\ten\tko", "사진\t영어\t한국어", "file_name\tcaption_en\tcaption_korean"])
 def test_columns_named_by_language_alone(header: str, tmp_path: Path) -> None:
     draw(tmp_path)
     (tmp_path / "a.tsv").write_text(header + "\n" + "".join(f"{n}\ta key\t열쇠\n" for n in NAMES))
@@ -447,9 +429,7 @@ def test_val_is_never_empty_and_named_splits_win(tmp_path: Path) -> None:
     splits = ["train"] * 17 + ["test"] * 6
     (tmp_path / "a.csv").write_text(
         "image,caption,split\n"
-        + "".join(f"{n},{caption(n)} x,{s}\n" for n, s in zip(NAMES, splits, strict=True)).replace(
-            ", words", ""
-        )
+        + "".join(f"{n},{caption(n)} x,{s}\n" for n, s in zip(NAMES, splits, strict=True)).replace(", words", "")
     )
     source = PairFiles(tmp_path)
     assert len(source.split("test")) == 6
@@ -477,18 +457,14 @@ def test_one_image_named_in_two_splits_is_a_fault(tmp_path: Path) -> None:
     draw(tmp_path)
     rows = [{"image": n, "caption": "x y", "split": s} for n in NAMES[:3] for s in ("train", "val")]
     (tmp_path / "a.jsonl").write_text(jsonl(rows))
-    with pytest.raises(
-        TooManyErrors, match=r"picture in two splits: 3(.|\n)*a.jsonl:2: 'p00.png' is in train already"
-    ):
+    with pytest.raises(TooManyErrors, match=r"picture in two splits: 3(.|\n)*a.jsonl:2: 'p00.png' is in train already"):
         PairFiles(tmp_path)
 
 
 def test_several_manifests_must_belong_together(tmp_path: Path) -> None:
     make_csv(tmp_path)
     (tmp_path / "more.jsonl").write_text(rows_jsonl())
-    with pytest.raises(
-        ValueError, match=r"2 manifests .* captions.csv \(csv\), more.jsonl \(jsonl\).* or the format"
-    ):
+    with pytest.raises(ValueError, match=r"2 manifests .* captions.csv \(csv\), more.jsonl \(jsonl\).* or the format"):
         PairFiles(tmp_path)
     assert "JSONL" in PairFiles(tmp_path, ReadOptions(format="jsonl")).describe()
     assert everything(PairFiles(tmp_path / "captions.csv")) == expected()
@@ -536,9 +512,7 @@ def test_a_name_that_may_mean_two_images_means_none(tmp_path: Path) -> None:
     source = PairFiles(tmp_path, max_bad=0.5)
     assert list(everything(source)) == ["p01.png"]
     assert source.report.errors == {"ambiguous name": 1}
-    assert source.report.first["ambiguous name"] == [
-        "c.jsonl:1: 'p00.png' may be big/p00.png or small/p00.png"
-    ]
+    assert source.report.first["ambiguous name"] == ["c.jsonl:1: 'p00.png' may be big/p00.png or small/p00.png"]
 
 
 def test_a_missing_image_is_not_replaced_by_a_namesake(tmp_path: Path) -> None:

@@ -26,9 +26,7 @@ def test_the_velocity_is_the_derivative_of_the_path(path: str) -> None:
     diffusion = Diffusion(path=path)  # type: ignore[arg-type]
     step = 1e-6
     later = diffusion.noised(images, noise, times + step)
-    torch.testing.assert_close(
-        (later - x) / step, diffusion.velocity(images, noise, times), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close((later - x) / step, diffusion.velocity(images, noise, times), atol=1e-4, rtol=1e-4)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(diffusion.noised(images[:2], noise[:2], ends)[0], images[0])
     torch.testing.assert_close(diffusion.noised(images[:2], noise[:2], ends)[1], noise[1])
@@ -39,13 +37,9 @@ def test_the_velocity_is_the_derivative_of_the_path(path: str) -> None:
 def test_each_prediction_stands_for_the_same_image_and_velocity(path: str, prediction: str) -> None:
     images, noise, times, x = triple(path)
     diffusion = Diffusion(path=path, prediction=prediction)  # type: ignore[arg-type]
-    right = {"image": images, "noise": noise, "velocity": diffusion.velocity(images, noise, times)}[
-        prediction
-    ]
+    right = {"image": images, "noise": noise, "velocity": diffusion.velocity(images, noise, times)}[prediction]
     torch.testing.assert_close(diffusion.image_of(right, x, times), images)
-    torch.testing.assert_close(
-        diffusion.velocity_of(right, x, times), diffusion.velocity(images, noise, times)
-    )
+    torch.testing.assert_close(diffusion.velocity_of(right, x, times), diffusion.velocity(images, noise, times))
     assert float(diffusion.loss(right, images, noise, times).max()) < 1e-25
 
 
@@ -61,9 +55,7 @@ def test_the_loss_of_an_image_is_that_of_its_velocity() -> None:
         rtol=1e-5,
     )
     least = diffusion.loss(said[:1], images[:1], noise[:1], torch.tensor([1e-6]))
-    want = (
-        ((said[:1] - images[:1]) * (1 + 1 / LEAST_TIME)).square().mean()
-    )  # both its own and its noise's velocity
+    want = ((said[:1] - images[:1]) * (1 + 1 / LEAST_TIME)).square().mean()  # both its own and its noise's velocity
     torch.testing.assert_close(least[0].double(), want, atol=1e-3, rtol=1e-3)
 
 
@@ -72,9 +64,7 @@ def test_times_are_logit_normal() -> None:
     logits = torch.logit(times)
     assert abs(float(logits.mean()) - 0.5) < 0.02
     assert abs(float(logits.std()) - 0.7) < 0.02
-    assert (
-        abs(float(Diffusion(time_std=0).times(20_000, torch.Generator().manual_seed(0)).mean()) - 0.5) < 0.01
-    )
+    assert abs(float(Diffusion(time_std=0).times(20_000, torch.Generator().manual_seed(0)).mean()) - 0.5) < 0.01
 
 
 def exact(diffusion: Diffusion, x: Tensor, times: Tensor) -> Tensor:
@@ -83,9 +73,7 @@ def exact(diffusion: Diffusion, x: Tensor, times: Tensor) -> Tensor:
     gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
     image = MEAN + gain * (x - alpha * MEAN)
     noise = (x - alpha * image) / sigma
-    return {"image": image, "noise": noise, "velocity": diffusion.velocity(image, noise, times)}[
-        diffusion.prediction
-    ]
+    return {"image": image, "noise": noise, "velocity": diffusion.velocity(image, noise, times)}[diffusion.prediction]
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])

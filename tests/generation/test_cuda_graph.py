@@ -91,9 +91,7 @@ def test_a_recording_says_what_the_model_says(kind: str) -> None:
         batch = batch_for(model, seed, rows)
         want = told(model, batch, min_new_tokens=5)
         assert told(captured, batch, min_new_tokens=5) == want
-        assert len({str(row) for row in want}) == rows, (
-            "texts that do not depend on their rows would show nothing"
-        )
+        assert len({str(row) for row in want}) == rows, "texts that do not depend on their rows would show nothing"
         assert len(record.tapes) == tapes
 
 
@@ -148,11 +146,7 @@ def shapes_made(model: Any, batch: Any, beams: int, steps: int) -> Iterator[set[
                 logits = model.decode_step(logits.argmax(1), state)
             made = set()
             for _, args, kwargs, out in tape.calls:
-                read = {
-                    x.untyped_storage().data_ptr()
-                    for x in tree_leaves((args, kwargs))
-                    if isinstance(x, Tensor)
-                }
+                read = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
                 news = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
                 made |= {tuple(x.shape) for x in news if x.untyped_storage().data_ptr() not in read}
             yield made
@@ -163,9 +157,7 @@ def test_recorded_steps_make_the_same_tensors_every_time(kind: str) -> None:
     torch.manual_seed(0)
     model = noisy(MODELS[kind]())
     captured = CudaGraphDecoder(model, lambda step: step)
-    _, second, *rest = shapes_made(
-        captured, batch_for(model, 1), 2, 8
-    )  # The first takes room for reordering.
+    _, second, *rest = shapes_made(captured, batch_for(model, 1), 2, 8)  # The first takes room for reordering.
     assert all(made == second for made in rest)
 
 
@@ -192,9 +184,7 @@ def test_recording_leaves_no_mark() -> None:
         _, state = captured.prefill(batch, max_new_tokens=9)
         for _ in range(5):
             tokens = plain.argmax(1)
-            torch.testing.assert_close(
-                captured.decode_step(tokens, state), plain := model.decode_step(tokens, own)
-            )
+            torch.testing.assert_close(captured.decode_step(tokens, state), plain := model.decode_step(tokens, own))
     inner: Any = state.state
     assert inner.cache_position.tolist() == [own.length - 1]
     assert torch.equal(inner.next_positions, own.next_positions)
@@ -278,9 +268,7 @@ SEARCHES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", SEARCHES, ids=str)
-def test_a_gpu_is_waited_for_every_eight_tokens_only(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_is_waited_for_every_eight_tokens_only(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a GPU gets for `LOOK_EVERY`: the same texts, and as many looks as there are eights of tokens."""
     torch.manual_seed(0)
     model = noisy(EncoderDecoder(vit(), decoder(cross_dim=DIM)))

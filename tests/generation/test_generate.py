@@ -42,9 +42,7 @@ def prompts(rows: int = 5, length: int = 3, images: int | None = None) -> Captio
     torch.manual_seed(9)
     tokens = torch.randint(3, VOCAB, (rows, length))
     attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-    return CaptionBatch(
-        tokens, attention_mask, attention_mask, visual_tokens=torch.randn(images or rows, 1, 7, WIDTH)
-    )
+    return CaptionBatch(tokens, attention_mask, attention_mask, visual_tokens=torch.randn(images or rows, 1, 7, WIDTH))
 
 
 def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
@@ -91,9 +89,7 @@ def scored(captioner: EncoderDecoder, batch: CaptionBatch, row: int, text: Gener
     ids = torch.cat((real, torch.tensor(text.tokens + [EOS] * text.finished, dtype=torch.long)))
     per_image = batch.tokens.shape[0] // batch.visual_tokens.shape[0]
     image = batch.visual_tokens[row // per_image][None]
-    one = CaptionBatch(
-        ids[None], torch.ones_like(ids[None], dtype=torch.bool), ids[None] > 0, visual_tokens=image
-    )
+    one = CaptionBatch(ids[None], torch.ones_like(ids[None], dtype=torch.bool), ids[None] > 0, visual_tokens=image)
     log_probs = captioner.logits(one)[0].log_softmax(-1)
     return log_probs[len(real) - 1 : -1].gather(1, ids[len(real) :, None])[:, 0]
 
@@ -103,9 +99,7 @@ def scored(captioner: EncoderDecoder, batch: CaptionBatch, row: int, text: Gener
     [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
     ids=str,
 )
-def test_log_probabilities_are_those_of_an_uncached_pass(
-    captioner: EncoderDecoder, options: dict[str, Any]
-) -> None:
+def test_log_probabilities_are_those_of_an_uncached_pass(captioner: EncoderDecoder, options: dict[str, Any]) -> None:
     batch = prompts(rows=6, images=3)
     texts = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, **options)
     assert len(texts) == 6
@@ -118,9 +112,7 @@ def test_log_probabilities_are_those_of_an_uncached_pass(
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_a_batch_equals_one_by_one_with_prompts_of_different_length(
-    captioner: EncoderDecoder, beams: int
-) -> None:
+def test_a_batch_equals_one_by_one_with_prompts_of_different_length(captioner: EncoderDecoder, beams: int) -> None:
     batch = prompts(rows=4, length=5)
     attention_mask = batch.attention_mask.clone()
     for row, padding in enumerate((0, 3, 1, 2)):
@@ -152,9 +144,7 @@ def test_several_prompts_share_a_image(captioner: EncoderDecoder) -> None:
         visual_tokens=shared.visual_tokens.repeat_interleave(2, 0),
     )
     for options in ({}, {"num_beams": 3}):
-        a, b = (
-            generate(captioner, batch, eos_id=EOS, max_new_tokens=7, **options) for batch in (shared, spread)
-        )
+        a, b = (generate(captioner, batch, eos_id=EOS, max_new_tokens=7, **options) for batch in (shared, spread))
         assert [row[0].tokens for row in a] == [row[0].tokens for row in b]
 
 
@@ -198,9 +188,7 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecode
     assert len(nucleus) > 1
 
 
-def processed(
-    scores: list[float], ids: list[int], real: list[bool] | None = None, **options: Any
-) -> list[float]:
+def processed(scores: list[float], ids: list[int], real: list[bool] | None = None, **options: Any) -> list[float]:
     """One row's scores after the processors that the options ask for."""
     found, history = torch.tensor([scores]), torch.tensor([ids])
     mask = torch.ones_like(history, dtype=torch.bool) if real is None else torch.tensor([real])
@@ -211,9 +199,7 @@ def processed(
 
 def test_logits_processors_leave_padding_out() -> None:
     real = [False, False, True, True, True]
-    got = processed(
-        [4.0, -4.0, 1.0, 2.0], [0, 0, 1, 3, 1], real, repetition_penalty=2.0, no_repeat_ngram_size=2
-    )
+    got = processed([4.0, -4.0, 1.0, 2.0], [0, 0, 1, 3, 1], real, repetition_penalty=2.0, no_repeat_ngram_size=2)
     assert got == [4.0, -8.0, 1.0, BANNED]  # 0 only pads; 1 was said; "1 3" would come twice.
 
 
@@ -275,18 +261,14 @@ def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
             generate(captioner, batch, eos_id=EOS, **options)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_of_several_ids_ends_a_text(
     hub: Any, captioner: EncoderDecoder, options: dict[str, Any], count: int
 ) -> None:
     batch = prompts(rows=9)
     said = [
-        token
-        for (text,) in generate(captioner, batch, eos_id=EOS, max_new_tokens=13)
-        for token in text.tokens[2:5]
+        token for (text,) in generate(captioner, batch, eos_id=EOS, max_new_tokens=13) for token in text.tokens[2:5]
     ]
     ends = [*said[:: len(said) // count][:count], EOS]
     assert batch.visual_tokens is not None
@@ -294,9 +276,7 @@ def test_any_of_several_ids_ends_a_text(
         batch.tokens, attention_mask=batch.attention_mask.long(), encoder_hidden_states=batch.visual_tokens[:, 0],
         do_sample=False, early_stopping=False, max_new_tokens=13, eos_token_id=ends, **options,
     )  # fmt: skip
-    found = [
-        text for row in generate(captioner, batch, eos_id=ends, max_new_tokens=13, **options) for text in row
-    ]
+    found = [text for row in generate(captioner, batch, eos_id=ends, max_new_tokens=13, **options) for text in row]
     assert not any({*ends} & {*text.tokens} for text in found)
     assert any(text.finished for text in found)
     for text, row in zip(found, want[:, 3:].tolist(), strict=True):
@@ -310,9 +290,7 @@ def test_ends_hold_for_streams_least_lengths_and_samples(captioner: EncoderDecod
         list(stream(captioner, batch, eos_id=ends, max_new_tokens=13)),
         generate(captioner, batch, eos_id=ends, max_new_tokens=13),
     )
-    assert [[i for i in row if i is not None] for row in zip(*steps, strict=True)] == [
-        t.tokens for (t,) in whole
-    ]
+    assert [[i for i in row if i is not None] for row in zip(*steps, strict=True)] == [t.tokens for (t,) in whole]
     for options in ({}, {"num_beams": 3}, {"do_sample": True}):
         found = generate(captioner, batch, eos_id=ends, max_new_tokens=13, min_new_tokens=6, **options)
         assert all(len(text.tokens) >= 6 and not {*ends} & {*text.tokens} for (text,) in found)
@@ -360,10 +338,7 @@ def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: En
     others = CaptionBatch(
         batch.tokens, batch.attention_mask, batch.loss_mask, visual_tokens=batch.visual_tokens.flip(0)
     )
-    assert (
-        noise(GenerationConfig(), checksums(others)).tolist()
-        != noise(GenerationConfig(), checksums(batch)).tolist()
-    )
+    assert noise(GenerationConfig(), checksums(others)).tolist() != noise(GenerationConfig(), checksums(batch)).tolist()
 
 
 def test_a_longer_text_begins_as_a_shorter_one(captioner: EncoderDecoder) -> None:

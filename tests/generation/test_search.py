@@ -131,9 +131,7 @@ def test_diverse_beams_by_definition(groups: int, size: int, penalty: float) -> 
         ours = [tuple(text.tokens) + (EOS,) * text.finished for text in found[row]]
         assert ours == [ids for _, ids in want]
         for text, ids in zip(found[row], ours, strict=True):
-            log_probs = [
-                float(next_log_probs(model, one(given, row), list(ids[:k]))[ids[k]]) for k in range(len(ids))
-            ]
+            log_probs = [float(next_log_probs(model, one(given, row), list(ids[:k]))[ids[k]]) for k in range(len(ids))]
             assert text.log_prob == pytest.approx(sum(log_probs), abs=1e-4)
 
 
@@ -222,9 +220,9 @@ def test_required_words_come_with_few_beams_too(beams: int) -> None:
         for text in row:
             assert all(any(contains(text.tokens, s) for s in word) for word in words)
     again = [
-        generate(model, one(given, k), eos_id=EOS, max_new_tokens=14, num_beams=beams, force_words_ids=words)[
+        generate(model, one(given, k), eos_id=EOS, max_new_tokens=14, num_beams=beams, force_words_ids=words)[0][
             0
-        ][0].tokens
+        ].tokens
         for k in range(3)
     ]
     assert again == [row[0].tokens for row in found]
@@ -235,9 +233,7 @@ def test_required_words_come_with_few_beams_too(beams: int) -> None:
 def test_nothing_makes_another_word_of_a_forced_one(beams: int, seed: int) -> None:
     model, given = captioner(seed=seed), batch()
     extends = torch.arange(VOCAB) % 3 > 0
-    forced = ForcedWords(
-        [[[6, 8]], [[12], [13, 3]]], extends
-    )  # 13 extends: "13 3" counts at the beginning only
+    forced = ForcedWords([[[6, 8]], [[12], [13, 3]]], extends)  # 13 extends: "13 3" counts at the beginning only
     found = generate(model, given, eos_id=EOS, max_new_tokens=12, num_beams=beams, force_words_ids=forced)
     for (text,) in found:
         ids = text.tokens
@@ -307,9 +303,7 @@ def test_guidance_by_definition() -> None:
     plain = generate(model, given, eos_id=EOS, max_new_tokens=6)
     assert generate(model, given, eos_id=EOS, max_new_tokens=6, guidance_scale=1.0) == plain
     blind = generate(model, given, eos_id=EOS, max_new_tokens=6, guidance_scale=0.0, num_beams=3)
-    assert (
-        blind[0][0].tokens == generate(model, blank, eos_id=EOS, max_new_tokens=6, num_beams=3)[0][0].tokens
-    )
+    assert blind[0][0].tokens == generate(model, blank, eos_id=EOS, max_new_tokens=6, num_beams=3)[0][0].tokens
 
 
 def test_cached_features_are_guided_by_the_features_of_a_blank_image() -> None:
@@ -364,9 +358,7 @@ def words_and_model() -> tuple[ImageCaptioner, Any]:
     texts = ["a red star", "a blue dot and a red ring", "빨간 별 하나", "파란 점과 빨간 고리"]
     tokenizer = Tokenizer.train(texts, 290, ("en", "ko"))
     torch.manual_seed(2)
-    model = EncoderDecoder(
-        ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
-    )
+    model = EncoderDecoder(ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20))
     image = Image.new("RGB", (16, 16), (200, 30, 30))
     return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), image
 

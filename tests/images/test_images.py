@@ -50,11 +50,7 @@ def png(
 ) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + extra
-        + chunk(b"IDAT", zlib.compress(raw))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
     )
 
 
@@ -301,9 +297,7 @@ def test_cut_files_are_refused(kind: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"optimize": True}, {"progressive": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"optimize": True}, {"progressive": True}], ids=str)
 def test_a_jpeg_whose_pixels_end_early_is_refused(mode: str, options: dict[str, Any]) -> None:
     """Zeros (of a copy that stopped) would be read as pixels, and before an end marker decoders fill up with grey."""
     for height, width in ((96, 128), (97, 129), (89, 117)):
@@ -346,9 +340,7 @@ SEVEN_PASSES = [
 
 @pytest.mark.parametrize("fill", [b"\0", b"\xff"])  # if all is black, only counting can tell
 @pytest.mark.parametrize("interlaced", [0, 1])
-@pytest.mark.parametrize(
-    ("depth", "colour", "line"), [(8, 2, 39), (1, 0, 2), (8, 6, 52), (16, 4, 52), (8, 0, 13)]
-)
+@pytest.mark.parametrize(("depth", "colour", "line"), [(8, 2, 39), (1, 0, 2), (8, 6, 52), (16, 4, 52), (8, 0, 13)])
 def test_a_png_without_its_last_row_is_refused(
     fill: bytes, interlaced: int, depth: int, colour: int, line: int
 ) -> None:
@@ -370,9 +362,7 @@ BOMBS = {
     + struct.pack("<HHHHB", 0, 0, 1, 1, 0)
     + b"\2\2\x4c\1\0;",
     "PPM": b"P6 50021 50023 255\n" + b"\0" * 99,
-    "JPEG": encode(corners(), "JPEG").replace(
-        struct.pack(">HH", 23, 31), struct.pack(">HH", 50023, 50021), 1
-    ),
+    "JPEG": encode(corners(), "JPEG").replace(struct.pack(">HH", 23, 31), struct.pack(">HH", 50023, 50021), 1),
 }
 
 
@@ -483,9 +473,7 @@ def test_folders_pipes_devices_and_absent_files_are_refused_at_once(tmp_path: Pa
 
 
 def test_addresses_and_wrong_types_are_refused() -> None:
-    with pytest.raises(
-        ImageError, match=r"https://example.com/a.jpg: an address, not a file; download it first"
-    ):
+    with pytest.raises(ImageError, match=r"https://example.com/a.jpg: an address, not a file; download it first"):
         load("https://example.com/a.jpg")
     with pytest.raises(ImageError, match='opened as text; open it with mode "rb"'):
         load(io.StringIO("text"))  # type: ignore[arg-type]
@@ -520,11 +508,7 @@ def test_every_damaged_byte_gives_a_image_or_an_image_error() -> None:
 def test_threads_load_side_by_side_and_settings_of_pillow_stay() -> None:
     settings = lambda: (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, TiffImagePlugin.READ_LIBTIFF)  # noqa: E731
     before = settings()
-    files = [
-        encode(smooth(61, 67, seed), kind)
-        for seed in range(3)
-        for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF")
-    ]
+    files = [encode(smooth(61, 67, seed), kind) for seed in range(3) for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF")]
     alone = [np.asarray(load(data)) for data in files]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda data: np.asarray(load(data)), files * 8))
@@ -800,9 +784,7 @@ def greys(data: bytes) -> list[int]:
         (np.array([[0, 0.5, 1]], np.float32), 3, 0, [255, 127, 0]),
     ],
 )
-def test_grey_of_any_numbers_by_one_rule(
-    values: np.ndarray, kind: int, photometric: int, expected: list[int]
-) -> None:
+def test_grey_of_any_numbers_by_one_rule(values: np.ndarray, kind: int, photometric: int, expected: list[int]) -> None:
     assert greys(tiff(values, photometric, kind=kind)) == pytest.approx(expected, abs=1)
 
 

@@ -45,9 +45,7 @@ def qkv(
 @pytest.mark.parametrize("way", ["plain", "sdpa"])
 @pytest.mark.parametrize(("n", "g"), [(6, 6), (6, 2), (3, 6), (2, 3), (1, 1)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attend_is_the_definition(
-    monkeypatch: pytest.MonkeyPatch, way: str, n: int, g: int, masked: bool
-) -> None:
+def test_attend_is_the_definition(monkeypatch: pytest.MonkeyPatch, way: str, n: int, g: int, masked: bool) -> None:
     by_way(monkeypatch, way)
     q, k, v = qkv(n=n, g=g)
     allowed = None
@@ -68,9 +66,7 @@ def test_causal_aligns_the_last_query_with_the_last_key(
     by_way(monkeypatch, way)
     q, k, v = qkv(q=asked, k=keys)
     allowed = masks.dense(masks.causal(keys - asked), 6, asked, keys)
-    torch.testing.assert_close(
-        attend(q, k, v, "causal").double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6
-    )
+    torch.testing.assert_close(attend(q, k, v, "causal").double(), definition(q, k, v, allowed), atol=2e-6, rtol=2e-6)
 
 
 def test_gradients_are_finite_where_a_query_may_look_nowhere() -> None:
@@ -134,9 +130,7 @@ def test_attention_equals_torch_with_the_same_weights() -> None:
     theirs = nn.MultiheadAttention(24, 6, kdim=19, vdim=19, batch_first=True)
     ours = Attention(24, 6, context_dim=19)
     with torch.no_grad():
-        for name, weight in zip(
-            "qkv", (theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight), strict=True
-        ):
+        for name, weight in zip("qkv", (theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight), strict=True):
             getattr(ours, f"{name}_proj").weight.copy_(weight)
         theirs.in_proj_bias.copy_(torch.randn(72))
         for name, bias in zip("qkv", theirs.in_proj_bias.chunk(3), strict=True):
@@ -158,9 +152,7 @@ def test_a_projected_context_is_the_context() -> None:
     kv = layer.project_kv(context)
     assert kv.k.shape == (3, 2, 7, 4)
     assert torch.equal(layer(x, kv), layer(x, context))
-    torch.testing.assert_close(
-        layer(x, context), layer(x, context.repeat_interleave(2, 0)), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(layer(x, context), layer(x, context.repeat_interleave(2, 0)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -217,13 +209,9 @@ def rms(x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "c"), [(torch.bfloat16, 64), (torch.bfloat16, 48), (torch.float16, 64)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "c"), [(torch.bfloat16, 64), (torch.bfloat16, 48), (torch.float16, 64)], ids=str)
 @pytest.mark.parametrize("largest", [3, 20, 200, 1800, 180_000])
-def test_scores_in_16_bits_are_as_exact_as_sdpas(
-    largest: float, dtype: torch.dtype, c: int, masked: bool
-) -> None:
+def test_scores_in_16_bits_are_as_exact_as_sdpas(largest: float, dtype: torch.dtype, c: int, masked: bool) -> None:
     """On a CPU plain products are faster; a score of 200 rounded to bfloat16 would be off by up to 0.5."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 3, n, c) for n in (41, 53, 53))

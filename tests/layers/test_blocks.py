@@ -129,9 +129,7 @@ def copy(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_encoder_block_equals_torch(pre_norm: bool) -> None:
     theirs = shake(
-        nn.TransformerEncoderLayer(
-            DIM, HEADS, HIDDEN, 0.0, "gelu", 1e-5, batch_first=True, norm_first=pre_norm
-        )
+        nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.0, "gelu", 1e-5, batch_first=True, norm_first=pre_norm)
     )
     norm = partial(make_norm, "layer", DIM, 1e-5)
     ours = EncoderBlock(DIM, Attention(DIM, HEADS), MLP(DIM, HIDDEN), norm, pre_norm=pre_norm).eval()
@@ -147,9 +145,7 @@ def test_encoder_block_equals_torch(pre_norm: bool) -> None:
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_decoder_block_equals_torch(pre_norm: bool) -> None:
     theirs = shake(
-        nn.TransformerDecoderLayer(
-            DIM, HEADS, HIDDEN, 0.0, "relu", 1e-5, batch_first=True, norm_first=pre_norm
-        )
+        nn.TransformerDecoderLayer(DIM, HEADS, HIDDEN, 0.0, "relu", 1e-5, batch_first=True, norm_first=pre_norm)
     )
     norm = partial(make_norm, "layer", DIM, 1e-5)
     ours = DecoderBlock(

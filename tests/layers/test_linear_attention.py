@@ -69,9 +69,7 @@ def test_directions_are_orthogonal_with_gaussian_lengths() -> None:
 def test_the_kernel_is_unbiased() -> None:
     q, k, _ = qkv(5, spread=0.5)
     directions = random_directions(400_000, WIDTH)
-    logs = (
-        positive_features(q, directions)[..., :, None, :] + positive_features(k, directions)[..., None, :, :]
-    )
+    logs = positive_features(q, directions)[..., :, None, :] + positive_features(k, directions)[..., None, :, :]
     want = (q @ k.transpose(-1, -2) / WIDTH**0.5).exp()
     torch.testing.assert_close(logs.exp().mean(-1), want, atol=0.0, rtol=0.03)
 
@@ -155,10 +153,7 @@ def test_the_module_comes_close_to_the_attention_that_it_wraps(causal: bool, kv_
     want = attn(x, mask=mask, rope=rope)
     found = linear(x, mask=mask, rope=rope)
     assert float((found - want).norm() / want.norm()) < 0.05
-    assert (
-        float((LinearAttention(attn, num_features=4)(x, mask=mask, rope=rope) - want).norm() / want.norm())
-        > 0.1
-    )
+    assert float((LinearAttention(attn, num_features=4)(x, mask=mask, rope=rope) - want).norm() / want.norm()) > 0.1
 
 
 @torch.no_grad()

@@ -85,9 +85,7 @@ def test_a_language_model_for_a_recipe(tmp_path) -> None:
     assert {n.split(".")[-4] + n.split(".")[-3] for n in trainable} == {
         "q_projlora_A", "q_projlora_B", "fc2lora_A", "fc2lora_B",
     }  # fmt: skip
-    blip2 = Blip2(
-        ViT(16, 8, 16, 1, 2), QFormer(3, 16, 1, 2, 16, dropout=0.0), model, freeze_decoder=False
-    ).train()
+    blip2 = Blip2(ViT(16, 8, 16, 1, 2), QFormer(3, 16, 1, 2, 16, dropout=0.0), model, freeze_decoder=False).train()
     batch = CaptionBatch(TOKENS, TOKENS >= 0, TOKENS >= 0, pixels=torch.randn(3, 1, 3, 16, 16))
     caption_loss(blip2, batch, reduction="sum").sum.backward()
     learned = {n for n, p in blip2.decoder.named_parameters() if p.grad is not None}
@@ -95,9 +93,7 @@ def test_a_language_model_for_a_recipe(tmp_path) -> None:
     perturbed(model)
     before = blip2.eval().logits(batch)
     merge_lora(blip2).save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(
-        Blip2.from_pretrained(tmp_path / "merged").logits(batch), before, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(Blip2.from_pretrained(tmp_path / "merged").logits(batch), before, atol=1e-5, rtol=1e-4)
 
 
 def test_a_head_that_is_the_embedding_is_refused() -> None:

@@ -72,9 +72,7 @@ def test_rotary_equals_transformers(scaling: dict | None) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     parameters = {"rope_type": "default", "rope_theta": 500.0} | (scaling or {})
-    config = LlamaConfig(
-        hidden_size=48, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters
-    )
+    config = LlamaConfig(hidden_size=48, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters)
     places = torch.tensor([[0, 1, 5, 200], [3, 2, 9, 11]])
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
     ours = Rotary(12, theta=500.0, scaling=scaling)(places)

@@ -124,9 +124,7 @@ def test_layers_are_kept_by_part_of_the_name_or_function() -> None:
 
 
 def test_rows_sum_to_one_and_grouped_heads_are_recorded_each() -> None:
-    model = decoder(
-        attention=AttentionConfig(num_kv_heads=2, qk_norm="rms"), positions=PositionConfig("rotary")
-    )
+    model = decoder(attention=AttentionConfig(num_kv_heads=2, qk_norm="rms"), positions=PositionConfig("rotary"))
     with record_attention(model) as record:
         model(torch.randint(31, (6, 5)), torch.randn(3, 7, 19))
     assert record["blocks.0.attn"].shape == (6, 4, 5, 5)

@@ -69,9 +69,7 @@ def test_an_activation_is_computed_with_its_product(activation: Any):
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_reads_the_same_tokens_is_one_product(int8: bool, bias: bool):
     torch.manual_seed(3)
-    plain = nn.ModuleDict(
-        {"self": Attention(22, 2, bias=bias), "cross": Attention(22, 2, context_dim=13, bias=bias)}
-    )
+    plain = nn.ModuleDict({"self": Attention(22, 2, bias=bias), "cross": Attention(22, 2, context_dim=13, bias=bias)})
     model, calls = pack_weights(copy.deepcopy(plain).eval(), int8=int8), []
     x, context = torch.randn(3, 5, 22), torch.randn(3, 7, 13)
     product = type(model["self"].q_proj).product

@@ -61,17 +61,13 @@ def test_itc_is_its_definition(smoothing: float) -> None:
         label_smoothing=smoothing,
     )
     assert loss.dtype == torch.float64
-    assert float(loss) == pytest.approx(
-        itc_by_hand(images, texts, image_ids, text_ids, 0.13, smoothing), abs=1e-13
-    )
+    assert float(loss) == pytest.approx(itc_by_hand(images, texts, image_ids, text_ids, 0.13, smoothing), abs=1e-13)
 
 
 def test_texts_stand_beside_their_image_unless_ids_say_otherwise() -> None:
     images, texts = unit(3, 2, 5), unit(6, 5)
     plain = itc_loss(images, texts, 0.2)
-    named = itc_loss(
-        images, texts, 0.2, image_ids=torch.tensor([7, 1, 5]), text_ids=torch.tensor([7, 7, 1, 1, 5, 5])
-    )
+    named = itc_loss(images, texts, 0.2, image_ids=torch.tensor([7, 1, 5]), text_ids=torch.tensor([7, 7, 1, 1, 5, 5]))
     assert torch.equal(plain, named)
     assert float(plain) == pytest.approx(itc_by_hand(images, texts, [0, 1, 2], [0, 0, 1, 1, 2, 2], 0.2, 0.0))
 
@@ -236,9 +232,7 @@ class Model(nn.Module):
         itc = contrastive_loss(s, temperature, label_smoothing=0.1)
         keys = s.text_ids * 100 + torch.arange(len(texts)) % R
         allowed = (s.text_ids[:, None] != s.all_image_ids) & (s.all_image_ids >= 0)
-        chosen, found = hard_negatives(
-            s.of_texts / temperature, allowed, pair_noise(3, keys, s.all_image_ids)
-        )
+        chosen, found = hard_negatives(s.of_texts / temperature, allowed, pair_noise(3, keys, s.all_image_ids))
         other = gather(vectors)[chosen].mean(1) * text
         itm = itm_loss(self.head(other), torch.zeros_like(found), found & (s.text_ids >= 0))
         tokens = (texts.abs() * 10).long() % 13

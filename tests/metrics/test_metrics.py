@@ -97,9 +97,7 @@ def test_scores_of_perfect_and_of_foreign_captions() -> None:
     assert perfect.numbers["bleu_4"] == pytest.approx(1, abs=1e-8)
     assert perfect.numbers["rouge_l"] == 1
     assert perfect.numbers["cider_d"] == pytest.approx(10)
-    foreign = score_captions(
-        dict.fromkeys(references, "xx yy zz ww vv"), references, meteor=False, spice=False
-    )
+    foreign = score_captions(dict.fromkeys(references, "xx yy zz ww vv"), references, meteor=False, spice=False)
     assert foreign.numbers["bleu_1"] < 1e-8
     assert foreign.numbers["cider_d"] == foreign.numbers["rouge_l"] == 0
 
@@ -120,9 +118,7 @@ def test_references_without_words_do_not_stop_the_scores() -> None:
 
 
 def test_bleu_counts_by_hand() -> None:
-    row = bleu_statistics(
-        ["the", "the", "the", "cat"], [["the", "cat", "sat"], ["the", "the", "mat", "on", "it"]]
-    )
+    row = bleu_statistics(["the", "the", "the", "cat"], [["the", "cat", "sat"], ["the", "the", "mat", "on", "it"]])
     #              length, closest (3 and 5 are as near: the shorter), 4 guesses, 4 hits
     assert row == [4, 3, 4, 3, 2, 1, 3, 2, 0, 0]
     assert bleu(np.array(row))[0] == pytest.approx(3 / 4)
@@ -155,9 +151,7 @@ def test_cider_does_not_depend_on_the_order_of_references() -> None:
     candidates, references = captions(31, 5)
     mine = [text.split() for text in candidates.values()]
     theirs = [[text.split() for text in texts] for texts in references.values()]
-    np.testing.assert_allclose(
-        cider_d(mine, theirs), cider_d(mine, [refs[::-1] for refs in theirs]), atol=1e-12
-    )
+    np.testing.assert_allclose(cider_d(mine, theirs), cider_d(mine, [refs[::-1] for refs in theirs]), atol=1e-12)
 
 
 def test_diversity_by_hand() -> None:
@@ -194,9 +188,7 @@ def test_intervals_of_a_mean_are_those_of_theory() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(3.0, 2.0, size=503)
     numbers = np.stack([values, np.ones(503)], axis=1)
-    low, high = bootstrap_intervals(
-        numbers, lambda sums: sums[..., :1] / sums[..., 1:], resamples=4000, seed=1
-    )
+    low, high = bootstrap_intervals(numbers, lambda sums: sums[..., :1] / sums[..., 1:], resamples=4000, seed=1)
     half = 1.96 * values.std() / 503**0.5
     assert low[0] == pytest.approx(values.mean() - half, abs=0.02)
     assert high[0] == pytest.approx(values.mean() + half, abs=0.02)
@@ -227,9 +219,7 @@ def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
     small = 0
     for seed in range(100):
         first, second = rng.normal(size=(2, 41, 1))
-        row = paired_test(
-            *(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean, resamples=200, seed=seed
-        )
+        row = paired_test(*(np.hstack([x, np.ones_like(x)]) for x in (first, second)), mean, resamples=200, seed=seed)
         small += row[0].p_value <= 0.1
     assert 3 <= small <= 19  # 10 expected of 100 equal runs
     first = rng.normal(size=(41, 1))
@@ -488,10 +478,7 @@ def test_without_the_package_the_reason_is_given(monkeypatch: pytest.MonkeyPatch
 def test_meteor_is_not_computed_for_korean_or_for_characters(fake_java) -> None:
     fake_java("raise SystemExit('must not run')")
     korean = score_captions({"x": "빨간 별 AB"}, {"x": ["빨간 별"]})
-    assert (
-        korean.values["meteor"]
-        == "not computed: it knows English only, and 40 % of the captions' letters are Latin"
-    )
+    assert korean.values["meteor"] == "not computed: it knows English only, and 40 % of the captions' letters are Latin"
     letters = score_captions({"x": "a dog"}, {"x": ["a dog"]}, unit="character")
     assert letters.values["meteor"] == "not computed: it counts words, and unit is 'character'"
 

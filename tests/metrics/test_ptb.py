@@ -16,10 +16,7 @@ from mmtransformer.metrics import plain, tokenize
 from mmtransformer.metrics.ptb import PUNCTUATION, fold
 
 # Made by running the official tool on sentences of our own, each followed by a line that begins with "A".
-OFFICIAL = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "ptb_official.jsonl").read_text("utf-8").splitlines()
-]
+OFFICIAL = [json.loads(line) for line in (Path(__file__).parent / "ptb_official.jsonl").read_text("utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("row", OFFICIAL, ids=[f"{i}" for i in range(len(OFFICIAL))])
@@ -80,9 +77,7 @@ def test_korean_in_single_letters_equals_korean_in_syllables() -> None:
     assert tokenize(apart) == tokenize(text)
 
 
-@pytest.mark.parametrize(
-    "space", ["\t", "\r", "\n", "\v", "\f", "\u0085", "\u2028", "\u00a0", "\u3000", "  "]
-)
+@pytest.mark.parametrize("space", ["\t", "\r", "\n", "\v", "\f", "\u0085", "\u2028", "\u00a0", "\u3000", "  "])
 def test_white_space_of_any_kind_is_a_space(space: str) -> None:
     assert tokenize(f"{space}a dog{space}.{space}") == ["a", "dog"]
     assert tokenize(f"a dog{space}runs") == ["a", "dog", "runs"]
@@ -106,11 +101,7 @@ def test_any_text_gives_clean_tokens(text: str) -> None:
     assert tokens == tokenize(fold(text))  # and folding twice changes nothing
 
 
-@given(
-    st.lists(
-        st.sampled_from(["a", "dog", "red", "별이", "소파", "runs", "3", "can't"]), min_size=1, max_size=8
-    )
-)
+@given(st.lists(st.sampled_from(["a", "dog", "red", "별이", "소파", "runs", "3", "can't"]), min_size=1, max_size=8))
 def test_captions_in_a_row_are_cut_like_each_alone(words: list[str]) -> None:
     alone = [token for word in words for token in tokenize(word)]
     assert tokenize(" ".join(words) + " .") == alone
@@ -184,17 +175,13 @@ def test_awkward_captions_agree_with_the_official_tool(tmp_path: Path) -> None:
     )
     captions = []
     for _ in range(2000):
-        words = [
-            rng.choice(nouns if rng.random() < 0.4 else others.split()) for _ in range(rng.randint(1, 12))
-        ]
+        words = [rng.choice(nouns if rng.random() < 0.4 else others.split()) for _ in range(rng.randint(1, 12))]
         for _ in range(rng.randint(0, 2)):
             i = rng.randrange(len(words))
             words[i] += rng.choice([".", ",", "!", "?", "'s", '"', ")", "...", "-", "/", "'"])
         captions.append(" ".join(words))
     file = tmp_path / "captions.txt"
-    file.write_text(
-        "\n".join(line for caption in captions for line in (caption, "A x")) + "\n", encoding="utf-8"
-    )
+    file.write_text("\n".join(line for caption in captions for line in (caption, "A x")) + "\n", encoding="utf-8")
     command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", str(jar)]
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", str(file)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=True)

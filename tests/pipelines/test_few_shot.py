@@ -92,9 +92,7 @@ def shots(model: Flamingo | None = None, examples: Examples | None = None, **opt
 def queries(*colours: str, names: bool = False) -> CaptionBatch:
     pixels = torch.stack([TRANSFORM(Image.new("RGB", (9, 9), COLOURS[name])) for name in colours])[:, None]
     none = torch.zeros(len(colours), 0, dtype=torch.long)
-    return CaptionBatch(
-        none, none.bool(), none.bool(), pixels, names=tuple(f"{c}0" for c in colours) if names else ()
-    )
+    return CaptionBatch(none, none.bool(), none.bool(), pixels, names=tuple(f"{c}0" for c in colours) if names else ())
 
 
 def examples_in(row: torch.Tensor) -> list[str]:
@@ -227,9 +225,7 @@ def test_a_image_is_no_example_of_itself(choose: str) -> None:
 def test_examples_without_the_language_are_passed_over() -> None:
     few = shots(examples=Examples(1), num_examples=4)
     assert len(examples_in(few(queries("red"), ["ko"]).tokens[0])) == 4
-    with pytest.raises(
-        ValueError, match=r"4 examples were asked for, but only 3 of 5 can be used .*captions in ko"
-    ):
+    with pytest.raises(ValueError, match=r"4 examples were asked for, but only 3 of 5 can be used .*captions in ko"):
         few(queries("red", names=True), ["ko"])
 
 
@@ -243,9 +239,7 @@ def test_examples_without_the_language_are_passed_over() -> None:
     colours=st.lists(st.sampled_from(sorted(COLOURS)), min_size=2, max_size=3),
     beams=st.integers(1, 2),
 )
-def test_captions_of_a_batch_equal_one_by_one(
-    count: int, visible_images: str, colours: list[str], beams: int
-) -> None:
+def test_captions_of_a_batch_equal_one_by_one(count: int, visible_images: str, colours: list[str], beams: int) -> None:
     model = captioner(visible_images)
     few = shots(model, num_examples=count)
     options = {"generation": GenerationConfig(num_beams=beams, max_new_tokens=7), "prompts": few}
@@ -348,9 +342,7 @@ def test_mmt_caption_with_shots(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "h.png").stat().st_size > 1000
 
 
-def test_mmt_caption_refuses_with_the_numbers(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mmt_caption_refuses_with_the_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, shot = str(folder / "3.png"), ["--examples", str(folder)]
     words = ["caption", image, "--model", str(folder / "model"), "--device", "cpu"]
     code, _, err = mmt(capsys, *words, "--num-examples", "2")
@@ -391,9 +383,7 @@ def test_a_prompt_longer_than_the_model_reads() -> None:
 def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(ValueError, match=r'Flamingo reads the pictures .*visible_images="last"'):
         shots(captioner("none"))
-    with pytest.raises(
-        ValueError, match=r"num_examples \(16\) must be from 0 to the number of examples \(15\)"
-    ):
+    with pytest.raises(ValueError, match=r"num_examples \(16\) must be from 0 to the number of examples \(15\)"):
         shots(num_examples=16)
     with pytest.raises(ValueError, match='choose must be "random" or "nearest", not "best"'):
         shots(choose="best")
@@ -416,9 +406,5 @@ def test_drawn_captions_after_examples_are_those_of_one_by_one() -> None:
         model, tokenizer(), queries("red", "blue", "black"), ["en", "ko"], generation=drawn, prompts=few
     )
     for row, colour in zip(together, ("red", "blue", "black"), strict=True):
-        (alone,) = write_captions(
-            model, tokenizer(), queries(colour), ["en", "ko"], generation=drawn, prompts=few
-        )
-        assert [[said.tokens for said in some] for some in row] == [
-            [s.tokens for s in some] for some in alone
-        ]
+        (alone,) = write_captions(model, tokenizer(), queries(colour), ["en", "ko"], generation=drawn, prompts=few)
+        assert [[said.tokens for said in some] for some in row] == [[s.tokens for s in some] for some in alone]

@@ -78,9 +78,7 @@ def test_words_that_must_come_cannot_be_streamed() -> None:
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_of_none_is_refused(size: int) -> None:
     words = tokenizer()
-    classifier = ImageClassifier(
-        ViT(16, 8, 20, 1, 4, num_classes=2), ["a", "b"], ImageTransform(16), device="cpu"
-    )
+    classifier = ImageClassifier(ViT(16, 8, 20, 1, 4, num_classes=2), ["a", "b"], ImageTransform(16), device="cpu")
     translator = Translator(Transformer(words.vocab_size, 16, 1, 2, mlp_dim=8), words, device="cpu")
     for call in (
         lambda: captioner()(images(), batch_size=size),
@@ -110,11 +108,7 @@ def test_the_card_runs(tmp_path: Path) -> None:
     assert "language: [en, ko]" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     images()[0].save(tmp_path / "picture.jpg")
-    exec(
-        code.replace('"model"', repr(str(folder / "model"))).replace(
-            "picture.jpg", str(tmp_path / "picture.jpg")
-        )
-    )
+    exec(code.replace('"model"', repr(str(folder / "model"))).replace("picture.jpg", str(tmp_path / "picture.jpg")))
 
 
 # --- how many functions a reader goes through

@@ -27,9 +27,7 @@ TEXTS = ["a large red star", "작은 파란 원 두 개", "a red heart"]
 def painter() -> TextToImage:
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([*TEXTS, "left of a"], 300, languages=["en", "ko"])
-    text = TextEncoder(
-        tokenizer.vocab_size, dim=12, depth=1, num_heads=2, max_len=40, pooler=False, dropout=0.0
-    )
+    text = TextEncoder(tokenizer.vocab_size, dim=12, depth=1, num_heads=2, max_len=40, pooler=False, dropout=0.0)
     model = TextToImageModel(text, DiffusionTransformer(8, 3, 16, 2, 2, context_dim=12))
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -46,9 +44,7 @@ def test_a_text_and_a_seed_make_one_picture(painter: TextToImage) -> None:
     assert [len(images) for images in drawn] == [2, 2, 2]
     assert drawn[0][0].size == (24, 16)
     again = painter.draw(TEXTS, num_images=2, seed=5, batch_size=4)
-    assert all(
-        same(a, b) for one, other in zip(drawn, again, strict=True) for a, b in zip(one, other, strict=True)
-    )
+    assert all(same(a, b) for one, other in zip(drawn, again, strict=True) for a, b in zip(one, other, strict=True))
     assert same(painter.draw(TEXTS[1], seed=6)[0][0], drawn[1][1])
     assert not same(drawn[1][0], drawn[1][1])
     several = painter.draw(TEXTS, seed=[5, 6, 7])

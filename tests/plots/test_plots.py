@@ -152,9 +152,7 @@ def test_a_font_of_the_machine_is_used_for_what_the_others_lack(
 def test_no_text_crashes(line: str, tmp_path: Path) -> None:
     said = CardCaption(line, line or None, [line], facts=[(line, False)])
     saved([Card(scene(), [said], line)], tmp_path / "sheet.png", title=line, subtitle=line)
-    save_html_gallery(
-        [Card(scene(), [said], line)], tmp_path / "html_gallery.html", title=line, metrics={line: line}
-    )
+    save_html_gallery([Card(scene(), [said], line)], tmp_path / "html_gallery.html", title=line, metrics={line: line})
 
 
 # wrapping
@@ -381,17 +379,12 @@ class Reader(html.parser.HTMLParser):
 def test_page_is_self_contained_and_the_same_every_time(tmp_path: Path) -> None:
     metrics = {"facts": {"en": 0.973, "ko": (0.951, 0.94, 0.96)}, "METEOR": {"en": None}, "images": 1200}
     first = save_html_gallery(cards(), tmp_path / "new/a.html", title="장면", metrics=metrics).read_bytes()
-    assert (
-        first == save_html_gallery(cards(), tmp_path / "b.html", title="장면", metrics=metrics).read_bytes()
-    )
+    assert first == save_html_gallery(cards(), tmp_path / "b.html", title="장면", metrics=metrics).read_bytes()
     source = first.decode("utf-8")
     outside = re.findall(r"(?:src|href|url\()\s*=?\s*[\"']?(?!data:)(?:https?:|//|\w+\.)[^\"')]*", source)
     assert outside == []
     reader = Reader(source)
-    assert (
-        sum(tag == "img" and str(a["src"]).startswith("data:image/webp;base64,") for tag, a in reader.tags)
-        == 5
-    )
+    assert sum(tag == "img" and str(a["src"]).startswith("data:image/webp;base64,") for tag, a in reader.tags) == 5
     assert {a.get("lang") for tag, a in reader.tags if tag == "p"} >= {"en", "ko"}
     told = " ".join(reader.words)
     for figure in ("0.973", "0.951", "[0.940, 0.960]", "not computed", "1,200", "빨간", "원이 빨갛다"):
@@ -454,9 +447,7 @@ def test_images_are_embedded_whole() -> None:
     drawing = scene()
     data = base64.b64decode(html_gallery.encode_image(drawing, 448).split(",")[1])
     with Image.open(io.BytesIO(data)) as back:
-        assert np.array_equal(
-            np.asarray(back.convert("RGB")), np.asarray(drawing)
-        )  # small ones stay lossless
+        assert np.array_equal(np.asarray(back.convert("RGB")), np.asarray(drawing))  # small ones stay lossless
     big = Image.new("RGB", (1000, 500), "red")
     data = base64.b64decode(html_gallery.encode_image(big, 448).split(",")[1])
     assert Image.open(io.BytesIO(data)).size == (448, 224)

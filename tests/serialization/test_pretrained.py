@@ -189,9 +189,7 @@ def test_constructor_arguments_are_attributes_and_build_the_model_again(name: st
     again = from_config(json.loads(json.dumps(config)))
     assert to_config(again) == config
     assert repr(again) == repr(model)
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", public_models(), ids=lambda kind: kind.__name__)
@@ -383,9 +381,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for name in (tmp_path / "none", tmp_path / "config.json", "a/b/c"):
         with pytest.raises(ValueError, match="no such folder"):
             TextDecoder.from_pretrained(name)
-    with pytest.raises(
-        ValueError, match=r"someone/captioner: no such folder here, and the hub did not give it: \S+"
-    ):
+    with pytest.raises(ValueError, match=r"someone/captioner: no such folder here, and the hub did not give it: \S+"):
         find_folder("someone/captioner")  # Tests reach no network.
 
 
@@ -440,9 +436,7 @@ def unreadable(kind: str) -> tuple[Any, str]:
     return model, "lora_.*merge_lora"
 
 
-@pytest.mark.parametrize(
-    "kind", ["a tie of one's own", "a block used twice", "a tie undone", "another layer", "lora"]
-)
+@pytest.mark.parametrize("kind", ["a tie of one's own", "a block used twice", "a tie undone", "another layer", "lora"])
 def test_what_could_not_be_loaded_is_not_saved(kind: str, tmp_path: Path) -> None:
     model, message = unreadable(kind)
     with pytest.raises(ValueError, match=f"Blip2 is not saved.*{message}"):
@@ -461,9 +455,7 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     assert again.attention == model.attention
     for version in (2, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(
-            ValueError, match=rf"config.json: format_version is {version}.*reads 1: save .* again"
-        ):
+        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 1: save .* again"):
             TextDecoder.from_pretrained(tmp_path)
 
 

@@ -149,9 +149,7 @@ def test_numbers_that_make_no_sense_are_named(file: str, key: str, value: Any, m
     assert key in said
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "preprocessor.json", "tokenizer.json", "tokenizer_config.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "preprocessor.json", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "link out", "digits", "deep"])
 def test_files_that_are_none(kind: str, name: str, model: Path, tmp_path: Path) -> None:
     path = model / name
@@ -229,9 +227,7 @@ def test_berts_that_claim_more(key: str, tmp_path: Path) -> None:
         refused(lambda: qformer_from_bert(str(tmp_path)), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "vision", [None, 5, {"hidden_size": HUGE}, {"num_hidden_layers": HUGE, "hidden_size": 8}]
-)
+@pytest.mark.parametrize("vision", [None, 5, {"hidden_size": HUGE}, {"num_hidden_layers": HUGE, "hidden_size": 8}])
 def test_a_blip2_that_claims_more(vision: Any, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip-2", "vision_config": vision}))
@@ -324,9 +320,7 @@ def test_kinds_of_values(value: Any, hint: Any, good: bool) -> None:
 
 
 def test_settings_are_read_as_they_were_written() -> None:
-    generation = settings_of(
-        GenerationConfig, {"num_beams": 2, "force_words": ["a"], "temperature": 1}, "x.json"
-    )
+    generation = settings_of(GenerationConfig, {"num_beams": 2, "force_words": ["a"], "temperature": 1}, "x.json")
     assert generation == GenerationConfig(num_beams=2, force_words=("a",))
     with pytest.raises(ValueError, match=r"x\.json: unknown keys \['beams'\]"):
         settings_of(GenerationConfig, {"beams": 2}, "x.json")

@@ -77,9 +77,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flamingo": lambda: Flamingo(vit(), decoder(), gated=GatedConfig(3, 7), visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
-    "coca": lambda: CoCa(
-        vit(), decoder(), decoder(cross_dim=DIM, positions=PositionConfig("rotary")), num_heads=4
-    ),
+    "coca": lambda: CoCa(vit(), decoder(), decoder(cross_dim=DIM, positions=PositionConfig("rotary")), num_heads=4),
 }
 
 

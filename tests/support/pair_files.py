@@ -70,9 +70,7 @@ def jsonl(rows: Sequence[object]) -> str:
 
 
 def rows_jsonl(names: Sequence[str] = NAMES, folder: str = "") -> str:
-    return jsonl(
-        [{"image": folder + name, "captions": [caption(name, k) for k in range(3)]} for name in names]
-    )
+    return jsonl([{"image": folder + name, "captions": [caption(name, k) for k in range(3)]} for name in names])
 
 
 def expected(count: int = 3, folder: str = "", names: Sequence[str] = NAMES) -> dict[str, list[str]]:

@@ -66,9 +66,7 @@ def imports(path: Path, *, when_loaded: bool = False) -> Iterator[tuple[int, str
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join(above + ([node.module] if node.module else []))
             for alias in node.names:  # from mmtransformer import masks: a module, not a name in one
-                is_module = (
-                    base == "mmtransformer" or (PACKAGE.parent / base.replace(".", "/") / alias.name).exists()
-                )
+                is_module = base == "mmtransformer" or (PACKAGE.parent / base.replace(".", "/") / alias.name).exists()
                 is_module |= (PACKAGE.parent / base.replace(".", "/") / f"{alias.name}.py").exists()
                 yield node.lineno, f"{base}.{alias.name}" if is_module else base
         elif not (when_loaded and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):

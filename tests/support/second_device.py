@@ -162,9 +162,7 @@ class SecondDevice(TorchDispatchMode):
             return known[id(x)] if id(x) in known else OnGPU(x)
 
         with contextlib.ExitStack() as stack:
-            if (
-                torch.is_inference_mode_enabled()
-            ):  # whose tensors have no version, and what wraps them needs one
+            if torch.is_inference_mode_enabled():  # whose tensors have no version, and what wraps them needs one
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
             result = func(*inner_args, **inner_kwargs)

@@ -32,9 +32,7 @@ class FakePairs:
     def image(self, i):
         if i in self.bad:
             raise ImageError(f"p{i}.jpg: cut off")
-        return Image.fromarray(
-            np.random.default_rng([self.seed, i]).integers(0, 256, (17, 19, 3), dtype=np.uint8)
-        )
+        return Image.fromarray(np.random.default_rng([self.seed, i]).integers(0, 256, (17, 19, 3), dtype=np.uint8))
 
     def captions(self, i):
         found = []

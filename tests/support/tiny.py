@@ -40,9 +40,7 @@ def captioner(
     return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
 
-def scenes(
-    batch_size: int = 4, train_size: int = 11, *, mixture: bool = False, **arguments: Any
-) -> CaptionData:
+def scenes(batch_size: int = 4, train_size: int = 11, *, mixture: bool = False, **arguments: Any) -> CaptionData:
     """Eleven pictures, augmented; or as many from two sources, two of the one for one of the other."""
     source = Scenes(image_size=32, train_size=train_size, val_size=5, compositional_size=3)
     if mixture:
@@ -63,9 +61,7 @@ class Witness(pl.Callback):
     The signal goes to this process, or with `all` to its workers as well, as a scheduler or a terminal sends it.
     """
 
-    def __init__(
-        self, path: Path, at: int = -1, number: int = 9, where: str = "train", all: bool = False
-    ) -> None:
+    def __init__(self, path: Path, at: int = -1, number: int = 9, where: str = "train", all: bool = False) -> None:
         self.path, self.at, self.number, self.where, self.all = path, at, number, where, all
         self.batches = 0
 

@@ -131,9 +131,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary() -> None:
 
 
 def test_training_errors_have_the_numbers() -> None:
-    with pytest.raises(
-        ValueError, match=r"vocab_size \(261\) must be at least 262: 256 bytes and 6 special tokens"
-    ):
+    with pytest.raises(ValueError, match=r"vocab_size \(261\) must be at least 262: 256 bytes and 6 special tokens"):
         Tokenizer.train(CORPUS, 261, ["en", "ko"])
     assert Tokenizer.train(CORPUS, 262, ["en", "ko"]).vocab_size == 262
     with pytest.raises(ValueError, match=r"names one of them twice"):
@@ -336,16 +334,12 @@ def test_all_ends_that_a_folder_lists_end_a_text(tokenizer: Tokenizer, tmp_path:
     transformers = pytest.importorskip("transformers")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").eos_token_id == tokenizer.eos_id
     write(tmp_path / "hub", generation_config={"eos_token_id": [2, 9999]})
-    with pytest.raises(
-        ValueError, match=r"generation_config\.json: eos_token_id has 9999, an id without a token"
-    ):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id has 9999, an id without a token"):
         Tokenizer.from_pretrained(tmp_path / "hub")
 
 
 def test_gpt2_folder_with_a_config(tmp_path: Path) -> None:
-    folder = write(
-        gpt2(tmp_path / "gpt2"), config={"eos_token_id": [300, 7], "bos_token_id": 65, "pad_token_id": -1}
-    )
+    folder = write(gpt2(tmp_path / "gpt2"), config={"eos_token_id": [300, 7], "bos_token_id": 65, "pad_token_id": -1})
     loaded = Tokenizer.from_pretrained(folder)
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id, loaded.eos_ids) == (65, 300, 300, (300, 7))
     assert loaded.decode(loaded.encode("(a)")) == "(a)"  # what is no special token ends no text that is there
@@ -353,9 +347,7 @@ def test_gpt2_folder_with_a_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gpt2/config\.json: eos_token_id is 301, an id without a token"):
         Tokenizer.from_pretrained(folder)
     write(folder, config={"model_type": "gpt2"})
-    with pytest.raises(
-        ValueError, match=r'no eos token\. Add "eos_token".*tokenizer_config\.json.*in config\.json'
-    ):
+    with pytest.raises(ValueError, match=r'no eos token\. Add "eos_token".*tokenizer_config\.json.*in config\.json'):
         Tokenizer.from_pretrained(folder)
     write(folder, special_tokens_map={"eos_token": {"content": "<|endoftext|>"}, "pad_token": "<pad>"})
     with pytest.raises(ValueError, match=r"special_tokens_map\.json: pad_token is '<pad>', .* 301 tokens"):
@@ -368,9 +360,7 @@ def llama(folder: Path) -> Path:
     for piece in ("▁", "a", "r", "e", "d", "▁r", "ed", "▁red", "별", "▁별"):
         vocab[piece] = len(vocab)
     merges = [("▁", "r"), ("e", "d"), ("▁r", "ed"), ("▁", "별")]
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -383,9 +373,7 @@ def llama(folder: Path) -> Path:
     backend.enable_padding()
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
-    return write(
-        folder, tokenizer_config={"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
-    )
+    return write(folder, tokenizer_config={"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None})
 
 
 def test_llama_folder(tmp_path: Path) -> None:
@@ -451,9 +439,7 @@ def wordpiece(folder: Path, lowercase: bool = False) -> Path:
 def unigram(folder: Path) -> Path:
     """The form of T5, mT5 and XLM-R: SentencePiece's unigram model."""
     backend = tokenizers.Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
@@ -510,10 +496,7 @@ def test_korean_in_the_forms_of_the_hub(form: str, tmp_path: Path) -> None:
         ids = ours.encode(text)
         assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert nfc(ours.decode(ids)) == text
-        assert (
-            nfc(theirs.decode(ids, clean_up_tokenization_spaces=False)).replace(" .", ".").replace(" ,", ",")
-            == text
-        )
+        assert nfc(theirs.decode(ids, clean_up_tokenization_spaces=False)).replace(" .", ".").replace(" ,", ",") == text
         words = ours.words(ids)
         assert [nfc(word) for word, _ in words] == text.split()
         assert sorted({place for _, places in words for place in places}) == [
@@ -545,9 +528,7 @@ def test_clip_folder(tmp_path: Path) -> None:
     }
     model = models.BPE(vocab, [("s", "r"), ("sr", "a</w>")], end_of_word_suffix="</w>")
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
     backend.decoder = decoders.ByteLevel()
     backend.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, tokenizer_config={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"})
@@ -559,16 +540,12 @@ def test_clip_folder(tmp_path: Path) -> None:
 def test_models_that_spell_special_tokens_by_themselves(tmp_path: Path) -> None:
     """A unigram model has "</s>" among its pieces, and finds it in any text."""
     pieces = ["<unk>", "</s>", "▁", "a", "</", "<", "/", "s", ">"]
-    backend = tokenizers.Tokenizer(
-        models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0)
-    )
+    backend = tokenizers.Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     backend.add_special_tokens([AddedToken("<unk>", special=True)])  # the one special token that text may get
     assert 1 in backend.encode("a </s> a").ids
     backend.save(str(tmp_path / "tokenizer.json"))
-    loaded = Tokenizer.from_pretrained(
-        write(tmp_path, special_tokens_map={"eos_token": "</s>", "unk_token": "<unk>"})
-    )
+    loaded = Tokenizer.from_pretrained(write(tmp_path, special_tokens_map={"eos_token": "</s>", "unk_token": "<unk>"}))
     assert 1 not in loaded.encode("a </s> a")
     assert loaded.decode(loaded.encode("a </s> a")) == "a < /s> a"
     assert 0 in loaded.encode("a ? a")
@@ -601,9 +578,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> No
     tokenizer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     write(tmp_path, tokenizer_config=values | {"languages": ["en", "fr"]})
-    with pytest.raises(
-        ValueError, match=r"tokenizer_config\.json: languages names 'fr', but '<\|fr\|>' is not"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: languages names 'fr', but '<\|fr\|>' is not"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -648,9 +623,7 @@ def test_special_tokens_are_added_behind_those_of_a_hub(hub: str, tmp_path: Path
 def test_special_tokens_cannot_fall_in_gaps(tokenizer: Tokenizer) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 9, EOS: 1}, unk_token="a"))
     gaps = Tokenizer(backend, bos_token=EOS, pad_token=EOS)
-    with pytest.raises(
-        ValueError, match=r"<\|image\|> got the ids \[3\], not those from 10 on.* 3 tokens have gaps"
-    ):
+    with pytest.raises(ValueError, match=r"<\|image\|> got the ids \[3\], not those from 10 on.* 3 tokens have gaps"):
         gaps.with_special_tokens(image=True)
     with pytest.raises(ValueError, match="language 'K-O' is not a code"):
         tokenizer.with_special_tokens(languages=["K-O"])
@@ -704,10 +677,7 @@ def test_a_pattern_that_backtracks_is_an_error_not_a_panic() -> None:
 
 
 def test_a_terminal_obeys_no_stranger() -> None:
-    assert (
-        printable("a\x1b[2Jb\r\x07 빨간 별\u202eevil\ud800\n")
-        == "a\\x1b[2Jb\\r\\x07 빨간 별\\u202eevil\\ud800\n"
-    )
+    assert printable("a\x1b[2Jb\r\x07 빨간 별\u202eevil\ud800\n") == "a\\x1b[2Jb\\r\\x07 빨간 별\\u202eevil\\ud800\n"
     assert (
         printable("가족 \U0001f468\u200d\U0001f469 c\u00e1\u00a0fe\t")
         == "가족 \U0001f468\u200d\U0001f469 c\u00e1\u00a0fe\t"

@@ -176,9 +176,7 @@ def test_a_model_of_transformers_in_bfloat16(tmp_path: Path) -> None:
     assert (found - want).abs().mean() < 0.03 * want.std()
 
 
-def test_a_tower_takes_low_rank_products_and_gives_them_back(
-    folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_tower_takes_low_rank_products_and_gives_them_back(folders: tuple[Path, Path], tmp_path: Path) -> None:
     vision = load_vit(str(folders[0]), lora_rank=3, lora_targets=["q_proj", "fc2"])
     trained = {name for name, p in vision.named_parameters() if p.requires_grad}
     assert {name.split(".")[-4] for name in trained} == {"q_proj", "fc2"}
@@ -205,9 +203,7 @@ def test_what_cannot_be(folders: tuple[Path, Path]) -> None:
         load_lm(lm, dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lora_rank \(4\) needs dtype float32, not bfloat16"):
         load_lm(lm, dtype="bfloat16", lora_rank=4)
-    with pytest.raises(
-        ValueError, match=r"lora_rank \(4\) needs freeze false and dtype float32, not true and float32"
-    ):
+    with pytest.raises(ValueError, match=r"lora_rank \(4\) needs freeze false and dtype float32, not true and float32"):
         load_vit(vision, freeze=True, lora_rank=4)
 
 

@@ -47,9 +47,7 @@ def gpt2(activation: Any = "gelu_tanh") -> TextDecoder:
 
 
 def llama(family: str) -> TextDecoder:
-    attention = AttentionConfig(
-        bias=family == "qwen2", out_bias=False, qk_norm="rms" if family == "qwen3" else None
-    )
+    attention = AttentionConfig(bias=family == "qwen2", out_bias=False, qk_norm="rms" if family == "qwen3" else None)
     return TextDecoder(
         VOCAB, 24, 2, 4, max_len=29, attention=attention, mlp=MLPConfig("swiglu", bias=False),
         norm=NormConfig("rms"), positions=PositionConfig("rotary"), tied=False,
@@ -66,9 +64,7 @@ def stage1() -> ImageText:
 
 def openflamingo() -> Flamingo:
     resampler = PerceiverResampler(88, 2, 1, 64, 5)
-    return Flamingo(
-        tower(), gpt2(), resampler=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True
-    )
+    return Flamingo(tower(), gpt2(), resampler=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

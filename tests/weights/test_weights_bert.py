@@ -68,9 +68,7 @@ def test_left_padding_equals_bert_with_its_positions_said() -> None:
     attention_mask = attention_mask.flip(1)
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     want = theirs.bert(tokens, attention_mask.long(), types, positions).last_hidden_state
-    close(
-        from_bert(theirs)(tokens, types, attention_mask=attention_mask)[attention_mask], want[attention_mask]
-    )
+    close(from_bert(theirs)(tokens, types, attention_mask=attention_mask)[attention_mask], want[attention_mask])
 
 
 @pytest.mark.parametrize(
@@ -144,9 +142,7 @@ def test_names_of_the_first_releases(tmp_path: Path) -> None:
     old["bert.embeddings.position_ids"] = torch.arange(29)[None]
     save_file(old, tmp_path / "model.safetensors")
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    config = {
-        key: getattr(theirs.config, key) for key in (*keys, "max_position_embeddings", "type_vocab_size")
-    }
+    config = {key: getattr(theirs.config, key) for key in (*keys, "max_position_embeddings", "type_vocab_size")}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}), "utf-8")
     ours = load_encoder(str(tmp_path))
     close(ours.words(ours(tokens)), theirs(tokens).prediction_logits)
@@ -162,11 +158,7 @@ def test_load_encoder_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'config\.json: the family "roberta" is not known here'):
         load_encoder(str(tmp_path))
     bert().save_pretrained(tmp_path)
-    state = {
-        k: v for k, v in bert().state_dict().items() if "layer.1.output.dense" not in k and "decoder" not in k
-    }
+    state = {k: v for k, v in bert().state_dict().items() if "layer.1.output.dense" not in k and "decoder" not in k}
     save_file({k: v.clone() for k, v in state.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"missing: bert\.encoder\.layer\.1\.output\.dense\.weight.*\(2 in all\)"
-    ):
+    with pytest.raises(ValueError, match=r"missing: bert\.encoder\.layer\.1\.output\.dense\.weight.*\(2 in all\)"):
         load_encoder(str(tmp_path))

@@ -96,9 +96,7 @@ def test_the_vision_tower() -> None:
     with pytest.raises(ValueError, match="hidden_act quick_gelu, qkv_bias True"):
         vision_from_blip2(theirs.config.to_dict() | {"hidden_act": "quick_gelu"}, state, "it")
     with pytest.raises(ValueError, match=r"it has no tensor vision_model\.embeddings\.class_embedding"):
-        vision_from_blip2(
-            theirs.config.to_dict(), {k: v for k, v in state.items() if "class_emb" not in k}, "it"
-        )
+        vision_from_blip2(theirs.config.to_dict(), {k: v for k, v in state.items() if "class_emb" not in k}, "it")
 
 
 @pytest.mark.parametrize("language", [OPT, LLAMA])
@@ -140,9 +138,7 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
         start, end = int(prompts[row]), int(lengths[row])
         source = torch.cat((torch.full((1, L), IMAGE), tokens[row : row + 1, 1:start]), 1)
         loss_mask = torch.cat((tokens[row : row + 1, :1], tokens[row : row + 1, start:end]), 1)
-        want = theirs(
-            pixel_values=pixels[row : row + 1], input_ids=source, decoder_input_ids=loss_mask
-        ).logits[0]
+        want = theirs(pixel_values=pixels[row : row + 1], input_ids=source, decoder_input_ids=loss_mask).logits[0]
         close(logits[row, 0], want[0])
         close(logits[row, start:end], want[1:])
     begun = batch(
@@ -231,9 +227,7 @@ def test_instructions() -> None:
         )
         close(ours.logits(given)[attention_mask], want[attention_mask])
     found, tensors = to_blip2(ours)
-    again = InstructBlipForConditionalGeneration(
-        InstructBlipConfig.from_dict(found | {"image_token_index": IMAGE})
-    )
+    again = InstructBlipForConditionalGeneration(InstructBlipConfig.from_dict(found | {"image_token_index": IMAGE}))
     again.load_state_dict(tensors, strict=True)
     with torch.no_grad():
         close(again.eval()(pixels, words, real.long(), placed(tokens)).logits[:, L:], want)
@@ -266,9 +260,7 @@ def test_folders_there_and_back(tmp_path: Any) -> None:
     )
     assert torch.equal(load_blip2(tmp_path / "hub").logits(batch(pixels, tokens, attention_mask)), want)
     ours.save_pretrained(tmp_path / "own")
-    assert torch.equal(
-        Blip2.from_pretrained(tmp_path / "own").logits(batch(pixels, tokens, attention_mask)), want
-    )
+    assert torch.equal(Blip2.from_pretrained(tmp_path / "own").logits(batch(pixels, tokens, attention_mask)), want)
     with pytest.raises(ValueError, match='model_type is "None", not "blip-2"'):
         load_blip2(tmp_path / "own")
     with pytest.raises(ValueError, match="OPTConfig is not a BLIP-2 or InstructBLIP"):

@@ -63,9 +63,7 @@ def media_batch(i: int = 2) -> CaptionBatch:
     """Two rows: text before, between and after pictures; the second has no picture at all."""
     tokens = torch.randint(VOCAB, (2, 7))
     seen = torch.tensor([[0, 1, 1, 1, 2, 2, 2], [0] * 7])
-    return CaptionBatch(
-        tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, i, 3, 16, 16), image_index=seen
-    )
+    return CaptionBatch(tokens, tokens >= 0, tokens >= 0, pixels=torch.randn(2, i, 3, 16, 16), image_index=seen)
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -354,9 +352,7 @@ def test_what_is_not_openflamingos_is_refused() -> None:
         from_openflamingo({n: t for n, t in state.items() if "ff.3" not in n}, vision, decoder)
     with pytest.raises(ValueError, match=rf"is \(128, {DIM}\), the model wants \(128, 28\)"):
         from_openflamingo(state, vision, TextDecoder(VOCAB, 28, 4, 4))
-    with pytest.raises(
-        ValueError, match=r"nothing like gated\.head_dim=7, gated\.mlp='relu', gated\.norm='rms'"
-    ):
+    with pytest.raises(ValueError, match=r"nothing like gated\.head_dim=7, gated\.mlp='relu', gated\.norm='rms'"):
         to_openflamingo(Flamingo(vision, decoder, resampler=PerceiverResampler(VISUAL), gated=GatedConfig(
             head_dim=7, mlp="relu", norm="rms", per_channel=True)))  # fmt: skip
     with pytest.raises(ValueError, match="always has a resampler"):

@@ -117,9 +117,7 @@ def test_logits_equal_transformers(name: str) -> None:
             close(found[row][attention_mask[row]], want[attention_mask[row]])
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in MODELS if "longrope" not in name]
-)  # its angles change with length
+@pytest.mark.parametrize("name", [name for name in MODELS if "longrope" not in name])  # its angles change with length
 @torch.no_grad()
 def test_decoding_with_caches_equals_transformers_and_the_whole(name: str) -> None:
     theirs = make(name)
@@ -135,9 +133,7 @@ def test_decoding_with_caches_equals_transformers_and_the_whole(name: str) -> No
     )[:, LENGTH:]
     state, new, found = ours.new_state(LENGTH + 6), tokens, []
     for step in range(6):
-        logits = ours.head(
-            ours(new, attention_mask=attention_mask if step == 0 else None, state=state)[:, -1]
-        )
+        logits = ours.head(ours(new, attention_mask=attention_mask if step == 0 else None, state=state)[:, -1])
         logits[:, 2] = -1e9  # the end of sequence
         new = logits.argmax(-1, keepdim=True)
         found.append(new)
@@ -170,11 +166,7 @@ def same(one: Any, other: Any) -> None:
 def test_hub_folders_load_without_transformers(name: str, sharded: bool, tmp_path: Path, no_hf: None) -> None:
     theirs = make(name)
     theirs.save_pretrained(tmp_path, max_shard_size="9KB" if sharded else "1GB")
-    assert (
-        len(list(tmp_path.glob("*.safetensors"))) > 1
-        if sharded
-        else (tmp_path / "model.safetensors").is_file()
-    )
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 if sharded else (tmp_path / "model.safetensors").is_file()
     tokens = torch.randint(3, VOCAB, (4, LENGTH))
     want = theirs(tokens).logits
     found = load_lm(tmp_path)
@@ -190,9 +182,7 @@ def no_hf(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def refuse(name: str, scope: Any = None, *rest: Any, **named: Any) -> Any:
-        if name.split(".")[0] == "transformers" and (scope or {}).get("__name__", "").startswith(
-            "mmtransformer"
-        ):
+        if name.split(".")[0] == "transformers" and (scope or {}).get("__name__", "").startswith("mmtransformer"):
             raise ImportError("no transformers here")
         return real(name, scope, *rest, **named)
 
@@ -201,9 +191,7 @@ def no_hf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_transformers_other_families_are_refused_with_the_remedy(tmp_path: Path, no_hf: None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(
-        ValueError, match=r'"gpt_neox" is not one of.*gpt2, opt, llama.*pip install transformers'
-    ):
+    with pytest.raises(ValueError, match=r'"gpt_neox" is not one of.*gpt2, opt, llama.*pip install transformers'):
         load_lm(tmp_path)
 
 
@@ -348,9 +336,7 @@ def test_tied_weights_that_differ_are_refused() -> None:
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     from mmtransformer.weights.text.lm import decoder_from_state
 
-    with pytest.raises(
-        ValueError, match=r"my file: .* ties lm_head\.weight to model\.embed_tokens\.weight, but"
-    ):
+    with pytest.raises(ValueError, match=r"my file: .* ties lm_head\.weight to model\.embed_tokens\.weight, but"):
         decoder_from_state(theirs.config.to_dict(), state, "my file")
 
 

@@ -178,10 +178,7 @@ def test_vit_equals_timm_both_ways(name: str) -> None:
     back.load_state_dict(state)
     close(back.eval()(pixels), theirs(pixels))
     again = vit_from_state(to_timm(ours), settings_of(ours))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("size", [(40, 16), (16, 16), (56, 64)])
@@ -291,9 +288,7 @@ def test_load_vit_from_timms_names(tmp_path: Path) -> None:
     settings = ViTSettings(4, (3, 3), "quick_gelu", 1e-3, "class")
     close(load_vit(path, settings=settings, keep_head=True)(pixels), theirs(pixels))
     close(load_vit(path, settings=settings)(pixels), theirs.forward_features(pixels)[:, 0])
-    with pytest.raises(
-        ValueError, match=r"vit\.safetensors: tensors do not say how many heads .* give settings"
-    ):
+    with pytest.raises(ValueError, match=r"vit\.safetensors: tensors do not say how many heads .* give settings"):
         load_vit(path)
     with pytest.raises(ValueError, match="is no file: a folder and a name say by themselves"):
         load_vit(tmp_path, settings=settings)
@@ -430,10 +425,7 @@ def test_decoder_equals_gpt2_both_ways(options: dict[str, Any]) -> None:
     assert not unexpected
     close(other(tokens, **given).logits, theirs(tokens, **given).logits)
     again = from_transformers(other)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values(), strict=True))
 
 
 def test_gpt2_without_its_head() -> None:

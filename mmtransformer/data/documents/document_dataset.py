@@ -132,9 +132,7 @@ class DocumentDataset(Dataset[DocumentSample]):
         blank = torch.zeros(3, *self.transform.size)
         more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
         name = self.documents.name(pieces[0].document) + more
-        return DocumentSample(
-            layout, torch.stack([blank if p is None else p for p in pixels]), image_mask, name
-        )
+        return DocumentSample(layout, torch.stack([blank if p is None else p for p in pixels]), image_mask, name)
 
     def _pixels(self, epoch: int, document: int, k: int) -> Tensor | None:
         try:
@@ -172,9 +170,7 @@ class CollateDocuments:
             return torch.from_numpy(out)
 
         layouts = [sample.layout for sample in samples]
-        documents = np.array([layout.document_ids[-1] + 1 for layout in layouts])[
-            :, None
-        ]  # padding is one of its own
+        documents = np.array([layout.document_ids[-1] + 1 for layout in layouts])[:, None]  # padding is one of its own
         most = max(len(sample.pixels) for sample in samples)
         pixels = samples[0].pixels.new_zeros(len(samples), most, *samples[0].pixels.shape[1:])
         image_mask = torch.zeros(len(samples), most, dtype=torch.bool)

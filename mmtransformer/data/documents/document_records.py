@@ -29,11 +29,7 @@ def document_files(files: Files) -> list[Entry]:
     """The files below a root that hold interleaved documents: the one that was asked for, or those at the top."""
     if files.asked is not None:
         return [files.asked]
-    found = [
-        entry
-        for entry in files.entries
-        if entry.inner.count("/") == 0 and entry.path.lower().endswith(_SUFFIXES)
-    ]
+    found = [entry for entry in files.entries if entry.inner.count("/") == 0 and entry.path.lower().endswith(_SUFFIXES)]
     return [entry for entry in found if holds_documents(files, entry)]
 
 
@@ -56,9 +52,7 @@ def holds_documents(files: Files, entry: Entry) -> bool:
     return any(forms) or (isinstance(record.get("text"), str) and listed)
 
 
-def read_pieces(
-    record: dict[str, Any], mark: str, min_similarity: float = 0.0
-) -> tuple[tuple[str, ...], list[str]]:
+def read_pieces(record: dict[str, Any], mark: str, min_similarity: float = 0.0) -> tuple[tuple[str, ...], list[str]]:
     """The texts and the pictures' names of a document in any of the three forms.
 
     Args:

@@ -145,9 +145,7 @@ class InterleavedFiles:
         files = Files(root)
         manifests = document_files(files)
         if not manifests:
-            raise ValueError(
-                f"{self.root} holds no documents: no .jsonl file with a text and a list of pictures"
-            )
+            raise ValueError(f"{self.root} holds no documents: no .jsonl file with a text and a list of pictures")
         images_in = files if images is None else Files(_below(files, images))
         documents: list[_Read] = []
         for entry in manifests:
@@ -162,9 +160,7 @@ class InterleavedFiles:
             self.report.note("file left out", path, reason)
         self.report.enforce(f"{self.root} ({self._said[0]})", max_bad)
         if not documents:
-            raise TooManyErrors(
-                f"{self.root}: not one of {self.report.rows} documents can be used:\n{self.report}"
-            )
+            raise TooManyErrors(f"{self.root}: not one of {self.report.rows} documents can be used:\n{self.report}")
         self._files = images_in
         _unique(documents)
         texts = [[Caption(" ".join(document.texts), document.language)] for document in documents]
@@ -189,9 +185,7 @@ class InterleavedFiles:
             ValueError: If there is no such split; the message lists those there are.
         """
         if name not in self._splits:
-            raise ValueError(
-                f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}"
-            )
+            raise ValueError(f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}")
         return InterleavedSplit(self._files, self._splits[name])
 
     def describe(self) -> str:
@@ -239,9 +233,7 @@ class InterleavedFiles:
         said = record.get("split")
         if isinstance(said, str) and not is_missing(said.strip()):
             split = split_word(said) or said.strip().casefold()
-        name = next(
-            (record[key] for key in ("id", "key", "name") if isinstance(record.get(key), str | int)), where
-        )
+        name = next((record[key] for key in ("id", "key", "name") if isinstance(record.get(key), str | int)), where)
         return _Read(where, str(name), texts, images, language, split)
 
     def _find(self, documents: list[_Read], finder: Finder) -> None:
@@ -253,9 +245,7 @@ class InterleavedFiles:
                 if isinstance(found, Entry):
                     places.append(found)
                 else:
-                    self.report.error(
-                        found, document.where, f"picture {k + 1} of {len(document.images)}: {said}"
-                    )
+                    self.report.error(found, document.where, f"picture {k + 1} of {len(document.images)}: {said}")
             if len(places) == len(document.images):
                 document.places = places
 

@@ -77,9 +77,7 @@ class DocumentRows:
     ):
         self.image_id = image_token(tokenizer)
         if max_len < 5:
-            raise ValueError(
-                f"max_len ({max_len}) must be at least 5 tokens: bos, language, image, text, eos"
-            )
+            raise ValueError(f"max_len ({max_len}) must be at least 5 tokens: bos, language, image, text, eos")
         if max_images < 1:
             raise ValueError(f"max_pictures ({max_images}) must be at least 1")
         self.tokenizer, self.max_len, self.max_images = tokenizer, max_len, max_images

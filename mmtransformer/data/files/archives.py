@@ -250,9 +250,7 @@ class Files:
             if item.is_symlink():
                 target = Path(os.path.realpath(item.path))
                 if not target.is_relative_to(self.root):
-                    self.refused[nfc(path)] = (
-                        "a link that leads out of the root: name its folder with images="
-                    )
+                    self.refused[nfc(path)] = "a link that leads out of the root: name its folder with images="
                     continue
                 if not target.exists() or target.is_dir():
                     self.refused[nfc(path)] = "a link to a folder" if target.is_dir() else "a link to nothing"
@@ -271,9 +269,7 @@ class Files:
 
     def _open_box(self, prefix: str, path: Path) -> None:
         if path.name.lower().endswith(SQUEEZED):
-            self.refused[nfc(prefix)] = (
-                "compressed as a whole, so it can't be read in place: repack it as .tar or .zip"
-            )
+            self.refused[nfc(prefix)] = "compressed as a whole, so it can't be read in place: repack it as .tar or .zip"
             return
         lister = _list_zip if path.name.lower().endswith(".zip") else _list_tar
         found: dict[str, Entry] = {}

@@ -32,9 +32,7 @@ class Finder:
             if entry.box >= 0:
                 self.inner.setdefault(entry.inner, []).append(entry)
             self.by_last.setdefault(nfc(entry.path).rpartition("/")[2], []).append(entry)
-        paths = [
-            path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None
-        ]
+        paths = [path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None]
         best, most = 1, -1
         for way in (1, 2, 3):
             self.way = way
@@ -72,16 +70,12 @@ class Finder:
         for key in (full, based, path):
             if key in by_path:
                 return by_path[key]
-            reason = next(
-                (self.files.refused[above] for above in _above(key) if above in self.files.refused), None
-            )
+            reason = next((self.files.refused[above] for above in _above(key) if above in self.files.refused), None)
             if reason is not None:
                 return "refused path", f"{path!r} is {reason}"
         found = self.inner.get(path, [])
         if self.way == 2 and not found:
-            found = [
-                e for e in self.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)
-            ]
+            found = [e for e in self.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)]
             loose = [entry for entry in found if entry.box < 0]
             found = loose if len(loose) == 1 else found  # an unpacked copy beside its archive
         if len(found) == 1:
@@ -96,9 +90,7 @@ class Finder:
             return 0, 0
         folders = [path.split("/")[:-1] for path in paths]
         low, high = min(folders), max(folders)
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
-        )
+        shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
         best = (0, 0)
         for self.dropped in range(1, shared + 1):
             count = sum(isinstance(self._look(path, path), Entry) for path in paths)

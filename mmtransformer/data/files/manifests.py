@@ -179,9 +179,7 @@ def _load_json(files: Files, entry: Entry) -> Any:
         text = files.read(entry).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = files.read(entry)[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{entry.path}:{number} is not UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from None
+        raise ValueError(f"{entry.path}:{number} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     try:
         return json.loads(text)
     except RecursionError:
@@ -192,9 +190,7 @@ def _load_json(files: Files, entry: Entry) -> Any:
             if wrong := next((f"{where} is {what}" for where, _, what in found if what), ""):
                 raise ValueError(wrong) from None
             return [value for _, value, _ in found]
-        raise ValueError(
-            f"{entry.path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}"
-        ) from None
+        raise ValueError(f"{entry.path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:  # a number of 5,000 digits
         raise ValueError(f"{entry.path} is not JSON: {error}") from None
 
@@ -241,9 +237,7 @@ def json_lines(data: bytes, name: str) -> Iterator[tuple[str, Any, str]]:
                 yield where, None, f"not JSON: {error}"
 
 
-def _read_records(
-    records: Iterator[tuple[str, Any, str]], name: str, wanted: Wanted
-) -> tuple[Columns, Iterator[Row]]:
+def _read_records(records: Iterator[tuple[str, Any, str]], name: str, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
     everything = list(records)
     keys: dict[str, None] = {}
     for _, record, _ in everything[:1000]:
@@ -301,11 +295,7 @@ def _karpathy(data: dict[str, Any], name: str) -> Iterator[Row]:
         errors: list[tuple[str, str]] = []
         captions: list[Caption] = []
         for sentence in sentences if isinstance(sentences, list) else ():
-            if (
-                isinstance(sentence, dict)
-                and "raw" not in sentence
-                and isinstance(sentence.get("tokens"), list)
-            ):
+            if isinstance(sentence, dict) and "raw" not in sentence and isinstance(sentence.get("tokens"), list):
                 sentence = " ".join(map(str, sentence["tokens"]))
             captions += read_captions(sentence, None, path, errors)
         if not captions and not errors:
@@ -326,11 +316,7 @@ def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
         match = _TOKEN.fullmatch(line.text or "")
         if match is None:
             if line.text is None or line.text.strip():
-                cause = (
-                    ("not UTF-8", line.hint)
-                    if line.text is None
-                    else ("not name#number<TAB>caption", line.text)
-                )
+                cause = ("not UTF-8", line.hint) if line.text is None else ("not name#number<TAB>caption", line.text)
                 yield Row(None, (), None, where, (cause,))
             continue
         errors: list[tuple[str, str]] = []
@@ -354,12 +340,7 @@ def read_folder(files: Files) -> Iterator[Row]:
             if code.lower() in CODES and "/" not in code:
                 texts.setdefault(plain, []).append((entry, code.lower()))
     used: set[str] = set()
-    tops = {
-        word: SPLITS[word.lower()]
-        for e in images
-        for word in e.inner.split("/")[:-1]
-        if word.lower() in SPLITS
-    }
+    tops = {word: SPLITS[word.lower()] for e in images for word in e.inner.split("/")[:-1] if word.lower() in SPLITS}
     for image in images:
         errors: list[tuple[str, str]] = []
         captions: list[Caption] = []
@@ -387,6 +368,4 @@ def read_folder(files: Files) -> Iterator[Row]:
         for entry, _ in group:
             if entry.path not in used:
                 used.add(entry.path)
-                yield Row(
-                    None, (), None, entry.path, (("missing picture", "a caption file without a picture"),)
-                )
+                yield Row(None, (), None, entry.path, (("missing picture", "a caption file without a picture"),))

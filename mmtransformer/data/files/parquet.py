@@ -52,9 +52,7 @@ class ParquetBytes:
             if self._file is None:
                 self._file = pq.ParquetFile(self.path)
             if group not in self._groups:
-                self._groups[group] = self._file.read_row_group(group, columns=[self.column]).column(
-                    self.column
-                )
+                self._groups[group] = self._file.read_row_group(group, columns=[self.column]).column(self.column)
                 while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > CACHE_BYTES:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
@@ -101,11 +99,7 @@ def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, I
     as_bytes = inside or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     texts = [name for name, _ in columns.captions] + [c for c in (columns.language, columns.split) if c]
     image_paths = f"{columns.image}.path" if inside and kind.get_field_index("path") >= 0 else None
-    read = (
-        texts
-        + ([image_paths] if image_paths else [])
-        + ([] if as_bytes or not columns.image else [columns.image])
-    )
+    read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes or not columns.image else [columns.image])
     holder = ParquetBytes(path, columns.image)
 
     def rows() -> Iterator[Row]:

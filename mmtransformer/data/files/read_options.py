@@ -109,6 +109,4 @@ def check_share(name: str, share: float, *, whole: bool = False) -> None:
         ValueError: If it is out of range.
     """
     if not (0 <= share < 1 or (whole and share == 1)):
-        raise ValueError(
-            f"{name} ({share}) must be a share: from 0 up to 1" + ", which leaves nothing" * (not whole)
-        )
+        raise ValueError(f"{name} ({share}) must be a share: from 0 up to 1" + ", which leaves nothing" * (not whole))

@@ -62,9 +62,7 @@ class ShardSplit:
             data = self._files.read(Entry(label, label, box, offset, size, size))
         except FileError as error:
             said = str(error).removeprefix(f"{label}: ")
-            raise ImageError(
-                f"{label}: can't be read ({said}); has the shard changed since the run began?"
-            ) from error
+            raise ImageError(f"{label}: can't be read ({said}); has the shard changed since the run began?") from error
         return load(data, name=label)
 
     def captions(self, i: int) -> list[Caption]:
@@ -128,9 +126,7 @@ class Shards:
         for box, path in enumerate(bar):
             samples, unkept = read_index(path, None if cache_dir is None else Path(cache_dir).expanduser())
             if unkept:
-                self.report.note(
-                    "index not kept, so shards are read anew each time: name a cache_dir", unkept
-                )
+                self.report.note("index not kept, so shards are read anew each time: name a cache_dir", unkept)
             split = split_word(path.name) or SPLITS.get(path.parent.name.casefold())
             for sample in samples:
                 self.report.rows += 1
@@ -155,9 +151,7 @@ class Shards:
         files, times = Files.of_boxes(self.paths), [path.stat().st_mtime_ns for path in self.paths]
         table = np.array(places, np.int64)
         self._splits = {
-            split: ShardSplit(
-                files, times, table[some], [names[i] for i in some], [captions[i] for i in some]
-            )
+            split: ShardSplit(files, times, table[some], [names[i] for i in some], [captions[i] for i in some])
             for split, some in members.items()
         }
 
@@ -172,9 +166,7 @@ class Shards:
             ValueError: If there is no such split; the message lists those there are.
         """
         if name not in self._splits:
-            raise ValueError(
-                f"the shards have no split {name!r}; they have: {', '.join(self._splits) or 'none'}"
-            )
+            raise ValueError(f"the shards have no split {name!r}; they have: {', '.join(self._splits) or 'none'}")
         return self._splits[name]
 
     def describe(self) -> str:
@@ -235,9 +227,7 @@ def find_shards(pattern: str) -> list[Path]:
         raise ValueError(f"{pattern}: no .tar file there")
     missing = [path for path in found if not path.exists()]
     if missing:
-        raise ValueError(
-            f"{pattern}: {len(missing)} of {len(found)} shards do not exist; the first: {missing[0]}"
-        )
+        raise ValueError(f"{pattern}: {len(missing)} of {len(found)} shards do not exist; the first: {missing[0]}")
     return found
 
 

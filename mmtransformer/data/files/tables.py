@@ -68,12 +68,8 @@ class Columns(NamedTuple):
     split: str | None = None
 
     def __str__(self) -> str:
-        said = [f"image={self.image}"] * bool(self.image) + [
-            "caption=" + "+".join(name for name, _ in self.captions)
-        ]
-        said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(
-            self.split
-        )
+        said = [f"image={self.image}"] * bool(self.image) + ["caption=" + "+".join(name for name, _ in self.captions)]
+        said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(self.split)
         return "columns " + " ".join(said)
 
 
@@ -144,9 +140,7 @@ def looks_like_image(cell: str) -> bool:
     return cell.strip().lower().endswith(IMAGES)
 
 
-def make_row(
-    record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()
-) -> Row:
+def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()) -> Row:
     """A row of any table-like manifest, its cells checked and its captions folded."""
     errors: list[tuple[str, str]] = []
     image = record.get(columns.image)

@@ -147,9 +147,7 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
             last = -1
             for info in box:
                 if info.offset <= last or info.size < 0:
-                    raise ShardError(
-                        f"{shard}: a header at byte {info.offset} leads backwards; the tar is damaged"
-                    )
+                    raise ShardError(f"{shard}: a header at byte {info.offset} leads backwards; the tar is damaged")
                 last = info.offset
                 if info.isdir():
                     continue
@@ -166,9 +164,7 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
                     )
                 seen[key, ending] = info.offset
                 if (end := info.offset_data + info.size) > size:
-                    raise ShardError(
-                        f"{shard}: cut short: {path} ends at byte {end:,}, the file has {size:,}"
-                    )
+                    raise ShardError(f"{shard}: cut short: {path} ends at byte {end:,}, the file has {size:,}")
                 sample = samples.setdefault(key, ShardSample(key, [], {}, []))
                 if dot and f".{ending.rpartition('.')[2]}" in IMAGES:
                     sample.images.append((ending, info.offset_data, info.size))
@@ -191,9 +187,7 @@ def _path(shard: Path, info: tarfile.TarInfo) -> str:
     where = f"{shard}: {name[:120]!r} at byte {info.offset}"
     if not info.isreg() or info.issparse():
         what = "a link" if info.issym() or info.islnk() else "no regular file"
-        raise ShardError(
-            f"{where} is {what}; a shard holds pictures and captions only, so this one is not trusted"
-        )
+        raise ShardError(f"{where} is {what}; a shard holds pictures and captions only, so this one is not trusted")
     if (reason := refusal(name)) is not None:
         raise ShardError(f"{where} is {reason}; this shard is not trusted")
     path = join("", name)
@@ -213,9 +207,7 @@ def _texts(data: bytes, ending: str, path: str, errors: list[tuple[str, str]]) -
             errors.append(("not JSON", f"{path}: {error}"))
             return
         if isinstance(value, dict):
-            value = next(
-                (value[key] for key in ("captions", "caption", "text", "title") if key in value), None
-            )
+            value = next((value[key] for key in ("captions", "caption", "text", "title") if key in value), None)
         if value is not None:
             yield from read_captions(value, None, path, errors)
         return
@@ -244,9 +236,7 @@ def _check_end(shard: Path, file: Any, end: int) -> None:
     if len(mark) < _BLOCK:
         raise ShardError(f"{shard}: cut short: it ends at byte {end + len(mark):,} without an end mark")
     if mark.strip(b"\0"):
-        raise ShardError(
-            f"{shard}: damaged: what stands at byte {end:,} is neither a header nor the end of the tar"
-        )
+        raise ShardError(f"{shard}: damaged: what stands at byte {end:,} is neither a header nor the end of the tar")
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             raise ShardError(

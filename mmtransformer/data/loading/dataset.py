@@ -112,10 +112,7 @@ class CaptionDataset(Dataset[Sample]):
     def _visual(self, epoch: int, i: int) -> Tensor:
         if self.features is not None:
             mirror = (
-                self.training
-                and self.mirror
-                and self.rows.mirrors[i]
-                and int(hash64(self.seed, epoch, i, 3)) >> 63
+                self.training and self.mirror and self.rows.mirrors[i] and int(hash64(self.seed, epoch, i, 3)) >> 63
             )
             return self.features[i, bool(mirror)]
         image = self.pairs.image(i)

@@ -120,9 +120,7 @@ class BadImages:
             return
         found = self.names()
         if name not in found:
-            line = json.dumps(
-                {"image": name, "error": f"{type(error).__name__}: {error}"}, ensure_ascii=False
-            )
+            line = json.dumps({"image": name, "error": f"{type(error).__name__}: {error}"}, ensure_ascii=False)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # one write with O_APPEND is atomic between processes
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

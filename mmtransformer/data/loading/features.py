@@ -212,13 +212,7 @@ def cache_key(
     add(_FORMAT, flip, dtype, str(autocast), type(transform).__qualname__, transform.to_dict())
     for path, module in vision.named_modules():
         add(path, type(module).__module__, type(module).__qualname__, module.extra_repr())
-        add(
-            {
-                k: v
-                for k, v in sorted(vars(module).items())
-                if k[0] != "_" and k != "training" and _is_plain(v)
-            }
-        )
+        add({k: v for k, v in sorted(vars(module).items()) if k[0] != "_" and k != "training" and _is_plain(v)})
     for path, tensor in vision.state_dict().items():
         tensor = tensor.detach().to("cpu").contiguous()
         add(path, list(tensor.shape), str(tensor.dtype))
@@ -271,13 +265,7 @@ class _Job:
         both = torch.cat([pixels, pixels.flip(-1)]) if self.flip else pixels
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             tokens = self.encode(both)
-        return (
-            tokens.to(_DTYPES[self.dtype][0])
-            .cpu()
-            .unflatten(0, (-1, len(pixels)))
-            .transpose(0, 1)
-            .contiguous()
-        )
+        return tokens.to(_DTYPES[self.dtype][0]).cpu().unflatten(0, (-1, len(pixels))).transpose(0, 1).contiguous()
 
 
 def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -> None:
@@ -306,9 +294,7 @@ def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -
                     file.write(token.view(torch.uint8).numpy().data)
                 bar.update(len(batch))
             if not one:
-                raise ValueError(
-                    f"none of the {total} pictures can be read; the first: {next(iter(errors.values()))}"
-                )
+                raise ValueError(f"none of the {total} pictures can be read; the first: {next(iter(errors.values()))}")
             file.truncate(room + total * step)
             file.seek(0)
             file.write(_header((total, *one), total * step, _DTYPES[job.dtype][1], errors))
@@ -345,9 +331,7 @@ def _header(shape: tuple[int, ...], size: int, code: str, errors: dict[int, str]
         text = json.dumps(header, ensure_ascii=False).encode()
         if len(text) <= room:
             return room.to_bytes(8, "little") + text.ljust(room)
-    raise ValueError(
-        f"{len(errors)} of {shape[0]} pictures cannot be read; the first: {next(iter(errors.values()))}"
-    )
+    raise ValueError(f"{len(errors)} of {shape[0]} pictures cannot be read; the first: {next(iter(errors.values()))}")
 
 
 @contextlib.contextmanager

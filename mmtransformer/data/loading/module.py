@@ -316,8 +316,7 @@ class Data(lightning.LightningDataModule, ABC):
         for name, now in self.identity().items():
             if not isinstance(state_dict, dict) or name not in state_dict:
                 raise ValueError(
-                    f"cannot resume: the checkpoint does not say its {name}: it is not of this "
-                    f"{type(self).__name__}"
+                    f"cannot resume: the checkpoint does not say its {name}: it is not of this {type(self).__name__}"
                 )
             if state_dict[name] != now:
                 raise ValueError(f"cannot resume: {self.changed(name, state_dict[name], now)}")

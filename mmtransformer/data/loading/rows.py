@@ -99,9 +99,7 @@ class CaptionRows:
         self.count = np.array([len(captions) for captions in self.captions])
         self.first = np.concatenate([[0], np.cumsum(self.count)])
         self.tokens, self.starts, self.prompt = np.concatenate(tokens), np.array(starts), np.array(prompt)
-        self.mirrors = np.array(
-            [not any(names_a_side(c.text) for c in captions) for captions in self.captions]
-        )
+        self.mirrors = np.array([not any(names_a_side(c.text) for c in captions) for captions in self.captions])
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -130,9 +128,7 @@ class CaptionRows:
         column = (epoch % turns * rows + np.arange(rows)) % count
         return self.first[index][:, None] + np.take_along_axis(order, column, axis=1)
 
-    def lengths(
-        self, seed: int, epoch: int | np.ndarray, rows: int, index: np.ndarray | None = None
-    ) -> np.ndarray:
+    def lengths(self, seed: int, epoch: int | np.ndarray, rows: int, index: np.ndarray | None = None) -> np.ndarray:
         """Measure the longest chosen caption of pictures (of all unless told) in an epoch, in tokens, (n,)."""
         index = np.arange(len(self)) if index is None else index
         return np.diff(self.starts)[self.choose(seed, epoch, index, rows)].max(axis=1)

@@ -139,9 +139,7 @@ def _bar(rng: random.Random, canvas: NDArray[np.float32], base: RGB) -> None:
 # Shapes: corners on a circle of radius 1, y pointing down.
 
 
-def _polar(
-    corners: int, radius: tuple[float, ...] = (1.0,), start: float = -90.0
-) -> list[tuple[float, float]]:
+def _polar(corners: int, radius: tuple[float, ...] = (1.0,), start: float = -90.0) -> list[tuple[float, float]]:
     points = []
     for k in range(corners):
         angle = math.radians(start + 360 * k / corners)
@@ -215,16 +213,12 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 @lru_cache(maxsize=8192)
-def sprite(
-    shape: str, fill: str, side: int, angle: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+def sprite(shape: str, fill: str, side: int, angle: int) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """The cover of an object and, for a patterned one, of its pattern: (d d 1) each, 0 to 1."""
     big = side * _SUPER
     turn = math.radians(angle)
     cos, sin = math.cos(turn), math.sin(turn)
-    points = [
-        ((x * cos - y * sin + 1) * big / 2, (x * sin + y * cos + 1) * big / 2) for x, y in _OUTLINES[shape]
-    ]
+    points = [((x * cos - y * sin + 1) * big / 2, (x * sin + y * cos + 1) * big / 2) for x, y in _OUTLINES[shape]]
     body = Image.new("L", (big, big))
     ImageDraw.Draw(body).polygon(points, fill=255)
     rim = Image.new("L", (big, big))

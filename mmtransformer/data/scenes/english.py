@@ -122,9 +122,7 @@ def _walks(scene: Scene, rng: random.Random) -> str:
     text = f"there {_is(scene.groups[order[0]])} {noun_phrase(scene.groups[order[0]], rng)}"
     for a, b in pairwise(order):
         group = scene.groups[b]
-        text += (
-            f"; {_back(word_between(scene, b, a), scene.groups[a])} {_is(group)} {noun_phrase(group, rng)}"
-        )
+        text += f"; {_back(word_between(scene, b, a), scene.groups[a])} {_is(group)} {noun_phrase(group, rng)}"
     return text
 
 

@@ -117,9 +117,7 @@ class FactScores:
         plain: dict = {"facts": self.facts, "exact": self.exact, "captions": self.captions}
         for name in ("objects", "attributes", "relations"):
             rates: Rates = getattr(self, name)
-            plain[name] = {"precision": rates.precision, "recall": rates.recall, "f1": rates.f1} | asdict(
-                rates
-            )
+            plain[name] = {"precision": rates.precision, "recall": rates.recall, "f1": rates.f1} | asdict(rates)
         return plain | {"hallucinated": self.hallucinated, "parts": dict(self.parts)}
 
 
@@ -135,9 +133,7 @@ def score(captions: Sequence[str], scenes: Sequence[Scene], language: str) -> Fa
         ValueError: no captions, not as many captions as scenes, or an unknown language.
     """
     if len(captions) != len(scenes) or not captions:
-        raise ValueError(
-            f"{len(captions)} captions for {len(scenes)} scenes; there must be one for each, and any"
-        )
+        raise ValueError(f"{len(captions)} captions for {len(scenes)} scenes; there must be one for each, and any")
     judgements = [judge(caption, scene, language) for caption, scene in zip(captions, scenes, strict=True)]
     sums = {
         name: sum((getattr(judgement, name) for judgement in judgements), Rates())
@@ -195,10 +191,7 @@ def judge_facts(said: Facts, scene: Scene) -> Judgement:
             claims.append((f"{_name(true)} is missing", False))
     for relation in sorted(said.relations):
         known = relation.subject in true_of and relation.object in true_of
-        ok = (
-            known
-            and Relation(true_of[relation.subject], relation.kind, true_of[relation.object]) in scene.truths
-        )
+        ok = known and Relation(true_of[relation.subject], relation.kind, true_of[relation.object]) in scene.truths
         claims.append((_relation_text(relation, said.groups), ok))
     for relation in scene.relations:
         parts[relation.kind] = parts.get(relation.kind, Rates()) + Rates(relation in relations, 0, 1)

@@ -244,11 +244,7 @@ _ATTRIBUTES: dict[str, tuple[str, str | int]] = {
     **{word: ("size", size) for size, word in _SIZES.items()},
     **{word: ("color", color) for color, word in COLOR_WORDS.items()},
     **{word + "색": ("color", color) for color, word in COLOR_WORDS.items() if not word.endswith("색")},
-    **{
-        word[:-1]: ("color", color)
-        for color, word in COLOR_WORDS.items()
-        if word.endswith("색") and len(word) > 2
-    },
+    **{word[:-1]: ("color", color) for color, word in COLOR_WORDS.items() if word.endswith("색") and len(word) > 2},
     "붉은": ("color", "red"),
     "푸른": ("color", "blue"),
     "녹색": ("color", "green"),

@@ -151,8 +151,7 @@ class ParallelTable:
             key = "\n".join(texts.values())
             split = row.get("split", "").strip() or ("val" if draw(key) < val_fraction else "train")
             self._splits.setdefault(split, []).extend(
-                Parallel(f"row {number}", texts[source], source, texts[target], target)
-                for source, target in pairs
+                Parallel(f"row {number}", texts[source], source, texts[target], target) for source, target in pairs
             )
         self._splits = {name: rows for name, rows in self._splits.items() if rows}
         if not self._splits.get("train") or not self._splits.get("val"):
@@ -185,9 +184,7 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         try:
             if kind != ".jsonl":
                 rows = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", restval="")
-                yield from (
-                    (n, {k: v for k, v in row.items() if isinstance(v, str)}) for n, row in enumerate(rows, 2)
-                )
+                yield from ((n, {k: v for k, v in row.items() if isinstance(v, str)}) for n, row in enumerate(rows, 2))
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():

@@ -163,9 +163,7 @@ def _templates(shapes: tuple[str, ...], side: int) -> _Templates:
     return _Templates(kinds, np.stack(kernels).astype(np.complex64))
 
 
-def _explain(
-    pixels: Pixels, ground: Pixels, silhouette: Mask, own: Mask, color: str, world: World
-) -> list[Found]:
+def _explain(pixels: Pixels, ground: Pixels, silhouette: Mask, own: Mask, color: str, world: World) -> list[Found]:
     """The objects of one colour, the clearest first, until what is left is no object."""
     side = pixels.shape[0]
     templates = _templates(tuple(world.shapes), side)
@@ -173,9 +171,7 @@ def _explain(
     while left.sum() > 30 and len(found) < _MOST:
         canvas = np.zeros((2 * side, 2 * side), np.float32)
         canvas[3 : side + 3, 3 : side + 3] = left
-        fits = np.fft.irfft2(np.fft.rfft2(canvas) * templates.transforms.conj(), s=canvas.shape)[
-            :, :side, :side
-        ]
+        fits = np.fft.irfft2(np.fft.rfft2(canvas) * templates.transforms.conj(), s=canvas.shape)[:, :side, :side]
         best = fits.reshape(len(fits), -1).max(1)
         order = np.argsort(-best)[:_TRIED]
         if best[order[0]] < _FITS:
@@ -187,9 +183,7 @@ def _explain(
             if best[t] < best[order[0]] - 0.12:
                 continue
             for fill in world.fills:
-                error = _error(
-                    pixels, ground, left > 0, own, color, (shape, fill, small, angle), int(top), int(start)
-                )
+                error = _error(pixels, ground, left > 0, own, color, (shape, fill, small, angle), int(top), int(start))
                 tried.append((error, shape, fill, small, angle, int(top), int(start)))
         _, shape, fill, small, angle, top, start = min(tried)
         body = sprite(shape, "solid", small, angle)[0][..., 0] > 0.3

@@ -128,9 +128,7 @@ class ScenePairs:
         world: what there is to see.
     """
 
-    def __init__(
-        self, name: str, size: int, way: Way, language: str, image_size: int, seed: int, world: World
-    ):
+    def __init__(self, name: str, size: int, way: Way, language: str, image_size: int, seed: int, world: World):
         self.split_name, self.size, self.language = name, size, language
         self.way: Way = way
         self.image_size, self.seed, self.world = image_size, seed, world
@@ -196,9 +194,7 @@ class SceneDocuments:
             if number < 1:
                 raise ValueError(f"{field} must be at least 1, got {number}")
         if not 1 <= images[0] <= images[1]:
-            raise ValueError(
-                f"images must be the fewest (at least 1) and the most of a document, got {images}"
-            )
+            raise ValueError(f"images must be the fewest (at least 1) and the most of a document, got {images}")
         if not 0 <= openings <= 1:
             raise ValueError(f"openings is a share, from 0 to 1, got {openings}")
         for field, values, known in (("ways", ways, WAYS), ("languages", languages, tuple(LANGUAGES))):

@@ -133,9 +133,7 @@ class Scenes:
                 raise ValueError(f"{field} must be 1 to {MAX_PHRASINGS}, got {number}")
         unknown = [language for language in languages if language not in LANGUAGES]
         if unknown or not languages or len(set(languages)) < len(languages):
-            raise ValueError(
-                f"languages must be different ones of {', '.join(LANGUAGES)}, got {list(languages)}"
-            )
+            raise ValueError(f"languages must be different ones of {', '.join(LANGUAGES)}, got {list(languages)}")
         self.image_size, self.seed, self.world = image_size, seed, world
         self.train_size, self.val_size, self.compositional_size = train_size, val_size, compositional_size
         self.languages: tuple[str, ...] = tuple(languages)

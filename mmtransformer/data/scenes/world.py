@@ -169,9 +169,7 @@ class World:
                 raise ValueError(f"{field} must be at least {least} different names, got {list(names)}")
         object.__setattr__(self, "group_shares", tuple(self.group_shares))
         if not 1 <= len(self.group_shares) <= 3 or min(self.group_shares) < 0 or sum(self.group_shares) <= 0:
-            raise ValueError(
-                f"group_shares must be one to three shares >= 0, not all 0, got {self.group_shares}"
-            )
+            raise ValueError(f"group_shares must be one to three shares >= 0, not all 0, got {self.group_shares}")
         if not 1 <= self.max_count <= 4:
             raise ValueError(f"max_count must be 1 to 4, got {self.max_count}")
         if not 0 <= self.clutter <= 3:
@@ -242,9 +240,7 @@ class World:
             pairs = [rng.choice(rare if i == special else self._pairs) for i in range(num_groups)]
             if len(set(pairs)) < num_groups:
                 continue
-            if inside and (
-                pairs[1][1] not in _ROOMY or contrast(COLORS[pairs[0][0]], COLORS[pairs[1][0]]) < _INSIDE
-            ):
+            if inside and (pairs[1][1] not in _ROOMY or contrast(COLORS[pairs[0][0]], COLORS[pairs[1][0]]) < _INSIDE):
                 continue
             return pairs
         return None
@@ -297,9 +293,7 @@ def _scatter(rng: random.Random, group: Group) -> tuple[Spot, ...]:
     cells = 2 if group.size == "large" else 3
     chosen = rng.sample(range(cells * cells), group.count)
     play = 0.45 * (1 / cells - diameter)
-    return tuple(
-        _spot(rng, (c % cells + 0.5) / cells, (c // cells + 0.5) / cells, diameter, play) for c in chosen
-    )
+    return tuple(_spot(rng, (c % cells + 0.5) / cells, (c // cells + 0.5) / cells, diameter, play) for c in chosen)
 
 
 def _block(

@@ -77,9 +77,7 @@ class MaskedTextData(Data):
     def masking(self, *, training: bool) -> Masking:
         """How words are hidden: 80 % masked, 10 % changed, 10 % left in training, all masked in validation."""
         hidden, changed = (0.8, 0.1) if training else (1.0, 0.0)
-        return Masking(
-            self.tokenizer, share=self.share, whole_words=self.whole_words, hidden=hidden, changed=changed
-        )
+        return Masking(self.tokenizer, share=self.share, whole_words=self.whole_words, hidden=hidden, changed=changed)
 
     @once_a_split
     def rows(self, split: str) -> MaskedRows:
@@ -105,9 +103,7 @@ class MaskedTextData(Data):
 
     def dataset(self, split: str, *, training: bool = False) -> MaskedDataset:
         """Return a split's rows; in training with other second texts and masks every epoch."""
-        return MaskedDataset(
-            self.rows(split), self.tokenizer.bos_id, self.tokenizer.eos_id, training=training
-        )
+        return MaskedDataset(self.rows(split), self.tokenizer.bos_id, self.tokenizer.eos_id, training=training)
 
     def collate(self, split: str, *, training: bool = False) -> MaskedCollate:
         """What makes a `MaskedBatch` of rows."""

@@ -72,9 +72,7 @@ class Masking:
         if not len(ids):
             return np.zeros(0, np.int64)
         begins = self._opens[ids]
-        begins[1:] &= ~self._blank[
-            ids[:-1]
-        ]  # a space that is a token of its own belongs to the word behind it
+        begins[1:] &= ~self._blank[ids[:-1]]  # a space that is a token of its own belongs to the word behind it
         begins[1:] |= self._closes[ids[:-1]]
         begins[0] = False
         return np.cumsum(begins)
@@ -110,7 +108,5 @@ class Masking:
             loss_mask[row] = np.isin(unit, chosen)
         draw = hash64(*asked, place, 12) / 2.0**64
         other = self.ordinary[(hash64(*asked, place, 13) % np.uint64(len(self.ordinary))).astype(np.int64)]
-        seen = np.where(
-            draw < self.hidden, self.mask_id, np.where(draw < self.hidden + self.changed, other, tokens)
-        )
+        seen = np.where(draw < self.hidden, self.mask_id, np.where(draw < self.hidden + self.changed, other, tokens))
         return np.where(loss_mask, seen, tokens), loss_mask

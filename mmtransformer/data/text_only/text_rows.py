@@ -63,9 +63,7 @@ class TextRows:
         if not texts:
             raise ValueError("there are no texts (0)")
         if max_len < 4:
-            raise ValueError(
-                f"max_len ({max_len}) must be at least 4 tokens: bos, language, one of text, eos"
-            )
+            raise ValueError(f"max_len ({max_len}) must be at least 4 tokens: bos, language, one of text, eos")
         if row_len < max_len:
             raise ValueError(f"row_len ({row_len}) must be at least max_len ({max_len})")
         self.seed, self.row_len = seed, row_len

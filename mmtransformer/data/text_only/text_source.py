@@ -124,12 +124,8 @@ class TextFiles:
             for split, some in members.items():
                 found.setdefault(split, []).extend(groups[i].texts for i in some)
         self.languages: tuple[str, ...]
-        self.languages, _ = normalize_languages(
-            [group for some in found.values() for group in some], read.language
-        )
-        self._splits = {
-            name: [tuple(group) for group in found[name]] for name in sorted(found, key=split_order)
-        }
+        self.languages, _ = normalize_languages([group for some in found.values() for group in some], read.language)
+        self._splits = {name: [tuple(group) for group in found[name]] for name in sorted(found, key=split_order)}
         self.repeated = self._drop_repeated()
 
     def splits(self) -> tuple[str, ...]:
@@ -224,9 +220,7 @@ def _key(text: Caption) -> str:
 Source = TypeVar("Source", bound=TextSource)
 
 
-def open_texts(
-    source: Source | str | list[str], read: TextReadOptions, *, max_bad: float
-) -> "Source | TextFiles":
+def open_texts(source: Source | str | list[str], read: TextReadOptions, *, max_bad: float) -> "Source | TextFiles":
     """The texts of files, folders or archives; a source that is open already stays as it is."""
     paths = [source] if isinstance(source, str | Path) else source
     return TextFiles(paths, read, max_bad=max_bad) if isinstance(paths, list | tuple) else paths

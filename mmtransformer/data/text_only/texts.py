@@ -148,9 +148,7 @@ class TextData(Data):
     @once_a_split
     def rows(self, split: str) -> TextRows:
         """Return the rows of a split, tokenised and packed at the first call; what was divided is reported."""
-        rows = TextRows(
-            self.texts(split), self.tokenizer, max_len=self.max_len, row_len=self.row_len, seed=self.seed
-        )
+        rows = TextRows(self.texts(split), self.tokenizer, max_len=self.max_len, row_len=self.row_len, seed=self.seed)
         if rows.divided:
             _log.warning(
                 "%s: %d of %d texts are longer than max_len (%d tokens; the longest has %d) and were divided",

@@ -44,11 +44,7 @@ class Samples(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where weights are shared out, they are whole only here."""
-        if (
-            isinstance(trainer.strategy, Sharded)
-            and trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-        ):
+        if isinstance(trainer.strategy, Sharded) and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._show(trainer, pl_module)
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -44,13 +44,9 @@ class Saving(Checkpoint):
         minutes: Most minutes between checkpoints.
     """
 
-    def __init__(
-        self, folder: str | Path | None = None, *, every_steps: int = 0, minutes: float = 10.0
-    ) -> None:
+    def __init__(self, folder: str | Path | None = None, *, every_steps: int = 0, minutes: float = 10.0) -> None:
         if every_steps < 0 or minutes <= 0:
-            raise ValueError(
-                f"every_steps ({every_steps}) must be at least 0 and minutes ({minutes}) above 0"
-            )
+            raise ValueError(f"every_steps ({every_steps}) must be at least 0 and minutes ({minutes}) above 0")
         self.folder = None if folder is None else Path(folder)
         self.every_steps, self.minutes = every_steps, minutes
         self.signal = 0
@@ -132,9 +128,7 @@ class Saving(Checkpoint):
     ) -> None:
         """Notes how far the log has come, and how long the run took."""
         checkpoint["seconds"] = self.earlier + time.monotonic() - self._began
-        checkpoint["rows"] = max(
-            (log.rows for log in trainer.loggers if isinstance(log, MetricsLog)), default=0
-        )
+        checkpoint["rows"] = max((log.rows for log in trainer.loggers if isinstance(log, MetricsLog)), default=0)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -160,9 +154,7 @@ class Saving(Checkpoint):
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         if number:
             if trainer.is_global_zero:
-                sys.stderr.write(
-                    f"stopped at step {trainer.global_step}; go on with --resume ({self.path})\n"
-                )
+                sys.stderr.write(f"stopped at step {trainer.global_step}; go on with --resume ({self.path})\n")
             raise Stopped(number)
 
     def _save(self, trainer: pl.Trainer, *, again: bool = False) -> None:

@@ -106,9 +106,7 @@ class Throughput(pl.Callback):
         then, samples, tokens = self._last
         self._last = (then + time.monotonic() - self._paused, samples, tokens)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops counting."""
         self._close()
 

@@ -64,9 +64,7 @@ class StepAccumulator:
         first = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
         batch, names = self._batches[-1 if first is None else first]
         suspects = [name for names in named for name in names] if first is None else list(names)
-        return StepSums(
-            loss, int(count), size, samples, int(sum(counts)), watched, first is not None, batch, suspects
-        )
+        return StepSums(loss, int(count), size, samples, int(sum(counts)), watched, first is not None, batch, suspects)
 
 
 @dataclass(frozen=True)

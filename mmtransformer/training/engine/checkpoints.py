@@ -60,9 +60,7 @@ class CheckpointFiles(CheckpointIO):
     A process that is killed while it saves, or a disk that is full, leaves the checkpoint that was there before.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint, or leaves the one that is there.
 
         Args:
@@ -136,9 +134,7 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's archive writer makes RuntimeErrors of OSErrors
-        cause = next(
-            (e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error
-        )
+        cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         if not isinstance(cause, OSError):
             raise
         kept = "the file that was there is kept" if path.exists() else "nothing was written"
@@ -175,10 +171,7 @@ def written_to(folder: Path, checkpoint: Path | None = None) -> Iterator[None]:
         kept = checkpoint is not None and checkpoint.is_file()
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror}; {size:,} bytes of it are there, {free:,} bytes are free"
-            + (
-                f". The trained weights are whole in {checkpoint}: free some space, and --resume finishes"
-                * kept
-            )
+            + (f". The trained weights are whole in {checkpoint}: free some space, and --resume finishes" * kept)
         ) from error
 
 
@@ -245,9 +238,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         found = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()
-        line = next(
-            (x.strip() for x in reason if "GLOBAL" in x or "Unsupported" in x), reason[0] if reason else ""
-        )
+        line = next((x.strip() for x in reason if "GLOBAL" in x or "Unsupported" in x), reason[0] if reason else "")
         raise CheckpointError(
             f"{path}: refused, as it holds more than tensors and plain data ({line[:200]}); nothing of it was run"
         ) from None
@@ -277,9 +268,7 @@ def _nonsense(found: dict[Any, Any]) -> str | None:
     todo, count = [(found, 0)], 0
     while todo:  # What is small in the file can be there many times over.
         item, depth = todo.pop()
-        inner = (
-            item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
-        )
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
         todo += [(value, depth + 1) for value in inner]
         count += 1
         if depth > _MOST_DEPTH or count > _MOST_VALUES:
@@ -335,13 +324,7 @@ def plain(value: Any, where: str = "") -> Any:
         return {plain(k, where): plain(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         items = [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        return (
-            set(items)
-            if isinstance(value, (set, frozenset))
-            else items
-            if type(value) is list
-            else tuple(items)
-        )
+        return set(items) if isinstance(value, (set, frozenset)) else items if type(value) is list else tuple(items)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, enum.Enum):

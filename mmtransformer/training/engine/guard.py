@@ -56,9 +56,7 @@ def not_finite(
         row = {"step": step, "process": process, "bad_here": bad_here, "loss": str(loss), "lr": lr}
         row |= {"grad_norm": str(grad_norm), "module": culprit}
         with contextlib.suppress(OSError):  # never hide the error
-            _note(
-                record, json.dumps(row | {"gradient": gradient, "samples": list(names)}, ensure_ascii=False)
-            )
+            _note(record, json.dumps(row | {"gradient": gradient, "samples": list(names)}, ensure_ascii=False))
         shown += f" (all in {record})" if len(names) > 8 else ""
     if not bad_here and not math.isfinite(loss):
         shown = "those of another process, whose message names them"
@@ -115,9 +113,7 @@ def first_bad_module(
         return hook
 
     handles = [
-        part.register_forward_hook(look(name, part), with_kwargs=True)
-        for name, part in module.named_modules()
-        if name
+        part.register_forward_hook(look(name, part), with_kwargs=True) for name, part in module.named_modules() if name
     ]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would be made anew
@@ -154,11 +150,7 @@ def memory_advice(device: torch.device, step: Callable[[], int], names: Callable
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = str(error)
-        if (
-            type(error) is RuntimeError
-            and "can't allocate memory" not in text
-            and "out of memory" not in text
-        ):
+        if type(error) is RuntimeError and "can't allocate memory" not in text and "out of memory" not in text:
             raise
         size, have = names(), ""
         if device.type == "cuda":

@@ -56,9 +56,7 @@ def normalize_counters(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         validation["current"] = dict.fromkeys(validation["current"], 0)
     elif batch_ends:
         steps["_batches_that_stepped"] += 1
-    elif (
-        follows
-    ):  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
+    elif follows:  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
         steps["_batches_that_stepped"] -= 1
     for counts in (epochs["total"], epochs["current"]):
         counts["processed"] = counts["completed"]

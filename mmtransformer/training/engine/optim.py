@@ -46,9 +46,7 @@ class Optim:
         if self.kind not in ("adamw", "muon"):
             raise ValueError(f'optim.kind must be "adamw" or "muon", not "{self.kind}"')
         if self.lr_schedule not in ("cosine", "inverse_sqrt"):
-            raise ValueError(
-                f'optim.lr_schedule must be "cosine" or "inverse_sqrt", not "{self.lr_schedule}"'
-            )
+            raise ValueError(f'optim.lr_schedule must be "cosine" or "inverse_sqrt", not "{self.lr_schedule}"')
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f'optim.nonfinite must be "stop" or "skip", not "{self.nonfinite}"')
         if not 0.0 <= self.ema < 1.0:
@@ -159,9 +157,7 @@ def _spared(module: nn.Module) -> set[nn.Parameter]:
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
-        raise ValueError(
-            "nothing to train: every parameter of the model is frozen; leave at least one part unfrozen"
-        )
+        raise ValueError("nothing to train: every parameter of the model is frozen; leave at least one part unfrozen")
     return trainable
 
 
@@ -180,9 +176,7 @@ def warmup_cosine(
         ValueError: If a number is out of its range.
     """
     if total_steps < 1 or warmup_steps < 0:
-        raise ValueError(
-            f"total_steps ({total_steps}) must be at least 1 and warmup_steps ({warmup_steps}) at least 0"
-        )
+        raise ValueError(f"total_steps ({total_steps}) must be at least 1 and warmup_steps ({warmup_steps}) at least 0")
     if not 0.0 <= min_lr_ratio <= 1.0:
         raise ValueError(f"min_lr_ratio ({min_lr_ratio}) must lie between 0 and 1")
     warmup = min(warmup_steps, total_steps)
@@ -208,9 +202,7 @@ def warmup_inverse_sqrt(optimizer: torch.optim.Optimizer, *, warmup_steps: int) 
     """
     if warmup_steps < 1:
         raise ValueError(f'lr_schedule "inverse_sqrt" needs warmup_steps of at least 1, not {warmup_steps}')
-    return LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup_steps, (warmup_steps / (step + 1)) ** 0.5)
-    )
+    return LambdaLR(optimizer, lambda step: min((step + 1) / warmup_steps, (warmup_steps / (step + 1)) ** 0.5))
 
 
 def noam_peak(dim: int, warmup_steps: int = 4000) -> float:

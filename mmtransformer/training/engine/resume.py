@@ -69,16 +69,10 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any], hashes: dict[s
     own = {unwrapped(name): (name, tensor) for name, tensor in module.state_dict().items()}
     saved = {unwrapped(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     expected: dict[str, str] = checkpoint.get("frozen", {})
-    if mismatches := _mismatches(
-        {name: tensor for name, (_, tensor) in own.items()}, saved, expected, hashes
-    ):
+    if mismatches := _mismatches({name: tensor for name, (_, tensor) in own.items()}, saved, expected, hashes):
         changed = _differences(checkpoint.get("model", {}), configs(module))
-        mismatches = (
-            [f"{place} was {old} and is now {new}" for place, old, new in changed] or []
-        ) + mismatches
-        shown = "; ".join(mismatches[:3]) + (
-            f"; and {len(mismatches) - 3} more" if len(mismatches) > 3 else ""
-        )
+        mismatches = ([f"{place} was {old} and is now {new}" for place, old, new in changed] or []) + mismatches
+        shown = "; ".join(mismatches[:3]) + (f"; and {len(mismatches) - 3} more" if len(mismatches) > 3 else "")
         raise CheckpointError(
             f"cannot resume with another model: {shown}. Use the recipe of the run (config.yaml in its folder), or "
             f"start a new run, without --resume"
@@ -97,9 +91,7 @@ def _mismatches(
     ]
     other = [name for name in expected if name in hashes and hashes[name] != expected[name]]
     mismatches = shapes + (
-        [f"the frozen weights of {_tower(other)} are not those of the run (first: {other[0]})"]
-        if other
-        else []
+        [f"the frozen weights of {_tower(other)} are not those of the run (first: {other[0]})"] if other else []
     )
     for words, names in (
         ("were frozen and are now trained", [n for n in expected if n in own and n not in hashes]),

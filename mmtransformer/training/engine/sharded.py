@@ -79,9 +79,7 @@ class Sharded(ModelParallelStrategy):
         groups = [group | {"params": [number[n] for n in group["params"]]} for group in state["param_groups"]]
         return {"state": {number[n]: s for n, s in state["state"].items()}, "param_groups": groups}
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Every process reads the whole file."""
         return self.checkpoint_io.load_checkpoint(str(checkpoint_path), weights_only=weights_only)
 
@@ -99,9 +97,7 @@ class Sharded(ModelParallelStrategy):
             names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
             state = {
                 "state": {names[number]: values for number, values in saved["state"].items()},
-                "param_groups": [
-                    g | {"params": [names[i] for i in g["params"]]} for g in saved["param_groups"]
-                ],
+                "param_groups": [g | {"params": [names[i] for i in g["params"]]} for g in saved["param_groups"]],
             }
             options = StateDictOptions(full_state_dict=True)
             set_optimizer_state_dict(self.model, optimizer, state, options=options)

@@ -157,9 +157,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
                 f"steps away: load that part with dtype float32, or freeze it"
             )
         if self.optim.kind == "muon" and isinstance(self.trainer.strategy, Sharded):
-            raise ValueError(
-                "optim.kind=muon needs whole matrices, and Sharded shares them out; take adamw, or ddp"
-            )
+            raise ValueError("optim.kind=muon needs whole matrices, and Sharded shares them out; take adamw, or ddp")
         # With float16 a fused optimizer would unscale the gradients itself, after they were clipped.
         optimizer = self.optim.build(self, fused=self.trainer.precision != "16-mixed")
         steps = self.trainer.estimated_stepping_batches

@@ -43,9 +43,7 @@ def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captio
     """A resampler of one block, and gated attention before every block; `size` is the width of their MLPs."""
     heads, width = _heads(decoder.dim)
     resampler = PerceiverResampler(vision.dim, 1, heads, width, NUM_QUERIES, mlp_dim=size)
-    return Flamingo(
-        vision, decoder, resampler=resampler, gated=GatedConfig(heads, width, mlp_dim=size), **frozen
-    )
+    return Flamingo(vision, decoder, resampler=resampler, gated=GatedConfig(heads, width, mlp_dim=size), **frozen)
 
 
 def qformer(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
@@ -108,9 +106,7 @@ def sized(bridge: str, vision: ViT, decoder: Decoder, parameters: int, frozen: F
 
         low, high = 1, 2
         if (least := count(low)) > parameters:
-            raise ValueError(
-                f'the bridge "{bridge}" has at least {least:,} parameters, more than {parameters:,}'
-            )
+            raise ValueError(f'the bridge "{bridge}" has at least {least:,} parameters, more than {parameters:,}')
         while count(high) < parameters:
             low, high = high, 2 * high
         while high - low > 1:

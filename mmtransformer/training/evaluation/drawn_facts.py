@@ -106,7 +106,5 @@ def table(scores: dict[str, dict[str, Any]], scales: Sequence[float] = ()) -> st
     for split, languages in scores.items():
         for language, found in languages.items():
             parts = ", ".join(f"{name} {share:.0%}" for name, share in found["parts"].items())
-            lines.append(
-                f"{split} {language}: facts {found['facts']:.1%}, all right {found['exact']:.1%} ({parts})"
-            )
+            lines.append(f"{split} {language}: facts {found['facts']:.1%}, all right {found['exact']:.1%} ({parts})")
     return "\n".join(lines + ([f"guidance scales {list(scales)}"] if scales else []))

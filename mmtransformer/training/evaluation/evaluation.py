@@ -83,9 +83,7 @@ class Evaluation:
                 rows = {
                     f"{split}": lambda s: f"{s.facts:.1%}",
                     "  captions without a fault": lambda s: f"{s.exact:.1%}",
-                    "  objects that are not there": lambda s: (
-                        f"{s.hallucinated / max(s.objects.said, 1):.1%}"
-                    ),
+                    "  objects that are not there": lambda s: f"{s.hallucinated / max(s.objects.said, 1):.1%}",
                 }
                 for name, show in rows.items():
                     cells = "".join(f"{show(by[code]) if code in by else '':>9}" for code in languages)

@@ -42,9 +42,7 @@ class FewShotScores:
         counts = sorted({k for by in self.scores.values() for k in by})
         lines = [f"{f'{self.unit} after so many examples':<44}" + "".join(f"{k:>8}" for k in counts)]
         for name, by in self.scores.items():
-            lines.append(
-                f"  {name:<42}" + "".join(f"{100 * by[k]:>8.1f}" if k in by else f"{'':>8}" for k in counts)
-            )
+            lines.append(f"  {name:<42}" + "".join(f"{100 * by[k]:>8.1f}" if k in by else f"{'':>8}" for k in counts))
         return "\n".join(lines)
 
     def headline(self) -> str:
@@ -94,17 +92,13 @@ def score_few_shot(
                 questions = source.pairs("questions", most, way, language)
                 examples = source.pairs("examples", _EXAMPLES, way, language)
                 by = scores[f"{way}, {language}"] = {}
-                few = FewShot(
-                    examples, captioner, data.tokenizer, data.transform, num_examples=max(num_examples)
-                )
+                few = FewShot(examples, captioner, data.tokenizer, data.transform, num_examples=max(num_examples))
                 for count in num_examples:
                     few.num_examples = count
                     with torch.autocast(device.type, autocast, autocast is not None):
                         said = _say(captioner, data, questions, few, generation, device)
                     if way == "description":
-                        by[count] = score_facts(
-                            said, [questions.scene(i) for i in range(most)], language
-                        ).facts
+                        by[count] = score_facts(said, [questions.scene(i) for i in range(most)], language).facts
                     else:
                         right = [_same(text, questions.captions(i)[0].text) for i, text in enumerate(said)]
                         by[count] = sum(right) / most

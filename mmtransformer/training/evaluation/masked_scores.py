@@ -173,9 +173,7 @@ def _words(tokenizer: Tokenizer, batch: MaskedBatch, filled: Tensor, row: int) -
         while end < len(words) and words[end] == words[at] and words[at] >= 0:
             end += 1
         if words[at] < 0:
-            second = (
-                batch.attention_mask[row, at] and at and end < len(words) and batch.attention_mask[row, end]
-            )
+            second = batch.attention_mask[row, at] and at and end < len(words) and batch.attention_mask[row, end]
             yield from ["/"] if second else []
         else:
             truth = _text(tokenizer, batch.labels[row, at:end])
@@ -188,6 +186,4 @@ def _words(tokenizer: Tokenizer, batch: MaskedBatch, filled: Tensor, row: int) -
 
 
 def _text(tokenizer: Tokenizer, ids: Tensor) -> str:
-    return tokenizer.decode(
-        [i for i in ids.tolist() if i < tokenizer.vocab_size and i != tokenizer.eos_id]
-    ).strip()
+    return tokenizer.decode([i for i in ids.tolist() if i < tokenizer.vocab_size and i != tokenizer.eos_id]).strip()

@@ -83,14 +83,10 @@ def draw_curves(folder: Path) -> None:
     if not (folder / "metrics.csv").is_file():
         return
     with suppress(ValueError):
-        save_loss_curves(
-            folder / "metrics.csv", folder / "curves.png", title=folder.resolve().name.replace("_", " ")
-        )
+        save_loss_curves(folder / "metrics.csv", folder / "curves.png", title=folder.resolve().name.replace("_", " "))
 
 
-def make_cards(
-    model: ImageCaptioner, data: CaptionData, evaluation: Evaluation, num_cards: int
-) -> list[Card]:
+def make_cards(model: ImageCaptioner, data: CaptionData, evaluation: Evaluation, num_cards: int) -> list[Card]:
     """Cards of pictures evenly over the splits, with captions, references, facts and heat maps."""
     cards: list[Card] = []
     splits = [split for split, by in evaluation.predictions.items() if any(by.values())]
@@ -200,9 +196,7 @@ def seconds_to_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def save_text_model(
-    model: Decoder | TextEncoder, tokenizer: Tokenizer, folder: Path, *, note: str = ""
-) -> None:
+def save_text_model(model: Decoder | TextEncoder, tokenizer: Tokenizer, folder: Path, *, note: str = "") -> None:
     """Writes a language model or a text encoder, its tokenizer and a model card into one folder.
 
     Args:

@@ -64,10 +64,7 @@ class Retrieval:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `metrics.json`: fractions of 1, with the sizes of the pools."""
         return {
-            split: {
-                code: s.recalls() | {"images": len(s.images), "captions": len(s.texts)}
-                for code, s in by.items()
-            }
+            split: {code: s.recalls() | {"images": len(s.images), "captions": len(s.texts)} for code, s in by.items()}
             for split, by in self.splits.items()
         }
 
@@ -82,9 +79,7 @@ class Retrieval:
                     for way, label in (("text", "picture -> caption"), ("image", "caption -> picture")):
                         cells = "".join(f"{100 * recalls[f'{way}_recall@{k}']:>8.1f}" for k in KS)
                         after = "" if kind == "itc" else ", matched again"
-                        lines.append(
-                            f"{'  ' + label + after:<44}{cells}{recalls[f'{way}_median_rank']:>8.0f}"
-                        )
+                        lines.append(f"{'  ' + label + after:<44}{cells}{recalls[f'{way}_median_rank']:>8.0f}")
         return "\n".join(lines)
 
 
@@ -202,9 +197,7 @@ def _split(
         images += [i for _, i in places]
     embeds = torch.cat(vectors)
 
-    captions = [
-        (row, int(j)) for row, i in enumerate(images) for j in range(rows.first[i], rows.first[i + 1])
-    ]
+    captions = [(row, int(j)) for row, i in enumerate(images) for j in range(rows.first[i], rows.first[i + 1])]
     tokens = [rows.row(j).tokens for _, j in captions]
     said = [rows.captions[images[row]][j - int(rows.first[images[row]])] for row, j in captions]
     texts = torch.empty(len(captions), embeds.shape[2], device=embeds.device)
@@ -225,9 +218,7 @@ def _split(
         parts[code or ANY] = owners, columns
         if rerank:
             again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], rerank)
-    matched = (
-        _matched(model, data, split, near, again, images, tokens, device, limit, size) if rerank else None
-    )
+    matched = _matched(model, data, split, near, again, images, tokens, device, limit, size) if rerank else None
     for code, (owners, columns) in parts.items():
         row_of = {owner: row for row, owner in enumerate(owners)}
         found[code] = Scored(
@@ -240,9 +231,7 @@ def _split(
     return found
 
 
-def _batches(
-    data: CaptionData, split: str, limit: int | None
-) -> Iterator[tuple[list[tuple[int, int]], CaptionBatch]]:
+def _batches(data: CaptionData, split: str, limit: int | None) -> Iterator[tuple[list[tuple[int, int]], CaptionBatch]]:
     """Batches, with (place in the batch, place in the split) of each picture; replacement samples are left out."""
     pairs, seen = data.pairs(split), set[str]()
     places = {pairs.name(i): i for i in range(len(pairs))}
@@ -260,9 +249,7 @@ def _by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def _padded(
-    tokens: Sequence[np.ndarray], tokenizer: Tokenizer, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def _padded(tokens: Sequence[np.ndarray], tokenizer: Tokenizer, device: torch.device | str) -> tuple[Tensor, Tensor]:
     ids, attention_mask = tokenizer.pad([t.tolist() for t in tokens], side="right")
     return ids.to(device), attention_mask.to(device)
 

@@ -108,9 +108,7 @@ def token_losses(decoder: Decoder, batch: TextBatch) -> tuple[np.ndarray, np.nda
     with fast_autocast(batch.tokens.device):
         hidden = decoder(batch.tokens[:, :-1], document_ids=batch.document_ids[:, :-1])
         logits = decoder.head(hidden[predicts])
-    losses = torch.nn.functional.cross_entropy(
-        logits.float(), batch.tokens[:, 1:][predicts], reduction="none"
-    )
+    losses = torch.nn.functional.cross_entropy(logits.float(), batch.tokens[:, 1:][predicts], reduction="none")
     return batch.document_ids[:, 1:][predicts].cpu().numpy(), losses.double().cpu().numpy()
 
 

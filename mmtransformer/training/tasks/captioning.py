@@ -180,9 +180,7 @@ class Captioning(Task):
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
-        bad = {
-            path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")
-        }
+        bad = {path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")}
         lines += [f"{n} pictures could not be read; they are named in {path}" for path, n in bad.items() if n]
         lines += [f"{split}: loss of the {said}" for split, x in use.items() if (said := ablation_text(x))]
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]

@@ -92,9 +92,7 @@ class Classification(Task[ClassData]):
 
     @staticmethod
     def _loss(logits: Tensor, batch: ClassBatch, label_smoothing: float) -> Loss:
-        each = F.cross_entropy(
-            logits.float(), batch.labels, reduction="none", label_smoothing=label_smoothing
-        )
+        each = F.cross_entropy(logits.float(), batch.labels, reduction="none", label_smoothing=label_smoothing)
         return Loss((each * batch.is_real).sum(), batch.is_real.sum())
 
     def validation_step(self, batch: ClassBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -115,9 +113,7 @@ class Classification(Task[ClassData]):
         if data is None:
             return
         self.vit.to(run.device).eval()
-        confusions = {
-            split: self._confusion(data, split, run.device, run.limit_batches) for split in data.val_splits
-        }
+        confusions = {split: self._confusion(data, split, run.device, run.limit_batches) for split in data.val_splits}
         scores = {split: class_scores(matrix, data.classes) for split, matrix in confusions.items()}
         found = table(scores)
         classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
@@ -148,11 +144,7 @@ class Classification(Task[ClassData]):
 def class_scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     """Scores from a confusion matrix (true classes are rows): accuracy, that of each class, and the mean of those."""
     totals, right = matrix.sum(1), matrix.diagonal()
-    each = {
-        name: float(r) / float(n)
-        for name, r, n in zip(classes, right.tolist(), totals.tolist(), strict=True)
-        if n
-    }
+    each = {name: float(r) / float(n) for name, r, n in zip(classes, right.tolist(), totals.tolist(), strict=True) if n}
     return {
         "accuracy": float(right.sum()) / max(float(totals.sum()), 1.0),
         "mean_class_accuracy": sum(each.values()) / max(len(each), 1),
@@ -185,7 +177,5 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     for split, s in scores.items():
         worst = sorted(s["classes"].items(), key=lambda item: item[1])[:3]
         names = ", ".join(f"{name} {value:.1%}" for name, value in worst)
-        lines.append(
-            f"{split:<14}{s['images']:>9}  {s['accuracy']:<8.1%}  {s['mean_class_accuracy']:<15.1%}  {names}"
-        )
+        lines.append(f"{split:<14}{s['images']:>9}  {s['accuracy']:<8.1%}  {s['mean_class_accuracy']:<15.1%}  {names}")
     return "\n".join(lines)

@@ -49,9 +49,7 @@ class ImageGeneration(Task[CaptionData]):
     ) -> None:
         super().__init__(optim)
         if num_scored < 1 or num_cards < 0:
-            raise ValueError(
-                f"num_scored ({num_scored}) must be at least 1, num_cards ({num_cards}) not below 0"
-            )
+            raise ValueError(f"num_scored ({num_scored}) must be at least 1, num_cards ({num_cards}) not below 0")
         self.model, self.drawing, self.num_scored, self.num_cards = model, drawing, num_scored, num_cards
         self.guidance_scales = tuple(guidance_scales)
 
@@ -79,9 +77,7 @@ class ImageGeneration(Task[CaptionData]):
         data = self.data
         if data is None:
             return
-        painter = TextToImage(
-            self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device
-        )
+        painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device)
         count = self.num_scored if run.limit_batches is None else min(self.num_scored, 2 * run.limit_batches)
         scores, curve, reader, cards = {}, {}, {}, []
         for split in data.val_splits:
@@ -96,9 +92,7 @@ class ImageGeneration(Task[CaptionData]):
                 share = max(self.num_cards // (2 * len(data.val_splits)), 1)
                 cards += self._cards(pairs, texts_of(pairs, language, count), drawings, language)[:share]
             for scale in self.guidance_scales:
-                some, _ = score_drawings(
-                    painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale
-                )
+                some, _ = score_drawings(painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale)
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
         metrics = {"drawings": scores, "reader": reader, "guidance": curve}
         found = table(scores)

@@ -119,8 +119,7 @@ class LanguageModelling(Task[TextData]):
             return
         decoder = merge_lora(self.decoder).to(run.device).eval()
         scores = {
-            split: score_texts(decoder, data, split, limit_batches=run.limit_batches)
-            for split in data.val_splits
+            split: score_texts(decoder, data, split, limit_batches=run.limit_batches) for split in data.val_splits
         }
         ngrams = score_ngrams(data, data.val_splits, self.baseline_orders, max_tokens=self.baseline_tokens)
         written = self._write(decoder, data)

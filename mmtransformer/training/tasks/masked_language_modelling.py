@@ -62,9 +62,7 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
         if data is None:
             return
         if data.pairs and not self.encoder.sentence_head:
-            raise ValueError(
-                "pairs of texts need the encoder's sentence_head: true; or set data.pairs: false"
-            )
+            raise ValueError("pairs of texts need the encoder's sentence_head: true; or set data.pairs: false")
         if data.pairs and self.encoder.num_types < 2:
             raise ValueError(
                 f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.pairs: false"

@@ -50,9 +50,7 @@ def score_translations(said: Sequence[str], pairs: Sequence[Parallel]) -> Transl
         ValueError: If there are not as many translations as pairs, or none.
     """
     if len(said) != len(pairs) or not said:
-        raise ValueError(
-            f"{len(said)} translations for {len(pairs)} pairs; there must be one for each, and any"
-        )
+        raise ValueError(f"{len(said)} translations for {len(pairs)} pairs; there must be one for each, and any")
     names = [str(i) for i in range(len(pairs))]
     references = {name: [pair.text] for name, pair in zip(names, pairs, strict=True)}
     scores = score_captions(dict(zip(names, said, strict=True)), references, meteor=False, spice=False)
@@ -116,9 +114,7 @@ class Translation(Task[TranslationData]):
 
     def _loss(self, batch: TextPairs, label_smoothing: float) -> Loss:
         hidden = self.model.hidden_states(batch.truncate(batch.tokens.shape[1] - 1))
-        return next_token_loss(
-            hidden, batch.tokens, batch.loss_mask, self.model.head, label_smoothing=label_smoothing
-        )
+        return next_token_loss(hidden, batch.tokens, batch.loss_mask, self.model.head, label_smoothing=label_smoothing)
 
     def validation_step(self, batch: TextPairs, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss, without smoothing."""

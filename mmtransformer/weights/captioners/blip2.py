@@ -62,9 +62,7 @@ def _qformer(config: dict[str, Any], *, text: bool, context: str) -> QFormer:
     """An unfilled Q-Former of the configuration of a whole model."""
     own = config["qformer_config"]
     if own["hidden_act"] != "gelu":
-        raise ValueError(
-            f"{context}: the Q-Former has hidden_act {own['hidden_act']}; only gelu is known here"
-        )
+        raise ValueError(f"{context}: the Q-Former has hidden_act {own['hidden_act']}; only gelu is known here")
     return QFormer(
         config["num_query_tokens"],
         own["hidden_size"],
@@ -81,11 +79,7 @@ def _qformer(config: dict[str, Any], *, text: bool, context: str) -> QFormer:
 
 
 def _qformer_config(qformer: QFormer) -> dict[str, Any]:
-    text = (
-        {}
-        if qformer.vocab_size is None
-        else {"vocab_size": qformer.vocab_size, "use_qformer_text_input": True}
-    )
+    text = {} if qformer.vocab_size is None else {"vocab_size": qformer.vocab_size, "use_qformer_text_input": True}
     return text | {
         "hidden_size": qformer.dim,
         "num_hidden_layers": qformer.depth,

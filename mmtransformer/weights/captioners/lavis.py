@@ -70,9 +70,7 @@ def vision_from_lavis(
     state = {name: t for name, t in state.items() if name.startswith(("visual_encoder.", "ln_vision."))}
     for name in ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if f"visual_encoder.{name}" not in state:
-            raise ValueError(
-                f"{context} has no tensor visual_encoder.{name}: give the vision tower beside it"
-            )
+            raise ValueError(f"{context} has no tensor visual_encoder.{name}: give the vision tower beside it")
     dim, channels, patch, _ = state[_PATCHES].shape
     side = math.isqrt(state[_TABLE].shape[1] - 1)
     vit = ViT(
@@ -174,17 +172,13 @@ def blip2_from_lavis(
     qformer = _qformer_from(state, num_heads, context)
     found = [name for name in _PROJECTIONS if f"{name}.weight" in state]
     if len(found) != 1:
-        raise ValueError(
-            f"{context} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one"
-        )
+        raise ValueError(f"{context} has {len(found)} of {', '.join(_PROJECTIONS)}: a stage-2 model of LAVIS has one")
     model = Blip2(vision, qformer, decoder, instruct=qformer.vocab_size is not None, train_norm=True)
     fill(model, _KEYS | {found[0]: "proj"}, state, context, ignored=_BUFFERS, kept=_TOWERS)
     return model.eval()
 
 
-def _split_vision(
-    state: dict[str, Tensor], vision: ViT | None, context: str
-) -> tuple[dict[str, Tensor], ViT]:
+def _split_vision(state: dict[str, Tensor], vision: ViT | None, context: str) -> tuple[dict[str, Tensor], ViT]:
     rest = {name: t for name, t in state.items() if not name.startswith(("visual_encoder.", "ln_vision."))}
     if vision is None:
         return rest, vision_from_lavis(state, context=context)
@@ -246,9 +240,7 @@ def load_lavis(
     state, context = read_state(source)
     with built_from(state, context):
         if decoder is None:
-            return image_text_from_lavis(
-                state, vision=vision, num_heads=num_heads, class_id=class_id, context=context
-            )
+            return image_text_from_lavis(state, vision=vision, num_heads=num_heads, class_id=class_id, context=context)
         return blip2_from_lavis(state, decoder, vision=vision, num_heads=num_heads, context=context)
 
 

@@ -32,12 +32,8 @@ class KeyStyle(NamedTuple):
 
 
 BLIP2 = KeyStyle("qformer.encoder.layer", "attention", "qformer.layernorm", "embeddings")
-INSTRUCTBLIP = KeyStyle(
-    "qformer.encoder.layer", "attention", "qformer.embeddings.layernorm", "qformer.embeddings"
-)
-LAVIS = KeyStyle(
-    "Qformer.bert.encoder.layer", "self", "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings"
-)
+INSTRUCTBLIP = KeyStyle("qformer.encoder.layer", "attention", "qformer.embeddings.layernorm", "qformer.embeddings")
+LAVIS = KeyStyle("Qformer.bert.encoder.layer", "self", "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings")
 _BERT = KeyStyle("bert.encoder.layer", "self", "bert.embeddings.LayerNorm", "bert.embeddings")
 
 
@@ -87,9 +83,7 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
             continue
         source, name = row.source.replace("_query.", "."), row.target[0]
         if source not in state:
-            raise ValueError(
-                f"BERT has no tensor {source}, which a Q-Former of depth {qformer.depth} starts from"
-            )
+            raise ValueError(f"BERT has no tensor {source}, which a Q-Former of depth {qformer.depth} starts from")
         found[name] = _grown(state[source], own[name]) if "embeddings.weight" in source else state[source]
         if found[name].shape != own[name].shape:
             there, here = tuple(found[name].shape), tuple(own[name].shape)

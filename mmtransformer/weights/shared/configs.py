@@ -58,9 +58,7 @@ def need(config: Mapping[str, Any], names: Sequence[str], context: str) -> list[
     return [config[name] for name in names]
 
 
-def only(
-    config: Mapping[str, Any], context: str, expected: Mapping[str, Any], kind: str = "TextDecoder"
-) -> None:
+def only(config: Mapping[str, Any], context: str, expected: Mapping[str, Any], kind: str = "TextDecoder") -> None:
     """Checks that keys of a config have the one value that a class of ours has; a missing key has it.
 
     Raises:

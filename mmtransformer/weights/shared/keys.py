@@ -50,9 +50,7 @@ def rows_of(keys: Mapping[str, str], target: Iterable[str], *, transposed: Seque
     names, found = dict.fromkeys(target), []
     for key, value in keys.items():
         sources, targets = _each(key), _each(value)
-        pairs = (
-            zip(sources, [[one] for one in targets], strict=True) if len(sources) > 1 else [(key, targets)]
-        )
+        pairs = zip(sources, [[one] for one in targets], strict=True) if len(sources) > 1 else [(key, targets)]
         for source, fused in pairs:
             pattern = re.compile(re.escape(fused[0]).replace(r"\*", r"(\d+)") + r"(\.weight|\.bias|)")
             for match in filter(None, map(pattern.fullmatch, names)):

@@ -89,9 +89,7 @@ def rope_of(config: dict[str, Any], context: str) -> tuple[float, dict[str, Any]
     kind = found.get("rope_type", found.get("type", "default"))
     share = found.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if any(isinstance(value, dict) for value in found.values()):
-        raise UnsupportedModel(
-            f"{context}: layers have different rotary positions, and TextDecoder's all the same"
-        )
+        raise UnsupportedModel(f"{context}: layers have different rotary positions, and TextDecoder's all the same")
     if share != 1.0 and kind != "proportional":
         raise UnsupportedModel(f"{context}: only {share} of a head's channels turn; TextDecoder turns all")
     if kind == "default":
@@ -99,9 +97,7 @@ def rope_of(config: dict[str, Any], context: str) -> tuple[float, dict[str, Any]
     longest = config.get("max_position_embeddings")
     if kind in ("llama3", "yarn", "longrope"):
         old = config.get("original_max_position_embeddings")
-        found["original_max_position_embeddings"] = (
-            old or found.get("original_max_position_embeddings") or longest
-        )
+        found["original_max_position_embeddings"] = old or found.get("original_max_position_embeddings") or longest
         if found.get("factor") is None and longest:
             found["factor"] = longest / found["original_max_position_embeddings"]
     return float(theta), found | {"rope_type": kind}

@@ -58,9 +58,7 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context
         return _READERS[family](config, state, context)
 
 
-def to_transformers(
-    decoder: TextDecoder, family: str | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this decoder: its config.json, and its tensors by their names there.
 
     Args:

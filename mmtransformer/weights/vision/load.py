@@ -109,9 +109,7 @@ def _from_folder(folder: Path) -> ViT:
             return ViT.from_pretrained(folder)
         model = Pretrained.from_pretrained(folder)
         if not isinstance(model, Captioner):
-            raise ValueError(
-                f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one"
-            )
+            raise ValueError(f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one")
         return model.vision
     if "architecture" not in config:
         raise ValueError(
@@ -135,9 +133,7 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
     # timm's own arguments would read other files (checkpoint_path) and fetch some (pretrained_cfg).
     allowed = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
     if other := sorted(set(given) - allowed):
-        raise ValueError(
-            f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer"
-        )
+        raise ValueError(f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer")
     model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
     load_strictly(model, state, str(folder / WEIGHTS))
     return from_timm(model)
@@ -155,6 +151,4 @@ def _from_name(name: str) -> ViT:
         return from_timm(timm.create_model(name, pretrained=True))
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"timm could not load {name}: {reason}. Without a network, give a folder instead"
-        ) from error
+        raise ValueError(f"timm could not load {name}: {reason}. Without a network, give a folder instead") from error

@@ -88,9 +88,7 @@ def from_timm(model: nn.Module) -> ViT:
             f"ViT has no {'gated MLP' if gated else 'activation'} like timm's {name}: it has {', '.join(known)}"
         )
     if gated and timm_model.attn_pool is not None and type(timm_model.attn_pool.mlp.act).__name__ != "GELU":
-        raise ValueError(
-            f"{context} pools with an MLP that is not gated and has no gelu, ViT with one that has"
-        )
+        raise ValueError(f"{context} pools with an MLP that is not gated and has no gelu, ViT with one that has")
     settings = ViTSettings(
         block.num_heads if parallel else block.attn.num_heads,
         timm_model.patch_embed.grid_size,
@@ -103,9 +101,7 @@ def from_timm(model: nn.Module) -> ViT:
     return vit_from_state(timm_model.state_dict(), settings, context)
 
 
-def vit_from_state(
-    state: Mapping[str, Tensor], settings: ViTSettings, context: str = "the state dict"
-) -> ViT:
+def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: str = "the state dict") -> ViT:
     """Our ViT from tensors with timm's names.
 
     Args:
@@ -160,9 +156,7 @@ def vit_from_state(
     return fill_vit(vit, keys, state, context, positions="pos_embed", prefix=prefix)
 
 
-def _blocks_of(
-    state: Mapping[str, Tensor], settings: ViTSettings, context: str
-) -> tuple[BlockConfig, int, bool]:
+def _blocks_of(state: Mapping[str, Tensor], settings: ViTSettings, context: str) -> tuple[BlockConfig, int, bool]:
     """What the blocks are made of, the MLPs' width, and whether gate and up are one matrix."""
     first = part(state, "blocks.0.")
     parallel = "in_proj.q.weight" in first

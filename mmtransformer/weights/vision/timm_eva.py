@@ -51,9 +51,7 @@ def from_eva(model: Any) -> ViT:
     norm = "tokens" if "norm.weight" in state else "none"
     if "fc_norm.weight" in state:
         if norm == "tokens":
-            raise ValueError(
-                f"{context} norms tokens, and what they are pooled to again: ViT does one of them"
-            )
+            raise ValueError(f"{context} norms tokens, and what they are pooled to again: ViT does one of them")
         norm = "pooled"
     pool, patch = model.attn_pool, model.patch_embed.patch_size[0]
     config = BlockConfig(
@@ -124,8 +122,7 @@ def _rope_of(rope: Any, context: str) -> RopeConfig:
     if kind == "RotaryEmbeddingMixed":
         return RopeConfig("mixed", float(rope.temperature), order=order)
     plain = {
-        "RotaryEmbeddingCat": getattr(rope, "grid_type", None) == "index"
-        and not getattr(rope, "in_pixels", True),
+        "RotaryEmbeddingCat": getattr(rope, "grid_type", None) == "index" and not getattr(rope, "in_pixels", True),
         "RotaryEmbeddingDinoV3": getattr(rope, "normalize_coords", None) == "separate"
         and getattr(rope, "min_period", None) is None,
     }

@@ -290,9 +290,7 @@ def test_a_faulty_document_is_counted_and_named_by_line(kind: str, tmp_path: Pat
 def test_too_many_faulty_documents_stop_the_run(tmp_path: Path) -> None:
     records = [*(record(n) for n in range(20)), *({"text": "a", "images": ["p/0.png"]} for _ in range(3))]
     write(folder(tmp_path) / "d.jsonl", records)
-    with pytest.raises(
-        TooManyErrors, match=r"3 of 23 rows can't be used \(13\.0%, more than 1\.0% allowed"
-    ) as error:
+    with pytest.raises(TooManyErrors, match=r"3 of 23 rows can't be used \(13\.0%, more than 1\.0% allowed") as error:
         InterleavedFiles(tmp_path)
     assert "marks and pictures differ in number: 3" in str(error.value)
     assert "d.jsonl:21" in str(error.value)
@@ -383,9 +381,7 @@ def test_packed_documents_have_numbers_of_their_own() -> None:
         alone = lay_out([piece], rows.image_id)
         assert (layout.tokens[mine] == alone.tokens).all()
         assert (layout.loss_mask[mine] == alone.loss_mask).all()
-        assert (
-            layout.image_index[mine] == np.where(alone.image_index > 0, alone.image_index + before, 0)
-        ).all()
+        assert (layout.image_index[mine] == np.where(alone.image_index > 0, alone.image_index + before, 0)).all()
         assert (layout.first_image_index[mine] == before + 1).all()
 
 
@@ -397,13 +393,9 @@ def test_packed_documents_have_numbers_of_their_own() -> None:
     max_images=st.integers(1, 5),
     pack=st.booleans(),
 )
-def test_rows_hold_every_document_once(
-    seed: int, count: int, max_len: int, max_images: int, pack: bool
-) -> None:
+def test_rows_hold_every_document_once(seed: int, count: int, max_len: int, max_images: int, pack: bool) -> None:
     documents = some_documents(count, seed)
-    rows = DocumentRows(
-        Fake(documents), tokenizer(), max_len=max_len, max_images=max_images, pack=pack, seed=seed
-    )
+    rows = DocumentRows(Fake(documents), tokenizer(), max_len=max_len, max_images=max_images, pack=pack, seed=seed)
     tok = tokenizer()
     found: dict[int, list[tuple[int, int, list[int]]]] = {}
     for i in range(len(rows)):
@@ -533,9 +525,7 @@ def test_a_batch() -> None:
             q = len(layout.tokens)
             for name in ("tokens", "loss_mask", "image_index", "first_image_index", "document_ids"):
                 assert getattr(batch, name)[r, :q].tolist() == getattr(layout, name).tolist(), name
-            assert batch.attention_mask[r].tolist() == [True] * q + [False] * (
-                batch.attention_mask.shape[1] - q
-            )
+            assert batch.attention_mask[r].tolist() == [True] * q + [False] * (batch.attention_mask.shape[1] - q)
             assert not batch.loss_mask[r, q:].any()
             assert not batch.image_index[r, q:].any()
             assert (batch.document_ids[r, q:] == len(pieces)).all(), "padding belongs to no document"
@@ -606,17 +596,13 @@ def test_a_row_without_a_target_is_replaced_and_too_many_bad_images_stop_the_run
     assert not dataset[SampleIndex(0, at, is_real=False)].layout.loss_mask.any()
     still = data.dataset("train")[SampleIndex(0, at)]
     assert not still.layout.loss_mask.any(), "a replacement sample does not count in evaluation"
-    many = make(
-        Fake(documents, bad=tuple((i, 0) for i in range(9))), report_dir=str(tmp_path / "many"), pack=False
-    )
+    many = make(Fake(documents, bad=tuple((i, 0) for i in range(9))), report_dir=str(tmp_path / "many"), pack=False)
     with pytest.raises(TooManyErrors, match=r"3 of 211 pictures can't be read"):
         [many.dataset("train")[SampleIndex(0, i)] for i in range(211)]
 
 
 def test_a_document_that_names_a_side_is_not_mirrored() -> None:
-    documents = [
-        Document(("", "a star", "left of a circle" if i % 2 else "a circle"), "en") for i in range(23)
-    ]
+    documents = [Document(("", "a star", "left of a circle" if i % 2 else "a circle"), "en") for i in range(23)]
 
     class Sided(Fake):
         def image(self, i: int, k: int) -> Image.Image:
@@ -736,9 +722,7 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(
-    folder: Path, workers: int = 0, ckpt: Path | None = None, save_at: int = -1, **options: object
-) -> list[object]:
+def fit(folder: Path, workers: int = 0, ckpt: Path | None = None, save_at: int = -1, **options: object) -> list[object]:
     seen: list[object] = []
 
     class Save(lightning.Callback):
@@ -774,9 +758,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     rest = fit(tmp_path, ckpt=tmp_path / "8.ckpt", workers=1)
     assert rest == whole[steps[8] :]
     assert {one[0] for one in whole if isinstance(one[0], str)} == {"val 0", "val 1"}  # type: ignore[index]
-    with pytest.raises(
-        ValueError, match=r"cannot resume: the number of rows of the run was \d+ and is now \d+"
-    ):
+    with pytest.raises(ValueError, match=r"cannot resume: the number of rows of the run was \d+ and is now \d+"):
         fit(tmp_path, ckpt=tmp_path / "8.ckpt", max_len=64)
 
 

@@ -196,9 +196,7 @@ def test_captions_in_a_damaged_archive_are_an_error_or_a_fault(tmp_path: Path) -
     path.write_bytes(pack(path, files).read_bytes().replace(b"some words", b"some wolds", 1))
     source = PairFiles(path)
     assert source.report.errors == {"caption file that can't be read": 1}
-    assert source.report.first["caption file that can't be read"] == [
-        "p00.png: p00.txt: bytes fail the zip's checksum"
-    ]
+    assert source.report.first["caption file that can't be read"] == ["p00.png: p00.txt: bytes fail the zip's checksum"]
 
 
 def test_a_zip_that_claims_less_than_it_unpacks_is_cut_short(tmp_path: Path) -> None:
@@ -275,9 +273,7 @@ def test_two_stray_quotes_do_not_swallow_what_is_between(tmp_path: Path) -> None
         (b"nope.png,a dog", "missing picture", "'nope.png'"),
     ],
 )
-def test_lines_that_cannot_be_used_are_counted_by_line(
-    line: bytes, cause: str, said: str, tmp_path: Path
-) -> None:
+def test_lines_that_cannot_be_used_are_counted_by_line(line: bytes, cause: str, said: str, tmp_path: Path) -> None:
     source = read_csv(tmp_path, [b"p01.png,a cat", line])
     assert source.report.errors == {cause: 1}
     assert (source.report.rows, source.report.bad_rows) == (20, 1)
@@ -286,9 +282,7 @@ def test_lines_that_cannot_be_used_are_counted_by_line(
     assert said in first
     names = [source.split("train").name(i) for i in range(len(source.split("train")))]
     assert "p00.png" not in names
-    with pytest.raises(
-        TooManyErrors, match=rf"1 of 20 rows can't be used \(5.0%, more than 0.0%(.|\n)*{cause}"
-    ):
+    with pytest.raises(TooManyErrors, match=rf"1 of 20 rows can't be used \(5.0%, more than 0.0%(.|\n)*{cause}"):
         read_csv(tmp_path, [b"p01.png,a cat", line], max_bad=0)
 
 
@@ -359,16 +353,12 @@ def test_one_empty_caption_of_several_costs_only_itself(tmp_path: Path) -> None:
     assert len(source.split("train")) == 23
 
 
-LETTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
-    lambda text: ".png" not in text
-)
+LETTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(lambda text: ".png" not in text)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=7), st.sampled_from(",;\t|"), st.booleans())
-def test_whatever_a_spreadsheet_writes_is_read_back(
-    cells: list[tuple[str, str]], mark: str, everywhere: bool
-) -> None:
+def test_whatever_a_spreadsheet_writes_is_read_back(cells: list[tuple[str, str]], mark: str, everywhere: bool) -> None:
     """Also quotes, delimiters and line ends inside of cells, in a quoting of either kind."""
     out = io.StringIO()
     quoting: Literal[0, 1] = csv.QUOTE_ALL if everywhere else csv.QUOTE_MINIMAL

@@ -81,9 +81,7 @@ def fuzz(valid: list[bytes], read: Callable[[bytes], bool], count: int, seed: in
         try:
             good += read(data)
         except BaseException as error:
-            raise AssertionError(
-                f"file {i} of seed {seed} ({len(data)} bytes): {type(error).__name__}"
-            ) from error
+            raise AssertionError(f"file {i} of seed {seed} ({len(data)} bytes): {type(error).__name__}") from error
         assert time.process_time() - began < SLOW, f"file {i} of seed {seed} took too long"
         if i == count // 3:
             before = memory()
@@ -113,9 +111,7 @@ def test_damaged_images_give_a_image_or_an_image_error(count: int) -> None:
     valid = images()
     assert all(read_image(data) for data in valid)
     good = fuzz(valid, read_image, count, 11)
-    assert 0.05 * count < good < 0.8 * count, (
-        f"{good} of {count} could be read: the damage is not what it was"
-    )
+    assert 0.05 * count < good < 0.8 * count, f"{good} of {count} could be read: the damage is not what it was"
 
 
 def manifests(folder: Path) -> dict[str, bytes]:
@@ -125,9 +121,7 @@ def manifests(folder: Path) -> dict[str, bytes]:
         Image.new("RGB", (5, 7)).save(folder / name)
     rows = io.StringIO()
     writer = csv.writer(rows)
-    writer.writerows(
-        [["filepath", "title", "split"], *zip(names, texts, ["train", "train", "val"], strict=True)]
-    )
+    writer.writerows([["filepath", "title", "split"], *zip(names, texts, ["train", "train", "val"], strict=True)])
     tabs = "\n".join(f"{name}\t{text}" for name, text in zip(names, texts, strict=True))
     lines = [{"image": name, "caption": text} for name, text in zip(names, texts, strict=True)]
     coco = {
@@ -141,9 +135,7 @@ def manifests(folder: Path) -> dict[str, bytes]:
             for i, (name, text) in enumerate(zip(names, texts, strict=True))
         ],
     }
-    flickr = "".join(
-        f"{name}#{i}\t{text}\n" for name, text in zip(names, texts, strict=True) for i in range(2)
-    )
+    flickr = "".join(f"{name}#{i}\t{text}\n" for name, text in zip(names, texts, strict=True) for i in range(2))
     return {
         "pairs.csv": rows.getvalue().encode(),
         "pairs.tsv": f"filepath\ttitle\n{tabs}\n".encode(),

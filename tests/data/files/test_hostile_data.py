@@ -71,9 +71,7 @@ def test_a_tar_that_leads_back_to_itself_ends(root: Path) -> None:
     path = root / "x.tar"
     path.write_bytes(first.tobuf() + PNG + bytes(-len(PNG) % 512) + header + bytes(1024))
     assert "leads backwards" in Files(root).refused["x.tar"]
-    with pytest.raises(
-        ValueError, match=r"x\.tar: a damaged archive \(a header at byte 1024 leads backwards"
-    ):
+    with pytest.raises(ValueError, match=r"x\.tar: a damaged archive \(a header at byte 1024 leads backwards"):
         Files(path)
 
 
@@ -112,13 +110,9 @@ def test_links_to_shards_elsewhere_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     shard(tmp_path / "private.tar")
     (tmp_path / "data" / "x.tar").symlink_to("../private.tar")
-    with pytest.raises(
-        ValueError, match=r"x\.tar: a link that leads out of .*private\.tar: name that folder"
-    ):
+    with pytest.raises(ValueError, match=r"x\.tar: a link that leads out of .*private\.tar: name that folder"):
         Shards(str(tmp_path / "data"))
-    assert (
-        len(Shards(str(tmp_path / "data" / "x.tar"), val_fraction=0).split("train")) == 3
-    )  # asked for by name
+    assert len(Shards(str(tmp_path / "data" / "x.tar"), val_fraction=0).split("train")) == 3  # asked for by name
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "other index"])
@@ -174,9 +168,7 @@ def test_a_table_that_grows_is_refused(root: Path) -> None:
     blank = pa.array([bytes(1 << 25)] * 3, pa.binary())
     table = pa.table({"image": blank, "caption": ["a"] * 3})
     pq.write_table(table, root / "blank.parquet", compression="zstd", use_dictionary=False)
-    with pytest.raises(
-        ValueError, match=r"blank\.parquet: a row group of 10\d,\d{3},\d{3} bytes out of .*: a bomb"
-    ):
+    with pytest.raises(ValueError, match=r"blank\.parquet: a row group of 10\d,\d{3},\d{3} bytes out of .*: a bomb"):
         open_pairs(root / "blank.parquet")
 
 

@@ -153,12 +153,7 @@ def test_splits_by_the_names_of_shards_and_folders(tmp_path: Path) -> None:
 def test_a_sample_is_always_in_the_same_split(tmp_path: Path) -> None:
     few = Shards(str(shards(tmp_path / "few", 2)), val_fraction=0.3)
     more = Shards(str(shards(tmp_path / "more", 5)), val_fraction=0.3)
-    where = {
-        split.name(i): name
-        for name in more.splits()
-        for split in [more.split(name)]
-        for i in range(len(split))
-    }
+    where = {split.name(i): name for name in more.splits() for split in [more.split(name)] for i in range(len(split))}
     for name in few.splits():
         split = few.split(name)
         assert {where[split.name(i)] for i in range(len(split))} == {name}
@@ -174,9 +169,7 @@ def test_patterns(tmp_path: Path) -> None:
         ("part-0{00..01}.tar", range(2)),
         ("{part,part}-001.tar", (1, 1)),
     ):
-        assert [path.stem for path in find_shards(str(tmp_path / pattern))] == [names[k] for k in count], (
-            pattern
-        )
+        assert [path.stem for path in find_shards(str(tmp_path / pattern))] == [names[k] for k in count], pattern
     both = Shards([str(tmp_path / "part-000.tar"), str(tmp_path / "part-01*.tar")], val_fraction=0)
     assert [path.stem for path in both.paths] == ["part-000", "part-010", "part-011"]
     with pytest.raises(ValueError, match=r"2 of 13 shards do not exist; the first: .*part-012\.tar"):
@@ -230,9 +223,7 @@ def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path) -> None:
     assert path.read_bytes() == whole, "and kept again"
 
 
-def test_where_nothing_can_be_written_a_cache_folder_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_nothing_can_be_written_a_cache_folder_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = shards(tmp_path / "a")
     cached = Shards(str(root), cache_dir=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 3
@@ -373,9 +364,7 @@ def test_damage_behind_the_first_member_is_found(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="what stands at byte 2,048 is neither a header nor the end"):
         Shards(str(path))
     path.write_bytes(data + data)
-    with pytest.raises(
-        ShardError, match="there is more behind its end mark at byte 6,144: tars cannot be joined"
-    ):
+    with pytest.raises(ShardError, match="there is more behind its end mark at byte 6,144: tars cannot be joined"):
         Shards(str(path))
     path.write_bytes(b"no tar at all" * 99)
     with pytest.raises(ShardError, match="damaged tar"):
@@ -409,9 +398,7 @@ def test_a_shard_that_changes_under_a_run_is_said(tmp_path: Path) -> None:
     path, data = whole_tar(tmp_path)
     split = Shards(str(path), val_fraction=0).split("train")
     path.write_bytes(data[:1000])
-    with pytest.raises(
-        ImageError, match=r"00002 \(byte 4608 of .*a\.tar\): can't be read .*has the shard changed"
-    ):
+    with pytest.raises(ImageError, match=r"00002 \(byte 4608 of .*a\.tar\): can't be read .*has the shard changed"):
         split.image(2)
 
 

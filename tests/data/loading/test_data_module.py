@@ -138,8 +138,7 @@ def test_the_example_runs(sounds: Any, tmp_path: Path) -> None:
         names = [name for batch in batches for name in batch.names]
         assert sorted(names) == sorted(f"sound {i}" for i in range(11))
     waves = [
-        {name: wave for batch in epoch for name, wave in zip(batch.names, batch.waves, strict=True)}
-        for epoch in epochs
+        {name: wave for batch in epoch for name, wave in zip(batch.names, batch.waves, strict=True)} for epoch in epochs
     ]
     assert not torch.equal(waves[0]["sound 3"], waves[1]["sound 3"])
     assert (waves[0]["sound 3"] - torch.tensor([9.0, 10, 11])).abs().max() < 1
@@ -202,9 +201,7 @@ def test_processes_share_the_samples_and_lightnings_sampler_is_refused() -> None
     is_real = sorted(i for share in shares for _, i, is_counted in share if is_counted)
     assert is_real == list(range(23))
     assert [len(loader(rank)) for rank in range(2)] == [3, 3]
-    with pytest.raises(
-        ValueError, match="use_distributed_sampler to false: Plain shares the numbers among the 2"
-    ):
+    with pytest.raises(ValueError, match="use_distributed_sampler to false: Plain shares the numbers among the 2"):
         loader(0, _accelerator_connector=SimpleNamespace(use_distributed_sampler=True))
 
 
@@ -224,18 +221,14 @@ def test_a_run_goes_on_with_what_it_had(tokenizer: Tokenizer, tmp_path: Path) ->
     assert state == {"tokenizer": data.tokenizer_hash, "size": 23}
     tokenizer.save_pretrained(tmp_path)
     Rich(tokenizer=str(tmp_path)).load_state_dict(state)
-    with pytest.raises(
-        ValueError, match=r"cannot resume: the size of the run was 23 and is now 22, so its batches"
-    ):
+    with pytest.raises(ValueError, match=r"cannot resume: the size of the run was 23 and is now 22, so its batches"):
         Rich(size=22, tokenizer=tokenizer).load_state_dict(state)
     other = Tokenizer.train(["quite other words"], 265)
     with pytest.raises(
         ValueError, match=rf"cannot resume: .*not that of the run .* was {data.tokenizer_hash}\).*\(4096\)"
     ):
         Rich(tokenizer=other).load_state_dict(state)
-    with pytest.raises(
-        ValueError, match=r"cannot resume: the checkpoint does not say its size: .* this Rich"
-    ):
+    with pytest.raises(ValueError, match=r"cannot resume: the checkpoint does not say its size: .* this Rich"):
         Rich(tokenizer=tokenizer).load_state_dict({"tokenizer": data.tokenizer_hash})
     with pytest.raises(ValueError, match="cannot resume: the checkpoint does not say its"):
         Rich(tokenizer=tokenizer).load_state_dict(5)  # type: ignore[arg-type]
@@ -289,9 +282,7 @@ def fitted(sounds: Any, folder: Path, val: int = 3, **options: Any) -> Module:
     for split, size in (("train", 11), ("val", val)):
         torch.save(torch.randn(size, 3), folder / f"{split}.pt")
     data, module = sounds.SoundData(str(folder), batch_size=4, num_workers=1), Module()
-    quiet = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings: dict[str, Any] = {"num_sanity_val_steps": 0} | ({} if options.get("barebones") else quiet)
     lightning.Trainer(accelerator="cpu", default_root_dir=folder, **(settings | options)).fit(module, data)
     return module

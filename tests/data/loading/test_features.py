@@ -26,9 +26,7 @@ TRANSFORM = ImageTransform(image_size=(12, 20))
 
 def tower(seed=0, **options):
     torch.manual_seed(seed)
-    return freeze(
-        ViT(**({"image_size": (12, 20), "patch_size": 4, "dim": 6, "depth": 2, "num_heads": 2} | options))
-    )
+    return freeze(ViT(**({"image_size": (12, 20), "patch_size": 4, "dim": 6, "depth": 2, "num_heads": 2} | options)))
 
 
 def pixels(pairs):
@@ -73,9 +71,7 @@ def test_the_cache_holds_what_the_tower_says(tmp_path, dtype):
         for i in range(7):
             assert cache[i, mirrored].dtype == getattr(torch, dtype)
             tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
-            torch.testing.assert_close(
-                cache[i, mirrored].float(), expected[i], atol=tolerance, rtol=tolerance
-            )
+            torch.testing.assert_close(cache[i, mirrored].float(), expected[i], atol=tolerance, rtol=tolerance)
     assert not torch.equal(cache[2, False], cache[2, True])
 
 
@@ -89,9 +85,7 @@ def test_it_is_computed_once_and_read_in_place(tmp_path):
     assert vision._calls == [3, 3, 1]
     assert len(again) == 7
     view = again[5, False]
-    assert view.untyped_storage().data_ptr() == again.tokens.untyped_storage().data_ptr(), (
-        "a view, not a copy"
-    )
+    assert view.untyped_storage().data_ptr() == again.tokens.untyped_storage().data_ptr(), "a view, not a copy"
     torch.testing.assert_close(view.float(), cache[5, False].float())
     (file,) = tmp_path.glob("*.safetensors")
     assert load_file(file)["visual_tokens"].shape == (7, 1, 240, 3), "any safetensors reader opens it"
@@ -168,9 +162,7 @@ def test_long_faults_are_shortened(tmp_path):
     pairs = FakePairs(11, bad=range(8))
     cache = build(tmp_path, pairs=pairs)
     assert len(cache.errors) == 8
-    pairs.image = lambda i: (
-        (_ for _ in ()).throw(ImageError("속" * 5000)) if i < 8 else FakePairs(11).image(i)
-    )
+    pairs.image = lambda i: (_ for _ in ()).throw(ImageError("속" * 5000)) if i < 8 else FakePairs(11).image(i)
     cache = build(tmp_path / "long", pairs=pairs)
     assert all(fault and set(fault) == {"속"} for fault in cache.errors.values())
     assert sorted(cache.errors) == list(range(8))
@@ -184,9 +176,7 @@ def test_no_readable_image_is_an_error(tmp_path):
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(
-        ValueError, match=r"features of 7 pictures take 20,160 bytes and the disk has 1,000 free"
-    ):
+    with pytest.raises(ValueError, match=r"features of 7 pictures take 20,160 bytes and the disk has 1,000 free"):
         build(tmp_path, flip=True)
     assert [p.suffix for p in tmp_path.iterdir()] == [".lock"]
 
@@ -304,9 +294,7 @@ def test_batches_hold_visual_tokens_in_place_of_pixels(tmp_path):
             assert torch.equal(a.tokens, b.tokens)
             assert a.visual_tokens.dtype == torch.float16, "as the cache has them; the model casts"
             assert a.visual_tokens.shape == (len(a.names), 1, 15, 6)
-            torch.testing.assert_close(
-                a.visual_tokens.float(), captioner.encode(b.pixels), atol=2e-3, rtol=2e-3
-            )
+            torch.testing.assert_close(a.visual_tokens.float(), captioner.encode(b.pixels), atol=2e-3, rtol=2e-3)
 
 
 def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
@@ -350,9 +338,7 @@ def test_only_frozen_towers_are_cached(tmp_path):
     data = make(image=TRANSFORM, cache_features=CacheFeatures(str(tmp_path)))
     captioner = FakeCaptioner(tower())
     captioner.vision.blocks[0].attn.out_proj.bias.requires_grad_(True)
-    with pytest.raises(
-        ValueError, match=r"1 of its parameters are trainable \(blocks\.0\.attn\.out_proj\.bias"
-    ):
+    with pytest.raises(ValueError, match=r"1 of its parameters are trainable \(blocks\.0\.attn\.out_proj\.bias"):
         data.use_features(captioner)
 
 

@@ -63,9 +63,7 @@ def test_order_is_a_permutation_and_a_pure_function():
     assert not np.array_equal(orders[0], orders[1])
     np.testing.assert_array_equal(IndexSampler(N, 7, seed=3, lengths=lengths).order(1), orders[1])
     assert not np.array_equal(IndexSampler(N, 7, seed=4, lengths=lengths).order(1), orders[1])
-    assert indices(IndexSampler(N, 7, shuffle=False)) == [
-        list(range(i, min(i + 7, N))) for i in range(0, N, 7)
-    ]
+    assert indices(IndexSampler(N, 7, shuffle=False)) == [list(range(i, min(i + 7, N))) for i in range(0, N, 7)]
 
 
 def test_every_epoch_has_another_order():
@@ -110,9 +108,7 @@ def test_grouping_by_length_cuts_padding_and_mixes_batches():
 
 @pytest.mark.parametrize(("world", "size"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_processes_share_the_same_steps(world, size):
-    shares = [
-        list(IndexSampler(N, size, seed=5, lengths=lengths, rank=rank, world=world)) for rank in range(world)
-    ]
+    shares = [list(IndexSampler(N, size, seed=5, lengths=lengths, rank=rank, world=world)) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     one = list(IndexSampler(N, 8, seed=5, lengths=lengths))
     for together, step in zip(zip(*shares, strict=True), one, strict=True):
@@ -158,9 +154,7 @@ def test_batches_do_not_depend_on_workers_and_leave_the_global_generator_alone(w
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("stop", "before", "after"), [(0, 0, 0), (1, 0, 2), (6, 2, 0), (14, 2, 2), (15, 0, 0)]
-)
+@pytest.mark.parametrize(("stop", "before", "after"), [(0, 0, 0), (1, 0, 2), (6, 2, 0), (14, 2, 2), (15, 0, 0)])
 def test_resume_goes_on_with_the_next_batch(stop, before, after):
     whole = []
     straight = loader(lengths=lengths)

@@ -32,9 +32,7 @@ def scenes(number: int) -> list[Scene]:
 def test_true_captions_score_one_in_any_phrasing(language):
     worlds = scenes(1009)
     for k in range(MAX_PHRASINGS):
-        captions = [
-            describe(scene, language, MAX_PHRASINGS, random.Random(i))[k] for i, scene in enumerate(worlds)
-        ]
+        captions = [describe(scene, language, MAX_PHRASINGS, random.Random(i))[k] for i, scene in enumerate(worlds)]
         scores = score(captions, worlds, language)
         assert (scores.facts, scores.exact, scores.captions, scores.hallucinated) == (1.0, 1.0, 1009, 0)
         for rates in (scores.objects, scores.attributes, scores.relations):

@@ -233,9 +233,7 @@ def test_no_korean_caption_has_a_wrong_particle():
     import unicodedata
 
     nouns = ["원", "사각형", "삼각형", "별", "하트", "마름모", "십자가", "초승달", "오각형", "화살표"]
-    ends = re.compile(
-        rf"({'|'.join([*nouns, '하나', '둘', '셋', '넷', '개'])})(이|가|은|는|을|를|과|와)(?= )"
-    )
+    ends = re.compile(rf"({'|'.join([*nouns, '하나', '둘', '셋', '넷', '개'])})(이|가|은|는|을|를|과|와)(?= )")
     seen = set()
     for i, scene in enumerate(scenes(1009)):
         for caption in describe(scene, "ko", 3, random.Random(i)):

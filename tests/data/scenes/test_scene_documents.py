@@ -63,9 +63,7 @@ def test_every_text_of_a_document_says_the_same_kind_of_thing_of_its_image() -> 
     assert set(ways) == {(way, language) for way in WAYS for language in ("en", "ko")}
 
 
-COLORS_KO = (
-    "red 빨간색 orange 주황색 yellow 노란색 green 초록색 blue 파란색 purple 보라색 white 하얀색 black 검은색"
-)
+COLORS_KO = "red 빨간색 orange 주황색 yellow 노란색 green 초록색 blue 파란색 purple 보라색 white 하얀색 black 검은색"
 SHAPES_KO = ["원", "사각형", "삼각형", "별", "하트", "마름모", "십자가", "초승달", "오각형", "화살표"]
 
 
@@ -134,9 +132,7 @@ def data_and_model() -> tuple[InterleavedData, Flamingo]:
     )
     data = InterleavedData(source, image=ImageTransform(16), vocab_size=330, batch_size=4, max_len=160)
     data.setup("fit")
-    model = Flamingo(
-        ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), TextDecoder(400, 20, 1, 2, max_len=400)
-    )
+    model = Flamingo(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), TextDecoder(400, 20, 1, 2, max_len=400))
     return data, model
 
 
@@ -164,9 +160,7 @@ def test_scores_after_every_number_of_examples(monkeypatch: pytest.MonkeyPatch) 
     scores = score_few_shot(
         model, data, [0, 1, 2, 4], generation=GenerationConfig(num_beams=3), device=torch.device("cpu")
     )
-    assert set(scores.scores) == {
-        f"{way}, {code}" for way in ("description", "color") for code in ("en", "ko")
-    }
+    assert set(scores.scores) == {f"{way}, {code}" for way in ("description", "color") for code in ("en", "ko")}
     for by in scores.scores.values():
         assert by == {0: 0.0, 1: 0.0, 2: 1.0, 4: 1.0}
     assert {shots for shots, _ in seen} == {0, 1, 2, 4}
@@ -196,10 +190,5 @@ def test_the_facts_of_a_description_are_scored() -> None:
 
 
 def test_the_means_of_all_kinds_stand_in_a_line() -> None:
-    scored = FewShotScores(
-        "% of answers right", {"a": {0: 0.1, 2: 0.9}, "b": {0: 0.3, 2: 1.0}, "c": {2: 0.5}}
-    )
-    assert (
-        scored.headline()
-        == "% of answers right after so many examples: 0: 20.0, 2: 80.0; shown here after none"
-    )
+    scored = FewShotScores("% of answers right", {"a": {0: 0.1, 2: 0.9}, "b": {0: 0.3, 2: 1.0}, "c": {2: 0.5}})
+    assert scored.headline() == "% of answers right after so many examples: 0: 20.0, 2: 80.0; shown here after none"

@@ -288,9 +288,7 @@ def test_every_object_is_seen_in_its_box_and_in_its_color():
         found = 0
         for left, top, right, bottom in scene.boxes(64)[0]:
             x0, y0, x1, y1 = (round(left) - 1, round(top) - 1, round(right) + 1, round(bottom) + 1)
-            found += bool(
-                body[max(y0, 0) : y1, max(x0, 0) : x1].sum() > 0.08 * (right - left) * (bottom - top)
-            )
+            found += bool(body[max(y0, 0) : y1, max(x0, 0) : x1].sum() > 0.08 * (right - left) * (bottom - top))
             body[max(y0, 0) : y1, max(x0, 0) : x1] = False
         assert found == group.count, scene
         assert body.sum() == 0, scene

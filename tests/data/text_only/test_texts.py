@@ -87,9 +87,7 @@ def test_an_epoch_has_every_part_once_in_a_place_of_its_length(tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("max_len", [6, 31])
-def test_rows_hold_prompt_text_and_end_and_predict_every_token_once(
-    tokenizer: Tokenizer, max_len: int
-) -> None:
+def test_rows_hold_prompt_text_and_end_and_predict_every_token_once(tokenizer: Tokenizer, max_len: int) -> None:
     rows = rows_of(tokenizer, max_len)
     want = [ids(tokenizer, text) for text in TEXTS]
     assert rows.divided == sum(len(text) > max_len for text in want)
@@ -168,9 +166,7 @@ def flat(batches: list[TextBatch]) -> list[tuple[list[int], list[int], list[bool
     return [
         (tokens.tolist(), document_ids.tolist(), loss_mask.tolist())
         for batch in batches
-        for tokens, document_ids, loss_mask in zip(
-            batch.tokens, batch.document_ids, batch.loss_mask, strict=True
-        )
+        for tokens, document_ids, loss_mask in zip(batch.tokens, batch.document_ids, batch.loss_mask, strict=True)
     ]
 
 
@@ -292,9 +288,7 @@ def test_jsonl_with_splits_keeps_them_and_train_never_says_what_val_says(tmp_pat
 
 
 def test_without_splits_the_captions_of_a_image_stay_together(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [
-        {"photo_id": i, "captions": [f"number {i}", f"the {i}"]} for i in range(200)
-    ]
+    rows: list[dict[str, object]] = [{"photo_id": i, "captions": [f"number {i}", f"the {i}"]} for i in range(200)]
     path = write(tmp_path / "texts.jsonl", rows)
     files = TextFiles([str(path)], TextReadOptions(val_fraction=0.2))
     val = {text.text.split()[1] for text in files.split("val")}
@@ -382,9 +376,7 @@ def test_languages_are_told_by_script(
 def test_korean_typed_as_jamo_is_the_same_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\u1100\u1162\n", "utf-8")
     (tmp_path / "b.txt").write_text("\u1100\u1162\n \nb", "utf-8")
-    assert TextFiles([str(tmp_path / "a.txt")], TextReadOptions(val_fraction=0)).split("train") == [
-        Caption("개", "ko")
-    ]
+    assert TextFiles([str(tmp_path / "a.txt")], TextReadOptions(val_fraction=0)).split("train") == [Caption("개", "ko")]
     whole = TextFiles([str(tmp_path / "b.txt")], TextReadOptions(unit="paragraph", val_fraction=0))
     assert whole.split("train")[0].text == "개"
 

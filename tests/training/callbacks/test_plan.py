@@ -155,9 +155,7 @@ def test_a_cpu_keeps_few_kernels_of_the_planned_size() -> None:
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
     few, many = map(int, done.stdout.split())
     assert few == pytest.approx(64 * KERNEL_BYTES, rel=0.1)
-    assert few + many == pytest.approx(
-        KERNELS * KERNEL_BYTES, rel=0.1
-    )  # 400 more shapes, and no more than that.
+    assert few + many == pytest.approx(KERNELS * KERNEL_BYTES, rel=0.1)  # 400 more shapes, and no more than that.
 
 
 @pytest.mark.parametrize(("rows", "third"), [(200, 2), (18, 2), (13, 1), (6, 0), (5, 0)])

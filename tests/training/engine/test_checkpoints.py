@@ -106,9 +106,7 @@ def test_another_format_is_refused_in_a_line(tmp_path: Path, version: int | None
 @pytest.mark.parametrize("value", [lambda: 0, socket, signal.getsignal, object()])
 def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, value: object) -> None:
     saved = checkpoint() | {"hyper_parameters": {"parts": [1, {"deep": value}]}}
-    with pytest.raises(
-        CheckpointError, match=r"hyper_parameters\.parts\[1\]\.deep is a .*keep tensors and plain"
-    ):
+    with pytest.raises(CheckpointError, match=r"hyper_parameters\.parts\[1\]\.deep is a .*keep tensors and plain"):
         FILES.save_checkpoint(saved, tmp_path / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
 
@@ -318,9 +316,7 @@ def test_killed_in_saves_on_a_small_disk_that_fills_up(small_disk: Path) -> None
     for i in range(2):
         litter = small_disk / f".last.ckpt.{socket.gethostname()}-99999999{i}.part"
         litter.write_bytes(bytes(4 * size))
-    with pytest.raises(
-        CheckpointError, match=r"cannot write about 2,248,604 bytes: only [\d,]+ bytes are free"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot write about 2,248,604 bytes: only [\d,]+ bytes are free"):
         FILES.save_checkpoint(checkpoint(step + 1, size), path)
     assert read(path)["global_step"] == step
     assert len(remove_leftovers(small_disk)) == 2
@@ -328,9 +324,7 @@ def test_killed_in_saves_on_a_small_disk_that_fills_up(small_disk: Path) -> None
     assert read(path)["global_step"] == step + 1
 
 
-def test_a_disk_that_others_fill_in_the_middle_of_a_save(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_others_fill_in_the_middle_of_a_save(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There was room when it began: the kernel says ENOSPC."""
     path = small_disk / "last.ckpt"
     FILES.save_checkpoint(checkpoint(3, 400_009), path)
@@ -346,9 +340,7 @@ def test_a_log_on_a_full_disk_names_path_and_bytes(small_disk: Path) -> None:
     (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     for step in range(1, 500):
         log.log_metrics({"loss": 0.5}, step)
-    with pytest.raises(
-        CheckpointError, match=r"metrics\.csv: cannot add [\d,]+ bytes: No space left on device"
-    ):
+    with pytest.raises(CheckpointError, match=r"metrics\.csv: cannot add [\d,]+ bytes: No space left on device"):
         log.save()
 
 

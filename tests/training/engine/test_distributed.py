@@ -207,9 +207,7 @@ def test_what_one_process_alone_has_to_add_is_logged(two: Path) -> None:
 def test_a_process_that_does_not_see_the_folder_is_named(two: Path) -> None:
     for rank in range(2):
         text = (two / f"lost-{rank}.txt").read_text()
-        assert text.startswith(
-            f"process 1 (on {socket.gethostname()}) would go on from step 0, process 0 (on"
-        )
+        assert text.startswith(f"process 1 (on {socket.gethostname()}) would go on from step 0, process 0 (on")
         assert f"from step 16: the run's folder, {two / 'one then two'}, must" in text
         assert "must be on a disk that all nodes share" in text
 
@@ -351,9 +349,7 @@ class Reads(pl.LightningModule):
 
 def test_a_q_formers_weights_may_be_shared_out() -> None:
     def job() -> None:
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         task = Reads()
         shard(task, init_device_mesh("cpu", (1,)))
         task.training_step(torch.randn(2, 5, 8)).backward()
@@ -365,7 +361,5 @@ def test_a_q_formers_weights_may_be_shared_out() -> None:
 def test_a_single_number_cannot_be_shared_out() -> None:
     task = Reads()
     task.qformer.log_temperature = torch.nn.Parameter(torch.zeros(()))
-    with pytest.raises(
-        ValueError, match=r"cannot share out qformer\.log_temperature, .* --trainer\.strategy ddp"
-    ):
+    with pytest.raises(ValueError, match=r"cannot share out qformer\.log_temperature, .* --trainer\.strategy ddp"):
         shard(task, None)  # type: ignore[arg-type]

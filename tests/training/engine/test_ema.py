@@ -34,8 +34,6 @@ def test_its_decay_grows_with_the_steps() -> None:
     for step in range(9):
         nn.init.constant_(module.weight, float(step**2))
         average.update(module)
-        decay = (
-            min(0.45, (1 + step) / (10 + step)) if step else 0.0
-        )  # the first weights are the first average
+        decay = min(0.45, (1 + step) / (10 + step)) if step else 0.0  # the first weights are the first average
         mean = decay * mean + (1 - decay) * step**2
     assert average.weights["weight"].item() == pytest.approx(mean, rel=1e-12)

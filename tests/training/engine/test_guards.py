@@ -44,9 +44,7 @@ def batch(seed: int, poison: float | None = None) -> CaptionBatch:
     pixels = torch.randn(3, 1, 3, 32, 32)
     if poison is not None:
         pixels[1, 0, 2, 5, 5] = poison
-    return CaptionBatch(
-        tokens, attention_mask, loss_mask, pixels, names=tuple(f"picture-{seed}-{i}" for i in range(3))
-    )
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels, names=tuple(f"picture-{seed}-{i}" for i in range(3)))
 
 
 def train(
@@ -130,9 +128,7 @@ def test_a_step_that_is_taken_again_is_noted_once(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in record.read_text("utf-8").splitlines()] == [3, 5]
 
 
-def test_the_look_for_the_bad_module_computes_as_the_step_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_look_for_the_bad_module_computes_as_the_step_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the run's number format: what float32 can hold is not where bfloat16 failed."""
     seen = []
     loss = Captioning.loss
@@ -147,9 +143,7 @@ def test_the_look_for_the_bad_module_computes_as_the_step_did(
     assert seen == [True, True, True]
 
 
-def test_weights_are_what_they_were_before_the_bad_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_what_they_were_before_the_bad_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, _ = train(tmp_path, [batch(0), batch(1)], lr_schedule="inverse_sqrt")
     seen: list[Captioning] = []
 
@@ -177,17 +171,13 @@ def test_bad_steps_can_be_left_out(tmp_path: Path, kind: str) -> None:
     assert all(torch.as_tensor(value).isfinite().all() for value in state)
     assert module.last_loss.isfinite()
     start = tiny.captioner()
-    moved = [
-        not torch.equal(a, b) for a, b in zip(start.parameters(), module.captioner.parameters(), strict=True)
-    ]
+    moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), module.captioner.parameters(), strict=True)]
     assert all(moved)
 
 
 def test_steps_left_out_are_counted_through_a_resume(tmp_path: Path) -> None:
     class Poison(pl.Callback):
-        def on_train_batch_start(
-            self, trainer: pl.Trainer, module: Any, batch: CaptionBatch, index: int
-        ) -> None:
+        def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: CaptionBatch, index: int) -> None:
             if index == 1:
                 batch.pixels[0] = math.nan  # type: ignore[index]
 
@@ -254,9 +244,7 @@ def test_the_first_bad_module_is_found() -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes"
-        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         MemoryError("no memory"),
     ],
 )

@@ -16,9 +16,7 @@ def private(path: Path) -> Iterator[str]:
     """The private names that a file takes from what is not its own."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and re.search(
-            r"^(lightning|torch\.distributed).*\._", node.module or ""
-        ):
+        if isinstance(node, ast.ImportFrom) and re.search(r"^(lightning|torch\.distributed).*\._", node.module or ""):
             yield node.module or ""
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
             owner = node.value.id if isinstance(node.value, ast.Name) else ""

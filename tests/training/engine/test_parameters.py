@@ -32,9 +32,7 @@ class Modes(pl.Callback):
         self.seen.append({name for name, part in module.named_modules() if part.training})
 
 
-def fit(
-    folder: Path, steps: int, *looks: pl.Callback, resume: bool = False
-) -> tuple[list[Tensor], list[set[str]]]:
+def fit(folder: Path, steps: int, *looks: pl.Callback, resume: bool = False) -> tuple[list[Tensor], list[set[str]]]:
     """A run with a decoder as it is loaded, in evaluation mode, and a frozen tower that somebody put into training."""
     warnings.simplefilter("ignore")
     captioner, modes = tiny.captioner(freeze_vision=True), Modes()
@@ -55,9 +53,7 @@ def test_modes_are_those_of_what_learns_whoever_looks(tmp_path: Path) -> None:
     runs = [
         fit(tmp_path / "plain", 5),
         fit(tmp_path / "samples", 5, Samples(every_seconds=0.0)),
-        (fit(tmp_path / "resumed", 2, Samples(every_seconds=0.0)), fit(tmp_path / "resumed", 5, resume=True))[
-            1
-        ],
+        (fit(tmp_path / "resumed", 2, Samples(every_seconds=0.0)), fit(tmp_path / "resumed", 5, resume=True))[1],
     ]
     for weights, seen in runs:
         assert all(torch.equal(a, b) for a, b in zip(weights, runs[0][0], strict=True))
@@ -113,9 +109,7 @@ def test_it_is_said_at_the_start(tmp_path: Path) -> None:
         accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False, max_steps=2,
         limit_val_batches=0, enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.warns(
-        UserWarning, match=r"2 parameters .* does not reach them: captioner\.idle \(2\); freeze"
-    ) as said:
+    with pytest.warns(UserWarning, match=r"2 parameters .* does not reach them: captioner\.idle \(2\); freeze") as said:
         trainer.fit(module, datamodule=tiny.scenes())
     assert len([w for w in said if "does not reach" in str(w.message)]) == 1
 
@@ -151,9 +145,7 @@ UNEVEN: dict[str, Callable[[], Captioner]] = {
     "a contrast that counts for nothing": coca,
     "a pool that a captioner passes by": lambda: EncoderDecoder(vit(pool="attention"), lm(cross_dim=24)),
     "the last text MLP of a Q-Former": instructed,
-    "a gated block that sees no image": lambda: Flamingo(
-        vit(), lm(), visible_images="none", freeze_decoder=False
-    ),
+    "a gated block that sees no image": lambda: Flamingo(vit(), lm(), visible_images="none", freeze_decoder=False),
 }
 
 

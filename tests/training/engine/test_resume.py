@@ -94,9 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         ("workers", {"at": 6, "number": signal.SIGINT, "all": True, "where": "validation"}),
     ],
 )
-def test_killed_and_resumed_is_the_unbroken_run(
-    tmp_path: Path, unbroken: Any, name: str, kill: dict[str, Any]
-) -> None:
+def test_killed_and_resumed_is_the_unbroken_run(tmp_path: Path, unbroken: Any, name: str, kill: dict[str, Any]) -> None:
     setting = SETTINGS[name]
     check(tmp_path, unbroken(**setting), setting, **kill)
 
@@ -116,9 +114,7 @@ def test_killed_at_25_random_moments(tmp_path: Path, unbroken: Any) -> None:
 
 
 @pytest.mark.parametrize(("workers", "mixture"), [(1, False), (2, False), (4, False), (4, True)])
-def test_any_number_of_workers_sees_the_same_pixels_and_losses(
-    unbroken: Any, workers: int, mixture: bool
-) -> None:
+def test_any_number_of_workers_sees_the_same_pixels_and_losses(unbroken: Any, workers: int, mixture: bool) -> None:
     """To the last bit, grouped by length and augmented; and the weights that come of it are the same."""
     setting = {"max_steps": 4, "max_epochs": -1, "ema": 0.0, "mixture": mixture}
     seen, log = unbroken(**setting, workers=workers)
@@ -236,9 +232,7 @@ def test_frozen_weights_are_left_out_and_put_back() -> None:
     restore_frozen(same, checkpoint, frozen_hashes(same))
     same.load_state_dict(checkpoint["state_dict"])
     fresh = tiny.captioner(freeze_vision=True)
-    assert all(
-        torch.equal(a, b) for a, b in zip(fresh.parameters(), same.captioner.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), same.captioner.parameters(), strict=True))
 
 
 def test_the_compilers_prefix_does_not_matter() -> None:
@@ -294,9 +288,7 @@ def test_mmt_fit_resumes_by_itself(
     assert (code, "no whole checkpoint to go on from" in text) == (2, True)
     code, text = mmt("--resume", "--trainer.max_steps=2")
     assert code == 0, text
-    assert (
-        "the gradient is clipped at 1; a moving average of the weights (0.9) is validated, and kept" in text
-    )
+    assert "the gradient is clipped at 1; a moving average of the weights (0.9) is validated, and kept" in text
     assert read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
     path = tmp_path / "checkpoints/last.ckpt"
     CheckpointFiles().save_checkpoint(read(path) | {"seconds": 7000.0}, path)
@@ -304,9 +296,7 @@ def test_mmt_fit_resumes_by_itself(
     for report in reports:
         report.write_text('{"name": "그림.png"}\n', encoding="utf-8")
     with monkeypatch.context() as patch:  # the second Ctrl+C ends a run at once
-        patch.setattr(
-            Captioning, "training_step", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
-        )
+        patch.setattr(Captioning, "training_step", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
         code, text = mmt("--resume")
         assert (code, "mmt: interrupted" in text) == (130, True), text
     code, text = mmt("--resume")
@@ -318,9 +308,7 @@ def test_mmt_fit_resumes_by_itself(
     code, text = mmt("--resume", "--model.captioner.decoder.depth=2")
     assert code == 2
     last = text.strip().splitlines()[-1]
-    assert (
-        "mmt fit: error: cannot resume with another model: captioner.decoder.depth was 3 and is now 2" in last
-    )
+    assert "mmt fit: error: cannot resume with another model: captioner.decoder.depth was 3 and is now 2" in last
     assert TextDecoder.__name__ not in last
     code, text = mmt("--trainer.max_steps=1")
     assert (code, [r.exists() for r in reports]) == (0, [False, False]), text  # one that starts anew does not

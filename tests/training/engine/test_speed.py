@@ -29,9 +29,7 @@ def batch() -> CaptionBatch:
     torch.manual_seed(7)
     tokens = torch.randint(3, tiny.VOCAB, (5, 13))
     attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-    return CaptionBatch(
-        tokens, attention_mask, attention_mask, torch.randn(5, 1, 3, 32, 32), names=tuple("abcde")
-    )
+    return CaptionBatch(tokens, attention_mask, attention_mask, torch.randn(5, 1, 3, 32, 32), names=tuple("abcde"))
 
 
 def step(module: Captioning) -> tuple[float, list[Tensor], int]:

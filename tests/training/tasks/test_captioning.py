@@ -70,9 +70,7 @@ def batch(rows: list[int], seed: int = 0) -> CaptionBatch:
     loss_mask[:, 0] = False
     tokens = torch.randint(3, VOCAB, attention_mask.shape).masked_fill(~attention_mask, 0)
     names = tuple(f"picture-{seed}-{i}" for i in range(len(rows)))
-    return CaptionBatch(
-        tokens, attention_mask, loss_mask, pixels=torch.randn(len(rows), 1, 3, 32, 32), names=names
-    )
+    return CaptionBatch(tokens, attention_mask, loss_mask, pixels=torch.randn(len(rows), 1, 3, 32, 32), names=names)
 
 
 # -------------------------------------------------------------------------------------------------- the loss
@@ -84,15 +82,11 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
     seen: list[torch.Tensor] = []
 
     class Look(pl.Callback):
-        def on_train_batch_end(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
-        ) -> None:
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
             seen.extend(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)
 
     doubles = [CaptionBatch(b.tokens, b.attention_mask, b.loss_mask, b.pixels.double()) for b in batches]  # type: ignore[union-attr]
-    run = trainer(
-        tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()]
-    )
+    run = trainer(tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()])
     run.fit(module, train_dataloaders=torch.utils.data.DataLoader(doubles, batch_size=None))  # type: ignore[arg-type]
     return seen[-len(list(module.parameters())) :]
 
@@ -122,9 +116,7 @@ def test_not_a_number_stops_before_the_weights(tmp_path: Path) -> None:
     bad.pixels[1, 0, 2, 7, 7] = math.nan  # type: ignore[index]
     module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=0))
     loader = torch.utils.data.DataLoader([batch([4, 6]), bad, batch([3, 3])], batch_size=None)  # type: ignore[arg-type]
-    with pytest.raises(
-        NotFinite, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\."
-    ) as caught:
+    with pytest.raises(NotFinite, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\.") as caught:
         trainer(tmp_path, max_steps=3).fit(module, train_dataloaders=loader)
     assert "captioner." in str(caught.value)
     assert all(p.isfinite().all() for p in module.parameters())
@@ -134,9 +126,7 @@ def test_gradient_is_clipped(tmp_path: Path) -> None:
     class Norm(pl.Callback):
         norms: list[float] = []  # noqa: RUF012
 
-        def on_train_batch_end(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
-        ) -> None:
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
@@ -180,9 +170,7 @@ def test_no_validation_loss_is_computed_twice(tmp_path: Path) -> None:
     model.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
     data = scenes()
     for batches in (0, 1):
-        trainer(tmp_path).validate(
-            Captioning(model, image_ablation_batches=batches), datamodule=data, verbose=False
-        )
+        trainer(tmp_path).validate(Captioning(model, image_ablation_batches=batches), datamodule=data, verbose=False)
         splits = {split: len(data.loader(split)) for split in data.val_splits}
         assert len(calls) == sum(splits.values()) + 2 * batches * len(splits), (batches, splits)
         calls.clear()
@@ -203,9 +191,7 @@ def test_no_validation_loss_is_computed_twice(tmp_path: Path) -> None:
         (captioner(patch=16), scenes(), None),
     ],
 )
-def test_model_and_data_must_fit(
-    tmp_path: Path, model: EncoderDecoder, data: CaptionData, message: str | None
-) -> None:
+def test_model_and_data_must_fit(tmp_path: Path, model: EncoderDecoder, data: CaptionData, message: str | None) -> None:
     if message is None:
         data.transform = ImageTransform(40)
         message = "pictures of 40 x 40 px, which the backbone's patches of 16 px do not divide"
@@ -240,10 +226,7 @@ def test_moving_average_is_what_is_kept(tmp_path: Path) -> None:
         trainer(tmp_path).fit(module, datamodule=scenes())
     start = captioner()
     moved = [
-        sum(
-            float((a - b).detach().abs().sum())
-            for a, b in zip(m.parameters(), start.parameters(), strict=True)
-        )
+        sum(float((a - b).detach().abs().sum()) for a, b in zip(m.parameters(), start.parameters(), strict=True))
         for m in (plain.captioner, averaged.captioner)
     ]
     assert 0 < moved[1] < 0.99 * moved[0]  # the average lags behind
@@ -276,12 +259,8 @@ def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     data, model = scenes(), captioner()
-    result = evaluate(
-        model, data, generation=GenerationConfig(num_beams=2, max_new_tokens=5), limit_batches=1
-    )
-    pipeline = ImageCaptioner(
-        model, data.tokenizer, data.transform, generation=GenerationConfig(max_new_tokens=5)
-    )
+    result = evaluate(model, data, generation=GenerationConfig(num_beams=2, max_new_tokens=5), limit_batches=1)
+    pipeline = ImageCaptioner(model, data.tokenizer, data.transform, generation=GenerationConfig(max_new_tokens=5))
     write_report(tmp_path, pipeline, data, result, extra={"image_ablation": {}}, num_cards=2)
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics["facts"].keys() == {"val", "compositional"}

@@ -138,9 +138,7 @@ def test_augmentation_is_a_function_of_the_pick() -> None:
 
 
 def test_a_broken_image_is_named_and_stood_in_for(tmp_path: Path) -> None:
-    source = ImageFolder(
-        folder(tmp_path / "data", {"train/red": 9, "train/green": 9, "val/red": 2, "val/green": 2})
-    )
+    source = ImageFolder(folder(tmp_path / "data", {"train/red": 9, "train/green": 9, "val/red": 2, "val/green": 2}))
     held = source.split("val")
     assert isinstance(held, FileSplit)
     broken = held.files[1].path
@@ -212,9 +210,7 @@ def test_a_linear_probe_trains_the_head_alone() -> None:
 @torch.no_grad()
 def test_loss_counts_what_counts() -> None:
     module = task(label_smoothing=0.2)
-    batch = ClassBatch(
-        torch.randn(5, 3, 32, 32), torch.tensor([0, 3, 7, 3, 1]), torch.tensor([1, 1, 0, 1, 1]).bool()
-    )
+    batch = ClassBatch(torch.randn(5, 3, 32, 32), torch.tensor([0, 3, 7, 3, 1]), torch.tensor([1, 1, 0, 1, 1]).bool())
     logs = module.vit(batch.pixels).log_softmax(-1)
     plain = [-float(logs[i, c]) for i, c in enumerate(batch.labels.tolist())]
     smooth = [0.8 * plain[i] - 0.2 * float(logs[i].mean()) for i in range(5)]
@@ -269,9 +265,7 @@ def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "model", card="all of it")
     again = ImageClassifier.from_pretrained(tmp_path / "model", device="cpu")
     assert (again.classes, again.transform) == (tuple(COLOURS), ImageTransform(32))
-    for ours, theirs in zip(
-        again(images, top=2), classifier(images, top=2), strict=True
-    ):  # It packs its weights.
+    for ours, theirs in zip(again(images, top=2), classifier(images, top=2), strict=True):  # It packs its weights.
         assert ours == [(name, pytest.approx(share, rel=1e-5)) for name, share in theirs]
     assert "all of it" in (tmp_path / "model" / "README.md").read_text("utf-8")
     with pytest.raises(ValueError, match="tells 3 classes apart, but there are 2 names"):
@@ -282,9 +276,7 @@ def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    classifier = ImageClassifier(
-        ViT(32, 8, 16, 1, 2, num_classes=3), tuple(COLOURS), ImageTransform(32), device="cpu"
-    )
+    classifier = ImageClassifier(ViT(32, 8, 16, 1, 2, num_classes=3), tuple(COLOURS), ImageTransform(32), device="cpu")
     classifier.save_pretrained(tmp_path / "model")
     paths = [str(tmp_path / f"{name}.png") for name in COLOURS]
     for path, colour in zip(paths, COLOURS.values(), strict=True):

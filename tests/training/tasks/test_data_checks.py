@@ -30,9 +30,7 @@ def test_a_model_must_be_as_large_as_the_texts() -> None:
     data = Texts(batch_size=1, tokenizer=tokenizer)
     size = tokenizer.vocab_size
     check_texts(data, 7, Model(vocab_size=size, max_len=7), "decoder")
-    message = (
-        rf"has {size} tokens, .*scores {size - 1}; set the encoder's vocab_size to at least {size}, or data\."
-    )
+    message = rf"has {size} tokens, .*scores {size - 1}; set the encoder's vocab_size to at least {size}, or data\."
     with pytest.raises(ValueError, match=message + rf"vocab_size to {size - 1}"):
         check_texts(data, 7, Model(vocab_size=size - 1, max_len=7), "encoder")
     with pytest.raises(

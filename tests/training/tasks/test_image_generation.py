@@ -127,14 +127,10 @@ def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
     assert len(drawings) == 6
     wrong, _ = score_drawings(Truth(1), split, "ko", 6)  # type: ignore[arg-type]
     assert wrong.right.recall < best["facts"] / 2
-    assert texts_of(split, "ko", 2) == [
-        next(c.text for c in split.captions(i) if c.language == "ko") for i in range(2)
-    ]
+    assert texts_of(split, "ko", 2) == [next(c.text for c in split.captions(i) if c.language == "ko") for i in range(2)]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"num_scored": 0}, "num_scored"), ({"num_cards": -1}, "num_cards")]
-)
+@pytest.mark.parametrize(("settings", "message"), [({"num_scored": 0}, "num_scored"), ({"num_cards": -1}, "num_cards")])
 def test_numbers_without_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageGeneration(model(), **settings)
@@ -145,9 +141,7 @@ def test_patches_that_do_not_divide_the_pictures_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = recipe()
-    given["model"]["init_args"]["model"]["init_args"]["transformer"]["init_args"] = TRANSFORMER | {
-        "patch_size": 5
-    }
+    given["model"]["init_args"]["model"]["init_args"]["transformer"]["init_args"] = TRANSFORMER | {"patch_size": 5}
     Path("draw.yaml").write_text(yaml.safe_dump(given), "utf-8")
     code, _, errors = mmt(capsys, "fit", "--config", "draw.yaml")
     assert code == 2

@@ -63,9 +63,7 @@ def lightning_is_quiet() -> None:
 
 
 def data_of(**arguments: Any) -> TextData:
-    return TextData(
-        Lists(), **({"vocab_size": VOCAB, "max_len": 40, "row_len": 97, "batch_size": 5} | arguments)
-    )
+    return TextData(Lists(), **({"vocab_size": VOCAB, "max_len": 40, "row_len": 97, "batch_size": 5} | arguments))
 
 
 def decoder_of(positions: Any = "learned", **arguments: Any) -> TextDecoder:
@@ -111,9 +109,7 @@ def test_a_document_changes_no_bit_of_its_neighbours() -> None:
     batch = next(iter(data.train_dataloader()))
     one = batch.document_ids[0, 0]
     mine = batch.document_ids == one
-    other = TextBatch(
-        torch.where(mine, (batch.tokens + 1) % VOCAB, batch.tokens), batch.document_ids, batch.loss_mask
-    )
+    other = TextBatch(torch.where(mine, (batch.tokens + 1) % VOCAB, batch.tokens), batch.document_ids, batch.loss_mask)
     before = decoder(batch.tokens, document_ids=batch.document_ids)
     after = decoder(other.tokens, document_ids=other.document_ids)
     assert torch.equal(before[~mine], after[~mine])
@@ -263,9 +259,7 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
 ) -> None:
     data, module = (
         data_of(),
-        LanguageModelling(
-            decoder_of(), optim=Optim(lr=1e-2, warmup_steps=5), baseline_orders=(1, 2), num_texts=4
-        ),
+        LanguageModelling(decoder_of(), optim=Optim(lr=1e-2, warmup_steps=5), baseline_orders=(1, 2), num_texts=4),
     )
     before = score_texts(module.decoder.eval(), data, "val")["all"].perplexity
     module.train()
@@ -320,9 +314,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     trainer(tmp_path, callbacks=[saves("one")], **arguments).fit(whole, datamodule=data_of())
     pl.seed_everything(6, verbose=False)
     again = trainer(tmp_path, callbacks=[saves("two")], **arguments)
-    again.fit(
-        second, datamodule=data_of(), ckpt_path=str(tmp_path / "one" / "step=3.ckpt"), weights_only=True
-    )
+    again.fit(second, datamodule=data_of(), ckpt_path=str(tmp_path / "one" / "step=3.ckpt"), weights_only=True)
     assert again.global_step == whole.trainer.global_step > 6
     assert second.samples_seen == whole.samples_seen == 2 * len(TRAIN)
     for found, want in zip(second.decoder.parameters(), whole.decoder.parameters(), strict=True):

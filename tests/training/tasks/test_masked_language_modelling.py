@@ -227,9 +227,7 @@ def test_training_masks_anew_every_epoch_and_validation_never() -> None:
     loader = data.train_dataloader()
 
     def masks(loader: Any) -> dict[str, list[bool]]:
-        rows = (
-            (n, t) for batch in loader for n, t in zip(batch.names, batch.loss_mask.tolist(), strict=True)
-        )
+        rows = ((n, t) for batch in loader for n, t in zip(batch.names, batch.loss_mask.tolist(), strict=True))
         return dict(rows)
 
     first = masks(loader)

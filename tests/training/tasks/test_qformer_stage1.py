@@ -92,14 +92,10 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
     seen: list[Tensor] = []
 
     class Look(pl.Callback):
-        def on_train_batch_end(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
-        ) -> None:
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
             seen.extend(p.grad.clone() for p in pl_module.parameters() if p.grad is not None)
 
-    run = trainer(
-        tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()]
-    )
+    run = trainer(tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_steps=1, callbacks=[Look()])
     run.fit(module, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert module.tokens_seen == sum(int(b.loss_mask.sum()) for b in batches)
     return seen[-sum(1 for p in module.parameters() if p.grad is not None) :]
@@ -108,8 +104,7 @@ def gradients(tmp_path: Path, batches: list[CaptionBatch], accumulate: int) -> l
 def test_gradient_is_that_of_the_mean_of_the_sums(tmp_path: Path) -> None:
     data = scenes(captions_per_image=2)
     first, second = (
-        replace(b, pixels=b.pixels.double())
-        for b, _ in zip(data.loader("train", training=True), "ab", strict=False)
+        replace(b, pixels=b.pixels.double()) for b, _ in zip(data.loader("train", training=True), "ab", strict=False)
     )
     found = gradients(tmp_path, [first, second], 2)
     m = model().double()
@@ -198,9 +193,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     assert "matching" in out
     assert (tmp_path / "retrieval.png").read_bytes()[1:4] == b"PNG"
     assert "contrast" in module.describe("val", metrics)
-    assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= said["image_ablation"][
-        "val"
-    ].keys()
+    assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= said["image_ablation"]["val"].keys()
 
     saved = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").captioner
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)
@@ -233,8 +226,7 @@ def test_recall_is_that_of_all_pairs() -> None:
                 owner.append(i)
                 texts.append(caption.text)
     tokens = [
-        torch.tensor([[*data.tokenizer.prompt("ko"), *data.tokenizer.encode(t), data.tokenizer.eos_id]])
-        for t in texts
+        torch.tensor([[*data.tokenizer.prompt("ko"), *data.tokenizer.encode(t), data.tokenizer.eos_id]]) for t in texts
     ]
     for i in range(5):
         visual = m.vision.forward_features(transform(pairs.image(i))[None])
@@ -282,9 +274,7 @@ def test_a_q_former_starts_from_bert(tmp_path: Path) -> None:
 
     torch.manual_seed(1)
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 31}
-    bert = BertModel(
-        BertConfig(vocab_size=53, max_position_embeddings=17, **sizes), add_pooling_layer=False
-    ).eval()
+    bert = BertModel(BertConfig(vocab_size=53, max_position_embeddings=17, **sizes), add_pooling_layer=False).eval()
     for parameter in bert.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     bert.embeddings.token_type_embeddings.weight.zero_()  # a Q-Former has none
@@ -292,9 +282,7 @@ def test_a_q_former_starts_from_bert(tmp_path: Path) -> None:
     qformer = qformer_from_bert(str(tmp_path), num_queries=5, visual_dim=13, extra_ids=2).eval()
     assert (qformer.vocab_size, qformer.max_len, qformer.visual_dim, qformer.num_queries) == (55, 17, 13, 5)
     tokens = torch.randint(0, 53, (3, 11))
-    torch.testing.assert_close(
-        qformer.encode_text(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(qformer.encode_text(tokens), bert(tokens).last_hidden_state, atol=1e-5, rtol=1e-5)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match='model_type is "gpt2", not "bert"'):
         qformer_from_bert(str(tmp_path))
@@ -334,9 +322,7 @@ def test_an_empty_caption_is_refused_by_coca_while_it_contrasts(tmp_path: Path) 
         return CoCa(ViT(32, 8, 24, 1, 3), text, upper, num_queries=3, embed_dim=8, contrastive_weight=weight)
 
     data = scenes(WithAnEmptyCaption())
-    with pytest.raises(
-        ValueError, match="1 of 11 captions are empty, the first is one of scenes-0-train-000003"
-    ):
+    with pytest.raises(ValueError, match="1 of 11 captions are empty, the first is one of scenes-0-train-000003"):
         trainer(tmp_path).fit(Captioning(coca(1.0)), datamodule=data)
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(Captioning(coca(0.0)), datamodule=data)
 

@@ -98,9 +98,7 @@ def test_a_table_of_ones_own(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"pairs.{kind}"
     splits = ["train", "train", "val", "train", "train"]
     if kind == "jsonl":
-        lines = [
-            json.dumps({"en": en, "ko": ko, "split": s}) for (en, ko), s in zip(ROWS, splits, strict=True)
-        ]
+        lines = [json.dumps({"en": en, "ko": ko, "split": s}) for (en, ko), s in zip(ROWS, splits, strict=True)]
     else:
         mark = "," if kind == "csv" else "\t"
         lines = [mark.join(("en", "ko", "split"))]
@@ -174,9 +172,7 @@ def test_long_pairs_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -
     assert rows.too_long > 0
     assert len(rows) + rows.too_long == 160
     assert f"{rows.too_long} of 160 pairs are longer than max_len (24 tokens" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"none of 1 pairs is within max_len \(3 tokens\): the longest has \d+"
-    ):
+    with pytest.raises(ValueError, match=r"none of 1 pairs is within max_len \(3 tokens\): the longest has \d+"):
         TranslationRows(module.pairs("train")[:1], module.tokenizer, 3)
 
 
@@ -214,9 +210,7 @@ def test_translator_is_saved_and_loaded(tmp_path: Path) -> None:
         Translator.from_pretrained(tmp_path / "model")
 
 
-def test_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     translator = Translator(
         small(), tokenizer(), generation=GenerationConfig(num_beams=1, max_new_tokens=5), device="cpu"
     )
@@ -312,9 +306,7 @@ def test_model_and_data_must_fit() -> None:
 
 def test_noam_is_the_papers_formula() -> None:
     dim, warmup = 512, 40
-    optim = Optim(
-        lr=noam_peak(dim, warmup), warmup_steps=warmup, lr_schedule="inverse_sqrt", weight_decay=0.0
-    )
+    optim = Optim(lr=noam_peak(dim, warmup), warmup_steps=warmup, lr_schedule="inverse_sqrt", weight_decay=0.0)
     optimizer = optim.build(small())
     schedule = optim.schedule(optimizer, 100_000)
     for step in range(1, 200):
