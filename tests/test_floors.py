@@ -20,17 +20,7 @@ LIBRARY_ROOMS = {"lightning": LIGHTNING, "pytorch_lightning": (), "jsonargparse"
 DYNAMIC = "serialization/pretrained.py"
 
 # What `import mmtransformer`, and any module below plots, must not pull in: slow to import, or optional.
-LAZY = (
-    "lightning",
-    "matplotlib",
-    "transformers",
-    "peft",
-    "pyarrow",
-    "timm",
-    "pandas",
-    "pycocoevalcap",
-    "jsonargparse",
-)
+LAZY = ("lightning", "matplotlib", "transformers", "peft", "pyarrow", "timm", "pandas", "pycocoevalcap", "jsonargparse")
 
 MAX_LINES, MAX_FILES = 400, 15
 
@@ -92,10 +82,7 @@ def test_no_two_files_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
-        (
-            "from mmtransformer.backbones.vit import ViT",
-            "layers imports backbones, which stands above it",
-        ),
+        ("from mmtransformer.backbones.vit import ViT", "layers imports backbones, which stands above it"),
         (
             "def f():\n    from mmtransformer.captioners import base",
             "novelty.py:2: layers imports captioners, which stands above it",

@@ -4,14 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mmtransformer import (
-    EncoderDecoder,
-    ImageCaptioner,
-    ImageTransform,
-    TextDecoder,
-    Tokenizer,
-    ViT,
-)
+from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 
 ROOT = Path(__file__).parents[1]
 

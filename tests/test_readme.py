@@ -173,13 +173,7 @@ def make(words: list[str]) -> int:
         "-o",
         ".venv/.installed-dev",
     ]
-    ours = (
-        "MAKEFLAGS",
-        "MFLAGS",
-        "MAKELEVEL",
-        "MAKEOVERRIDES",
-        "ARGS",
-    )  # what runs this test is not the reader's
+    ours = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS")  # what runs this test is not the reader's
     env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([*dry_run, *words], capture_output=True, text=True, check=True, env=env)
     found = [

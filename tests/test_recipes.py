@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtransformer import (
-    ImageCaptioner,
-    ImageClassifier,
-    TextEncoder,
-    Tokenizer,
-)
+from mmtransformer import ImageCaptioner, ImageClassifier, TextEncoder, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.pipelines.translator import Translator
 from mmtransformer.training.tasks.captioning import Captioning

@@ -40,9 +40,7 @@ def pins(*files: str) -> dict[str, list[tuple[Version, str, str]]]:
 
 
 @pytest.mark.parametrize(
-    ("files", "wanted"),
-    [(["requirements.txt"], USERS), (list(FILES), USERS + DEVELOPERS)],
-    ids=["users", "all"],
+    ("files", "wanted"), [(["requirements.txt"], USERS), (list(FILES), USERS + DEVELOPERS)], ids=["users", "all"]
 )
 def test_every_requirement_is_pinned_within_its_bounds(files: list[str], wanted: list[str]) -> None:
     found = pins(*files)

@@ -230,12 +230,7 @@ class Transformer(Pretrained, nn.Module):
         return Source(self.decoder.project_context(context), attention_mask) if isinstance(context, Tensor) else source
 
     def decode(
-        self,
-        tokens: Tensor,
-        source: Source,
-        *,
-        attention_mask: Tensor | None = None,
-        state: DecoderState | None = None,
+        self, tokens: Tensor, source: Source, *, attention_mask: Tensor | None = None, state: DecoderState | None = None
     ) -> Tensor:
         """Hidden states of target tokens, to be given to `head`.
 

@@ -308,11 +308,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 @overload
 def caption_loss(
-    captioner: Captioner,
-    batch: CaptionBatch,
-    *,
-    label_smoothing: float = 0.0,
-    reduction: Literal["mean"] = "mean",
+    captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0, reduction: Literal["mean"] = "mean"
 ) -> Tensor: ...
 @overload
 def caption_loss(

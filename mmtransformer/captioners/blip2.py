@@ -127,11 +127,7 @@ class Blip2(Captioner):
         seq2seq = isinstance(self.decoder, SourceReader)
         prefill: Any = prefill_with_source_prefix if seq2seq else prefill_with_prefix
         return prefill(
-            self.decoder,
-            self.prefix_embeds(batch),
-            batch,
-            expand_size=expand_size,
-            max_new_tokens=max_new_tokens,
+            self.decoder, self.prefix_embeds(batch), batch, expand_size=expand_size, max_new_tokens=max_new_tokens
         )
 
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:

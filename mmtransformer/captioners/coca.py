@@ -16,13 +16,7 @@ from mmtransformer.backbones.base import repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import (
-    CaptionBatch,
-    Captioner,
-    CrossAttentionState,
-    Output,
-    check_rows,
-)
+from mmtransformer.captioners.base import CaptionBatch, Captioner, CrossAttentionState, Output, check_rows
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
@@ -124,10 +118,7 @@ class CoCa(Captioner):
 
         total = self.caption_weight * captions.sum
         total = total + self.contrastive_weight * contrast * tokens.to(contrast.dtype)
-        terms = {
-            "caption": captions.sum.detach() / captions.count.clamp(min=1),
-            "contrast": contrast.detach(),
-        }
+        terms = {"caption": captions.sum.detach() / captions.count.clamp(min=1), "contrast": contrast.detach()}
         return Output(Loss(total, captions.count), self.head(hidden) if return_logits else None, terms)
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
@@ -169,10 +160,7 @@ class CoCa(Captioner):
 
     def _read_text(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """The lower half over each text and the gathering token behind it: (n q+1 d), and texts as vectors (n e)."""
-        rows, length = (
-            torch.arange(len(batch.tokens), device=batch.tokens.device),
-            batch.attention_mask.sum(1),
-        )
+        rows, length = (torch.arange(len(batch.tokens), device=batch.tokens.device), batch.attention_mask.sum(1))
         positions = torch.arange(batch.tokens.shape[1] + 1, device=batch.tokens.device)
         embedded = F.pad(self.text.embed_tokens(batch.tokens), (0, 0, 0, 1))
         # Right behind the text, not behind its padding: a window counts places.

@@ -82,11 +82,7 @@ class EncoderDecoder(Captioner):
         )
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         hidden = self.decoder(
-            batch.tokens,
-            context,
-            attention_mask=attention_mask,
-            context_attention_mask=real,
-            state=state.decoder,
+            batch.tokens, context, attention_mask=attention_mask, context_attention_mask=real, state=state.decoder
         )
         return repeat_rows(self.head(hidden[:, -1]), state, expand_size)
 

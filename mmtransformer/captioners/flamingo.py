@@ -17,11 +17,7 @@ from mmtransformer.backbones.base import Decoder, repeat_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
 from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, CrossAttentionState, freeze
-from mmtransformer.captioners.image_attention_mask import (
-    VisibleImages,
-    check_visible_images,
-    image_attention_mask,
-)
+from mmtransformer.captioners.image_attention_mask import VisibleImages, check_visible_images, image_attention_mask
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
@@ -225,10 +221,7 @@ class Flamingo(Captioner):
         decoder = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         hidden = self.decoder(
-            batch.tokens,
-            attention_mask=attention_mask,
-            state=decoder,
-            before_block=self.before_block(context, mask),
+            batch.tokens, attention_mask=attention_mask, state=decoder, before_block=self.before_block(context, mask)
         )
         if context is not None and mask is not None:
             context, mask = self._for_new_tokens(context, mask[:, -1], batch)

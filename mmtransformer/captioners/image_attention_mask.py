@@ -68,11 +68,7 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
 
 
 def show_mask(
-    batch: CaptionBatch,
-    visible_images: VisibleImages = "last",
-    *,
-    row: int = 0,
-    words: Sequence[str] | None = None,
+    batch: CaptionBatch, visible_images: VisibleImages = "last", *, row: int = 0, words: Sequence[str] | None = None
 ) -> str:
     """One row's media mask as text: a line a token, a column a picture, "#" where it is seen.
 

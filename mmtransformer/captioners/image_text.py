@@ -23,14 +23,7 @@ from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
-from mmtransformer.losses.contrastive import (
-    compare,
-    contrastive_loss,
-    image_ids,
-    itg_loss,
-    itm_loss,
-    refuse_empty,
-)
+from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
 from mmtransformer.losses.distributed import gather, processes
 from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
 from mmtransformer.losses.next_token import Loss

@@ -77,11 +77,7 @@ class PrefixCaptioner(Captioner):
     ) -> tuple[Tensor, DecoderState]:
         """Projects the patches once and reads the left-padded prompts; see `Captioner.prefill`."""
         return prefill_with_prefix(
-            self.decoder,
-            self.prefix_embeds(batch),
-            batch,
-            expand_size=expand_size,
-            max_new_tokens=max_new_tokens,
+            self.decoder, self.prefix_embeds(batch), batch, expand_size=expand_size, max_new_tokens=max_new_tokens
         )
 
     def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -95,10 +91,7 @@ class PrefixCaptioner(Captioner):
         Raises:
             ValueError: if the decoder's attention cannot be recorded, as that of a hub model.
         """
-        with (
-            evaluation_mode(self),
-            record_attention(self.decoder, keep=lambda name: name.endswith(".attn")) as record,
-        ):
+        with evaluation_mode(self), record_attention(self.decoder, keep=lambda name: name.endswith(".attn")) as record:
             self.hidden_states(batch)
         q, s, (gh, _) = batch.tokens.shape[1], self.shuffle, self.grid(batch)
         weights = in_image_order(mean_weights(record.values())[:, -q:, :-q], batch)

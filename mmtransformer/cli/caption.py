@@ -99,24 +99,12 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
 
 
 def _heatmaps(
-    model: "ImageCaptioner",
-    paths: list[str],
-    images: list,
-    results: list,
-    out: Path,
-    prompts: "FewShot | None",
+    model: "ImageCaptioner", paths: list[str], images: list, results: list, out: Path, prompts: "FewShot | None"
 ) -> None:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
     import sys
 
-    from mmtransformer.plots import (
-        Card,
-        CardCaption,
-        draw_word_heatmaps,
-        grid_box,
-        save_html_gallery,
-        save_image,
-    )
+    from mmtransformer.plots import Card, CardCaption, draw_word_heatmaps, grid_box, save_html_gallery, save_image
 
     cards = []
     for i, (path, image, captions) in enumerate(zip(paths, images, results, strict=True)):

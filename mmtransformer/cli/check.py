@@ -19,9 +19,7 @@ def run(name: str, words: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(f"mmt {name}", description="Look at image-text pairs before training on them.")
     parser.add_argument(
-        "root",
-        metavar="ROOT",
-        help="a folder, an archive, one manifest or documents.jsonl, or a pattern of tar shards",
+        "root", metavar="ROOT", help="a folder, an archive, one manifest or documents.jsonl, or a pattern of tar shards"
     )
     parser.add_argument("--model", metavar="DIR", help="count tokens with this model's tokenizer")
     parser.add_argument("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
@@ -39,11 +37,7 @@ def run(name: str, words: Sequence[str]) -> int:
     tokenizer = Tokenizer.from_pretrained(args.model) if args.model else None
     source = open_pairs(args.root, read_options(args), max_bad=1.0)
     report = check(
-        source,
-        tokenizer=tokenizer,
-        max_len=args.max_len,
-        max_bad=args.max_bad,
-        progress=sys.stderr.isatty(),
+        source, tokenizer=tokenizer, max_len=args.max_len, max_bad=args.max_bad, progress=sys.stderr.isatty()
     )
     print(printable(str(report)))
     if args.json:

@@ -20,9 +20,7 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=1, metavar="N", help="classes a picture (1)")
     parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
     parser.add_argument(
-        "--attention",
-        metavar="OUT.png",
-        help="draw what the model gathered of the first picture, block by block",
+        "--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block"
     )
     parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
     args = parser.parse_args(list(words))

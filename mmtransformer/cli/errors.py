@@ -57,13 +57,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
         known = [key for key in keys if key.endswith(word.rpartition(".")[2])] or keys
         return f"no such key: {word}{suggest(word, known)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    dull = (
-        "Does not validate against any",
-        "Subtypes:",
-        "Errors:",
-        "Given value",
-        "Expected a <class 'NoneType'>",
-    )
+    dull = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
     lines = [line for line in lines if not line.startswith(dull)]
     lines = [line for line in lines if not line.startswith(("Parser key", "Problem with given class_path"))]
     reason = "; ".join(lines) or message.strip().splitlines()[-1]

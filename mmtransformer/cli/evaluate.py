@@ -27,10 +27,7 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     parser.add_argument("--split", default="val", help="which split (val)")
     parser.add_argument(
-        "--num-examples",
-        type=int,
-        metavar="N",
-        help="put N training pictures with captions before each as examples",
+        "--num-examples", type=int, metavar="N", help="put N training pictures with captions before each as examples"
     )
     parser.add_argument("--nearest", action="store_true", help="choose the examples that are most like the picture")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")

@@ -77,11 +77,7 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
 def _cli(words: list[str], more: list[str], folder: str) -> "LightningCLI":
     from mmtransformer.cli.fit import recipe_cli
 
-    quiet = [
-        "--trainer.logger=false",
-        "--trainer.enable_checkpointing=false",
-        "--trainer.accumulate_grad_batches=1",
-    ]
+    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accumulate_grad_batches=1"]
     quiet += ["--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0", "--resume=false"]
     return recipe_cli([*words, *quiet, *more, f"--trainer.default_root_dir={folder}"], Path(folder))
 

@@ -41,13 +41,7 @@ class VisualAdapter(Pretrained, nn.Module):
         self.norm = nn.LayerNorm(visual_dim)
         self.proj = nn.Linear(visual_dim, dim)
         self.blocks = nn.ModuleList(
-            EncoderBlock(
-                dim,
-                Attention(dim, num_heads),
-                MLP(dim, 4 * dim),
-                lambda: nn.LayerNorm(dim),
-                dropout=dropout,
-            )
+            EncoderBlock(dim, Attention(dim, num_heads), MLP(dim, 4 * dim), lambda: nn.LayerNorm(dim), dropout=dropout)
             for _ in range(depth)
         )
         self.last_norm = nn.LayerNorm(dim)

@@ -214,11 +214,7 @@ class QFormer(Pretrained, nn.Module):
         return x
 
     def encode_pair(
-        self,
-        visual: Visual,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        mode: Mode = "bidirectional",
+        self, visual: Visual, tokens: Tensor, attention_mask: Tensor | None = None, mode: Mode = "bidirectional"
     ) -> tuple[Tensor, Tensor]:
         """Queries and text of b rows in one of the three modes.
 

@@ -65,15 +65,7 @@ class QFormerBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_dim: int,
-        *,
-        visual_dim: int | None,
-        text: bool,
-        dropout: float,
-        eps: float,
+        self, dim: int, num_heads: int, mlp_dim: int, *, visual_dim: int | None, text: bool, dropout: float, eps: float
     ) -> None:
         super().__init__()
         self.attn = Attention(dim, num_heads, dropout=dropout)

@@ -90,11 +90,7 @@ class CaptionData(Data):
             open_pairs(source, read, max_bad=max_bad) if isinstance(source, str | Path) else source
         )
         self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
-        self.captions_per_image, self.max_len, self.cache_features = (
-            captions_per_image,
-            max_len,
-            cache_features,
-        )
+        self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
 
@@ -235,11 +231,7 @@ class CaptionData(Data):
         attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         image_index = (tokens == self.tokenizer.image_id).long().cumsum(1) if self.mark_images else None
         return dataclasses.replace(
-            batch,
-            tokens=tokens,
-            attention_mask=attention_mask,
-            loss_mask=~attention_mask,
-            image_index=image_index,
+            batch, tokens=tokens, attention_mask=attention_mask, loss_mask=~attention_mask, image_index=image_index
         )
 
     def identity(self) -> dict[str, Any]:

@@ -87,10 +87,7 @@ class CheckReport:
         lines = [self.source, ""]
         lines += [f"  {split:<14}{images:>18}{captions:>20}" for split, images, captions in rows]
         if self.languages:
-            lines += [
-                "",
-                "  languages     " + ", ".join(f"{code} {n:,}" for code, n in self.languages.items()),
-            ]
+            lines += ["", "  languages     " + ", ".join(f"{code} {n:,}" for code, n in self.languages.items())]
         if self.sizes:
             said = ", ".join(f"{name} {h} x {w}" for name, (h, w) in self.sizes.items())
             lines += [f"  height x width  {said}"]

@@ -139,12 +139,7 @@ class ClassData(Data):
         splits: Splits = Splits(),
         max_bad: float = 0.01,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            splits=splits,
-        )
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, splits=splits)
         self.source: ClassSource = ImageFolder(source) if isinstance(source, str) else source
         self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
 
@@ -162,12 +157,7 @@ class ClassData(Data):
         images = self.images(split)
         augment = self.augment if training else None
         return ClassDataset(
-            images,
-            self.transform,
-            augment=augment,
-            training=training,
-            seed=self.seed,
-            bad=self.bad_samples(split),
+            images, self.transform, augment=augment, training=training, seed=self.seed, bad=self.bad_samples(split)
         )
 
     def collate(self, split: str, *, training: bool = False) -> Callable[[list[ClassSample]], ClassBatch]:

@@ -156,10 +156,7 @@ class Mixture(_Sources[Pairs]):
     """
 
     def __init__(
-        self,
-        sources: dict[str, PairSource],
-        weights: dict[str, float] | None = None,
-        epoch_size: int | None = None,
+        self, sources: dict[str, PairSource], weights: dict[str, float] | None = None, epoch_size: int | None = None
     ):
         super().__init__(sources, weights, epoch_size)
 
@@ -189,10 +186,7 @@ class DocumentMixture(_Sources[Documents]):
     """
 
     def __init__(
-        self,
-        sources: dict[str, DocumentSource],
-        weights: dict[str, float] | None = None,
-        epoch_size: int | None = None,
+        self, sources: dict[str, DocumentSource], weights: dict[str, float] | None = None, epoch_size: int | None = None
     ):
         super().__init__(sources, weights, epoch_size)
 

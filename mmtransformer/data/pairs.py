@@ -107,13 +107,7 @@ class PairFiles:
         ValueError: If there are no pairs, the format can't be told, a column isn't there, or too many rows are bad.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        read: ReadOptions = ReadOptions(),
-        *,
-        max_bad: float = 0.01,
-    ):
+    def __init__(self, root: str | Path, read: ReadOptions = ReadOptions(), *, max_bad: float = 0.01):
         check_share("max_bad", max_bad, whole=True)
         self.root = Path(root).expanduser()
         self.report = Report()

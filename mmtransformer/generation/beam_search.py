@@ -143,10 +143,7 @@ class BeamSearch:
     def texts(self) -> list[list[Generated]]:
         """For each prompt its texts, best first."""
         columns = ("ended_scores", "ended_ids", "ended_log_probs")
-        rows = zip(
-            *(torch.cat([getattr(group, x) for group in self.groups], 1).tolist() for x in columns),
-            strict=True,
-        )
+        rows = zip(*(torch.cat([getattr(group, x) for group in self.groups], 1).tolist() for x in columns), strict=True)
         ends, found = self.eos_ids.tolist(), []
         for row in rows:
             texts = sorted(zip(*row, strict=True), key=lambda text: -text[0])[: self.config.num_return_sequences]

@@ -165,11 +165,7 @@ def heatmap_of(
     if image_index is not None:
         image_index = torch.cat([image_index, image_index[:, -1:].expand(-1, len(said.tokens))], 1)
     whole = dataclasses.replace(
-        prompt,
-        tokens=tokens,
-        attention_mask=attention_mask,
-        loss_mask=~attention_mask,
-        image_index=image_index,
+        prompt, tokens=tokens, attention_mask=attention_mask, loss_mask=~attention_mask, image_index=image_index
     )
     look = captioner.attention_map(whole)[0, :, -1]
     first = prompt.tokens.shape[1] - 1

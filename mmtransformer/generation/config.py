@@ -123,12 +123,7 @@ class GenerationConfig:
     def one_at_a_time(self) -> Self:
         """These settings for one text, written token by token: what takes several beams is left aside."""
         return dataclasses.replace(
-            self,
-            num_beams=1,
-            num_return_sequences=1,
-            num_beam_groups=1,
-            diversity_penalty=0.0,
-            force_words=(),
+            self, num_beams=1, num_return_sequences=1, num_beam_groups=1, diversity_penalty=0.0, force_words=()
         )
 
 

@@ -34,11 +34,7 @@ class Guided:
 
     def __init__(self, captioner: Captioner, scale: float) -> None:
         self.captioner, self.scale = captioner, scale
-        self.vocab_size, self.max_len, self.modules = (
-            captioner.vocab_size,
-            captioner.max_len,
-            captioner.modules,
-        )
+        self.vocab_size, self.max_len, self.modules = (captioner.vocab_size, captioner.max_len, captioner.modules)
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40

@@ -28,11 +28,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        batch: TokenBatch,
-        config: GenerationConfig,
-        eos_ids: Tensor,
-        content: Sequence[int] | None = None,
+        self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, content: Sequence[int] | None = None
     ) -> None:
         self.config, self.eos_ids = config, eos_ids
         self.expand_size, self.prompt_length = config.num_return_sequences, batch.tokens.shape[1]

@@ -52,15 +52,7 @@ def check_png(data: bytes, image: Image.Image) -> None:
     if not interlaced and any(image.crop((0, height - 1, width, height)).tobytes()):
         return  # missing rows are left 0, so only a dark end needs the closer look
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    sevenths = (
-        (0, 0, 8, 8),
-        (4, 0, 8, 8),
-        (0, 4, 4, 8),
-        (2, 0, 4, 4),
-        (0, 2, 2, 4),
-        (1, 0, 2, 2),
-        (0, 1, 1, 2),
-    )
+    sevenths = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
     expected = 0
     for left, top, step_x, step_y in sevenths if interlaced else ((0, 0, 1, 1),):
         columns, lines = -((left - width) // step_x), -((top - height) // step_y)
@@ -86,10 +78,7 @@ def check_webp(data: bytes) -> None:
     """Raises if the coded pixels end in zeros, as those of a copy that was stopped do."""
     position = 12
     while position + 8 <= len(data):
-        kind, size = (
-            data[position : position + 4],
-            int.from_bytes(data[position + 4 : position + 8], "little"),
-        )
+        kind, size = (data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little"))
         end = position + 8 + size
         if kind in (b"VP8 ", b"VP8L") and size > 128 and data[end - len(_TAIL) : end] == _TAIL:
             raise OSError("its pixels end in zeros, as after a copy that was stopped")

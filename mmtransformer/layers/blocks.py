@@ -88,13 +88,7 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        *,
-        activation: Activation = "gelu",
-        bias: bool = True,
-        dropout: float = 0.0,
+        self, dim: int, hidden_dim: int, *, activation: Activation = "gelu", bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
@@ -355,12 +349,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.drop = make_dropout(dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | KeyValue | None,
-        *,
-        mask: Mask | None = None,
-        sees: Tensor | None = None,
+        self, x: Tensor, context: Tensor | KeyValue | None, *, mask: Mask | None = None, sees: Tensor | None = None
     ) -> Tensor:
         """Adds what the pictures say.
 

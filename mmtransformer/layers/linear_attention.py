@@ -48,13 +48,7 @@ def positive_features(x: Tensor, directions: Tensor) -> Tensor:
 
 
 def linear_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    directions: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, *, attention_mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """An estimate of softmax attention, in time and memory linear in the length.
 

@@ -25,11 +25,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 _SHARE = 0.25  # Of the machine's memory, that packed copies of weights may take without being asked for.
 
 
-_FUSED = {
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
-}  # What oneDNN calls them.
+_FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # What oneDNN calls them.
 
 
 class PackedLinear(nn.Linear):
@@ -223,10 +219,7 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
         for name, child in list(parent._modules.items()):
             if type(child) is MLP:
                 parent.add_module(name, packed.setdefault(child, PackedMLP(child)))
-            elif type(child) in (
-                Attention,
-                PackedAttention,
-            ):  # Packed once more, in case a weight was changed unseen.
+            elif type(child) in (Attention, PackedAttention):  # Packed once more, in case a weight was changed unseen.
                 assert isinstance(child, Attention)
                 parent.add_module(name, packed.setdefault(child, PackedAttention(child)))
     for parent in list(model.modules()):

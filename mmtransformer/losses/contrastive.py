@@ -169,12 +169,7 @@ def itc_loss(
 
 
 def clip_loss(
-    images: Tensor,
-    texts: Tensor,
-    log_scale: Tensor,
-    *,
-    image_ids: Tensor | None = None,
-    gather_grad: bool = True,
+    images: Tensor, texts: Tensor, log_scale: Tensor, *, image_ids: Tensor | None = None, gather_grad: bool = True
 ) -> Tensor:
     """CLIP's symmetric loss (arXiv:2103.00020), also CoCa's: vectors (b e) and (n e), L2-normed.
 
@@ -224,12 +219,7 @@ def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Te
 
 
 def itg_loss(
-    hidden: Tensor,
-    tokens: Tensor,
-    loss_mask: Tensor,
-    head: Callable[[Tensor], Tensor],
-    *,
-    label_smoothing: float = 0.0,
+    hidden: Tensor, tokens: Tensor, loss_mask: Tensor, head: Callable[[Tensor], Tensor], *, label_smoothing: float = 0.0
 ) -> Tensor:
     """Image-grounded text generation: cross-entropy of each target token, given the picture and the tokens before it.
 

@@ -20,12 +20,7 @@ class Loss:
 
 
 def next_token_loss(
-    hidden: Tensor,
-    tokens: Tensor,
-    loss_mask: Tensor,
-    head: Callable[[Tensor], Tensor],
-    *,
-    label_smoothing: float = 0.0,
+    hidden: Tensor, tokens: Tensor, loss_mask: Tensor, head: Callable[[Tensor], Tensor], *, label_smoothing: float = 0.0
 ) -> Loss:
     """Cross-entropy of the target tokens, each predicted by the position before it.
 

@@ -36,12 +36,7 @@ class Comparison:
 
 
 def bootstrap_intervals(
-    statistics: np.ndarray,
-    combine: Combine,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    statistics: np.ndarray, combine: Combine, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
     """Resample pictures with replacement and return the middle range of the scores.
 

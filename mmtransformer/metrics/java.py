@@ -124,16 +124,7 @@ def spice(
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "in.json", Path(scratch) / "out.json"
         source.write_text(json.dumps(rows), encoding="utf-8")
-        command = [
-            java,
-            "-Xmx8G",
-            "-jar",
-            str(folder / "spice-1.0.jar"),
-            str(source),
-            "-out",
-            str(target),
-            "-silent",
-        ]
+        command = [java, "-Xmx8G", "-jar", str(folder / "spice-1.0.jar"), str(source), "-out", str(target), "-silent"]
         _run("SPICE", command, "", 300 + 2 * len(rows) if seconds is None else seconds)
         if not target.is_file():
             raise NotComputed("SPICE wrote no result")

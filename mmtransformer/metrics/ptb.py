@@ -142,17 +142,12 @@ _MARKS = [
 ]
 _RULES = {
     kind: [re.compile(rule, re.IGNORECASE) for rule in rules]
-    for kind, rules in {
-        "word": _WORDS,
-        "digit": _NUMBERS + _WORDS,
-        "mark": _MARKS + _NUMBERS + _WORDS[:1],
-    }.items()
+    for kind, rules in {"word": _WORDS, "digit": _NUMBERS + _WORDS, "mark": _MARKS + _NUMBERS + _WORDS[:1]}.items()
 }
 _CLITIC_TOKEN = re.compile(rf"{_A}{_CLITIC}|n{_AA}t")
 # A word that needs no rule, because of what stands behind it; and a whole caption of such words.
 _PLAIN = re.compile(
-    rf"[A-Za-z]+(?=[,;?!]? )|(?!(?:{_TITLES}|{_PLACES})\.)[A-Za-z]{{2,}}(?=\. $)|[,;'](?= )|\.(?= $)",
-    re.IGNORECASE,
+    rf"[A-Za-z]+(?=[,;?!]? )|(?!(?:{_TITLES}|{_PLACES})\.)[A-Za-z]{{2,}}(?=\. $)|[,;'](?= )|\.(?= $)", re.IGNORECASE
 )
 _EASY = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*(?: \.)?")
 

@@ -95,14 +95,7 @@ def read_transform(path: Path) -> ImageTransform:
 
 
 def write_card(
-    folder: Path,
-    model: nn.Module,
-    *,
-    task: str,
-    about: str,
-    usage: str,
-    languages: Sequence[str] = (),
-    note: str,
+    folder: Path, model: nn.Module, *, task: str, about: str, usage: str, languages: Sequence[str] = (), note: str
 ) -> None:
     """Writes a model card, as a hub shows it.
 
@@ -121,11 +114,5 @@ def write_card(
     head += [f"language: [{', '.join(languages)}]"] if languages else []
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
     code = usage.replace("FOLDER", folder.name)
-    parts = [
-        "\n".join(["---", *head, "---"]),
-        f"# {title}",
-        f"{about}: {size}.",
-        f"```python\n{code}\n```",
-        note,
-    ]
+    parts = ["\n".join(["---", *head, "---"]), f"# {title}", f"{about}: {size}.", f"```python\n{code}\n```", note]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")

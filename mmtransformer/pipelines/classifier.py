@@ -38,12 +38,7 @@ class ImageClassifier:
     """
 
     def __init__(
-        self,
-        vit: ViT,
-        classes: Sequence[str],
-        transform: ImageTransform,
-        *,
-        device: torch.device | str | None = None,
+        self, vit: ViT, classes: Sequence[str], transform: ImageTransform, *, device: torch.device | str | None = None
     ) -> None:
         if vit.num_classes != len(classes):
             raise ValueError(f"the model tells {vit.num_classes} classes apart, but there are {len(classes)} names")

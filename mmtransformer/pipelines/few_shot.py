@@ -88,12 +88,7 @@ class FewShot:
         if choose not in ("random", "nearest"):
             raise ValueError(f'choose must be "random" or "nearest", not "{choose}"')
         self.image_id = image_token(tokenizer)
-        self.examples, self.captioner, self.tokenizer, self.transform = (
-            examples,
-            captioner,
-            tokenizer,
-            transform,
-        )
+        self.examples, self.captioner, self.tokenizer, self.transform = (examples, captioner, tokenizer, transform)
         self.num_examples, self.choose, self.seed = num_examples, choose, seed
         self._captions = [examples.captions(i) for i in range(len(examples))]
         self._places: dict[str | None, int] = {examples.name(i): i for i in range(len(examples))}

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
-from mmtransformer.generation.captions import (
-    CAPTIONING,
-    CaptionResult,
-    heatmap_of,
-    stream_caption,
-    write_captions,
-)
+from mmtransformer.generation.captions import CAPTIONING, CaptionResult, heatmap_of, stream_caption, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.prompts import Prompts
 from mmtransformer.images import ImageTransform, load
@@ -83,11 +77,7 @@ class ImageCaptioner:
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder_or_id: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        precision: Precision = "fp32",
+        cls, folder_or_id: str | Path, *, device: torch.device | str | None = None, precision: Precision = "fp32"
     ) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
@@ -177,12 +167,7 @@ class ImageCaptioner:
         for some in in_batches(many, batch_size):
             with fast_autocast(self.device):
                 rows = write_captions(
-                    self.ready(),
-                    self.tokenizer,
-                    self.batch(some),
-                    [language],
-                    generation=generation,
-                    prompts=prompts,
+                    self.ready(), self.tokenizer, self.batch(some), [language], generation=generation, prompts=prompts
                 )
             captions += [row[0] for row in rows]
         return captions
@@ -242,12 +227,7 @@ class ImageCaptioner:
             prompts: What made the prompts when it was captioned.
         """
         return heatmap_of(
-            self.ready(),
-            self.tokenizer,
-            self.batch([image]),
-            caption,
-            prompts,
-            mark=self.generation.mark_images,
+            self.ready(), self.tokenizer, self.batch([image]), caption, prompts, mark=self.generation.mark_images
         )
 
     def batch(self, images: Sequence[ImageLike]) -> CaptionBatch:

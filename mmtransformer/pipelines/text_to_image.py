@@ -15,14 +15,7 @@ from mmtransformer.diffusion.drawing import DrawingConfig, Edit, draw, seeded_no
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.record import record_attention
-from mmtransformer.pipelines.base import (
-    PREPROCESSOR,
-    ImageLike,
-    pick_device,
-    read_transform,
-    write_card,
-    write_json,
-)
+from mmtransformer.pipelines.base import PREPROCESSOR, ImageLike, pick_device, read_transform, write_card, write_json
 from mmtransformer.serialization.pretrained import find_folder, read_json
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer

@@ -56,14 +56,7 @@ class Translator:
         self.tokenizer, self.generation = tokenizer, generation
 
     @torch.inference_mode()
-    def __call__(
-        self,
-        texts: str | Sequence[str],
-        language: str,
-        *,
-        batch_size: int = 64,
-        **changes: Any,
-    ) -> list[str]:
+    def __call__(self, texts: str | Sequence[str], language: str, *, batch_size: int = 64, **changes: Any) -> list[str]:
         """Translates texts; those of similar length are read together.
 
         Args:

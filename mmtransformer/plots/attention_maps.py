@@ -159,12 +159,7 @@ def rollout_maps(vit: ViT, pixels: Tensor) -> Tensor:
 
 
 def draw_rollout(
-    vit: ViT,
-    image: Image.Image,
-    transform: ImageTransform,
-    *,
-    columns: int = 6,
-    title: str = "",
+    vit: ViT, image: Image.Image, transform: ImageTransform, *, columns: int = 6, title: str = ""
 ) -> Image.Image:
     """Draw a picture, and what a ViT has gathered of it after each block: `rollout_maps`, above the least patch.
 

@@ -151,11 +151,7 @@ def _caption(
 
 
 def draw_chips(
-    canvas: ImageDraw.ImageDraw,
-    y: float,
-    chips: list[tuple[str, Colour, Colour]],
-    room: float,
-    left: float = PAD,
+    canvas: ImageDraw.ImageDraw, y: float, chips: list[tuple[str, Colour, Colour]], room: float, left: float = PAD
 ) -> float:
     """Draw marks (text, ink, tint) beside each other from `left` on, and give where they end."""
     x, height = float(left), CHIP.line_height + 4

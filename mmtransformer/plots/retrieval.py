@@ -79,11 +79,7 @@ class FoundTexts:
 
 
 def draw_searches(
-    by_text: Sequence[FoundImages],
-    by_image: Sequence[FoundTexts],
-    *,
-    title: str = "",
-    subtitle: str = "",
+    by_text: Sequence[FoundImages], by_image: Sequence[FoundTexts], *, title: str = "", subtitle: str = ""
 ) -> Image.Image:
     """Draw searches: texts with the pictures they found on the left, pictures with their texts on the right.
 
@@ -161,12 +157,7 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
 
 
 def _chips(
-    canvas: ImageDraw.ImageDraw,
-    y: float,
-    language: str | None,
-    rank: int,
-    marks: Sequence[Mark],
-    left: float = PAD,
+    canvas: ImageDraw.ImageDraw, y: float, language: str | None, rank: int, marks: Sequence[Mark], left: float = PAD
 ) -> float:
     """The language, and the place of what belongs to it; gives where they end."""
     chips = [(language, BLUE, BLUE_TINT)] if language else []

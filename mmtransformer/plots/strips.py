@@ -31,12 +31,7 @@ def save_strip(images: Sequence[Image.Image], path: str | Path, *, side: int = 1
     file = io.BytesIO()
     if kind == ".gif":
         large[0].save(
-            file,
-            "GIF",
-            save_all=True,
-            append_images=large[1:],
-            duration=[120] * (len(large) - 1) + [1500],
-            loop=0,
+            file, "GIF", save_all=True, append_images=large[1:], duration=[120] * (len(large) - 1) + [1500], loop=0
         )
         return write_whole(path, file.getvalue())
     shown = min(len(large), 12)

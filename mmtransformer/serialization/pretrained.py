@@ -195,12 +195,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     first = {storage[name]: name for name in reversed(state) if name in own}
     tied = [(first[storage[name]], name) for name in state if name in own and first[storage[name]] != name]
     torn = [f"{a} and {b}" for a, b in tied if state[a].shape == state[b].shape and not torch.equal(state[a], state[b])]
-    kinds = {
-        "missing": missing,
-        "not in the model": extra,
-        "shapes": wrong,
-        "tied in the model, but different": torn,
-    }
+    kinds = {"missing": missing, "not in the model": extra, "shapes": wrong, "tied in the model, but different": torn}
     faults = [f"{kind}: {_few(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise ValueError(f"{where} does not fit {type(module).__name__}; " + "; ".join(faults))

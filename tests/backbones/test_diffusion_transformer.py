@@ -20,14 +20,7 @@ def noisy(model: nn.Module) -> nn.Module:
 
 def make(**changes) -> DiffusionTransformer:
     torch.manual_seed(0)
-    settings = {
-        "patch_size": 2,
-        "dim": DIM,
-        "depth": 3,
-        "num_heads": HEADS,
-        "out_channels": 5,
-        "context_dim": TEXT,
-    }
+    settings = {"patch_size": 2, "dim": DIM, "depth": 3, "num_heads": HEADS, "out_channels": 5, "context_dim": TEXT}
     model = noisy(DiffusionTransformer(**settings | changes))
     assert isinstance(model, DiffusionTransformer)
     return model

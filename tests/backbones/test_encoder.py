@@ -14,12 +14,7 @@ VOCAB, DIM, HEADS = 53, 20, 5
 
 def make(**options: Any) -> TextEncoder:
     torch.manual_seed(2)
-    arguments: dict[str, Any] = {
-        "mlp_dim": 37,
-        "max_len": 29,
-        "word_head": True,
-        "sentence_head": True,
-    } | options
+    arguments: dict[str, Any] = {"mlp_dim": 37, "max_len": 29, "word_head": True, "sentence_head": True} | options
     encoder = TextEncoder(VOCAB, DIM, 3, HEADS, **arguments)
     for parameter in encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -191,6 +186,5 @@ def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path)
     again = TextEncoder.from_pretrained(tmp_path)
     assert torch.equal(
-        again(tokens, types, attention_mask=attention_mask),
-        encoder(tokens, types, attention_mask=attention_mask),
+        again(tokens, types, attention_mask=attention_mask), encoder(tokens, types, attention_mask=attention_mask)
     )

@@ -57,10 +57,7 @@ def test_patches_are_turned_as_the_definition_says(name: str) -> None:
                 for pair in range(WIDTH // 2):
                     turn = angle(module, block, head, *divmod(patch, GRID[1]), pair)
                     a, b = x[0, head, PREFIX + patch, [pair, pair + WIDTH // 2]].tolist()
-                    turned = (
-                        a * math.cos(turn) - b * math.sin(turn),
-                        b * math.cos(turn) + a * math.sin(turn),
-                    )
+                    turned = (a * math.cos(turn) - b * math.sin(turn), b * math.cos(turn) + a * math.sin(turn))
                     want[0, head, PREFIX + patch, [pair, pair + WIDTH // 2]] = torch.tensor(turned).double()
         torch.testing.assert_close(rope.rotate(x), want, atol=3e-6, rtol=1e-5)
         assert torch.equal(rope.rotate(x)[:, :, :PREFIX], x[:, :, :PREFIX])  # Prefix tokens do not turn.
@@ -98,14 +95,7 @@ def test_patches_that_stay_keep_their_angles(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tower_learns_with_patches_left_out(name: str) -> None:
     vit = ViT(
-        24,
-        8,
-        24,
-        DEPTH,
-        3,
-        num_registers=2,
-        patches=PatchConfig(positions="none", dropout=0.5),
-        rope=KINDS[name],
+        24, 8, 24, DEPTH, 3, num_registers=2, patches=PatchConfig(positions="none", dropout=0.5), rope=KINDS[name]
     )
     pixels = torch.randn(2, 3, 24, 32)
     vit.train()

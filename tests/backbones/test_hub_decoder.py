@@ -152,19 +152,10 @@ def test_it_writes_what_transformers_generate_writes(family: str, beams: int) ->
     attention_mask[1, :4] = False
     asked[~attention_mask] = 0
     found = generate(
-        decoder,
-        CaptionBatch(asked, attention_mask, ~attention_mask),
-        eos_id=2,
-        max_new_tokens=8,
-        num_beams=beams,
+        decoder, CaptionBatch(asked, attention_mask, ~attention_mask), eos_id=2, max_new_tokens=8, num_beams=beams
     )
     want = decoder.model.generate(
-        asked,
-        attention_mask=attention_mask.long(),
-        max_new_tokens=8,
-        num_beams=beams,
-        do_sample=False,
-        use_cache=True,
+        asked, attention_mask=attention_mask.long(), max_new_tokens=8, num_beams=beams, do_sample=False, use_cache=True
     )[:, LENGTH:].tolist()
     for (mine,), theirs in zip(found, want, strict=True):
         assert mine.tokens == (theirs[: theirs.index(2)] if 2 in theirs else theirs)

@@ -11,14 +11,7 @@ from mmtransformer import BlockConfig, PatchConfig, ViT, freeze
 from mmtransformer.backbones.patches import ConvStem, drop_tokens
 from mmtransformer.layers.positions import sinusoidal_2d
 
-SMALL: dict[str, Any] = {
-    "image_size": (16, 24),
-    "patch_size": 8,
-    "dim": 20,
-    "depth": 3,
-    "num_heads": 4,
-    "mlp_dim": 29,
-}
+SMALL: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 3, "num_heads": 4, "mlp_dim": 29}
 
 
 def small(**options: Any) -> ViT:
@@ -208,13 +201,7 @@ def test_stochastic_depth_rises_with_depth() -> None:
 @pytest.mark.parametrize(
     ("size", "published"),
     # Features only, at 224 px; H has patches of 14 px.
-    [
-        ("tiny", 5_524_416),
-        ("small", 21_665_664),
-        ("base", 85_798_656),
-        ("large", 303_301_632),
-        ("huge", 630_764_800),
-    ],
+    [("tiny", 5_524_416), ("small", 21_665_664), ("base", 85_798_656), ("large", 303_301_632), ("huge", 630_764_800)],
 )
 def test_parameter_counts_are_the_published(size: str, published: int) -> None:
     with torch.device("meta"):
@@ -263,10 +250,7 @@ def test_errors_name_the_numbers() -> None:
         ({"image_size": (16, 23)}, r"16 x 23.*\(8\)"),
         ({"pool": "max"}, 'not "max"'),
         ({"patches": PatchConfig(stem="conv"), "dim": 22, "num_heads": 2}, r"patch_size \(8\).*dim \(22\)"),
-        (
-            {"patches": PatchConfig(stem="conv"), "image_size": 12, "patch_size": 6},
-            r"patch_size \(6\).*dim \(20\)",
-        ),
+        ({"patches": PatchConfig(stem="conv"), "image_size": 12, "patch_size": 6}, r"patch_size \(6\).*dim \(20\)"),
         ({"class_token": False}, 'pool="class" needs class_token'),
         ({"block": BlockConfig(drop_path=1.5)}, r"not 1\.5"),
         ({"dim": 21}, r"dim \(21\).*num_heads \(4\)"),

@@ -23,13 +23,7 @@ import torch.nn.functional as F
 from harness import compare, start
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2QFormerModel,
-    OPTConfig,
-)
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2QFormerModel, OPTConfig
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
 from mmtransformer.captioners.image_text import ImageText
@@ -259,14 +253,7 @@ def bench_generate(args: Any, ours: Blip2, peer: Any) -> None:
         line = f"{BEAMS} beams, {NEW} tokens, pictures: {rows}"
         if args.only in line:
             print(f"{line}: {'the same ids' if mine() == theirs() else 'OTHER IDS'}")
-            compare(
-                f"{line}, fp32, packed",
-                mine,
-                theirs,
-                target=2.0,
-                pairs=args.pairs,
-                unit=(rows * NEW, "tokens"),
-            )
+            compare(f"{line}, fp32, packed", mine, theirs, target=2.0, pairs=args.pairs, unit=(rows * NEW, "tokens"))
 
 
 # --------------------------------------------------------------------------------------------------------- stage 1

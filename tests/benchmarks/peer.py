@@ -60,12 +60,7 @@ def vision_of(encoder: nn.Module) -> ViT:
     patches = "embeddings.patch_embeddings.projection"
     ours["patch_embed.proj.weight"] = theirs[f"{patches}.weight"].flatten(1)
     ours["patch_embed.proj.bias"] = theirs[f"{patches}.bias"]
-    names = {
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-        "attention": "attn",
-        "o_proj": "out_proj",
-    }
+    names = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention": "attn", "o_proj": "out_proj"}
     for name, tensor in theirs.items():
         if name.startswith("layers."):
             for their_word, our_word in names.items():

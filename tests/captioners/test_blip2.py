@@ -302,14 +302,7 @@ def test_look_finds_the_patch_that_a_query_reads() -> None:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "GPT2": {
-        "n_embd": 24,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 29,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
+    "GPT2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 29, "bos_token_id": 0, "eos_token_id": 0},
     "OPT": {"hidden_size": 24, "ffn_dim": 31, "num_hidden_layers": 2, "num_attention_heads": 4},
     "Llama": {"num_key_value_heads": 2},
     "Mistral": {"num_key_value_heads": 2, "sliding_window": 4},

@@ -141,10 +141,7 @@ def test_a_batch_without_targets_has_no_loss_but_a_gradient() -> None:
     """It keeps a process in step with the others, whose gradients are added to its own."""
     model, given = captioner(), batch((7, 3))
     loss = caption_loss(
-        model,
-        replace(given, loss_mask=torch.zeros_like(given.loss_mask)),
-        label_smoothing=0.1,
-        reduction="sum",
+        model, replace(given, loss_mask=torch.zeros_like(given.loss_mask)), label_smoothing=0.1, reduction="sum"
     )
     assert (float(loss.sum.detach()), int(loss.count)) == (0.0, 0)
     loss.sum.backward()

@@ -74,11 +74,7 @@ BUILD: dict[str, Callable[[], Captioner]] = {
 FROZEN: dict[str, Callable[[], Captioner]] = {
     "coca without a contrast": lambda: coca(contrastive_weight=0.0),
     "coca, its upper half untied": lambda: CoCa(
-        vit(),
-        lm(),
-        lm(cross_dim=20, positions=PositionConfig("rotary"), tied=False),
-        num_queries=5,
-        num_heads=5,
+        vit(), lm(), lm(cross_dim=20, positions=PositionConfig("rotary"), tied=False), num_queries=5, num_heads=5
     ),
     "a vision encoder that pools": lambda: prefix(vit(pool="attention", num_classes=7)),
     "instructions": lambda: blip2(instruct=True),
@@ -202,10 +198,7 @@ def test_images_that_are_padding_change_nothing(kind: str, real: int) -> None:
         want, own = model.prefill(one, max_new_tokens=4)
         torch.testing.assert_close(first[2 * row + 1], want[0], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(
-            then[2 * row],
-            model.decode_step(first[2 * row : 2 * row + 1].argmax(1), own)[0],
-            atol=2e-5,
-            rtol=1e-5,
+            then[2 * row], model.decode_step(first[2 * row : 2 * row + 1].argmax(1), own)[0], atol=2e-5, rtol=1e-5
         )
 
 

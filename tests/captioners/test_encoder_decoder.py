@@ -50,10 +50,7 @@ def spread(given: CaptionBatch) -> CaptionBatch:
     assert given.pixels is not None
     expand_size = given.tokens.shape[0] // given.pixels.shape[0]
     return CaptionBatch(
-        given.tokens,
-        given.attention_mask,
-        given.loss_mask,
-        pixels=given.pixels.repeat_interleave(expand_size, 0),
+        given.tokens, given.attention_mask, given.loss_mask, pixels=given.pixels.repeat_interleave(expand_size, 0)
     )
 
 

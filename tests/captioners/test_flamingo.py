@@ -44,13 +44,7 @@ LLAMA: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama, as idefics": {
-        "lm": LLAMA,
-        "mlp": "swiglu",
-        "norm": "rms",
-        "qk_norm": "rms",
-        "mlp_without_image": True,
-    },
+    "llama, as idefics": {"lm": LLAMA, "mlp": "swiglu", "norm": "rms", "qk_norm": "rms", "mlp_without_image": True},
     "no resampler": {"latents": 0, "cross_every": 2, "visible_images": "all_previous"},
     "gates a channel": {"per_channel": True, "cross_layers": [0, 2], "visible_images": "all_previous"},
 }
@@ -156,10 +150,7 @@ def one_block(block: Any, x: Tensor, latents: Tensor, seen: Tensor) -> Tensor:
     attn, asking, heads = block.attn, block.norm1(x), []
     for h in range(attn.num_heads):
         some = slice(h * attn.head_dim, (h + 1) * attn.head_dim)
-        q, k = (
-            attn.q_norm(asking @ attn.q_proj.weight[some].T),
-            attn.k_norm(latents @ attn.k_proj.weight[some].T),
-        )
+        q, k = (attn.q_norm(asking @ attn.q_proj.weight[some].T), attn.k_norm(latents @ attn.k_proj.weight[some].T))
         v, out = latents @ attn.v_proj.weight[some].T, torch.zeros(len(x), attn.head_dim, dtype=x.dtype)
         for t in range(len(x)):
             if seen[t].any():
@@ -429,20 +420,11 @@ def test_the_backward_pass_stops_below_the_first_gated_block() -> None:
     assert seen_by_blocks(flamingo(cross_layers=[1]), given) == [False, True, True]
     assert seen_by_blocks(flamingo(), given) == [True, True, True]
     longer = ExtendedVocabulary(TextDecoder(VOCAB, 24, 3, 4), 1)
-    assert seen_by_blocks(Flamingo(ViT((16, 24), 8, 20, 1, 4), longer, cross_layers=[2]), given) == [
-        True,
-        True,
-        True,
-    ]
+    assert seen_by_blocks(Flamingo(ViT((16, 24), 8, 20, 1, 4), longer, cross_layers=[2]), given) == [True, True, True]
 
 
 def test_recomputation_reaches_the_frozen_blocks_above_the_first_gated_one() -> None:
-    plain, saving, given, calls = (
-        flamingo(cross_layers=[1]).train(),
-        flamingo(cross_layers=[1]).train(),
-        batch(),
-        [],
-    )
+    plain, saving, given, calls = (flamingo(cross_layers=[1]).train(), flamingo(cross_layers=[1]).train(), batch(), [])
     checkpoint_activations(saving)
     blocks: Any = saving.decoder.blocks
     for i, block in enumerate(blocks):
@@ -681,13 +663,7 @@ def test_number_of_parameters_is_that_of_the_peers() -> None:
 
     with torch.device("meta"):
         assert [count(dim, 1024) for dim in (768, 2048, 4096)] == [6_556_674, 36_708_354, 139_476_994]
-        idefics: dict[str, Any] = {
-            "mlp": "swiglu",
-            "mlp_dim": 11008,
-            "norm": "rms",
-            "num_heads": 32,
-            "head_dim": 128,
-        }
+        idefics: dict[str, Any] = {"mlp": "swiglu", "mlp_dim": 11008, "norm": "rms", "num_heads": 32, "head_dim": 128}
         assert count(4096, 1280, **idefics) == 179_314_690
 
 

@@ -206,10 +206,7 @@ def test_temperature_starts_where_it_is_told() -> None:
     ("change", "message"),
     [
         ({"qformer": QFormer(3, 20, 2, 4, visual_dim=12)}, "needs a Q-Former with a text stream"),
-        (
-            {"vision": ViT(16, 8, 24, 1, 3)},
-            r"visual_dim \(12\) must be the vision encoder's dim \(24\)",
-        ),
+        ({"vision": ViT(16, 8, 24, 1, 3)}, r"visual_dim \(12\) must be the vision encoder's dim \(24\)"),
         ({"class_id": 53}, r"class_id \(53\) must be one of the Q-Former's 53 ids"),
         ({"init_temperature": 0.0}, r"init_temperature \(0.0\) must be above 0"),
         ({"train_norm": True}, "train_norm is for a frozen tower"),
@@ -249,10 +246,7 @@ def test_decoding_step_by_step_is_one_pass(expand_size: int) -> None:
     m, given = model(), batch((7, 7, 7, 7), 2)
     whole = m.logits(given)
     prompt = replace(
-        given,
-        tokens=given.tokens[:, :3],
-        attention_mask=given.attention_mask[:, :3],
-        loss_mask=given.loss_mask[:, :3],
+        given, tokens=given.tokens[:, :3], attention_mask=given.attention_mask[:, :3], loss_mask=given.loss_mask[:, :3]
     )
     left = {k: F.pad(getattr(prompt, k), (2, 0)) for k in ("tokens", "attention_mask", "loss_mask")}
     for start in (prompt, replace(prompt, **left)):  # as it is, and padded on the left

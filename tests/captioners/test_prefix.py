@@ -10,16 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer import (
-    CaptionBatch,
-    CoCa,
-    PositionConfig,
-    PrefixCaptioner,
-    TextDecoder,
-    ViT,
-    caption_loss,
-    generate,
-)
+from mmtransformer import CaptionBatch, CoCa, PositionConfig, PrefixCaptioner, TextDecoder, ViT, caption_loss, generate
 from mmtransformer.captioners.base import Captioner
 
 VOCAB = 53
@@ -175,10 +166,7 @@ def test_cached_decoding_is_the_full_pass_for_prompts_of_different_lengths(model
 def test_beams_of_a_saved_model(model: Any, tmp_path: Any) -> None:
     given = batch(rows=3)
     prompt = replace(
-        given,
-        tokens=given.tokens[:, :1],
-        attention_mask=given.attention_mask[:, :1],
-        loss_mask=given.loss_mask[:, :1],
+        given, tokens=given.tokens[:, :1], attention_mask=given.attention_mask[:, :1], loss_mask=given.loss_mask[:, :1]
     )
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -12,13 +12,7 @@ from mmtransformer.generation.config import GenerationConfig
 from support.cli import mmt
 
 ROOT = Path(__file__).parents[2]
-FINETUNE = [
-    "fit",
-    "--config",
-    str(ROOT / "recipes/finetune_pairs.yaml"),
-    "--config",
-    str(ROOT / "recipes/tiny.yaml"),
-]
+FINETUNE = ["fit", "--config", str(ROOT / "recipes/finetune_pairs.yaml"), "--config", str(ROOT / "recipes/tiny.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +65,11 @@ def test_help_is_quick() -> None:
     [
         (["fti"], 'mmt: error: no command "fti"; did you mean "fit"?; see mmt --help'),
         (["fit", "--trainer.max_steps=3"], "needs a recipe: --config"),
-        (
-            ["fit", "--config", str(ROOT / "recipes/finetune_pair.yaml")],
-            'did you mean "finetune_pairs.yaml"?',
-        ),
+        (["fit", "--config", str(ROOT / "recipes/finetune_pair.yaml")], 'did you mean "finetune_pairs.yaml"?'),
         ([*FINETUNE], "needs --data.source"),
         ([*FINETUNE, "--data.source=PAIRS", "--model.lrr=3"], "no such key: model.lrr"),
         ([*FINETUNE, "--data.source=PAIRS", "--data.batchsize=3"], 'did you mean "batch_size"?'),
-        (
-            [*FINETUNE, "--trainer.max_stesp=3"],
-            'no such key: --trainer.max_stesp; did you mean "trainer.max_steps"?',
-        ),
+        ([*FINETUNE, "--trainer.max_stesp=3"], 'no such key: --trainer.max_stesp; did you mean "trainer.max_steps"?'),
         (
             [*FINETUNE, "--data.source=PAIRS", "--model.optim.lr=abc"],
             "model.optim.lr: Expected a <class 'float'>. Got value: abc",
@@ -90,10 +78,7 @@ def test_help_is_quick() -> None:
         ([*FINETUNE, "--data.source=PAIRS", "--model.init=NOWHERE"], "NOWHERE: no such folder"),
         (["caption", "NOWHERE.png", "--model", "MODEL"], "NOWHERE.png"),
         (["caption", "PAIRS/p0.txt", "--model", "MODEL"], "p0.txt: not a picture"),
-        (
-            ["caption", "PAIRS/p0.png", "--model", "MODEL", "--language", "fr"],
-            'language "fr"; it knows en, ko',
-        ),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--language", "fr"], 'language "fr"; it knows en, ko'),
         (["caption", "PAIRS/p0.png", "--model", "PAIRS"], "config.json: no such file"),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--split", "tset"], "no split 'tset'"),
     ],
@@ -127,16 +112,7 @@ def test_debug_shows_the_traceback() -> None:
 def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path, model: Path) -> None:
     images = [str(pairs / "p0.png"), str(pairs / "p1.png")]
     code, out, _ = mmt(
-        capsys,
-        "caption",
-        *images,
-        "--model",
-        str(model),
-        "--language",
-        "ko",
-        "--num-return-sequences",
-        "2",
-        "--json",
+        capsys, "caption", *images, "--model", str(model), "--language", "ko", "--num-return-sequences", "2", "--json"
     )
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0
@@ -179,11 +155,7 @@ def test_caption(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path
 
 
 def test_evaluate(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    pairs: Path,
-    model: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, model: Path
 ) -> None:
     monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
     monkeypatch.delenv("JAVA_HOME", raising=False)

@@ -56,10 +56,7 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def configs(name: str, run: Path) -> list[str]:
     files = (RECIPES / f"{name}.yaml", RECIPES / "tiny.yaml")
-    return [
-        *(word for file in files for word in ("--config", str(file))),
-        f"--trainer.default_root_dir={run}",
-    ]
+    return [*(word for file in files for word in ("--config", str(file))), f"--trainer.default_root_dir={run}"]
 
 
 def fit(capsys: pytest.CaptureFixture[str], name: str, run: Path, *words: str) -> str:
@@ -71,10 +68,7 @@ def fit(capsys: pytest.CaptureFixture[str], name: str, run: Path, *words: str) -
 def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     one, two, lm = tmp_path / "stage1", tmp_path / "stage2", tmp_path / "lm"
     tower().save_pretrained(tmp_path / "vit")
-    vision = [
-        f"--model.captioner.vision.source={tmp_path / 'vit'}",
-        "--model.captioner.qformer.visual_dim=16",
-    ]
+    vision = [f"--model.captioner.vision.source={tmp_path / 'vit'}", "--model.captioner.qformer.visual_dim=16"]
     out = fit(capsys, "qformer_stage1_scenes", one, *SCENES, *vision)
     between = json.loads((one / "metrics.json").read_text("utf-8"))
     for split in ("val", "compositional"):
@@ -198,11 +192,7 @@ def test_the_papers_hyper_parameters() -> None:
         assert (optim["lr"], optim["warmup_steps"]) == (1e-4, 2000)
         assert optim["lr"] * optim["min_lr_ratio"] == pytest.approx(low)
         data = recipe["data"]["init_args"]
-        assert (data["image"]["image_size"], data["image"]["resize"], data["augment"]["flip"]) == (
-            224,
-            "squash",
-            True,
-        )
+        assert (data["image"]["image_size"], data["image"]["resize"], data["augment"]["flip"]) == (224, "squash", True)
 
 
 # ------------------------------------------------------------------------------------------------------ heat maps

@@ -289,10 +289,7 @@ RECIPES: dict[str, Callable[[str], str]] = {
                 "strategy": {
                     "class_path": "lightning.pytorch.strategies.DDPStrategy",
                     "init_args": {
-                        "ddp_comm_hook": {
-                            "class_path": "os.system",
-                            "init_args": {"command": f"touch {harm}"},
-                        }
+                        "ddp_comm_hook": {"class_path": "os.system", "init_args": {"command": f"touch {harm}"}}
                     },
                 }
             }

@@ -172,9 +172,7 @@ def test_padding_changes_nothing() -> None:
         )
         assert torch.equal(first[attention_mask], second[attention_mask])
         short = model.encode_text(
-            tokens[2:3, :1],
-            attention_mask[2:3, :1],
-            None if given is None else model.encode_queries(visual[1:]),
+            tokens[2:3, :1], attention_mask[2:3, :1], None if given is None else model.encode_queries(visual[1:])
         )
         torch.testing.assert_close(short[0], first[2, :1], atol=1e-5, rtol=1e-5)
     assert torch.equal(model(visual, tokens, attention_mask), model(visual, other, attention_mask))
@@ -202,10 +200,7 @@ def test_what_the_modes_hide_leaves_no_trace() -> None:
     seen = model.encode_queries(visual)
     later = tokens.clone()
     later[:, 4:] = (later[:, 4:] + 1) % VOCAB
-    first, second = (
-        model.encode_text(tokens, attention_mask, seen),
-        model.encode_text(later, attention_mask, seen),
-    )
+    first, second = (model.encode_text(tokens, attention_mask, seen), model.encode_text(later, attention_mask, seen))
     assert torch.equal(first[:, :4], second[:, :4])
     assert not torch.isclose(first[:, 4:], second[:, 4:]).all(-1).any()
     elsewhere = model.encode_queries(visual + torch.randn_like(visual))

@@ -197,8 +197,7 @@ def test_evaluation_has_every_language_and_is_always_the_same():
     count = lambda i: 2 if i != 4 else 1  # noqa: E731
     val = FakePairs(11, ("en", "ko"), count=count)
     data = make(
-        FakeSource(train=FakePairs(23, ("en", "ko")), val=val, more=FakePairs(3)),
-        splits=Splits(val=["val", "more"]),
+        FakeSource(train=FakePairs(23, ("en", "ko")), val=val, more=FakePairs(3)), splits=Splits(val=["val", "more"])
     )
     first, second = data.val_dataloader()
     assert (len(first), len(second)) == (2, 1)

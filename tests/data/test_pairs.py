@@ -18,18 +18,7 @@ from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
-from support.pair_files import (
-    NAMES,
-    caption,
-    colour,
-    draw,
-    everything,
-    expected,
-    jsonl,
-    pack,
-    png,
-    rows_jsonl,
-)
+from support.pair_files import NAMES, caption, colour, draw, everything, expected, jsonl, pack, png, rows_jsonl
 
 KOREAN = [f"{i}번 그림" for i in range(23)]
 
@@ -129,11 +118,7 @@ def make_flickr(root: Path) -> None:
 
 MAKERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "folder": (make_folder, "", r"pictures with text files: 23 pictures, 69 captions"),
-    "csv": (
-        make_csv,
-        "",
-        r"CSV captions.csv: 23 pictures, 69 captions; columns image=filepath caption=title",
-    ),
+    "csv": (make_csv, "", r"CSV captions.csv: 23 pictures, 69 captions; columns image=filepath caption=title"),
     "tsv": (make_tsv, "", r"TSV captions.tsv: 23 .* image=filepath caption=title"),
     "bars": (make_bars, "", r"CSV results.csv: 23 .* image=image_name caption=comment;"),
     "text table": (make_text_table, "", r"CSV captions.txt: 23 .* image=image caption=caption"),
@@ -253,11 +238,9 @@ def test_parquet(kind: str, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     draw(tmp_path)
-    image = {
-        "bytes": [png(n) for n in NAMES],
-        "struct": [{"bytes": png(n), "path": n} for n in NAMES],
-        "path": NAMES,
-    }[kind]
+    image = {"bytes": [png(n) for n in NAMES], "struct": [{"bytes": png(n), "path": n} for n in NAMES], "path": NAMES}[
+        kind
+    ]
     texts = [[caption(n, k) for k in range(3)] for n in NAMES]
     table = pa.table({"image": image, "caption": texts, "split": ["train"] * 19 + ["validation"] * 4})
     pq.write_table(table, tmp_path / "train-00000-of-00001.parquet", row_group_size=5)
@@ -291,8 +274,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no column 'kurtz'; its columns are: f, image, kurz"):
         PairFiles(tmp_path, ReadOptions(caption_column="kurtz"))
     source = PairFiles(
-        tmp_path,
-        ReadOptions(image_column="f", caption_column="kurz", language_column="l", split_column="teil"),
+        tmp_path, ReadOptions(image_column="f", caption_column="kurz", language_column="l", split_column="teil")
     )
     assert "columns image=f caption=kurz language=l split=teil" in source.describe()
     assert source.splits() == ("val",)
@@ -343,10 +325,7 @@ def test_languages_need_no_configuration(
 def test_a_few_captions_in_another_script_make_no_language(tmp_path: Path) -> None:
     names = [f"p{i}.png" for i in range(211)]
     draw(tmp_path, names)
-    for texts, languages in (
-        (["a dog"] * 210 + ["개"], ()),
-        (["개 한 마리"] * 210 + ["KTX"], ("ko",)),
-    ):
+    for texts, languages in ((["a dog"] * 210 + ["개"], ()), (["개 한 마리"] * 210 + ["KTX"], ("ko",))):
         (tmp_path / "a.jsonl").write_text(
             jsonl([{"image": n, "caption": t} for n, t in zip(names, texts, strict=True)])
         )

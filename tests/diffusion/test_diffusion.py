@@ -49,10 +49,7 @@ def test_the_loss_of_an_image_is_that_of_its_velocity() -> None:
     said = images + torch.randn_like(images)
     gap = diffusion.velocity_of(said, x, times) - diffusion.velocity(images, noise, times)
     torch.testing.assert_close(
-        diffusion.loss(said, images, noise, times).double(),
-        gap.square().flatten(1).mean(1),
-        atol=1e-5,
-        rtol=1e-5,
+        diffusion.loss(said, images, noise, times).double(), gap.square().flatten(1).mean(1), atol=1e-5, rtol=1e-5
     )
     least = diffusion.loss(said[:1], images[:1], noise[:1], torch.tensor([1e-6]))
     want = ((said[:1] - images[:1]) * (1 + 1 / LEAST_TIME)).square().mean()  # both its own and its noise's velocity

@@ -111,12 +111,7 @@ def test_looking_changes_nothing_and_modes_come_back() -> None:
     model.text.eval()
     noise, looks = seeded_noise([1, 2, 3], (3, SIDE, SIDE)), []
     found = draw(
-        model,
-        tokens,
-        mask,
-        noise,
-        DrawingConfig(4),
-        on_step=lambda k, image: looks.append((k, image.clone())),
+        model, tokens, mask, noise, DrawingConfig(4), on_step=lambda k, image: looks.append((k, image.clone()))
     )
     assert torch.equal(found, draw(model, tokens, mask, noise, DrawingConfig(4)))
     assert [k for k, _ in looks] == [1, 2, 3, 4]
@@ -150,10 +145,7 @@ def test_little_strength_changes_little() -> None:
     [
         (lambda: DrawingConfig(0), "num_steps must be a whole number from 1, not 0"),
         (lambda: DrawingConfig(-3), "num_steps"),
-        (
-            lambda: DrawingConfig(guidance_scale=float("nan")),
-            "guidance_scale must be between 0 and 1000, not nan",
-        ),
+        (lambda: DrawingConfig(guidance_scale=float("nan")), "guidance_scale must be between 0 and 1000, not nan"),
         (lambda: DrawingConfig(guidance_scale=1e9), "guidance_scale"),
         (lambda: DrawingConfig(solver="rk4"), 'solver must be one of euler, heun, dpm, not "rk4"'),  # type: ignore[arg-type]
         (lambda: DrawingConfig(time_shift=0.0), "time_shift"),
@@ -161,8 +153,7 @@ def test_little_strength_changes_little() -> None:
         (lambda: make(text_dropout=1.0), r"text_dropout \(1.0\)"),
         (
             lambda: TextToImageModel(
-                TextEncoder(9, dim=12, depth=1, num_heads=2),
-                DiffusionTransformer(dim=12, depth=1, num_heads=2),
+                TextEncoder(9, dim=12, depth=1, num_heads=2), DiffusionTransformer(dim=12, depth=1, num_heads=2)
             ),
             r"reads texts of width None \(context_dim\), but the text encoder writes 12",
         ),
@@ -170,10 +161,7 @@ def test_little_strength_changes_little() -> None:
             lambda: draw(make(), *texts(), torch.zeros(3, 3, 8, 8), DrawingConfig(2, 1.0), negative=texts()),
             "a negative text has no effect at guidance_scale 1",
         ),
-        (
-            lambda: draw(make(), *texts(), torch.zeros(3, 3, 9, 8)),
-            "images of 9 x 8 are not divided by the patch of 4",
-        ),
+        (lambda: draw(make(), *texts(), torch.zeros(3, 3, 9, 8)), "images of 9 x 8 are not divided by the patch of 4"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(make_it, message: str) -> None:

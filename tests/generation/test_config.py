@@ -59,17 +59,7 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     add_generation_options(parser)
     assert generation_changes(parser.parse_args([])) == {}
-    words = [
-        "--num-beams",
-        "4",
-        "--length-penalty",
-        "0.5",
-        "--do-sample",
-        "--force-words",
-        "a",
-        "--force-words",
-        "b c",
-    ]
+    words = ["--num-beams", "4", "--length-penalty", "0.5", "--do-sample", "--force-words", "a", "--force-words", "b c"]
     assert generation_changes(parser.parse_args([*words, "--no-mark-images", "--top-k", "7"])) == {
         "num_beams": 4, "length_penalty": 0.5, "do_sample": True, "force_words": ["a", "b c"], "mark_images": False,
         "top_k": 7,

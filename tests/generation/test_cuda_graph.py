@@ -9,31 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmtransformer import (
-    CudaGraphDecoder,
-    EncoderDecoder,
-    ImageText,
-    QFormer,
-    generate,
-    stream,
-)
+from mmtransformer import CudaGraphDecoder, EncoderDecoder, ImageText, QFormer, generate, stream
 from mmtransformer.generation.cuda_graph import Step, compiled
 from mmtransformer.generation.guidance import Guided
 from mmtransformer.generation.loop import LOOK_EVERY
-from support.generators import (
-    DIM,
-    EOS,
-    LLAMA,
-    MODELS,
-    QUERIES,
-    ROWS,
-    VOCAB,
-    batch_for,
-    decoder,
-    noisy,
-    told,
-    vit,
-)
+from support.generators import DIM, EOS, LLAMA, MODELS, QUERIES, ROWS, VOCAB, batch_for, decoder, noisy, told, vit
 
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
 

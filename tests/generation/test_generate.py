@@ -118,10 +118,7 @@ def test_a_batch_equals_one_by_one_with_prompts_of_different_length(captioner: E
     for row, padding in enumerate((0, 3, 1, 2)):
         attention_mask[row, :padding] = False
     batch = CaptionBatch(
-        batch.tokens.masked_fill(~attention_mask, 0),
-        attention_mask,
-        attention_mask,
-        visual_tokens=batch.visual_tokens,
+        batch.tokens.masked_fill(~attention_mask, 0), attention_mask, attention_mask, visual_tokens=batch.visual_tokens
     )
     together = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, num_beams=beams)
     assert batch.visual_tokens is not None
@@ -207,12 +204,7 @@ def test_logits_processors_leave_padding_out() -> None:
 def test_it_does_not_matter_how_often_a_token_came(count: int) -> None:
     """Counts that wrap at 256 would forget what came so often."""
     assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * count, repetition_penalty=2.0) == [0.5, -2.0, 2.0, 0.5]
-    assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * count, no_repeat_ngram_size=1) == [
-        BANNED,
-        BANNED,
-        2.0,
-        0.5,
-    ]
+    assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * count, no_repeat_ngram_size=1) == [BANNED, BANNED, 2.0, 0.5]
     want = [BANNED, -1.0, 2.0, 0.5] if count > 1 else [1.0, -1.0, 2.0, 0.5]
     assert processed([1.0, -1.0, 2.0, 0.5], [1, 0] * (count - 1) + [1], no_repeat_ngram_size=2) == want
 
@@ -316,13 +308,7 @@ def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: En
 
     def drawn(batch: CaptionBatch, count: int = 3, **options: Any) -> list[list[list[int]]]:
         found = generate(
-            captioner,
-            batch,
-            eos_id=EOS,
-            max_new_tokens=9,
-            do_sample=True,
-            num_return_sequences=count,
-            **options,
+            captioner, batch, eos_id=EOS, max_new_tokens=9, do_sample=True, num_return_sequences=count, **options
         )
         return [[text.tokens for text in row] for row in found]
 

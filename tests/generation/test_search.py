@@ -177,13 +177,7 @@ def test_required_words_come_and_the_text_is_the_best_that_has_them() -> None:
     model, given = captioner(vocab, seed=5), batch(2, vocab)
     words = [[[5, 3]], [[4], [0, 0]]]
     found = generate(
-        model,
-        given,
-        eos_id=EOS,
-        max_new_tokens=length,
-        num_beams=400,
-        force_words_ids=words,
-        length_penalty=0.0,
+        model, given, eos_id=EOS, max_new_tokens=length, num_beams=400, force_words_ids=words, length_penalty=0.0
     )
     for row in range(2):
         best = -1e9
@@ -206,13 +200,7 @@ def test_required_words_come_with_few_beams_too(beams: int) -> None:
     words = [[[7, 9, 11]], [[13]], [[20, 20], [21]]]
     plain = generate(model, given, eos_id=EOS, max_new_tokens=14, num_beams=beams)
     found = generate(
-        model,
-        given,
-        eos_id=EOS,
-        max_new_tokens=14,
-        num_beams=beams,
-        num_return_sequences=beams,
-        force_words_ids=words,
+        model, given, eos_id=EOS, max_new_tokens=14, num_beams=beams, num_return_sequences=beams, force_words_ids=words
     )
     assert not any(contains(row[0].tokens, [7, 9, 11]) for row in plain)
     for row in found:
@@ -323,20 +311,11 @@ def test_cached_features_are_guided_by_the_features_of_a_blank_image() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"num_beams": 5, "num_beam_groups": 2},
-            r"num_beams \(5\) must be a multiple of num_beam_groups \(2\)",
-        ),
-        (
-            {"num_beams": 4, "diversity_penalty": 0.5},
-            r"diversity_penalty \(0.5\) needs num_beam_groups above 1",
-        ),
+        ({"num_beams": 5, "num_beam_groups": 2}, r"num_beams \(5\) must be a multiple of num_beam_groups \(2\)"),
+        ({"num_beams": 4, "diversity_penalty": 0.5}, r"diversity_penalty \(0.5\) needs num_beam_groups above 1"),
         ({"force_words_ids": [[[4]]]}, "force_words_ids need beams in one group: num_beams is 1"),
         ({"num_beams": 2, "force_words_ids": [[[4], []]]}, "force_words_ids has a word without a token"),
-        (
-            {"num_beams": 2, "force_words_ids": [[[4] * 9, [5] * 8]]},
-            r"8 tokens, more than max_new_tokens \(7\)",
-        ),
+        ({"num_beams": 2, "force_words_ids": [[[4] * 9, [5] * 8]]}, r"8 tokens, more than max_new_tokens \(7\)"),
         ({"guidance_scale": -1.0}, "guidance_scale must be at least 0.0, not -1.0"),
     ],
 )

@@ -327,15 +327,7 @@ def test_a_wrong_checksum_is_refused() -> None:
         load(good[:-12])
 
 
-SEVEN_PASSES = [
-    (2, 2),
-    (2, 2),
-    (1, 4),
-    (3, 3),
-    (3, 7),
-    (6, 6),
-    (5, 13),
-]  # lines and columns of 11 x 13 interlaced
+SEVEN_PASSES = [(2, 2), (2, 2), (1, 4), (3, 3), (3, 7), (6, 6), (5, 13)]  # lines and columns of 11 x 13 interlaced
 
 
 @pytest.mark.parametrize("fill", [b"\0", b"\xff"])  # if all is black, only counting can tell
@@ -748,13 +740,7 @@ def tiff(values: np.ndarray, photometric: int, *, planar: int = 1, kind: int = 1
         body += plane
     tags, extra = [], b""
     fields = {256: [width], 257: [height], 258: [8 * values.itemsize] * colours, 259: [1], 262: [photometric]}
-    fields |= {
-        273: starts,
-        277: [colours],
-        278: [height],
-        279: [len(plane) for plane in planes],
-        284: [planar],
-    }
+    fields |= {273: starts, 277: [colours], 278: [height], 279: [len(plane) for plane in planes], 284: [planar]}
     for tag, numbers in (fields | {339: [kind] * colours}).items():
         data = struct.pack(f"<{len(numbers)}I", *numbers)
         if len(numbers) > 1:
@@ -837,12 +823,7 @@ def test_a_png_with_a_long_profile_or_text_is_whole(kind: str, behind: bool) -> 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-        ("AVIF", {}),
-        ("TIFF", {"compression": "tiff_adobe_deflate"}),
-    ],
+    [("WEBP", {}), ("WEBP", {"lossless": True}), ("AVIF", {}), ("TIFF", {"compression": "tiff_adobe_deflate"})],
 )
 def test_a_copy_that_stopped_is_refused(kind: str, options: dict[str, Any]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 170, 3), dtype=np.uint8)
@@ -863,8 +844,4 @@ def test_nothing_was_drawn_around_a_small_first_frame_of_a_gif() -> None:
     data = bytearray(encode(Image.new("RGB", (4, 3), (200, 10, 10)), "GIF"))
     data[6:10] = struct.pack("<HH", 9, 7)
     found = load(bytes(data))
-    assert (found.size, found.getpixel((8, 6)), found.getpixel((3, 2))) == (
-        (9, 7),
-        (255, 255, 255),
-        (200, 10, 10),
-    )
+    assert (found.size, found.getpixel((8, 6)), found.getpixel((3, 2))) == ((9, 7), (255, 255, 255), (200, 10, 10))

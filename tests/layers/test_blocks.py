@@ -156,13 +156,7 @@ def test_decoder_block_equals_torch(pre_norm: bool) -> None:
         cross_attn=Attention(DIM, HEADS),
         pre_norm=pre_norm,
     ).eval()
-    names = {
-        "norm1": "norm1",
-        "norm_cross": "norm2",
-        "norm2": "norm3",
-        "mlp.fc1": "linear1",
-        "mlp.fc2": "linear2",
-    }
+    names = {"norm1": "norm1", "norm_cross": "norm2", "norm2": "norm3", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
     copy(ours, theirs, names)
     copy_attention(ours.attn, theirs.self_attn)
     assert ours.cross_attn is not None

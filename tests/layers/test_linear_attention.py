@@ -11,12 +11,7 @@ from mmtransformer import Attention
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import attend
 from mmtransformer.layers.blocks import MLP, EncoderBlock
-from mmtransformer.layers.linear_attention import (
-    LinearAttention,
-    linear_attend,
-    positive_features,
-    random_directions,
-)
+from mmtransformer.layers.linear_attention import LinearAttention, linear_attend, positive_features, random_directions
 from mmtransformer.layers.positions import Rotary
 
 ROWS, HEADS, LENGTH, WIDTH = 2, 3, 131, 7  # the length is two chunks and three tokens

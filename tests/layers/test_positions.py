@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from mmtransformer import PositionConfig, TextDecoder
-from mmtransformer.layers.positions import (
-    Rotary,
-    document_positions,
-    resize_positions,
-    sinusoidal,
-    sinusoidal_2d,
-)
+from mmtransformer.layers.positions import Rotary, document_positions, resize_positions, sinusoidal, sinusoidal_2d
 
 
 def test_sinusoidal_is_the_formula() -> None:

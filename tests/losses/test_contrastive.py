@@ -9,14 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer.losses.contrastive import (
-    clip_loss,
-    compare,
-    contrastive_loss,
-    itc_loss,
-    itg_loss,
-    itm_loss,
-)
+from mmtransformer.losses.contrastive import clip_loss, compare, contrastive_loss, itc_loss, itg_loss, itm_loss
 from mmtransformer.losses.distributed import gather
 from mmtransformer.losses.hard_negatives import hard_negatives, pair_noise
 

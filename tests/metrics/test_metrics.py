@@ -88,11 +88,7 @@ def test_fractions_are_counted_as_the_official_tool_does() -> None:
 
 
 def test_scores_of_perfect_and_of_foreign_captions() -> None:
-    references = {
-        "x": ["a red dog runs home"],
-        "y": ["two cats sit on grass"],
-        "z": ["the tall man sings loudly"],
-    }
+    references = {"x": ["a red dog runs home"], "y": ["two cats sit on grass"], "z": ["the tall man sings loudly"]}
     perfect = score_captions({k: v[0] for k, v in references.items()}, references, meteor=False, spice=False)
     assert perfect.numbers["bleu_4"] == pytest.approx(1, abs=1e-8)
     assert perfect.numbers["rouge_l"] == 1
@@ -161,13 +157,7 @@ def test_diversity_by_hand() -> None:
     assert repeated(rows) == 2 / 4
     assert diversity(rows)["vocabulary"] == 4
     assert diversity(rows)["mean_length"] == 2
-    assert diversity([[]]) == {
-        "distinct_1": 0,
-        "distinct_2": 0,
-        "repeated": 0,
-        "vocabulary": 0,
-        "mean_length": 0,
-    }
+    assert diversity([[]]) == {"distinct_1": 0, "distinct_2": 0, "repeated": 0, "vocabulary": 0, "mean_length": 0}
 
 
 def test_characters_forgive_a_wrong_particle_in_korean() -> None:

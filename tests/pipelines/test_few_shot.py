@@ -36,13 +36,7 @@ from mmtransformer.generation.prompts import with_prompts
 from support.cli import mmt
 
 TRANSFORM = ImageTransform(16)
-COLOURS = {
-    "red": (255, 0, 0),
-    "green": (0, 200, 0),
-    "blue": (0, 0, 255),
-    "white": (255, 255, 255),
-    "black": (0, 0, 0),
-}
+COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0)}
 
 
 class Examples:
@@ -317,17 +311,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_mmt_caption_with_shots(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(folder / "3.png")
-    words = [
-        "caption",
-        image,
-        "--model",
-        str(folder / "model"),
-        "--device",
-        "cpu",
-        "--json",
-        "--examples",
-        str(folder),
-    ]
+    words = ["caption", image, "--model", str(folder / "model"), "--device", "cpu", "--json", "--examples", str(folder)]
     for more in (["--num-examples", "2"], ["--nearest"], ["--num-examples", "0"], ["--language", "ko"]):
         code, out, err = mmt(capsys, *words, *more)
         assert code == 0, err

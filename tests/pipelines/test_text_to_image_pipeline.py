@@ -8,14 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtransformer import (
-    DiffusionTransformer,
-    DrawingConfig,
-    ImageTransform,
-    TextEncoder,
-    TextToImage,
-    Tokenizer,
-)
+from mmtransformer import DiffusionTransformer, DrawingConfig, ImageTransform, TextEncoder, TextToImage, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.plots.strips import save_strip

@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import (
-    Blip2,
-    CaptionBatch,
-    Captioner,
-    PatchConfig,
-    PositionConfig,
-    QFormer,
-    TextDecoder,
-    ViT,
-)
+from mmtransformer import Blip2, CaptionBatch, Captioner, PatchConfig, PositionConfig, QFormer, TextDecoder, ViT
 from mmtransformer.training import Optim
 from mmtransformer.training.evaluation.ablation import Frozen, sized
 
@@ -43,14 +34,7 @@ def images(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
 def trained(bridge: str, steps: int) -> Captioner:
     torch.manual_seed(1)
     vision = ViT(
-        GRID * PATCH,
-        PATCH,
-        32,
-        1,
-        2,
-        class_token=False,
-        pool="mean",
-        patches=PatchConfig(positions="sinusoids"),
+        GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", patches=PatchConfig(positions="sinusoids")
     )
     language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions=PositionConfig("rotary"))
     frozen = Frozen(freeze_vision=False, freeze_decoder=False)
@@ -73,8 +57,7 @@ def trained(bridge: str, steps: int) -> Captioner:
 
 # Through latents the way to a patch is longer, and learnt later: Flamingo has learnt it in part.
 @pytest.mark.parametrize(
-    ("bridge", "steps", "right", "times"),
-    [("cross", 300, 0.9, 6), ("flamingo", 250, 0.6, 3), ("qformer", 200, 0.8, 6)],
+    ("bridge", "steps", "right", "times"), [("cross", 300, 0.9, 6), ("flamingo", 250, 0.6, 3), ("qformer", 200, 0.8, 6)]
 )
 def test_the_heat_of_a_word_lies_on_its_object(bridge: str, steps: int, right: float, times: float) -> None:
     model = trained(bridge, steps)

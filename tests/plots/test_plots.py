@@ -105,11 +105,7 @@ def test_accents_come_from_the_font_that_is_always_there(bare: None) -> None:
 def test_mixed_text_changes_font_between_words(bare: None) -> None:
     found = text.runs("빨간 Ärger 별", 20)
     assert "".join(run for run, _ in found) == "빨간 Ärger 별"
-    assert [Path(str(face.path)).name for _, face in found] == [
-        "mmt-hangul.ttf",
-        "DejaVuSans.ttf",
-        "mmt-hangul.ttf",
-    ]
+    assert [Path(str(face.path)).name for _, face in found] == ["mmt-hangul.ttf", "DejaVuSans.ttf", "mmt-hangul.ttf"]
 
 
 def test_what_no_font_has_is_spelt_out(bare: None) -> None:
@@ -136,18 +132,7 @@ def test_a_font_of_the_machine_is_used_for_what_the_others_lack(
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "",
-        " ",
-        "\n\t",
-        HOSTILE,
-        "مرحبا بالعالم",
-        "हिन्दी ไทย",
-        "👨‍👩‍👧‍👦🇰🇷",
-        "\u0301\u0301",
-        "a" * 5000,
-        "\U000e0001",
-    ],
+    ["", " ", "\n\t", HOSTILE, "مرحبا بالعالم", "हिन्दी ไทย", "👨‍👩‍👧‍👦🇰🇷", "\u0301\u0301", "a" * 5000, "\U000e0001"],
 )
 def test_no_text_crashes(line: str, tmp_path: Path) -> None:
     said = CardCaption(line, line or None, [line], facts=[(line, False)])
@@ -159,12 +144,7 @@ def test_no_text_crashes(line: str, tmp_path: Path) -> None:
 
 
 def test_lines_fit_and_nothing_is_lost() -> None:
-    for line in (
-        KOREAN * 3,
-        "a striped triangle inside a dotted square " * 3,
-        "띄어쓰기없이" * 19,
-        "x" * 257,
-    ):
+    for line in (KOREAN * 3, "a striped triangle inside a dotted square " * 3, "띄어쓰기없이" * 19, "x" * 257):
         wrapped = text.wrap(line, STYLE, 131)
         assert all(text.width(part, STYLE) <= 131 for part in wrapped)
         assert "".join(wrapped).replace(" ", "") == line.replace(" ", "")
@@ -211,12 +191,7 @@ def cards(n: int = 5) -> list[Card]:
             [
                 CardCaption("a red circle", "en", ["the circle is red"], -0.43, [("red circle", True)]),
                 CardCaption(
-                    "빨간 원",
-                    "ko",
-                    ["원이 빨갛다"] * 5,
-                    facts=[("파란 원", False)],
-                    words=["빨간", "원"],
-                    heat=grids,
+                    "빨간 원", "ko", ["원이 빨갛다"] * 5, facts=[("파란 원", False)], words=["빨간", "원"], heat=grids
                 ),
             ],
             f"scene-{i}",

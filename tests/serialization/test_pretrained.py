@@ -207,10 +207,7 @@ def test_there_and_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "new" / "folder")
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
     again = type(model).from_pretrained(tmp_path / "new" / "folder")
     assert not again.training
     ours, theirs = model.state_dict(), again.state_dict()
@@ -318,10 +315,7 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
     ("change", "messages"),
     [
         (lambda s: s.pop("blocks.0.mlp.fc1.bias"), ["missing: blocks.0.mlp.fc1.bias"]),
-        (
-            lambda s: s.update({"blocks.7.mlp.fc1.bias": torch.zeros(3)}),
-            ["not in the model: blocks.7.mlp.fc1.bias"],
-        ),
+        (lambda s: s.update({"blocks.7.mlp.fc1.bias": torch.zeros(3)}), ["not in the model: blocks.7.mlp.fc1.bias"]),
         (lambda s: s.update({"last_norm.bias": torch.zeros(23)}), ["last_norm.bias is (23,)", "wants (24,)"]),
         (lambda s: s.update({"last_norm.bias": torch.zeros(1, 24)}), ["(1, 24)", "(24,)"]),
         (
@@ -387,11 +381,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (b"{", "not a JSON file"),
-        (b"\xff\xfe", "not a JSON file"),
-        (b"[1]", "holds a list, not a JSON object"),
-    ],
+    [(b"{", "not a JSON file"), (b"\xff\xfe", "not a JSON file"), (b"[1]", "holds a list, not a JSON object")],
 )
 def test_files_that_are_not_json_objects_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)

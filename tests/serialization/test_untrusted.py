@@ -12,15 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmtransformer import (
-    EncoderDecoder,
-    GenerationConfig,
-    ImageCaptioner,
-    ImageTransform,
-    TextDecoder,
-    Tokenizer,
-    ViT,
-)
+from mmtransformer import EncoderDecoder, GenerationConfig, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
@@ -35,17 +27,7 @@ from mmtransformer.weights import (
 )
 
 HUGE = 10**9
-NUMBERS = (
-    "dim",
-    "depth",
-    "num_heads",
-    "vocab_size",
-    "max_len",
-    "image_size",
-    "patch_size",
-    "mlp_dim",
-    "cross_dim",
-)
+NUMBERS = ("dim", "depth", "num_heads", "vocab_size", "max_len", "image_size", "patch_size", "mlp_dim", "cross_dim")
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +239,7 @@ def test_timms_folder_gives_sizes_only(args: Any, tmp_path: Path) -> None:
     config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "model_args": args}
     (tmp_path / "config.json").write_text(json.dumps(config))
     said = refused(lambda: load_vit(str(tmp_path)), tmp_path)
-    own = isinstance(args, dict) and not {
-        "checkpoint_path",
-        "pretrained",
-        "cache_dir",
-        "scriptable",
-    }.isdisjoint(args)
+    own = isinstance(args, dict) and not {"checkpoint_path", "pretrained", "cache_dir", "scriptable"}.isdisjoint(args)
     assert ("are no sizes" in said) == own
 
 
@@ -290,15 +267,8 @@ def test_nothing_larger_is_built() -> None:
     state = {"weight": torch.zeros(10)}
     with built_from(state, "here"):
         torch.empty(1 << 26)
-    for job in (
-        lambda: torch.empty((1 << 26) + 100),
-        lambda: torch.arange(10**15),
-        lambda: torch.zeros(HUGE, HUGE),
-    ):
-        with (
-            pytest.raises(ValueError, match="here: the config asks for a far larger model"),
-            built_from(state, "here"),
-        ):
+    for job in (lambda: torch.empty((1 << 26) + 100), lambda: torch.arange(10**15), lambda: torch.zeros(HUGE, HUGE)):
+        with pytest.raises(ValueError, match="here: the config asks for a far larger model"), built_from(state, "here"):
             job()
     with pytest.raises(ValueError, match="far larger"), built_from(state, "here"):
         [torch.empty(0) for _ in range(10_000)]

@@ -65,11 +65,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: decoder(**LLAMA | {"attention": AttentionConfig(2, bias=False, qk_norm="rms")}),
     "window": lambda: decoder(**LLAMA | {"attention": AttentionConfig(2, bias=False, window=5)}),
     "longrope": lambda: decoder(
-        **LLAMA
-        | {
-            "positions": PositionConfig("rotary", scaling=LONG),
-            "attention": AttentionConfig(2, 4, bias=False),
-        }
+        **LLAMA | {"positions": PositionConfig("rotary", scaling=LONG), "attention": AttentionConfig(2, 4, bias=False)}
     ),
     "extended": lambda: ExtendedVocabulary(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),

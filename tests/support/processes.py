@@ -19,13 +19,7 @@ def pair(job: Callable[[int], object]) -> list[int]:
 
     def child(rank: int) -> int:
         def run() -> None:
-            variables = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": 2,
-                "LOCAL_WORLD_SIZE": 2,
-                "GROUP_RANK": 0,
-            }
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
             os.environ |= {name: str(value) for name, value in variables.items()}
             job(rank)

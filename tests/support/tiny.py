@@ -78,12 +78,7 @@ class Witness(pl.Callback):
             file.write(json.dumps(words) + "\n")
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: CaptionBatch,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
         assert batch.pixels is not None
         pixels = hashlib.sha256(raw(batch.pixels) + raw(batch.tokens)).hexdigest()[:12]
@@ -156,14 +151,7 @@ def fit(
 
 
 def run(
-    folder: Path,
-    log: Path,
-    *,
-    at: int = -1,
-    number: int = 9,
-    where: str = "train",
-    all: bool = False,
-    **arguments: Any,
+    folder: Path, log: Path, *, at: int = -1, number: int = 9, where: str = "train", all: bool = False, **arguments: Any
 ) -> int:
     """`fit` in a forked process; what it saw stands in `log`. Its exit code, or minus its signal."""
 

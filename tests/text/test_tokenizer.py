@@ -46,13 +46,7 @@ def nfc(text: str) -> str:
 
 
 def specials(tokenizer: Tokenizer) -> set[int]:
-    ids = {
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        *tokenizer.prompt("en"),
-        *tokenizer.prompt("ko"),
-    }
+    ids = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.prompt("en"), *tokenizer.prompt("ko")}
     return ids | {tokenizer.image_id} if tokenizer.image_id is not None else ids
 
 
@@ -409,12 +403,7 @@ def test_bert_folder(tmp_path: Path, cased: bool) -> None:
 
 # ------------------------------------------------------------------------- Korean in the hub's three other forms
 
-SENTENCES = [
-    "빨간 별이 세 개 있다.",
-    "파란 원 위에 작은 빨간 별",
-    "별빛이 파란 원을 비춘다, 밤새",
-    "작은 별과 큰 별",
-]
+SENTENCES = ["빨간 별이 세 개 있다.", "파란 원 위에 작은 빨간 별", "별빛이 파란 원을 비춘다, 밤새", "작은 별과 큰 별"]
 
 
 def wordpiece(folder: Path, lowercase: bool = False) -> Path:
@@ -430,9 +419,7 @@ def wordpiece(folder: Path, lowercase: bool = False) -> Path:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return kept(
-        folder,
-        backend,
-        {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
+        folder, backend, {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     )
 
 
@@ -516,16 +503,7 @@ def test_korean_in_the_forms_of_the_hub(form: str, tmp_path: Path) -> None:
 
 
 def test_clip_folder(tmp_path: Path) -> None:
-    vocab = {
-        "<|startoftext|>": 0,
-        "<|endoftext|>": 1,
-        "a</w>": 2,
-        "s": 3,
-        "r": 4,
-        "sr": 5,
-        "sra</w>": 6,
-        "a": 7,
-    }
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "s": 3, "r": 4, "sr": 5, "sra</w>": 6, "a": 7}
     model = models.BPE(vocab, [("s", "r"), ("sr", "a</w>")], end_of_word_suffix="</w>")
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])

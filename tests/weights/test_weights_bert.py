@@ -119,10 +119,7 @@ def test_load_encoder_from_folders(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_encoder(str(tmp_path / "theirs"))
     want = theirs(tokens, attention_mask.long(), types).prediction_logits
-    close(
-        loaded.words(loaded(tokens, types, attention_mask=attention_mask))[attention_mask],
-        want[attention_mask],
-    )
+    close(loaded.words(loaded(tokens, types, attention_mask=attention_mask))[attention_mask], want[attention_mask])
     loaded.save_pretrained(tmp_path / "ours")
     again = load_encoder(str(tmp_path / "ours"))
     assert torch.equal(again(tokens, types), loaded(tokens, types))

@@ -142,9 +142,7 @@ def test_an_encoder_decoder_as_language_model(tied: bool, tmp_path: Any) -> None
         close(logits[row, 0], want[0])
         close(logits[row, start:end], want[1:])
     begun = batch(
-        pixels,
-        tokens[:, :3].clone(),
-        torch.tensor([[False, True, True], [False, False, True], [True, True, True]]),
+        pixels, tokens[:, :3].clone(), torch.tensor([[False, True, True], [False, False, True], [True, True, True]])
     )
     begun.tokens[0, 1] = begun.tokens[1, 2] = 0
     begun = replace(begun, loss_mask=torch.zeros_like(begun.attention_mask))
@@ -254,10 +252,7 @@ def test_folders_there_and_back(tmp_path: Any) -> None:
     save_blip2(ours, tmp_path / "hub", image_token_id=IMAGE)
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hub", dtype=torch.float32).eval()
     want = ours.logits(batch(pixels, tokens, attention_mask))
-    close(
-        theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:][attention_mask],
-        want[attention_mask],
-    )
+    close(theirs(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:][attention_mask], want[attention_mask])
     assert torch.equal(load_blip2(tmp_path / "hub").logits(batch(pixels, tokens, attention_mask)), want)
     ours.save_pretrained(tmp_path / "own")
     assert torch.equal(Blip2.from_pretrained(tmp_path / "own").logits(batch(pixels, tokens, attention_mask)), want)
@@ -390,8 +385,7 @@ def test_stage_2_of_lavis_with_its_vision_tower() -> None:
     same_tensors(back, state)
     again = blip2_from_lavis(back, decoder, num_heads=4)
     assert torch.equal(
-        again.logits(batch(pixels, tokens, attention_mask)),
-        ours.logits(batch(pixels, tokens, attention_mask)),
+        again.logits(batch(pixels, tokens, attention_mask)), ours.logits(batch(pixels, tokens, attention_mask))
     )
 
 
@@ -467,10 +461,7 @@ def test_a_key_bias_changes_nothing() -> None:
     again = blip2_from_lavis(to_lavis(model), opt)
     assert not again.vision.blocks[0].attn.k_proj.bias.any()
     assert model.vision.blocks[0].attn.k_proj.bias.all()
-    close(
-        again.logits(batch(pixels, tokens, attention_mask)),
-        model.logits(batch(pixels, tokens, attention_mask)),
-    )
+    close(again.logits(batch(pixels, tokens, attention_mask)), model.logits(batch(pixels, tokens, attention_mask)))
 
 
 def test_what_lavis_files_cannot_be() -> None:

@@ -107,10 +107,7 @@ def test_what_was_loaded_is_saved_and_not_written_as_another(tmp_path: Any) -> N
         ({"init_values": 0.1, "attn_only_layer_scale": True}, "layer scale of both branches"),
         ({"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1}, "num_kv_heads=1"),
         ({**ROPE, "rope_type": "mrope", "rope_mrope_section": (1, 1, 2)}, "by RotaryEmbeddingMRope in a way"),
-        (
-            {"use_fc_norm": True, "use_post_transformer_norm": True},
-            "norms tokens, and what they are pooled to",
-        ),
+        ({"use_fc_norm": True, "use_post_transformer_norm": True}, "norms tokens, and what they are pooled to"),
     ],
     ids=str,
 )

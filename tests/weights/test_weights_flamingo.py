@@ -72,12 +72,7 @@ def test_a_gated_layer_of_idefics(norms: bool, alpha: str) -> None:
     settings = config(qk_layer_norms=norms, alpha_type=alpha)
     theirs = noisy(IdeficsGatedCrossAttentionLayer(settings, layer_idx=0))
     attn = Attention(
-        DIM,
-        4,
-        context_dim=VISUAL,
-        bias=False,
-        qk_norm="rms" if norms else None,
-        norm_eps=settings.rms_norm_eps,
+        DIM, 4, context_dim=VISUAL, bias=False, qk_norm="rms" if norms else None, norm_eps=settings.rms_norm_eps
     )
     ours = GatedCrossAttentionBlock(
         DIM, attn, SwiGLU(DIM, 37), lambda: make_norm("rms", DIM, settings.rms_norm_eps), mlp_without_image=True,
@@ -280,10 +275,7 @@ def checkpoint(layers: tuple[int, ...], times: bool = False) -> dict[str, Tensor
         return {f"{name}.{key}.weight": shape for key, shape in wide.items()}
 
     def mlp(name: str, dim: int) -> dict[str, tuple[int, ...]]:
-        return norms(f"{name}.0", dim=dim) | {
-            f"{name}.1.weight": (4 * dim, dim),
-            f"{name}.3.weight": (dim, 4 * dim),
-        }
+        return norms(f"{name}.0", dim=dim) | {f"{name}.1.weight": (4 * dim, dim), f"{name}.3.weight": (dim, 4 * dim)}
 
     for n in range(2):
         name = f"perceiver.layers.{n}"

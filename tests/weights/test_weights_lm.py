@@ -211,10 +211,7 @@ def test_a_model_that_text_decoder_cannot_be_is_a_hub_decoder(tmp_path: Path) ->
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "opt-350m": ("OPT", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
         "window in some layers": ("Qwen2", LLAMA | {"use_sliding_window": True, "max_window_layers": 1}),
-        "neox": (
-            "GPTNeoX",
-            {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "num_key_value_heads")},
-        ),
+        "neox": ("GPTNeoX", {k: v for k, v in LLAMA.items() if k not in ("rms_norm_eps", "num_key_value_heads")}),
     }
     tokens = torch.randint(3, VOCAB, (3, 11))
     for name, (family, options) in cases.items():
@@ -244,10 +241,7 @@ def test_recipes_build_an_extended_language_model_and_its_tokenizer(tmp_path: Pa
     parser.add_function_arguments(build)
     languages = {"source": source, "languages": ["en", "ko"]}
     given = {
-        "decoder": {
-            "class_path": "mmtransformer.weights.load_lm",
-            "init_args": {"source": source, "new_tokens": 2},
-        },
+        "decoder": {"class_path": "mmtransformer.weights.load_lm", "init_args": {"source": source, "new_tokens": 2}},
         "tokenizer": {"class_path": "mmtransformer.weights.load_tokenizer", "init_args": languages},
     }
     built = parser.instantiate(parser.parse_object(given))
@@ -309,10 +303,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     index = path / "model.safetensors.index.json"
     for text, message in (
         ("{}", 'no "weight_map"'),
-        (
-            '{"weight_map": {"a": "../b.safetensors"}}',
-            r"\.\./b\.safetensors, which is not a file of this folder",
-        ),
+        ('{"weight_map": {"a": "../b.safetensors"}}', r"\.\./b\.safetensors, which is not a file of this folder"),
         ('{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors: no such file"),
     ):
         index.write_text(text)
@@ -353,10 +344,7 @@ LLAMA_GROUPS: dict[str, Any] = {
     [
         ({"positions": PositionConfig("rotary")}, "rotary"),
         (LLAMA_GROUPS | {"attention": AttentionConfig(out_bias=False, qk_norm="rms")}, "out_bias=False"),
-        (
-            LLAMA_GROUPS | {"cross_dim": 19},
-            "cross_dim 19",
-        ),
+        (LLAMA_GROUPS | {"cross_dim": 19}, "cross_dim 19"),
         ({"norm": NormConfig(pre=False)}, "pre=False"),
     ],
     ids=str,

@@ -14,12 +14,7 @@ from timm.layers import QuickGELU
 from timm.layers.mlp import GluMlp, SwiGLU, SwiGLUPacked
 from timm.layers.norm import RmsNorm
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import (
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-    VisionTransformer,
-)
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from mmtransformer import (
@@ -84,11 +79,7 @@ VITS: dict[str, dict[str, Any]] = {
     "no bias of queries, keys and values": {"qkv_bias": False},
     "no biases at all": {"qkv_bias": False, "proj_bias": False},
     "query and key norms": {"qk_norm": True},
-    "beit 3": {
-        "scale_attn_norm": True,
-        "scale_mlp_norm": True,
-        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
-    },
+    "beit 3": {"scale_attn_norm": True, "scale_mlp_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
     "dinov2 giant": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 3.1, "init_values": 1e-5},
     "aimv2": {
         "mlp_layer": SwiGLU,
@@ -126,13 +117,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def settings_of(vit: ViT) -> ViTSettings:
     order = "res_post" if vit.block.order == "res_post" else "pre"
     return ViTSettings(
-        vit.num_heads,
-        vit.grid,
-        vit.block.activation,
-        vit.block.norm_eps,
-        vit.pool,
-        order,
-        vit.output.pool_prefix,
+        vit.num_heads, vit.grid, vit.block.activation, vit.block.norm_eps, vit.pool, order, vit.output.pool_prefix
     )
 
 
@@ -415,10 +400,7 @@ def test_decoder_equals_gpt2_both_ways(options: dict[str, Any]) -> None:
             attention_mask[row, slice(0, count) if side == "left" else slice(11 - count, 11)] = False
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         want = theirs(tokens, attention_mask=attention_mask.long(), position_ids=positions, **given).logits
-        close(
-            ours.head(ours(tokens, context, attention_mask=attention_mask))[attention_mask],
-            want[attention_mask],
-        )
+        close(ours.head(ours(tokens, context, attention_mask=attention_mask))[attention_mask], want[attention_mask])
     other = gpt2(**options)
     missing, unexpected = other.load_state_dict(decoder_to_gpt2(ours), strict=False)
     assert not missing

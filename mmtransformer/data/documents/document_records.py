@@ -45,10 +45,7 @@ def holds_documents(files: Files, entry: Entry) -> bool:
     if not isinstance(record, dict):
         return False
     listed = any(isinstance(record.get(key), list) for key in _LISTS)
-    forms = (
-        "text_list" in record and "image_info" in record,
-        isinstance(record.get("texts"), list) and listed,
-    )
+    forms = ("text_list" in record and "image_info" in record, isinstance(record.get("texts"), list) and listed)
     return any(forms) or (isinstance(record.get("text"), str) and listed)
 
 

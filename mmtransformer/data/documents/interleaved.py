@@ -18,26 +18,14 @@ from typing import Any
 
 from PIL import Image
 
-from mmtransformer.data.documents.document_records import (
-    MARK,
-    LineError,
-    LineNote,
-    document_files,
-    read_pieces,
-)
+from mmtransformer.data.documents.document_records import MARK, LineError, LineNote, document_files, read_pieces
 from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.files.archives import Entry, FileError, Files
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import json_lines
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
-from mmtransformer.data.files.text import (
-    fold,
-    is_broken,
-    is_missing,
-    language_code,
-    split_word,
-)
+from mmtransformer.data.files.text import fold, is_broken, is_missing, language_code, split_word
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
@@ -212,12 +200,7 @@ class InterleavedFiles:
                 self.report.note(str(note), where)
 
     def _document(
-        self,
-        record: dict[str, Any],
-        where: str,
-        texts: tuple[str, ...],
-        images: list[str],
-        split: str | None,
+        self, record: dict[str, Any], where: str, texts: tuple[str, ...], images: list[str], split: str | None
     ) -> _Read:
         if any(map(is_broken, texts)):
             raise LineError("not valid Unicode", f"{''.join(texts)[:60]!a}")

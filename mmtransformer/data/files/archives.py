@@ -18,29 +18,8 @@ from typing import NamedTuple, Self
 
 ARCHIVES = (".zip", ".tar")
 SQUEEZED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-IMAGES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".ppm",
-)
-_DAMAGED = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    OSError,
-    NotImplementedError,
-    ValueError,
-    struct.error,
-    EOFError,
-)
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
 SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPEN = 256  # archives that are kept open
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
@@ -311,17 +290,11 @@ def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
             if info.flag_bits & 1:
                 yield name, "encrypted"
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                yield (
-                    name,
-                    f"packed with zip method {info.compress_type}; only stored and deflated can be read",
-                )
+                yield (name, f"packed with zip method {info.compress_type}; only stored and deflated can be read")
             elif stat.S_ISLNK(info.external_attr >> 16):
                 yield name, "a link inside an archive"
             elif info.file_size > max(SMALL_BYTES, MOST_RATIO * info.compress_size):
-                yield (
-                    name,
-                    f"{info.file_size:,} bytes out of {info.compress_size:,}: a bomb, or nothing but one byte",
-                )
+                yield (name, f"{info.file_size:,} bytes out of {info.compress_size:,}: a bomb, or nothing but one byte")
             else:
                 yield (
                     name,
@@ -361,9 +334,6 @@ def _list_tar(path: Path) -> Iterator[tuple[str, Entry | str]]:
             if info.isdir():
                 continue
             if not info.isreg() or info.issparse():
-                yield (
-                    info.name,
-                    "a link inside an archive" if info.issym() or info.islnk() else "not a regular file",
-                )
+                yield (info.name, "a link inside an archive" if info.issym() or info.islnk() else "not a regular file")
             else:
                 yield info.name, Entry("", "", offset=info.offset_data, size=info.size, packed=info.size)

@@ -52,10 +52,7 @@ class Finder:
             return "refused path", f"{name[:120]!r} is {reason}"
         full = join(self.base, name)
         if full is None:
-            return (
-                "refused path",
-                f"{name[:120]!r} climbs out of the root: give a folder higher up as the root",
-            )
+            return ("refused path", f"{name[:120]!r} climbs out of the root: give a folder higher up as the root")
         path = join("", name) or full
         found = self._look(path, full)
         if isinstance(found, Entry):

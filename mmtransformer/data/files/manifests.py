@@ -17,15 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 from mmtransformer.data.files.archives import IMAGES, Entry, FileError, Files, nfc
 from mmtransformer.data.files.read_options import Format, Wanted
-from mmtransformer.data.files.tables import (
-    Columns,
-    Row,
-    find_columns,
-    make_row,
-    read_captions,
-    read_table,
-    sniff,
-)
+from mmtransformer.data.files.tables import Columns, Row, find_columns, make_row, read_captions, read_table, sniff
 from mmtransformer.data.files.text import CODES, SPLITS, lines, split_word
 from mmtransformer.data.loading.source import Caption
 

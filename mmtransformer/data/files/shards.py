@@ -32,12 +32,7 @@ class ShardSplit:
     """One split of `Shards`: pictures by index, each with its captions. Can be pickled for loader workers."""
 
     def __init__(
-        self,
-        files: Files,
-        times: Sequence[int],
-        places: np.ndarray,
-        names: list[str],
-        captions: list[list[Caption]],
+        self, files: Files, times: Sequence[int], places: np.ndarray, names: list[str], captions: list[list[Caption]]
     ):
         self._files, self._times, self._places = files, list(times), places
         self._names, self._captions = names, captions

@@ -132,12 +132,7 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
     samples: dict[str, ShardSample] = {}
     seen: dict[tuple[str, str], int] = {}
     with _errors_named(shard), shard.open("rb") as file:
-        if shard.name.lower().endswith(SQUEEZED) or file.read(2) in (
-            b"\x1f\x8b",
-            b"BZ",
-            b"\xfd7",
-            b"\x28\xb5",
-        ):
+        if shard.name.lower().endswith(SQUEEZED) or file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
             raise ShardError(
                 f"{shard}: compressed as a whole, so no member can be read in place; unpack it once "
                 f"(gunzip {shard.name}): pictures are compressed already, it hardly grows"

@@ -27,11 +27,7 @@ from tqdm import tqdm
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.images import ImageError, ImageTransform
 
-_DTYPES = {
-    "float16": (torch.float16, "F16"),
-    "bfloat16": (torch.bfloat16, "BF16"),
-    "float32": (torch.float32, "F32"),
-}
+_DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 _FORMAT = 2  # raise it when the meaning of the file changes
 
 
@@ -171,12 +167,7 @@ class FeatureCache:
                     )
                     run = encode if encode is not None else getattr(vision, "forward_features", vision)
                     job = _Job(run, flip, dtype, autocast, torch.device(device))
-                    bar = tqdm(
-                        total=len(pairs),
-                        desc=f"visual tokens of {name}",
-                        unit="picture",
-                        disable=not progress,
-                    )
+                    bar = tqdm(total=len(pairs), desc=f"visual tokens of {name}", unit="picture", disable=not progress)
                     with bar, _frozen_on(vision, device):
                         _write(path, pairs, loader, job, bar)
         return cls(path)

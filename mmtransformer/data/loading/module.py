@@ -143,12 +143,7 @@ class Data(lightning.LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
-        self.batch_size, self.drop_last, self.num_workers, self.seed = (
-            batch_size,
-            drop_last,
-            num_workers,
-            seed,
-        )
+        self.batch_size, self.drop_last, self.num_workers, self.seed = (batch_size, drop_last, num_workers, seed)
         self.train_split, self.val_splits, self.test_splits = splits.train, splits.val, splits.test
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}

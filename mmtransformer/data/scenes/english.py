@@ -4,14 +4,7 @@ import random
 import re
 from itertools import pairwise
 
-from mmtransformer.data.scenes.meaning import (
-    Facts,
-    GroupFacts,
-    Phrase,
-    canonical,
-    reading_order,
-    word_between,
-)
+from mmtransformer.data.scenes.meaning import Facts, GroupFacts, Phrase, canonical, reading_order, word_between
 from mmtransformer.data.scenes.world import FILLS, SHAPES, SIZES, Group, Relation, Scene
 
 _NUMBERS = ("", "one", "two", "three", "four")
@@ -183,13 +176,7 @@ _NOUNS: dict[str, tuple[str, bool]] = {
     "moons": ("crescent", True),
 }
 _WORDS = {"under": "below", "beneath": "below", "over": "above", "within": "inside", "in": "inside"}
-_WORDS |= {
-    "top": "above",
-    "bottom": "below",
-    "contains": "around",
-    "containing": "around",
-    "contain": "around",
-}
+_WORDS |= {"top": "above", "bottom": "below", "contains": "around", "containing": "around", "contain": "around"}
 _PLACE = r"above|below|under|beneath|over|inside|within|around"
 _TOKEN = re.compile(
     rf"(?P<row>from left to right|from right to left|from top to bottom|from bottom to top)\b"

@@ -23,10 +23,7 @@ class Language(NamedTuple):
     parse: Callable[[str], Facts]
 
 
-LANGUAGES = {
-    "en": Language(english.phrases, english.parse),
-    "ko": Language(korean.phrases, korean.parse),
-}
+LANGUAGES = {"en": Language(english.phrases, english.parse), "ko": Language(korean.phrases, korean.parse)}
 
 
 def describe(scene: Scene, language: str, phrasings: int, rng: random.Random) -> list[str]:

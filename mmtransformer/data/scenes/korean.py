@@ -5,15 +5,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
-from mmtransformer.data.scenes.meaning import (
-    Facts,
-    GroupFacts,
-    Phrase,
-    canonical,
-    chains,
-    reading_order,
-    word_between,
-)
+from mmtransformer.data.scenes.meaning import Facts, GroupFacts, Phrase, canonical, chains, reading_order, word_between
 from mmtransformer.data.scenes.world import Group, Relation, Scene
 
 SHAPE_WORDS = {
@@ -47,12 +39,7 @@ _NATIVE = ("", "하나", "둘", "셋", "넷")
 _PLACES = {"left": "왼쪽", "right": "오른쪽", "above": "위쪽", "below": "아래쪽", "inside": "안"}
 
 _DIGIT_FINALS = dict(zip("0123456789", "ㅇㄹ ㅁ  ㄱㄹㄹ ", strict=True))  # 영 일 이 삼 사 오 육 칠 팔 구
-_LETTER_FINALS = {
-    "l": "ㄹ",
-    "m": "ㅁ",
-    "n": "ㄴ",
-    "r": "ㄹ",
-}  # 엘 엠 엔 알; every other letter's name ends open
+_LETTER_FINALS = {"l": "ㄹ", "m": "ㅁ", "n": "ㄴ", "r": "ㄹ"}  # 엘 엠 엔 알; every other letter's name ends open
 _FINALS = " ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ"
 
 

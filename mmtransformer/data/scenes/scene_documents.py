@@ -56,19 +56,8 @@ class SceneDocumentSplit:
         languages: Sequence[str],
         openings: float,
     ):
-        self.split_name, self.size, self.image_size, self.seed, self.world = (
-            name,
-            size,
-            image_size,
-            seed,
-            world,
-        )
-        self.images, self.ways, self.languages, self.openings = (
-            images,
-            tuple(ways),
-            tuple(languages),
-            openings,
-        )
+        self.split_name, self.size, self.image_size, self.seed, self.world = (name, size, image_size, seed, world)
+        self.images, self.ways, self.languages, self.openings = (images, tuple(ways), tuple(languages), openings)
 
     def __len__(self) -> int:
         """The number of documents."""

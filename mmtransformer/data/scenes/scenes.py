@@ -44,12 +44,7 @@ class SceneSplit:
         phrasings: int,
     ):
         self.split_name, self.size, self.image_size, self.seed = name, size, image_size, seed
-        self.world, self.held_out, self.languages, self.phrasings = (
-            world,
-            held_out,
-            tuple(languages),
-            phrasings,
-        )
+        self.world, self.held_out, self.languages, self.phrasings = (world, held_out, tuple(languages), phrasings)
 
     def __len__(self) -> int:
         """The number of pictures."""

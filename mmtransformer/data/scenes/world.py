@@ -19,33 +19,12 @@ from typing import NamedTuple
 
 from mmtransformer.data.scenes.palette import COLORS, contrast
 
-SHAPES = (
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "heart",
-    "diamond",
-    "cross",
-    "crescent",
-    "pentagon",
-    "arrow",
-)
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "crescent", "pentagon", "arrow")
 SIZES = ("small", "large")
 FILLS = ("solid", "striped", "dotted", "outlined")
-KINDS = (
-    "left",
-    "above",
-    "inside",
-)  # the canonical relations; right, below and around are the same facts turned
+KINDS = ("left", "above", "inside")  # the canonical relations; right, below and around are the same facts turned
 
-_ROOMY = {
-    "circle": 2,
-    "square": 2,
-    "heart": 1,
-    "diamond": 1,
-    "pentagon": 1,
-}  # container -> objects it has room for
+_ROOMY = {"circle": 2, "square": 2, "heart": 1, "diamond": 1, "pentagon": 1}  # container -> objects it has room for
 _DIAMETERS = {"small": (0.22, 0.25), "large": (0.36, 0.41), "container": (0.60, 0.66)}
 _ANGLE = 8  # degrees, the largest tilt: a square must not become a diamond
 _INSIDE = 1.1  # least contrast between a solid container and what lies inside

@@ -102,11 +102,7 @@ class TextFiles:
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        read: TextReadOptions = TextReadOptions(),
-        *,
-        max_bad: float = 0.01,
+        self, paths: Sequence[str], read: TextReadOptions = TextReadOptions(), *, max_bad: float = 0.01
     ) -> None:
         if isinstance(paths, str):
             raise ValueError(f"paths must be a list: [{paths}]")

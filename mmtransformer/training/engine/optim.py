@@ -63,10 +63,7 @@ class Optim:
         if self.lr_schedule == "inverse_sqrt":
             return warmup_inverse_sqrt(optimizer, warmup_steps=self.warmup_steps)
         return warmup_cosine(
-            optimizer,
-            warmup_steps=self.warmup_steps,
-            total_steps=total_steps,
-            min_lr_ratio=self.min_lr_ratio,
+            optimizer, warmup_steps=self.warmup_steps, total_steps=total_steps, min_lr_ratio=self.min_lr_ratio
         )
 
 

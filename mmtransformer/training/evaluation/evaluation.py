@@ -145,17 +145,9 @@ def evaluate(
         for number, batch in enumerate(data.loader(split)):
             if limit_batches is not None and number >= limit_batches:
                 break
-            with (
-                torch.inference_mode(),
-                torch.autocast(torch.device(device).type, autocast, autocast is not None),
-            ):
+            with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, autocast is not None):
                 rows = write_captions(
-                    captioner,
-                    data.tokenizer,
-                    batch.to(device),
-                    codes,
-                    generation=result.generation,
-                    prompts=prompts,
+                    captioner, data.tokenizer, batch.to(device), codes, generation=result.generation, prompts=prompts
                 )
             for name, references, row in zip(batch.names, batch.references, rows, strict=True):
                 if name in seen:  # a replacement sample for a picture that cannot be read

@@ -140,12 +140,7 @@ def _say(
         places = range(start, min(start + data.batch_size, len(questions)))
         batch = few.batch([questions.image(i) for i in places], [questions.name(i) for i in places])
         rows = write_captions(
-            captioner,
-            data.tokenizer,
-            batch.to(device),
-            [language],
-            generation=generation.one_at_a_time(),
-            prompts=few,
+            captioner, data.tokenizer, batch.to(device), [language], generation=generation.one_at_a_time(), prompts=few
         )
         said += [row[0][0].text for row in rows]
     return said

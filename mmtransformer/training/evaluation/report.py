@@ -157,11 +157,7 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
             column = f"{split} {code}"
             table.setdefault("facts right", {})[column] = f"{s.facts:.1%}"
             table.setdefault("captions without a fault", {})[column] = f"{s.exact:.1%}"
-            for name, rates in (
-                ("objects", s.objects),
-                ("attributes", s.attributes),
-                ("relations", s.relations),
-            ):
+            for name, rates in (("objects", s.objects), ("attributes", s.attributes), ("relations", s.relations)):
                 table.setdefault(f"{name}: precision", {})[column] = f"{rates.precision:.1%}"
                 table.setdefault(f"{name}: recall", {})[column] = f"{rates.recall:.1%}"
             table.setdefault("objects made up", {})[column] = s.hallucinated

@@ -84,13 +84,7 @@ class Retrieval:
 
 
 def draw_retrieval(
-    retrieval: Retrieval,
-    data: CaptionData,
-    path: str | Path,
-    *,
-    title: str = "",
-    searches: int = 6,
-    top: int = 5,
+    retrieval: Retrieval, data: CaptionData, path: str | Path, *, title: str = "", searches: int = 6, top: int = 5
 ) -> None:
     """Draws what some texts and some pictures found, evenly over splits and languages.
 

@@ -58,10 +58,7 @@ class TextScore:
 
     def __add__(self, other: "TextScore") -> "TextScore":
         return TextScore(
-            self.nats + other.nats,
-            self.tokens + other.tokens,
-            self.bytes + other.bytes,
-            self.words + other.words,
+            self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, self.words + other.words
         )
 
     def to_dict(self) -> dict[str, float | int]:

@@ -46,12 +46,7 @@ class Classification(Task[ClassData]):
         super().__init__(optim)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
-        self.vit, self.label_smoothing, self.freeze_vit, self.num_cards = (
-            vit,
-            label_smoothing,
-            freeze,
-            num_cards,
-        )
+        self.vit, self.label_smoothing, self.freeze_vit, self.num_cards = (vit, label_smoothing, freeze, num_cards)
 
     def setup(self, stage: str) -> None:
         """Gives the model a head for the data's classes, and checks that the pictures fit.

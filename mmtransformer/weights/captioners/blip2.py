@@ -49,12 +49,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _LANGUAGE_DEFAULTS: dict[Any, dict[str, Any]] = {
     "opt": {"vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu"},
-    "llama": {
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-    },
+    "llama": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
 }
 
 

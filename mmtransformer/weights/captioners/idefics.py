@@ -85,10 +85,7 @@ def from_idefics(model: nn.Module, *, visible_images: VisibleImages = "last") ->
 
 
 def idefics_from_state(
-    config: dict[str, Any],
-    state: dict[str, Tensor],
-    context: str,
-    visible_images: VisibleImages = "last",
+    config: dict[str, Any], state: dict[str, Tensor], context: str, visible_images: VisibleImages = "last"
 ) -> Flamingo:
     """The same from what a hub folder holds: its config.json, and all of its tensors.
 
@@ -96,13 +93,7 @@ def idefics_from_state(
         ValueError: as `from_idefics`.
     """
     config = _USUAL | config
-    others = (
-        "model.vision_model.",
-        "model.perceiver_resampler.",
-        "model.gated_cross_attn_layers.",
-        _ROWS,
-        _HEAD,
-    )
+    others = ("model.vision_model.", "model.perceiver_resampler.", "model.gated_cross_attn_layers.", _ROWS, _HEAD)
     words = {name: tensor for name, tensor in state.items() if not name.startswith(others)}
     decoder = decoder_from_llama(config | {"model_type": "llama"}, words, context)
     vision = _vision(_USUAL_VISION | config.get("vision_config", {}), part(state, others[0]), context)

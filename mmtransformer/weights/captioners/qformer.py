@@ -44,16 +44,10 @@ def qformer_keys(style: KeyStyle) -> dict[str, str]:
         style.norm: "norm",
         f"{style.words}.[word,position]_embeddings": "[tok,pos]_embed",
     }
-    for source, target, norm in (
-        ("attention", "attn", "norm1"),
-        ("crossattention", "cross_attn", "norm_cross"),
-    ):
+    for source, target, norm in (("attention", "attn", "norm1"), ("crossattention", "cross_attn", "norm_cross")):
         at = f"{style.layers}.*.{source}"
         keys[f"{at}.{style.attention}.[query,key,value]"] = f"blocks.*.{target}.[q,k,v]_proj"
-        keys |= {
-            f"{at}.output.dense": f"blocks.*.{target}.out_proj",
-            f"{at}.output.LayerNorm": f"blocks.*.{norm}",
-        }
+        keys |= {f"{at}.output.dense": f"blocks.*.{target}.out_proj", f"{at}.output.LayerNorm": f"blocks.*.{norm}"}
     for source, target, norm in (("_query", "query_mlp", "query_norm"), ("", "mlp", "norm2")):
         keys[f"{style.layers}.*.[intermediate,output]{source}.dense"] = f"blocks.*.{target}.[fc1,fc2]"
         keys[f"{style.layers}.*.output{source}.LayerNorm"] = f"blocks.*.{norm}"

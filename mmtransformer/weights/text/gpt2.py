@@ -6,13 +6,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
-from mmtransformer.weights.shared.configs import (
-    SOURCE_ACTIVATIONS,
-    UnsupportedModel,
-    activation_of,
-    need,
-    only,
-)
+from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, UnsupportedModel, activation_of, need, only
 from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 
 _KEYS = {

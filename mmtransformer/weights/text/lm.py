@@ -18,13 +18,7 @@ from mmtransformer.weights.shared.configs import UnsupportedModel
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
-from mmtransformer.weights.text.llama import (
-    LLAMAS,
-    decoder_from_llama,
-    decoder_to_llama,
-    llama_config,
-    llamas_of,
-)
+from mmtransformer.weights.text.llama import LLAMAS, decoder_from_llama, decoder_to_llama, llama_config, llamas_of
 from mmtransformer.weights.text.opt import decoder_from_opt, decoder_to_opt, is_opt, opt_config
 
 _READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(LLAMAS, decoder_from_llama)
@@ -84,11 +78,7 @@ def to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[di
 
 
 def save_lm(
-    decoder: TextDecoder,
-    folder: str | Path,
-    family: str | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
+    decoder: TextDecoder, folder: str | Path, family: str | None = None, *, tokenizer: Tokenizer | None = None
 ) -> None:
     """Writes a folder that transformers reads: `config.json` and `model.safetensors`, tied tensors once.
 
@@ -170,11 +160,7 @@ def _load(folder: Path) -> Decoder:
 
 
 def load_tokenizer(
-    source: str | Path,
-    *,
-    image: bool = False,
-    languages: Sequence[str] = (),
-    tokens: Sequence[str] = (),
+    source: str | Path, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
 ) -> Tokenizer:
     """A tokenizer with the special tokens that a bridge needs: for recipes (`mmtransformer.weights.load_tokenizer`).
 

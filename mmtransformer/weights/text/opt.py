@@ -10,13 +10,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.layers.config import MLPConfig
-from mmtransformer.weights.shared.configs import (
-    SOURCE_ACTIVATIONS,
-    UnsupportedModel,
-    activation_of,
-    need,
-    only,
-)
+from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, UnsupportedModel, activation_of, need, only
 from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 from mmtransformer.weights.text.gpt2 import is_gpt2
 
@@ -31,14 +25,7 @@ _KEYS = {
     "lm_head": "lm_head",
 }
 _OFFSET = 2
-_SIZES = [
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "ffn_dim",
-    "max_position_embeddings",
-]
+_SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings"]
 
 
 def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:

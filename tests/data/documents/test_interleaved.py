@@ -157,11 +157,7 @@ def test_all_three_forms_say_the_same(tmp_path: Path) -> None:
     folder(tmp_path, 1)
     names = ["p/0.png", "p/1.png"]
     ours = {"id": "a", "text": "one <image> two\n <image>three", "images": names}
-    obelics = {
-        "id": "b",
-        "texts": ["one", None, "two", None, "three"],
-        "images": [None, names[0], None, names[1], ""],
-    }
+    obelics = {"id": "b", "texts": ["one", None, "two", None, "three"], "images": [None, names[0], None, names[1], ""]}
     mmc4 = {
         "id": "c",
         "text_list": ["one", "two", "three"],
@@ -191,10 +187,7 @@ def test_images_that_hardly_match_are_left_out(tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", [matched(0.3, 0.2), matched(0.1, 0.2), matched(0.24, 0.5)])
     source = InterleavedFiles(tmp_path, val_fraction=0, min_similarity=0.24)
     split = source.split("train")
-    assert [split.document(i).texts for i in range(len(split))] == [
-        ("", "one\ntwo\nthree"),
-        ("", "one", "two\nthree"),
-    ]
+    assert [split.document(i).texts for i in range(len(split))] == [("", "one\ntwo\nthree"), ("", "one", "two\nthree")]
     assert source.report.rows == 2
     assert source.report.notes == {"no picture matches its sentence by 0.24, left out": 1}
     assert len(InterleavedFiles(tmp_path, val_fraction=0).split("train")) == 3
@@ -233,19 +226,10 @@ def test_splits_and_languages_are_those_of_the_data(tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[object, str]] = {
-    "more marks": (
-        {"text": "a <image> b <image> c", "images": ["p/0.png"]},
-        "2 <image> in the text, 1 in images",
-    ),
-    "fewer marks": (
-        {"text": "a <image>", "images": ["p/0.png", "p/1.png"]},
-        "1 <image> in the text, 2 in images",
-    ),
+    "more marks": ({"text": "a <image> b <image> c", "images": ["p/0.png"]}, "2 <image> in the text, 1 in images"),
+    "fewer marks": ({"text": "a <image>", "images": ["p/0.png", "p/1.png"]}, "1 <image> in the text, 2 in images"),
     "no marks": ({"text": "a b", "images": ["p/0.png"]}, "0 <image> in the text, 1 in images"),
-    "missing": (
-        {"text": "a <image> b <image>", "images": ["p/0.png", "p/77.png"]},
-        "picture 2 of 2: 'p/77.png'",
-    ),
+    "missing": ({"text": "a <image> b <image>", "images": ["p/0.png", "p/77.png"]}, "picture 2 of 2: 'p/77.png'"),
     "climbs": ({"text": "a <image>", "images": ["../../etc/passwd"]}, "climbs out of the root"),
     "absolute": ({"text": "a <image>", "images": ["/etc/passwd"]}, "an absolute path"),
     "url": ({"text": "a <image>", "images": ["http://example.org/a.png"]}, "a URL"),
@@ -260,10 +244,7 @@ FAULTS: dict[str, tuple[object, str]] = {
     "a list": ("[1, 2]", "not a JSON object"),
     "language": ({"text": "a <image>", "images": ["p/0.png"], "language": "12"}, "not a language"),
     "parallel": ({"texts": ["a"], "images": [None, "p/0.png"]}, "1 texts, 2 images"),
-    "both": (
-        {"texts": ["a", "b"], "images": [None, "p/0.png"]},
-        "place 1 of the lists must have exactly one",
-    ),
+    "both": ({"texts": ["a", "b"], "images": [None, "p/0.png"]}, "place 1 of the lists must have exactly one"),
     "matched": (
         {"text_list": ["a"], "image_info": [{"image_name": "p/0.png", "matched_text_index": 1}]},
         "matched_text_index 1 of 1 texts",
@@ -487,13 +468,7 @@ def test_impossible_rows_are_refused() -> None:
 
 def make(train: Fake | None = None, report_dir: str | None = None, **options: object) -> InterleavedData:
     source = FakeSource(train=train or Fake(some_documents(53)), val=Fake(some_documents(11, 1)))
-    settings = {
-        "image": TRANSFORM,
-        "tokenizer": tokenizer(),
-        "batch_size": 3,
-        "max_len": 61,
-        "max_images": 4,
-    }
+    settings = {"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 61, "max_images": 4}
     data = InterleavedData(source, **(settings | options))  # type: ignore[arg-type]
     data.report_dir = report_dir
     data.setup("fit")
@@ -511,13 +486,7 @@ def test_a_batch() -> None:
         assert batch.image_index is not None
         assert batch.first_image_index is not None
         assert batch.document_ids is not None
-        assert batch.pixels.shape == (
-            len(picks),
-            int(rows.images[[p.index for p in picks]].max()),
-            3,
-            11,
-            13,
-        )
+        assert batch.pixels.shape == (len(picks), int(rows.images[[p.index for p in picks]].max()), 3, 11, 13)
         for r, pick in enumerate(picks):
             pieces = rows.row(pick.index)
             seen += [piece.document for piece in pieces for _ in range(piece.first == 0)]
@@ -650,11 +619,7 @@ def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> N
 
 
 def test_what_was_divided_and_cut_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    documents = [
-        Document(("a " * 99, "red " * 99, "star", "원"), "en"),
-        *some_documents(9),
-        Document(("a", ""), "en"),
-    ]
+    documents = [Document(("a " * 99, "red " * 99, "star", "원"), "en"), *some_documents(9), Document(("a", ""), "en")]
     with caplog.at_level(logging.WARNING):
         make(Fake(documents), max_len=41)
     assert "train: 1 of 11 documents are longer than a row (41 tokens, 4 pictures): divided" in caplog.text

@@ -22,18 +22,7 @@ from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.images import ImageError
-from support.pair_files import (
-    NAMES,
-    caption,
-    colour,
-    draw,
-    everything,
-    expected,
-    jsonl,
-    pack,
-    png,
-    rows_jsonl,
-)
+from support.pair_files import NAMES, caption, colour, draw, everything, expected, jsonl, pack, png, rows_jsonl
 
 
 def with_one_bad(root: Path, image: object, **more: object) -> PairFiles:
@@ -135,10 +124,7 @@ def test_hostile_names_in_archives_are_refused(kind: str, tmp_path: Path) -> Non
 
 def test_links_in_tars_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as box:
-        for name, kind, to in (
-            ("p00.png", tarfile.SYMTYPE, "/etc/passwd"),
-            ("p01.png", tarfile.LNKTYPE, "c.jsonl"),
-        ):
+        for name, kind, to in (("p00.png", tarfile.SYMTYPE, "/etc/passwd"), ("p01.png", tarfile.LNKTYPE, "c.jsonl")):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, to
             box.addfile(info)

@@ -138,12 +138,7 @@ def test_the_first_ending_that_a_sample_has_holds_its_captions(tmp_path: Path) -
 
 
 def test_splits_by_the_names_of_shards_and_folders(tmp_path: Path) -> None:
-    for folder, name, number in (
-        ("", "train-0", 0),
-        ("", "val-0", 1),
-        ("test", "part-0", 2),
-        ("test", "part-1", 3),
-    ):
+    for folder, name, number in (("", "train-0", 0), ("", "val-0", 1), ("test", "part-0", 2), ("test", "part-1", 3)):
         pack(tmp_path / folder / f"{name}.tar", sample(number))
     source = Shards(str(tmp_path))
     assert {name: len(source.split(name)) for name in source.splits()} == {"train": 1, "val": 1, "test": 2}
@@ -337,10 +332,7 @@ def test_a_pickle_in_a_shard_is_left_alone(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    members = [
-        *sample(0),
-        *((f"00000.{kind}", pickle.dumps(Bomb())) for kind in ("pyd", "pickle", "pth", "npy")),
-    ]
+    members = [*sample(0), *((f"00000.{kind}", pickle.dumps(Bomb())) for kind in ("pyd", "pickle", "pth", "npy"))]
     assert list(everything(Shards(str(pack(tmp_path / "a.tar", members))))) == ["00000"]
     assert not (tmp_path / "ran").exists()
 
@@ -404,8 +396,7 @@ def test_a_shard_that_changes_under_a_run_is_said(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    places=st.lists(st.tuples(st.integers(0, 10239), st.integers(0, 255)), min_size=1, max_size=5),
-    cut=st.booleans(),
+    places=st.lists(st.tuples(st.integers(0, 10239), st.integers(0, 255)), min_size=1, max_size=5), cut=st.booleans()
 )
 def test_no_damage_gives_anything_but_an_error_or_images(
     places: list[tuple[int, int]], cut: bool, tmp_path_factory: pytest.TempPathFactory

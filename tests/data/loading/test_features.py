@@ -99,10 +99,7 @@ def test_it_is_computed_once_and_read_in_place(tmp_path):
 def test_the_key_knows_everything_that_matters():
     def key(vision=None, pairs=None, transform=TRANSFORM, **options):
         return cache_key(
-            vision or tower(),
-            pairs or FakePairs(7),
-            transform,
-            **({"flip": False, "dtype": "float16"} | options),
+            vision or tower(), pairs or FakePairs(7), transform, **({"flip": False, "dtype": "float16"} | options)
         )
 
     class Printed(FakePairs):
@@ -251,11 +248,7 @@ def test_the_header_is_what_others_read(tmp_path):
     size = int.from_bytes(raw[:8], "little")
     assert (8 + size) % 64 == 0, "the numbers are aligned"
     header = json.loads(raw[8 : 8 + size])
-    assert header["visual_tokens"] == {
-        "dtype": "F16",
-        "shape": [7, 1, 240, 3],
-        "data_offsets": [0, 7 * 240 * 3 * 2],
-    }
+    assert header["visual_tokens"] == {"dtype": "F16", "shape": [7, 1, 240, 3], "data_offsets": [0, 7 * 240 * 3 * 2]}
     assert features._FORMAT == 2
 
 

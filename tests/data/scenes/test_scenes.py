@@ -66,10 +66,7 @@ def test_a_language_does_not_change_the_other():
         (lambda: Scenes(val_size=0), "val_size must be at least 1, got 0"),
         (lambda: Scenes(phrasings=5), "phrasings must be 1 to 4, got 5"),
         (lambda: Scenes(references=0), "references must be 1 to 4, got 0"),
-        (
-            lambda: Scenes(languages=("en", "fr")),
-            r"languages must be different ones of en, ko, got \['en', 'fr'\]",
-        ),
+        (lambda: Scenes(languages=("en", "fr")), r"languages must be different ones of en, ko, got \['en', 'fr'\]"),
         (lambda: Scenes(languages=()), r"got \[\]"),
         (lambda: Scenes(languages=("ko", "ko")), "different"),
         (lambda: Scenes().split("test"), "no split 'test'; there are train, val, compositional"),
@@ -156,12 +153,7 @@ def test_training_never_shows_a_held_out_pair_and_compositional_always_does():
 
 def test_every_color_shape_and_other_word_occurs_in_training():
     groups = [group for scene in scenes() for group in scene.groups]
-    for name, words in (
-        ("color", tuple(COLORS)[:8]),
-        ("shape", SHAPES[:8]),
-        ("size", SIZES),
-        ("fill", FILLS),
-    ):
+    for name, words in (("color", tuple(COLORS)[:8]), ("shape", SHAPES[:8]), ("size", SIZES), ("fill", FILLS)):
         assert {getattr(group, name) for group in groups} == set(words)
     assert {group.count for group in groups} == {1, 2, 3, 4}
     seen = {pair for scene in scenes() for pair in pairs_of(scene)}
@@ -321,11 +313,7 @@ def test_backgrounds_keep_away_from_the_objects():
             boxes = [b for own in scene.boxes(64) for b in own]
             if any(b[0] - 1 <= column <= b[2] + 1 and b[1] - 1 <= row <= b[3] + 1 for b in boxes):
                 continue
-            pixel = (
-                float(image[row, column, 0]),
-                float(image[row, column, 1]),
-                float(image[row, column, 2]),
-            )
+            pixel = (float(image[row, column, 0]), float(image[row, column, 1]), float(image[row, column, 2]))
             near += any(contrast(pixel, COLORS[color]) < 0.45 for color in objects)
     assert near <= 8, near
 

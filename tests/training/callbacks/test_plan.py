@@ -18,14 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmtransformer.cli.plan import run
 from mmtransformer.data.loading.sampler import IndexSampler
-from mmtransformer.training.callbacks.plan import (
-    LiveBytes,
-    Needs,
-    Watch,
-    extended,
-    longest_soon,
-    private_bytes,
-)
+from mmtransformer.training.callbacks.plan import LiveBytes, Needs, Watch, extended, longest_soon, private_bytes
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.precision import KERNEL_BYTES, KERNELS, limit_kernel_cache
 from mmtransformer.training.tasks.captioning import Captioning
@@ -177,10 +170,7 @@ def test_samples_of_one_length_keep_their_order() -> None:
 
 
 def test_needs_grow_in_a_line_with_the_batch() -> None:
-    small, large = (
-        Watch(Needs(parameters=7, activations=110), 2),
-        Watch(Needs(parameters=7, activations=210), 4),
-    )
+    small, large = (Watch(Needs(parameters=7, activations=110), 2), Watch(Needs(parameters=7, activations=210), 4))
     assert extended(small, large, 8) == Needs(parameters=7, activations=410)
     assert extended(small, large, 8).memory == 417
     text = Needs(1500, 300, 1200, 2_400_000, 0, 7 * 10**9, 5 * 10**6, 10**9, 2000, 99).table(8, "pictures")
@@ -198,11 +188,7 @@ def test_needs_grow_in_a_line_with_the_batch() -> None:
 
 def test_a_run_is_watched(tmp_path: Path) -> None:
     watch = Watch()
-    arguments: dict[str, Any] = {
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
+    arguments: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "logger": False}
     trainer = pl.Trainer(
         accelerator="cpu", enable_progress_bar=False, max_steps=3, callbacks=[watch], limit_val_batches=0,
         default_root_dir=tmp_path, **arguments,

@@ -254,12 +254,7 @@ def test_killed_at_each_stage_of_a_save(stage: str, tmp_path: Path, monkeypatch:
 def test_sweep_leaves_what_a_living_process_writes(tmp_path: Path) -> None:
     here = socket.gethostname()
     names = [f".last.ckpt.{here}-{os.getppid()}.part", f".last.ckpt.{here}-{os.getpid()}.part"]
-    names += [
-        ".last.ckpt.an-other.host-17.part",
-        "last.ckpt",
-        "notes.part",
-        f".last.ckpt.{here}-999999999.part",
-    ]
+    names += [".last.ckpt.an-other.host-17.part", "last.ckpt", "notes.part", f".last.ckpt.{here}-999999999.part"]
     for name in names:
         (tmp_path / name).touch()
     assert sorted(p.name for p in remove_leftovers(tmp_path)) == sorted([names[1], names[2], names[5]])

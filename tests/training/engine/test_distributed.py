@@ -302,13 +302,7 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
 
 def test_mmt_shares_weights_out(folder: Path) -> None:
     """As one asks for it, in float64; and one process goes on."""
-    small = {
-        "vision.dim": 48,
-        "vision.depth": 1,
-        "decoder.dim": 48,
-        "decoder.depth": 1,
-        "decoder.cross_dim": 48,
-    }
+    small = {"vision.dim": 48, "vision.depth": 1, "decoder.dim": 48, "decoder.depth": 1, "decoder.cross_dim": 48}
     words = ["fit", f"--config={RECIPES / 'caption_scenes.yaml'}", f"--config={RECIPES / 'tiny.yaml'}"]
     words += [f"--model.captioner.{key}={value}" for key, value in small.items()]
     words += [f"--data.source.{key}" for key in ("train_size=12", "val_size=5", "compositional_size=1")]

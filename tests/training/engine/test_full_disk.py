@@ -26,13 +26,7 @@ RESULTS = ("metrics.json", "predictions_val.jsonl", "model/model.safetensors", "
 
 
 def fit(folder: Path, *more: str) -> int:
-    words = [
-        "fit",
-        "--config",
-        str(ROOT / "recipes/caption_scenes.yaml"),
-        "--config",
-        str(ROOT / "recipes/tiny.yaml"),
-    ]
+    words = ["fit", "--config", str(ROOT / "recipes/caption_scenes.yaml"), "--config", str(ROOT / "recipes/tiny.yaml")]
     words += ["--data.source.train_size=16", "--data.source.val_size=4", "--data.batch_size=8"]
     words += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
     with warnings.catch_warnings():
@@ -113,11 +107,7 @@ def test_a_disk_that_fills_up_or_is_locked_when_the_training_ends(
     def mount(how: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
 
-    for left, file in (
-        (0, "metrics.json"),
-        (1 << 20, "model/model.safetensors"),
-        (16_400_000, "gallery.png"),
-    ):
+    for left, file in ((0, "metrics.json"), (1 << 20, "model/model.safetensors"), (16_400_000, "gallery.png")):
         assert after(lambda left=left: fill(left)) == 2
         filler.unlink()
         check_told(capsys.readouterr().err, folder, file, "No space left on device")
@@ -140,9 +130,6 @@ def test_what_is_no_fault_of_the_disk_is_left_as_it_is(tmp_path: Path) -> None:
             raise other
         assert left.value is other
     (tmp_path / "a").mkdir()
-    with (
-        pytest.raises(CheckpointError, match="/a: cannot be written: Is a directory") as caught,
-        written_to(tmp_path),
-    ):
+    with pytest.raises(CheckpointError, match="/a: cannot be written: Is a directory") as caught, written_to(tmp_path):
         (tmp_path / "a").write_text("x")
     assert "--resume" not in str(caught.value)  # nothing to go on from

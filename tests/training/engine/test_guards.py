@@ -200,10 +200,7 @@ def test_steps_left_out_are_counted_through_a_resume(tmp_path: Path) -> None:
 
 def test_a_run_that_only_skips_stops(tmp_path: Path) -> None:
     batches = [batch(0), *(batch(i, math.nan) for i in range(1, MOST_IN_A_ROW + 3))]
-    with (
-        pytest.warns(UserWarning, match="step left out"),
-        pytest.raises(NotFinite, match=f"step {MOST_IN_A_ROW + 1}"),
-    ):
+    with pytest.warns(UserWarning, match="step left out"), pytest.raises(NotFinite, match=f"step {MOST_IN_A_ROW + 1}"):
         train(tmp_path, batches, nonfinite="skip")
 
 
@@ -269,12 +266,7 @@ def test_out_of_memory_says_what_helps(
         train(tmp_path, [batch(0)])
     text = str(caught.value)
     assert text.startswith("step 0: out of memory on cpu with batches of 3 samples")
-    for remedy in (
-        "--data.batch_size=1",
-        "accumulate_grad_batches=2",
-        "activation_checkpointing",
-        "mmt plan",
-    ):
+    for remedy in ("--data.batch_size=1", "accumulate_grad_batches=2", "activation_checkpointing", "mmt plan"):
         assert remedy in text
     assert "\n" not in text
 

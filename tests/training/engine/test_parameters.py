@@ -69,16 +69,7 @@ def test_modes_follow_from_the_parameters() -> None:
     for mode in (True, False):
         module.train(mode)
         set_modes(module)
-        assert [part.training for part in module.modules()] == [
-            True,
-            False,
-            False,
-            False,
-            True,
-            True,
-            True,
-            True,
-        ]
+        assert [part.training for part in module.modules()] == [True, False, False, False, True, True, True, True]
 
 
 # ------------------------------------------------------------------------------------- what no loss reaches

@@ -121,8 +121,5 @@ def test_throughput_is_logged(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_products_is_measured() -> None:
-    slow, fast = (
-        gemm_rate(torch.device("cpu"), torch.float64, 16),
-        gemm_rate(torch.device("cpu"), torch.float32, 512),
-    )
+    slow, fast = (gemm_rate(torch.device("cpu"), torch.float64, 16), gemm_rate(torch.device("cpu"), torch.float32, 512))
     assert 1e6 < slow < fast < 1e15

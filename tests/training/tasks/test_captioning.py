@@ -41,11 +41,7 @@ def captioner(vocab: int = VOCAB, patch: int = 8) -> EncoderDecoder:
 
 def scenes(batch_size: int = 4, **arguments: object) -> CaptionData:
     source = Scenes(image_size=32, train_size=11, val_size=5, compositional_size=3)
-    arguments = {
-        "vocab_size": VOCAB,
-        "max_len": 60,
-        "splits": Splits(val=["val", "compositional"]),
-    } | arguments
+    arguments = {"vocab_size": VOCAB, "max_len": 60, "splits": Splits(val=["val", "compositional"])} | arguments
     return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)  # type: ignore[arg-type]
 
 
@@ -102,9 +98,7 @@ def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> 
     assert max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) < 1e-14
     model = captioner().double()
     loss = caption_loss(
-        model,
-        CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double()),
-        reduction="sum",
+        model, CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double()), reduction="sum"
     )  # type: ignore[union-attr]
     (loss.sum / 27).backward()
     assert int(loss.count) == 27
@@ -182,11 +176,7 @@ def test_no_validation_loss_is_computed_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        (
-            captioner(vocab=290),
-            scenes(),
-            r"wrong vocabulary: the tokenizer has \d+ tokens, but the model scores 290",
-        ),
+        (captioner(vocab=290), scenes(), r"wrong vocabulary: the tokenizer has \d+ tokens, but the model scores 290"),
         (captioner(), scenes(max_len=61), r"data.max_len \(61\) is more than the 60 tokens"),
         (captioner(patch=16), scenes(), None),
     ],

@@ -199,10 +199,7 @@ def test_a_vit_without_a_head_gets_one_for_the_data() -> None:
 def test_a_linear_probe_trains_the_head_alone() -> None:
     module = task(ViT(32, 8, 16, 1, 2, block=BlockConfig(dropout=0.5)), freeze=True).train()
     module.set_modes()  # as a run does when it begins
-    assert {name for name, p in module.vit.named_parameters() if p.requires_grad} == {
-        "head.weight",
-        "head.bias",
-    }
+    assert {name for name, p in module.vit.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(module.vit(pixels), module.vit(pixels))  # no dropout
 

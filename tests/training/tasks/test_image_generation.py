@@ -14,15 +14,7 @@ from mmtransformer.training import ImageGeneration
 from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, texts_of
 from support.cli import mmt
 
-ENCODER = {
-    "vocab_size": 300,
-    "dim": 12,
-    "depth": 1,
-    "num_heads": 2,
-    "max_len": 96,
-    "pooler": False,
-    "dropout": 0.0,
-}
+ENCODER = {"vocab_size": 300, "dim": 12, "depth": 1, "num_heads": 2, "max_len": 96, "pooler": False, "dropout": 0.0}
 TRANSFORMER = {"patch_size": 16, "dim": 16, "depth": 1, "num_heads": 2, "context_dim": 12}
 
 
@@ -38,10 +30,7 @@ def recipe(**model) -> dict:
                     "class_path": "mmtransformer.TextToImageModel",
                     "init_args": {
                         "text": {"class_path": "mmtransformer.TextEncoder", "init_args": ENCODER},
-                        "transformer": {
-                            "class_path": "mmtransformer.DiffusionTransformer",
-                            "init_args": TRANSFORMER,
-                        },
+                        "transformer": {"class_path": "mmtransformer.DiffusionTransformer", "init_args": TRANSFORMER},
                     },
                 },
                 "drawing": {"num_steps": 2},

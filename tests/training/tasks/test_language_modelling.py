@@ -223,10 +223,7 @@ def test_texts_are_written_by_seed_and_language() -> None:
     assert write("ko", 0) != write("ko", 1)
     assert write("ko", 0) != write("en", 0)
     assert all(len(text) < 9 * 30 for text in write("en", 0, max_new_tokens=9))
-    assert novelty(["a", "b", "b", "c"], [Caption("a", None), Caption("b", "en")]) == {
-        "distinct": 0.75,
-        "new": 0.25,
-    }
+    assert novelty(["a", "b", "b", "c"], [Caption("a", None), Caption("b", "en")]) == {"distinct": 0.75, "new": 0.25}
 
 
 def test_ids_without_a_token_say_nothing() -> None:

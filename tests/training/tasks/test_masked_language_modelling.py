@@ -33,11 +33,7 @@ def groups(first: int, count: int) -> list[tuple[Caption, ...]]:
     found = []
     for i in range(first, first + count):
         thing = THINGS[i % len(THINGS)]
-        texts = [
-            f"a {thing} on a table, {i % 3}",
-            f"there is one {thing} here",
-            f"{thing} {'very ' * (i % 4)}big",
-        ]
+        texts = [f"a {thing} on a table, {i % 3}", f"there is one {thing} here", f"{thing} {'very ' * (i % 4)}big"]
         found.append(tuple(Caption(text) for text in texts[: 1 + (i % 5 > 0) * 2]))
     return found
 
@@ -428,10 +424,7 @@ def test_a_run_learns_and_leaves_model_scores_and_filled_texts(
     assert score["hidden_words"] <= score["hidden_tokens"]
     out = capsys.readouterr().out
     assert f"hidden words right {score['words']:.1%}" in out
-    saved, tokenizer = (
-        TextEncoder.from_pretrained(tmp_path / "model"),
-        Tokenizer.from_pretrained(tmp_path / "model"),
-    )
+    saved, tokenizer = (TextEncoder.from_pretrained(tmp_path / "model"), Tokenizer.from_pretrained(tmp_path / "model"))
     batch = next(iter(data.val_dataloader()[0]))
     torch.testing.assert_close(saved(batch.tokens), module.encoder(batch.tokens), atol=0, rtol=0)
     assert Masking(tokenizer).mask_id == data.masking(training=True).mask_id

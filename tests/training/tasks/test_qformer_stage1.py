@@ -334,10 +334,7 @@ def test_a_caption_longer_than_the_positions_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ({"itc_smoothing": 1.0}, r"itc_smoothing \(1.0\)"),
-        ({"rerank": -1}, r"rerank \(-1\) must be at least 0"),
-    ],
+    [({"itc_smoothing": 1.0}, r"itc_smoothing \(1.0\)"), ({"rerank": -1}, r"rerank \(-1\) must be at least 0")],
 )
 def test_numbers_out_of_range(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

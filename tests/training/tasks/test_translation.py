@@ -84,13 +84,7 @@ def test_directions_that_scenes_do_not_have(directions: list[str]) -> None:
         SceneTranslations(SCENES, directions="en-ko")
 
 
-ROWS = [
-    ("a cat", "고양이"),
-    ("two dogs", "개 두 마리"),
-    ("a red bus", "빨간 버스"),
-    ("nothing", "NA"),
-    ("rain", "비"),
-]
+ROWS = [("a cat", "고양이"), ("two dogs", "개 두 마리"), ("a red bus", "빨간 버스"), ("nothing", "NA"), ("rain", "비")]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
@@ -144,10 +138,7 @@ def test_batches_hold_what_the_pairs_say() -> None:
     assert isinstance(batch, TextPairs)
     t = module.tokenizer
     for i, pair in enumerate(module.rows("val").pairs[:7]):
-        source, tokens = (
-            batch.source[i, batch.source_attention_mask[i]],
-            batch.tokens[i, batch.attention_mask[i]],
-        )
+        source, tokens = (batch.source[i, batch.source_attention_mask[i]], batch.tokens[i, batch.attention_mask[i]])
         assert source.tolist() == [*t.encode(pair.source), t.eos_id]
         assert tokens.tolist() == [*t.prompt(pair.language), *t.encode(pair.text), t.eos_id]
         assert batch.tokens[i, batch.loss_mask[i]].tolist() == [*t.encode(pair.text), t.eos_id]
