@@ -159,7 +159,7 @@ class Decoder(nn.Module, ABC):
     """The contract of a causal language model: tokens -> logits, with caches, and a hook before each block.
 
     `TextDecoder` (our own blocks), `HubDecoder` (any language model of transformers) and `ExtendedVocabulary` (either,
-    with new tokens) keep it, and bridges need no more than it.
+    with new tokens) keep it, and captioners need no more than it.
 
     Attributes:
         vocab_size: number of token ids.

@@ -143,7 +143,7 @@ class TextDecoder(Pretrained, Decoder):
     def _cross_attention(self, i: int) -> Attention | None:
         if self.cross_dim is None or (i + 1) % self.cross_every:
             return None
-        # No dropout here: its mask is as large as the weights over a whole picture; drop visual tokens instead.
+        # No dropout here: its mask is as large as the weights over a whole image; drop visual tokens instead.
         return Attention(self.dim, self.num_heads, context_dim=self.cross_dim)
 
     def init_weights(self) -> None:
@@ -162,7 +162,7 @@ class TextDecoder(Pretrained, Decoder):
         return [i for i, block in enumerate(self.blocks) if block.cross_attn is not None]
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
-        """Each cross-attending block's keys and values of a context (n k d): once a picture, not once a token."""
+        """Each cross-attending block's keys and values of a context (n k d): once an image, not once a token."""
         layers = (self.blocks[i].cross_attn for i in self.cross_layers)
         return [layer.project_kv(context) for layer in layers if isinstance(layer, Attention)]
 

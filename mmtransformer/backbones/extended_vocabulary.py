@@ -15,7 +15,7 @@ from mmtransformer.serialization.pretrained import Pretrained, from_config, load
 
 
 class ExtendedVocabulary(Pretrained, Decoder):
-    """A decoder that knows a few more tokens, whose rows alone learn: a picture's mark, languages, ends of documents.
+    """A decoder that knows a few more tokens, whose rows alone learn: an image's mark, languages, ends of documents.
 
     The new rows are parameters of their own, beside the decoder's tables: no row of these changes, no optimizer state
     is kept for them, and the hash of a frozen decoder stays what it was. Where the decoder's head is its embedding, a

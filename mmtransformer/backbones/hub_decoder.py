@@ -1,7 +1,7 @@
 """HubDecoder: any causal language model of transformers behind the methods of our own decoders (extra: hf).
 
-Nothing of the model is edited: a bridge enters through forward pre-hooks on the list of its layers, which live for one
-pass. So its weights keep their names, and without a bridge it is the model, bit for bit.
+Nothing of the model is edited: `before_block` runs in forward pre-hooks on the list of its layers, which live for one
+pass. So its weights keep their names, and without a hook it is the model, bit for bit.
 
 Shapes: e width of an embedding, n rows of its table.
 """
@@ -222,7 +222,7 @@ class HubDecoder(Pretrained, Decoder):
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """As `forward`, from embeddings (b q e): for bridges with other tokens in front.
+        """As `forward`, from embeddings (b q e): for captioners with other tokens in front.
 
         Raises:
             ValueError: for a mask that is not a tensor (b q k).

@@ -36,7 +36,7 @@ class PairCache:
 
 
 class HubSeq2Seq(Pretrained, nn.Module):
-    """An encoder-decoder of transformers, as a language model for bridges.
+    """An encoder-decoder of transformers, as a language model of captioners.
 
     Args:
         config: what the model's config.json says, `model_type` included; weights are random until they are loaded.

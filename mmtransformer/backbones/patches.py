@@ -66,11 +66,11 @@ def drop_tokens(x: Tensor, rate: float) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts pictures into square patches and projects each; a picture's patches are one matrix product.
+    """Cuts images into square patches and projects each; an image's patches are one matrix product.
 
     Args:
         patch_size: side of a patch, px.
-        in_channels: channels of a picture.
+        in_channels: channels of an image.
         dim: width d of a visual token.
         bias: whether the projection has a bias (OpenAI CLIP's has none).
     """
@@ -87,11 +87,11 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Patches by a few 3x3 convolutions that halve the picture: small Transformers learn sooner (arXiv:2106.14881).
+    """Patches by a few 3x3 convolutions that halve the image: small Transformers learn sooner (arXiv:2106.14881).
 
     Args:
         patch_size: side of a patch, px; a power of 2.
-        in_channels: channels of a picture.
+        in_channels: channels of an image.
         dim: width d of a visual token; it doubles from convolution to convolution up to this.
 
     Raises:

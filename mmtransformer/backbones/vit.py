@@ -30,13 +30,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ViT(Pretrained, nn.Module):
-    """A Vision Transformer: pre-norm encoder blocks over patches, for pictures of any size.
+    """A Vision Transformer: pre-norm encoder blocks over patches, for images of any size.
 
-    The table of positions is made for `image_size` and is resized at run time to the picture's own grid. Positions
+    The table of positions is made for `image_size` and is resized at run time to the image's own grid. Positions
     belong to patches only; imported class tokens have theirs added in.
 
     Args:
-        image_size: (height, width) of the pictures that positions are learned for, px; one number = square.
+        image_size: (height, width) of the images that positions are learned for, px; one number = square.
         patch_size: side of a patch, px.
         dim: width d of a visual token.
         depth: number of blocks.
@@ -148,13 +148,13 @@ class ViT(Pretrained, nn.Module):
         return self.dim
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of a picture of height x width px.
+        """Rows and columns of patches of an image of height x width px.
 
         Raises:
             ValueError: if the patches do not cover it exactly.
         """
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"a picture of {height} x {width} px is not divisible into {self.patch_size} px patches")
+            raise ValueError(f"an image of {height} x {width} px is not divisible into {self.patch_size} px patches")
         return height // self.patch_size, width // self.patch_size
 
     @property
@@ -230,7 +230,7 @@ class ViT(Pretrained, nn.Module):
         return self.forward_head(self.forward_features(pixels))
 
     def set_input_size(self, image_size: tuple[int, int] | int) -> None:
-        """Makes the table of positions one for another picture size, so that no resizing happens at run time."""
+        """Makes the table of positions one for another image size, so that no resizing happens at run time."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         grid = self.grid_size(height, width)
         if self.pos_embed is not None:

@@ -1,1 +1,1 @@
-"""Pictures and a prompt -> logits: one file a captioner."""
+"""Images and a prompt -> logits: one file a captioner."""

@@ -169,7 +169,7 @@ class Captioner(Pretrained, nn.Module, ABC):
     def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
         super().__init__()
         if train_norm and not freeze_vision:
-            raise ValueError("train_norm is for a frozen tower: in one that learns, its norm learns anyway")
+            raise ValueError("train_norm is for a frozen vision encoder: in one that learns, its norm learns anyway")
         self.vision, self.freeze_vision, self.train_norm = vision, freeze_vision, train_norm
         if freeze_vision:
             freeze(vision)

@@ -52,9 +52,8 @@ class Blip2(Captioner):
             encoder-decoder (ours, or a T5), whose encoder reads queries and prompt, its decoder a begin token and the
             caption.
         instruct: whether the prompt goes into the Q-Former too (InstructBLIP, arXiv:2305.06500, section 2.3).
-        freeze_vision: whether the tower is taken out of training (its features can then be cached).
-        train_norm: whether the last norm of a frozen tower learns, as in BLIP-2's own code; `encode` then gives, and a
-            cache keeps, the tokens before it.
+        freeze_vision: whether it is taken out of training (its features can then be cached).
+        train_norm: see `Captioner`.
         freeze_decoder: whether the language model is taken out of training.
 
     Raises:
@@ -101,7 +100,7 @@ class Blip2(Captioner):
 
     @property
     def max_len(self) -> int:
-        """Most text tokens of a row beside one picture, prompt included; queries are not counted."""
+        """Most text tokens of a row beside one image, prompt included; queries are not counted."""
         behind = 0 if isinstance(self.decoder, SourceReader) else self.qformer.num_queries
         return self.decoder.max_len - behind
 
@@ -176,7 +175,7 @@ def from_stage1(
         folder: the run's folder of stage 1 (`ImageText`), or the model's in it.
         decoder: the language model that is to be spoken to.
         vision: another vision encoder of the same width; None = that of stage 1.
-        freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        freeze_vision: whether it is taken out of training (its features can then be cached).
         freeze_decoder: whether the language model is taken out of training.
 
     Raises:

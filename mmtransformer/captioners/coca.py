@@ -1,4 +1,4 @@
-"""CoCa: one pass that captions and contrasts, with a text tower in two halves (arXiv:2205.01917).
+"""CoCa: one pass that captions and contrasts, with a text decoder in two halves (arXiv:2205.01917).
 
 Shapes: n rows of text, r of each of the b samples, side by side; l pooled queries, e width of the vectors that are
 compared, gh gw rows and columns of patches.
@@ -21,17 +21,17 @@ from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import clip_loss, image_ids, refuse_empty
-from mmtransformer.losses.distributed import gather
+from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import Loss, next_token_loss
 
 
 class CoCa(Captioner):
-    """A vision encoder with attention pooling, a text tower that sees no image, and above it one that does.
+    """A vision encoder with attention pooling, a text decoder that sees no image, and above it one that does.
 
     Args:
         vision: the vision encoder.
-        text: the lower half of the text tower, without cross-attention; a learned token at the end of a text, which no
-            other token sees, gathers it for the contrast.
+        text: the lower half of the text decoder, without cross-attention; a learned token at the end of a text, which
+            no other token sees, gathers it for the contrast.
         decoder: the upper half, which reads the pooled image; its `cross_dim` is the vision encoder's dim, and its
             positions come from below: "rotary" or "sinusoidal", never a table of its own.
         num_queries: what an image is pooled to for captioning; one more query pools those for the contrast.
@@ -114,7 +114,7 @@ class CoCa(Captioner):
 
         ids = image_ids(batch.names, batch.loss_mask)
         contrast = clip_loss(self._image_vectors(pooled), texts, self.log_scale, image_ids=ids)
-        tokens = gather(captions.count[None]).double().mean()  # Of a process, in the mean.
+        tokens = all_gather_rows(captions.count[None]).double().mean()  # Of a process, in the mean.
 
         total = self.caption_weight * captions.sum
         total = total + self.contrastive_weight * contrast * tokens.to(contrast.dtype)

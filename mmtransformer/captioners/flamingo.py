@@ -1,4 +1,4 @@
-"""Flamingo: gated attention to pictures inside a frozen language model, pictures anywhere in the text.
+"""Flamingo: gated attention to images inside a frozen language model, images anywhere in the text.
 
 Shapes: n rows of text, r of each of the b samples, side by side; l latents of an image, k latents of all images of a
 sample, gh gw rows and columns of patches.
@@ -83,8 +83,8 @@ class GatedConfig:
 class Flamingo(Captioner):
     """Gated cross-attention blocks before some blocks of a language model (Flamingo, arXiv:2204.14198).
 
-    At first its logits are the language model's, bit for bit, whatever the pictures. The model itself is neither
-    edited nor hooked: everything goes through its `before_block` door.
+    At first its logits are the language model's, bit for bit, whatever the images. The model itself is neither
+    edited nor hooked: everything goes through its hook `before_block`.
 
     Args:
         vision: the vision encoder.
@@ -93,9 +93,9 @@ class Flamingo(Captioner):
         cross_every: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
         cross_layers: numbers of the blocks that have one before them, in the place of `cross_every`.
         gated: what the gated blocks are.
-        visible_images: which pictures a token sees; see `image_attention_mask`.
+        visible_images: which images a token sees; see `image_attention_mask`.
         patches_only: leave out the vision encoder's class token and registers, as OpenFlamingo does.
-        freeze_vision: whether the tower is taken out of training (its features can then be cached).
+        freeze_vision: whether it is taken out of training (its features can then be cached).
         freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Pictures anywhere in the text: which token sees which picture.
+"""Images anywhere in the text: which token sees which image.
 
-Letters: b samples, i pictures of a sample, n rows of text (b divides n), q text tokens.
+Shapes: n rows of text, r of each of the b samples, side by side.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.layers import masks
 
 VisibleImages = Literal["last", "all_previous", "none"]
-"""Which of the pictures before it a token sees: the last one, as in Flamingo; all; or none."""
+"""Which of the images before it a token sees: the last one, as in Flamingo; all; or none."""
 
 
 def check_visible_images(visible_images: VisibleImages) -> VisibleImages:
@@ -28,17 +28,17 @@ def check_visible_images(visible_images: VisibleImages) -> VisibleImages:
 
 
 def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> Tensor | None:
-    """Which token sees which picture: (n q i) bool, or None where all see all.
+    """Which token sees which image: (n q i) bool, or None where all see all.
 
-    A token never sees a picture that comes after it, nor one of another document of its row.
+    A token never sees an image that comes after it, nor one of another document of its row.
 
     Args:
-        batch: tokens and pictures.
-        visible_images: "last" = only the last picture before the token, as in Flamingo; "all_previous"; "none".
+        batch: tokens and images.
+        visible_images: "last" = only the last image before the token, as in Flamingo; "all_previous"; "none".
 
     Raises:
-        ValueError: for another word, packed rows that do not say where pictures stand, or (on a CPU) tokens that come
-            after more pictures than there are.
+        ValueError: for another word, packed rows that do not say where images stand, or (on a CPU) tokens that come
+            after more images than there are.
     """
     check_visible_images(visible_images)
     (n, q), (b, i) = batch.tokens.shape, batch.visual.shape[:2]
@@ -48,8 +48,9 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
         batch.image_index is None or (visible_images == "all_previous" and batch.first_image_index is None)
     ):
         missing = "image_index" if batch.image_index is None else "first_image_index"
-        raise ValueError(f"rows of packed documents need {missing}: which pictures belong to which document")
-    if batch.image_index is None and batch.image_mask is None and (i == 1 or visible_images == "all_previous"):
+        raise ValueError(f"rows of packed documents need {missing}: which images belong to which document")
+    told = (batch.image_index, batch.first_image_index, batch.image_mask)
+    if all(x is None for x in told) and (i == 1 or visible_images == "all_previous"):
         return None
     numbers = torch.arange(1, i + 1, device=batch.tokens.device).expand(b, i)
     if batch.image_mask is not None:
@@ -59,7 +60,7 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
     seen = last.expand(n, q) if batch.image_index is None else batch.image_index
     if seen.device.type == "cpu" and bool((seen > last).any()):
         row = int((seen > last).any(1).nonzero()[0])
-        raise ValueError(f"row {row} has text after picture {int(seen[row].max())}, but only {int(last[row])} pictures")
+        raise ValueError(f"row {row} has text after image {int(seen[row].max())}, but only {int(last[row])} images")
     allowed = masks.images(seen, numbers, last_only=visible_images == "last")
     if batch.first_image_index is not None:
         first = batch.first_image_index
@@ -70,10 +71,10 @@ def image_attention_mask(batch: CaptionBatch, visible_images: VisibleImages) -> 
 def show_mask(
     batch: CaptionBatch, visible_images: VisibleImages = "last", *, row: int = 0, words: Sequence[str] | None = None
 ) -> str:
-    """One row's media mask as text: a line a token, a column a picture, "#" where it is seen.
+    """One row's mask as text: a line a token, a column an image, "#" where it is seen.
 
     Args:
-        batch: tokens and pictures.
+        batch: tokens and images.
         visible_images: see `image_attention_mask`.
         row: number of the row.
         words: what to call the row's q tokens; None = their ids.

@@ -1,7 +1,7 @@
-"""ImageText: what BLIP-2's first stage trains (arXiv:2301.12597, section 3.2): a Q-Former between picture and text.
+"""ImageText: what BLIP-2's first stage trains (arXiv:2301.12597, section 3.2): a Q-Former between image and text.
 
-One model with three heads on shared work: which text belongs to which picture (contrastive), whether this text belongs
-to this picture (matching), and what to say of a picture (generation), which makes it a captioner of its own.
+One model with three heads on shared work: which text belongs to which image (contrastive), whether this text belongs
+to this image (matching), and what to say of an image (generation), which makes it a captioner of its own.
 
 Shapes: n rows of text, r of each of the b samples, side by side; e width of an embedding.
 """
@@ -24,7 +24,7 @@ from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
-from mmtransformer.losses.distributed import gather, processes
+from mmtransformer.losses.distributed import all_gather_rows, world_size
 from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
 from mmtransformer.losses.next_token import Loss
 
@@ -51,12 +51,11 @@ class ImageText(Captioner):
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
         qformer: the Q-Former, built with a vocabulary.
-        embed_dim: width e in which pictures and texts are compared.
+        embed_dim: width e in which images and texts are compared.
         class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
             [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
-        freeze_vision: whether the tower is taken out of training (its features can then be cached).
-        train_norm: whether the last norm of a frozen tower learns, as in BLIP-2's own code; `encode` then gives, and a
-            cache keeps, the tokens before it.
+        freeze_vision: whether it is taken out of training (its features can then be cached).
+        train_norm: see `Captioner`.
         init_temperature: the learned temperature of the contrastive loss at the start.
 
     Raises:
@@ -111,7 +110,7 @@ class ImageText(Captioner):
         return self.log_temperature.exp()
 
     def embed_images(self, queries: Tensor) -> Tensor:
-        """Queries after the picture (n l d) -> (n l e), L2-normed: what texts are compared with."""
+        """Queries after the image (n l d) -> (n l e), L2-normed: what texts are compared with."""
         return F.normalize(self.vision_proj(queries), dim=-1)
 
     def embed_texts(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -125,10 +124,10 @@ class ImageText(Captioner):
         return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
     def match(self, visual: Visual, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Whether texts (n q) belong to the pictures beside them: (n 2), no and yes.
+        """Whether texts (n q) belong to the images beside them: (n 2), no and yes.
 
         Args:
-            visual: of b pictures, b dividing n: visual tokens (b p d), or the Q-Former's `project_visual` of them.
+            visual: of b images, b dividing n: visual tokens (b p d), or the Q-Former's `project_visual` of them.
             tokens: (n q) long, padded on the right.
             attention_mask: (n q) bool.
         """
@@ -217,27 +216,27 @@ class ImageText(Captioner):
     def _matches(
         self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], pairs: HardPairs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Matching of r texts a picture (m = b r): logits (3m 2), whether they match, and whether they count.
+        """Matching of r texts an image (m = b r): logits (3m 2), whether they match, and whether they count.
 
-        True pairs, each text with a hard other picture, and each picture with a hard other text.
+        True pairs, each text with a hard other image, and each image with a hard other text.
         """
         tokens, attention_mask = batch.tokens, batch.attention_mask
-        if processes() == 1:
+        if world_size() == 1:
             other_images = [kv.select(pairs.images) for kv in visual]
             other_tokens, other_attention_mask = tokens[pairs.texts], attention_mask[pairs.texts]
         else:
-            other_images = self.qformer.project_visual(gather(visual_tokens)[pairs.images])
-            longest = int(gather(torch.tensor([tokens.shape[1]], device=tokens.device)).max())
+            other_images = self.qformer.project_visual(all_gather_rows(visual_tokens)[pairs.images])
+            longest = int(all_gather_rows(torch.tensor([tokens.shape[1]], device=tokens.device)).max())
             more = (0, longest - tokens.shape[1])
             tokens, attention_mask = F.pad(tokens, more), F.pad(attention_mask, more)
             other_tokens, other_attention_mask = (
-                gather(tokens)[pairs.texts],
-                gather(attention_mask.long()).bool()[pairs.texts],
+                all_gather_rows(tokens)[pairs.texts],
+                all_gather_rows(attention_mask.long()).bool()[pairs.texts],
             )
         tokens, attention_mask = tokens[pairs.rows], attention_mask[pairs.rows]
 
         def beside(own: Tensor, other: Tensor) -> Tensor:
-            """A picture's own texts, then as many others, so that they share its keys: (m q) twice -> (2m q)."""
+            """An image's own texts, then as many others, so that they share its keys: (m q) twice -> (2m q)."""
             own, other = (x.unflatten(0, (len(visual_tokens), -1)) for x in (own, other))
             return torch.stack((own, other), dim=1).flatten(0, 2)
 
@@ -296,7 +295,7 @@ class ImageText(Captioner):
     def _new_state(self, seen: QueryStates, rows: int, length: int) -> ImageTextState:
         l, device = self.qformer.num_queries, seen.queries.device
         caches = []
-        for memory in seen.memory:  # The first block's is one row for all pictures: it has not read them yet.
+        for memory in seen.memory:  # The first block's is one row for all images: it has not read them yet.
             known = torch.arange(memory.k.shape[0], device=device)
             caches.append(cache := KVCache(l + length))
             cache.append(memory.select(known.repeat_interleave(rows // len(known))))

@@ -9,10 +9,10 @@ from mmtransformer.serialization.pretrained import Pretrained
 
 
 class VisualAdapter(Pretrained, nn.Module):
-    """Trainable encoder blocks over a frozen tower's tokens: they learn what captions need and the tower does not say.
+    """Trainable encoder blocks over a frozen encoder's tokens: they learn what captions need and it does not say.
 
     Args:
-        visual_dim: width of the tower's tokens.
+        visual_dim: width of the vision encoder's tokens.
         dim: width of the result.
         depth: encoder blocks; 0 = a norm and a projection only.
         num_heads: heads of a block.

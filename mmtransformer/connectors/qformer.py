@@ -1,8 +1,8 @@
-"""QFormer: learned queries that read a picture, and a text that shares their self-attention (BLIP-2, arXiv:2301.12597).
+"""QFormer: learned queries that read an image, and a text that shares their self-attention (BLIP-2, arXiv:2301.12597).
 
     queries = QFormer()(visual_tokens)                      # (n 257 1408) -> (n 32 768)
 
-Training needs several passes over the same pictures, and nothing is computed twice:
+Training needs several passes over the same images, and nothing is computed twice:
 
     visual = qformer.project_visual(visual_tokens)          # keys and values, once for all passes
     seen = qformer.encode_queries(visual)                          # the query pass: contrastive, and below
@@ -38,7 +38,7 @@ class QueryStates(NamedTuple):
 
 
 class QFormer(Pretrained, nn.Module):
-    """Learned queries that gather from a picture what text is about; the width of BERT-base by default.
+    """Learned queries that gather from an image what text is about; the width of BERT-base by default.
 
     Args:
         num_queries: l, how many.
@@ -46,7 +46,7 @@ class QFormer(Pretrained, nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         visual_dim: width of the visual tokens; 1408 is EVA-ViT-g's.
-        cross_every: the first of every so many blocks reads the picture.
+        cross_every: the first of every so many blocks reads the image.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         vocab_size: number of token ids of the text stream; None = queries alone.
         max_len: most text tokens of a row.
@@ -106,7 +106,7 @@ class QFormer(Pretrained, nn.Module):
         """Queries and embeddings ~ N(0, 0.02), linear weights ~ N(0, 1 / their inputs), biases 0.
 
         BERT's 0.02 for linear weights too is about half of that at its width of 768, and too little at smaller ones:
-        what pictures add to the queries is lost at first. On sixteen scenes to be learnt by heart, 32 wide, the
+        what images add to the queries is lost at first. On sixteen scenes to be learnt by heart, 32 wide, the
         contrastive loss was 0.1 after 20 steps; with 0.02 it was that of chance, 2.8. Queries that start equal, at zero
         say, get equal gradients and stay equal for ever.
         """
@@ -120,7 +120,7 @@ class QFormer(Pretrained, nn.Module):
 
     @property
     def cross_layers(self) -> list[int]:
-        """Numbers of the blocks that read the picture."""
+        """Numbers of the blocks that read the image."""
         return list(range(0, self.depth, self.cross_every))
 
     def without_text(self) -> "QFormer":
@@ -152,11 +152,11 @@ class QFormer(Pretrained, nn.Module):
         return [layer.project_kv(visual_tokens) for layer in layers if layer is not None]
 
     def forward(self, visual: Visual, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """The queries after they have read the picture, and an instruction if there is one (arXiv:2305.06500).
+        """The queries after they have read the image, and an instruction if there is one (arXiv:2305.06500).
 
         Args:
             visual: visual tokens (n p visual_dim), or their `project_visual`.
-            tokens: an instruction (b q) long that the queries see, padded on the right; None = the picture alone.
+            tokens: an instruction (b q) long that the queries see, padded on the right; None = the image alone.
             attention_mask: (b q) bool, True = a real token; None = all are.
 
         Returns:
@@ -178,7 +178,7 @@ class QFormer(Pretrained, nn.Module):
         for i, block in self._each():
             kv = block.attn.project_kv(x)
             memory.append(kv)
-            # Until they read the first picture, queries are the same for all: the first block attends once.
+            # Until they read the first image, queries are the same for all: the first block attends once.
             x = block.attend(x, kv, None).expand(n, -1, -1)
             x = block.finish_queries(x, found.get(i))
         return QueryStates(x, memory)
@@ -191,7 +191,7 @@ class QFormer(Pretrained, nn.Module):
         Args:
             tokens: (b q) long, padded on the right.
             attention_mask: (b q) bool, True = a real token; None = all are.
-            seen: the query pass of n pictures, n dividing b: it makes the text causal ("multimodal_causal").
+            seen: the query pass of n images, n dividing b: it makes the text causal ("multimodal_causal").
 
         Returns:
             (b q d); what stands at padding means nothing.
@@ -219,7 +219,7 @@ class QFormer(Pretrained, nn.Module):
         """Queries and text of b rows in one of the three modes.
 
         Args:
-            visual: of n pictures, n dividing b: visual tokens, or their `project_visual`.
+            visual: of n images, n dividing b: visual tokens, or their `project_visual`.
             tokens: (b q) long, padded on the right.
             attention_mask: (b q) bool, True = a real token; None = all are.
             mode: who sees whom; see `mode_mask`.
@@ -238,7 +238,7 @@ class QFormer(Pretrained, nn.Module):
             return self._joint(found, tokens, attention_mask, keep_text=True)
         seen = self.encode_queries(
             [*found.values()]
-        )  # The queries see no text here, so rows that share a picture share them.
+        )  # The queries see no text here, so rows that share an image share them.
         text = self.encode_text(tokens, attention_mask, seen if mode == "multimodal_causal" else None)
         return seen.queries.repeat_interleave(expand_size, 0), text
 
@@ -287,7 +287,7 @@ class QFormer(Pretrained, nn.Module):
         layers = self.cross_layers
         if len(projected) != len(layers):
             raise ValueError(
-                f"keys and values for {len(projected)} blocks were given, but {len(layers)} read the picture"
+                f"keys and values for {len(projected)} blocks were given, but {len(layers)} read the image"
             )
         return dict(zip(layers, projected, strict=True))
 
@@ -307,7 +307,7 @@ class QFormer(Pretrained, nn.Module):
 
 def _copies(rows: int, images: int) -> int:
     if rows % images:
-        raise ValueError(f"rows of text ({rows}) must be a multiple of pictures ({images})")
+        raise ValueError(f"rows of text ({rows}) must be a multiple of images ({images})")
     return rows // images
 
 

@@ -38,7 +38,7 @@ class ResamplerBlock(nn.Module):
 
 
 class PerceiverResampler(Pretrained, nn.Module):
-    """Learned latents that gather a picture, or the frames of a video (Flamingo, arXiv:2204.14198, 3.1.1).
+    """Learned latents that gather an image, or the frames of a video (Flamingo, arXiv:2204.14198, 3.1.1).
 
     The defaults are OpenFlamingo's; Idefics has 16 heads of 96 and `activation="relu"`. There are no biases.
 
@@ -47,12 +47,12 @@ class PerceiverResampler(Pretrained, nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         head_dim: width of one head.
-        num_latents: latents of a picture.
+        num_latents: latents of an image.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         activation: of the MLPs.
         qk_norm: "layer" normalises each head's queries and keys, as Idefics can; None does not.
-        max_frames: most frames of a picture, each with a learned time embedding; None = pictures have one frame.
-        max_images: most pictures of a row, where each number has a learned embedding too; None = they have none.
+        max_frames: most frames of an image, each with a learned time embedding; None = images have one frame.
+        max_images: most images of a row, where each number has a learned embedding too; None = they have none.
         norm_eps: of all norms.
 
     Raises:
@@ -99,7 +99,7 @@ class PerceiverResampler(Pretrained, nn.Module):
         self.last_norm = nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, visual_tokens: Tensor) -> Tensor:
-        """Gathers each picture by itself.
+        """Gathers each image by itself.
 
         Args:
             visual_tokens: (b i p d), or with frames (b i t p d).
@@ -108,7 +108,7 @@ class PerceiverResampler(Pretrained, nn.Module):
             (b i l d), normed.
 
         Raises:
-            ValueError: for another width or number of dimensions, or more frames or pictures than there are
+            ValueError: for another width or number of dimensions, or more frames or images than there are
                 embeddings for.
         """
         if visual_tokens.ndim not in (4, 5) or visual_tokens.shape[-1] != self.dim:
@@ -118,9 +118,9 @@ class PerceiverResampler(Pretrained, nn.Module):
         x = visual_tokens if visual_tokens.ndim == 5 else visual_tokens.unsqueeze(2)
         b, i, t = x.shape[:3]
         if t > (self.max_frames or 1):
-            raise ValueError(f"{t} frames of a picture were given, but max_frames is {self.max_frames}")
+            raise ValueError(f"{t} frames of an image were given, but max_frames is {self.max_frames}")
         if self.max_images is not None and i > self.max_images:
-            raise ValueError(f"{i} pictures of a row were given, but max_images is {self.max_images}")
+            raise ValueError(f"{i} images of a row were given, but max_images is {self.max_images}")
         if self.frame_embed is not None:
             x = x + self.frame_embed[:t, None]
         if self.image_embed is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmtransformer.captioners.attribution import word_heatmaps
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.base import Generated
 from mmtransformer.generation.config import GenerationConfig
@@ -167,8 +168,6 @@ def heatmap_of(
     whole = dataclasses.replace(
         prompt, tokens=tokens, attention_mask=attention_mask, loss_mask=~attention_mask, image_index=image_index
     )
-    look = captioner.attention_map(whole)[0, :, -1]
     first = prompt.tokens.shape[1] - 1
-    if not said.words:
-        return look.new_zeros(0, *look.shape[1:]).cpu()
-    return torch.stack([look[[first + p for p in places]].mean(0) for _, places in said.words]).float().cpu()
+    words = [[first + place for place in places] for _, places in said.words]
+    return word_heatmaps(captioner.attention_map(whole)[0, :, -1], words).float().cpu()

@@ -281,7 +281,7 @@ class DecoderBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Learned queries that gather a whole picture: attention, then a residual MLP (SigLIP, arXiv:2303.15343; CoCa).
+    """Learned queries that gather a whole image: attention, then a residual MLP (SigLIP, arXiv:2303.15343; CoCa).
 
     Args:
         dim: width of a token.
@@ -315,18 +315,18 @@ class AttentionPool(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """Attention to pictures, then an MLP, each behind a tanh gate that starts shut (Flamingo, arXiv:2204.14198, 3.1.2).
+    """Attention to images, then an MLP, each behind a tanh gate that starts shut (Flamingo, arXiv:2204.14198, 3.1.2).
 
     With shut gates it changes no bit of the tokens, so a language model that it is put into is at first itself.
 
     Args:
         dim: width of a token.
-        attn: attention to the pictures' latents; without an output bias, tokens that see none get nothing from it.
+        attn: attention to the images' latents; without an output bias, tokens that see none get nothing from it.
         mlp: the MLP.
         norm: builds a norm of width dim.
         per_channel: a gate for each channel; False = one for the branch.
-        mlp_without_image: whether the MLP also works on tokens that see no picture (OpenFlamingo, Idefics). False
-            leaves such tokens as they are, so that text without pictures stays the language model's own.
+        mlp_without_image: whether the MLP also works on tokens that see no image (OpenFlamingo, Idefics). False
+            leaves such tokens as they are, so that text without images stays the language model's own.
         dropout: share of a branch's result dropped in training.
     """
 
@@ -351,11 +351,11 @@ class GatedCrossAttentionBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | KeyValue | None, *, mask: Mask | None = None, sees: Tensor | None = None
     ) -> Tensor:
-        """Adds what the pictures say.
+        """Adds what the images say.
 
         Args:
             x: tokens (b q d).
-            context: latents (n k d) or their keys and values, n dividing b; None = there is no picture at all.
+            context: latents (n k d) or their keys and values, n dividing b; None = there is no image at all.
             mask: who may look at which latent; None = all at all.
             sees: (b q) bool, which tokens see any latent, as `mask` has it; None = all do.
 

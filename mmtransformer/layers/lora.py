@@ -19,11 +19,11 @@ def add_lora(
 ) -> Module:
     """Freezes a model and puts a trainable low-rank product beside some of its linear layers, in place.
 
-    At first the products are zero and the model says what it said before. Give the result to a bridge that does not
+    At first the products are zero and the model says what it said before. Give the result to a captioner that does not
     freeze it itself (freeze_decoder: false). What is trained is saved after `merge_lora`, as an ordinary model.
 
     Args:
-        model: A language model or a vision tower.
+        model: A language model or a vision encoder.
         targets: Ends of the names of the layers; queries and values, as in the paper (section 7.1), unless told.
         rank: Width of the products.
         alpha: The products are scaled by alpha / rank.

@@ -51,12 +51,12 @@ def documents(ids: Tensor) -> Predicate:
 
 
 def images(text_time: Tensor, image_time: Tensor, *, last_only: bool = True) -> Predicate:
-    """Text looks at pictures that came before it, and at none that come later (Flamingo, arXiv:2204.14198, 3.1.3).
+    """Text looks at images that came before it, and at none that come later (Flamingo, arXiv:2204.14198, 3.1.3).
 
     Args:
-        text_time: (b q) long, how many pictures have come up to and including this token; 0 = none yet.
-        image_time: (b k) long, the number (from 1) of the picture that a visual token belongs to; 0 = padding.
-        last_only: look at the last picture only, as Flamingo does; else at all previous ones.
+        text_time: (b q) long, how many images have come up to and including this token; 0 = none yet.
+        image_time: (b k) long, the number (from 1) of the image that a visual token belongs to; 0 = padding.
+        last_only: look at the last image only, as Flamingo does; else at all previous ones.
     """
 
     def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:

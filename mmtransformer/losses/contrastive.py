@@ -1,12 +1,12 @@
-"""Losses of pictures with texts: contrastive, matching and generation, each importable alone.
+"""Losses of images with texts: contrastive, matching and generation, each importable alone.
 
-    loss = itc_loss(images, texts, temperature)             # (b l e), (n e): as many texts for every picture
+    loss = itc_loss(images, texts, temperature)             # (b l e), (n e): as many texts for every image
 
 They are means over the global batch of all processes, in the sense that data-parallel training asks for: the MEAN over
 the processes of what each returns is the loss of the global batch, and the mean of their gradients (what DDP computes)
 is its gradient, however the batch was cut. One process is the case of a mean over one; no process group is needed.
 
-Letters: b pictures and n texts of this process, B and N those of all processes, l vectors of a picture, e width of a
+Shapes: b images and n texts of this process, B and N those of all processes, l vectors of an image, e width of a
 vector, m rows, q tokens, d width of a token.
 """
 
@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.losses.distributed import gather, global_mean, processes, rows_before
+from mmtransformer.losses.distributed import all_gather_rows, global_mean, row_offset, world_size
 from mmtransformer.losses.next_token import next_token_loss
 
 # ---------------------------------------------------------------------------------------------- contrastive
 
 
 class Similarity(NamedTuple):
-    """How near this process's pictures and texts are to those of all processes; ids say what belongs together.
+    """How near this process's images and texts are to those of all processes; ids say what belongs together.
 
     Attributes:
         of_images: (b N).
         of_texts: (n B).
         image_ids: (b) long; -1 = a padding sample, which is neither asked nor found.
-        text_ids: (n) long, the id of a text's picture.
+        text_ids: (n) long, the id of a text's image.
         all_image_ids: (B).
         all_text_ids: (N).
     """
@@ -45,14 +45,14 @@ class Similarity(NamedTuple):
 
 
 def image_ids(names: Sequence[str], loss_mask: Tensor) -> Tensor | None:
-    """What picture each of a batch is, the same in every process: what `compare` takes as image_ids.
+    """What image each of a batch is, the same in every process: what `compare` takes as image_ids.
 
     Args:
-        names: the b pictures' names; none = all are different, and the result is None.
-        loss_mask: (n q) bool, the tokens that are to be predicted of the n texts, n / b of each picture side by side.
+        names: the b images' names; none = all are different, and the result is None.
+        loss_mask: (n q) bool, the tokens that are to be predicted of the n texts, n / b of each image side by side.
 
     Returns:
-        (b) long; -1 where none of a picture's texts has a target: a padding sample.
+        (b) long; -1 where none of an image's texts has a target: a padding sample.
     """
     if not names:
         return None
@@ -70,68 +70,63 @@ def compare(
     *,
     gather_grad: bool = True,
 ) -> Similarity:
-    """Similarities of pictures and texts; of a picture's vectors the one that is nearest to the text counts (BLIP-2).
+    """Similarities of images and texts; of an image's vectors the one that is nearest to the text counts (BLIP-2).
 
     Args:
         images: (b l e), or (b e), L2-normed.
         texts: (n e), L2-normed.
-        image_ids: (b) long, what picture it is, anywhere in the global batch; None = all are different.
-        text_ids: (n) long, the id of its picture; None = each picture has n / b texts, side by side.
-        gather_grad: see `gather`.
+        image_ids: (b) long, what image it is, anywhere in the global batch; None = all are different.
+        text_ids: (n) long, the id of its image; None = each image has n / b texts, side by side.
+        gather_grad: whether gradients reach the processes that candidates came from, see `all_gather_rows`.
 
     Raises:
         ValueError: if widths differ, or the texts cannot be shared out.
     """
     images = images.unsqueeze(1) if images.ndim == 2 else images
     if images.ndim != 3 or texts.ndim != 2 or images.shape[-1] != texts.shape[-1]:
-        raise ValueError(
-            f"pictures are (b l e) or (b e) and texts (n e) of one width, not {tuple(images.shape)} and "
-            f"{tuple(texts.shape)}"
-        )
+        shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
+        raise ValueError(f"images are (b l e) or (b e) and texts (n e) of one width, not {shapes}")
     b, n = images.shape[0], texts.shape[0]
     if image_ids is None:
-        image_ids = torch.arange(b, device=texts.device) + rows_before(b, texts.device)
+        image_ids = torch.arange(b, device=texts.device) + row_offset(b, texts.device)
     if text_ids is None:
         if b == 0 or n % b:
-            raise ValueError(f"{n} texts cannot be shared out among {b} pictures: give text_ids")
+            raise ValueError(f"{n} texts cannot be shared out among {b} images: give text_ids")
         text_ids = image_ids.repeat_interleave(n // b)
     if image_ids.shape != (b,) or text_ids.shape != (n,):
         raise ValueError(f"ids are ({b}) and ({n}), not {tuple(image_ids.shape)} and {tuple(text_ids.shape)}")
     kind = torch.promote_types(images.dtype, torch.float32)
     with torch.autocast(images.device.type, enabled=False):  # Divided by a temperature, bfloat16's steps are large.
         images, texts = images.to(kind), texts.to(kind)
-        of_images = torch.einsum("b l e, n e -> b n l", images, gather(texts, grad=gather_grad)).amax(-1)
-        if processes() == 1:
+        of_images = torch.einsum("b l e, n e -> b n l", images, all_gather_rows(texts, grad=gather_grad)).amax(-1)
+        if world_size() == 1:
             of_texts = of_images.transpose(0, 1)
         else:
-            everyone = gather(images, grad=gather_grad)
+            everyone = all_gather_rows(images, grad=gather_grad)
             of_texts = torch.einsum("b l e, n e -> n b l", everyone, texts).amax(-1)
-    return Similarity(of_images, of_texts, image_ids, text_ids, gather(image_ids), gather(text_ids))
+    return Similarity(of_images, of_texts, image_ids, text_ids, all_gather_rows(image_ids), all_gather_rows(text_ids))
 
 
 def contrastive_loss(similarity: Similarity, temperature: Tensor | float, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of finding a picture's texts and a text's picture, the mean of both ways.
+    """Cross-entropy of finding an image's texts and a text's image, the mean of both ways.
 
-    Where several texts belong to a picture (or a picture stands twice in the batch) they share the target.
+    Where several texts belong to an image (or an image stands twice in the batch) they share the target.
 
     Args:
         similarity: from `compare`.
         temperature: what similarities are divided by, a scalar.
         label_smoothing: share of the target that is spread over all candidates.
     """
-    to_texts = _one_way(
-        similarity.of_images / temperature, similarity.image_ids, similarity.all_text_ids, label_smoothing
-    )
-    to_images = _one_way(
-        similarity.of_texts / temperature, similarity.text_ids, similarity.all_image_ids, label_smoothing
-    )
+    s = similarity
+    to_texts = _one_way(s.of_images / temperature, s.image_ids, s.all_text_ids, label_smoothing)
+    to_images = _one_way(s.of_texts / temperature, s.text_ids, s.all_image_ids, label_smoothing)
     return (to_texts + to_images) / 2
 
 
 def _one_way(logits: Tensor, ids: Tensor, candidates: Tensor, smoothing: float) -> Tensor:
     real = candidates >= 0
     same = (ids[:, None] == candidates) & real
-    asked = same.any(1)  # Not padding samples, nor pictures without a text.
+    asked = same.any(1)  # Not padding samples, nor images without a text.
     log_probs = logits.masked_fill(~real, torch.finfo(logits.dtype).min).log_softmax(-1)
     targets = same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)
     if smoothing:
@@ -156,8 +151,8 @@ def itc_loss(
         images: (b l e), or (b e), L2-normed.
         texts: (n e), L2-normed.
         temperature: what similarities are divided by, a scalar; BLIP-2 learns it from 0.07.
-        image_ids: (b) long, what picture it is; None = all are different.
-        text_ids: (n) long, the id of its picture; None = each picture has n / b texts, side by side.
+        image_ids: (b) long, what image it is; None = all are different.
+        text_ids: (n) long, the id of its image; None = each image has n / b texts, side by side.
         label_smoothing: share of the target that is spread over all candidates; BLIP-2's 0.1.
         gather_grad: whether gradients reach the processes that candidates came from.
 
@@ -175,9 +170,9 @@ def clip_loss(
 
     Args:
         images: (b e).
-        texts: (n e), n / b for each picture, side by side.
+        texts: (n e), n / b for each image, side by side.
         log_scale: CLIP's `logit_scale`, the log of what similarities are multiplied by; at most log 100 counts.
-        image_ids: (b) long, what picture it is; -1 = a padding sample, which takes no part; None = all are different.
+        image_ids: (b) long, what image it is; -1 = a padding sample, which takes no part; None = all are different.
         gather_grad: whether gradients reach the processes that candidates came from.
     """
     temperature = log_scale.clamp(max=4.605170185988092).neg().exp()
@@ -185,21 +180,21 @@ def clip_loss(
 
 
 def refuse_empty(attention_mask: Tensor) -> None:
-    """Refuses texts without any token, (n q) bool and padded on the right: they would fit every picture.
+    """Refuses texts without any token, (n q) bool and padded on the right: they would fit every image.
 
     Raises:
         ValueError: naming the first of them (on a CPU: elsewhere it would be a wait for the device).
     """
     if attention_mask.device.type == "cpu" and not bool(attention_mask[:, :1].all()):
         row = int((~attention_mask[:, 0]).nonzero()[0])
-        raise ValueError(f"text {row} of {len(attention_mask)} is empty, and would fit every picture: leave it out")
+        raise ValueError(f"text {row} of {len(attention_mask)} is empty, and would fit every image: leave it out")
 
 
 # ------------------------------------------------------------------------------------------------- matching
 
 
 def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Image-text matching: do this picture and this text belong together?
+    """Image-text matching: do this image and this text belong together?
 
     Args:
         logits: (m 2), no and yes.
@@ -221,7 +216,7 @@ def itm_loss(logits: Tensor, match: Tensor, counted: Tensor | None = None) -> Te
 def itg_loss(
     hidden: Tensor, tokens: Tensor, loss_mask: Tensor, head: Callable[[Tensor], Tensor], *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Image-grounded text generation: cross-entropy of each target token, given the picture and the tokens before it.
+    """Image-grounded text generation: cross-entropy of each target token, given the image and the tokens before it.
 
     Args:
         hidden: (n q d), or (n q-1 d) without the last token's, which predicts nothing.
@@ -237,6 +232,6 @@ def itg_loss(
         ValueError: if there is one process and no target token (on a CPU: elsewhere the mean is 0).
     """
     loss = next_token_loss(hidden, tokens, loss_mask, head, label_smoothing=label_smoothing)
-    if tokens.device.type == "cpu" and processes() == 1 and not int(loss.count):
+    if tokens.device.type == "cpu" and world_size() == 1 and not int(loss.count):
         raise ValueError(f"none of the {tokens.shape[0]} texts has a target token")
     return global_mean(loss.sum, loss.count)

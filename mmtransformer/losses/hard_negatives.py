@@ -1,6 +1,6 @@
-"""Hard negatives: which picture and which text are taken for another's, drawn from how alike they are.
+"""Hard negatives: which image and which text are taken for another's, drawn from how alike they are.
 
-Letters: b pictures of this process with t texts each, B pictures and N texts of all processes, m rows, k columns.
+Shapes: b images of this process with t texts each, B images and N texts of all processes, m rows, k columns.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.losses.contrastive import Similarity
-from mmtransformer.losses.distributed import gather
+from mmtransformer.losses.distributed import all_gather_rows
 
 
 def _scramble(x: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ def hard_negatives(scores: Tensor, allowed: Tensor, noise: Tensor) -> tuple[Tens
 
 
 class HardPairs(NamedTuple):
-    """For each of m texts of this process, what it and its picture are to be told from.
+    """For each of m texts of this process, what it and its image are to be told from.
 
     Attributes:
         rows: (m) long, which texts these are.
-        images: (m) long, of the B pictures one that is not the text's.
-        texts: (m) long, of the N texts one that is not the picture's.
+        images: (m) long, of the B images one that is not the text's.
+        texts: (m) long, of the N texts one that is not the image's.
         real: (m) bool, whether the text is one at all, rather than a padding sample.
-        has_image: (m) bool, whether there is another picture.
+        has_image: (m) bool, whether there is another image.
         has_text: (m) bool, whether there is another text.
     """
 
@@ -75,12 +75,12 @@ class HardPairs(NamedTuple):
 
 
 def hard_pairs(similarity: Similarity, temperature: Tensor, *, texts: int, seed: int) -> HardPairs:
-    """Draws another picture for each text, and for its picture another text (BLIP-2's and ALBEF's matching).
+    """Draws another image for each text, and for its image another text (BLIP-2's and ALBEF's matching).
 
     Args:
-        similarity: of b pictures with t texts each, side by side.
+        similarity: of b images with t texts each, side by side.
         temperature: what similarities are divided by, a scalar.
-        texts: of how many of a picture's texts, the first ones: m is b times as many.
+        texts: of how many of an image's texts, the first ones: m is b times as many.
         seed: what is drawn depends on it and on the ids, not on how the global batch is cut.
     """
     s, temperature = similarity, temperature.detach()
@@ -95,5 +95,5 @@ def hard_pairs(similarity: Similarity, temperature: Tensor, *, texts: int, seed:
         return hard_negatives(scores / temperature, others, pair_noise(seed, keys[rows], columns))
 
     images, has_image = draw(s.of_texts[rows], s.all_image_ids, s.all_image_ids, seed)
-    others, has_text = draw(s.of_images[rows // t], s.all_text_ids, gather(keys), seed + 1)
+    others, has_text = draw(s.of_images[rows // t], s.all_text_ids, all_gather_rows(keys), seed + 1)
     return HardPairs(rows, images, others, ids >= 0, has_image, has_text)

@@ -1,6 +1,6 @@
 """The loss of predicting the next token: the one place where labels are shifted.
 
-Letters: n rows, q tokens, d width of a hidden state.
+Shapes: n rows, m places that predict a token.
 """
 
 from collections.abc import Callable

@@ -326,10 +326,18 @@ def test_a_mask_as_text() -> None:
     assert show_mask(batch(q=2), words=["a", "b"]) == "  1\na #\nb #"
 
 
+@pytest.mark.parametrize("visible_images", ["last", "all_previous"])
+def test_the_first_image_of_a_document_counts_where_all_images_stand_before_the_text(visible_images: Any) -> None:
+    given = replace(batch(q=3), first_image_index=torch.tensor([[1, 2, 2]]).expand(len(batch(q=3).tokens), -1))
+    mask = image_attention_mask(given, visible_images)
+    assert mask is not None
+    assert mask[0].tolist() == [[True], [False], [False]]
+
+
 def test_layouts_that_cannot_be_are_refused() -> None:
     model, given = flamingo(), laid_out("I.I..", "..I..")
     assert given.image_index is not None
-    with pytest.raises(ValueError, match="row 1 has text after picture 3, but only 1 pictures"):
+    with pytest.raises(ValueError, match="row 1 has text after image 3, but only 1 images"):
         model.logits(replace(given, image_index=given.image_index + torch.tensor([[0], [2]])))
     packed = laid_out("I.|I..")
     with pytest.raises(ValueError, match="need image_index: which"):

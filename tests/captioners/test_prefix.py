@@ -216,7 +216,7 @@ def test_what_takes_part_in_cocas_contrast() -> None:
 def test_an_empty_text_is_refused_where_texts_are_compared() -> None:
     given = batch()
     given.attention_mask[3] = given.loss_mask[3] = False
-    with pytest.raises(ValueError, match="text 3 of 6 is empty, and would fit every picture"):
+    with pytest.raises(ValueError, match="text 3 of 6 is empty, and would fit every image"):
         coca()(given)
     assert coca(contrastive_weight=0.0)(given).sums.count == given.loss_mask[:, 1:].sum()
 

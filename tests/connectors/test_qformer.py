@@ -319,13 +319,13 @@ def test_errors() -> None:
         model(torch.randn(2, 13, 15))
     with pytest.raises(ValueError, match=r"\(n p 14\) for this Q-Former, not \(13, 14\)"):
         model(visual[0])
-    with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of pictures \(2\)"):
+    with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of images \(2\)"):
         model.encode_pair(visual, tokens[:3], attention_mask[:3])
-    with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of pictures \(2\)"):
+    with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of images \(2\)"):
         model(visual, tokens[:3], attention_mask[:3])
-    with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of pictures \(2\)"):
+    with pytest.raises(ValueError, match=r"rows of text \(3\) must be a multiple of images \(2\)"):
         model.encode_text(tokens[:3], attention_mask[:3], model.encode_queries(visual))
-    with pytest.raises(ValueError, match=r"for 2 blocks were given, but 3 read the picture"):
+    with pytest.raises(ValueError, match=r"for 2 blocks were given, but 3 read the image"):
         model(model.project_visual(visual)[:2])
     with pytest.raises(ValueError, match="bidirectional, multimodal_causal, unimodal, not causal"):
         model.encode_pair(visual, tokens, attention_mask, "causal")

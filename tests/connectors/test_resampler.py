@@ -131,7 +131,7 @@ def test_errors_name_the_numbers() -> None:
         resampler()(torch.randn(2, 3, 3, 11, DIM))
     with pytest.raises(ValueError, match=r"3 frames.*max_frames is 2"):
         resampler(max_frames=2)(torch.randn(2, 3, 3, 11, DIM))
-    with pytest.raises(ValueError, match=r"3 pictures.*max_images is 2"):
+    with pytest.raises(ValueError, match=r"3 images.*max_images is 2"):
         resampler(max_images=2)(torch.randn(2, 3, 11, DIM))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.losses.contrastive import clip_loss, compare, contrastive_loss, itc_loss, itg_loss, itm_loss
-from mmtransformer.losses.distributed import gather
+from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.hard_negatives import hard_negatives, pair_noise
 
 
@@ -105,7 +105,7 @@ def test_similarities_are_not_rounded_by_autocast() -> None:
     ("images", "texts", "ids", "message"),
     [
         ((3, 2, 5), (3, 7), None, r"of one width, not \(3, 2, 5\) and \(3, 7\)"),
-        ((3, 2, 5), (7, 5), None, "7 texts cannot be shared out among 3 pictures"),
+        ((3, 2, 5), (7, 5), None, "7 texts cannot be shared out among 3 images"),
         ((3, 2, 5), (3, 5), [1, 2], r"ids are \(3\) and \(3\), not \(2,\)"),
     ],
 )
@@ -226,7 +226,7 @@ class Model(nn.Module):
         keys = s.text_ids * 100 + torch.arange(len(texts)) % R
         allowed = (s.text_ids[:, None] != s.all_image_ids) & (s.all_image_ids >= 0)
         chosen, found = hard_negatives(s.of_texts / temperature, allowed, pair_noise(3, keys, s.all_image_ids))
-        other = gather(vectors)[chosen].mean(1) * text
+        other = all_gather_rows(vectors)[chosen].mean(1) * text
         itm = itm_loss(self.head(other), torch.zeros_like(found), found & (s.text_ids >= 0))
         tokens = (texts.abs() * 10).long() % 13
         loss_mask = (torch.arange(6) > 0) & (s.text_ids >= 0)[:, None] & (tokens % 3 > 0)
@@ -297,5 +297,5 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 def test_gather_in_one_process_is_nothing() -> None:
     x = torch.randn(3, 2, requires_grad=True)
-    assert gather(x) is x
-    assert gather(x, grad=False) is x
+    assert all_gather_rows(x) is x
+    assert all_gather_rows(x, grad=False) is x
