@@ -1,6 +1,6 @@
 """A scene as a picture: masks drawn once with Pillow, laid on the background with numpy.
 
-Letters: d side of a sprite, h height, w width.
+Shapes: d side of a sprite, h height, w width.
 """
 
 import math
@@ -172,22 +172,8 @@ def _crescent() -> list[tuple[float, float]]:
 
 
 def _cross(arm: float = 0.4) -> list[tuple[float, float]]:
-    a, b = arm, 0.96
-    corners = [
-        (-a, -b),
-        (a, -b),
-        (a, -a),
-        (b, -a),
-        (b, a),
-        (a, a),
-        (a, b),
-        (-a, b),
-        (-a, a),
-        (-b, a),
-        (-b, -a),
-        (-a, -a),
-    ]
-    return [(x, y) for x, y in corners]
+    right = [(arm, -0.96), (arm, -arm), (0.96, -arm), (0.96, arm), (arm, arm), (arm, 0.96)]
+    return [(-arm, -0.96), *right, (-arm, 0.96), (-arm, arm), (-0.96, arm), (-0.96, -arm), (-arm, -arm)]
 
 
 _OUTLINES: dict[str, list[tuple[float, float]]] = {

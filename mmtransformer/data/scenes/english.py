@@ -3,11 +3,22 @@
 import random
 import re
 from itertools import pairwise
+from typing import Any
 
-from mmtransformer.data.scenes.meaning import Facts, GroupFacts, Phrase, canonical, reading_order, word_between
+from mmtransformer.data.scenes.meaning import (
+    Facts,
+    GroupFacts,
+    Phrase,
+    between_sides,
+    canonical,
+    reading_order,
+    said_group,
+    word_between,
+)
+from mmtransformer.data.scenes.palette import COLORS
 from mmtransformer.data.scenes.world import FILLS, SHAPES, SIZES, Group, Relation, Scene
 
-_NUMBERS = ("", "one", "two", "three", "four")
+NUMBERS = ("", "one", "two", "three", "four")
 _TO = {"left": "to the left of", "right": "to the right of"}  # the other words stand for themselves
 _SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 _ROWS = {
@@ -41,7 +52,7 @@ def noun_phrase(group: Group, rng: random.Random) -> str:
     if group.fill != "solid":
         words.insert(rng.choice((1, 2)), group.fill)
     words.append(group.shape if group.count == 1 else plural(group.shape))
-    return " ".join([article(words[0]) if group.count == 1 else _NUMBERS[group.count], *words])
+    return " ".join([article(words[0]) if group.count == 1 else NUMBERS[group.count], *words])
 
 
 def _is(group: Group) -> str:
@@ -148,33 +159,17 @@ def _row(scene: Scene, rng: random.Random) -> str:
 
 # Reading
 
-_ATTRIBUTES: dict[str, tuple[str, str | int]] = {
-    "a": ("count", 1),
-    "an": ("count", 1),
-    **{word: ("count", n) for n, word in enumerate(_NUMBERS) if word},
-    **{str(n): ("count", n) for n in range(1, 10)},
-    **{word: ("count", n) for n, word in enumerate(("five", "six", "seven", "eight", "nine"), 5)},
-    **{size: ("size", size) for size in SIZES},
-    "little": ("size", "small"),
-    "tiny": ("size", "small"),
-    "big": ("size", "large"),
-    "huge": ("size", "large"),
-    **{fill: ("fill", fill) for fill in FILLS},
-    "filled": ("fill", "solid"),
-    "spotted": ("fill", "dotted"),
-    "hollow": ("fill", "outlined"),
-    **{
-        color: ("color", color)
-        for color in ("red", "orange", "yellow", "green", "blue", "purple", "white", "black", "pink", "brown")
-    },
-    "violet": ("color", "purple"),
+_MEANINGS: dict[str, dict[str, Any]] = {
+    "count": {word: n for n, word in enumerate((*NUMBERS, "five", "six", "seven", "eight", "nine")) if word}
+    | {str(n): n for n in range(1, 10)}
+    | {"a": 1, "an": 1},
+    "size": {word: word for word in SIZES} | {"little": "small", "tiny": "small", "big": "large", "huge": "large"},
+    "fill": {word: word for word in FILLS} | {"filled": "solid", "spotted": "dotted", "hollow": "outlined"},
+    "color": {word: word for word in COLORS} | {"violet": "purple"},
 }
-_NOUNS: dict[str, tuple[str, bool]] = {
-    **{shape: (shape, False) for shape in SHAPES},
-    **{plural(shape): (shape, True) for shape in SHAPES},
-    "moon": ("crescent", False),
-    "moons": ("crescent", True),
-}
+_ATTRIBUTES = {word: (kind, value) for kind, words in _MEANINGS.items() for word, value in words.items()}
+_SINGULARS: dict[str, str] = {shape: shape for shape in SHAPES} | {"moon": "crescent"}
+_PLURALS = {plural(word): shape for word, shape in _SINGULARS.items()}
 _WORDS = {"under": "below", "beneath": "below", "over": "above", "within": "inside", "in": "inside"}
 _WORDS |= {"top": "above", "bottom": "below", "contains": "around", "containing": "around", "contain": "around"}
 _PLACE = r"above|below|under|beneath|over|inside|within|around"
@@ -195,7 +190,7 @@ def parse(caption: str) -> Facts:
     groups: list[GroupFacts] = []
     relations: set[Relation] = set()
     sides: dict[int, str] = {}
-    adjectives: dict[str, str | int] = {}
+    adjectives: dict[str, Any] = {}
     clause: list[int] = []  # groups named since the last full stop or semicolon
     waiting_object: tuple[int | None, str] | None = None  # (subject, word): the next group is the object
     waiting_subject: tuple[str, int] | None = None  # (word, object): the next group is the subject
@@ -205,11 +200,9 @@ def parse(caption: str) -> Facts:
     for match in _TOKEN.finditer(" ".join(caption.lower().split())):
         kind, text = match.lastgroup, match.group(match.lastgroup or 0)
         word = _WORDS.get(text, text)
-        if kind == "other" and text in _NOUNS:
-            shape, many = _NOUNS[text]
-            count = adjectives.pop("count", None if many else 1)
-            color, size, fill = (adjectives.get(name) for name in ("color", "size", "fill"))
-            groups.append(GroupFacts(shape, _str(color), _str(size), _str(fill) or "solid", _int(count)))
+        if kind == "other" and (shape := _SINGULARS.get(text) or _PLURALS.get(text)):
+            count = adjectives.get("count", 1 if text in _SINGULARS else None)
+            groups.append(said_group(shape, adjectives, count))
             adjectives = {}
             new = len(groups) - 1
             if row is not None and clause:
@@ -253,16 +246,4 @@ def parse(caption: str) -> Facts:
                     waiting_subject = (word, len(groups) - 1)
             else:
                 waiting_object = (clause[-1] if clause else None, word)
-    for a, side in sides.items():
-        for b, other in sides.items():
-            if (side, other) in (("left", "right"), ("above", "below")):
-                relations.add(canonical(a, side, b))
-    return Facts(tuple(groups), frozenset(relations))
-
-
-def _str(value: str | int | None) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _int(value: str | int | None) -> int | None:
-    return value if isinstance(value, int) else None
+    return Facts(tuple(groups), frozenset(relations | between_sides(sides)))

@@ -4,38 +4,30 @@ import random
 import re
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
-from mmtransformer.data.scenes.meaning import Facts, GroupFacts, Phrase, canonical, chains, reading_order, word_between
-from mmtransformer.data.scenes.world import Group, Relation, Scene
+from mmtransformer.data.scenes.meaning import (
+    Facts,
+    GroupFacts,
+    Phrase,
+    between_sides,
+    canonical,
+    chains,
+    reading_order,
+    said_group,
+    word_between,
+)
+from mmtransformer.data.scenes.palette import COLORS
+from mmtransformer.data.scenes.world import SHAPES, Group, Relation, Scene
 
-SHAPE_WORDS = {
-    "circle": "원",
-    "square": "사각형",
-    "triangle": "삼각형",
-    "star": "별",
-    "heart": "하트",
-    "diamond": "마름모",
-    "cross": "십자가",
-    "crescent": "초승달",
-    "pentagon": "오각형",
-    "arrow": "화살표",
-}
-COLOR_WORDS = {
-    "red": "빨간",
-    "orange": "주황색",
-    "yellow": "노란",
-    "green": "초록색",
-    "blue": "파란",
-    "purple": "보라색",
-    "white": "하얀",
-    "black": "검은",
-    "pink": "분홍색",
-    "brown": "갈색",
-}
+_SHAPES = ("원", "사각형", "삼각형", "별", "하트", "마름모", "십자가", "초승달", "오각형", "화살표")
+SHAPE_WORDS: dict[str, str] = dict(zip(SHAPES, _SHAPES, strict=True))
+_COLORS = ("빨간", "주황색", "노란", "초록색", "파란", "보라색", "하얀", "검은", "분홍색", "갈색")
+COLOR_WORDS = dict(zip(COLORS, _COLORS, strict=True))
 _SIZES = {"small": "작은", "large": "큰"}
 _PATTERNS = {"striped": "줄무늬", "dotted": "점무늬"}
 _COUNTERS = ("", "한", "두", "세", "네")
-_NATIVE = ("", "하나", "둘", "셋", "넷")
+NUMBERS = ("", "하나", "둘", "셋", "넷")
 _PLACES = {"left": "왼쪽", "right": "오른쪽", "above": "위쪽", "below": "아래쪽", "inside": "안"}
 
 _DIGIT_FINALS = dict(zip("0123456789", "ㅇㄹ ㅁ  ㄱㄹㄹ ", strict=True))  # 영 일 이 삼 사 오 육 칠 팔 구
@@ -101,7 +93,7 @@ def _adjectives_and_noun(group: Group) -> str:
 
 def _number(group: Group, rng: random.Random) -> str:
     """Like "세 개" or "셋"; one is 하나."""
-    return f"{_COUNTERS[group.count]} 개" if group.count > 1 and rng.random() < 0.75 else _NATIVE[group.count]
+    return f"{_COUNTERS[group.count]} 개" if group.count > 1 and rng.random() < 0.75 else NUMBERS[group.count]
 
 
 def _subject(group: Group, rng: random.Random, particle: str = "이/가") -> str:
@@ -227,55 +219,36 @@ def _row(scene: Scene, rng: random.Random) -> str:
 
 # Reading
 
-_ATTRIBUTES: dict[str, tuple[str, str | int]] = {
-    **{word: ("size", size) for size, word in _SIZES.items()},
-    **{word: ("color", color) for color, word in COLOR_WORDS.items()},
-    **{word + "색": ("color", color) for color, word in COLOR_WORDS.items() if not word.endswith("색")},
-    **{word[:-1]: ("color", color) for color, word in COLOR_WORDS.items() if word.endswith("색") and len(word) > 2},
-    "붉은": ("color", "red"),
-    "푸른": ("color", "blue"),
-    "녹색": ("color", "green"),
-    "흰": ("color", "white"),
-    "흰색": ("color", "white"),
-    "검정": ("color", "black"),
-    "검정색": ("color", "black"),
-    **{word: ("fill", fill) for fill, word in _PATTERNS.items()},
-    "물방울무늬": ("fill", "dotted"),
-    "빈": ("fill", "outlined"),
-    "찬": ("fill", "solid"),
+_COLOR_OF = {word: color for color, word in COLOR_WORDS.items()}
+_MEANINGS = {
+    "size": {word: size for size, word in _SIZES.items()},
+    "color": _COLOR_OF
+    | {word + "색": color for word, color in _COLOR_OF.items() if not word.endswith("색")}
+    | {word[:-1]: color for word, color in _COLOR_OF.items() if word.endswith("색") and len(word) > 2}
+    | {
+        "붉은": "red",
+        "푸른": "blue",
+        "녹색": "green",
+        "흰": "white",
+        "흰색": "white",
+        "검정": "black",
+        "검정색": "black",
+    },
+    "fill": {word: fill for fill, word in _PATTERNS.items()}
+    | {"물방울무늬": "dotted", "빈": "outlined", "찬": "solid"},
 }
-_MANY = {"다섯": 5, "여섯": 6, "일곱": 7, "여덟": 8, "아홉": 9}
-_COUNTS = _MANY | {word: n for n, word in enumerate(_NATIVE) if word}
-_COUNTS |= {f"{word}개": n for word, n in [*_MANY.items(), *((w, n) for n, w in enumerate(_COUNTERS) if w)]}
-_COUNTER = re.compile(r"(?<!\w)(한|두|세|네|다섯|여섯|일곱|여덟|아홉) 개")  # read as one word
-_NOUNS = {word: shape for shape, word in SHAPE_WORDS.items()} | {
-    "정사각형": "square",
-    "네모": "square",
-    "달": "crescent",
-}
+_ATTRIBUTES = {word: (kind, value) for kind, words in _MEANINGS.items() for word, value in words.items()}
+_MORE = ("다섯", "여섯", "일곱", "여덟", "아홉")
+_COUNTS = {word: n for n, word in enumerate((*NUMBERS, *_MORE)) if word}
+_COUNTS |= {f"{word}개": n for n, word in enumerate((*_COUNTERS, *_MORE)) if word}
+_COUNTER = re.compile(rf"(?<!\w)({'|'.join((*_COUNTERS[1:], *_MORE))}) 개")  # read as one word
+_NOUNS = {word: shape for shape, word in SHAPE_WORDS.items()}
+_NOUNS |= {"정사각형": "square", "네모": "square", "달": "crescent"}
 _PLACE_WORDS = {word: place for place, word in _PLACES.items()}
 _PLACE_WORDS |= {"위": "above", "아래": "below", "밑": "below", "안쪽": "inside", "속": "inside"}
 _STEMS = _NOUNS.keys() | _PLACE_WORDS.keys() | _COUNTS.keys() | _ATTRIBUTES.keys() | {"그", "그것", "그것들"}
-_PARTICLES = (
-    "에서부터",
-    "에서",
-    "부터",
-    "에는",
-    "으로",
-    "이",
-    "가",
-    "은",
-    "는",
-    "을",
-    "를",
-    "과",
-    "와",
-    "의",
-    "에",
-    "로",
-    "도",
-)
-_SUBJECT = ("이", "가", "은", "는", "도")
+_PARTICLES = ("에서부터", "에서", "부터", "에는", "으로", *"이가은는을를과와의에로도")
+_SUBJECT = tuple("이가은는도")
 
 
 def _split(token: str) -> tuple[str, str]:
@@ -294,7 +267,7 @@ def parse(caption: str) -> Facts:
     cases: list[str] = []  # the particle after each group
     relations: set[Relation] = set()
     sides: dict[int, str] = {}
-    adjectives: dict[str, str | int] = {}
+    adjectives: dict[str, Any] = {}
     clause = 0  # index of the first group of this clause
     waiting: tuple[str, int] | None = None  # (word, object): the next group is the subject
     waiting_side: str | None = None
@@ -308,17 +281,7 @@ def parse(caption: str) -> Facts:
     for token in re.findall(r"[^\W_]+|[,.;!?]", _COUNTER.sub(r"\1개", " ".join(caption.split()))):
         stem, particle = _split(token)
         if stem in _NOUNS:
-            color, size, fill = (adjectives.get(name) for name in ("color", "size", "fill"))
-            count = adjectives.get("count", 1)
-            groups.append(
-                GroupFacts(
-                    _NOUNS[stem],
-                    color if isinstance(color, str) else None,
-                    size if isinstance(size, str) else None,
-                    fill if isinstance(fill, str) else "solid",
-                    count if isinstance(count, int) else None,
-                )
-            )
+            groups.append(said_group(_NOUNS[stem], adjectives, adjectives.get("count", 1)))
             cases.append(particle)
             new, adjectives, last = len(groups) - 1, {}, "group"
             if waiting is not None:
@@ -369,8 +332,4 @@ def parse(caption: str) -> Facts:
             if token != "속이":
                 adjectives = {}
             last = ""
-    for a, side in sides.items():
-        for b, other in sides.items():
-            if (side, other) in (("left", "right"), ("above", "below")):
-                relations.add(canonical(a, side, b))
-    return Facts(tuple(groups), frozenset(relations))
+    return Facts(tuple(groups), frozenset(relations | between_sides(sides)))

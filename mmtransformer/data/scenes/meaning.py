@@ -1,8 +1,9 @@
 """What a caption means: the groups it names and the relations it states, the same in every language."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mmtransformer.data.scenes.world import Group, Relation, Scene
 
@@ -45,6 +46,21 @@ def canonical(subject: int, word: str, object: int) -> Relation:
     if word in _OPPOSITE:
         return Relation(subject, word, object)
     return Relation(object, _INVERSE[word], subject)
+
+
+def said_group(shape: str, words: Mapping[str, Any], count: int | None) -> GroupFacts:
+    """The group that a noun and the adjectives before it name; a fill that is not named means "solid"."""
+    return GroupFacts(shape, words.get("color"), words.get("size"), words.get("fill", "solid"), count)
+
+
+def between_sides(sides: Mapping[int, str]) -> set[Relation]:
+    """The relations of groups of which it is said at which side of the picture they are."""
+    return {
+        canonical(a, side, b)
+        for a, side in sides.items()
+        for b, other in sides.items()
+        if (side, other) in (("left", "right"), ("above", "below"))
+    }
 
 
 def word_between(scene: Scene, a: int, b: int) -> str:

@@ -16,6 +16,7 @@ from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.drawing import draw
 from mmtransformer.data.scenes.grammar import LANGUAGES, describe
+from mmtransformer.data.scenes.scenes import check_index
 from mmtransformer.data.scenes.words import say
 from mmtransformer.data.scenes.world import Scene, World
 
@@ -32,58 +33,38 @@ class SceneDocumentSplit:
     """One split of `SceneDocuments`: documents by index, drawn when they are asked for.
 
     Args:
+        source: the documents' settings.
         name: the split's name, part of the key of all chance.
-        size: number of documents.
-        image_size: side of the square pictures, px.
-        seed: part of the key of all chance.
-        world: what there is to see.
-        images: the fewest and the most pictures of a document.
-        ways: the ways of speaking there are.
-        languages: the languages there are.
-        openings: share of documents that begin with a few words before the first picture.
     """
 
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        *,
-        image_size: int,
-        seed: int,
-        world: World,
-        images: tuple[int, int],
-        ways: Sequence[Way],
-        languages: Sequence[str],
-        openings: float,
-    ):
-        self.split_name, self.size, self.image_size, self.seed, self.world = (name, size, image_size, seed, world)
-        self.images, self.ways, self.languages, self.openings = (images, tuple(ways), tuple(languages), openings)
+    def __init__(self, source: "SceneDocuments", name: str):
+        self.source, self.split_name = source, name
 
     def __len__(self) -> int:
         """The number of documents."""
-        return self.size
+        return self.source.sizes[self.split_name]
 
     def name(self, i: int) -> str:
         """The name of document i."""
-        return f"scene-documents-{self.seed}-{self.split_name}-{self._check(i):06d}"
+        return f"scene-documents-{self.source.seed}-{self.split_name}-{check_index(i, self, 'document'):06d}"
 
     def way(self, i: int) -> Way:
         """The way of speaking that all texts of document i keep to."""
-        return self._chance(i, "way").choice(self.ways)
+        return self._chance(i, "way").choice(self.source.ways)
 
     def language(self, i: int) -> str:
         """The language of document i."""
-        return self._chance(i, "language").choice(self.languages)
+        return self._chance(i, "language").choice(self.source.languages)
 
     def scene(self, i: int, k: int) -> Scene:
         """What picture k of document i shows."""
-        return self.world.sample(self._chance(i, f"scene {k}"))
+        return self.source.world.sample(self._chance(i, f"scene {k}"))
 
     def document(self, i: int) -> Document:
         """The texts of document i."""
         language, way, chance = self.language(i), self.way(i), self._chance(i, "text")
-        opening = chance.choice(_OPENINGS[language]) if chance.random() < self.openings else ""
-        count = chance.randint(*self.images)
+        opening = chance.choice(_OPENINGS[language]) if chance.random() < self.source.openings else ""
+        count = chance.randint(*self.source.images)
         texts = [answer(self.scene(i, k), way, language, chance) for k in range(count)]
         return Document((opening, *texts), language)
 
@@ -93,34 +74,28 @@ class SceneDocumentSplit:
 
     def image(self, i: int, k: int) -> Image.Image:
         """Picture k of document i as RGB."""
-        return draw(self.scene(i, k), self.image_size, self.world.clutter)
-
-    def _check(self, i: int) -> int:
-        if not 0 <= i < self.size:
-            raise IndexError(f"document {i} of split {self.split_name!r}, which has {self.size}")
-        return i
+        return draw(self.scene(i, k), self.source.image_size, self.source.world.clutter)
 
     def _chance(self, i: int, what: str) -> random.Random:
-        return random.Random(f"scene documents/{self.seed}/{self.split_name}/{self._check(i)}/{what}")
+        return random.Random(
+            f"scene documents/{self.source.seed}/{self.split_name}/{check_index(i, self, 'document')}/{what}"
+        )
 
 
 class ScenePairs:
     """Drawn scenes with one thing said of each, in one way and language: examples and questions of a few-shot test.
 
     Args:
+        source: the settings of the pictures.
         name: the split's name, part of the key of all chance.
         size: number of pictures.
         way: the way of speaking.
         language: the language.
-        image_size: side of the square pictures, px.
-        seed: part of the key of all chance.
-        world: what there is to see.
     """
 
-    def __init__(self, name: str, size: int, way: Way, language: str, image_size: int, seed: int, world: World):
-        self.split_name, self.size, self.language = name, size, language
+    def __init__(self, source: "SceneDocuments", name: str, size: int, way: Way, language: str):
+        self.source, self.split_name, self.size, self.language = source, name, size, language
         self.way: Way = way
-        self.image_size, self.seed, self.world = image_size, seed, world
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -128,22 +103,22 @@ class ScenePairs:
 
     def name(self, i: int) -> str:
         """The name of picture i; the same picture in all ways and languages."""
-        return f"scenes-{self.seed}-{self.split_name}-{i:06d}"
+        return f"scenes-{self.source.seed}-{self.split_name}-{i:06d}"
 
     def scene(self, i: int) -> Scene:
         """What picture i shows."""
-        if not 0 <= i < self.size:
-            raise IndexError(f"picture {i} of split {self.split_name!r}, which has {self.size}")
-        return self.world.sample(random.Random(f"scene pairs/{self.seed}/{self.split_name}/{i}"))
+        return self.source.world.sample(self._chance(i))
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB."""
-        return draw(self.scene(i), self.image_size, self.world.clutter)
+        return draw(self.scene(i), self.source.image_size, self.source.world.clutter)
 
     def captions(self, i: int) -> list[Caption]:
         """What is said of picture i."""
-        chance = random.Random(f"scene pairs/{self.seed}/{self.split_name}/{i}/text")
-        return [Caption(answer(self.scene(i), self.way, self.language, chance), self.language)]
+        return [Caption(answer(self.scene(i), self.way, self.language, self._chance(i, "/text")), self.language)]
+
+    def _chance(self, i: int, what: str = "") -> random.Random:
+        return random.Random(f"scene pairs/{self.source.seed}/{self.split_name}/{check_index(i, self)}{what}")
 
 
 class SceneDocuments:
@@ -179,9 +154,10 @@ class SceneDocuments:
     ):
         if image_size < _SMALLEST:
             raise ValueError(f"image_size must be at least {_SMALLEST} px, got {image_size}")
-        for field, number in (("train_size", train_size), ("val_size", val_size)):
-            if number < 1:
-                raise ValueError(f"{field} must be at least 1, got {number}")
+        self.sizes = {"train": train_size, "val": val_size}
+        for split, size in self.sizes.items():
+            if size < 1:
+                raise ValueError(f"{split}_size must be at least 1, got {size}")
         if not 1 <= images[0] <= images[1]:
             raise ValueError(f"images must be the fewest (at least 1) and the most of a document, got {images}")
         if not 0 <= openings <= 1:
@@ -189,13 +165,13 @@ class SceneDocuments:
         for field, values, known in (("ways", ways, WAYS), ("languages", languages, tuple(LANGUAGES))):
             if not values or set(values) - set(known) or len(set(values)) < len(values):
                 raise ValueError(f"{field} must be different ones of {', '.join(known)}, got {list(values)}")
-        self.image_size, self.seed, self.train_size, self.val_size = image_size, seed, train_size, val_size
+        self.image_size, self.seed = image_size, seed
         self.images, self.ways, self.openings, self.world = images, tuple(ways), openings, world
         self.languages: tuple[str, ...] = tuple(languages)
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""
-        return ("train", "val")
+        return tuple(self.sizes)
 
     def split(self, name: str) -> SceneDocumentSplit:
         """One split.
@@ -203,23 +179,13 @@ class SceneDocuments:
         Raises:
             ValueError: there is no such split.
         """
-        if name not in self.splits():
+        if name not in self.sizes:
             raise ValueError(f"scene documents have no split {name!r}; there are train, val")
-        return SceneDocumentSplit(
-            name,
-            self.train_size if name == "train" else self.val_size,
-            image_size=self.image_size,
-            seed=self.seed,
-            world=self.world,
-            images=self.images,
-            ways=self.ways,
-            languages=self.languages,
-            openings=self.openings,
-        )
+        return SceneDocumentSplit(self, name)
 
     def pairs(self, name: str, size: int, way: Way, language: str) -> ScenePairs:
         """Pictures of their own with what is said of them in one way: examples ("shots") and questions of a test."""
-        return ScenePairs(name, size, way, language, self.image_size, self.seed, self.world)
+        return ScenePairs(self, name, size, way, language)
 
 
 def answer(scene: Scene, way: Way, language: str, rng: random.Random) -> str:

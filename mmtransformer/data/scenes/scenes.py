@@ -6,6 +6,7 @@ Because the scene behind a picture is known, captions can be judged exactly (`fa
 
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 from PIL import Image
 
@@ -17,71 +18,67 @@ from mmtransformer.data.scenes.world import Scene, World
 _SMALLEST = 32  # px; below, small shapes are blots
 
 
+class _Split(Protocol):
+    split_name: str
+
+    def __len__(self) -> int: ...
+
+
+def check_index(i: int, split: _Split, what: str = "picture") -> int:
+    """An index that a split has.
+
+    Raises:
+        IndexError: it has not.
+    """
+    if not 0 <= i < len(split):
+        raise IndexError(f"{what} {i} of split {split.split_name!r}, which has {len(split)}")
+    return i
+
+
 class SceneSplit:
     """One split of `Scenes`: a `Pairs` that knows what its pictures show.
 
     Args:
-        name: the split's name, part of the key of all chance.
-        size: number of pictures.
-        image_size: side of the square pictures, px.
-        seed: part of the key of all chance.
-        world: what there is to see.
-        held_out: True: every scene has a colour-shape pair that is held out; False: none has.
-        languages: the captions' languages, in this order.
-        phrasings: captions of each picture in each language.
+        source: the scenes.
+        name: the split's name, part of the key of all chance. In "compositional" every scene has a colour-shape pair
+            that is held out, elsewhere none has; "train" alone has `phrasings` captions, the others `references`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        *,
-        image_size: int,
-        seed: int,
-        world: World,
-        held_out: bool,
-        languages: Sequence[str],
-        phrasings: int,
-    ):
-        self.split_name, self.size, self.image_size, self.seed = name, size, image_size, seed
-        self.world, self.held_out, self.languages, self.phrasings = (world, held_out, tuple(languages), phrasings)
+    def __init__(self, source: "Scenes", name: str):
+        self.source, self.split_name, self.world = source, name, source.world
+        self.phrasings = source.phrasings if name == "train" else source.references
 
     def __len__(self) -> int:
         """The number of pictures."""
-        return self.size
+        return self.source.sizes[self.split_name]
 
     def name(self, i: int) -> str:
         """The name of picture i."""
-        return f"scenes-{self.seed}-{self.split_name}-{self._check(i):06d}"
+        return f"scenes-{self.source.seed}-{self.split_name}-{check_index(i, self):06d}"
 
     def scene(self, i: int) -> Scene:
         """What picture i shows."""
-        return self.world.sample(self._chance(i, "scene"), held_out=self.held_out)
+        return self.world.sample(self._chance(i, "scene"), held_out=self.split_name == "compositional")
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB."""
-        return draw(self.scene(i), self.image_size, self.world.clutter)
+        return draw(self.scene(i), self.source.image_size, self.world.clutter)
 
     def captions(self, i: int) -> list[Caption]:
         """The captions of picture i: all of the first language, then all of the next."""
         scene = self.scene(i)
         return [
             Caption(text, language)
-            for language in self.languages
+            for language in self.source.languages
             for text in describe(scene, language, self.phrasings, self._chance(i, language))
         ]
 
     def boxes(self, i: int) -> list[list[tuple[float, float, float, float]]]:
         """For each group of picture i the pixel boxes (left, top, right, bottom) of its objects."""
-        return self.scene(i).boxes(self.image_size)
-
-    def _check(self, i: int) -> int:
-        if not 0 <= i < self.size:
-            raise IndexError(f"picture {i} of split {self.split_name!r}, which has {self.size}")
-        return i
+        return self.scene(i).boxes(self.source.image_size)
 
     def _chance(self, i: int, what: str) -> random.Random:
-        return random.Random(f"scenes/{self.seed}/{self.split_name}/{self._check(i)}/{what}")
+        return random.Random(f"scenes/{self.source.seed}/{self.split_name}/{check_index(i, self)}/{what}")
 
 
 class Scenes:
@@ -119,8 +116,8 @@ class Scenes:
     ):
         if image_size < _SMALLEST:
             raise ValueError(f"image_size must be at least {_SMALLEST} px, got {image_size}")
-        sizes = {"train": train_size, "val": val_size, "compositional": compositional_size}
-        for split, size in sizes.items():
+        self.sizes = {"train": train_size, "val": val_size, "compositional": compositional_size}
+        for split, size in self.sizes.items():
             if size < 1:
                 raise ValueError(f"{split}_size must be at least 1, got {size}")
         for field, number in (("phrasings", phrasings), ("references", references)):
@@ -130,14 +127,12 @@ class Scenes:
         if unknown or not languages or len(set(languages)) < len(languages):
             raise ValueError(f"languages must be different ones of {', '.join(LANGUAGES)}, got {list(languages)}")
         self.image_size, self.seed, self.world = image_size, seed, world
-        self.train_size, self.val_size, self.compositional_size = train_size, val_size, compositional_size
         self.languages: tuple[str, ...] = tuple(languages)
         self.phrasings, self.references = phrasings, references
-        self._sizes = sizes
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""
-        return tuple(self._sizes)
+        return tuple(self.sizes)
 
     def split(self, name: str) -> SceneSplit:
         """One split.
@@ -145,15 +140,6 @@ class Scenes:
         Raises:
             ValueError: there is no such split.
         """
-        if name not in self._sizes:
-            raise ValueError(f"scenes have no split {name!r}; there are {', '.join(self._sizes)}")
-        return SceneSplit(
-            name,
-            self._sizes[name],
-            image_size=self.image_size,
-            seed=self.seed,
-            world=self.world,
-            held_out=name == "compositional",
-            languages=self.languages,
-            phrasings=self.phrasings if name == "train" else self.references,
-        )
+        if name not in self.sizes:
+            raise ValueError(f"scenes have no split {name!r}; there are {', '.join(self.sizes)}")
+        return SceneSplit(self, name)

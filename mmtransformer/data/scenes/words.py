@@ -2,11 +2,12 @@
 
 from typing import Literal
 
+from mmtransformer.data.scenes import english, korean
 from mmtransformer.data.scenes.korean import COLOR_WORDS, SHAPE_WORDS
 from mmtransformer.data.scenes.world import Group
 
 Fact = Literal["color", "shape", "count", "size", "fill"]
-_COUNTS = {"en": ("", "one", "two", "three", "four"), "ko": ("", "하나", "둘", "셋", "넷")}
+_COUNTS = {"en": english.NUMBERS, "ko": korean.NUMBERS}
 _SIZES = {"small": "작다", "large": "크다"}
 _FILLS = {"solid": "꽉 찬", "striped": "줄무늬", "dotted": "점무늬", "outlined": "속이 빈"}
 

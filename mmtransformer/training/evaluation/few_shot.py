@@ -85,7 +85,7 @@ def score_few_shot(
     """
     captioner.to(device).eval()
     if isinstance(data, InterleavedData) and isinstance(data.source, SceneDocuments):
-        source, most = data.source, min(data.source.val_size, (limit_batches or 10**9) * data.batch_size)
+        source, most = data.source, min(data.source.sizes["val"], (limit_batches or 10**9) * data.batch_size)
         scores: dict[str, dict[int, float]] = {}
         for way in source.ways:
             for language in source.languages:
