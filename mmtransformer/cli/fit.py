@@ -48,7 +48,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --model.init DIR                     finetune: the model to go on from
   --data.source DIR                    your own pairs (data.read.* names columns, if they must be)
   --data.batch_size N                  pictures a batch
-  --data.num_workers N                 processes that load pictures
+  --data.loader.num_workers N          processes that load pictures
 
   --model.help CLASS, --data.help CLASS    the arguments of a class, with their meaning
   --print_config                           the whole configuration, resolved

@@ -15,7 +15,7 @@ from mmtransformer.data.loading.dataset import CaptionDataset, Collate
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
-from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.rows import CaptionRows, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
@@ -43,11 +43,8 @@ class CaptionData(Data):
         max_len: The most tokens of a caption, with prompt and end.
         cache_features: Compute a frozen vision encoder's visual tokens once, and how they are kept; None does not.
         batch_size: Pictures in a batch of one process.
-        num_workers: Processes that load pictures. The batches are the same for any number.
-        seed: Seed of order, augmentation and choice of captions.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
-        drop_last: Leave out the last training batch of an epoch if it is not full.
-        max_bad: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
 
     Attributes:
         mark_images: Whether prompts show where the picture stands, by the tokenizer's image token, as in documents.
@@ -69,27 +66,18 @@ class CaptionData(Data):
         max_len: int = 64,
         cache_features: CacheFeatures | None = None,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
-        drop_last: bool = False,
-        max_bad: float = 0.01,
     ):
         super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            splits=splits,
-            drop_last=drop_last,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
+            batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
         if captions_per_image < 1:
             raise ValueError(f"captions_per_image ({captions_per_image}) must be at least 1")
         self.source: PairSource = (
-            open_pairs(source, read, max_bad=max_bad) if isinstance(source, str | Path) else source
+            open_pairs(source, read, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
-        self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
+        self.transform, self.augment = image or ImageTransform(), augment
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}

@@ -15,7 +15,7 @@ from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource, ImageFolder
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.hashing import generator
-from mmtransformer.data.loading.module import Data, Splits
+from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
@@ -119,10 +119,8 @@ class ClassData(Data):
         image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         batch_size: Pictures in a batch of one process.
-        num_workers: Processes that load pictures. The batches are the same for any number.
-        seed: Seed of order and augmentation.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
-        max_bad: Share of the pictures that may be unreadable before the run stops.
     """
 
     unit = "picture"
@@ -134,14 +132,12 @@ class ClassData(Data):
         image: ImageTransform | None = None,
         augment: Augment | None = None,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
-        max_bad: float = 0.01,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, splits=splits)
+        super().__init__(batch_size=batch_size, loader=loader, splits=splits)
         self.source: ClassSource = ImageFolder(source) if isinstance(source, str) else source
-        self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
+        self.transform, self.augment = image or ImageTransform(), augment
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
-from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.mixture import MixedDocuments
@@ -45,13 +45,10 @@ class InterleavedData(Data):
         max_images: The most pictures of a row.
         pack: Whether short documents share a row; they never see each other.
         batch_size: Rows in a batch of one process.
-        num_workers: Processes that load pictures. The batches are the same for any number.
-        seed: Seed of order, packing and augmentation.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits of the documents are for training and validation; these are logged as documents_SPLIT.
         captions: Pairs to caption and score; None = the pictures of the documents, with the texts that follow them.
         caption_splits: The splits of these pairs.
-        drop_last: Leave out the last training batch of an epoch if it is not full.
-        max_bad: Share of the pictures that may be unreadable before the run stops.
     """
 
     def __init__(
@@ -66,29 +63,24 @@ class InterleavedData(Data):
         max_images: int = 6,
         pack: bool = True,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
         captions: PairSource | str | None = None,
         caption_splits: Sequence[str] = ("val",),
-        drop_last: bool = False,
-        max_bad: float = 0.01,
     ):
         self.document_splits, self.caption_splits = tuple(splits.val), Splits(val=caption_splits).val
         logged = [f"documents_{split}" for split in self.document_splits]
         super().__init__(
             batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
+            loader=loader,
             splits=Splits(splits.train, (*logged, *self.caption_splits), ()),
-            drop_last=drop_last,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
         self.source: DocumentSource = (
-            InterleavedFiles(source, max_bad=max_bad) if isinstance(source, str | Path) else source
+            InterleavedFiles(source, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
-        self.transform, self.augment, self.max_bad = image or ImageTransform(), augment, max_bad
+        self.transform, self.augment = image or ImageTransform(), augment
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
         self._pairs = DocumentPairs(self.source) if captions is None else captions
         self._captions: CaptionData | None = None
@@ -108,10 +100,8 @@ class InterleavedData(Data):
                 tokenizer=self.tokenizer,
                 max_len=self.max_len,
                 batch_size=self.batch_size,
-                num_workers=self.num_workers,
-                seed=self.seed,
+                loader=self.loader_config,
                 splits=Splits(val=self.caption_splits, test=()),
-                max_bad=self.max_bad,
             )
         self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmtransformer.backbones.seq2seq import TextPairs
-from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
 from mmtransformer.text.tokenizer import Tokenizer
@@ -107,8 +107,7 @@ class TranslationData(Data):
         vocab_size: The most words of a tokenizer that is trained here.
         batch_size: Pairs in a batch of one process.
         max_len: The most tokens of a source or a target, with prompt and end; longer pairs are left out, and counted.
-        num_workers: Processes that make batches. The batches are the same for any number.
-        seed: Seed of the order.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
     """
 
@@ -122,17 +121,11 @@ class TranslationData(Data):
         vocab_size: int = 8192,
         batch_size: int = 64,
         max_len: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
     ) -> None:
         super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            splits=splits,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
+            batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
         self.source = ParallelTable(source) if isinstance(source, str) else source
         self.max_len = max_len

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.dataset import CaptionDataset
-from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.rows import CaptionRows, names_a_side, share_of_padding
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
@@ -133,14 +133,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
     runs = []
     for workers in (0, 1, 2):
         torch.manual_seed(workers)
-        runs.append(make(augment=augment, num_workers=workers, seed=5).train_dataloader())
+        runs.append(make(augment=augment, loader=LoaderConfig(workers, 5)).train_dataloader())
     for epoch in (0, 1):
         for loader in runs:
             loader.place.set_epoch(epoch)
         for batches in zip(*runs, strict=True):
             assert same(batches[0], batches[1])
             assert same(batches[0], batches[2])
-    first, other = make(augment=augment).dataset("train", training=True), make(augment=augment, seed=1)
+    first, other = (
+        make(augment=augment).dataset("train", training=True),
+        make(augment=augment, loader=LoaderConfig(seed=1)),
+    )
     a, b = first[SampleIndex(0, 3)].pixels, first[SampleIndex(1, 3)].pixels
     assert not torch.equal(a, b)
     assert not torch.equal(a, other.dataset("train", training=True)[SampleIndex(0, 3)].pixels)
@@ -166,7 +169,7 @@ def test_a_image_with_sides_in_its_captions_is_never_mirrored():
 
 def test_bad_images_are_replaced_counted_and_named(tmp_path):
     source = FakeSource(train=FakePairs(211, bad=[4, 5]), val=FakePairs(11, bad=[3]))
-    data = make(source, report_dir=str(tmp_path), num_workers=2)
+    data = make(source, report_dir=str(tmp_path), loader=LoaderConfig(num_workers=2))
     batches = batches_of(data)
     names = [name for batch in batches for name in batch.names]
     assert len(names) == 211
@@ -312,7 +315,7 @@ def fit(folder, workers=0, ckpt=None, save_at=None, epochs=3, **options):
     )  # fmt: skip
     data = make(
         FakeSource(train=FakePairs(31), val=FakePairs(5, seed=1)),
-        num_workers=workers, seed=3, augment=Augment(scale=(0.5, 0.9)),
+        loader=LoaderConfig(workers, 3), augment=Augment(scale=(0.5, 0.9)),
     )  # fmt: skip
     trainer.fit(Module(seen), data, ckpt_path=ckpt)
     return seen

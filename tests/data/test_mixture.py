@@ -14,7 +14,7 @@ from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.features import cache_key
-from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import IndexSampler
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture, MixedDocuments, MixedPairs, Mixture
@@ -196,7 +196,8 @@ def test_a_run_with_other_weights_is_not_resumed() -> None:
 
 def test_batches_of_a_mixture_do_not_depend_on_workers_and_are_grouped_by_length() -> None:
     one, two = (
-        make(two_sources(weights={"big": 2.0, "small": 1.0}), num_workers=workers, batch_size=4) for workers in (0, 2)
+        make(two_sources(weights={"big": 2.0, "small": 1.0}), loader=LoaderConfig(num_workers=workers), batch_size=4)
+        for workers in (0, 2)
     )
     for epoch in (0, 1):
         for a, b in zip(batches_of(one, epoch), batches_of(two, epoch), strict=True):

@@ -19,6 +19,7 @@ import torch
 from mmtransformer import BlockConfig, EncoderDecoder, ImageTransform, TextDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.mixture import Mixture
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import Augment
@@ -144,7 +145,7 @@ def fit(
         callbacks=[witness, Saving(every_steps=every_steps)],
         **({"max_epochs": 3} | arguments),
     )
-    data = scenes(batch_size, mixture=mixture, num_workers=workers)
+    data = scenes(batch_size, mixture=mixture, loader=LoaderConfig(num_workers=workers))
     trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None)
     weights = b"".join(raw(p.detach()) for p in module.parameters())
     return hashlib.sha256(weights).hexdigest()

@@ -3,6 +3,7 @@
 The batches are a pure function of (seed, epoch), the same for any number of workers and processes; see `sampler`.
 """
 
+import dataclasses
 import functools
 import hashlib
 from abc import ABC, abstractmethod
@@ -53,6 +54,23 @@ class Splits:
             object.__setattr__(self, name, tuple(splits))
 
 
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples are loaded.
+
+    Args:
+        num_workers: Processes that load samples. The batches are the same for any number.
+        seed: Seed of all that is random in the data, such as order, augmentation, choice of captions, packing, masks.
+        drop_last: Leave out the last training batch of an epoch if it is not full.
+        max_bad: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
+    """
+
+    num_workers: int = 0
+    seed: int = 0
+    drop_last: bool = False
+    max_bad: float = 0.01
+
+
 def once_a_split(make: Callable[[Own, str], Made]) -> Callable[[Own, str], Made]:
     """Lets a method of `Data` be computed once for each split; `Data.forget` forgets all that was."""
 
@@ -97,8 +115,8 @@ class Data(lightning.LightningDataModule, ABC):
         class SoundData(Data):
             unit = "sound"
 
-            def __init__(self, folder: str, *, batch_size: int = 8, num_workers: int = 0, seed: int = 0):
-                super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+            def __init__(self, folder: str, *, batch_size: int = 8, loader: LoaderConfig = LoaderConfig()):
+                super().__init__(batch_size=batch_size, loader=loader)
                 self.folder = folder
 
             def dataset(self, split, *, training=False):
@@ -111,10 +129,8 @@ class Data(lightning.LightningDataModule, ABC):
 
     Args:
         batch_size: Samples in a batch of one process.
-        num_workers: Processes that load samples. The batches are the same for any number.
-        seed: Seed of the order.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
-        drop_last: Leave out the last training batch of an epoch if it is not full.
         tokenizer: Of data with texts: a tokenizer, or a folder or hub name to load one from; None trains one.
         vocab_size: The most words of a tokenizer that is trained here.
 
@@ -133,17 +149,16 @@ class Data(lightning.LightningDataModule, ABC):
         self,
         *,
         batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
-        drop_last: bool = False,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
-        self.batch_size, self.drop_last, self.num_workers, self.seed = (batch_size, drop_last, num_workers, seed)
+        self.batch_size, self.loader_config = batch_size, loader
+        self.num_workers, self.seed, self.drop_last, self.max_bad = dataclasses.astuple(loader)
         self.train_split, self.val_splits, self.test_splits = splits.train, splits.val, splits.test
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}

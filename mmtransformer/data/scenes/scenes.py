@@ -45,7 +45,8 @@ class SceneSplit:
     """
 
     def __init__(self, source: "Scenes", name: str):
-        self.source, self.split_name, self.world = source, name, source.world
+        self.source, self.split_name = source, name
+        self.world, self.languages = source.world, source.languages
         self.phrasings = source.phrasings if name == "train" else source.references
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class SceneSplit:
         scene = self.scene(i)
         return [
             Caption(text, language)
-            for language in self.source.languages
+            for language in self.languages
             for text in describe(scene, language, self.phrasings, self._chance(i, language))
         ]
 

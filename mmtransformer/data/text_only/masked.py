@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from mmtransformer.data.files.read_options import TextReadOptions
-from mmtransformer.data.loading.module import Data, Lengths, Splits, once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, open_texts
@@ -30,10 +30,8 @@ class MaskedTextData(Data):
         whole_words: Hide words with all of their tokens; else single tokens.
         max_len: The most tokens of a row.
         batch_size: Rows in a batch of one process.
-        num_workers: Processes that make batches. The batches are the same for any number.
-        seed: Seed of order, pairs and masks.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
-        max_bad: Share of a table's rows that may be unusable.
     """
 
     def __init__(
@@ -48,20 +46,13 @@ class MaskedTextData(Data):
         whole_words: bool = True,
         max_len: int = 64,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
-        max_bad: float = 0.01,
     ) -> None:
         super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            splits=splits,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
+            batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
-        self.source, self.pairs = open_texts(source, read, max_bad=max_bad), pairs
+        self.source, self.pairs = open_texts(source, read, max_bad=loader.max_bad), pairs
         self.share, self.whole_words, self.max_len = share, whole_words, max_len
 
     @cached_property

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.files.read_options import TextReadOptions
-from mmtransformer.data.loading.module import Data, Splits, once_a_split
+from mmtransformer.data.loading.module import Data, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.text_rows import TextRow, TextRows
@@ -104,10 +104,8 @@ class TextData(Data):
         max_len: The most tokens that see each other, prompt and end included; a longer text is divided.
         row_len: Tokens of a row, in which several texts stand; `max_len` unless told.
         batch_size: Rows in a batch of one process.
-        num_workers: Processes that make batches. The batches are the same for any number.
-        seed: Seed of order and rows.
+        loader: How samples are loaded and ordered, and how many may be unusable.
         splits: Which splits are for training, validation and test.
-        max_bad: Share of a table's rows that may be unusable.
     """
 
     def __init__(
@@ -120,20 +118,13 @@ class TextData(Data):
         max_len: int = 64,
         row_len: int | None = None,
         batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
+        loader: LoaderConfig = LoaderConfig(),
         splits: Splits = Splits(),
-        max_bad: float = 0.01,
     ) -> None:
         super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            splits=splits,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
+            batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
-        self.source = open_texts(source, read, max_bad=max_bad)
+        self.source = open_texts(source, read, max_bad=loader.max_bad)
         self.max_len, self.row_len = max_len, max_len if row_len is None else row_len
 
     def train_tokenizer(self) -> Tokenizer:

@@ -31,7 +31,7 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.errors import TooManyErrors
-from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.mixture import DocumentMixture
@@ -510,7 +510,7 @@ def test_a_batch() -> None:
 
 def test_batches_do_not_depend_on_workers_or_processes() -> None:
     augment = Augment(scale=(0.5, 0.9), jitter=0.3)
-    one, two = make(augment=augment), make(augment=augment, num_workers=2)
+    one, two = make(augment=augment), make(augment=augment, loader=LoaderConfig(num_workers=2))
     for epoch in (0, 1):
         for data, loader in ((one, one.train_dataloader()), (two, two.train_dataloader())):
             loader.place.set_epoch(epoch)
@@ -536,7 +536,7 @@ def test_batches_do_not_depend_on_workers_or_processes() -> None:
 
 def test_a_failing_image_is_hidden_and_its_text_is_no_target(tmp_path: Path) -> None:
     documents = [Document(("", "a red star", "three circles", "별과 원"), "en"), *some_documents(60)]
-    bad = make(Fake(documents, bad=((0, 1),)), report_dir=str(tmp_path), pack=False, max_bad=0.05)
+    bad = make(Fake(documents, bad=((0, 1),)), report_dir=str(tmp_path), pack=False, loader=LoaderConfig(max_bad=0.05))
     good = make(Fake(documents), report_dir=str(tmp_path / "good"), pack=False)
     sample, whole = (data.dataset("train", training=True)[SampleIndex(0, 0)] for data in (bad, good))
     assert sample.image_mask.tolist() == [True, False, True]
@@ -708,8 +708,8 @@ def fit(folder: Path, workers: int = 0, ckpt: Path | None = None, save_at: int =
         {"documents": 2.0, "pairs": 1.0},
         epoch_size=17,
     )
-    settings = {"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 97, "seed": 3}
-    settings |= {"augment": Augment(scale=(0.5, 0.9)), "num_workers": workers, "captions": scenes}
+    settings = {"image": TRANSFORM, "tokenizer": tokenizer(), "batch_size": 3, "max_len": 97}
+    settings |= {"augment": Augment(scale=(0.5, 0.9)), "captions": scenes, "loader": LoaderConfig(workers, 3)}
     data = InterleavedData(documents, **(settings | options))  # type: ignore[arg-type]
     trainer.fit(Module(seen), data, ckpt_path=ckpt)
     return seen

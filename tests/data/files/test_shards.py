@@ -19,6 +19,7 @@ from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import ShardError, read_index
 from mmtransformer.data.loading.errors import TooManyErrors
+from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.mixture import Mixture
 from mmtransformer.data.opening import are_documents, are_shards, open_pairs
@@ -422,7 +423,7 @@ def test_no_damage_gives_anything_but_an_error_or_images(
 
 def test_batches_and_resume_are_those_of_single_files(tmp_path: Path) -> None:
     source = Shards(str(shards(tmp_path, 4, 6)), val_fraction=0.2, language="en")
-    runs = [make(source, num_workers=workers, batch_size=4) for workers in (0, 2)]
+    runs = [make(source, loader=LoaderConfig(num_workers=workers), batch_size=4) for workers in (0, 2)]
     whole = [batches_of(run, 1) for run in runs]
     for a, b in zip(*whole, strict=True):
         assert same(a, b)

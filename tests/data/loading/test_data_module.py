@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.data.loading.module import Data, Lengths, Splits
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import ResumableLoader, SampleIndex
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -109,7 +109,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.module import Data, LoaderConfig
 from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.sampler import SampleIndex
 """
@@ -132,7 +132,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_example_runs(sounds: Any, tmp_path: Path) -> None:
     torch.save(torch.arange(33.0).reshape(11, 3), tmp_path / "train.pt")
     torch.save(torch.arange(12.0).reshape(4, 3), tmp_path / "val.pt")
-    data = sounds.SoundData(str(tmp_path), batch_size=4, seed=7)
+    data = sounds.SoundData(str(tmp_path), batch_size=4, loader=LoaderConfig(seed=7))
     epochs = [epoch_of(data.train_dataloader(), epoch) for epoch in range(2)]
     for batches in epochs:
         names = [name for batch in batches for name in batch.names]
@@ -148,7 +148,7 @@ def test_the_example_runs(sounds: Any, tmp_path: Path) -> None:
     loader = data.train_dataloader()
     loader.place.set_epoch(1)
     next(iter(loader))
-    later = sounds.SoundData(str(tmp_path), batch_size=4, seed=7).train_dataloader()
+    later = sounds.SoundData(str(tmp_path), batch_size=4, loader=LoaderConfig(seed=7)).train_dataloader()
     later.load_state_dict(loader.state_dict())
     assert [batch.waves.tolist() for batch in later] == [batch.waves.tolist() for batch in epochs[1][1:]]
     moved = data.transfer_batch_to_device(epochs[0][0], torch.device("meta"), 0)
@@ -167,15 +167,15 @@ def test_a_contract_that_is_not_filled_in_is_refused() -> None:
 
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own() -> None:
-    epochs = [picks_of(Plain(seed=3).train_dataloader(), epoch) for epoch in range(2)]
+    epochs = [picks_of(Plain(loader=LoaderConfig(seed=3)).train_dataloader(), epoch) for epoch in range(2)]
     for epoch, picks in enumerate(epochs):
         assert sorted(picks) == [(epoch, i, True) for i in range(23)]
     assert [i for _, i, _ in epochs[0]] != [i for _, i, _ in epochs[1]] != list(range(23))
-    assert picks_of(Plain(seed=4).train_dataloader()) != epochs[0]
+    assert picks_of(Plain(loader=LoaderConfig(seed=4)).train_dataloader()) != epochs[0]
     assert [len(loader) for loader in Plain(splits=Splits(val=["val", "hard"])).val_dataloader()] == [2, 1]
     assert [list(loader) for loader in Plain().test_dataloader()] == [[[(0, 0, True), (0, 1, True)]]]
-    assert len(Plain(drop_last=True).train_dataloader()) == 5
-    assert len(Plain(drop_last=True).val_dataloader()[0]) == 2
+    assert len(Plain(loader=LoaderConfig(drop_last=True)).train_dataloader()) == 5
+    assert len(Plain(loader=LoaderConfig(drop_last=True)).val_dataloader()[0]) == 2
 
 
 def test_samples_of_like_length_come_together_and_a_mixture_is_an_epoch(tokenizer: Tokenizer) -> None:
@@ -281,7 +281,7 @@ def fitted(sounds: Any, folder: Path, val: int = 3, **options: Any) -> Module:
     """A module that was trained on 11 sounds, and validated on `val`."""
     for split, size in (("train", 11), ("val", val)):
         torch.save(torch.randn(size, 3), folder / f"{split}.pt")
-    data, module = sounds.SoundData(str(folder), batch_size=4, num_workers=1), Module()
+    data, module = sounds.SoundData(str(folder), batch_size=4, loader=LoaderConfig(num_workers=1)), Module()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings: dict[str, Any] = {"num_sanity_val_steps": 0} | ({} if options.get("barebones") else quiet)
     lightning.Trainer(accelerator="cpu", default_root_dir=folder, **(settings | options)).fit(module, data)

@@ -16,6 +16,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
 from mmtransformer.data.loading.features import CacheFeatures, FeatureCache, cache_key
+from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, ImageTransform
@@ -308,7 +309,7 @@ def test_mirrored_features_follow_seed_epoch_and_index(tmp_path):
         assert 4 < sum(mirrored[::2]) < 16
         drawn.append(mirrored)
     assert drawn[0] != drawn[1] != drawn[2]
-    again, _ = with_features(tmp_path, source, flip=True, num_workers=2)
+    again, _ = with_features(tmp_path, source, flip=True, loader=LoaderConfig(num_workers=2))
     for loader in (data.train_dataloader(), again.train_dataloader()):
         loader.place.set_epoch(1)
         batches = list(loader)

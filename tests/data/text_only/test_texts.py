@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmtransformer import Tokenizer
 from mmtransformer.data.files.read_options import TextReadOptions
-from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.text_only.text_rows import TextRows, fill_rows
@@ -199,7 +199,7 @@ def test_training_is_shuffled_by_seed_and_epoch_and_validation_is_not() -> None:
     again = data_of().train_dataloader()
     again.place.set_epoch(1)
     assert flat(list(again)) == second
-    assert flat(list(data_of(seed=1).train_dataloader())) != first
+    assert flat(list(data_of(loader=LoaderConfig(seed=1)).train_dataloader())) != first
     (val,) = data.val_dataloader()
     once = flat(list(val))
     val.place.set_epoch(1)
@@ -207,7 +207,9 @@ def test_training_is_shuffled_by_seed_and_epoch_and_validation_is_not() -> None:
 
 
 def test_workers_change_nothing() -> None:
-    assert flat(list(data_of(num_workers=2).train_dataloader())) == flat(list(data_of().train_dataloader()))
+    assert flat(list(data_of(loader=LoaderConfig(num_workers=2)).train_dataloader())) == flat(
+        list(data_of().train_dataloader())
+    )
 
 
 def test_a_run_goes_on_where_it_was() -> None:

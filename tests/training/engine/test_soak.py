@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
+from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
@@ -63,7 +64,7 @@ def test_twenty_thousand_steps_keep_memory_and_handles_flat(tmp_path: Path) -> N
         val_check_interval=STEPS // 100, limit_val_batches=1, callbacks=[look, Saving(every_steps=STEPS // 200)],
     )  # fmt: skip
     module = Captioning(tiny.captioner(), optim=Optim(lr=1e-3, ema=0.9))
-    trainer.fit(module, datamodule=tiny.scenes(2, train_size=41, augment=None, num_workers=2))
+    trainer.fit(module, datamodule=tiny.scenes(2, train_size=41, augment=None, loader=LoaderConfig(num_workers=2)))
     assert trainer.global_step == STEPS
     _, memory, files, shared = zip(*look.seen[2:], strict=True)
     assert max(memory) - memory[0] < 24 << 20, look.seen

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from mmtransformer import TextEncoder, Tokenizer
-from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
@@ -229,7 +229,7 @@ def test_training_masks_anew_every_epoch_and_validation_never() -> None:
     first = masks(loader)
     loader.place.set_epoch(1)
     assert masks(loader) != first
-    assert masks(data_of(num_workers=2).train_dataloader()) == first
+    assert masks(data_of(loader=LoaderConfig(num_workers=2)).train_dataloader()) == first
     (val,) = data.val_dataloader()
     once = masks(val)
     val.place.set_epoch(1)
