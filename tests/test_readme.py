@@ -23,6 +23,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 import draw_rooms
+import list_families
 from mmtransformer import ViT
 from mmtransformer.cli import main
 from mmtransformer.cli.recipes import recipe_file
@@ -40,6 +41,9 @@ NOT_RUN = {
     "make setup": "it installs",
     "python -m": "the same",
 }
+
+# Pages whose Python goes on from block to block, as they say; elsewhere each block runs alone.
+ONE_SESSION = {"docs/diffusion.md", "docs/generation.md", "docs/metrics.md", "docs/weights.md"}
 
 # Where a recipe of drawn pictures says how many there are, and of which splits; data.source and all three if not here.
 SIZES = {
@@ -186,6 +190,7 @@ def make(words: list[str]) -> int:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done: set[str] = set()
+    session = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language == "bash":
             for words in commands(block.code):
@@ -201,7 +206,7 @@ def test_every_block_runs(page: str, reader: Path, capsys: pytest.CaptureFixture
             code = block.code + parts(page, block.section) * (block.section not in done)
             done.add(block.section)
             have_trained(re.findall(r"runs/(\w+)/model", code))
-            exec(compile(code, block.where, "exec"), {"__name__": "__main__"})
+            exec(compile(code, block.where, "exec"), session if page in ONE_SESSION else {"__name__": "__main__"})
 
 
 def unknown_arguments(node: Any) -> list[str]:
@@ -283,3 +288,10 @@ def test_the_rooms_are_drawn_as_they_are() -> None:
     stale = "stale: run python tests/draw_rooms.py"
     assert draw_rooms.with_rooms(page.read_text("utf-8")) == page.read_text("utf-8"), f"{page.name} is {stale}"
     assert draw_rooms.description() in draw_rooms.PICTURE.read_text("utf-8"), f"{draw_rooms.PICTURE.name} is {stale}"
+
+
+def test_the_families_of_weights_are_listed_as_they_are() -> None:
+    page = ROOT / "docs/weights.md"
+    text = page.read_text("utf-8")
+    assert list_families.MARKS[0] in text
+    assert list_families.with_families(text) == text, f"{page.name} is stale: run python tests/list_families.py"

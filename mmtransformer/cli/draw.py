@@ -17,23 +17,25 @@ def run(name: str, words: Sequence[str]) -> int:
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="what to draw")
     parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
     parser.add_argument("--out", default="picture.png", metavar="OUT.png", help="picture.png; more get -2, -3 ...")
-    parser.add_argument("--num", type=int, default=1, metavar="N", help="pictures a text (1)")
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a text (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
     parser.add_argument("--language", metavar="CODE", help="of the texts (found by their letters)")
-    parser.add_argument("--steps", type=int, metavar="N", help="from noise to picture (the model's own number)")
-    parser.add_argument("--guidance", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not")
+    parser.add_argument("--num-steps", type=int, metavar="N", help="from noise to picture (the model's own number)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not"
+    )
     parser.add_argument("--solver", help="euler, heun or dpm")
-    parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
-    parser.add_argument("--start", metavar="IMAGE", help="a picture to begin with instead of noise")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    parser.add_argument("--image", metavar="IMAGE", help="a picture to begin with instead of noise")
     parser.add_argument("--strength", type=float, metavar="X", help="how far from it, above 0 and at most 1 (0.6)")
-    parser.add_argument("--hole", metavar="IMAGE", help="white where to draw in it, black where it stays")
+    parser.add_argument("--mask-image", metavar="IMAGE", help="white where to draw in it, black where it stays")
     parser.add_argument("--strip", metavar="OUT.png", help="how the first picture came out of the noise; or OUT.gif")
     parser.add_argument("--heatmap", metavar="OUT.png", help="where each word of the first text steered its picture")
     parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
     args = parser.parse_args(list(words))
-    if args.start is None and (args.strength is not None or args.hole is not None):
-        parser.error("--strength and --hole need a picture to begin with: --start IMAGE")
-    changes = {"num_steps": args.steps, "guidance_scale": args.guidance, "solver": args.solver}
+    if args.image is None and (args.strength is not None or args.mask_image is not None):
+        parser.error("--strength and --mask-image need a picture to begin with: --image IMAGE")
+    changes = {"num_steps": args.num_steps, "guidance_scale": args.guidance_scale, "solver": args.solver}
     changes = {key: value for key, value in changes.items() if value is not None}
 
     from mmtransformer.pipelines.text_to_image import TextToImage
@@ -45,13 +47,13 @@ def run(name: str, words: Sequence[str]) -> int:
     drawn = painter.draw(
         args.texts,
         language=args.language,
-        num_images=args.num,
+        num_images=args.num_images,
         seed=args.seed,
-        negative=args.negative,
+        negative_prompt=args.negative_prompt,
         config=config,
-        start=args.start,
+        image=args.image,
         strength=0.6 if args.strength is None else args.strength,
-        hole=args.hole,
+        mask_image=args.mask_image,
         on_step=(lambda _, images: steps.append(images[0])) if args.strip else None,
     )
     out = Path(args.out)

@@ -53,12 +53,12 @@ class Edit:
     Attributes:
         images: (n c height width).
         strength: how much of the way to noise it is taken first (SDEdit, arXiv:2108.01073): 1 = all of it.
-        hole: (n 1 height width) bool, True = where to draw; all else stays as it is. None = everywhere.
+        mask: (n 1 height width) bool, True = where to draw; all else stays as it is. None = everywhere.
     """
 
     images: Tensor
     strength: float = 0.6
-    hole: Tensor | None = field(default=None)
+    mask: Tensor | None = field(default=None)
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -121,10 +121,10 @@ def draw(
         look = guided(predict, config.guidance_scale) if steered else predict
         steps = walk(look, x, model.diffusion, times, config.solver)
         for number, (x, image) in enumerate(steps, 1):
-            if edit is not None and edit.hole is not None:
+            if edit is not None and edit.mask is not None:
                 now = torch.full((len(noise),), times[number], device=noise.device)
                 kept = model.diffusion.noised(edit.images, noise, now)
-                x.copy_(torch.where(edit.hole, x, kept))
+                x.copy_(torch.where(edit.mask, x, kept))
             if on_step is not None:
                 on_step(number, image)
     return x

@@ -67,11 +67,11 @@ class TextToImage:
         language: str | None = None,
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
-        negative: str | None = None,
+        negative_prompt: str | None = None,
         config: DrawingConfig | None = None,
-        start: ImageLike | None = None,
+        image: ImageLike | None = None,
         strength: float = 0.6,
-        hole: ImageLike | None = None,
+        mask_image: ImageLike | None = None,
         truncate: bool = False,
         batch_size: int = 16,
         on_step: Callable[[int, list[Image.Image]], None] | None = None,
@@ -83,11 +83,11 @@ class TextToImage:
             language: Its language, for a model that knows several; found by the letters unless told.
             num_images: Pictures a text: of the seeds `seed`, `seed + 1`, ...
             seed: A text and a seed make one picture, whatever else is drawn beside it; a number, or one a text.
-            negative: What to keep away from.
+            negative_prompt: What to keep away from.
             config: How to draw.
-            start: A picture to begin with instead of noise (SDEdit).
+            image: A picture to begin with instead of noise (SDEdit).
             strength: How far from it: 0 = not at all, 1 = as from noise.
-            hole: A picture, white where to draw in `start` and black where it stays.
+            mask_image: A picture, white where to draw in `image` and black where it stays.
             truncate: Read the beginning of texts that are longer than the model can read, as in training.
             batch_size: Pictures at once.
             on_step: Sees the pictures of a batch as they are after each step, and the step's number.
@@ -96,25 +96,25 @@ class TextToImage:
             For each text its pictures.
 
         Raises:
-            ValueError: If a text is longer than the model can read, or `hole` has no `start`.
+            ValueError: If a text is longer than the model can read, or `mask_image` has no `image`.
         """
         many = [texts] if isinstance(texts, str) else list(texts)
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images ({num_images}) and batch_size ({batch_size}) must be at least 1")
-        if hole is not None and start is None:
-            raise ValueError("a hole is drawn in a picture to begin with: give start too")
+        if mask_image is not None and image is None:
+            raise ValueError("mask_image says where to draw in a picture to begin with: give image too")
         rows = [self._row(text, language, truncate) for text in many for _ in range(num_images)]
         firsts = [seed] * len(many) if isinstance(seed, int) else list(seed)
         if len(firsts) != len(many):
             raise ValueError(f"{len(firsts)} seeds for {len(many)} texts: give one number, or one a text")
         seeds = [first + k for first in firsts for k in range(num_images)]
-        away = None if negative is None else self._padded([self._row(negative, language)])
+        away = None if negative_prompt is None else self._padded([self._row(negative_prompt, language)])
         found: list[Image.Image] = []
         for first in range(0, len(rows), batch_size):
             tokens, mask = self._padded(rows[first : first + batch_size])
             shape = (self.model.transformer.in_channels, *self.transform.size)
             noise = seeded_noise(seeds[first : first + batch_size], shape).to(self.device)
-            edit = None if start is None else self._edit(start, strength, hole, len(tokens))
+            edit = None if image is None else self._edit(image, strength, mask_image, len(tokens))
             look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
             drawn = draw(self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look)
             found += self._images(drawn)
@@ -167,11 +167,13 @@ class TextToImage:
         tokens, mask = self.tokenizer.pad(rows, side="right")
         return tokens.to(self.device), mask.to(self.device)
 
-    def _edit(self, start: ImageLike, strength: float, hole: ImageLike | None, count: int) -> Edit:
-        images = self.transform(load(start)).to(self.device).expand(count, -1, -1, -1)
+    def _edit(self, image: ImageLike, strength: float, mask_image: ImageLike | None, count: int) -> Edit:
+        images = self.transform(load(image)).to(self.device).expand(count, -1, -1, -1)
         where = None
-        if hole is not None:
-            white = self.transform(load(hole)).mean(0) > self.transform(Image.new("RGB", (8, 8), "#808080")).mean()
+        if mask_image is not None:
+            white = (
+                self.transform(load(mask_image)).mean(0) > self.transform(Image.new("RGB", (8, 8), "#808080")).mean()
+            )
             where = white.to(self.device).expand(count, 1, -1, -1)
         return Edit(images, strength, where)
 

@@ -120,12 +120,12 @@ def test_looking_changes_nothing_and_modes_come_back() -> None:
     assert not model.text.training
 
 
-def test_what_is_not_in_the_hole_stays() -> None:
+def test_what_is_outside_the_mask_stays() -> None:
     model, (tokens, mask) = make(), texts()
     images, noise = batch().pixels[:, 0], seeded_noise([1, 2, 3], (3, SIDE, SIDE))
-    hole = torch.zeros(3, 1, SIDE, SIDE, dtype=torch.bool)
-    hole[..., :4] = True
-    found = draw(model, tokens, mask, noise, DrawingConfig(4), edit=Edit(images, 1.0, hole))
+    where = torch.zeros(3, 1, SIDE, SIDE, dtype=torch.bool)
+    where[..., :4] = True
+    found = draw(model, tokens, mask, noise, DrawingConfig(4), edit=Edit(images, 1.0, where))
     assert torch.equal(found[..., 4:], images[..., 4:])
     assert (found[..., :4] - images[..., :4]).abs().mean() > 0.1
 

@@ -65,11 +65,11 @@ def test_each_word_has_its_heat(painter: TextToImage) -> None:
     assert same(image, painter.draw(TEXTS[0], seed=3)[0][0])
 
 
-def test_what_stays_outside_the_hole(painter: TextToImage) -> None:
+def test_what_stays_outside_the_mask(painter: TextToImage) -> None:
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
-    hole = Image.new("L", (24, 16))
-    hole.paste(255, (0, 0, 12, 16))
-    drawn = np.asarray(painter.draw(TEXTS[0], start=start, strength=1.0, hole=hole)[0][0], int)
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 12, 16))
+    drawn = np.asarray(painter.draw(TEXTS[0], image=start, strength=1.0, mask_image=mask)[0][0], int)
     assert np.abs(drawn[:, 12:] - np.asarray(start, int)[:, 12:]).max() <= 1
     assert np.abs(drawn[:, :12] - np.asarray(start, int)[:, :12]).mean() > 10
 
@@ -89,13 +89,13 @@ def test_it_is_the_same_from_its_folder(painter: TextToImage, tmp_path: Path) ->
 def test_the_command(painter: TextToImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     painter.save_pretrained(tmp_path / "model")
     out, strip, heat = (tmp_path / name for name in ("out/p.png", "strip.gif", "heat.png"))
-    words = [TEXTS[1], "--model", str(tmp_path / "model"), "--out", str(out), "--num", "2", "--steps", "4"]
+    words = [TEXTS[1], "--model", str(tmp_path / "model"), "--out", str(out), "--num-images", "2", "--num-steps", "4"]
     assert main(["draw", *words, "--strip", str(strip), "--heatmap", str(heat), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.split() == [str(out), str(out.with_name("p-2.png"))]
     with Image.open(strip) as film:
         assert getattr(film, "n_frames", 1) == 4
     assert heat.stat().st_size > 1000
-    assert main(["draw", TEXTS[0], "--model", str(tmp_path / "model"), "--steps", "0"]) == 2
+    assert main(["draw", TEXTS[0], "--model", str(tmp_path / "model"), "--num-steps", "0"]) == 2
     assert "num_steps must be a whole number from 1, not 0" in capsys.readouterr().err
 
 
@@ -113,8 +113,8 @@ def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_refused(painter: TextToImage) -> None:
     with pytest.raises(ValueError, match="the model reads 40: shorten it"):
         painter.draw("a large red star " * 20)
-    with pytest.raises(ValueError, match="give start too"):
-        painter.draw(TEXTS[0], hole=Image.new("L", (4, 4)))
+    with pytest.raises(ValueError, match="give image too"):
+        painter.draw(TEXTS[0], mask_image=Image.new("L", (4, 4)))
     with pytest.raises(ValueError, match="2 seeds for 3 texts"):
         painter.draw(TEXTS, seed=[1, 2])
     with pytest.raises(ValueError, match="16 x 20 px are not divided"):
