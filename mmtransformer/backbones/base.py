@@ -337,9 +337,9 @@ class Decoder(nn.Module, ABC):
         return masks.dense(masks.all_of(*allowed), rows, count, count, document_ids.device)
 
 
-def vocabulary_error(tokens: Tensor, vocab_size: int) -> ValueError:
-    """What to say where an id is outside the table."""
+def vocabulary_error(tokens: Tensor, vocab_size: int, reader: str = "a decoder") -> ValueError:
+    """What to say where an id is outside the table: on CPUs only, elsewhere the look at the ids would be a wait."""
     return ValueError(
-        f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to a decoder with a "
-        f"vocabulary of {vocab_size}: model and tokenizer do not belong together"
+        f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to {reader} with a vocabulary of "
+        f"{vocab_size}: model and tokenizer do not belong together"
     )

@@ -170,7 +170,7 @@ class TextDecoder(Pretrained, Decoder):
         """The embeddings of tokens (b q), as they stand in the table: (b q d)."""
         try:
             return self.tok_embed(tokens)
-        except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
+        except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
 
     def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtransformer.backbones.base import vocabulary_error
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock, activation_function, make_norm
@@ -138,11 +139,8 @@ class TextEncoder(Pretrained, nn.Module):
             raise ValueError("token types were given, but this encoder has none (num_types 0)")
         try:
             x = self.tok_embed(tokens)
-        except IndexError as error:  # From CPUs only: on a GPU the look at the ids would cost a wait.
-            raise ValueError(
-                f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to an encoder with a "
-                f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
-            ) from error
+        except IndexError as error:
+            raise vocabulary_error(tokens, self.vocab_size, "an encoder") from error
         if position_ids is None:
             position_ids = torch.arange(count, device=tokens.device)
         if self.type_embed is not None:

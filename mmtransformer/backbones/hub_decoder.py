@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
 from mmtransformer.layers.masks import Mask
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json, shapes_in
 from mmtransformer.serialization.untrusted import built_from
 
@@ -27,19 +28,10 @@ _NO_LENGTH = 2048  # Models without a table of positions (ALiBi) name no length.
 
 
 class HubCache:
-    """The cache of a transformers model, as `DecoderState` wants it."""
+    """A cache of transformers, as `DecoderState` wants it."""
 
-    def __init__(self, config: Any) -> None:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=config)
-        try:
-            self.cache.get_seq_length()
-        except ValueError as error:
-            raise ValueError(
-                f"the {config.model_type} family keeps a state instead of a cache, which HubDecoder cannot hold: "
-                "it runs without one only"
-            ) from error
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
 
     @property
     def length(self) -> int:
@@ -49,7 +41,7 @@ class HubCache:
     def reorder(self, rows: Tensor) -> None:
         """Keeps the given rows (b) long, in their order."""
         if self.length:
-            self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]  # A LongTensor.
+            self.cache.reorder_cache(rows)
 
 
 class HubDecoder(Pretrained, Decoder):
@@ -149,17 +141,12 @@ class HubDecoder(Pretrained, Decoder):
     @torch.no_grad()
     def _try(self) -> None:
         """Passes of two tokens: the hook must run before every layer in turn, and our head must be the model's."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         opened: list[int] = []
         tokens = torch.tensor([[0, 1]], device=self.embedding_weights[0].device)
-        try:
+        with evaluation_mode(self.model):
             want = self.model(input_ids=tokens, use_cache=False).logits
             found = self.head(self.forward(tokens, before_block=lambda i, x: opened.append(i) or x))
             self.takes_masks = self._isolates(tokens)
-        finally:
-            for module in training:
-                module.training = True
         name = type(self.model).__name__
         if opened != list(range(self.depth)):
             raise ValueError(f"transformers' {name} runs its {self.depth} layers in another order: {opened}")
@@ -285,10 +272,19 @@ class HubDecoder(Pretrained, Decoder):
         """An empty state for decoding up to `max_len` tokens.
 
         Raises:
-            ValueError: if the model has fewer positions.
+            ValueError: if the model has fewer positions, or keeps a state instead of a cache.
         """
-        state = super().new_state(max_len)
-        return DecoderState(self.depth, state.max_len, caches=[HubCache(self.model.config)])
+        from transformers import DynamicCache
+
+        cache, max_len = DynamicCache(config=self.model.config), super().new_state(max_len).max_len
+        try:
+            cache.get_seq_length()
+        except ValueError as error:
+            raise ValueError(
+                f"the {self.model.config.model_type} family keeps a state instead of a cache, which HubDecoder cannot "
+                "hold: it runs without one only"
+            ) from error
+        return DecoderState(self.depth, max_len, caches=[HubCache(cache)])
 
 
 def _refuse_strangers(config: Any, where: str) -> None:
@@ -300,12 +296,8 @@ def _refuse_strangers(config: Any, where: str) -> None:
 
 
 def _run_hook(
-    i: int,
-    before_block: Callable[[int, Tensor], Tensor],
-    layer: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    i: int, before_block: Callable[[int, Tensor], Tensor], layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
     if args:
         return (before_block(i, args[0]), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": before_block(i, kwargs["hidden_states"])}

@@ -5,34 +5,15 @@ Shapes: n rows of sources (n divides b), k source tokens, p embeddings in front 
 
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState, vocabulary_error
-from mmtransformer.backbones.seq2seq import Source, TransformerState
+from mmtransformer.backbones.hub_decoder import HubCache
+from mmtransformer.backbones.seq2seq import Source, TransformerState, join_prefix
 from mmtransformer.serialization.pretrained import Pretrained
 
 _FAMILIES = ("t5", "mt5", "umt5")
 _LENGTH = 2048  # T5's positions are relative: they name no length.
-
-
-class PairCache:
-    """The caches of self- and cross-attention of a transformers decoder, as `DecoderState` wants them."""
-
-    def __init__(self, config: Any) -> None:
-        from transformers import DynamicCache, EncoderDecoderCache
-
-        self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-
-    @property
-    def length(self) -> int:
-        """Target tokens so far."""
-        return int(self.cache.get_seq_length())
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keeps the given rows (b) long, in their order."""
-        if self.length:
-            self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]  # A LongTensor.
 
 
 class HubSeq2Seq(Pretrained, nn.Module):
@@ -84,7 +65,7 @@ class HubSeq2Seq(Pretrained, nn.Module):
         tokens: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        before: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
         prefix_attention_mask: Tensor | None = None,
     ) -> Source:
         """Reads sources (n k) long behind embeddings (n p d); see `Transformer.encode`.
@@ -98,15 +79,8 @@ class HubSeq2Seq(Pretrained, nn.Module):
             x = self.model.get_input_embeddings()(tokens)
         except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
-        if before is not None:
-            x = torch.cat((before.to(x.dtype), x), dim=1)
-            if attention_mask is not None and prefix_attention_mask is None:
-                prefix_attention_mask = attention_mask.new_ones(before.shape[:2])
-            if prefix_attention_mask is not None:
-                attention_mask = (
-                    prefix_attention_mask.new_ones(tokens.shape) if attention_mask is None else attention_mask
-                )
-                attention_mask = torch.cat((prefix_attention_mask, attention_mask), dim=1)
+        if prefix_embeds is not None:
+            x, attention_mask = join_prefix(prefix_embeds, prefix_attention_mask, x, attention_mask)
         mask = None if attention_mask is None else attention_mask.long()
         return Source(self.model.get_encoder()(inputs_embeds=x, attention_mask=mask).last_hidden_state, attention_mask)
 
@@ -116,25 +90,19 @@ class HubSeq2Seq(Pretrained, nn.Module):
 
     def decode(self, tokens: Tensor, source: Source, *, state: DecoderState | None = None) -> Tensor:
         """Hidden states (b q d) of right-padded target tokens (b q) long; see `Transformer.decode`."""
-        context, attention_mask, cache = (
-            source.context,
-            source.attention_mask,
-            None if state is None else state.caches[0],
-        )
+        (context, attention_mask), b = source, len(tokens)
+        if b % len(context):
+            raise ValueError(f"rows of targets ({b}) must be a multiple of sources ({len(context)})")
         assert isinstance(context, Tensor)
-        b = tokens.shape[0]
-        if b % context.shape[0]:
-            raise ValueError(f"rows of targets ({b}) must be a multiple of sources ({context.shape[0]})")
-        context = context.repeat_interleave(b // context.shape[0], 0)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(b // len(attention_mask), 0).long()
         try:
             return self.model.get_decoder()(
                 input_ids=tokens,
-                encoder_hidden_states=context,
-                encoder_attention_mask=None
-                if attention_mask is None
-                else attention_mask.repeat_interleave(b // len(attention_mask), 0).long(),
-                past_key_values=None if cache is None else cache.cache,  # pyright: ignore[reportAttributeAccessIssue]
-                use_cache=cache is not None,
+                encoder_hidden_states=context.repeat_interleave(b // len(context), 0),
+                encoder_attention_mask=attention_mask,
+                past_key_values=None if state is None else state.caches[0].cache,  # pyright: ignore[reportAttributeAccessIssue]
+                use_cache=state is not None,
             ).last_hidden_state
         except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
@@ -152,7 +120,10 @@ class HubSeq2Seq(Pretrained, nn.Module):
         """
         if max_len > self.max_len:
             raise ValueError(f"{max_len} tokens were asked for, but this model writes {self.max_len} at most")
-        return DecoderState(1, max_len, caches=[PairCache(self.model.config)])
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        own, cross = (DynamicCache(config=self.model.config) for _ in range(2))
+        return DecoderState(1, max_len, caches=[HubCache(EncoderDecoderCache(own, cross))])
 
     def decode_step(self, tokens: Tensor, state: TransformerState) -> Tensor:
         """Adds a token to each row: (b) -> logits of the next (b vocab_size)."""

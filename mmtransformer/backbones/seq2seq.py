@@ -69,6 +69,24 @@ class Source(NamedTuple):
     attention_mask: Tensor | None
 
 
+def join_prefix(
+    prefix_embeds: Tensor, prefix_attention_mask: Tensor | None, x: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (n p d) in front of those of sources (n k d): (n (p k) d), and which are to be read, None = all.
+
+    Raises:
+        ValueError: if they are not as many rows of the same width.
+    """
+    n, _, d = x.shape
+    if prefix_embeds.shape[::2] != (n, d):
+        raise ValueError(f"what stands before {n} sources must be ({n}, any, {d}), not {tuple(prefix_embeds.shape)}")
+    if attention_mask is not None or prefix_attention_mask is not None:
+        parts = ((prefix_embeds, prefix_attention_mask), (x, attention_mask))
+        every = [torch.ones_like(e[..., 0], dtype=torch.bool) if mask is None else mask for e, mask in parts]
+        attention_mask = torch.cat(every, dim=1)
+    return torch.cat((prefix_embeds.to(x.dtype), x), dim=1), attention_mask
+
+
 class TransformerState:
     """What decoding remembers: the caches of the targets, and the keys and values of the sources."""
 
@@ -188,7 +206,7 @@ class Transformer(Pretrained, nn.Module):
         tokens: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        before: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
         prefix_attention_mask: Tensor | None = None,
     ) -> Source:
         """Reads sources.
@@ -196,28 +214,16 @@ class Transformer(Pretrained, nn.Module):
         Args:
             tokens: (n k) long.
             attention_mask: (n k) bool, True = a real token; None = all are.
-            before: (n p d), embeddings that stand in front of the tokens and take no position, such as a Q-Former's
-                queries (as BLIP-2 feeds an encoder-decoder, arXiv:2301.12597, figure 3).
+            prefix_embeds: (n p d), embeddings that stand in front of the tokens and take no position, such as a
+                Q-Former's queries (as BLIP-2 feeds an encoder-decoder, arXiv:2301.12597, figure 3).
             prefix_attention_mask: (n p) bool, which of them are to be read; None = all.
 
         Returns:
             The encoder's tokens (n (p k) d), with their padding.
         """
         x = self.embed(tokens, attention_mask)
-        if before is not None:
-            if before.shape[0] != x.shape[0] or before.shape[2] != self.dim:
-                raise ValueError(
-                    f"what stands before {x.shape[0]} sources must be ({x.shape[0]}, any, {self.dim}), "
-                    f"not {tuple(before.shape)}"
-                )
-            x = torch.cat((before.to(x.dtype), x), dim=1)
-            if attention_mask is not None and prefix_attention_mask is None:
-                prefix_attention_mask = attention_mask.new_ones(before.shape[:2])
-            if prefix_attention_mask is not None:
-                attention_mask = (
-                    prefix_attention_mask.new_ones(tokens.shape) if attention_mask is None else attention_mask
-                )
-                attention_mask = torch.cat((prefix_attention_mask, attention_mask), dim=1)
+        if prefix_embeds is not None:
+            x, attention_mask = join_prefix(prefix_embeds, prefix_attention_mask, x, attention_mask)
         mask = None if attention_mask is None else attention_mask[:, None, :]
         x = self.drop(x)
         for block in self.blocks:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import repeat_rows
+from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
 from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check_rows
-from mmtransformer.connectors.qformer import QFormer, QueryStates, Visual
+from mmtransformer.connectors.qformer import QFormer, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
-from mmtransformer.layers.cache import KeyValue, KVCache
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
@@ -30,19 +30,6 @@ from mmtransformer.losses.next_token import Loss
 
 TERMS: tuple[str, ...] = ("itc", "itm", "itg", "itm_accuracy")
 """The terms of stage 1's `Output`: the three losses, and the share of matching's pairs that were told right."""
-
-
-class ImageTextState:
-    """Keys and values of the queries and of the text so far, for every block; `attention_mask` is (n k)."""
-
-    def __init__(self, caches: list[KVCache], attention_mask: Tensor, positions: Tensor) -> None:
-        self.caches, self.attention_mask, self.positions = caches, attention_mask, positions
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keeps the given rows of text, in their order."""
-        for cache in self.caches:
-            cache.reorder(rows)
-        self.attention_mask, self.positions = self.attention_mask[rows], self.positions[rows]
 
 
 class ImageText(Captioner):
@@ -277,46 +264,40 @@ class ImageText(Captioner):
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, ImageTextState]:
+    ) -> tuple[Tensor, DecoderState]:
         """Runs the query pass once and reads the left-padded prompts; see `Captioner.prefill`."""
-        n, q = batch.tokens.shape
-        if q + max_new_tokens > self.max_len:
-            raise ValueError(
-                f"{q + max_new_tokens} tokens were asked for, but this Q-Former has {self.max_len} positions"
-            )
-        state = self._new_state(self.qformer.encode_queries(self.context(batch)), n, q + max_new_tokens)
-        logits = self._append(batch.tokens, batch.attention_mask, state)
-        return repeat_rows(logits, state, expand_size)
+        (n, q), l = batch.tokens.shape, self.qformer.num_queries
+        if (length := q + max_new_tokens) > self.max_len:
+            raise ValueError(f"{length} tokens were asked for, but this Q-Former has {self.max_len} positions")
+        seen = self.qformer.encode_queries(self.context(batch))
+        state = DecoderState(self.qformer.depth, l + length)
+        for cache, memory in zip(state.caches, seen.memory, strict=True):
+            # The first block's is one row for all images: it has not read them yet.
+            rows = torch.arange(len(memory.k), device=memory.k.device).repeat_interleave(n // len(memory.k))
+            cache.append(memory.select(rows))  # pyright: ignore[reportAttributeAccessIssue]  # A KVCache.
+        state.length, state.next_positions = l, batch.tokens.new_zeros(n)
+        return repeat_rows(self._append(batch.tokens, batch.attention_mask, state), state, expand_size)
 
-    def decode_step(self, tokens: Tensor, state: ImageTextState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self._append(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool), state)
 
-    def _new_state(self, seen: QueryStates, rows: int, length: int) -> ImageTextState:
-        l, device = self.qformer.num_queries, seen.queries.device
-        caches = []
-        for memory in seen.memory:  # The first block's is one row for all images: it has not read them yet.
-            known = torch.arange(memory.k.shape[0], device=device)
-            caches.append(cache := KVCache(l + length))
-            cache.append(memory.select(known.repeat_interleave(rows // len(known))))
-        attention_mask = torch.ones(rows, l, dtype=torch.bool, device=device)
-        return ImageTextState(caches, attention_mask, torch.zeros(rows, dtype=torch.long, device=device))
-
-    def _append(self, tokens: Tensor, attention_mask: Tensor, state: ImageTextState) -> Tensor:
+    def _append(self, tokens: Tensor, attention_mask: Tensor, state: DecoderState) -> Tensor:
         """Reads more tokens (n q): the logits after the last of them (n vocab)."""
-        qformer = self.qformer
+        qformer, past, (n, q) = self.qformer, state.length, tokens.shape
         assert qformer.tok_embed is not None
         assert qformer.pos_embed is not None
-        past, (n, q) = state.caches[0].length, tokens.shape
-        positions = (state.positions[:, None] + attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        state.positions = state.positions + attention_mask.sum(1)
-        state.attention_mask = torch.cat((state.attention_mask, attention_mask), dim=1)
-        allowed = masks.all_of(masks.causal(past), masks.padding(state.attention_mask))
-        mask = masks.dense(allowed, n, q, past + q, tokens.device)
+        assert state.next_positions is not None
+        positions = (state.next_positions[:, None] + attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        state.advance(n, positions, attention_mask)
+        assert state.attention_mask is not None
+        mask = state.attention_mask[:, None]
+        if q > 1:
+            mask = mask & masks.dense(masks.causal(past), 1, q, past + q, tokens.device)
         x = qformer.drop(qformer.norm(qformer.tok_embed(tokens) + qformer.pos_embed(positions)))
         for block, cache in zip(qformer.blocks, state.caches, strict=True):
             assert isinstance(block, QFormerBlock)
-            kv = cache.append(block.attn.project_kv(x))
+            kv = cache.append(block.attn.project_kv(x))  # pyright: ignore[reportAttributeAccessIssue]  # A KVCache.
             x = block.finish_text(block.attend(x, kv, mask))
         return self.head(x[:, -1])
 

@@ -80,4 +80,4 @@ def prefill_with_source_prefix(
 def _source(model: SourceReader, prefix_embeds: Tensor, batch: CaptionBatch) -> Source:
     tokens, attention_mask = prompt_of(batch, begin=False)
     images, real = join_images(prefix_embeds, batch)
-    return model.encode(tokens, attention_mask=attention_mask, before=images, prefix_attention_mask=real)
+    return model.encode(tokens, attention_mask=attention_mask, prefix_embeds=images, prefix_attention_mask=real)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.backbones.base import vocabulary_error
 from mmtransformer.connectors.qformer_block import Mode, QFormerBlock, mode_mask
 from mmtransformer.layers.blocks import real_places
 from mmtransformer.layers.cache import KeyValue
@@ -298,11 +299,9 @@ class QFormer(Pretrained, nn.Module):
             raise ValueError(f"a text of {tokens.shape[1]} tokens, but this Q-Former has {self.max_len} positions")
         try:
             return self.tok_embed(tokens) + self.pos_embed.weight[: tokens.shape[1]]
-        except IndexError as error:  # From CPUs only.
-            raise ValueError(
-                f"token ids from {int(tokens.min())} to {int(tokens.max())} were given to a Q-Former with a "
-                f"vocabulary of {self.vocab_size}: model and tokenizer do not belong together"
-            ) from error
+        except IndexError as error:
+            assert self.vocab_size is not None
+            raise vocabulary_error(tokens, self.vocab_size, "a Q-Former") from error
 
 
 def _copies(rows: int, images: int) -> int:

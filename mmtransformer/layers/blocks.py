@@ -251,7 +251,7 @@ class DecoderBlock(nn.Module):
 
         Args:
             x: tokens (b q d).
-            context: (n k d) or its keys and values, n dividing b; needed exactly where the block has cross-attention.
+            context: (n k d) or its keys and values, n dividing b; given exactly where the block has cross-attention.
             mask: who may look at whom among the tokens.
             context_mask: who may look at which context token; None = all.
             rope: rotary angles of x's positions.
@@ -259,16 +259,7 @@ class DecoderBlock(nn.Module):
 
         Returns:
             (b q d).
-
-        Raises:
-            ValueError: if a context is missing, or given to a block that cannot read it.
         """
-        if (context is None) != (self.cross_attn is None):
-            has, given = (
-                "has" if self.cross_attn else "has no",
-                "no context was" if context is None else "a context was",
-            )
-            raise ValueError(f"this decoder block {has} cross-attention, but {given} given")
         if self.pre_norm:
             x = x + self.drop(self.attn(self.norm1(x), mask=mask, rope=rope, cache=cache))
             if self.cross_attn is not None:

@@ -386,9 +386,9 @@ def test_errors_name_the_numbers() -> None:
         decoder(torch.tensor([[3, VOCAB]]))
     with pytest.raises(ValueError, match=r"token ids from -1 to 3.*vocabulary of 53"):
         decoder(torch.tensor([[3, -1]]))
-    with pytest.raises(ValueError, match="no context was given"):
+    with pytest.raises(ValueError, match="has cross-attention, but no context was given"):
         make("gpt2 cross")(torch.tensor([[3]]))
-    with pytest.raises(ValueError, match="a context was given"):
+    with pytest.raises(ValueError, match="has no cross-attention, but a context was given"):
         decoder(torch.tensor([[3]]), torch.randn(1, 7, DIM))
     crossing = make("gpt2 cross")
     with pytest.raises(ValueError, match=r"for 2 blocks.* 3 read"):

@@ -236,7 +236,7 @@ def test_embeddings_in_front_of_the_source() -> None:
     """BLIP-2's queries: read without a position of their own, whatever the padding behind them."""
     model, batch = make(), pairs()
     queries = torch.randn(3, 4, DIM)
-    found = model.encode(batch.source, attention_mask=batch.source_attention_mask, before=queries)
+    found = model.encode(batch.source, attention_mask=batch.source_attention_mask, prefix_embeds=queries)
     assert isinstance(found.context, Tensor)
     assert found.attention_mask is not None
     assert found.attention_mask.sum(1).tolist() == [15, 11, 7]
@@ -245,10 +245,10 @@ def test_embeddings_in_front_of_the_source() -> None:
         for block in model.blocks:
             x = block(x)
         torch.testing.assert_close(found.context[row, : 4 + k], x[0], atol=1e-5, rtol=1e-5)
-    unpadded = model.encode(batch.source[:1], before=queries[:1])
+    unpadded = model.encode(batch.source[:1], prefix_embeds=queries[:1])
     assert unpadded.attention_mask is None
     with pytest.raises(ValueError, match=r"3 sources must be \(3, any, 20\), not \(3, 4, 19\)"):
-        model.encode(batch.source, before=torch.zeros(3, 4, 19))
+        model.encode(batch.source, prefix_embeds=torch.zeros(3, 4, 19))
 
 
 def test_dropout_falls_on_embeddings_branches_and_attention_in_training_only() -> None:

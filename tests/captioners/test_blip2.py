@@ -162,7 +162,7 @@ def test_an_encoder_reads_queries_and_prompt_a_decoder_begin_and_caption(i: int)
         seen = [model.vision.forward_features(p[None]) for p in pixels(given)[row // 2]]
         prefix_embeds = torch.cat([model.proj(model.qformer(x)) for x in seen], 1)
         tokens = given.tokens[row][None]
-        source = model.decoder.encode(tokens[:, 1:start], before=prefix_embeds)
+        source = model.decoder.encode(tokens[:, 1:start], prefix_embeds=prefix_embeds)
         spoken = torch.cat((tokens[:, :1], tokens[:, start:end]), 1)
         want = model.decoder.head(model.decoder.decode(spoken, source))[0]
         torch.testing.assert_close(logits[row, :1], want[:1], atol=1e-5, rtol=1e-5)

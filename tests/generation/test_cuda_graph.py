@@ -1,6 +1,7 @@
 """Recorded steps against the same steps taken one by one: on a CPU a tape of operations stands for the CUDA graph."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmtransformer import CudaGraphDecoder, EncoderDecoder, ImageText, QFormer, generate, stream
+from mmtransformer import CudaGraphDecoder, EncoderDecoder, generate, stream
 from mmtransformer.generation.cuda_graph import Step, compiled
 from mmtransformer.generation.guidance import Guided
 from mmtransformer.generation.loop import LOOK_EVERY
-from support.generators import DIM, EOS, LLAMA, MODELS, QUERIES, ROWS, VOCAB, batch_for, decoder, noisy, told, vit
+from support.generators import DIM, EOS, LLAMA, MODELS, ROWS, VOCAB, batch_for, decoder, noisy, told, vit
 
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
 
@@ -179,12 +180,16 @@ def test_what_cannot_be_recorded() -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="read nothing"):
         decoder().new_state(7).make_static()
-    queries = ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)).eval()
-    with pytest.raises(
-        ValueError, match=r"of a ImageText cannot be made static.* ImageTextState holds no DecoderState"
-    ):
-        told(CudaGraphDecoder(queries, Recorder()), batch_for(queries, 1))
     model = decoder().eval()
+
+    class Forgetful(torch.nn.Module):
+        vocab_size, max_len = VOCAB, 37
+
+        def prefill(self, batch: Any, **_: Any) -> tuple[Tensor, SimpleNamespace]:
+            return torch.zeros(len(batch.tokens), VOCAB), SimpleNamespace(reorder=lambda rows: None)
+
+    with pytest.raises(ValueError, match=r"of a Forgetful cannot be made.* SimpleNamespace holds no DecoderState"):
+        told(CudaGraphDecoder(Forgetful(), Recorder()), batch_for(model, 1))  # pyright: ignore[reportArgumentType]
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"model\.bfloat16\(\)"):
         told(CudaGraphDecoder(model, Recorder()), batch_for(model, 1))
 

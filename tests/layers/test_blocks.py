@@ -229,11 +229,3 @@ def test_errors_name_what_is_wrong() -> None:
     for rate in (-0.1, 1.0):
         with pytest.raises(ValueError, match=str(rate)):
             DropPath(rate)
-    norm = partial(make_norm, "layer", DIM, 1e-5)
-    x, context = torch.randn(3, 5, DIM), torch.randn(3, 7, DIM)
-    block = DecoderBlock(DIM, Attention(DIM, HEADS), MLP(DIM, HIDDEN), norm)
-    with pytest.raises(ValueError, match="has no cross-attention, but a context was given"):
-        block(x, context)
-    block = DecoderBlock(DIM, block.attn, block.mlp, norm, cross_attn=Attention(DIM, HEADS))
-    with pytest.raises(ValueError, match="has cross-attention, but no context was given"):
-        block(x)
