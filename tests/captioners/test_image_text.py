@@ -209,7 +209,7 @@ def test_temperature_starts_where_it_is_told() -> None:
         ({"vision": ViT(16, 8, 24, 1, 3)}, r"visual_dim \(12\) must be the vision encoder's dim \(24\)"),
         ({"class_id": 53}, r"class_id \(53\) must be one of the Q-Former's 53 ids"),
         ({"init_temperature": 0.0}, r"init_temperature \(0.0\) must be above 0"),
-        ({"train_norm": True}, "train_norm is for a frozen tower"),
+        ({"train_norm": True}, "train_norm is for a frozen vision encoder"),
     ],
 )
 def test_parts_must_fit(change: dict[str, Any], message: str) -> None:
