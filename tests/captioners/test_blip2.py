@@ -408,7 +408,7 @@ def test_errors() -> None:
         Blip2(vision, spoken, decoder)
     with pytest.raises(ValueError, match="instruct=True needs a Q-Former with a text stream"):
         Blip2(vision, spoken.without_text(), decoder, instruct=True)
-    with pytest.raises(ValueError, match="train_norm is for a frozen tower"):
+    with pytest.raises(ValueError, match="train_norm is for a frozen vision encoder"):
         Blip2(vision, spoken.without_text(), decoder, freeze_vision=False, train_norm=True)
     model, given = Blip2(vision, spoken.without_text(), decoder), batch()
     given = replace(given, pixels=torch.randn(3, 1, 3, 16, 16))
