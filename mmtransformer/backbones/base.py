@@ -269,7 +269,8 @@ class Decoder(nn.Module, ABC):
             (b q d), normed.
 
         Raises:
-            ValueError: if a document has more tokens than `max_len`, or (on a CPU) an id is outside the vocabulary.
+            ValueError: if a row, or (on a CPU) a packed document, has more tokens than `max_len`, or (on a CPU) an id
+                is outside the vocabulary.
         """
         position_ids = self.position_ids(tokens, attention_mask, document_ids=document_ids, state=state)
         if document_ids is not None:

@@ -192,25 +192,16 @@ class TextDecoder(Pretrained, Decoder):
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states of tokens, to be given to `head`.
+        """Hidden states of tokens, to be given to `head`: as `Decoder.forward`, and with a context.
 
-        Args:
-            tokens: (b q) long.
-            context: what cross-attention reads, its rows dividing b.
-            attention_mask: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
-            context_attention_mask: (n k) bool, True = a real token of the context; None = all are.
-            document_ids: (b q) long, the number of each token's document in a packed row: tokens see their own document
-                only, whose positions begin at 0; not with a state. None = a row is one document.
-            mask: (b q k) who may look at whom, in place of the causal mask; not with a state.
-            state: tokens decoded so far, from `new_state`; these tokens are appended to it.
-            before_block: called as x = before_block(i, x) before block i: where connectors enter.
+        `context` is what cross-attention reads, its n rows dividing b; `context_attention_mask` (n k) bool, True = a
+        real token of it, None = all are.
 
         Returns:
             (b q d), normed.
 
         Raises:
-            ValueError: if a document has more tokens than `max_len` (on a CPU only, where it is packed), (on a CPU) a
-                token id is outside the vocabulary, or a context is missing, or given to a decoder that cannot read it.
+            ValueError: as `Decoder.forward`, or if a context is missing, or given to a decoder that cannot read it.
         """
         position_ids = self.position_ids(tokens, attention_mask, document_ids=document_ids, state=state)
         if document_ids is not None:

@@ -52,7 +52,7 @@ class Blip2(Captioner):
             encoder-decoder (ours, or a T5), whose encoder reads queries and prompt, its decoder a begin token and the
             caption.
         instruct: whether the prompt goes into the Q-Former too (InstructBLIP, arXiv:2305.06500, section 2.3).
-        freeze_vision: whether it is taken out of training (its features can then be cached).
+        freeze_vision: see `Captioner`.
         train_norm: see `Captioner`.
         freeze_decoder: whether the language model is taken out of training.
 
@@ -123,11 +123,9 @@ class Blip2(Captioner):
 
     def prefill(self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40) -> tuple[Tensor, State]:
         """Computes the queries once and reads the left-padded prompts; see `Captioner.prefill`."""
-        seq2seq = isinstance(self.decoder, SourceReader)
+        seq2seq, prefix_embeds = isinstance(self.decoder, SourceReader), self.prefix_embeds(batch)
         prefill: Any = prefill_with_source_prefix if seq2seq else prefill_with_prefix
-        return prefill(
-            self.decoder, self.prefix_embeds(batch), batch, expand_size=expand_size, max_new_tokens=max_new_tokens
-        )
+        return prefill(self.decoder, prefix_embeds, batch, expand_size=expand_size, max_new_tokens=max_new_tokens)
 
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
@@ -175,8 +173,8 @@ def from_stage1(
         folder: the run's folder of stage 1 (`ImageText`), or the model's in it.
         decoder: the language model that is to be spoken to.
         vision: another vision encoder of the same width; None = that of stage 1.
-        freeze_vision: whether it is taken out of training (its features can then be cached).
-        freeze_decoder: whether the language model is taken out of training.
+        freeze_vision: see `Captioner`.
+        freeze_decoder: see `Blip2`.
 
     Raises:
         ValueError: if the folder has no such model, or the vision encoder is of another width.

@@ -40,7 +40,7 @@ class CoCa(Captioner):
         caption_weight: weight of the caption loss; the paper's 2.
         contrastive_weight: weight of the contrastive loss; the paper's 1. 0 = a captioner only, without the parts that
             compare.
-        freeze_vision: whether it is taken out of training (its features can then be cached).
+        freeze_vision: see `Captioner`.
 
     Raises:
         ValueError: if the parts do not fit.
@@ -206,7 +206,3 @@ class CoCa(Captioner):
         weights = through_latents(mean_weights(reads.values()), mean_weights(sees.values()))
         weights = rearrange(weights, "n q (i p) -> n q i p", i=batch.visual.shape[1])
         return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay spares, beside biases and norms."""
-        return super().no_weight_decay() | {"caption_pool.queries", "contrast_pool.queries"}

@@ -25,7 +25,7 @@ class EncoderDecoder(Captioner):
         vision: the vision encoder; its `forward_features` gives the visual tokens.
         decoder: a text decoder whose `cross_dim` is the width of the visual tokens (of the adapter's, if there is one).
         adapter: trainable layers between the two, (b p d) -> (b p cross_dim); None = the encoder's tokens as they are.
-        freeze_vision: whether it is taken out of training (its features can then be cached).
+        freeze_vision: see `Captioner`.
         freeze_decoder: the same for all of the decoder but its cross-attention (as SmallCap, arXiv:2209.15323).
 
     Raises:

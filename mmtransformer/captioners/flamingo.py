@@ -95,7 +95,7 @@ class Flamingo(Captioner):
         gated: what the gated blocks are.
         visible_images: which images a token sees; see `image_attention_mask`.
         patches_only: leave out the vision encoder's class token and registers, as OpenFlamingo does.
-        freeze_vision: whether it is taken out of training (its features can then be cached).
+        freeze_vision: see `Captioner`.
         freeze_decoder: the same for the language model; of an `ExtendedVocabulary` the new tokens still learn.
 
     Raises:
@@ -155,11 +155,9 @@ class Flamingo(Captioner):
         """Latents (b k d) and who sees which (n q k); no latents where nobody sees any, no mask where all see all."""
         self.check_fields(batch)
         visible = image_attention_mask(batch, self.visible_images)
-        if self.visible_images == "none" or not batch.visual.shape[1]:
-            return None, None
         # In training images that nobody sees are read all the same: every process computes with the same weights.
         unseen = batch.image_mask is not None and not torch.is_grad_enabled() and not bool(batch.image_mask.any())
-        if unseen:
+        if self.visible_images == "none" or not batch.visual.shape[1] or unseen:
             return None, None
         latents = self.latents(batch)
         if visible is not None:

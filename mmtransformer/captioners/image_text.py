@@ -41,7 +41,7 @@ class ImageText(Captioner):
         embed_dim: width e in which images and texts are compared.
         class_id: the id that stands in place of a text's first one where the text is compared or matched (BERT's
             [CLS]; the first one, [DEC] in BLIP-2, then opens a generated text only); None = the first one does both.
-        freeze_vision: whether it is taken out of training (its features can then be cached).
+        freeze_vision: see `Captioner`.
         train_norm: see `Captioner`.
         init_temperature: the learned temperature of the contrastive loss at the start.
 

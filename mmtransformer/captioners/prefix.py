@@ -26,7 +26,7 @@ class PrefixCaptioner(Captioner):
         decoder: a causal language model, ours or any of transformers'.
         hidden_dim: width inside the MLP (see `MLPProjector`); None = that of the decoder's embeddings, as in LLaVA-1.5.
         shuffle: side s of squares of patches that become one token, so that the decoder reads s * s times fewer.
-        freeze_vision: whether the vision encoder is taken out of training (its features can then be cached).
+        freeze_vision: see `Captioner`.
         freeze_decoder: whether the language model is taken out of training.
 
     Raises:

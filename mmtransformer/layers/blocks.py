@@ -304,6 +304,10 @@ class AttentionPool(nn.Module):
         pooled = self.attn(self.queries.expand(x.shape[0], -1, -1), x, mask=mask)
         return pooled + self.mlp(self.norm(pooled))
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay spares, beside biases and norms (timm's protocol)."""
+        return {"queries"}
+
 
 class GatedCrossAttentionBlock(nn.Module):
     """Attention to images, then an MLP, each behind a tanh gate that starts shut (Flamingo, arXiv:2204.14198, 3.1.2).

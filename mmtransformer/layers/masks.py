@@ -5,6 +5,8 @@ and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block(
 """
 
 from collections.abc import Callable
+from functools import reduce
+from operator import and_, or_
 from typing import Literal
 
 import torch
@@ -68,26 +70,12 @@ def images(text_time: Tensor, image_time: Tensor, *, last_only: bool = True) -> 
 
 def all_of(*predicates: Predicate) -> Predicate:
     """True where every predicate is."""
-
-    def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = predicates[0](b, q, k)
-        for predicate in predicates[1:]:
-            allowed = allowed & predicate(b, q, k)
-        return allowed
-
-    return may_look
+    return lambda b, q, k: reduce(and_, (may_look(b, q, k) for may_look in predicates))
 
 
 def any_of(*predicates: Predicate) -> Predicate:
     """True where any predicate is."""
-
-    def may_look(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = predicates[0](b, q, k)
-        for predicate in predicates[1:]:
-            allowed = allowed | predicate(b, q, k)
-        return allowed
-
-    return may_look
+    return lambda b, q, k: reduce(or_, (may_look(b, q, k) for may_look in predicates))
 
 
 def dense(predicate: Predicate, b: int, q: int, k: int, device: torch.device | str = "cpu") -> Tensor:
