@@ -15,7 +15,7 @@ from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
-from mmtransformer.weights.shared.configs import UnsupportedModel
+from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.lm import decoder_from_state, to_transformers
@@ -51,6 +51,11 @@ _LANGUAGE_DEFAULTS: dict[Any, dict[str, Any]] = {
     "opt": {"vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu"},
     "llama": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
 }
+_QFORMER = {source: target for source, target in SIZES.items() if target != "vocab_size"} | {
+    "hidden_dropout_prob": "dropout",
+    "layer_norm_eps": "eps",
+    "cross_attention_frequency": "cross_every",
+}
 
 
 def _qformer(config: dict[str, Any], *, text: bool, context: str) -> QFormer:
@@ -60,32 +65,18 @@ def _qformer(config: dict[str, Any], *, text: bool, context: str) -> QFormer:
         raise ValueError(f"{context}: the Q-Former has hidden_act {own['hidden_act']}; only gelu is known here")
     return QFormer(
         config["num_query_tokens"],
-        own["hidden_size"],
-        own["num_hidden_layers"],
-        own["num_attention_heads"],
-        config["vision_config"]["hidden_size"],
-        cross_every=own["cross_attention_frequency"],
-        mlp_dim=own["intermediate_size"],
+        visual_dim=config["vision_config"]["hidden_size"],
         vocab_size=own["vocab_size"] if text else None,
-        max_len=own["max_position_embeddings"],
-        dropout=own["hidden_dropout_prob"],
-        eps=own["layer_norm_eps"],
+        **read_sizes(own, _QFORMER, context),
     )
 
 
 def _qformer_config(qformer: QFormer) -> dict[str, Any]:
     text = {} if qformer.vocab_size is None else {"vocab_size": qformer.vocab_size, "use_qformer_text_input": True}
     return text | {
-        "hidden_size": qformer.dim,
-        "num_hidden_layers": qformer.depth,
-        "num_attention_heads": qformer.num_heads,
-        "intermediate_size": qformer.mlp_dim,
+        **write_sizes(qformer, _QFORMER),
         "hidden_act": "gelu",
-        "hidden_dropout_prob": qformer.dropout,
         "attention_probs_dropout_prob": qformer.dropout,
-        "max_position_embeddings": qformer.max_len,
-        "layer_norm_eps": qformer.eps,
-        "cross_attention_frequency": qformer.cross_every,
         "encoder_hidden_size": qformer.visual_dim,
     }
 

@@ -17,7 +17,7 @@ from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these
+from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
@@ -53,6 +53,14 @@ _TOWER = {
 }
 _POSITIONS, _CLASS = "embeddings.position_embedding.weight", "embeddings.class_embedding"
 
+_VISION_SIZES = {
+    "patch_size": "patch_size", "embed_dim": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+}  # fmt: skip
+_RESAMPLER_SIZES = {
+    "resampler_depth": "depth", "resampler_n_heads": "num_heads", "resampler_head_dim": "head_dim",
+    "resampler_n_latents": "num_latents",
+}  # fmt: skip
 _USUAL: dict[str, Any] = {  # What transformers takes for granted where a config.json does not say it.
     "vocab_size": 32000, "additional_vocab_size": 0, "hidden_size": 4096, "intermediate_size": 11008,
     "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu", "alpha_type": "float",
@@ -102,10 +110,7 @@ def idefics_from_state(
         own = _USUAL_RESAMPLER | config.get("perceiver_config", {})
         resampler = PerceiverResampler(
             vision.dim,
-            own["resampler_depth"],
-            own["resampler_n_heads"],
-            own["resampler_head_dim"],
-            own["resampler_n_latents"],
+            **read_sizes(own, _RESAMPLER_SIZES, context),
             activation="relu",
             qk_norm="layer" if own["qk_layer_norms_perceiver"] else None,
         )
@@ -189,12 +194,8 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "qk_layer_norms": model.gated.qk_norm is not None,
         "use_resampler": resampler is not None,
         "vision_config": {
-            "embed_dim": vision.dim,
+            **write_sizes(vision, _VISION_SIZES),
             "image_size": vision.image_size[0],
-            "intermediate_size": vision.mlp_dim,
-            "patch_size": vision.patch_size,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.num_heads,
             "num_channels": vision.patches.in_channels,
             "hidden_act": SOURCE_ACTIVATIONS[vision.block.activation],
             "layer_norm_eps": vision.block.norm_eps,
@@ -216,10 +217,7 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
         parts["perceiver_resampler"] = export(resampler, RESAMPLER, "Idefics")
         config["perceiver_config"] = {
             "use_resampler": True,
-            "resampler_n_latents": resampler.num_latents,
-            "resampler_depth": resampler.depth,
-            "resampler_n_heads": resampler.num_heads,
-            "resampler_head_dim": resampler.head_dim,
+            **write_sizes(resampler, _RESAMPLER_SIZES),
             "qk_layer_norms_perceiver": resampler.qk_norm is not None,
         }
     for place, tensors in parts.items():
@@ -271,11 +269,7 @@ def _vision(config: dict[str, Any], state: dict[str, Tensor], context: str) -> V
     """The tower, whose last norm nobody reads there."""
     vision = ViT(
         config["image_size"],
-        config["patch_size"],
-        config["embed_dim"],
-        config["num_hidden_layers"],
-        config["num_attention_heads"],
-        mlp_dim=config["intermediate_size"],
+        **read_sizes(config, _VISION_SIZES, context),
         patches=PatchConfig(config["num_channels"], bias=False, norm=True),
         block=BlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
         output=OutputConfig("none"),

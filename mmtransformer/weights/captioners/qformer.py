@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.configs import SIZES, need
+from mmtransformer.weights.shared.configs import SIZES, read_sizes
 from mmtransformer.weights.shared.folders import read_tensors
 from mmtransformer.weights.shared.keys import rows_of
 from mmtransformer.weights.text.bert import bert_names
@@ -115,18 +115,14 @@ def qformer_from_bert(
     if config.get("model_type") != "bert":
         raise ValueError(f'{folder / CONFIG}: model_type is "{config.get("model_type")}", not "bert"')
     state = read_tensors(folder)
-    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, SIZES, str(folder))
+    sizes = read_sizes(config, SIZES, str(folder))
+    sizes["vocab_size"] += extra_ids
     with built_from(state, str(folder)):
         qformer = QFormer(
             num_queries,
-            dim,
-            depth,
-            heads,
-            visual_dim,
+            visual_dim=visual_dim,
             cross_every=cross_every,
-            mlp_dim=mlp_dim,
-            vocab_size=vocab_size + extra_ids,
-            max_len=max_len,
+            **sizes,
             dropout=dropout,
             eps=config.get("layer_norm_eps", 1e-12),
         )

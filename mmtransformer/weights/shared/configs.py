@@ -1,7 +1,9 @@
 """Configs of other projects: what must be there, and what must not be otherwise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from mmtransformer.layers.config import Activation
 
@@ -18,15 +20,15 @@ ACTIVATIONS: dict[str, Activation] = {
 SOURCE_ACTIVATIONS = {target: source for source, target in reversed(ACTIVATIONS.items())}
 
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-"""The sizes of a text model, by the names that most of transformers' configs have for them."""
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "max_position_embeddings": "max_len",
+}
+"""The sizes of a text model: the names that most of transformers' configs have for them, and the library's."""
 
 
 class UnsupportedModel(ValueError):
@@ -47,15 +49,25 @@ def activation_of(config: Mapping[str, Any], key: str, context: str, default: st
     return ACTIVATIONS[name]
 
 
-def need(config: Mapping[str, Any], names: Sequence[str], context: str) -> list[Any]:
-    """The values of these keys of a config.
+def read_sizes(config: Mapping[str, Any], names: Mapping[str, str], context: str) -> dict[str, Any]:
+    """What a config says, as arguments of one of the library's models.
+
+    Args:
+        config: the other project's config.
+        names: its keys, and the library's names, such as `SIZES`.
+        context: what it comes from, for errors.
 
     Raises:
         ValueError: naming the keys that are missing.
     """
     if missing := [name for name in names if config.get(name) is None]:
         raise ValueError(f"{context}: the config lacks {', '.join(missing)}")
-    return [config[name] for name in names]
+    return {target: config[source] for source, target in names.items()}
+
+
+def write_sizes(model: nn.Module, names: Mapping[str, str]) -> dict[str, Any]:
+    """The same entries of a config, from a model that has these attributes."""
+    return {source: getattr(model, target) for source, target in names.items()}
 
 
 def only(config: Mapping[str, Any], context: str, expected: Mapping[str, Any], kind: str = "TextDecoder") -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.configs import SIZES, SOURCE_ACTIVATIONS, activation_of, need
+from mmtransformer.weights.shared.configs import SIZES, SOURCE_ACTIVATIONS, activation_of, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill
 
@@ -69,14 +69,8 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
     words = "cls.predictions.transform.dense.weight" in state
     if words and not config.get("tie_word_embeddings", True):
         raise ValueError(f"{context} has a word head of its own: TextEncoder's is tied to the embedding")
-    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, SIZES, context)
     encoder = TextEncoder(
-        vocab_size,
-        dim,
-        depth,
-        heads,
-        mlp_dim=mlp_dim,
-        max_len=max_len,
+        **read_sizes(config, SIZES, context),
         num_types=config.get("type_vocab_size", 2),
         activation=activation,
         norm_eps=config.get("layer_norm_eps", 1e-12),
@@ -147,12 +141,7 @@ def save_encoder(encoder: TextEncoder, folder: str | Path) -> None:
     config = {
         "model_type": "bert",
         "architectures": [_CLASSES[heads]],
-        "vocab_size": encoder.vocab_size,
-        "hidden_size": encoder.dim,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.num_heads,
-        "intermediate_size": encoder.mlp_dim,
-        "max_position_embeddings": encoder.max_len,
+        **write_sizes(encoder, SIZES),
         "type_vocab_size": encoder.num_types,
         "hidden_act": SOURCE_ACTIVATIONS[encoder.activation],
         "layer_norm_eps": encoder.norm_eps,

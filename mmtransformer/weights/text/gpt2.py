@@ -6,7 +6,14 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
-from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, UnsupportedModel, activation_of, need, only
+from mmtransformer.weights.shared.configs import (
+    SOURCE_ACTIVATIONS,
+    UnsupportedModel,
+    activation_of,
+    only,
+    read_sizes,
+    write_sizes,
+)
 from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 
 _KEYS = {
@@ -22,6 +29,13 @@ _KEYS = {
     "transformer.h.*.mlp.[c_fc,c_proj]": "blocks.*.mlp.[fc1,fc2]",
     "transformer.ln_f": "last_norm",
     "lm_head": "lm_head",
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "n_embd": "dim",
+    "n_layer": "depth",
+    "n_head": "num_heads",
+    "n_positions": "max_len",
 }
 _TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".crossattention.bias")
@@ -44,17 +58,11 @@ def decoder_from_gpt2(config: dict[str, Any], state: dict[str, Tensor], context:
             f"{context} scales attention by layer, or not at all: TextDecoder scales by 1 / sqrt(head_dim)"
         )
     only(config, context, {"quantization_config": None})
-    vocab_size, dim, depth, heads, max_len = need(
-        config, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"), context
-    )
+    sizes = read_sizes(config, _SIZES, context)
     decoder = TextDecoder(
-        vocab_size,
-        dim,
-        depth,
-        heads,
-        max_len=max_len,
+        **sizes,
         mlp_dim=config.get("n_inner"),
-        cross_dim=dim if config.get("add_cross_attention") else None,
+        cross_dim=sizes["dim"] if config.get("add_cross_attention") else None,
         mlp=MLPConfig(activation),
         norm=NormConfig(eps=config.get("layer_norm_epsilon", 1e-5)),
         tied=config.get("tie_word_embeddings", True),
@@ -91,11 +99,7 @@ def gpt2_config(decoder: TextDecoder) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": decoder.vocab_size,
-        "n_embd": decoder.dim,
-        "n_layer": decoder.depth,
-        "n_head": decoder.num_heads,
-        "n_positions": decoder.max_len,
+        **write_sizes(decoder, _SIZES),
         "n_inner": decoder.mlp_dim,
         "layer_norm_epsilon": decoder.norm.eps,
         "activation_function": SOURCE_ACTIVATIONS[decoder.mlp.activation],  # pyright: ignore[reportArgumentType]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
-from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, need, only
+from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, only, read_sizes, write_sizes
 from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -51,15 +51,9 @@ def decoder_from_llama(config: dict[str, Any], state: dict[str, Tensor], context
     """
     family = config["model_type"]
     only(config, context, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
-    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, SIZES, context)
     theta, scaling = rope_of(config, context)
     decoder = TextDecoder(
-        vocab_size,
-        dim,
-        depth,
-        heads,
-        max_len=max_len,
-        mlp_dim=mlp_dim,
+        **read_sizes(config, SIZES, context),
         attention=AttentionConfig(
             num_kv_heads=config.get("num_key_value_heads"),
             head_dim=config.get("head_dim", 128 if family == "qwen3" else None),
@@ -179,18 +173,12 @@ def decoder_to_llama(decoder: TextDecoder) -> dict[str, Tensor]:
 
 def llama_config(decoder: TextDecoder, family: str) -> dict[str, Any]:
     """The config.json of a decoder, as one of `llamas_of` it."""
-    depth = decoder.depth
     config = {
         "model_type": family,
         "architectures": [_CLASSES[family]],
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.dim,
-        "num_hidden_layers": depth,
-        "num_attention_heads": decoder.num_heads,
+        **write_sizes(decoder, SIZES),
         "num_key_value_heads": decoder.attention.num_kv_heads or decoder.num_heads,
         "head_dim": decoder.attention.head_dim or decoder.dim // decoder.num_heads,
-        "intermediate_size": decoder.mlp_dim,
-        "max_position_embeddings": decoder.max_len,
         "rms_norm_eps": decoder.norm.eps,
         "hidden_act": "silu",
         "rope_theta": decoder.positions.theta,
@@ -202,6 +190,6 @@ def llama_config(decoder: TextDecoder, family: str) -> dict[str, Any]:
     if decoder.attention.window is not None and family != "mistral":
         config |= {"use_sliding_window": True, "max_window_layers": 0}
     if family == "smollm3":
-        every = decoder.positions.nope_interval or depth + 1
-        config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(depth)]
+        every = decoder.positions.nope_interval or decoder.depth + 1
+        config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(decoder.depth)]
     return config

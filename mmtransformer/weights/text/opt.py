@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.layers.config import MLPConfig
-from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, UnsupportedModel, activation_of, need, only
+from mmtransformer.weights.shared.configs import (
+    SIZES,
+    SOURCE_ACTIVATIONS,
+    UnsupportedModel,
+    activation_of,
+    only,
+    read_sizes,
+    write_sizes,
+)
 from mmtransformer.weights.text.common import decoder_tensors, fill_decoder
 from mmtransformer.weights.text.gpt2 import is_gpt2
 
@@ -25,7 +33,7 @@ _KEYS = {
     "lm_head": "lm_head",
 }
 _OFFSET = 2
-_SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings"]
+_SIZES = {"ffn_dim" if target == "mlp_dim" else source: target for source, target in SIZES.items()}
 
 
 def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: str) -> TextDecoder:
@@ -41,7 +49,8 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: 
             fit.
     """
     activation = activation_of(config, "activation_function", context, "relu")
-    vocab_size, dim, depth, heads, mlp_dim, max_len = need(config, _SIZES, context)
+    sizes = read_sizes(config, _SIZES, context)
+    dim = sizes["dim"]
     if (config.get("word_embed_proj_dim") or dim) != dim:
         raise UnsupportedModel(
             f"{context}: embeddings are {config['word_embed_proj_dim']} wide and tokens {dim} (as in OPT-350m), and "
@@ -55,16 +64,7 @@ def decoder_from_opt(config: dict[str, Any], state: dict[str, Tensor], context: 
         "quantization_config": None,
     }
     only(config, context, expected)
-    decoder = TextDecoder(
-        vocab_size,
-        dim,
-        depth,
-        heads,
-        max_len=max_len,
-        mlp_dim=mlp_dim,
-        mlp=MLPConfig(activation),
-        tied=config.get("tie_word_embeddings", True),
-    )
+    decoder = TextDecoder(**sizes, mlp=MLPConfig(activation), tied=config.get("tie_word_embeddings", True))
     state = {name: t[_OFFSET:] if "embed_positions" in name else t for name, t in state.items()}
     return fill_decoder(decoder, _KEYS, state, context)
 
@@ -95,12 +95,7 @@ def opt_config(decoder: TextDecoder) -> dict[str, Any]:
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.dim,
-        "num_hidden_layers": decoder.depth,
-        "num_attention_heads": decoder.num_heads,
-        "ffn_dim": decoder.mlp_dim,
-        "max_position_embeddings": decoder.max_len,
+        **write_sizes(decoder, _SIZES),
         "activation_function": SOURCE_ACTIVATIONS[decoder.mlp.activation],  # pyright: ignore[reportArgumentType]
         "word_embed_proj_dim": decoder.dim,
         "tie_word_embeddings": decoder.tied,

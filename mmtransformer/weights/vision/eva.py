@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.weights.shared.configs import SIZES, read_sizes, write_sizes
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _KEYS = {
@@ -18,6 +19,9 @@ _KEYS = {
     "vision_model.encoder.layers.*.self_attn.projection": "blocks.*.attn.out_proj",
     "vision_model.encoder.layers.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
     "vision_model.post_layernorm": "norm",
+}
+_SIZES = {
+    name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 }
 _POSITIONS, _CLASS = "vision_model.embeddings.position_embedding", "vision_model.embeddings.class_embedding"
 
@@ -41,10 +45,7 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context:
     vit = ViT(
         _pair(config["image_size"]),
         _pair(config["patch_size"])[0],
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["num_attention_heads"],
-        mlp_dim=config["intermediate_size"],
+        **read_sizes(config, _SIZES, context),
         block=BlockConfig(norm_eps=config["layer_norm_eps"]),
     )
     return fill_vit(vit, _KEYS, state, context, positions=_POSITIONS, prefix=[_CLASS])
@@ -65,10 +66,7 @@ def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     tensors = vit_tensors(vit, _KEYS, "BLIP-2's vision tower", positions=_POSITIONS, prefix=[_CLASS])
     config = {
-        "hidden_size": vit.dim,
-        "intermediate_size": vit.mlp_dim,
-        "num_hidden_layers": vit.depth,
-        "num_attention_heads": vit.num_heads,
+        **write_sizes(vit, _SIZES),
         "image_size": vit.image_size[0],
         "patch_size": vit.patch_size,
         "hidden_act": "gelu",
