@@ -62,9 +62,14 @@ class Beams:
         return beam.gather(1, keep), token.gather(1, keep)
 
     def score(self, log_probs: Tensor, tokens: int) -> Tensor:
-        """Log-probabilities divided by their length, ((offset + tokens) / (offset + 1)) ** length_penalty."""
-        offset = self.config.length_offset
-        return log_probs / ((offset + tokens) / (offset + 1)) ** self.config.length_penalty
+        """Log-probabilities divided by their length, ((offset + tokens) / (offset + 1)) ** length_penalty.
+
+        A negative penalty divides by the length as a share of the longest, which orders texts alike: a multiple of the
+        length to a high power would come to what is `IMPOSSIBLE`.
+        """
+        offset, power = self.config.length_offset, self.config.length_penalty
+        unit = 1 if power >= 0 else self.config.max_new_tokens
+        return log_probs / ((offset + tokens) / (offset + unit)) ** power
 
     def extended(self, beam: Tensor, token: Tensor, log_probs: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The ids and log-probabilities of candidates (n c t), from beams and tokens (n c) and all (n s v)."""

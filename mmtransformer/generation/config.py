@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Self
 
 MOST_BEAMS = 4096  # a setting out of a file must not take all memory
@@ -60,22 +61,9 @@ class GenerationConfig:
     mark_images: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "force_words", tuple(self.force_words))  # JSON has no tuples
         for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value}")
-            if value is not None and name in _LEAST and value < _LEAST[name]:
-                raise ValueError(f"{name} must be at least {_LEAST[name]}, not {value}")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be above 0, not {self.temperature}; for the likeliest token use do_sample=False"
-            )
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not all(word.strip() for word in self.force_words):
-            raise ValueError(f"force_words {list(self.force_words)} has an empty word")
+            _check_setting(name, value)
+        object.__setattr__(self, "force_words", tuple(self.force_words))  # JSON has no tuples
         self._check_together()
 
     def _check_together(self) -> None:
@@ -106,11 +94,13 @@ class GenerationConfig:
         Raises:
             ValueError: as the constructor.
         """
+        for name, value in changes.items():
+            _check_setting(name, value)
         if changes.get("do_sample"):
             changes = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0} | changes
         elif "num_beams" not in changes and not self.do_sample:
             texts = changes.get("num_return_sequences", self.num_return_sequences)
-            groups = max(changes.get("num_beam_groups", self.num_beam_groups), 1)
+            groups = changes.get("num_beam_groups", self.num_beam_groups)
             beams = max(self.num_beams, texts, 5 if changes.get("force_words") else 1)
             changes["num_beams"] = -(-beams // groups) * groups
         return dataclasses.replace(self, **changes)
@@ -127,8 +117,53 @@ class GenerationConfig:
         )
 
 
-_LEAST = {
-    **dict.fromkeys(("max_new_tokens", "num_beams", "num_return_sequences", "num_beam_groups", "top_k"), 1),
-    **dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "seed"), 0),
-    **dict.fromkeys(("diversity_penalty", "length_offset", "guidance_scale"), 0.0),
+_INF = math.inf
+_WHOLE = {
+    **dict.fromkeys(("max_new_tokens", "num_beams", "num_return_sequences", "num_beam_groups", "top_k"), (1, _INF)),
+    **dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "seed"), (0, _INF)),
 }
+# Beyond these, scores in float32 are no numbers any more, or all alike.
+_REAL = {
+    "diversity_penalty": (0.0, 1e3),
+    "length_penalty": (-10.0, 10.0),
+    "length_offset": (0.0, 1e6),
+    "temperature": (1e-6, 1e6),
+    "top_p": (1e-6, 1.0),
+    "repetition_penalty": (1e-3, 1e3),
+    "guidance_scale": (0.0, 1e3),
+}
+_OPTIONAL = ("top_k", "top_p")
+
+
+def _check_setting(name: str, value: Any) -> None:
+    """Refuses a value of another kind than a setting's, or out of its range.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if name == "force_words":
+        if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+            raise ValueError(f"force_words must be a list of words, not {value!r:.80}")
+        if not all(word.strip() for word in value):
+            raise ValueError(f"force_words {list(value)} has an empty word")
+    elif name in ("do_sample", "mark_images"):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {value!r:.80}")
+    elif (name in _WHOLE or name in _REAL) and not (value is None and name in _OPTIONAL):
+        _check_number(name, value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    kind, what = (Integral, "whole") if name in _WHOLE else (Real, "finite")
+    least, most = _WHOLE.get(name) or _REAL[name]
+    number: float = value
+    if not isinstance(value, kind) or isinstance(value, bool) or number != number or number in (_INF, -_INF):
+        raise ValueError(f"{name} must be a {what} number, not {value!r:.80}")
+    if name == "top_p" and not 0 < number <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {number}")
+    if number <= 0 < least and name in _REAL:
+        hint = "; for the likeliest token use do_sample=False" if name == "temperature" else ""
+        raise ValueError(f"{name} must be above 0, not {number}{hint}")
+    if not least <= number <= most:
+        bound = f"at least {least}" if number < least else f"at most {most}"
+        raise ValueError(f"{name} must be {bound}, not {number}")

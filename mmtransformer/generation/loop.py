@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def generate(
         ValueError: for numbers that make no sense, alone or together, or with this model and batch.
     """
     c = dataclasses.replace(config or GenerationConfig(), **changes)
-    ends = [eos_id] if isinstance(eos_id, int) else [*eos_id]
+    ends = _ids(eos_id)
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     check(c, model, batch, ends, forced.words)
     eos_ids = torch.tensor(ends, device=batch.tokens.device)
@@ -104,7 +105,7 @@ def stream(
             f"a stream is one text, without beams: num_beams is {c.num_beams}, num_return_sequences "
             f"{c.num_return_sequences}"
         )
-    ends = [eos_id] if isinstance(eos_id, int) else [*eos_id]
+    ends = _ids(eos_id)
     check(c, model, batch, ends)
     search = Sampler(batch, c, torch.tensor(ends, device=batch.tokens.device), content)
     for tokens in decode_loop(model, batch, c, search):
@@ -131,6 +132,15 @@ def decode_loop(
             if rows is not None:
                 state.reorder(rows)
             logits = writer.decode_step(tokens, state)
+
+
+def _ids(eos_id: int | Sequence[int]) -> list[int]:
+    if isinstance(eos_id, Tensor):
+        eos_id = eos_id.flatten().tolist()
+    ids: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
+    return ids
 
 
 def check(

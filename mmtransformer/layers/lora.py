@@ -43,11 +43,11 @@ def add_lora(
     for target in targets:
         if not any(name.endswith(target) for name, m in model.named_modules() if isinstance(m, nn.Linear)):
             raise ValueError(f'no linear layer is called "{target}"; there are {", ".join(linear)}')
-    shared = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+    shared = [p.data_ptr() for m in model.modules() for p in m.parameters(recurse=False)]
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not name.endswith(tuple(targets)):
             continue
-        if shared.count(id(module.weight)) > 1:
+        if shared.count(module.weight.data_ptr()) > 1 and not module.weight.is_meta:
             raise ValueError(
                 f"{name} shares its weight with another layer (a head tied to the embedding?), which would receive the "
                 "product too: choose other targets, or a model that is not tied"

@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
@@ -139,6 +139,19 @@ def weights_written_to(path: Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code) if found else str(error), str(path)) from error
 
 
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors: those that are one under the first of their names, those that share memory each apart."""
+    state: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, tensor in tensors.items():
+        if not tensor.numel() or tensor.data_ptr() not in written:
+            written.add(tensor.data_ptr())
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            state[name] = tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+    with weights_written_to(path):
+        save_file(state, path, metadata={"format": "pt"})
+
+
 def open_weights(folder: Path) -> None:
     """Lets those read the weights who may read the config beside them: safetensors writes for its user alone."""
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
@@ -239,10 +252,10 @@ def refuse_unreadable(module: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _ties(state: dict[str, Tensor]) -> set[frozenset[str]]:
-    """Which names stand for one tensor."""
+    """Which names stand for one tensor, or for one place in memory (`a.data = b.data`)."""
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
+        names.setdefault(tensor.data_ptr() or id(tensor), []).append(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
@@ -293,8 +306,7 @@ class Pretrained:
         text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with weights_written_to(folder / WEIGHTS):
-            save_model(self, str(folder / WEIGHTS), metadata={"format": "pt"})
+        write_weights(folder / WEIGHTS, self.state_dict())
         (folder / CONFIG).write_text(text, encoding="utf-8")
         open_weights(folder)
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -10,20 +11,20 @@ from mmtransformer import GenerationConfig
 from mmtransformer.cli.generation_options import add_generation_options, generation_changes
 
 NUMBERS = [
-    ("repetition_penalty", (0.0, -1.0)),
-    ("temperature", (0.0, -1.0)),
+    ("repetition_penalty", (0.0, -1.0, 1e-50, 1e300)),
+    ("temperature", (0.0, -1.0, 1e-42, 1e300)),
     ("no_repeat_ngram_size", (-1,)),
     ("min_new_tokens", (-1,)),
     ("max_new_tokens", (0,)),
     ("num_beams", (0, 5000)),
     ("num_beam_groups", (0,)),
     ("num_return_sequences", (0,)),
-    ("length_penalty", ()),
+    ("length_penalty", (500.0, -500.0)),
     ("length_offset", (-0.5,)),
-    ("diversity_penalty", (-0.5,)),
-    ("guidance_scale", (-0.5,)),
+    ("diversity_penalty", (-0.5, 1e300)),
+    ("guidance_scale", (-0.5, 1e300)),
     ("top_k", (0,)),
-    ("top_p", (0.0, 1.5)),
+    ("top_p", (0.0, 1.5, 1e-50)),
     ("seed", (-1,)),
 ]
 
@@ -34,6 +35,20 @@ def test_numbers_that_make_no_sense_are_named(name: str, wrong: tuple[float, ...
     for value in (*wrong, *odd, *((math.nan,) if name == "top_p" else ())):
         with pytest.raises(ValueError, match=rf"^{name}\b"):
             GenerationConfig(**{name: value})
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(GenerationConfig), ids=lambda field: field.name)
+def test_values_of_another_kind_are_named(field: Any) -> None:
+    default, whole = getattr(GenerationConfig(), field.name), "int" in str(field.type)
+    wrong: list[Any] = ["3", [1], {"a": 1}] + [None] * (field.name not in ("top_k", "top_p"))
+    wrong += [math.nan, math.inf, 2.5] if whole else []
+    wrong += [1, 0.5] if isinstance(default, bool) else [True, False]
+    if field.name == "force_words":
+        wrong = ["dog", [3], 3, None, True, ["dog", " "]]
+    for value in wrong:
+        for make in (GenerationConfig, GenerationConfig().updated):
+            with pytest.raises(ValueError, match=rf"^{field.name}\b"):
+                make(**{field.name: value})
 
 
 def test_settings_of_beams_follow_those_that_are_named() -> None:

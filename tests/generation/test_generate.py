@@ -295,6 +295,28 @@ def test_an_end_outside_the_vocabulary_is_refused(captioner: EncoderDecoder, end
             list(search(captioner, prompts(), eos_id=ends))
 
 
+@pytest.mark.parametrize("ends", [None, "3", 1.5, True, [None], [1, True], [1.0], torch.tensor(1.5)], ids=repr)
+def test_an_end_that_is_no_id_is_refused(captioner: EncoderDecoder, ends: Any) -> None:
+    with pytest.raises(ValueError, match=r"^eos_id must be an id or several, not "):
+        generate(captioner, prompts(), eos_id=ends, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"^eos_id must be an id or several, not "):
+        next(stream(captioner, prompts(), eos_id=ends, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("penalty", [-1.0, -6.0, -10.0])
+def test_beams_that_prefer_short_texts_give_long_ones_where_they_must(penalty: float) -> None:
+    torch.manual_seed(0)
+    model = TextDecoder(13, 16, 2, 2, max_len=100)
+    batch = PromptBatch(torch.randint(0, 13, (2, 3)), torch.ones(2, 3, dtype=torch.bool))
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 90, "min_new_tokens": 60}
+    for row in generate(model, batch, eos_id=2, length_penalty=penalty, **options):
+        lengths = [len(text.tokens) for text in row]
+        assert len(row) == 3
+        assert min(lengths) >= 60
+        means = [text.log_prob * (len(text.tokens) + text.finished) ** -penalty for text in row]
+        assert means == sorted(means, reverse=True)
+
+
 def one_row(batch: CaptionBatch, row: int, padding: int = 0) -> CaptionBatch:
     """One row of a batch, with more padding before its prompt."""
     assert batch.visual_tokens is not None

@@ -100,6 +100,11 @@ def test_a_head_that_is_the_embedding_is_refused() -> None:
     """Its product would be added to the embedding too, when it is merged."""
     with pytest.raises(ValueError, match="lm_head shares its weight with another layer"):
         add_lora(TextDecoder(31, 24, 1, 4), ["q_proj", "lm_head"])
+    one_memory = TextDecoder(31, 24, 1, 4)
+    attn = one_memory.blocks[0].attn
+    attn.k_proj.weight = torch.nn.Parameter(attn.q_proj.weight.detach())
+    with pytest.raises(ValueError, match="q_proj shares its weight with another layer"):
+        add_lora(one_memory)
     untied = add_lora(TextDecoder(31, 24, 1, 4, tied=False), ["lm_head"])
     tokens = torch.randint(31, (2, 5))
     torch.nn.init.normal_(untied.get_parameter("lm_head.lora_B.default.weight"))

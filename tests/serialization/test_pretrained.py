@@ -413,6 +413,14 @@ def unreadable(kind: str) -> tuple[Any, str]:
         assert model.qformer.tok_embed is not None
         model.qformer.tok_embed.weight = model.decoder.tok_embed.weight
         return model, "tok_embed.weight"
+    if kind == "one memory":
+        assert model.qformer.tok_embed is not None
+        model.qformer.tok_embed.weight.data = model.decoder.tok_embed.weight.data
+        return model, "tok_embed.weight"
+    if kind == "one memory, turned":
+        query, key = (model.decoder.blocks[0].attn.get_submodule(f"{name}_proj") for name in "qk")
+        key.weight = torch.nn.Parameter(query.get_parameter("weight").detach().T)
+        return model, r"blocks\.0\.attn\..*_proj\.weight"
     if kind == "a block used twice":
         model.decoder.blocks[1] = model.decoder.blocks[0]
         return model, r"decoder\.blocks\.0\."
@@ -426,12 +434,27 @@ def unreadable(kind: str) -> tuple[Any, str]:
     return model, "lora_.*merge_lora"
 
 
-@pytest.mark.parametrize("kind", ["a tie of one's own", "a block used twice", "a tie undone", "another layer", "lora"])
+KINDS = ["a tie of one's own", "one memory", "one memory, turned", "a block used twice", "a tie undone",
+         "another layer", "lora"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_could_not_be_loaded_is_not_saved(kind: str, tmp_path: Path) -> None:
     model, message = unreadable(kind)
     with pytest.raises(ValueError, match=f"Blip2 is not saved.*{message}"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_parameters_that_are_parts_of_one_vector_are_saved_apart(tmp_path: Path) -> None:
+    """As `vector_to_parameters` leaves them."""
+    model = decoder()
+    torch.nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())), model.parameters())
+    model.save_pretrained(tmp_path)
+    again = TextDecoder.from_pretrained(tmp_path)
+    assert all(torch.equal(*both) for both in zip(model.parameters(), again.parameters(), strict=True))
+    size = sum(p.numel() for p in model.parameters()) * 4
+    assert size < (tmp_path / "model.safetensors").stat().st_size < size + 10_000
 
 
 def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmtransformer.serialization.pretrained import (
@@ -15,7 +14,7 @@ from mmtransformer.serialization.pretrained import (
     open_weights,
     read_json,
     read_safetensors,
-    weights_written_to,
+    write_weights,
 )
 
 _INDEX = "model.safetensors.index.json"
@@ -61,11 +60,8 @@ def read_state(source: str | Path) -> tuple[dict[str, Tensor], str]:
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes `config.json` and `model.safetensors`, a tensor that has several names under the first of them."""
-    places: dict[int, str] = {}
-    once = {name: t for name, t in tensors.items() if places.setdefault(t.data_ptr(), name) == name}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with weights_written_to(folder / WEIGHTS):
-        save_file(once, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder / WEIGHTS, tensors)
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     open_weights(folder)

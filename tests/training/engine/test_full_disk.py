@@ -69,7 +69,7 @@ def test_results_that_cannot_be_written(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "save_model", no_room)
+        patch.setattr(pretrained, "save_file", no_room)
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "model/model.safetensors", "No space left on device")
     with monkeypatch.context() as patch:
