@@ -82,10 +82,9 @@ class CheckReport:
         return {**dataclasses.asdict(self), "hurts": self.hurts}
 
     def __str__(self) -> str:
-        rows = [(split, f"{count:,} pictures", f"{self.captions[split]:,} captions") for split, count in
-                self.images.items()]  # fmt: skip
         lines = [self.source, ""]
-        lines += [f"  {split:<14}{images:>18}{captions:>20}" for split, images, captions in rows]
+        for split, count in self.images.items():
+            lines.append(f"  {split:<14}{f'{count:,} pictures':>18}{f'{self.captions[split]:,} captions':>20}")
         if self.languages:
             lines += ["", "  languages     " + ", ".join(f"{code} {n:,}" for code, n in self.languages.items())]
         if self.sizes:
@@ -143,8 +142,13 @@ def check(
     flat = [caption for split in captions.values() for group in split for caption in group]
     words = Counter(len(caption.text.split()) for caption in flat)
     findings = _rows(report, max_bad) if isinstance(report, Report) else []
-    findings += _images(looked, max_bad)
-    findings += _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2, max_bad)
+    kinds = _images(looked) + _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2)
+    findings += [
+        Finding(what, len(some), of, may_hurt and len(some) > allowed(of, max_bad), some[:FIRST], remedy)
+        for what, some, of, may_hurt, remedy in kinds
+        if some
+    ]
+    findings += _one_caption(captions)
     findings += [
         Finding(f"no pictures in {name}", 0, 0, True, [], f"{what} needs some")
         for name, what in (("train", "training"), ("val", "the choice of the best weights"))
@@ -206,13 +210,9 @@ def _one_colour(pixels: np.ndarray) -> bool:
     return bool((pixels == pixels[0, 0]).all())
 
 
-def _hurts(count: int, of: int, max_bad: float) -> bool:
-    return count > allowed(of, max_bad)
-
-
 def _rows(report: Report, max_bad: float) -> list[Finding]:
     """The manifest's own errors. They are judged together, as training judges them."""
-    hurts = _hurts(report.bad_rows, report.rows, max_bad)
+    hurts = report.bad_rows > allowed(report.rows, max_bad)
     remedies = {
         "missing picture": "put the pictures beside the manifest, or name their folder with images=",
         "refused path": "write paths relative to the manifest, inside the root",
@@ -227,16 +227,10 @@ def _rows(report: Report, max_bad: float) -> list[Finding]:
     return found + [Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()]
 
 
-def _images(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
-    findings: list[Finding] = []
-    total = len(looked)
+_Kind = tuple[str, list[str], int, bool, str]  # what, the offenders, out of how many, whether it may hurt, remedy
 
-    def add(what: str, offenders: list[str], remedy: str, may_hurt: bool = True, of: int = total) -> None:
-        if offenders:
-            hurts = may_hurt and _hurts(len(offenders), of, max_bad)
-            findings.append(Finding(what, len(offenders), of, hurts, offenders[:FIRST], remedy))
 
-    add("corrupt pictures", [p.error for p in looked if p.error], "replace them or take them out")
+def _images(looked: Sequence[_Looked]) -> list[_Kind]:
     first: dict[bytes, _Looked] = {}
     inside: list[str] = []
     across: list[str] = []
@@ -245,17 +239,20 @@ def _images(looked: Sequence[_Looked], max_bad: float) -> list[Finding]:
         if image.digest and (known := first.setdefault(image.digest, image)) is not image:
             said = f"{image.split}/{image.name} = {known.split}/{known.name}"
             (inside if known.split == image.split else across).append(said)
-    held_out = sum(image.split != "train" for image in looked)
-    add("pictures that are in two splits", across, "a split column can keep copies together", of=held_out)
-    add("the same picture again in its split", inside, "list its captions together", may_hurt=False)
-    add("pictures of a single colour", [p.name for p in looked if p.blank], "take them out")
     thin = [
         f"{image.name}: {image.size[0]} x {image.size[1]}"
         for image in looked
         if image.size and (min(image.size) < 16 or max(image.size) > 8 * min(image.size))
     ]
-    add("pictures under 16 pixels, or 8 times longer than wide", thin, "take them out")
-    return findings
+    total, held_out = len(looked), sum(image.split != "train" for image in looked)
+    errors, blank = [p.error for p in looked if p.error], [p.name for p in looked if p.blank]
+    return [
+        ("corrupt pictures", errors, total, True, "replace them or take them out"),
+        ("pictures that are in two splits", across, held_out, True, "a split column can keep copies together"),
+        ("the same picture again in its split", inside, total, False, "list its captions together"),
+        ("pictures of a single colour", blank, total, True, "take them out"),
+        ("pictures under 16 pixels, or 8 times longer than wide", thin, total, True, "take them out"),
+    ]
 
 
 def _captions(
@@ -264,41 +261,35 @@ def _captions(
     tokenizer: Encoder | None,
     max_len: int,
     around: int,
-    max_bad: float,
-) -> list[Finding]:
-    room = max_len - around
+) -> list[_Kind]:
+    room, unit, total = max_len - around, "tokens" if tokenizer else "words", 0
     cut: list[str] = []
     short: list[str] = []
-    of_images: dict[str, set[tuple[str, int]]] = {}
-    total = 0
     for name, groups in captions.items():
         for i, group in enumerate(groups):
             for text in (caption.text for caption in group):
                 total += 1
-                of_images.setdefault(text, set()).add((name, i))
                 count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
                 if count > room:
-                    unit = "tokens" if tokenizer else "words"
                     cut.append(f"{splits[name].name(i)}: {count} {unit}: {text[:60]}...")
                 if _says_little(text):
                     short.append(f"{splits[name].name(i)}: {text!r}")
-    findings: list[Finding] = []
-    if cut:
-        what = f"captions longer than {room} {'tokens' if tokenizer else 'words'}, to be cut"
-        remedy = f"raise max_len ({max_len}) or split them into sentences"
-        findings.append(Finding(what, len(cut), total, _hurts(len(cut), total, max_bad), cut[:FIRST], remedy))
-    if short:
-        hurts = _hurts(len(short), total, max_bad)
-        findings.append(
-            Finding("captions that say next to nothing", len(short), total, hurts, short[:FIRST], "rewrite them")
-        )
-    images = sum(map(len, captions.values()))
-    text, places = max(of_images.items(), key=lambda item: len(item[1]), default=("", set[tuple[str, int]]()))
-    if len(places) > max(FIRST, images // 20):
-        hurts = len(places) > images // 2
-        what, remedy = "pictures share one caption", "a model learns to say this of every picture"
-        findings.append(Finding(what, len(places), images, hurts, [repr(text[:80])], remedy))
-    return findings
+    remedy = f"raise max_len ({max_len}) or split them into sentences"
+    return [
+        (f"captions longer than {room} {unit}, to be cut", cut, total, True, remedy),
+        ("captions that say next to nothing", short, total, True, "rewrite them"),
+    ]
+
+
+def _one_caption(captions: Mapping[str, list[list[Caption]]]) -> list[Finding]:
+    """The caption that most pictures have, if these are more than chance makes alike."""
+    groups = [group for split in captions.values() for group in split]
+    often = Counter(text for group in groups for text in dict.fromkeys(caption.text for caption in group))
+    for text, count in often.most_common(1):
+        if count > max(FIRST, len(groups) // 20):
+            what, remedy = "pictures share one caption", "a model learns to say this of every picture"
+            return [Finding(what, count, len(groups), count > len(groups) // 2, [repr(text[:80])], remedy)]
+    return []
 
 
 def _says_little(text: str) -> bool:

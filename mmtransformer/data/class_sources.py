@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from mmtransformer.data.files.read_options import check_share
-from mmtransformer.data.files.text import draw, split_word
+from mmtransformer.data.files.text import hash_share, split_word
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import load
 
@@ -124,7 +124,7 @@ class ImageFolder:
                     self.ignored += path.is_file()
                     continue
                 name = path.relative_to(top).as_posix()
-                held_out = split in (None, "train") and not has_val and draw(name) < val_fraction
+                held_out = split in (None, "train") and not has_val and hash_share(name) < val_fraction
                 file = _File(name, path, self.classes.index(folder.name))
                 self._splits.setdefault("val" if held_out else split or "train", []).append(file)
         self._splits = {name: files for name, files in self._splits.items() if files}

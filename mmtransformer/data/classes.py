@@ -1,7 +1,4 @@
-"""Pictures with classes as a LightningDataModule for a classifier.
-
-Letters: b pictures.
-"""
+"""Pictures with classes as a LightningDataModule for a classifier."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

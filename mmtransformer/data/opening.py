@@ -80,8 +80,8 @@ def are_shards(root: str | Path) -> bool:
     try:
         if not (first := find_shards(str(path))[0]).is_file():
             return True
-        with tarfile.open(first, "r:") as box:
-            names = [info.name.lower() for info in islice(box, _PEEK)]
+        with tarfile.open(first, "r:") as archive:
+            names = [info.name.lower() for info in islice(archive, _PEEK)]
     except (tarfile.TarError, OSError, ValueError, EOFError):
         return True  # shards, but damaged ones: they say how
     images = {_key(name) for name in names if name.endswith(IMAGES)}

@@ -113,7 +113,7 @@ class PairFiles:
         self.report = Report()
         files = Files(root)
         manifests = find_manifests(files, read.format)
-        self._images_in = files if read.images is None or not manifests else Files(_images_folder(files, read.images))
+        self._images_in = files if read.images is None or not manifests else Files(files.folder(read.images))
         self._found: dict[Any, _Image] = {}
         self._missing: list[tuple[str | None, Row, str, str]] = []
         self._said: list[str] = []
@@ -232,13 +232,6 @@ class PairFiles:
 
 def _title(manifest: Manifest) -> str:
     return "TSV" if manifest.entry.path.lower().endswith((".tsv", ".tab")) else _TITLES[manifest.format]
-
-
-def _images_folder(files: Files, images: str | Path) -> Path:
-    """`images` seen from the root if it is there, else from the current folder."""
-    given = Path(images).expanduser()
-    inside = files.root / given
-    return inside if files.root.is_dir() and inside.exists() else given
 
 
 def _also(refused: dict[str, str]) -> str:

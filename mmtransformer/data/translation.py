@@ -1,7 +1,4 @@
-"""Translations as a LightningDataModule for an encoder-decoder.
-
-Letters: n pairs, k source tokens, q target tokens.
-"""
+"""Translations as a LightningDataModule for an encoder-decoder."""
 
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Rows of documents with their pictures, as samples that depend on what is picked, and on nothing else.
-
-Letters: b rows; i pictures of a row; q tokens.
-"""
+"""Rows of documents with their pictures, as samples that depend on what is picked, and on nothing else."""
 
 import dataclasses
 from typing import NamedTuple

@@ -25,7 +25,7 @@ from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import json_lines
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
-from mmtransformer.data.files.text import fold, is_broken, is_missing, language_code, split_word
+from mmtransformer.data.files.text import is_broken, is_missing, language_code, normalize_text, split_word
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
@@ -134,7 +134,7 @@ class InterleavedFiles:
         manifests = document_files(files)
         if not manifests:
             raise ValueError(f"{self.root} holds no documents: no .jsonl file with a text and a list of pictures")
-        images_in = files if images is None else Files(_below(files, images))
+        images_in = files if images is None else Files(files.folder(images))
         documents: list[_Read] = []
         for entry in manifests:
             split = split_word(entry.path.rpartition("/")[2]) if len(manifests) > 1 else None
@@ -204,7 +204,7 @@ class InterleavedFiles:
     ) -> _Read:
         if any(map(is_broken, texts)):
             raise LineError("not valid Unicode", f"{''.join(texts)[:60]!a}")
-        texts = tuple("\n".join(filter(None, map(fold, text.split("\n")))) for text in texts)
+        texts = tuple("\n".join(filter(None, map(normalize_text, text.split("\n")))) for text in texts)
         if not images:
             raise LineError("no picture", f"{''.join(texts)[:60]!r}")
         if is_missing("".join(texts)):
@@ -239,10 +239,3 @@ def _unique(documents: list[_Read]) -> None:
     for document in documents:
         if often[document.name] > 1:
             document.name = document.where
-
-
-def _below(files: Files, images: str | Path) -> Path:
-    """`images` seen from the root if it is there, else from the current folder."""
-    given = Path(images).expanduser()
-    inside = files.root / given
-    return inside if files.root.is_dir() and inside.exists() else given

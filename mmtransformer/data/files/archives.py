@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 ARCHIVES = (".zip", ".tar")
-SQUEEZED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
 SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
@@ -35,20 +35,20 @@ class Entry(NamedTuple):
     Attributes:
         path: From the root, with "/": "images/a.jpg", or "part-0.zip/images/a.jpg" inside an archive.
         inner: The path inside its archive, or `path` in composed Unicode for a file in a folder.
-        box: Index of the archive in `Files.boxes`, or -1 for a file of its own.
+        archive: Index of the archive in `Files.archives`, or -1 for a file of its own.
         offset: First byte in the archive (of the local header, for a zip).
         size: Bytes, unpacked.
-        packed: Bytes as stored.
+        compressed_size: Bytes as stored.
         method: 0 stored, 8 deflated.
         crc: CRC-32 of the bytes, or -1 where none is kept (tar, folder).
     """
 
     path: str
     inner: str
-    box: int = -1
+    archive: int = -1
     offset: int = 0
     size: int = 0
-    packed: int = 0
+    compressed_size: int = 0
     method: int = 0
     crc: int = -1
 
@@ -104,7 +104,7 @@ class Files:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
         self.root = given.resolve()
-        self.boxes: list[str] = []
+        self.archives: list[str] = []
         self.entries: list[Entry] = []
         self.refused: dict[str, str] = {}
         asked = ""
@@ -112,8 +112,8 @@ class Files:
             self._walk("")
         elif not self.root.is_file():
             raise ValueError(f"{given}: not a regular file")
-        elif self.root.name.lower().endswith(ARCHIVES + SQUEEZED):
-            self._open_box("", self.root)
+        elif self.root.name.lower().endswith(ARCHIVES + COMPRESSED):
+            self._open_archive("", self.root)
             if self.refused.get(""):
                 raise ValueError(f"{given}: {self.refused['']}")
         else:
@@ -126,10 +126,10 @@ class Files:
         self._prepare()
 
     @classmethod
-    def of_boxes(cls, boxes: Sequence[str | Path]) -> Self:
+    def of_archives(cls, archives: Sequence[str | Path]) -> Self:
         """Archives whose entries are known from elsewhere (an index): none is opened before it is read."""
         files = cls.__new__(cls)
-        files.root, files.boxes, files.asked = Path(), [str(box) for box in boxes], None
+        files.root, files.archives, files.asked = Path(), [str(archive) for archive in archives], None
         files.entries, files.refused, files.by_path = [], {}, {}
         files._prepare()
         return files
@@ -162,32 +162,32 @@ class Files:
             raise FileError(f"{entry.path}: {reason}") from None
 
     def _read(self, entry: Entry) -> bytes:
-        if max(entry.size, entry.packed) > MAX_BYTES:
-            raise OSError(f"{max(entry.size, entry.packed):,} bytes, over the limit of {MAX_BYTES:,}")
-        if entry.box < 0:
+        if max(entry.size, entry.compressed_size) > MAX_BYTES:
+            raise OSError(f"{max(entry.size, entry.compressed_size):,} bytes, over the limit of {MAX_BYTES:,}")
+        if entry.archive < 0:
             # O_NONBLOCK: a pipe that took the file's place must not hang the run
             handle = os.open(self.root / entry.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
             with os.fdopen(handle, "rb") as file:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise OSError("no longer a regular file")
                 return file.read()
-        if len(self.boxes) > _OPEN:  # more than a process may hold open
-            handle = os.open(self.boxes[entry.box], os.O_RDONLY)
+        if len(self.archives) > _OPEN:  # more than a process may hold open
+            handle = os.open(self.archives[entry.archive], os.O_RDONLY)
             try:
                 return self._read_at(handle, entry)
             finally:
                 os.close(handle)
-        return self._read_at(self._handle(entry.box), entry)
+        return self._read_at(self._handle(entry.archive), entry)
 
     def _read_at(self, handle: int, entry: Entry) -> bytes:
         offset = entry.offset
-        if self.boxes[entry.box].lower().endswith(".zip"):
+        if self.archives[entry.archive].lower().endswith(".zip"):
             header = _pread(handle, 30, offset)
             if header[:4] != b"PK\x03\x04" or len(header) < 30:
                 raise OSError(f"no local header at byte {offset}; the zip is damaged or has changed")
             offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        data = _pread(handle, entry.packed, offset)
-        if len(data) == entry.packed and entry.method == zipfile.ZIP_DEFLATED:
+        data = _pread(handle, entry.compressed_size, offset)
+        if len(data) == entry.compressed_size and entry.method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-15).decompress(data, entry.size + 1)
             except zlib.error as error:
@@ -198,19 +198,21 @@ class Files:
             raise OSError("bytes fail the zip's checksum")
         return data
 
-    def archive(self, entry: Entry) -> str:
-        """The path of the archive that holds a file, "" for a file in a folder."""
-        return "" if entry.box < 0 else entry.path[: -len(entry.inner) - 1]
+    def folder(self, given: str | Path) -> Path:
+        """A folder that the user names, seen from the root if it is there, else from the current folder."""
+        given = Path(given).expanduser()
+        inside = self.root / given
+        return inside if self.root.is_dir() and inside.exists() else given
 
     def modified(self, entry: Entry) -> int:
         """When a file, or the archive that holds it, was last written, in nanoseconds."""
-        return (self.root / entry.path if entry.box < 0 else Path(self.boxes[entry.box])).stat().st_mtime_ns
+        return (self.root / entry.path if entry.archive < 0 else Path(self.archives[entry.archive])).stat().st_mtime_ns
 
-    def _handle(self, box: int) -> int:
+    def _handle(self, archive: int) -> int:
         with self._lock:
-            if box not in self._handles:
-                self._handles[box] = os.open(self.boxes[box], os.O_RDONLY)
-            return self._handles[box]
+            if archive not in self._handles:
+                self._handles[archive] = os.open(self.archives[archive], os.O_RDONLY)
+            return self._handles[archive]
 
     def _walk(self, folder: str) -> None:
         try:
@@ -240,14 +242,14 @@ class Files:
             info = item.stat()
             if not stat.S_ISREG(info.st_mode):
                 self.refused[nfc(path)] = "not a regular file"
-            elif item.name.lower().endswith(ARCHIVES + SQUEEZED):
-                self._open_box(path, Path(item.path))
+            elif item.name.lower().endswith(ARCHIVES + COMPRESSED):
+                self._open_archive(path, Path(item.path))
             else:
                 # `path` keeps the spelling on disk, which opens it; names are looked up in composed form
-                self.entries.append(Entry(path, nfc(path), size=info.st_size, packed=info.st_size))
+                self.entries.append(Entry(path, nfc(path), size=info.st_size, compressed_size=info.st_size))
 
-    def _open_box(self, prefix: str, path: Path) -> None:
-        if path.name.lower().endswith(SQUEEZED):
+    def _open_archive(self, prefix: str, path: Path) -> None:
+        if path.name.lower().endswith(COMPRESSED):
             self.refused[nfc(prefix)] = "compressed as a whole, so it can't be read in place: repack it as .tar or .zip"
             return
         lister = _list_zip if path.name.lower().endswith(".zip") else _list_tar
@@ -263,11 +265,11 @@ class Files:
                     self.refused[nfc(full)] = reason
                 elif inner and not any(p.startswith(".") or p == "__MACOSX" for p in inner.split("/")):
                     assert isinstance(entry, Entry)
-                    found[inner] = entry._replace(path=nfc(full), inner=inner, box=len(self.boxes))
+                    found[inner] = entry._replace(path=nfc(full), inner=inner, archive=len(self.archives))
         except _DAMAGED as error:
             self.refused[nfc(prefix)] = f"a damaged archive ({error})"
             return
-        self.boxes.append(str(path))
+        self.archives.append(str(path))
         self.entries.extend(found.values())
 
 
@@ -280,13 +282,13 @@ def _pread(handle: int, size: int, offset: int) -> bytes:
 
 
 def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
-    with zipfile.ZipFile(path) as box:
-        for info in box.infolist():
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
             name = info.filename
             if not name or name.endswith("/"):
                 continue
             if not info.flag_bits & 0x800 and not name.isascii():
-                name = _unmangle(name)
+                name = _repair_encoding(name)
             if info.flag_bits & 1:
                 yield name, "encrypted"
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -296,21 +298,11 @@ def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
             elif info.file_size > max(SMALL_BYTES, MOST_RATIO * info.compress_size):
                 yield (name, f"{info.file_size:,} bytes out of {info.compress_size:,}: a bomb, or nothing but one byte")
             else:
-                yield (
-                    name,
-                    Entry(
-                        "",
-                        "",
-                        offset=info.header_offset,
-                        size=info.file_size,
-                        packed=info.compress_size,
-                        method=info.compress_type,
-                        crc=info.CRC,
-                    ),
-                )
+                size, stored = info.file_size, info.compress_size
+                yield name, Entry("", "", -1, info.header_offset, size, stored, info.compress_type, info.CRC)
 
 
-def _unmangle(name: str) -> str:
+def _repair_encoding(name: str) -> str:
     """A name that a zip holds without saying its encoding: zipfile reads cp437; it is UTF-8, or Korean Windows."""
     try:
         raw = name.encode("cp437")
@@ -324,16 +316,25 @@ def _unmangle(name: str) -> str:
     return name
 
 
+def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """What a tar holds but folders, as it stands there.
+
+    Raises:
+        tarfile.ReadError: If a header leads backwards, so that reading would never end.
+    """
+    last = -1
+    for info in archive:
+        if info.offset <= last or info.size < 0:
+            raise tarfile.ReadError(f"a header at byte {info.offset} leads backwards")
+        last = info.offset
+        if not info.isdir():
+            yield info
+
+
 def _list_tar(path: Path) -> Iterator[tuple[str, Entry | str]]:
-    with tarfile.open(path, "r:") as box:
-        last = -1
-        for info in box:
-            if info.offset <= last or info.size < 0:
-                raise tarfile.ReadError(f"a header at byte {info.offset} leads backwards")
-            last = info.offset
-            if info.isdir():
-                continue
+    with tarfile.open(path, "r:") as archive:
+        for info in tar_members(archive):
             if not info.isreg() or info.issparse():
                 yield (info.name, "a link inside an archive" if info.issym() or info.islnk() else "not a regular file")
             else:
-                yield info.name, Entry("", "", offset=info.offset_data, size=info.size, packed=info.size)
+                yield info.name, Entry("", "", offset=info.offset_data, size=info.size, compressed_size=info.size)

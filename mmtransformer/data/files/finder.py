@@ -29,7 +29,7 @@ class Finder:
         self.by_last: dict[str, list[Entry]] = {}
         self.dropped = 0
         for entry in files.entries:
-            if entry.box >= 0:
+            if entry.archive >= 0:
                 self.inner.setdefault(entry.inner, []).append(entry)
             self.by_last.setdefault(nfc(entry.path).rpartition("/")[2], []).append(entry)
         paths = [path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None]
@@ -73,7 +73,7 @@ class Finder:
         found = self.inner.get(path, [])
         if self.way == 2 and not found:
             found = [e for e in self.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)]
-            loose = [entry for entry in found if entry.box < 0]
+            loose = [entry for entry in found if entry.archive < 0]
             found = loose if len(loose) == 1 else found  # an unpacked copy beside its archive
         if len(found) == 1:
             return found[0]

@@ -12,12 +12,21 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 from mmtransformer.data.files.archives import IMAGES, Entry, FileError, Files, nfc
 from mmtransformer.data.files.read_options import Format, Wanted
-from mmtransformer.data.files.tables import Columns, Row, find_columns, make_row, read_captions, read_table, sniff
+from mmtransformer.data.files.tables import (
+    Columns,
+    Row,
+    bad_row,
+    find_columns,
+    make_row,
+    read_captions,
+    read_table,
+    sniff,
+)
 from mmtransformer.data.files.text import CODES, SPLITS, lines, split_word
 from mmtransformer.data.loading.source import Caption
 
@@ -70,10 +79,10 @@ def find_manifests(files: Files, format: str = "auto") -> list[Manifest]:
             path = files.root / files.asked.path
             raise ValueError(f"{path} holds no captions of a known format; name it: format=...")
         return [Manifest(files.asked, kind)]
-    in_folders = [entry for entry in files.entries if entry.box < 0]
+    in_folders = [entry for entry in files.entries if entry.archive < 0]
     found = _candidates(files, in_folders, 0, format)
     if not found:
-        found = [m for group in _by_box(files) for m in _candidates(files, *group, format)]
+        found = [m for group in _by_archive(files) for m in _candidates(files, *group, format)]
     if format != "auto" and not found:
         raise ValueError(f"{files.root} holds no {format} manifest")
     if len(found) < 2:
@@ -94,14 +103,13 @@ def _own_split(manifest: Manifest) -> str | None:
     return split_word(name) or split_word(folder.rpartition("/")[2])
 
 
-def _by_box(files: Files) -> list[tuple[list[Entry], int]]:
+def _by_archive(files: Files) -> list[tuple[list[Entry], int]]:
     """The files of each archive, and how many of their path parts are the archive's own path."""
-    boxes: dict[int, list[Entry]] = {}
+    archives: dict[int, list[Entry]] = {}
     for entry in files.entries:
-        if entry.box >= 0:
-            boxes.setdefault(entry.box, []).append(entry)
-    return [(group, len(files.archive(group[0]).split("/")) if files.archive(group[0]) else 0) for group in
-            boxes.values()]  # fmt: skip
+        if entry.archive >= 0:
+            archives.setdefault(entry.archive, []).append(entry)
+    return [(group, group[0].path.count("/") - group[0].inner.count("/")) for group in archives.values()]
 
 
 def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str) -> list[Manifest]:
@@ -109,7 +117,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str) 
     lone = len(tops) == 1 and bool(entries) and all(entry.path.count("/") > skip for entry in entries)
     # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
     stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
-    tars = {box.removesuffix(".tar") + ".parquet" for box in files.boxes if box.endswith(".tar")}
+    tars = {archive.removesuffix(".tar") + ".parquet" for archive in files.archives if archive.endswith(".tar")}
     found: list[Manifest] = []
     for entry in entries:
         stem = nfc(entry.path).rpartition(".")[0]
@@ -245,9 +253,19 @@ def _read_records(records: Iterator[tuple[str, Any, str]], name: str, wanted: Wa
                 yield make_row(record, columns, where)
             else:
                 cause, _, what = (error or f"not a JSON object: {record!r:.60}").partition(": ")
-                yield Row(None, (), None, where, ((cause, what),))
+                yield bad_row(where, cause, what)
 
     return columns, rows()
+
+
+def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: str) -> Row:
+    """A picture with its captions, each with what errors call it."""
+    errors: list[tuple[str, str]] = []
+    captions = [caption for value, of in said for caption in read_captions(value, None, of, errors)]
+    if not captions and not errors:
+        errors.append(("no caption", name))
+    split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
+    return Row(name, tuple(captions), split, where, tuple(errors))
 
 
 def _coco(data: dict[str, Any], name: str) -> Iterator[Row]:
@@ -256,51 +274,44 @@ def _coco(data: dict[str, Any], name: str) -> Iterator[Row]:
         if isinstance(note, dict) and isinstance(note.get("image_id"), str | int):
             found.setdefault(note["image_id"], []).append((at, note.get("caption")))
         else:
-            yield Row(None, (), None, f"{name}: annotations[{at}]", (("no picture named", f"{note!r:.60}"),))
+            yield bad_row(f"{name}: annotations[{at}]", "no picture named", f"{note!r:.60}")
     for at, image in enumerate(data["images"]):
+        where = f"{name}: images[{at}]"
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-            yield Row(None, (), None, f"{name}: images[{at}]", (("no picture named", f"{image!r:.60}"),))
+            yield bad_row(where, "no picture named", f"{image!r:.60}")
             continue
-        errors: list[tuple[str, str]] = []
-        captions: list[Caption] = []
-        key = image.get("id")
-        for i, value in found.pop(key, ()) if isinstance(key, str | int) else ():
-            captions += read_captions(value, None, f"{image['file_name']} (annotations[{i}])", errors)
-        if not captions and not errors:
-            errors.append(("no caption", image["file_name"]))
-        split = image.get("split")
-        split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
-        yield Row(image["file_name"], tuple(captions), split, f"{name}: images[{at}]", tuple(errors))
+        path, key = image["file_name"], image.get("id")
+        notes = found.pop(key, ()) if isinstance(key, str | int) else ()
+        said = ((value, f"{path} (annotations[{i}])") for i, value in notes)
+        yield _image_row(path, said, image.get("split"), where)
     for key, orphans in found.items():
-        what = f"image_id {key!r} is not among the images"
-        yield Row(None, (), None, f"{name}: annotations[{orphans[0][0]}]", (("no picture named", what),))
+        where = f"{name}: annotations[{orphans[0][0]}]"
+        yield bad_row(where, "no picture named", f"image_id {key!r} is not among the images")
 
 
 def _karpathy(data: dict[str, Any], name: str) -> Iterator[Row]:
     for at, image in enumerate(data["images"]):
         where = f"{name}: images[{at}]"
         if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
-            yield Row(None, (), None, where, (("no picture named", f"{image!r:.60}"),))
+            yield bad_row(where, "no picture named", f"{image!r:.60}")
             continue
         folder, sentences = image.get("filepath"), image.get("sentences")
         path = f"{folder}/{image['filename']}" if folder and isinstance(folder, str) else image["filename"]
-        errors: list[tuple[str, str]] = []
-        captions: list[Caption] = []
-        for sentence in sentences if isinstance(sentences, list) else ():
-            if isinstance(sentence, dict) and "raw" not in sentence and isinstance(sentence.get("tokens"), list):
-                sentence = " ".join(map(str, sentence["tokens"]))
-            captions += read_captions(sentence, None, path, errors)
-        if not captions and not errors:
-            errors.append(("no caption", path))
-        split = image.get("split")
-        split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
-        yield Row(path, tuple(captions), split, where, tuple(errors))
+        said = [(_sentence(sentence), path) for sentence in (sentences if isinstance(sentences, list) else ())]
+        yield _image_row(path, said, image.get("split"), where)
+
+
+def _sentence(sentence: Any) -> Any:
+    """One of Karpathy's sentences, of which some files hold the words alone."""
+    if isinstance(sentence, dict) and "raw" not in sentence and isinstance(sentence.get("tokens"), list):
+        return " ".join(map(str, sentence["tokens"]))
+    return sentence
 
 
 def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
     splits: dict[str, str] = {}
     for other in files.entries:
-        if other.box == entry.box and (match := _SPLIT_LIST.search(other.path)):
+        if other.archive == entry.archive and (match := _SPLIT_LIST.search(other.path)):
             for line in lines(files.read(other)):
                 splits[(line.text or "").strip()] = SPLITS[match[2].lower()]
     for line in lines(files.read(entry)):
@@ -309,7 +320,7 @@ def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
         if match is None:
             if line.text is None or line.text.strip():
                 cause = ("not UTF-8", line.hint) if line.text is None else ("not name#number<TAB>caption", line.text)
-                yield Row(None, (), None, where, (cause,))
+                yield bad_row(where, *cause)
             continue
         errors: list[tuple[str, str]] = []
         captions = read_captions(match["text"], None, match["name"], errors)
@@ -360,4 +371,4 @@ def read_folder(files: Files) -> Iterator[Row]:
         for entry, _ in group:
             if entry.path not in used:
                 used.add(entry.path)
-                yield Row(None, (), None, entry.path, (("missing picture", "a caption file without a picture"),))
+                yield bad_row(entry.path, "missing picture", "a caption file without a picture")

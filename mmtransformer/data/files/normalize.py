@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from mmtransformer.data.files.text import draw, is_korean
+from mmtransformer.data.files.text import hash_share, is_korean
 from mmtransformer.data.loading.source import Caption
 
 _ORDER = {"train": 0, "val": 1, "test": 2}
@@ -65,7 +65,7 @@ def normalize_splits(
     found, said = list(splits), ""
     if val_fraction and "val" not in found:
         pool = [i for i, split in enumerate(found) if split in (None, "train")]
-        draws = {names[i]: draw(names[i]) for i in pool}
+        draws = {names[i]: hash_share(names[i]) for i in pool}
         held_out = {name for name, value in draws.items() if value < val_fraction}
         if len(draws) > 1:  # neither train nor val is empty, however few there are
             held_out = held_out or {min(draws, key=lambda name: draws[name])}

@@ -84,7 +84,7 @@ def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, I
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError(f"{entry.path}: Parquet needs pyarrow: pip install pyarrow") from None
-    if entry.box >= 0:
+    if entry.archive >= 0:
         raise ValueError(f"{entry.path}: Parquet inside an archive can't be read in place: unpack it")
     path = str(files.root / entry.path)
     try:

@@ -51,10 +51,10 @@ class ShardSplit:
         Raises:
             ImageError: If it can't be read or decoded; the message names the shard, the byte and the fault.
         """
-        box, offset, size = self._places[i].tolist()
-        label = f"{self._names[i]} (byte {offset} of {self._files.boxes[box]})"
+        archive, offset, size = self._places[i].tolist()
+        label = f"{self._names[i]} (byte {offset} of {self._files.archives[archive]})"
         try:
-            data = self._files.read(Entry(label, label, box, offset, size, size))
+            data = self._files.read(Entry(label, label, archive, offset, size, size))
         except FileError as error:
             said = str(error).removeprefix(f"{label}: ")
             raise ImageError(f"{label}: can't be read ({said}); has the shard changed since the run began?") from error
@@ -66,8 +66,8 @@ class ShardSplit:
 
     def fingerprint(self, i: int) -> str:
         """What changes when the bytes of picture i do: its shard's time, and its place."""
-        box, offset, size = self._places[i].tolist()
-        return f"{self._times[box]} {offset} {size}"
+        archive, offset, size = self._places[i].tolist()
+        return f"{self._times[archive]} {offset} {size}"
 
 
 class Shards:
@@ -118,7 +118,7 @@ class Shards:
         names, splits, captions, places = [], [], [], []
         titles = _titles(self.paths)
         bar = tqdm(self.paths, desc="index", unit=" shards", disable=not progress, leave=False)
-        for box, path in enumerate(bar):
+        for archive, path in enumerate(bar):
             samples, unkept = read_index(path, None if cache_dir is None else Path(cache_dir).expanduser())
             if unkept:
                 self.report.note("index not kept, so shards are read anew each time: name a cache_dir", unkept)
@@ -128,10 +128,10 @@ class Shards:
                 where = f"{path.name}:{sample.key}"
                 found = self._choose(sample, where, texts)
                 if found is not None:
-                    names.append(f"{titles[box]}/{sample.key}" if len(self.paths) > 1 else sample.key)
+                    names.append(f"{titles[archive]}/{sample.key}" if len(self.paths) > 1 else sample.key)
                     splits.append(split)
                     captions.append(found[0])
-                    places.append((box, *found[1]))
+                    places.append((archive, *found[1]))
         what = f"{len(self.paths)} tar shard{'s' * (len(self.paths) > 1)} {', '.join(map(str, given))}"
         if not self.report.rows:
             raise ValueError(f"{what}: no samples in them")
@@ -143,7 +143,7 @@ class Shards:
         members, shared = normalize_splits(names, splits, val_fraction)
         self._said = [what, f"{len(names)} pictures, {sum(map(len, captions))} captions"]
         self._said += [languages, *([shared] if shared else [])]
-        files, times = Files.of_boxes(self.paths), [path.stat().st_mtime_ns for path in self.paths]
+        files, times = Files.of_archives(self.paths), [path.stat().st_mtime_ns for path in self.paths]
         table = np.array(places, np.int64)
         self._splits = {
             split: ShardSplit(files, times, table[some], [names[i] for i in some], [captions[i] for i in some])

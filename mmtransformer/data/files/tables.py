@@ -11,11 +11,11 @@ from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.text import (
     CODES,
     LANGUAGES,
-    fold,
     is_broken,
     is_missing,
     language_code,
     lines,
+    normalize_text,
     split_word,
 )
 from mmtransformer.data.loading.source import Caption
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     Attributes:
         image: The picture's name or path; None where its bytes lie in the manifest itself.
-        captions: Its captions, folded; missing ones are already gone.
+        captions: Its captions, normalised; missing ones are already gone.
         split: The split's name, if the row says one.
         where: "captions.csv:7".
         errors: What was wrong in the row: (cause, what).
@@ -54,6 +54,11 @@ class Row(NamedTuple):
     errors: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
     key: Any = None
+
+
+def bad_row(where: str, cause: str, what: str) -> Row:
+    """A row of which nothing can be used, and why."""
+    return Row(None, (), None, where, ((cause, what),))
 
 
 class Columns(NamedTuple):
@@ -141,7 +146,7 @@ def looks_like_image(cell: str) -> bool:
 
 
 def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()) -> Row:
-    """A row of any table-like manifest, its cells checked and its captions folded."""
+    """A row of any table-like manifest, its cells checked and its captions normalised."""
     errors: list[tuple[str, str]] = []
     image = record.get(columns.image)
     if not columns.image:
@@ -158,7 +163,7 @@ def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tup
     for name, said in columns.captions:
         value = record.get(name)
         # one of several caption columns may stay empty, an only one may not
-        empty = value is None or (isinstance(value, str) and is_missing(fold(value)))
+        empty = value is None or (isinstance(value, str) and is_missing(normalize_text(value)))
         if len(columns.captions) == 1 or not empty:
             captions += read_captions(value, said or language, image or name, errors)
     if not captions and not errors:
@@ -168,7 +173,7 @@ def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tup
 
 
 def _split(value: Any) -> str | None:
-    word = fold(value).casefold() if isinstance(value, str) else ""
+    word = normalize_text(value).casefold() if isinstance(value, str) else ""
     return None if is_missing(word) else split_word(word) or word
 
 
@@ -190,7 +195,7 @@ def read_captions(
         if is_broken(value):
             errors.append(("not valid Unicode", f"{of} {value[:60]!a}"))
             return []
-        text = fold(value)
+        text = normalize_text(value)
         if is_missing(text):
             errors.append(("empty caption", f"{of} {value.strip()[:20]!r}"))
             return []
@@ -267,7 +272,7 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
         where = f"{name}:{line.number}"
         at += 1
         if line.text is None:
-            yield Row(None, (), None, where, (("not UTF-8", line.hint),))
+            yield bad_row(where, "not UTF-8", line.hint)
             continue
         if not line.text.strip():
             continue
@@ -288,7 +293,7 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
             cells = [*cells[: width - 1], mark.join(cells[width - 1 :])]
         if len(cells) != width:
             what = f"{len(cells)} cells where the header has {width}: {line.text[:80]}"
-            yield Row(None, (), None, where, (("wrong number of cells", what),))
+            yield bad_row(where, "wrong number of cells", what)
             continue
         record = {key: cell.strip() for key, cell in zip(header, cells, strict=True)}
         yield make_row(record, columns, where, notes)

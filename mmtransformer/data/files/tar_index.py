@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import IMAGES, MAX_BYTES, SQUEEZED, join, refusal
+from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, join, refusal, tar_members
 from mmtransformer.data.files.tables import read_captions
 from mmtransformer.data.files.text import CODES, lines
 from mmtransformer.data.loading.source import Caption
@@ -132,20 +132,14 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
     samples: dict[str, ShardSample] = {}
     seen: dict[tuple[str, str], int] = {}
     with _errors_named(shard), shard.open("rb") as file:
-        if shard.name.lower().endswith(SQUEEZED) or file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
+        if shard.name.lower().endswith(COMPRESSED) or file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
             raise ShardError(
                 f"{shard}: compressed as a whole, so no member can be read in place; unpack it once "
                 f"(gunzip {shard.name}): pictures are compressed already, it hardly grows"
             )
         file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as box:
-            last = -1
-            for info in box:
-                if info.offset <= last or info.size < 0:
-                    raise ShardError(f"{shard}: a header at byte {info.offset} leads backwards; the tar is damaged")
-                last = info.offset
-                if info.isdir():
-                    continue
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in tar_members(archive):
                 path = _path(shard, info)
                 folder, _, name = path.rpartition("/")
                 stem, dot, ending = name.partition(".")
@@ -165,10 +159,10 @@ def _scan(shard: Path, size: int) -> Iterator[ShardSample]:
                     sample.images.append((ending, info.offset_data, info.size))
                 elif ending.rpartition(".")[2] in TEXTS:
                     data = b""
-                    if info.size <= _MAX_TEXT and (found := box.extractfile(info)) is not None:
+                    if info.size <= _MAX_TEXT and (found := archive.extractfile(info)) is not None:
                         data = found.read()
                     sample.captions[ending] = list(_texts(data, ending, path, sample.errors))
-            _check_end(shard, file, box.offset)
+            _check_end(shard, file, archive.offset)
     yield from samples.values()
 
 

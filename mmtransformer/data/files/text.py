@@ -67,7 +67,7 @@ def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
     return f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8"
 
 
-def fold(text: str) -> str:
+def normalize_text(text: str) -> str:
     """One line of composed Unicode without control characters, and single spaces."""
     text = text if text.isascii() else unicodedata.normalize("NFC", text.replace("\ufeff", " "))
     text = " ".join(text.split())
@@ -77,7 +77,7 @@ def fold(text: str) -> str:
 
 
 def is_missing(text: str) -> bool:
-    """Whether a folded text stands for "no value"."""
+    """Whether a normalised text stands for "no value"."""
     return len(text) <= 6 and text.casefold() in MISSING
 
 
@@ -115,6 +115,6 @@ def split_word(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def draw(name: str) -> float:
+def hash_share(name: str) -> float:
     """A number in [0, 1) that only depends on the name: whether what is so called goes to val."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,7 +1,6 @@
 """One split of captioned pictures as a dataset whose samples depend on what is picked, and on nothing else.
 
-Letters: b pictures; r captions of a picture; n = b * r rows; q tokens; i pictures a sample (1); p visual tokens;
-d dimensions.
+Shapes: b pictures; r captions of a picture, which make n = b * r rows.
 """
 
 import dataclasses

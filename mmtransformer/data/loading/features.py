@@ -4,7 +4,7 @@ The file is a plain safetensors file, `<split>-<key>.safetensors`, and the key i
 on: every weight and setting of the tower, the transform, the pictures, the number format. So a stale cache cannot be
 used: something else has another name. It is written beside its final name and renamed when it is whole.
 
-Letters: n pictures; m copies of a picture (as it is, and mirrored); p visual tokens; d dimensions.
+Shapes: m copies of a picture (as it is, and mirrored).
 """
 
 import contextlib

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mmtransformer.data.files.text import draw, fold, is_missing
+from mmtransformer.data.files.text import hash_share, is_missing, normalize_text
 from mmtransformer.data.scenes.grammar import LANGUAGES
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import Scene
@@ -144,12 +144,12 @@ class ParallelTable:
         for number, row in _read_table(Path(path)):
             if missing := [code for code in self.languages if code not in row]:
                 raise ValueError(f"{path}:{number}: no column {missing[0]!r} among {', '.join(row)}")
-            texts = {code: fold(row[code]) for code in self.languages}
+            texts = {code: normalize_text(row[code]) for code in self.languages}
             if any(is_missing(text) for text in texts.values()):
                 self.incomplete += 1
                 continue
             key = "\n".join(texts.values())
-            split = row.get("split", "").strip() or ("val" if draw(key) < val_fraction else "train")
+            split = row.get("split", "").strip() or ("val" if hash_share(key) < val_fraction else "train")
             self._splits.setdefault(split, []).extend(
                 Parallel(f"row {number}", texts[source], source, texts[target], target) for source, target in pairs
             )

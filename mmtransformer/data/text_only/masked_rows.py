@@ -3,7 +3,7 @@
 A row is [bos, text, eos], or [bos, one text, eos, another text, eos]: half of the time the other text is of the same
 group (a caption of the same picture), else of another one, and the model is to tell which.
 
-Letters: b rows, q tokens of a row, n texts.
+Shapes: n texts.
 """
 
 from collections.abc import Sequence

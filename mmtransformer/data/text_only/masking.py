@@ -1,8 +1,6 @@
 """Hiding words: which tokens a model must fill in, and what it sees in their place (Devlin et al., arXiv:1810.04805).
 
 Every choice is a hash of who asks: the same masks in any process, other ones every epoch.
-
-Letters: b rows, q tokens of a row, v vocabulary.
 """
 
 import string

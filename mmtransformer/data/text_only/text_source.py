@@ -13,7 +13,7 @@ from mmtransformer.data.files.archives import Entry, Files, nfc
 from mmtransformer.data.files.manifests import find_manifests, read_manifest
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
 from mmtransformer.data.files.read_options import TextReadOptions, check_share
-from mmtransformer.data.files.text import fold, lines
+from mmtransformer.data.files.text import lines, normalize_text
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.loading.source import Caption, PairSource
 
@@ -180,7 +180,7 @@ class TextFiles:
             kept.append(line.text or "")
         report.enforce(entry.path, self.max_bad)
         if self.read.unit == "line":
-            texts = map(fold, kept)
+            texts = map(normalize_text, kept)
         else:
             whole = unicodedata.normalize("NFC", "\n".join(line.rstrip() for line in kept)).strip()
             texts = [whole] if self.read.unit == "file" else map(str.strip, _paragraphs(whole))

@@ -1,7 +1,4 @@
-"""Texts as a LightningDataModule for a language model: packed rows, the same for any number of workers and processes.
-
-Letters: b rows, q tokens of a row.
-"""
+"""Texts as a LightningDataModule for a language model, in packed rows."""
 
 import logging
 from dataclasses import dataclass

@@ -53,7 +53,7 @@ def colour(number: int) -> tuple[int, int, int]:
     return (37 * number % 251, 53 * number % 241, 97 * number % 239)
 
 
-def draw(path: Path, number: int) -> None:
+def hash_share(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (5, 7), colour(number)).save(path)
 
@@ -73,7 +73,7 @@ def record(number: int, images: int = 2, **more: object) -> dict[str, object]:
 def folder(root: Path, count: int = 23) -> Path:
     for number in range(count):
         for k in range(3):
-            draw(root / "p" / f"{10 * number + k}.png", 10 * number + k)
+            hash_share(root / "p" / f"{10 * number + k}.png", 10 * number + k)
     return root
 
 
@@ -201,9 +201,9 @@ def test_join_pieces() -> None:
 def test_images_in_an_archive_and_elsewhere(tmp_path: Path) -> None:
     folder(tmp_path / "store", 2)
     (tmp_path / "docs").mkdir()
-    with zipfile.ZipFile(tmp_path / "docs" / "pictures.zip", "w") as box:
+    with zipfile.ZipFile(tmp_path / "docs" / "pictures.zip", "w") as archive:
         for path in sorted((tmp_path / "store" / "p").iterdir()):
-            box.write(path, f"p/{path.name}")
+            archive.write(path, f"p/{path.name}")
     write(tmp_path / "docs" / "d.jsonl", [record(0), record(1, 3)])
     for images in (None, tmp_path / "store"):
         split = InterleavedFiles(tmp_path / "docs", images=images, val_fraction=0).split("train")
@@ -255,7 +255,7 @@ FAULTS: dict[str, tuple[object, str]] = {
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_faulty_document_is_counted_and_named_by_line(kind: str, tmp_path: Path) -> None:
     root = folder(tmp_path / "a" / "root")
-    draw(tmp_path / "secret.png", 1)
+    hash_share(tmp_path / "secret.png", 1)
     (root / "out.png").symlink_to(tmp_path / "secret.png")
     line, fault = FAULTS[kind]
     write(root / "d.jsonl", [*(record(n) for n in range(22)), line])
@@ -306,8 +306,8 @@ def test_marks_are_found_wherever_they_stand(
 ) -> None:
     text = " ".join("<image>" if piece is None else piece for piece in pieces)
     root = tmp_path_factory.mktemp("d")
-    draw(root / "p" / "0.png", 0)
-    draw(root / "p" / "1.png", 0)
+    hash_share(root / "p" / "0.png", 0)
+    hash_share(root / "p" / "1.png", 0)
     write(root / "d.jsonl", [record(0), {"text": text, "images": ["p/0.png"] * pieces.count(None)}])
     source = InterleavedFiles(root, val_fraction=0)
     expected: list[list[str]] = [[]]

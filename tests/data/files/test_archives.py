@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmtransformer.data.files.archives import FileError, Files, join, refusal
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import Wanted, read_table
-from mmtransformer.data.files.text import fold, is_missing
+from mmtransformer.data.files.text import is_missing, normalize_text
 from mmtransformer.data.loading.errors import TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.pairs import PairFiles
@@ -123,11 +123,11 @@ def test_hostile_names_in_archives_are_refused(kind: str, tmp_path: Path) -> Non
 
 
 def test_links_in_tars_are_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as box:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, kind, to in (("p00.png", tarfile.SYMTYPE, "/etc/passwd"), ("p01.png", tarfile.LNKTYPE, "c.jsonl")):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, to
-            box.addfile(info)
+            archive.addfile(info)
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:2]))
     with pytest.raises(TooManyErrors, match=r"2 of 2 rows(.|\n)*a link inside an archive"):
         PairFiles(tmp_path)
@@ -139,8 +139,8 @@ def test_archives_that_cannot_be_read_in_place_are_named(tmp_path: Path) -> None
     whole = pack(tmp_path / "z.zip", {"x.png": png("1")}).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[:-30])
     (tmp_path / "none.zip").write_bytes(b"")
-    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as box:
-        box.add(tmp_path / "p00.png", "x.png")
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "p00.png", "x.png")
     with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as other:
         other.writestr("y.png", png("1"))
     source = PairFiles(tmp_path)
@@ -357,6 +357,6 @@ def test_whatever_a_spreadsheet_writes_is_read_back(cells: list[tuple[str, str]]
     got = list(rows)
     assert [row.image for row in got] == [f"p{i}.png" for i in range(len(cells))]
     for row, (_, text) in zip(got, cells, strict=True):
-        folded = fold(text)
-        assert [c.text for c in row.captions] == ([] if is_missing(folded) else [folded])
-        assert bool(row.errors) == is_missing(folded)
+        normalized = normalize_text(text)
+        assert [c.text for c in row.captions] == ([] if is_missing(normalized) else [normalized])
+        assert bool(row.errors) == is_missing(normalized)

@@ -42,12 +42,12 @@ def root(tmp_path: Path) -> Path:
 
 
 def shard(path: Path) -> Path:
-    with tarfile.open(path, "w") as box:
+    with tarfile.open(path, "w") as archive:
         for i in range(3):
             for ending, data in (("png", PNG), ("txt", b"a caption")):
                 info = tarfile.TarInfo(f"{i}.{ending}")
                 info.size = len(data)
-                box.addfile(info, io.BytesIO(data))
+                archive.addfile(info, io.BytesIO(data))
     return path
 
 
@@ -77,11 +77,11 @@ def test_a_tar_that_leads_back_to_itself_ends(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl", "captions.json", "0.txt", "x.png"])
 def test_a_zip_that_grows_is_not_unpacked(name: str, root: Path) -> None:
-    with zipfile.ZipFile(root / "a.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as box:
-        with box.open(name, "w") as file:
+    with zipfile.ZipFile(root / "a.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        with archive.open(name, "w") as file:
             for _ in range(128):
                 file.write(b"\n" * (1 << 20))
-        box.writestr("small.txt", b"\n" * 1000)
+        archive.writestr("small.txt", b"\n" * 1000)
     files: list[Files] = []
     assert taken(lambda: files.append(Files(root))) < 1 << 26
     assert "134,217,728 bytes out of" in files[0].refused[f"a.zip/{name}"]

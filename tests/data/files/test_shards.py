@@ -55,9 +55,9 @@ def member(name: str, data: bytes = b"", **more: object) -> tarfile.TarInfo:
 
 def pack(path: Path, members: Members, format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as box:
+    with tarfile.open(path, "w", format=format) as archive:
         for name, data in members:
-            box.addfile(member(name, data), io.BytesIO(data))
+            archive.addfile(member(name, data), io.BytesIO(data))
     return path
 
 
@@ -114,8 +114,8 @@ def test_all_ways_to_write_a_tar(format: int, tmp_path: Path) -> None:
     assert split.captions(1) == [Caption("고양이 한 마리", "ko"), Caption("두 번째", "ko")]
     assert split.captions(0) == [Caption("a long way", "en")]
     assert split.image(1).size == (5, 7)
-    with tarfile.open(tmp_path / "a.tar") as box:
-        (offset,) = [info.offset_data for info in box if info.name.endswith("jpg")]
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        (offset,) = [info.offset_data for info in archive if info.name.endswith("jpg")]
     assert split.fingerprint(0).split()[1] == str(offset)
 
 
@@ -310,10 +310,10 @@ HOSTILE: dict[str, tuple[tarfile.TarInfo, str]] = {
 def test_hostile_members_are_refused_by_name_and_byte(kind: str, tmp_path: Path) -> None:
     info, fault = HOSTILE[kind]
     path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as box:
+    with tarfile.open(path, "w") as archive:
         for name, data in sample(0) + sample(1):
-            box.addfile(member(name, data), io.BytesIO(data))
-        box.addfile(info)
+            archive.addfile(member(name, data), io.BytesIO(data))
+        archive.addfile(info)
     with pytest.raises(ShardError, match=r"a\.tar: ") as error:
         Shards(str(path))
     assert fault in str(error.value)
@@ -367,9 +367,9 @@ def test_damage_behind_the_first_member_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_a_compressed_shard_is_refused_with_the_remedy(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    with tarfile.open(path, f"w:{mode}") as box:  # type: ignore[call-overload]
+    with tarfile.open(path, f"w:{mode}") as archive:  # type: ignore[call-overload]
         for name, data in sample(0):
-            box.addfile(member(name, data), io.BytesIO(data))
+            archive.addfile(member(name, data), io.BytesIO(data))
     for name in (path, path.rename(tmp_path / f"a.tar.{mode}")):
         path.write_bytes((tmp_path / f"a.tar.{mode}").read_bytes()) if name == path else None
         with pytest.raises(ShardError, match="compressed as a whole"):
