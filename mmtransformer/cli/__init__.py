@@ -20,6 +20,7 @@ COMMANDS = {
     "recipes": ("recipes", "List the recipes that come with the library; show or copy one."),
     "plan": ("plan", "Say what a recipe needs of memory and disk, before it is run."),
 }
+"""Of each command the module whose `run(name, words)` does it, given the words after the name, and its line of help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

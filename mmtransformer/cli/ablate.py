@@ -9,12 +9,7 @@ from typing import Any
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Trains the bridges one after the other.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
+    """Trains the bridges one after the other."""
     parser = argparse.ArgumentParser(
         f"mmt {name}",
         description="Train several bridges between the vision tower and the language model of a recipe, with the same "
@@ -83,6 +78,7 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
 
 def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) -> None:
     """Prints the table, and writes it as ablation.json and ablation.png."""
+    from mmtransformer.pipelines.base import write_json
     from mmtransformer.plots.comparison import save_comparison
 
     table = {bridge: scores_of(metrics) for bridge, metrics in rows.items()}
@@ -92,7 +88,7 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
         cells = (row.get(name) for row in table.values())
         lines.append(f"{name:<32}" + "".join(f"{'' if x is None else show(x):>12}" for x in cells))
     print("\n" + "\n".join(lines))
-    (out / "ablation.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(out / "ablation.json", table)
     shown = [name for name in names if name.startswith(("facts", "BLEU-4", "CIDEr", "ROUGE"))]
     bars = {name: {bridge: row[name] for bridge, row in table.items() if name in row} for name in shown}
     logs = {bridge: out / bridge / "metrics.csv" for bridge in rows}

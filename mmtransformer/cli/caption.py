@@ -6,38 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.cli.options import add_generation_options, add_model_options, command_parser, generation_changes
 from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
     from mmtransformer.pipelines.few_shot import FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
+SHOWN = ("text", "language", "log_prob", "tokens", "token_log_probs", "finished")
+"""Of a caption, in a line of JSON."""
+
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Captions pictures.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
-    parser = argparse.ArgumentParser(f"mmt {name}", description="Caption pictures with a trained model.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
-    parser.add_argument("--language", metavar="CODE", help="language of the captions, such as ko")
-    parser.add_argument(
-        "--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples"
-    )
-    parser.add_argument("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
-    parser.add_argument(
-        "--nearest", action="store_true", help="choose the examples that are most like the picture, not any"
-    )
-    parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
-    parser.add_argument("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
-    parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
-    )
+    """Captions pictures."""
+    parser = command_parser(name)
+    add_model_options(parser, precision=True)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="picture files")
+    add("--language", metavar="CODE", help="language of the captions, such as ko")
+    add("--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples")
+    add("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
+    add("--nearest", action="store_true", help="choose the examples that are most like the picture, not any")
+    add("--json", action="store_true", help="one line of JSON a picture")
+    add("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
     add_generation_options(parser)
     args = parser.parse_args(list(words))
 
@@ -53,21 +44,10 @@ def run(name: str, words: Sequence[str]) -> int:
     images = [load(path) for path in args.images]
     model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     prompts = None if args.examples is None else _examples(model, args)
-    changes = generation_changes(args)
-    results = model(images, language=args.language, prompts=prompts, **changes)
+    results = model(images, language=args.language, prompts=prompts, **generation_changes(args))
     for path, captions in zip(args.images, results, strict=True):
         if args.json:
-            said = [
-                {
-                    "text": c.text,
-                    "language": c.language,
-                    "log_prob": c.log_prob,
-                    "tokens": c.tokens,
-                    "token_log_probs": c.token_log_probs,
-                    "finished": c.finished,
-                }
-                for c in captions
-            ]
+            said = [{key: getattr(caption, key) for key in SHOWN} for caption in captions]
             print(json.dumps({"image": path, "captions": said}, ensure_ascii=False))
             continue
         for caption in captions:

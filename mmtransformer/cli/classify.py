@@ -1,28 +1,21 @@
 """`mmt classify`: pictures in, classes out."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
+from mmtransformer.cli.options import add_model_options, command_parser
 from mmtransformer.text.printable import printable
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Classifies pictures.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
-    parser = argparse.ArgumentParser(f"mmt {name}", description="Classify pictures with a trained ViT.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
-    parser.add_argument("--top", type=int, default=1, metavar="N", help="classes a picture (1)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON a picture")
-    parser.add_argument(
-        "--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block"
-    )
-    parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
+    """Classifies pictures."""
+    parser = command_parser(name)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="picture files")
+    add("--top", type=int, default=1, metavar="N", help="classes a picture (1)")
+    add("--json", action="store_true", help="one line of JSON a picture")
+    add("--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block")
     args = parser.parse_args(list(words))
 
     from mmtransformer.images import load

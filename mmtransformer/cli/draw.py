@@ -1,37 +1,31 @@
 """`mmt draw`: texts in, pictures out."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmtransformer.cli.options import add_model_options, command_parser
+
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Draws pictures.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
-    parser = argparse.ArgumentParser(f"mmt {name}", description="Draw what texts say with a trained model.")
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="what to draw")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
-    parser.add_argument("--out", default="picture.png", metavar="OUT.png", help="picture.png; more get -2, -3 ...")
-    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a text (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (0)")
-    parser.add_argument("--language", metavar="CODE", help="of the texts (found by their letters)")
-    parser.add_argument("--num-steps", type=int, metavar="N", help="from noise to picture (the model's own number)")
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not"
-    )
-    parser.add_argument("--solver", help="euler, heun or dpm")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
-    parser.add_argument("--image", metavar="IMAGE", help="a picture to begin with instead of noise")
-    parser.add_argument("--strength", type=float, metavar="X", help="how far from it, above 0 and at most 1 (0.6)")
-    parser.add_argument("--mask-image", metavar="IMAGE", help="white where to draw in it, black where it stays")
-    parser.add_argument("--strip", metavar="OUT.png", help="how the first picture came out of the noise; or OUT.gif")
-    parser.add_argument("--heatmap", metavar="OUT.png", help="where each word of the first text steered its picture")
-    parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
+    """Draws pictures."""
+    parser = command_parser(name)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("texts", nargs="+", metavar="TEXT", help="what to draw")
+    add("--out", default="picture.png", metavar="OUT.png", help="picture.png; more get -2, -3 ...")
+    add("--num-images", type=int, default=1, metavar="N", help="pictures a text (1)")
+    add("--seed", type=int, default=0, help="of the first picture (0)")
+    add("--language", metavar="CODE", help="of the texts (found by their letters)")
+    add("--num-steps", type=int, metavar="N", help="from noise to picture (the model's own number)")
+    add("--guidance-scale", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not")
+    add("--solver", help="euler, heun or dpm")
+    add("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    add("--image", metavar="IMAGE", help="a picture to begin with instead of noise")
+    add("--strength", type=float, metavar="X", help="how far from it, above 0 and at most 1 (0.6)")
+    add("--mask-image", metavar="IMAGE", help="white where to draw in it, black where it stays")
+    add("--strip", metavar="OUT.png", help="how the first picture came out of the noise; or OUT.gif")
+    add("--heatmap", metavar="OUT.png", help="where each word of the first text steered its picture")
     args = parser.parse_args(list(words))
     if args.image is None and (args.strength is not None or args.mask_image is not None):
         parser.error("--strength and --mask-image need a picture to begin with: --image IMAGE")

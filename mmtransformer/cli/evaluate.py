@@ -1,43 +1,37 @@
 """`mmt evaluate`: a trained model's captions of a split, scored."""
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtransformer.cli.check import add_read_options, read_options
-from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.cli.options import (
+    add_generation_options,
+    add_model_options,
+    add_read_options,
+    command_parser,
+    generation_changes,
+    read_options,
+)
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Scores a model.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
-    parser = argparse.ArgumentParser(f"mmt {name}", description="Caption a split with a trained model, and score it.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
-    parser.add_argument(
+    """Scores a model."""
+    parser = command_parser(name)
+    add_model_options(parser, precision=True)
+    add = parser.add_argument
+    add(
         "--data",
         required=True,
         metavar="ROOT",
         help='a folder, archive, manifest or pattern of tar shards; "scenes" is the embedded data',
     )
-    parser.add_argument("--split", default="val", help="which split (val)")
-    parser.add_argument(
-        "--num-examples", type=int, metavar="N", help="put N training pictures with captions before each as examples"
-    )
-    parser.add_argument("--nearest", action="store_true", help="choose the examples that are most like the picture")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only about so many pictures")
-    parser.add_argument("--json", metavar="OUT", help="write the scores to this file")
-    parser.add_argument("--predictions", metavar="OUT", help="write the captions, one line of JSON each")
-    parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="faster, and rounded (fp32)"
-    )
+    add("--split", default="val", help="which split (val)")
+    add("--num-examples", type=int, metavar="N", help="put N training pictures with captions before each as examples")
+    add("--nearest", action="store_true", help="choose the examples that are most like the picture")
+    add("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
+    add("--limit", type=int, metavar="N", help="only about so many pictures")
+    add("--json", metavar="OUT", help="write the scores to this file")
+    add("--predictions", metavar="OUT", help="write the captions, one line of JSON each")
     add_generation_options(parser, without=("num_return_sequences",))
     add_read_options(parser)
     args = parser.parse_args(list(words))
@@ -46,10 +40,11 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.data.loading.module import Splits
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.data.scenes.scenes import Scenes
+    from mmtransformer.pipelines.base import write_json
     from mmtransformer.pipelines.few_shot import FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
     from mmtransformer.training.engine.precision import fast_matmuls
-    from mmtransformer.training.evaluation.evaluation import evaluate
+    from mmtransformer.training.evaluation.evaluation import evaluate, write_predictions
 
     if args.nearest and args.num_examples is None:
         raise ValueError("--nearest chooses examples, and none were asked for: --num-examples N")
@@ -88,14 +83,8 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     print(result.table())
     if args.json:
-        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(args.json), result.to_dict())
     if args.predictions:
-        lines = [
-            json.dumps(p.to_dict(), ensure_ascii=False)
-            for by in result.predictions.values()
-            for some in by.values()
-            for p in some
-        ]
-        Path(args.predictions).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        said = (p for by in result.predictions.values() for some in by.values() for p in some)
+        write_predictions(Path(args.predictions), said)
     return 0

@@ -114,9 +114,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
-            parser.add_argument(
-                "--resume", type=bool, default=False, help="go on from the newest whole checkpoint, if any"
-            )
+            text = "go on from the newest whole checkpoint, if any"
+            parser.add_argument("--resume", type=bool, default=False, help=text)
             text = "compute blocks again in the backward pass, in place of keeping what is in them"
             parser.add_argument("--activation_checkpointing", type=bool, default=False, help=text)
             parser.add_argument("--compile", type=bool, default=False, help="compile the blocks")
@@ -152,23 +151,20 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.default_root_dir is None:
                 config.default_root_dir = self.config.trainer.default_root_dir = str(folder)
             root = Path(config.default_root_dir)
+            reason = f"{config.precision} was asked for"
             if config.precision is None:
-                choice = pick_precision(config.accelerator)
-                config.precision = choice.precision
-                reason = choice.reason
-            else:
-                reason = f"{config.precision} was asked for"
+                config.precision, reason = pick_precision(config.accelerator)
             if config.barebones:  # Lightning refuses whatever would be said or kept.
                 config.logger = config.enable_progress_bar = config.enable_checkpointing = False
                 config.log_every_n_steps = 0
             if config.logger is None:
                 config.logger = MetricsLog(root)
             plugins = config.plugins or []
-            plugins = plugins if isinstance(plugins, list) else [plugins]
+            plugins = list(plugins) if isinstance(plugins, list) else [plugins]
             if config.strategy == "sharded":
                 config.strategy = Sharded()
                 config.precision, more = number_format(config.precision)
-                plugins = [*plugins, *more]
+                plugins += more
             extra: list[pl.Callback] = []
             if config.logger is not False:
                 extra.append(Throughput())  # First: what it counts with must be gone before a sample is made.
@@ -178,7 +174,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 extra.append(Saving())
             mine = {type(callback) for callback in config.callbacks or []}
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                plugins = [*plugins, CheckpointFiles()]
+                plugins.append(CheckpointFiles())
             config.plugins = plugins
             extra = [callback for callback in extra if type(callback) not in mine]
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)
@@ -310,12 +306,14 @@ def _quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen towers are
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    for text in (
+        "does not have many workers",
+        "(Checkpoint|Experiment logs) directory .* exists and is not empty",
+        "is smaller than the logging interval",
+        "in eval mode at the start of training",  # frozen towers are
+        "LeafSpec.*is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{text}")
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     if getattr(rank_zero_only, "rank", 0):  # Of many processes one speaks.

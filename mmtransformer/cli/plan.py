@@ -23,12 +23,7 @@ All keys of `mmt fit` can be given; so one sees at once what --data.batch_size, 
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Plans a recipe.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
+    """Plans a recipe."""
     if not words or any(word in ("-h", "--help") for word in words):
         print(HELP)
         return 0

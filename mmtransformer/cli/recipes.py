@@ -13,12 +13,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Lists the recipes, shows one, or copies one.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
+    """Lists the recipes, shows one, or copies one."""
     text = "The recipes that come with the library, each with its time and its score."
     parser = argparse.ArgumentParser(f"mmt {name}", description=text)
     commands = parser.add_subparsers(dest="command", metavar="show|copy")

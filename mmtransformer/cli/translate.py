@@ -1,32 +1,24 @@
 """`mmt translate`: texts in, translations out."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
-from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.cli.options import add_generation_options, add_model_options, command_parser, generation_changes
 from mmtransformer.text.printable import printable
 
 ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Translates texts.
-
-    Args:
-        name: The command's name.
-        words: The words after it.
-    """
-    parser = argparse.ArgumentParser(f"mmt {name}", description="Translate texts with a trained Transformer.")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, lines are read from the input")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
-    parser.add_argument("--language", required=True, metavar="CODE", help="the language to write, such as ko")
-    parser.add_argument("--json", action="store_true", help="one line of JSON a text")
-    parser.add_argument(
-        "--attention", metavar="OUT.png", help="draw where the model looked in the first text for each token"
-    )
-    parser.add_argument("--device", help="cpu or cuda (a GPU if there is one)")
+    """Translates texts."""
+    parser = command_parser(name)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="texts; without any, lines are read from the input")
+    add("--language", required=True, metavar="CODE", help="the language to write, such as ko")
+    add("--json", action="store_true", help="one line of JSON a text")
+    add("--attention", metavar="OUT.png", help="draw where the model looked in the first text for each token")
     add_generation_options(parser, without=("num_return_sequences", *ABOUT_IMAGES))
     args = parser.parse_args(list(words))
 

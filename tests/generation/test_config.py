@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmtransformer import GenerationConfig
-from mmtransformer.cli.generation_options import add_generation_options, generation_changes
+from mmtransformer.cli.options import add_generation_options, generation_changes
 
 NUMBERS = [
     ("repetition_penalty", (0.0, -1.0, 1e-50, 1e300)),

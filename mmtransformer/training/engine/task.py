@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
+from mmtransformer.pipelines.base import write_json
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import (
@@ -40,7 +41,7 @@ from mmtransformer.training.engine.resume import (
 )
 from mmtransformer.training.engine.run import Run, device_name
 from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text, write_metrics
+from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text
 
 DataT = TypeVar("DataT", bound=Data)
 
@@ -377,7 +378,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
             shown: Lines below it: examples.
             files: What else lies in the folder: "texts" -> "texts.txt".
         """
-        write_metrics(run.folder, {**metrics, "training": self.training_facts(run)})
+        write_json(run.folder / "metrics.json", {**metrics, "training": self.training_facts(run)})
         draw_curves(run.folder)
         took = f"trained {self.trainer.global_step} steps in {seconds_to_text(run.seconds)}"
         paths = {"metrics": "metrics.json", **files, "model": "model"}

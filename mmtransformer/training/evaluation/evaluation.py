@@ -1,7 +1,7 @@
 """How good a captioner is: captions of whole splits, scored; exactly where the data knows what its pictures show."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,14 @@ class Evaluation:
     def write(self, folder: str | Path) -> None:
         """Writes one `predictions_SPLIT.jsonl` a split."""
         for split, by in self.predictions.items():
-            lines = (json.dumps(p.to_dict(), ensure_ascii=False) for some in by.values() for p in some)
-            path = Path(folder) / f"predictions_{split}.jsonl"
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            said = (prediction for some in by.values() for prediction in some)
+            write_predictions(Path(folder) / f"predictions_{split}.jsonl", said)
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Writes predictions, one line of JSON each."""
+    lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 ANY = "any"

@@ -1,6 +1,5 @@
 """What a run leaves in its folder: the model, metrics.json, predictions, curves, and galleries with heat maps."""
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.images import ImageError
+from mmtransformer.pipelines.base import write_json
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.plots import (
     Card,
@@ -57,7 +57,7 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = evaluation.to_dict() | dict(extra or {})
-    write_metrics(folder, metrics)
+    write_json(folder / "metrics.json", metrics)
     evaluation.write(folder)
     model.save_pretrained(folder / "model", card=f"## Scores\n\n```\n{evaluation.table()}\n```")
     cards = make_cards(model, data, evaluation, num_cards)
@@ -70,12 +70,6 @@ def write_report(
         save_html_gallery(cards, folder / "gallery.html", title=title, metrics=table, hint=hint)
     draw_curves(folder)
     return metrics
-
-
-def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Writes what was measured into the run's metrics.json."""
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
 def draw_curves(folder: Path) -> None:

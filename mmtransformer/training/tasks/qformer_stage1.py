@@ -12,9 +12,9 @@ from mmtransformer.captioners.image_text import TERMS, ImageText
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.pipelines.base import write_json
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
-from mmtransformer.training.evaluation.report import write_metrics
 from mmtransformer.training.evaluation.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.tasks.captioning import Captioning
 from mmtransformer.training.tasks.data_checks import refuse_empty_captions
@@ -144,8 +144,7 @@ class QFormerStage1(Captioning):
         )
         stage1 = stage1_scores(self.trainer.callback_metrics, data.val_splits)
         path = run.folder / "metrics.json"
-        metrics = json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1}
-        write_metrics(run.folder, metrics)
+        write_json(path, json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1})
         draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
         print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201
 

@@ -1,0 +1,76 @@
+"""Options that commands share: the model and where it computes, the search, how pairs are read."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Collection
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mmtransformer.cli import COMMANDS
+from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.generation.config import GenerationConfig
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command, with its line of `mmt --help`."""
+    return argparse.ArgumentParser(f"mmt {name}", description=COMMANDS[name][1])
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, precision: bool = False) -> None:
+    """Adds `--model` and `--device`; and `--precision`, where a model can be rounded."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
+    parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
+    if precision:
+        kinds = ("fp32", "bf16", "int8")
+        parser.add_argument("--precision", choices=kinds, default="fp32", help="faster, and rounded (fp32)")
+
+
+def add_generation_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Adds `--num-beams` and its like: an option for every field of `GenerationConfig`, under its name.
+
+    Args:
+        parser: The command's parser.
+        without: Settings that say nothing to it.
+    """
+    group = parser.add_argument_group("search", "settings of the search, in place of the model's own")
+    _add_fields(group, GenerationConfig, without)
+
+
+def generation_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given, for `GenerationConfig.updated`."""
+    return _given(args, GenerationConfig)
+
+
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how pairs are read, the same in every command; in a recipe the keys of data.read."""
+    group = parser.add_argument_group("how pairs are read, where it is not to be detected")
+    _add_fields(group, ReadOptions, ("val_fraction",))
+
+
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    """What was given of them."""
+    return ReadOptions(**_given(args, ReadOptions))
+
+
+def _add_fields(group: Any, kind: type, without: Collection[str]) -> None:
+    """An option for every field of a dataclass, with the words of its docstring."""
+    hints, said = get_type_hints(kind), kind.__doc__ or ""
+    for name in (field.name for field in dataclasses.fields(kind) if field.name not in without):
+        flag, hint = f"--{name.replace('_', '-')}", hints[name]
+        words = re.search(rf"^ +{name}: ((?:[^.;]|\.(?=\d))+)", said, re.MULTILINE)
+        text = " ".join((words[1] if words else "").split()).replace("%", "%%")
+        one = (get_args(hint) or (hint,))[0]
+        if get_origin(hint) is Literal:
+            group.add_argument(flag, choices=get_args(hint), help=text)
+        elif one is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif hint == tuple[str, ...] or list[str] in get_args(hint):
+            group.add_argument(flag, metavar="WORD", action="append", help=f"{text}; may be repeated")
+        else:
+            group.add_argument(flag, type=one, metavar={int: "N", float: "X"}.get(one, "WORD"), help=text)
+
+
+def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The values of a dataclass's fields that stand on the command line."""
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
