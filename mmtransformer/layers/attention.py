@@ -6,6 +6,7 @@ Every module of the library that attends (self-, masked, cross-, gated, latent) 
 Shapes: g key/value heads (g divides h), n rows of a shared context (n divides b).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -124,19 +125,24 @@ class Attention(nn.Module):
         self.q_norm = norm[qk_norm]() if qk_norm else nn.Identity()
         self.k_norm = norm[qk_norm]() if qk_norm else nn.Identity()
 
+    def products(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+        """What each of these layers gives for tokens that all of them read."""
+        x = kernels.autocast_input(x)
+        return [layer(x) for layer in layers]
+
     def project_kv(self, context: Tensor) -> KeyValue:
         """Projects a context once: (n k d) -> keys and values (n g k c), to be passed as `context` many times."""
-        context = kernels.autocast_input(context)
-        k = split_heads(self.k_proj(context), self.num_kv_heads, self.k_norm)
-        return KeyValue(k, split_heads(self.v_proj(context), self.num_kv_heads))
+        k, v = self.products(context, self.k_proj, self.v_proj)
+        return KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
 
     def project(self, x: Tensor, context: Tensor | KeyValue | None = None) -> tuple[Tensor, KeyValue]:
         """Queries (b h q c), and the keys and values of the context, or of x itself where there is none."""
-        x = kernels.autocast_input(x)
-        q = split_heads(self.q_proj(x), self.num_heads, self.q_norm)
-        if isinstance(context, KeyValue):
-            return q, context
-        return q, self.project_kv(x if context is None else context)
+        if context is not None:
+            kv = context if isinstance(context, KeyValue) else self.project_kv(context)
+            return split_heads(self.q_proj(x), self.num_heads, self.q_norm), kv
+        q, k, v = self.products(x, self.q_proj, self.k_proj, self.v_proj)
+        kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
+        return split_heads(q, self.num_heads, self.q_norm), kv
 
     def forward(
         self,

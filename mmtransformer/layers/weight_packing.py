@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer.layers.attention import Attention, split_heads
+from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
-from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -23,8 +22,6 @@ Precision = Literal["fp32", "bf16", "int8"]
 """What a model computes with: its weights as they are, in bfloat16, or rounded to 8 bits."""
 
 _SHARE = 0.25  # Of the machine's memory, that packed copies of weights may take without being asked for.
-
-
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # What oneDNN calls them.
 
 
@@ -38,18 +35,19 @@ class PackedLinear(nn.Linear):
         linear: the layer whose parameters are shared.
     """
 
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
-        self._packed: tuple[_State, Any] | None = None
+        self._packed: _Kept = {}
 
     def forward(self, input: Tensor) -> Tensor:
         """(... in_features) -> (... out_features)."""
-        if not self.serves(input):
-            return F.linear(input, self.weight, self.bias)
-        return self.product(input, self.packed(), self.bias)
+        packed = packed_weight(self._packed, input, self)
+        return F.linear(input, self.weight, self.bias) if packed is None else self.product(input, packed, self.bias)
 
     @staticmethod
     def product(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
@@ -61,33 +59,48 @@ class PackedLinear(nn.Linear):
         """A weight (out_features in_features) as `product` takes it."""
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
-    def activated(self, x: Tensor, activation: Activation) -> Tensor | None:
-        """The activation of the layer's result, computed with the product; None where that cannot be."""
-        if type(self) is not PackedLinear or activation not in _FUSED or _hooked(self) or not self.serves(x):
-            return None
-        kind, form = _FUSED[activation]
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed(), self.bias, kind, [], form)
-
-    def serves(self, x: Tensor) -> bool:
-        """Whether the packed weight can be used for tokens (... in_features)."""
-        return not (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled("cpu")
-            or not x.is_cpu
-            or x.dtype != self.weight.dtype
-            or not x.numel()
-        )
-
-    def packed(self) -> Any:
-        """The weight in oneDNN's layout, as it is now."""
-        if self._packed is None or not self._packed[0].holds(self.weight):
-            with torch.no_grad():
-                self._packed = _State(self.weight), self.pack(self.weight.detach())
-        return self._packed[1]
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}
+        return self.__dict__ | {"_packed": {}}
+
+
+_Kept = dict[int, tuple[list, list[weakref.ref], Any]]
+"""By the number of layers: which weights were packed, as what they were, and what came of it."""
+
+
+def packed_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
+    """The weights of layers that all read the tokens x, packed as one; None where they cannot be, or cannot serve x.
+
+    Weights that were loaded, moved or trained since they were packed are packed again. What nobody can tell is a change
+    through `.data`, or of weights made in inference mode: pack anew after it.
+
+    Args:
+        kept: what was packed before; what is packed now is put into it.
+        x: tokens (... in_features).
+        layers: linear layers of `in_features`, packed or not.
+    """
+    kind = type(layers[0])
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or not x.is_cpu
+        or not x.numel()
+        or not issubclass(kind, PackedLinear)
+        or x.dtype not in kind.dtypes
+    ):
+        return None
+    weights, state = [], [kind]
+    for layer in layers:
+        if type(layer) is not kind or layer.weight.dtype != x.dtype or (layer.bias is None) != (layers[0].bias is None):
+            return None
+        weights.append(w := layer.weight)
+        state.append((w.data_ptr(), w.dtype, None if w.is_inference() else w._version))
+    found = kept.get(len(layers))
+    if found is None or found[0] != state or any(ref() is not w for ref, w in zip(found[1], weights, strict=True)):
+        with torch.no_grad():
+            packed = kind.pack(torch.cat(weights) if len(weights) > 1 else weights[0].detach())
+        kept[len(layers)] = found = state, [weakref.ref(w) for w in weights], packed
+    return found[2]
 
 
 class Int8Linear(PackedLinear):
@@ -97,9 +110,7 @@ class Int8Linear(PackedLinear):
     Serves float32 only.
     """
 
-    def serves(self, x: Tensor) -> bool:
-        """As `PackedLinear.serves`."""
-        return x.dtype == torch.float32 and super().serves(x)
+    dtypes = (torch.float32,)
 
     @staticmethod
     def pack(weight: Tensor) -> Any:
@@ -135,38 +146,16 @@ class PackedAttention(Attention):
     def __init__(self, attn: Attention) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(attn.__dict__)  # Its layers, and its hooks.
-        self._packed: dict[int, tuple[type, _State, Any]] = {}
+        self._packed: _Kept = {}
 
-    def project_kv(self, context: Tensor) -> KeyValue:
-        """As `Attention.project_kv`."""
-        found = self._at_once(context, self.k_proj, self.v_proj)
-        if found is None:
-            return super().project_kv(context)
-        k, v = found
-        return KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
-
-    def project(self, x: Tensor, context: Tensor | KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """As `Attention.project`."""
-        found = self._at_once(x, self.q_proj, self.k_proj, self.v_proj) if context is None else None
-        if found is None:
-            return super().project(x, context)
-        q, k, v = found
-        kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
-        return split_heads(q, self.num_heads, self.q_norm), kv
-
-    def _at_once(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor] | None:
-        """What each of these layers gives for tokens that all of them read; None where it cannot be one product."""
-        first = layers[0]
-        if not isinstance(first, PackedLinear) or not first.serves(x) or not _alike(layers):
-            return None
-        weights = [layer.weight for layer in layers]
-        found = self._packed.get(len(layers))
-        if found is None or found[0] is not type(first) or not found[1].holds(*weights):
-            with torch.no_grad():
-                found = type(first), _State(*weights), first.pack(torch.cat(weights))
-            self._packed[len(layers)] = found
-        bias = None if first.bias is None else torch.cat([layer.bias for layer in layers])
-        return first.product(x, found[2], bias).split_with_sizes([len(w) for w in weights], -1)
+    def products(self, x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+        """As `Attention.products`."""
+        seen = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)  # by itself, by somebody
+        packed = None if seen else packed_weight(self._packed, x, *layers)
+        if packed is None:
+            return super().products(x, *layers)
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        return layers[0].product(x, packed, bias).split_with_sizes([len(layer.weight) for layer in layers], -1)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}
@@ -187,9 +176,15 @@ class PackedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
-        first = self.fc1
-        hidden = first.activated(x, self.activation) if isinstance(first, PackedLinear) else None
-        return super().forward(x) if hidden is None else self.fc2(self.drop(hidden))
+        fc1, packed = self.fc1, None
+        seen = fc1._forward_hooks or fc1._forward_pre_hooks
+        if type(fc1) is PackedLinear and self.activation in _FUSED and not seen:
+            packed = packed_weight(fc1._packed, x, fc1)
+        if packed is None:
+            return super().forward(x)
+        kind, form = _FUSED[self.activation]
+        hidden = torch.ops.mkldnn._linear_pointwise.default(x, packed, fc1.bias, kind, [], form)
+        return self.fc2(self.drop(hidden))
 
 
 def pack_weights(model: Module, *, int8: bool = False) -> Module:
@@ -258,40 +253,6 @@ def for_inference(model: Module, precision: Precision = "fp32") -> Module:
     if int8 or (on_cpu and torch.backends.mkldnn.is_available() and size <= _SHARE * _memory()):
         pack_weights(model, int8=int8)
     return model
-
-
-def _alike(layers: Sequence[nn.Linear]) -> bool:
-    """Whether layers can be one product, of which nobody wants to see a part."""
-    first = layers[0]
-    return all(
-        type(layer) is type(first) and (layer.bias is None) == (first.bias is None) and not _hooked(layer)
-        for layer in layers
-    )
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Whether somebody wants to see what this very layer reads or gives."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-class _State:
-    """Which weights were packed, and as what they were: it tells those that were loaded, moved or trained since.
-
-    What nobody can tell is a change through `.data`, or of weights made in inference mode: pack anew after it.
-    """
-
-    def __init__(self, *weights: Tensor) -> None:
-        self.weights = [weakref.ref(weight) for weight in weights]
-        self.was = self._of(weights)
-
-    def holds(self, *weights: Tensor) -> bool:
-        """Whether these are the weights, and still what they were."""
-        same = all(ref() is weight for ref, weight in zip(self.weights, weights, strict=True))
-        return same and self.was == self._of(weights)
-
-    @staticmethod
-    def _of(weights: Sequence[Tensor]) -> list[tuple]:
-        return [(x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in weights]
 
 
 def _memory() -> float:

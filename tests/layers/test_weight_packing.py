@@ -10,7 +10,7 @@ from mmtransformer import EncoderDecoder, TextDecoder, ViT
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, _State, for_inference, pack_weights
+from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, for_inference, pack_weights
 from mmtransformer.layers.weight_packing import _memory as packed_memory
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -40,7 +40,7 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
     parts = [layer for attn in joint for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
     for layer in packed_layers(packed):
         in_joint = any(layer is part for part in parts)
-        assert (layer._packed is None) == in_joint, "the packed weights were not used, or packed twice"
+        assert bool(layer._packed) != in_joint, "the packed weights were not used, or packed twice"
     assert (found - expected).abs().max() <= most * expected.abs().max().clamp(min=1)
 
 
@@ -192,7 +192,7 @@ def test_tied_head_stays_tied():
         expected = hidden @ model.decoder.tok_embed.weight.T
         torch.testing.assert_close(model.decoder.head(hidden), expected, rtol=1e-5, atol=1e-5)
     assert isinstance(model.decoder.lm_head, PackedLinear)
-    assert model.decoder.lm_head._packed is not None, "the head went around the packed weights"
+    assert model.decoder.lm_head._packed, "the head went around the packed weights"
 
 
 def test_what_cannot_be_packed(monkeypatch):
@@ -337,13 +337,16 @@ def test_merged_low_rank_products_and_new_weights_are_packed_anew() -> None:
 
 def test_another_weight_at_the_same_address_is_another() -> None:
     """As where a weight was replaced, and the next one lies where it lay."""
-    weight = nn.Parameter(torch.randn(3, 3))
-    state = _State(weight)
-    assert state.holds(weight)
-    assert not state.holds(weight.detach())
+    layer, x = PackedLinear(nn.Linear(3, 3)), torch.eye(3)
     with torch.no_grad():
-        weight.mul_(2.0)
-    assert not state.holds(weight)
+        first = layer(x)
+        old = layer.weight
+        layer.weight = nn.Parameter(old.detach())
+        old.data.mul_(2.0)  # Neither the address nor the count of changes tells.
+        assert (layer.weight.data_ptr(), layer.weight._version) == (old.data_ptr(), old._version)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * (first - layer.bias))
+        layer.weight.mul_(2.0)
+        torch.testing.assert_close(layer(x) - layer.bias, 4 * (first - layer.bias))
 
 
 def test_packed_attention_keeps_hooks_and_stays_one_where_it_was_one() -> None:
