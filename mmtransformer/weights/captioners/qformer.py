@@ -116,8 +116,8 @@ def qformer_from_bert(
         raise ValueError(f'{folder / CONFIG}: model_type is "{config.get("model_type")}", not "bert"')
     state = read_tensors(folder)
     sizes = read_sizes(config, SIZES, str(folder))
-    sizes["vocab_size"] += extra_ids
     with built_from(state, str(folder)):
+        sizes["vocab_size"] += extra_ids
         qformer = QFormer(
             num_queries,
             visual_dim=visual_dim,
