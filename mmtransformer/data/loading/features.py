@@ -111,11 +111,9 @@ class FeatureCache:
         vision: nn.Module,
         pairs: Pairs,
         transform: ImageTransform,
-        folder: str | Path,
+        kept: CacheFeatures,
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
-        flip: bool = False,
-        dtype: Literal["float16", "bfloat16", "float32"] = "float16",
         autocast: torch.dtype | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -132,10 +130,8 @@ class FeatureCache:
             pairs: The pictures. With a method `fingerprint(i) -> str` it tells when a picture has changed; without, a
                 sample of the pictures is read and compared.
             transform: From picture to pixels.
-            folder: Where the file goes.
+            kept: The folder that the file goes to, whether mirrored copies are stored as well, and the number format.
             encode: From pixels (b 3 height width) to visual tokens (b p d); `vision.forward_features` unless told.
-            flip: Store a mirrored copy of every picture as well.
-            dtype: The number format of the file.
             autocast: The number format of the computation; None computes in that of the weights.
             batch_size: Pictures computed at once.
             num_workers: Processes that read pictures.
@@ -146,10 +142,8 @@ class FeatureCache:
         Raises:
             ValueError: If the disk is too full or a feature does not fit the number format.
         """
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(_DTYPES)}")
-        key = cache_key(vision, pairs, transform, flip=flip, dtype=dtype, autocast=autocast)
-        folder = Path(folder)
+        key = cache_key(vision, pairs, transform, flip=kept.flip, dtype=kept.dtype, autocast=autocast)
+        folder = Path(kept.folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]", "_", name)
         path = folder / f"{name}-{key}.safetensors"
@@ -165,11 +159,18 @@ class FeatureCache:
                         collate_fn=list,
                         generator=torch.Generator(),
                     )
-                    run = encode if encode is not None else getattr(vision, "forward_features", vision)
-                    job = _Job(run, flip, dtype, autocast, torch.device(device))
+                    run, device = encode or getattr(vision, "forward_features", vision), torch.device(device)
+
+                    def copies(pixels: Tensor) -> Tensor:
+                        """From pixels (b 3 height width) to the tokens of all copies (b m p d), as they are stored."""
+                        both = torch.cat([pixels, pixels.flip(-1)]) if kept.flip else pixels
+                        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                            tokens = run(both.to(device)).to(_DTYPES[kept.dtype][0]).cpu()
+                        return tokens.unflatten(0, (-1, len(pixels))).transpose(0, 1).contiguous()
+
                     bar = tqdm(total=len(pairs), desc=f"visual tokens of {name}", unit="picture", disable=not progress)
                     with bar, _frozen_on(vision, device):
-                        _write(path, pairs, loader, job, bar)
+                        _write(path, pairs, loader, copies, kept, bar)
         return cls(path)
 
 
@@ -240,26 +241,9 @@ class _Images(Dataset[tuple[int, Tensor | str]]):
             return index, str(error)
 
 
-@dataclass
-class _Job:
-    """How features are computed and stored."""
-
-    encode: Callable[[Tensor], Tensor]
-    flip: bool
-    dtype: str
-    autocast: torch.dtype | None
-    device: torch.device
-
-    def run(self, pixels: Tensor) -> Tensor:
-        """From pixels (b 3 height width) to the tokens of all copies (b m p d), as they are stored."""
-        pixels = pixels.to(self.device)
-        both = torch.cat([pixels, pixels.flip(-1)]) if self.flip else pixels
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            tokens = self.encode(both)
-        return tokens.to(_DTYPES[self.dtype][0]).cpu().unflatten(0, (-1, len(pixels))).transpose(0, 1).contiguous()
-
-
-def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -> None:
+def _write(
+    path: Path, pairs: Pairs, loader: DataLoader, copies: Callable[[Tensor], Tensor], kept: CacheFeatures, bar: tqdm
+) -> None:
     """Compute the features and write them to `path` in one piece; pictures that cannot be read are left blank."""
     total, room = len(pairs), _header_room(len(pairs))
     errors: dict[int, str] = {}
@@ -271,16 +255,16 @@ def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -
             for batch in loader:
                 errors |= {i: error for i, error in batch if isinstance(error, str)}
                 good = [(i, pixels) for i, pixels in batch if isinstance(pixels, Tensor)]
-                tokens = job.run(torch.stack([pixels for _, pixels in good])) if good else ()
+                tokens = copies(torch.stack([pixels for _, pixels in good])) if good else ()
                 for (i, _), token in zip(good, tokens, strict=True):
                     if not token.isfinite().all():
                         raise ValueError(
-                            f"the visual tokens of picture {i} ({pairs.name(i)}) are not finite in {job.dtype}; "
+                            f"the visual tokens of picture {i} ({pairs.name(i)}) are not finite in {kept.dtype}; "
                             f"use bfloat16 or float32, or look at the weights"
                         )
                     if not one:
                         one, step = tuple(token.shape), token.nbytes
-                        _check_space(path, total, step, job.flip)
+                        _check_space(path, total, step, kept.flip)
                     file.seek(room + i * step)
                     file.write(token.view(torch.uint8).numpy().data)
                 bar.update(len(batch))
@@ -288,7 +272,7 @@ def _write(path: Path, pairs: Pairs, loader: DataLoader, job: _Job, bar: tqdm) -
                 raise ValueError(f"none of the {total} pictures can be read; the first: {next(iter(errors.values()))}")
             file.truncate(room + total * step)
             file.seek(0)
-            file.write(_header((total, *one), total * step, _DTYPES[job.dtype][1], errors))
+            file.write(_header((total, *one), total * step, _DTYPES[kept.dtype][1], errors))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -343,11 +327,10 @@ def _frozen_on(vision: nn.Module, device: torch.device | str) -> Iterator[None]:
 def _lock(path: Path) -> Iterator[bool]:
     """Hold a lock file, if that can be done; the system lets go of it when the process ends, however it ends."""
     with path.open("w") as file:
-        try:
+        alone = False  # where there are no locks, the last writer wins, with a whole file
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
-        except (ImportError, OSError):  # no locks here: the last writer wins, with a whole file
-            alone = False
         yield alone

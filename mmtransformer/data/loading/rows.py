@@ -1,7 +1,6 @@
 """Captions as rows of ids: tokenised once, kept in flat arrays, chosen by hash."""
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -154,10 +153,3 @@ class CaptionRows:
         return [self.row(first + j) for j in chosen] + [
             self.row(first + chosen[0], is_real=False) for _ in range(rows - len(chosen))
         ]
-
-
-def share_of_padding(lengths: np.ndarray, batches: Sequence[Sequence[int]]) -> float:
-    """Measure which share of the batches' token places is padding, with one row of `lengths` an index."""
-    real = sum(int(lengths[list(batch)].sum()) for batch in batches)
-    room = sum(len(batch) * int(lengths[list(batch)].max()) for batch in batches)
-    return 1 - real / room

@@ -51,9 +51,9 @@ class Counting(nn.Module):
         return (x * self.weight).flatten(2).transpose(1, 2)  # (b p 3): the pixels themselves
 
 
-def build(folder, vision=None, pairs=None, **options):
+def build(folder, vision=None, pairs=None, flip=False, dtype="float16", **options):
     return FeatureCache.build(
-        vision or Counting(), pairs or FakePairs(7), TRANSFORM, folder,
+        vision or Counting(), pairs or FakePairs(7), TRANSFORM, CacheFeatures(str(folder), flip, dtype),
         **({"batch_size": 3, "progress": False} | options),
     )  # fmt: skip
 
