@@ -9,7 +9,7 @@ patches.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
 import torch
 from einops import rearrange
@@ -306,21 +306,39 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def caption_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0) -> Output:
+@overload
+def caption_loss(
+    captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0, reduction: Literal["mean"] = "mean"
+) -> Tensor: ...
+@overload
+def caption_loss(
+    captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0, reduction: Literal["sum"]
+) -> Loss: ...
+def caption_loss(
+    captioner: Captioner,
+    batch: CaptionBatch,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor | Loss:
     """Cross-entropy of the captions alone, also where a captioner trains on other losses beside it.
 
     Args:
         captioner: the model.
         batch: right-padded rows.
         label_smoothing: share of the target's probability that is spread over the vocabulary.
+        reduction: "mean" over the predicted tokens, a scalar; or their "sum" and count.
 
     Returns:
-        The `loss`, a mean over the predicted tokens, and its `sums`; zero, gradient too, where none is to be predicted.
+        Zero, gradient too, where no token is to be predicted.
 
     Raises:
-        ValueError: as `Captioner.forward`.
+        ValueError: as `Captioner.forward`, and for another reduction.
     """
-    return Captioner.forward(captioner, batch, label_smoothing=label_smoothing)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", not "{reduction}"')
+    output = Captioner.forward(captioner, batch, label_smoothing=label_smoothing)
+    return output.loss if reduction == "mean" else output.sums
 
 
 def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:

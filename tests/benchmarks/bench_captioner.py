@@ -43,7 +43,7 @@ def our_step(model: Captioner, batch: CaptionBatch, memory: Tensor, dtype: torch
     def step() -> Tensor:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = caption_loss(model, batch).sums
+            loss = caption_loss(model, batch, reduction="sum")
         (loss.sum / loss.count).backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)

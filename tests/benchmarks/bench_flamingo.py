@@ -47,7 +47,7 @@ class Step:
 
     def loss(self) -> Tensor:
         if isinstance(self.model, Flamingo):
-            loss = caption_loss(self.model, self.batch).sums
+            loss = caption_loss(self.model, self.batch, reduction="sum")
             return loss.sum / loss.count
         tokens, visual = self.batch.tokens[:, :-1], cast(Tensor, self.batch.visual_tokens)[:, 0]
         logits = self.model(tokens, visual.repeat_interleave(len(tokens) // len(visual), 0))

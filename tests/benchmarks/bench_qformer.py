@@ -199,7 +199,7 @@ def bench_stage2(args: Any, ours: Blip2, peer: Any) -> None:
         return peer(pixel_values=pixels, input_ids=ids, attention_mask=known, labels=labels).loss
 
     def mine(model: Blip2, batch: CaptionBatch) -> Tensor:
-        loss = caption_loss(model, batch).sums
+        loss = caption_loss(model, batch, reduction="sum")
         return loss.sum / loss.count
 
     with torch.no_grad():

@@ -90,7 +90,7 @@ def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> 
     one = CaptionBatch(
         *(x[:1] for x in (whole.tokens, whole.attention_mask, whole.loss_mask)), pixels=pixels(whole)[:1]
     )
-    loss = caption_loss(model, one).sums
+    loss = caption_loss(model, one, reduction="sum")
     loss.sum.backward()
     assert loss.sum.shape == ()
     assert loss.count == 5
@@ -99,7 +99,7 @@ def test_one_single_pair_is_a_batch(decoder: dict[str, Any], instruct: bool) -> 
 
 def test_the_loss_falls_on_caption_tokens_only() -> None:
     model, given = blip2(), batch()
-    loss = caption_loss(model, given).sums
+    loss = caption_loss(model, given, reduction="sum")
     assert int(loss.count) == int(given.loss_mask.sum())
     said = model.logits(given).log_softmax(-1)[:, :-1].gather(2, given.tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(loss.sum, -said[given.loss_mask[:, 1:]].sum())
@@ -117,7 +117,7 @@ def test_what_learns() -> None:
     assert learnt == {"vision.norm.weight", "vision.norm.bias"}
     modes = [m.training for m in (normed.vision, normed.qformer, normed.decoder)]
     assert modes == [False, True, False]
-    caption_loss(normed, batch()).sums.sum.backward()
+    caption_loss(normed, batch(), reduction="sum").sum.backward()
     grads = {name.split(".")[0]: p.grad for name, p in normed.named_parameters() if p.grad is not None}
     assert set(grads) == {"qformer", "proj", "vision"}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in normed.qformer.parameters())

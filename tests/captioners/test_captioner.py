@@ -67,7 +67,7 @@ def definition(model: EncoderDecoder, given: CaptionBatch, smoothing: float = 0.
 @pytest.mark.parametrize("smoothing", [0.0, 0.13])
 def test_the_loss_is_the_definition(smoothing: float) -> None:
     model, given = captioner(), batch()
-    loss = caption_loss(model, given, label_smoothing=smoothing).sums
+    loss = caption_loss(model, given, label_smoothing=smoothing, reduction="sum")
     want, count = definition(model, given, smoothing)
     assert loss.count.item() == count == int(given.loss_mask.sum())
     assert loss.sum.dtype == torch.float32
@@ -76,7 +76,7 @@ def test_the_loss_is_the_definition(smoothing: float) -> None:
 
 def test_the_gradient_is_that_of_the_definition() -> None:
     model, given = captioner(), batch()
-    caption_loss(model, given).sums.sum.backward()
+    caption_loss(model, given, reduction="sum").sum.backward()
     ours = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     want, _ = definition(model, given)
@@ -93,7 +93,7 @@ def test_what_stands_in_the_padding_changes_no_bit() -> None:
     noise = torch.randint(1, VOCAB, given.tokens.shape)
     other = replace(given, tokens=torch.where(given.attention_mask, given.tokens, noise))
     assert not torch.equal(other.tokens, given.tokens)
-    assert torch.equal(caption_loss(model, other).sums.sum, caption_loss(model, given).sums.sum)
+    assert torch.equal(caption_loss(model, other, reduction="sum").sum, caption_loss(model, given, reduction="sum").sum)
 
 
 def test_more_padding_changes_nothing() -> None:
@@ -105,7 +105,7 @@ def test_more_padding_changes_nothing() -> None:
         torch.cat((given.loss_mask, more > 0), 1),
         pixels=given.pixels,
     )
-    a, b = caption_loss(model, given).sums, caption_loss(model, longer).sums
+    a, b = caption_loss(model, given, reduction="sum"), caption_loss(model, longer, reduction="sum")
     assert a.count == b.count
     torch.testing.assert_close(a.sum, b.sum)
 
@@ -140,7 +140,9 @@ def test_errors_of_the_loss_name_the_numbers() -> None:
 def test_a_batch_without_targets_has_no_loss_but_a_gradient() -> None:
     """It keeps a process in step with the others, whose gradients are added to its own."""
     model, given = captioner(), batch((7, 3))
-    loss = caption_loss(model, replace(given, loss_mask=torch.zeros_like(given.loss_mask)), label_smoothing=0.1).sums
+    loss = caption_loss(
+        model, replace(given, loss_mask=torch.zeros_like(given.loss_mask)), label_smoothing=0.1, reduction="sum"
+    )
     assert (float(loss.sum.detach()), int(loss.count)) == (0.0, 0)
     loss.sum.backward()
     for parameter in model.parameters():
@@ -176,7 +178,7 @@ def test_a_frozen_tower_stays_in_evaluation_and_learns_nothing() -> None:
     assert given.pixels is not None
     assert not model.encode(given.pixels).requires_grad
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-    caption_loss(model, given).sums.sum.backward()
+    caption_loss(model, given, reduction="sum").sum.backward()
     optimizer.step()
     assert all(p.grad is None for p in model.vision.parameters())
     assert all(p.grad is not None for p in model.adapter.parameters())
@@ -192,7 +194,7 @@ def test_any_tower_can_be_frozen_also_afterwards(tower: str) -> None:
     torch.nn.ModuleDict({"outer": model}).train()  # As a trainer does it, from outside.
     for name in ("vision", "decoder", "adapter"):
         assert modes(model.get_submodule(name)) == {name != tower}
-    caption_loss(model, given).sums.sum.backward()
+    caption_loss(model, given, reduction="sum").sum.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name.startswith(tower) or "head" in name), name
 

@@ -111,8 +111,10 @@ def test_forward_gives_a_mean_its_sums_and_logits_where_asked(kind: str) -> None
     torch.testing.assert_close(whole.logits[real], model.logits(given)[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain.loss, plain.sums.sum / plain.sums.count)
     torch.testing.assert_close(whole.loss, plain.loss, atol=1e-5, rtol=1e-5)
-    sums = caption_loss(model, given).sums
-    torch.testing.assert_close(caption_loss(model, given).loss, sums.sum / sums.count)
+    sums = caption_loss(model, given, reduction="sum")
+    torch.testing.assert_close(caption_loss(model, given), sums.sum / sums.count)
+    with pytest.raises(ValueError, match='"mean" or "sum", not "none"'):
+        caption_loss(model, given, reduction="none")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("kind", BUILD | FROZEN)

@@ -384,7 +384,7 @@ def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.O
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     for _ in range(steps):
-        loss = caption_loss(model, given).sums
+        loss = caption_loss(model, given, reduction="sum")
         optimizer.zero_grad()
         loss.sum.backward()
         optimizer.step()
@@ -394,7 +394,7 @@ def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.O
 def test_frozen_is_frozen() -> None:
     model, given = flamingo(opened=False, lm={"dropout": 0.3}, cross_every=2), batch()
     before = digest(model.vision), digest(model.decoder)
-    start = caption_loss(model, given).sums.sum.item()
+    start = caption_loss(model, given, reduction="sum").sum.item()
     optimizer = train(model, given, steps=4)
     assert (digest(model.vision), digest(model.decoder)) == before
     assert is_frozen(model.vision)
@@ -407,7 +407,7 @@ def test_frozen_is_frozen() -> None:
     assert not any(m.training for tower in (model.vision, model.decoder) for m in tower.modules())
     still = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert still == []
-    assert caption_loss(model.eval(), given).sums.sum.item() < start
+    assert caption_loss(model.eval(), given, reduction="sum").sum.item() < start
 
 
 def seen_by_blocks(model: Flamingo, given: CaptionBatch) -> list[bool]:
@@ -416,7 +416,7 @@ def seen_by_blocks(model: Flamingo, given: CaptionBatch) -> list[bool]:
     inner: Any = model.decoder.decoder if isinstance(model.decoder, ExtendedVocabulary) else model.decoder
     blocks: Any = inner.blocks
     hooks = [b.register_forward_pre_hook(lambda _, args: found.append(args[0].requires_grad)) for b in blocks]
-    caption_loss(model.train(), given).sums.sum.backward()
+    caption_loss(model.train(), given, reduction="sum").sum.backward()
     for hook in hooks:
         hook.remove()
     return found
@@ -438,7 +438,7 @@ def test_recomputation_reaches_the_frozen_blocks_above_the_first_gated_one() -> 
     for i, block in enumerate(blocks):
         block.mlp.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     for model in (plain, saving):
-        caption_loss(model, given).sums.sum.backward()
+        caption_loss(model, given, reduction="sum").sum.backward()
     assert sorted(calls) == [0, 1, 1, 2, 2]
     for mine, theirs in zip(saving.gated_blocks.parameters(), plain.gated_blocks.parameters(), strict=True):
         assert mine.grad is not None
@@ -763,6 +763,6 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
             torch.testing.assert_close(found[row][mine], model.logits(alone)[0], atol=2e-5, rtol=2e-5)
             read += 1
     assert read > 2
-    loss = caption_loss(model, given).sums
+    loss = caption_loss(model, given, reduction="sum")
     loss.sum.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.gated_blocks.parameters())

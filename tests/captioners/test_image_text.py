@@ -236,7 +236,7 @@ def test_bad_texts_are_named() -> None:
 @torch.no_grad()
 def test_generation_loss_is_the_captioners() -> None:
     m, given = model(), batch()
-    loss = caption_loss(m, given).sums
+    loss = caption_loss(m, given, reduction="sum")
     assert float(loss.sum / loss.count) == pytest.approx(float(m(given).terms["itg"]), abs=1e-12)
 
 

@@ -106,7 +106,7 @@ def test_coca_by_definition() -> None:
 
 def test_coca_trains_on_both_losses() -> None:
     model, given = coca(), batch()
-    said, both = caption_loss(model, given).sums, model(given).sums
+    said, both = caption_loss(model, given, reduction="sum"), model(given).sums
     scores = model.log_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
     own = torch.arange(6) // 2
     to_images = F.cross_entropy(scores.T, own)
@@ -192,7 +192,7 @@ def test_frozen_parts_learn_nothing() -> None:
     model = prefix().train()
     assert not model.vision.training
     assert not model.decoder.training
-    caption_loss(model, batch()).sums.sum.backward()
+    caption_loss(model, batch(), reduction="sum").sum.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"proj"}
 
 

@@ -87,7 +87,7 @@ def test_a_language_model_for_a_recipe(tmp_path) -> None:
     }  # fmt: skip
     blip2 = Blip2(ViT(16, 8, 16, 1, 2), QFormer(3, 16, 1, 2, 16, dropout=0.0), model, freeze_decoder=False).train()
     batch = CaptionBatch(TOKENS, TOKENS >= 0, TOKENS >= 0, pixels=torch.randn(3, 1, 3, 16, 16))
-    caption_loss(blip2, batch).sums.sum.backward()
+    caption_loss(blip2, batch, reduction="sum").sum.backward()
     learned = {n for n, p in blip2.decoder.named_parameters() if p.grad is not None}
     assert learned == trainable
     perturbed(model)

@@ -131,12 +131,12 @@ class Captioning(Task):
         split = self.split_names[dataloader_idx]
         if not batch.loss_mask[:, 1:].any():
             return
-        loss = caption_loss(self.captioner, batch).sums
+        loss = caption_loss(self.captioner, batch, reduction="sum")
         self.add(split, "loss", loss)
         if batch_idx < self.image_ablation_batches and len(batch.names) > 1:
             self.add(split, "loss_right_image", loss)
             for name, other in (("other", other_images(batch)), ("blank", self.blank_images(batch))):
-                self.add(split, f"loss_{name}_image", caption_loss(self.captioner, other).sums)
+                self.add(split, f"loss_{name}_image", caption_loss(self.captioner, other, reduction="sum"))
 
     def blank_images(self, batch: CaptionBatch) -> CaptionBatch:
         """The batch with grey pictures (the mean colour of the transform) in place of its own."""

@@ -62,7 +62,7 @@ def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_nadamw() -> No
     assert found["decoder.blocks.0.norm1.weight"] == (True, False)
     assert len(found) == sum(p.requires_grad for p in model.parameters())
     before = model.decoder.blocks[0].attn.q_proj.weight.clone()
-    caption_loss(model, noise(model)).loss.backward()
+    caption_loss(model, noise(model)).backward()
     optimizer.step()
     change = (model.decoder.blocks[0].attn.q_proj.weight - before).double()
     values = torch.linalg.svdvals(change)  # An orthogonal update: all directions move alike.

@@ -98,8 +98,8 @@ def test_loss_is_a_mean_over_tokens_however_the_batch_is_cut(tmp_path: Path) -> 
     assert max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) < 1e-14
     model = captioner().double()
     loss = caption_loss(
-        model, CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double())
-    ).sums  # type: ignore[union-attr]
+        model, CaptionBatch(whole.tokens, whole.attention_mask, whole.loss_mask, whole.pixels.double()), reduction="sum"
+    )  # type: ignore[union-attr]
     (loss.sum / 27).backward()
     assert int(loss.count) == 27
     assert max(float((a - p.grad).abs().max()) for a, p in zip(one, model.parameters(), strict=True)) < 1e-14  # type: ignore[operator]
@@ -154,7 +154,7 @@ def test_losses_of_other_and_blank_images(tmp_path: Path, blind: bool) -> None:
             assert min(abs(right - other), abs(right - blank), abs(other - blank)) > 1e-4
         loader = data.loader(split)
         with torch.no_grad():
-            sums = [caption_loss(model, b).sums for b in loader]
+            sums = [caption_loss(model, b, reduction="sum") for b in loader]
         mean = float(sum(s.sum for s in sums) / sum(s.count for s in sums))
         assert float(run.callback_metrics[f"{split}/loss"]) == pytest.approx(mean, rel=1e-5)
 
