@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import with_files
-from mmtransformer.cli.trust import check_names, check_recipe
+from mmtransformer.cli.trust import check_names, check_recipe, checked_files
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -126,7 +126,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             for file in config_files(args):
                 check_recipe(file)
             try:
-                self.config = parser.parse_args(args)
+                with checked_files():
+                    self.config = parser.parse_args(args)
             except ArgumentError as error:
                 raise ValueError(explain(str(error), keys_of(parser))) from error
             check_names(self.config)
@@ -173,8 +174,13 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.enable_checkpointing is not False and not config.fast_dev_run:
                 extra.append(Saving())
             mine = {type(callback) for callback in config.callbacks or []}
-            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                plugins.append(CheckpointFiles())
+            files = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
+            if other := [type(plugin).__name__ for plugin in files if not isinstance(plugin, CheckpointFiles)]:
+                raise ValueError(
+                    f"trainer.plugins: {other[0]} is no CheckpointFiles: others neither survive being killed nor "
+                    f"look a file through before they read it; derive yours from it"
+                )
+            plugins += [] if files else [CheckpointFiles()]
             config.plugins = plugins
             extra = [callback for callback in extra if type(callback) not in mine]
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)

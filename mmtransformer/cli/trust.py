@@ -5,14 +5,31 @@ that is a plain callable (a callback's hook, say), the parser would call any fun
 """
 
 import inspect
+import os
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1 << 20, 100_000, 50
 _HOOKS = ("mmtransformer", "lightning", "torch", "torchvision", "torchmetrics", "timm")
+BUILDERS = {
+    "mmtransformer.training.tasks.captioning.finetune",
+    "mmtransformer.captioners.blip2.from_stage1",
+    "mmtransformer.weights.captioners.blip2.load_blip2",
+    "mmtransformer.weights.captioners.idefics.load_idefics",
+    "mmtransformer.weights.captioners.lavis.load_lavis",
+    "mmtransformer.weights.captioners.openflamingo.load_openflamingo",
+    "mmtransformer.weights.captioners.qformer.qformer_from_bert",
+    "mmtransformer.weights.text.bert.load_encoder",
+    "mmtransformer.weights.text.lm.load_lm",
+    "mmtransformer.weights.text.lm.load_tokenizer",
+    "mmtransformer.weights.vision.load.load_vit",
+}
+"""The functions of this library that a recipe may call in place of a class: they read models, and write nothing."""
 
 
 def check_recipe(path: str | Path) -> None:
@@ -26,6 +43,8 @@ def check_recipe(path: str | Path) -> None:
     """
     import yaml
 
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError(f"{path}: not a regular file")
     size = Path(path).stat().st_size
     if size > _MOST_BYTES:
         raise ValueError(f"{path}: {size:,} bytes are too many for a recipe ({_MOST_BYTES:,} at most)")
@@ -33,7 +52,7 @@ def check_recipe(path: str | Path) -> None:
     names: list[str | None] = [None]
     known: dict[str, int] = {}
     try:
-        for event in yaml.parse(Path(path).read_text("utf-8"), Loader=yaml.SafeLoader):
+        for event in yaml.parse(Path(path).read_text("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 values.append(1)
                 names.append(event.anchor)
@@ -58,11 +77,45 @@ def check_recipe(path: str | Path) -> None:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
+@contextmanager
+def checked_files() -> Iterator[None]:
+    """Where a parser reads: every file that it opens (`model: FILE`, at any depth) is looked through as a recipe is.
+
+    jsonargparse has no hook before it opens a file, so its own class for paths is wrapped meanwhile.
+
+    Raises:
+        ValueError: In place of the parser's error, if it failed and a file was refused.
+    """
+    import yaml
+    from jsonargparse._util import Path as ParserPath  # pyright: ignore[reportPrivateImportUsage]
+
+    kind: Any = ParserPath
+    name = "read_text" if hasattr(kind, "read_text") else "get_content"  # before jsonargparse 4.49
+    read, refused = getattr(kind, name), []
+
+    def checked(path: Any, *args: Any) -> str:
+        try:
+            check_recipe(path.absolute)
+        except ValueError as error:
+            refused.append(error)
+            raise yaml.YAMLError(str(error)) from error  # It may be no recipe: a table that is a plain argument, say.
+        return read(path, *args)
+
+    setattr(kind, name, checked)
+    try:
+        yield
+    except Exception as error:
+        raise (refused[-1] if refused else error) from None
+    finally:
+        setattr(kind, name, read)
+
+
 def check_names(config: Any) -> None:
     """Refuses what a parsed configuration would call though no type asks for it.
 
-    A function is called for a class's instance only if it is one of this library, or of the user's own modules, and its
-    annotation says what it returns; a class that can be called must be a module of torch, or of a library of models.
+    A function is called for a class's instance only if it is one of `BUILDERS`, or of the user's own modules and
+    annotated with what it returns; where something to call is asked for, none is called to make it. A class is none of
+    Python's own; one that can be called must be a module of torch, or of a library of models.
 
     Args:
         config: What the parser made of recipes and command line.
@@ -70,40 +123,66 @@ def check_names(config: Any) -> None:
     Raises:
         ValueError: Naming what is refused.
     """
-    from torch import nn
-
-    for name, found in _named(config):
-        top = (getattr(found, "__module__", None) or "").partition(".")[0]
-        mine = top == "mmtransformer" or _is_own(found)
-        if inspect.isclass(found):
-            callable_ = "__call__" in dir(found) and not issubclass(found, nn.Module)
-            bad = callable_ and not (mine or top in _HOOKS)
-        elif name is not None:
-            bad = not mine or not inspect.isclass(_returned(found))
-        else:
-            bad = not (mine or top in _HOOKS)
-        if bad:
-            shown = name or f"{top}.{getattr(found, '__qualname__', found)}"
+    for name, found, hint in _named(config, None):
+        if _is_refused(name, found, hint):
+            shown = name or f"{found.__module__}.{getattr(found, '__qualname__', type(found).__qualname__)}"
             raise ValueError(
                 f"{shown} is not run: recipes name classes of the kind that is asked for, and no other functions; put "
                 f"what you need into a module of your own"
             )
 
 
-def _named(value: Any) -> Iterator[tuple[str | None, Any]]:
-    """Everything that a configuration names: (class path, what it is), or (None, a function that is a value)."""
+def _is_refused(name: str | None, found: Any, hint: Any) -> bool:
+    """Whether something must not be called: a class path with its arguments, or (name is None) a value."""
+    from torch import nn
+
+    top = (getattr(found, "__module__", None) or "").partition(".")[0]
+    if inspect.isclass(found):
+        known = top in _HOOKS or _is_own(found) or issubclass(found, nn.Module)
+        return top in sys.stdlib_module_names or not (known or "__call__" not in dir(found))
+    if name is None and top != "mmtransformer":
+        return not (top in _HOOKS or _is_own(found if inspect.isroutine(found) else type(found)))
+    if f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" not in BUILDERS:
+        own = top != "mmtransformer" and _is_own(found)
+        if not own or not inspect.isclass(_returned(found)):
+            return True
+    return _asks_to_call(hint)
+
+
+def _named(value: Any, hint: Any) -> Iterator[tuple[str | None, Any, Any]]:
+    """All that a configuration names: (class path, what it is, the type asked for); a value that is called has none."""
     if isinstance(value, (list, tuple, set)):
         for item in value:
-            yield from _named(item)
+            yield from _named(item, hint)
         return
     items = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-    if inspect.isroutine(value) or inspect.isclass(value):
-        yield None, value
-    elif isinstance(items, dict) and (isinstance(value, dict) or type(value).__name__ == "Namespace"):
+    if isinstance(items, dict) and (isinstance(value, dict) or type(value).__name__ == "Namespace"):
+        owner = None
         if isinstance(name := items.get("class_path"), str) and "." in name:
-            yield name, _object(name)
-        for item in items.values():
-            yield from _named(item)
+            owner = _object(name)
+            yield name, owner, hint
+        for key, item in items.items():
+            if key == "init_args" and owner is not None:
+                hints = _hints(owner)
+                for argument, given in (item if isinstance(item, dict) else getattr(item, "__dict__", {})).items():
+                    yield from _named(given, hints.get(argument))
+            else:
+                yield from _named(item, hint)
+    elif callable(value) and not isinstance(value, os.PathLike):
+        yield None, value, hint
+
+
+def _hints(owner: Any) -> dict[str, Any]:
+    """The types of what a class or function is called with."""
+    try:
+        return {name: p.annotation for name, p in inspect.signature(owner, eval_str=True).parameters.items()}
+    except (TypeError, ValueError, NameError):
+        return {}
+
+
+def _asks_to_call(hint: Any) -> bool:
+    """Whether a type is a callable, or may be one."""
+    return (get_origin(hint) or hint) is Callable or any(map(_asks_to_call, get_args(hint)))
 
 
 def _object(path: str) -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import sys
@@ -19,7 +20,7 @@ from torch import nn
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import main
 from mmtransformer.cli.errors import one_line
-from mmtransformer.cli.trust import check_names
+from mmtransformer.cli.trust import BUILDERS, _object, check_names
 from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, newest
 from mmtransformer.weights import load_lm
 
@@ -329,6 +330,118 @@ def test_a_recipe_runs_only_what_fits(
     assert "mmt fit: error: " in told
     assert told.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.ckpt", "evil.pt", "recipe.yaml"]
+
+
+def spec(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": name, "init_args": arguments}
+
+
+def called(name: str, **arguments: Any) -> dict[str, Any]:
+    """A callback's place for a function, where the recipe names one with arguments."""
+    return spec("lightning.pytorch.callbacks.LambdaCallback", setup=spec(name, **arguments))
+
+
+CALLBACKS: dict[str, tuple[str, Any]] = {
+    "a command of the library": ("mmtransformer.cli.main", called("mmtransformer.cli.main", argv=["recipes"])),
+    "what no annotation gives a class": ("check_recipe", called("mmtransformer.cli.trust.check_recipe", path="x")),
+    "a reader of models": ("load_vit", called("mmtransformer.weights.load_vit", source="x")),
+    "a function itself": (
+        "mmtransformer.cli.main",
+        spec("lightning.pytorch.callbacks.LambdaCallback", setup="mmtransformer.cli.main"),
+    ),
+    "in another's place": (
+        "mmtransformer.cli.main",
+        spec("lightning.pytorch.callbacks.BackboneFinetuning", lambda_func=spec("mmtransformer.cli.main")),
+    ),
+    "where anything may stand": (
+        "logging.FileHandler",
+        spec(
+            "lightning.pytorch.callbacks.RichProgressBar",
+            console_kwargs={"x": spec("logging.FileHandler", filename="harm")},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_a_callback_calls_nothing_of_the_library(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, callback = CALLBACKS[kind]
+    Path("recipe.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
+    for command in ("fit", "plan"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert main([command, "--config", "caption_scenes", "--config", "recipe.yaml"]) == 2
+        told = capsys.readouterr().err
+        assert f"{name} is not run" in told
+        assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_function_of_the_users_own_makes_no_function() -> None:
+    """What returns a class may stand for the class, but is not called to make a hook."""
+    check_names({"model": spec("mmtransformer.weights.load_vit", source="folder")})
+    with pytest.raises(ValueError, match="load_vit is not run"):
+        check_names({"a": called("mmtransformer.weights.load_vit", source="folder")})
+
+
+def test_the_builders_are_there_and_write_nothing() -> None:
+    for name in BUILDERS:
+        found = _object(name)
+        assert f"{found.__module__}.{found.__qualname__}" == name
+        assert not found.__name__.startswith(("save", "write"))
+
+
+def test_checkpoints_of_others_are_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plugin = "lightning.pytorch.plugins.io.TorchCheckpointIO"
+    Path("recipe.yaml").write_text(json.dumps({"trainer": {"plugins": [{"class_path": plugin}]}}))
+    words = ["--config", "caption_scenes", "--config", str(ROOT / "recipes/tiny.yaml"), "--config", "recipe.yaml"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["fit", *words]) == 2
+    told = capsys.readouterr().err
+    assert "TorchCheckpointIO" in told
+    assert told.count("\n") == 1
+
+
+SUB_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "deep": ("nested more than 50 deep", lambda path: path.write_text("[" * 100_000)),
+    "aliases": (
+        "its aliases stand for more than",
+        lambda path: path.write_text(
+            "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'] * 10)}]\n" for i in range(9))
+        ),
+    ),
+    "large": ("are too many for a recipe", lambda path: path.write_text("#" * (2 << 20))),
+    "not UTF-8": ("not UTF-8", lambda path: path.write_bytes(b"class_path: \xff")),
+    "a pipe": ("not a regular file", lambda path: os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("key", ["model", "trainer", "data.image", "model.init_args.captioner"])
+@pytest.mark.parametrize("kind", SUB_FILES)
+def test_every_file_of_a_recipe_is_looked_through(
+    kind: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    why, make = SUB_FILES[kind]
+    make(tmp_path / "part.yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(["fit", "--config", "caption_scenes", f"--{key}=part.yaml"])
+    told = capsys.readouterr().err
+    assert code == 2
+    assert why in told
+    assert "part.yaml" in told
+    assert told.count("\n") == 1
+    Path("whole.yaml").write_text(f"{key.partition('.')[0]}: part.yaml\n")
+    with pytest.raises(ValueError, match=why):  # named in a recipe, too
+        main(["fit", "--debug", "--config", "caption_scenes", "--config=whole.yaml"])
 
 
 def own_hook(*args: Any, **kwargs: Any) -> None:
