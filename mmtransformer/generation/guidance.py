@@ -55,12 +55,18 @@ class Guided:
         return blank.float().log_softmax(1).lerp(seen.float().log_softmax(1), self.scale)
 
 
-def blank_images(captioner: Captioner, batch: CaptionBatch) -> CaptionBatch:
-    """The batch with grey pictures (the mean colour of the transform) in place of its own."""
+def blank_images(captioner: Captioner, batch: CaptionBatch, size: tuple[int, int] | None = None) -> CaptionBatch:
+    """The batch with grey pictures (the mean colour of the transform) in place of its own.
+
+    Args:
+        captioner: the captioner.
+        batch: the batch.
+        size: height and width of its pictures in px, where their tokens have their place; None = the vision tower's.
+    """
     if batch.pixels is not None:
         return replace(batch, pixels=torch.zeros_like(batch.pixels))
     tokens = batch.visual
-    height, width = (side * captioner.vision.patch_size for side in captioner.vision.grid)
+    height, width = size or (side * captioner.vision.patch_size for side in captioner.vision.grid)
     dtype = next(captioner.vision.parameters()).dtype
     pixels = torch.zeros(1, tokens.shape[1], 3, height, width, device=tokens.device, dtype=dtype)
     return replace(batch, visual_tokens=captioner.encode(pixels).to(tokens.dtype).expand_as(tokens))

@@ -121,22 +121,20 @@ class Needs:
     def table(self, samples: int, unit: str) -> str:
         """The numbers, a line each."""
         frozen = f"  ({_size(self.frozen)} of them frozen)" if self.frozen else ""
-        lines = [
-            f"  weights            {_size(self.parameters):>9}{frozen}",
-            f"  gradients          {_size(self.gradients):>9}",
-            f"  optimizer          {_size(self.optimizer):>9}",
-            f"  moving average     {_size(self.average):>9}",
-            f"  activations        {_size(self.activations):>9}  (batches of {samples} {unit})",
+        rows = [
+            ("weights", self.parameters, frozen),
+            ("gradients", self.gradients, ""),
+            ("optimizer", self.optimizer, ""),
+            ("moving average", self.average, ""),
+            ("activations", self.activations, f"  (batches of {samples} {unit})"),
+            ("kernels", self.kernels, "  (of products, one a shape)"),
+            ("program", self.program, "  (Python and its libraries)"),
+            ("memory", self.memory, ""),
+            ("a checkpoint", self.checkpoint, "  on the disk"),
+            ("feature cache", self.cache, "  on the disk"),
         ]
-        if self.kernels:
-            lines.append(f"  kernels            {_size(self.kernels):>9}  (of products, one a shape)")
-        if self.program:
-            lines.append(f"  program            {_size(self.program):>9}  (Python and its libraries)")
-        lines.append(f"  memory             {_size(self.memory):>9}")
-        lines.append(f"  a checkpoint       {_size(self.checkpoint):>9}  on the disk")
-        if self.cache:
-            lines.append(f"  feature cache      {_size(self.cache):>9}  on the disk")
-        return "\n".join(lines)
+        rows = [row for row in rows if row[1] or row[0] not in ("kernels", "program", "feature cache")]
+        return "\n".join(f"  {name:<19}{_size(size):>9}{text}" for name, size, text in rows)
 
 
 def _size(number: int) -> str:

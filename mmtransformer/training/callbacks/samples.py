@@ -29,7 +29,7 @@ class Samples(pl.Callback):
 
     def __init__(self, every_seconds: float = 40.0) -> None:
         self.every_seconds = every_seconds
-        self._last = 0.0
+        self._last, self._turn = 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
@@ -59,7 +59,8 @@ class Samples(pl.Callback):
         # Compiled blocks would be compiled anew for caches of every length.
         eager = torch.compiler.set_stance("force_eager")
         with evaluation_mode(module), eager, torch.no_grad(), trainer.precision_plugin.forward_context():
-            lines = module.sample()
+            lines = module.sample(self._turn)
+        self._turn += 1
         show = trainer.progress_bar_callback.print if trainer.progress_bar_callback else print
         for line in lines:
             show(f"  {line}")

@@ -85,13 +85,7 @@ class EMA(pl.Callback):
         if self.swapped:
             self.swap(pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As `on_validation_start`."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As `on_validation_end`."""
-        self.on_validation_end(trainer, pl_module)
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the average as the model; also of a run that was at its end already when it was resumed."""

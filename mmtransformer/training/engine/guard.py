@@ -162,8 +162,3 @@ def memory_advice(device: torch.device, step: Callable[[], int], names: Callable
             f"gradient what it is: --{less} (times what it is now), --activation_checkpointing=true, "
             f"--trainer.precision=bf16-mixed; `mmt plan` says what takes the memory. ({text.splitlines()[0][:160]})"
         ) from error
-
-
-def is_finite(*numbers: float) -> bool:
-    """Whether none is NaN or infinite."""
-    return all(math.isfinite(number) for number in numbers)

@@ -99,9 +99,9 @@ def make_root(module: nn.Module) -> None:
     module._get_fsdp_state()._lazy_init()  # pyright: ignore[reportCallIssue]
 
 
-def forget_sharding(module: nn.Module) -> None:
+def forget_sharding(module: Any) -> None:
     """Takes torch's hooks and class off a sharded module (there is no public way)."""
-    state = module._get_fsdp_state()  # pyright: ignore[reportCallIssue]
+    state = module._get_fsdp_state()
     for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
         handle.remove()
     for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
@@ -115,4 +115,4 @@ def forget_sharding(module: nn.Module) -> None:
     module.__class__ = type(module).__mro__[2]
     _module_state_mapping.pop(module, None)  # Else it could not be shared out again.
     for key in (REGISTRY_KEY, STATE_KEY):
-        module.__dict__.pop(key, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        module.__dict__.pop(key, None)

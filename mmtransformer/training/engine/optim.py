@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -43,12 +43,10 @@ class Optim:
     nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("adamw", "muon"):
-            raise ValueError(f'optim.kind must be "adamw" or "muon", not "{self.kind}"')
-        if self.lr_schedule not in ("cosine", "inverse_sqrt"):
-            raise ValueError(f'optim.lr_schedule must be "cosine" or "inverse_sqrt", not "{self.lr_schedule}"')
-        if self.nonfinite not in ("stop", "skip"):
-            raise ValueError(f'optim.nonfinite must be "stop" or "skip", not "{self.nonfinite}"')
+        for name, kinds in get_type_hints(Optim).items():
+            if get_origin(kinds) is Literal and (value := getattr(self, name)) not in get_args(kinds):
+                one, other = get_args(kinds)
+                raise ValueError(f'optim.{name} must be "{one}" or "{other}", not "{value}"')
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
 
@@ -111,32 +109,20 @@ def muon(
     2016); and five Newton-Schulz iterations, each with coefficients of its own (timm's "quintic"), where Jordan's have
     one set, (3.4445, -4.7750, 2.0315).
 
-    Args:
-        module: The module whose parameters with ``requires_grad`` are trained.
-        lr: The peak learning rate of the matrices.
-        weight_decay: Decoupled decay of everything but vectors, and what `no_weight_decay()` names.
-        betas: NAdamW's decay rates.
-
-    Returns:
-        The optimizer: timm's, one for both kinds of parameter.
-
-    Raises:
-        ValueError: If nothing is trainable.
+    The arguments are those of `adamw`, with the peak of the matrices, the decay of everything that is not spared, and
+    NAdamW's rates; so is the error. The optimizer is timm's, one for both kinds of parameter.
     """
     from timm.optim.muon import Muon
 
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},  # matrices of blocks
+        {"params": [], "weight_decay": weight_decay, "use_fallback": True},
+        {"params": [], "weight_decay": 0.0, "use_fallback": True},
+    ]
     spared = _spared(module)
     for name, parameter in _trainable(module).items():
         inner = "blocks." in name and parameter.ndim == 2
-        (undecayed if parameter in spared else matrices if inner else others).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": weight_decay, "use_fallback": True},
-        {"params": undecayed, "weight_decay": 0.0, "use_fallback": True},
-    ]
+        groups[2 if parameter in spared else 0 if inner else 1]["params"].append(parameter)
     kept = [g for g in groups if g["params"]]
     return Muon(kept, lr=lr, betas=betas, nesterov=True, fallback_lr_scale=0.5)
 

@@ -1,6 +1,7 @@
 """Which parameters of a task learn: their number, the modes that follow from it, and those that no loss reaches."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -92,9 +93,6 @@ def _graph(loss: Tensor) -> Iterator[Any]:
 
 def in_words(names: Iterable[str]) -> str:
     """Names of parameters by the module that they are of, at most four: "vit.pool.q_proj (2), head (1)"."""
-    counts: dict[str, int] = {}
-    for name in names:
-        owner = name.rpartition(".")[0]
-        counts[owner] = counts.get(owner, 0) + 1
+    counts = Counter(name.rpartition(".")[0] for name in names)
     shown = [f"{owner or 'the task itself'} ({n})" for owner, n in list(counts.items())[:4]]
     return ", ".join(shown + ([f"and {len(counts) - 4} more modules"] if len(counts) > 4 else []))

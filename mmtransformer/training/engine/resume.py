@@ -9,6 +9,7 @@ Frozen weights are left out; a hash of each says what is expected in their place
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -106,13 +107,7 @@ def _mismatches(
 
 def _tower(names: list[str]) -> str:
     """What names have in common: captioner.vision, say."""
-    parts = [name.split(".")[:-1] for name in names]
-    common = []
-    for words in zip(*parts, strict=False):
-        if len(set(words)) > 1:
-            break
-        common.append(words[0])
-    return ".".join(common) or "the model"
+    return ".".join(os.path.commonprefix([name.split(".")[:-1] for name in names])) or "the model"
 
 
 def unwrapped(name: str) -> str:
@@ -146,11 +141,8 @@ def configs(module: nn.Module) -> dict[str, Any]:
 
 def _differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            path = place if key == "args" else f"{place}.{key}" if place else key
-            found += _differences(old.get(key), new.get(key), path)
-        return found
+        inner = {key: place if key == "args" else f"{place}.{key}" if place else key for key in old | new}
+        return [each for key, path in inner.items() for each in _differences(old.get(key), new.get(key), path)]
     return [] if old == new else [(place, old, new)]
 
 

@@ -53,13 +53,7 @@ class Sharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         shard_again(self.lightning_module)
 
-    def on_test_start(self) -> None:
-        """As `on_validation_start`."""
-        self.on_validation_start()
-
-    def on_test_end(self) -> None:
-        """As `on_validation_end`."""
-        self.on_validation_end()
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -189,7 +183,6 @@ def unshard(task: LightningModule) -> None:
     """
     whole: list[tuple[nn.Module, str, nn.Parameter]] = []
     done: dict[nn.Parameter, nn.Parameter] = {}
-    sharded = [part for part in task.modules() if isinstance(part, FSDPModule)]
     reshard(task)
     for part in task.modules():
         for name, parameter in part._parameters.items():
@@ -199,7 +192,7 @@ def unshard(task: LightningModule) -> None:
                     weight = parameter.full_tensor().detach().clone()
                     done[parameter] = nn.Parameter(weight, parameter.requires_grad)
                 whole.append((part, name, done[parameter]))
-    for part in sharded:
+    for part in _shared(task):
         forget_sharding(part)
     for part, name, parameter in whole:
         part._parameters[name] = parameter

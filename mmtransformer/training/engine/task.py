@@ -21,14 +21,7 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
 from mmtransformer.training.engine.ema import EMA
-from mmtransformer.training.engine.guard import (
-    MOST_IN_A_ROW,
-    RECORD,
-    first_bad_module,
-    is_finite,
-    memory_advice,
-    not_finite,
-)
+from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
 from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.parameters import say_what_cannot_learn, set_modes, trainable_parameters
@@ -61,6 +54,8 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     """What a sample is called where the throughput is shown."""
     data_kind: type[DataT] = Data  # pyright: ignore[reportAssignmentType]
     """The data that it knows."""
+    validated: tuple[tuple[str, str], ...] = ()
+    """What a validation's line says after the loss: a metric's name and its words, such as "{:.1%} right"."""
 
     def __init__(self, optim: Optim) -> None:
         super().__init__()
@@ -108,13 +103,19 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         every = getattr(self.trainer, "log_every_n_steps", 1)
         return every > 0 and self.trainer.global_step % every == 0
 
-    def sample(self) -> list[str]:
-        """Lines that show what the model can do by now, printed now and then; none unless a task has some."""
+    def sample(self, turn: int) -> list[str]:
+        """Lines that show what the model can do by now; none unless a task has some.
+
+        Args:
+            turn: How many samples of the run came before this one; another is shown each time.
+        """
         return []
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's result in a line."""
-        return f"{split}: loss {float(metrics[f'{split}/loss']):.3f}"
+        """A validation's result in a line: the loss, and what of `validated` there is."""
+        said = (("loss", "loss {:.3f}"), *self.validated)
+        found = [text.format(float(metrics[f"{split}/{name}"])) for name, text in said if f"{split}/{name}" in metrics]
+        return f"{split}: {', '.join(found)}"
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -238,7 +239,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         # Lightning has divided by the micro-batches, DDP by the processes.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / parts.count
         loss, norm, lr = parts.loss / parts.count, parts.norm * scale, optimizer.param_groups[0]["lr"]
-        finite = is_finite(loss, norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
             self._leave_out(parts, loss, norm, lr)
@@ -309,20 +310,17 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
         self.log_dict(self._means.take(self.trainer.world_size), rank_zero_only=True)
 
+    on_test_epoch_end = on_validation_epoch_end
+
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As `validation_step`."""
         self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As `on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the run needs to go on bit for bit, and leaves frozen weights out."""
-        if self._hashes is None:
-            self._hashes = frozen_hashes(self)
+        self._hashes = self._hashes or frozen_hashes(self)
         strip_frozen(self, checkpoint, self._hashes)
         normalize_counters(self.trainer, checkpoint)
         checkpoint["optim"] = asdict(self.optim)
@@ -338,8 +336,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """
         # Lightning would do so later, and round a checkpoint in float64 to float32 on the way.
         self.trainer.precision_plugin.convert_module(self)
-        if self._hashes is None:
-            self._hashes = frozen_hashes(self)
+        self._hashes = self._hashes or frozen_hashes(self)
         restore_frozen(self, checkpoint, self._hashes)
         if self.trainer.state.fn == "fit":
             refuse_another_optimizer(checkpoint, asdict(self.optim))

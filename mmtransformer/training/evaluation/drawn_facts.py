@@ -1,8 +1,7 @@
 """How true drawings are: pictures drawn from the texts of known scenes, read back, and judged fact by fact."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -16,59 +15,48 @@ SEED = 1000
 """Seed of the first drawing of an evaluation; the i-th has SEED + i."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DrawnFacts:
-    """Facts right over some drawings.
+    """What some drawings show of the scenes whose texts they were drawn from.
 
     Attributes:
-        right: facts of the scenes that the drawings show, and how many there are.
-        exact: drawings that show all facts, and nothing that is false.
-        count: drawings.
-        parts: the same by kind of fact.
+        judgements: each drawing against its scene, in the split's order.
     """
 
-    right: Rates = field(default_factory=Rates)
-    exact: int = 0
-    count: int = 0
-    parts: dict[str, Rates] = field(default_factory=dict)
+    judgements: Sequence[Judgement]
 
-    def add(self, judged: Judgement) -> None:
-        """Adds one drawing."""
-        self.right += judged.objects + judged.attributes + judged.relations
-        self.exact += judged.exact
-        self.count += 1
-        for name, rates in judged.parts.items():
-            self.parts[name] = self.parts.get(name, Rates()) + rates
+    @property
+    def right(self) -> Rates:
+        """Facts of the scenes that the drawings show, and how many there are."""
+        return sum((judged.objects + judged.attributes + judged.relations for judged in self.judgements), Rates())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a JSON file."""
+        """Plain numbers, for a JSON file: drawings are "exact" that show all facts and nothing false."""
+        kinds = dict.fromkeys(name for judged in self.judgements for name in judged.parts)
+        parts = {name: (judged.parts.get(name, Rates()) for judged in self.judgements) for name in kinds}
         return {
             "facts": self.right.recall,
             "precision": self.right.precision,
-            "exact": self.exact / max(self.count, 1),
-            "images": self.count,
-            "parts": {name: rates.recall for name, rates in self.parts.items()},
+            "exact": sum(judged.exact for judged in self.judgements) / max(len(self.judgements), 1),
+            "images": len(self.judgements),
+            "parts": {name: sum(rates, Rates()).recall for name, rates in parts.items()},
         }
+
+
+def judge_drawings(split: SceneSplit, drawings: Iterable[Image.Image]) -> DrawnFacts:
+    """Each drawing against the scene whose text it was drawn from, in the split's order."""
+    return DrawnFacts([judge_facts(read(image, split.world), split.scene(i)) for i, image in enumerate(drawings)])
 
 
 def reader_accuracy(split: SceneSplit, count: int) -> DrawnFacts:
     """What the reader gets right of the true pictures: the most that any drawing could be given."""
-    found = DrawnFacts()
-    for i in range(min(count, len(split))):
-        found.add(judge_facts(read(split.image(i), split.world), split.scene(i)))
-    return found
+    return judge_drawings(split, (split.image(i) for i in range(min(count, len(split)))))
 
 
 def texts_of(split: SceneSplit, language: str, count: int) -> list[str]:
     """The first caption of each of the first scenes, in a language."""
     rows = (split.captions(i) for i in range(min(count, len(split))))
     return [next(c.text for c in captions if c.language == language) for captions in rows]
-
-
-def judge_drawings(split: SceneSplit, drawings: Iterable[Image.Image]) -> Iterator[Judgement]:
-    """Each drawing against the scene whose text it was drawn from, in the split's order."""
-    for i, drawing in enumerate(islice(drawings, len(split))):
-        yield judge_facts(read(drawing, split.world), split.scene(i))
 
 
 def score_drawings(
@@ -88,16 +76,10 @@ def score_drawings(
     """
     config = painter.config if guidance_scale is None else painter.with_config(guidance_scale=guidance_scale)
     texts = texts_of(split, language, count)
-    drawings = [
-        image
-        for (image,) in painter.draw(
-            texts, language=language, seed=range(SEED, SEED + len(texts)), config=config, truncate=True
-        )
-    ]
-    found = DrawnFacts()
-    for judged in judge_drawings(split, drawings):
-        found.add(judged)
-    return found, drawings
+    seeds = range(SEED, SEED + len(texts))
+    drawn = painter.draw(texts, language=language, seed=seeds, config=config, truncate=True)
+    drawings = [image for (image,) in drawn]
+    return judge_drawings(split, drawings), drawings
 
 
 def table(scores: dict[str, dict[str, Any]], scales: Sequence[float] = ()) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,12 @@ class Evaluation:
             languages = list(dict.fromkeys(code for by in self.facts.values() for code in by))
             lines.append(f"{'% of facts right':<34}" + "".join(f"{code:>9}" for code in languages))
             for split, by in self.facts.items():
-                rows = {
-                    f"{split}": lambda s: f"{s.facts:.1%}",
-                    "  captions without a fault": lambda s: f"{s.exact:.1%}",
-                    "  objects that are not there": lambda s: f"{s.hallucinated / max(s.objects.said, 1):.1%}",
-                }
-                for name, show in rows.items():
-                    cells = "".join(f"{show(by[code]) if code in by else '':>9}" for code in languages)
+                for name, share in (
+                    (split, lambda s: s.facts),
+                    ("  captions without a fault", lambda s: s.exact),
+                    ("  objects that are not there", lambda s: s.hallucinated / max(s.objects.said, 1)),
+                ):
+                    cells = "".join(f"{share(by[code]):>9.1%}" if code in by else " " * 9 for code in languages)
                     lines.append(f"{name:<34}{cells}")
         else:
             for split, by in self.captions.items():
@@ -147,9 +147,7 @@ def evaluate(
         pairs = data.pairs(split)
         places = {pairs.name(i): i for i in range(len(pairs))}
         seen: set[str] = set()
-        for number, batch in enumerate(data.loader(split)):
-            if limit_batches is not None and number >= limit_batches:
-                break
+        for batch in islice(data.loader(split), limit_batches):
             with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, autocast is not None):
                 rows = write_captions(
                     captioner, data.tokenizer, batch.to(device), codes, generation=result.generation, prompts=prompts
@@ -194,13 +192,15 @@ def split_languages(tokenizer: Tokenizer, languages: Sequence[str | None]) -> tu
 
 def image_ablation(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
     """The losses with right, other and blank images out of a trainer's metrics, by split."""
-    found: dict[str, dict[str, float]] = {}
-    names = ("loss", *(f"loss_{kind}_image" for kind in ("right", "other", "blank")))
-    for split in splits:
-        losses = {name: float(metrics[f"{split}/{name}"]) for name in names if f"{split}/{name}" in metrics}
-        if losses:
-            found[split] = losses
-    return found
+    return pick_metrics(metrics, splits, ("loss", "loss_right_image", "loss_other_image", "loss_blank_image"))
+
+
+def pick_metrics(
+    metrics: Mapping[str, Any], splits: Sequence[str], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Those of a trainer's metrics, SPLIT/NAME, that there are of some splits and names, by split."""
+    found = {s: {n: float(metrics[f"{s}/{n}"]) for n in names if f"{s}/{n}" in metrics} for s in splits}
+    return {split: numbers for split, numbers in found.items() if numbers}
 
 
 def ablation_text(losses: Mapping[str, float]) -> str:

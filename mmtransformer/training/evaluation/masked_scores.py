@@ -81,9 +81,12 @@ def score_masked(
     words: list[np.ndarray] = []
     nats, pairs, known, rows = 0.0, 0, 0, 0
     for batch in islice(data.loader(split), limit_batches):
-        losses, guesses, told = _answers(encoder, batch.to(device))
-        labels = batch.labels[batch.loss_mask].numpy()
-        nats += float(losses.sum())
+        there = batch.to(device)
+        with fast_autocast(device):
+            logits, told = read_masked(encoder, there)
+        losses = F.cross_entropy(logits, there.labels[there.loss_mask], reduction="none")
+        nats += float(losses.double().cpu().numpy().sum())
+        labels, guesses = batch.labels[batch.loss_mask].numpy(), logits.argmax(-1).cpu().numpy()
         seen = np.where(batch.tokens == mask_id, -1, batch.tokens)
         edge = np.full((len(seen), 1), -1)
         loss_mask = batch.loss_mask.numpy()
@@ -98,7 +101,7 @@ def score_masked(
         if told is not None:
             asked = batch.other >= 0
             known += int(asked.sum())
-            pairs += int((told == batch.other[asked].numpy()).sum())
+            pairs += int((told.argmax(-1).cpu() == batch.other[asked]).sum())
     _, word = np.unique(np.concatenate(words), return_inverse=True)
     found = {name: np.concatenate(parts) for name, parts in right.items()}
     whole = {name: _all_of(word, hits) for name, hits in found.items()}
@@ -121,18 +124,20 @@ def _all_of(word: np.ndarray, hits: np.ndarray) -> np.ndarray:
     return np.bincount(word, weights=~hits) == 0
 
 
-def _answers(encoder: TextEncoder, batch: MaskedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Losses (m,) and guesses (m,) of the hidden tokens, and what is told of the pairs."""
-    with fast_autocast(batch.tokens.device):
-        hidden = encoder(
-            batch.tokens, batch.types if encoder.num_types > 1 else None, attention_mask=batch.attention_mask
-        )
-        logits = encoder.words(hidden[batch.loss_mask]).float()
-        known = batch.other >= 0
-        told = encoder.follows(hidden[known]).argmax(-1) if encoder.sentence_head and known.any() else None
-    losses = F.cross_entropy(logits, batch.labels[batch.loss_mask], reduction="none")
-    answers = (losses.double(), logits.argmax(-1), told)
-    return tuple(None if a is None else a.cpu().numpy() for a in answers)  # pyright: ignore[reportReturnType]
+def read_masked(encoder: TextEncoder, batch: MaskedBatch) -> tuple[Tensor, Tensor | None]:
+    """What an encoder says of a batch, at least in float32: logits of its m hidden tokens (m v), and of its pairs.
+
+    Returns:
+        The logits; of the pairs in the order of their rows, None without a sentence head.
+    """
+    types = batch.types if encoder.num_types > 1 else None
+    hidden = encoder(batch.tokens, types, attention_mask=batch.attention_mask)
+    words = _at_least_float(encoder.words(hidden[batch.loss_mask]))
+    return words, _at_least_float(encoder.follows(hidden[batch.other >= 0])) if encoder.sentence_head else None
+
+
+def _at_least_float(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def count_neighbours(data: MaskedTextData) -> NeighbourBaseline:
@@ -158,9 +163,10 @@ def fill_in(
         batch: Rows with hidden words.
         rows: Which rows; None = all.
     """
-    _, guesses, _ = _answers(encoder, batch)
+    with fast_autocast(batch.tokens.device):
+        logits, _ = read_masked(encoder, batch)
     filled = batch.labels.clone()
-    filled[batch.loss_mask] = torch.from_numpy(guesses).to(filled)
+    filled[batch.loss_mask] = logits.argmax(-1).to(filled)
     chosen = range(len(filled)) if rows is None else rows
     return [" ".join(_words(tokenizer, batch, filled, row)).strip() for row in chosen]
 

@@ -6,6 +6,7 @@ Shapes: c images and t captions of a split.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +230,7 @@ def _batches(data: CaptionData, split: str, limit: int | None) -> Iterator[tuple
     """Batches, with (place in the batch, place in the split) of each picture; replacement samples are left out."""
     pairs, seen = data.pairs(split), set[str]()
     places = {pairs.name(i): i for i in range(len(pairs))}
-    for number, batch in enumerate(data.loader(split)):
-        if limit is not None and number >= limit:
-            break
+    for batch in islice(data.loader(split), limit):
         new = [(at, places[name]) for at, name in enumerate(batch.names) if name not in seen]
         seen.update(batch.names)
         if new:

@@ -5,7 +5,7 @@ Shapes: m tokens that are predicted, p parts of texts.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from typing import Any
 
@@ -57,9 +57,7 @@ class TextScore:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
     def __add__(self, other: "TextScore") -> "TextScore":
-        return TextScore(
-            self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, self.words + other.words
-        )
+        return TextScore(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
     def to_dict(self) -> dict[str, float | int]:
         """For metrics.json."""

@@ -14,6 +14,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.generation.guidance import blank_images
 from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
@@ -63,7 +64,6 @@ class Captioning(Task):
         self.generation, self.num_examples = generation, tuple(num_examples)
         if self.num_examples:
             check_reader(captioner)
-        self._turn = 0  # of the samples that are shown
         self.start: ImageCaptioner | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
 
@@ -71,12 +71,9 @@ class Captioning(Task):
         """The losses of the batch's target tokens, and what else the captioner trains on."""
         return self.captioner(batch, label_smoothing=self.label_smoothing).sums
 
-    def sample(self) -> list[str]:
-        """What the model says of a held-out picture, in each of the data's languages; another one each time."""
-        if self.data is None:
-            return []
-        self._turn += 1
-        return sample_captions(self.captioner, self.data, self.device, turn=self._turn - 1)
+    def sample(self, turn: int) -> list[str]:
+        """What the model says of a held-out picture, in each of the data's languages."""
+        return [] if self.data is None else sample_captions(self.captioner, self.data, self.device, turn=turn)
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
         """A validation's losses, with those of other and blank pictures beside them."""
@@ -135,19 +132,9 @@ class Captioning(Task):
         self.add(split, "loss", loss)
         if batch_idx < self.image_ablation_batches and len(batch.names) > 1:
             self.add(split, "loss_right_image", loss)
-            for name, other in (("other", other_images(batch)), ("blank", self.blank_images(batch))):
+            blank = blank_images(self.captioner, batch, self.data.transform.size if self.data else None)
+            for name, other in (("other", other_images(batch)), ("blank", blank)):
                 self.add(split, f"loss_{name}_image", caption_loss(self.captioner, other, reduction="sum"))
-
-    def blank_images(self, batch: CaptionBatch) -> CaptionBatch:
-        """The batch with grey pictures (the mean colour of the transform) in place of its own."""
-        if batch.pixels is not None:
-            return dataclasses.replace(batch, pixels=torch.zeros_like(batch.pixels))
-        assert batch.visual_tokens is not None
-        assert self.data is not None
-        tokens = batch.visual_tokens
-        pixels = torch.zeros(1, tokens.shape[1], 3, *self.data.transform.size, device=tokens.device)
-        blank = self.captioner.encode(pixels).to(tokens.dtype)
-        return dataclasses.replace(batch, visual_tokens=blank.expand_as(tokens))
 
     def finish(self, run: Run) -> None:
         """Captions the validation splits, and writes scores, galleries, curves and the model."""

@@ -1,6 +1,7 @@
 """Classification: a ViT that learns the classes of pictures, from nothing or from a pretrained one."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Classification(Task[ClassData]):
     """
 
     data_kind = ClassData
+    validated = (("accuracy", "{:.1%} right"),)
 
     def __init__(
         self,
@@ -98,10 +100,6 @@ class Classification(Task[ClassData]):
             right = (logits.argmax(-1) == batch.labels) & batch.is_real
             self.add(split, "accuracy", Loss(right.sum().float(), batch.is_real.sum()))
 
-    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's loss and accuracy."""
-        return f"{super().describe(split, metrics)}, {float(metrics[f'{split}/accuracy']):.1%} right"
-
     def finish(self, run: Run) -> None:
         """Classifies the validation splits; writes scores, a confusion matrix, a gallery, curves and the model."""
         data = self.data
@@ -126,9 +124,7 @@ class Classification(Task[ClassData]):
     def _confusion(self, data: ClassData, split: str, device: torch.device, limit: int | None) -> Tensor:
         """How often each class (rows) was taken for each (columns)."""
         matrix = torch.zeros(len(data.classes), len(data.classes), dtype=torch.long)
-        for i, batch in enumerate(data.loader(split)):
-            if limit is not None and i >= limit:
-                break
+        for batch in islice(data.loader(split), limit):
             with fast_autocast(device):
                 said = self.vit(batch.pixels.to(device)).argmax(-1).cpu()
             pairs = batch.labels * len(data.classes) + said

@@ -6,8 +6,6 @@ import torch
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.scenes.facts import judge_facts
-from mmtransformer.data.scenes.reader import read
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.diffusion.drawing import DrawingConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
@@ -90,7 +88,9 @@ class ImageGeneration(Task[CaptionData]):
                 found, drawings = score_drawings(painter, pairs, language, count)
                 scores[split][language] = found.to_dict()
                 share = max(self.num_cards // (2 * len(data.val_splits)), 1)
-                cards += self._cards(pairs, texts_of(pairs, language, count), drawings, language)[:share]
+                shown = zip(texts_of(pairs, language, share), drawings, found.judgements, strict=False)
+                for text, image, judged in shown:
+                    cards.append(Card(image, [CardCaption(text, language, facts=judged.claims)]))
             for scale in self.guidance_scales:
                 some, _ = score_drawings(painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale)
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
@@ -105,11 +105,3 @@ class ImageGeneration(Task[CaptionData]):
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
         command = f'mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
         print(f"\nDraw something of your own:\n  {command}")  # noqa: T201
-
-    @staticmethod
-    def _cards(pairs: SceneSplit, texts: list[str], drawings: list, language: str) -> list[Card]:
-        judged = (judge_facts(read(image, pairs.world), pairs.scene(i)) for i, image in enumerate(drawings))
-        return [
-            Card(image, [CardCaption(text, language, facts=judgement.claims)])
-            for image, text, judgement in zip(drawings, texts, judged, strict=True)
-        ]

@@ -1,9 +1,7 @@
 """LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.data.text_only.texts import TextBatch, TextData
@@ -42,6 +40,7 @@ class LanguageModelling(Task[TextData]):
 
     unit = "texts"
     data_kind = TextData
+    validated = (("perplexity", "perplexity {:.2f}"),)
 
     def __init__(
         self,
@@ -58,7 +57,6 @@ class LanguageModelling(Task[TextData]):
         self.decoder = decoder
         self.baseline_orders, self.baseline_tokens = tuple(baseline_orders), baseline_tokens
         self.num_texts = num_texts
-        self._turn = 0  # of the texts that are shown
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -90,19 +88,14 @@ class LanguageModelling(Task[TextData]):
             bits = self.data.rows(split).bits_per_byte
             self.add(split, "bits_per_byte", Loss(loss.sum * bits, loss.count))
 
-    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's loss and perplexity."""
-        return f"{super().describe(split, metrics)}, perplexity {float(metrics[f'{split}/perplexity']):.2f}"
-
-    def sample(self) -> list[str]:
-        """A text that the model makes up, in each language; others each time."""
+    def sample(self, turn: int) -> list[str]:
+        """A text that the model makes up, in each language."""
         data = self.data
         if data is None:
             return []
-        self._turn += 1
         lines = []
         for language in self._languages(data):
-            (text,) = write_texts(self.decoder, data.tokenizer, language, 1, seed=self._turn)
+            (text,) = write_texts(self.decoder, data.tokenizer, language, 1, seed=turn + 1)
             lines.append(f"{language or 'it writes'}: {text}")
         return lines
 
@@ -122,7 +115,8 @@ class LanguageModelling(Task[TextData]):
             split: score_texts(decoder, data, split, limit_batches=run.limit_batches) for split in data.val_splits
         }
         ngrams = score_ngrams(data, data.val_splits, self.baseline_orders, max_tokens=self.baseline_tokens)
-        written = self._write(decoder, data)
+        languages = self._languages(data)
+        written = {code: write_texts(decoder, data.tokenizer, code, self.num_texts) for code in languages}
         known = data.texts(data.train_split)
         metrics = {
             "scores": scores_to_dict(scores),
@@ -144,9 +138,3 @@ class LanguageModelling(Task[TextData]):
         """As of every task, and how many tokens were learned in a second."""
         speed = round(self.tokens_seen / max(run.seconds, 1e-9))
         return super().training_facts(run) | {"tokens_per_second": speed}
-
-    def _write(self, decoder: Decoder, data: TextData) -> dict[str | None, list[str]]:
-        return {
-            language: write_texts(decoder, data.tokenizer, language, self.num_texts)
-            for language in self._languages(data)
-        }

@@ -1,6 +1,5 @@
 """MaskedLanguageModelling: a text encoder that fills in hidden words and tells which texts belong together."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 
@@ -15,7 +14,7 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
+from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, read_masked, score_masked
 from mmtransformer.training.evaluation.report import save_text_model
 from mmtransformer.training.tasks.data_checks import check_texts
 
@@ -36,6 +35,7 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
 
     unit = "texts"
     data_kind = MaskedTextData
+    validated = (("pair_loss", "pairs {:.3f}"),)
 
     def __init__(
         self,
@@ -48,7 +48,6 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
         if pair_weight < 0:
             raise ValueError(f"pair_weight ({pair_weight}) must not be below 0")
         self.encoder, self.pair_weight = encoder, pair_weight
-        self._turn = 0  # of the rows that are shown
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -82,15 +81,11 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
 
     def losses(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """The losses of all hidden tokens and of all pairs, in the order of the rows."""
-        types = batch.types if self.encoder.num_types > 1 else None
-        states = self.encoder(batch.tokens, types, attention_mask=batch.attention_mask)
-        guessed = _at_least_float(self.encoder.words(states[batch.loss_mask]))
-        words = F.cross_entropy(guessed, batch.labels[batch.loss_mask], reduction="none")
-        if not self.encoder.sentence_head:
+        logits, told = read_masked(self.encoder, batch)
+        words = F.cross_entropy(logits, batch.labels[batch.loss_mask], reduction="none")
+        if told is None:
             return words, words.new_zeros(0)
-        known = batch.other >= 0
-        told = _at_least_float(self.encoder.follows(states[known]))
-        return words, F.cross_entropy(told, batch.other[known], reduction="none")
+        return words, F.cross_entropy(told, batch.other[batch.other >= 0], reduction="none")
 
     def validation_step(self, batch: MaskedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the losses."""
@@ -100,21 +95,13 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
             if each.numel():
                 self.add(split, name, Loss(each.sum(), torch.tensor(each.numel(), device=each.device)))
 
-    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's losses."""
-        pairs = metrics.get(f"{split}/pair_loss")
-        return super().describe(split, metrics) + ("" if pairs is None else f", pairs {float(pairs):.3f}")
-
-    def sample(self) -> list[str]:
-        """A held-out text with hidden words, and what the model puts there; another one each time."""
+    def sample(self, turn: int) -> list[str]:
+        """A held-out text with hidden words, and what the model puts there."""
         data = self.data
         if data is None or not data.val_splits:
             return []
-        loader = data.loader(data.val_splits[0])
-        batch = next(iter(loader)).to(self.device)
-        row = self._turn % len(batch.tokens)
-        self._turn += 1
-        return fill_in(self.encoder, data.tokenizer, batch, rows=[row])
+        batch = next(iter(data.loader(data.val_splits[0]))).to(self.device)
+        return fill_in(self.encoder, data.tokenizer, batch, rows=[turn % len(batch.tokens)])
 
     # -------------------------------------------------------------------------------------------------- the end
 
@@ -141,7 +128,3 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
         metrics = {"scores": {split: asdict(score) for split, score in scores.items()}}
         shown = ["It fills in [word: what stood there], for example:", *(f"  {line}" for line in filled[:6])]
         self.conclude(run, metrics, lines, shown=shown, files={"texts": "filled.txt"})
-
-
-def _at_least_float(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

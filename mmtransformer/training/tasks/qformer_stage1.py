@@ -15,6 +15,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
+from mmtransformer.training.evaluation.evaluation import pick_metrics
 from mmtransformer.training.evaluation.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.tasks.captioning import Captioning
 from mmtransformer.training.tasks.data_checks import refuse_empty_captions
@@ -151,13 +152,10 @@ class QFormerStage1(Captioning):
 
 def stage1_scores(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:
     """The losses of a validation, by split; "itg_perplexity" is that of a caption's token."""
-    found: dict[str, dict[str, float]] = {}
-    for split in splits:
-        names = [name for name in TERMS if f"{split}/{name}" in metrics]
-        if names:
-            found[split] = {name: float(metrics[f"{split}/{name}"]) for name in names}
-            found[split]["itg_perplexity"] = float(metrics[f"{split}/perplexity"])
-    return found
+    found = pick_metrics(metrics, splits, (*TERMS, "perplexity"))
+    return {
+        split: {"itg_perplexity" if n == "perplexity" else n: x for n, x in by.items()} for split, by in found.items()
+    }
 
 
 def stage1_table(retrieval: Retrieval, scores: Mapping[str, Mapping[str, float]]) -> str:

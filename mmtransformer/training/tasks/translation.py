@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
-
 from mmtransformer.backbones.seq2seq import TextPairs, Transformer
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.parallel import Parallel
@@ -82,6 +80,7 @@ class Translation(Task[TranslationData]):
 
     unit = "pairs"
     data_kind = TranslationData
+    validated = (("perplexity", "perplexity {:.3f}"),)
 
     def __init__(
         self,
@@ -95,7 +94,6 @@ class Translation(Task[TranslationData]):
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be at least 0 and below 1")
         self.model, self.label_smoothing, self.generation = model, label_smoothing, generation
-        self._turn = 0  # of the samples that are shown
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -121,21 +119,16 @@ class Translation(Task[TranslationData]):
         if batch.loss_mask.any():
             self.add(self.split_names[dataloader_idx], "loss", self._loss(batch, 0.0))
 
-    def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:
-        """A validation's loss and perplexity."""
-        return f"{super().describe(split, metrics)}, perplexity {float(metrics[f'{split}/perplexity']):.3f}"
-
-    def sample(self) -> list[str]:
-        """A held-out text in each direction, with what the model makes of it; another one each time."""
+    def sample(self, turn: int) -> list[str]:
+        """A held-out text in each direction, with what the model makes of it."""
         data = self.data
         if data is None or not data.val_splits:
             return []
-        self._turn += 1
         greedy = self.generation.one_at_a_time()
         translator = Translator(self.model, data.tokenizer, generation=greedy, device=self.device)
         lines = []
         for direction, pairs in by_direction(data.rows(data.val_splits[0]).pairs).items():
-            pair = pairs[(self._turn - 1) % len(pairs)]
+            pair = pairs[turn % len(pairs)]
             (said,) = translator(pair.source, pair.language)
             lines += [f"{direction}: {pair.source}", f"    {said}", f"    (reference: {pair.text})"]
         return lines

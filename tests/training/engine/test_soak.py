@@ -49,7 +49,7 @@ class Look(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Captioning)
-        assert pl_module.sample()
+        assert pl_module.sample(0)
 
 
 @pytest.mark.slow
