@@ -163,7 +163,7 @@ class TextDecoder(Pretrained, Decoder):
 
     def project_context(self, context: Tensor) -> list[KeyValue]:
         """Each cross-attending block's keys and values of a context (n k d): once an image, not once a token."""
-        layers = (self.blocks[i].cross_attn for i in self.cross_layers)
+        layers = (block.cross_attn for block in self.blocks)
         return [layer.project_kv(context) for layer in layers if isinstance(layer, Attention)]
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:

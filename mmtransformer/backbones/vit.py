@@ -174,7 +174,8 @@ class ViT(Pretrained, nn.Module):
         x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
         ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)
         if self.pos_embed is not None:
-            x = x + resize_positions(self.pos_embed, self.grid, grid).to(x.dtype)
+            table = self.pos_embed if grid == self.grid else resize_positions(self.pos_embed, self.grid, grid)
+            x = x + table.to(x.dtype)
         if self.training and self.patches.dropout:
             kept = kept_tokens(x, self.patches.dropout)
             x, ropes = keep_tokens(x, kept), [r and keep_angles(r, kept, prefix) for r in ropes]

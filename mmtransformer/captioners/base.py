@@ -259,7 +259,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         self.check_fields(batch)
         visual = batch.visual
         if batch.visual_tokens is None:
-            visual = self.encode(visual.to(self.vision.dtype))
+            visual = self.encode(visual)
         norm = self.vision.norm
         return norm(visual.to(next(norm.parameters()).dtype)) if self.train_norm else visual
 

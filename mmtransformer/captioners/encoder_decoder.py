@@ -84,7 +84,7 @@ class EncoderDecoder(Captioner):
         hidden = self.decoder(
             batch.tokens, context, attention_mask=attention_mask, context_attention_mask=real, state=state.decoder
         )
-        return repeat_rows(self.head(hidden[:, -1]), state, expand_size)
+        return repeat_rows(self.decoder.head(hidden[:, -1]), state, expand_size)
 
     def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""

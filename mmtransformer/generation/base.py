@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mmtransformer.captioners.base import State
@@ -80,6 +79,8 @@ class Search(Protocol):
 
     expand_size: int
     """Texts that are written after each prompt."""
+    done: Tensor
+    """Bool: all True once no token is needed any more."""
 
     def advance(self, logits: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
         """Chooses the next token of every text.
@@ -93,29 +94,6 @@ class Search(Protocol):
         """
         ...
 
-    def all_done(self) -> Tensor:
-        """Whether no token is needed any more: a bool without dimensions."""
-        ...
-
     def texts(self) -> list[list[Generated]]:
         """For each prompt its texts, best first; or in the order drawn."""
         ...
-
-
-def allocate(batch: TokenBatch, expand_size: int, max_new_tokens: int) -> tuple[Tensor, Tensor]:
-    """Prompts and texts at their full length, and which of their tokens are real: (m q + new) each.
-
-    Args:
-        batch: prompts.
-        expand_size: texts a prompt.
-        max_new_tokens: most new tokens; all count as real.
-    """
-    ids = batch.tokens.repeat_interleave(expand_size, 0)
-    real = batch.attention_mask.repeat_interleave(expand_size, 0)
-    new = (ids.shape[0], max_new_tokens)
-    return torch.cat((ids, ids.new_zeros(new)), 1), torch.cat((real, real.new_ones(new)), 1)
-
-
-def is_end(tokens: Tensor, eos_ids: Tensor) -> Tensor:
-    """Which tokens end a text."""
-    return (tokens[..., None] == eos_ids).any(-1)

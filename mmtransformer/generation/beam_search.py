@@ -6,9 +6,10 @@ Shapes: n rows of prompts, s beams of a group, m = n * s rows of texts, c candid
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.generation.base import Generated, TokenBatch, allocate, is_end
+from mmtransformer.generation.base import Generated, TokenBatch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.logits_processors import logits_processors
 
@@ -29,6 +30,12 @@ class Beams:
     def __init__(self, n: int, size: int, config: GenerationConfig, eos_ids: Tensor) -> None:
         device, shape = eos_ids.device, (n, size, config.max_new_tokens)
         self.size, self.config, self.eos_ids = size, config, eos_ids
+        offset = config.length_offset
+        # A negative penalty takes the length as a share of the longest, which orders texts alike: a multiple of the
+        # length to a high power would come to what is `IMPOSSIBLE`.
+        unit = 1 if config.length_penalty >= 0 else config.max_new_tokens
+        lengths = (((offset + t + 1) / (offset + unit)) ** config.length_penalty for t in range(config.max_new_tokens))
+        self.lengths = list(lengths)  # what the log-probability of a text is divided by, by its last step
         self.ids = eos_ids[0].expand(shape).clone()  # what is not written ends the text
         self.log_probs = torch.zeros(shape, device=device)
         self.running = torch.full((n, size), IMPOSSIBLE, device=device)
@@ -51,25 +58,15 @@ class Beams:
         total, at = total.gather(2, likely[:, None].expand(-1, size, -1)).flatten(1).topk(width, dim=1)
         beam, token = at // likely.shape[1], likely.gather(1, at % likely.shape[1])
         ids, token_log_probs = self.extended(beam, token, log_probs, step)
-        ends, last = is_end(token, self.eos_ids), step + 1 == self.config.max_new_tokens
-        complete = ends | last
+        ends = torch.isin(token, self.eos_ids)
+        complete = ends | (step + 1 == self.config.max_new_tokens)
         complete[:, size:] = False  # Only a candidate that would have stayed in the beam may finish.
-        ended = self.score(total, step + 1).masked_fill(~complete, IMPOSSIBLE)
+        ended = (total / self.lengths[step]).masked_fill(~complete, IMPOSSIBLE)
         self.running, keep = total.masked_fill(ends, IMPOSSIBLE).topk(size, dim=1)
-        self.collect(ended, ids, token_log_probs, self.score(self.running[:, :1], step + 1))
+        self.collect(ended, ids, token_log_probs, self.running[:, :1] / self.lengths[step])
         places = keep[..., None].expand(-1, -1, ids.shape[2])
         self.ids, self.log_probs = ids.gather(1, places), token_log_probs.gather(1, places)
         return beam.gather(1, keep), token.gather(1, keep)
-
-    def score(self, log_probs: Tensor, tokens: int) -> Tensor:
-        """Log-probabilities divided by their length, ((offset + tokens) / (offset + 1)) ** length_penalty.
-
-        A negative penalty divides by the length as a share of the longest, which orders texts alike: a multiple of the
-        length to a high power would come to what is `IMPOSSIBLE`.
-        """
-        offset, power = self.config.length_offset, self.config.length_penalty
-        unit = 1 if power >= 0 else self.config.max_new_tokens
-        return log_probs / ((offset + tokens) / (offset + unit)) ** power
 
     def extended(self, beam: Tensor, token: Tensor, log_probs: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The ids and log-probabilities of candidates (n c t), from beams and tokens (n c) and all (n s v)."""
@@ -113,7 +110,9 @@ class BeamSearch:
     def __init__(self, batch: TokenBatch, config: GenerationConfig, eos_ids: Tensor, groups: Sequence[Beams]) -> None:
         n, self.prompt_length = batch.tokens.shape
         self.config, self.eos_ids, self.groups, self.expand_size = config, eos_ids, groups, config.num_beams
-        self.ids, self.real = allocate(batch, config.num_beams, config.max_new_tokens)
+        room = (0, config.max_new_tokens)
+        self.ids = F.pad(batch.tokens.repeat_interleave(config.num_beams, 0), room)
+        self.real = F.pad(batch.attention_mask.repeat_interleave(config.num_beams, 0), room, value=True)
         self.processors = logits_processors(config, eos_ids, self.prompt_length)
         self.first_row = torch.arange(n, device=eos_ids.device)[:, None] * config.num_beams
 
@@ -139,11 +138,8 @@ class BeamSearch:
             beam, token = group.advance(log_probs[:, mine], own, step)
             sources.append(beam + first)
             tokens.append(token)
+        self.done = torch.cat([group.done for group in self.groups])
         return (self.first_row + torch.cat(sources, 1)).flatten(), torch.cat(tokens, 1).flatten()
-
-    def all_done(self) -> Tensor:
-        """See `Search`."""
-        return torch.stack([group.done.all() for group in self.groups]).all()
 
     def texts(self) -> list[list[Generated]]:
         """For each prompt its texts, best first."""

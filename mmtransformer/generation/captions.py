@@ -1,22 +1,22 @@
-"""Captions as texts, from a batch of pictures.
+"""Captions as texts: prompts, and what a model writes after them, from a batch of pictures.
 
-Shapes: r languages, gh gw rows and columns of patches.
+Shapes: b samples, r languages, n = b * r rows; gh gw rows and columns of patches.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmtransformer.captioners.attribution import word_heatmaps
 from mmtransformer.captioners.base import CaptionBatch, Captioner
-from mmtransformer.generation.base import Generated
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.loop import generate, stream
-from mmtransformer.generation.prompts import Prompts, with_prompts
 from mmtransformer.generation.sampling import checksums
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -45,6 +45,59 @@ class CaptionResult:
     token_log_probs: list[float]
     words: list[tuple[str, list[int]]]
     finished: bool
+
+
+class Prompts(Protocol):
+    """Makes the batch that generation starts from out of pictures to be captioned."""
+
+    def __call__(self, batch: CaptionBatch, languages: Sequence[str | None]) -> CaptionBatch:
+        """Gives each of the batch's b samples one left-padded prompt a language: n = b * r rows.
+
+        A sample's last picture is the one to be captioned; pictures before it are examples.
+        """
+        ...
+
+
+def with_prompts(
+    batch: CaptionBatch,
+    tokenizer: Tokenizer,
+    languages: Sequence[str | None],
+    prompts: Prompts | None = None,
+    *,
+    mark: bool = False,
+) -> CaptionBatch:
+    """The same pictures with one prompt a language in place of the captions: n = b * r rows.
+
+    Args:
+        batch: Pictures; their texts are not looked at.
+        tokenizer: Makes the prompts.
+        languages: The languages.
+        prompts: Makes them; None makes plain ones.
+        mark: Whether plain prompts end with an image token a picture.
+
+    Raises:
+        ValueError: If the tokenizer has no image token and should mark pictures with it.
+    """
+    if prompts is not None:
+        return prompts(batch, languages)
+    b, i = batch.visual.shape[:2]
+    if mark and tokenizer.image_id is None:
+        raise ValueError(
+            f"pictures cannot be marked (mark_images): the tokenizer ({tokenizer.vocab_size} tokens) has no image "
+            f'token; "image_token" in its tokenizer_config.json names one'
+        )
+    marks = [tokenizer.image_id] * i if mark and tokenizer.image_id is not None else []
+    tokens, attention_mask = tokenizer.pad([tokenizer.prompt(language) + marks for language in languages], side="left")
+    tokens, attention_mask = (x.repeat(b, 1).to(batch.tokens.device) for x in (tokens, attention_mask))
+    return dataclasses.replace(
+        batch,
+        tokens=tokens,
+        attention_mask=attention_mask,
+        loss_mask=torch.zeros_like(attention_mask),
+        image_index=(tokens == tokenizer.image_id).long().cumsum(1) if marks else None,
+        first_image_index=None,
+        document_ids=None,
+    )
 
 
 def write_captions(
@@ -79,8 +132,25 @@ def write_captions(
         force_words_ids=ForcedWords.of(tokenizer, c.force_words, captioner.vocab_size) if c.force_words else (),
         content=checksums(batch, given) if c.do_sample else None,
     )
-    results = [[_result(said, tokenizer, languages[i % len(languages)]) for said in row] for i, row in enumerate(rows)]
-    return [results[i : i + len(languages)] for i in range(0, len(results), len(languages))]
+    found: list[list[CaptionResult]] = []
+    for row, language in zip(rows, itertools.cycle(languages), strict=False):
+        found.append([])
+        for said in row:
+            # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
+            known = [k for k, token in enumerate(said.tokens) if token < tokenizer.vocab_size]
+            tokens = [said.tokens[k] for k in known]
+            found[-1].append(
+                CaptionResult(
+                    text=tokenizer.decode(tokens),
+                    language=language,
+                    tokens=tokens,
+                    log_prob=said.log_prob,
+                    token_log_probs=[said.token_log_probs[k] for k in known],
+                    words=tokenizer.words(tokens),
+                    finished=said.finished,
+                )
+            )
+    return [found[i : i + len(languages)] for i in range(0, len(found), len(languages))]
 
 
 def stream_caption(
@@ -121,21 +191,6 @@ def stream_caption(
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)
-
-
-def _result(said: Generated, tokenizer: Tokenizer, language: str | None) -> CaptionResult:
-    # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
-    known = [(t, p) for t, p in zip(said.tokens, said.token_log_probs, strict=True) if t < tokenizer.vocab_size]
-    tokens = [token for token, _ in known]
-    return CaptionResult(
-        text=tokenizer.decode(tokens),
-        language=language,
-        tokens=tokens,
-        log_prob=said.log_prob,
-        token_log_probs=[log_prob for _, log_prob in known],
-        words=tokenizer.words(tokens),
-        finished=said.finished,
-    )
 
 
 def heatmap_of(

@@ -94,6 +94,8 @@ class GenerationConfig:
         Raises:
             ValueError: as the constructor.
         """
+        if not changes:
+            return self
         for name, value in changes.items():
             _check_setting(name, value)
         if changes.get("do_sample"):

@@ -10,7 +10,6 @@ Shapes: n rows of prompts, s beams, c candidates of a row, w forced words, t new
 import torch
 from torch import Tensor
 
-from mmtransformer.generation.base import is_end
 from mmtransformer.generation.beam_search import IMPOSSIBLE, Beams
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.forced_words import ForcedWords
@@ -55,17 +54,17 @@ class ConstrainedBeams(Beams):
         ids, token_log_probs = self.extended(beam, token, log_probs, step)
         met, missing = self._missing(ids, beam, step)
 
-        ends, last = is_end(token, self.eos_ids), step + 1 == self.config.max_new_tokens
+        ends, last = torch.isin(token, self.eos_ids), step + 1 == self.config.max_new_tokens
         possible = score > IMPOSSIBLE / 2
         stuck = ~(possible & ~ends).any(1, keepdim=True)  # whatever is missing, the texts cannot go on
-        total = self.score(score, step + 1)
+        total = score / self.lengths[step]
         # A text that misses words is kept only where its time is up, and behind all that miss fewer tokens.
         ended = torch.where(missing == 0, total, total + 1e-3 * IMPOSSIBLE * missing)
         complete = possible & ((ends & ((missing == 0) | stuck)) | (last & ~ends))
 
         keep = self._allocated(score.masked_fill(ends, 10 * IMPOSSIBLE), missing, size)
         self.running = score.masked_fill(ends, IMPOSSIBLE).gather(1, keep)
-        best_possible = self.score(self.running.amax(1, keepdim=True), step + 1)
+        best_possible = self.running.amax(1, keepdim=True) / self.lengths[step]
         self.collect(ended.masked_fill(~complete, IMPOSSIBLE), ids, token_log_probs, best_possible)
         before = self.met.gather(1, beam[..., None].expand(-1, -1, met.shape[2]))
         just_met = (met & ~before).any(2, keepdim=True)

@@ -109,8 +109,8 @@ def stream(
     check(c, model, batch, ends)
     search = Sampler(batch, c, torch.tensor(ends, device=batch.tokens.device), content)
     for tokens in decode_loop(model, batch, c, search):
-        yield [None if end else token for end, token in zip(search.ended.tolist(), tokens.tolist(), strict=True)]
-        if search.ended.all():
+        yield [None if end else token for end, token in zip(search.done.tolist(), tokens.tolist(), strict=True)]
+        if search.done.all():
             return
 
 
@@ -127,7 +127,7 @@ def decode_loop(
         for step in range(new):
             rows, tokens = search.advance(logits, step)
             yield tokens
-            if step + 1 == new or ((step + 1) % every == 0 and bool(search.all_done())):
+            if step + 1 == new or ((step + 1) % every == 0 and bool(search.done.all())):
                 return
             if rows is not None:
                 state.reorder(rows)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.seq2seq import TextPairs
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.generation.base import Generated, TokenBatch, allocate, is_end
+from mmtransformer.generation.base import Generated, TokenBatch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.logits_processors import logits_processors, top_k, top_p
 
@@ -32,9 +33,11 @@ class Sampler:
     ) -> None:
         self.config, self.eos_ids = config, eos_ids
         self.expand_size, self.prompt_length = config.num_return_sequences, batch.tokens.shape[1]
-        self.ids, self.real = allocate(batch, self.expand_size, config.max_new_tokens)
+        room = (0, config.max_new_tokens)
+        self.ids = F.pad(batch.tokens.repeat_interleave(self.expand_size, 0), room)
+        self.real = F.pad(batch.attention_mask.repeat_interleave(self.expand_size, 0), room, value=True)
         self.processors = logits_processors(config, eos_ids, self.prompt_length)
-        self.ended = torch.zeros(len(self.ids), dtype=torch.bool, device=eos_ids.device)
+        self.done = torch.zeros(len(self.ids), dtype=torch.bool, device=eos_ids.device)
         self.log_probs: list[Tensor] = []
         if config.do_sample:
             keys = checksums(batch) if content is None else content
@@ -47,10 +50,10 @@ class Sampler:
         for processor in self.processors:
             scores = processor(scores, self.ids[:, :at], self.real[:, :at])
         tokens = self.draw(scores, self.noise[:, step]) if self.config.do_sample else scores.argmax(1)
-        tokens = tokens.masked_fill(self.ended, self.eos_ids[0])
+        tokens = tokens.masked_fill(self.done, self.eos_ids[0])
         self.ids[:, at] = tokens
         self.log_probs.append(logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
-        self.ended = self.ended | is_end(tokens, self.eos_ids)
+        self.done = self.done | torch.isin(tokens, self.eos_ids)
         return None, tokens
 
     def draw(self, scores: Tensor, noise: Tensor) -> Tensor:
@@ -62,10 +65,6 @@ class Sampler:
             scores = top_p(scores, self.config.top_p)
         shares = scores.softmax(1).cumsum(1)
         return torch.searchsorted(shares, noise[:, None] * shares[:, -1:], right=True)[:, 0]
-
-    def all_done(self) -> Tensor:
-        """See `Search`."""
-        return self.ended.all()
 
     def texts(self) -> list[list[Generated]]:
         """For each prompt its texts, in the order drawn."""

@@ -49,21 +49,19 @@ class KVCache:
             raise ValueError(f"the cache holds {self.max_len} tokens, but {end} are needed: raise max_len")
         if self._kv is None:
             self._kv = KeyValue(*(x.new_empty(*x.shape[:2], self.max_len, x.shape[3]) for x in new))
-        for held, x in zip(self._kv, new, strict=True):
-            held.narrow(2, self.length, count).copy_(x)
+        k, v = self._kv
+        k.narrow(2, self.length, count).copy_(new.k)
+        v.narrow(2, self.length, count).copy_(new.v)
         self.length = end
-        return self.view()
+        return KeyValue(k.narrow(2, 0, end), v.narrow(2, 0, end))
 
     def view(self) -> KeyValue:
         """The keys and values of all tokens so far; of a static cache, of all that there is room for."""
         if self._kv is None:
             raise ValueError("the cache is empty")
-        k, v = self._kv
-        return (
-            self._kv
-            if self.cache_position is not None
-            else KeyValue(k.narrow(2, 0, self.length), v.narrow(2, 0, self.length))
-        )
+        if self.cache_position is not None:
+            return self._kv
+        return KeyValue(*(x.narrow(2, 0, self.length) for x in self._kv))
 
     def make_static(self, cache_position: Tensor) -> None:
         """From now on tokens come one by one, and each costs the same operations on the same tensors.
@@ -85,8 +83,9 @@ class KVCache:
         shape = (rows.shape[0], *held.k.shape[1:])
         if self._spare is None or self._spare.k.shape != shape:
             self._spare = KeyValue(held.k.new_empty(shape), held.v.new_empty(shape))
-        for x, kept in zip(self.view(), self._spare, strict=True):
-            torch.index_select(x, 0, rows, out=kept.narrow(2, 0, x.shape[2]))
+        used = held.k.shape[2] if self.cache_position is not None else self.length
+        for x, kept in zip(held, self._spare, strict=True):
+            torch.index_select(x.narrow(2, 0, used), 0, rows, out=kept.narrow(2, 0, used))
         if self.cache_position is not None and shape == held.k.shape:  # What is recorded knows this memory, no other.
             for x, kept in zip(held, self._spare, strict=True):
                 x.copy_(kept)

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -34,12 +33,10 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@contextmanager
-def fast_autocast(device: torch.device) -> Iterator[None]:
+def fast_autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU that has it; elsewhere nothing changes."""
     on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=on):
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:

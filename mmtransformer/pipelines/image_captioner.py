@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
-from mmtransformer.generation.captions import CAPTIONING, CaptionResult, heatmap_of, stream_caption, write_captions
+from mmtransformer.generation.captions import (
+    CAPTIONING,
+    CaptionResult,
+    Prompts,
+    heatmap_of,
+    stream_caption,
+    write_captions,
+)
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.generation.prompts import Prompts
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import Precision, for_inference
 from mmtransformer.pipelines.base import (

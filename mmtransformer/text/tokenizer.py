@@ -302,7 +302,7 @@ class Tokenizer:
         A character split over several ids stands whole in the first one and the others get "". Special
         tokens show their names, also after eos.
         """
-        pieces = [self._token(i) if i in self._specials else "" for i in self._checked(ids)]
+        pieces = [self._token(int(i)) if int(i) in self._specials else "" for i in ids]
         for char, owners in self._characters(ids, stop=False):
             pieces[owners[0]] += char
         return pieces
@@ -355,19 +355,14 @@ class Tokenizer:
     def _token(self, index: int) -> str:
         return self.backend.id_to_token(index) or ""  # None for an id in a gap of a hub vocabulary
 
-    def _checked(self, ids: Sequence[int]) -> Iterator[int]:
-        for position, token in enumerate(ids):
-            token = int(token)
+    def _bytes(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[int, bytes]]:
+        """Yields the position and the bytes of each id that is text."""
+        strip = self._token_bytes.strips_space
+        for position, token in enumerate(map(int, ids)):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"id {token} at position {position} is outside the vocabulary 0..{self.vocab_size - 1}"
                 )
-            yield token
-
-    def _bytes(self, ids: Sequence[int], stop: bool = True) -> Iterator[tuple[int, bytes]]:
-        """Yields the position and the bytes of each id that is text."""
-        strip = self._token_bytes.strips_space
-        for position, token in enumerate(self._checked(ids)):
             if stop and token in self._ends:
                 break
             if token in self._specials:

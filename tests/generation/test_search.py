@@ -27,10 +27,9 @@ from mmtransformer import (
 )
 from mmtransformer.generation import forced_words
 from mmtransformer.generation.beam_search import Beams
-from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.captions import with_prompts, write_captions
 from mmtransformer.generation.forced_words import ForcedWords
 from mmtransformer.generation.guidance import blank_images
-from mmtransformer.generation.prompts import with_prompts
 
 EOS, VOCAB = 2, 23
 

@@ -29,10 +29,9 @@ from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.scenes import Scenes
-from mmtransformer.generation.captions import write_captions
+from mmtransformer.generation.captions import with_prompts, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
-from mmtransformer.generation.prompts import with_prompts
 from support.cli import mmt
 
 TRANSFORM = ImageTransform(16)

@@ -25,7 +25,7 @@ from mmtransformer import (
     ViT,
     stream,
 )
-from mmtransformer.generation.prompts import with_prompts
+from mmtransformer.generation.captions import with_prompts
 
 PACKAGE = str(Path(mmtransformer.__file__).parent)
 

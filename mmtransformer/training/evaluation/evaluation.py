@@ -15,9 +15,8 @@ from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import FactScores
 from mmtransformer.data.scenes.facts import score as score_facts
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.generation.captions import CAPTIONING, CaptionResult, write_captions
+from mmtransformer.generation.captions import CAPTIONING, CaptionResult, Prompts, write_captions
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.generation.prompts import Prompts
 from mmtransformer.metrics import CaptionScores, score_captions
 from mmtransformer.text.tokenizer import Tokenizer
 
