@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.image_text import ImageText as ImageText
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
     from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
+    from mmtransformer.connectors.base import Connector as Connector
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
@@ -107,6 +108,7 @@ _CONTENTS = {
     "backbones.vit": "ViT",
     "backbones.vit_blocks": "BlockConfig OutputConfig",
     "connectors.adapter": "VisualAdapter",
+    "connectors.base": "Connector",
     "connectors.projector": "MLPProjector",
     "connectors.qformer": "QFormer",
     "connectors.resampler": "PerceiverResampler",

@@ -12,7 +12,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import CaptionBatch, Captioner, CrossAttentionState, freeze
-from mmtransformer.connectors.adapter import VisualAdapter
+from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.serialization.pretrained import from_config, to_config
@@ -24,7 +24,7 @@ class EncoderDecoder(Captioner):
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
         decoder: a text decoder whose `cross_dim` is the width of the visual tokens (of the adapter's, if there is one).
-        adapter: trainable layers between the two, (b p d) -> (b p cross_dim); None = the encoder's tokens as they are.
+        adapter: what stands between the two, as a `VisualAdapter`; None = the encoder's tokens as they are.
         freeze_vision: see `Captioner`.
         freeze_decoder: the same for all of the decoder but its cross-attention (as SmallCap, arXiv:2209.15323).
 
@@ -37,7 +37,7 @@ class EncoderDecoder(Captioner):
         vision: ViT,
         decoder: TextDecoder,
         *,
-        adapter: VisualAdapter | None = None,
+        adapter: Connector | None = None,
         freeze_vision: bool = False,
         freeze_decoder: bool = False,
     ) -> None:
@@ -59,9 +59,9 @@ class EncoderDecoder(Captioner):
     def context(self, batch: CaptionBatch) -> Tensor:
         """What cross-attention reads: all images' tokens of a sample in a row, (b (i p) cross_dim)."""
         visual_tokens = self.visual_tokens(batch)
-        x = rearrange(visual_tokens, "b i p d -> (b i) p d").to(self.decoder.tok_embed.weight.dtype)
+        x = visual_tokens.to(self.decoder.tok_embed.weight.dtype)
         x = x if self.adapter is None else self.adapter(x)
-        return rearrange(x, "(b i) p d -> b (i p) d", b=visual_tokens.shape[0])
+        return rearrange(x, "b i p d -> b (i p) d")
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""

@@ -18,6 +18,7 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
 from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, CrossAttentionState, freeze
 from mmtransformer.captioners.image_attention_mask import VisibleImages, check_visible_images, image_attention_mask
+from mmtransformer.connectors.base import Connector
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
@@ -89,7 +90,7 @@ class Flamingo(Captioner):
     Args:
         vision: the vision encoder.
         decoder: the language model.
-        resampler: visual tokens to latents; None = the gated blocks read all visual tokens.
+        resampler: visual tokens to latents, as a `PerceiverResampler`; None = the gated blocks read all visual tokens.
         cross_every: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
         cross_layers: numbers of the blocks that have one before them, in the place of `cross_every`.
         gated: what the gated blocks are.
@@ -109,7 +110,7 @@ class Flamingo(Captioner):
         vision: ViT,
         decoder: Decoder,
         *,
-        resampler: PerceiverResampler | None = None,
+        resampler: Connector | None = None,
         cross_every: int = 1,
         cross_layers: Sequence[int] | None = None,
         gated: GatedConfig = GatedConfig(),
@@ -119,8 +120,10 @@ class Flamingo(Captioner):
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        if resampler is not None and resampler.dim != vision.dim:
-            raise ValueError(f"the resampler's dim ({resampler.dim}) must be the vision encoder's ({vision.dim})")
+        if resampler is not None and resampler.visual_dim != vision.dim:
+            raise ValueError(
+                f"the resampler's visual_dim ({resampler.visual_dim}) must be the vision encoder's dim ({vision.dim})"
+            )
         if getattr(decoder, "cross_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
         layers = range(cross_every - 1, decoder.depth, max(cross_every, 1))
@@ -135,7 +138,9 @@ class Flamingo(Captioner):
         self.cross_every, self.cross_layers = cross_every, layers
         self.gated, self.patches_only = gated, patches_only
         self.visible_images: VisibleImages = check_visible_images(visible_images)
-        self.gated_blocks = nn.ModuleList(gated.build(decoder.dim, vision.dim) for _ in layers)
+        self.gated_blocks = nn.ModuleList(
+            gated.build(decoder.dim, vision.dim if resampler is None else resampler.dim) for _ in layers
+        )
         if visible_images == "none":  # What no token sees gets no gradient.
             parts = [vision, *([] if resampler is None else [resampler]), self.gated_blocks]
             for part in parts:
@@ -252,7 +257,7 @@ class Flamingo(Captioner):
 
         The gated layers' weights on the latents, a mean of heads and of layers by how far their gates are open; times
         what each latent has gathered of the patches, followed through the resampler's layers as in attention rollout
-        (arXiv:2005.00928).
+        (arXiv:2005.00928). What another connector has gathered is not known, and counts as the same of every patch.
         """
         with evaluation_mode(self):
             visual_tokens = self.visual_tokens(batch)
@@ -275,6 +280,8 @@ class Flamingo(Captioner):
         b, i, p = visual_tokens.shape[0], visual_tokens.shape[1], visual_tokens.shape[2] - self._skipped
         if self.resampler is None:
             return torch.eye(p, device=visual_tokens.device).expand(b, i, p, p)
+        if not isinstance(self.resampler, PerceiverResampler):  # nobody knows: of all the same
+            return visual_tokens.new_full((b, i, self._resample(visual_tokens).shape[2], p), 1 / p)
         with record_attention(self.resampler) as record:
             self._resample(visual_tokens)
         return rearrange(latents_rollout(record.values(), p), "(b i) l p -> b i l p", b=b)

@@ -1,14 +1,15 @@
 """VisualAdapter: trainable encoder blocks between a frozen vision encoder and what reads its tokens."""
 
+from einops import pack, unpack
 from torch import Tensor, nn
 
 from mmtransformer.backbones.patches import drop_tokens
+from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock
-from mmtransformer.serialization.pretrained import Pretrained
 
 
-class VisualAdapter(Pretrained, nn.Module):
+class VisualAdapter(Connector):
     """Trainable encoder blocks over a frozen encoder's tokens: they learn what captions need and it does not say.
 
     Args:
@@ -47,10 +48,11 @@ class VisualAdapter(Pretrained, nn.Module):
         self.last_norm = nn.LayerNorm(dim)
 
     def forward(self, visual_tokens: Tensor) -> Tensor:
-        """(b p visual_dim) -> (b p dim)."""
+        """(... p visual_dim) -> (... p dim)."""
+        visual_tokens, leading = pack([visual_tokens], "* p d")
         if self.training and self.token_dropout:
             visual_tokens = drop_tokens(visual_tokens, self.token_dropout)
         x = self.proj(self.norm(visual_tokens))
         for block in self.blocks:
             x = block(x)
-        return self.last_norm(x)
+        return unpack(self.last_norm(x), leading, "* p d")[0]

@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.serialization.pretrained import Pretrained
 
 
 class ResamplerBlock(nn.Module):
@@ -37,7 +37,7 @@ class ResamplerBlock(nn.Module):
         return latents + self.mlp(self.norm2(latents))
 
 
-class PerceiverResampler(Pretrained, nn.Module):
+class PerceiverResampler(Connector):
     """Learned latents that gather an image, or the frames of a video (Flamingo, arXiv:2204.14198, 3.1.1).
 
     The defaults are OpenFlamingo's; Idefics has 16 heads of 96 and `activation="relu"`. There are no biases.
@@ -79,7 +79,8 @@ class PerceiverResampler(Pretrained, nn.Module):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
-        self.dim, self.depth, self.num_heads, self.head_dim = dim, depth, num_heads, head_dim
+        self.visual_dim = self.dim = dim
+        self.depth, self.num_heads, self.head_dim = depth, num_heads, head_dim
         self.num_latents, self.qk_norm, self.norm_eps = num_latents, qk_norm, norm_eps
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.activation: Activation = activation

@@ -64,9 +64,6 @@ class GenerationConfig:
         for name, value in vars(self).items():
             _check_setting(name, value)
         object.__setattr__(self, "force_words", tuple(self.force_words))  # JSON has no tuples
-        self._check_together()
-
-    def _check_together(self) -> None:
         beams, groups, texts = self.num_beams, self.num_beam_groups, self.num_return_sequences
         if beams > MOST_BEAMS:
             raise ValueError(f"num_beams ({beams:,}) can be {MOST_BEAMS:,} at most")

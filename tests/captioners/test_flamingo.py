@@ -677,7 +677,7 @@ def test_number_of_parameters_is_that_of_the_peers() -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 3, 4)
-    with pytest.raises(ValueError, match=r"resampler's dim \(21\).*vision encoder's \(20\)"):
+    with pytest.raises(ValueError, match=r"resampler's visual_dim \(21\).*vision encoder's dim \(20\)"):
         Flamingo(vision, decoder, resampler=PerceiverResampler(21, 1))
     with pytest.raises(ValueError, match="without cross-attention of its own"):
         Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, cross_dim=20))

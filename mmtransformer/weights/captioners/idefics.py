@@ -151,6 +151,8 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
     decoder = model.decoder if longer is None else longer.decoder
     if not isinstance(decoder, TextDecoder):
         raise ValueError(f"Idefics has a Llama, not {type(decoder).__name__}")
+    if not isinstance(resampler, PerceiverResampler | None):
+        raise ValueError(f"Idefics has a PerceiverResampler or none, not {type(resampler).__name__}")
     every = model.cross_layers[1] if len(model.cross_layers) > 1 else decoder.depth
     text = llama_config(decoder, "llama")
     only_these(

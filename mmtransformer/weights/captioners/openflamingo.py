@@ -123,8 +123,11 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
         ValueError: if it is of another kind.
     """
     resampler = model.resampler
-    if resampler is None:
-        raise ValueError("OpenFlamingo always has a resampler, this captioner has none")
+    if not isinstance(resampler, PerceiverResampler):
+        raise ValueError(
+            "OpenFlamingo always has a resampler, a PerceiverResampler; this captioner has "
+            + ("none" if resampler is None else f"a {type(resampler).__name__}")
+        )
     only_these(
         "OpenFlamingo",
         {
