@@ -9,9 +9,9 @@ Frozen weights are left out; a hash of each says what is expected in their place
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,8 @@ def _mismatches(
 
 def _tower(names: list[str]) -> str:
     """What names have in common: captioner.vision, say."""
-    return ".".join(os.path.commonprefix([name.split(".")[:-1] for name in names])) or "the model"
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(words[0] for words in takewhile(lambda words: len(set(words)) == 1, parts)) or "the model"
 
 
 def unwrapped(name: str) -> str:
