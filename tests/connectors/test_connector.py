@@ -1,8 +1,5 @@
 """A connector of one's own, where the library's stand: learnt, decoded with, drawn; refused where it does not fit."""
 
-import re
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +17,6 @@ from mmtransformer import (
     caption_loss,
     generate,
 )
-from mmtransformer.training import Captioning
 from mmtransformer.weights import to_openflamingo
 
 VOCAB = 53
@@ -91,13 +87,6 @@ def test_its_attention_map_knows_the_picture_only() -> None:
 def test_what_does_not_fit_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_what_could_not_be_saved_is_not_trained() -> None:
-    task = Captioning(flamingo())
-    task._trainer = SimpleNamespace(datamodule=None)  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=re.escape("HalfOfThem is no public model of mmtransformer")):
-        task.setup("fit")
 
 
 @pytest.mark.parametrize("make", [lambda: VisualAdapter(20, 28), lambda: PerceiverResampler(20, 1)])

@@ -11,12 +11,12 @@ from torch import nn
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.dataset import CaptionDataset
 from mmtransformer.data.loading.module import LoaderConfig, Splits
-from mmtransformer.data.loading.rows import CaptionRows, names_a_side, share_of_padding
+from mmtransformer.data.loading.rows import CaptionRows, names_a_side
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import Augment, ImageError
 from mmtransformer.text.tokenizer import Tokenizer
-from support.sources import TRANSFORM, FakePairs, FakeSource, batches_of, make, same, tokenizer
+from support.sources import TRANSFORM, FakePairs, FakeSource, batches_of, make, same, share_of_padding, tokenizer
 
 # ------------------------------------------------------------------------------------------------------ rows
 

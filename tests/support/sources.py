@@ -1,6 +1,7 @@
 """A source of pictures of noise, and its batches."""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -84,3 +85,10 @@ def same(a, b):
         torch.equal(getattr(a, field), getattr(b, field))
         for field in ("tokens", "attention_mask", "loss_mask", "pixels")
     )
+
+
+def share_of_padding(lengths: np.ndarray, batches: Sequence[Sequence[int]]) -> float:
+    """Measure which share of the batches' token places is padding, with one row of `lengths` an index."""
+    real = sum(int(lengths[list(batch)].sum()) for batch in batches)
+    room = sum(len(batch) * int(lengths[list(batch)].max()) for batch in batches)
+    return 1 - real / room

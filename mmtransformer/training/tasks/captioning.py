@@ -19,7 +19,6 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.serialization.pretrained import to_config
 from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -87,12 +86,9 @@ class Captioning(Task):
 
         Raises:
             ValueError: If the vocabulary or the captions are larger than the model, the pictures are of another size,
-                the data is interleaved and the model does not heed where pictures stand, or the model holds a module
-                of another library, and could not be saved.
+                or the data is interleaved and the model does not heed where pictures stand.
         """
         data = self.data
-        if stage == "fit":
-            to_config(self.captioner)  # what could not be saved in the end is not trained
         if isinstance(getattr(self.trainer, "datamodule", None), InterleavedData):
             check_reader(self.captioner, blind=True)
         if data is None:

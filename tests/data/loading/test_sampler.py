@@ -11,15 +11,9 @@ import torch
 from mmtransformer.data.loading.hashing import generator, hash64
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, SampleIndex
 from mmtransformer.data.loading.workers import ignore_signals
+from support.sources import share_of_padding
 
 N = 101
-
-
-def share_of_padding(lengths: np.ndarray, batches: list[list[int]]) -> float:
-    """Measure which share of the batches' token places is padding, with one row of `lengths` an index."""
-    real = sum(int(lengths[list(batch)].sum()) for batch in batches)
-    room = sum(len(batch) * int(lengths[list(batch)].max()) for batch in batches)
-    return 1 - real / room
 
 
 def lengths(epoch):
