@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.text.lm import load_tokenizer as load_tokenizer
     from mmtransformer.weights.text.lm import save_lm as save_lm
     from mmtransformer.weights.text.lm import to_transformers as to_transformers
+    from mmtransformer.weights.vision.clip import save_clip as save_clip
+    from mmtransformer.weights.vision.clip import vision_from_clip as vision_from_clip
+    from mmtransformer.weights.vision.clip import vision_to_clip as vision_to_clip
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
     from mmtransformer.weights.vision.load import load_vit as load_vit
@@ -58,6 +61,7 @@ _CONTENTS = {
     "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
     "text.gpt2": "decoder_to_gpt2",
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
+    "vision.clip": "save_clip vision_from_clip vision_to_clip",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
     "vision.load": "load_vit save_vit",
     "vision.timm": "ViTSettings from_timm to_timm vit_from_state",

@@ -23,6 +23,7 @@ from mmtransformer.weights.captioners.openflamingo import load_openflamingo, sav
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
+from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, save_clip
 from mmtransformer.weights.vision.load import load_vit, save_vit
 
 
@@ -45,6 +46,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "timm": Family(load_vit, save_vit, (ViT,)),
+    "clip": Family(load_vit, save_clip, (ViT,), CLIP_TYPES + SIGLIP_TYPES),
     **{
         name: Family(load_lm, partial(save_lm, family=name), (TextDecoder,), (name,))
         for name in ("gpt2", "opt", *LLAMAS)

@@ -17,6 +17,8 @@ from mmtransformer import (
     ImageText,
     MLPConfig,
     NormConfig,
+    OutputConfig,
+    PatchConfig,
     PerceiverResampler,
     PositionConfig,
     QFormer,
@@ -69,6 +71,7 @@ def openflamingo() -> Flamingo:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: tower(num_registers=2, num_classes=7),
+    "clip": lambda: tower(patches=PatchConfig(bias=False, norm=True), output=OutputConfig("pooled")),
     "gpt2": gpt2,
     "opt": lambda: gpt2("relu"),
     **{family: lambda family=family: llama(family) for family in LLAMAS},

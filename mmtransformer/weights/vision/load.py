@@ -22,7 +22,8 @@ from mmtransformer.serialization.pretrained import (
 )
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
-from mmtransformer.weights.shared.folders import write_folder
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, vision_from_clip
 from mmtransformer.weights.vision.timm import ViTSettings, from_timm, timm_config, to_timm, vit_from_state
 
 
@@ -40,9 +41,10 @@ def load_vit(
     """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
 
     Args:
-        source: a folder (a ViT saved by this library, a captioner, whose tower is taken, or `config.json` and
-            `model.safetensors` as timm and `save_vit` write them), a `.safetensors` file with timm's names, or the name
-            of a timm model, which timm then fetches from the hub.
+        source: a folder (a ViT saved by this library, a captioner, whose tower is taken, `config.json` and
+            `model.safetensors` as timm and `save_vit` write them, or transformers' CLIP or SigLIP, of which the vision
+            tower is read alone), a `.safetensors` file with timm's names, or the name of a timm model, which timm then
+            fetches from the hub.
         settings: what a bare file does not say; needed for one, and for nothing else.
         image_size: picture size to resize the positions to, px; None = as trained.
         freeze: whether the tower is taken out of training.
@@ -111,10 +113,16 @@ def _from_folder(folder: Path) -> ViT:
         if not isinstance(model, Captioner):
             raise ValueError(f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one")
         return model.vision
+    if config.get("model_type") in CLIP_TYPES + SIGLIP_TYPES:
+        state = read_tensors(folder)
+        with built_from(state, str(folder)):
+            return vision_from_clip(config, state, str(folder))
     if "architecture" not in config:
         raise ValueError(
-            f'{folder / CONFIG} has neither "class" (a model of this library) nor "architecture" (one of timm); of '
-            f"tensors with timm's names alone, give the file itself, with settings"
+            f'{folder / CONFIG} has neither "class" (a model of this library) nor "architecture" (one of timm), and '
+            f'its "model_type" is {config.get("model_type")!r:.40}, not one of '
+            f"{', '.join(CLIP_TYPES + SIGLIP_TYPES)} (transformers); of tensors with timm's names alone, give the file "
+            f"itself, with settings"
         )
     state = read_safetensors(folder / WEIGHTS)
     with built_from(state, str(folder / CONFIG)):
