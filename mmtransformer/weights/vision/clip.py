@@ -95,7 +95,7 @@ def vision_from_clip(
     if any(name.startswith("vision_model.") for name in state):
         state = {n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_model.")}
     clip = kind in CLIP_TYPES
-    config = USUAL[clip] | config
+    config = {**USUAL[clip], **config}
     (patch, width), channels = pair(config["patch_size"]), config["num_channels"]
     if patch != width:
         raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
