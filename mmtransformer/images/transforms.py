@@ -1,6 +1,6 @@
 """RGB to pixels: what a model sees, and random changes before it while training.
 
-Letters: h height, w width of the pixels.
+Shapes: h height, w width of the pixels.
 """
 
 import math

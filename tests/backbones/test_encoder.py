@@ -1,4 +1,4 @@
-"""TextEncoder against its definition and by its properties; tests/test_weights_bert.py has transformers beside it."""
+"""TextEncoder against its definition and by its properties; tests/weights/text/test_weights_bert.py has transformers beside it."""
 
 from pathlib import Path
 from typing import Any
