@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtransformer import ImageCaptioner, ImageClassifier, TextEncoder, Tokenizer
+from mmtransformer import ImageCaptioner, ImageClassifier, TextEncoder, TextToImage, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.pipelines.translator import Translator
 from mmtransformer.training.tasks.captioning import Captioning
@@ -108,6 +108,22 @@ def check_classification(name: str, run: Path, out: str) -> None:
     assert 0.1 < share < 1.0
 
 
+def check_drawing(name: str, run: Path, out: str) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    assert {split: set(by) for split, by in metrics["drawings"].items()} == {
+        "val": {"en", "ko"},
+        "compositional": {"en", "ko"},
+    }
+    assert metrics["drawings"]["val"]["en"]["images"] == 2
+    assert 0.5 < metrics["reader"]["val"]["facts"] <= 1
+    assert set(metrics["guidance"]["val"]) == {"1.0", "2.0", "5.0"}
+    assert "of true pictures the reader reads" in out
+    with Image.open(run / "gallery.png") as gallery:
+        assert gallery.width > 200
+    ((picture,),) = TextToImage.from_pretrained(run / "model", device="cpu").draw("큰 빨간 별")
+    assert picture.size == (64, 64)
+
+
 def check_few_shot(name: str, run: Path, out: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert set(metrics["captions"]["val"]) & {"en", "ko"}
@@ -124,6 +140,7 @@ CHECKS = {
     "qformer_stage1_flickr8k": check_stage1,
     "qformer_stage1_coco": check_stage1,
     "few_shot_scenes": check_few_shot,
+    "draw_scenes": check_drawing,
     "vit_classify": check_classification,
     "translate_scenes": check_translation,
     "lm_scenes": check_language_model,
