@@ -1,4 +1,4 @@
-"""TextEncoder against its definition and by its properties; tests/weights/text/test_weights_bert.py has transformers beside it."""
+"""TextEncoder against its definition and by its properties; transformers stands in weights/text/test_weights_bert.py."""
 
 from pathlib import Path
 from typing import Any
