@@ -1,4 +1,4 @@
-"""TextEncoder against its definition and by its properties; transformers stands in weights/text/test_weights_bert.py."""
+"""TextEncoder against its definition and by its properties; transformers: weights/text/test_weights_bert.py."""
 
 from pathlib import Path
 from typing import Any
