@@ -1,62 +1,170 @@
-"""`mmt caption`: pictures in, captions out."""
+"""`mmt caption`: pictures in, captions out; any number of them."""
 
 import argparse
-import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmtransformer.cli.options import add_generation_options, add_model_options, command_parser, generation_changes
+from mmtransformer.cli.options import (
+    add_generation_options,
+    add_many_options,
+    add_model_options,
+    command_parser,
+    generation_changes,
+    progress_bar,
+)
 from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmtransformer.data.image_files import ImageFiles
+    from mmtransformer.generation.captions import CaptionResult, Prompts
+    from mmtransformer.pipelines.caption_files import CaptionFile
     from mmtransformer.pipelines.few_shot import FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
-SHOWN = ("text", "language", "log_prob", "tokens", "token_log_probs", "finished")
-"""Of a caption, in a line of JSON."""
-
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Captions pictures."""
+    """Captions pictures; the exit code is 1 if some of them could not be used."""
+    args = _parser(name).parse_args(list(words))
+    _check(args)
+
+    from mmtransformer.data.image_files import ImageFiles
+    from mmtransformer.images import ImageError
+    from mmtransformer.pipelines.caption_files import caption_file, framed, write_bad
+    from mmtransformer.pipelines.many_images import CaptionJob, devices_of
+
+    images = ImageFiles(_places(args.images))
+    if not len(images):
+        raise ValueError("the list names no picture")
+    out = caption_file(args.out, images, overwrite=args.overwrite) if args.out else None
+    todo = [i for i in range(len(images)) if out is None or not out.has(i)]
+    devices = devices_of(args.device, args.devices)
+    languages = None if args.language is None else (args.language,)
+    job = CaptionJob(partial(_start, args), images, languages, generation_changes(args), args.batch_size)
+    heat = None
+    if len(devices) == 1 and todo:
+        model, prompts = _start(args, devices[0])
+        results = job.here(model, prompts, todo)
+        heat = _Heatmaps(model, prompts, Path(args.heatmap)) if args.heatmap else None
+    else:
+        results = job.on([str(device) for device in devices], todo)
+    bad: dict[str, str] = {}
+    with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar:
+        for done, (i, said) in enumerate(results, 1):
+            if isinstance(said, ImageError):
+                kept = "; its earlier caption stays" if out and out.keeps(i) else ""
+                bad[images.name(i)] = f"{said}{kept}"
+                bar.write(printable(f"mmt {name}: {said}{kept}"), file=sys.stderr)
+            else:
+                captions = list(framed(said[0], args.prefix, args.suffix))
+                if out:
+                    out.write(i, captions)
+                else:
+                    bar.write("\n".join(_lines(images.name(i), captions, args.json, len(images))), file=sys.stdout)
+                if heat:
+                    heat.add(images.name(i), images.image(i), said[0][0])
+            bar.update()
+            if done % args.batch_size == 0:
+                sys.stdout.flush()
+    if heat:
+        heat.close()
+    if out:
+        write_bad(out.bad_list, images, bad)
+    if len(bad) == len(images):
+        first, more = next(iter(bad.values())), len(bad) - 1
+        raise ValueError(first + (f"; nor can the other {more} pictures be used" if more else ""))
+    if len(images) > 1 or out:
+        print(_summary(out, images, len(todo), bad), file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
     parser = command_parser(name)
     add_model_options(parser, precision=True)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="picture files")
+    text = "picture files, folders (with all below), patterns, zips, tars; @FILE is a list, - is one on standard input"
+    add("images", nargs="+", metavar="IMAGE", help=text)
     add("--language", metavar="CODE", help="language of the captions, such as ko")
     add("--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples")
     add("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
     add("--nearest", action="store_true", help="choose the examples that are most like the picture, not any")
     add("--json", action="store_true", help="one line of JSON a picture")
     add("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
+    text = "FILE.jsonl, FILE.csv, FOLDER/ for a text file a picture, or txt or caption for such files beside them"
+    add("--out", metavar="OUT", help=f"write the captions: {text}; what has captions there already keeps them")
+    add("--overwrite", action="store_true", help="caption anew what has captions in OUT")
+    add("--prefix", default="", metavar="TEXT", help="words before every caption")
+    add("--suffix", default="", metavar="TEXT", help="words after every caption")
+    add_many_options(parser, batch_size=16)
     add_generation_options(parser)
-    args = parser.parse_args(list(words))
+    return parser
 
-    from mmtransformer.images import load
-    from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that cannot be, or would do nothing."""
     if args.heatmap and Path(args.heatmap).suffix.lower() not in (".png", ".html"):
         raise ValueError(
             f"--heatmap {args.heatmap}: a heat map is a picture or a page; let the name end in .png or .html"
         )
+    if args.heatmap and args.devices > 1:
+        raise ValueError("--heatmap is drawn by one process: leave out --devices")
     if args.examples is None and (args.num_examples is not None or args.nearest):
         raise ValueError("--num-examples and --nearest need examples to choose from: --examples FOLDER")
-    images = [load(path) for path in args.images]
-    model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
-    prompts = None if args.examples is None else _examples(model, args)
-    results = model(images, language=args.language, prompts=prompts, **generation_changes(args))
-    for path, captions in zip(args.images, results, strict=True):
-        if args.json:
-            said = [{key: getattr(caption, key) for key in SHOWN} for caption in captions]
-            print(json.dumps({"image": path, "captions": said}, ensure_ascii=False))
-            continue
-        for caption in captions:
-            lead = f"{path}: " if len(args.images) > 1 else ""
-            tail = f"   ({caption.log_prob:.2f})" if len(captions) > 1 else ""
-            print(printable(f"{lead}{caption.text}{tail}"))
-    if args.heatmap:
-        _heatmaps(model, args.images, images, results, Path(args.heatmap), prompts)
-    return 0
+    if args.overwrite and not args.out:
+        raise ValueError("--overwrite writes captions anew, and none are written: --out OUT")
+    if args.json and args.out:
+        raise ValueError("--json prints captions, and --out writes them: take --out FILE.jsonl alone")
+
+
+def _places(words: Sequence[str]) -> Iterator[str]:
+    """What is named, lists read."""
+    from mmtransformer.data.image_files import listed
+
+    for word in words:
+        if word == "-":
+            yield from listed(sys.stdin)
+        elif word.startswith("@") and not Path(word).exists():
+            yield from listed(Path(word[1:]).read_text("utf-8", "surrogateescape").splitlines())
+        else:
+            yield word
+
+
+def _lines(name: str, captions: Sequence["CaptionResult"], as_json: bool, images: int) -> Iterator[str]:
+    """What is printed of a picture."""
+    from mmtransformer.pipelines.caption_files import json_line
+
+    if as_json:
+        yield json_line(name, captions)
+        return
+    for caption in captions:
+        lead = f"{name}: " if images > 1 else ""
+        tail = f"   ({caption.log_prob:.2f})" if len(captions) > 1 else ""
+        yield printable(f"{lead}{caption.text}{tail}")
+
+
+def _summary(out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]) -> str:
+    """What was done, in a line."""
+    parts = [f"{todo - len(bad):,} pictures captioned" + (f" in {out.where}" if out else "")]
+    if len(images) > todo:
+        parts.append(f"{len(images) - todo:,} had captions there already (--overwrite captions them anew)")
+    if images.others:
+        parts.append(f"{images.others:,} other files left alone")
+    if bad:
+        listed = f": {out.bad_list} names them (mmt caption @{out.bad_list} tries them again)" if out else ""
+        parts.append(f"{len(bad):,} could not be used{listed}")
+    return "; ".join(parts)
+
+
+def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, Prompts | None]":
+    """The model on a device, and its prompts."""
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
+
+    model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
+    return model, None if args.examples is None else _examples(model, args)
 
 
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
@@ -78,29 +186,36 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
     )
 
 
-def _heatmaps(
-    model: "ImageCaptioner", paths: list[str], images: list, results: list, out: Path, prompts: "FewShot | None"
-) -> None:
+class _Heatmaps:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
-    import sys
 
-    from mmtransformer.plots import Card, CardCaption, draw_word_heatmaps, grid_box, save_html_gallery, save_image
+    def __init__(self, model: "ImageCaptioner", prompts: "Prompts | None", out: Path) -> None:
+        self.model, self.prompts, self.out = model, prompts, out
+        self.cards, self.seen = [], 0
 
-    cards = []
-    for i, (path, image, captions) in enumerate(zip(paths, images, results, strict=True)):
-        box, best = grid_box(image.size, model.transform.size, model.transform.resize), captions[0]
+    def add(self, name: str, image: "Image", best: "CaptionResult") -> None:
+        """Draws one picture's."""
+        from mmtransformer.plots import Card, CardCaption, draw_word_heatmaps, grid_box, save_image
+
+        self.seen += 1
         words = [word for word, _ in best.words]
         if not words:
-            print(f"{path}: the caption has no word to draw", file=sys.stderr)
-            continue
-        heat = model.heatmap(image, best, prompts)
-        if out.suffix.lower() == ".html":
+            print(f"{name}: the caption has no word to draw", file=sys.stderr)
+            return
+        box = grid_box(image.size, self.model.transform.size, self.model.transform.resize)
+        heat = self.model.heatmap(image, best, self.prompts)
+        if self.out.suffix.lower() == ".html":
+            image.thumbnail((448, 448))  # of many pictures the page keeps no more
             said = CardCaption(best.text, best.language, words=words, heat=heat, box=box)
-            cards.append(Card(image, [said], heading=path))
-            continue
-        sheet = out if i == 0 else out.with_name(f"{out.stem}-{i + 1}{out.suffix}")
+            self.cards.append(Card(image, [said], heading=name))
+            return
+        sheet = self.out if self.seen == 1 else self.out.with_name(f"{self.out.stem}-{self.seen}{self.out.suffix}")
         save_image(draw_word_heatmaps(image, words, heat, box=box, title=best.text), sheet)
-        print(f"{sheet}: where the model looked in {path}", file=sys.stderr)
-    if cards:
-        save_html_gallery(cards, out, title="Where the model looked")
-        print(f"{out}: where the model looked; point at a word", file=sys.stderr)
+        print(f"{sheet}: where the model looked in {name}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Writes the page."""
+        from mmtransformer.plots import save_html_gallery
+
+        if self.cards:
+            save_html_gallery(self.cards, self.out, title="Where the model looked")

@@ -3,12 +3,16 @@
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Collection
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from mmtransformer.cli import COMMANDS
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.generation.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
@@ -23,6 +27,20 @@ def add_model_options(parser: argparse.ArgumentParser, *, precision: bool = Fals
     if precision:
         kinds = ("fp32", "bf16", "int8")
         parser.add_argument("--precision", choices=kinds, default="fp32", help="faster, and rounded (fp32)")
+
+
+def add_many_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Adds `--batch-size` and `--devices`, for captions of many pictures."""
+    add = parser.add_argument
+    add("--batch-size", type=int, default=batch_size, metavar="N", help=f"pictures at once ({batch_size})")
+    add("--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, that share the pictures (1)")
+
+
+def progress_bar(total: int, *, shown: bool) -> "tqdm":
+    """How many pictures are done and how long the others will take, on a terminal's standard error."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" pictures", disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
 
 
 def add_generation_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:

@@ -5,6 +5,7 @@ with record_attention(model.decoder, keep="cross_attn") as record:
 record["blocks.0.cross_attn"]        # (b h q k)
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ def record_attention(model: nn.Module, keep: str | Callable[[str], bool] = "") -
     """Records the weights of attention layers while the context is open; the result of the model stays the same.
 
     The weights are computed again beside the fast kernel, in float32 and without gradient. A layer that runs several
-    times (decoding with a cache) keeps its last weights.
+    times (decoding with a cache) keeps its last weights. Only what the thread runs that opened the context is recorded.
 
     Args:
         model: any module with `Attention` layers inside.
@@ -75,8 +76,11 @@ def rollout(weights: Iterable[Tensor]) -> Tensor:
 
 
 def _recorder(name: str, record: dict[str, Tensor]) -> Callable:
+    mine = threading.get_ident()  # The model's layers are shared by all threads, and so are their hooks.
+
     def hook(layer: Attention, args: tuple, kwargs: dict, output: Tensor) -> None:
-        record[name] = _weights(layer, *args, **kwargs)
+        if threading.get_ident() == mine:
+            record[name] = _weights(layer, *args, **kwargs)
 
     return hook
 

@@ -4,11 +4,13 @@ Shapes: gh gw rows and columns of patches.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast, overload
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
@@ -21,7 +23,7 @@ from mmtransformer.generation.captions import (
     write_captions,
 )
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.images import ImageTransform, load
+from mmtransformer.images import ImageError, ImageTransform, load
 from mmtransformer.layers.weight_packing import Precision, for_inference
 from mmtransformer.pipelines.base import (
     GENERATION,
@@ -36,8 +38,11 @@ from mmtransformer.pipelines.base import (
     write_card,
     write_json,
 )
+from mmtransformer.pipelines.many_images import Said, caption_all
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
+
+_READY = threading.Lock()
 
 
 class ImageCaptioner:
@@ -107,9 +112,10 @@ class ImageCaptioner:
         Raises:
             ValueError: If it cannot be had in this precision here.
         """
-        if not self._ready:
-            for_inference(self.captioner, self.precision)
-            self._ready = True
+        with _READY:  # threads may caption side by side
+            if not self._ready:
+                for_inference(self.captioner, self.precision)
+                self._ready = True
         return self.captioner
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
@@ -192,36 +198,90 @@ class ImageCaptioner:
             )
         return language or (known[0] if known else None)
 
-    def stream(
+    @overload
+    def stream(  # pyright: ignore[reportOverlappingOverload] (a path is letters, too)
         self,
-        image: ImageLike,
+        images: ImageLike,
         *,
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
-    ) -> Iterator[str]:
-        """Yields a picture's caption piece by piece, as it is written: greedily, or drawn.
+    ) -> Iterator[str]: ...
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        language: str | None = None,
+        generation: GenerationConfig | None = None,
+        prompts: Prompts | None = None,
+        batch_size: int = 16,
+        on_error: Callable[[ImageLike, ImageError], object] | None = None,
+        **changes: Any,
+    ) -> Iterator[list[CaptionResult]]: ...
+
+    def stream(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        language: str | None = None,
+        generation: GenerationConfig | None = None,
+        prompts: Prompts | None = None,
+        batch_size: int = 16,
+        on_error: Callable[[ImageLike, ImageError], object] | None = None,
+        **changes: Any,
+    ) -> Iterator[str] | Iterator[list[CaptionResult]]:
+        """Yields one picture's caption piece by piece, as it is written; or the captions of any number of pictures.
+
+        Of many pictures only the next few batches are in memory, loaded by threads while the last one is captioned.
 
         Args:
-            image: The picture.
-            language: The caption's language; the first one that the model knows unless told.
-            generation: How to search, in place of the model's own settings; beams are left aside.
-            prompts: Makes the prompt: `FewShot` puts examples before the picture.
+            images: The picture, whose caption is written greedily, or drawn. Or pictures, as a list or an iterator
+                without end.
+            language: The captions' language; the first one that the model knows unless told.
+            generation: How to search, in place of the model's own settings; for one picture beams are left aside.
+            prompts: Makes the prompts: `FewShot` puts examples before each picture.
+            batch_size: Of many pictures, how many at once.
+            on_error: Called with each of many pictures that cannot be used, and why; in its place an empty list is
+                yielded. None raises the error.
+            changes: Single settings of the search, for many pictures, as of a call.
+
+        Yields:
+            Of one picture, pieces of text. Of many, for each in their order its captions, best first.
 
         Raises:
-            ImageError: If the picture cannot be used.
-            ValueError: If the model does not know the language.
+            ImageError: If a picture cannot be used.
+            ValueError: If the model does not know the language, or settings make no sense.
         """
-        with torch.inference_mode():
-            batch = self.batch([image])
-        return stream_caption(
-            self.ready(),
-            self.tokenizer,
-            batch,
-            self.language(language),
-            generation=generation or self.generation,
+        settings, language = (generation or self.generation).updated(**changes), self.language(language)
+        if isinstance(images, str | bytes | Path | Image) or hasattr(images, "read"):
+            with torch.inference_mode():
+                batch = self.batch([cast(ImageLike, images)])
+            return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=prompts)
+        many = caption_all(
+            self,
+            cast(Iterable[ImageLike], images),
+            load,
+            [language],
+            generation=settings,
             prompts=prompts,
+            batch_size=batch_size,
         )
+        return self._stream_many(many, on_error)
+
+    @staticmethod
+    def _stream_many(
+        many: Iterator[tuple[ImageLike, Said | ImageError]], on_error: Callable[[ImageLike, ImageError], object] | None
+    ) -> Iterator[list[CaptionResult]]:
+        for image, said in many:
+            if not isinstance(said, ImageError):
+                yield said[0]
+            elif on_error is None:
+                raise said
+            else:
+                on_error(image, said)
+                yield []
 
     @torch.inference_mode()
     def heatmap(self, image: ImageLike, caption: CaptionResult, prompts: Prompts | None = None) -> Tensor:
@@ -238,6 +298,9 @@ class ImageCaptioner:
 
     def batch(self, images: Sequence[ImageLike]) -> CaptionBatch:
         """Pictures as a batch without texts."""
-        pixels = torch.stack([self.transform(load(image)) for image in images])[:, None]
-        none = torch.zeros(len(images), 0, dtype=torch.long, device=self.device)
-        return CaptionBatch(none, none.bool(), none.bool(), pixels=pixels.to(self.device))
+        return self.batch_of([self.transform(load(image)) for image in images])
+
+    def batch_of(self, pixels: Sequence[Tensor]) -> CaptionBatch:
+        """A batch without texts of pictures that the transform has made pixels of, each (3 height width)."""
+        none = torch.zeros(len(pixels), 0, dtype=torch.long, device=self.device)
+        return CaptionBatch(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None].to(self.device))

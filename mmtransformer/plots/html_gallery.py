@@ -13,8 +13,8 @@ from PIL import Image
 
 from mmtransformer.plots import fonts
 from mmtransformer.plots.cards import Card, CardCaption, show_number
-from mmtransformer.plots.files import write_whole
 from mmtransformer.plots.heatmap import as_heat, heat_top, palette
+from mmtransformer.serialization.writing import write_whole
 
 Number = float | int | str | None | tuple[float, float, float]
 """A figure; a text; None for "not computed"; or (value, low, high) with its confidence interval."""

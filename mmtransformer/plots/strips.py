@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmtransformer.plots.files import write_whole
+from mmtransformer.serialization.writing import write_whole
 
 
 def save_strip(images: Sequence[Image.Image], path: str | Path, *, side: int = 128) -> Path:

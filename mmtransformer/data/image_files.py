@@ -1,0 +1,139 @@
+"""Pictures that a command line names: files, folders with all that lies below, patterns, archives, lists."""
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Entry, FileError, Files, nfc
+from mmtransformer.images import ImageError, load
+
+
+class ImageFiles:
+    """Pictures by index, in the order in which they are named; those of a folder by their names.
+
+    Nothing is decoded before it is asked for. Can be pickled for other processes, and shared by threads.
+
+    Args:
+        places: Files (whatever they are called), folders (every picture below, also in zips and tars there), patterns
+            such as `photos/**/*.jpg`, zips and tars. A picture in an archive can be named too: `photos.zip/cat.jpg`.
+
+    Attributes:
+        others: Files of the folders and archives that are called like no picture, and are left alone.
+
+    Raises:
+        ValueError: If a pattern fits no file, a folder or archive holds no picture, or an archive cannot be read.
+    """
+
+    def __init__(self, places: Iterable[str | Path]) -> None:
+        self.others = 0
+        self._files: list[Files] = []
+        self._archives: dict[str, int] = {}
+        self._found: dict[str, tuple[int, Entry] | str | None] = {}
+        for place in places:
+            self._add(str(place))
+        self._names = list(self._found)
+
+    def __len__(self) -> int:
+        """The number of pictures; one that is named twice counts once."""
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        """The name of picture i: its path as it was given, or below the folder or archive that was."""
+        return self._names[i]
+
+    def inner_name(self, i: int) -> str:
+        """The path of picture i below the folder or archive that was given; of a file that was given, its name."""
+        place = self._found[self._names[i]]
+        return place[1].path if isinstance(place, tuple) else Path(self._names[i]).name
+
+    def in_archive(self, i: int) -> bool:
+        """Whether picture i lies in an archive, so that nothing can be put beside it."""
+        place = self._found[self._names[i]]
+        return isinstance(place, tuple) and place[1].archive >= 0
+
+    def image(self, i: int) -> Image.Image:
+        """Picture i as RGB.
+
+        Raises:
+            ImageError: If it can't be read or decoded; the message names the file and the fault.
+        """
+        name = self._names[i]
+        place = self._found[name]
+        if isinstance(place, str):
+            raise ImageError(f"{name}: {place}")
+        if place is None:
+            return load(name)
+        try:
+            data = self._files[place[0]].read(place[1])
+        except FileError as error:
+            said = str(error).removeprefix(f"{place[1].path}: ")
+            raise ImageError(f"{name}: can't be read ({said}); replace it") from error
+        return load(data, name=name)
+
+    def _add(self, place: str) -> None:
+        path = Path(place)
+        if path.is_dir() or (path.is_file() and _is_archive(place)):
+            self._add_all(place)
+        elif glob.has_magic(place) and not path.exists():
+            found = sorted(glob.glob(place, recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+            if not found:
+                raise ValueError(f"{place}: no file fits this pattern")
+            # A folder that `**` has found is there with its files; one that `*` has found is gone through.
+            for item in found:
+                if not Path(item).is_dir():
+                    self._add(item)
+                elif "**" not in place:
+                    self._add_all(item)
+        elif (archive := _archive_above(path)) is not None:
+            self._found.setdefault(place, self._member(str(archive), path.relative_to(archive).as_posix()))
+        else:
+            self._found.setdefault(place, None)
+
+    def _add_all(self, place: str) -> None:
+        """Every picture below a folder or in an archive."""
+        at = self._open(place)
+        files, before = self._files[at], len(self._found)
+        lead = place.rstrip("/") + "/"
+        for path, reason in files.refused.items():
+            if path.lower().endswith((*IMAGES, *ARCHIVES, *COMPRESSED)):
+                self._found.setdefault(lead + path, reason)
+        for entry in files.entries:
+            if entry.path.lower().endswith(IMAGES):
+                self._found.setdefault(lead + entry.path, (at, entry))
+            else:
+                self.others += 1
+        if len(self._found) == before and not any(name.startswith(lead) for name in self._found):
+            raise ValueError(f"{place}: no pictures there ({', '.join(IMAGES)})")
+
+    def _member(self, archive: str, inner: str) -> tuple[int, Entry] | str:
+        try:
+            at = self._open(archive)
+        except ValueError as error:
+            return str(error)
+        entry = self._files[at].by_path.get(nfc(inner))
+        return (at, entry) if entry else f"not in {archive}; check the path"
+
+    def _open(self, place: str) -> int:
+        if place not in self._archives:
+            self._files.append(Files(place))
+            self._archives[place] = len(self._files) - 1
+        return self._archives[place]
+
+
+def listed(lines: Iterable[str]) -> Iterator[str]:
+    """The paths of a list, one a line; empty lines and those that begin with "# " say nothing."""
+    for line in lines:
+        path = line.rstrip("\r\n")
+        if path.strip() and not path.startswith("# "):
+            yield path
+
+
+def _is_archive(place: str) -> bool:
+    return place.lower().endswith(ARCHIVES + COMPRESSED)
+
+
+def _archive_above(path: Path) -> Path | None:
+    """The archive that a path leads into, if it does."""
+    return next((above for above in path.parents if _is_archive(above.name) and above.is_file()), None)

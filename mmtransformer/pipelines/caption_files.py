@@ -1,0 +1,231 @@
+"""Captions as files: JSON lines, a table, or a text file a picture; each can be gone on with after it was stopped."""
+
+import csv
+import dataclasses
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmtransformer.data.image_files import ImageFiles
+from mmtransformer.generation.captions import CaptionResult
+from mmtransformer.serialization.writing import write_whole
+
+SHOWN = ("text", "language", "log_prob", "tokens", "token_log_probs", "finished")
+"""Of a caption, in a line of JSON."""
+
+BESIDE = ("txt", "caption")
+"""Endings of text files beside their pictures: what programs that train image generators look for."""
+
+
+def json_line(name: str, captions: Sequence[CaptionResult]) -> str:
+    """A picture's captions as one line of JSON."""
+    said = [{key: getattr(caption, key) for key in SHOWN} for caption in captions]
+    return json.dumps({"image": name, "captions": said}, ensure_ascii=False)
+
+
+class CaptionFile(ABC):
+    """Where captions go, picture by picture: whole ones only, whenever the program is stopped.
+
+    Attributes:
+        where: What it is called in messages.
+        bad_list: The list of the pictures that could not be captioned.
+    """
+
+    where: str
+    bad_list: Path
+
+    @abstractmethod
+    def has(self, i: int) -> bool:
+        """Whether picture i has captions there."""
+
+    def keeps(self, i: int) -> bool:
+        """Whether picture i has captions there, which are replaced where it can be captioned anew."""
+        return False
+
+    @abstractmethod
+    def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
+        """Writes the captions of picture i."""
+
+
+class Lines(CaptionFile):
+    """A file of lines, to which lines are added: JSON lines, or a table (`.csv`).
+
+    Args:
+        path: The file.
+        images: The pictures.
+        overwrite: Whether it starts anew; else what it holds stays, and a last line that was cut off is taken away.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+
+    def __init__(self, path: Path, images: ImageFiles, *, overwrite: bool) -> None:
+        self.where, self._path, self._images = str(path), path, images
+        self.bad_list = path.with_name(f"bad_images_{path.stem}.txt")
+        self._table = path.suffix.lower() == ".csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._done: set[str] = set()
+        if path.exists() and not overwrite:
+            with path.open("rb+") as file:
+                self._done = self._read(file)
+        new = overwrite or not path.exists() or path.stat().st_size == 0
+        # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
+        if new:
+            header = "\ufeff" + self._row(("image", "caption", "language", "log_prob")) if self._table else ""
+            path.write_text(header, encoding="utf-8", newline="")
+
+    def has(self, i: int) -> bool:
+        """Whether picture i has a line."""
+        return self._images.name(i) in self._done
+
+    def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
+        """Adds the lines of picture i."""
+        name = self._images.name(i)
+        if self._table:
+            rows = ((name, " ".join(c.text.split()), c.language or "", f"{c.log_prob:.4f}") for c in captions)
+            text = "".join(map(self._row, rows))
+        else:
+            text = json_line(name, captions) + "\n"
+        # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
+        with self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write(text)
+
+    @staticmethod
+    def _row(cells: Iterable[str]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    def _read(self, file: Any) -> set[str]:
+        data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            if self._table:  # of a picture with several captions all go
+                name, _, _ = whole[whole.rfind(b"\n", 0, -1) + 1 :].partition(b",")
+                while whole.startswith(name + b",", last := whole.rfind(b"\n", 0, -1) + 1):
+                    whole = whole[:last]
+            file.truncate(len(whole))
+        try:
+            text = whole.decode("utf-8-sig")
+            if self._table:
+                header, *rows = csv.reader(io.StringIO(text, newline="")) if text else [["image", "caption"]]
+                if header[:2] != ["image", "caption"]:
+                    raise ValueError(f"its first columns are {', '.join(header[:2])}, not image, caption")
+                return {row[0] for row in rows if row}
+            return {json.loads(line)["image"] for line in text.split("\n") if line.strip()}
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            reason = "a line has no image" if isinstance(error, KeyError | TypeError) else error
+            raise ValueError(
+                f"{self.where} is there, and holds no captions to go on with ({reason}); name another file, or "
+                f"--overwrite it"
+            ) from error
+
+
+class TextFiles(CaptionFile):
+    """A text file a picture, with a caption a line: beside the pictures, or below a folder under their paths.
+
+    Args:
+        images: The pictures.
+        folder: The folder; None = beside the pictures.
+        suffix: "txt" or "caption".
+        overwrite: Whether texts that are there are replaced.
+
+    Raises:
+        ValueError: If two pictures would have the same text file, or one lies in an archive and has nothing beside it.
+    """
+
+    def __init__(self, images: ImageFiles, folder: Path | None, suffix: str, *, overwrite: bool) -> None:
+        self._images, self._folder, self._suffix, self._overwrite = images, folder, suffix, overwrite
+        self.where = f".{suffix} files " + ("beside the pictures" if folder is None else f"in {folder}")
+        self.bad_list = (folder or Path()) / "bad_images.txt"
+        of: dict[Path, int] = {}
+        for i in range(len(images)):
+            if folder is None and images.in_archive(i):
+                raise ValueError(f"{images.name(i)} lies in an archive: there is no place beside it; use --out FOLDER")
+            if (other := of.setdefault(self._path(i), i)) != i:
+                raise ValueError(
+                    f"{images.name(other)} and {images.name(i)} would both be captioned in {self._path(i)}; "
+                    f"use --out FILE.jsonl"
+                )
+
+    def _path(self, i: int) -> Path:
+        name = self._images.name(i) if self._folder is None else self._images.inner_name(i)
+        return (self._folder or Path()) / Path(name).with_suffix(f".{self._suffix}")
+
+    def has(self, i: int) -> bool:
+        """Whether picture i has its text, which is to stay."""
+        return not self._overwrite and self._path(i).exists()
+
+    def keeps(self, i: int) -> bool:
+        """Whether picture i has its text."""
+        return self._path(i).exists()
+
+    def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
+        """Writes the text of picture i."""
+        text = "".join(" ".join(caption.text.split()) + "\n" for caption in captions)
+        write_whole(self._path(i), text.encode("utf-8", "replace"))
+
+
+def caption_file(out: str, images: ImageFiles, *, overwrite: bool = False) -> CaptionFile:
+    """Where captions go, by its name: FILE.jsonl, FILE.csv, "txt" or "caption" (beside the pictures), or a folder.
+
+    Raises:
+        ValueError: If the name says none of these, or what is there cannot be gone on with.
+    """
+    if out in BESIDE:
+        return TextFiles(images, None, out, overwrite=overwrite)
+    path = Path(out)
+    if path.suffix.lower() in (".jsonl", ".csv") and not path.is_dir():
+        return Lines(path, images, overwrite=overwrite)
+    if out.endswith("/") or path.is_dir():
+        return TextFiles(images, path, "txt", overwrite=overwrite)
+    raise ValueError(
+        f'--out {out}: give FILE.jsonl, FILE.csv, a folder ("{out}/"), or txt or caption for text files beside the '
+        f"pictures"
+    )
+
+
+def write_bad(path: Path, images: ImageFiles, errors: Mapping[str, str]) -> bool:
+    """Writes the pictures that could not be captioned, one a line, each below what is wrong with it ("# ...").
+
+    `mmt caption @FILE` tries them again. What an earlier call wrote stays, but for the pictures of this one; a list
+    that would be empty is removed.
+
+    Args:
+        path: The list.
+        images: The pictures of this call.
+        errors: Names and errors of those that could not be captioned.
+
+    Returns:
+        Whether there are any.
+    """
+    tried = {_plain(images.name(i)) for i in range(len(images))}
+    old = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
+    pairs = [pair for pair in zip(old[::2], old[1::2], strict=False) if pair[1] not in tried]
+    pairs += [(f"# {error}".replace("\n", " "), _plain(name)) for name, error in errors.items()]
+    if pairs:
+        text = "".join(f"{error}\n{name}\n" for error, name in pairs)
+        write_whole(path, text.encode("utf-8", "surrogateescape"))
+    else:
+        path.unlink(missing_ok=True)
+    return bool(errors)
+
+
+def _plain(name: str) -> str:
+    return f"./{name}" if name.startswith(("#", "@")) else name
+
+
+def between(prefix: str, text: str, suffix: str) -> str:
+    """A caption with words before and after it, a space between unless there is one, or a comma or the like."""
+    before = prefix if not prefix or prefix[-1].isspace() else f"{prefix} "
+    after = suffix if not suffix or not (suffix[0].isalnum() or suffix[0] in "([{<\"'") else f" {suffix}"
+    return f"{before}{text}{after}"
+
+
+def framed(captions: Sequence[CaptionResult], prefix: str, suffix: str) -> Iterator[CaptionResult]:
+    """Captions with words before and after them; their tokens and scores stay those of what the model said."""
+    for caption in captions:
+        yield dataclasses.replace(caption, text=between(prefix, caption.text, suffix))

@@ -1,0 +1,263 @@
+"""Captions of any number of pictures: loaded beside computing, a batch in memory at a time, on one device or several.
+
+Shapes: h w height and width of what the model sees.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from mmtransformer.captioners.base import CaptionBatch, Captioner
+from mmtransformer.generation.captions import CaptionResult, Prompts, write_captions
+from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.images import ImageError, ImageTransform
+from mmtransformer.pipelines.base import fast_autocast
+from mmtransformer.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+R = TypeVar("R")
+Said = list[list[CaptionResult]]
+"""Of one picture: for each language its captions, best first."""
+
+_MOST_THREADS = 8  # that load pictures; each has one of them decoded in memory
+_CHUNK = 4  # batches that a process of several is given at once
+
+
+class Model(Protocol):
+    """What is asked of an `ImageCaptioner`."""
+
+    device: torch.device
+    tokenizer: Tokenizer
+    transform: ImageTransform
+    generation: GenerationConfig
+
+    def ready(self) -> Captioner:
+        """The model as it captions."""
+        ...
+
+    def batch_of(self, pixels: Sequence[Tensor]) -> CaptionBatch:
+        """A batch without texts."""
+        ...
+
+    def language(self, language: str | None) -> str | None:
+        """The language to caption in, or a ValueError."""
+        ...
+
+
+class Images(Protocol):
+    """Pictures by index: `ImageFiles`, or a split of pairs."""
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        ...
+
+    def name(self, i: int) -> str:
+        """The name of picture i."""
+        ...
+
+    def image(self, i: int) -> Image:
+        """Picture i as RGB, or an ImageError."""
+        ...
+
+
+def load_ahead(make: Callable[[T], R], things: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
+    """What is made of each thing, in their order, made by threads while the last ones are used.
+
+    Args:
+        make: Makes it; what it raises is raised in its place.
+        things: May be without end: `ahead` of them at most are taken before they are asked for.
+        threads: How many make.
+        ahead: How many may be waiting.
+    """
+    things, waiting = iter(things), deque[Future[R]]()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="load")
+    try:
+        while True:
+            waiting.extend(pool.submit(make, thing) for thing in islice(things, ahead - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def caption_all(
+    model: Model,
+    things: Iterable[T],
+    load: Callable[[T], Image],
+    languages: Sequence[str | None],
+    *,
+    generation: GenerationConfig,
+    prompts: Prompts | None = None,
+    batch_size: int = 16,
+    threads: int | None = None,
+) -> Iterator[tuple[T, Said | ImageError]]:
+    """Captions whatever pictures are loaded from, by the batch, and yields in order.
+
+    Args:
+        model: The model.
+        things: What pictures are loaded from.
+        load: Loads one.
+        languages: The languages to caption in.
+        generation: How to search.
+        prompts: Makes the prompts; None makes plain ones.
+        batch_size: Pictures at once.
+        threads: Threads that load; as many as there are cores, 8 at most, unless told.
+
+    Yields:
+        Each thing with its captions, or with what is wrong with its picture.
+
+    Raises:
+        ValueError: if no batch could be made.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
+
+    def pixels(thing: T) -> tuple[T, Tensor | ImageError]:
+        try:
+            return thing, model.transform(load(thing))
+        except ImageError as error:
+            return thing, error
+
+    waiting: list[tuple[T, Tensor | ImageError]] = []
+    loaded = load_ahead(pixels, things, threads=threads, ahead=2 * batch_size + threads)
+    for pair in loaded:
+        waiting.append(pair)
+        if sum(isinstance(x, Tensor) for _, x in waiting) == batch_size:
+            yield from _captioned(model, waiting, languages, generation, prompts)
+            waiting = []
+    yield from _captioned(model, waiting, languages, generation, prompts)
+
+
+@torch.inference_mode()
+def _captions(
+    model: Model,
+    pixels: Sequence[Tensor],
+    languages: Sequence[str | None],
+    generation: GenerationConfig,
+    prompts: Prompts | None,
+) -> list[Said]:
+    with fast_autocast(model.device):
+        batch = model.batch_of(pixels)
+        return write_captions(model.ready(), model.tokenizer, batch, languages, generation=generation, prompts=prompts)
+
+
+def _captioned(
+    model: Model, waiting: Sequence[tuple[T, Tensor | ImageError]], *settings: Any
+) -> Iterator[tuple[T, Said | ImageError]]:
+    some = [x for _, x in waiting if isinstance(x, Tensor)]
+    said = iter(_captions(model, some, *settings) if some else ())
+    yield from ((thing, next(said) if isinstance(x, Tensor) else x) for thing, x in waiting)
+
+
+@dataclass(frozen=True)
+class CaptionJob:
+    """A model's captions of pictures by index, for this process or several.
+
+    Args:
+        start: Makes model and prompts on a device; a function that can be pickled, for several devices.
+        images: The pictures.
+        languages: Of the captions; None is the first that the model knows.
+        changes: Settings of the search (`GenerationConfig.updated`).
+        batch_size: Pictures at once.
+        threads: Threads of a process that load pictures; see `caption_all`.
+    """
+
+    start: Callable[[str | None], tuple[Model, Prompts | None]]
+    images: Images
+    languages: Sequence[str | None] | None = None
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int = 16
+    threads: int | None = None
+
+    def here(
+        self, model: Model, prompts: Prompts | None, indices: Iterable[int]
+    ) -> Iterator[tuple[int, Said | ImageError]]:
+        """Captions by a model in this process, in the order of the indices."""
+        languages = [model.language(None)] if self.languages is None else self.languages
+        for code in languages:
+            model.language(code)
+        return caption_all(
+            model,
+            indices,
+            self.images.image,
+            languages,
+            generation=model.generation.updated(**self.changes),
+            prompts=prompts,
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )
+
+    def on(self, devices: Sequence[str], indices: Sequence[int]) -> Iterator[tuple[int, Said | ImageError]]:
+        """Captions by one process a device, each with the model whole, in the order of the indices.
+
+        Raises:
+            ValueError: If a process dies (as for want of memory), or the model cannot be had.
+        """
+        size = _CHUNK * self.batch_size
+        chunks = iter([indices[at : at + size] for at in range(0, len(indices), size)])
+        context = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
+        free = context.SimpleQueue()
+        for device in devices:
+            free.put(device)
+        cores = max(1, torch.get_num_threads() // len(devices))
+        pool = ProcessPoolExecutor(len(devices), context, initializer=_begin, initargs=(self, free, cores))
+        waiting = deque[Future[list[tuple[int, Said | ImageError]]]]()
+        try:
+            while True:
+                more = islice(chunks, 2 * len(devices) - len(waiting))
+                waiting.extend(pool.submit(_some, chunk) for chunk in more)
+                if not waiting:
+                    return
+                yield from waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"a process of {len(devices)} ended before its captions were written; it says why above, or ran out of "
+                f"memory: take fewer --devices, or a smaller --batch-size"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_mine: dict[str, Any] = {}
+"""What a process of several holds."""
+
+
+def _begin(job: CaptionJob, free: Any, cores: int) -> None:
+    device = free.get()
+    if device == "cpu":
+        torch.set_num_threads(cores)
+    model, prompts = job.start(device)
+    _mine.update(job=dataclasses.replace(job, threads=job.threads or cores), model=model, prompts=prompts)
+
+
+def _some(indices: Sequence[int]) -> list[tuple[int, Said | ImageError]]:
+    return list(_mine["job"].here(_mine["model"], _mine["prompts"], indices))
+
+
+def devices_of(device: str | None, count: int) -> list[str | None]:
+    """The devices of so many processes: GPUs in their order, or the CPU for all.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    if count < 1:
+        raise ValueError(f"--devices must be at least 1, not {count}")
+    if count == 1:
+        return [device]
+    kind = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and (there := torch.cuda.device_count()) < count:
+        raise ValueError(f"--devices {count}: there {'is' if there == 1 else 'are'} {there} GPU{'s' * (there != 1)}")
+    return [f"cuda:{i}" for i in range(count)] if kind == "cuda" else [kind] * count
