@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
+from mmtransformer.backbones.encoder import WordHead
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
@@ -69,6 +70,8 @@ class TextDecoder(Pretrained, Decoder):
         norm: which norms, and where.
         positions: how tokens know where they stand.
         tied: whether the head's weight is the embedding.
+        word_head: whether the head is BERT's: a dense layer, the MLPs' activation and a norm before its weight, and a
+            bias after it (BLIP's text decoder).
         dropout: share of embeddings, self-attention weights and branch results dropped in training.
 
     Raises:
@@ -93,6 +96,7 @@ class TextDecoder(Pretrained, Decoder):
         norm: NormConfig = NormConfig(),
         positions: PositionConfig = PositionConfig(),
         tied: bool = True,
+        word_head: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -100,7 +104,10 @@ class TextDecoder(Pretrained, Decoder):
             raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
-        self.cross_dim, self.cross_every, self.tied, self.dropout = cross_dim, cross_every, tied, dropout
+        if word_head and mlp.activation == "swiglu":
+            raise ValueError('word_head=True has the activation of the MLPs, which cannot be "swiglu"')
+        self.cross_dim, self.cross_every = cross_dim, cross_every
+        self.tied, self.word_head, self.dropout = tied, word_head, dropout
         self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
         make = partial(make_norm, norm.kind, dim, norm.eps)
@@ -108,6 +115,7 @@ class TextDecoder(Pretrained, Decoder):
         self.pos_embed = nn.Embedding(max_len, dim) if positions.kind == "learned" else None
         head_dim = attention.head_dim or dim // num_heads
         turns = positions.kind == "rotary"
+        self.embed_norm = make() if norm.embed else nn.Identity()
         self.rotary = Rotary(head_dim, theta=positions.theta, scaling=positions.scaling) if turns else None
         self.drop = make_dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -135,6 +143,10 @@ class TextDecoder(Pretrained, Decoder):
             for i in range(depth)
         )
         self.last_norm = make() if norm.pre else nn.Identity()
+        self.words_proj = None
+        if word_head:
+            assert mlp.activation != "swiglu"
+            self.words_proj = WordHead(dim, vocab_size, mlp.activation, norm.eps)
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.tok_embed.weight
@@ -177,8 +189,10 @@ class TextDecoder(Pretrained, Decoder):
         """What the first block reads of embeddings (b q d), whose position ids are (q) or (b q): (b q d)."""
         x = x if self.positions.embed_scale == 1 else x * self.positions.embed_scale
         if self.positions.kind == "sinusoidal":
-            return x + sinusoidal(position_ids, self.dim).to(x.dtype)
-        return x if self.pos_embed is None else x + self.pos_embed(position_ids)
+            x = x + sinusoidal(position_ids, self.dim).to(x.dtype)
+        elif self.pos_embed is not None:
+            x = x + self.pos_embed(position_ids)
+        return self.embed_norm(x)
 
     def forward(
         self,
@@ -308,11 +322,13 @@ class TextDecoder(Pretrained, Decoder):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
-        return self.lm_head(hidden)
+        if self.words_proj is None:
+            return self.lm_head(hidden)
+        return self.lm_head(self.words_proj.transform(hidden)) + self.words_proj.bias
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
-        return F.linear(hidden, table)
+        return F.linear(hidden if self.words_proj is None else self.words_proj.transform(hidden), table)
 
     @property
     def embedding_weights(self) -> tuple[Tensor, Tensor]:

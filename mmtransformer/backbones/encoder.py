@@ -33,10 +33,13 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.activation: Activation = activation
 
+    def transform(self, hidden: Tensor) -> Tensor:
+        """What the last matrix reads: (... d) -> (... d)."""
+        return self.norm(activation_function(self.activation)(self.dense(hidden)))
+
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """(... d) with the embedding (vocab d) -> (... vocab)."""
-        x = self.norm(activation_function(self.activation)(self.dense(hidden)))
-        return F.linear(x, embedding, self.bias)
+        return F.linear(self.transform(hidden), embedding, self.bias)
 
 
 class TextEncoder(Pretrained, nn.Module):

@@ -57,11 +57,13 @@ class NormConfig:
         kind: "layer" (GPT-2, OPT) or "rms" (Llama).
         eps: added to variances.
         pre: norm before each branch, and a last one; false = after each sum, and no last one (2017, OPT-350m).
+        embed: whether placed embeddings are normed before the first block (BERT, BLIP's text decoder).
     """
 
     kind: Norm = "layer"
     eps: float = 1e-5
     pre: bool = True
+    embed: bool = False
 
 
 @dataclass(frozen=True)

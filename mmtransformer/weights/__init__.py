@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from mmtransformer.lazy import lazy
 
 if TYPE_CHECKING:
+    from mmtransformer.weights.captioners.blip import from_blip as from_blip
+    from mmtransformer.weights.captioners.blip import load_blip as load_blip
+    from mmtransformer.weights.captioners.blip import save_blip as save_blip
+    from mmtransformer.weights.captioners.blip import to_blip as to_blip
     from mmtransformer.weights.captioners.blip2 import from_blip2 as from_blip2
     from mmtransformer.weights.captioners.blip2 import load_blip2 as load_blip2
     from mmtransformer.weights.captioners.blip2 import save_blip2 as save_blip2
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 
 # Where the public names are defined, floor by floor.
 _CONTENTS = {
+    "captioners.blip": "from_blip load_blip save_blip to_blip",
     "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
     "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",

@@ -14,8 +14,10 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.blip2 import Blip2
+from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.weights.captioners.blip import load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
@@ -52,6 +54,7 @@ FAMILIES: dict[str, Family] = {
         for name in ("gpt2", "opt", *LLAMAS)
     },
     "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
+    "blip": Family(load_blip, save_blip, (EncoderDecoder,), ("blip",)),
     "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip")),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),

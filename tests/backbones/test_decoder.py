@@ -21,11 +21,13 @@ LLAMA: dict[str, Any] = {
     "mlp_dim": 31,
     "tied": False,
 }
+BERT: dict[str, Any] = {"norm": NormConfig(pre=False, embed=True), "mlp": MLPConfig("gelu"), "word_head": True}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 cross": {"cross_dim": CROSS},
     "llama": LLAMA | {"attention": AttentionConfig(num_kv_heads=2, bias=False, qk_norm="rms")},
     "llama cross": LLAMA | {"cross_dim": CROSS, "cross_every": 2},
+    "bert cross": BERT | {"cross_dim": CROSS},
 }
 
 
@@ -362,6 +364,7 @@ def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
         ({"cross_every": 4}, r"cross_every \(4\).*depth \(3\)"),
         ({"cross_every": 0}, r"cross_every \(0\)"),
+        ({"word_head": True, "mlp": MLPConfig("swiglu")}, 'cannot be "swiglu"'),
         ({"norm": NormConfig("batch")}, '"batch"'),  # pyright: ignore[reportArgumentType]
         ({"mlp": MLPConfig("geglu")}, '"geglu"'),  # pyright: ignore[reportArgumentType]
         ({"attention": AttentionConfig(num_kv_heads=3)}, r"\(4\).*\(3\)"),

@@ -10,19 +10,29 @@ from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_jso
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.configs import SIZES, SOURCE_ACTIVATIONS, activation_of, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
-from mmtransformer.weights.shared.keys import export, fill
+from mmtransformer.weights.shared.keys import export, fill, nested
 
-_KEYS = {
-    "bert.embeddings.[word,position,token_type]_embeddings": "[tok,pos,type]_embed",
-    "bert.embeddings.LayerNorm": "norm",
-    "bert.encoder.layer.*.attention.self.[query,key,value]": "blocks.*.attn.[q,k,v]_proj",
-    "bert.encoder.layer.*.attention.output.dense": "blocks.*.attn.out_proj",
-    "bert.encoder.layer.*.attention.output.LayerNorm": "blocks.*.norm1",
-    "bert.encoder.layer.*.[intermediate,output].dense": "blocks.*.mlp.[fc1,fc2]",
-    "bert.encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
-    "bert.pooler.dense": "pool_proj",
+STACK = {
+    "embeddings.[word,position,token_type]_embeddings": "[tok,pos,type]_embed",
+    "encoder.layer.*.attention.self.[query,key,value]": "blocks.*.attn.[q,k,v]_proj",
+    "encoder.layer.*.attention.output.dense": "blocks.*.attn.out_proj",
+    "encoder.layer.*.attention.output.LayerNorm": "blocks.*.norm1",
+    "encoder.layer.*.crossattention.self.[query,key,value]": "blocks.*.cross_attn.[q,k,v]_proj",
+    "encoder.layer.*.crossattention.output.dense": "blocks.*.cross_attn.out_proj",
+    "encoder.layer.*.crossattention.output.LayerNorm": "blocks.*.norm_cross",
+    "encoder.layer.*.[intermediate,output].dense": "blocks.*.mlp.[fc1,fc2]",
+    "encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
+}
+"""BERT's embeddings and blocks by the names of its bare model, with the cross-attention that decoders made of it have."""
+WORDS = {
     "cls.predictions.transform.[dense,LayerNorm]": "words_proj.[dense,norm]",
     "cls.predictions.bias": "words_proj.bias",
+}
+"""The head of masked words, or of next ones."""
+_KEYS = nested(STACK, source="bert.") | {
+    "bert.embeddings.LayerNorm": "norm",
+    "bert.pooler.dense": "pool_proj",
+    **WORDS,
     "cls.seq_relationship": "sentence_proj",
 }
 _COPIES = {

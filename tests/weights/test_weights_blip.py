@@ -1,0 +1,214 @@
+"""BLIP's weights: transformers' models, there and back, on small random ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, caption_loss, generate
+from mmtransformer.weights import from_blip, load_blip, save_blip
+
+BOS, SEP, PAD, VOCAB = 51, 7, 0, 53
+IDS = {"bos_token_id": BOS, "sep_token_id": SEP, "pad_token_id": PAD, "eos_token_id": SEP}
+SHAPES = [
+    {
+        "vision_config": {"hidden_size": 24, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 4,
+                          "image_size": 28, "patch_size": 7},
+        "text_config": {"vocab_size": VOCAB, "hidden_size": 20, "intermediate_size": 29, "num_hidden_layers": 3,
+                        "num_attention_heads": 5, "max_position_embeddings": 37, **IDS},
+    },
+    {
+        "vision_config": {"hidden_size": 22, "intermediate_size": 41, "num_hidden_layers": 1, "num_attention_heads": 2,
+                          "image_size": 15, "patch_size": 5, "layer_norm_eps": 1e-3},
+        "text_config": {"vocab_size": VOCAB, "hidden_size": 33, "intermediate_size": 43, "num_hidden_layers": 2,
+                        "num_attention_heads": 3, "max_position_embeddings": 31, "hidden_act": "gelu_new",
+                        "layer_norm_eps": 1e-2, **IDS},
+    },
+]  # fmt: skip
+
+
+def noisy(model: nn.Module) -> Any:
+    """Random in every tensor: transformers' vision tower is as good as zeros. Wide, so that texts are not all alike."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        scale = 1.0 if "word_embeddings" in name else 0.35 if parameter.ndim > 1 else 0.2
+        parameter.data += scale * torch.randn_like(parameter)
+    return model.eval()
+
+
+def theirs_of(shape: dict[str, Any], kind: Any = BlipForConditionalGeneration) -> Any:
+    return noisy(kind(BlipConfig(**shape)))
+
+
+def pixels_of(shape: dict[str, Any], rows: int = 3) -> Tensor:
+    size = shape["vision_config"]["image_size"]
+    return torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def close(found: Tensor, want: Tensor) -> None:
+    """Equal to 1e-5, relative to the largest."""
+    assert found.shape == want.shape
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def batch_of(pixels: Tensor, rows: list[list[int]], *, left: bool = False) -> CaptionBatch:
+    """Rows of ids, padded."""
+    q = max(map(len, rows))
+    tokens, real = torch.full((len(rows), q), PAD), torch.zeros(len(rows), q, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(q - len(row), q) if left else slice(len(row))
+        tokens[i, place], real[i, place] = torch.tensor(row), True
+    return CaptionBatch(tokens, real, real, pixels=pixels)
+
+
+def new_ids(model: Any, batch: Any, **settings: Any) -> list[list[int]]:
+    config = GenerationConfig(**{"max_new_tokens": 11, **settings})
+    return [best.tokens for best, *_ in generate(model, batch, config, eos_id=SEP)]
+
+
+def until_end(row: list[int]) -> list[int]:
+    return row[: row.index(SEP)] if SEP in row else row
+
+
+def their_ids(theirs: Any, pixels: Tensor, prompt: list[int], **settings: Any) -> list[list[int]]:
+    """transformers' new ids for one prompt; it overwrites the first of what it gets, and cuts off the last."""
+    given = torch.tensor([[0, *prompt[1:], SEP]] * len(pixels))
+    found = theirs.generate(pixels, input_ids=given, **{"max_new_tokens": 11, **settings})
+    return [until_end(row) for row in found[:, len(prompt) :].tolist()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_captioner_of_transformers(shape: dict[str, Any]) -> None:
+    theirs, pixels = theirs_of(shape), pixels_of(shape)
+    ours = from_blip(theirs)
+    rows = [[BOS, 5, 9, 4, 11], [BOS, 8], [BOS, 3, 12]]
+    batch = batch_of(pixels, rows)
+    real = batch.attention_mask
+    with torch.no_grad():
+        want = theirs(pixels, input_ids=batch.tokens, attention_mask=real.long()).logits
+        found = ours.logits(batch)
+        tower = theirs.vision_model(pixels).last_hidden_state
+    close(found[real], want[real])
+    close(ours.encode(pixels)[:, 0], tower)
+    assert want[real].std() > 0.5
+    assert want[real].argmax(-1).unique().numel() > 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 0.3}])
+def test_the_same_ids(shape: dict[str, Any], settings: dict[str, Any]) -> None:
+    theirs, pixels = theirs_of(shape), pixels_of(shape, 5)
+    ours = from_blip(theirs)
+    assert new_ids(ours, batch_of(pixels, [[BOS]] * 5), **settings) == [
+        until_end(row[1:]) for row in theirs.generate(pixels, max_new_tokens=11, **settings).tolist()
+    ]
+    prompts = [[BOS, 5, 9, 4], [BOS], [BOS, 3], [BOS, 3, 12, 4], [BOS, 9, 9]]
+    together = new_ids(ours, batch_of(pixels, prompts, left=True), **settings)
+    alone = [their_ids(theirs, pixels[i : i + 1], prompt, **settings)[0] for i, prompt in enumerate(prompts)]
+    assert together == alone
+    assert len({tuple(row) for row in together}) > 1
+
+
+def test_the_loss_is_theirs_without_padding() -> None:
+    theirs, pixels = theirs_of(SHAPES[0]), pixels_of(SHAPES[0])
+    batch = batch_of(pixels, [[BOS, 5, 9, 4, SEP], [BOS, 8, SEP], [BOS, 3, 12, SEP]])
+    labels = batch.tokens.masked_fill(~batch.attention_mask, -100)
+    want = theirs(pixels, input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), labels=labels).loss
+    ours = from_blip(theirs)
+    found = caption_loss(ours, batch).loss
+    close(found, want)
+    grads = torch.autograd.grad(found, [ours.vision.blocks[0].mlp.fc1.weight, ours.decoder.tok_embed.weight])
+    theirs_too = [theirs.vision_model.encoder.layers[0].mlp.fc1.weight,
+                  theirs.text_decoder.bert.embeddings.word_embeddings.weight]  # fmt: skip
+    for ours_is, theirs_is in zip(grads, torch.autograd.grad(want, theirs_too), strict=True):
+        assert (ours_is - theirs_is).abs().max() <= 1e-4 * theirs_is.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back(shape: dict[str, Any], tmp_path: Path) -> None:
+    theirs, pixels = theirs_of(shape), pixels_of(shape)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_blip(tmp_path / "theirs")
+    save_blip(ours, tmp_path / "ours", bos_token_id=BOS, sep_token_id=SEP)
+    again, info = BlipForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in theirs.state_dict().items():
+        if name not in ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"):
+            assert torch.equal(again.state_dict()[name], tensor)
+    assert torch.equal(again.vision_model(pixels)[0], theirs.vision_model(pixels)[0])
+    assert torch.equal(*(model.generate(pixels, num_beams=3, max_new_tokens=11) for model in (again, theirs)))
+    back = load_blip(tmp_path / "ours")
+    assert back.decoder.lm_head.weight is back.decoder.tok_embed.weight
+    for (name, tensor), other in zip(back.state_dict().items(), ours.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys()
+
+
+def test_the_image_is_projected_once() -> None:
+    """Not once a token, as in transformers."""
+    ours, pixels = from_blip(theirs_of(SHAPES[0])), pixels_of(SHAPES[0])
+    seen: list[int] = []
+    ours.decoder.blocks[0].cross_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
+    new_ids(ours, batch_of(pixels, [[BOS]] * 3), num_beams=3)
+    assert len(seen) == 1
+
+
+def test_heat_maps_are_shares_of_the_patches() -> None:
+    ours, pixels = from_blip(theirs_of(SHAPES[0])), pixels_of(SHAPES[0])
+    heat = ours.attention_map(batch_of(pixels, [[BOS, 5, 9], [BOS, 4], [BOS]]))
+    assert heat.shape == (3, 3, 1, 4, 4)
+    assert bool((heat >= 0).all())
+    assert bool((heat.flatten(2).sum(-1) <= 1 + 1e-6).all())
+
+
+def test_refusals(tmp_path: Path) -> None:
+    theirs = theirs_of(SHAPES[0])
+    theirs.save_pretrained(tmp_path)
+    config, state = theirs.config.to_dict(), load_file(tmp_path / "model.safetensors")
+
+    def refused(match: str, changes: dict[str, Any] | None = None, *, tensors: dict[str, Tensor] | None = None) -> None:
+        from mmtransformer.weights.captioners.blip import blip_from_state
+
+        with pytest.raises(ValueError, match=match):
+            blip_from_state(config | (changes or {}), state if tensors is None else tensors, "it")
+
+    text, vision = config["text_config"], config["vision_config"]
+    refused("no activation like mish here", {"text_config": text | {"hidden_act": "mish"}})
+    refused("hidden_act relu", {"vision_config": vision | {"hidden_act": "relu"}})
+    refused("tie_word_embeddings is false", {"tie_word_embeddings": False})
+    refused("unknown: cls.extra.weight", tensors=state | {"text_decoder.cls.extra.weight": torch.ones(1)})
+    refused("has no itm_head.weight", tensors=state | {"itm_head.weight": torch.ones(1)})
+    name = "text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"
+    refused("missing: bert.encoder.layer.0.crossattention", tensors={k: v for k, v in state.items() if k != name})
+    copy = {"text_decoder.cls.predictions.decoder.weight": torch.ones(VOCAB, 20)}
+    refused("are tied, but the two are different", tensors=state | copy)
+    with pytest.raises(ValueError, match="BertModel is not a BLIP"):
+        from transformers import BertConfig, BertModel
+
+        from_blip(BertModel(BertConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=1, vocab_size=3)))
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "git"}')
+    with pytest.raises(ValueError, match='model_type is "git", not "blip"'):
+        load_blip(tmp_path)
+    ours = from_blip(theirs)
+    with pytest.raises(ValueError, match=r"bos_token_id \(30522\) must be one of the model's 53 ids"):
+        save_blip(ours, tmp_path / "out")
+    other = EncoderDecoder(ours.vision, type(ours.decoder)(VOCAB, 20, 1, 5, cross_dim=24))
+    with pytest.raises(ValueError, match="word_head=False"):
+        save_blip(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_files_buffers_are_left_aside(tmp_path: Path) -> None:
+    theirs = theirs_of(SHAPES[0])
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["text_decoder.bert.embeddings.position_ids"] = torch.arange(37)[None]
+    save_file(state, tmp_path / "model.safetensors")
+    pixels = pixels_of(SHAPES[0])
+    assert torch.equal(load_blip(tmp_path).encode(pixels), from_blip(theirs).encode(pixels))
