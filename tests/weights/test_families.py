@@ -13,6 +13,7 @@ from mmtransformer import (
     AttentionConfig,
     Blip2,
     CaptionBatch,
+    EncoderDecoder,
     Flamingo,
     ImageText,
     MLPConfig,
@@ -56,6 +57,14 @@ def llama(family: str) -> TextDecoder:
     )  # fmt: skip
 
 
+def blip() -> EncoderDecoder:
+    decoder = TextDecoder(
+        VOCAB, 24, 2, 4, max_len=29, cross_dim=88, mlp=MLPConfig("gelu"), norm=NormConfig(pre=False, embed=True),
+        word_head=True,
+    )  # fmt: skip
+    return EncoderDecoder(tower(), decoder)
+
+
 def stage2() -> Blip2:
     return Blip2(tower(), QFormer(3, 64, 2, 1, 88), gpt2("relu"))
 
@@ -76,11 +85,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "opt": lambda: gpt2("relu"),
     **{family: lambda family=family: llama(family) for family in LLAMAS},
     "bert": lambda: TextEncoder(VOCAB, 24, 2, 4, max_len=29, word_head=True, sentence_head=True),
+    "blip": blip,
     "blip2": stage2,
     "lavis": stage1,
     "openflamingo": openflamingo,
 }
-SAVED = {"blip2": {"image_token_id": VOCAB - 1}}
+SAVED: dict[str, dict[str, int]] = {
+    "blip": {"bos_token_id": VOCAB - 1, "sep_token_id": 2},
+    "blip2": {"image_token_id": VOCAB - 1},
+}
 
 
 def needed(name: str, model: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ STACK = {
     "encoder.layer.*.[intermediate,output].dense": "blocks.*.mlp.[fc1,fc2]",
     "encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
 }
-"""BERT's embeddings and blocks by the names of its bare model, with the cross-attention that decoders made of it have."""
+"""BERT's embeddings and blocks by the names of its bare model, and decoders' cross-attention."""
 WORDS = {
     "cls.predictions.transform.[dense,LayerNorm]": "words_proj.[dense,norm]",
     "cls.predictions.bias": "words_proj.bias",

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import BertConfig, BertModel, BlipConfig, BlipForConditionalGeneration
 
 from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, caption_loss, generate
 from mmtransformer.weights import from_blip, load_blip, save_blip
+from mmtransformer.weights.captioners.blip import blip_from_state
 
 BOS, SEP, PAD, VOCAB = 51, 7, 0, 53
 IDS = {"bos_token_id": BOS, "sep_token_id": SEP, "pad_token_id": PAD, "eos_token_id": SEP}
@@ -119,7 +120,7 @@ def test_the_loss_is_theirs_without_padding() -> None:
     labels = batch.tokens.masked_fill(~batch.attention_mask, -100)
     want = theirs(pixels, input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), labels=labels).loss
     ours = from_blip(theirs)
-    found = caption_loss(ours, batch).loss
+    found = caption_loss(ours, batch)
     close(found, want)
     grads = torch.autograd.grad(found, [ours.vision.blocks[0].mlp.fc1.weight, ours.decoder.tok_embed.weight])
     theirs_too = [theirs.vision_model.encoder.layers[0].mlp.fc1.weight,
@@ -172,8 +173,6 @@ def test_refusals(tmp_path: Path) -> None:
     config, state = theirs.config.to_dict(), load_file(tmp_path / "model.safetensors")
 
     def refused(match: str, changes: dict[str, Any] | None = None, *, tensors: dict[str, Tensor] | None = None) -> None:
-        from mmtransformer.weights.captioners.blip import blip_from_state
-
         with pytest.raises(ValueError, match=match):
             blip_from_state(config | (changes or {}), state if tensors is None else tensors, "it")
 
@@ -188,8 +187,6 @@ def test_refusals(tmp_path: Path) -> None:
     copy = {"text_decoder.cls.predictions.decoder.weight": torch.ones(VOCAB, 20)}
     refused("are tied, but the two are different", tensors=state | copy)
     with pytest.raises(ValueError, match="BertModel is not a BLIP"):
-        from transformers import BertConfig, BertModel
-
         from_blip(BertModel(BertConfig(hidden_size=4, num_hidden_layers=1, num_attention_heads=1, vocab_size=3)))
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "git"}')
