@@ -44,9 +44,13 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
+    from mmtransformer.captioners.llava import Llava as Llava
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
+    from mmtransformer.captioners.tiles import TileConfig as TileConfig
+    from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
     from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
     from mmtransformer.connectors.base import Connector as Connector
+    from mmtransformer.connectors.projector import LinearProjector as LinearProjector
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
@@ -109,7 +113,7 @@ _CONTENTS = {
     "backbones.vit_blocks": "BlockConfig OutputConfig",
     "connectors.adapter": "VisualAdapter",
     "connectors.base": "Connector",
-    "connectors.projector": "MLPProjector",
+    "connectors.projector": "LinearProjector MLPProjector",
     "connectors.qformer": "QFormer",
     "connectors.resampler": "PerceiverResampler",
     "losses.contrastive": "clip_loss itc_loss itg_loss itm_loss",
@@ -121,7 +125,9 @@ _CONTENTS = {
     "captioners.flamingo": "Flamingo GatedConfig",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
+    "captioners.llava": "Llava",
     "captioners.prefix": "PrefixCaptioner",
+    "captioners.tiles": "TileConfig TiledBatch",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
     "diffusion.drawing": "DrawingConfig",

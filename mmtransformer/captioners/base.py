@@ -163,7 +163,7 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     decoder: Any
     """The language model: a `Decoder`, or an encoder-decoder."""
-    unread: tuple[str, ...] = ("image_index", "first_image_index", "document_ids", *INSTRUCTION)
+    unread: tuple[str, ...] = ("image_index", "first_image_index", "document_ids", "image_sizes", *INSTRUCTION)
     """Fields of a batch that this captioner could not heed, and refuses."""
 
     def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
@@ -244,11 +244,14 @@ class Captioner(Pretrained, nn.Module, ABC):
         pixels = pixels if pixels.ndim == 5 else _with_images(pixels)
         flat = rearrange(pixels, "b i c h w -> (b i) c h w")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            if self.train_norm:
-                features = self.vision.forward_intermediates(flat, [-1])[0]
-            else:
-                features = self.vision.forward_features(flat)
+            features = self.features(flat)
         return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What `encode` reads of the vision encoder's tokens: (n 3 height width) -> (n p d)."""
+        if self.train_norm:
+            return self.vision.forward_intermediates(pixels, [-1])[0]
+        return self.vision.forward_features(pixels)
 
     def visual_tokens(self, batch: CaptionBatch) -> Tensor:
         """The batch's visual tokens (b i p d), normed: those of a cache, else of its pixels.

@@ -103,7 +103,7 @@ class Flamingo(Captioner):
         ValueError: if the parts do not fit, or there is no such block.
     """
 
-    unread = INSTRUCTION
+    unread = ("image_sizes", *INSTRUCTION)
 
     def __init__(
         self,

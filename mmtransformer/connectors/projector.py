@@ -1,4 +1,7 @@
-"""MLPProjector: patches -> what a language model reads in front of its text (LLaVA, arXiv:2310.03744)."""
+"""Patches -> what a language model reads in front of its text: by an MLP (LLaVA, arXiv:2310.03744) or linearly.
+
+Shapes: gh gw rows and columns of patches, s side of the squares of them that become one token, l = gh gw / s^2 tokens.
+"""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -10,7 +13,8 @@ from mmtransformer.serialization.pretrained import Pretrained
 class MLPProjector(Pretrained, nn.Module):
     """Squares of patches become one token each (pixel shuffle, arXiv:2404.16821, section 3.1), then a norm and an MLP.
 
-    The norm is as in arXiv:2404.16821; LLaVA has none.
+    The norm is as in arXiv:2404.16821; LLaVA has none, and where it is left out, squares of one patch may stand in any
+    order and number.
 
     Args:
         visual_dim: width d of a patch's token.
@@ -18,30 +22,70 @@ class MLPProjector(Pretrained, nn.Module):
         hidden_dim: width inside the MLP; None = dim, as in LLaVA-1.5.
         shuffle: side s of the squares of patches that become one token of s * s times the width: s * s times fewer
             tokens for a language model to read.
+        pre_norm: whether a LayerNorm stands before the MLP.
+        bias: whether its layers have biases.
 
     Raises:
         ValueError: if shuffle is not positive.
     """
 
-    def __init__(self, visual_dim: int, dim: int, hidden_dim: int | None = None, *, shuffle: int = 1) -> None:
+    def __init__(
+        self,
+        visual_dim: int,
+        dim: int,
+        hidden_dim: int | None = None,
+        *,
+        shuffle: int = 1,
+        pre_norm: bool = True,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        if shuffle < 1:
-            raise ValueError(f"shuffle must be at least 1, not {shuffle}")
+        _check(shuffle)
         self.visual_dim, self.dim, self.shuffle = visual_dim, dim, shuffle
+        self.pre_norm, self.bias = pre_norm, bias
         self.hidden_dim = hidden_dim = dim if hidden_dim is None else hidden_dim
-        self.norm = nn.LayerNorm(visual_dim * shuffle**2)
-        self.fc1 = nn.Linear(visual_dim * shuffle**2, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.norm = nn.LayerNorm(visual_dim * shuffle**2) if pre_norm else nn.Identity()
+        self.fc1 = nn.Linear(visual_dim * shuffle**2, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), l = gh gw / s^2, row by row."""
-        s, (gh, gw) = self.shuffle, grid
-        x = rearrange(
-            patches.to(self.norm.weight.dtype),
-            "... (gh s1 gw s2) d -> ... (gh gw) (s1 s2 d)",
-            gh=gh // s,
-            gw=gw // s,
-            s1=s,
-            s2=s,
-        )
+        """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), row by row."""
+        x = merge_squares(patches.to(self.fc1.weight.dtype), grid, self.shuffle)
         return self.fc2(gelu(self.fc1(self.norm(x))))
+
+
+class LinearProjector(Pretrained, nn.Module):
+    """Squares of patches become one token each, by one matrix: Idefics3's (arXiv:2408.12637, section 3), PaliGemma's.
+
+    Args:
+        visual_dim: width d of a patch's token.
+        dim: width e of the result.
+        shuffle: see `MLPProjector`.
+        bias: whether it adds one.
+
+    Raises:
+        ValueError: if shuffle is not positive.
+    """
+
+    def __init__(self, visual_dim: int, dim: int, *, shuffle: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        _check(shuffle)
+        self.visual_dim, self.dim, self.shuffle, self.bias = visual_dim, dim, shuffle, bias
+        self.fc = nn.Linear(visual_dim * shuffle**2, dim, bias=bias)
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), row by row."""
+        return self.fc(merge_squares(patches.to(self.fc.weight.dtype), grid, self.shuffle))
+
+
+def merge_squares(patches: Tensor, grid: tuple[int, int], s: int) -> Tensor:
+    """The channels of every square of s x s patches side by side, row by row: (... (gh gw) d) -> (... l (s s d))."""
+    if s == 1:
+        return patches
+    (gh, gw), pattern = grid, "... (gh s1 gw s2) d -> ... (gh gw) (s1 s2 d)"
+    return rearrange(patches, pattern, gh=gh // s, gw=gw // s, s1=s, s2=s)
+
+
+def _check(shuffle: int) -> None:
+    if shuffle < 1:
+        raise ValueError(f"shuffle must be at least 1, not {shuffle}")

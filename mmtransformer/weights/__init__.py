@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.lavis import load_lavis as load_lavis
     from mmtransformer.weights.captioners.lavis import save_lavis as save_lavis
     from mmtransformer.weights.captioners.lavis import to_lavis as to_lavis
+    from mmtransformer.weights.captioners.llava import llava_to_transformers as llava_to_transformers
+    from mmtransformer.weights.captioners.llava import load_llava as load_llava
+    from mmtransformer.weights.captioners.llava import save_llava as save_llava
     from mmtransformer.weights.captioners.openflamingo import from_openflamingo as from_openflamingo
     from mmtransformer.weights.captioners.openflamingo import load_openflamingo as load_openflamingo
     from mmtransformer.weights.captioners.openflamingo import save_openflamingo as save_openflamingo
@@ -60,6 +63,7 @@ _CONTENTS = {
     "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
     "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
+    "captioners.llava": "llava_to_transformers load_llava save_llava",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.qformer": "init_from_bert qformer_from_bert",
     "families": "FAMILIES Family families_for family_of",

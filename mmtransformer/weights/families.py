@@ -18,9 +18,11 @@ from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.weights.captioners.blip import load_blip, save_blip
+from mmtransformer.captioners.llava import Llava
 from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
+from mmtransformer.weights.captioners.llava import load_llava, save_llava
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.llama import LLAMAS
@@ -58,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip")),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
+    "llava": Family(load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision")),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }
 

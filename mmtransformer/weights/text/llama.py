@@ -23,6 +23,18 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
+_USUAL: dict[str, Any] = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "rms_norm_eps": 1e-6}
+USUAL: dict[str, dict[str, Any]] = {
+    "llama": _USUAL | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _USUAL
+    | {"vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": _USUAL
+    | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": _USUAL
+    | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+}
+"""What transformers takes for granted where a captioner's config.json says nothing of its language model."""
+
 _THETA = {"smollm3": 2_000_000.0}  # where neither theta nor rotary parameters are written
 
 

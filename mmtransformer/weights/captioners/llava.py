@@ -1,0 +1,191 @@
+"""transformers' LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision -> `Llava`, and back.
+
+Their files have four layouts: as first published, as transformers 4.52 wrote them, as it holds them in memory, and as
+it writes them now. All are read; written is the first, which every version reads.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmtransformer.captioners.llava import Llava
+from mmtransformer.captioners.tiles import TileConfig
+from mmtransformer.connectors.projector import MLPProjector
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.captioners.parts import language_model, language_model_to, sorted_out
+from mmtransformer.weights.shared.configs import only, only_these
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.keys import export, fill
+from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
+
+_PROJ = {"linear_[1,2]": "fc[1,2]"}
+_LAYOUT = {
+    r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": r"vision.\1",
+    r"(?:model\.)?multi_modal_projector\.(.+)": r"proj.\1",
+    r"(?:model\.)?image_newline": "newline.newline",
+    r"language_model\.((?:model|lm_head)\..+)": r"text.\1",
+    r"model\.language_model\.(.+)": r"text.model.\1",
+    r"(lm_head\.weight)": r"text.\1",
+}
+"""The names of all four layouts, and where they belong."""
+
+_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+_CLIP_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14,
+           "image_size": 336, "num_hidden_layers": 24, "num_attention_heads": 16}  # fmt: skip
+_SO400M = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "patch_size": 14,
+           "image_size": 384, "num_hidden_layers": 26, "num_attention_heads": 16, "vision_use_head": False}  # fmt: skip
+_SIDES = range(384, 2305, 384)
+_USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted where a config.json does not say it.
+    "llava": {"image_token_index": 32000, "vision_feature_select_strategy": "default", "vision_feature_layer": -2},
+    "llava_next": {
+        "image_token_index": 32000,
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -2,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+    "llava_onevision": {
+        "image_token_index": 151646,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+        "image_grid_pinpoints": [[height, width] for height in _SIDES for width in _SIDES],
+        "vision_aspect_ratio": "anyres_max_9",
+    },
+}
+
+
+def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], context: str) -> Llava:
+    """A `Llava` from what a hub folder holds: its config.json, and all of its tensors; equal to 1e-5 in float32.
+
+    Raises:
+        ValueError: if it is none of the three, or a part is of a kind that is not here.
+    """
+    kind = config.get("model_type")
+    if kind not in _USUAL:
+        raise ValueError(f'{context}: model_type is "{kind}", not one of {", ".join(_USUAL)}')
+    config = _USUAL[kind] | {name: value for name, value in config.items() if value is not None}
+    if "image_token_id" in config:  # its newer name
+        config["image_token_index"] = config["image_token_id"]
+    only(config, context, {"projector_hidden_act": "gelu", "use_image_newline_parameter": True}, "Llava")
+    parts = sorted_out(state, _LAYOUT, context)
+    tower = config.get("vision_config", {})
+    usual = _SO400M if kind == "llava_onevision" else _CLIP_L
+    tower = usual | tower if tower.get("model_type", usual["model_type"]) == usual["model_type"] else tower
+    vision = vision_from_clip(tower, parts["vision"], f"{context}, vision tower")
+    text = {"model_type": "qwen2" if kind == "llava_onevision" else "llama"} | config.get("text_config", {})
+    tied = config.get("tie_word_embeddings", False)
+    if kind != "llava_next":
+        tied = tied or text.get("tie_word_embeddings", False)
+    decoder = language_model(text, parts["text"], f"{context}, language model", tied=tied)
+    layers = config["vision_feature_layer"]
+    layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    if 0 in layers or any(not -vision.depth <= layer <= vision.depth for layer in layers):
+        raise ValueError(f"{context}: vision_feature_layer is {layers}, of a tower of {vision.depth} blocks")
+    if (keep := config["vision_feature_select_strategy"] == "full") is False and not vision.class_token:
+        raise ValueError(f"{context}: vision_feature_select_strategy is not full, but the tower has no class token")
+    proj = MLPProjector(
+        vision.dim * len(layers), decoder.dim, pre_norm=False, bias=config.get("multimodal_projector_bias", True)
+    )
+    fill(proj, _PROJ, parts["proj"], f"{context}, projector")
+    model = Llava(
+        vision,
+        proj,
+        decoder,
+        config["image_token_index"],
+        layers=tuple(layer if layer < 0 else layer - 1 for layer in layers),  # There, 0 stands before the first block.
+        keep_class=keep and vision.class_token,
+        tiles=_tiles(config, context),
+    )
+    fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "proj.", "decoder."))
+    return model.eval()
+
+
+def _tiles(config: Mapping[str, Any], context: str) -> TileConfig:
+    if config["model_type"] == "llava":
+        return TileConfig()
+    points = tuple((height, width) for height, width in config["image_grid_pinpoints"])
+    if config["model_type"] == "llava_next":
+        return TileConfig(points)
+    found = re.fullmatch(r"anyres_max_(\d+)", str(config["vision_aspect_ratio"]))
+    if found is None:
+        raise ValueError(f"{context}: vision_aspect_ratio is {config['vision_aspect_ratio']!r}, not anyres_max_...")
+    return TileConfig(points, int(found[1]), single_only=True)
+
+
+def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers needs to hold this model: its config.json, and its tensors by their first names there.
+
+    Without tiles it is a LlavaForConditionalGeneration, with them a LlavaNextForConditionalGeneration, or, where only a
+    picture by itself is cut, a LlavaOnevisionForConditionalGeneration.
+
+    Raises:
+        ValueError: if a part has no counterpart there.
+    """
+    proj, tiles, vision = model.proj, model.tiles, model.vision
+    kind = "llava_onevision" if tiles.single_only else "llava_next" if tiles.pinpoints else "llava"
+    context = f"transformers' {_CLASSES[kind]}"
+    if not isinstance(proj, MLPProjector) or model.layers is None:
+        raise ValueError(f"{context} has an MLPProjector that reads tokens before the last norm")
+    only_these(
+        context,
+        {
+            "proj.pre_norm": (proj.pre_norm, False),
+            "proj.shuffle": (proj.shuffle, 1),
+            "proj.hidden_dim": (proj.hidden_dim, proj.dim),
+            "keep_class": (model.keep_class, model.keep_class and vision.class_token),
+            "tiles.max_tiles": (bool(tiles.max_tiles), tiles.single_only),
+        },
+    )
+    tower, vision_tensors = vision_to_clip(vision)
+    text, text_tensors = language_model_to(model.decoder, context)
+    layers = [layer if layer < 0 else layer + 1 for layer in model.layers]
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [_CLASSES[kind]],
+        "vision_config": tower,
+        "text_config": text,
+        "image_token_index": model.image_token_id,
+        "image_seq_length": vision.grid[0] * vision.grid[1],
+        "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
+        "vision_feature_select_strategy": "full" if model.keep_class or not vision.class_token else "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": proj.bias,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }
+    tensors = {f"language_model.{name}": tensor for name, tensor in text_tensors.items()}
+    tensors |= {f"vision_tower.vision_model.{name}": tensor for name, tensor in vision_tensors.items()}
+    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in export(proj, _PROJ, context).items()}
+    if model.newline is not None:
+        config["image_grid_pinpoints"] = [list(point) for point in tiles.pinpoints]
+        tensors["image_newline"] = model.newline.detach()
+    if tiles.single_only:
+        config["vision_aspect_ratio"] = f"anyres_max_{tiles.max_tiles}"
+    return config, tensors
+
+
+def load_llava(source: str | Path) -> Llava:
+    """A LLaVA 1.5, LLaVA-NeXT or LLaVA-OneVision from a folder as hubs have it, or the name of a hub's repository.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    folder = find_folder(source)
+    config, state = read_json(folder / CONFIG), read_tensors(folder)
+    with built_from(state, str(folder)):
+        return llava_from_state(config, state, str(folder))
+
+
+def save_llava(model: Llava, folder: str | Path) -> None:
+    """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
+
+    Raises:
+        ValueError: if a part has no counterpart there, before anything is written.
+    """
+    write_folder(folder, *llava_to_transformers(model))
