@@ -187,11 +187,14 @@ class ViT(Pretrained, nn.Module):
         """All visual tokens after the last norm, prefix tokens first: (b channels height width) -> (b p d)."""
         x, ropes = self.embed(pixels)
         for block, rope in zip(self.blocks, ropes, strict=True):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, rope=rope, use_reentrant=False)
-            else:
-                x = block(x, rope=rope)
-        return self._normed(x)  # pyright: ignore[reportArgumentType]  # A tensor, whatever `checkpoint` says.
+            x = self._through(block, x, rope)
+        return self._normed(x)
+
+    def _through(self, block: nn.Module, x: Tensor, rope: Rope | None) -> Tensor:
+        """A block, computed again in the backward pass where that was asked for."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, x, rope=rope, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(x, rope=rope)
 
     def _normed(self, x: Tensor) -> Tensor:
         """The last norm, which may learn in float32 behind blocks that are kept in bfloat16."""
@@ -209,7 +212,7 @@ class ViT(Pretrained, nn.Module):
             raise ValueError(f"blocks {indices} were asked for, but there are {self.depth}")
         (x, ropes), found = self.embed(pixels), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = block(x, rope=ropes[i])
+            x = self._through(block, x, ropes[i])
             if i in wanted:
                 found[i] = self._normed(x) if norm else x
         return [found[i] for i in wanted]

@@ -16,7 +16,9 @@ from mmtransformer import (
     EncoderDecoder,
     Flamingo,
     ImageText,
+    Llava,
     MLPConfig,
+    MLPProjector,
     NormConfig,
     OutputConfig,
     PatchConfig,
@@ -78,6 +80,10 @@ def openflamingo() -> Flamingo:
     return Flamingo(tower(), gpt2(), resampler=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True)
 
 
+def llava() -> Llava:
+    return Llava(MODELS["clip"](), MLPProjector(88, 24, pre_norm=False), llama("llama"), VOCAB - 1, layers=(-1,))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: tower(num_registers=2, num_classes=7),
     "clip": lambda: tower(patches=PatchConfig(bias=False, norm=True), output=OutputConfig("pooled")),
@@ -88,6 +94,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "blip": blip,
     "blip2": stage2,
     "lavis": stage1,
+    "llava": llava,
     "openflamingo": openflamingo,
 }
 SAVED: dict[str, dict[str, int]] = {
