@@ -67,6 +67,11 @@ class Llava(Captioner):
             )
         if any(not -vision.depth <= layer < vision.depth for layer in layers or ()):
             raise ValueError(f"tokens behind blocks {layers} are to be read, but there are {vision.depth}")
+        if any(side % proj.shuffle for side in vision.grid):
+            raise ValueError(
+                f"squares of {proj.shuffle} x {proj.shuffle} patches do not tile a grid of {vision.grid[0]} x "
+                f"{vision.grid[1]}"
+            )
         if not 0 <= image_token_id < decoder.vocab_size:
             raise ValueError(f"image_token_id ({image_token_id}) is not one of the decoder's {decoder.vocab_size} ids")
         if keep_class and (proj.shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
     from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics
     from mmtransformer.weights.captioners.idefics import to_idefics as to_idefics
+    from mmtransformer.weights.captioners.idefics3 import idefics3_to_transformers as idefics3_to_transformers
+    from mmtransformer.weights.captioners.idefics3 import load_idefics3 as load_idefics3
+    from mmtransformer.weights.captioners.idefics3 import save_idefics3 as save_idefics3
     from mmtransformer.weights.captioners.lavis import blip2_from_lavis as blip2_from_lavis
     from mmtransformer.weights.captioners.lavis import image_text_from_lavis as image_text_from_lavis
     from mmtransformer.weights.captioners.lavis import load_lavis as load_lavis
@@ -62,6 +65,7 @@ _CONTENTS = {
     "captioners.blip": "from_blip load_blip save_blip to_blip",
     "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
     "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
+    "captioners.idefics3": "idefics3_to_transformers load_idefics3 save_idefics3",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
     "captioners.llava": "llava_to_transformers load_llava save_llava",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",

@@ -21,6 +21,7 @@ from mmtransformer.weights.captioners.blip import load_blip, save_blip
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
+from mmtransformer.weights.captioners.idefics3 import load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import load_llava, save_llava
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
@@ -60,6 +61,10 @@ FAMILIES: dict[str, Family] = {
     "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip")),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
+    **{
+        name: Family(load_idefics3, partial(save_idefics3, family=name), (Llava,), (name,))
+        for name in ("smolvlm", "idefics3")
+    },
     "llava": Family(load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision")),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }

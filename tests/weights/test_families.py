@@ -16,6 +16,7 @@ from mmtransformer import (
     EncoderDecoder,
     Flamingo,
     ImageText,
+    LinearProjector,
     Llava,
     MLPConfig,
     MLPProjector,
@@ -84,6 +85,11 @@ def llava() -> Llava:
     return Llava(MODELS["clip"](), MLPProjector(88, 24, pre_norm=False), llama("llama"), VOCAB - 1, layers=(-1,))
 
 
+def smolvlm() -> Llava:
+    vision = tower(class_token=False, pool="mean")
+    return Llava(vision, LinearProjector(88, 24, shuffle=2, bias=False), llama("llama"), VOCAB - 1, layers=None)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: tower(num_registers=2, num_classes=7),
     "clip": lambda: tower(patches=PatchConfig(bias=False, norm=True), output=OutputConfig("pooled")),
@@ -95,6 +101,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "blip2": stage2,
     "lavis": stage1,
     "llava": llava,
+    "smolvlm": smolvlm,
+    "idefics3": smolvlm,
     "openflamingo": openflamingo,
 }
 SAVED: dict[str, dict[str, int]] = {

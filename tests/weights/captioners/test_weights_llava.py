@@ -211,7 +211,13 @@ def test_written_back(theirs: Any, tmp_path: Path) -> None:
             assert torch.equal(read.state_dict()[name], tensor), name
     _, given = inputs(ours)
     for beams in (1, 3):
-        search: dict[str, Any] = {"max_new_tokens": 7, "num_beams": beams, "do_sample": False}
+        search: dict[str, Any] = {
+            "max_new_tokens": 7,
+            "num_beams": beams,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        }
         assert torch.equal(read.generate(**given, **search), theirs.generate(**given, **search))
     for name, tensor in load_llava(tmp_path / "ours").state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
