@@ -17,8 +17,8 @@ from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_text import ImageText
-from mmtransformer.weights.captioners.blip import load_blip, save_blip
 from mmtransformer.captioners.llava import Llava
+from mmtransformer.weights.captioners.blip import load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import load_idefics3, save_idefics3
