@@ -73,7 +73,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if heat:
         heat.close()
     if out:
-        write_bad(out.bad_list, images, bad)
+        write_bad(out.bad_list, map(images.name, range(len(images))), bad)
     if len(bad) == len(images):
         first, more = next(iter(bad.values())), len(bad) - 1
         raise ValueError(first + (f"; nor can the other {more} pictures be used" if more else ""))

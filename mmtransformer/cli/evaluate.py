@@ -1,21 +1,77 @@
 """`mmt evaluate`: a trained model's captions of a split, scored."""
 
+import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmtransformer.cli.options import (
     add_generation_options,
+    add_many_options,
     add_model_options,
     add_read_options,
     command_parser,
     generation_changes,
+    progress_bar,
     read_options,
 )
+from mmtransformer.text.printable import printable
+
+if TYPE_CHECKING:
+    from mmtransformer.data.loading.source import Pairs, PairSource
+    from mmtransformer.generation.captions import Prompts
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
+    from mmtransformer.training.evaluation.predictions import PredictionFile
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Scores a model."""
+    """Scores a model; the exit code is 1 if some pictures could not be used."""
+    args = _parser(name).parse_args(list(words))
+    if args.nearest and args.num_examples is None:
+        raise ValueError("--nearest chooses examples, and none were asked for: --num-examples N")
+    if args.overwrite and not args.predictions:
+        raise ValueError("--overwrite captions anew what is in the file of --predictions, and none is named")
+
+    from mmtransformer.pipelines.base import write_json
+    from mmtransformer.pipelines.caption_files import write_bad
+    from mmtransformer.pipelines.many_images import devices_of
+    from mmtransformer.training.engine.precision import fast_matmuls
+    from mmtransformer.training.evaluation.evaluation import Evaluation, score_split, split_languages
+
+    fast_matmuls()
+    devices = devices_of(args.device, args.devices)
+    model = _load(args, devices[0] if len(devices) == 1 else "cpu")
+    source = _source(args, model, told=True)
+    pairs = source.split(args.split)
+    count = len(pairs) if args.limit is None else min(len(pairs), args.limit)
+    found = dict.fromkeys(caption.language for i in range(count) for caption in pairs.captions(i))
+    if not model.tokenizer.languages and len(found) > 1:
+        raise ValueError(
+            f"the captions are in {len(found)} languages ({', '.join(map(str, found))}), and the model's tokenizer has "
+            f"no tags to ask for one of them"
+        )
+    codes = split_languages(model.tokenizer, tuple(found))
+    file = _predictions(args, model)
+    by, bad = _caption(args, name, model, devices, pairs, count, codes, file)
+    result = Evaluation(model.generation.updated(**generation_changes(args)))
+    score_split(result, args.split, by, pairs)
+    print(result.table())
+    if args.json:
+        write_json(Path(args.json), result.to_dict())
+    listed = ""
+    if args.predictions:
+        path = Path(args.predictions)
+        path = path.with_name(f"bad_images_{path.stem}.txt")
+        listed = f": {path} names them" if write_bad(path, map(pairs.name, range(count)), bad) else ""
+    if bad:
+        print(f"{len(bad):,} of {count:,} pictures could not be used, and are in no score{listed}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
     parser = command_parser(name)
     add_model_options(parser, precision=True)
     add = parser.add_argument
@@ -23,68 +79,135 @@ def run(name: str, words: Sequence[str]) -> int:
         "--data",
         required=True,
         metavar="ROOT",
-        help='a folder, archive, manifest or pattern of tar shards; "scenes" is the embedded data',
+        help='a folder, archive, manifest or pattern of tar shards; "scenes" is the embedded data, as the model was '
+        "scored on it",
     )
     add("--split", default="val", help="which split (val)")
     add("--num-examples", type=int, metavar="N", help="put N training pictures with captions before each as examples")
     add("--nearest", action="store_true", help="choose the examples that are most like the picture")
-    add("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
-    add("--limit", type=int, metavar="N", help="only about so many pictures")
+    add("--limit", type=int, metavar="N", help="only the first N pictures")
     add("--json", metavar="OUT", help="write the scores to this file")
-    add("--predictions", metavar="OUT", help="write the captions, one line of JSON each")
+    text = "write the captions, one line of JSON each; a second call goes on with a file that is there"
+    add("--predictions", metavar="OUT", help=text)
+    add("--overwrite", action="store_true", help="caption anew what is in OUT")
+    add_many_options(parser, batch_size=32)
     add_generation_options(parser, without=("num_return_sequences",))
     add_read_options(parser)
-    args = parser.parse_args(list(words))
+    return parser
 
-    from mmtransformer.data.captions import CaptionData
-    from mmtransformer.data.loading.module import Splits
+
+def _caption(
+    args: argparse.Namespace,
+    name: str,
+    model: "ImageCaptioner",
+    devices: Sequence[str | None],
+    pairs: "Pairs",
+    count: int,
+    codes: Sequence[str | None],
+    file: "PredictionFile",
+) -> tuple[dict, dict[str, str]]:
+    """The predictions of each language, and what is wrong with the pictures that have none."""
+    from mmtransformer.images import ImageError
+    from mmtransformer.pipelines.many_images import CaptionJob
+    from mmtransformer.training.evaluation.evaluation import ANY, Prediction
+
+    by: dict[str, list[Prediction]] = {code or ANY: [] for code in codes}
+    references, todo = {}, []
+    for i in range(count):
+        captions = pairs.captions(i)
+        said = {code: tuple(c.text for c in captions if code is None or c.language == code) for code in codes}
+        references[i] = {code: texts for code, texts in said.items() if texts}
+        if (earlier := file.get(i, pairs.name(i), len(references[i]))) is None:
+            todo.append(i)
+        for code, prediction in zip(references[i], earlier or (), strict=False):
+            by[code or ANY].append(prediction)
+    job = CaptionJob(partial(_start, args), pairs, codes, generation_changes(args), args.batch_size)
+    if len(devices) == 1:
+        results = job.here(model, _prompts(args, model), todo)
+    else:
+        results = job.on([str(device) for device in devices], todo)
+    bad: dict[str, str] = {}
+    with progress_bar(len(todo), shown=len(todo) > args.batch_size) as bar:
+        for i, said in results:
+            bar.update()
+            if isinstance(said, ImageError):
+                bad[pairs.name(i)] = str(said)
+                bar.write(printable(f"mmt {name}: {said}"), file=sys.stderr)
+                continue
+            mine = {
+                code: Prediction(i, pairs.name(i), best, references[i][code])
+                for code, (best, *_) in zip(codes, said, strict=True)
+                if code in references[i]
+            }
+            file.add(mine.values())
+            for code, prediction in mine.items():
+                by[code or ANY].append(prediction)
+    if len(bad) == count:
+        raise ValueError(f"not one of {count} pictures can be used; the first: {next(iter(bad.values()))}")
+    return {code: sorted(some, key=lambda p: p.index) for code, some in by.items()}, bad
+
+
+def _load(args: argparse.Namespace, device: str | None) -> "ImageCaptioner":
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
+
+    return ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
+
+
+def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, Prompts | None]":
+    """The model on a device, and its prompts."""
+    model = _load(args, device)
+    return model, _prompts(args, model)
+
+
+def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "Prompts | None":
+    from mmtransformer.pipelines.few_shot import FewShot
+
+    if args.num_examples is None:
+        return None
+    examples = _source(args, model).split("train")
+    choose = "nearest" if args.nearest else "random"
+    parts = (examples, model.captioner, model.tokenizer, model.transform)
+    return FewShot(*parts, num_examples=args.num_examples, choose=choose)
+
+
+def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = False) -> "PairSource[Pairs]":
+    """The data; drawn scenes are those that the model was scored on, where its folder says which."""
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.data.scenes.scenes import Scenes
-    from mmtransformer.pipelines.base import write_json
-    from mmtransformer.pipelines.few_shot import FewShot
-    from mmtransformer.pipelines.image_captioner import ImageCaptioner
-    from mmtransformer.training.engine.precision import fast_matmuls
-    from mmtransformer.training.evaluation.evaluation import evaluate, write_predictions
+    from mmtransformer.serialization.pretrained import find_folder
+    from mmtransformer.training.evaluation.predictions import SCENES, saved_scenes
 
-    if args.nearest and args.num_examples is None:
-        raise ValueError("--nearest chooses examples, and none were asked for: --num-examples N")
-    fast_matmuls()
-    model = ImageCaptioner.from_pretrained(args.model, device=args.device, precision=args.precision)
     if args.data == "scenes":
-        source = Scenes(image_size=max(model.transform.size))
-    else:
-        known = model.tokenizer.languages
-        read = read_options(args)
-        read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
-        source = open_pairs(args.data, read)
+        if (scenes := saved_scenes(find_folder(args.model))) is not None:
+            return scenes
+        if told:
+            print(
+                f"the model's folder has no {SCENES}, so it is not known which scenes it was scored on: these are the "
+                f"default ones, and their figures are not to be compared with its recipe's",
+                file=sys.stderr,
+            )
+        return Scenes(image_size=max(model.transform.size))
+    known = model.tokenizer.languages
+    read = read_options(args)
+    read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
+    source = open_pairs(args.data, read)
+    if told:
         print(source.describe())
-    data = CaptionData(
-        source,
-        image=model.transform,
-        tokenizer=model.tokenizer,
-        batch_size=args.batch_size,
-        max_len=model.captioner.max_len,
-        splits=Splits(val=[args.split]),
-    )
-    generation = model.generation.updated(**generation_changes(args))
-    prompts = None
-    if args.num_examples is not None:
-        prompts = FewShot(
-            source.split("train"),
-            model.captioner,
-            model.tokenizer,
-            model.transform,
-            num_examples=args.num_examples,
-            choose="nearest" if args.nearest else "random",
-        )
-    limit = None if args.limit is None else -(-args.limit // args.batch_size)
-    result = evaluate(
-        model.ready(), data, generation=generation, device=model.device, limit_batches=limit, prompts=prompts
-    )
-    print(result.table())
-    if args.json:
-        write_json(Path(args.json), result.to_dict())
-    if args.predictions:
-        said = (p for by in result.predictions.values() for some in by.values() for p in some)
-        write_predictions(Path(args.predictions), said)
-    return 0
+    return source
+
+
+def _predictions(args: argparse.Namespace, model: "ImageCaptioner") -> "PredictionFile":
+    from mmtransformer.serialization.pretrained import find_folder
+    from mmtransformer.training.evaluation.predictions import PredictionFile, files_of
+
+    folder = find_folder(args.model)
+    settings = {
+        "model": str(folder.resolve()),
+        "files": files_of(folder),
+        "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
+        "search": dataclasses.asdict(model.generation.updated(**generation_changes(args))),
+        "read": dataclasses.asdict(read_options(args)),
+        **{name: getattr(args, name) for name in ("split", "num_examples", "nearest", "precision")},
+    }
+    path = Path(args.predictions) if args.predictions else None
+    return PredictionFile(path, settings, overwrite=args.overwrite)

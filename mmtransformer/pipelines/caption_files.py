@@ -188,7 +188,7 @@ def caption_file(out: str, images: ImageFiles, *, overwrite: bool = False) -> Ca
     )
 
 
-def write_bad(path: Path, images: ImageFiles, errors: Mapping[str, str]) -> bool:
+def write_bad(path: Path, tried: Iterable[str], errors: Mapping[str, str]) -> bool:
     """Writes the pictures that could not be captioned, one a line, each below what is wrong with it ("# ...").
 
     `mmt caption @FILE` tries them again. What an earlier call wrote stays, but for the pictures of this one; a list
@@ -196,15 +196,15 @@ def write_bad(path: Path, images: ImageFiles, errors: Mapping[str, str]) -> bool
 
     Args:
         path: The list.
-        images: The pictures of this call.
+        tried: The names of the pictures of this call.
         errors: Names and errors of those that could not be captioned.
 
     Returns:
         Whether there are any.
     """
-    tried = {_plain(images.name(i)) for i in range(len(images))}
+    names = {_plain(name) for name in tried}
     old = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
-    pairs = [pair for pair in zip(old[::2], old[1::2], strict=False) if pair[1] not in tried]
+    pairs = [pair for pair in zip(old[::2], old[1::2], strict=False) if pair[1] not in names]
     pairs += [(f"# {error}".replace("\n", " "), _plain(name)) for name, error in errors.items()]
     if pairs:
         text = "".join(f"{error}\n{name}\n" for error, name in pairs)

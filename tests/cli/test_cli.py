@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
 from mmtransformer.cli import COMMANDS, main
 from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.data.scenes.world import World
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.training.evaluation.predictions import save_scenes
 from support.cli import mmt
 
 ROOT = Path(__file__).parents[2]
@@ -169,9 +172,69 @@ def test_evaluate(
     rows = [json.loads(line) for line in said.read_text("utf-8").splitlines()]
     assert {row["language"] for row in rows} == set(captions)
     assert sum(c["images"] for c in captions.values()) == len(rows)
-    code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *words, "--precision", "bf16", "--limit", "1")
+    limited = [*words, "--precision", "bf16", "--limit", "1"]
+    code, out, err = mmt(capsys, "evaluate", "--model", str(model), *limited)
+    assert (code, "of another model, other data or another search" in err) == (2, True)
+    code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *limited, "--overwrite")
     assert code == 0
     assert "BLEU-4" in out
+    assert len(said.read_text("utf-8").splitlines()) == 1
+
+
+def test_evaluate_goes_on_and_passes_over_bad_pictures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, model: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pairs, "pairs")
+    words = ["evaluate", "--model", str(model), "--data", "pairs", "--split", "train", "--batch-size", "2"]
+    _, whole, _ = mmt(capsys, *words, "--predictions", "whole.jsonl")
+    lines = Path("whole.jsonl").read_bytes()
+    Path("part.jsonl").write_bytes(lines[: len(lines) // 2])
+    code, out, _ = mmt(capsys, *words, "--predictions", "part.jsonl")
+    assert (code, out) == (0, whole)
+    assert Path("part.jsonl").read_bytes() == lines
+    code, out, _ = mmt(capsys, *words, "--predictions", "two.jsonl", "--device", "cpu", "--devices", "2")
+    assert code == 0
+    assert [json.loads(line)["name"] for line in Path("two.jsonl").read_text("utf-8").splitlines()] == [
+        json.loads(line)["name"] for line in lines.splitlines()
+    ]
+    Path("pairs/p3.png").write_bytes(b"broken")
+    Path("part.jsonl").unlink()
+    code, out, err = mmt(capsys, *words, "--predictions", "part.jsonl")
+    assert code == 1
+    assert "1 of 5 pictures could not be used, and are in no score: bad_images_part.txt names them" in err
+    assert Path("bad_images_part.txt").read_text("utf-8").splitlines()[1] == "p3.png"
+    assert len(Path("part.jsonl").read_text("utf-8").splitlines()) == len(lines.splitlines()) - 1
+    Path("part.jsonl").write_text("no predictions\n", "utf-8")
+    code, _, err = mmt(capsys, *words, "--predictions", "part.jsonl")
+    assert (code, "holds no predictions" in err) == (2, True)
+
+
+def test_evaluate_draws_the_scenes_that_the_model_was_scored_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    words = ["evaluate", "--model", str(folder), "--data", "scenes", "--limit", "3", "--predictions"]
+    code, _, err = mmt(capsys, *words, str(tmp_path / "default.jsonl"))
+    assert (code, "it is not known which scenes it was scored on" in err) == (0, True)
+    source = Scenes(image_size=32, seed=7, val_size=2, world=World(group_shares=(1.0,), max_count=1))
+    save_scenes(folder, source)
+    code, _, err = mmt(capsys, *words, str(tmp_path / "own.jsonl"))
+    assert (code, "not known" in err) == (0, False)
+    rows = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text("utf-8").splitlines()]
+    want = source.split("val")
+    assert [row["name"] for row in rows[::2]] == [want.name(0), want.name(1)]
+    assert rows[0]["references"] == [c.text for c in want.captions(0) if c.language == rows[0]["language"]]
+    for text, line in (
+        ('{"seed": "x", "world": 3}', "world is 3"), ('{"sead": 1}', "sead"), ('{"world": {"colours": []}}', "colours"),
+        ('{"val_size": 0}', "val_size"),
+    ):  # fmt: skip
+        (folder / "scenes.json").write_text(text, "utf-8")
+        code, _, err = mmt(capsys, *words, str(tmp_path / "own.jsonl"))
+        assert (code, "scenes.json: " in err, line in err) == (2, True, True), err
 
 
 def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path) -> None:

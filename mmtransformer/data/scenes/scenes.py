@@ -4,9 +4,10 @@ There are no files: picture, captions and scene follow from (seed, split, index)
 Because the scene behind a picture is known, captions can be judged exactly (`facts.score`).
 """
 
+import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -144,3 +145,9 @@ class Scenes:
         if name not in self.sizes:
             raise ValueError(f"scenes have no split {name!r}; there are {', '.join(self.sizes)}")
         return SceneSplit(self, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain data."""
+        sizes = {f"{split}_size": size for split, size in self.sizes.items()}
+        names = ("image_size", "seed", "languages", "phrasings", "references")
+        return {name: getattr(self, name) for name in names} | sizes | {"world": dataclasses.asdict(self.world)}

@@ -159,11 +159,18 @@ def evaluate(
                     mine = tuple(text for text, language in references if code is None or language == code)
                     if mine:
                         by[code or ANY].append(Prediction(places[name], name, said, mine))
-        result.predictions[split] = by
-        for code, predictions in by.items():
-            if predictions:
-                _score(result, split, code, predictions, pairs, bootstrap)
+        score_split(result, split, by, pairs, bootstrap)
     return result
+
+
+def score_split(
+    result: Evaluation, split: str, by: dict[str, list[Prediction]], pairs: Pairs, bootstrap: int = 1000
+) -> None:
+    """Adds the captions of a split, by language, and their scores to an evaluation."""
+    result.predictions[split] = by
+    for code, predictions in by.items():
+        if predictions:
+            _score(result, split, code, predictions, pairs, bootstrap)
 
 
 def _score(

@@ -12,7 +12,7 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
-from mmtransformer.data.scenes.scenes import SceneSplit
+from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import ImageError
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
@@ -28,6 +28,7 @@ from mmtransformer.plots import (
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY, Evaluation, Prediction
+from mmtransformer.training.evaluation.predictions import save_scenes
 
 
 def write_report(
@@ -60,6 +61,8 @@ def write_report(
     write_json(folder / "metrics.json", metrics)
     evaluation.write(folder)
     model.save_pretrained(folder / "model", card=f"## Scores\n\n```\n{evaluation.table()}\n```")
+    if isinstance(data.source, Scenes):
+        save_scenes(folder / "model", data.source)
     cards = make_cards(model, data, evaluation, num_cards)
     title = folder.resolve().name.replace("_", " ")
     if cards:
