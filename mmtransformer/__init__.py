@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
     from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
     from mmtransformer.connectors.base import Connector as Connector
+    from mmtransformer.connectors.linear import LinearConnector as LinearConnector
     from mmtransformer.connectors.projector import LinearProjector as LinearProjector
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
@@ -113,6 +114,7 @@ _CONTENTS = {
     "backbones.vit_blocks": "BlockConfig OutputConfig",
     "connectors.adapter": "VisualAdapter",
     "connectors.base": "Connector",
+    "connectors.linear": "LinearConnector",
     "connectors.projector": "LinearProjector MLPProjector",
     "connectors.qformer": "QFormer",
     "connectors.resampler": "PerceiverResampler",

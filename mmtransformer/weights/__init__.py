@@ -34,6 +34,18 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.openflamingo import to_openflamingo as to_openflamingo
     from mmtransformer.weights.captioners.qformer import init_from_bert as init_from_bert
     from mmtransformer.weights.captioners.qformer import qformer_from_bert as qformer_from_bert
+    from mmtransformer.weights.captioners.vision_encoder_decoder import (
+        from_vision_encoder_decoder as from_vision_encoder_decoder,
+    )
+    from mmtransformer.weights.captioners.vision_encoder_decoder import (
+        load_vision_encoder_decoder as load_vision_encoder_decoder,
+    )
+    from mmtransformer.weights.captioners.vision_encoder_decoder import (
+        save_vision_encoder_decoder as save_vision_encoder_decoder,
+    )
+    from mmtransformer.weights.captioners.vision_encoder_decoder import (
+        to_vision_encoder_decoder as to_vision_encoder_decoder,
+    )
     from mmtransformer.weights.families import FAMILIES as FAMILIES
     from mmtransformer.weights.families import Family as Family
     from mmtransformer.weights.families import families_for as families_for
@@ -70,6 +82,9 @@ _CONTENTS = {
     "captioners.llava": "llava_to_transformers load_llava save_llava",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.qformer": "init_from_bert qformer_from_bert",
+    "captioners.vision_encoder_decoder": (
+        "from_vision_encoder_decoder load_vision_encoder_decoder save_vision_encoder_decoder to_vision_encoder_decoder"
+    ),
     "families": "FAMILIES Family families_for family_of",
     "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
     "text.gpt2": "decoder_to_gpt2",

@@ -25,6 +25,10 @@ from mmtransformer.weights.captioners.idefics3 import load_idefics3, save_idefic
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import load_llava, save_llava
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
+from mmtransformer.weights.captioners.vision_encoder_decoder import (
+    load_vision_encoder_decoder,
+    save_vision_encoder_decoder,
+)
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
@@ -58,6 +62,9 @@ FAMILIES: dict[str, Family] = {
     },
     "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
     "blip": Family(load_blip, save_blip, (EncoderDecoder,), ("blip",)),
+    "vision-encoder-decoder": Family(
+        load_vision_encoder_decoder, save_vision_encoder_decoder, (EncoderDecoder,), ("vision-encoder-decoder",)
+    ),
     "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip")),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),

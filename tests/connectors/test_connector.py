@@ -10,6 +10,7 @@ from mmtransformer import (
     Connector,
     EncoderDecoder,
     Flamingo,
+    LinearConnector,
     PerceiverResampler,
     TextDecoder,
     VisualAdapter,
@@ -89,7 +90,9 @@ def test_what_does_not_fit_is_refused(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("make", [lambda: VisualAdapter(20, 28), lambda: PerceiverResampler(20, 1)])
+@pytest.mark.parametrize(
+    "make", [lambda: VisualAdapter(20, 28), lambda: LinearConnector(20, 28), lambda: PerceiverResampler(20, 1)]
+)
 def test_the_librarys_own_keep_the_contract(make) -> None:
     connector = make().eval()
     visual_tokens = torch.randn(2, 3, 11, connector.visual_dim)

@@ -16,6 +16,7 @@ from mmtransformer import (
     EncoderDecoder,
     Flamingo,
     ImageText,
+    LinearConnector,
     LinearProjector,
     Llava,
     MLPConfig,
@@ -68,6 +69,10 @@ def blip() -> EncoderDecoder:
     return EncoderDecoder(tower(), decoder)
 
 
+def vision_encoder_decoder() -> EncoderDecoder:
+    return EncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), adapter=LinearConnector(88, 24))
+
+
 def stage2() -> Blip2:
     return Blip2(tower(), QFormer(3, 64, 2, 1, 88), gpt2("relu"))
 
@@ -98,6 +103,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{family: lambda family=family: llama(family) for family in LLAMAS},
     "bert": lambda: TextEncoder(VOCAB, 24, 2, 4, max_len=29, word_head=True, sentence_head=True),
     "blip": blip,
+    "vision-encoder-decoder": vision_encoder_decoder,
     "blip2": stage2,
     "lavis": stage1,
     "llava": llava,
@@ -107,6 +113,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 SAVED: dict[str, dict[str, int]] = {
     "blip": {"bos_token_id": VOCAB - 1, "sep_token_id": 2},
+    "vision-encoder-decoder": {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 2},
     "blip2": {"image_token_id": VOCAB - 1},
 }
 

@@ -7,25 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
-from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.configs import (
-    SIZES,
-    SOURCE_ACTIVATIONS,
-    activation_of,
-    only_these,
-    read_sizes,
-    write_sizes,
-)
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
-from mmtransformer.weights.shared.keys import export, fill, nested, part
-from mmtransformer.weights.text.bert import STACK, WORDS
+from mmtransformer.weights.shared.keys import part
+from mmtransformer.weights.text.bert import decoder_from_bert, decoder_to_bert
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -56,11 +45,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers takes for granted where a config.json does not say it."""
 
-_DECODER = nested(STACK, source="bert.") | {"bert.embeddings.LayerNorm": "embed_norm", **WORDS}
-_COPIES = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
 _CAPTIONING = "BlipForConditionalGeneration"
 
 
@@ -95,26 +79,11 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}  # old files' buffers
     tower = {name: state.pop(name) for name in list(state) if name.startswith("vision_model.")}
     vision = vision_from_blip2(config["vision_config"], tower, context)
-    decoder = _decoder(config["text_config"], vision.dim, part(state, "text_decoder."), context)
+    text = part(state, "text_decoder.")
+    decoder = decoder_from_bert(config["text_config"], text, f"{context}, text decoder", cross_dim=vision.dim)
     if unknown := [name for name in state if not name.startswith("text_decoder.")]:
         raise ValueError(f"{context}: a {_CAPTIONING} has no {', '.join(unknown[:5])} ({len(unknown)} in all)")
     return EncoderDecoder(vision, decoder).eval()
-
-
-def _decoder(config: dict[str, Any], cross_dim: int, state: dict[str, Tensor], context: str) -> TextDecoder:
-    decoder = TextDecoder(
-        **read_sizes(config, SIZES, context),
-        cross_dim=cross_dim,
-        mlp=MLPConfig(activation_of(config, "hidden_act", context)),
-        norm=NormConfig(eps=config["layer_norm_eps"], pre=False, embed=True),
-        word_head=True,
-        dropout=config["hidden_dropout_prob"],
-    )
-    for copy, name in _COPIES.items():
-        if copy in state and name in state and not torch.equal(state[copy], state[name]):
-            raise ValueError(f"{context}: {copy} and {name} are tied, but the two are different: one of them is wrong")
-    fill(decoder, _DECODER, state, f"{context}, text decoder", ignored=_COPIES, kept=("lm_head.",))
-    return decoder
 
 
 def to_blip(model: EncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -123,36 +92,17 @@ def to_blip(model: EncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    decoder = model.decoder
-    facts = {
-        "adapter": (model.adapter, None),
-        "cross_dim": (decoder.cross_dim, model.vision.dim),
-        "cross_every": (decoder.cross_every, 1),
-        "attention": (decoder.attention, AttentionConfig()),
-        "mlp": (decoder.mlp, MLPConfig(decoder.mlp.activation)),
-        "norm": (decoder.norm, NormConfig(eps=decoder.norm.eps, pre=False, embed=True)),
-        "positions": (decoder.positions, PositionConfig()),
-        "tied": (decoder.tied, True),
-        "word_head": (decoder.word_head, True),
-    }
-    only_these("transformers' BLIP", facts)
+    if model.adapter is not None:
+        raise ValueError(f"transformers' BLIP has nothing like the adapter, a {type(model.adapter).__name__}")
+    text, words = decoder_to_bert(model.decoder, "transformers' BLIP")
     vision, tensors = vision_to_blip2(model.vision)
-    text = export(decoder, _DECODER, "transformers' BLIP", kept=("lm_head.",))
-    text |= {copy: text[name] for copy, name in _COPIES.items()}
     config = {
         "model_type": "blip",
         "architectures": [_CAPTIONING],
         "vision_config": vision,
-        "text_config": {
-            **write_sizes(decoder, SIZES),
-            "encoder_hidden_size": model.vision.dim,
-            "hidden_act": SOURCE_ACTIVATIONS[decoder.mlp.activation],
-            "layer_norm_eps": decoder.norm.eps,
-            "hidden_dropout_prob": decoder.dropout,
-            "attention_probs_dropout_prob": decoder.dropout,
-        },
+        "text_config": {**text, "encoder_hidden_size": model.vision.dim},
     }
-    return config, tensors | {f"text_decoder.{name}": tensor for name, tensor in text.items()}
+    return config, tensors | {f"text_decoder.{name}": tensor for name, tensor in words.items()}
 
 
 def load_blip(source: str | Path) -> EncoderDecoder:

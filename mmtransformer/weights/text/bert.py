@@ -1,14 +1,24 @@
-"""transformers' BERT -> `TextEncoder`, and back, with the heads that it has."""
+"""transformers' BERT -> `TextEncoder`, and its decoders -> `TextDecoder`; and back, with the heads that there are."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.shared.configs import SIZES, SOURCE_ACTIVATIONS, activation_of, read_sizes, write_sizes
+from mmtransformer.weights.shared.configs import (
+    SIZES,
+    SOURCE_ACTIVATIONS,
+    activation_of,
+    only_these,
+    read_sizes,
+    write_sizes,
+)
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested
 
@@ -24,17 +34,17 @@ STACK = {
     "encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
 }
 """BERT's embeddings and blocks by the names of its bare model, and decoders' cross-attention."""
-WORDS = {
+_WORDS = {
     "cls.predictions.transform.[dense,LayerNorm]": "words_proj.[dense,norm]",
     "cls.predictions.bias": "words_proj.bias",
 }
-"""The head of masked words, or of next ones."""
 _KEYS = nested(STACK, source="bert.") | {
     "bert.embeddings.LayerNorm": "norm",
     "bert.pooler.dense": "pool_proj",
-    **WORDS,
+    **_WORDS,
     "cls.seq_relationship": "sentence_proj",
 }
+_DECODER = nested(STACK, source="bert.") | {"bert.embeddings.LayerNorm": "embed_norm", **_WORDS}
 _COPIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -98,6 +108,71 @@ def encoder_to_bert(encoder: TextEncoder) -> dict[str, Tensor]:
     """Tensors named as in `BertForPreTraining`, for the heads that there are."""
     source = export(encoder, _KEYS, "BERT")
     return source | ({copy: source[name] for copy, name in _COPIES.items()} if encoder.word_head else {})
+
+
+def decoder_from_bert(
+    config: dict[str, Any], state: dict[str, Tensor], context: str, *, cross_dim: int | None
+) -> TextDecoder:
+    """A `TextDecoder` with the weights of a BERT that looks back only (BLIP's, or a `BertLMHeadModel`).
+
+    Args:
+        config: its configuration.
+        state: tensors named as in `BertLMHeadModel`; all tokens are of type 0, which is added to their positions.
+        context: what they come from, for errors.
+        cross_dim: width of the tokens that cross-attention reads; None = it has none.
+
+    Raises:
+        ValueError: for a variant that differs in more than its size, and tensors that do not fit.
+    """
+    decoder = TextDecoder(
+        **read_sizes(config, SIZES, context),
+        cross_dim=cross_dim,
+        mlp=MLPConfig(activation_of(config, "hidden_act", context)),
+        norm=NormConfig(eps=config.get("layer_norm_eps", 1e-12), pre=False, embed=True),
+        word_head=True,
+        dropout=config.get("hidden_dropout_prob", 0.1),
+    )
+    state = bert_names(state)
+    for copy, name in _COPIES.items():
+        if copy in state and name in state and not torch.equal(state[copy], state[name]):
+            raise ValueError(f"{context}: {copy} and {name} are tied, but the two are different: one of them is wrong")
+    positions = "bert.embeddings.position_embeddings.weight"
+    types = state.pop("bert.embeddings.token_type_embeddings.weight", None)
+    if types is not None and positions in state:
+        state[positions] = state[positions] + types[0]
+    fill(decoder, _DECODER, state, context, ignored=[*_COPIES, "bert.embeddings.position_ids"], kept=("lm_head.",))
+    return decoder.eval()
+
+
+def decoder_to_bert(decoder: TextDecoder, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sizes and the like of a config.json, and tensors named as in `BertLMHeadModel`, without token types.
+
+    Args:
+        decoder: the decoder.
+        name: what the other project calls it, for errors.
+
+    Raises:
+        ValueError: if it is not a BERT.
+    """
+    facts = {
+        "cross_every": (decoder.cross_every, 1),
+        "attention": (decoder.attention, AttentionConfig()),
+        "mlp": (decoder.mlp, MLPConfig(decoder.mlp.activation)),
+        "norm": (decoder.norm, NormConfig(eps=decoder.norm.eps, pre=False, embed=True)),
+        "positions": (decoder.positions, PositionConfig()),
+        "tied": (decoder.tied, True),
+        "word_head": (decoder.word_head, True),
+    }
+    only_these(name, facts)
+    tensors = export(decoder, _DECODER, name, kept=("lm_head.",))
+    config = {
+        **write_sizes(decoder, SIZES),
+        "hidden_act": SOURCE_ACTIVATIONS[decoder.mlp.activation],  # pyright: ignore[reportArgumentType]  # Not swiglu.
+        "layer_norm_eps": decoder.norm.eps,
+        "hidden_dropout_prob": decoder.dropout,
+        "attention_probs_dropout_prob": decoder.dropout,
+    }
+    return config, tensors | {copy: tensors[own] for copy, own in _COPIES.items()}
 
 
 def from_bert(model: nn.Module) -> TextEncoder:

@@ -1,0 +1,23 @@
+"""LinearConnector: visual tokens -> the width that cross-attention reads."""
+
+from torch import Tensor, nn
+
+from mmtransformer.connectors.base import Connector
+
+
+class LinearConnector(Connector):
+    """One linear layer to another width (transformers' vision-encoder-decoders).
+
+    Args:
+        visual_dim: width of the vision encoder's tokens.
+        dim: width of the result.
+    """
+
+    def __init__(self, visual_dim: int, dim: int) -> None:
+        super().__init__()
+        self.visual_dim, self.dim = visual_dim, dim
+        self.proj = nn.Linear(visual_dim, dim)
+
+    def forward(self, visual_tokens: Tensor) -> Tensor:
+        """(... p visual_dim) -> (... p dim)."""
+        return self.proj(visual_tokens)

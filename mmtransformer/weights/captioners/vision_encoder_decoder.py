@@ -1,0 +1,165 @@
+"""transformers' vision-encoder-decoder -> `EncoderDecoder`, and back: a GPT-2 or BERT that reads a ViT or DeiT."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmtransformer.captioners.encoder_decoder import EncoderDecoder
+from mmtransformer.connectors.linear import LinearConnector
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.configs import only
+from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.keys import export, fill, part
+from mmtransformer.weights.text.bert import decoder_from_bert, decoder_to_bert
+from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
+from mmtransformer.weights.vision.vit import vision_from_vit, vision_to_vit
+
+_TYPE, _NAME = "vision-encoder-decoder", "transformers' vision-encoder-decoder"
+_PROJ = {"enc_to_dec_proj": "proj"}
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted where a config.json does not say it.
+    "gpt2": {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    "bert": {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+    },
+}
+
+
+def from_vision_encoder_decoder(model: nn.Module) -> EncoderDecoder:
+    """A VisionEncoderDecoderModel of transformers as a captioner; equal to 1e-5 in float32.
+
+    Raises:
+        ValueError: if it is none, or one of other parts than ViT or DeiT and GPT-2 or BERT.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != _TYPE:
+        raise ValueError(f"{type(model).__name__} is not a {_TYPE} of transformers")
+    context = f"transformers' {type(model).__name__}"
+    return vision_encoder_decoder_from_state(config.to_dict(), model.state_dict(), context)
+
+
+def vision_encoder_decoder_from_state(
+    config: dict[str, Any], state: Mapping[str, Tensor], context: str
+) -> EncoderDecoder:
+    """The same from what a hub folder holds.
+
+    Positions of class and distillation token are added into them, as are a BERT's of token type 0 into its positions.
+
+    Args:
+        config: its config.json.
+        state: all of its tensors.
+        context: what they come from, for errors.
+
+    Raises:
+        ValueError: as `from_vision_encoder_decoder`.
+    """
+    vision = vision_from_vit(config["encoder"], part(state, "encoder."), f"{context}, encoder")
+    text, words = config["decoder"], part(state, "decoder.")
+    kind = text.get("model_type")
+    if kind not in _USUAL:
+        raise ValueError(f'{context}: the decoder is a "{kind}", not one of {", ".join(_USUAL)}')
+    text = {**_USUAL[kind], **text}
+    only(text, context, {"add_cross_attention": True, "cross_attention_hidden_size": None})
+    dim = text["n_embd" if kind == "gpt2" else "hidden_size"]
+    if kind == "gpt2":
+        # transformers leaves a head untied that is in the file and is another.
+        own = _HEAD in words and not torch.equal(words[_HEAD], words.get(_EMBEDDING, words[_HEAD]))
+        text["tie_word_embeddings"] = text.get("tie_word_embeddings", True) and not own
+        decoder = decoder_from_gpt2(text | {"add_cross_attention": True}, words, f"{context}, decoder")
+    else:
+        decoder = decoder_from_bert(text, words, f"{context}, decoder", cross_dim=dim)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.", "decoder."))}
+    adapter = None if vision.dim == dim else LinearConnector(vision.dim, dim)
+    fill(nn.Identity() if adapter is None else adapter, _PROJ, rest, context)
+    return EncoderDecoder(vision, decoder, adapter=adapter).eval()
+
+
+def to_vision_encoder_decoder(model: EncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers needs to hold this model: its config.json, and its tensors by their names there.
+
+    Raises:
+        ValueError: if a part has no counterpart there.
+    """
+    decoder, adapter = model.decoder, model.adapter
+    if decoder.cross_dim != decoder.dim:
+        raise ValueError(f"{_NAME} has cross_dim equal to dim ({decoder.dim}), not {decoder.cross_dim}")
+    vision, tensors = vision_to_vit(model.vision)
+    state = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    if adapter is not None:
+        if not isinstance(adapter, LinearConnector) or model.vision.dim == decoder.dim:
+            raise ValueError(
+                f"{_NAME} has a LinearConnector where widths differ, not a {type(adapter).__name__} from "
+                f"{model.vision.dim} to {decoder.dim}"
+            )
+        state |= export(adapter, _PROJ, _NAME)
+    if is_gpt2(decoder):
+        text, words = gpt2_config(decoder), decoder_to_gpt2(decoder)
+        if decoder.tied:
+            del words[_HEAD]
+    else:
+        text, words = decoder_to_bert(decoder, f"{_NAME} with a BERT")
+        words["bert.embeddings.token_type_embeddings.weight"] = words[
+            "bert.embeddings.position_embeddings.weight"
+        ].new_zeros(2, decoder.dim)
+        text |= {"model_type": "bert", "architectures": ["BertLMHeadModel"], "type_vocab_size": 2}
+    config = {
+        "model_type": _TYPE,
+        "architectures": ["VisionEncoderDecoderModel"],
+        "is_encoder_decoder": True,
+        "encoder": vision,
+        "decoder": {**text, "is_decoder": True, "add_cross_attention": True},
+        "tie_word_embeddings": False,
+    }
+    return config, state | {f"decoder.{name}": tensor for name, tensor in words.items()}
+
+
+def load_vision_encoder_decoder(source: str | Path) -> EncoderDecoder:
+    """A vision-encoder-decoder from a folder as hubs have it, or the name of a hub's repository.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    folder = find_folder(source)
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("model_type")) != _TYPE:
+        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "{_TYPE}"')
+    for name in ("encoder", "decoder"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{folder / CONFIG} has no {name}")
+    state = read_tensors(folder)
+    with built_from(state, str(folder)):
+        return vision_encoder_decoder_from_state(config, state, str(folder))
+
+
+def save_vision_encoder_decoder(
+    model: EncoderDecoder, folder: str | Path, *, decoder_start_token_id: int, eos_token_id: int, pad_token_id: int
+) -> None:
+    """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
+
+    Args:
+        model: the model.
+        folder: where to.
+        decoder_start_token_id: the id that a caption begins with; of the published GPT-2s 50256, the end itself.
+        eos_token_id: the id that ends it.
+        pad_token_id: the id of padding.
+
+    Raises:
+        ValueError: if a part has no counterpart there, or an id is none of the model's, before anything is written.
+    """
+    config, tensors = to_vision_encoder_decoder(model)
+    ids = {"decoder_start_token_id": decoder_start_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    for name, token in ids.items():
+        if not 0 <= token < model.vocab_size:
+            raise ValueError(f"{name} ({token}) must be one of the model's {model.vocab_size} ids")
+    ends = {"bos_token_id": decoder_start_token_id, "eos_token_id": eos_token_id}
+    config["decoder"] |= ends | {"pad_token_id": pad_token_id}
+    write_folder(folder, config | ids, tensors)
