@@ -148,6 +148,8 @@ def mmt(words: list[str]) -> int:
         fewer = [f"--{source}.{split}_size={16 if split == 'train' else 4}" for split in splits]
         words[after:after] = ["--config", "recipes/tiny.yaml"] + fewer * ("scenes" in name or name in SIZES)
         words += ["--bridges", "qformer,prefix"] * (words[0] == "ablate")  # two of the four: it is slow
+        if words[0] == "fit" and "--trainer.default_root_dir" not in words:
+            shutil.rmtree(Path("runs", name), ignore_errors=True)  # of another page: a reader's run is not written over
     else:
         needed = re.findall(r"runs/(\w+)/model", " ".join(words))
     have_trained(needed)

@@ -75,6 +75,8 @@ def run(name: str, words: Sequence[str]) -> int:
         raise ValueError(f"mmt {name} needs a recipe: --config caption_scenes; mmt recipes lists them")
     _quiet()
     folder = Path("runs") / (Path(configs[0]).stem if configs else "run")
+    if name != "fit":  # The log in the folder is that of the training.
+        words = ["--trainer.logger=false", *words]
     cli = recipe_cli(list(words), folder)
     if name == "fit":
         fit(cli)
@@ -251,7 +253,23 @@ def keys_of(parser: Any) -> list[str]:
 
 
 def fit(cli: "LightningCLI") -> None:
-    """Trains, and lets the task finish: evaluate, and write the run's folder."""
+    """Trains, and lets the task finish: evaluate, and write the run's folder.
+
+    Raises:
+        ValueError: If another run is writing there, or one has been there and is not gone on with.
+    """
+    from mmtransformer.training.engine.run import locked, refuse_begun
+
+    folder = Path(cli.trainer.default_root_dir)
+    if not cli.trainer.is_global_zero:
+        return _fit(cli, folder)
+    with locked(folder):
+        if not (cli.config.get("resume") or cli.config.get("ckpt_path")):
+            refuse_begun(folder)
+        return _fit(cli, folder)
+
+
+def _fit(cli: "LightningCLI", folder: Path) -> None:
     import torch
 
     from mmtransformer.training import Run, Task
@@ -267,11 +285,10 @@ def fit(cli: "LightningCLI") -> None:
         print(f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass")
     if cli.config.get("compile"):
         print(f"{compile_blocks(module)} blocks are compiled at their first use")
-    folder, device = Path(trainer.default_root_dir), trainer.strategy.root_device
+    device = trainer.strategy.root_device
     if trainer.is_global_zero:
         text = cli.parser.dump(cli.config, skip_none=False)
         with written_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
     print(f"run folder: {folder}; {size}; {device_name(device)}")

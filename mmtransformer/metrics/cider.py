@@ -72,9 +72,9 @@ def _similarity(
 ) -> float:
     theirs, their_norms, their_length = _vector(ref.items(), weight, 0.0)
     products = [0.0] * 4
-    for gram in mine.keys() & theirs.keys():
-        value = theirs[gram]
-        products[len(gram) - 1] += min(mine[gram], value) * value
+    for gram, value in theirs.items():  # in an order that no hash of a text changes: sums differ in their last digit
+        if gram in mine:
+            products[len(gram) - 1] += min(mine[gram], value) * value
     total = 0.0
     for product, a, b in zip(products, norms, their_norms, strict=True):
         if a != 0 and b != 0:

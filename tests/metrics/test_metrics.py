@@ -7,6 +7,7 @@ import json
 import random
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_scores_of_perfect_and_of_foreign_captions() -> None:
     foreign = score_captions(dict.fromkeys(references, "xx yy zz ww vv"), references, meteor=False, spice=False)
     assert foreign.numbers["bleu_1"] < 1e-8
     assert foreign.numbers["cider_d"] == foreign.numbers["rouge_l"] == 0
+
+
+def test_no_hash_of_a_text_changes_cider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python orders sets by hashes that differ from process to process; sums must not go by them."""
+    code = (
+        "import random; from mmtransformer.metrics.cider import cider_d; draw = random.Random(5);"
+        "text = lambda: draw.choices('abcdefgh', k=9);"
+        "print([score.hex() for score in cider_d([text() for _ in range(60)], [[text()] for _ in range(60)])])"
+    )
+    said = []
+    for seed in "123":
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert said[0] == said[1] == said[2] != b""
 
 
 def test_one_image_has_no_cider() -> None:

@@ -110,8 +110,10 @@ class Saving(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Obeys a signal in the middle of a validation, which is then still due."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and (number := self._agreed(trainer)):
+        """Obeys a signal in the middle of a validation, which is then still due; not between a step's batches."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or in_a_step(trainer):
+            return
+        if number := self._agreed(trainer):
             for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
                 if isinstance(callback, EMA) and callback.swapped:
                     callback.swap(pl_module)

@@ -50,14 +50,17 @@ def normalize_counters(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     for counts in (batches["total"], batches["current"]):
         counts["completed"] = counts["processed"]
     steps, follows = loops["epoch_loop.state_dict"], validation_follows(trainer)
-    if trainer.validating or (batch_ends and follows):
+    midway = trainer.validating or (batch_ends and follows)
+    if midway:
         # "In the middle of a validation", none of whose batches is done: it is done anew.
         validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        validation["current"] = dict.fromkeys(validation["current"], 0)
     elif batch_ends:
         steps["_batches_that_stepped"] += 1
     elif follows:  # The epoch has ended; going on, Lightning passes its validation over and counts a step for it.
         steps["_batches_that_stepped"] -= 1
+    if not midway:  # Of a validation that was begun anew Lightning has counted a batch too few: it would do it again.
+        validation["total"] = dict.fromkeys(validation["total"], validation["total"]["completed"])
+    validation["current"] = dict.fromkeys(validation["current"], 0)
     for counts in (epochs["total"], epochs["current"]):
         counts["processed"] = counts["completed"]
 

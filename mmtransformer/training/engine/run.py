@@ -1,9 +1,101 @@
-"""A training run that has ended: where its results belong, and what it took."""
+"""A run's folder, in which one run writes at a time; and a run that has ended: where its results belong."""
 
+import errno
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+_OTHER = "take another folder: --trainer.default_root_dir=DIR"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Where a run writes into its folder, and no other run does.
+
+    The system's lock of a file, `.lock`, which ends with the process that holds it, however it ends: a file that a
+    killed run has left locks nothing. It holds between the nodes that share a disk, where the disk has locks at all.
+
+    Args:
+        folder: The run's folder; made if it is not there.
+
+    Raises:
+        ValueError: If another run writes there, naming its process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    handle = _held(path)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _held(path: Path) -> int | None:
+    """The file, open and locked; None where a disk has no locks, which is said."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(handle)
+        except OSError as error:
+            who = os.read(handle, 200).decode("utf-8", "replace")
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise ValueError(
+                    f"{path.parent}: another run is writing there{who}. Wait for it, or {_OTHER}"
+                ) from None
+            warnings.warn(
+                f"{path}: no locks on this disk ({error.strerror}): a second run is not kept out", stacklevel=4
+            )
+            return None
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)  # The run that has just ended took the file away.
+    with suppress(OSError):  # a full disk: the lock holds without it
+        os.truncate(handle, 0)
+        since = time.strftime("%Y-%m-%d %H:%M")
+        os.write(handle, f" (process {os.getpid()} on {socket.gethostname()}, since {since})".encode())
+    return handle
+
+
+def _lock(handle: int) -> None:
+    """Locks an open file for this process alone; its children, the loading workers, do not hold it.
+
+    Raises:
+        OSError: If it cannot be had now, or at all.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(handle, 1 << 20, os.SEEK_SET)  # behind what others read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        os.lseek(handle, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def refuse_begun(folder: Path) -> None:
+    """Refuses to begin a run where another one has left checkpoints or scores.
+
+    Raises:
+        ValueError: Naming what is there, and what to do.
+    """
+    found = [*sorted((folder / "checkpoints").glob("*.ckpt")), *folder.glob("metrics.json")]
+    if found:
+        raise ValueError(
+            f"{folder}: a run is there already ({found[0]}). --resume goes on with it; for a new run {_OTHER}"
+        )
 
 
 @dataclass(frozen=True)

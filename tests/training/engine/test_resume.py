@@ -1,8 +1,13 @@
 """A run that is killed at any moment and goes on is, bit for bit, the run that was not."""
 
+import csv
+import json
 import os
 import random
+import re
 import signal
+import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +102,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_killed_and_resumed_is_the_unbroken_run(tmp_path: Path, unbroken: Any, name: str, kill: dict[str, Any]) -> None:
     setting = SETTINGS[name]
     check(tmp_path, unbroken(**setting), setting, **kill)
+
+
+def mmt_fit(folder: Path, *more: str) -> int:
+    """A whole run, 12 batches in two epochs with two validations each, and its end; in a forked process."""
+    sizes = {"vision.depth": 1, "vision.dim": 24, "vision.num_heads": 3}
+    sizes |= {"decoder.depth": 1, "decoder.dim": 24, "decoder.num_heads": 3, "decoder.cross_dim": 24}
+    words = ["fit", "--config", "caption_scenes", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"]
+    words += [f"--model.captioner.{name}={size}" for name, size in sizes.items()]
+    words += ["--model.generation.max_new_tokens=3", "--model.image_ablation_batches=2", "--data.batch_size=4"]
+    words += ["--data.source.train_size=22", "--data.source.val_size=11", "--data.source.compositional_size=7"]
+    words += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--trainer.precision=32-true"]
+    words += ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=0.5"]
+    words += ["--trainer.enable_progress_bar=false", *more]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tiny.in_child(lambda: sys.exit(main(words)))
+
+
+def results(folder: Path) -> tuple[list[dict[str, str]], Any, bytes]:
+    """What must be equal at a run's end: the log and the scores but for what is measured in seconds, and the model."""
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{k: v for k, v in row.items() if not re.search("second|mfu|memory", k)} for row in csv.DictReader(file)]
+    rows = [row for row in rows if any(value for k, value in row.items() if k not in ("epoch", "step"))]
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    metrics["training"] = {k: v for k, v in metrics["training"].items() if "second" not in k}
+    return rows, metrics, (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("at", "number"), [(12, signal.SIGTERM), (9, signal.SIGTERM), (12, signal.SIGKILL)])
+def test_the_end_of_a_resumed_run_is_that_of_the_unbroken_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, at: int, number: int
+) -> None:
+    """Stopped in its last validation or the one before, and resumed; and again when it has ended."""
+    whole = tmp_path_factory.getbasetemp() / "whole"
+    if not whole.exists():
+        assert mmt_fit(whole) == 0
+    arguments = f"path: {tmp_path / 'seen'}, at: {at}, number: {int(number)}, where: validation"
+    killer = f"--trainer.callbacks=[{{class_path: support.tiny.Witness, init_args: {{{arguments}}}}}]"
+    assert mmt_fit(tmp_path / "run", killer) in (128 + number, -number)
+    for _ in range(2):
+        assert mmt_fit(tmp_path / "run", "--resume") == 0
+        assert results(tmp_path / "run") == results(whole)
 
 
 @pytest.mark.slow
