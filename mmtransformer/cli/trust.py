@@ -19,6 +19,7 @@ _HOOKS = ("mmtransformer", "lightning", "torch", "torchvision", "torchmetrics", 
 BUILDERS = {
     "mmtransformer.training.tasks.captioning.finetune",
     "mmtransformer.captioners.blip2.from_stage1",
+    "mmtransformer.weights.captioners.blip.load_blip",
     "mmtransformer.weights.captioners.blip2.load_blip2",
     "mmtransformer.weights.captioners.idefics.load_idefics",
     "mmtransformer.weights.captioners.lavis.load_lavis",

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT, weights
 from mmtransformer.cli import main
 from mmtransformer.cli.errors import one_line
 from mmtransformer.cli.trust import BUILDERS, _object, check_names
@@ -392,6 +392,8 @@ def test_the_builders_are_there_and_write_nothing() -> None:
         found = _object(name)
         assert f"{found.__module__}.{found.__qualname__}" == name
         assert not found.__name__.startswith(("save", "write"))
+    readers = {name for name in weights.__all__ if name.startswith("load_")}
+    assert readers <= {name.rpartition(".")[2] for name in BUILDERS}
 
 
 def test_checkpoints_of_others_are_not_read(

@@ -44,7 +44,7 @@ _KINDS: dict[str, Any] = {
     "optim": dict,
     "seed": int | None,
     "seen": dict,
-    "validated": dict,
+    "validation_means": dict,
     "seconds": int | float,
 }
 _NEEDED = ("epoch", "global_step", "pytorch-lightning_version")

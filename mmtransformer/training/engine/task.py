@@ -68,7 +68,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         self._at_first_batch = True  # whether the first batch is still to come
         self._seed: int | None = None
         self._hashes: dict[str, str] | None = None
-        self.validated: dict[str, float] = {}  # the means of the last validation: those of the model that is kept
+        self.validation_means: dict[str, float] = {}  # of the last validation: those of the model that is kept
 
     # ------------------------------------------------------------------------------------- what a task has to say
 
@@ -310,7 +310,9 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     def on_validation_epoch_end(self) -> None:
         """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
         means = self._means.take(self.trainer.world_size)
-        self.validated = {} if self.trainer.sanity_checking else {name: float(mean) for name, mean in means.items()}
+        self.validation_means = (
+            {} if self.trainer.sanity_checking else {name: float(mean) for name, mean in means.items()}
+        )
         self.log_dict(means, rank_zero_only=True)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -326,7 +328,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         self._hashes = self._hashes or frozen_hashes(self)
         strip_frozen(self, checkpoint, self._hashes)
         normalize_counters(self.trainer, checkpoint)
-        checkpoint |= {"optim": asdict(self.optim), "seed": self._seed, "validated": self.validated}
+        checkpoint |= {"optim": asdict(self.optim), "seed": self._seed, "validation_means": self.validation_means}
         samples, tokens = self._all_counts()
         checkpoint["seen"] = {"samples": samples, "tokens": tokens, "skipped": self.skipped}
 
@@ -342,7 +344,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         restore_frozen(self, checkpoint, self._hashes)
         if self.trainer.state.fn == "fit":
             refuse_another_optimizer(checkpoint, asdict(self.optim))
-        self._seed, self.validated = checkpoint.get("seed"), checkpoint.get("validated", {})
+        self._seed, self.validation_means = checkpoint.get("seed"), checkpoint.get("validation_means", {})
         seen = checkpoint.get("seen", {})
         self._take_counts((seen.get("samples", 0), seen.get("tokens", 0)))
         self.skipped = seen.get("skipped", 0)

@@ -145,10 +145,10 @@ class Captioning(Task):
         took = f"trained {trainer.global_step} steps in {seconds_to_text(run.seconds)}"
         print(f"{took}; now captioning {', '.join(data.val_splits)}")  # noqa: T201
         facts = self.training_facts(run)
-        use = image_ablation(self.validated, data.val_splits)
+        use = image_ablation(self.validation_means, data.val_splits)
         if not use and trainer.world_size == 1:  # the run ended before its first validation
             trainer.validate(self, datamodule=data, verbose=False)
-            use = image_ablation(self.validated, data.val_splits)
+            use = image_ablation(self.validation_means, data.val_splits)
         began = time.monotonic()
         evaluation = evaluate(
             self.captioner,

@@ -143,7 +143,7 @@ class QFormerStage1(Captioning):
             autocast=run.autocast,
             limit_batches=run.limit_batches,
         )
-        stage1 = stage1_scores(self.validated, data.val_splits)
+        stage1 = stage1_scores(self.validation_means, data.val_splits)
         path = run.folder / "metrics.json"
         write_json(path, json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1})
         draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
