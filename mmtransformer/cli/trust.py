@@ -6,6 +6,7 @@ that is a plain callable (a callback's hook, say), the parser would call any fun
 
 import inspect
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -16,21 +17,12 @@ from typing import Any, get_args, get_origin
 
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1 << 20, 100_000, 50
 _HOOKS = ("mmtransformer", "lightning", "torch", "torchvision", "torchmetrics", "timm")
-BUILDERS = {
-    "mmtransformer.training.tasks.captioning.finetune",
+BUILDERS = (
     "mmtransformer.captioners.blip2.from_stage1",
-    "mmtransformer.weights.captioners.blip.load_blip",
-    "mmtransformer.weights.captioners.blip2.load_blip2",
-    "mmtransformer.weights.captioners.idefics.load_idefics",
-    "mmtransformer.weights.captioners.lavis.load_lavis",
-    "mmtransformer.weights.captioners.openflamingo.load_openflamingo",
+    "mmtransformer.training.tasks.captioning.finetune",
     "mmtransformer.weights.captioners.qformer.qformer_from_bert",
-    "mmtransformer.weights.text.bert.load_encoder",
-    "mmtransformer.weights.text.lm.load_lm",
-    "mmtransformer.weights.text.lm.load_tokenizer",
-    "mmtransformer.weights.vision.load.load_vit",
-}
-"""The functions of this library that a recipe may call in place of a class: they read models, and write nothing."""
+)
+"""The functions of this library that a recipe may call in place of a class, beside `load_...` of `weights`."""
 
 
 def check_recipe(path: str | Path) -> None:
@@ -114,7 +106,7 @@ def checked_files() -> Iterator[None]:
 def check_names(config: Any) -> None:
     """Refuses what a parsed configuration would call though no type asks for it.
 
-    A function is called for a class's instance only if it is one of `BUILDERS`, or of the user's own modules and
+    A function is called for a class's instance only if it is one that builds models (`BUILDERS`), or of the user's own modules and
     annotated with what it returns; where something to call is asked for, none is called to make it. A class is none of
     Python's own; one that can be called must be a module of torch, or of a library of models.
 
@@ -143,11 +135,16 @@ def _is_refused(name: str | None, found: Any, hint: Any) -> bool:
         return top in sys.stdlib_module_names or not (known or "__call__" not in dir(found))
     if name is None and top != "mmtransformer":
         return not (top in _HOOKS or _is_own(found if inspect.isroutine(found) else type(found)))
-    if f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" not in BUILDERS:
+    if not _builds(f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"):
         own = top != "mmtransformer" and _is_own(found)
         if not own or not inspect.isclass(_returned(found)):
             return True
     return _asks_to_call(hint)
+
+
+def _builds(name: str) -> bool:
+    """Whether the library's function of that name reads a model, and writes nothing."""
+    return name in BUILDERS or re.fullmatch(r"mmtransformer\.weights(\.[a-z]\w+)+\.load_\w+", name) is not None
 
 
 def _named(value: Any, hint: Any) -> Iterator[tuple[str | None, Any, Any]]:
