@@ -106,9 +106,9 @@ def checked_files() -> Iterator[None]:
 def check_names(config: Any) -> None:
     """Refuses what a parsed configuration would call though no type asks for it.
 
-    A function is called for a class's instance only if it is one that builds models (`BUILDERS`), or of the user's own
-    modules and annotated with what it returns; where something to call is asked for, none is called to make it. A class is none of
-    Python's own; one that can be called must be a module of torch, or of a library of models.
+    A function is called for a class's instance only if it builds models (`BUILDERS`), or is of the user's own modules
+    and annotated with what it returns; where something to call is asked for, none is called to make it. A class is
+    none of Python's own; one that can be called must be a module of torch, or of a library of models.
 
     Args:
         config: What the parser made of recipes and command line.
