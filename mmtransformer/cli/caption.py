@@ -88,6 +88,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     text = "picture files, folders (with all below), patterns, zips, tars; @FILE is a list, - is one on standard input"
     add("images", nargs="+", metavar="IMAGE", help=text)
+    add("--prompt", metavar="TEXT", help="words that a public model captions after, in place of its own")
     add("--language", metavar="CODE", help="language of the captions, such as ko")
     add("--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples")
     add("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
@@ -164,7 +165,7 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
-    return model, None if args.examples is None else _examples(model, args)
+    return model, model.prompts(args.prompt, None if args.examples is None else _examples(model, args))
 
 
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":

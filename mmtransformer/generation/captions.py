@@ -50,6 +50,11 @@ class CaptionResult:
 class Prompts(Protocol):
     """Makes the batch that generation starts from out of pictures to be captioned."""
 
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether a caption goes on from its prompt's own words ("a photo of"), so that its text begins with them."""
+        ...
+
     def __call__(self, batch: CaptionBatch, languages: Sequence[str | None]) -> CaptionBatch:
         """Gives each of the batch's b samples one left-padded prompt a language: n = b * r rows.
 
@@ -133,7 +138,9 @@ def write_captions(
         content=checksums(batch, given) if c.do_sample else None,
     )
     found: list[list[CaptionResult]] = []
-    for row, language in zip(rows, itertools.cycle(languages), strict=False):
+    keep = prompts is not None and prompts.keeps_prompt
+    openings = [row[real].tolist() * keep for row, real in zip(batch.tokens, batch.attention_mask, strict=True)]
+    for row, opening, language in zip(rows, openings, itertools.cycle(languages), strict=False):
         found.append([])
         for said in row:
             # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
@@ -141,7 +148,7 @@ def write_captions(
             tokens = [said.tokens[k] for k in known]
             found[-1].append(
                 CaptionResult(
-                    text=tokenizer.decode(tokens),
+                    text=tokenizer.decode([*opening, *tokens]).lstrip(" "),
                     language=language,
                     tokens=tokens,
                     log_prob=said.log_prob,
@@ -187,7 +194,7 @@ def stream_caption(
     shown = 0
     for (token,) in tokens:
         ids += [token] if token is not None and token < tokenizer.vocab_size else []
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids).lstrip(" ")
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)

@@ -16,7 +16,11 @@ from torch import Tensor
 from mmtransformer.images.files import load
 
 _LEAST_STD = 1e-4  # smaller ones would take pixels out of float16's range, and then float32's
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,21 @@ class ImageTransform:
             and cuts the middle out, "letterbox" keeps all of it and fills up with the mean colour.
         mean: Mean of red, green, blue, of colours from 0 to 1; it becomes 0.
         std: Standard deviation of red, green, blue.
-        interpolation: "bicubic" or "bilinear", both with antialiasing.
-        crop_fraction: With "crop", the part of the resized picture that is kept: the crop of 224 from
-            a short side of 248 is 224 / 248 (DeiT, and timm's `crop_pct`).
+        interpolation: "bicubic", "bilinear" or "lanczos", all with antialiasing.
+        crop_fraction: With "crop" and "squash", the part of the resized picture's sides that is kept: the crop of 224
+            from a short side of 248 is 224 / 248 (DeiT, and timm's `crop_pct`).
+        backend: Whose pixels they are to the bit. "timm" resizes with Pillow; "torchvision" is what transformers'
+            image processors do today, on tensors of bytes, and "pil" what they do with Pillow. Kernels differ by a
+            level of 255 here and there, and where the rest is odd, timm cuts the middle half a pixel further on.
     """
 
     image_size: tuple[int, int] | int = 224
     resize: Literal["squash", "crop", "letterbox"] = "squash"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     crop_fraction: float = 1.0
+    backend: Literal["timm", "torchvision", "pil"] = "timm"
 
     def __post_init__(self):
         for field in ("image_size", "mean", "std"):  # JSON and YAML have lists only
@@ -50,15 +58,17 @@ class ImageTransform:
         if self.resize not in ("squash", "crop", "letterbox"):
             raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
         if self.interpolation not in _RESAMPLING:
-            raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic" or "bilinear"')
+            raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic", "bilinear" or "lanczos"')
+        if self.backend not in ("timm", "torchvision", "pil"):
+            raise ValueError(f'backend is {self.backend!r}, must be "timm", "torchvision" or "pil"')
         for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, _LEAST_STD)):
             if len(values) != 3 or not all(math.isfinite(x) and x >= least for x in values):
                 bound = f", of at least {least:g}" if name == "std" else ""
                 raise ValueError(f"{name} is {values}, must be three finite numbers{bound}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
-        if self.crop_fraction != 1 and self.resize != "crop":
-            raise ValueError(f'crop_fraction is {self.crop_fraction}, but resize is {self.resize!r}, not "crop"')
+        if self.crop_fraction != 1 and self.resize == "letterbox":
+            raise ValueError(f'crop_fraction is {self.crop_fraction}, but resize is "letterbox", which cuts nothing')
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,44 +86,60 @@ class ImageTransform:
         """
         if image.mode != "RGB":
             image = load(image)
-        height, width = self.size
-        if self.resize == "letterbox":
-            fit = min(height / image.height, width / image.width)
-            height = min(height, max(1, round(image.height * fit)))
-            width = min(width, max(1, round(image.width * fit)))
-        if self.resize == "crop":
-            image = self._crop(image)
-        elif image.size != (width, height):
-            image = image.resize((width, height), _RESAMPLING[self.interpolation])
-        mean, std = torch.tensor((self.mean, self.std)).view(2, 3, 1, 1)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        pixels = pixels.mul_(1 / (255 * std)).sub_(mean / std)  # in one go, from 0..255
-        if self.resize == "letterbox":
-            (full_h, full_w), inside = self.size, pixels
-            top, left = (full_h - height) // 2, (full_w - width) // 2
-            pixels = torch.zeros(3, full_h, full_w)
-            pixels[:, top : top + height, left : left + width] = inside
+        if self.resize != "letterbox":
+            return self.normalized(self._crop(image))
+        full_h, full_w = self.size
+        fit = min(full_h / image.height, full_w / image.width)
+        height = min(full_h, max(1, round(image.height * fit)))
+        width = min(full_w, max(1, round(image.width * fit)))
+        top, left = (full_h - height) // 2, (full_w - width) // 2
+        pixels = torch.zeros(3, full_h, full_w)
+        pixels[:, top : top + height, left : left + width] = self.normalized(self.resized(image, (height, width)))
         return pixels
 
-    def _crop(self, image: Image.Image) -> Image.Image:
-        """Resizes so that the crop and its margin just fit, and cuts the middle out, as torchvision and timm do."""
+    def resized(
+        self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    ) -> Tensor:
+        """Returns a picture of mode RGB at a size (height, width), as bytes (3 h w); `box`: a part of it, in Pillow's
+        order (left, top, right, bottom).
+        """
+        if self.backend == "torchvision":
+            from torchvision.transforms.v2 import InterpolationMode, functional
+
+            image = image if box is None else image.crop([round(x) for x in box])  # pyright: ignore[reportArgumentType]
+            data = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+            mode = InterpolationMode(self.interpolation)
+            return functional.resize(data, [*size], interpolation=mode, antialias=True)
+        wide = size[1], size[0]
+        if image.size != wide or box is not None:
+            image = image.resize(wide, _RESAMPLING[self.interpolation], box=box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Returns bytes (... 3 h w) as float32 with the mean taken off, in units of the standard deviation."""
+        mean, std = torch.tensor((self.mean, self.std)).view(2, 3, 1, 1)
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if self.backend == "torchvision":  # in this order
+            return pixels.sub_(mean * 255).div_(std * 255)
+        return pixels.mul_(1 / (255 * std)).sub_(mean / std)  # in one go, from 0..255
+
+    def _crop(self, image: Image.Image) -> Tensor:
+        """Resizes so that the crop and its margin just fit, and cuts the middle out."""
         height, width = self.size
-        resample = _RESAMPLING[self.interpolation]
         full_h = int(height / self.crop_fraction + 1e-6)  # 224 / (224 / 248) may be a hair below 248
         full_w = int(width / self.crop_fraction + 1e-6)
-        if image.width * full_h >= image.height * full_w:  # the height is the side that just fits
+        if self.resize == "crop" and image.width * full_h >= image.height * full_w:  # the height just fits
             full_w = max(full_w, int(full_h * image.width / image.height))
-        else:
+        elif self.resize == "crop":
             full_h = max(full_h, int(full_w * image.height / image.width))
-        top, left = round((full_h - height) / 2), round((full_w - width) / 2)
+        top, left = (full_h - height) / 2, (full_w - width) / 2
+        top, left = (round(top), round(left)) if self.backend == "timm" else (int(top), int(left))
         if full_h * full_w <= 16 * height * width:
-            return image.resize((full_w, full_h), resample).crop((left, top, left + width, top + height))
+            return self.resized(image, (full_h, full_w))[:, top : top + height, left : left + width]
         # A 20000 x 1 picture would become 4,960,000 x 248 on the way: resize the part that is seen.
         per_h, per_w = image.height / full_h, image.width / full_w
         box = (left * per_w, top * per_h, (left + width) * per_w, (top + height) * per_h)
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        return image.resize((width, height), resample, box=box)
+        return self.resized(image, (height, width), (*box[:2], min(box[2], image.width), min(box[3], image.height)))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the arguments as plain values, for JSON."""

@@ -69,6 +69,8 @@ class FewShot:
             examples than shots.
     """
 
+    keeps_prompt = False
+
     def __init__(
         self,
         examples: Pairs,

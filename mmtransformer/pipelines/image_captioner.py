@@ -39,8 +39,10 @@ from mmtransformer.pipelines.base import (
     write_json,
 )
 from mmtransformer.pipelines.many_images import Said, caption_all
-from mmtransformer.serialization.pretrained import find_folder
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.processor import Processor, Worded, batch_of_pixels
+from mmtransformer.weights.public import open_captioner
 
 _READY = threading.Lock()
 
@@ -58,6 +60,7 @@ class ImageCaptioner:
         device: Where to compute; a GPU if there is one.
         precision: What to compute with: "fp32" is the weights as they are; "bf16" and, on a CPU, "int8" are faster and
             round.
+        processor: Prompts and batches of a public model; None = those of this library's own models.
     """
 
     def __init__(
@@ -69,12 +72,14 @@ class ImageCaptioner:
         generation: GenerationConfig = CAPTIONING,
         device: torch.device | str | None = None,
         precision: Precision = "fp32",
+        processor: Processor | None = None,
     ) -> None:
         check_vocabulary(tokenizer, captioner.vocab_size)
         self.device = pick_device(device)
         self.captioner = captioner.to(self.device).eval()
         self.tokenizer, self.transform, self.generation = tokenizer, transform, generation
         self.precision: Precision = precision
+        self.processor = processor
         self._ready = False
 
     def __repr__(self) -> str:
@@ -90,19 +95,32 @@ class ImageCaptioner:
     def from_pretrained(
         cls, folder_or_id: str | Path, *, device: torch.device | str | None = None, precision: Precision = "fp32"
     ) -> Self:
-        """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
+        """Loads what `save_pretrained` wrote, or a public model, from a folder or from the hub by its name.
+
+        Public are the captioners of `mmtransformer.weights.FAMILIES`, in the folders that transformers reads, with
+        their own pixels, prompts, ends and search (generation_config.json). Nothing is ever unpickled.
 
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
         folder = find_folder(folder_or_id)
-        captioner = Captioner.from_pretrained(folder)
-        transform, generation = (
-            read_transform(folder / PREPROCESSOR),
-            read_generation(folder / GENERATION, CAPTIONING),
+        if "class" not in read_json(folder / CONFIG):
+            captioner, processor, generation = open_captioner(folder)
+            tokenizer, transform = processor.tokenizer, processor.transform
+        else:
+            captioner, processor = Captioner.from_pretrained(folder), None
+            transform = read_transform(folder / PREPROCESSOR)
+            generation = read_generation(folder / GENERATION, CAPTIONING)
+            tokenizer = Tokenizer.from_pretrained(folder)
+        return cls(
+            captioner,
+            tokenizer,
+            transform,
+            generation=generation,
+            device=device,
+            precision=precision,
+            processor=processor,
         )
-        tokenizer = Tokenizer.from_pretrained(folder)
-        return cls(captioner, tokenizer, transform, generation=generation, device=device, precision=precision)
 
     def ready(self) -> Captioner:
         """The model as it captions: in its precision, and packed where it runs on a CPU (`pack_weights.for_inference`).
@@ -148,6 +166,7 @@ class ImageCaptioner:
         self,
         images: ImageLike | Sequence[ImageLike],
         *,
+        prompt: str | Sequence[str | None] | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
@@ -158,6 +177,7 @@ class ImageCaptioner:
 
         Args:
             images: A picture (path, bytes, file or PIL image), or a list of them.
+            prompt: The words that a public model captions after, or those for each picture; its own unless told.
             language: Its code, if the model knows several; the first one it knows unless told.
             generation: How to search, in place of the model's own settings.
             prompts: Makes the prompts: `FewShot` puts examples before each picture.
@@ -175,14 +195,36 @@ class ImageCaptioner:
         many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         generation = (generation or self.generation).updated(**changes)
         language = self.language(language)
-        captions = []
-        for some in in_batches(many, batch_size):
+        texts = [prompt] * len(many) if prompt is None or isinstance(prompt, str) else [*prompt]
+        if len(texts) != len(many):
+            raise ValueError(f"there are {len(texts)} prompts for {len(many)} pictures: give one, or one for each")
+        captions, said = [], in_batches(texts, batch_size)
+        for some, words in zip(in_batches(many, batch_size), said, strict=True):
             with fast_autocast(self.device):
+                made = self.prompts(words, prompts)
+                batch = self.batch(some)
                 rows = write_captions(
-                    self.ready(), self.tokenizer, self.batch(some), [language], generation=generation, prompts=prompts
+                    self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=made
                 )
             captions += [row[0] for row in rows]
         return captions
+
+    def prompts(self, prompt: str | Sequence[str | None] | None = None, given: Prompts | None = None) -> Prompts | None:
+        """What makes the prompts of a batch; None = plain ones, of a model of this library.
+
+        Args:
+            prompt: The words that a public model captions after, or those for each picture; its own unless told.
+            given: What makes them in any case, such as `FewShot`.
+
+        Raises:
+            ValueError: If there are words that nothing would read.
+        """
+        if prompt is not None and not (isinstance(prompt, str) or any(text is not None for text in prompt)):
+            prompt = None
+        if prompt is not None and (given is not None or self.processor is None):
+            why = "this model was trained without prompts" if given is None else "examples stand before the pictures"
+            raise ValueError(f"{why}, so the prompt {prompt!r:.40} would not be read: leave it out")
+        return given if given is not None or self.processor is None else Worded(self.processor, prompt)
 
     def language(self, language: str | None) -> str | None:
         """The language to caption in: the one asked for, or else the first that the model knows.
@@ -203,6 +245,7 @@ class ImageCaptioner:
         self,
         images: ImageLike,
         *,
+        prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
@@ -213,6 +256,7 @@ class ImageCaptioner:
         self,
         images: Iterable[ImageLike],
         *,
+        prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
@@ -225,6 +269,7 @@ class ImageCaptioner:
         self,
         images: ImageLike | Iterable[ImageLike],
         *,
+        prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
         prompts: Prompts | None = None,
@@ -239,6 +284,7 @@ class ImageCaptioner:
         Args:
             images: The picture, whose caption is written greedily, or drawn. Or pictures, as a list or an iterator
                 without end.
+            prompt: The words that a public model captions after; its own unless told.
             language: The captions' language; the first one that the model knows unless told.
             generation: How to search, in place of the model's own settings; for one picture beams are left aside.
             prompts: Makes the prompts: `FewShot` puts examples before each picture.
@@ -255,17 +301,18 @@ class ImageCaptioner:
             ValueError: If the model does not know the language, or settings make no sense.
         """
         settings, language = (generation or self.generation).updated(**changes), self.language(language)
+        made = self.prompts(prompt, prompts)
         if isinstance(images, str | bytes | Path | Image) or hasattr(images, "read"):
             with torch.inference_mode():
                 batch = self.batch([cast(ImageLike, images)])
-            return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=prompts)
+            return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=made)
         many = caption_all(
             self,
             cast(Iterable[ImageLike], images),
             load,
             [language],
             generation=settings,
-            prompts=prompts,
+            prompts=made,
             batch_size=batch_size,
         )
         return self._stream_many(many, on_error)
@@ -292,15 +339,17 @@ class ImageCaptioner:
             caption: What the model said of it.
             prompts: What made the prompts when it was captioned.
         """
-        return heatmap_of(
-            self.ready(), self.tokenizer, self.batch([image]), caption, prompts, mark=self.generation.mark_images
-        )
+        mark, prompts = self.generation.mark_images, self.prompts(given=prompts)
+        return heatmap_of(self.ready(), self.tokenizer, self.batch([image]), caption, prompts, mark=mark)
+
+    def prepare(self, image: Image) -> Any:
+        """What a picture is before it is in a batch: its pixels, for most models (3 height width)."""
+        return self.transform(image) if self.processor is None else self.processor.prepare(image)
 
     def batch(self, images: Sequence[ImageLike]) -> CaptionBatch:
         """Pictures as a batch without texts."""
-        return self.batch_of([self.transform(load(image)) for image in images])
+        return self.batch_of([self.prepare(load(image)) for image in images])
 
-    def batch_of(self, pixels: Sequence[Tensor]) -> CaptionBatch:
-        """A batch without texts of pictures that the transform has made pixels of, each (3 height width)."""
-        none = torch.zeros(len(pixels), 0, dtype=torch.long, device=self.device)
-        return CaptionBatch(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None].to(self.device))
+    def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
+        """A batch without texts of pictures that `prepare` has made ready."""
+        return (batch_of_pixels if self.processor is None else self.processor.batch_of)(prepared).to(self.device)

@@ -1,7 +1,4 @@
-"""Captions of any number of pictures: loaded beside computing, a batch in memory at a time, on one device or several.
-
-Shapes: h w height and width of what the model sees.
-"""
+"""Captions of any number of pictures: loaded beside computing, batch by batch, on one device or several."""
 
 import dataclasses
 import multiprocessing
@@ -16,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.captions import CaptionResult, Prompts, write_captions
@@ -46,8 +42,16 @@ class Model(Protocol):
         """The model as it captions."""
         ...
 
-    def batch_of(self, pixels: Sequence[Tensor]) -> CaptionBatch:
+    def prepare(self, image: Image) -> Any:
+        """What a picture is before it is in a batch."""
+        ...
+
+    def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """A batch without texts."""
+        ...
+
+    def prompts(self, prompt: None = None, given: Prompts | None = None) -> Prompts | None:
+        """What makes the prompts."""
         ...
 
     def language(self, language: str | None) -> str | None:
@@ -125,17 +129,17 @@ def caption_all(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
 
-    def pixels(thing: T) -> tuple[T, Tensor | ImageError]:
+    def prepared(thing: T) -> tuple[T, Any]:
         try:
-            return thing, model.transform(load(thing))
+            return thing, model.prepare(load(thing))
         except ImageError as error:
             return thing, error
 
-    waiting: list[tuple[T, Tensor | ImageError]] = []
-    loaded = load_ahead(pixels, things, threads=threads, ahead=2 * batch_size + threads)
+    waiting: list[tuple[T, Any]] = []
+    loaded = load_ahead(prepared, things, threads=threads, ahead=2 * batch_size + threads)
     for pair in loaded:
         waiting.append(pair)
-        if sum(isinstance(x, Tensor) for _, x in waiting) == batch_size:
+        if sum(not isinstance(x, ImageError) for _, x in waiting) == batch_size:
             yield from _captioned(model, waiting, languages, generation, prompts)
             waiting = []
     yield from _captioned(model, waiting, languages, generation, prompts)
@@ -144,22 +148,20 @@ def caption_all(
 @torch.inference_mode()
 def _captions(
     model: Model,
-    pixels: Sequence[Tensor],
+    prepared: Sequence[Any],
     languages: Sequence[str | None],
     generation: GenerationConfig,
     prompts: Prompts | None,
 ) -> list[Said]:
     with fast_autocast(model.device):
-        batch = model.batch_of(pixels)
-        return write_captions(model.ready(), model.tokenizer, batch, languages, generation=generation, prompts=prompts)
+        batch, made = model.batch_of(prepared), model.prompts(given=prompts)
+        return write_captions(model.ready(), model.tokenizer, batch, languages, generation=generation, prompts=made)
 
 
-def _captioned(
-    model: Model, waiting: Sequence[tuple[T, Tensor | ImageError]], *settings: Any
-) -> Iterator[tuple[T, Said | ImageError]]:
-    some = [x for _, x in waiting if isinstance(x, Tensor)]
+def _captioned(model: Model, waiting: Sequence[tuple[T, Any]], *settings: Any) -> Iterator[tuple[T, Said | ImageError]]:
+    some = [x for _, x in waiting if not isinstance(x, ImageError)]
     said = iter(_captions(model, some, *settings) if some else ())
-    yield from ((thing, next(said) if isinstance(x, Tensor) else x) for thing, x in waiting)
+    yield from ((thing, x if isinstance(x, ImageError) else next(said)) for thing, x in waiting)
 
 
 @dataclass(frozen=True)

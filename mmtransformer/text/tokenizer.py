@@ -11,6 +11,7 @@ cannot give back " red" and "red" as they were; an unconditional space can.)
 """
 
 import codecs
+import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from mmtransformer.text.token_bytes import TokenBytes
 from mmtransformer.text.tokenizer_files import (
+    check_encodable,
     check_languages,
     find_ends,
     find_token,
     read_backend,
+    read_end_ids,
     read_languages,
     read_settings,
 )
@@ -99,8 +102,6 @@ class Tokenizer:
         known = f", languages {', '.join(self.languages)}" if self.languages else ""
         return f"Tokenizer({self.vocab_size} tokens{known})"
 
-    # ------------------------------------------------------------------------------------------- making one
-
     @classmethod
     def train(
         cls, texts: Iterable[str], vocab_size: int, languages: Sequence[str] = (), *, min_frequency: int = 2
@@ -167,7 +168,7 @@ class Tokenizer:
                 f'{folder}: no eos token. Add "eos_token": "..." to {folder / "tokenizer_config.json"} '
                 f"(looked for eos_token, eos_token_id and sep_token in {', '.join(settings) or 'no config file'})"
             )
-        return cls(
+        found = cls(
             backend,
             bos_token=find("bos", "cls") or eos,
             eos_token=eos,
@@ -176,6 +177,7 @@ class Tokenizer:
             image_token=find("image") or (IMAGE if IMAGE in vocab else None),
             languages=read_languages(folder, settings, vocab),
         )
+        return found.ending_with(read_end_ids(folder, settings) or found.eos_ids)
 
     def with_special_tokens(
         self, *, image: bool = False, languages: Sequence[str] = (), tokens: Sequence[str] = ()
@@ -207,7 +209,7 @@ class Tokenizer:
                 f"{', '.join(new)} got the ids {ids}, not those from {self.vocab_size} on: this tokenizer's "
                 f"{len(self.backend.get_vocab())} tokens have gaps among their ids"
             )
-        return type(self)(
+        more = type(self)(
             backend,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
@@ -216,6 +218,22 @@ class Tokenizer:
             image_token=image_token,
             languages=known,
         )
+        return more.ending_with(self.eos_ids)
+
+    def ending_with(self, eos_ids: Sequence[int]) -> Self:
+        """Returns the same tokenizer with other ids that end a text, the first of which ends captions in training.
+
+        They need not be special: BLIP-2's OPT ends at a line's end, which texts may hold all the same.
+
+        Raises:
+            ValueError: If there is none, or one is no id of the vocabulary.
+        """
+        if not eos_ids or not all(0 <= i < self.vocab_size for i in eos_ids):
+            raise ValueError(f"eos_token_id {list(eos_ids)}: must be ids of the {self.vocab_size} tokens")
+        new = copy.copy(self)
+        new.eos_id, new.eos_ids = eos_ids[0], tuple(eos_ids)
+        new._ends = self._specials & {*eos_ids}
+        return new
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which the hub's libraries read as well."""
@@ -230,6 +248,8 @@ class Tokenizer:
             "split_special_tokens": True,
             "languages": list(self.languages),
         }
+        if list(self.eos_ids) != [self.backend.token_to_id(x) for x in (self.eos_token, *self.more_eos_tokens)]:
+            config["end_ids"] = list(self.eos_ids)
         if self.more_eos_tokens:
             config["eos_token_id"] = list(self.eos_ids)
         if self.image_token is not None:
@@ -257,13 +277,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens, whatever the text says."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text has a lone surrogate, {text[error.start]!r} at character {error.start}: it was read with "
-                f'the wrong encoding; read it as UTF-8 with errors="replace"'
-            ) from error
+        check_encodable(text)
         ids = self._ids(text)
         if not self._forbidden.isdisjoint(ids):  # a word list or a unigram model can spell "</s>" by itself
             for token in map(self._token, self._forbidden):

@@ -143,3 +143,31 @@ def check_languages(codes: Sequence[str]) -> None:
     for code in codes:
         if not _LANGUAGE.fullmatch(code):
             raise ValueError(f'language {code!r} is not a code such as "en", "ko" or "pt-BR"')
+
+
+def read_end_ids(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> list[int] | None:
+    """The ids that end a text where they are not those of the eos token: "end_ids" of tokenizer_config.json.
+
+    Raises:
+        ValueError: If they are no ids; names the file.
+    """
+    path = folder / "tokenizer_config.json"
+    ends = settings.get(path.name, {}).get("end_ids")
+    if ends is not None and not (isinstance(ends, list) and all(isinstance(i, int) for i in ends)):
+        raise ValueError(f"{path}: end_ids is {ends!r:.80}, not a list of ids")
+    return ends
+
+
+def check_encodable(text: str) -> None:
+    """Refuses a text that is no Unicode.
+
+    Raises:
+        ValueError: naming the character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has a lone surrogate, {text[error.start]!r} at character {error.start}: it was read with "
+            f'the wrong encoding; read it as UTF-8 with errors="replace"'
+        ) from error

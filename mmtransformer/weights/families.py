@@ -6,6 +6,7 @@ A new family is a file with its key table, a `load_` and a `save_`, and a line i
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.weights.captioners.blip import load_blip, save_blip
-from mmtransformer.weights.captioners.blip2 import load_blip2, save_blip2
+from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
@@ -29,6 +30,7 @@ from mmtransformer.weights.captioners.vision_encoder_decoder import (
     load_vision_encoder_decoder,
     save_vision_encoder_decoder,
 )
+from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
@@ -45,12 +47,17 @@ class Family:
         save: a model and a folder -> nothing; refuses what is not of the family before anything is written.
         makes: the classes of its models here.
         model_types: what `config.json` says under `model_type`; nothing where it names the family otherwise.
+        architectures: those of its model types that are of this family, where a type has several kinds of models; none
+            = all of them.
+        processor: a folder -> its pictures and prompts, for captioners that `ImageCaptioner.from_pretrained` takes.
     """
 
     load: Callable[..., nn.Module]
     save: Callable[..., None]
     makes: tuple[type[nn.Module], ...]
     model_types: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    processor: Callable[[Path], Processor] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -65,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     "vision-encoder-decoder": Family(
         load_vision_encoder_decoder, save_vision_encoder_decoder, (EncoderDecoder,), ("vision-encoder-decoder",)
     ),
-    "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip")),
+    "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip"), processor=Blip2Processor),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
     **{
@@ -81,8 +88,13 @@ def family_of(config: dict[str, Any]) -> str | None:
     """The family that a folder's `config.json` names; None = none of them."""
     if isinstance(config.get("architecture"), str):
         return "timm"
-    kind = config.get("model_type")
-    return next((name for name, family in FAMILIES.items() if kind in family.model_types), None)
+    kind, architectures = config.get("model_type"), config.get("architectures") or ()
+    for name, family in FAMILIES.items():
+        if kind in family.model_types and (
+            not family.architectures or any(one in family.architectures for one in architectures)
+        ):
+            return name
+    return None
 
 
 def families_for(model: nn.Module) -> list[str]:

@@ -613,7 +613,8 @@ def test_transform_survives_json() -> None:
         ({"std": (0.5, 0.5, 0)}, r"std is \(0.5, 0.5, 0\)"),
         ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\)"),
         ({"resize": "crop", "crop_fraction": 1.5}, "crop_fraction is 1.5"),
-        ({"crop_fraction": 0.9}, "crop_fraction is 0.9, but resize is 'squash'"),
+        ({"resize": "letterbox", "crop_fraction": 0.9}, 'crop_fraction is 0.9, but resize is "letterbox"'),
+        ({"backend": "opencv"}, "backend is 'opencv'"),
     ],
 )
 def test_wrong_arguments_of_the_transform(arguments: dict[str, Any], message: str) -> None:

@@ -25,6 +25,7 @@ ROOMS = [
     "weights/shared",
     "weights/vision",
     "weights/text",
+    "weights/processors",
     "weights/captioners",
     "weights",
     "plots",

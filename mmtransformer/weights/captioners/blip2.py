@@ -1,5 +1,6 @@
 """transformers' BLIP-2 and InstructBLIP -> `Blip2` and `ImageText`, and back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
-from mmtransformer.captioners.blip2 import Blip2
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
+from mmtransformer.weights.processors.pixels import read_pixels
+from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.settings import read_ends
+from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
@@ -48,9 +55,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _LANGUAGE_DEFAULTS: dict[Any, dict[str, Any]] = {
-    "opt": {"vocab_size": 50272, "max_position_embeddings": 2048, "activation_function": "relu"},
-    "llama": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    "opt": {
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    },
+    "llama": {
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "t5": {"eos_token_id": 1, "decoder_start_token_id": 0},
 }
+_SEQ2SEQ = ("t5", "mt5", "umt5")
+INSTRUCTION_PROMPT = "A short image description:"
+"""What InstructBLIP captions after (arXiv:2305.06500, appendix E)."""
+
 _QFORMER = {source: target for source, target in SIZES.items() if target != "vocab_size"} | {
     "hidden_dropout_prob": "dropout",
     "layer_norm_eps": "eps",
@@ -120,7 +145,7 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: 
 
 
 def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Decoder | HubSeq2Seq:
-    if config["model_type"] in ("t5", "mt5", "umt5"):
+    if config["model_type"] in _SEQ2SEQ:
         model: HubDecoder | HubSeq2Seq = HubSeq2Seq(config)
     else:
         try:
@@ -183,16 +208,66 @@ def load_blip2(source: str | Path) -> Blip2 | ImageText:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
+    config = read_config(folder)
+    state = read_tensors(folder)
+    with built_from(state, str(folder)):
+        return blip2_from_state(config, state, str(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, with what published ones leave out as it is usual.
+
+    Raises:
+        ValueError: if it is of another family.
+    """
     config = read_json(folder / CONFIG)
     if (kind := config.get("model_type")) not in ("blip-2", "instructblip"):
         raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip-2" or "instructblip"')
-    state = read_tensors(folder)
-    with built_from(state, str(folder)):
-        for name, defaults in _DEFAULTS.items():  # Configs of the published models leave out what is usual.
-            config[name] = defaults | config.get(name, {})
-        usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
-        config["text_config"] = usual | config.get("text_config", {})
-        return blip2_from_state(_USUAL | config, state, str(folder))
+    for name, defaults in _DEFAULTS.items():
+        config[name] = defaults | config.get(name, {})
+    usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
+    config["text_config"] = usual | config.get("text_config", {})
+    return _USUAL | config
+
+
+class Blip2Processor(Processor):
+    """Prompts of BLIP-2 and InstructBLIP: the text with what its tokenizer adds; the queries stand before it anyway.
+
+    The Q-Former of an InstructBLIP reads the text too, in its own vocabulary. T5's begin token is the first of a row.
+
+    Args:
+        folder: the model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_config(folder)
+        text = config["text_config"]
+        self.instruct = config["model_type"] == "instructblip"
+        super().__init__(
+            Tokenizer.from_pretrained(folder),
+            read_pixels(folder, "Blip", size=config["vision_config"]["image_size"]),
+            eos_ids=read_ends(folder, "text_config"),
+            prompt=INSTRUCTION_PROMPT if self.instruct else None,
+        )
+        self.encode = PromptTokenizer(folder)
+        self.encode_instruction = PromptTokenizer(folder / "qformer_tokenizer") if self.instruct else None
+        self.bos_id = text.get("bos_token_id")
+        self.begin = [text.get("decoder_start_token_id", 0)] if text.get("model_type") in _SEQ2SEQ else []
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """Begin token of a T5, then bos and text; see `Processor`."""
+        if text is None and self.bos_id is None:
+            raise ValueError("config.json says no bos_token_id for text without a prompt: give a prompt")
+        return [*self.begin, *([self.bos_id] if text is None else self.encode(text))]
+
+    def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
+        """The batch with prompts, and with what the Q-Former reads of them; see `Processor`."""
+        batch = super().with_prompts(batch, texts)
+        if self.encode_instruction is None:
+            return batch
+        said = [self.encode_instruction((self.prompt or "") if text is None else text) for text in texts]
+        instruction, real = (x.to(batch.tokens.device) for x in self.tokenizer.pad(said))
+        return InstructBatch(**vars(batch), instruction=instruction, instruction_attention_mask=real)
 
 
 def save_blip2(model: Blip2 | ImageText, folder: str | Path, *, image_token_id: int | None = None) -> None:

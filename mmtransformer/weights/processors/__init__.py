@@ -1,0 +1,1 @@
+"""What stands around a public captioner in its folder: pixels, prompts, how texts are searched for."""

@@ -1,0 +1,107 @@
+"""Processor: pictures and prompts -> the batch that a public captioner reads, as its makers made it.
+
+Shapes: b samples, one row of text each.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.images import ImageTransform
+from mmtransformer.text.tokenizer import Tokenizer
+
+
+class Processor(ABC):
+    """What transformers calls a processor, for one family; a family says how its prompt is made, in `prompt_ids`.
+
+    Args:
+        tokenizer: Of the language model.
+        transform: How a picture becomes pixels.
+        eos_ids: The ids that end a text: those of the folder, which need not be the tokenizer's own.
+        prompt: What a picture is captioned after unless told: the family's documented prompt; None = no words.
+
+    Attributes:
+        keeps_prompt: Whether a caption goes on from the prompt's own words ("a photo of"), which are then part of it.
+    """
+
+    keeps_prompt = False
+
+    def __init__(
+        self, tokenizer: Tokenizer, transform: ImageTransform, *, eos_ids: Sequence[int], prompt: str | None = None
+    ) -> None:
+        self.tokenizer, self.transform, self.prompt = tokenizer.ending_with(eos_ids), transform, prompt
+
+    @abstractmethod
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """The ids that a caption is written after.
+
+        Args:
+            text: What the user says; None = nothing (`prompt` has taken its place where the family has one).
+            batch: The pictures, as `batch_of` made them.
+            sample: Which of them.
+        """
+
+    def prepare(self, image: Image) -> Any:
+        """What a picture is before it is in a batch: its pixels (3 height width), made by threads beside computing."""
+        return self.transform(image)
+
+    def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
+        """Pictures, one a sample, as a batch without texts, of what `prepare` made of them."""
+        return batch_of_pixels(prepared)
+
+    def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
+        """The batch with a left-padded prompt a sample.
+
+        Args:
+            batch: Pictures, as `batch_of` made them.
+            texts: What the user says of each; None = `prompt`.
+        """
+        said = [self.prompt if text is None else text for text in texts]
+        tokens, attention_mask = self.pad([self.prompt_ids(text, batch, i) for i, text in enumerate(said)])
+        device = batch.visual.device
+        return dataclasses.replace(
+            batch,
+            tokens=tokens.to(device),
+            attention_mask=attention_mask.to(device),
+            loss_mask=torch.zeros_like(attention_mask).to(device),
+        )
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts as one rectangle, padded on the left: ids and which are real, (b q) each."""
+        return self.tokenizer.pad(rows, side="left")
+
+
+def batch_of_pixels(pixels: Sequence[Tensor]) -> CaptionBatch:
+    """Pixels (3 height width) of pictures, one a sample, as a batch without texts."""
+    none = torch.zeros(len(pixels), 0, dtype=torch.long)
+    return CaptionBatch(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Worded:
+    """Prompts of what the user says: a `Prompts` of generation.
+
+    Attributes:
+        processor: makes them.
+        texts: what is said of all pictures, or of each of a batch; None = the family's own prompt.
+    """
+
+    processor: Processor
+    texts: str | Sequence[str | None] | None = None
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """See `Processor`."""
+        return self.processor.keeps_prompt
+
+    def __call__(self, batch: CaptionBatch, languages: Sequence[str | None]) -> CaptionBatch:
+        """The batch with a prompt a sample; public models know no languages by name."""
+        one = self.texts is None or isinstance(self.texts, str)
+        texts = [self.texts] * len(batch.visual) if one else self.texts
+        return self.processor.with_prompts(batch, texts)  # pyright: ignore[reportArgumentType]

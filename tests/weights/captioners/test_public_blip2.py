@@ -1,0 +1,99 @@
+"""BLIP-2 and InstructBLIP by their folders: pixels, prompts, logits and ids are transformers'."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, processors
+from transformers import (
+    AutoProcessor,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from support.public import byte_level, close, first_logits, ids, load, noisy, pictures, until_end
+
+L = 3
+SHAPES = [
+    {"hidden_size": 24, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+     "patch_size": 7},
+    {"hidden_size": 20, "intermediate_size": 43, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 45,
+     "patch_size": 9},
+]  # fmt: skip
+
+
+def folder(path: Path, shape: int, language: str) -> Path:
+    backend = byte_level(["<s>", "<pad>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    image = AddedToken("<image>", normalized=False, special=True)
+    backend.add_special_tokens([image])
+    newline = backend.token_to_id("Ċ")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
+    )
+    size = len(tokenizer)
+    vision = SHAPES[shape]
+    if language == "opt":
+        text: Any = OPTConfig(
+            vocab_size=size + 3, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, ffn_dim=37,
+            max_position_embeddings=61, word_embed_proj_dim=12, bos_token_id=2, eos_token_id=newline, pad_token_id=1,
+        )  # fmt: skip
+    else:
+        text = T5Config(
+            vocab_size=size + 3, d_model=12, d_kv=4, d_ff=37, num_layers=2, num_heads=3, decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu", dense_act_fn="gelu", bos_token_id=1, eos_token_id=newline, pad_token_id=0,
+        )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config={
+            "hidden_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 29,
+            "vocab_size": 43, "max_position_embeddings": 17, "encoder_hidden_size": vision["hidden_size"],
+        },
+        text_config=text, num_query_tokens=L, image_text_hidden_size=11,
+        image_token_index=backend.token_to_id("<image>"),
+    )  # fmt: skip
+    noisy(Blip2ForConditionalGeneration(config), 0.6, seed=shape + 5).save_pretrained(path)
+    side = vision["image_size"]
+    pixels = BlipImageProcessor(size={"height": side, "width": side})
+    Blip2Processor(pixels, tokenizer, num_query_tokens=L).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [0, 1])
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_it_is_transformers(shape: int, language: str, tmp_path: Path) -> None:
+    path = folder(tmp_path, shape, language)
+    theirs = Blip2ForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    processor.tokenizer.padding_side = "right" if language == "t5" else "left"  # as their own tokenizers do
+    ours = load(path)
+    images = pictures()
+    texts = ["question: what is this? answer:", "a photo of", "a red star and"]
+    given = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    batch = ours.processor.with_prompts(ours.batch(images), texts)  # pyright: ignore[reportOptionalMemberAccess]
+    assert torch.equal(batch.pixels[:, 0], given["pixel_values"])  # pyright: ignore[reportOptionalSubscript]
+    begin = language == "t5"
+    assert [r[m].tolist()[begin:] for r, m in zip(batch.tokens, batch.attention_mask, strict=True)] == [
+        [i for i in r[m.bool()].tolist() if i != theirs.config.image_token_index]
+        for r, m in zip(given["input_ids"], given["attention_mask"], strict=True)
+    ]
+    assert ours.tokenizer.eos_ids == (processor.tokenizer.convert_tokens_to_ids("Ċ"),)
+    for changes in ({"num_beams": 1}, {"num_beams": 3}):
+        with torch.no_grad():
+            rows = theirs.generate(**given, max_new_tokens=9, **changes)
+        new = rows[:, 1:] if begin else rows[:, given["input_ids"].shape[1] :]
+        want = until_end(new, ours.tokenizer.eos_ids)
+        assert ids(ours, images, texts, max_new_tokens=9, **changes) == want
+        assert len({tuple(row) for row in want}) > 1
+    with torch.no_grad():
+        start = {"decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)} if begin else {}
+        close(first_logits(ours, images, texts), theirs(**given, **start).logits[:, -1])
+        silent = theirs.generate(pixel_values=given["pixel_values"], max_new_tokens=9)
+    silent = silent[:, 1:] if begin else silent[:, L + 1 :]
+    assert ids(ours, images, [None] * 3, max_new_tokens=9) == until_end(silent, ours.tokenizer.eos_ids)
