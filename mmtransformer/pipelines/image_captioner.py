@@ -39,10 +39,11 @@ from mmtransformer.pipelines.base import (
     write_json,
 )
 from mmtransformer.pipelines.many_images import Said, caption_all
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded, batch_of_pixels
-from mmtransformer.weights.public import open_captioner
+from mmtransformer.weights.public import captioner_family, open_captioner
 
 _READY = threading.Lock()
 
@@ -93,17 +94,37 @@ class ImageCaptioner:
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_id: str | Path, *, device: torch.device | str | None = None, precision: Precision = "fp32"
+        cls,
+        folder_or_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        precision: Precision = "fp32",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> Self:
         """Loads what `save_pretrained` wrote, or a public model, from a folder or from the hub by its name.
 
         Public are the captioners of `mmtransformer.weights.FAMILIES`, in the folders that transformers reads, with
-        their own pixels, prompts, ends and search (generation_config.json). Nothing is ever unpickled.
+        their own pixels, prompts, ends and search (generation_config.json). The family is decided by config.json before
+        weights are fetched, and what a large download takes is said first. Safetensors are preferred; torch's own files
+        (.bin, .pt) are read as tensors alone, and no code that comes with a model runs.
+
+        Args:
+            folder_or_id: The folder, or the name of a hub's repository.
+            device: Where to compute; a GPU if there is one.
+            precision: See the constructor.
+            revision: Of the repository: a branch, tag or commit.
+            token: Of an account on the hub; that of `hf auth login` unless told.
+            cache_dir: Of the hub's cache.
+            local_files_only: Take what the cache has, and ask nobody (as HF_HUB_OFFLINE=1).
 
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
-        folder = find_folder(folder_or_id)
+        options = HubOptions(revision, token, cache_dir, local_files_only)
+        folder = find_folder(folder_or_id, options, look=captioner_family)
         if "class" not in read_json(folder / CONFIG):
             captioner, processor, generation = open_captioner(folder)
             tokenizer, transform = processor.tokenizer, processor.transform

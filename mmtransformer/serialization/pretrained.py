@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtransformer.serialization.hub import HubOptions, fetch
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -84,25 +85,30 @@ def from_config(config: dict[str, Any], where: str = CONFIG) -> nn.Module:
         raise ValueError(f"{where}: {name} cannot be built: {said(error)}") from error
 
 
-def find_folder(folder_or_id: str | Path) -> Path:
-    """The folder itself, or a hub repository's files (safetensors, JSON, text), fetched once into the hub's cache.
+def find_folder(
+    folder_or_id: str | Path,
+    options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
+    *,
+    look: Callable[[Path], Any] | None = None,
+) -> Path:
+    """The folder itself, or a hub repository's files (weights, JSON, text), fetched once into the hub's cache.
+
+    Args:
+        folder_or_id: the folder, or the repository's name.
+        options: how the name is looked up.
+        look: see `hub.fetch`; a folder is given to it as it is.
 
     Raises:
         ValueError: if there is no such folder and no such repository, or the hub cannot be reached.
     """
     folder = Path(folder_or_id)
     if folder.is_dir():
+        if look is not None and (folder / CONFIG).exists():
+            look(folder)
         return folder
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
         raise ValueError(f"{folder_or_id}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(str(folder_or_id), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{folder_or_id}: no such folder here, and the hub did not give it: {reason}") from error
+    return fetch(str(folder_or_id), options, look=look)
 
 
 def _looks_like_id(name: str) -> bool:

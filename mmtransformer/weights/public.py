@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.serialization.pretrained import CONFIG, read_json
@@ -10,21 +11,28 @@ from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_search
 
 
-def captioner_family(folder: Path) -> Family:
-    """The family whose captioner a folder holds, by its config.json alone.
+def captioner_family(folder: Path) -> Family | None:
+    """The family whose captioner a folder holds, by its config.json alone; None = a model of this library.
 
     Raises:
         ValueError: saying what it holds instead.
     """
     config = read_json(folder / CONFIG)
+    if "class" in config:
+        return None
     name = family_of(config)
     family = FAMILIES.get(name or "")
     if family is not None and family.processor is not None:
         return family
-    known = [name for name, family in FAMILIES.items() if family.processor is not None]
+    known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None)
     kind = config.get("model_type") or config.get("architecture")
-    what = f'a model of the family "{name}", which does not caption' if name else f'model_type "{kind}"'
-    raise ValueError(f"{folder / CONFIG}: {what}; the captioners known here are {', '.join(known)}")
+    if family is None:
+        what = f'model_type "{kind}" is of no family known here'
+    elif any(issubclass(made, Captioner) for made in family.makes):
+        what = f"the captioners of {name} have no processor here"
+    else:
+        what = f"a {'vision encoder' if ViT in family.makes else 'text model'} alone ({kind}), which does not caption"
+    raise ValueError(f"{folder / CONFIG}: {what}; captioners are {known}")
 
 
 def open_captioner(folder: Path) -> tuple[Captioner, Processor, GenerationConfig]:
@@ -34,6 +42,7 @@ def open_captioner(folder: Path) -> tuple[Captioner, Processor, GenerationConfig
         ValueError: naming the file, for what is missing, damaged or not known here.
     """
     family = captioner_family(folder)
+    assert family is not None
     assert family.processor is not None
     processor, generation = family.processor(folder), read_search(folder)
     captioner = family.load(folder)

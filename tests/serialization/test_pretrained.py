@@ -375,7 +375,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for name in (tmp_path / "none", tmp_path / "config.json", "a/b/c"):
         with pytest.raises(ValueError, match="no such folder"):
             TextDecoder.from_pretrained(name)
-    with pytest.raises(ValueError, match=r"someone/captioner: no such folder here, and the hub did not give it: \S+"):
+    with pytest.raises(ValueError, match=r"someone/captioner: no such folder here, the hub is out of reach"):
         find_folder("someone/captioner")  # Tests reach no network.
 
 

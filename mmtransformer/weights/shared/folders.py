@@ -1,7 +1,7 @@
-"""Folders as hubs have them: `config.json`, and one file of safetensors or shards with an index. Never a pickle."""
+"""Folders as hubs have them: `config.json` with safetensors, in one file or shards, or with torch's own files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,57 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
     write_weights,
 )
+from mmtransformer.weights.shared.pickles import read_pickle
 
 _INDEX = "model.safetensors.index.json"
+_OLD, _OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, of one file or of the shards that its index names.
+    """All tensors of a folder: of model.safetensors, of the shards that its index names, or of one safetensors file.
+
+    Where there is no such file, torch's own are read (`pickles.read_pickle`): pytorch_model.bin, its shards, or the one
+    .bin or .pt that there is. No code of theirs runs.
 
     Raises:
         ValueError: naming files that are missing or damaged, and tensors that the index promises and no shard has.
     """
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
-    if not (folder / _INDEX).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        there = f"; {', '.join(pickles[:3])} can run code when read, so convert it first" if pickles else ""
-        raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{there}")
-    places = read_json(folder / _INDEX).get("weight_map")
+    if (folder / _INDEX).is_file():
+        return _shards(folder, folder / _INDEX, read_safetensors)
+    if (folder / _OLD).is_file():
+        return read_pickle(folder / _OLD)
+    if (folder / _OLD_INDEX).is_file():
+        return _shards(folder, folder / _OLD_INDEX, read_pickle)
+    single = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin"), *folder.glob("*.pt")]
+    if len(single) == 1:
+        return (read_safetensors if single[0].suffix == ".safetensors" else read_pickle)(single[0])
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter without the model that it was trained on: load that, which its "
+            f"adapter_config.json names, and merge the adapter into it"
+        )
+    there = f": {', '.join(sorted(path.name for path in single)[:3])} are not told apart" if single else ""
+    raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{there}; was it downloaded whole?")
+
+
+def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f'{folder / _INDEX} has no "weight_map" from tensors to files')
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+        raise ValueError(f'{index} has no "weight_map" from tensors to files')
+    files = sorted(set(places.values()))
+    for name in files:
         if Path(name).name != name:
-            raise ValueError(f"{folder / _INDEX} names {name}, which is not a file of this folder")
-        tensors |= read_safetensors(folder / name)
+            raise ValueError(f"{index} names {name}, which is not a file of this folder")
+    if lost := [name for name in files if not (folder / name).exists()]:
+        raise ValueError(
+            f"{folder} lacks {len(lost)} of the {len(files)} files that {index.name} names, {lost[0]} the first: "
+            f"it was not downloaded whole"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        tensors |= read(folder / name)
     if missing := sorted(set(places) - set(tensors)):
         raise ValueError(f"{folder}: no shard has {', '.join(missing[:5])} ({len(missing)} in all)")
     return tensors

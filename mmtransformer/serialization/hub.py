@@ -1,0 +1,133 @@
+"""A hub's repository by its name: looked at first, then fetched once into the hub's cache."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LOOK = 10.0  # seconds; then the hub counts as out of reach
+_LARGE = 100_000_000  # bytes; what a download takes is said from there on
+_TEXTS = (".json", ".txt", ".md", ".jinja", ".model")
+_PICKLES = (".bin", ".pt")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How a name is looked up, as `huggingface_hub` knows it; HF_HUB_OFFLINE, HF_HOME and its like count as well.
+
+    Attributes:
+        revision: a branch, tag or commit; the main branch unless told.
+        token: of an account, for private and gated repositories; that of `hf auth login` unless told.
+        cache_dir: the folder of the cache.
+        local_files_only: whether to take what the cache has and ask nobody.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+def fetch(name: str, options: HubOptions = HubOptions(), *, look: Callable[[Path], Any] | None = None) -> Path:
+    """The folder of a repository's files: safetensors, JSON and text of its top, and of tokenizers below it.
+
+    Args:
+        name: of the repository.
+        options: how it is looked up.
+        look: called with a folder that has config.json alone, before anything large is fetched; may refuse it.
+
+    Raises:
+        ValueError: if it is not there, private or gated, or the hub is out of reach and the cache has not got it.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    place: Any = {"revision": options.revision, "cache_dir": options.cache_dir, "token": options.token}
+    info = None
+    if not options.local_files_only:
+        try:
+            info = HfApi(token=options.token).model_info(
+                name, revision=options.revision, files_metadata=True, timeout=_LOOK
+            )
+        except Exception as error:
+            _refuse(name, error)
+    if info is None:
+        try:
+            return Path(snapshot_download(name, local_files_only=True, **place))
+        except Exception as error:
+            raise ValueError(
+                f"{name}: no such folder here, the hub is out of reach, and its cache has not got it: where there is a "
+                f"network, `hf download {name} --local-dir FOLDER`, and give FOLDER in place of the name"
+            ) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    wanted = files_of(list(sizes))
+    try:
+        if look is not None and "config.json" in sizes:
+            look(Path(hf_hub_download(name, "config.json", **place)).parent)
+        _announce(name, info, {file: sizes[file] for file in wanted}, options)
+        return Path(snapshot_download(name, allow_patterns=wanted, **place))
+    except ValueError as error:
+        if type(error).__module__.startswith(("huggingface_hub", "httpx")):
+            _refuse(name, error, last=True)
+        raise
+    except Exception as error:
+        _refuse(name, error, last=True)
+        raise
+
+
+def files_of(names: Sequence[str]) -> list[str]:
+    """Which of a repository's files make a model: of several kinds of weights one, safetensors first."""
+    below = [name for name in names if "/" not in name or name.startswith("qformer_tokenizer/")]
+    texts = [name for name in below if name.endswith(_TEXTS)]
+    top = [name for name in below if "/" not in name and ".fp16." not in name]
+    safe = [name for name in top if name.endswith(".safetensors")]
+    weights = [name for name in safe if name.startswith("model")] or safe
+    if not weights:
+        old = [name for name in top if name.endswith(_PICKLES)]
+        weights = [name for name in old if name.startswith("pytorch_model")] or old
+    return [*texts, *weights]
+
+
+def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions) -> None:
+    """Says how much is going to be fetched, under which licence, and what it takes in memory."""
+    from huggingface_hub import try_to_load_from_cache
+
+    new = {
+        file: size
+        for file, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(name, file, options.cache_dir, info.sha), str)
+    }
+    if sum(new.values()) < _LARGE:
+        return
+    card = getattr(info, "card_data", None)
+    licence = (card.get("license") if card is not None else None) or "none named"
+    count = getattr(getattr(info, "safetensors", None), "total", None)
+    memory = f"; {4 * count / 1e9:.1f} GB of memory in float32" if count else ""
+    size = f"{sum(new.values()) / 1e9:.1f} GB to fetch in {len(new)} files"
+    sys.stderr.write(f"{name}: {size}; licence: {licence}{memory}\n")
+
+
+def _refuse(name: str, error: Exception, *, last: bool = False) -> None:
+    """Says in a line what a hub's answer means; one that is out of reach may be done without, unless it is the last."""
+    from huggingface_hub import errors
+
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, errors.GatedRepoError):
+        why = "gated: accept its conditions on its page, then `hf auth login`, or give a token"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        why = "no such folder here, and no such model on the hub, or a private one (401): mind the spelling, or log in"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = "the hub has no such revision of it"
+    elif isinstance(error, errors.HFValidationError):
+        why = f"neither a folder here nor a name on the hub: {said}"
+    elif isinstance(error, errors.HfHubHTTPError) and (code := _status(error)) in (401, 403):
+        why = f"the hub does not give it to you ({code}): ask for access on its page, then `hf auth login`"
+    elif last:
+        why = f"it could not be fetched whole: {said}; the next try goes on where this one ended"
+    else:
+        return
+    raise ValueError(f"{name}: {why}") from error
+
+
+def _status(error: Any) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
