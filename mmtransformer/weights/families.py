@@ -22,9 +22,9 @@ from mmtransformer.captioners.llava import Llava
 from mmtransformer.weights.captioners.blip import load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
-from mmtransformer.weights.captioners.idefics3 import load_idefics3, save_idefics3
+from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
-from mmtransformer.weights.captioners.llava import load_llava, save_llava
+from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
 from mmtransformer.weights.captioners.vision_encoder_decoder import (
     load_vision_encoder_decoder,
@@ -76,10 +76,12 @@ FAMILIES: dict[str, Family] = {
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
     **{
-        name: Family(load_idefics3, partial(save_idefics3, family=name), (Llava,), (name,))
+        name: Family(load_idefics3, partial(save_idefics3, family=name), (Llava,), (name,), processor=Idefics3Processor)
         for name in ("smolvlm", "idefics3")
     },
-    "llava": Family(load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision")),
+    "llava": Family(
+        load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision"), processor=LlavaProcessor
+    ),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }
 

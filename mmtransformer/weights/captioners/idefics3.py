@@ -4,23 +4,31 @@ Their tower finds an image's positions by fractions of its side (arXiv:2307.0630
 every patch gets its own row of the table, for some it does not. A tile is a whole image, so only the first are taken.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.connectors.projector import LinearProjector
+from mmtransformer.images.tiles import split_tiles
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.captioners.parts import language_model, language_model_to, sorted_out
+from mmtransformer.weights.processors.chat import ChatProcessor, GridBatch, tiles_together
+from mmtransformer.weights.processors.pixels import read_tiles
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill
-from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
+from mmtransformer.weights.vision.clip import USUAL, pair, vision_from_clip, vision_to_clip
 
+PROMPT = "Can you describe this image?"
+"""What pictures are captioned after: the words that SmolVLM's makers show its use with."""
+_AROUND = "<fake_token_around_image>"
 _PROJ = {"proj": "fc"}
 _LAYOUT = {
     r"model\.vision_model\.(.+)": r"vision.\1",
@@ -123,6 +131,46 @@ def load_idefics3(source: str | Path) -> Llava:
     config, state = read_json(folder / CONFIG), read_tensors(folder)
     with built_from(state, str(folder)):
         return idefics3_from_state(config, state, str(folder))
+
+
+class Idefics3Processor(ChatProcessor):
+    """Pictures and prompts of Idefics3 and SmolVLM: tiles row by row, each behind its number, then the whole view.
+
+    Args:
+        folder: the model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = _USUAL | read_json(folder / CONFIG)
+        tower = USUAL[False] | _USUAL_VISION | config.get("vision_config", {})
+        side, shuffle = pair(tower["image_size"])[0], config["scale_factor"]
+        stem = "SmolVLM" if config.get("model_type") == "smolvlm" else "Idefics3"
+        transform, self.values = read_tiles(folder, stem, size=side)
+        super().__init__(folder, transform, config["image_token_id"], prompt=PROMPT)
+        self.count = (side // pair(tower["patch_size"])[0] // shuffle) ** 2
+        self.longest_edge = self.values["size"].get("longest_edge")
+        if not isinstance(self.longest_edge, int):
+            raise ValueError(f"{folder}: the image processor's size {self.values['size']} is no longest_edge")
+
+    def images(self, images: Sequence[Image]) -> CaptionBatch:
+        """Pictures, one a sample, cut into tiles; see `Processor`."""
+        split = bool(self.values["do_image_splitting"])
+        cut = [split_tiles(image, self.transform, self.longest_edge, split=split) for image in images]
+        pixels, real = tiles_together([tiles for tiles, _ in cut])
+        none = torch.zeros(len(images), 0)
+        grids = tuple(grid for _, grid in cut)
+        return GridBatch(none.long(), none.bool(), none.bool(), pixels, image_mask=real, grids=grids)
+
+    def placeholders(self, batch: CaptionBatch, sample: int) -> str:
+        """Those of each tile behind what says its row and column, those of the whole view last."""
+        assert isinstance(batch, GridBatch)
+        rows, columns = batch.grids[sample]
+        tokens = self.image_token * self.count
+        lines = [
+            "".join(f"{_AROUND}<row_{row + 1}_col_{column + 1}>{tokens}" for column in range(columns)) + "\n"
+            for row in range(rows)
+        ]
+        return "".join(lines) + "\n" * bool(rows) + f"{_AROUND}<global-img>{tokens}{_AROUND}"
 
 
 def save_idefics3(model: Llava, folder: str | Path, family: str = "smolvlm") -> None:

@@ -5,24 +5,34 @@ it writes them now. All are read; written is the first, which every version read
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.llava import Llava
-from mmtransformer.captioners.tiles import TileConfig
+from mmtransformer.captioners.tiles import TileConfig, TiledBatch
 from mmtransformer.connectors.projector import MLPProjector
+from mmtransformer.images.tiles import fitted_tiles
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.captioners.parts import language_model, language_model_to, sorted_out
+from mmtransformer.weights.processors.chat import ChatProcessor, tiles_together
+from mmtransformer.weights.processors.pixels import read_pixels, read_tiles
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill
-from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
+from mmtransformer.weights.vision.clip import USUAL, pair, vision_from_clip, vision_to_clip
 
 _PROJ = {"linear_[1,2]": "fc[1,2]"}
+PROMPT = "Describe the image concisely."
+"""What pictures are captioned after: the first of those that LLaVA learned short descriptions by (arXiv:2304.08485)."""
+_PLAIN = "USER: <image>\n{} ASSISTANT:"
+"""LLaVA 1.5's prompts, where a folder has no chat template."""
 _LAYOUT = {
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": r"vision.\1",
     r"(?:model\.)?multi_modal_projector\.(.+)": r"proj.\1",
@@ -67,18 +77,11 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     Raises:
         ValueError: if it is none of the three, or a part is of a kind that is not here.
     """
-    kind = config.get("model_type")
-    if kind not in _USUAL:
-        raise ValueError(f'{context}: model_type is "{kind}", not one of {", ".join(_USUAL)}')
-    config = _USUAL[kind] | {name: value for name, value in config.items() if value is not None}
-    if "image_token_id" in config:  # its newer name
-        config["image_token_index"] = config["image_token_id"]
+    config = _whole(config, context)
+    kind = config["model_type"]
     only(config, context, {"projector_hidden_act": "gelu", "use_image_newline_parameter": True}, "Llava")
     parts = sorted_out(state, _LAYOUT, context)
-    tower = config.get("vision_config", {})
-    usual = _SO400M if kind == "llava_onevision" else _CLIP_L
-    tower = usual | tower if tower.get("model_type", usual["model_type"]) == usual["model_type"] else tower
-    vision = vision_from_clip(tower, parts["vision"], f"{context}, vision tower")
+    vision = vision_from_clip(config["vision_config"], parts["vision"], f"{context}, vision tower")
     text = {"model_type": "qwen2" if kind == "llava_onevision" else "llama"} | config.get("text_config", {})
     tied = config.get("tie_word_embeddings", False)
     if kind != "llava_next":
@@ -105,6 +108,20 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     )
     fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "proj.", "decoder."))
     return model.eval()
+
+
+def _whole(config: Mapping[str, Any], context: str) -> dict[str, Any]:
+    """The config, with what goes without saying."""
+    kind = config.get("model_type")
+    if kind not in _USUAL:
+        raise ValueError(f'{context}: model_type is "{kind}", not one of {", ".join(_USUAL)}')
+    found = _USUAL[kind] | {name: value for name, value in config.items() if value is not None}
+    if "image_token_id" in found:  # its newer name
+        found["image_token_index"] = found["image_token_id"]
+    tower, usual = found.get("vision_config", {}), _SO400M if kind == "llava_onevision" else _CLIP_L
+    if tower.get("model_type", usual["model_type"]) == usual["model_type"]:
+        tower = usual | tower
+    return found | {"vision_config": tower}
 
 
 def _tiles(config: Mapping[str, Any], context: str) -> TileConfig:
@@ -180,6 +197,54 @@ def load_llava(source: str | Path) -> Llava:
     config, state = read_json(folder / CONFIG), read_tensors(folder)
     with built_from(state, str(folder)):
         return llava_from_state(config, state, str(folder))
+
+
+class LlavaProcessor(ChatProcessor):
+    """Pictures and prompts of LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision; see `ChatProcessor`.
+
+    Args:
+        folder: the model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = _whole(read_json(folder / CONFIG), str(folder))
+        kind, tower = config["model_type"], config["vision_config"]
+        side, self.values = tower.get("image_size", 224), dict[str, Any]()
+        name = "SigLIP" if tower["model_type"].startswith("siglip") else "CLIP"
+        if kind == "llava":
+            transform = read_pixels(folder, name, size=side)
+        else:
+            stem = "LlavaNext" if kind == "llava_next" else "LlavaOnevision"
+            transform, self.values = read_tiles(folder, stem, size=side)
+        super().__init__(
+            folder, transform, config["image_token_index"], prompt=PROMPT, plain=_PLAIN if kind == "llava" else None
+        )
+        self.tiles, self.tile = _tiles(config, str(folder)), (side, side)
+        points = [tuple(point) for point in self.values.get("image_grid_pinpoints", ())]
+        if points != [*self.tiles.pinpoints]:
+            raise ValueError(f"{folder}: image_grid_pinpoints of config.json and of preprocessor_config.json differ")
+        patch = pair(USUAL[name == "CLIP"]["patch_size"] if "patch_size" not in tower else tower["patch_size"])[0]
+        self.grid = (side // patch, side // patch)
+        self.count = self.grid[0] * self.grid[1] + (
+            name == "CLIP" and config["vision_feature_select_strategy"] == "full"
+        )
+
+    def images(self, images: Sequence[Image]) -> CaptionBatch:
+        """Pictures, one a sample, cut into tiles where the model reads tiles; see `Processor`."""
+        if not self.tiles.pinpoints:
+            return super().images(images)
+        pixels, real = tiles_together([fitted_tiles(x, self.transform, self.tiles.pinpoints) for x in images])
+        sizes, none = torch.tensor([[x.height, x.width] for x in images])[:, None], torch.zeros(len(images), 0)
+        return TiledBatch(none.long(), none.bool(), none.bool(), pixels, image_mask=real, image_sizes=sizes)
+
+    def placeholders(self, batch: CaptionBatch, sample: int) -> str:
+        """One for each token of the picture; see `ChatProcessor`."""
+        sizes: Tensor | None = getattr(batch, "image_sizes", None)
+        if sizes is None:
+            return self.image_token * self.count
+        height, width = sizes[sample, 0].tolist()
+        tiles = self.tiles.tiles((height, width), self.tile)
+        return self.image_token * self.tiles.num_tokens((height, width), tiles, self.grid)
 
 
 def save_llava(model: Llava, folder: str | Path) -> None:

@@ -25,8 +25,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "do_center_crop": True,
     },
     "Idefics": {**_CLIP, "size": {"height": 224, "width": 224}},
+    "Llava": {**_CLIP, **_SHORT_224},
 }  # fmt: skip
 """What transformers' image processors take for granted where the file does not say it, by the stems of their names."""
+
+_SIDES = range(384, 2305, 384)
+_SPLIT = {
+    **_HALF, "resample": 1, "size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364},
+    "do_image_splitting": True, "do_pad": True,
+}  # fmt: skip
+TILES: dict[str, dict[str, Any]] = {
+    "LlavaNext": {
+        **_CLIP, **_SHORT_224, "do_pad": True,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+    "LlavaOnevision": {
+        **_CLIP, "size": {"height": 384, "width": 384}, "do_pad": True,
+        "image_grid_pinpoints": [[height, width] for height in _SIDES for width in _SIDES],
+    },
+    "Idefics3": _SPLIT,
+    "SmolVLM": _SPLIT,
+}  # fmt: skip
+"""The same of those that cut pictures into tiles."""
 
 _FILTERS: dict[Any, Literal["lanczos", "bilinear", "bicubic"]] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _OUTSIDE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": False}
@@ -64,22 +84,9 @@ def read_pixels(
     Raises:
         ValueError: for steps that `ImageTransform` has not, naming the key.
     """
-    values, where = read_preprocessor(folder), str(folder / "preprocessor_config.json")
-    name = values.get("image_processor_type") or values.get("feature_extractor_type") or kind
-    for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
-        name = str(name).removesuffix(ending)
-    if name not in DEFAULTS:
-        raise ValueError(f"{where}: the image processor {name!r} is not known here: {', '.join(DEFAULTS)} are")
-    values = DEFAULTS[name] | {key: value for key, value in values.items() if value is not None}
+    values, name, where = _checked(folder, kind, DEFAULTS)
     if "image_size" in values and name == "Idefics":
         values["size"] = values["image_size"]
-    for key, usual in _OUTSIDE.items():
-        if values.get(key, usual) != usual:
-            raise ValueError(f"{where}: {key} is {values[key]!r}; only {usual} is known here")
-    if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ValueError(f"{where}: rescale_factor is {values['rescale_factor']!r}, not 1/255")
-    if values["resample"] not in _FILTERS:
-        raise ValueError(f"{where}: resample is {values['resample']!r}; 1 (lanczos), 2, 3 (bicubic) are known here")
     resize, resized = _size(values["size"], name, where)
     height, width = resized
     if values.get("do_center_crop"):
@@ -99,6 +106,56 @@ def read_pixels(
         height / resized[0],
         backend,
     )
+
+
+def read_tiles(
+    folder: Path, kind: str, *, size: int, backend: Literal["torchvision", "pil"] = "torchvision"
+) -> tuple[ImageTransform, dict[str, Any]]:
+    """The transform that makes tiles of the folder's image processor in transformers, and all that the folder says.
+
+    Args:
+        folder: the folder.
+        kind: the processor where the file names none, one of `TILES`.
+        size: the side of a tile that the model reads, px.
+        backend: see `ImageTransform`.
+
+    Raises:
+        ValueError: for tiles of another size, and steps that are not known here, naming the key.
+    """
+    values, name, where = _checked(folder, kind, TILES)
+    if "image_grid_pinpoints" in values:
+        base = _size(values["size"], name, where)[1]
+        tile = _size(values["crop_size"], name, where)[1] if "crop_size" in values else base
+    else:
+        side = values["max_image_size"].get("longest_edge")
+        base = tile = (side, side)
+    if base != tile or tile != (size, size):
+        raise ValueError(f"{where}: tiles of {tile} px, whole views of {base} px, and the model reads {size} x {size}")
+    mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
+    return ImageTransform(size, "squash", mean, std, _FILTERS[values["resample"]], backend=backend), values
+
+
+def _checked(folder: Path, kind: str, known: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str, str]:
+    """What a folder's image processor does, with what goes without saying; the stem of its name; the file.
+
+    Raises:
+        ValueError: for another processor, and steps that are not known here.
+    """
+    values, where = read_preprocessor(folder), str(folder / "preprocessor_config.json")
+    name = values.get("image_processor_type") or values.get("feature_extractor_type") or kind
+    for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+        name = str(name).removesuffix(ending)
+    if name not in known:
+        raise ValueError(f"{where}: the image processor {name!r} is not known here: {', '.join(known)} are")
+    values = known[name] | {key: value for key, value in values.items() if value is not None}
+    for key, usual in (_OUTSIDE | {"do_pad": known is TILES}).items():
+        if values.get(key, usual) != usual:
+            raise ValueError(f"{where}: {key} is {values[key]!r}; only {usual} is known here")
+    if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ValueError(f"{where}: rescale_factor is {values['rescale_factor']!r}, not 1/255")
+    if values["resample"] not in _FILTERS:
+        raise ValueError(f"{where}: resample is {values['resample']!r}; 1 (lanczos), 2, 3 (bicubic) are known here")
+    return values, name, where
 
 
 def _size(value: Any, name: str, where: str) -> tuple[Literal["squash", "crop"], tuple[int, int]]:
