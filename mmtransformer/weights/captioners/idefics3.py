@@ -152,14 +152,15 @@ class Idefics3Processor(ChatProcessor):
         if not isinstance(self.longest_edge, int):
             raise ValueError(f"{folder}: the image processor's size {self.values['size']} is no longest_edge")
 
-    def images(self, images: Sequence[Image]) -> CaptionBatch:
-        """Pictures, one a sample, cut into tiles; see `Processor`."""
-        split = bool(self.values["do_image_splitting"])
-        cut = [split_tiles(image, self.transform, self.longest_edge, split=split) for image in images]
-        pixels, real = tiles_together([tiles for tiles, _ in cut])
-        none = torch.zeros(len(images), 0)
-        grids = tuple(grid for _, grid in cut)
-        return GridBatch(none.long(), none.bool(), none.bool(), pixels, image_mask=real, grids=grids)
+    def prepare(self, image: Image) -> Any:
+        """The pixels of its tiles, and their rows and columns; see `Processor`."""
+        return split_tiles(image, self.transform, self.longest_edge, split=bool(self.values["do_image_splitting"]))
+
+    def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
+        """Pictures as a batch without texts; see `Processor`."""
+        tokens, pixels, real = tiles_together([tiles for tiles, _ in prepared])
+        grids = tuple(grid for _, grid in prepared)
+        return GridBatch(tokens, tokens.bool(), tokens.bool(), pixels, image_mask=real, grids=grids)
 
     def placeholders(self, batch: CaptionBatch, sample: int) -> str:
         """Those of each tile behind what says its row and column, those of the whole view last."""

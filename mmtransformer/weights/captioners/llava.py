@@ -229,13 +229,19 @@ class LlavaProcessor(ChatProcessor):
             name == "CLIP" and config["vision_feature_select_strategy"] == "full"
         )
 
-    def images(self, images: Sequence[Image]) -> CaptionBatch:
-        """Pictures, one a sample, cut into tiles where the model reads tiles; see `Processor`."""
+    def prepare(self, image: Image) -> Any:
+        """Its pixels, or those of its tiles and its size, where the model reads tiles; see `Processor`."""
         if not self.tiles.pinpoints:
-            return super().images(images)
-        pixels, real = tiles_together([fitted_tiles(x, self.transform, self.tiles.pinpoints) for x in images])
-        sizes, none = torch.tensor([[x.height, x.width] for x in images])[:, None], torch.zeros(len(images), 0)
-        return TiledBatch(none.long(), none.bool(), none.bool(), pixels, image_mask=real, image_sizes=sizes)
+            return super().prepare(image)
+        return fitted_tiles(image, self.transform, self.tiles.pinpoints), (image.height, image.width)
+
+    def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
+        """Pictures as a batch without texts; see `Processor`."""
+        if not self.tiles.pinpoints:
+            return super().batch_of(prepared)
+        tokens, pixels, real = tiles_together([tiles for tiles, _ in prepared])
+        sizes = torch.tensor([size for _, size in prepared])[:, None]
+        return TiledBatch(tokens, tokens.bool(), tokens.bool(), pixels, image_mask=real, image_sizes=sizes)
 
     def placeholders(self, batch: CaptionBatch, sample: int) -> str:
         """One for each token of the picture; see `ChatProcessor`."""

@@ -102,8 +102,9 @@ class GridBatch(CaptionBatch):
     grids: tuple[tuple[int, int], ...] = ()
 
 
-def tiles_together(tiles: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The samples' tiles, each (t 3 h w), as one batch: pixels (b i 3 h w), zeros behind fewer, and which are real."""
+def tiles_together(tiles: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples' tiles, each (t 3 h w), as a batch: no tokens (b 0), pixels (b i 3 h w), which are real (b i)."""
     most = max(map(len, tiles))
     pixels = torch.stack([torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:]))) for x in tiles])
-    return pixels, torch.arange(most) < torch.tensor([len(x) for x in tiles])[:, None]
+    real = torch.arange(most) < torch.tensor([len(x) for x in tiles])[:, None]
+    return torch.zeros(len(tiles), 0, dtype=torch.long), pixels, real

@@ -184,12 +184,12 @@ def test_it_is_transformers(case: tuple[Any, Any, Path]) -> None:
     assert torch.equal(batch.pixels, pixels if pixels.ndim == 5 else pixels[:, None])
     assert torch.equal(batch.tokens, given["input_ids"])
     assert torch.equal(batch.attention_mask, given["attention_mask"].bool())
-    assert ours.eos_ids == (2,)
+    assert ours.tokenizer.eos_ids == (2,)
     with torch.no_grad():
         close(first_logits(ours, images, TEXTS), theirs(**given).logits[:, -1])
         for changes in ({"num_beams": 1}, {"num_beams": 3}):
             rows = theirs.generate(**given, max_new_tokens=9, do_sample=False, **changes)
-            want = until_end(rows[:, given["input_ids"].shape[1] :], ours.eos_ids)
+            want = until_end(rows[:, given["input_ids"].shape[1] :], ours.tokenizer.eos_ids)
             assert ids(ours, images, TEXTS, max_new_tokens=9, **changes) == want
             assert len({tuple(row) for row in want}) > 1
 
@@ -202,7 +202,7 @@ def test_words_heat_maps_and_whole_prompts(case: tuple[Any, Any, Path]) -> None:
     assert silent == ours(image, prompt=ours.processor.prompt, max_new_tokens=5)[0][0]
     said = ours(image, prompt="what is this?", max_new_tokens=5)[0][0]
     assert said == ours(image, prompt=spoken(processor, "what is this?"), max_new_tokens=5)[0][0]
-    heat = ours.heatmap(image, said, prompt="what is this?")
+    heat = ours.heatmap(image, said, ours.prompts("what is this?"))
     assert heat.shape == (len(said.words), *ours.captioner.vision.grid)
     assert (heat >= 0).all()
     with pytest.raises(ValueError, match="a prompt has one <image> for its picture, this one has 2"):
