@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.base import Output as Output
     from mmtransformer.captioners.base import caption_loss as caption_loss
     from mmtransformer.captioners.base import freeze as freeze
+    from mmtransformer.captioners.blip import BlipITM as BlipITM
+    from mmtransformer.captioners.blip import BlipVQA as BlipVQA
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
     from mmtransformer.captioners.blip2 import InstructBatch as InstructBatch
     from mmtransformer.captioners.blip2 import from_stage1 as from_stage1
@@ -121,6 +123,7 @@ _CONTENTS = {
     "losses.contrastive": "clip_loss itc_loss itg_loss itm_loss",
     "losses.hard_negatives": "hard_negatives",
     "captioners.base": "CaptionBatch Captioner Output caption_loss freeze",
+    "captioners.blip": "BlipITM BlipVQA",
     "captioners.blip2": "Blip2 InstructBatch from_stage1",
     "captioners.coca": "CoCa",
     "captioners.encoder_decoder": "EncoderDecoder",

@@ -1,5 +1,9 @@
-"""TextEncoder: tokens -> hidden states that see both ways, with BERT's heads (Devlin et al., arXiv:1810.04805)."""
+"""TextEncoder: tokens -> hidden states that see both ways, with BERT's heads (Devlin et al., arXiv:1810.04805).
 
+Shapes: n rows of a context (n divides b).
+"""
+
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,7 +13,8 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import vocabulary_error
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
-from mmtransformer.layers.blocks import MLP, EncoderBlock, activation_function, make_norm
+from mmtransformer.layers.blocks import MLP, DecoderBlock, activation_function, make_norm
+from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import document_positions
@@ -53,6 +58,7 @@ class TextEncoder(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         max_len: most tokens of a row.
         num_types: token types (first and second sentence); 0 = none.
+        cross_dim: width of the tokens of a context that every block may read (BLIP, arXiv:2201.12086); None = none can.
         activation: of the MLPs and the word head.
         norm_eps: of the norms.
         pooler: whether there is a dense layer on the first token, for whole texts.
@@ -74,6 +80,7 @@ class TextEncoder(Pretrained, nn.Module):
         mlp_dim: int | None = None,
         max_len: int = 512,
         num_types: int = 2,
+        cross_dim: int | None = None,
         activation: Activation = "gelu",
         norm_eps: float = 1e-12,
         pooler: bool = True,
@@ -86,7 +93,7 @@ class TextEncoder(Pretrained, nn.Module):
             raise ValueError("sentence_head=True reads the pooled first token: it needs pooler=True")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
-        self.max_len, self.num_types = max_len, num_types
+        self.max_len, self.num_types, self.cross_dim = max_len, num_types, cross_dim
         self.activation, self.norm_eps, self.dropout = activation, norm_eps, dropout
         self.pooler, self.word_head, self.sentence_head = pooler, word_head, sentence_head
 
@@ -97,11 +104,12 @@ class TextEncoder(Pretrained, nn.Module):
         self.norm = norm()
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            EncoderBlock(
+            DecoderBlock(
                 dim,
                 Attention(dim, num_heads, dropout=dropout),
                 MLP(dim, mlp_dim, activation=activation),
                 norm,
+                cross_attn=None if cross_dim is None else Attention(dim, num_heads, context_dim=cross_dim),
                 pre_norm=False,
                 dropout=dropout,
             )
@@ -150,11 +158,19 @@ class TextEncoder(Pretrained, nn.Module):
             x = x + (self.type_embed.weight[0] if types is None else self.type_embed(types))
         return self.norm(x + self.pos_embed(position_ids))
 
-    def forward_embeds(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
+    def project_context(self, context: Tensor) -> list[KeyValue]:
+        """Each block's keys and values of a context (n k cross_dim), for all the texts that read it."""
+        return [block.cross_attn.project_kv(context) for block in self.blocks]  # pyright: ignore
+
+    def forward_embeds(
+        self, x: Tensor, *, mask: Mask | None = None, context: Tensor | Sequence[KeyValue] | None = None
+    ) -> Tensor:
         """The blocks, from embeddings: (b q d) -> (b q d), each token looking where the mask lets it."""
+        if isinstance(context, Tensor):
+            context = self.project_context(context)
         x = self.drop(x)
-        for block in self.blocks:
-            x = block(x, mask=mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if context is None else context[i], mask=mask)
         return x
 
     def forward(
@@ -162,6 +178,7 @@ class TextEncoder(Pretrained, nn.Module):
         tokens: Tensor,
         types: Tensor | None = None,
         *,
+        context: Tensor | Sequence[KeyValue] | None = None,
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -170,13 +187,20 @@ class TextEncoder(Pretrained, nn.Module):
         Args:
             tokens: (b q) long.
             types: (b q) long, 0 = first sentence, 1 = second; None = all 0.
+            context: (n k cross_dim), or each block's keys and values of it (`project_context`): what all tokens look
+                at; None = the text alone, also where there is cross-attention.
             attention_mask: (b q) bool, True = a real token; None = all are. Padding may stand on either side.
             document_ids: (b q) long, the number of each token's document in a packed row: tokens see their own document
                 only, and positions start again with each; None = one document a row.
 
         Returns:
             (b q d).
+
+        Raises:
+            ValueError: as `embed`, or for a context that no block can read.
         """
+        if context is not None and self.cross_dim is None:
+            raise ValueError("a context was given, but this encoder has no cross-attention (cross_dim None)")
         b, q = tokens.shape
         position_ids, mask = None, None
         if document_ids is not None:
@@ -188,7 +212,7 @@ class TextEncoder(Pretrained, nn.Module):
         elif attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
             mask = attention_mask[:, None, :]
-        return self.forward_embeds(self.embed(tokens, types, position_ids=position_ids), mask=mask)
+        return self.forward_embeds(self.embed(tokens, types, position_ids=position_ids), mask=mask, context=context)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """A whole text from its first token: (b q d) -> (b d), in (-1, 1)."""

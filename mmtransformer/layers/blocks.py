@@ -251,7 +251,8 @@ class DecoderBlock(nn.Module):
 
         Args:
             x: tokens (b q d).
-            context: (n k d) or its keys and values, n dividing b; given exactly where the block has cross-attention.
+            context: (n k d) or its keys and values, n dividing b; None = cross-attention, where there is any, is passed
+                over (BLIP's text encoder).
             mask: who may look at whom among the tokens.
             context_mask: who may look at which context token; None = all.
             rope: rotary angles of x's positions.
@@ -262,11 +263,11 @@ class DecoderBlock(nn.Module):
         """
         if self.pre_norm:
             x = x + self.drop(self.attn(self.norm1(x), mask=mask, rope=rope, cache=cache))
-            if self.cross_attn is not None:
+            if self.cross_attn is not None and context is not None:
                 x = x + self.drop(self.cross_attn(self.norm_cross(x), context, mask=context_mask))
             return x + self.drop(self.mlp(self.norm2(x)))
         x = self.norm1(x + self.drop(self.attn(x, mask=mask, rope=rope, cache=cache)))
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and context is not None:
             x = self.norm_cross(x + self.drop(self.cross_attn(x, context, mask=context_mask)))
         return self.norm2(x + self.drop(self.mlp(x)))
 

@@ -14,6 +14,7 @@ from torch import nn
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.captioners.flamingo import Flamingo
@@ -68,7 +69,7 @@ FAMILIES: dict[str, Family] = {
         for name in ("gpt2", "opt", *LLAMAS)
     },
     "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
-    "blip": Family(load_blip, save_blip, (EncoderDecoder,), ("blip",)),
+    "blip": Family(load_blip, save_blip, (EncoderDecoder, BlipVQA, BlipITM), ("blip",)),
     "vision-encoder-decoder": Family(
         load_vision_encoder_decoder, save_vision_encoder_decoder, (EncoderDecoder,), ("vision-encoder-decoder",)
     ),

@@ -1,6 +1,6 @@
-"""transformers' BLIP (Li et al., arXiv:2201.12086) -> `EncoderDecoder`, and back.
+"""transformers' BLIP (Li et al., arXiv:2201.12086) -> `EncoderDecoder`, `BlipVQA` and `BlipITM`, and back.
 
-Its text decoder is a BERT that looks back only, and reads the image in every block.
+Its text decoder is a BERT that looks back only, and reads the image (or the question) in every block.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
-from mmtransformer.weights.shared.keys import part
-from mmtransformer.weights.text.bert import decoder_from_bert, decoder_to_bert
+from mmtransformer.weights.shared.keys import export, fill, part
+from mmtransformer.weights.text.bert import (
+    cross_encoder_from_bert,
+    cross_encoder_to_bert,
+    decoder_from_bert,
+    decoder_to_bert,
+)
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,11 +52,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers takes for granted where a config.json does not say it."""
 
-_CAPTIONING = "BlipForConditionalGeneration"
+_NAME = "transformers' BLIP"
+_HEADS = {"itm_head": "itm_head", "vision_proj": "vision_proj", "text_proj": "text_proj"}
+Blip = EncoderDecoder | BlipVQA | BlipITM
 
 
-def from_blip(model: nn.Module) -> EncoderDecoder:
-    """A BLIP of transformers as a captioner; equal to 1e-5 in float32.
+def from_blip(model: nn.Module) -> Blip:
+    """A BLIP of transformers; equal to 1e-5 in float32.
+
+    BlipForConditionalGeneration becomes an `EncoderDecoder`, BlipForQuestionAnswering a `BlipVQA`, and
+    BlipForImageTextRetrieval a `BlipITM`.
 
     Raises:
         ValueError: if it is none, or differs in more than its size.
@@ -60,7 +72,7 @@ def from_blip(model: nn.Module) -> EncoderDecoder:
     return blip_from_state(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
 
 
-def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context: str) -> EncoderDecoder:
+def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context: str) -> Blip:
     """The same from what a hub folder holds.
 
     The class token's position is added into it, which is what the tower does with it anyway.
@@ -77,35 +89,59 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
     if not config.get("tie_word_embeddings", True):
         raise ValueError(f"{context}: tie_word_embeddings is false, and BLIP's head is tied to its embedding here")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}  # old files' buffers
-    tower = {name: state.pop(name) for name in list(state) if name.startswith("vision_model.")}
-    vision = vision_from_blip2(config["vision_config"], tower, context)
-    text = part(state, "text_decoder.")
-    decoder = decoder_from_bert(config["text_config"], text, f"{context}, text decoder", cross_dim=vision.dim)
-    if unknown := [name for name in state if not name.startswith("text_decoder.")]:
-        raise ValueError(f"{context}: a {_CAPTIONING} has no {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    return EncoderDecoder(vision, decoder).eval()
+    vision = vision_from_blip2(config["vision_config"], _take(state, "vision_model.", keep=True), context)
+    text, encoder, decoder = config["text_config"], None, None
+    if words := _take(state, "text_encoder."):
+        encoder = cross_encoder_from_bert(text, words, f"{context}, text encoder", cross_dim=vision.dim)
+    if (words := _take(state, "text_decoder.")) or encoder is None:
+        reads = vision.dim if encoder is None else encoder.dim
+        decoder = decoder_from_bert(text, words, f"{context}, text decoder", cross_dim=reads)
+    if encoder is None:
+        model = EncoderDecoder(vision, decoder)
+    elif decoder is None:
+        model = BlipITM(vision, encoder, embed_dim=config.get("image_text_hidden_size", 256))
+    else:
+        model = BlipVQA(vision, encoder, decoder)
+    fill(model, _HEADS, state, context, kept=("vision.", "text.", "question.", "decoder."))
+    return model.eval()
 
 
-def to_blip(model: EncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _take(state: dict[str, Tensor], prefix: str, *, keep: bool = False) -> dict[str, Tensor]:
+    """The tensors whose names begin so, out of the state; without the prefix unless it is kept."""
+    taken = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    return taken if keep else part(taken, prefix)
+
+
+def to_blip(model: Blip) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their names there.
 
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    if model.adapter is not None:
-        raise ValueError(f"transformers' BLIP has nothing like the adapter, a {type(model.adapter).__name__}")
-    text, words = decoder_to_bert(model.decoder, "transformers' BLIP")
     vision, tensors = vision_to_blip2(model.vision)
-    config = {
-        "model_type": "blip",
-        "architectures": [_CAPTIONING],
-        "vision_config": vision,
-        "text_config": {**text, "encoder_hidden_size": model.vision.dim},
-    }
-    return config, tensors | {f"text_decoder.{name}": tensor for name, tensor in words.items()}
+    config: dict[str, Any] = {"model_type": "blip", "vision_config": vision}
+    parts: dict[str, dict[str, Tensor]] = {}
+    if isinstance(model, EncoderDecoder):
+        only_these(_NAME, {"adapter": (model.adapter, None)})
+        kind = "BlipForConditionalGeneration"
+        text, parts["text_decoder"] = decoder_to_bert(model.decoder, _NAME)
+    elif isinstance(model, BlipVQA):
+        kind = "BlipForQuestionAnswering"
+        words, parts["text_encoder"] = cross_encoder_to_bert(model.question, _NAME)
+        text, parts["text_decoder"] = decoder_to_bert(model.decoder, _NAME)
+        # One configuration serves both there, and one width of what is read.
+        facts = {f"the question's {key}": (value, text[key]) for key, value in words.items()}
+        only_these(_NAME, facts | {"the question encoder's dim": (model.question.dim, model.vision.dim)})
+    else:
+        kind = "BlipForImageTextRetrieval"
+        text, parts["text_encoder"] = cross_encoder_to_bert(model.text, _NAME)
+        config["image_text_hidden_size"] = model.embed_dim
+        tensors |= export(model, _HEADS, _NAME, kept=("vision.", "text."))
+    tensors |= {f"{where}.{name}": tensor for where, words in parts.items() for name, tensor in words.items()}
+    return config | {"architectures": [kind], "text_config": {**text, "encoder_hidden_size": model.vision.dim}}, tensors
 
 
-def load_blip(source: str | Path) -> EncoderDecoder:
+def load_blip(source: str | Path) -> Blip:
     """A BLIP from a folder as hubs have it, or the name of a hub's repository; see `from_blip`.
 
     Raises:
@@ -121,12 +157,7 @@ def load_blip(source: str | Path) -> EncoderDecoder:
 
 
 def save_blip(
-    model: EncoderDecoder,
-    folder: str | Path,
-    *,
-    bos_token_id: int = 30522,
-    sep_token_id: int = 102,
-    pad_token_id: int = 0,
+    model: Blip, folder: str | Path, *, bos_token_id: int = 30522, sep_token_id: int = 102, pad_token_id: int = 0
 ) -> None:
     """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
 
@@ -143,7 +174,7 @@ def save_blip(
     config, tensors = to_blip(model)
     ids = {"bos_token_id": bos_token_id, "sep_token_id": sep_token_id, "pad_token_id": pad_token_id}
     for name, token in ids.items():
-        if not 0 <= token < model.vocab_size:
-            raise ValueError(f"{name} ({token}) must be one of the model's {model.vocab_size} ids")
+        if not 0 <= token < (count := config["text_config"]["vocab_size"]):
+            raise ValueError(f"{name} ({token}) must be one of the model's {count} ids")
     config["text_config"] |= ids | {"eos_token_id": sep_token_id}
     write_folder(folder, config, tensors)

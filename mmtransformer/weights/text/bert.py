@@ -22,7 +22,7 @@ from mmtransformer.weights.shared.configs import (
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested
 
-STACK = {
+_STACK = {
     "embeddings.[word,position,token_type]_embeddings": "[tok,pos,type]_embed",
     "encoder.layer.*.attention.self.[query,key,value]": "blocks.*.attn.[q,k,v]_proj",
     "encoder.layer.*.attention.output.dense": "blocks.*.attn.out_proj",
@@ -33,18 +33,18 @@ STACK = {
     "encoder.layer.*.[intermediate,output].dense": "blocks.*.mlp.[fc1,fc2]",
     "encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
 }
-"""BERT's embeddings and blocks by the names of its bare model, and decoders' cross-attention."""
 _WORDS = {
     "cls.predictions.transform.[dense,LayerNorm]": "words_proj.[dense,norm]",
     "cls.predictions.bias": "words_proj.bias",
 }
-_KEYS = nested(STACK, source="bert.") | {
+_KEYS = nested(_STACK, source="bert.") | {
     "bert.embeddings.LayerNorm": "norm",
     "bert.pooler.dense": "pool_proj",
     **_WORDS,
     "cls.seq_relationship": "sentence_proj",
 }
-_DECODER = nested(STACK, source="bert.") | {"bert.embeddings.LayerNorm": "embed_norm", **_WORDS}
+_CROSS_ENCODER = _STACK | {"embeddings.LayerNorm": "norm"}
+_DECODER = nested(_STACK, source="bert.") | {"bert.embeddings.LayerNorm": "embed_norm", **_WORDS}
 _COPIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -102,6 +102,54 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
     buffers = [*_COPIES, "bert.embeddings.position_ids"]
     fill(encoder, _KEYS, state, context, ignored=buffers)
     return encoder.eval()
+
+
+def cross_encoder_from_bert(
+    config: dict[str, Any], state: dict[str, Tensor], context: str, *, cross_dim: int
+) -> TextEncoder:
+    """A `TextEncoder` that can read a context, without token types and heads: BLIP's.
+
+    Args:
+        config: its configuration.
+        state: tensors named as in `BertModel`.
+        context: what they come from, for errors.
+        cross_dim: width of the context's tokens.
+
+    Raises:
+        ValueError: for a variant that differs in more than its size, and tensors that do not fit.
+    """
+    encoder = TextEncoder(
+        **read_sizes(config, SIZES, context),
+        num_types=0,
+        cross_dim=cross_dim,
+        activation=activation_of(config, "hidden_act", context),
+        norm_eps=config["layer_norm_eps"],
+        pooler=False,
+        dropout=config["hidden_dropout_prob"],
+    )
+    fill(encoder, _CROSS_ENCODER, state, context)
+    return encoder.eval()
+
+
+def cross_encoder_to_bert(encoder: TextEncoder, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sizes and the like of a config.json, and tensors named as in `BertModel`.
+
+    Args:
+        encoder: the encoder.
+        name: what the other project calls it, for errors.
+
+    Raises:
+        ValueError: if it has token types or heads.
+    """
+    only_these(name, {"num_types": (encoder.num_types, 0)})
+    config = {
+        **write_sizes(encoder, SIZES),
+        "hidden_act": SOURCE_ACTIVATIONS[encoder.activation],
+        "layer_norm_eps": encoder.norm_eps,
+        "hidden_dropout_prob": encoder.dropout,
+        "attention_probs_dropout_prob": encoder.dropout,
+    }
+    return config, export(encoder, _CROSS_ENCODER, name)
 
 
 def encoder_to_bert(encoder: TextEncoder) -> dict[str, Tensor]:

@@ -7,9 +7,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BlipConfig, BlipForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
 
-from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, caption_loss, generate
+from mmtransformer import (
+    BlipITM,
+    BlipVQA,
+    CaptionBatch,
+    EncoderDecoder,
+    GenerationConfig,
+    InstructBatch,
+    caption_loss,
+    generate,
+)
 from mmtransformer.weights import from_blip, load_blip, save_blip
 from mmtransformer.weights.captioners.blip import blip_from_state
 
@@ -32,17 +48,17 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def noisy(model: nn.Module) -> Any:
+def noisy(model: nn.Module, wide: float = 0.35) -> Any:
     """Random in every tensor: transformers' vision tower is as good as zeros. Wide, so that texts are not all alike."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        scale = 1.0 if "word_embeddings" in name else 0.35 if parameter.ndim > 1 else 0.2
+        scale = 1.0 if "word_embeddings" in name or "itm_head" in name else wide if parameter.ndim > 1 else 0.2
         parameter.data += scale * torch.randn_like(parameter)
     return model.eval()
 
 
-def theirs_of(shape: dict[str, Any], kind: Any = BlipForConditionalGeneration) -> Any:
-    return noisy(kind(BlipConfig(**shape)))
+def theirs_of(shape: dict[str, Any], kind: Any = BlipForConditionalGeneration, wide: float = 0.35) -> Any:
+    return noisy(kind(BlipConfig(**shape)), wide)
 
 
 def pixels_of(shape: dict[str, Any], rows: int = 3) -> Tensor:
@@ -181,8 +197,9 @@ def test_refusals(tmp_path: Path) -> None:
     refused("hidden_act relu", {"vision_config": vision | {"hidden_act": "relu"}})
     refused("tie_word_embeddings is false", {"tie_word_embeddings": False})
     refused("unknown: cls.extra.weight", tensors=state | {"text_decoder.cls.extra.weight": torch.ones(1)})
-    refused("has no itm_head.weight", tensors=state | {"itm_head.weight": torch.ones(1)})
+    refused("unknown: itm_head.weight", tensors=state | {"itm_head.weight": torch.ones(1)})
     name = "text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"
+    refused("unknown: visual_projection.weight", tensors=state | {"visual_projection.weight": torch.ones(1)})
     refused("missing: bert.encoder.layer.0.crossattention", tensors={k: v for k, v in state.items() if k != name})
     copy = {"text_decoder.cls.predictions.decoder.weight": torch.ones(VOCAB, 20)}
     refused("are tied, but the two are different", tensors=state | copy)
@@ -199,6 +216,98 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="word_head=False"):
         save_blip(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------- questions, matching
+
+
+def vqa_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    """Of one width, as transformers' question answering needs."""
+    text, heads = shape["text_config"], shape["vision_config"]["num_attention_heads"]
+    width = shape["vision_config"]["hidden_size"]
+    return shape | {"text_config": text | {"hidden_size": width, "num_attention_heads": heads}}
+
+
+QUESTIONS = [[3, 5, 9, 4, SEP], [3, 8, SEP], [3, 12, 11, SEP]]
+
+
+def asked(pixels: Tensor, questions: list[list[int]], answers: list[list[int]], **options: Any) -> InstructBatch:
+    batch, question = batch_of(pixels, answers, **options), batch_of(pixels, questions)
+    return InstructBatch(**vars(batch), instruction=question.tokens, instruction_attention_mask=question.attention_mask)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers_are_theirs(shape: dict[str, Any]) -> None:
+    theirs, pixels = theirs_of(vqa_shape(shape), BlipForQuestionAnswering), pixels_of(shape)
+    ours = from_blip(theirs)
+    assert isinstance(ours, BlipVQA)
+    batch = asked(pixels, QUESTIONS, [[BOS, 5, 9, SEP], [BOS, 8, SEP], [BOS, SEP]])
+    with torch.no_grad():
+        found = ours.logits(batch)
+        # One by one: of several questions, transformers' answers look at padding too.
+        for i, question in enumerate(QUESTIONS):
+            tokens = batch.tokens[i : i + 1, : int(batch.attention_mask[i].sum())]
+            image = theirs.vision_model(pixels[i : i + 1])[0]
+            states = theirs.text_encoder(torch.tensor([question]), encoder_hidden_states=image)[0]
+            want = theirs.text_decoder(tokens, encoder_hidden_states=states).logits
+            close(found[i : i + 1, : tokens.shape[1]], want)
+    assert (found[0, 0] - found[1, 0]).abs().max() > 0.1
+    for settings in ({}, {"num_beams": 3}):
+        found = new_ids(ours, asked(pixels, QUESTIONS, [[BOS]] * 3), **settings)
+        for i, question in enumerate(QUESTIONS):
+            alone = theirs.generate(torch.tensor([question]), pixels[i : i + 1], max_new_tokens=11, **settings)
+            assert found[i] == until_end(alone[0, 1:].tolist())
+    one = asked(pixels, [QUESTIONS[2]] * 3, [[BOS, 5, 9, SEP]] * 3)
+    labels = one.tokens
+    close(caption_loss(ours, one), theirs(one.instruction, pixels, labels=labels).loss)
+
+
+def test_an_answer_needs_a_question_and_looks_at_the_image_through_it() -> None:
+    ours = from_blip(theirs_of(vqa_shape(SHAPES[0]), BlipForQuestionAnswering))
+    pixels = pixels_of(SHAPES[0])
+    with pytest.raises(ValueError, match="the batch needs an instruction a row"):
+        ours.logits(batch_of(pixels, [[BOS]] * 3))
+    heat = ours.attention_map(asked(pixels, QUESTIONS, [[BOS, 5, 9], [BOS, 4], [BOS]]))
+    assert heat.shape == (3, 3, 1, 4, 4)
+    assert bool((heat >= 0).all())
+    assert bool((heat.flatten(2).sum(-1) <= 1 + 1e-6).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matching_and_contrast_are_theirs(shape: dict[str, Any]) -> None:
+    theirs = theirs_of(shape | {"image_text_hidden_size": 11}, BlipForImageTextRetrieval, 0.15)
+    ours, pixels = from_blip(theirs), pixels_of(shape)
+    assert isinstance(ours, BlipITM)
+    batch = batch_of(pixels, QUESTIONS)
+    real = batch.attention_mask
+    with torch.no_grad():
+        visual = ours.encode(pixels)
+        given = {"input_ids": batch.tokens, "pixel_values": pixels, "attention_mask": real.long()}
+        close(ours.match(visual, batch.tokens, real), theirs(**given).itm_score)
+        want = theirs(**given, use_itm_head=False).itm_score
+        close(ours.embed_images(visual) @ ours.embed_texts(batch.tokens, real).T, want)
+        # All texts beside the first image, whose keys are computed once.
+        first = {**given, "pixel_values": pixels[:1].expand(3, -1, -1, -1)}
+        close(ours.match(ours.text.project_context(visual[:1]), batch.tokens, real), theirs(**first).itm_score)
+
+
+@pytest.mark.parametrize("kind", [BlipForQuestionAnswering, BlipForImageTextRetrieval])
+def test_the_others_there_and_back(kind: Any, tmp_path: Path) -> None:
+    theirs = theirs_of(vqa_shape(SHAPES[0]) | {"image_text_hidden_size": 11}, kind)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_blip(tmp_path / "theirs")
+    save_blip(ours, tmp_path / "ours", bos_token_id=BOS, sep_token_id=SEP)
+    again, info = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in theirs.state_dict().items():
+        if name not in ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"):
+            assert torch.equal(again.state_dict()[name], tensor)
+    back = load_blip(tmp_path / "ours")
+    for (name, tensor), other in zip(back.state_dict().items(), ours.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    ours.save_pretrained(tmp_path / "own")
+    own = type(ours).from_pretrained(tmp_path / "own").state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in ours.state_dict().items())
 
 
 def test_old_files_buffers_are_left_aside(tmp_path: Path) -> None:
