@@ -96,12 +96,12 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
     if (words := _take(state, "text_decoder.")) or encoder is None:
         reads = vision.dim if encoder is None else encoder.dim
         decoder = decoder_from_bert(text, words, f"{context}, text decoder", cross_dim=reads)
-    if encoder is None:
-        model = EncoderDecoder(vision, decoder)
-    elif decoder is None:
+    model: Blip
+    if decoder is None:
+        assert encoder is not None
         model = BlipITM(vision, encoder, embed_dim=config.get("image_text_hidden_size", 256))
     else:
-        model = BlipVQA(vision, encoder, decoder)
+        model = EncoderDecoder(vision, decoder) if encoder is None else BlipVQA(vision, encoder, decoder)
     fill(model, _HEADS, state, context, kept=("vision.", "text.", "question.", "decoder."))
     return model.eval()
 
