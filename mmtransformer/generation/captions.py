@@ -140,6 +140,9 @@ def write_captions(
     found: list[list[CaptionResult]] = []
     keep = prompts is not None and prompts.keeps_prompt
     openings = [row[real].tolist() * keep for row, real in zip(batch.tokens, batch.attention_mask, strict=True)]
+    # A GPT-2's texts begin with the id that ends them, which would end them here, too; a BLIP's with none of its words.
+    vocab, ends = tokenizer.vocab_size, tokenizer.eos_ids
+    openings = [[token for token in row if token < vocab and token not in ends] for row in openings]
     for row, opening, language in zip(rows, openings, itertools.cycle(languages), strict=False):
         found.append([])
         for said in row:

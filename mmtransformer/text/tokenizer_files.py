@@ -78,7 +78,7 @@ def find_token(
         roles: "eos" and the like, what is wanted most first.
 
     Raises:
-        ValueError: If a file names a token that there is not; names the file and key.
+        ValueError: If a file names a token that there is not, but for an id that texts begin with; names file and key.
     """
     for role in roles:
         for file, values in settings.items():
@@ -88,7 +88,7 @@ def find_token(
             index = index[0] if isinstance(index, list) and index else index
             if token is None and isinstance(index, int) and index >= 0:  # -1 means none
                 token = next((text for text, i in vocab.items() if i == index), None)
-                if token is None:
+                if token is None and role != "bos":  # BLIP's texts begin with an id that only the model has
                     raise ValueError(f"{folder / file}: {role}_token_id is {index}, an id without a token")
             if isinstance(token, str):
                 if token not in vocab:

@@ -20,7 +20,7 @@ from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
-from mmtransformer.weights.captioners.blip import load_blip, save_blip
+from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
@@ -28,6 +28,7 @@ from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
 from mmtransformer.weights.captioners.vision_encoder_decoder import (
+    VisionEncoderDecoderProcessor,
     load_vision_encoder_decoder,
     save_vision_encoder_decoder,
 )
@@ -69,9 +70,13 @@ FAMILIES: dict[str, Family] = {
         for name in ("gpt2", "opt", *LLAMAS)
     },
     "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
-    "blip": Family(load_blip, save_blip, (EncoderDecoder, BlipVQA, BlipITM), ("blip",)),
+    "blip": Family(load_blip, save_blip, (EncoderDecoder, BlipVQA, BlipITM), ("blip",), processor=BlipProcessor),
     "vision-encoder-decoder": Family(
-        load_vision_encoder_decoder, save_vision_encoder_decoder, (EncoderDecoder,), ("vision-encoder-decoder",)
+        load_vision_encoder_decoder,
+        save_vision_encoder_decoder,
+        (EncoderDecoder,),
+        ("vision-encoder-decoder",),
+        processor=VisionEncoderDecoderProcessor,
     ),
     "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip"), processor=Blip2Processor),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),

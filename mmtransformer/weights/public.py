@@ -44,8 +44,8 @@ def open_captioner(folder: Path) -> tuple[Captioner, Processor, GenerationConfig
     family = captioner_family(folder)
     assert family is not None
     assert family.processor is not None
-    processor, generation = family.processor(folder), read_search(folder)
-    captioner = family.load(folder)
+    processor = family.processor(folder)
+    generation, captioner = read_search(folder, prompt_len=processor.prompt_len), family.load(folder)
     if not isinstance(captioner, Captioner):
         raise ValueError(f"{folder} holds a {type(captioner).__name__}, which does not caption")
     return captioner, processor, generation

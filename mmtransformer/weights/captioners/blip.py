@@ -3,16 +3,22 @@
 Its text decoder is a BERT that looks back only, and reads the image (or the question) in every block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip import BlipITM, BlipVQA
+from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.pixels import read_pixels
+from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
@@ -85,7 +91,7 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
     Raises:
         ValueError: as `from_blip`.
     """
-    config = config | {name: usual | config.get(name, {}) for name, usual in _DEFAULTS.items()}
+    config = _with_usual(config)
     if not config.get("tie_word_embeddings", True):
         raise ValueError(f"{context}: tie_word_embeddings is false, and BLIP's head is tied to its embedding here")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}  # old files' buffers
@@ -141,6 +147,22 @@ def to_blip(model: Blip) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config | {"architectures": [kind], "text_config": {**text, "encoder_hidden_size": model.vision.dim}}, tensors
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, with what published ones leave out as it is usual.
+
+    Raises:
+        ValueError: if it is of another family.
+    """
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("model_type")) != "blip":
+        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip"')
+    return _with_usual(config)
+
+
+def _with_usual(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {name: usual | config.get(name, {}) for name, usual in _DEFAULTS.items()}
+
+
 def load_blip(source: str | Path) -> Blip:
     """A BLIP from a folder as hubs have it, or the name of a hub's repository; see `from_blip`.
 
@@ -148,12 +170,60 @@ def load_blip(source: str | Path) -> Blip:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config = read_json(folder / CONFIG)
-    if (kind := config.get("model_type")) != "blip":
-        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip"')
-    state = read_tensors(folder)
+    config, state = read_config(folder), read_tensors(folder)
     with built_from(state, str(folder)):
         return blip_from_state(config, state, str(folder))
+
+
+class BlipProcessor(Processor):
+    """Prompts of BLIP: [DEC], then the words that a caption goes on from; or [DEC] beside a question, which is read.
+
+    A text ends with [SEP], whatever a folder says of its eos_token_id: so transformers has it too.
+
+    Args:
+        folder: the model's folder.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or the model neither captions nor answers.
+    """
+
+    prompt_len = 1
+
+    def __init__(self, folder: Path) -> None:
+        config = read_config(folder)
+        text, kinds = config["text_config"], config.get("architectures") or ()
+        if "BlipForImageTextRetrieval" in kinds:
+            raise ValueError(f"{folder} holds a BLIP that matches images and texts (BlipITM), and does not caption")
+        self.answers = "BlipForQuestionAnswering" in kinds
+        self.keeps_prompt = not self.answers
+        super().__init__(
+            Tokenizer.from_pretrained(folder),
+            read_pixels(folder, "Blip", size=config["vision_config"]["image_size"]),
+            eos_ids=[text["sep_token_id"]],
+        )
+        self.encode, self.start_id = PromptTokenizer(folder), text["bos_token_id"]
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """[DEC] and the words; a question's words stand elsewhere. See `Processor`."""
+        words = [] if text is None or self.answers else self.encode(text, special=False)
+        return [self.start_id, *words]
+
+    def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
+        """The batch with prompts, or with questions between [CLS] and [SEP]; see `Processor`.
+
+        Raises:
+            ValueError: if there is no question for a model that answers.
+        """
+        batch = super().with_prompts(batch, texts)
+        if not self.answers:
+            return batch
+        if None in texts:
+            raise ValueError("this model answers questions: give one as the prompt")
+        questions, real = self.tokenizer.pad([self.encode(text) for text in texts if text is not None])
+        device = batch.tokens.device
+        return InstructBatch(
+            **vars(batch), instruction=questions.to(device), instruction_attention_mask=real.to(device)
+        )
 
 
 def save_blip(

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.connectors.linear import LinearConnector
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.pixels import read_pixels
+from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.settings import read_ends, read_start
+from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
@@ -129,15 +135,53 @@ def load_vision_encoder_decoder(source: str | Path) -> EncoderDecoder:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
+    config, state = read_config(folder), read_tensors(folder)
+    with built_from(state, str(folder)):
+        return vision_encoder_decoder_from_state(config, state, str(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        ValueError: if it is of another family, or lacks a part.
+    """
     config = read_json(folder / CONFIG)
     if (kind := config.get("model_type")) != _TYPE:
         raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "{_TYPE}"')
     for name in ("encoder", "decoder"):
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{folder / CONFIG} has no {name}")
-    state = read_tensors(folder)
-    with built_from(state, str(folder)):
-        return vision_encoder_decoder_from_state(config, state, str(folder))
+    return config
+
+
+class VisionEncoderDecoderProcessor(Processor):
+    """Prompts of a vision-encoder-decoder: the decoder's start, then the words that a caption goes on from.
+
+    Args:
+        folder: the model's folder.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+
+    keeps_prompt = True
+    prompt_len = 1
+
+    def __init__(self, folder: Path) -> None:
+        encoder = read_config(folder)["encoder"]
+        size = encoder.get("image_size", 224)
+        kind = {"deit": "DeiT"}.get(encoder.get("model_type", ""), "ViT")
+        super().__init__(
+            Tokenizer.from_pretrained(folder),
+            read_pixels(folder, kind, size=size if isinstance(size, int) else size[0]),
+            eos_ids=read_ends(folder, "decoder"),
+        )
+        self.encode, self.start_id = PromptTokenizer(folder), read_start(folder, "decoder")
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """The start and the words; see `Processor`."""
+        return [self.start_id, *([] if text is None else self.encode(text, special=False))]
 
 
 def save_vision_encoder_decoder(

@@ -28,9 +28,11 @@ class Processor(ABC):
 
     Attributes:
         keeps_prompt: Whether a caption goes on from the prompt's own words ("a photo of"), which are then part of it.
+        prompt_len: Tokens of a prompt without words, see `settings.read_search`.
     """
 
     keeps_prompt = False
+    prompt_len = 0
 
     def __init__(
         self, tokenizer: Tokenizer, transform: ImageTransform, *, eos_ids: Sequence[int], prompt: str | None = None

@@ -13,11 +13,15 @@ _USUAL_NEW = 20
 """New tokens where nobody says how many: transformers' silent limit."""
 
 
-def read_search(folder: Path) -> GenerationConfig:
+def read_search(folder: Path, *, prompt_len: int = 0) -> GenerationConfig:
     """The search of a folder's generation_config.json; greedy, 20 new tokens, where it has none.
 
     It is heeded for every family, also where transformers' own `generate` passes it over (BLIP, BLIP-2, InstructBLIP,
     Kosmos-2).
+
+    Args:
+        folder: the folder.
+        prompt_len: tokens of a prompt without words, which transformers counts in max_length and min_length.
 
     Raises:
         ValueError: naming a setting that makes no sense.
@@ -30,8 +34,9 @@ def read_search(folder: Path) -> GenerationConfig:
     if not values.get("do_sample"):
         for name in ("temperature", "top_k", "top_p"):  # of no effect there
             values.pop(name, None)
-    values["max_new_tokens"] = said.get("max_new_tokens", said.get("max_length", _USUAL_NEW))
-    values["min_new_tokens"] = said.get("min_new_tokens", 0)
+    for least, usual in (("max", _USUAL_NEW + prompt_len), ("min", 0)):
+        counted = max(said.get(f"{least}_length", usual) - prompt_len, 0)
+        values[f"{least}_new_tokens"] = said.get(f"{least}_new_tokens", counted)
     try:
         return GenerationConfig(**values)
     except ValueError as error:
@@ -48,12 +53,34 @@ def read_ends(folder: Path, *places: str) -> tuple[int, ...]:
     Raises:
         ValueError: if no file says.
     """
-    path, config = folder / GENERATION, read_json(folder / CONFIG)
-    tries: list[Any] = [read_json(path)] if path.exists() else []
-    tries += [config, *(config.get(place, {}) for place in places)]
-    for values in tries:
+    for values in _said(folder, places):
         ends = values.get("eos_token_id")
         ends = [ends] if isinstance(ends, int) else ends
         if isinstance(ends, list) and ends and all(isinstance(end, int) for end in ends):
             return tuple(ends)
     raise ValueError(f"{folder}: neither {GENERATION} nor {CONFIG} says eos_token_id, the id that ends a text")
+
+
+def read_start(folder: Path, *places: str) -> int:
+    """The id that an encoder-decoder's text begins with: `decoder_start_token_id`, else `bos_token_id`.
+
+    Args:
+        folder: the folder.
+        places: see `read_ends`.
+
+    Raises:
+        ValueError: if no file says.
+    """
+    for key in ("decoder_start_token_id", "bos_token_id"):
+        for values in _said(folder, places):
+            if isinstance(start := values.get(key), int):
+                return start
+    raise ValueError(
+        f"{folder}: neither {GENERATION} nor {CONFIG} says decoder_start_token_id, the id that a text begins with"
+    )
+
+
+def _said(folder: Path, places: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What a folder says of generation, first the file that it is for."""
+    path, config = folder / GENERATION, read_json(folder / CONFIG)
+    return [*([read_json(path)] if path.exists() else []), config, *(config.get(place, {}) for place in places)]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from mmtransformer.weights.processors.pixels import read_pixels
-from mmtransformer.weights.processors.settings import read_ends, read_search
+from mmtransformer.weights.processors.settings import read_ends, read_search, read_start
 from mmtransformer.weights.processors.templates import ChatTemplate
 from support.public import byte_level, pictures
 
@@ -127,6 +127,15 @@ def test_searches_and_ends(tmp_path: Path) -> None:
     found = read_search(tmp_path)
     assert (found.num_beams, found.length_penalty, found.max_new_tokens, found.top_k) == (5, -1.0, 9, None)
     assert read_ends(tmp_path, "text_config") == (3, 4)
+    path.write_text('{"max_length": 16, "min_length": 4, "decoder_start_token_id": 5, "bos_token_id": 6}')
+    found = read_search(tmp_path, prompt_len=1)  # which these lengths count
+    assert (found.max_new_tokens, found.min_new_tokens) == (15, 3)
+    assert read_start(tmp_path) == 5
+    path.write_text('{"bos_token_id": 6}')
+    assert read_start(tmp_path) == 6
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="decoder_start_token_id, the id that a text begins with"):
+        read_start(tmp_path, "text_config")
     path.write_text('{"num_beams": 0}')
     with pytest.raises(ValueError, match=r"generation_config\.json: num_beams must be at least 1"):
         read_search(tmp_path)
