@@ -11,8 +11,8 @@ from PIL import Image
 
 from mmtransformer.data.files.archives import Entry, Files, nfc
 from mmtransformer.data.files.finder import Finder
-from mmtransformer.data.files.manifests import Manifest, find_manifests, read_folder, read_manifest
-from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
+from mmtransformer.data.files.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
+from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import ReadOptions, check_share
 from mmtransformer.data.files.tables import Row
 from mmtransformer.data.loading.errors import Report, TooManyErrors
@@ -20,7 +20,8 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
-           "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file"}  # fmt: skip
+           "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
+           "excel": "Excel"}  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,7 +84,7 @@ class PairFiles:
     """Pictures with captions as people keep them, read in place, in folders, zips and tars.
 
     The format is detected, and `describe()` says it: pictures with a .txt each, CSV or TSV, JSONL, JSON, COCO
-    captions, Karpathy's JSON, Flickr8k's token file, Parquet (`mmtransformer.data.files.manifests` lists them).
+    captions, Karpathy's JSON, Flickr8k's token file, Parquet, Excel (`mmtransformer.data.files.manifests` lists them).
 
     Splits. What the data says holds: a split column, folders train/, val/, test/, manifests named by split. Where it
     says none, or has no val, the pictures whose name hashes below `val_fraction` are val: a picture is always in the
@@ -111,9 +112,10 @@ class PairFiles:
         check_share("max_bad", max_bad, whole=True)
         self.root = Path(root).expanduser()
         self.report = Report()
-        files = Files(root)
-        manifests = find_manifests(files, read.format)
+        files = Files(root, read.encoding)
+        manifests = find_manifests(files, read.format, read.wanted)
         self._images_in = files if read.images is None or not manifests else Files(files.folder(read.images))
+        rule = ""
         self._found: dict[Any, _Image] = {}
         self._missing: list[tuple[str | None, Row, str, str]] = []
         self._said: list[str] = []
@@ -125,10 +127,16 @@ class PairFiles:
                 self._said = [f"{_title(manifest)} {listing}"]
                 self._said += [str(columns)] if columns else []
                 base = manifest.base if self._images_in is files else ""
-                self._add(list(rows), base, manifest.split)
+                rows = list(rows)
+                if any(row.split for row in rows):
+                    rule = f"by the column {columns.split}" if columns and columns.split else "as the file names them"
+                self._add(rows, base, manifest.split)
+                rule = rule or ("by the names of the files" if manifest.split else "")
         else:
             self._said = [_TITLES["folder"]]
             self._add(list(read_folder(files)), "", None)
+            for path, reason in overlooked(files, (image.name for image in self._found.values())):
+                self.report.note("a manifest that was not read", path, reason)
         self._count_missing()
         what = f"{self.root} ({self._said[0]})"
         if not self.report.rows:
@@ -139,6 +147,10 @@ class PairFiles:
         found = [image for image in self._found.values() if image.captions]
         if not found and max_bad < 1:
             raise TooManyErrors(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
+        if all(image.split is None for image in found):
+            paths = [image.place.inner if isinstance(image.place, Entry) else image.name for image in found]
+            for image, split in zip(found, folder_splits(paths), strict=True):
+                image.split, rule = split, "by their folders" if split else rule
         self._normalize_names(found)
         self.languages: tuple[str, ...]
         self.languages, said = normalize_languages([image.captions for image in found], read.language)
@@ -146,6 +158,7 @@ class PairFiles:
         names, splits = [p.name for p in found], [p.split for p in found]
         members, said = normalize_splits(names, splits, read.val_fraction)
         self._said += [said] if said else []
+        self._rule = rule
         self._splits = {split: [found[i] for i in some] for split, some in members.items()}
         del self._found, self._missing
 
@@ -169,7 +182,10 @@ class PairFiles:
         captions = sum(len(image.captions) for split in self._splits.values() for image in split)
         parts = [f"{self._said[0]}: {images} pictures, {captions} captions", *self._said[1:]]
         if self._splits:
-            parts.append("splits " + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items()))
+            parts.append(
+                f"splits{f' {self._rule}' * bool(self._rule)}: "
+                + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
+            )
         return "; ".join(parts)
 
     def _add(self, rows: list[Row], base: str, split: str | None) -> None:
@@ -206,6 +222,10 @@ class PairFiles:
                 self.report.error("picture in two splits", row.where, what)
             else:
                 known.captions.extend(row.captions)
+
+        for kind, found in finder.mapped.items():
+            for what in found:
+                self.report.note(kind, what)
 
     def _count_missing(self) -> None:
         there = {image.split for image in self._found.values()} | {"train", None}

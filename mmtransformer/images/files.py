@@ -67,7 +67,7 @@ class ImageError(ValueError):
 
 
 def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_000) -> Image.Image:
-    """Reads one picture as RGB: JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, and AVIF where Pillow has it.
+    """Reads one picture as RGB: JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, AVIF where Pillow has it, HEIC with pillow-heif.
 
     The format is told by the content, not by the name. Of an animation it is the first frame.
 
@@ -85,12 +85,13 @@ def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_0
         return _decoded(called, lambda: _finished(source, called, max_pixels))
     data, name = _read(source, name, max_bytes=16 * max_pixels + 2**26)
     kind = _kind(data[:64])
-    if kind not in _OPENERS:
+    opener = _heic_opener() if kind == "HEIC" else _OPENERS.get(kind)
+    if opener is None:
         raise ImageError(f"{name}: {_what_it_is(data, kind)}; give one of {', '.join(_OPENERS)}")
 
     def decode() -> Image.Image:
         coded = damage.without_texts(data) if kind == "PNG" else data
-        image = _OPENERS[kind](io.BytesIO(coded), "")  # reads the header only
+        image = opener(io.BytesIO(coded), "")  # reads the header only
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             _check_tags(image, name)
             damage.check_tiff(data, image)
@@ -106,6 +107,15 @@ def load(source: Source, *, name: str | None = None, max_pixels: int = 100_000_0
         return result
 
     return _decoded(name, decode, kind)
+
+
+def _heic_opener() -> Callable[..., ImageFile.ImageFile] | None:
+    """pillow-heif's reader, which turns pictures upright itself; None where it is not installed."""
+    try:
+        from pillow_heif.as_plugin import HeifImageFile  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return HeifImageFile
 
 
 def _decoded(name: str, decode: Callable[[], Image.Image], kind: str = "picture") -> Image.Image:
@@ -196,6 +206,8 @@ def _kind(head: bytes) -> str:
 
 def _what_it_is(data: bytes, kind: str) -> str:
     """Describes a file that is not a picture of an allowed format."""
+    if kind == "HEIC":
+        return 'a HEIC picture, as iPhones take them, which needs pillow-heif (the extra "heic"; docs/install.md)'
     if kind:
         return f"a {kind} picture, which this installation cannot read"
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()

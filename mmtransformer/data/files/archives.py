@@ -18,7 +18,22 @@ from typing import NamedTuple, Self
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
+IMAGES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".ppm",
+    ".heic",
+    ".heif",
+)
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
 SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPEN = 256  # archives that are kept open
@@ -94,12 +109,14 @@ class Files:
 
     Args:
         root: A folder, or one zip or tar. Of any other file the folder is listed, and the file is `asked`.
+        encoding: Of texts that are not UTF-8 (`read_text`); None knows none.
 
     Raises:
         ValueError: If the root doesn't exist, or is an archive that can't be read.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, encoding: str | None = None):
+        self.encoding = encoding
         given = Path(root).expanduser()
         if not given.exists():
             raise ValueError(f"{given} does not exist")
@@ -130,6 +147,7 @@ class Files:
         """Archives whose entries are known from elsewhere (an index): none is opened before it is read."""
         files = cls.__new__(cls)
         files.root, files.archives, files.asked = Path(), [str(archive) for archive in archives], None
+        files.encoding = None
         files.entries, files.refused, files.by_path = [], {}, {}
         files._prepare()
         return files
@@ -160,6 +178,25 @@ class Files:
         except OSError as error:
             reason = str(error) if error.errno is None else error.strerror
             raise FileError(f"{entry.path}: {reason}") from None
+
+    def read_text(self, entry: Entry) -> bytes:
+        """The bytes of a text as UTF-8, out of `encoding` where one is named and they are not UTF-8 already.
+
+        Raises:
+            FileError: As `read`; or if they are not of that encoding either.
+        """
+        data = self.read(entry)
+        if self.encoding is None:
+            return data
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError:
+            try:
+                return data.decode(self.encoding).encode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"line {data[: error.start].count(bytes([10])) + 1}, byte 0x{data[error.start]:02x}"
+                raise FileError(f"{entry.path}: neither UTF-8 nor {self.encoding} ({place})") from None
+        return data
 
     def _read(self, entry: Entry) -> bytes:
         if max(entry.size, entry.compressed_size) > MAX_BYTES:

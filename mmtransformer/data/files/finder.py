@@ -1,20 +1,25 @@
 """From the name that a manifest gives a picture to the one file that it can mean."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from urllib.parse import unquote
 
-from mmtransformer.data.files.archives import Entry, Files, join, nfc, refusal
+from mmtransformer.data.files.archives import IMAGES, Entry, Files, join, nfc, refusal
 
 
 class Finder:
-    """Looks the names of one manifest up among the files below the root; never a file that only might be meant.
+    r"""Looks the names of one manifest up among the files below the root; never a file that only might be meant.
 
-    There are three ways to read a name, and one manifest is read in one way only:
+    There are four ways to read a name, and one manifest is read in one way only:
 
     1. as written: relative to the manifest, to the root, or to the inside of any archive;
     2. with folders in front left out: "a.jpg" for photos/a.jpg, if only one file fits;
-    3. with the first folders, the same for all names, too many: "data/images/a.jpg" for images/a.jpg.
+    3. with the first folders, the same for all names, too many: "data/images/a.jpg" for images/a.jpg;
+    4. as an id, without the file's ending: "a" for photos/a.jpg, if only one picture fits.
 
-    The first way that finds at least half of the names is taken, or else the one that finds most.
+    The first way that finds at least half of the names is taken, or else the one that finds most. Paths of other
+    machines (C:\Users\..., Label Studio's /data/upload/...) mean the file with the longest end that is the same; how
+    many there were stands in `mapped`.
 
     Args:
         files: Where pictures may lie.
@@ -27,14 +32,19 @@ class Finder:
         self.base = base
         self.inner: dict[str, list[Entry]] = {}
         self.by_last: dict[str, list[Entry]] = {}
+        self.by_stem: dict[str, list[Entry]] = {}
         self.dropped = 0
+        self.mapped: dict[str, list[str]] = {}
         for entry in files.entries:
             if entry.archive >= 0:
                 self.inner.setdefault(entry.inner, []).append(entry)
-            self.by_last.setdefault(nfc(entry.path).rpartition("/")[2], []).append(entry)
+            last = nfc(entry.path).rpartition("/")[2]
+            self.by_last.setdefault(last, []).append(entry)
+            if last.lower().endswith(IMAGES):
+                self.by_stem.setdefault(last.rpartition(".")[0], []).append(entry)
         paths = [path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None]
         best, most = 1, -1
-        for way in (1, 2, 3):
+        for way in (1, 2, 3, 4):
             self.way = way
             if way == 3:
                 self.dropped, count = self._drop(paths)
@@ -48,6 +58,8 @@ class Finder:
 
     def find(self, name: str) -> tuple[Entry, str] | tuple[str, str]:
         """The file that a name means, and the name in its plain form; or the cause and what is wrong with it."""
+        if (elsewhere := _elsewhere(name)) is not None:
+            return self._by_end(name, *elsewhere)
         if (reason := refusal(name)) is not None:
             return "refused path", f"{name[:120]!r} is {reason}"
         full = join(self.base, name)
@@ -58,6 +70,21 @@ class Finder:
         if isinstance(found, Entry):
             return found, path
         return (found[0], repr(name[:120])) if found[0] == "missing picture" else found
+
+    def _by_end(self, name: str, kind: str, ends: Sequence[str]) -> tuple[Entry, str] | tuple[str, str]:
+        """The file with the longest end of a path of another machine."""
+        for end in ends:
+            last = nfc(end).rpartition("/")[2]
+            found = [(_shared(nfc(entry.path), nfc(end)), entry) for entry in self.by_last.get(last, ())]
+            if not found:
+                continue
+            most = max(shared for shared, _ in found)
+            best = [entry for shared, entry in found if shared == most]
+            if len(best) > 1:
+                return "ambiguous name", f"{name[:120]!r} may be {best[0].path} or {best[1].path}"
+            self.mapped.setdefault(kind, []).append(f"{name[:120]!r} is taken for {best[0].path}")
+            return best[0], nfc(best[0].path)
+        return "refused path", f"{name[:120]!r} is an absolute path, and no file here ends like it"
 
     def _look(self, path: str, full: str) -> Entry | tuple[str, str]:
         if self.way == 3:
@@ -75,6 +102,9 @@ class Finder:
             found = [e for e in self.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)]
             loose = [entry for entry in found if entry.archive < 0]
             found = loose if len(loose) == 1 else found  # an unpacked copy beside its archive
+        if self.way == 4 and not found:
+            ids = self.by_stem.get(path.rpartition("/")[2], [])
+            found = [e for e in ids if f"/{nfc(e.path)}".rpartition(".")[0].endswith(f"/{path}")]
         if len(found) == 1:
             return found[0]
         if found:
@@ -93,6 +123,24 @@ class Finder:
             count = sum(isinstance(self._look(path, path), Entry) for path in paths)
             best = best if best[1] >= count else (self.dropped, count)
         return best
+
+
+def _elsewhere(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """What a path of another machine is called, and the paths that may end like a file here; None if it is none."""
+    if re.match(r"[A-Za-z]:[\\/]", name):
+        return "Windows paths, found by their ends", (name.replace("\\", "/"),)
+    if name.startswith("/data/local-files/?d="):
+        return "Label Studio's paths, found by their ends", (unquote(name.partition("?d=")[2]),)
+    if name.startswith("/data/upload/"):
+        plain = unquote(name)
+        return "Label Studio's paths, found by their ends", (plain, re.sub(r"/[0-9a-f]{8}-([^/]+)$", r"/\1", plain))
+    return None
+
+
+def _shared(path: str, other: str) -> int:
+    """How many parts the ends of two paths share."""
+    pairs = zip(reversed(path.split("/")), reversed(other.split("/")), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(path.count("/"), other.count("/")) + 1)
 
 
 def _above(path: str) -> Iterable[str]:

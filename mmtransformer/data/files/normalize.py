@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from mmtransformer.data.files.text import hash_share, is_korean
+from mmtransformer.data.files.text import SPLITS, hash_share, is_korean
 from mmtransformer.data.loading.source import Caption
 
 _ORDER = {"train": 0, "val": 1, "test": 2}
@@ -45,6 +45,15 @@ def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -
     said = "languages " + ", ".join(f"{code} {counts[code]}" for code in languages)
     assumed = language is None and rest == "en" and korean < total
     return languages, said + (" (en where nothing says otherwise)" if assumed else "")
+
+
+def folder_splits(paths: Sequence[str]) -> list[str | None]:
+    """The split that a folder of each path names, where one of the folders is that of training; else none."""
+    found = [
+        next((SPLITS[word] for part in path.split("/")[:-1] if (word := part.casefold()) in SPLITS), None)
+        for path in paths
+    ]
+    return found if "train" in found else [None] * len(paths)
 
 
 def normalize_splits(

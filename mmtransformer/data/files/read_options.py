@@ -1,10 +1,11 @@
 """What a user says of files of their own, where it is not to be detected: columns, formats, languages."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet"]
+Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet", "excel"]
 Unit = Literal["line", "paragraph", "file"]
 
 
@@ -30,10 +31,11 @@ class ReadOptions:
         language_column: Column with the language of the row's captions.
         split_column: Column with the split.
         language: The language of captions that neither the data nor their script tells.
+        encoding: Of tables and texts that are not UTF-8, such as cp949 or latin-1.
         val_fraction: Share of the pictures for val where the data names none; 0 for no val.
 
     Raises:
-        ValueError: If `val_fraction` is no share that leaves something to train on.
+        ValueError: If `val_fraction` is no share that leaves something to train on, or the encoding is unknown.
     """
 
     format: Format = "auto"
@@ -43,9 +45,17 @@ class ReadOptions:
     language_column: str | None = None
     split_column: str | None = None
     language: str | None = None
+    encoding: str | None = None
     val_fraction: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.encoding is not None:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError:
+                raise ValueError(
+                    f"encoding ({self.encoding}) is unknown; known are utf-16, cp949, latin-1, ..."
+                ) from None
         check_share("val_fraction", self.val_fraction)
 
     @property

@@ -24,11 +24,26 @@ IMAGE = (
     "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
     "file_name", "filename", "image_name", "path", "img", "picture", "photo", "jpg", "png", "file", "image_url", "url",
     "이미지", "사진", "그림", "파일", "파일명", "경로",
+    "bild", "bilddatei", "datei", "dateiname", "foto", "fichier", "imagen", "archivo", "immagine", "imagem",
 )  # fmt: skip
 CAPTION = (
     "captions", "caption", "title", "text", "texts", "txt", "sentences", "sentence", "descriptions", "description",
     "comment", "alt_text", "alt", "raw", "캡션", "설명", "문장", "텍스트", "제목",
+    "beschreibung", "bildunterschrift", "titel", "légende", "descripción", "descripcion", "título",
+    "didascalia", "legenda",
 )  # fmt: skip
+IDS = (
+    "image_id",
+    "img_id",
+    "imageid",
+    "id",
+    "key",
+    "name",
+    "uid",
+    "아이디",
+    "번호",
+    "이름",
+)  # where no column names files
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
 _NESTED = 16  # lists inside lists of captions
@@ -98,7 +113,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
     def first(aliases: Sequence[str]) -> str | None:
         return next((by_key[alias] for alias in aliases if alias in by_key), None)
 
-    image = wanted.image or first(IMAGE)
+    image = wanted.image or first(IMAGE) or (first(IDS) if wanted.images else None)
     if wanted.captions:
         captions = tuple((name, _language_of(name)) for name in wanted.captions)
     else:
@@ -112,7 +127,8 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
     if missing:
         raise ValueError(
             f"{where}: no column looks like the {' or the '.join(missing)}; its columns are: {listing}. "
-            f"Name it: {', '.join(kind + '_column=...' for kind in missing)}"
+            f"Name it: {' '.join(f'--{kind}-column ...' for kind in missing)} (in a recipe data.read."
+            f"{', data.read.'.join(f'{kind}_column' for kind in missing)})"
         )
     assert image is not None
     return Columns(image, captions, wanted.language or first(LANGUAGE), wanted.split or first(SPLIT))
@@ -149,6 +165,8 @@ def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tup
     """A row of any table-like manifest, its cells checked and its captions normalised."""
     errors: list[tuple[str, str]] = []
     image = record.get(columns.image)
+    if isinstance(image, int) and not isinstance(image, bool) and _key(columns.image) in IDS:
+        image = str(image)
     if not columns.image:
         image = None
     elif not isinstance(image, str) or is_missing(image.strip()):

@@ -63,8 +63,11 @@ def _encoding(line: bytes, error: UnicodeDecodeError) -> str:
         korean = line.decode("cp949")
     except UnicodeDecodeError:
         korean = ""
-    guess = "CP949, Korean Windows" if re.search("[가-힣]{2}", korean) else "Latin-1"
-    return f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8"
+    guess, name = ("CP949, Korean Windows", "cp949") if re.search("[가-힣]{2}", korean) else ("Latin-1", "latin-1")
+    return (
+        f"byte 0x{line[error.start]:02x} at column {error.start + 1} (it may be {guess}): save the file as UTF-8, or "
+        f"say --encoding {name} (a recipe's data.read.encoding)"
+    )
 
 
 def normalize_text(text: str) -> str:

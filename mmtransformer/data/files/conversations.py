@@ -1,0 +1,70 @@
+"""Records of other programs as records of a picture and its caption: conversations, chats, Label Studio's tasks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_ASK, _ANSWER = ("human", "user"), ("gpt", "assistant", "model", "chatgpt")
+QUESTION = "questions before captions, left out"
+
+
+class Turns(ValueError):
+    """A conversation of several turns, which is no caption."""
+
+
+def as_record(record: Any) -> Any:
+    """A record with the keys image and caption in place of a conversation or a task; any other one as it is.
+
+    Known are LLaVA's `conversations` ("from", "value"), `messages` of chats ("role", "content", a text or a list of
+    parts), and Label Studio's tasks with their `data` and `annotations`. A conversation with one question is a prompt
+    and a caption: the answer is the caption, and the question stands under "question".
+
+    Raises:
+        Turns: If a conversation has more than one question, or no answer.
+    """
+    if not isinstance(record, Mapping):
+        return record
+    for key, who, what in (("conversations", "from", "value"), ("messages", "role", "content")):
+        if isinstance(turns := record.get(key), list):
+            return _conversation(record, turns, who, what)
+    if isinstance(record.get("data"), Mapping) and isinstance(record.get("annotations"), list):
+        return _task(record["data"], record["annotations"])
+    return record
+
+
+def _conversation(record: Mapping[str, Any], turns: list[Any], who: str, what: str) -> dict[str, Any]:
+    said: dict[str, list[str]] = {"ask": [], "answer": []}
+    images = record.get("images")
+    image = record.get("image") or (images[0] if isinstance(images, list) and len(images) == 1 else None)
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise Turns(f"a turn that is no object: {turn!r:.60}")
+        role, parts = str(turn.get(who)).lower(), turn.get(what)
+        texts = []
+        for part in parts if isinstance(parts, list) else [parts]:
+            if isinstance(part, Mapping):
+                place = part.get("image") or part.get("image_url") or part.get("path")
+                place = place.get("url") if isinstance(place, Mapping) else place
+                image = image or place
+                part = part.get("text")
+            texts += [part] if isinstance(part, str) else []
+        if role in (*_ASK, *_ANSWER):
+            said["ask" if role in _ASK else "answer"].append(" ".join(texts).replace("<image>", " ").strip())
+    if len(said["ask"]) > 1 or len(said["answer"]) != 1:
+        raise Turns(f"{len(said['ask'])} questions and {len(said['answer'])} answers")
+    if image is None:
+        raise Turns("no picture, or several")
+    rest = {key: record[key] for key in ("split", "language") if key in record}
+    return {"image": image, "caption": said["answer"][0], "question": " ".join(said["ask"])} | rest
+
+
+def _task(data: Mapping[str, Any], annotations: list[Any]) -> dict[str, Any]:
+    """A task of Label Studio: the picture of its data, and the texts that people wrote of it."""
+    image = next((value for value in data.values() if isinstance(value, str) and "/" in value), None)
+    captions: list[str] = []
+    for annotation in annotations:
+        results = annotation.get("result") if isinstance(annotation, Mapping) else None
+        for result in results if isinstance(results, list) else ():
+            value = result.get("value") if isinstance(result, Mapping) else None
+            text = value.get("text") if isinstance(value, Mapping) else None
+            captions += [text] if isinstance(text, str) else text if isinstance(text, list) else []
+    return {"image": data.get("image") or data.get("img") or image, "caption": captions or data.get("caption")}

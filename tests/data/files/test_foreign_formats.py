@@ -1,0 +1,240 @@
+"""Data as other people and programs leave it: odd columns, ids, conversations, Excel, Windows, encodings."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmtransformer.data.check import check
+from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.pairs import PairFiles
+
+N = 7
+
+
+def draw(folder: Path, *, names: str = "{:03d}.jpg", n: int = N) -> list[str]:
+    for i in range(n):
+        path = folder / names.format(i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * i, 255 - 30 * i, 99)).save(path)
+    return [names.format(i) for i in range(n)]
+
+
+def captions(source: Any) -> dict[str, list[str]]:
+    splits = [source.split(name) for name in source.splits()]
+    return {s.name(i): [c.text for c in s.captions(i)] for s in splits for i in range(len(s)) if s.image(i)}
+
+
+@pytest.mark.parametrize(
+    ("header", "mark", "file"),
+    [
+        ("id,caption", ",", "labels.csv"), ("Bild;Beschreibung", ";", "x.csv"), ("filepath\ttitle", "\t", "y.tsv"),
+        ("image_id,text", ",", "deep/er/table.csv"),
+    ],
+)  # fmt: skip
+def test_unusual_columns_and_ids(tmp_path: Path, header: str, mark: str, file: str) -> None:
+    names = draw(tmp_path / "photos")
+    keys = [name[:-4] if "id" in header else name for name in names]
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("\n".join([header, *(f"{key}{mark}dog {key}" for key in keys)]), "utf-8")
+    found = captions(open_pairs(tmp_path))
+    assert len(found) == N
+    assert {text for (text,) in found.values()} == {f"dog {key}" for key in keys}
+
+
+def test_a_manifest_that_is_not_read_is_mentioned_and_its_columns_can_be_named(tmp_path: Path) -> None:
+    names = draw(tmp_path)
+    (tmp_path / "labels.csv").write_text("\n".join(["wer,was", *(f"{name},dog {name}" for name in names)]), "utf-8")
+    report = check(tmp_path, progress=False)
+    (finding,) = [f for f in report.findings if f.what == "a manifest that was not read"]
+    assert "labels.csv" in finding.first[0]
+    assert "wer, was" in finding.first[0]
+    named = open_pairs(tmp_path, ReadOptions(image_column="wer", caption_column="was"))
+    assert len(captions(named)) == N
+    (tmp_path / "labels.csv").rename(tmp_path / "data.csv")
+    with pytest.raises(ValueError, match=r"--image-column \.\.\. --caption-column .*data\.read\.image_column"):
+        open_pairs(tmp_path)
+
+
+def test_numbers_are_ids(tmp_path: Path) -> None:
+    draw(tmp_path, names="{}.png")
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"id": i, "text": f"dog {i}"}) for i in range(N)), "utf-8")
+    assert captions(open_pairs(tmp_path)) == {str(i): [f"dog {i}"] for i in range(N)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "folder"])
+def test_splits_by_folder_in_every_format(tmp_path: Path, kind: str) -> None:
+    names = [name for split in ("train", "validation", "test") for name in draw(tmp_path, names=split + "/{}.png", n=4)]
+    rows = [{"file_name": name, "text": f"a {name}"} for name in names]
+    if kind == "csv":
+        text = "\n".join(["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows)])
+        (tmp_path / "metadata.csv").write_text(text)
+    elif kind == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "json":
+        (tmp_path / "captions.json").write_text(json.dumps(rows))
+    else:
+        for name in names:
+            (tmp_path / name).with_suffix(".caption").write_text(f"a {name}")
+    source = PairFiles(tmp_path)
+    assert source.splits() == ("train", "val", "test")
+    assert {name: len(source.split(name)) for name in source.splits()} == {"train": 4, "val": 4, "test": 4}
+    assert "splits by their folders: train 4, val 4, test 4" in source.describe()
+    assert source.split("test").name(0).startswith("test/")
+
+
+def test_describe_says_which_rule_made_the_splits(tmp_path: Path) -> None:
+    names = draw(tmp_path)
+    rows = [f"{name},a dog,{'train' if i else 'test'}" for i, name in enumerate(names)]
+    (tmp_path / "c.csv").write_text("\n".join(["image,caption,split", *rows]))
+    assert "splits by the column split: " in PairFiles(tmp_path).describe()
+
+
+def conversation(i: int, **more: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"a dog {i}"}]
+    return {"id": i, "image": f"{i}.png", "conversations": turns} | more
+
+
+def chat(i: int) -> dict[str, Any]:
+    asked = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": "Describe."}]
+    said = [{"type": "text", "text": f"a dog {i}"}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+
+
+def chat_beside(i: int) -> dict[str, Any]:
+    turns = [{"role": "user", "content": "<image>Describe."}, {"role": "assistant", "content": f"a dog {i}"}]
+    return {"messages": turns, "images": [f"{i}.png"]}
+
+
+def task(i: int) -> dict[str, Any]:
+    result = {"from_name": "caption", "to_name": "image", "type": "textarea", "value": {"text": [f"a dog {i}"]}}
+    return {"id": i, "data": {"image": f"/data/upload/3/0a1b2c3{i}-{i}.png"}, "annotations": [{"result": [result]}]}
+
+
+def task_min(i: int) -> dict[str, Any]:
+    return {"image": f"/data/local-files/?d=my%20photos/{i}.png", "id": i, "caption": f"a dog {i}", "lead_time": 2.5}
+
+
+@pytest.mark.parametrize("record", [conversation, chat, chat_beside, task, task_min], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_conversations_and_label_studio(tmp_path: Path, record: Any, ending: str) -> None:
+    draw(tmp_path, names="my photos/{}.png")
+    rows = [record(i) for i in range(N)]
+    text = json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"data.{ending}").write_text(text)
+    source = PairFiles(tmp_path)
+    found = captions(source)
+    assert sorted(found.values()) == [[f"a dog {i}"] for i in range(N)]
+    assert all(f"{texts[0][-1]}.png" in name for name, texts in found.items())
+    notes = " ".join(source.report.notes)
+    assert ("questions before captions" in notes) == (record in (conversation, chat, chat_beside))
+    assert ("Label Studio" in notes) == (record in (task, task_min))
+
+
+def test_label_studios_table(tmp_path: Path) -> None:
+    draw(tmp_path, names="{}.png")
+    rows = [f"/data/upload/1/0a1b2c3{i}-{i}.png,{i},a dog {i},1" for i in range(N)]
+    (tmp_path / "project.csv").write_text("\n".join(["image,id,caption,annotator", *rows]))
+    assert sorted(captions(PairFiles(tmp_path)).values()) == [[f"a dog {i}"] for i in range(N)]
+
+
+def test_conversations_of_several_turns_are_counted_and_named(tmp_path: Path) -> None:
+    draw(tmp_path, names="{}.png")
+    rows = [conversation(i) for i in range(N)]
+    rows[2]["conversations"] *= 2
+    rows[3].pop("image")
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    source = PairFiles(tmp_path)
+    assert len(captions(source)) == N - 2
+    assert source.report.notes["conversations that are no caption, left out"] == 2
+    assert source.report.first["conversations that are no caption, left out"][0] == (
+        "llava.json[2]: 2 questions and 2 answers"
+    )
+    (tmp_path / "llava.json").write_text(json.dumps(rows[2:3]))
+    with pytest.raises(ValueError, match="not one conversation"):
+        PairFiles(tmp_path)
+
+
+def test_windows_paths_mean_the_file_with_the_longest_end(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        draw(tmp_path, names=folder + "/{}.png", n=3)
+    rows = [f"C:\\Users\\Kim\\Bilder\\{folder}\\{i}.png,{folder} dog {i}" for folder in "ab" for i in range(3)]
+    (tmp_path / "c.csv").write_text("\n".join(["image,caption", *rows]))
+    source = PairFiles(tmp_path)
+    assert captions(source) == {f"{folder}/{i}.png": [f"{folder} dog {i}"] for folder in "ab" for i in range(3)}
+    assert source.report.notes == {"Windows paths, found by their ends": 6}
+    (tmp_path / "c.csv").write_text("image,caption\nD:\\x\\0.png,which one?\nD:\\x\\none.png,nothing\n")
+    with pytest.raises(ValueError, match=r"may be a/0\.png or b/0\.png(.|\n)*no file here ends like it"):
+        PairFiles(tmp_path)
+
+
+def test_encodings_are_named_and_the_guess_is_said(tmp_path: Path) -> None:
+    names = draw(tmp_path)
+    text = "\n".join(["파일명,캡션", *(f"{name},빨간 개 {i}" for i, name in enumerate(names))])
+    (tmp_path / "c.csv").write_bytes(text.encode("cp949"))
+    with pytest.raises(ValueError, match=r"it may be CP949.*--encoding cp949"):
+        PairFiles(tmp_path)
+    source = PairFiles(tmp_path, ReadOptions(encoding="cp949"))
+    assert sorted(captions(source).values()) == [[f"빨간 개 {i}"] for i in range(N)]
+    assert source.languages == ("ko",)
+    (tmp_path / "c.csv").write_bytes("image,caption\n000.jpg,ein Hund läuft\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"it may be Latin-1.*--encoding latin-1"):
+        PairFiles(tmp_path, max_bad=0)
+    assert captions(PairFiles(tmp_path, ReadOptions(encoding="latin-1"))) == {"000.jpg": ["ein Hund läuft"]}
+    (tmp_path / "c.csv").write_text("image,caption\n000.jpg,ein Hund läuft\n", "utf-8")
+    assert captions(PairFiles(tmp_path, ReadOptions(encoding="latin-1"))) == {"000.jpg": ["ein Hund läuft"]}
+    (tmp_path / "c.csv").write_bytes(b"image,caption\n000.jpg,\xff\xff\n")
+    with pytest.raises(ValueError, match=r"neither UTF-8 nor cp949 .line 2, byte 0xff"):
+        PairFiles(tmp_path, ReadOptions(encoding="cp949"))
+    with pytest.raises(ValueError, match=r"encoding .kp949. is unknown"):
+        ReadOptions(encoding="kp949")
+
+
+def test_kohyas_captions(tmp_path: Path) -> None:
+    for i, name in enumerate(draw(tmp_path)):
+        (tmp_path / name).with_suffix(".caption").write_text(f"a dog {i}\n")
+    assert sorted(captions(PairFiles(tmp_path)).values()) == [[f"a dog {i}"] for i in range(N)]
+
+
+def test_excel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    draw(tmp_path, names="{}.png")
+    book = openpyxl.Workbook()
+    book.active.append(["notes"])
+    sheet = book.create_sheet("captions")
+    sheet.append(["id", "caption_ko"])
+    for i in range(N):
+        sheet.append([float(i), f"빨간 개 {i}"])
+    sheet.append([])
+    book.save(tmp_path / "captions.xlsx")
+    found = PairFiles(tmp_path)
+    assert sorted(captions(found).values()) == [[f"빨간 개 {i}"] for i in range(N)]
+    assert found.describe().startswith("Excel captions.xlsx: 7 pictures")
+    whole = (tmp_path / "captions.xlsx").read_bytes()
+    (tmp_path / "captions.xlsx").write_bytes(whole[:-200])
+    with pytest.raises(ValueError, match=r"captions\.xlsx: not a whole Excel workbook"):
+        PairFiles(tmp_path)
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match=r'needs openpyxl, which is not installed .the extra "excel"'):
+        PairFiles(tmp_path)
+
+
+def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    for i in range(3):
+        image = Image.new("RGB", (64, 48), (80 * i, 90, 200))
+        heif.from_pillow(image).save(tmp_path / f"IMG_{i}.HEIC", quality=90)
+        (tmp_path / f"IMG_{i}.txt").write_text(f"a dog {i}")
+    source = PairFiles(tmp_path)
+    (split, *_) = source.splits()
+    assert source.split(split).image(0).size == (64, 48)
+    assert len(captions(source)) == 3
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif.as_plugin", None)
+    report = check(tmp_path, progress=False)
+    (finding,) = [f for f in report.findings if f.what == "corrupt pictures"]
+    assert "a HEIC picture, as iPhones take them, which needs pillow-heif" in finding.first[0]
