@@ -1,5 +1,6 @@
 """`mmt`, the command line: a thin, lazy door. Nothing heavy is imported before it is known what is asked for."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `mmt`; those of the process unless given.
 
     Returns:
-        The exit code: 0, 1 where `mmt check` found faults, 2 for what the user can put right, 130 for an interrupt.
+        The exit code: 0, 1 where `mmt check` found faults or pictures could not be used, 2 for what the user can put
+        right, 130 for an interrupt, 141 where nobody reads on.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -51,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         module = import_module(f"mmtransformer.cli.{COMMANDS[name][0]}")
-        return module.run(name, rest)
+        code = module.run(name, rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as a shell has it
     except KeyboardInterrupt:
         print("mmt: interrupted", file=sys.stderr)
         return 130

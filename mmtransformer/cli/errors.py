@@ -5,10 +5,24 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+OTHER_NAMES = {
+    "learning_rate": "lr", "batch": "batch_size", "per_device_train_batch_size": "batch_size", "wd": "weight_decay",
+    "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps", "output_dir": "default_root_dir",
+    "gradient_accumulation_steps": "accumulate_grad_batches", "max_grad_norm": "gradient_clip_val",
+    "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len",
+}  # fmt: skip
+"""What settings are called elsewhere -> here."""
+
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "fit"?`, or nothing if nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    known = list(known)
+    front, _, last = word.rpartition(".")
+    if other := OTHER_NAMES.get(last):
+        mine = [key for key in known if key.rpartition(".")[2] == other]
+        if mine or front:
+            return f'; did you mean "{mine[0] if mine else f"{front}.{other}"}"?'
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 

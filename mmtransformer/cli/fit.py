@@ -200,7 +200,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"exit_on_error": False},
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         trainer_defaults={
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,

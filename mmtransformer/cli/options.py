@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command, with its line of `mmt --help`."""
-    return argparse.ArgumentParser(f"mmt {name}", description=COMMANDS[name][1])
+    return argparse.ArgumentParser(f"mmt {name}", description=COMMANDS[name][1], allow_abbrev=False)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, precision: bool = False) -> None:

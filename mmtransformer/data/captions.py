@@ -77,7 +77,7 @@ class CaptionData(Data):
         self.source: PairSource = (
             open_pairs(source, read, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
-        self.transform, self.augment = image or ImageTransform(), augment
+        self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
@@ -89,7 +89,16 @@ class CaptionData(Data):
         return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
     def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
-        """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
+        """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.
+
+        Raises:
+            ValueError: If another transform was asked for, which could have no effect.
+        """
+        if self._own_transform is not None and self._own_transform != image:
+            raise ValueError(
+                f"data.image would have no effect: the model that is trained on reads pictures as {image}, not as "
+                f"{self._own_transform}; leave data.image out"
+            )
         self.tokenizer, self.transform = tokenizer, image
         self.forget()
         self._features, self._datasets = {}, {}

@@ -145,7 +145,7 @@ def write_captions(
     openings = [[token for token in row if token < vocab and token not in ends] for row in openings]
     for row, opening, language in zip(rows, openings, itertools.cycle(languages), strict=False):
         found.append([])
-        for said in row:
+        for said in sorted(row, key=lambda said: -said.log_prob) if c.do_sample else row:  # beams are in their order
             # A model may score more ids than its tokenizer has (a small corpus gives fewer); those say nothing.
             known = [k for k, token in enumerate(said.tokens) if token < tokenizer.vocab_size]
             tokens = [said.tokens[k] for k in known]

@@ -95,6 +95,9 @@ class GenerationConfig:
             return self
         for name, value in changes.items():
             _check_setting(name, value)
+        for name in ("temperature", "top_k", "top_p"):
+            if changes.get(name) is not None and not changes.get("do_sample", self.do_sample):
+                raise ValueError(f"{name} changes how tokens are drawn, and none are: it needs do_sample")
         if changes.get("do_sample"):
             changes = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0} | changes
         elif "num_beams" not in changes and not self.do_sample:

@@ -25,9 +25,22 @@ T = TypeVar("T")
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
-    """The device that is named, or else a GPU if there is one."""
+    """The device that is named, or else a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
     if device is not None:
-        return torch.device(device)
+        try:
+            found = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device {device}: torch knows none of this name; give cpu, cuda or mps") from None
+        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type, 1)
+        if there <= (found.index or 0):
+            raise ValueError(
+                f"device {device}: torch finds {there or 'no'} such device here; leave it out for what there is"
+            )
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

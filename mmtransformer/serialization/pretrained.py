@@ -105,7 +105,15 @@ def find_folder(
     if folder.is_dir():
         if look is not None and (folder / CONFIG).exists():
             look(folder)
+        if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
+            raise ValueError(f"{folder_or_id} is a run's folder, and its model is {folder / 'model'}: name that")
         return folder
+    if folder.suffix == ".ckpt":
+        raise ValueError(
+            f"{folder_or_id} is a checkpoint, not a model. A run that ends leaves its model in runs/NAME/model; of "
+            f"another, `mmt fit --config runs/NAME/config.yaml --ckpt_path {folder_or_id} --trainer.max_steps 1` "
+            f"writes it without training on"
+        )
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
         raise ValueError(f"{folder_or_id}: no such folder")
     return fetch(str(folder_or_id), options, look=look)

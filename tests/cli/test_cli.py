@@ -83,6 +83,21 @@ def test_help_is_quick() -> None:
         (["caption", "PAIRS/p0.txt", "--model", "MODEL"], "p0.txt: not a picture"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--language", "fr"], 'language "fr"; it knows en, ko'),
         (["caption", "PAIRS/p0.png", "--model", "PAIRS"], "config.json: no such file"),
+        (["caption", "PAIRS/p0.png", "--model", "RUN"], "its model is RUN/model: name that"),
+        (["caption", "PAIRS/p0.png", "--model", "RUN/last.ckpt"], "is a checkpoint, not a model"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--device", "cuda:77"], "device cuda:77: torch finds"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--device", "gpu"], "give cpu, cuda or mps"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--temperature", "0.5"], "temperature changes how tokens"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-beams", "0"], "num_beams must be at least 1"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-bea", "3"], "unrecognized arguments: --num-bea"),
+        ([*FINETUNE, "--data.source=PAIRS", "--trainer.max_step=3"], 'did you mean "trainer.max_steps"?'),
+        ([*FINETUNE, "--data.source=PAIRS", "--model.optim.learning_rate=3"], 'did you mean "optim.lr"?'),
+        ([*FINETUNE, "--data.source=PAIRS", "--trainer.epochs=3"], 'did you mean "trainer.max_epochs"?'),
+        (
+            [*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--data.image.image_size=224"],
+            "data.image would have no effect",
+        ),
+        ([*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--model.add_languages=[ko]"], "knows ko already"),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--split", "tset"], "no split 'tset'"),
     ],
 )
@@ -96,6 +111,8 @@ def test_a_mistake_is_one_line(
     line: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "RUN" / "model")
+    (tmp_path / "RUN" / "last.ckpt").write_bytes(b"weights")
     places = {"PAIRS": str(pairs), "MODEL": str(model)}
     for name, place in places.items():
         words = [word.replace(name, place) for word in words]
@@ -105,6 +122,44 @@ def test_a_mistake_is_one_line(
     assert line in last
     assert last.startswith("mmt")
     assert "Traceback" not in err
+
+
+def test_nobody_reads_on(model: Path, pairs: Path) -> None:
+    words = ["caption", str(pairs), "--model", str(model)]
+    script = f"from mmtransformer.cli import main; raise SystemExit(main({words}))"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | true; echo ${PIPESTATUS[0]}', sys.executable, script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout.strip() == "141"
+    assert "rror" not in done.stderr
+
+
+def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, model: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    german = tmp_path / "bilder"
+    german.mkdir()
+    for i in range(7):
+        shutil.copy(pairs / f"p{i}.png", german)
+        (german / f"p{i}.txt").write_text(f"ein roter Stern {i}", "utf-8")
+    before = ImageCaptioner.from_pretrained(model, device="cpu")
+    words = [f"--data.source={german}", f"--model.init={model}", "--data.read.language=de"]
+    code, out, _ = mmt(capsys, *FINETUNE, *words, "--model.add_languages=[de]", "--model.freeze_vision=true")
+    assert code == 0
+    assert "--language de" in out.splitlines()[-1]
+    after = ImageCaptioner.from_pretrained("runs/finetune_pairs/model", device="cpu")
+    assert after.tokenizer.languages == ("en", "ko", "de")
+    assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 1
+    assert after.captioner.vocab_size >= after.tokenizer.vocab_size
+    code, out, _ = mmt(
+        capsys, "caption", str(german / "p0.png"), "--model", "runs/finetune_pairs/model", "--language", "de"
+    )
+    assert code == 0
 
 
 def test_debug_shows_the_traceback() -> None:

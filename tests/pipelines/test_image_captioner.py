@@ -58,8 +58,11 @@ def test_a_drawn_caption_depends_on_the_picture_the_seed_and_its_number_alone() 
         assert [[c.tokens for c in row] for row in model(pictures, batch_size=size, **options)] == together
     backwards = model(pictures[::-1], batch_size=3, **options)
     assert [[c.tokens for c in row] for row in backwards[::-1]] == together
-    for picture, (first, _) in zip(pictures, together, strict=True):
-        assert [c.tokens for c in model(picture, **options | {"num_return_sequences": 1})[0]] == [first]
+    for picture, two in zip(pictures, together, strict=True):
+        assert model(picture, **options | {"num_return_sequences": 1})[0][0].tokens in two
+    for row in model(pictures, **options | {"num_return_sequences": 7}):
+        scores = [c.log_prob for c in row]
+        assert scores == sorted(scores, reverse=True)
     assert [[c.tokens for c in row] for row in model(pictures, **options | {"seed": 6})] != together
 
 

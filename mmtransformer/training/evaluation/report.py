@@ -68,7 +68,7 @@ def write_report(
     if cards:
         subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
         save_image(draw_gallery(cards, title=title, subtitle=subtitle), folder / "gallery.png")
-        hint = f"Caption a picture of your own: `{how_to(folder, model)}`"
+        hint = f"Caption a picture of your own: `{how_to(folder, model, evaluation)}`"
         table = page_table(evaluation)
         save_html_gallery(cards, folder / "gallery.html", title=title, metrics=table, hint=hint)
     draw_curves(folder)
@@ -168,8 +168,8 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
     return table
 
 
-def how_to(folder: Path, model: ImageCaptioner) -> str:
-    """The command that captions one's own picture with this model."""
+def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
+    """The command that captions one's own picture with this model, in a language that it was scored in."""
     program = "mmt"
     if shutil.which(program) is None:
         beside = Path(sys.executable).with_name(program)
@@ -179,7 +179,8 @@ def how_to(folder: Path, model: ImageCaptioner) -> str:
     folder = folder.resolve()
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     known = model.tokenizer.languages
-    language = f" --language {known[-1]}" if len(known) > 1 else ""
+    scored = [code for by in evaluation.captions.values() for code in by if code in known]
+    language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
     return f"{program} caption YOUR_PICTURE.jpg --model {shown / 'model'}{language} --heatmap words.png"
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmtransformer.backbones.base import Decoder
+from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.captioners.coca import CoCa
 from mmtransformer.data.captions import CaptionData
@@ -15,7 +17,7 @@ from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.guidance import blank_images
-from mmtransformer.layers.lora import merge_lora
+from mmtransformer.layers.lora import add_lora, merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
@@ -173,7 +175,7 @@ class Captioning(Task):
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
-        lines += [f"  {how_to(run.folder, model)}"]
+        lines += [f"  {how_to(run.folder, model, evaluation)}"]
         print("\n".join(lines))  # noqa: T201
 
     def _score_few_shot(self, data: CaptionData | InterleavedData, run: Run) -> tuple[dict[str, object], str]:
@@ -199,6 +201,9 @@ def finetune(
     init: str = "runs/caption_scenes/model",
     *,
     freeze_vision: bool = False,
+    freeze_decoder: bool = False,
+    lora_rank: int = 0,
+    add_languages: Sequence[str] = (),
     optim: Optim = Optim(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
     label_smoothing: float = 0.0,
     image_ablation_batches: int = 4,
@@ -209,6 +214,11 @@ def finetune(
     Args:
         init: The model's folder, or its name on the hub.
         freeze_vision: Leave the vision tower as it is, and train the rest.
+        freeze_decoder: Leave the language model as it is, and train the rest.
+        lora_rank: Train, of the language model, low-rank products of this width beside its queries and values alone
+            (`add_lora`; needs peft); 0 trains it as a whole.
+        add_languages: Codes of languages that the model does not know yet, such as "de": each gets a token, and the
+            language model's tables a row for it.
         optim: The optimizer and its schedule.
         label_smoothing: Share of the target's probability that is spread over the vocabulary, in training only.
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
@@ -216,8 +226,16 @@ def finetune(
     """
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
     captioner = saved.captioner
+    if add_languages:
+        _add_languages(saved, add_languages)
     if freeze_vision and not is_frozen(captioner.vision):
         freeze(captioner.vision)
+    if lora_rank or freeze_decoder:
+        decoder = _decoder(captioner, "lora_rank" if lora_rank else "freeze_decoder")
+        if lora_rank:
+            add_lora(decoder, rank=lora_rank)
+        else:
+            freeze(decoder)
     module = Captioning(
         captioner,
         optim=optim,
@@ -227,6 +245,37 @@ def finetune(
     )
     module.start = saved
     return module
+
+
+def _decoder(captioner: Captioner, asked: str) -> Decoder:
+    """The language model of a captioner.
+
+    Raises:
+        ValueError: If it has none by this name.
+    """
+    decoder = getattr(captioner, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError(f"{asked} is for captioners with a language model; {type(captioner).__name__} has none")
+    return decoder
+
+
+def _add_languages(saved: ImageCaptioner, languages: Sequence[str]) -> None:
+    """Lets a model caption in more languages once it has learnt them: tokens, and rows of its tables for them.
+
+    Raises:
+        ValueError: If it knows one of them, or a code is none.
+    """
+    known = saved.tokenizer.languages
+    if again := [code for code in languages if code in known]:
+        raise ValueError(f"add_languages: the model knows {', '.join(again)} already")
+    if not known:
+        raise ValueError("add_languages: the model names no languages, and has learnt to caption without; start anew")
+    more = saved.tokenizer.with_special_tokens(languages=languages)
+    new, first = more.vocab_size - saved.tokenizer.vocab_size, saved.tokenizer.vocab_size
+    decoder = _decoder(saved.captioner, "add_languages")
+    if new:
+        saved.captioner.decoder = ExtendedVocabulary(decoder, new, first=first).merged().requires_grad_(True)
+    saved.tokenizer = more
 
 
 def other_images(batch: CaptionBatch) -> CaptionBatch:
