@@ -25,6 +25,7 @@ from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.rows import image_token
 from mmtransformer.data.loading.source import Caption, Pairs
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.text.tokenizer import Tokenizer
 
 _KEPT = 256  # examples whose visual tokens are kept in memory
@@ -122,7 +123,7 @@ class FewShot:
         given, visual = batch.visual, batch.visual_tokens
         if given.shape[1] != 1:
             raise ValueError(f"examples go before one picture a sample, but these samples have {given.shape[1]}")
-        visual = self.captioner.encode(given) if visual is None else visual
+        visual = self._encode(given) if visual is None else visual
         names = batch.names or (None,) * len(given)
         able = self._able(tuple(languages))
         chosen: list[list[int]] = []
@@ -199,11 +200,16 @@ class FewShot:
         if example not in self._seen:
             device = next(self.captioner.parameters()).device
             pixels = self.transform(self.examples.image(example)).to(device)
-            self._seen[example] = self.captioner.encode(pixels[None, None])[0, 0]
+            self._seen[example] = self._encode(pixels[None, None])[0, 0]
             if len(self._seen) > _KEPT:
                 self._seen.popitem(last=False)
         self._seen.move_to_end(example)
         return self._seen[example]
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """As `Captioner.encode`, in evaluation mode: what is kept must not be what dropout has left."""
+        with evaluation_mode(self.captioner):
+            return self.captioner.encode(pixels)
 
     def _pool(self, visual_tokens: Tensor) -> Tensor:
         """One feature a picture, (b p d) -> (b d), in float32."""
@@ -217,7 +223,7 @@ class FewShot:
             for start in range(0, len(self.examples), _AT_ONCE):
                 places = range(start, min(start + _AT_ONCE, len(self.examples)))
                 pixels = torch.stack([self.transform(self.examples.image(i)) for i in places])
-                found.append(self._pool(self.captioner.encode(pixels[:, None].to(device))[:, 0]))
+                found.append(self._pool(self._encode(pixels[:, None].to(device))[:, 0]))
             self._features = torch.cat(found)
         mean = self._features.mean(0, keepdim=True)
         return F.normalize(self._features - mean, dim=-1), mean

@@ -10,6 +10,7 @@ import torch
 from mmtransformer.backbones.seq2seq import TextPairs, Transformer
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
@@ -109,7 +110,7 @@ class Translator:
         prompt, said = self.tokenizer.prompt(language), self.tokenizer.encode(translation)
         source = self.tokenizer.encode_source(text)
         tokens = torch.tensor([[*prompt, *said]], device=self.device)
-        with record_attention(self.model.decoder, keep="cross_attn") as record:
+        with evaluation_mode(self.model), record_attention(self.model.decoder, keep="cross_attn") as record:
             self.model.decode(tokens, self.model.encode(torch.tensor([source], device=self.device)))
         weights = torch.stack([x[0, :, len(prompt) - 1 :] for x in record.values()]).float().cpu()
         pieces = self.tokenizer.pieces

@@ -106,6 +106,16 @@ def examples_in(row: torch.Tensor) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- the form
 
 
+def test_examples_are_seen_without_dropout_by_a_model_in_training() -> None:
+    model = captioner()
+    model.vision.blocks[0].branch1.append(torch.nn.Dropout(0.5))  # type: ignore[operator, union-attr]
+    want = shots(model, num_examples=2, choose="nearest")(queries("red"), ["en"]).visual_tokens
+    model.vision.train()
+    found = shots(model, num_examples=2, choose="nearest")(queries("red"), ["en"]).visual_tokens
+    assert torch.equal(found, want)  # type: ignore[arg-type]
+    assert model.vision.blocks[0].training
+
+
 @pytest.mark.parametrize("choose", ["random", "nearest"])
 def test_a_prompt_has_the_form_of_a_document(choose: str) -> None:
     batch = shots(num_examples=3, choose=choose)(queries("red", "blue"), ["ko", "en"])

@@ -125,7 +125,7 @@ def evaluate(
     """Captions whole splits in every language that they have, and scores the captions.
 
     Args:
-        captioner: The model; evaluation mode is set.
+        captioner: The model; it is in evaluation mode while it captions.
         data: The data, with the model's tokenizer and transform.
         splits: Which splits; those that the data validates on unless told.
         generation: How captions are searched for.
@@ -138,7 +138,7 @@ def evaluate(
     Returns:
         Captions and scores.
     """
-    captioner.to(device).eval()
+    captioner.to(device)
     result = Evaluation(generation)
     for split in data.val_splits if splits is None else splits:
         codes = split_languages(data.tokenizer, data.rows(split).languages)

@@ -83,7 +83,7 @@ def score_few_shot(
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
     """
-    captioner.to(device).eval()
+    captioner.to(device)
     if isinstance(data, InterleavedData) and isinstance(data.source, SceneDocuments):
         source, most = data.source, min(data.source.sizes["val"], (limit_batches or 10**9) * data.batch_size)
         scores: dict[str, dict[int, float]] = {}

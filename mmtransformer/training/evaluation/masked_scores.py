@@ -15,6 +15,7 @@ from torch import Tensor
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.metrics.neighbours import NeighbourBaseline
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def score_masked(
     """Scores a split, whose hidden words are always the same ones and all behind the mask token.
 
     Args:
-        encoder: The model, in evaluation mode.
+        encoder: The model; it is in evaluation mode for the call.
         data: The texts.
         split: The split's name.
         baseline: What counted the training texts.
@@ -82,7 +83,7 @@ def score_masked(
     nats, pairs, known, rows = 0.0, 0, 0, 0
     for batch in islice(data.loader(split), limit_batches):
         there = batch.to(device)
-        with fast_autocast(device):
+        with evaluation_mode(encoder), fast_autocast(device):
             logits, told = read_masked(encoder, there)
         losses = F.cross_entropy(logits, there.labels[there.loss_mask], reduction="none")
         nats += float(losses.double().cpu().numpy().sum())
@@ -158,12 +159,12 @@ def fill_in(
     """What a model puts in the place of hidden words: "a [man: dog] runs on the [grass]", the truth behind a colon.
 
     Args:
-        encoder: The model, in evaluation mode.
+        encoder: The model; it is in evaluation mode for the call.
         tokenizer: Its tokenizer.
         batch: Rows with hidden words.
         rows: Which rows; None = all.
     """
-    with fast_autocast(batch.tokens.device):
+    with evaluation_mode(encoder), fast_autocast(batch.tokens.device):
         logits, _ = read_masked(encoder, batch)
     filled = batch.labels.clone()
     filled[batch.loss_mask] = logits.argmax(-1).to(filled)

@@ -21,6 +21,7 @@ from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.images import ImageError
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots import save_image
 from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, draw_searches
@@ -154,7 +155,7 @@ def evaluate_retrieval(
     """Compares every picture of a split with every caption, within each language.
 
     Args:
-        model: The model; evaluation mode is set.
+        model: The model; it is in evaluation mode for the call.
         data: The data, with the model's tokenizer and transform.
         splits: Which splits; those that the data validates on unless told.
         rerank: How many of the nearest are matched again, for each picture and each caption; 0 = none. As in BLIP-2's
@@ -164,11 +165,11 @@ def evaluate_retrieval(
         limit_batches: Most batches of pictures of a split.
         text_batch: Captions, or pairs to be matched, at once.
     """
-    model.to(device).eval()
+    model.to(device)
     kind = torch.device(device).type
     result = Retrieval()
     for split in data.val_splits if splits is None else splits:
-        with torch.autocast(kind, autocast, autocast is not None):
+        with evaluation_mode(model), torch.autocast(kind, autocast, autocast is not None):
             result.splits[split] = _split(model, data, split, rerank, device, limit_batches, text_batch)
     return result
 

@@ -17,6 +17,7 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.text_rows import TextRows
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.generation.loop import generate
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.metrics.ngram import NGram
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def score_texts(decoder: Decoder, data: TextData, split: str, *, limit_batches: 
     """Scores a split, each token once.
 
     Args:
-        decoder: The model, in evaluation mode.
+        decoder: The model; it is in evaluation mode for the call.
         data: The texts.
         split: The split's name.
         limit_batches: Most batches to look at; None = all.
@@ -91,7 +92,8 @@ def score_texts(decoder: Decoder, data: TextData, split: str, *, limit_batches: 
     nats = np.zeros(len(rows.text_of))
     count = np.zeros(len(rows.text_of), np.int64)
     for batch in islice(data.loader(split), limit_batches):
-        part, loss = token_losses(decoder, batch.to(device))
+        with evaluation_mode(decoder):
+            part, loss = token_losses(decoder, batch.to(device))
         np.add.at(nats, part, loss)
         np.add.at(count, part, 1)
     return by_language(rows, nats, count)

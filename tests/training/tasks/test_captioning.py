@@ -249,7 +249,10 @@ def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     data, model = scenes(), captioner()
+    model.decoder.eval()
+    flags = [part.training for part in model.modules()]
     result = evaluate(model, data, generation=GenerationConfig(num_beams=2, max_new_tokens=5), limit_batches=1)
+    assert [part.training for part in model.modules()] == flags  # A run that is evaluated midway goes on as it was.
     pipeline = ImageCaptioner(model, data.tokenizer, data.transform, generation=GenerationConfig(max_new_tokens=5))
     write_report(tmp_path, pipeline, data, result, extra={"image_ablation": {}}, num_cards=2)
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))

@@ -132,8 +132,10 @@ def test_prompts_teach_nothing_and_no_document_predicts_the_next_ones_start() ->
 
 @pytest.mark.parametrize("max_len", [9, 40])
 def test_scores_are_those_of_the_documents_one_by_one(max_len: int) -> None:
-    data, decoder = data_of(max_len=max_len), decoder_of().eval()
+    data, decoder = data_of(max_len=max_len), decoder_of(dropout=0.5).train()
     found = score_texts(decoder, data, "val")
+    assert all(part.training for part in decoder.modules())
+    decoder.eval()
     nats = {"en": 0.0, "ko": 0.0}
     tokens = {"en": 0, "ko": 0}
     for text, document in zip(VAL, documents(data.tokenizer, VAL), strict=True):

@@ -439,7 +439,9 @@ def test_scores_are_counted_by_token_and_word() -> None:
         encoder.words_proj.bias[always] = 1e4
         assert encoder.sentence_proj is not None
         encoder.sentence_proj.bias[1] = 1e4
+    encoder.train()
     score = score_masked(encoder, data, "val", count_neighbours(data))
+    assert score == score_masked(encoder.eval(), data, "val", count_neighbours(data))
     batches = list(data.val_dataloader()[0])
     labels = torch.cat([batch.labels[batch.loss_mask] for batch in batches])
     assert score.tokens == pytest.approx(float((labels == always).float().mean()))
@@ -457,9 +459,10 @@ def test_scores_are_counted_by_token_and_word() -> None:
 
 
 def test_filled_texts_show_the_truth_behind_a_colon() -> None:
-    data, encoder = data_of(), encoder_of().eval()
+    data, encoder = data_of(), encoder_of(dropout=0.5).train()
     batch = next(iter(data.val_dataloader()[0]))
     lines = fill_in(encoder, data.tokenizer, batch)
+    assert all(part.training for part in encoder.modules())
     assert len(lines) == len(batch.tokens)
     for line, row, loss_mask, words in zip(lines, batch.labels, batch.loss_mask, batch.words, strict=True):
         assert line.count("[") == len(words[loss_mask].unique())
@@ -467,7 +470,7 @@ def test_filled_texts_show_the_truth_behind_a_colon() -> None:
         kept = [word for word in plain.split() if word in line]
         assert kept
     assert any(" / " in line for line in lines)
-    assert fill_in(encoder, data.tokenizer, batch, rows=[2]) == lines[2:3]
+    assert fill_in(encoder.eval(), data.tokenizer, batch, rows=[2]) == lines[2:3]
 
 
 def test_a_file_is_the_data_of_a_recipe(tmp_path: Path) -> None:

@@ -213,10 +213,13 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
 
 @torch.no_grad()
 def test_recall_is_that_of_all_pairs() -> None:
-    data, m = scenes(), model().eval()
+    data, m = scenes(), model().train()
     for parameter in m.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
+    flags = [part.training for part in m.modules()]
     found = evaluate_retrieval(m, data, ["val"], rerank=2, text_batch=7).splits["val"]["ko"]
+    assert [part.training for part in m.modules()] == flags
+    m.eval()
     pairs = data.pairs("val")
     transform = data.transform
     near, matched, owner, texts = [], [], [], []
