@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import HubOptions, fetch
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
 
@@ -153,8 +154,12 @@ def weights_written_to(path: Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code) if found else str(error), str(path)) from error
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors: those that are one under the first of their names, those that share memory each apart."""
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Writes tensors: those that are one under the first of their names, those that share memory each apart.
+
+    Returns:
+        What was written.
+    """
     state: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, tensor in tensors.items():
@@ -164,6 +169,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
             state[name] = tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
     with weights_written_to(path):
         save_file(state, path, metadata={"format": "pt"})
+    return state
 
 
 def open_weights(folder: Path) -> None:
@@ -175,14 +181,37 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        ValueError: naming the file, if it is missing or damaged.
+        ValueError: naming the file, if it is missing or damaged, or holds weights that are NaN.
     """
     check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    refuse_nan(state, str(path))
+    return state
+
+
+def rehash(folder: str | Path) -> str:
+    """Takes the weights of a folder as they are now for what was saved, after another tool has rewritten them.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote.
+
+    Returns:
+        The new sum.
+
+    Raises:
+        ValueError: If it holds no such model, or its weights are damaged in a way that needs no sum.
+    """
+    path = Path(folder) / CONFIG
+    config = read_json(path)
+    if "format_version" not in config:
+        raise ValueError(f"{path}: not a folder of mmtransformer, and without a check sum")
+    config[KEY] = checksum(read_safetensors(Path(folder) / WEIGHTS))
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return config[KEY]
 
 
 def shapes_in(folder: Path) -> dict[str, Tensor]:
@@ -317,10 +346,11 @@ class Pretrained:
         config = to_config(self)
         refuse_unreadable(self, config)
         whole = {"format_version": FORMAT_VERSION, **config, "metadata": metadata or {}}
-        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+        json.dumps(whole)  # refused before anything is written
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_weights(folder / WEIGHTS, self.state_dict())
+        whole[KEY] = checksum({name: t.cpu() for name, t in write_weights(folder / WEIGHTS, self.state_dict()).items()})
+        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
         open_weights(folder)
 
@@ -338,11 +368,12 @@ class Pretrained:
                 f"{folder / CONFIG}: format_version is {version!r:.20}, and this mmtransformer reads {FORMAT_VERSION}: "
                 f"save the model again with this version, or load it with the one that saved it"
             )
-        config = {key: value for key, value in config.items() if key not in ("format_version", "metadata")}
         state = read_safetensors(folder / WEIGHTS)
+        described = {key: value for key, value in config.items() if key not in ("format_version", "metadata", KEY)}
         with built_from(state, str(folder / CONFIG)):
-            model = from_config(config, str(folder / CONFIG))
+            model = from_config(described, str(folder / CONFIG))
         if not isinstance(model, cls):
             raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
         load_strictly(model, state, str(folder / WEIGHTS))
+        refuse_damaged(state, config, folder, folder / WEIGHTS)
         return model.eval()

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,18 @@ from mmtransformer import (
     VisualAdapter,
     ViT,
 )
+from mmtransformer.cli import main
 from mmtransformer.layers.lora import add_lora
+from mmtransformer.serialization.checksums import checksum
 from mmtransformer.serialization.pretrained import (
     Pretrained,
     find_folder,
     from_config,
     load_strictly,
     read_json,
+    read_safetensors,
     rebuilt,
+    rehash,
     to_config,
 )
 
@@ -227,9 +233,11 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     shared = written.pop((tied & set(written)).pop())
     for name in tied:  # Either name fills both.
         save_file(written | {name: shared}, tmp_path / "model.safetensors")
+        rehash(tmp_path)
         again = EncoderDecoder.from_pretrained(tmp_path)
         assert torch.equal(again.decoder.tok_embed.weight, model.decoder.tok_embed.weight)
     save_file(written | dict(zip(sorted(tied), (shared, shared.clone()))), tmp_path / "model.safetensors")
+    rehash(tmp_path)
     EncoderDecoder.from_pretrained(tmp_path)
     save_file(written | dict(zip(sorted(tied), (shared, shared + 1))), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"tied.*decoder\.lm_head\.weight and decoder\.tok_embed\.weight"):
@@ -470,6 +478,79 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
         with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 1: save .* again"):
             TextDecoder.from_pretrained(tmp_path)
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+
+def test_any_flipped_bit_of_the_weights_is_found(tmp_path: Path) -> None:
+    model = decoder()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(5)
+    for _ in range(40):
+        flip(path, draw.randrange(start, len(whole)), draw.randrange(8))
+        with pytest.raises(ValueError, match=r"model\.safetensors: (damaged|.* NaN)"):
+            TextDecoder.from_pretrained(tmp_path)
+        path.write_bytes(whole)
+    TextDecoder.from_pretrained(tmp_path)
+
+
+def test_the_check_sum_sees_bits_zeros_blocks_and_names() -> None:
+    """Of tensors of several blocks and a rest, of any type."""
+    torch.manual_seed(3)
+    state = {"a": torch.randn(3, 4096, 5), "b": torch.randn(7, dtype=torch.bfloat16), "c": torch.randint(9, (11,))}
+    known = {checksum(state)}
+    assert checksum(dict(reversed(state.items()))) in known
+    flat = state["a"].reshape(-1)
+    for at in (0, 8191, 8192, 40_000, len(flat) - 1):  # a block is 8192 of them
+        for changed in (-flat[at], torch.tensor(0.0), flat[at] * (1 + 2**-22)):
+            other = flat.clone()
+            other[at] = changed
+            known.add(checksum(state | {"a": other.view(3, 4096, 5)}))
+    moved = torch.cat([flat[8192:16384], flat[:8192], flat[16384:]]).view(3, 4096, 5)
+    zeros = torch.cat([flat[:20_000], torch.zeros(1024), flat[21_024:]]).view(3, 4096, 5)
+    known |= {checksum(state | {"a": other}) for other in (moved, zeros, state["a"].view(4096, 3, 5))}
+    known |= {checksum({"a": state["b"], "b": state["a"], "c": state["c"]}), checksum({"a": state["a"]})}
+    assert len(known) == 1 + 15 + 3 + 2
+
+
+def test_weights_of_another_tool_are_refused_until_they_are_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder().save_pretrained(tmp_path, metadata={"a": 1})
+    state = {name: tensor.half().float() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"by another tool: .* run: mmt check --rehash {tmp_path}"):
+        TextDecoder.from_pretrained(tmp_path)
+    assert main(["check", "--rehash", str(tmp_path)]) == 0
+    assert "check sum" in capsys.readouterr().out
+    again = TextDecoder.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert json.loads((tmp_path / "config.json").read_text())["metadata"] == {"a": 1}
+    edit(tmp_path, lambda c: c.pop("weights_checksum"))  # as folders of before are
+    flip(tmp_path / "model.safetensors", -1)
+    TextDecoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no such"):
+        rehash(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_that_are_nan_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = decoder().to(dtype)
+    with torch.no_grad():
+        model.last_norm.weight[2:4] = math.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: last_norm\.weight has 2 numbers that are NaN, of 24"):
+        TextDecoder.from_pretrained(tmp_path)
+    large = {"a": torch.full((7,), 3e38), "b": torch.tensor([-math.inf])}  # its sum is infinite, and no NaN
+    save_file(large, tmp_path / "other.safetensors")
+    assert len(read_safetensors(tmp_path / "other.safetensors")) == 2
 
 
 @pytest.mark.parametrize("name", ["HubDecoder", "HubSeq2Seq"])

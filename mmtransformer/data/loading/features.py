@@ -2,7 +2,8 @@
 
 The file is a plain safetensors file, `<split>-<key>.safetensors`, and the key is a hash of all that the features depend
 on: every weight and setting of the tower, the transform, the pictures, the number format. So a stale cache cannot be
-used: something else has another name. It is written beside its final name and renamed when it is whole.
+used: something else has another name. It is written beside its final name and renamed when it is whole. Beside the
+tokens stands a check sum of each picture's, which is compared when a process reads them first.
 
 Shapes: m copies of a picture (as it is, and mirrored).
 """
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.images import ImageError, ImageTransform
+from mmtransformer.serialization.checksums import block_crc32
 
 _DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 _FORMAT = 2  # raise it when the meaning of the file changes
@@ -60,25 +62,31 @@ class FeatureCache:
 
     Args:
         path: The file.
+        size: How many pictures it must hold; any number unless told.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file is damaged, or of another number of pictures.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, size: int | None = None):
         self.path = Path(path)
         self._open()
+        if size is not None and len(self) != size:
+            raise ValueError(f"{self.path}: holds {len(self)} pictures, and the split has {size}; delete it")
 
     def _open(self) -> None:
         try:
             # get_tensor maps the file privately: pages are read when touched and shared between processes.
             with safe_open(self.path, "pt") as file:
                 self.tokens: Tensor = file.get_tensor("visual_tokens")
+                # Of files of before there are none.
+                self._sums: Tensor | None = file.get_tensor("checksums") if "checksums" in file.keys() else None  # noqa: SIM118
                 self.errors: dict[int, str] = {
                     int(i): error for i, error in json.loads(file.metadata()["errors"]).items()
                 }
         except Exception as error:  # safetensors raises its own kind, and KeyError
             raise ValueError(f"{self.path}: not a feature cache, or damaged ({error}); delete it") from error
+        self._bytes, self._checked = self.path.stat().st_size, bytearray(len(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # a worker maps the file itself
@@ -96,13 +104,19 @@ class FeatureCache:
 
         Raises:
             ImageError: If the picture could not be read when the cache was made.
-            ValueError: If the cache has no mirrored copies.
+            ValueError: If the cache has no mirrored copies, was cut since it was opened, or is damaged here.
         """
         i, mirrored = key
+        if self.path.stat().st_size != self._bytes:  # To touch what is gone would kill the process.
+            raise ValueError(f"{self.path}: was {self._bytes:,} bytes and has another size now; delete it")
         if i in self.errors:
             raise ImageError(self.errors[i])
         if mirrored and self.tokens.shape[1] < 2:
             raise ValueError(f"{self.path}: has no mirrored copies; build it with flip=True")
+        if self._sums is not None and not self._checked[i]:
+            if block_crc32(self.tokens[i]) != int.from_bytes(self._sums[i].numpy().tobytes(), "little"):
+                raise ValueError(f"{self.path}: damaged at picture {i}; delete it, and it is computed anew")
+            self._checked[i] = 1
         return self.tokens[i, int(mirrored)]
 
     @classmethod
@@ -171,7 +185,7 @@ class FeatureCache:
                     bar = tqdm(total=len(pairs), desc=f"visual tokens of {name}", unit="picture", disable=not progress)
                     with bar, _frozen_on(vision, device):
                         _write(path, pairs, loader, copies, kept, bar)
-        return cls(path)
+        return cls(path, len(pairs))
 
 
 def cache_key(
@@ -247,6 +261,7 @@ def _write(
     """Compute the features and write them to `path` in one piece; pictures that cannot be read are left blank."""
     total, room = len(pairs), _header_room(len(pairs))
     errors: dict[int, str] = {}
+    sums = bytearray(4 * total)
     one: tuple[int, ...] = ()  # the shape of a picture's features (m p d), known after the first pass
     step = 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -267,10 +282,13 @@ def _write(
                         _check_space(path, total, step, kept.flip)
                     file.seek(room + i * step)
                     file.write(token.view(torch.uint8).numpy().data)
+                    sums[4 * i : 4 * i + 4] = block_crc32(token).to_bytes(4, "little")
                 bar.update(len(batch))
             if not one:
                 raise ValueError(f"none of the {total} pictures can be read; the first: {next(iter(errors.values()))}")
             file.truncate(room + total * step)
+            file.seek(room + total * step)
+            file.write(sums)
             file.seek(0)
             file.write(_header((total, *one), total * step, _DTYPES[kept.dtype][1], errors))
             file.flush()
@@ -302,6 +320,7 @@ def _header(shape: tuple[int, ...], size: int, code: str, errors: dict[int, str]
         header = {
             "__metadata__": {"errors": short},
             "visual_tokens": {"dtype": code, "shape": list(shape), "data_offsets": [0, size]},
+            "checksums": {"dtype": "U8", "shape": [shape[0], 4], "data_offsets": [size, size + 4 * shape[0]]},
         }
         text = json.dumps(header, ensure_ascii=False).encode()
         if len(text) <= room:

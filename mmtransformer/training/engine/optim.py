@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmtransformer.training.engine.guard import NotFinite
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -47,6 +49,9 @@ class Optim:
             if get_origin(kinds) is Literal and (value := getattr(self, name)) not in get_args(kinds):
                 one, other = get_args(kinds)
                 raise ValueError(f'optim.{name} must be "{one}" or "{other}", not "{value}"')
+        for name in ("lr", "weight_decay", "min_lr_ratio"):
+            if not 0.0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"optim.{name} ({value}) must be a number of at least 0")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
 
@@ -63,6 +68,18 @@ class Optim:
         return warmup_cosine(
             optimizer, warmup_steps=self.warmup_steps, total_steps=total_steps, min_lr_ratio=self.min_lr_ratio
         )
+
+    @staticmethod
+    def refuse_rates(optimizer: Optimizer, step: int) -> None:
+        """Refuses a learning rate that is NaN or infinite before it enters the weights; no loss shows it till then.
+
+        Raises:
+            NotFinite: Naming the step.
+        """
+        if odd := [rate for group in optimizer.param_groups if not math.isfinite(rate := float(group["lr"]))]:
+            raise NotFinite(
+                f"step {step}: the learning rate is {odd[0]:g}; the weights were left as they were. See optim"
+            )
 
 
 def adamw(

@@ -241,6 +241,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / parts.count
         loss, norm, lr = parts.loss / parts.count, parts.norm * scale, optimizer.param_groups[0]["lr"]
         finite = math.isfinite(loss) and math.isfinite(norm)
+        self.optim.refuse_rates(optimizer, self.trainer.global_step)
         # float16's scaler finds gradients that overflow itself, leaves the step out and scales less.
         if not finite and not (math.isfinite(loss) and self.trainer.precision == "16-mixed"):
             self._leave_out(parts, loss, norm, lr)
@@ -310,9 +311,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     def on_validation_epoch_end(self) -> None:
         """Logs the means of everything that was added; a loss called "loss" also as a perplexity."""
         means = self._means.take(self.trainer.world_size)
-        self.validation_means = (
-            {} if self.trainer.sanity_checking else {name: float(mean) for name, mean in means.items()}
-        )
+        self.validation_means = {n: float(mean) for n, mean in means.items() if not self.trainer.sanity_checking}
         self.log_dict(means, rank_zero_only=True)
 
     on_test_epoch_end = on_validation_epoch_end

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmtransformer import BlockConfig
@@ -207,6 +207,42 @@ def test_a_damaged_file_is_said(tmp_path):
         build(tmp_path)
     path.unlink()
     assert build(tmp_path)[0, False].shape == (240, 3)
+
+
+def test_damage_is_found_where_it_is_read(tmp_path):
+    """A flipped bit, a page of zeros, in any picture; of the others nothing is said."""
+    cache = build(tmp_path, flip=True)
+    whole, size = cache.path.read_bytes(), cache.tokens[0].nbytes
+    start = whole.index(bytes(cache.tokens[0].reshape(-1).view(torch.uint8).numpy()))
+    for i in range(7):
+        for change in (lambda piece: bytes([piece[0] ^ 1, *piece[1:]]), lambda piece: bytes(len(piece))):
+            at = start + i * size + size // 2
+            cache.path.write_bytes(whole[:at] + change(whole[at : at + 64]) + whole[at + 64 :])
+            damaged = FeatureCache(cache.path)
+            for other in set(range(7)) - {i}:
+                assert torch.equal(damaged[other, False], damaged.tokens[other, 0])
+            for mirrored in (False, True):
+                with pytest.raises(ValueError, match=rf"safetensors: damaged at picture {i}; delete it"):
+                    damaged[i, mirrored]
+
+
+def test_a_cache_of_other_pictures_or_one_that_was_cut_is_said(tmp_path):
+    cache = build(tmp_path)
+    with pytest.raises(ValueError, match="holds 7 pictures, and the split has 9; delete it"):
+        FeatureCache(cache.path, 9)
+    cache[0, False]
+    with cache.path.open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(ValueError, match="has another size now; delete it"):
+        cache[6, False]
+
+
+def test_a_cache_of_before_is_read(tmp_path):
+    """One without check sums."""
+    cache = build(tmp_path)
+    tokens = load_file(cache.path)["visual_tokens"]
+    save_file({"visual_tokens": tokens}, tmp_path / "old", metadata={"errors": "{}"})
+    assert torch.equal(FeatureCache(tmp_path / "old", 7)[3, False], cache[3, False])
 
 
 def test_without_mirrored_copies(tmp_path):

@@ -4,6 +4,7 @@ import enum
 import io
 import math
 import os
+import random
 import resource
 import select
 import shutil
@@ -393,6 +394,33 @@ def test_newest_is_the_newest_whole_one(tmp_path: Path) -> None:
     assert found == tmp_path / "c.ckpt"
     assert len(faults) == 1
     assert "b.ckpt: not a whole checkpoint" in faults[0]
+
+
+def test_a_time_in_the_future_makes_no_checkpoint_new(tmp_path: Path) -> None:
+    for step, name in ((7, "late"), (3, "early")):
+        FILES.save_checkpoint(checkpoint(step), tmp_path / f"{name}.ckpt")
+    os.utime(tmp_path / "early.ckpt", (2**32, 2**32))
+    assert newest(tmp_path) == (tmp_path / "late.ckpt", [])
+
+
+def test_flipped_bits_in_the_directory_are_passed_over(tmp_path: Path) -> None:
+    FILES.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")
+    path = tmp_path / "b.ckpt"
+    FILES.save_checkpoint(checkpoint(5), path)
+    data, draw = path.read_bytes(), random.Random(5)
+    start = data.index(b"PK\x01\x02")
+    for _ in range(1000):
+        changed = bytearray(data)
+        changed[draw.randrange(start, len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        found, problems = newest(tmp_path)
+        assert (found == path) == (not problems)
+        if found == path:  # What was changed means nothing.
+            assert read(path)["global_step"] == 5
+    whole = bytearray(data)
+    whole[data.index(b"PK\x01\x02") + 46] ^= 0x80  # a name that is no text
+    path.write_bytes(whole)
+    assert newest(tmp_path)[0] == tmp_path / "a.ckpt"
 
 
 def test_numbers_stay_numbers() -> None:

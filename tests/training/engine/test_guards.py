@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.cli.errors import one_line
@@ -23,7 +24,7 @@ from mmtransformer.training.engine.guard import (
     first_bad_module,
     not_finite,
 )
-from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.optim import Optim, warmup_inverse_sqrt
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
@@ -156,6 +157,33 @@ def test_weights_are_what_they_were_before_the_bad_step(tmp_path: Path, monkeypa
         train(tmp_path, [batch(0), batch(1), batch(2, math.nan)], lr_schedule="inverse_sqrt")
     for a, b in zip(good.parameters(), seen[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_learning_rate_that_is_nan_does_not_enter_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: str
+) -> None:
+    good, _ = train(tmp_path, [batch(0), batch(1)], lr_schedule="inverse_sqrt")
+    for bad in (math.nan, math.inf):
+        seen: list[Captioning] = []
+
+        def schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int, bad: float = bad) -> LambdaLR:
+            usual = warmup_inverse_sqrt(optimizer, warmup_steps=optim.warmup_steps).lr_lambdas[0]
+            return LambdaLR(optimizer, lambda step: usual(step) if step < 2 else bad)
+
+        class Keep(Captioning):
+            def on_fit_start(self, seen: list[Captioning] = seen) -> None:
+                seen.append(self)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(globals(), "Captioning", Keep)
+            patch.setattr(Optim, "schedule", schedule)
+            with pytest.raises(NotFinite, match=f"step 2: the learning rate is {bad:g}; the weights were left"):
+                train(tmp_path, [batch(0), batch(1), batch(2)], lr_schedule="inverse_sqrt", nonfinite=nonfinite)
+        for a, b in zip(good.parameters(), seen[0].parameters(), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"optim\.lr \(nan\) must be a number of at least 0"):
+        Optim(lr=math.nan)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
