@@ -165,6 +165,9 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
+    own = None if model.processor is None else model.processor.prompt
+    if own and args.prompt is None and args.examples is None:
+        print(f'captioned after "{own}"; --prompt says something else', file=sys.stderr)
     return model, model.prompts(args.prompt, None if args.examples is None else _examples(model, args))
 
 

@@ -81,6 +81,8 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     kind = config["model_type"]
     only(config, context, {"projector_hidden_act": "gelu", "use_image_newline_parameter": True}, "Llava")
     parts = sorted_out(state, _LAYOUT, context)
+    if "head.probe" not in parts["vision"]:  # nobody reads it here, so some files leave it out
+        config["vision_config"]["vision_use_head"] = False
     vision = vision_from_clip(config["vision_config"], parts["vision"], f"{context}, vision tower")
     text = {"model_type": "qwen2" if kind == "llava_onevision" else "llama"} | config.get("text_config", {})
     tied = config.get("tie_word_embeddings", False)
@@ -121,7 +123,7 @@ def _whole(config: Mapping[str, Any], context: str) -> dict[str, Any]:
     tower, usual = found.get("vision_config", {}), _SO400M if kind == "llava_onevision" else _CLIP_L
     if tower.get("model_type", usual["model_type"]) == usual["model_type"]:
         tower = usual | tower
-    return found | {"vision_config": tower}
+    return found | {"vision_config": dict(tower)}
 
 
 def _tiles(config: Mapping[str, Any], context: str) -> TileConfig:

@@ -36,6 +36,7 @@ from transformers import (
 
 from mmtransformer.images import ImageTransform
 from mmtransformer.images.tiles import fitted_tiles, split_tiles
+from support.cli import mmt
 from support.public import byte_level, close, first_logits, ids, load, noisy, pictures, until_end
 
 CLIP = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 21,
@@ -207,6 +208,26 @@ def test_words_heat_maps_and_whole_prompts(case: tuple[Any, Any, Path]) -> None:
     assert (heat >= 0).all()
     with pytest.raises(ValueError, match="a prompt has one <image> for its picture, this one has 2"):
         ours(image, prompt="<image> and <image>")
+
+
+@pytest.mark.parametrize("make", [llava_next, idefics3])
+def test_the_command_line_says_what_it_captions_after(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = make(tokenizer())
+    noisy(model, 0.5, seed=3).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    images = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for image, path in zip(pictures(), images, strict=False):
+        image.save(path)
+    ours = load(tmp_path / "model")
+    for words in (None, "what is this?"):
+        said = ["--prompt", words] if words else []
+        code, out, err = mmt(capsys, "caption", *images, "--model", str(tmp_path / "model"), *said, "--device", "cpu")
+        assert code == 0, err
+        want = [row[0].text for row in ours(images, prompt=words)]
+        assert all(text in out for text in want if text.isprintable())
+        assert (f'captioned after "{ours.processor.prompt}"' in err) == (words is None)  # type: ignore[union-attr]
 
 
 def test_without_a_chat_template(tmp_path: Path) -> None:

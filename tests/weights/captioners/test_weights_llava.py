@@ -249,6 +249,17 @@ def test_every_layout(layout: str) -> None:
         assert torch.equal(ours.state_dict()[name], tensor)
 
 
+def test_a_tower_without_the_head_that_nobody_reads() -> None:
+    theirs = noisy(MODELS["llava, SigLIP and Qwen2"]())
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if ".head." not in name}
+    ours = llava_from_state(theirs.config.to_dict(), state, "here")
+    assert ours.vision.attn_pool is None
+    batch, given = inputs(ours, answer=3)
+    with torch.no_grad():
+        found, want = ours.logits(batch), theirs(**given).logits
+    torch.testing.assert_close(found[batch.attention_mask], want[batch.attention_mask], atol=3e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_a_head_of_its_own_stays_untied(tmp_path: Path) -> None:
     theirs = noisy(MODELS["llava, tied, two layers with the class"]())
