@@ -79,19 +79,19 @@ def gemm_rate(dtype: torch.dtype, size: int = 1536, device: str = "cpu") -> floa
     return 2 * size**3 / min(calls)
 
 
-def start(description: str, *, weights: tuple[str, ...] = ()) -> argparse.Namespace:
+def start(description: str, **choices: tuple[str, ...]) -> argparse.Namespace:
     """Reads the command line, sets the threads, prints the machine.
 
     Args:
         description: what `--help` says.
-        weights: choices of `--weights`, the first by default; none = there is no such option.
+        choices: further options by name, each with what may be chosen, the first by default.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=9, help="timed calls of each side")
     parser.add_argument("--only", default="", help="run the lines whose name has this in it")
-    if weights:
-        parser.add_argument("--weights", choices=weights, default=weights[0], help="what ours computes with")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
