@@ -10,6 +10,7 @@ python tests/benchmarks/bench_public.py [--threads N] [--pairs N] [--only NAME] 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def main() -> None:
             same = args.weights == args.peer == "fp32"
             compare(
                 name,
-                lambda pixels=pixels: ours_ids(ours, pixels, first, end, search),
-                lambda pixels=pixels: peer_ids(peer, pixels, search),
+                partial(ours_ids, ours, pixels, first, end, search),
+                partial(peer_ids, peer, pixels, search),
                 target=2.0 if family == "BLIP" or not same else 1.5,
                 pairs=args.pairs,
                 unit=(rows, "pictures"),
