@@ -145,7 +145,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         def after_instantiate_classes(self) -> None:
             start = self.model.start if isinstance(self.model, Captioning) else None
             if start is not None:
-                self.datamodule.continue_from(start.tokenizer, start.transform)
+                self.datamodule.continue_from(start.tokenizer, start.transform, start.processor)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
                 print(describe())
 

@@ -16,11 +16,12 @@ from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
-from mmtransformer.data.loading.rows import CaptionRows, image_token
+from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.processor import Processor, Worded
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class CaptionData(Data):
         self.source: PairSource = (
             open_pairs(source, read, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
+        self.processor: Processor | None = None
+        self._opening: Opening | None = None
         self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
@@ -88,20 +91,32 @@ class CaptionData(Data):
         texts = (caption.text for i in range(len(pairs)) for caption in pairs.captions(i))
         return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
-    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
+    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform, processor: Processor | None = None) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.
 
+        Args:
+            tokenizer: Its tokenizer.
+            image: Its transform.
+            processor: Of a public model: its prompts stand before the captions.
+
         Raises:
-            ValueError: If another transform was asked for, which could have no effect.
+            ValueError: If another transform was asked for, which could have no effect, or if a public model has
+                several prompts for pictures of several shapes.
         """
         if self._own_transform is not None and self._own_transform != image:
             raise ValueError(
                 f"data.image would have no effect: the model that is trained on reads pictures as {image}, not as "
                 f"{self._own_transform}; leave data.image out"
             )
-        self.tokenizer, self.transform = tokenizer, image
+        self.tokenizer, self.transform, self.processor = tokenizer, image, processor
+        self._opening = None if processor is None else Opening(*processor.opening())
         self.forget()
         self._features, self._datasets = {}, {}
+
+    @property
+    def prompting(self) -> Worded | None:
+        """What makes the prompts of a public model; None = plain ones."""
+        return None if self.processor is None else Worded(self.processor)
 
     @once_a_split
     def pairs(self, split: str) -> Pairs:
@@ -111,7 +126,9 @@ class CaptionData(Data):
     @once_a_split
     def rows(self, split: str) -> CaptionRows:
         """Return the captions of a split, tokenised at the first call; captions that had to be cut are reported."""
-        rows = CaptionRows(self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images)
+        rows = CaptionRows(
+            self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images, opening=self._opening
+        )
         if rows.cut:
             _log.warning(
                 "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
@@ -198,7 +215,8 @@ class CaptionData(Data):
 
     def collate(self, split: str, *, training: bool = False) -> Collate:
         """What makes a `CaptionBatch` of pictures with their captions."""
-        return Collate(self.tokenizer.pad_id, self.tokenizer.image_id if self.mark_images else None)
+        complete = None if self.processor is None else self.processor.complete
+        return Collate(self.tokenizer.pad_id, self.tokenizer.image_id if self.mark_images else None, complete=complete)
 
     def lengths(self, split: str) -> Lengths:
         """How long the captions are that an epoch chooses."""
@@ -218,8 +236,10 @@ class CaptionData(Data):
             language: The language to caption in; None names none.
 
         Returns:
-            The same pictures with tokens (b q), q = 1 or 2.
+            The same pictures with tokens (b q).
         """
+        if self.processor is not None:
+            return self.processor.with_prompts(batch, [None] * len(batch.names))
         prompt = self.tokenizer.prompt(language if self.tokenizer.languages else None)
         prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.mark_images)
         tokens = prompt.to(batch.tokens.device).expand(len(batch.names), -1)

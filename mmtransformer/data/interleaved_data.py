@@ -106,8 +106,14 @@ class InterleavedData(Data):
         self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions
 
-    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform) -> None:
-        """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised."""
+    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform, processor: object = None) -> None:
+        """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.
+
+        Raises:
+            ValueError: For a public model, whose prompts these documents do not have.
+        """
+        if processor is not None:
+            raise ValueError("a public captioner is fine-tuned on pairs (CaptionData), not on interleaved documents")
         self.tokenizer, self.transform = tokenizer, image
         self.forget()
         self._captions = None

@@ -43,7 +43,7 @@ from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded, batch_of_pixels
-from mmtransformer.weights.public import captioner_family, open_captioner
+from mmtransformer.weights.public import captioner_family, open_captioner, save_captioner
 
 _READY = threading.Lock()
 
@@ -160,11 +160,16 @@ class ImageCaptioner:
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Writes model, tokenizer, image transform, generation settings and a model card.
 
+        A public model is written as it came, as transformers reads it, its card naming the base and its licence.
+
         Args:
             folder: Where to; made if it is not there.
             card: Text for the model card, below its heading: how it was trained, its scores.
         """
         folder = Path(folder)
+        if self.processor is not None and self.processor.folder is not None:
+            save_captioner(self.captioner, self.processor.folder, folder, note=card or "")
+            return
         self.captioner.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PREPROCESSOR, self.transform.to_dict())

@@ -51,6 +51,7 @@ class Family:
         model_types: what `config.json` says under `model_type`; nothing where it names the family otherwise.
         architectures: those of its model types that are of this family, where a type has several kinds of models; none
             = all of them.
+        save_options: what `save` needs besides, from the config.json that the model came with.
         processor: a folder -> its pictures and prompts, for captioners that `ImageCaptioner.from_pretrained` takes.
     """
 
@@ -60,6 +61,7 @@ class Family:
     model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     processor: Callable[[Path], Processor] | None = None
+    save_options: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
 
 
 FAMILIES: dict[str, Family] = {
@@ -78,7 +80,14 @@ FAMILIES: dict[str, Family] = {
         ("vision-encoder-decoder",),
         processor=VisionEncoderDecoderProcessor,
     ),
-    "blip2": Family(load_blip2, save_blip2, (Blip2, ImageText), ("blip-2", "instructblip"), processor=Blip2Processor),
+    "blip2": Family(
+        load_blip2,
+        save_blip2,
+        (Blip2, ImageText),
+        ("blip-2", "instructblip"),
+        processor=Blip2Processor,
+        save_options=lambda config: {"image_token_id": config.get("image_token_index")},
+    ),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
     **{

@@ -1,14 +1,27 @@
 """Public captioners: from a folder as hubs have it to all that captions a picture."""
 
+import json
+import re
+import shutil
+from html import escape
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.serialization.pretrained import CONFIG, read_json
+from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights, read_json, write_weights
+from mmtransformer.serialization.untrusted import check_plain
 from mmtransformer.weights.families import FAMILIES, Family, family_of
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_search
+from mmtransformer.weights.shared.folders import read_tensors
+
+_CARD = "README.md"
+_BESIDE = (".json", ".txt", ".jinja", ".model")
 
 
 def captioner_family(folder: Path) -> Family | None:
@@ -46,6 +59,104 @@ def open_captioner(folder: Path) -> tuple[Captioner, Processor, GenerationConfig
     assert family.processor is not None
     processor = family.processor(folder)
     generation, captioner = read_search(folder, prompt_len=processor.prompt_len), family.load(folder)
+    processor.folder = folder
     if not isinstance(captioner, Captioner):
         raise ValueError(f"{folder} holds a {type(captioner).__name__}, which does not caption")
     return captioner, processor, generation
+
+
+def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str = "") -> None:
+    """Writes a public captioner as transformers reads it, with all else that stands in the folder it came from.
+
+    What its config.json says beside the family's sizes stays; tensors keep the base's number format where that loses
+    nothing. The card names the base and its licence.
+
+    Args:
+        captioner: the captioner, of the base's family.
+        base: the folder that it was loaded from.
+        folder: where to.
+        note: for the card: how it was trained, its scores.
+
+    Raises:
+        ValueError: if the family has no place for what was done to it, before anything is written.
+    """
+    family, config = captioner_family(base), read_json(base / CONFIG)
+    assert family is not None
+    if folder.resolve() == base.resolve():
+        raise ValueError(f"{folder} is the folder that the model came from: give another to write to")
+    family.save(captioner, folder, **family.save_options(config))
+    for path in base.iterdir():
+        if path.suffix in _BESIDE and path.name != CONFIG and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and path.name == "qformer_tokenizer":
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+    written = read_json(folder / CONFIG) | _as_base(folder, base, config)
+    text = json.dumps(_joined(config, written), indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    _write_card(base, folder, note)
+
+
+def _as_base(folder: Path, base: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Writes as the base has it what is the same: number formats, and what was added up or left out when it was loaded.
+
+    Those are the class token, to which its position was added, and OPT's rows of positions that no text has.
+
+    Returns:
+        What config.json says of the number format.
+    """
+    name = str(config.get("dtype", config.get("torch_dtype", "float32"))).removeprefix("torch.")
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name)
+    state, before = read_tensors(folder), read_tensors(base)
+    for key in list(state):
+        if key.endswith("model.decoder.embed_positions.weight") and key in before:
+            state[key] = torch.cat((before[key][:2].to(state[key].dtype), state[key][2:]))
+        if key.endswith((".class_embedding", ".cls_token")):
+            prefix = key.rpartition(".")[0]
+            for positions in (f"{prefix}.position_embedding{end}" for end in ("", ".weight", "s")):
+                if positions in state and {key, positions} <= before.keys():
+                    old, new = (
+                        (x[key].float().flatten(), x[positions].float().flatten(0, -2)) for x in (before, state)
+                    )
+                    if old[1].shape == new[1].shape and torch.equal(old[0] + old[1][0], new[0] + new[1][0]):
+                        state[key] = before[key].float()
+                        rest = torch.cat((old[1][:1], new[1][1:])).view_as(state[positions])
+                        state[positions] = rest
+    kept: dict[str, Tensor] = {}
+    if half is not None:
+        kept = {key: tensor.to(half) for key, tensor in state.items() if torch.equal(tensor.to(half).float(), tensor)}
+    write_weights(folder / WEIGHTS, state | kept)
+    open_weights(folder)
+    return {"dtype": name} if half is not None and len(kept) == len(state) else {}
+
+
+def _joined(base: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """The base's config with what the family writes in place of its own values, part by part."""
+    both = {key: _joined(base[key], value) for key, value in written.items() if _parts(base.get(key), value)}
+    kept = {key: value for key, value in base.items() if key not in ("dtype", "torch_dtype", "auto_map")}
+    return kept | written | both
+
+
+def _parts(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _write_card(base: Path, folder: Path, note: str) -> None:
+    """README.md: the base and its licence in its head, as a hub shows it."""
+    licence, name = "unknown", base_name(base)
+    if (path := base / _CARD).exists():
+        check_plain(path)
+        found = re.search(r"^license:[ ]*([\w.-]+)[ ]*$", path.read_text("utf-8", "replace")[:20_000], re.MULTILINE)
+        licence = found[1] if found else licence
+    head = ["---", "library_name: transformers", "pipeline_tag: image-to-text", f"license: {licence}"]
+    head += [f"base_model: {name}", "---"]
+    lines = [*head, "", f"# {escape(folder.resolve().name)}", "", f"Made with mmtransformer from {escape(name)}, whose"]
+    lines += [f"licence ({licence}) it has.", "", note]
+    (folder / _CARD).write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def base_name(folder: Path) -> str:
+    """What a folder is called: the repository's name where it lies in a hub's cache."""
+    for part in folder.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name

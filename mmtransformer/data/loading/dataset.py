@@ -4,6 +4,7 @@ Shapes: b pictures; r captions of a picture, which make n = b * r rows.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -127,10 +128,17 @@ class Collate:
     Args:
         pad_id: The id that fills the rows up.
         image_id: The image token, where prompts show with it where the picture stands.
+        complete: Adds what else a public model reads of a batch.
     """
 
-    def __init__(self, pad_id: int, image_id: int | None = None):
-        self.pad_id, self.image_id = pad_id, image_id
+    def __init__(
+        self,
+        pad_id: int,
+        image_id: int | None = None,
+        *,
+        complete: Callable[[CaptionBatch], CaptionBatch] | None = None,
+    ):
+        self.pad_id, self.image_id, self.complete = pad_id, image_id, complete
 
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
         """Pad the rows to the longest one and stack the pictures."""
@@ -142,7 +150,7 @@ class Collate:
         tokens[attention_mask] = np.concatenate([row.tokens for row in rows])
         loss_mask = attention_mask & (place >= np.array([row.prompt for row in rows])[:, None])
         loss_mask &= np.array([row.is_real for row in rows])[:, None]
-        return CaptionBatch(
+        batch = CaptionBatch(
             tokens=torch.from_numpy(tokens),
             attention_mask=torch.from_numpy(attention_mask),
             loss_mask=torch.from_numpy(loss_mask),
@@ -154,6 +162,7 @@ class Collate:
             if self.image_id is None
             else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * attention_mask),
         )
+        return batch if self.complete is None else self.complete(batch)
 
 
 def _stack(tensors: list[Tensor | None]) -> Tensor | None:

@@ -51,6 +51,18 @@ class CaptionRow(NamedTuple):
     is_real: bool
 
 
+class Opening(NamedTuple):
+    """What a public model's captions stand after in training.
+
+    Attributes:
+        ids: the prompt.
+        before: what stands between prompt and caption, a space where the prompt ends with a word.
+    """
+
+    ids: list[int]
+    before: str
+
+
 class CaptionRows:
     """The captions of one split as ids: [bos, language tag, image token if asked] + caption + eos.
 
@@ -60,18 +72,23 @@ class CaptionRows:
         max_len: The most tokens of a row, prompt and eos included. A longer caption is cut, and then it does not
             teach that it ends there.
         mark: Whether the prompt ends with the image token.
+        opening: What stands before a caption in place of that, for a public model; its tokens are not in `max_len`.
 
     Raises:
         ValueError: If the tokenizer has no image token and should have one, a picture has no caption, a caption's
             language has no tag in the tokenizer, or `max_len` leaves no room.
     """
 
-    def __init__(self, pairs: Pairs, tokenizer: Tokenizer, max_len: int, *, mark: bool = False):
+    def __init__(
+        self, pairs: Pairs, tokenizer: Tokenizer, max_len: int, *, mark: bool = False, opening: "Opening | None" = None
+    ):
         if max_len < 4 + mark:
             raise ValueError(
                 f"max_len ({max_len}) must be at least {4 + mark} tokens: bos, language, "
                 f"{'image, ' * mark}one of caption, eos"
             )
+        max_len += 0 if opening is None else len(opening.ids)
+        before = "" if opening is None else opening.before
         self.max_len, self.cut, self.longest = max_len, 0, 0
         self.captions: list[tuple[Caption, ...]] = [tuple(pairs.captions(i)) for i in range(len(pairs))]
         self.languages = tuple(dict.fromkeys(c.language for captions in self.captions for c in captions))
@@ -83,12 +100,14 @@ class CaptionRows:
         tags = tokenizer.languages
         ending = [image_token(tokenizer)] if mark else []
         prompts = {code: tokenizer.prompt(code if tags else None) + ending for code in self.languages}
+        if opening is not None:
+            prompts = dict.fromkeys(self.languages, opening.ids)
         tokens, starts, prompt = [], [0], []
         for i, captions in enumerate(self.captions):
             if not captions:
                 raise ValueError(f"picture {pairs.name(i)!r} has no caption; leave it out or write one")
             for caption in captions:
-                row = [*prompts[caption.language], *tokenizer.encode(caption.text), tokenizer.eos_id]
+                row = [*prompts[caption.language], *tokenizer.encode(before + caption.text), tokenizer.eos_id]
                 self.longest = max(self.longest, len(row))
                 if len(row) > max_len:
                     self.cut += 1

@@ -85,7 +85,7 @@ def sample_captions(
         batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
     greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, mark_images=data.mark_images)
-    (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy)
+    (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy, prompts=data.prompting)
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):
         of_language = (text for text, code in sample.references if code == language or language is None)

@@ -133,11 +133,12 @@ def evaluate(
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of a split.
         bootstrap: Resampled sets behind the confidence intervals.
-        prompts: Makes the prompts, with examples for instance (`FewShot`); None makes plain ones.
+        prompts: Makes the prompts, with examples for instance (`FewShot`); None makes the data's, plain ones for most.
 
     Returns:
         Captions and scores.
     """
+    prompts = data.prompting if prompts is None else prompts
     captioner.to(device)
     result = Evaluation(generation)
     for split in data.val_splits if splits is None else splits:

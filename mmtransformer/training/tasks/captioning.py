@@ -164,7 +164,12 @@ class Captioning(Task):
         facts["evaluation_seconds"] = round(time.monotonic() - began, 1)
         merge_lora(self.captioner)
         model = ImageCaptioner(
-            self.captioner, data.tokenizer, data.transform, generation=self.generation, device=run.device
+            self.captioner,
+            data.tokenizer,
+            data.transform,
+            generation=self.generation,
+            device=run.device,
+            processor=data.processor,
         )
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
@@ -209,7 +214,9 @@ def finetune(
     image_ablation_batches: int = 4,
     generation: GenerationConfig | None = None,
 ) -> Captioning:
-    """Goes on from a saved model, with its own tokenizer and image transform.
+    """Goes on from a saved or public model, with its own tokenizer, image transform and prompt.
+
+    What of a public model its makers keep frozen (BLIP-2's vision encoder and language model) stays so.
 
     Args:
         init: The model's folder, or its name on the hub.

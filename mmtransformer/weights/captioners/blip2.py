@@ -252,6 +252,7 @@ class Blip2Processor(Processor):
         self.encode = PromptTokenizer(folder)
         self.encode_instruction = PromptTokenizer(folder / "qformer_tokenizer") if self.instruct else None
         self.bos_id = text.get("bos_token_id")
+        self.prompt_len = 1 if text.get("model_type") in _SEQ2SEQ else config["num_query_tokens"] + 1
         self.begin = [text.get("decoder_start_token_id", 0)] if text.get("model_type") in _SEQ2SEQ else []
 
     def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
@@ -262,12 +263,19 @@ class Blip2Processor(Processor):
 
     def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         """The batch with prompts, and with what the Q-Former reads of them; see `Processor`."""
-        batch = super().with_prompts(batch, texts)
+        return self._instructed(super().with_prompts(batch, texts), texts)
+
+    def complete(self, batch: CaptionBatch) -> CaptionBatch:
+        """Rows of training with what the Q-Former reads; see `Processor`."""
+        return self._instructed(batch, [None] * len(batch.tokens))
+
+    def _instructed(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         if self.encode_instruction is None:
             return batch
         said = [self.encode_instruction((self.prompt or "") if text is None else text) for text in texts]
         instruction, real = (x.to(batch.tokens.device) for x in self.tokenizer.pad(said))
-        return InstructBatch(**vars(batch), instruction=instruction, instruction_attention_mask=real)
+        values: dict[str, Any] = vars(batch) | {"instruction": instruction, "instruction_attention_mask": real}
+        return InstructBatch(**values)
 
 
 def save_blip2(model: Blip2 | ImageText, folder: str | Path, *, image_token_id: int | None = None) -> None:

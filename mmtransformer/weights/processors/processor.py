@@ -6,10 +6,11 @@ Shapes: b samples, one row of text each.
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, new
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
@@ -33,6 +34,8 @@ class Processor(ABC):
 
     keeps_prompt = False
     prompt_len = 0
+    folder: Path | None = None
+    """Where the model came from: what else stands there is written with it again."""
 
     def __init__(
         self, tokenizer: Tokenizer, transform: ImageTransform, *, eos_ids: Sequence[int], prompt: str | None = None
@@ -73,6 +76,25 @@ class Processor(ABC):
             attention_mask=attention_mask.to(device),
             loss_mask=torch.zeros_like(attention_mask).to(device),
         )
+
+    def opening(self) -> tuple[list[int], str]:
+        """What a caption stands after in training: the ids of `prompt`, and what is between it and the caption.
+
+        Raises:
+            ValueError: if it depends on the picture, as where one is cut into tiles.
+        """
+        batch = self.batch_of([self.prepare(new("RGB", shape)) for shape in ((96, 96), (96, 288))])
+        square, wide = (self.prompt_ids(self.prompt, batch, i) for i in range(2))
+        if square != wide:
+            raise ValueError(
+                f"{type(self).__name__}: pictures of other shapes have other prompts there (they are cut into tiles), "
+                f"which is not trained on here"
+            )
+        return square, "" if self.prompt is None or self.prompt[-1:].isspace() else " "
+
+    def complete(self, batch: CaptionBatch) -> CaptionBatch:
+        """A batch of training rows with what else the model reads of it; a family may add to it."""
+        return batch
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as one rectangle, padded on the left: ids and which are real, (b q) each."""

@@ -51,7 +51,8 @@ def fill_vit(
     if parts:
         first = torch.cat(parts, 1)
         if table is not None and table.shape[1] == first.shape[1] + math.prod(vit.grid):
-            first, table = first + table[:, : first.shape[1]], table[:, first.shape[1] :]
+            first = first.float() + table[:, : first.shape[1]].float()  # of half precision no digit is lost
+            table = table[:, first.shape[1] :]
         target["prefix_tokens"] = first
     if table is not None:
         target["pos_embed"] = table

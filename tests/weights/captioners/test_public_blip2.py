@@ -17,6 +17,8 @@ from transformers import (
     T5Config,
 )
 
+from mmtransformer.weights.shared.folders import read_tensors
+from support.cli import mmt
 from support.public import byte_level, close, first_logits, ids, load, noisy, pictures, until_end
 
 L = 3
@@ -97,3 +99,68 @@ def test_it_is_transformers(shape: int, language: str, tmp_path: Path) -> None:
         silent = theirs.generate(pixel_values=given["pixel_values"], max_new_tokens=9)
     silent = silent[:, 1:] if begin else silent[:, L + 1 :]
     assert ids(ours, images, [None] * 3, max_new_tokens=9) == until_end(silent, ours.tokenizer.eos_ids)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_written_is_what_came(half: bool, tmp_path: Path) -> None:
+    path = folder(tmp_path / "base", 0, "opt")
+    if half:
+        theirs = Blip2ForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        theirs.to(torch.float16).save_pretrained(path)
+    (path / "README.md").write_text("---\nlicense: mit\n---\n")
+    ours = load(path)
+    ours.save_pretrained(tmp_path / "out", card="Scores: <b>")
+    before, after = read_tensors(path), read_tensors(tmp_path / "out")
+    assert before.keys() - after.keys() <= {"language_model.lm_head.weight"}
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name]), name
+    again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    given = processor(images=pictures()[0], text="a photo of", return_tensors="pt")
+    rows = again.generate(**given, max_new_tokens=7)[:, given["input_ids"].shape[1] :]
+    want = until_end(rows, ours.tokenizer.eos_ids)
+    assert ids(ours, pictures()[:1], ["a photo of"], max_new_tokens=7) == want
+    assert ids(load(tmp_path / "out"), pictures()[:1], ["a photo of"], max_new_tokens=7) == want
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: mit" in card
+    assert "base_model: base" in card
+    with pytest.raises(ValueError, match="is the folder that the model came from"):
+        ours.save_pretrained(path)
+
+
+def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captioned by its folder, fine-tuned on pairs with its own prompt, scored, and read by transformers again."""
+    monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
+    path = folder(tmp_path / "base", 0, "opt")
+    for i, image in enumerate(pictures() * 4):
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        image.save(tmp_path / f"pairs/{i}.png")
+        (tmp_path / f"pairs/{i}.txt").write_text(["a red star", "two dogs", "a man in the picture"][i % 3])
+    one = str(tmp_path / "pairs/0.png")
+    code, said, err = mmt(capsys, "caption", one, "--model", str(path), "--prompt", "a photo of", "--device", "cpu")
+    assert code == 0, err
+    said = said.removesuffix("\n")
+    ours = load(path)
+    assert said == ours(one, prompt="a photo of")[0][0].text
+    data = ["--data", str(tmp_path / "pairs"), "--split", "val", "--device", "cpu"]
+    code, _, err = mmt(capsys, "evaluate", "--model", str(path), *data)
+    assert code == 0, err
+    run = tmp_path / "run"
+    fit = [
+        "--config", "recipes/finetune_pairs.yaml", "--model.init", str(path), "--data.source",
+        str(tmp_path / "pairs"), "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu",
+        "--trainer.default_root_dir", str(run), "--data.batch_size", "4", "--data.max_len", "20",
+        "--model.lora_rank", "2",
+    ]  # fmt: skip
+    code, _, err = mmt(capsys, "fit", *fit)
+    assert code == 0, err
+    tuned = Blip2ForConditionalGeneration.from_pretrained(run / "model", dtype=torch.float32).eval()
+    before, after = read_tensors(path), read_tensors(run / "model")
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"qformer", "query_tokens", "language_projection", "language_model"}
+    processor = AutoProcessor.from_pretrained(run / "model")
+    given = processor(images=pictures()[0], return_tensors="pt")
+    silent = tuned.generate(**given, max_new_tokens=7)[:, L + 1 :]
+    ours = load(run / "model")
+    assert ids(ours, pictures()[:1], [None], max_new_tokens=7) == until_end(silent, ours.tokenizer.eos_ids)
