@@ -3,7 +3,6 @@
 Shapes: h height, w width of the pixels.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mmtransformer.images.files import load
 
+_MOST = 1e4  # of colours from 0 to 1
 _LEAST_STD = 1e-4  # smaller ones would take pixels out of float16's range, and then float32's
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -53,7 +53,11 @@ class ImageTransform:
         for field in ("image_size", "mean", "std"):  # JSON and YAML have lists only
             if isinstance(value := getattr(self, field), list):
                 object.__setattr__(self, field, tuple(value))
-        if len(self.size) != 2 or not all(isinstance(n, int) and n > 0 for n in self.size):
+        if (
+            not isinstance(self.size, tuple)
+            or len(self.size) != 2
+            or not all(type(n) is int and n > 0 for n in self.size)
+        ):
             raise ValueError(f"image_size is {self.image_size}, must be one or two positive whole numbers")
         if self.resize not in ("squash", "crop", "letterbox"):
             raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
@@ -61,10 +65,10 @@ class ImageTransform:
             raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic", "bilinear" or "lanczos"')
         if self.backend not in ("timm", "torchvision", "pil"):
             raise ValueError(f'backend is {self.backend!r}, must be "timm", "torchvision" or "pil"')
-        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, _LEAST_STD)):
-            if len(values) != 3 or not all(math.isfinite(x) and x >= least for x in values):
-                bound = f", of at least {least:g}" if name == "std" else ""
-                raise ValueError(f"{name} is {values}, must be three finite numbers{bound}")
+        for name, values, least in (("mean", self.mean, -_MOST), ("std", self.std, _LEAST_STD)):
+            three = isinstance(values, tuple) and len(values) == 3 and all(isinstance(x, (int, float)) for x in values)
+            if not three or not all(least <= x <= _MOST for x in values):
+                raise ValueError(f"{name} is {values!r:.80}, must be three numbers from {least:g} to {_MOST:g}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
         if self.crop_fraction != 1 and self.resize == "letterbox":

@@ -78,8 +78,11 @@ def linear_attend(
         largest = _finite(keys.amax(-2, keepdim=True))
         sums = _shifted(queries + largest) @ ((keys - largest).exp().transpose(-1, -2) @ values)
     above, below = sums[..., :-1], sums[..., -1:]
-    empty = below <= 0  # A query that may look nowhere; the quotient's gradient would not be finite there.
-    return (above / below.masked_fill(empty, 1.0)).masked_fill(empty, 0.0).to(v.dtype)
+    # A query that may look nowhere, or whose products nearly vanish: the quotient's gradient would not be finite there.
+    least = torch.finfo(below.dtype).tiny
+    weak = below < least ** (2 / 3)
+    learns = above / below.masked_fill(weak, 1.0)
+    return torch.where(weak, (above / below.clamp(min=least)).detach(), learns).to(v.dtype)
 
 
 def _shifted(queries: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ _WORDS = [
     rf"n{_AA}t(?!{_L})",
     rf"(?:y{_A}(?={_L})|[dlj]{_A})",  # y'|all
     r"[A-Za-z](?:\.[A-Za-z])+\.",  # p.m.
-    rf"[A-Za-z]\.(?!(?-i:[ ]{_SENTENCE}(?![^ ]))| ?$)",  # J. Smith
+    rf"[A-Za-z]\.(?!(?-i:[ ]{_SENTENCE}(?![^ ]))| </?[a-z][^>]*>(?![^ ])| ?$)",  # J. Smith
     rf"{_TITLES}\.",
     rf"{_PLACES}\.",
     rf"({_PLACES}\.)..",  # "Jan.x", but not "Jan.xyz", which is longer as a word
@@ -108,7 +108,7 @@ _WORDS = [
     _OWN,
     rf"{_L}+[aeiouy]{_AA}(?-i:[aeiouA-Z]){_L}*",  # ma'am, Ho'ohu
     rf"(?:s'mores|ev'ry|li'l|nat'l|cont'd\.?|n?e'er|ne{_A}er|o{_A}er|cap{_A}n|nor'easter|c'mon)(?!{_L})",
-    rf"(?:ol|somethin|dunkin){_A}(?!{_L})",
+    rf"ol{_A}|(?:somethin|dunkin){_A}(?!{_L})",
     _EMAIL,
     r"c\+\+",
     r"https?://[^ \"<>|(){}]+[^ \"<>|.!?(){},-]",
@@ -127,7 +127,7 @@ _NUMBERS = [
 _MARKS = [
     rf"'{_CLITIC}(?![a-z])|\u2019(?:{_CLITIC}|n)",
     rf"{_A}n{_A}|{_A}(?:em|till?|cause)|{_A}n(?= |$)|{_A}\d\d(?:s|(?= |$))",
-    rf"(\'t)(?:is|was)(?!{_L})",
+    r"('t)(?:is|was)",
     r"</?[a-z][a-z0-9:._-]*(?: +[a-z][a-z0-9:._-]*(?: *= *(?:'[^']*'|\"[^\"]*\"|[a-z][a-z0-9:._-]*))?)* */?>",
     r"<[!?][a-z-][^>]*>",
     r"&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash|md|#\d+);",

@@ -264,3 +264,15 @@ def test_gradients_are_finite(causal: bool, size: float, padded: bool) -> None:
         assert not out[0].any()
     for grad in torch.autograd.grad((out * torch.randn(out.shape)).sum(), inputs):
         assert grad.isfinite().all()
+
+
+def test_gradients_are_finite_where_products_nearly_vanish() -> None:
+    """Large queries and keys: what is left of some sums is no more than float32's smallest numbers."""
+    for seed, width in ((0, 16), (1, 40)):
+        torch.manual_seed(seed)
+        directions = random_directions(37, width)
+        inputs = [(30 * torch.randn(2, 2, 70, width)).requires_grad_() for _ in range(3)]
+        out = linear_attend(*inputs, directions, causal=True)
+        assert out.isfinite().all()
+        for grad in torch.autograd.grad(out.square().sum(), inputs):
+            assert grad.isfinite().all()

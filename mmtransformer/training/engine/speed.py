@@ -1,6 +1,7 @@
 """Two switches of a recipe: less memory for more work, and compiled blocks. Names of weights stay what they are."""
 
 from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -35,7 +36,7 @@ def checkpoint_activations(module: nn.Module) -> int:
     """
     found = list(blocks(module))
     for block in found:
-        block.forward = MethodType(_recompute, block)  # bound, so that a copy's is the copy's
+        block.forward = partial(_recompute, block)  # with the block, so that a copy's or a pickle's is its own
     return len(found)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder
@@ -14,7 +15,7 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.connectors.qformer import QFormer
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
@@ -145,15 +146,20 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: 
 
 
 def _language_model(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Decoder | HubSeq2Seq:
-    if config["model_type"] in _SEQ2SEQ:
-        model: HubDecoder | HubSeq2Seq = HubSeq2Seq(config)
-    else:
+    kind: type[HubDecoder | HubSeq2Seq] = HubSeq2Seq
+    if config["model_type"] not in ("t5", "mt5", "umt5"):
         try:
             return decoder_from_state(config, state, context)
         except UnsupportedModel:
-            model = HubDecoder(config)
-    load_strictly(model.model, state, context)
-    return model
+            kind = HubDecoder
+    built = kind(config).model
+    # By transformers' own reader: what a tensor is called in files is not always its name in memory.
+    model, report = type(built).from_pretrained(
+        None, config=built.config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    if faults := [f"{name}: {', '.join(sorted(map(str, found))[:5])}" for name, found in report.items() if found]:
+        raise ValueError(f"{context} does not fit transformers' {type(built).__name__}; {'; '.join(faults)}")
+    return kind.from_model(model.eval())
 
 
 _ELSEWHERE = ("vision.", "decoder.", "head_", "log_temperature")

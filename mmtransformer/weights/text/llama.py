@@ -160,7 +160,7 @@ def llamas_of(decoder: TextDecoder) -> list[str]:
     plain, whole = attention.qk_norm is None and bias in ("all", "none"), attention.window is None
     rotated = positions.nope_interval is None
     fits = {
-        "llama": plain and whole and rotated,
+        "llama": plain and whole and rotated and d.dim % d.num_heads == 0,  # as transformers' Llama asks
         "mistral": plain and rotated and bias == "none",
         "qwen2": attention.qk_norm is None and bias == "qkv" and rotated,
         "qwen3": attention.qk_norm == "rms" and bias in ("all", "none") and rotated,

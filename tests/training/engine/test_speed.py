@@ -1,8 +1,10 @@
 """Activation checkpointing, compiled blocks and the meter: the same gradient, less memory, honest numbers."""
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -73,10 +75,11 @@ def test_recomputed_activations_give_the_same_gradient_for_less_memory() -> None
         assert torch.equal(saving.captioner.logits(batch()), plain.eval().captioner.logits(batch()))
 
 
-def test_a_copy_recomputes_its_own_blocks() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_recomputes_its_own_blocks(copied: Any) -> None:
     saving = module()
     checkpoint_activations(saving)
-    other = copy.deepcopy(saving)
+    other = copied(saving)
     with torch.no_grad():
         for parameter in saving.parameters():
             parameter.zero_()

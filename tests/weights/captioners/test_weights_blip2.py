@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     Blip2QFormerModel,
     Blip2VisionConfig,
     Blip2VisionModel,
+    GPTNeoXConfig,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     LlamaConfig,
@@ -539,3 +541,26 @@ def test_a_bert_that_does_not_fit() -> None:
         init_from_bert(QFormer(L, 20, 2, 4, 24, mlp_dim=29), bert(1))
     with pytest.raises(ValueError, match=r"is \(20,\), but this Q-Former's .* is \(24,\)"):
         init_from_bert(QFormer(L, 24, 1, 4, 24, mlp_dim=29), bert(1))
+
+
+@pytest.mark.parametrize("source", ["transformers", "ours"])
+def test_a_language_model_whose_names_on_disk_are_others(source: str, tmp_path: Any) -> None:
+    """transformers keeps GPT-NeoX's head as `embed_out` in files, as `lm_head` in memory."""
+    neox = GPTNeoXConfig(vocab_size=VOCAB, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+                         intermediate_size=37, max_position_embeddings=41)  # fmt: skip
+    theirs = noisy(Blip2ForConditionalGeneration(config(language=neox)))
+    if source == "ours":
+        save_blip2(from_blip2(theirs), tmp_path, image_token_id=IMAGE)
+    else:
+        theirs.save_pretrained(tmp_path)
+    found = load_blip2(tmp_path)
+    pixels, tokens, attention_mask = texts()
+    again = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    for model in (theirs, again):
+        want = model(pixel_values=pixels, input_ids=placed(tokens)).logits[:, L:]
+        close(found.logits(batch(pixels, tokens, attention_mask))[attention_mask], want[attention_mask])
+    state = {f"language_model.gpt_neox.{name}": torch.zeros(2) for name in ("layers.7.bias", "more")}
+    state |= safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit transformers' GPTNeoXForCausalLM; unexpected_keys: gpt_neox"):
+        load_blip2(tmp_path)

@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama proportional": ("Llama", rope("proportional", factor=2.0, partial_rotary_factor=0.7)),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral with a window": ("Mistral", {"sliding_window": 5}),
+    "mistral, heads do not divide": ("Mistral", {"sliding_window": None, "hidden_size": 22, "head_dim": 6}),
     "qwen2": ("Qwen2", {}),
     "qwen2 with a window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "qwen3": ("Qwen3", {"head_dim": 10}),
@@ -172,6 +173,18 @@ def test_hub_folders_load_without_transformers(name: str, sharded: bool, tmp_pat
     found = load_lm(tmp_path)
     assert isinstance(found, TextDecoder)
     close(found.head(found(tokens)), want)
+
+
+@pytest.mark.parametrize("name", ["mistral, heads do not divide", "qwen3", "smollm3"])
+@torch.no_grad()
+def test_the_family_chosen_is_one_that_transformers_takes(name: str, tmp_path: Path) -> None:
+    """A Llama's width must be a multiple of its heads there, a Mistral's need not be."""
+    theirs = make(name)
+    save_lm(from_transformers(theirs), tmp_path)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = torch.randint(3, VOCAB, (4, LENGTH))
+    close(again.eval()(tokens).logits, theirs(tokens).logits)
 
 
 @pytest.fixture
