@@ -82,6 +82,10 @@ class CaptionDataset(Dataset[Sample]):
         """The number of pictures."""
         return len(self.rows)
 
+    def name(self, index: int) -> str:
+        """The picture's name."""
+        return self.pairs.name(index)
+
     def __getitem__(self, pick: SampleIndex) -> Sample:
         """Return a picture with its captions for an epoch."""
         epoch, index, is_real = pick

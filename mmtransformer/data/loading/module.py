@@ -63,12 +63,19 @@ class LoaderConfig:
         seed: Seed of all that is random in the data, such as order, augmentation, choice of captions, packing, masks.
         drop_last: Leave out the last training batch of an epoch if it is not full.
         max_bad: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
+        timeout: Most seconds to wait for the workers' next batch before the run stops and names its samples; 0 waits
+            for ever. Ten minutes are far above what a batch takes, and below what a dead disk costs on a rented GPU.
     """
 
     num_workers: int = 0
     seed: int = 0
     drop_last: bool = False
     max_bad: float = 0.01
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.timeout < float("inf"):
+            raise ValueError(f"loader.timeout ({self.timeout}) must be at least 0 seconds; 0 waits for ever")
 
 
 def once_a_split(make: Callable[[Own, str], Made]) -> Callable[[Own, str], Made]:
@@ -158,7 +165,7 @@ class Data(lightning.LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
         self.batch_size, self.loader_config = batch_size, loader
-        self.num_workers, self.seed, self.drop_last, self.max_bad = dataclasses.astuple(loader)
+        self.num_workers, self.seed, self.drop_last, self.max_bad, self.timeout = dataclasses.astuple(loader)
         self.train_split, self.val_splits, self.test_splits = splits.train, splits.val, splits.test
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}
@@ -294,6 +301,7 @@ class Data(lightning.LightningDataModule, ABC):
             sampler,
             self.collate(split, training=training),
             num_workers=self.num_workers,
+            timeout=self.timeout,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 

@@ -7,6 +7,7 @@ with the index (`SampleIndex`), so that a worker which lives for many epochs is 
     order = f(seed, epoch)         augmentation = f(seed, epoch, index)         place = number of samples consumed
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -139,13 +140,17 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         return np.concatenate([head.reshape(-1), order[full * block :]])
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
+        first, self.start = self.start, 0
+        return self.batches(first)
+
+    def batches(self, first: int) -> Iterator[list[SampleIndex]]:
+        """This process's batches of the epoch behind so many samples."""
         epoch = 0 if self.repeat else self.epoch
         if self.mixture is None:
             index, times = np.arange(self.num_samples), np.full(self.num_samples, epoch)
         else:
             index, times = self.mixture.samples(epoch)
         samples = np.stack([times, index], axis=1)[self.order(epoch)]
-        first, self.start = self.start, 0
         for start in range(first, self._end, self.step):
             step = samples[start : start + self.step].tolist()
             mine = [SampleIndex(*sample) for sample in step[self.rank :: self.world]]
@@ -185,6 +190,10 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         self.begun = (state["epoch"], state.get("block", self.block))
 
 
+class LoadingError(ValueError):
+    """The workers that load give no batch any more; the message names the samples that were awaited."""
+
+
 class ResumableLoader(DataLoader):
     """A DataLoader over a `IndexSampler` that knows how far the run has got.
 
@@ -197,6 +206,7 @@ class ResumableLoader(DataLoader):
         sampler: Which batches.
         collate: From a list of samples to a batch.
         num_workers: Processes that load; 0 loads in this one. The batches are the same.
+        timeout: Most seconds to wait for them; 0 waits for ever.
         pin_memory: Copy batches to page-locked memory, for a GPU.
     """
 
@@ -207,6 +217,7 @@ class ResumableLoader(DataLoader):
         collate: Callable[[list[Any]], Any],
         *,
         num_workers: int = 0,
+        timeout: float = 0.0,
         pin_memory: bool = False,
     ):
         super().__init__(
@@ -215,20 +226,46 @@ class ResumableLoader(DataLoader):
             collate_fn=collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            timeout=timeout if num_workers else 0,
             pin_memory=pin_memory,
             worker_init_fn=ignore_signals,
             generator=torch.Generator().manual_seed(sampler.seed),
         )
         self.place = sampler
+        self.waiting = False
+        """Whether the run stands still until the next batch is there."""
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sampler = self.place
         epoch, position = sampler.epoch, sampler.start
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            self.waiting = True
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if found := re.match(r"DataLoader (timed out|worker \(pid\S* (.*?)\) )", str(error)):
+                    raise LoadingError(self._lost(position, found[2])) from error
+                raise
+            finally:
+                self.waiting = False
             position = min(position + sampler.step, sampler.num_samples)
             if sampler.epoch == epoch:
                 sampler.position = position
             yield batch
+
+    def _lost(self, position: int, worker: str | None) -> str:
+        """Which batch does not come, and why."""
+        awaited, name = next(self.place.batches(position), []), getattr(self.dataset, "name", None)
+        names = [name(sample.index) if name else f"sample {sample.index}" for sample in awaited]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        if worker is None:
+            why = f"no batch came in {self.timeout:g} s (data.loader.timeout), from a dead disk, say"
+        else:
+            why = f"a loading worker (process {worker}) was killed: by the kernel, say, as memory was short"
+        return f"{why}; awaited: {shown}. The run goes on with --resume"
 
     def state_dict(self) -> dict[str, int]:
         """The place after the batch that was handed out last."""

@@ -36,7 +36,8 @@ class Saving(Checkpoint):
     """Writes checkpoints/last.ckpt, from which the run goes on bit for bit.
 
     SIGTERM (what schedulers send) and SIGINT (Ctrl+C) end the run after the optimizer step that is being computed: it
-    is saved, and the process ends with 143 or 130. The second Ctrl+C ends it at once.
+    is saved, and the process ends with 143 or 130. The second Ctrl+C ends it at once. A run of one process that waits
+    for data, perhaps for ever, is saved and ended at once; if it waits within an accumulated step, that step is lost.
 
     Args:
         folder: Folder of the checkpoint; "checkpoints" in the run's folder unless told.
@@ -51,6 +52,7 @@ class Saving(Checkpoint):
         self.every_steps, self.minutes = every_steps, minutes
         self.signal = 0
         self.path = Path("last" + SUFFIX)
+        self._trainer: pl.Trainer | None = None
         self._step, self._clock = -1, 0.0  # of the last checkpoint
         self._from = 0  # the step that the run goes on from
         self.earlier = 0.0
@@ -75,6 +77,7 @@ class Saving(Checkpoint):
         """Listens to signals, in place of Lightning, which loses the run."""
         self._same_start(trainer)  # `Sharded` reads its checkpoint late.
         self.signal, self._step, self._clock = 0, trainer.global_step, time.monotonic()
+        self._trainer = trainer
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # Lightning puts back what was there when the run ends.
                 signal.signal(number, self._listen)
@@ -84,6 +87,11 @@ class Saving(Checkpoint):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.signal = number
+        loader = None if self._trainer is None else self._trainer.train_dataloader
+        if self._trainer is not None and self._trainer.world_size == 1 and getattr(loader, "waiting", False):
+            if not in_a_step(self._trainer):
+                self._save(self._trainer)
+            self._stop(self._trainer, number)
         text = f"\n{signal.Signals(number).name}: the run stops after this step, and is saved\n"
         sys.stderr.write(text)
 

@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import os
 import signal
 import subprocess
 import time
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from mmtransformer.data.loading.hashing import generator, hash64
-from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader, SampleIndex
+from mmtransformer.data.loading.module import LoaderConfig
+from mmtransformer.data.loading.sampler import IndexSampler, LoadingError, ResumableLoader, SampleIndex
 from mmtransformer.data.loading.workers import ignore_signals
 from support.sources import share_of_padding
 
@@ -270,3 +272,33 @@ def test_the_parent_is_who_started_a_worker_however_it_was_started(method):
     if worker.is_alive():
         worker.kill()
     assert worker.exitcode == 0
+
+
+class Stuck(torch.utils.data.Dataset):
+    """Samples of which one never comes, or takes its worker with it."""
+
+    def __init__(self, *, killed: bool) -> None:
+        self.killed = killed
+
+    def name(self, index: int) -> str:
+        return f"{index}.jpg"
+
+    def __getitem__(self, pick: SampleIndex) -> int:
+        if pick.index == 5:
+            os.kill(os.getpid(), signal.SIGKILL) if self.killed else time.sleep(1000)
+        return pick.index
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_workers_that_give_nothing_any_more_are_told(killed: bool) -> None:
+    sampler = IndexSampler(8, 2, shuffle=False)
+    loader = ResumableLoader(Stuck(killed=killed), sampler, list, num_workers=1, timeout=2.0)
+    batches, began = iter(loader), time.monotonic()
+    assert [next(batches), next(batches)] == [[0, 1], [2, 3]]
+    why = r"a loading worker \(process \d+\) was killed" if killed else r"no batch came in 2 s \(data.loader.timeout\)"
+    with pytest.raises(LoadingError, match=rf"^{why}.*; awaited: 4\.jpg, 5\.jpg\. The run goes on with --resume$"):
+        next(batches)
+    assert time.monotonic() - began < 30
+    assert not loader.waiting
+    with pytest.raises(ValueError, match="timeout"):
+        LoaderConfig(timeout=-1.0)

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
+import threading
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,6 +21,7 @@ from lightning.pytorch.plugins import Precision
 
 from mmtransformer import TextDecoder
 from mmtransformer.cli import main
+from mmtransformer.data.loading.dataset import CaptionDataset
 from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, read
 from mmtransformer.training.engine.guard import RECORD
 from mmtransformer.training.engine.optim import Optim
@@ -144,6 +148,47 @@ def test_the_end_of_a_resumed_run_is_that_of_the_unbroken_one(
     for _ in range(2):
         assert mmt_fit(tmp_path / "run", "--resume") == 0
         assert results(tmp_path / "run") == results(whole)
+
+
+def hanging(folder: Path, log: Path, calls: int, number: int, **arguments: Any) -> int:
+    """A run whose only worker stands still at its n-th sample, and which then gets a signal, or none (0); its code."""
+
+    def job() -> None:
+        load, done = CaptionDataset.__getitem__, []
+
+        def slow(self: CaptionDataset, pick: Any) -> Any:
+            done.append(pick)
+            while multiprocessing.parent_process() is not None and len(done) > calls:
+                time.sleep(0.1)
+            return load(self, pick)
+
+        def send() -> None:
+            while len(tiny.lines(log)) < lines:
+                time.sleep(0.05)
+            time.sleep(1)
+            os.kill(os.getpid(), number)
+
+        lines = 5 if calls > 11 else calls // 4
+        CaptionDataset.__getitem__ = slow
+        if number:
+            threading.Thread(target=send, daemon=True).start()
+        tiny.fit(folder, tiny.Witness(log), workers=1, **arguments)
+
+    return tiny.in_child(job)
+
+
+@pytest.mark.parametrize(("calls", "number"), [(17, signal.SIGTERM), (5, signal.SIGINT)])
+def test_a_run_that_waits_for_data_is_saved_and_ended(tmp_path: Path, unbroken: Any, calls: int, number: int) -> None:
+    """In its second epoch, and in its first; and it goes on as the unbroken run did."""
+    began = time.monotonic()
+    assert hanging(tmp_path / "run", tmp_path / "before", calls, number, every_steps=100) == 128 + number
+    assert time.monotonic() - began < 60
+    before = tiny.lines(tmp_path / "before")
+    steps = sum(line[0] != "validation" for line in before)
+    assert read(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == steps
+    assert tiny.run(tmp_path / "run", tmp_path / "after", resume=True) == 0
+    assert before + tiny.lines(tmp_path / "after") == unbroken()[0]
+    assert (tmp_path / "run/metrics.csv").read_text() == unbroken()[1]
 
 
 @pytest.mark.slow
