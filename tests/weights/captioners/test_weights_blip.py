@@ -145,6 +145,26 @@ def test_the_loss_is_theirs_without_padding() -> None:
         assert (ours_is - theirs_is).abs().max() <= 1e-4 * theirs_is.abs().max()
 
 
+def test_what_was_fine_tuned_goes_back(tmp_path: Path) -> None:
+    ours, pixels = from_blip(theirs_of(SHAPES[0], wide=0.1)), pixels_of(SHAPES[0])
+    batch = batch_of(pixels, [[BOS, 5, 9, 4, SEP], [BOS, 8, SEP], [BOS, 3, 12, SEP]])
+    optimizer = torch.optim.AdamW(ours.train().parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = caption_loss(ours, batch)
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in ours.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert new_ids(ours.eval(), batch_of(pixels, [[BOS]] * 3)) == [[5, 9, 4], [8], [3, 12]]
+    save_blip(ours, tmp_path, bos_token_id=BOS, sep_token_id=SEP)
+    theirs = BlipForConditionalGeneration.from_pretrained(tmp_path)
+    rows = theirs.generate(pixels, max_new_tokens=11)[:, 1:].tolist()
+    assert [until_end(row) for row in rows] == [[5, 9, 4], [8], [3, 12]]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_there_and_back(shape: dict[str, Any], tmp_path: Path) -> None:
     theirs, pixels = theirs_of(shape), pixels_of(shape)
@@ -167,7 +187,7 @@ def test_there_and_back(shape: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_image_is_projected_once() -> None:
-    """Not once a token, as in transformers."""
+    """Not once a token."""
     ours, pixels = from_blip(theirs_of(SHAPES[0])), pixels_of(SHAPES[0])
     seen: list[int] = []
     ours.decoder.blocks[0].cross_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
