@@ -172,9 +172,9 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return state
 
 
-def open_weights(folder: Path) -> None:
+def open_weights(folder: Path, weights: str = WEIGHTS) -> None:
     """Lets those read the weights who may read the config beside them: safetensors writes for its user alone."""
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
+    (folder / weights).chmod((folder / CONFIG).stat().st_mode & 0o777)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

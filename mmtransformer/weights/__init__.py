@@ -63,6 +63,10 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.clip import save_clip as save_clip
     from mmtransformer.weights.vision.clip import vision_from_clip as vision_from_clip
     from mmtransformer.weights.vision.clip import vision_to_clip as vision_to_clip
+    from mmtransformer.weights.vision.dit import dit_from_diffusers as dit_from_diffusers
+    from mmtransformer.weights.vision.dit import dit_to_diffusers as dit_to_diffusers
+    from mmtransformer.weights.vision.dit import load_dit as load_dit
+    from mmtransformer.weights.vision.dit import save_dit as save_dit
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
     from mmtransformer.weights.vision.load import load_vit as load_vit
@@ -90,6 +94,7 @@ _CONTENTS = {
     "text.gpt2": "decoder_to_gpt2",
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
     "vision.clip": "save_clip vision_from_clip vision_to_clip",
+    "vision.dit": "dit_from_diffusers dit_to_diffusers load_dit save_dit",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
     "vision.load": "load_vit save_vit",
     "vision.timm": "ViTSettings from_timm to_timm vit_from_state",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from mmtransformer.backbones.decoder import TextDecoder
+from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.blip import BlipITM, BlipVQA
@@ -37,6 +38,7 @@ from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
 from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, save_clip
+from mmtransformer.weights.vision.dit import DIT, PIXART, load_dit, save_dit
 from mmtransformer.weights.vision.load import load_vit, save_vit
 
 
@@ -65,6 +67,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "dit": Family(load_dit, save_dit, (DiffusionTransformer,)),
     "timm": Family(load_vit, save_vit, (ViT,)),
     "clip": Family(load_vit, save_clip, (ViT,), CLIP_TYPES + SIGLIP_TYPES),
     **{
@@ -105,6 +108,8 @@ def family_of(config: dict[str, Any]) -> str | None:
     """The family that a folder's `config.json` names; None = none of them."""
     if isinstance(config.get("architecture"), str):
         return "timm"
+    if config.get("_class_name") in (DIT, PIXART):
+        return "dit"
     kind, architectures = config.get("model_type"), config.get("architectures") or ()
     for name, family in FAMILIES.items():
         if kind in family.model_types and (

@@ -29,11 +29,13 @@ class ImageGeneration(Task[CaptionData]):
         optim: The optimizer and its schedule.
         drawing: How pictures are drawn when the run is evaluated; saved with the model.
         num_scored: Texts of each split and language that are drawn and judged when the run ends.
+        num_watched: The same, fewer, at every validation: a curve over the run; 0 = none.
         guidance_scales: The first half as many texts are also drawn with each of these: a curve.
         num_cards: Pictures in the gallery.
     """
 
     data_kind = CaptionData
+    validated = (("facts", "{:.1%} of facts drawn right"),)
 
     def __init__(
         self,
@@ -42,14 +44,18 @@ class ImageGeneration(Task[CaptionData]):
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         drawing: DrawingConfig = DrawingConfig(),  # noqa: B008 (frozen)
         num_scored: int = 200,
+        num_watched: int = 0,
         guidance_scales: Sequence[float] = (),
         num_cards: int = 24,
     ) -> None:
         super().__init__(optim)
-        if num_scored < 1 or num_cards < 0:
-            raise ValueError(f"num_scored ({num_scored}) must be at least 1, num_cards ({num_cards}) not below 0")
+        if num_scored < 1 or num_cards < 0 or num_watched < 0:
+            raise ValueError(
+                f"num_scored ({num_scored}) must be at least 1, num_watched ({num_watched}) and num_cards "
+                f"({num_cards}) not below 0"
+            )
         self.model, self.drawing, self.num_scored, self.num_cards = model, drawing, num_scored, num_cards
-        self.guidance_scales = tuple(guidance_scales)
+        self.num_watched, self.guidance_scales = num_watched, tuple(guidance_scales)
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -69,6 +75,19 @@ class ImageGeneration(Task[CaptionData]):
         """Adds up the loss, with the same times and noise in every validation."""
         chance = torch.Generator().manual_seed(batch_idx)
         self.add(self.split_names[dataloader_idx], "loss", self.model(batch, generator=chance))
+
+    def on_validation_epoch_end(self) -> None:
+        """Draws and judges a few texts of each split, where its scenes are known."""
+        data = self.data
+        if data is not None and self.num_watched and not self.trainer.sanity_checking:
+            painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=self.device)
+            for split, batches in zip(self.split_names, self.trainer.num_val_batches, strict=True):
+                pairs, count = data.pairs(split), min(self.num_watched, int(batches * data.batch_size))
+                for language in pairs.languages if isinstance(pairs, SceneSplit) else ():
+                    found, _ = score_drawings(painter, pairs, language, count)
+                    right, true = torch.tensor(found.right.right), torch.tensor(found.right.true)
+                    self.add(split, "facts", Loss(right.to(self.device), true.to(self.device)))
+        super().on_validation_epoch_end()
 
     def finish(self, run: Run) -> None:
         """Draws the texts of the validation splits; writes scores, a gallery, curves and the model."""

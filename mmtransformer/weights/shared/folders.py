@@ -85,10 +85,12 @@ def read_state(source: str | Path) -> tuple[dict[str, Tensor], str]:
     return read_tensors(folder), str(folder)
 
 
-def write_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes `config.json` and `model.safetensors`, a tensor that has several names under the first of them."""
+def write_folder(
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, weights: str = WEIGHTS
+) -> None:
+    """Writes `config.json` and the weights, a tensor that has several names under the first of them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder / WEIGHTS, tensors)
+    write_weights(folder / weights, tensors)
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    open_weights(folder)
+    open_weights(folder, weights)
