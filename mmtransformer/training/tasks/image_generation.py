@@ -83,7 +83,9 @@ class ImageGeneration(Task[CaptionData]):
             painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=self.device)
             for split, batches in zip(self.split_names, self.trainer.num_val_batches, strict=True):
                 pairs, count = data.pairs(split), min(self.num_watched, int(batches * data.batch_size))
-                for language in pairs.languages if isinstance(pairs, SceneSplit) else ():
+                if not isinstance(pairs, SceneSplit):
+                    continue
+                for language in pairs.languages:
                     found, _ = score_drawings(painter, pairs, language, count)
                     right, true = torch.tensor(found.right.right), torch.tensor(found.right.true)
                     self.add(split, "facts", Loss(right.to(self.device), true.to(self.device)))

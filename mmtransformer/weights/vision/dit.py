@@ -88,7 +88,7 @@ def dit_from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor], c
         dim=dim,
         **sizes,
         context_dim=config["caption_channels"] if text else None,
-        num_classes=0 if text else config.get("num_embeds_ada_norm", 1000),
+        num_classes=0 if text else int(config.get("num_embeds_ada_norm") or 1000),
         modulation="shared" if text else "block",
         base_grid=side // sizes["patch_size"] // step,
     )
