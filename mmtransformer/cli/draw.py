@@ -63,6 +63,7 @@ def run(name: str, words: Sequence[str]) -> int:
         from mmtransformer.plots import draw_word_heatmaps, save_image
 
         image, found, heat = painter.heatmap(args.texts[0], language=args.language, seed=args.seed, config=config)
-        save_image(draw_word_heatmaps(image, found, heat, title=args.texts[0]), args.heatmap)
+        scale = "of a patch's attention on one word"
+        save_image(draw_word_heatmaps(image, found, heat.mean(0), title=args.texts[0], scale=scale), args.heatmap)
         print(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0

@@ -132,8 +132,8 @@ class TextToImage:
             config: How to draw.
 
         Returns:
-            The picture, the words, and (words gh gw): the share of the patch's look at the text that went to the
-            word, averaged over heads, blocks and steps.
+            The picture, the words, and (steps words gh gw): the share of the patch's look at the text that went to the
+            word, averaged over heads and blocks. Over the whole way it is `heat.mean(0)`.
         """
         row = self._row(text, language)
         words = [(word, places) for word, places in self.tokenizer.words(row) if word.strip()]
@@ -146,10 +146,10 @@ class TextToImage:
                 config=config,
                 on_step=lambda *_: looks.append(torch.stack([w[0].mean(0) for w in record.values()]).mean(0)),
             )
-        look = torch.stack(looks).mean(0)  # (q k)
+        look = torch.stack(looks)  # (steps q k)
         rows = self.transform.size[0] // self.model.transformer.patch_size
-        heat = torch.stack([look[:, places].sum(1) for _, places in words])
-        return image, [word for word, _ in words], rearrange(heat, "w (y x) -> w y x", y=rows).cpu()
+        heat = torch.stack([look[:, :, places].sum(2) for _, places in words], dim=1)
+        return image, [word for word, _ in words], rearrange(heat, "s w (y x) -> s w y x", y=rows).cpu()
 
     def _row(self, text: str, language: str | None, truncate: bool = False) -> list[int]:
         known = self.tokenizer.languages

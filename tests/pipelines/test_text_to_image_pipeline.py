@@ -1,5 +1,6 @@
 """TextToImage: pictures of texts and seeds, words' heat, folders, the strip, the command line, and what is refused."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def test_pixels_are_the_transforms_colours(painter: TextToImage) -> None:
 def test_each_word_has_its_heat(painter: TextToImage) -> None:
     image, words, heat = painter.heatmap(TEXTS[0], seed=3)
     assert words == ["a", "large", "red", "star"]
-    assert heat.shape == (4, 2, 3)
+    assert heat.shape == (3, 4, 2, 3)  # of each step
     assert (heat >= 0).all()
-    assert (heat.sum(0) < 1).all()  # the rest looked at the prompt and the end
+    assert not torch.equal(heat[0], heat[1])
+    assert (heat.sum(1) < 1).all()  # the rest looked at the prompt and the end
     assert same(image, painter.draw(TEXTS[0], seed=3)[0][0])
 
 
@@ -97,6 +99,38 @@ def test_the_command(painter: TextToImage, tmp_path: Path, capsys: pytest.Captur
     assert heat.stat().st_size > 1000
     assert main(["draw", TEXTS[0], "--model", str(tmp_path / "model"), "--num-steps", "0"]) == 2
     assert "num_steps must be a whole number from 1, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-steps", "-3"], "num_steps must be a whole number from 1, not -3"),
+        (["--guidance-scale", "1e9"], "guidance_scale must be between 0 and 1000, not 1000000000.0"),
+        (["--guidance-scale", "nan"], "guidance_scale must be between 0 and 1000, not nan"),
+        (["--guidance-scale", "-1"], "guidance_scale must be between 0 and 1000, not -1.0"),
+        (["--solver", "rk4"], 'solver must be one of euler, heun, dpm, not "rk4"'),
+        (["--strength", "0.5"], "need a picture to begin with: --image IMAGE"),
+        (["--negative-prompt", "a heart", "--guidance-scale", "1"], "has no effect at guidance_scale 1"),
+        (["--num-images", "0"], "num_images (0)"),
+        (["a large red star " * 20], "the model reads 40: shorten it"),
+    ],
+)
+def test_the_command_refuses(
+    painter: TextToImage, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    painter.save_pretrained(tmp_path / "model")
+    out = tmp_path / "p.png"
+    with contextlib.suppress(SystemExit):
+        assert main(["draw", TEXTS[0], *words, "--model", str(tmp_path / "model"), "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_no_guidance_at_all_draws_without_the_text(painter: TextToImage) -> None:
+    config = painter.with_config(guidance_scale=0.0)
+    assert same(
+        painter.draw(TEXTS[0], seed=2, config=config)[0][0], painter.draw(TEXTS[2], seed=2, config=config)[0][0]
+    )
 
 
 def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
