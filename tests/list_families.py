@@ -1,4 +1,4 @@
-"""Writes the table of families in docs/weights.md, from weights/families.py: python tests/list_families.py."""
+"""Writes the tables of families in docs, from weights/families.py: python tests/list_families.py."""
 
 import re
 from functools import partial
@@ -6,8 +6,24 @@ from pathlib import Path
 
 from mmtransformer.weights.families import FAMILIES
 
-PAGE = Path(__file__).parents[1] / "docs/weights.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "weights.md", DOCS / "public-models.md")
 MARKS = "<!-- families: written by tests/list_families.py -->", "<!-- end of families -->"
+CAPTIONERS = "<!-- captioners: written by tests/list_families.py -->", "<!-- end of captioners -->"
+
+EXAMPLES = {
+    "blip": "Salesforce/blip-image-captioning-base, -large; blip-vqa-base",
+    "vision-encoder-decoder": "nlpconnect/vit-gpt2-image-captioning",
+    "blip2": "Salesforce/blip2-opt-2.7b, blip2-flan-t5-xl; instructblip-vicuna-7b",
+    "smolvlm": "HuggingFaceTB/SmolVLM-256M-Instruct, -500M, -2.2B",
+    "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "llava": "llava-hf/llava-1.5-7b-hf, llava-v1.6-mistral-7b-hf, llava-onevision-qwen2-0.5b-ov-hf",
+    "git": "microsoft/git-base-coco, git-large-coco",
+    "paligemma": "google/paligemma-3b-pt-224, paligemma2-3b-pt-224",
+    "idefics": "HuggingFaceM4/idefics-9b",
+    "coca": "laion's CoCa of open_clip, ViT-B-32 and ViT-L-14",
+}
+"""Names on the hub that people use, beside the families; not fetched by any test."""
 
 
 def name(function: object) -> str:
@@ -26,10 +42,23 @@ def table() -> str:
     return "\n".join([MARKS[0], *lines, MARKS[1]])
 
 
+def captioners() -> str:
+    """The table of the families that are captioned with by a name or folder, between its marks."""
+    lines = ["| family | `model_type` | names on the hub | here it is | written back by |", "|---|---|---|---|---|"]
+    for family, way in FAMILIES.items():
+        if way.processor is not None:
+            types, made = (", ".join(f"`{x}`" for x in some) for some in (way.model_types, [way.makes[0].__name__]))
+            lines.append(f"| `{family}` | {types} | {EXAMPLES.get(family, '')} | {made} | `{name(way.save)}` |")
+    return "\n".join([CAPTIONERS[0], *lines, CAPTIONERS[1]])
+
+
 def with_families(text: str) -> str:
-    """A page's text with its table of families written anew."""
-    return re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda _: table(), text, flags=re.DOTALL)
+    """A page's text with its tables of families written anew."""
+    for marks, made in ((MARKS, table), (CAPTIONERS, captioners)):
+        text = re.sub(f"{marks[0]}.*{marks[1]}", lambda _, made=made: made(), text, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_families(PAGE.read_text("utf-8")), "utf-8")
+    for page in PAGES:
+        page.write_text(with_families(page.read_text("utf-8")), "utf-8")

@@ -13,9 +13,12 @@ from torch import Tensor
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights, read_json, write_weights
 from mmtransformer.serialization.untrusted import check_plain
-from mmtransformer.weights.families import FAMILIES, Family, family_of
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
+from mmtransformer.weights.processors.pixels import to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_search
 from mmtransformer.weights.shared.folders import read_tensors
@@ -94,6 +97,42 @@ def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str 
     text = json.dumps(_joined(config, written), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     _write_card(base, folder, note)
+
+
+def export_captioner(
+    captioner: Captioner, tokenizer: Tokenizer, transform: ImageTransform, folder: Path, family: str | None = None
+) -> str:
+    """Writes a captioner of this library as one of a public family, with its tokenizer and image processor.
+
+    Args:
+        captioner: the captioner.
+        tokenizer: its tokenizer.
+        transform: its pixels.
+        folder: where to.
+        family: which family; None = the first that has a place for all of it.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: if no family has, saying of each why, before anything is written.
+    """
+    pixels, why = to_preprocessor(transform), []
+    for name in families_for(captioner) if family is None else [family]:
+        if name not in FAMILIES:
+            raise ValueError(f'no family is called "{name}": {", ".join(FAMILIES)}')
+        try:
+            options: dict[str, Any] = {"image_token_id": tokenizer.image_id} if name == "blip2" else {}
+            FAMILIES[name].save(captioner, folder, **options)
+        except (ValueError, TypeError) as error:
+            why.append(f"{name}: {error}")
+            continue
+        tokenizer.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
+        return name
+    raise ValueError(
+        f"a {type(captioner).__name__} cannot be written for transformers: {'; '.join(why) or 'no family'}"
+    )
 
 
 def _as_base(folder: Path, base: Path, config: dict[str, Any]) -> dict[str, str]:

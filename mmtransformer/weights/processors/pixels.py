@@ -167,3 +167,32 @@ def _size(value: Any, name: str, where: str) -> tuple[Literal["squash", "crop"],
     if isinstance(value, dict) and all(isinstance(value.get(side), int) for side in ("height", "width")):
         return "squash", (value["height"], value["width"])
     raise ValueError(f"{where}: size {value!r} is neither a height and a width nor a shortest_edge")
+
+
+def to_preprocessor(transform: ImageTransform) -> dict[str, Any]:
+    """preprocessor_config.json of a transform, for a BLIP or CLIP image processor of transformers.
+
+    Raises:
+        ValueError: for one that they have not.
+    """
+    height, width = transform.size
+    if transform.resize == "letterbox":
+        raise ValueError("transformers has no image processor that letterboxes with the mean colour")
+    full = [round(side / transform.crop_fraction) for side in (height, width)]
+    cut = transform.resize == "crop" or transform.crop_fraction != 1
+    size = {"shortest_edge": full[0]} if transform.resize == "crop" else {"height": full[0], "width": full[1]}
+    filters = {name: number for number, name in _FILTERS.items()}
+    return {
+        "image_processor_type": "CLIPImageProcessor" if cut else "BlipImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "resample": filters[transform.interpolation],
+        "do_center_crop": cut,
+        **({"crop_size": {"height": height, "width": width}} if cut else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+        "do_convert_rgb": True,
+    }

@@ -1,11 +1,14 @@
 """BLIP-2 and InstructBLIP by their folders: pixels, prompts, logits and ids are transformers'."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Tokenizer, processors
 from transformers import (
     AutoProcessor,
     Blip2Config,
@@ -115,6 +118,8 @@ def test_what_is_written_is_what_came(half: bool, tmp_path: Path) -> None:
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor, before[name]), name
+    with pytest.raises(ValueError, match="is the folder that the model came from"):
+        ours.save_pretrained(path)
     again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     given = processor(images=pictures()[0], text="a photo of", return_tensors="pt")
@@ -125,8 +130,6 @@ def test_what_is_written_is_what_came(half: bool, tmp_path: Path) -> None:
     card = (tmp_path / "out/README.md").read_text()
     assert "license: mit" in card
     assert "base_model: base" in card
-    with pytest.raises(ValueError, match="is the folder that the model came from"):
-        ours.save_pretrained(path)
 
 
 def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +167,63 @@ def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     silent = tuned.generate(**given, max_new_tokens=7)[:, L + 1 :]
     ours = load(run / "model")
     assert ids(ours, pictures()[:1], [None], max_new_tokens=7) == until_end(silent, ours.tokenizer.eos_ids)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (lambda path: shutil.rmtree(path), "no such folder"),
+    "no config": (lambda path: (path / "config.json").unlink(), "config.json: no such file"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "was it downloaded whole?"),
+    "half a file": (lambda path: (path / "model.safetensors").write_bytes(b"123"), "not a whole safetensors file"),
+    "a text model": (lambda path: said(path, model_type="gpt2"), "a text model alone (gpt2), which does not caption"),
+    "a tower": (lambda path: said(path, model_type="clip_vision_model"), "a vision encoder alone"),
+    "an unknown one": (lambda path: said(path, model_type="kosmos-9"), 'model_type "kosmos-9" is of no family'),
+    "an adapter": (
+        lambda path: [x.unlink() for x in path.glob("model*")] + [(path / "adapter_config.json").touch()],
+        "an adapter without the model",
+    ),
+    "no tokenizer": (lambda path: [x.unlink() for x in path.glob("tokenizer*")], "holds no tokenizer.json"),
+    "no pixels": (lambda path: (path / "processor_config.json").unlink(), "has no preprocessor_config.json"),
+    "a longer tokenizer": (
+        lambda path: longer(path / "tokenizer.json"), "tokens, but the model scores",
+    ),
+}  # fmt: skip
+
+
+def said(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def longer(path: Path) -> None:
+    backend = Tokenizer.from_file(str(path))
+    backend.add_tokens([f"more{i}" for i in range(9)])
+    backend.save(str(path))
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_bad_is_said_in_a_line(
+    kind: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(base, path)
+    change, message = BAD[kind]
+    change(path)
+    pictures()[0].save(tmp_path / "x.png")
+    code, _, err = mmt(capsys, "caption", str(tmp_path / "x.png"), "--model", str(path), "--device", "cpu")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture(name="base", scope="module")
+def a_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("base"), 0, "opt")
+
+
+def test_export(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = mmt(capsys, "export", str(base), "--to", "transformers", str(tmp_path / "out"))
+    assert code == 0, err
+    assert out == f"{tmp_path / 'out'}: as transformers reads it\n"
+    assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").config.image_token_index is not None
+    code, _, err = mmt(capsys, "export", str(base), str(tmp_path / "out"))
+    assert (code, "is there already" in err) == (2, True)

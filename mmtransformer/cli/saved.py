@@ -1,0 +1,104 @@
+"""`mmt classify`, `mmt translate` and `mmt export`: what else is done with saved models."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmtransformer.cli.options import add_generation_options, add_model_options, command_parser, generation_changes
+from mmtransformer.text.printable import printable
+
+ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Runs one of the three."""
+    return {"classify": _classify, "translate": _translate, "export": _export}[name](name, words)
+
+
+def _classify(name: str, words: Sequence[str]) -> int:
+    parser = command_parser(name)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="picture files")
+    add("--top", type=int, default=1, metavar="N", help="classes a picture (1)")
+    add("--json", action="store_true", help="one line of JSON a picture")
+    add("--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block")
+    args = parser.parse_args(list(words))
+
+    from mmtransformer.images import load
+    from mmtransformer.pipelines.classifier import ImageClassifier
+
+    images = [load(path) for path in args.images]
+    classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
+    for path, best in zip(args.images, classifier(images, top=args.top), strict=True):
+        if args.json:
+            row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            told = ", ".join(f"{label} {share:.1%}" for label, share in best)
+            print(printable(f"{path}: {told}" if len(args.images) > 1 else told))
+    if args.attention:
+        from mmtransformer.plots import draw_rollout, save_image
+
+        sheet = draw_rollout(classifier.vit, images[0], classifier.transform, title=args.images[0])
+        save_image(sheet, args.attention)
+    return 0
+
+
+def _translate(name: str, words: Sequence[str]) -> int:
+    parser = command_parser(name)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="texts; without any, lines are read from the input")
+    add("--language", required=True, metavar="CODE", help="the language to write, such as ko")
+    add("--json", action="store_true", help="one line of JSON a text")
+    add("--attention", metavar="OUT.png", help="draw where the model looked in the first text for each token")
+    add_generation_options(parser, without=("num_return_sequences", *ABOUT_IMAGES))
+    args = parser.parse_args(list(words))
+
+    from mmtransformer.pipelines.translator import Translator
+
+    texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("there is nothing to translate: name a text, or pipe lines into the command")
+    translator = Translator.from_pretrained(args.model, device=args.device)
+    said = translator(texts, args.language, **generation_changes(args))
+    for text, translation in zip(texts, said, strict=True):
+        row = {"text": text, "language": args.language, "translation": translation}
+        print(json.dumps(row, ensure_ascii=False) if args.json else printable(translation))
+    if args.attention:
+        from mmtransformer.plots import draw_attention, save_image
+
+        queries, keys, weights = translator.attention_map(texts[0], said[0], args.language)
+        named = {f"block {i}": block for i, block in enumerate(weights)}
+        title = f"{texts[0]} → {said[0]}"
+        save_image(draw_attention(named, queries, keys, title=title), args.attention)
+    return 0
+
+
+def _export(name: str, words: Sequence[str]) -> int:
+    parser = command_parser(name)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a captioner's folder, or its name on the hub")
+    add("--to", choices=("transformers",), default="transformers", help="who shall read it (transformers)")
+    add("out", metavar="OUT", help="the folder to write")
+    add("--family", metavar="NAME", help="as a model of this family, where a captioner of this library fits several")
+    args = parser.parse_args(list(words))
+
+    from mmtransformer.pipelines.image_captioner import ImageCaptioner
+    from mmtransformer.weights.public import export_captioner
+
+    model = ImageCaptioner.from_pretrained(args.model, device="cpu")
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ValueError(f"{out} is there already: name a folder that is new or empty")
+    if model.processor is None:
+        family = export_captioner(model.captioner, model.tokenizer, model.transform, out, args.family)
+        print(printable(f"{out}: a {family}, as {args.to} reads it"))
+        return 0
+    if args.family is not None:
+        raise ValueError(f"--family {args.family}: {args.model} is written as what it came as; leave it out")
+    model.save_pretrained(out)
+    print(printable(f"{out}: as {args.to} reads it"))
+    return 0
