@@ -52,14 +52,23 @@ def fast_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
+def check_count(name: str, count: int) -> None:
+    """Refuses what is no number of things, one at least.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if type(count) is not int or count < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, not {count!r:.80}")
+
+
 def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:
     """Things a batch at a time.
 
     Raises:
         ValueError: if no batch could be made.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_count("batch_size", batch_size)
     return [things[start : start + batch_size] for start in range(0, len(things), batch_size)]
 
 

@@ -12,6 +12,7 @@ from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
+    check_count,
     fast_autocast,
     in_batches,
     pick_device,
@@ -61,7 +62,9 @@ class ImageClassifier:
 
         Raises:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
+            ValueError: If `top` or `batch_size` is no number of things.
         """
+        check_count("top", top)
         many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         found: list[list[tuple[str, float]]] = []
         for some in in_batches(many, batch_size):

@@ -18,7 +18,7 @@ from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.captions import CaptionResult, Prompts, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform
-from mmtransformer.pipelines.base import fast_autocast
+from mmtransformer.pipelines.base import check_count, fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -125,8 +125,7 @@ def caption_all(
     Raises:
         ValueError: if no batch could be made.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_count("batch_size", batch_size)
     threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
 
     def prepared(thing: T) -> tuple[T, Any]:

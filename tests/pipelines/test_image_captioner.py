@@ -78,8 +78,8 @@ def test_words_that_must_come_cannot_be_streamed() -> None:
         next(captioner().stream(images()[0], generation=GenerationConfig(num_beams=2, force_words=("star",))))
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_a_batch_of_none_is_refused(size: int) -> None:
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, "3"])
+def test_a_batch_of_none_is_refused(size: Any) -> None:
     words = tokenizer()
     classifier = ImageClassifier(ViT(16, 8, 20, 1, 4, num_classes=2), ["a", "b"], ImageTransform(16), device="cpu")
     translator = Translator(Transformer(words.vocab_size, 16, 1, 2, mlp_dim=8), words, device="cpu")
@@ -88,8 +88,10 @@ def test_a_batch_of_none_is_refused(size: int) -> None:
         lambda: classifier(images(), batch_size=size),
         lambda: translator(["a"], "ko", batch_size=size),
     ):
-        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {size}"):
+        with pytest.raises(ValueError, match=f"batch_size must be a whole number, at least 1, not {size!r}"):
             call()
+    with pytest.raises(ValueError, match="top must be a whole number, at least 1"):
+        classifier(images(), top=size)
 
 
 def test_a_drawn_translation_depends_on_the_text_alone() -> None:
