@@ -15,7 +15,7 @@ from mmtransformer.metrics.ptb import tokenize
 from mmtransformer.metrics.rouge import rouge_l
 
 # How each score is written in a table, and what it is multiplied by there.
-_TABLE = {f"bleu_{n}": (f"BLEU-{n}", 100) for n in range(1, 5)} | {
+TABLE = {f"bleu_{n}": (f"BLEU-{n}", 100) for n in range(1, 5)} | {
     "rouge_l": ("ROUGE-L", 100),
     "cider_d": ("CIDEr-D", 100),
     "meteor": ("METEOR", 100),
@@ -97,7 +97,7 @@ class CaptionScores:
             some = ", ".join(map(repr, self.cut[:5])) + (", ..." if len(self.cut) > 5 else "")
             lines.append(f"only the first {_MOST:,} characters are scored of {len(self.cut)} pictures: {some}")
         for name, value in self.values.items():
-            label, times = _TABLE[name]
+            label, times = TABLE[name]
             if isinstance(value, str):
                 lines.append(f"{label:<13}{value}")
                 continue
@@ -186,7 +186,7 @@ def score_captions(
     each = combine(statistics)
     ends = bootstrap_intervals(statistics, combine, resamples=bootstrap, seed=seed) if bootstrap else ((), ())
     return CaptionScores(
-        values={name: values[name] for name in _TABLE},
+        values={name: values[name] for name in TABLE},
         intervals={name: (float(low), float(high)) for name, low, high in zip(scored, *ends)},
         per_image={name: dict(zip(scored, row, strict=True)) for name, row in zip(names, each.tolist())},
         references=sum(map(len, theirs)) / len(theirs),

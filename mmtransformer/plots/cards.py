@@ -46,6 +46,11 @@ class CardCaption:
         """Whether all stated facts are true; None if none is known."""
         return all(ok for _, ok in self.facts) if self.facts else None
 
+    @property
+    def rank(self) -> float | None:
+        """What cards are sorted by: the share of true facts, else the score; None if neither is known."""
+        return sum(ok for _, ok in self.facts) / len(self.facts) if self.facts else self.score
+
     def marks(self) -> list[tuple[str, str]]:
         """What stands below the caption: texts, each "language", "good", "bad" or ""."""
         marks = [(self.language, "language")] if self.language else []
@@ -69,6 +74,12 @@ class Card:
     image: Image.Image
     captions: Sequence[CardCaption]
     heading: str = ""
+
+    @property
+    def rank(self) -> float | None:
+        """The mean of its captions' ranks; None if none is known."""
+        known = [rank for caption in self.captions if (rank := caption.rank) is not None]
+        return sum(known) / len(known) if known else None
 
 
 def show_number(value: float) -> str:

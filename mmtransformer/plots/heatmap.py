@@ -61,7 +61,7 @@ def draw_word_heatmaps(
         size = (max(1, round(panel * 2 * image.width / image.height)), panel * 2)
     small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     panels = [small, *(overlay(small, h, top=top, box=box) for h in heat)]
-    labels = [[], *(wrap(word, WORD, panel - 4, 2) for word in words)]
+    labels = [["picture"], *(wrap(word, WORD, panel - 4, 2) for word in words)]
     columns = min(columns, len(panels))
     below = WORD.line_height * max(map(len, labels), default=1) + 10
     rows = math.ceil(len(panels) / columns)

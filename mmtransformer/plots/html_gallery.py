@@ -19,6 +19,13 @@ from mmtransformer.serialization.writing import write_whole
 Number = float | int | str | None | tuple[float, float, float]
 """A figure; a text; None for "not computed"; or (value, low, high) with its confidence interval."""
 
+CONTROLS = """<form class="controls" hidden>
+<input type="search" placeholder="Search captions and names" aria-label="Search captions and names">
+<select aria-label="Order">
+<option value="">in their order</option><option value="worst">worst first</option><option value="best">best first</option>
+</select>
+<output></output>
+</form>"""
 CSS = Path(__file__).parent / "assets" / "page.css"
 SCRIPT = Path(__file__).parent / "assets" / "page.js"
 
@@ -34,31 +41,33 @@ def save_html_gallery(
 ) -> Path:
     """Write cards and metrics as a self-contained HTML page.
 
-    The page reads well without scripts; with them, a word that is pointed at, tapped, or reached with the arrow keys
-    shows where the model looked. Captions are strangers' text: they are escaped, and the page's own policy lets no
-    script run but its own and nothing be fetched.
+    Pictures come first, figures after them. The page reads well without scripts, on a phone and in the dark; with
+    scripts, a word that is pointed at, tapped, or reached with the arrow keys shows where the model looked, and the
+    cards can be searched, and sorted by how good their captions are. Captions are strangers' text: they are escaped,
+    and the page's own policy lets no script run but its own and nothing be fetched.
 
     Args:
         cards: the pictures with their captions; `CardCaption.heat` brings the heat maps.
         path: the .html file to write.
         title: the page's title.
         metrics: name -> figure, or name -> (column -> figure); None for no table.
-        hint: a line below the title; what stands between backticks is set as a command.
+        hint: a line above the figures; what stands between backticks is set as a command.
         image_size: pixels of a picture's longer side, at most.
 
     Returns:
         The path.
     """
     body = [f"<h1>{_text(title)}</h1>"]
-    heated = any(said.heat is not None for card in cards for said in card.captions)
-    hints = [re.sub("`([^`]+)`", r"<code>\1</code>", _text(hint))] if hint else []
-    if heated:
-        hints.append("<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it.")
-    if hints:
-        body += [f'<p class="hint">{line}</p>' for line in hints]
+    if any(said.heat is not None for card in cards for said in card.captions):
+        text = "<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it."
+        body.append(f'<p class="hint">{text}</p>')
+    body += [CONTROLS] if len(cards) > 1 else []
+    body += ["<main>", *(_card(card, image_size) for card in cards), "</main>"]
+    if hint:
+        line = re.sub("`([^`]+)`", r"<code>\1</code>", _text(hint))
+        body.append(f'<p class="hint">{line}</p>')
     if metrics:
         body.append(_table(metrics))
-    body += ["<main>", *(_card(card, image_size) for card in cards), "</main>"]
     content = "\n".join(body)
     css = _korean_face(html.unescape(re.sub(r"<[^>]*>", " ", content))) + CSS.read_text(encoding="utf-8")
     script = SCRIPT.read_text(encoding="utf-8")
@@ -120,9 +129,11 @@ def _card(card: Card, image_size: int) -> str:
     heading = f"<h2>{_text(card.heading)}</h2>" if card.heading else ""
     heat = "<canvas aria-hidden=true></canvas>" if any(s.heat is not None for s in card.captions) else ""
     wide, high = card.image.size
+    rank = "" if card.rank is None else f' data-rank="{card.rank:.4f}"'
     return (
-        f'<article>\n<div class="picture"><img src="{encode_image(card.image, image_size)}" '
-        f'width="{wide}" height="{high}" alt="{_text(first)}">{heat}</div>\n'
+        f'<article{rank}>\n<div class="picture"><img loading="lazy" decoding="async" '
+        f'src="{encode_image(card.image, image_size)}" width="{wide}" height="{high}" alt="{_text(first)}">{heat}'
+        f"</div>\n"
         f'<div class="text">{heading}{"".join(_said(said) for said in card.captions)}</div>\n</article>'
     )
 

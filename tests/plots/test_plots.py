@@ -511,3 +511,18 @@ def test_curves_refuse_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no number to draw"):
         save_loss_curves(path, tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
+
+
+def test_the_page_begins_with_its_pictures_and_can_be_searched_and_sorted(tmp_path: Path) -> None:
+    said = [CardCaption("a dog", score=-0.5), CardCaption("a cat", facts=[("red", True), ("big", False)], score=-9)]
+    some = [Card(scene(), [said[0]], "one"), Card(scene(), said, "two"), Card(scene(), [CardCaption("?")], "three")]
+    path = save_html_gallery(some, tmp_path / "a.html", title="t", metrics={"BLEU-4": "21.3"}, hint="say `mmt`")
+    source = path.read_text("utf-8")
+    body = source[source.index("<body") :]
+    assert body.index("<form") < body.index("<main") < body.index("say <code>mmt") < body.index("<table")
+    assert body.count('loading="lazy"') == 3
+    assert re.findall(r"<article(.*)>", body) == [' data-rank="-0.5000"', ' data-rank="0.0000"', ""]
+    assert 'class="controls" hidden' in body  # until a script is there to serve it
+    for word in ("data-rank", "prefers-color-scheme: dark", "max-width: 40rem"):
+        assert word.removeprefix("data-") in source
+    assert "<form" not in save_html_gallery(some[:1], tmp_path / "b.html", title="t").read_text("utf-8")

@@ -55,3 +55,24 @@ for (const said of document.querySelectorAll(".heated")) {
   });
   said.addEventListener("blur", () => show((kept = -1)));
 }
+
+// Searching and sorting: the form is there for those who have scripts only.
+const form = document.querySelector(".controls");
+if (form) {
+  const main = document.querySelector("main"), cards = [...main.children];
+  const [search, order, said] = ["input", "select", "output"].map((name) => form.querySelector(name));
+  const texts = cards.map((card) => card.textContent.toLowerCase());
+  const ranked = cards.some((card) => "rank" in card.dataset);
+  order.hidden = !ranked;
+  const show = () => {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), sign = { worst: 1, best: -1 }[order.value];
+    let seen = 0;
+    cards.forEach((card, i) => { seen += !(card.hidden = !words.every((word) => texts[i].includes(word))); });
+    const rank = (card) => ("rank" in card.dataset ? sign * card.dataset.rank : Infinity);
+    main.append(...(sign ? [...cards].sort((a, b) => rank(a) - rank(b)) : cards));
+    said.textContent = seen < cards.length ? `${seen} of ${cards.length}` : "";
+  };
+  form.hidden = false;
+  form.addEventListener("input", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+}

@@ -14,6 +14,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import ImageError
+from mmtransformer.metrics.scores import TABLE
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.plots import (
@@ -157,14 +158,17 @@ def page_table(evaluation: Evaluation) -> dict[str, Any]:
             for name, rates in (("objects", s.objects), ("attributes", s.attributes), ("relations", s.relations)):
                 table.setdefault(f"{name}: precision", {})[column] = f"{rates.precision:.1%}"
                 table.setdefault(f"{name}: recall", {})[column] = f"{rates.recall:.1%}"
-            table.setdefault("objects made up", {})[column] = s.hallucinated
+            made_up = s.hallucinated / max(s.objects.said, 1)
+            table.setdefault("objects that are not there", {})[column] = f"{made_up:.1%}"
     for split, by in evaluation.captions.items():
         for code, scores in by.items():
             column = split if code == ANY else f"{split} {code}"
             for name, value in scores.values.items():
-                low_high = scores.intervals.get(name)
-                cell = None if isinstance(value, str) else value if low_high is None else (value, *low_high)
-                table.setdefault(name, {})[column] = cell
+                label, times = TABLE[name]
+                figures = () if isinstance(value, str) else (value, *scores.intervals.get(name, ()))
+                shown = [f"{x * times:.1f}" for x in figures]
+                cell = f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0] if shown else None
+                table.setdefault(label, {})[column] = cell
     return table
 
 
