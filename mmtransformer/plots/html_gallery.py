@@ -22,7 +22,8 @@ Number = float | int | str | None | tuple[float, float, float]
 CONTROLS = """<form class="controls" hidden>
 <input type="search" placeholder="Search captions and names" aria-label="Search captions and names">
 <select aria-label="Order">
-<option value="">in their order</option><option value="worst">worst first</option><option value="best">best first</option>
+<option value="">in their order</option><option value="worst">worst first</option>
+<option value="best">best first</option>
 </select>
 <output></output>
 </form>"""
