@@ -60,7 +60,7 @@ def run(name: str, words: Sequence[str]) -> int:
                 bad[images.name(i)] = f"{said}{kept}"
                 bar.write(printable(f"mmt {name}: {said}{kept}"), file=sys.stderr)
             else:
-                captions = list(framed(said[0], args.prefix, args.suffix))
+                captions = list(framed(said[0], args.prefix, args.suffix, plain=args.detokenize))
                 if out:
                     out.write(i, captions)
                 else:
@@ -98,6 +98,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     text = "FILE.jsonl, FILE.csv, FOLDER/ for a text file a picture, or txt or caption for such files beside them"
     add("--out", metavar="OUT", help=f"write the captions: {text}; what has captions there already keeps them")
     add("--overwrite", action="store_true", help="caption anew what has captions in OUT")
+    add("--detokenize", action="store_true", help="take out spaces before points and commas, where a model writes them")
     add("--prefix", default="", metavar="TEXT", help="words before every caption")
     add("--suffix", default="", metavar="TEXT", help="words after every caption")
     add_many_options(parser, batch_size=16)

@@ -78,8 +78,9 @@ def _add_fields(group: Any, kind: type, without: Collection[str]) -> None:
         words = re.search(rf"^ +{name}: ((?:[^.;]|\.(?=\d))+)", said, re.MULTILINE)
         text = " ".join((words[1] if words else "").split()).replace("%", "%%")
         one = (get_args(hint) or (hint,))[0]
-        if get_origin(hint) is Literal:
-            group.add_argument(flag, choices=get_args(hint), help=text)
+        literal = next((kind for kind in (hint, one) if get_origin(kind) is Literal), None)
+        if literal is not None:
+            group.add_argument(flag, choices=get_args(literal), help=text)
         elif one is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif hint == tuple[str, ...] or list[str] in get_args(hint):

@@ -44,15 +44,23 @@ def open_pairs(
         max_bad: Share of the rows that may be unusable.
 
     Raises:
-        ValueError: If nothing is there that could be pairs.
+        ValueError: If nothing is there that could be pairs, or an option would have no effect on what is there.
     """
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.images is None and are_shards(root):
+            _refuse(read, "tar shards")
             return Shards(str(root), language=read.language, val_fraction=read.val_fraction, max_bad=max_bad)
         if are_documents(root):
+            _refuse(read, "interleaved documents")
             options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
             return InterleavedPairs(InterleavedFiles(root, **options, max_bad=max_bad))
     return PairFiles(root, read, max_bad=max_bad)
+
+
+def _refuse(read: ReadOptions, what: str) -> None:
+    for name in ("encoding", "normalize"):
+        if (value := getattr(read, name)) is not None:
+            raise ValueError(f"{name} ({value}) would have no effect on {what}; leave it out")
 
 
 def are_documents(root: str | Path) -> bool:

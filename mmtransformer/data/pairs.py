@@ -18,6 +18,7 @@ from mmtransformer.data.files.tables import Row
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
+from mmtransformer.text.detokenize import detokenize
 
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
            "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
@@ -152,6 +153,9 @@ class PairFiles:
             for image, split in zip(found, folder_splits(paths), strict=True):
                 image.split, rule = split, "by their folders" if split else rule
         self._normalize_names(found)
+        if read.normalize == "detokenize":
+            for image in found:
+                image.captions = [caption._replace(text=detokenize(caption.text)) for caption in image.captions]
         self.languages: tuple[str, ...]
         self.languages, said = normalize_languages([image.captions for image in found], read.language)
         self._said.append(said)

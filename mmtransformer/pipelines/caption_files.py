@@ -12,6 +12,7 @@ from typing import Any
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.serialization.writing import write_whole
+from mmtransformer.text.detokenize import detokenize
 
 SHOWN = ("text", "language", "log_prob", "tokens", "token_log_probs", "finished")
 """Of a caption, in a line of JSON."""
@@ -225,7 +226,17 @@ def between(prefix: str, text: str, suffix: str) -> str:
     return f"{before}{text}{after}"
 
 
-def framed(captions: Sequence[CaptionResult], prefix: str, suffix: str) -> Iterator[CaptionResult]:
-    """Captions with words before and after them; their tokens and scores stay those of what the model said."""
+def framed(
+    captions: Sequence[CaptionResult], prefix: str, suffix: str, *, plain: bool = False
+) -> Iterator[CaptionResult]:
+    """Captions with words before and after them; their tokens and scores stay those of what the model said.
+
+    Args:
+        captions: The captions.
+        prefix: Words before them.
+        suffix: Words after them.
+        plain: Whether spaces that a tokenizer of words has put in are taken out (`detokenize`).
+    """
     for caption in captions:
-        yield dataclasses.replace(caption, text=between(prefix, caption.text, suffix))
+        text = detokenize(caption.text) if plain else caption.text
+        yield dataclasses.replace(caption, text=between(prefix, text, suffix))

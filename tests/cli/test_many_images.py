@@ -96,6 +96,10 @@ def test_folders_patterns_archives_and_lists(
         assert {row["image"].partition("/")[2]: row["captions"] for row in rows} == said
     code, out, _ = mmt(capsys, "caption", f"a.zip/{ALL[4]}", ALL[1], ALL[1], *options)
     assert (code, names(out)) == (0, [f"a.zip/{ALL[4]}", ALL[1]])
+    code, out, _ = mmt(
+        capsys, "caption", ALL[0], "--model", model, "--detokenize", "--prefix", "a , b", "--suffix", "."
+    )
+    assert (code, out.startswith("a , b "), out.endswith(".\n")) == (0, True, True)
 
     listing = f"{ALL[5]}\n\n# a remark\na.tar/{ALL[0]}\r\n"
     Path("list.txt").write_text(listing, "utf-8")

@@ -31,6 +31,8 @@ class ReadOptions:
         language_column: Column with the language of the row's captions.
         split_column: Column with the split.
         language: The language of captions that neither the data nor their script tells.
+        normalize: "detokenize" takes the spaces out that a tokenizer of words has put in ("a dog ." -> "a dog."), so
+            that a model learns to write as people do; None leaves captions as they are.
         encoding: Of tables and texts that are not UTF-8, such as cp949 or latin-1.
         val_fraction: Share of the pictures for val where the data names none; 0 for no val.
 
@@ -45,6 +47,7 @@ class ReadOptions:
     language_column: str | None = None
     split_column: str | None = None
     language: str | None = None
+    normalize: Literal["detokenize"] | None = None
     encoding: str | None = None
     val_fraction: float = 0.1
 

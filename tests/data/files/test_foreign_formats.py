@@ -238,3 +238,13 @@ def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = check(tmp_path, progress=False)
     (finding,) = [f for f in report.findings if f.what == "corrupt pictures"]
     assert "a HEIC picture, as iPhones take them, which needs pillow-heif" in finding.first[0]
+
+
+def test_captions_are_detokenized_where_that_is_asked_for(tmp_path: Path) -> None:
+    for name in draw(tmp_path):
+        (tmp_path / name).with_suffix(".txt").write_text("a man 's dog .")
+    assert set(map(tuple, captions(open_pairs(tmp_path)).values())) == {("a man 's dog .",)}
+    read = ReadOptions(normalize="detokenize")
+    assert set(map(tuple, captions(open_pairs(tmp_path, read)).values())) == {("a man's dog.",)}
+    with pytest.raises(ValueError, match=r"normalize .detokenize. would have no effect on tar shards"):
+        open_pairs(tmp_path / "part-{0..3}.tar", read)
