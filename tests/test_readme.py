@@ -199,6 +199,7 @@ def make(words: list[str]) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # of Lightning itself
 def test_every_block_runs(page: str, reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done: set[str] = set()
     session = {"__name__": "__main__"}

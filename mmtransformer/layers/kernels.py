@@ -43,7 +43,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropo
     Returns:
         (b h q c).
     """
-    grouped, shared = q.shape[1] != k.shape[1], q.shape[0] != k.shape[0]
+    grouped, shared = bool(q.shape[1] != k.shape[1]), bool(q.shape[0] != k.shape[0])  # Tracers compare tensors.
     if not isinstance(mask, BlockMask) and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
         # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout. torch.compile cannot ask for the
         # process's precision of float32 products, and would break the graph here.

@@ -273,3 +273,11 @@ def test_errors_name_the_numbers() -> None:
         vit(torch.randn(2, 1, 16, 24))
     with pytest.raises(ValueError, match="30 x 30"):
         vit.set_input_size(30)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns of shapes that it takes for constants
+def test_a_trace_gives_what_the_vit_gives() -> None:
+    vit = ViT(image_size=24, patch_size=8, dim=20, depth=2, num_heads=4).eval()
+    traced = torch.jit.trace(vit, torch.randn(3, 3, 24, 24))
+    pixels = torch.randn(3, 3, 24, 24)
+    torch.testing.assert_close(traced(pixels), vit(pixels))
