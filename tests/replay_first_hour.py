@@ -1,0 +1,124 @@
+"""Replays a new user's first hour: an empty folder, the installed package, messy data, many pictures.
+
+    python tests/replay_first_hour.py [PYTHON]
+
+PYTHON is an interpreter that has the package (`.ci/package` gives one that has the wheel alone); this one unless told.
+Every step is a command as a user would type it, with the exit code and the words that its output must have.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from PIL import Image
+
+NAMES = [f"{i:03d}" for i in range(24)]
+
+
+def pictures(folder: Path, names: list[str] = NAMES, ending: str = ".jpg") -> None:
+    """Pictures of plain colours with a stripe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        image = Image.new("RGB", (48, 40), (9 * i % 255, 255 - 10 * i, 90))
+        image.paste((255, 255, 255), (i, 5, i + 9, 30))
+        image.save(folder / f"{name}{ending}")
+
+
+def data() -> None:
+    """Data sets as people have them."""
+    for folder, table, text in (
+        ("ids", "labels.csv", ["id,caption", *(f"{n},a dog {n}" for n in NAMES)]),
+        ("german", "bilder.csv", ["Bild;Beschreibung", *(f"{n}.jpg;ein Hund {n}" for n in NAMES)]),
+        ("odd", "labels.tsv", ["wer\twas", *(f"{n}.jpg\ta dog {n}" for n in NAMES)]),
+        ("windows", "c.csv", ["image,caption", *(f"C:\\Users\\Kim\\{n}.jpg,a dog {n}" for n in NAMES)]),
+    ):
+        pictures(Path(folder))
+        Path(folder, table).write_text("\n".join(text), "utf-8")
+    pictures(Path("korean"))
+    rows = ["파일,캡션", *(f"{n}.jpg,빨간 개 {n}" for n in NAMES)]
+    Path("korean/c.csv").write_bytes("\n".join(rows).encode("cp949"))
+    for split in ("train", "validation", "test"):
+        pictures(Path("splits", split))
+    names = [f"{split}/{n}.jpg" for split in ("train", "validation", "test") for n in NAMES]
+    Path("splits/metadata.csv").write_text("\n".join(["file_name,text", *(f"{n},a dog in {n}" for n in names)]))
+    pictures(Path("llava"))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog ."}]
+    Path("llava/llava.json").write_text(json.dumps([{"image": f"{n}.jpg", "conversations": turns} for n in NAMES]))
+    pictures(Path("photos/deep/서울"))
+    Path("photos/deep/broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    with zipfile.ZipFile("photos.zip", "w") as archive:
+        for path in Path("photos").rglob("*.jpg"):
+            archive.write(path)
+
+
+RUN = "fit --config caption_scenes --config tiny --data.source.train_size 64 --data.source.val_size 8 "
+RUN += "--data.source.compositional_size 8 --trainer.default_root_dir runs/first"
+MODEL = "--model runs/first/model"
+TUNE = "fit --config finetune_pairs --config tiny --model.init runs/first/model --data.source"
+GERMAN = "--data.read.language de --model.add_languages [de] --trainer.default_root_dir runs/de"
+STEPS: list[tuple[str, int, tuple[str, ...]]] = [
+    ("recipes", 0, ("caption_scenes", "time", "score")),
+    ("fit --config caption_scene", 2, ('did you mean "caption_scenes"',)),
+    (f"{RUN} --trainer.max_step 3", 2, ('did you mean "trainer.max_steps"',)),
+    (f"{RUN} --model.optim.learning_rate 3", 2, ('did you mean "optim.lr"',)),
+    (RUN, 0, ("mmt", "caption YOUR_PICTURE.jpg")),
+    (f"evaluate {MODEL} --data scenes --limit 4", 0, ("% of facts right",)),
+    ("check ids", 0, ("24 pictures", "image=id")),
+    ("check german", 0, ("24 pictures", "image=Bild")),
+    ("check odd", 1, ("labels.tsv", "wer, was", "--image-column")),
+    ("check odd --image-column wer --caption-column was", 0, ("24 pictures",)),
+    ("check windows", 0, ("24 pictures", "Windows paths")),
+    ("check korean", 1, ("CP949", "--encoding cp949")),
+    ("check korean --encoding cp949", 0, ("ko 24",)),
+    ("check splits", 1, ("splits by their folders: train 24, val 24, test 24",)),
+    ("check llava", 1, ("questions before captions, left out: 24", "pictures share one caption")),
+    (f"{TUNE} ids --data.read.language en", 0, ("--language en",)),
+    (f"{TUNE} german {GERMAN}", 0, ("--language de",)),
+    (f"{TUNE} ids --data.image.image_size 224", 2, ("data.image would have no effect",)),
+    (f"caption photos {MODEL} --out captions.jsonl", 1, ("24 pictures captioned", "bad_images_captions.txt")),
+    (f"caption photos {MODEL} --out captions.jsonl", 1, ("0 pictures captioned", "24 had captions")),
+    (f"caption @bad_images_captions.txt {MODEL} --out captions.jsonl", 2, ("broken.jpg",)),
+    (f"caption photos.zip {MODEL} --out captions.csv --prefix sks", 1, ("24 pictures captioned in captions.csv",)),
+    (f"caption photos/**/*.jpg {MODEL} --out texts/", 1, ("24 pictures captioned",)),
+    (f"caption ids/000.jpg {MODEL} --temperature 0.5", 2, ("it needs do_sample",)),
+    (f"caption ids/000.jpg {MODEL} --device cuda:99", 2, ("device cuda:99",)),
+    ("caption ids/000.jpg --model runs/first", 2, ("its model is runs/first/model",)),
+    (f"caption ids/000.jpg {MODEL} --do-sample --num-return-sequences 5", 0, ("(",)),
+    (f"evaluate {MODEL} --data ids --split train --predictions said.jsonl", 0, ("BLEU-4",)),
+    (f"evaluate {MODEL} --data ids --split train --predictions said.jsonl", 0, ("BLEU-4",)),
+]  # fmt: skip
+
+
+def main(python: str) -> int:
+    """Runs the steps in an empty folder; the number of those that went otherwise."""
+    folder, wrong = Path(tempfile.mkdtemp(prefix="first-hour-")), 0
+    here = Path.cwd()
+    try:
+        os.chdir(folder)
+        data()
+        for words, code, wanted in STEPS:
+            began = time.monotonic()
+            command = [python, "-m", "mmtransformer.cli", *words.split(" ")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            said = done.stdout + done.stderr
+            missing = [word for word in wanted if word not in said]
+            right = done.returncode == code and not missing and "Traceback" not in said
+            wrong += not right
+            print(f"{'ok   ' if right else 'WRONG'} {time.monotonic() - began:5.1f} s  mmt {words}", flush=True)
+            if not right:
+                print(f"      exit code {done.returncode}, not {code}; missing {missing}\n{said[-1500:]}", flush=True)
+    finally:
+        os.chdir(here)
+        shutil.rmtree(folder)
+    print(f"{len(STEPS) - wrong} of {len(STEPS)} steps went as they should")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1] if len(sys.argv) > 1 else sys.executable), 1))
