@@ -12,6 +12,8 @@ from mmtransformer.diffusion.solvers import step_times, walk
 
 STEPS = 7
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers, of numpy 2
+
 
 @pytest.fixture(scope="module")
 def diffusers() -> Any:
