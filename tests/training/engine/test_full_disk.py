@@ -73,7 +73,7 @@ def test_results_that_cannot_be_written(
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "model/model.safetensors", "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("mmtransformer.plots.files.os.fdopen", full)
+        patch.setattr("mmtransformer.serialization.writing.os.fdopen", full)
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "gallery.png", "No space left on device")
     assert fit(tmp_path, "--resume") == 0
