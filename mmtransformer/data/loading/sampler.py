@@ -140,8 +140,8 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         return np.concatenate([head.reshape(-1), order[full * block :]])
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        first, self.start = self.start, 0
-        return self.batches(first)
+        first, self.start = self.start, 0  # when the first batch is asked for: a loader makes iterators it never reads
+        yield from self.batches(first)
 
     def batches(self, first: int) -> Iterator[list[SampleIndex]]:
         """This process's batches of the epoch behind so many samples."""
