@@ -8,6 +8,7 @@ record["blocks.0.cross_attn"]        # (b h q k)
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,9 @@ def rollout(weights: Iterable[Tensor]) -> Tensor:
 def _recorder(name: str, record: dict[str, Tensor]) -> Callable:
     mine = threading.get_ident()  # The model's layers are shared by all threads, and so are their hooks.
 
-    def hook(layer: Attention, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if threading.get_ident() == mine:
-            record[name] = _weights(layer, *args, **kwargs)
+    def hook(layer: Attention, args: tuple, *rest: Any) -> None:  # kwargs and output; other threads may see it half put
+        if threading.get_ident() == mine:  # up or half taken down: without kwargs, then
+            record[name] = _weights(layer, *args, **rest[0])
 
     return hook
 
