@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
     from mmtransformer.captioners.flamingo import GatedConfig as GatedConfig
+    from mmtransformer.captioners.git import Git as Git
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
@@ -128,6 +129,7 @@ _CONTENTS = {
     "captioners.coca": "CoCa",
     "captioners.encoder_decoder": "EncoderDecoder",
     "captioners.flamingo": "Flamingo GatedConfig",
+    "captioners.git": "Git",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
     "captioners.llava": "Llava",

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.blip2 import load_blip2 as load_blip2
     from mmtransformer.weights.captioners.blip2 import save_blip2 as save_blip2
     from mmtransformer.weights.captioners.blip2 import to_blip2 as to_blip2
+    from mmtransformer.weights.captioners.git import load_git as load_git
+    from mmtransformer.weights.captioners.git import save_git as save_git
+    from mmtransformer.weights.captioners.git import to_git as to_git
     from mmtransformer.weights.captioners.idefics import from_idefics as from_idefics
     from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
     from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
 _CONTENTS = {
     "captioners.blip": "from_blip load_blip save_blip to_blip",
     "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
+    "captioners.git": "load_git save_git to_git",
     "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
     "captioners.idefics3": "idefics3_to_transformers load_idefics3 save_idefics3",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",

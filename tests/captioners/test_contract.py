@@ -16,6 +16,7 @@ from mmtransformer import (
     EncoderDecoder,
     Flamingo,
     GatedConfig,
+    Git,
     ImageText,
     InstructBatch,
     PerceiverResampler,
@@ -66,6 +67,7 @@ def prefix(vision: ViT | None = None, decoder: TextDecoder | None = None) -> Pre
 BUILD: dict[str, Callable[[], Captioner]] = {
     "cross": lambda: EncoderDecoder(vit(), lm(cross_dim=20)),
     "prefix": prefix,
+    "git": lambda: Git(vit(), lm()),
     "blip2": blip2,
     "flamingo": flamingo,
     "coca": coca,

@@ -16,6 +16,7 @@ from mmtransformer import (
     CoCa,
     EncoderDecoder,
     Flamingo,
+    Git,
     ImageCaptioner,
     ImageText,
     ImageTransform,
@@ -216,6 +217,7 @@ BRIDGES: dict[str, Callable[[], Any]] = {
     "q-former, stage 1": lambda: ImageText(
         tower(), QFormer(3, 16, 2, 2, 16, vocab_size=WORDS, max_len=96), embed_dim=8
     ),
+    "git": lambda: Git(tower(), decoder()),
     "prefix": lambda: PrefixCaptioner(tower(), decoder(), shuffle=2),
     "coca": lambda: CoCa(
         tower(),

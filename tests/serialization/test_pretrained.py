@@ -24,6 +24,7 @@ from mmtransformer import (
     ExtendedVocabulary,
     Flamingo,
     GatedConfig,
+    Git,
     HubDecoder,
     HubSeq2Seq,
     ImageText,
@@ -142,6 +143,9 @@ MODELS = {
     "Blip2 with a norm that learns": lambda: Blip2(ViT(**VISION), qformer(), decoder(), train_norm=True),
     "PrefixCaptioner": lambda: PrefixCaptioner(
         ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, shuffle=2, freeze_vision=False, freeze_decoder=False
+    ),
+    "Git": lambda: Git(
+        ViT(**VISION), decoder(norm=NormConfig(pre=False)), num_frames=3, freeze_vision=True, freeze_decoder=True
     ),
     "CoCa": lambda: CoCa(
         ViT(**VISION), decoder(), decoder(cross_dim=20, positions=PositionConfig("rotary")),

@@ -15,6 +15,7 @@ from mmtransformer import (
     ExtendedVocabulary,
     Flamingo,
     GatedConfig,
+    Git,
     ImageText,
     MLPConfig,
     NormConfig,
@@ -74,6 +75,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flamingo": lambda: Flamingo(vit(), decoder(), gated=GatedConfig(3, 7), visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
     "image-text": lambda: ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)),
+    "git": lambda: Git(vit(), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
     "coca": lambda: CoCa(vit(), decoder(), decoder(cross_dim=DIM, positions=PositionConfig("rotary")), num_heads=4),
 }
