@@ -23,12 +23,12 @@ class Git(Captioner):
     """A vision encoder and a text Transformer over image and text at once (GIT, arXiv:2205.14100, section 3.1).
 
     Visual tokens see each other both ways and no text; text sees all of them, and the text before it. Positions of the
-    decoder's table, and the norm of the embeddings, are the text's alone.
+    decoder's table, and its norm of embeddings, are the text's alone.
 
     Args:
         vision: the vision encoder; all its tokens are read, class token and registers too.
-        decoder: the text Transformer, of any kind; published ones have norms after each sum (`NormConfig.pre` false),
-            learned positions and an untied head.
+        decoder: the text Transformer, of any kind; published ones have norms after each sum and of embeddings
+            (`NormConfig(pre=False, embed=True)`), learned positions and an untied head.
         num_frames: most images of a sample that get a vector which says when, as frames of a video do (section 3.3);
             one image alone gets none. None = images have no order.
         freeze_vision: see `Captioner`.
@@ -58,7 +58,6 @@ class Git(Captioner):
         self.num_frames, self.freeze_decoder = num_frames, freeze_decoder
         self.proj = nn.Linear(vision.dim, decoder.dim)
         self.proj_norm = nn.LayerNorm(decoder.dim, eps=vision.block.norm_eps)
-        self.embed_norm = nn.LayerNorm(decoder.dim, eps=decoder.norm.eps)
         self.head_bias = nn.Parameter(torch.zeros(decoder.vocab_size))
         frames = (nn.Parameter(torch.zeros(1, 1, vision.dim)) for _ in range(num_frames or 0))
         self.frame_embeds = nn.ParameterList(frames)
@@ -93,7 +92,7 @@ class Git(Captioner):
             real = batch.attention_mask.new_ones(images.shape[:2]) if real is None else real
             attention_mask = torch.cat((real, batch.attention_mask), dim=1)
         positions = self.decoder.position_ids(batch.tokens, None if attention_mask is None else batch.attention_mask)
-        x = torch.cat((images, self._embed(batch.tokens, positions).to(images.dtype)), dim=1)
+        x = torch.cat((images, self.decoder.embed(batch.tokens, positions).to(images.dtype)), dim=1)
         (n, total), count = x.shape[:2], images.shape[1]
         allowed = masks.prefix(torch.full((n,), count, device=x.device))
         if attention_mask is not None:
@@ -102,9 +101,6 @@ class Git(Captioner):
         positions = F.pad(positions, (count, 0), value=-1)  # The text's next position does not count images.
         hidden = self.decoder.forward_embeds(x, positions, attention_mask=attention_mask, mask=mask, state=state)
         return hidden[:, count:]
-
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.embed_norm(self.decoder.embed(tokens, positions))
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
@@ -127,7 +123,7 @@ class Git(Captioner):
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         assert state.next_positions is not None
         positions = state.next_positions[:, None]
-        hidden = self.decoder.forward_embeds(self._embed(tokens[:, None], positions), positions, state=state)
+        hidden = self.decoder.forward_embeds(self.decoder.embed(tokens[:, None], positions), positions, state=state)
         return self.head(hidden[:, 0])
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
-from mmtransformer.weights.captioners.git import load_git, save_git
+from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
         save_options=lambda config: {"image_token_id": config.get("image_token_index")},
     ),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
-    "git": Family(load_git, save_git, (Git,), ("git",)),
+    "git": Family(load_git, save_git, (Git,), ("git",), processor=GitProcessor),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
     **{
         name: Family(load_idefics3, partial(save_idefics3, family=name), (Llava,), (name,), processor=Idefics3Processor)

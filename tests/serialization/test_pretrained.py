@@ -145,7 +145,8 @@ MODELS = {
         ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, shuffle=2, freeze_vision=False, freeze_decoder=False
     ),
     "Git": lambda: Git(
-        ViT(**VISION), decoder(norm=NormConfig(pre=False)), num_frames=3, freeze_vision=True, freeze_decoder=True
+        ViT(**VISION), decoder(norm=NormConfig(pre=False, embed=True)), num_frames=3, freeze_vision=True,
+        freeze_decoder=True,
     ),
     "CoCa": lambda: CoCa(
         ViT(**VISION), decoder(), decoder(cross_dim=20, positions=PositionConfig("rotary")),

@@ -7,40 +7,33 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.backbones.patches import PatchConfig
-from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.git import Git
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.pixels import read_pixels
+from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.settings import GENERATION, read_ends
+from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import (
     SIZES,
     SOURCE_ACTIVATIONS,
     activation_of,
-    only,
     only_these,
     read_sizes,
     write_sizes,
 )
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
 
-_VISION = "git.image_encoder."
-_TOWER = {
-    "vision_model.embeddings.patch_embedding": "patch_embed.proj",
-    "vision_model.pre_layrnorm": "first_norm",
-    "vision_model.encoder.layers.*.layer_norm[1,2]": "blocks.*.norm[1,2]",
-    "vision_model.encoder.layers.*.self_attn.[q,k,v,out]_proj": "blocks.*.attn.[q,k,v,out]_proj",
-    "vision_model.encoder.layers.*.mlp.fc[1,2]": "blocks.*.mlp.fc[1,2]",
-    "vision_model.post_layernorm": "norm",
-}
-_POSITIONS, _CLASS = "vision_model.embeddings.position_embedding.weight", "vision_model.embeddings.class_embedding"
+_VISION = "git.image_encoder.vision_model."
 _KEYS = {
     "git.embeddings.word_embeddings": "decoder.tok_embed",
     "git.embeddings.position_embeddings": "decoder.pos_embed",
-    "git.embeddings.LayerNorm": "embed_norm",
+    "git.embeddings.LayerNorm": "decoder.embed_norm",
     **nested(
         {
             "attention.self.[query,key,value]": "attn.[q_proj,k_proj,v_proj]",
@@ -73,20 +66,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_image_with_embedding": None,
     "tie_word_embeddings": False,
 }
-_VISION_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
 _SIZES = SIZES | {"hidden_dropout_prob": "dropout"}
-_VISION_SIZES = {
-    name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-}
 _HEAD, _WORDS = "output.weight", "git.embeddings.word_embeddings.weight"
 
 
@@ -102,23 +82,15 @@ def git_from_state(config: dict[str, Any], state: dict[str, Tensor], context: st
         ValueError: for a variant that differs in more than its sizes, or tensors that do not fit.
     """
     config = _DEFAULTS | config
-    own = _VISION_DEFAULTS | (config.get("vision_config") or {})
-    only(own, f"{context}, vision_config", {"num_channels": 3}, "GIT")
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    vision = ViT(
-        own["image_size"],
-        own["patch_size"],
-        **read_sizes(own, _VISION_SIZES, context),
-        patches=PatchConfig(bias=False, norm=True),
-        block=BlockConfig(activation_of(own, "hidden_act", context), own["layer_norm_eps"]),
-    )
-    fill_vit(vision, _TOWER, part(state, _VISION), context, positions=_POSITIONS, prefix=[_CLASS])
+    tower = {"patch_size": 16, **(config.get("vision_config") or {}), "model_type": "clip_vision_model"}
+    vision = vision_from_clip(tower, part(state, _VISION), f"{context}, vision tower", norm="tokens")
     # A head of its own stays its own, whatever the config says.
     tied = config["tie_word_embeddings"] and (_HEAD not in state or torch.equal(state[_HEAD], state[_WORDS]))
     decoder = TextDecoder(
         **read_sizes(config, _SIZES, context),
         mlp=MLPConfig(activation_of(config, "hidden_act", context)),
-        norm=NormConfig("layer", config["layer_norm_eps"], pre=False),
+        norm=NormConfig("layer", config["layer_norm_eps"], pre=False, embed=True),
         tied=tied,
     )
     model = Git(vision, decoder, num_frames=config["num_image_with_embedding"])
@@ -138,26 +110,20 @@ def to_git(model: Git) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    vision, decoder = model.vision, model.decoder
-    height, width = vision.image_size
+    decoder = model.decoder
     only_these(
         "transformers' GIT",
         {
-            "norm": (decoder.norm, NormConfig("layer", decoder.norm.eps, pre=False)),
+            "norm": (decoder.norm, NormConfig("layer", decoder.norm.eps, pre=False, embed=True)),
             "attention": (decoder.attention, AttentionConfig()),
-            "mlp": (decoder.mlp.bias, True),
+            "mlp": (decoder.mlp, MLPConfig(decoder.mlp.activation)),
             "positions": (decoder.positions, PositionConfig()),
-            "class_token": (vision.class_token, True),
-            "num_registers": (vision.num_registers, 0),
-            "image_size": ((height, width), (height, height)),
-            "patches": (vision.patches, PatchConfig(bias=False, norm=True, positions=vision.patches.positions)),
-            "block": (vision.block, BlockConfig(vision.block.activation, vision.block.norm_eps)),
-            "output": (vision.output.norm, "tokens"),
+            "word_head": (decoder.word_head, False),
+            "class_token": (model.vision.class_token, True),
+            "output": (model.vision.output.norm, "tokens"),
         },
     )
-    tower = vit_tensors(vision, _TOWER, "transformers' GIT", positions=_POSITIONS, prefix=[_CLASS])
-    tower = {name: tensor.reshape(-1) if name == _CLASS else tensor for name, tensor in tower.items()}
-    tower[_POSITIONS] = tower[_POSITIONS][0]
+    vision, tower = vision_to_clip(model.vision)
     config = {
         "model_type": "git",
         "architectures": ["GitForCausalLM"],
@@ -167,14 +133,7 @@ def to_git(model: Git) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "layer_norm_eps": decoder.norm.eps,
         "tie_word_embeddings": decoder.tied,
         "num_image_with_embedding": model.num_frames,
-        "vision_config": {
-            "model_type": "git_vision_model",
-            **write_sizes(vision, _VISION_SIZES),
-            "image_size": height,
-            "patch_size": vision.patch_size,
-            "hidden_act": SOURCE_ACTIVATIONS[vision.block.activation],
-            "layer_norm_eps": vision.block.norm_eps,
-        },
+        "vision_config": vision | {"model_type": "git_vision_model"},
     }
     own = export(model, _KEYS, "transformers' GIT", kept=_kept(model))
     return config, own | {_VISION + name: tensor for name, tensor in tower.items()}
@@ -202,3 +161,28 @@ def save_git(model: Git, folder: str | Path) -> None:
         ValueError: if a part has no counterpart there, before anything is written.
     """
     write_folder(folder, *to_git(model))
+
+
+class GitProcessor(Processor):
+    """Prompts of GIT: [CLS], then the words of a question where there is one, without the [SEP] that would end it.
+
+    transformers' processor puts [SEP] there, which its documentation takes away by hand.
+
+    Args:
+        folder: the model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / CONFIG)
+        tower = config.get("vision_config") or {}
+        said = "eos_token_id" in config or (folder / GENERATION).exists()
+        super().__init__(
+            Tokenizer.from_pretrained(folder),
+            read_pixels(folder, "CLIP", size=tower.get("image_size", 224)),
+            eos_ids=read_ends(folder) if said else (102,),
+        )
+        self.encode, self.bos_id = PromptTokenizer(folder), config.get("bos_token_id", 101)
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """[CLS] and the words; see `Processor`."""
+        return [self.bos_id, *([] if text is None else self.encode(text, special=False))]

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GitConfig, GitForCausalLM
+from transformers import AutoProcessor, BertTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
 from mmtransformer import CaptionBatch, Git, NormConfig, TextDecoder, ViT, generate
 from mmtransformer.weights import load_git, save_git, to_git
 from mmtransformer.weights.captioners.git import git_from_state
+from support.public import close, first_logits, ids, load, pictures, until_end, word_pieces
 
 VOCAB, END = 53, 7
 SHAPES: dict[str, dict[str, Any]] = {
@@ -139,20 +140,58 @@ def test_one_image_alone_has_no_order() -> None:
         ours.logits(batch(pixels_of(theirs, frames=4)))
 
 
+@torch.no_grad()
+def test_a_folder_captions_and_answers_as_transformers(tmp_path: Path) -> None:
+    tokenizer = BertTokenizer(vocab=word_pieces().get_vocab())
+    begin, end = 2, 3
+    torch.manual_seed(4)
+    config = GitConfig(
+        **SHAPES["base"], vocab_size=len(tokenizer), max_position_embeddings=37, bos_token_id=begin, eos_token_id=end
+    )
+    theirs: Any = GitForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.4 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    size = {"shortest_edge": 21}
+    pixels = CLIPImageProcessor(size=size, crop_size={"height": 21, "width": 21})
+    GitProcessor(pixels, tokenizer).save_pretrained(tmp_path)
+    ours, images = load(tmp_path), pictures()
+    given = AutoProcessor.from_pretrained(tmp_path)(images=images, return_tensors="pt")["pixel_values"]
+    batch = ours.batch(images)
+    assert batch.pixels is not None
+    assert torch.equal(batch.pixels[:, 0], given)
+    question = "what is this?"
+    asked = [begin, *tokenizer(question, add_special_tokens=False)["input_ids"]]
+    for beams in (1, 3):
+        alone = theirs.generate(pixel_values=given, max_new_tokens=8, num_beams=beams, do_sample=False)
+        assert ids(ours, images, [None] * 3, max_new_tokens=8, num_beams=beams) == until_end(alone[:, 1:], [end])
+        prompt = torch.tensor([asked])
+        for i, image in enumerate(images):
+            found = theirs.generate(
+                input_ids=prompt, pixel_values=given[i : i + 1], max_new_tokens=8, num_beams=beams, do_sample=False
+            )
+            want = until_end(found[:, prompt.shape[1] :], [end])
+            assert ids(ours, [image], [question], max_new_tokens=8, num_beams=beams) == want
+    want = theirs(input_ids=torch.full((3, 1), begin), pixel_values=given).logits[:, -1]
+    close(first_logits(ours, images, [None] * 3), want)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     theirs = theirs_of("base")
     config, state = theirs.config.to_dict(), theirs.state_dict()
     with pytest.raises(ValueError, match="no activation like mish here"):
         git_from_state(config | {"hidden_act": "mish"}, state, "it")
-    with pytest.raises(ValueError, match="num_channels is 1"):
-        git_from_state(config | {"vision_config": config["vision_config"] | {"num_channels": 1}}, state, "it")
+    with pytest.raises(ValueError, match="no activation like tanh here"):
+        git_from_state(config | {"vision_config": config["vision_config"] | {"hidden_act": "tanh"}}, state, "it")
     with pytest.raises(ValueError, match=r"missing: output\.weight"):
         git_from_state(config, {k: v for k, v in state.items() if k != "output.weight"}, "it")
     with pytest.raises(ValueError, match=r"unknown: git\.extra"):
         git_from_state(config, state | {"git.extra": torch.ones(1)}, "it")
-    tower, text = ViT(16, 8, 12, 1, 2), TextDecoder(VOCAB, 12, 1, 2, norm=NormConfig(pre=False))
-    with pytest.raises(ValueError, match=r"transformers' GIT has nothing like .*patches="):
+    tower, text = ViT(16, 8, 12, 1, 2), TextDecoder(VOCAB, 12, 1, 2, norm=NormConfig(pre=False, embed=True))
+    with pytest.raises(ValueError, match=r"CLIP's vision tower has nothing like .*patches="):
         to_git(Git(tower, text))
+    with pytest.raises(ValueError, match=r"transformers' GIT has nothing like norm="):
+        to_git(Git(tower, TextDecoder(VOCAB, 12, 1, 2)))
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(ValueError, match='model_type is "blip", not "git"'):
         load_git(tmp_path)
