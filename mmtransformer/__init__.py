@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
     from mmtransformer.captioners.llava import Llava as Llava
+    from mmtransformer.captioners.paligemma import PaliGemma as PaliGemma
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
     from mmtransformer.captioners.tiles import TileConfig as TileConfig
     from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
@@ -133,6 +134,7 @@ _CONTENTS = {
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
     "captioners.llava": "Llava",
+    "captioners.paligemma": "PaliGemma",
     "captioners.prefix": "PrefixCaptioner",
     "captioners.tiles": "TileConfig TiledBatch",
     "generation.captions": "CaptionResult",

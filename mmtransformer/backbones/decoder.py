@@ -17,6 +17,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
+from mmtransformer.layers.kernels import capped
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rotary, sinusoidal
 from mmtransformer.serialization.pretrained import Pretrained
@@ -70,6 +71,7 @@ class TextDecoder(Pretrained, Decoder):
         norm: which norms, and where.
         positions: how tokens know where they stand.
         tied: whether the head's weight is the embedding.
+        logit_softcap: logits s become logit_softcap * tanh(s / logit_softcap) (Gemma 2: 30); None = they stay.
         word_head: whether the head is BERT's: a dense layer, the MLPs' activation and a norm before its weight, and a
             bias after it (BLIP's text decoder).
         dropout: share of embeddings, self-attention weights and branch results dropped in training.
@@ -96,6 +98,7 @@ class TextDecoder(Pretrained, Decoder):
         norm: NormConfig = NormConfig(),
         positions: PositionConfig = PositionConfig(),
         tied: bool = True,
+        logit_softcap: float | None = None,
         word_head: bool = False,
         dropout: float = 0.0,
     ) -> None:
@@ -104,10 +107,12 @@ class TextDecoder(Pretrained, Decoder):
             raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
-        if word_head and mlp.activation == "swiglu":
-            raise ValueError('word_head=True has the activation of the MLPs, which cannot be "swiglu"')
+        if word_head and logit_softcap is not None:
+            raise ValueError(f"logit_softcap ({logit_softcap}) is for a head of one layer: word_head must be false")
+        if word_head and mlp.activation in ("swiglu", "geglu_tanh"):
+            raise ValueError(f'word_head=True has the activation of the MLPs, which cannot be "{mlp.activation}"')
         self.cross_dim, self.cross_every = cross_dim, cross_every
-        self.tied, self.word_head, self.dropout = tied, word_head, dropout
+        self.tied, self.logit_softcap, self.word_head, self.dropout = tied, logit_softcap, word_head, dropout
         self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
         make = partial(make_norm, norm.kind, dim, norm.eps)
@@ -131,13 +136,14 @@ class TextDecoder(Pretrained, Decoder):
                     qk_norm=attention.qk_norm,
                     norm_eps=norm.eps,
                     dropout=dropout,
+                    softcap=attention.softcap,
+                    scale_dim=attention.scale_dim,
                 ),
-                SwiGLU(dim, mlp_dim)
-                if mlp.activation == "swiglu"
-                else MLP(dim, mlp_dim, activation=mlp.activation, bias=mlp.bias),
+                self._mlp(),
                 make,
                 cross_attn=self._cross_attention(i),
                 pre_norm=norm.pre,
+                post_norm=norm.post,
                 dropout=dropout,
             )
             for i in range(depth)
@@ -145,12 +151,18 @@ class TextDecoder(Pretrained, Decoder):
         self.last_norm = make() if norm.pre else nn.Identity()
         self.words_proj = None
         if word_head:
-            assert mlp.activation != "swiglu"
+            assert mlp.activation not in ("swiglu", "geglu_tanh")
             self.words_proj = WordHead(dim, vocab_size, mlp.activation, norm.eps)
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.tok_embed.weight
         self.init_weights()
+
+    def _mlp(self) -> nn.Module:
+        kind = self.mlp.activation
+        if kind == "swiglu" or kind == "geglu_tanh":
+            return SwiGLU(self.dim, self.mlp_dim, activation="silu" if kind == "swiglu" else "gelu_tanh")
+        return MLP(self.dim, self.mlp_dim, activation=kind, bias=self.mlp.bias)
 
     def _cross_attention(self, i: int) -> Attention | None:
         if self.cross_dim is None or (i + 1) % self.cross_every:
@@ -179,15 +191,21 @@ class TextDecoder(Pretrained, Decoder):
         return [layer.project_kv(context) for layer in layers if isinstance(layer, Attention)]
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """The embeddings of tokens (b q), as they stand in the table: (b q d)."""
+        """The embeddings of tokens (b q), as they stand in the table but for their scale: (b q d)."""
         try:
-            return self.tok_embed(tokens)
+            x = self.tok_embed(tokens)
         except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
+        # Rounded as the weights are: Gemma was trained so.
+        return x if self.embedding_scale == 1 else x * x.new_tensor(self.embedding_scale)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What `embed_tokens` multiplies the table's rows by."""
+        return self.positions.embed_scale
 
     def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """What the first block reads of embeddings (b q d), whose position ids are (q) or (b q): (b q d)."""
-        x = x if self.positions.embed_scale == 1 else x * self.positions.embed_scale
         if self.positions.kind == "sinusoidal":
             x = x + sinusoidal(position_ids, self.dim).to(x.dtype)
         elif self.pos_embed is not None:
@@ -240,10 +258,15 @@ class TextDecoder(Pretrained, Decoder):
         attention_mask: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
         mask: Mask | None = None,
+        both_ways: Tensor | None = None,
         state: DecoderState | None = None,
         before_block: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """As `forward`, from embeddings (b q d) with position ids (q) or (b q): for connectors with tokens in front."""
+        """As `forward`, from embeddings (b q d) with position ids (q) or (b q): for connectors with tokens in front.
+
+        `both_ways` (b q) bool are tokens that see each other in both directions, in place of a `mask`: images, a
+        prompt. None = there are none. Not with tokens in the state already.
+        """
         if (context is None) != (self.cross_dim is None):
             has = "has no" if self.cross_dim is None else "has"
             given = "no context was given" if context is None else "a context was given"
@@ -258,7 +281,9 @@ class TextDecoder(Pretrained, Decoder):
             context_mask = context_attention_mask.repeat_interleave(each, 0)[:, None]
         if state is not None:
             state.advance(x.shape[0], position_ids, attention_mask)
-        mask = self.attention_mask(x, attention_mask, mask, state)
+        full = self.attention_mask(x, attention_mask, mask, state, None, both_ways)
+        window, interval = self.attention.window, self.attention.full_interval
+        narrow = full if window is None else self.attention_mask(x, attention_mask, mask, state, window, both_ways)
         rope = None if self.rotary is None else self.rotary(position_ids)
         nope_interval = self.positions.nope_interval
         x = self.drop(x)
@@ -268,7 +293,7 @@ class TextDecoder(Pretrained, Decoder):
             x = block(
                 x,
                 None if block.cross_attn is None else next(contexts),
-                mask=mask,
+                mask=full if interval and (i + 1) % interval == 0 else narrow,
                 context_mask=context_mask,
                 rope=None if nope_interval and (i + 1) % nope_interval == 0 else rope,
                 cache=None if state is None else state.caches[i],
@@ -276,7 +301,13 @@ class TextDecoder(Pretrained, Decoder):
         return self.last_norm(x)
 
     def attention_mask(
-        self, x: Tensor, attention_mask: Tensor | None, mask: Mask | None, state: DecoderState | None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        mask: Mask | None,
+        state: DecoderState | None,
+        window: int | None,
+        both_ways: Tensor | None = None,
     ) -> Mask | None:
         """Which keys the new tokens' queries may look at.
 
@@ -285,6 +316,8 @@ class TextDecoder(Pretrained, Decoder):
             attention_mask: which of them are real (b q); None = all.
             mask: in place of the causal mask.
             state: all tokens so far, the new ones among them.
+            window: how many tokens a token looks at, up to itself; None = all.
+            both_ways: (b q) bool, tokens that see each other in both directions, whatever the window.
 
         Returns:
             The mask given, or causal and without padding; within the window where there is one.
@@ -298,11 +331,10 @@ class TextDecoder(Pretrained, Decoder):
             attention_mask = state.attention_mask
             past = state.length - count if state.cache_position is None else state.cache_position
         total = attention_mask.shape[1] if attention_mask is not None else count + int(past)
-        window = self.attention.window
         narrow = window if window is not None and total > window else None
         if narrow is None and mask is not None:
             return mask
-        if narrow is None and attention_mask is None:
+        if narrow is None and attention_mask is None and both_ways is None:
             return "causal"
         if narrow is None and count == 1 and attention_mask is not None:
             return attention_mask[:, None, :]
@@ -311,6 +343,8 @@ class TextDecoder(Pretrained, Decoder):
             allowed.append(masks.window(narrow, past))
         if mask is None:
             allowed.append(masks.causal(past))
+        if both_ways is not None:
+            allowed = [masks.any_of(masks.all_of(*allowed), masks.both_ways(both_ways))]
         if mask is None and attention_mask is not None:
             allowed.append(masks.padding(attention_mask))
         found = masks.dense(masks.all_of(*allowed), rows, count, total, x.device)
@@ -323,12 +357,13 @@ class TextDecoder(Pretrained, Decoder):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
         if self.words_proj is None:
-            return self.lm_head(hidden)
+            return capped(self.lm_head(hidden), self.logit_softcap)
         return self.lm_head(self.words_proj.transform(hidden)) + self.words_proj.bias
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
-        return F.linear(hidden if self.words_proj is None else self.words_proj.transform(hidden), table)
+        hidden = hidden if self.words_proj is None else self.words_proj.transform(hidden)
+        return capped(F.linear(hidden, table), self.logit_softcap)
 
     @property
     def embedding_weights(self) -> tuple[Tensor, Tensor]:

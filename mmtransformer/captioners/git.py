@@ -5,7 +5,6 @@ tokens of a sample, gh gw rows and columns of patches.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState, repeat_rows
@@ -13,8 +12,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches
 from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
-from mmtransformer.captioners.soft_prompt import in_image_order, join_images
-from mmtransformer.layers import masks
+from mmtransformer.captioners.soft_prompt import in_image_order, read_behind_images
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 
@@ -85,22 +83,8 @@ class Git(Captioner):
         return self._read(self.prefix_embeds(batch), batch)
 
     def _read(self, prefix_embeds: Tensor, batch: CaptionBatch, state: DecoderState | None = None) -> Tensor:
-        """Images and text at once: hidden states of the text (n q e); padding of prompts stands between the two."""
-        images, real = join_images(prefix_embeds, batch)
-        attention_mask = None
-        if real is not None or (state is not None and not bool(batch.attention_mask.all())):
-            real = batch.attention_mask.new_ones(images.shape[:2]) if real is None else real
-            attention_mask = torch.cat((real, batch.attention_mask), dim=1)
-        positions = self.decoder.position_ids(batch.tokens, None if attention_mask is None else batch.attention_mask)
-        x = torch.cat((images, self.decoder.embed(batch.tokens, positions).to(images.dtype)), dim=1)
-        (n, total), count = x.shape[:2], images.shape[1]
-        allowed = masks.prefix(torch.full((n,), count, device=x.device))
-        if attention_mask is not None:
-            allowed = masks.all_of(allowed, masks.padding(attention_mask))
-        mask = masks.dense(allowed, 1 if attention_mask is None else n, total, total, x.device)
-        positions = F.pad(positions, (count, 0), value=-1)  # The text's next position does not count images.
-        hidden = self.decoder.forward_embeds(x, positions, attention_mask=attention_mask, mask=mask, state=state)
-        return hidden[:, count:]
+        none = torch.zeros_like(batch.attention_mask)
+        return read_behind_images(self.decoder, prefix_embeds, batch, none, image_positions=False, state=state)
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40

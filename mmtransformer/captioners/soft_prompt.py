@@ -5,10 +5,12 @@ them differ), l embeddings of an image, k = i * l, e width of the decoder's embe
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder, DecoderState, repeat_rows
+from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.captioners.base import CaptionBatch
 
 
@@ -49,6 +51,51 @@ def prefill_with_prefix(
         decoder.add_positions(x, positions), positions, attention_mask=attention_mask, state=state
     )
     return repeat_rows(decoder.head(hidden[:, -1]), state, expand_size)
+
+
+def read_behind_images(
+    decoder: TextDecoder,
+    prefix_embeds: Tensor,
+    batch: CaptionBatch,
+    inside: Tensor,
+    *,
+    image_positions: bool,
+    state: DecoderState | None = None,
+) -> Tensor:
+    """The hidden states (n q d) of text behind images that enter behind its embedding, and are seen both ways.
+
+    Scale, positions and norm of the decoder's embedding are the text's alone.
+
+    Args:
+        decoder: the language model.
+        prefix_embeds: what stands before the text (m i l d).
+        batch: the text, and which images are real.
+        inside: (n q) bool, text that sees the images' tokens and itself in both directions, and is seen by them.
+        image_positions: whether images take positions before the text's.
+        state: an empty one, for left-padded prompts; None = rows are padded on the right, and causality hides it.
+    """
+    images, real = join_images(prefix_embeds, batch)
+    n, count = images.shape[:2]
+    attention_mask, text_mask = None, None
+    if real is not None or (state is not None and not bool(batch.attention_mask.all())):
+        real = batch.attention_mask.new_ones(n, count) if real is None else real
+        text_mask = batch.attention_mask if state is not None else torch.ones_like(batch.attention_mask)
+        attention_mask = torch.cat((real, text_mask), dim=1)
+    positions = decoder.position_ids(batch.tokens, text_mask)
+    text = decoder.embed(batch.tokens, positions)
+    x, both_ways = torch.cat((images.to(text.dtype), text), dim=1), F.pad(inside, (count, 0), value=True)
+    if attention_mask is not None and state is not None:
+        # Padding goes to the front: a window counts places, and the images are as near to each prompt.
+        order = attention_mask.long().argsort(dim=1, stable=True)
+        x = x.take_along_dim(order[..., None], 1)
+        attention_mask, both_ways = attention_mask.gather(1, order), both_ways.gather(1, order)
+        positions = F.pad(positions, (count, 0), value=-1).gather(1, order)
+    else:
+        positions = F.pad(positions, (count, 0), value=-1)  # The text's next position does not count images.
+    if image_positions:
+        positions = decoder.position_ids(x, attention_mask)
+    hidden = decoder.forward_embeds(x, positions, attention_mask=attention_mask, both_ways=both_ways, state=state)
+    return hidden[:, count:]
 
 
 def join_images(prefix_embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,9 @@ from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: float = 0.0, *, softcap: float | None = None
+) -> Tensor:
     """Scaled dot-product attention (Vaswani et al., arXiv:1706.03762, section 3.2.1).
 
     Keys may have fewer heads than queries (grouped-query attention, arXiv:2305.13245) and fewer rows: each row of
@@ -32,13 +34,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
         v: values (n g k c).
         mask: where each query may look; "causal" aligns the last query with the last key.
         dropout: share of attention weights dropped; not with a BlockMask.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); not with a BlockMask.
 
     Returns:
         (b h q c).
 
     Raises:
-        ValueError: for an unknown mask word, a mask that is not bool, a BlockMask with dropout, or rows or heads that
-            do not divide.
+        ValueError: for an unknown mask word, a mask that is not bool, a BlockMask with dropout or softcap, or rows
+            or heads that do not divide.
     """
     if q.shape[0] % k.shape[0]:
         raise ValueError(f"rows of queries ({q.shape[0]}) must be a multiple of rows of keys ({k.shape[0]})")
@@ -47,13 +50,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, dropout: f
     if isinstance(mask, BlockMask):
         if dropout:
             raise ValueError(f"FlexAttention has no dropout ({dropout}): give a mask of masks.dense(), or dropout 0")
+        if softcap is not None:
+            raise ValueError(f"a softcap ({softcap}) is not for a BlockMask: give a mask of masks.dense()")
     elif isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f'unknown mask word "{mask}": the only one is "causal"')
         mask = None if q.shape[2] == 1 else mask
     elif mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"a mask is bool (True = may look), not {mask.dtype}")
-    return kernels.scaled_dot_product(q, k, v, mask, dropout)
+    return kernels.scaled_dot_product(q, k, v, mask, dropout, softcap)
 
 
 def split_heads(x: Tensor, count: int, norm: nn.Module | None = None) -> Tensor:
@@ -82,6 +87,8 @@ class Attention(nn.Module):
         qk_norm: "rms" or "layer" normalises each head's queries and keys (arXiv:2302.05442; Qwen3); None does not.
         norm_eps: of these norms.
         dropout: share of attention weights dropped in training.
+        softcap: see `attend`.
+        scale_dim: scores are divided by the root of this; None = of head_dim.
 
     Raises:
         ValueError: if the numbers do not divide.
@@ -100,6 +107,8 @@ class Attention(nn.Module):
         qk_norm: Literal["rms", "layer"] | None = None,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
+        softcap: float | None = None,
+        scale_dim: int | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -111,7 +120,8 @@ class Attention(nn.Module):
             head_dim = dim // num_heads
         context_dim = dim if context_dim is None else context_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.dropout = dropout
+        self.dropout, self.softcap = dropout, softcap
+        self.query_scale = 1.0 if scale_dim is None else (head_dim / scale_dim) ** 0.5
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias)
@@ -139,10 +149,14 @@ class Attention(nn.Module):
         """Queries (b h q c), and the keys and values of the context, or of x itself where there is none."""
         if context is not None:
             kv = context if isinstance(context, KeyValue) else self.project_kv(context)
-            return split_heads(self.q_proj(x), self.num_heads, self.q_norm), kv
+            return self._queries(self.q_proj(x)), kv
         q, k, v = self.products(x, self.q_proj, self.k_proj, self.v_proj)
         kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
-        return split_heads(q, self.num_heads, self.q_norm), kv
+        return self._queries(q), kv
+
+    def _queries(self, q: Tensor) -> Tensor:
+        q = split_heads(q, self.num_heads, self.q_norm)
+        return q if self.query_scale == 1 else q * self.query_scale
 
     def forward(
         self,
@@ -170,5 +184,5 @@ class Attention(nn.Module):
             q, kv = rope.rotate(q), KeyValue(rope.rotate(kv.k), kv.v)
         if cache is not None:
             kv = cache.append(kv)
-        out = attend(q, kv.k, kv.v, mask, self.dropout if self.training else 0.0)
+        out = attend(q, kv.k, kv.v, mask, self.dropout if self.training else 0.0, softcap=self.softcap)
         return self.out_proj(out.transpose(1, 2).flatten(2))

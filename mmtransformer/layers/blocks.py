@@ -25,7 +25,28 @@ def make_norm(kind: Norm, dim: int, eps: float) -> nn.Module:
         return nn.LayerNorm(dim, eps=eps)
     if kind == "rms":
         return nn.RMSNorm(dim, eps=eps)
-    raise ValueError(f'norm must be "layer" or "rms", not "{kind}"')
+    if kind == "rms_offset":
+        return OffsetRMSNorm(dim, eps=eps)
+    raise ValueError(f'norm must be "layer", "rms" or "rms_offset", not "{kind}"')
+
+
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm whose weights are kept without the 1 that they begin as; computed in float32 (Gemma, arXiv:2403.08295).
+
+    Args:
+        dim: width of a token.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(... d) -> (... d)."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(exact), self.weight.shape, 1 + self.weight.to(exact), self.eps).to(x.dtype)
 
 
 def make_dropout(rate: float) -> nn.Module:
@@ -103,23 +124,25 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP, down(silu(gate) * up) (arXiv:2002.05202), without biases as in Llama.
+    """A gated MLP, down(act(gate) * up) (arXiv:2002.05202), without biases as in Llama.
 
     Args:
         dim: width of a token.
         hidden_dim: width of gate and up.
         bias: whether the layers have biases (DINOv2-g, EVA-02).
+        activation: of the gate; SwiGLU's is "silu", GeGLU's (Gemma) "gelu_tanh".
     """
 
-    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = False, activation: Activation = "silu") -> None:
         super().__init__()
+        self.act = activation_function(activation)
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DropPath(nn.Module):
@@ -214,6 +237,7 @@ class DecoderBlock(nn.Module):
         norm: builds a norm of width dim.
         cross_attn: attention to the context; None = a block of a language model.
         pre_norm: norm before each branch; False = after each sum.
+        post_norm: with `pre_norm`, whether what attention and MLP give is normed too (Gemma 2).
         dropout: share of a branch's result dropped.
     """
 
@@ -226,6 +250,7 @@ class DecoderBlock(nn.Module):
         *,
         cross_attn: Attention | None = None,
         pre_norm: bool = True,
+        post_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -235,6 +260,7 @@ class DecoderBlock(nn.Module):
             self.norm_cross = norm()
         self.cross_attn = cross_attn
         self.norm2, self.mlp = norm(), mlp
+        self.post_norm1, self.post_norm2 = (norm(), norm()) if post_norm else (nn.Identity(), nn.Identity())
         self.drop = make_dropout(dropout)
 
     def forward(
@@ -262,10 +288,10 @@ class DecoderBlock(nn.Module):
             (b q d).
         """
         if self.pre_norm:
-            x = x + self.drop(self.attn(self.norm1(x), mask=mask, rope=rope, cache=cache))
+            x = x + self.drop(self.post_norm1(self.attn(self.norm1(x), mask=mask, rope=rope, cache=cache)))
             if self.cross_attn is not None and context is not None:
                 x = x + self.drop(self.cross_attn(self.norm_cross(x), context, mask=context_mask))
-            return x + self.drop(self.mlp(self.norm2(x)))
+            return x + self.drop(self.post_norm2(self.mlp(self.norm2(x))))
         x = self.norm1(x + self.drop(self.attn(x, mask=mask, rope=rope, cache=cache)))
         if self.cross_attn is not None and context is not None:
             x = self.norm_cross(x + self.drop(self.cross_attn(x, context, mask=context_mask)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Norm = Literal["layer", "rms"]
+Norm = Literal["layer", "rms", "rms_offset"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
@@ -18,9 +18,12 @@ class AttentionConfig:
         out_bias: whether the output has one; None = as `bias` (Qwen2: false).
         qk_norm: norm of each head's queries and keys (Qwen3: "rms").
         window: a token looks at so many tokens up to itself (Mistral); None = at all.
+        full_interval: the last of every so many blocks has no window (Gemma 2: 2); None = all have it.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2: 50); None = they stay.
+        scale_dim: scores are divided by the root of this (Gemma 2 27B: 144); None = of a head's width.
 
     Raises:
-        ValueError: for a window without a token.
+        ValueError: for a window without a token, or blocks without one where there is none.
     """
 
     num_kv_heads: int | None = None
@@ -29,10 +32,17 @@ class AttentionConfig:
     out_bias: bool | None = None
     qk_norm: Literal["rms", "layer"] | None = None
     window: int | None = None
+    full_interval: int | None = None
+    softcap: float | None = None
+    scale_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 token, not {self.window}")
+        if self.full_interval is not None and (self.full_interval < 1 or self.window is None):
+            raise ValueError(
+                f"full_interval ({self.full_interval}) must be at least 1, with a window ({self.window}) elsewhere"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,12 @@ class MLPConfig:
     """A decoder's MLPs; GPT-2's by default.
 
     Args:
-        activation: "swiglu" (Llama, arXiv:2002.05202), or the activation between two layers; "gelu_tanh" is GPT-2's,
-            "relu" OPT's.
-        bias: whether the layers have biases; "swiglu" has none.
+        activation: "swiglu" (Llama, arXiv:2002.05202), "geglu_tanh" (Gemma), or the activation between two
+            layers; "gelu_tanh" is GPT-2's, "relu" OPT's.
+        bias: whether the layers have biases; "swiglu" and "geglu_tanh" have none.
     """
 
-    activation: Activation | Literal["swiglu"] = "gelu_tanh"
+    activation: Activation | Literal["swiglu", "geglu_tanh"] = "gelu_tanh"
     bias: bool = True
 
 
@@ -54,16 +64,25 @@ class NormConfig:
     """A decoder's norms; GPT-2's by default.
 
     Args:
-        kind: "layer" (GPT-2, OPT) or "rms" (Llama).
+        kind: "layer" (GPT-2, OPT), "rms" (Llama) or "rms_offset", whose weights stand for 1 + themselves (Gemma).
         eps: added to variances.
         pre: norm before each branch, and a last one; false = after each sum, and no last one (2017, OPT-350m).
         embed: whether placed embeddings are normed before the first block (BERT, BLIP's text decoder).
+        post: whether what a branch gives is normed too, before it is added (Gemma 2); with `pre` only.
+
+    Raises:
+        ValueError: for `post` without `pre`.
     """
 
     kind: Norm = "layer"
     eps: float = 1e-5
     pre: bool = True
     embed: bool = False
+    post: bool = False
+
+    def __post_init__(self) -> None:
+        if self.post and not self.pre:
+            raise ValueError("post is for decoders with a norm before each branch: pre must be true")
 
 
 @dataclass(frozen=True)

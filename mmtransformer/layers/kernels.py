@@ -30,7 +30,9 @@ def autocast_input(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+def scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float, softcap: float | None = None
+) -> Tensor:
     """`attention.attend`, by the kernel that is fastest on this device, in this dtype, at this length.
 
     Args:
@@ -39,10 +41,14 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropo
         v: values (n g k c).
         mask: a BlockMask, "causal", or bool that broadcasts to (b h q k); None = everything.
         dropout: share of attention weights dropped; not with a BlockMask.
+        softcap: see `attention.attend`; SDPA has none, so that all scores are held.
 
     Returns:
         (b h q c).
     """
+    if softcap is not None:
+        assert not isinstance(mask, BlockMask)
+        return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout, softcap)
     grouped, shared = bool(q.shape[1] != k.shape[1]), bool(q.shape[0] != k.shape[0])  # Tracers compare tensors.
     if not isinstance(mask, BlockMask) and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
         # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout. torch.compile cannot ask for the
@@ -76,7 +82,9 @@ def _compiled_flex(device: str) -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=dynamic)  # pyright: ignore[reportReturnType]
 
 
-def _plain_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+def _plain_products(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float, softcap: float | None = None
+) -> Tensor:
     (b, h, count, c), (n, g, keys, _) = q.shape, k.shape
     m, r = b // n, h // g
     # Rows that share keys, and heads that share a group, are only more queries on the same keys.
@@ -87,7 +95,11 @@ def _plain_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dro
         split = ((n, m) if rows == b else (1, 1)) + ((g, r) if heads == h else (1, 1))
         allowed = allowed.view(*split, *allowed.shape[2:]).permute(0, 2, 1, 3, 4, 5)
     shape = (n, g, m, r, count, keys)
-    if q.dtype.itemsize > 2:
+    if softcap is not None:
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(exact) * c**-0.5 @ k.to(exact).transpose(1, 2)
+        weights = softmax(capped(scores, softcap).view(shape), allowed).view(n * g, -1, keys).to(v.dtype)
+    elif q.dtype.itemsize > 2:
         weights = softmax((q * c**-0.5 @ k.transpose(1, 2)).view(shape), allowed).view(n * g, -1, keys)
     elif torch.is_grad_enabled():
         weights = _ExactWeights.apply(q, k, allowed, shape)
@@ -97,6 +109,11 @@ def _plain_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dro
         weights = F.dropout(weights, dropout)
     out = (weights @ v).view(n, g, m, r, count, -1).permute(0, 2, 1, 3, 4, 5)
     return out.reshape(b, h, count, -1)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Softcap * tanh(s / softcap), which stays below it (Gemma 2, arXiv:2408.00118); None = scores as they are."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:

@@ -35,6 +35,11 @@ def prefix(lengths: Tensor, offset: int = 0) -> Predicate:
     return lambda b, q, k: (k < lengths[b]) | (q + offset >= k)
 
 
+def both_ways(inside: Tensor) -> Predicate:
+    """The tokens of a block see each other both ways (an image, a prompt); `inside` is (b k) bool: who is in it."""
+    return lambda b, q, k: inside[b, q] & inside[b, k]
+
+
 def window(size: int, offset: int | Tensor = 0) -> Predicate:
     """A token looks at those at most `size` - 1 places away, on both sides; with `causal` it is Mistral's window."""
     if size < 1:

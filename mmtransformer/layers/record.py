@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.cache import KeyValue, KVCache
-from mmtransformer.layers.kernels import softmax
+from mmtransformer.layers.kernels import capped, softmax
 from mmtransformer.layers.masks import Mask, broadcast
 from mmtransformer.layers.positions import Rope
 
@@ -101,11 +101,11 @@ def _weights(
     k = kv.k
     if rope is not None:
         q, k = rope.rotate(q), k if cache is not None else rope.rotate(k)
-    return attention_weights(q, k, mask)
+    return attention_weights(q, k, mask, layer.softcap)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Mask | None = None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, mask: Mask | None = None, softcap: float | None = None) -> Tensor:
     """The weights that `attend` puts on keys (n g k c) for queries (b h q c), in float32: (b h q k)."""
     k = k.repeat_interleave(q.shape[0] // k.shape[0], 0).repeat_interleave(q.shape[1] // k.shape[1], 1).float()
     scores = (q.float() * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return softmax(scores, broadcast(mask, q.shape[2], k.shape[2], q.device))
+    return softmax(capped(scores, softcap), broadcast(mask, q.shape[2], k.shape[2], q.device))

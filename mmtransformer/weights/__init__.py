@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.openflamingo import load_openflamingo as load_openflamingo
     from mmtransformer.weights.captioners.openflamingo import save_openflamingo as save_openflamingo
     from mmtransformer.weights.captioners.openflamingo import to_openflamingo as to_openflamingo
+    from mmtransformer.weights.captioners.paligemma import load_paligemma as load_paligemma
+    from mmtransformer.weights.captioners.paligemma import paligemma_to_transformers as paligemma_to_transformers
+    from mmtransformer.weights.captioners.paligemma import save_paligemma as save_paligemma
     from mmtransformer.weights.captioners.qformer import init_from_bert as init_from_bert
     from mmtransformer.weights.captioners.qformer import qformer_from_bert as qformer_from_bert
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
@@ -89,6 +92,7 @@ _CONTENTS = {
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
     "captioners.llava": "llava_to_transformers load_llava save_llava",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
+    "captioners.paligemma": "load_paligemma paligemma_to_transformers save_paligemma",
     "captioners.qformer": "init_from_bert qformer_from_bert",
     "captioners.vision_encoder_decoder": (
         "from_vision_encoder_decoder load_vision_encoder_decoder save_vision_encoder_decoder to_vision_encoder_decoder"

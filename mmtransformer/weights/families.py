@@ -22,6 +22,7 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.git import Git
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
+from mmtransformer.captioners.paligemma import PaliGemma
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
@@ -30,6 +31,7 @@ from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_id
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
+from mmtransformer.weights.captioners.paligemma import PaliGemmaProcessor, load_paligemma, save_paligemma
 from mmtransformer.weights.captioners.vision_encoder_decoder import (
     VisionEncoderDecoderProcessor,
     load_vision_encoder_decoder,
@@ -37,6 +39,7 @@ from mmtransformer.weights.captioners.vision_encoder_decoder import (
 )
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
+from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
 from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, save_clip
@@ -74,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     "clip": Family(load_vit, save_clip, (ViT,), CLIP_TYPES + SIGLIP_TYPES),
     **{
         name: Family(load_lm, partial(save_lm, family=name), (TextDecoder,), (name,))
-        for name in ("gpt2", "opt", *LLAMAS)
+        for name in ("gpt2", "opt", *LLAMAS, *GEMMAS)
     },
     "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
     "blip": Family(load_blip, save_blip, (EncoderDecoder, BlipVQA, BlipITM), ("blip",), processor=BlipProcessor),
@@ -103,6 +106,7 @@ FAMILIES: dict[str, Family] = {
     "llava": Family(
         load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision"), processor=LlavaProcessor
     ),
+    "paligemma": Family(load_paligemma, save_paligemma, (PaliGemma,), ("paligemma",), processor=PaliGemmaProcessor),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }
 

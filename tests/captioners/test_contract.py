@@ -19,6 +19,7 @@ from mmtransformer import (
     Git,
     ImageText,
     InstructBatch,
+    PaliGemma,
     PerceiverResampler,
     PositionConfig,
     PrefixCaptioner,
@@ -67,6 +68,7 @@ def prefix(vision: ViT | None = None, decoder: TextDecoder | None = None) -> Pre
 BUILD: dict[str, Callable[[], Captioner]] = {
     "cross": lambda: EncoderDecoder(vit(), lm(cross_dim=20)),
     "prefix": prefix,
+    "paligemma": lambda: PaliGemma(vit(), lm(), freeze_vision=False),
     "git": lambda: Git(vit(), lm()),
     "blip2": blip2,
     "flamingo": flamingo,

@@ -33,6 +33,7 @@ from mmtransformer import (
     MLPProjector,
     NormConfig,
     OutputConfig,
+    PaliGemma,
     PatchConfig,
     PerceiverResampler,
     PositionConfig,
@@ -147,6 +148,9 @@ MODELS = {
     "Git": lambda: Git(
         ViT(**VISION), decoder(norm=NormConfig(pre=False, embed=True)), num_frames=3, freeze_vision=True,
         freeze_decoder=True,
+    ),
+    "PaliGemma": lambda: PaliGemma(
+        ViT(**VISION), decoder(), image_token_id=3, freeze_vision=False, freeze_decoder=True
     ),
     "CoCa": lambda: CoCa(
         ViT(**VISION), decoder(), decoder(cross_dim=20, positions=PositionConfig("rotary")),

@@ -34,6 +34,7 @@ from mmtransformer import (
 )
 from mmtransformer.captioners.flamingo import GatedConfig
 from mmtransformer.weights import FAMILIES, families_for, family_of, load_encoder, save_encoder
+from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 
 VOCAB = 53
@@ -74,6 +75,16 @@ def vision_encoder_decoder() -> EncoderDecoder:
     return EncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), adapter=LinearConnector(88, 24))
 
 
+def gemma(family: str) -> TextDecoder:
+    second = family == "gemma2"
+    more: dict[str, Any] = {"window": 5, "full_interval": 2, "softcap": 3.0, "scale_dim": 7} if second else {}
+    return TextDecoder(
+        VOCAB, 24, 3, 4, max_len=29, attention=AttentionConfig(2, 10, bias=False, **more),
+        mlp=MLPConfig("geglu_tanh", bias=False), norm=NormConfig("rms_offset", post=second),
+        positions=PositionConfig("rotary", embed_scale=24**0.5), logit_softcap=4.0 if second else None,
+    )  # fmt: skip
+
+
 def stage2() -> Blip2:
     return Blip2(tower(), QFormer(3, 64, 2, 1, 88), gpt2("relu"))
 
@@ -102,6 +113,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": gpt2,
     "opt": lambda: gpt2("relu"),
     **{family: lambda family=family: llama(family) for family in LLAMAS},
+    **{family: lambda family=family: gemma(family) for family in GEMMAS},
     "bert": lambda: TextEncoder(VOCAB, 24, 2, 4, max_len=29, word_head=True, sentence_head=True),
     "blip": blip,
     "vision-encoder-decoder": vision_encoder_decoder,
@@ -128,7 +140,7 @@ def needed(name: str, model: Any) -> dict[str, Any]:
 
 
 def test_every_family_is_tried_here_or_beside_its_oracle() -> None:
-    assert set(FAMILIES) - {"git", "idefics"} == set(MODELS)
+    assert set(FAMILIES) - {"git", "paligemma", "idefics"} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -77,6 +77,7 @@ def is_gpt2(decoder: TextDecoder) -> bool:
     crosses = decoder.cross_dim is None or (decoder.cross_dim == decoder.dim and decoder.cross_every == 1)
     mlp = decoder.mlp.activation in SOURCE_ACTIVATIONS and decoder.mlp.bias
     shape = decoder.norm == NormConfig(eps=decoder.norm.eps) and decoder.positions == PositionConfig()
+    shape = shape and decoder.logit_softcap is None
     return decoder.attention in attention and crosses and mlp and shape
 
 

@@ -155,7 +155,8 @@ def llamas_of(decoder: TextDecoder) -> list[str]:
     """Which of the families a decoder can be written as, the plainest first."""
     d, attention, positions, bias = decoder, decoder.attention, decoder.positions, _biases(decoder)
     shape = (d.norm.kind, d.norm.pre, d.mlp.activation, positions.kind, positions.embed_scale, d.cross_dim)
-    if shape != ("rms", True, "swiglu", "rotary", 1.0, None):
+    more = (d.norm.embed, d.norm.post, attention.softcap, attention.scale_dim, attention.full_interval, d.logit_softcap)
+    if shape != ("rms", True, "swiglu", "rotary", 1.0, None) or any(more):
         return []
     plain, whole = attention.qk_norm is None and bias in ("all", "none"), attention.window is None
     rotated = positions.nope_interval is None

@@ -17,17 +17,19 @@ from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.shared.configs import UnsupportedModel
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.text.gemma import GEMMAS, decoder_from_gemma, decoder_to_gemma, gemma_of
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
 from mmtransformer.weights.text.llama import LLAMAS, decoder_from_llama, decoder_to_llama, llama_config, llamas_of
 from mmtransformer.weights.text.opt import decoder_from_opt, decoder_to_opt, is_opt, opt_config
 
 _READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(LLAMAS, decoder_from_llama)
+_READERS |= dict.fromkeys(GEMMAS, decoder_from_gemma)
 
 
 def from_transformers(model: nn.Module) -> TextDecoder:
     """A `TextDecoder` with the weights of a transformers language model; equal to 1e-4 in float32.
 
-    Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3. `HubDecoder.from_model` takes any other.
+    Families: GPT-2, OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 and 2. `HubDecoder.from_model` takes any other.
 
     Raises:
         ValueError: if the model's family is not among them, or it is a variant that `TextDecoder` cannot be.
@@ -64,6 +66,7 @@ def to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[di
     """
     opt = ["opt"] * is_opt(decoder)
     fits = llamas_of(decoder) + opt * (decoder.mlp.activation == "relu") + ["gpt2"] * is_gpt2(decoder) + opt
+    fits += gemma_of(decoder)
     if family is not None and family not in fits:
         also = f"; it can be as {', '.join(dict.fromkeys(fits))}" if fits else ""
         raise ValueError(f'this decoder cannot be written as "{family}"{also}')
@@ -72,6 +75,8 @@ def to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[di
         return opt_config(decoder), decoder_to_opt(decoder)
     if family == "gpt2":
         return gpt2_config(decoder), decoder_to_gpt2(decoder)
+    if family in GEMMAS:
+        return decoder_to_gemma(decoder, family)
     tensors = decoder_to_llama(decoder)  # Says what a decoder has that is of no family.
     assert family is not None
     return llama_config(decoder, family), tensors

@@ -146,7 +146,7 @@ def test_a_folder_captions_and_answers_as_transformers(tmp_path: Path) -> None:
     begin, end = 2, 3
     torch.manual_seed(4)
     config = GitConfig(
-        **SHAPES["base"], vocab_size=len(tokenizer), max_position_embeddings=37, bos_token_id=begin, eos_token_id=end
+        **SHAPES["base"], vocab_size=len(tokenizer), max_position_embeddings=61, bos_token_id=begin, eos_token_id=end
     )
     theirs: Any = GitForCausalLM(config).eval()
     for parameter in theirs.parameters():

@@ -69,6 +69,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 with a window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "qwen3": ("Qwen3", {"head_dim": 10}),
     "qwen3 with biases": ("Qwen3", {"head_dim": 10, "attention_bias": True, "rms_norm_eps": 1e-3}),
+    "gemma": ("Gemma", {"head_dim": 10, "tie_word_embeddings": True}),
+    "gemma, older": ("Gemma", {"head_dim": 6, "hidden_act": "gelu", "attention_bias": True}),
+    "gemma2": ("Gemma2", {"head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 13,
+                          "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2 without caps": ("Gemma2", {"head_dim": 6, "sliding_window": 99, "query_pre_attn_scalar": 6,
+                                       "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
 }  # fmt: skip
 
@@ -161,7 +167,7 @@ def same(one: Any, other: Any) -> None:
     assert all(torch.equal(a, other.state_dict()[name]) for name, a in one.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["opt", "llama 3", "mistral with a window", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["opt", "llama 3", "mistral with a window", "qwen2", "qwen3", "gemma2", "smollm3"])
 @pytest.mark.parametrize("sharded", [False, True])
 @torch.no_grad()
 def test_hub_folders_load_without_transformers(name: str, sharded: bool, tmp_path: Path, no_hf: None) -> None:
