@@ -7,6 +7,7 @@ Shapes: n rows of a context (n divides b).
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope
 
 
-def make_norm(kind: Norm, dim: int, eps: float) -> nn.Module:
+def make_norm(kind: Norm | Literal["rms_offset"], dim: int, eps: float) -> nn.Module:
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dimension."""
     if kind == "layer":
         return nn.LayerNorm(dim, eps=eps)

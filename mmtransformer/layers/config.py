@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Norm = Literal["layer", "rms", "rms_offset"]
+Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
@@ -74,7 +74,7 @@ class NormConfig:
         ValueError: for `post` without `pre`.
     """
 
-    kind: Norm = "layer"
+    kind: Norm | Literal["rms_offset"] = "layer"
     eps: float = 1e-5
     pre: bool = True
     embed: bool = False
