@@ -43,13 +43,14 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
     from mmtransformer.captioners.flamingo import GatedConfig as GatedConfig
-    from mmtransformer.captioners.git import Git as Git
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.image_text import ImageText as ImageText
     from mmtransformer.captioners.llava import Llava as Llava
-    from mmtransformer.captioners.paligemma import PaliGemma as PaliGemma
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
+    from mmtransformer.captioners.public.git import Git as Git
+    from mmtransformer.captioners.public.open_coca import OpenCoCa as OpenCoCa
+    from mmtransformer.captioners.public.paligemma import PaliGemma as PaliGemma
     from mmtransformer.captioners.tiles import TileConfig as TileConfig
     from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
     from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
@@ -130,11 +131,12 @@ _CONTENTS = {
     "captioners.coca": "CoCa",
     "captioners.encoder_decoder": "EncoderDecoder",
     "captioners.flamingo": "Flamingo GatedConfig",
-    "captioners.git": "Git",
+    "captioners.public.git": "Git",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.image_text": "ImageText",
     "captioners.llava": "Llava",
-    "captioners.paligemma": "PaliGemma",
+    "captioners.public.open_coca": "OpenCoCa",
+    "captioners.public.paligemma": "PaliGemma",
     "captioners.prefix": "PrefixCaptioner",
     "captioners.tiles": "TileConfig TiledBatch",
     "generation.captions": "CaptionResult",

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.llava import llava_to_transformers as llava_to_transformers
     from mmtransformer.weights.captioners.llava import load_llava as load_llava
     from mmtransformer.weights.captioners.llava import save_llava as save_llava
+    from mmtransformer.weights.captioners.open_coca import load_open_coca as load_open_coca
+    from mmtransformer.weights.captioners.open_coca import open_coca_to_open_clip as open_coca_to_open_clip
+    from mmtransformer.weights.captioners.open_coca import save_open_coca as save_open_coca
     from mmtransformer.weights.captioners.openflamingo import from_openflamingo as from_openflamingo
     from mmtransformer.weights.captioners.openflamingo import load_openflamingo as load_openflamingo
     from mmtransformer.weights.captioners.openflamingo import save_openflamingo as save_openflamingo
@@ -91,6 +94,7 @@ _CONTENTS = {
     "captioners.idefics3": "idefics3_to_transformers load_idefics3 save_idefics3",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
     "captioners.llava": "llava_to_transformers load_llava save_llava",
+    "captioners.open_coca": "load_open_coca open_coca_to_open_clip save_open_coca",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.paligemma": "load_paligemma paligemma_to_transformers save_paligemma",
     "captioners.qformer": "init_from_bert qformer_from_bert",

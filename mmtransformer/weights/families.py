@@ -19,10 +19,11 @@ from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.encoder_decoder import EncoderDecoder
 from mmtransformer.captioners.flamingo import Flamingo
-from mmtransformer.captioners.git import Git
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
-from mmtransformer.captioners.paligemma import PaliGemma
+from mmtransformer.captioners.public.git import Git
+from mmtransformer.captioners.public.open_coca import OpenCoCa
+from mmtransformer.captioners.public.paligemma import PaliGemma
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
@@ -30,6 +31,7 @@ from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
+from mmtransformer.weights.captioners.open_coca import load_open_coca, save_open_coca
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
 from mmtransformer.weights.captioners.paligemma import PaliGemmaProcessor, load_paligemma, save_paligemma
 from mmtransformer.weights.captioners.vision_encoder_decoder import (
@@ -107,6 +109,7 @@ FAMILIES: dict[str, Family] = {
         load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision"), processor=LlavaProcessor
     ),
     "paligemma": Family(load_paligemma, save_paligemma, (PaliGemma,), ("paligemma",), processor=PaliGemmaProcessor),
+    "open_coca": Family(load_open_coca, save_open_coca, (OpenCoCa,)),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }
 

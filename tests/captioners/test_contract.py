@@ -19,6 +19,7 @@ from mmtransformer import (
     Git,
     ImageText,
     InstructBatch,
+    OpenCoCa,
     PaliGemma,
     PerceiverResampler,
     PositionConfig,
@@ -68,6 +69,7 @@ def prefix(vision: ViT | None = None, decoder: TextDecoder | None = None) -> Pre
 BUILD: dict[str, Callable[[], Captioner]] = {
     "cross": lambda: EncoderDecoder(vit(), lm(cross_dim=20)),
     "prefix": prefix,
+    "open coca": lambda: OpenCoCa(vit(), VOCAB, 24, 2, 2, 4, max_len=30, num_queries=5, pool_heads=3),
     "paligemma": lambda: PaliGemma(vit(), lm(), freeze_vision=False),
     "git": lambda: Git(vit(), lm()),
     "blip2": blip2,

@@ -32,6 +32,7 @@ from mmtransformer import (
     MLPConfig,
     MLPProjector,
     NormConfig,
+    OpenCoCa,
     OutputConfig,
     PaliGemma,
     PatchConfig,
@@ -148,6 +149,10 @@ MODELS = {
     "Git": lambda: Git(
         ViT(**VISION), decoder(norm=NormConfig(pre=False, embed=True)), num_frames=3, freeze_vision=True,
         freeze_decoder=True,
+    ),
+    "OpenCoCa": lambda: OpenCoCa(
+        ViT(**VISION), 37, 24, 2, 1, 3, max_len=13, num_queries=5, pool_heads=2, activation="quick_gelu", eps=1e-3,
+        freeze_vision=True,
     ),
     "PaliGemma": lambda: PaliGemma(
         ViT(**VISION), decoder(), image_token_id=3, freeze_vision=False, freeze_decoder=True

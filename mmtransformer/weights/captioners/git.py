@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.git import Git
+from mmtransformer.captioners.public.git import Git
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from

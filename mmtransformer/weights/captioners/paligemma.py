@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.paligemma import PaliGemma
+from mmtransformer.captioners.public.paligemma import PaliGemma
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer

@@ -1,0 +1,213 @@
+"""open_clip's CoCa (coca_ViT-B-32, coca_ViT-L-14) -> `OpenCoCa`, and back: open_clip_config.json and safetensors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.captioners.public.open_coca import OpenCoCa
+from mmtransformer.serialization.pretrained import find_folder, read_json, read_safetensors, write_weights
+from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.shared.configs import only, only_these
+from mmtransformer.weights.shared.keys import export, fill, nested, part
+from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_ATTENTION = {
+    "attn.in_proj_weight": "attn.[q,k,v]_proj.weight",
+    "attn.in_proj_bias": "attn.[q,k,v]_proj.bias",
+    "attn.out_proj": "attn.out_proj",
+}
+_BLOCK = _ATTENTION | {"ln_[1,2]": "norm[1,2]", "mlp.[c_fc,c_proj]": "mlp.[fc1,fc2]"}
+_VISION = {
+    "conv1": "patch_embed.proj",
+    "ln_pre": "first_norm",
+    **nested(_BLOCK, source="transformer.resblocks.*.", target="blocks.*."),
+}
+_KEYS = {
+    "visual.attn_pool.query": "queries",
+    "visual.attn_pool.ln_[q,k]": "norm_[queries,visual]",
+    "visual.attn_pool.attn.[q,k,v]_proj_weight": "pool.[q,k,v]_proj.weight",
+    "visual.attn_pool.attn.in_proj_bias": "pool.[q,k,v]_proj.bias",
+    "visual.attn_pool.attn.out_proj": "pool.out_proj",
+    "visual.ln_post": "norm_pooled",
+    "visual.proj": "image_proj.weight",
+    "text.token_embedding": "tok_embed",
+    "text.positional_embedding": "pos_embed",
+    "text.cls_emb": "end",
+    **nested(_BLOCK, source="text.transformer.resblocks.*.", target="text_blocks.*."),
+    "text.ln_final": "text_norm",
+    "text.text_projection": "text_proj.weight",
+    **nested(_BLOCK, source="text_decoder.resblocks.*.", target="blocks.*."),
+    **nested(_BLOCK | {"ln_1_kv": "norm_context"}, source="text_decoder.cross_attn.*.", target="cross_blocks.*."),
+    "text_decoder.ln_final": "last_norm",
+    "text_decoder.text_projection": "lm_head.weight",
+}
+_TURNED = ("visual.proj", "text.text_projection", "text_decoder.text_projection")
+_POSITIONS, _CLASS = "positional_embedding", "class_embedding"
+_EPS = 1e-5
+# What open_clip takes for granted.
+_USUAL: dict[str, dict[str, Any]] = {
+    "vision_cfg": {
+        "image_size": 224, "layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0,
+        "attn_pooler_queries": 256, "attn_pooler_heads": 8,
+    },
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+    "multimodal_cfg": {"width": 512, "heads": 8, "layers": 12},
+}  # fmt: skip
+
+
+def open_coca_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], context: str) -> OpenCoCa:
+    """An `OpenCoCa` from open_clip's `model_cfg` and all of its tensors; equal to 1e-5 in float32.
+
+    Raises:
+        ValueError: for a variant that differs in more than its sizes, or tensors that do not fit.
+    """
+    if missing := [name for name in ("embed_dim", *_USUAL) if name not in config]:
+        raise ValueError(f"{context}: model_cfg has no {', '.join(missing)}: not a CoCa")
+    vision, text, upper = (_USUAL[name] | config[name] for name in _USUAL)
+    only(vision, f"{context}, vision_cfg", {"attentional_pool": True, "ls_init_value": None, "mlp_ratio": 4.0,
+         "no_ln_pre": False, "pool_type": "tok", "timm_model_name": None}, "OpenCoCa")  # fmt: skip
+    only(text, f"{context}, text_cfg", {"embed_cls": True, "ls_init_value": None, "mlp_ratio": 4.0,
+         "no_causal_mask": False, "hf_model_name": None, "proj_bias": False}, "OpenCoCa")  # fmt: skip
+    only(upper, f"{context}, multimodal_cfg", {"width": text["width"], "heads": text["heads"], "ls_init_value": None,
+         "mlp_ratio": 4}, "OpenCoCa")  # fmt: skip
+    only(config, context, {"embed_dim": text["width"]}, "OpenCoCa")
+    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    own = part(state, "visual.")
+    tower = {n: t for n, t in own.items() if not n.startswith(("attn_pool.", "ln_post.")) and n != "proj"}
+    vit = ViT(
+        vision["image_size"],
+        vision["patch_size"],
+        vision["width"],
+        vision["layers"],
+        vision["width"] // vision["head_width"],
+        patches=PatchConfig(bias=False, norm=True),
+        block=BlockConfig(activation, _EPS),
+        output=OutputConfig("none"),
+    )
+    fill_vit(vit, _VISION, tower, context, positions=_POSITIONS, prefix=[_CLASS])
+    model = OpenCoCa(
+        vit,
+        text["vocab_size"],
+        text["width"],
+        text["layers"],
+        upper["layers"],
+        text["heads"],
+        max_len=text["context_length"],
+        num_queries=vision["attn_pooler_queries"],
+        pool_heads=vision["attn_pooler_heads"],
+        activation=activation,
+        eps=_EPS,
+    )
+    rest = {n: t for n, t in state.items() if not n.endswith("attn_mask") and n.removeprefix("visual.") not in tower}
+    rest = {n: t.T.contiguous() if n in _TURNED else t for n, t in rest.items()}
+    if (scale := rest.pop("logit_scale", None)) is None:
+        raise ValueError(f"{context} has no tensor logit_scale")
+    fill(model, _keys(model), rest, context, kept=("vision.",), extra={"log_scale": scale.reshape(())})
+    return model.eval()
+
+
+def _keys(model: OpenCoCa) -> dict[str, str]:
+    """Of a pool as wide as the vision encoder, open_clip keeps the three matrices as one."""
+    if model.dim != model.vision.dim:
+        return _KEYS
+    keys = {name: ours for name, ours in _KEYS.items() if "_proj_weight" not in name or "in_proj" in name}
+    return keys | {"visual.attn_pool.attn.in_proj_weight": "pool.[q,k,v]_proj.weight"}
+
+
+def open_coca_to_open_clip(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """open_clip's `model_cfg` of this model, and its tensors by their names there.
+
+    Raises:
+        ValueError: if a part has no counterpart there.
+    """
+    vision, context = model.vision, "open_clip's CoCa"
+    side = vision.image_size[0]
+    only_these(
+        context,
+        {
+            "class_token": (vision.class_token, True),
+            "num_registers": (vision.num_registers, 0),
+            "block": (vision.block, BlockConfig(model.activation, _EPS)),
+            "activation": (model.activation in ("gelu", "quick_gelu"), True),
+            "patches": (vision.patches, PatchConfig(bias=False, norm=True)),
+            "output": (vision.output, OutputConfig("none")),
+            "mlp_dim": (vision.mlp_dim, 4 * vision.dim),
+            "image_size": (vision.image_size, (side, side)),
+            "eps": (model.eps, _EPS),
+        },
+    )
+    config = {
+        "embed_dim": model.dim,
+        "vision_cfg": {
+            "image_size": side,
+            "layers": vision.depth,
+            "width": vision.dim,
+            "head_width": vision.dim // vision.num_heads,
+            "patch_size": vision.patch_size,
+            "attentional_pool": True,
+            "attn_pooler_queries": model.num_queries,
+            "attn_pooler_heads": model.pool_heads,
+            "output_tokens": True,
+        },
+        "text_cfg": {
+            "context_length": model.max_len,
+            "vocab_size": model.vocab_size,
+            "width": model.dim,
+            "heads": model.num_heads,
+            "layers": model.depth,
+            "embed_cls": True,
+            "output_tokens": True,
+        },
+        "multimodal_cfg": {
+            "context_length": model.max_len,
+            "vocab_size": model.vocab_size,
+            "width": model.dim,
+            "heads": model.num_heads,
+            "layers": model.decoder_depth,
+        },
+        "custom_text": True,
+    }
+    tower = vit_tensors(vision, _VISION, context, positions=_POSITIONS, prefix=[_CLASS])
+    tower |= {_POSITIONS: tower[_POSITIONS][0], _CLASS: tower[_CLASS][0, 0]}
+    own = export(model, _keys(model), context, kept=("vision.", "log_scale"))
+    own = {"logit_scale": model.log_scale.detach(), **own}
+    own = {name: tensor.T.contiguous() if name in _TURNED else tensor for name, tensor in own.items()}
+    more = {"quick_gelu": True} if model.activation == "quick_gelu" else {}
+    return config | more, own | {f"visual.{name}": tensor for name, tensor in tower.items()}
+
+
+def load_open_coca(source: str | Path) -> OpenCoCa:
+    """A CoCa of open_clip from a folder as hubs have it: `open_clip_config.json` and `open_clip_model.safetensors`.
+
+    Raises:
+        ValueError: naming what is missing or does not fit.
+    """
+    folder = find_folder(source)
+    config = read_json(folder / CONFIG).get("model_cfg")
+    if not isinstance(config, dict):
+        raise ValueError(f'{folder / CONFIG} has no "model_cfg"')
+    state = read_safetensors(folder / WEIGHTS)
+    with built_from(state, str(folder)):
+        return open_coca_from_state(config, state, str(folder))
+
+
+def save_open_coca(model: OpenCoCa, folder: str | Path) -> None:
+    """Writes a folder that open_clip reads (`local-dir:FOLDER`): its config, with OpenAI's mean and std, and tensors.
+
+    Raises:
+        ValueError: if a part has no counterpart there, before anything is written.
+    """
+    config, tensors = open_coca_to_open_clip(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+    whole = {"model_cfg": config, "preprocess_cfg": pixels}
+    write_weights(folder / WEIGHTS, tensors)
+    (folder / CONFIG).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
