@@ -20,6 +20,7 @@ ROOMS = [
     "connectors",
     "losses",
     "captioners",
+    "captioners/public",
     "generation",
     "diffusion",
     "weights/shared",

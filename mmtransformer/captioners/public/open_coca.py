@@ -54,7 +54,7 @@ class OpenCoCa(Captioner):
     """A vision encoder with attention pooling, a text Transformer, and above it one that reads the image.
 
     Query 0 of the pool is the image's vector for contrast, the others are what captions read. It trains on the caption
-    loss; its vectors of images and texts are there for search.
+    loss; its vectors of images and texts are there for search, and what only they need is frozen.
 
     open_clip hides from a text the token behind each "!" (id 0, its padding): here padding is what the batch says it
     is, so that texts with "!" have other logits.
@@ -118,6 +118,10 @@ class OpenCoCa(Captioner):
         self.cross_blocks = nn.ModuleList(CrossBlock(dim, num_heads, activation, eps) for _ in range(decoder_depth))
         self.last_norm, self.lm_head = norm(), nn.Linear(dim, vocab_size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(0.07).log().neg())
+        for part in (self.image_proj, self.text_norm, self.text_proj):
+            part.requires_grad_(False)
+        for parameter in (self.end, self.log_scale):
+            parameter.requires_grad_(False)
 
     @property
     def vocab_size(self) -> int:
