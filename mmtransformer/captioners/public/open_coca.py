@@ -172,7 +172,8 @@ class OpenCoCa(Captioner):
 
     def project_context(self, pooled: Tensor) -> list[KeyValue]:
         """Each cross block's keys and values of the pooled image, the contrast's query left out."""
-        return [block.project_context(pooled[:, 1:]) for block in self.cross_blocks]
+        blocks = (block for block in self.cross_blocks if isinstance(block, CrossBlock))
+        return [block.project_context(pooled[:, 1:]) for block in blocks]
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         try:
