@@ -107,11 +107,12 @@ MODELS = {
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
         mlp_dim=31, cross_dim=19, cross_every=2, attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"),
-        mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1,
+        mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1, logit_softcap=4.0,
         positions=PositionConfig("rotary", 5e3, {"rope_type": "linear", "factor": 2.0}),
     ),
     "TextDecoder with a window": lambda: decoder(
         attention=AttentionConfig(bias=False, window=5), mlp=MLPConfig("relu", bias=False), norm=NormConfig(pre=False),
+        word_head=True,
         positions=PositionConfig("rotary", nope_interval=2, embed_scale=2.0),
     ),
     "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
