@@ -44,11 +44,11 @@ def table() -> str:
 
 def captioners() -> str:
     """The table of the families that are captioned with by a name or folder, between its marks."""
-    lines = ["| family | `model_type` | names on the hub | here it is | written back by |", "|---|---|---|---|---|"]
+    lines = ["| family | `model_type` | here it is | written back by | names on the hub |", "|---|---|---|---|---|"]
     for family, way in FAMILIES.items():
         if way.processor is not None:
             types, made = (", ".join(f"`{x}`" for x in some) for some in (way.model_types, [way.makes[0].__name__]))
-            lines.append(f"| `{family}` | {types} | {EXAMPLES.get(family, '')} | {made} | `{name(way.save)}` |")
+            lines.append(f"| `{family}` | {types} | {made} | `{name(way.save)}` | {EXAMPLES.get(family, '')} |")
     return "\n".join([CAPTIONERS[0], *lines, CAPTIONERS[1]])
 
 

@@ -35,11 +35,10 @@ def pick_device(device: torch.device | str | None) -> torch.device:
             found = torch.device(device)
         except RuntimeError:
             raise ValueError(f"device {device}: torch knows none of this name; give cpu, cuda or mps") from None
-        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(found.type, 1)
-        if there <= (found.index or 0):
-            raise ValueError(
-                f"device {device}: torch finds {there or 'no'} such device here; leave it out for what there is"
-            )
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError):
+            raise ValueError(f"device {device}: there is none here; leave it out for what there is") from None
         return found
     if torch.cuda.is_available():
         return torch.device("cuda")

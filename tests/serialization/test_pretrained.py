@@ -16,6 +16,8 @@ import mmtransformer
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    BlipITM,
+    BlipVQA,
     BlockConfig,
     CoCa,
     Diffusion,
@@ -29,6 +31,9 @@ from mmtransformer import (
     HubSeq2Seq,
     ImageText,
     LinearAttention,
+    LinearConnector,
+    LinearProjector,
+    Llava,
     MLPConfig,
     MLPProjector,
     NormConfig,
@@ -48,6 +53,7 @@ from mmtransformer import (
     VisualAdapter,
     ViT,
 )
+from mmtransformer.captioners.tiles import TileConfig
 from mmtransformer.cli import main
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.checksums import checksum
@@ -121,7 +127,9 @@ MODELS = {
          "num_attention_heads": 4, "intermediate_size": 31},
         max_len=29,
     ),
-    "MLPProjector": lambda: MLPProjector(20, 12, 7, shuffle=2),
+    "MLPProjector": lambda: MLPProjector(20, 12, 7, shuffle=2, pre_norm=False, bias=False),
+    "LinearProjector": lambda: LinearProjector(20, 12, shuffle=2, bias=False),
+    "LinearConnector": lambda: LinearConnector(20, 12),
     "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
     "EncoderDecoder": lambda: captioner(freeze_vision=True),
     "EncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
@@ -151,9 +159,21 @@ MODELS = {
         ViT(**VISION), decoder(norm=NormConfig(pre=False, embed=True)), num_frames=3, freeze_vision=True,
         freeze_decoder=True,
     ),
+    "BlipVQA": lambda: BlipVQA(
+        ViT(**VISION), TextEncoder(53, 24, 2, 4, cross_dim=20), decoder(cross_dim=24), freeze_vision=True
+    ),
+    "BlipITM": lambda: BlipITM(ViT(**VISION), TextEncoder(53, 24, 2, 4, cross_dim=20), embed_dim=7),
     "OpenCoCa": lambda: OpenCoCa(
         ViT(**VISION), 37, 24, 2, 1, 3, max_len=13, num_queries=5, pool_heads=2, activation="quick_gelu", eps=1e-3,
         freeze_vision=True,
+    ),
+    "Llava": lambda: Llava(
+        ViT(**VISION | {"depth": 3}, class_token=True), MLPProjector(40, 24), decoder(), 3, layers=(-2, -3),
+        keep_class=True, freeze_vision=False, freeze_decoder=False,
+    ),
+    "Llava of tiles": lambda: Llava(
+        ViT(**VISION | {"image_size": 16}), LinearProjector(20, 24), decoder(), 3, layers=None,
+        tiles=TileConfig(((16, 32),), 9, single_only=True),
     ),
     "PaliGemma": lambda: PaliGemma(
         ViT(**VISION), decoder(), image_token_id=3, freeze_vision=False, freeze_decoder=True
@@ -166,6 +186,7 @@ MODELS = {
         53, 24, 2, 4, mlp_dim=31, max_len=17, num_types=3, activation="relu", norm_eps=1e-5, pooler=False,
         word_head=True, dropout=0.2,
     ),
+    "TextEncoder that reads a context": lambda: TextEncoder(53, 24, 2, 4, cross_dim=20),
     "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, sentence_head=True),
     "Transformer": lambda: Transformer(
         53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, pre_norm=True, activation="gelu", norm_eps=1e-3,

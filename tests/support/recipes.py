@@ -108,7 +108,7 @@ def arguments(name: str, folder: Path) -> list[str]:
         ]
     if name == "lm_scenes":
         return ["--model.num_texts=3"]
-    if name in ("caption_scenes", "draw_scenes", "translate_scenes", "vit_classify"):
+    if name in ("caption_scenes", "draw_scenes", "prefix_scenes", "translate_scenes", "vit_classify"):
         return []
     if name == "lm_captions":
         paths = f"--data.source={flickr_folder(folder / 'flickr')}"

@@ -80,7 +80,10 @@ def _lock(handle: int) -> None:
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         os.lseek(handle, 0, os.SEEK_SET)
     else:
-        import fcntl
+        try:
+            import fcntl
+        except ImportError:
+            raise OSError(errno.ENOLCK, "this Python cannot lock") from None
 
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

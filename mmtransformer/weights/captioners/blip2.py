@@ -229,6 +229,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if (kind := config.get("model_type")) not in ("blip-2", "instructblip"):
         raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip-2" or "instructblip"')
+    for name in (*_DEFAULTS, "text_config"):
+        if not isinstance(config.get(name, {}), dict):
+            raise ValueError(f"{folder / CONFIG}: {name} is {config[name]!r}, not a model's config")
     for name, defaults in _DEFAULTS.items():
         config[name] = defaults | config.get(name, {})
     usual = _LANGUAGE_DEFAULTS.get(config.get("text_config", {}).get("model_type"), {})
