@@ -20,8 +20,6 @@ EXAMPLES = {
     "llava": "llava-hf/llava-1.5-7b-hf, llava-v1.6-mistral-7b-hf, llava-onevision-qwen2-0.5b-ov-hf",
     "git": "microsoft/git-base-coco, git-large-coco",
     "paligemma": "google/paligemma-3b-pt-224, paligemma2-3b-pt-224",
-    "idefics": "HuggingFaceM4/idefics-9b",
-    "coca": "laion's CoCa of open_clip, ViT-B-32 and ViT-L-14",
 }
 """Names on the hub that people use, beside the families; not fetched by any test."""
 

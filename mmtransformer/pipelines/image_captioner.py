@@ -144,7 +144,7 @@ class ImageCaptioner:
         )
 
     def ready(self) -> Captioner:
-        """The model as it captions: in its precision, and packed where it runs on a CPU (`pack_weights.for_inference`).
+        """The model as it captions: in its precision, and packed on a CPU (`weight_packing.for_inference`).
 
         It is converted in place, with the first picture: what `save_pretrained` writes after that is in its precision.
 

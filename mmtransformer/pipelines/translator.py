@@ -143,7 +143,7 @@ class Translator:
     def from_pretrained(cls, folder_or_id: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Loads what `save_pretrained` wrote, from a folder or from the hub; nothing is ever unpickled.
 
-        On a CPU its linear weights are packed (`pack_weights.for_inference`).
+        On a CPU its linear weights are packed (`weight_packing.for_inference`).
 
         Raises:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.

@@ -1,5 +1,6 @@
 """generation_config.json -> how a public captioner's texts are searched for, and the ids that end them."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,14 @@ from mmtransformer.serialization.pretrained import CONFIG, read_json
 GENERATION = "generation_config.json"
 _SEARCH = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "do_sample", "temperature",
            "top_k", "top_p")  # fmt: skip
+_UNHEEDED = {
+    "num_beam_groups": 1, "diversity_penalty": 0.0, "num_return_sequences": 1, "early_stopping": False,
+    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0, "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "penalty_alpha": None,
+    "guidance_scale": None, "exponential_decay_length_penalty": None, "sequence_bias": None,
+}  # fmt: skip
+"""Settings that would change a text and have no counterpart here, with the values at which they do nothing."""
 _USUAL_NEW = 20
 """New tokens where nobody says how many: transformers' silent limit."""
 
@@ -16,8 +25,8 @@ _USUAL_NEW = 20
 def read_search(folder: Path, *, prompt_len: int = 0) -> GenerationConfig:
     """The search of a folder's generation_config.json; greedy, 20 new tokens, where it has none.
 
-    It is heeded for every family, also where transformers' own `generate` passes it over (BLIP, BLIP-2, InstructBLIP,
-    Kosmos-2).
+    It is heeded for every family, also where transformers' own `generate` passes it over (BLIP, BLIP-2, InstructBLIP).
+    Settings that have no counterpart here are named in a warning.
 
     Args:
         folder: the folder.
@@ -28,6 +37,10 @@ def read_search(folder: Path, *, prompt_len: int = 0) -> GenerationConfig:
     """
     path = folder / GENERATION
     said = {key: value for key, value in (read_json(path) if path.exists() else {}).items() if value is not None}
+    if others := [key for key, nothing in _UNHEEDED.items() if said.get(key, nothing) not in (nothing, [])]:
+        warnings.warn(
+            f"{path}: {', '.join(others)} cannot be heeded, so texts may differ from transformers'", stacklevel=3
+        )
     values = {key: said[key] for key in _SEARCH if key in said}
     if values.get("num_beams", 1) > 1:
         values.pop("do_sample", None)
