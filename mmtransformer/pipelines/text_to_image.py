@@ -86,7 +86,7 @@ class TextToImage:
             negative_prompt: What to keep away from.
             config: How to draw.
             image: A picture to begin with instead of noise (SDEdit).
-            strength: How far from it: 0 = not at all, 1 = as from noise.
+            strength: How far from it: near 0 = hardly, 1 = as from noise.
             mask_image: A picture, white where to draw in `image` and black where it stays.
             truncate: Read the beginning of texts that are longer than the model can read, as in training.
             batch_size: Pictures at once.
