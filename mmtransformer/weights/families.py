@@ -58,8 +58,6 @@ class Family:
         save: a model and a folder -> nothing; refuses what is not of the family before anything is written.
         makes: the classes of its models here.
         model_types: what `config.json` says under `model_type`; nothing where it names the family otherwise.
-        architectures: those of its model types that are of this family, where a type has several kinds of models; none
-            = all of them.
         save_options: what `save` needs besides, from the config.json that the model came with.
         processor: a folder -> its pictures and prompts, for captioners that `ImageCaptioner.from_pretrained` takes.
     """
@@ -68,7 +66,6 @@ class Family:
     save: Callable[..., None]
     makes: tuple[type[nn.Module], ...]
     model_types: tuple[str, ...] = ()
-    architectures: tuple[str, ...] = ()
     processor: Callable[[Path], Processor] | None = None
     save_options: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
 
@@ -120,13 +117,8 @@ def family_of(config: dict[str, Any]) -> str | None:
         return "timm"
     if config.get("_class_name") in (DIT, PIXART):
         return "dit"
-    kind, architectures = config.get("model_type"), config.get("architectures") or ()
-    for name, family in FAMILIES.items():
-        if kind in family.model_types and (
-            not family.architectures or any(one in family.architectures for one in architectures)
-        ):
-            return name
-    return None
+    kind = config.get("model_type")
+    return next((name for name, family in FAMILIES.items() if kind in family.model_types), None)
 
 
 def families_for(model: nn.Module) -> list[str]:
