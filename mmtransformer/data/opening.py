@@ -1,6 +1,7 @@
 """From a path to pairs, whatever lies there: files with captions, tar shards, or interleaved documents."""
 
 import glob
+import re
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -8,13 +9,19 @@ from pathlib import Path
 from mmtransformer.data.documents.document_records import document_files, holds_documents
 from mmtransformer.data.documents.documents import DocumentPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
-from mmtransformer.data.files.archives import IMAGES, Files
+from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Files
+from mmtransformer.data.files.manifests import SUFFIXES
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.pairs import PairFiles
+from mmtransformer.serialization.hub import HubOptions, fetch_dataset
 
+_HUB = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<below>[^/.][^?*{}]*))?", re.ASCII
+)
+_FILES = (*SUFFIXES, *ARCHIVES, *COMPRESSED)  # what ends so is a file that is missing here
 _PEEK = 64  # members that tell what a tar is
 
 
@@ -39,13 +46,14 @@ def open_pairs(
     """Opens what a path names: `Shards`, the pictures of `InterleavedFiles` with the texts after them, or `PairFiles`.
 
     Args:
-        root: A folder, an archive, a manifest, or a pattern of tar shards.
+        root: A folder, an archive, a manifest, or a pattern of tar shards; or a data set on the hub (`from_hub`).
         read: How it is read. A format or columns that are named make it `PairFiles`.
         max_bad: Share of the rows that may be unusable.
 
     Raises:
         ValueError: If nothing is there that could be pairs, or an option would have no effect on what is there.
     """
+    root = from_hub(root)
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.images is None and are_shards(root):
             _refuse(read, "tar shards")
@@ -55,6 +63,26 @@ def open_pairs(
             options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
             return InterleavedPairs(InterleavedFiles(root, **options, max_bad=max_bad))
     return PairFiles(root, read, max_bad=max_bad)
+
+
+def from_hub(root: str | Path) -> str | Path:
+    """Fetches a data set that is named as on the hub: "org/name", or "hf://datasets/org/name@revision/folder".
+
+    Returns:
+        Its folder in the hub's cache; any other root as it is.
+
+    Raises:
+        ValueError: If the hub has not got it, or does not give it.
+    """
+    plain, name = str(root), None
+    if plain.startswith("hf://"):
+        if (name := _HUB.fullmatch(plain.removeprefix("hf://datasets/"))) is None:
+            raise ValueError(f"{root} names no data set on the hub: hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    elif plain.count("/") == 1 and not Path(plain.partition("/")[0]).exists() and not plain.endswith(_FILES):
+        name = _HUB.fullmatch(plain)
+    if name is None:
+        return root
+    return fetch_dataset(name["name"], HubOptions(revision=name["revision"]), below=name["below"] or "")
 
 
 def _refuse(read: ReadOptions, what: str) -> None:

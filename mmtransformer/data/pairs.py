@@ -21,14 +21,14 @@ from mmtransformer.images import ImageError, load
 from mmtransformer.text.detokenize import detokenize
 
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
-           "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
+           "arrow": "Arrow", "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
            "excel": "Excel"}  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True)
 class _Image:
     name: str
-    place: Any  # an Entry, or (ParquetBytes, row group, row)
+    place: Any  # an Entry, or (TableBytes, row group, row)
     split: str | None
     captions: list[Caption]
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,12 @@ def fetch(name: str, options: HubOptions = HubOptions(), *, look: Callable[[Path
                 name, revision=options.revision, files_metadata=True, timeout=_LOOK
             )
         except Exception as error:
-            _refuse(name, error)
+            _refuse(name, error, "model")
     if info is None:
         try:
             return Path(snapshot_download(name, local_files_only=True, **place))
         except Exception as error:
-            raise ValueError(
-                f"{name}: no such folder here, the hub is out of reach, and its cache has not got it: where there is a "
-                f"network, `hf download {name} --local-dir FOLDER`, and give FOLDER in place of the name"
-            ) from error
+            raise _out_of_reach(name) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = files_of(list(sizes))
     try:
@@ -68,11 +66,59 @@ def fetch(name: str, options: HubOptions = HubOptions(), *, look: Callable[[Path
         return Path(snapshot_download(name, allow_patterns=wanted, **place))
     except ValueError as error:
         if type(error).__module__.startswith(("huggingface_hub", "httpx")):
-            _refuse(name, error, last=True)
+            _refuse(name, error, "model", last=True)
         raise
     except Exception as error:
-        _refuse(name, error, last=True)
+        _refuse(name, error, "model", last=True)
         raise
+
+
+def fetch_dataset(name: str, options: HubOptions = HubOptions(), *, below: str = "") -> Path:
+    """The folder of a data set's files: all that is not hidden and no program.
+
+    Args:
+        name: of the repository.
+        options: how it is looked up.
+        below: the folder or file in it that is wanted; "" = all.
+
+    Raises:
+        ValueError: as `fetch`; or if there is nothing below.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    place: Any = {"revision": options.revision, "cache_dir": options.cache_dir, "token": options.token}
+    info = None
+    try:
+        if not options.local_files_only:
+            api = HfApi(token=options.token)
+            info = api.dataset_info(name, revision=options.revision, files_metadata=True, timeout=_LOOK)
+    except Exception as error:
+        _refuse(name, error, "data set")
+    sizes = {file.rfilename: file.size or 0 for file in (info.siblings or () if info is not None else ())}
+    wanted = [file for file in sizes if _is_data(file) and f"{file}/".startswith(below and f"{below}/")]
+    if info is not None and not wanted:
+        raise ValueError(f"{name}: the data set has nothing called {below}" if below else f"{name}: an empty data set")
+    try:
+        if info is None:
+            return Path(snapshot_download(name, repo_type="dataset", local_files_only=True, **place)) / below
+        _announce(name, info, {file: sizes[file] for file in wanted}, options, "dataset")
+        patterns = [escape(file) for file in wanted]
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns, **place)) / below
+    except Exception as error:
+        if info is not None:
+            _refuse(name, error, "data set", last=True)
+        raise _out_of_reach(name, "--repo-type dataset ") from error
+
+
+def _out_of_reach(name: str, kind: str = "") -> ValueError:
+    return ValueError(
+        f"{name}: no such folder here, the hub is out of reach, and its cache has not got it: where there is a "
+        f"network, `hf download {name} {kind}--local-dir FOLDER`, and give FOLDER in place of the name"
+    )
+
+
+def _is_data(file: str) -> bool:
+    return not file.endswith((".py", ".pyc", ".ipynb")) and not any(part[:1] == "." for part in file.split("/"))
 
 
 def files_of(names: Sequence[str]) -> list[str]:
@@ -88,14 +134,14 @@ def files_of(names: Sequence[str]) -> list[str]:
     return [*texts, *weights]
 
 
-def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions) -> None:
+def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, kind: str = "model") -> None:
     """Says how much is going to be fetched, under which licence, and what it takes in memory."""
     from huggingface_hub import try_to_load_from_cache
 
     new = {
         file: size
         for file, size in sizes.items()
-        if not isinstance(try_to_load_from_cache(name, file, options.cache_dir, info.sha), str)
+        if not isinstance(try_to_load_from_cache(name, file, options.cache_dir, info.sha, kind), str)
     }
     if sum(new.values()) < _LARGE:
         return
@@ -107,7 +153,7 @@ def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions) 
     sys.stderr.write(f"{name}: {size}; licence: {licence}{memory}\n")
 
 
-def _refuse(name: str, error: Exception, *, last: bool = False) -> None:
+def _refuse(name: str, error: Exception, kind: str, *, last: bool = False) -> None:
     """Says in a line what a hub's answer means; one that is out of reach may be done without, unless it is the last."""
     from huggingface_hub import errors
 
@@ -115,7 +161,9 @@ def _refuse(name: str, error: Exception, *, last: bool = False) -> None:
     if isinstance(error, errors.GatedRepoError):
         why = "gated: accept its conditions on its page, then `hf auth login`, or give a token"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        why = "no such folder here, and no such model on the hub, or a private one (401): mind the spelling, or log in"
+        why = (
+            f"no such folder here, and no such {kind} on the hub, or a private one (401): mind the spelling, or log in"
+        )
     elif isinstance(error, errors.RevisionNotFoundError):
         why = "the hub has no such revision of it"
     elif isinstance(error, errors.HFValidationError):

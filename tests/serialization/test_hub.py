@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from mmtransformer.serialization.hub import HubOptions, fetch, files_of
+from mmtransformer.serialization.hub import HubOptions, fetch, fetch_dataset, files_of
 
 FILES = {
     "config.json": 100, "model.safetensors": 900_000_000, "pytorch_model.bin": 900_000_000, "onnx/model.onnx": 7,
@@ -31,6 +31,13 @@ class Hub:
         card, weights = {"license": "bsd-3-clause"}, SimpleNamespace(total=225_000_000)
         return SimpleNamespace(siblings=files, sha="a" * 40, card_data=card, safetensors=weights)
 
+    def dataset_info(self, api: Any, name: str, **options: Any) -> Any:
+        self.asked.append(("info", options["revision"]))
+        if self.refusal is not None:
+            raise self.refusal
+        names = ["train/a [1].png", "train/metadata.csv", "test/b.png", "load.py", ".gitattributes", "README.md"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=7) for name in names], sha="a" * 40)
+
     def hf_hub_download(self, name: str, file: str, **options: Any) -> str:
         self.asked.append((file, options["revision"]))
         return str(self.folder / file)
@@ -44,6 +51,7 @@ class Hub:
 
 def stands_in(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, name, **o: hub.model_info(api, name, **o))
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda api, name, **o: hub.dataset_info(api, name, **o))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     return hub
@@ -101,3 +109,32 @@ def test_what_a_refusal_says(refusal: Exception, message: str, tmp_path: Path, m
     assert str(error.value).startswith("some/one: ")
     assert "\n" not in str(error.value)
     assert len(hub.asked) == 1  # and no second try
+
+
+def test_a_data_set_is_fetched_without_its_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = stands_in(monkeypatch, Hub(tmp_path))
+    assert fetch_dataset("some/pairs", HubOptions(revision="v1")) == tmp_path
+    pictures = ("train/a [[]1].png", "train/metadata.csv")  # as a pattern, in which [ is written [[]
+    assert hub.asked == [("info", "v1"), ((*pictures, "test/b.png", "README.md"), "v1")]
+    hub.asked.clear()
+    assert fetch_dataset("some/pairs", below="train") == tmp_path / "train"
+    assert hub.asked == [("info", None), (pictures, None)]
+    with pytest.raises(ValueError, match="some/pairs: the data set has nothing called tra"):
+        fetch_dataset("some/pairs", below="tra")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (answer(errors.RepositoryNotFoundError, 404), "no such folder here, and no such data set on the hub"),
+        (answer(errors.GatedRepoError, 403), "gated"),
+        (httpx2.ConnectError("refused"), "out of reach.*hf download some/pairs --repo-type dataset --local-dir FOLDER"),
+    ],
+)
+def test_what_is_said_of_a_data_set_that_cannot_be_had(
+    refusal: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in(monkeypatch, Hub(tmp_path, refusal))
+    with pytest.raises(ValueError, match=message) as error:
+        fetch_dataset("some/pairs")
+    assert "\n" not in str(error.value)

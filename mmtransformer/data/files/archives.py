@@ -121,6 +121,7 @@ class Files:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
         self.root = given.resolve()
+        self._bounds = _bounds(self.root)
         self.archives: list[str] = []
         self.entries: list[Entry] = []
         self.refused: dict[str, str] = {}
@@ -267,7 +268,7 @@ class Files:
                 continue
             if item.is_symlink():
                 target = Path(os.path.realpath(item.path))
-                if not target.is_relative_to(self.root):
+                if not target.is_relative_to(self._bounds):
                     self.refused[nfc(path)] = "a link that leads out of the root: name its folder with images="
                     continue
                 if not target.exists() or target.is_dir():
@@ -308,6 +309,14 @@ class Files:
             return
         self.archives.append(str(path))
         self.entries.extend(found.values())
+
+
+def _bounds(root: Path) -> Path:
+    """The folder that links may not leave: in a hub's cache the repository's own, where its files' contents lie."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("datasets--"):
+            return folder.parents[1]
+    return root
 
 
 def _pread(handle: int, size: int, offset: int) -> bytes:

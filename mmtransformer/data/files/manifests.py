@@ -8,6 +8,7 @@
 - karpathy: Karpathy's {"images": [{"filename", "split", "sentences": [{"raw"}]}]}
 - flickr: the authors' Flickr8k.token.txt ("name.jpg#0<TAB>caption") with its lists of splits
 - parquet: a table with the pictures' bytes or paths
+- arrow: the same as `datasets.save_to_disk` writes it
 - excel: a workbook (.xlsx), its first sheet with such columns
 
 Conversations with one question (LLaVA's, chats') and tasks of Label Studio are read as jsonl or json.
@@ -26,17 +27,18 @@ from mmtransformer.data.files.json_files import (
     read_karpathy,
     read_records,
 )
+from mmtransformer.data.files.parquet import ARROW, read_columnar
 from mmtransformer.data.files.read_options import Format, Wanted
 from mmtransformer.data.files.tables import Columns, Row, bad_row, find_columns, read_captions, read_table, sniff
 from mmtransformer.data.files.text import CODES, SPLITS, lines, split_word
 from mmtransformer.data.loading.source import Caption
 
 _TABLES = (".csv", ".tsv", ".tab", ".psv")
-_SUFFIXES = (*_TABLES, ".xlsx", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
+SUFFIXES = (*_TABLES, ".xlsx", ".jsonl", ".ndjson", ".json", ".parquet", *ARROW, ".txt", ".token")
 # files that lie beside manifests and hold no captions
 _OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
-    r"|image_info_|dataset_?info|package|tokenizer|bad_images)[^/]*$",
+    r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|(cache|tmp)[^/]*\.arrow)[^/]*$",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(r"(?P<name>[^\t]+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)
@@ -73,7 +75,7 @@ def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]
     for entry in files.entries:
         name = entry.path.lower()
         if (
-            not name.endswith(_SUFFIXES)
+            not name.endswith(SUFFIXES)
             or name.endswith((".txt", ".json"))
             or nfc(entry.path).rpartition(".")[0] in stems
         ):
@@ -127,7 +129,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
         return found
     if len({m.format for m in found}) == 1:
         named = [m._replace(split=_own_split(m)) for m in found]
-        if all(m.split for m in named) or found[0].format == "parquet":
+        if all(m.split for m in named) or found[0].format in ("parquet", "arrow"):
             return named
     listing = ", ".join(f"{m.entry.path} ({m.format})" for m in found[:8])
     raise ValueError(
@@ -180,7 +182,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
         name = parts[-1].lower()
         if inside and _OTHERS.search(name):  # "labels.csv" may be the captions
             found += [Manifest(entry, "csv")] if format in ("auto", "csv") and _is_table(files, entry, wanted) else []
-        elif inside and name.endswith(_SUFFIXES):
+        elif inside and name.endswith(SUFFIXES):
             kind = _format_of(files, entry)
             if kind is not None and (format in ("auto", kind)):
                 found.append(Manifest(entry, kind))
@@ -192,6 +194,8 @@ def _format_of(files: Files, entry: Entry, alone: bool = False) -> str | None:
     name = entry.path.lower()
     if name.endswith(".parquet"):
         return "parquet"
+    if name.endswith(ARROW):
+        return "arrow"
     if name.endswith(".xlsx"):
         return "excel"
     if name.endswith(_TABLES):
@@ -228,10 +232,8 @@ def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Col
         return read_records(json_lines(files.read_text(entry), name), name, wanted)
     if manifest.format == "flickr":
         return None, _flickr(files, entry)
-    if manifest.format == "parquet":
-        from mmtransformer.data.files.parquet import read_parquet
-
-        return read_parquet(files, entry, wanted)
+    if manifest.format in ("parquet", "arrow"):
+        return read_columnar(files, entry, wanted)
     if manifest.format == "excel":
         from mmtransformer.data.files.excel import read_excel
 

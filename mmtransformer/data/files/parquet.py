@@ -1,4 +1,4 @@
-"""Parquet: captions and pictures in one table, as data sets are handed out on the hub (extra: parquet)."""
+"""Parquet and Arrow: captions and pictures in one table, as hubs and `datasets` hand them out (extra: parquet)."""
 
 import threading
 from collections import OrderedDict
@@ -10,11 +10,12 @@ from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, Row, find_columns, make_row
 
 _SMALL_ROWS = 1_000_000  # that a file of any size may have
+ARROW = (".arrow", ".feather")
 CACHE_BYTES = 1 << 28  # row groups kept in memory by each process
 
 
-class ParquetBytes:
-    """The pictures in one Parquet file, read by row group, the latest groups kept in memory.
+class TableBytes:
+    """The pictures in one Parquet or Arrow file, read by row group, the latest groups kept in memory.
 
     Can be pickled and forked: the file is opened on first use in each process.
 
@@ -46,11 +47,9 @@ class ParquetBytes:
         Raises:
             OSError: If the file can't be read any more.
         """
-        import pyarrow.parquet as pq
-
         with self._lock:
             if self._file is None:
-                self._file = pq.ParquetFile(self.path)
+                self._file = _open(self.path)
             if group not in self._groups:
                 self._groups[group] = self._file.read_row_group(group, columns=[self.column]).column(self.column)
                 while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > CACHE_BYTES:
@@ -63,6 +62,17 @@ class ParquetBytes:
         return value
 
 
+def _open(path: str) -> Any:
+    """A file by its ending; an Arrow file shows its record batches as row groups."""
+    if not path.lower().endswith(ARROW):
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(path)
+    from mmtransformer.data.files.arrow import ArrowFile
+
+    return ArrowFile(path)
+
+
 def _refuse_bombs(metadata: Any, entry: Entry) -> None:
     """A few kilobytes can stand for billions of equal rows, or for gigabytes of one byte."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -73,34 +83,35 @@ def _refuse_bombs(metadata: Any, entry: Entry) -> None:
         raise ValueError(f"{entry.path}: a row group of {largest:,} bytes out of {entry.size:,}: a bomb")
 
 
-def read_parquet(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
+def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
     """Reads captions and paths; of pictures kept as bytes only the places, as `Row.key`.
 
     Raises:
-        ValueError: If pyarrow is missing, the file lies in an archive or isn't Parquet, or no column fits.
+        ValueError: If pyarrow is missing, the file lies in an archive or is damaged, or no column fits.
     """
+    path = str(files.root / entry.path)
+    kind = "Arrow" if path.lower().endswith(ARROW) else "Parquet"
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{entry.path}: Parquet needs pyarrow: pip install pyarrow") from None
+        raise ValueError(f"{entry.path}: {kind} needs pyarrow: pip install pyarrow") from None
     if entry.archive >= 0:
-        raise ValueError(f"{entry.path}: Parquet inside an archive can't be read in place: unpack it")
-    path = str(files.root / entry.path)
+        raise ValueError(f"{entry.path}: {kind} inside an archive can't be read in place: unpack it")
     try:
-        table = pq.ParquetFile(path)
+        table = _open(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{entry.path} is not Parquet: {error}") from None
-    _refuse_bombs(table.metadata, entry)
+        raise ValueError(f"{entry.path} is not {kind}: {error}") from None
+    if kind == "Parquet":  # Arrow packs nothing
+        _refuse_bombs(table.metadata, entry)
     schema = table.schema_arrow
     columns = find_columns(schema.names, wanted, entry.path)
-    kind = schema.field(columns.image).type if columns.image else pa.null()
-    inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    as_bytes = inside or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    held = schema.field(columns.image).type if columns.image else pa.null()
+    inside = pa.types.is_struct(held) and held.get_field_index("bytes") >= 0
+    as_bytes = inside or pa.types.is_binary(held) or pa.types.is_large_binary(held)
     texts = [name for name, _ in columns.captions] + [c for c in (columns.language, columns.split) if c]
-    image_paths = f"{columns.image}.path" if inside and kind.get_field_index("path") >= 0 else None
+    image_paths = f"{columns.image}.path" if inside and held.get_field_index("path") >= 0 else None
     read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes or not columns.image else [columns.image])
-    holder = ParquetBytes(path, columns.image)
+    holder = TableBytes(path, columns.image)
 
     def rows() -> Iterator[Row]:
         number = 0

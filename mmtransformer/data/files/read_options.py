@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet", "excel"]
+Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet", "arrow", "excel"]
 Unit = Literal["line", "paragraph", "file"]
 
 

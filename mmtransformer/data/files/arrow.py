@@ -1,0 +1,51 @@
+"""Arrow files as `datasets.save_to_disk` writes them (a stream) and as Feather does (a file with a footer)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES
+
+
+class ArrowFile:
+    """One Arrow file, mapped into memory, its record batches called row groups as in Parquet.
+
+    Args:
+        path: The file.
+
+    Raises:
+        pyarrow.ArrowException: If it is not Arrow, cut short, or packed so much that it must be a bomb.
+        OSError: If it can't be read.
+    """
+
+    def __init__(self, path: str):
+        self._most = max(SMALL_BYTES, MOST_RATIO * Path(path).stat().st_size)
+        mapped = pa.memory_map(path)
+        try:
+            self._reader: Any = pa.ipc.open_file(mapped)
+            self._batches: list[Any] | None = None  # read when wanted: those of Feather are packed
+            self.num_row_groups = self._reader.num_record_batches
+        except pa.ArrowInvalid:
+            mapped.seek(0)
+            self._reader = pa.ipc.open_stream(mapped)
+            self._batches = [self._checked(batch) for batch in self._reader]
+            self.num_row_groups = len(self._batches)
+        self.schema_arrow: Any = self._reader.schema
+
+    def read_row_group(self, group: int, columns: Sequence[str]) -> Any:
+        """Some columns of a record batch, as a table; "image.path" is the field `path` of the column `image`."""
+        batch = self._checked(self._reader.get_batch(group)) if self._batches is None else self._batches[group]
+        table = pa.table({name: batch.column(name) for name in columns if name in batch.schema.names})
+        for name in columns:
+            column, _, field = name.rpartition(".")
+            if name not in batch.schema.names:
+                values = batch.column(column).field(field)
+                table = table.append_column(column, pa.StructArray.from_arrays([values], names=[field]))
+        return table
+
+    def _checked(self, batch: Any) -> Any:
+        if batch.nbytes > self._most:
+            raise pa.ArrowInvalid(f"{batch.nbytes:,} bytes in one batch: a bomb")
+        return batch
