@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from mmtransformer.layers.config import PositionConfig as PositionConfig
     from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
     from mmtransformer.layers.positions import Rope as Rope
+    from mmtransformer.layers.positions import TableConfig as TableConfig
     from mmtransformer.layers.record import record_attention as record_attention
     from mmtransformer.losses.contrastive import clip_loss as clip_loss
     from mmtransformer.losses.contrastive import itc_loss as itc_loss
@@ -103,7 +104,7 @@ _CONTENTS = {
     "layers.cache": "KVCache KeyValue",
     "layers.config": "AttentionConfig MLPConfig NormConfig PositionConfig",
     "layers.linear_attention": "LinearAttention",
-    "layers.positions": "Rope",
+    "layers.positions": "Rope TableConfig",
     "layers.record": "record_attention",
     "backbones.base": "Decoder DecoderState",
     "backbones.decoder": "TextDecoder",

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.layers.positions import TableConfig
+
 
 @dataclass(frozen=True)
 class PatchConfig:
@@ -27,6 +29,7 @@ class PatchConfig:
         norm: a LayerNorm before the first block (CLIP).
         dropout: share of patches left out in training (arXiv:2212.00794).
         embed_norm: a norm of the projected patches, before positions are added (AIMv2, arXiv:2411.14402).
+        table: how the table of positions is resized to an image's grid.
 
     Raises:
         ValueError: for unknown words, or a share that is none.
@@ -39,6 +42,7 @@ class PatchConfig:
     norm: bool = False
     dropout: float = 0.0
     embed_norm: bool = False
+    table: TableConfig = TableConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if self.stem not in ("patch", "conv"):

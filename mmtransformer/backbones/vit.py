@@ -94,6 +94,7 @@ class ViT(Pretrained, nn.Module):
         self.rope, self.output = rope, output
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid = (height // patch_size, width // patch_size)
+        self.table_grid = patches.table.grid or self.grid
         self.grad_checkpointing = False
 
         norm = partial(block.make_norm, dim)
@@ -106,7 +107,7 @@ class ViT(Pretrained, nn.Module):
             nn.Parameter(torch.zeros(1, self.num_prefix_tokens, dim)) if self.num_prefix_tokens else None
         )
         table = patches.positions != "none"
-        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dim)) if table else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.table_grid), dim)) if table else None
         turns = rope.kind != "none"
         self.rotary = GridRotary(dim // num_heads, num_heads, depth, rope) if turns else None
         self.embed_norm = norm() if patches.embed_norm else nn.Identity()
@@ -135,7 +136,7 @@ class ViT(Pretrained, nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
         if self.patches.positions == "sinusoids":
             assert self.pos_embed is not None
-            self.pos_embed.data.copy_(0.5 * sinusoidal_2d(self.grid, self.dim))  # As large as fresh patches are.
+            self.pos_embed.data.copy_(0.5 * sinusoidal_2d(self.table_grid, self.dim))  # As large as fresh patches are.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not (self.patches.stem == "conv" and name.startswith("patch_embed")):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -174,8 +175,7 @@ class ViT(Pretrained, nn.Module):
         x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
         ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)
         if self.pos_embed is not None:
-            table = self.pos_embed if grid == self.grid else resize_positions(self.pos_embed, self.grid, grid)
-            x = x + table.to(x.dtype)
+            x = x + resize_positions(self.pos_embed, self.table_grid, grid, self.patches.table).to(x.dtype)
         if self.training and self.patches.dropout:
             kept = kept_tokens(x, self.patches.dropout)
             x, ropes = keep_tokens(x, kept), [r and keep_angles(r, kept, prefix) for r in ropes]
@@ -234,12 +234,16 @@ class ViT(Pretrained, nn.Module):
         return self.forward_head(self.forward_features(pixels))
 
     def set_input_size(self, image_size: tuple[int, int] | int) -> None:
-        """Makes the table of positions one for another image size, so that no resizing happens at run time."""
+        """Makes the table of positions one for another image size, so that no resizing happens at run time.
+
+        A table with a grid of its own (`TableConfig`) stays as it is.
+        """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         grid = self.grid_size(height, width)
-        if self.pos_embed is not None:
-            table = resize_positions(self.pos_embed.data, self.grid, grid)
+        if self.pos_embed is not None and self.patches.table.grid is None:
+            table = resize_positions(self.pos_embed.data, self.table_grid, grid, self.patches.table)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+            self.table_grid = grid
         self.image_size, self.grid = (height, width), grid
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

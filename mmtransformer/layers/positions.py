@@ -4,7 +4,8 @@ Shapes: a grid is (height, width) in patches.
 """
 
 import math
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +46,48 @@ def sinusoidal_2d(grid: tuple[int, int], dim: int, *, theta: float = 10_000.0) -
     return rearrange(both, "h w d -> (h w) d")
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resizes learned 2-D positions to another grid: bicubic, antialiased, in float32, as timm does.
+@dataclass(frozen=True)
+class TableConfig:
+    """How learned 2-D positions meet the grids of images; by default as in timm's Vision Transformers.
+
+    Args:
+        grid: rows and columns of the table, where images of every size are to be met from one (NaFlexViT: 16 x 16,
+            arXiv:2502.14786, section 2.4.2); None = those of the images that a tower was made for.
+        interpolation: "bicubic" or "bilinear".
+        antialias: whether to smooth where the new grid is smaller (DINOv2 in transformers does not).
+        align_corners: whether the corners of both grids are one place (C-RADIOv3).
+        square: resize to a square of the longer side, and leave out what lies beyond the image: positions keep the
+            image's shape (C-RADIO).
+
+    Raises:
+        ValueError: for another interpolation, or a grid that is none.
+    """
+
+    grid: tuple[int, int] | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = True
+    align_corners: bool = False
+    square: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.grid, list):  # YAML has lists only
+            object.__setattr__(self, "grid", tuple(self.grid))
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f'interpolation must be "bicubic" or "bilinear", not "{self.interpolation}"')
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            raise ValueError(f"grid must be two positive numbers, not {self.grid}")
+
+
+def resize_positions(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], config: TableConfig = TableConfig()
+) -> Tensor:
+    """Resizes learned 2-D positions to another grid, in float32.
 
     Args:
         table: (1, height * width, d) for the old grid.
         old: grid that the table was made for.
         new: grid wanted.
+        config: how.
 
     Returns:
         (1, new height * new width, d) in the table's dtype; the table itself where the grid is the same.
@@ -61,8 +97,11 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     if table.shape[1] != old[0] * old[1]:
         raise ValueError(f"a table of {table.shape[1]} positions is not a grid of {old[0]} x {old[1]}")
     image = rearrange(table.float(), "one (h w) d -> one d h w", h=old[0])
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
-    return rearrange(image, "one d h w -> one (h w) d").to(table.dtype)
+    size = (max(new), max(new)) if config.square else new
+    image = F.interpolate(
+        image, size=size, mode=config.interpolation, antialias=config.antialias, align_corners=config.align_corners
+    )
+    return rearrange(image[:, :, : new[0], : new[1]], "one d h w -> one (h w) d").to(table.dtype)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

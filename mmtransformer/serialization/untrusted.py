@@ -76,6 +76,9 @@ def settings_of(kind: type[T], values: dict[str, Any], where: str) -> T:
         ValueError: naming the file, for a key that there is not, and a value of another kind or without sense.
     """
     hints, known = get_type_hints(kind), [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    inner = [key for key, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)]
+    inner = [key for key in inner if isinstance(values.get(key), dict)]
+    values = values | {key: settings_of(hints[key], values[key], f"{where}: {key}") for key in inner}
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{where}: unknown keys {unknown}; known: {known}")
     if odd := [key for key, value in values.items() if not fits(value, hints[key])]:

@@ -50,7 +50,7 @@ def fill_vit(
     table = parts.pop(0) if positions else None
     if parts:
         first = torch.cat(parts, 1)
-        if table is not None and table.shape[1] == first.shape[1] + math.prod(vit.grid):
+        if table is not None and table.shape[1] == first.shape[1] + math.prod(vit.table_grid):
             first = first.float() + table[:, : first.shape[1]].float()  # of half precision no digit is lost
             table = table[:, first.shape[1] :]
         target["prefix_tokens"] = first

@@ -132,6 +132,7 @@ def _from_folder(folder: Path) -> ViT:
 def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> ViT:
     import timm
     from timm.models.eva import Eva
+    from timm.models.naflexvit import NaFlexVitCfg
     from timm.models.vision_transformer import VisionTransformer
 
     name, classes = config["architecture"], state.get("head.bias", torch.empty(0)).shape[0]
@@ -139,7 +140,7 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
         raise ValueError(f'{folder / CONFIG}: timm has no model "{name}"')
     given = config.get("model_args", {})
     # timm's own arguments would read other files (checkpoint_path) and fetch some (pretrained_cfg).
-    allowed = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
+    allowed = {name for kind in (VisionTransformer, Eva, NaFlexVitCfg) for name in inspect.signature(kind).parameters}
     if other := sorted(set(given) - allowed):
         raise ValueError(f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer")
     model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)

@@ -11,11 +11,13 @@ from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.positions import TableConfig
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.keys import part
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 from mmtransformer.weights.vision.timm_eva import from_eva
 from mmtransformer.weights.vision.timm_keys import ACTIVATIONS, POOLS, Pool, norm_eps_of, tower_keys
+from mmtransformer.weights.vision.timm_naflex import naflex_parts
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,13 @@ class ViTSettings:
 
     Attributes:
         num_heads: attention heads; 12 in ViT-B.
-        grid: rows and columns of patches that positions are for; 14 and 14 at 224 px in patches of 16.
+        grid: rows and columns of patches that the tower is for; 14 and 14 at 224 px in patches of 16.
         activation: of the MLPs: "gelu" in the paper, "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in some SigLIPs.
         norm_eps: of the LayerNorms: 1e-6 in the paper's code and timm, 1e-5 in CLIP.
         pool: what `forward` returns; vision towers of captioners do not pool.
         order: where the blocks' norms stand, see `BlockConfig`; parallel blocks are seen by their tensors.
         pool_prefix: whether attention pooling also reads class token and registers.
+        table: how positions are resized, and their own grid where that is another (NaFlexViT).
     """
 
     num_heads: int
@@ -39,10 +42,11 @@ class ViTSettings:
     pool: Pool
     order: Literal["pre", "res_post"] = "pre"
     pool_prefix: bool = False
+    table: TableConfig = TableConfig()  # noqa: RUF009 (frozen)
 
 
 def from_timm(model: nn.Module) -> ViT:
-    """Our ViT with the weights of a timm `VisionTransformer` or `Eva`; equal to 1e-5 in float32.
+    """Our ViT with the weights of a timm `VisionTransformer`, `Eva` or `NaFlexVit`; equal to 1e-5 in float32.
 
     Raises:
         ValueError: naming what it has and `ViT` has not (other blocks, MLPs or pooling), or if it is no Vision
@@ -50,17 +54,22 @@ def from_timm(model: nn.Module) -> ViT:
     """
     from timm.layers.attention import Attention
     from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+    from timm.layers.patch_embed import PatchEmbed
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
+    from timm.models.naflexvit import NaFlexVit
     from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 
     timm_model: Any = model
     context = f"timm's {type(model).__name__}"
     if type(model) is Eva:
         return from_eva(model)
-    distilled = type(model) is VisionTransformerDistilled
-    if type(model) is not VisionTransformer and not distilled:
-        raise ValueError(f"{context} is not a VisionTransformer or Eva, which alone fit ViT")
+    distilled, naflex = (type(model) is kind for kind in (VisionTransformerDistilled, NaFlexVit))
+    if type(model) is not VisionTransformer and not distilled and not naflex:
+        raise ValueError(f"{context} is not a VisionTransformer, Eva or NaFlexVit, which alone fit ViT")
+    if not naflex and type(timm_model.patch_embed) is not PatchEmbed:
+        stem = type(timm_model.patch_embed).__name__
+        raise ValueError(f"{context} has a convolutional network in front ({stem}): ViT cuts patches")
     block: Any = timm_model.blocks[0]
     kind: type = type(block)
     parallel = kind is ParallelScalingBlock
@@ -89,16 +98,22 @@ def from_timm(model: nn.Module) -> ViT:
         )
     if gated and timm_model.attn_pool is not None and type(timm_model.attn_pool.mlp.act).__name__ != "GELU":
         raise ValueError(f"{context} pools with an MLP that is not gated and has no gelu, ViT with one that has")
+    table, state = TableConfig(), timm_model.state_dict()
+    if naflex:
+        grid, table, state = naflex_parts(timm_model)
+    else:
+        grid = timm_model.patch_embed.grid_size
     settings = ViTSettings(
         block.num_heads if parallel else block.attn.num_heads,
-        timm_model.patch_embed.grid_size,
+        grid,
         known[name],
         norm_eps_of(model, context),
         "distilled" if distilled else POOLS.get(pool, "class" if timm_model.has_class_token else "mean"),
         "res_post" if kind is ResPostBlock else "pre",
         timm_model.pool_include_prefix and pool == "map",
+        table,
     )
-    return vit_from_state(timm_model.state_dict(), settings, context)
+    return vit_from_state(state, settings, context)
 
 
 def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: str = "the state dict") -> ViT:
@@ -121,14 +136,14 @@ def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: 
         raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
     prefix = [name for name in ("cls_token", "dist_token", "reg_token") if name in state]
     count, has_class = sum(state[name].shape[1] for name in prefix), "cls_token" in state
-    places, (rows, columns) = state["pos_embed"].shape[1], settings.grid
+    places, (rows, columns) = state["pos_embed"].shape[1], settings.table.grid or settings.grid
     if places not in (rows * columns, rows * columns + count):
         raise ValueError(
             f"{context}: {places} positions are not those of a grid of {rows} x {columns} and {count} prefix tokens"
         )
     block, mlp_dim, packed = _blocks_of(state, settings, context)
     vit = ViT(
-        (rows * patch, columns * patch),
+        (settings.grid[0] * patch, settings.grid[1] * patch),
         patch,
         dim,
         1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
@@ -143,6 +158,7 @@ def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: 
             bias="patch_embed.proj.bias" in state,
             norm="norm_pre.weight" in state,
             embed_norm="patch_embed.norm.weight" in state,
+            table=settings.table,
         ),
         block=block,
         output=OutputConfig(
@@ -206,6 +222,7 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
         "timm's VisionTransformer",
         {
             "rope": (vit.rope, RopeConfig()),
+            "table": (vit.patches.table, TableConfig()),
             "pool_heads": (vit.output.pool_heads or vit.num_heads, vit.num_heads),
             "pool": (vit.pool if vit.pool == "distilled" else None, None),
         },

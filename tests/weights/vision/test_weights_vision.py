@@ -203,7 +203,7 @@ def test_a_timm_model_that_does_not_fit_is_refused_by_name(options: dict[str, An
 
 
 def test_no_vit_at_all() -> None:
-    with pytest.raises(ValueError, match="Linear is not a VisionTransformer"):
+    with pytest.raises(ValueError, match="Linear is not a VisionTransformer, Eva or NaFlexVit"):
         from_timm(nn.Linear(2, 3))
     state, settings = timm_vit().state_dict(), settings_of(from_timm(timm_vit()))
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc2.weight"):
