@@ -14,7 +14,7 @@ from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
 from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import ReadOptions, check_share
-from mmtransformer.data.files.tables import Row
+from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
@@ -118,7 +118,7 @@ class PairFiles:
         self._images_in = files if read.images is None or not manifests else Files(files.folder(read.images))
         rule = ""
         self._found: dict[Any, _Image] = {}
-        self._missing: list[tuple[str | None, Row, str, str]] = []
+        self._missing: list[tuple[str | None, ManifestRow, str, str]] = []
         self._said: list[str] = []
         if manifests:
             listing = ", ".join(m.entry.path for m in manifests[:3])
@@ -192,7 +192,7 @@ class PairFiles:
             )
         return "; ".join(parts)
 
-    def _add(self, rows: list[Row], base: str, split: str | None) -> None:
+    def _add(self, rows: list[ManifestRow], base: str, split: str | None) -> None:
         """Finds the pictures of a manifest's rows and counts what is wrong with them."""
         finder = Finder(self._images_in, base, (row.image for row in rows if row.image and row.key is None))
         for row in rows:

@@ -125,7 +125,7 @@ class Lines(CaptionFile):
             ) from error
 
 
-class TextFiles(CaptionFile):
+class SidecarFiles(CaptionFile):
     """A text file a picture, with a caption a line: beside the pictures, or below a folder under their paths.
 
     Args:
@@ -177,12 +177,12 @@ def caption_file(out: str, images: ImageFiles, *, overwrite: bool = False) -> Ca
         ValueError: If the name says none of these, or what is there cannot be gone on with.
     """
     if out in BESIDE:
-        return TextFiles(images, None, out, overwrite=overwrite)
+        return SidecarFiles(images, None, out, overwrite=overwrite)
     path = Path(out)
     if path.suffix.lower() in (".jsonl", ".csv") and not path.is_dir():
         return Lines(path, images, overwrite=overwrite)
     if out.endswith("/") or path.is_dir():
-        return TextFiles(images, path, "txt", overwrite=overwrite)
+        return SidecarFiles(images, path, "txt", overwrite=overwrite)
     raise ValueError(
         f'--out {out}: give FILE.jsonl, FILE.csv, a folder ("{out}/"), or txt or caption for text files beside the '
         f"pictures"

@@ -7,10 +7,10 @@ from typing import Any
 
 from mmtransformer.data.files.archives import MAX_BYTES, MOST_RATIO, SMALL_BYTES, Entry, Files
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, Row, find_columns, make_row
+from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, make_row
 
 
-def read_excel(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
+def read_excel(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
     """Reads the first sheet whose first row names a column of pictures and one of captions.
 
     Raises:
@@ -49,7 +49,7 @@ def read_excel(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Ite
     raise faults[0] if faults else ValueError(f"{name} is empty")
 
 
-def _rows(rows: list[list[Any]], start: int, header: list[str], columns: Columns, name: str) -> Iterator[Row]:
+def _rows(rows: list[list[Any]], start: int, header: list[str], columns: Columns, name: str) -> Iterator[ManifestRow]:
     for number in range(start, len(rows)):
         cells = rows[number]
         if any(cell is not None for cell in cells):

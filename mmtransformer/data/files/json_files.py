@@ -7,7 +7,7 @@ from typing import Any
 from mmtransformer.data.files.archives import IMAGES, Entry, Files
 from mmtransformer.data.files.conversations import QUESTION, Turns, as_record
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, Row, bad_row, find_columns, make_row, read_captions
+from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row, read_captions
 from mmtransformer.data.files.text import SPLITS, lines
 
 
@@ -64,7 +64,9 @@ def json_lines(data: bytes, name: str) -> Iterator[tuple[str, Any, str]]:
                 yield where, None, f"not JSON: {error}"
 
 
-def read_records(records: Iterator[tuple[str, Any, str]], name: str, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
+def read_records(
+    records: Iterator[tuple[str, Any, str]], name: str, wanted: Wanted
+) -> tuple[Columns, Iterator[ManifestRow]]:
     """The columns and rows of records: objects with keys, conversations, or tasks."""
     everything, left = [], {}
     for where, record, error in records:
@@ -84,7 +86,7 @@ def read_records(records: Iterator[tuple[str, Any, str]], name: str, wanted: Wan
         raise ValueError(f"{name} holds no JSON objects{first}")
     columns = find_columns(list(keys), wanted, name)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ManifestRow]:
         for where, record, error in everything:
             if isinstance(record, dict):
                 asked = record.get("question") if columns.captions[0][0] == "caption" else None
@@ -94,22 +96,22 @@ def read_records(records: Iterator[tuple[str, Any, str]], name: str, wanted: Wan
                 cause, _, what = (error or f"not a JSON object: {record!r:.60}").partition(": ")
                 yield bad_row(where, cause, what)
         for where, what in left.items():
-            yield Row(None, (), None, where, notes=(("conversations that are no caption, left out", what),))
+            yield ManifestRow(None, (), None, where, notes=(("conversations that are no caption, left out", what),))
 
     return columns, rows()
 
 
-def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: str) -> Row:
+def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: str) -> ManifestRow:
     """A picture with its captions, each with what errors call it."""
     errors: list[tuple[str, str]] = []
     captions = [caption for value, of in said for caption in read_captions(value, None, of, errors)]
     if not captions and not errors:
         errors.append(("no caption", name))
     split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
-    return Row(name, tuple(captions), split, where, tuple(errors))
+    return ManifestRow(name, tuple(captions), split, where, tuple(errors))
 
 
-def read_coco(data: dict[str, Any], name: str) -> Iterator[Row]:
+def read_coco(data: dict[str, Any], name: str) -> Iterator[ManifestRow]:
     """The rows of COCO's captions: pictures by id, and annotations that name one."""
     found: dict[Any, list[tuple[int, Any]]] = {}
     for at, note in enumerate(data["annotations"]):
@@ -131,7 +133,7 @@ def read_coco(data: dict[str, Any], name: str) -> Iterator[Row]:
         yield bad_row(where, "no picture named", f"image_id {key!r} is not among the images")
 
 
-def read_karpathy(data: dict[str, Any], name: str) -> Iterator[Row]:
+def read_karpathy(data: dict[str, Any], name: str) -> Iterator[ManifestRow]:
     """The rows of Karpathy's JSON: pictures with their sentences and their split."""
     for at, image in enumerate(data["images"]):
         where = f"{name}: images[{at}]"

@@ -29,7 +29,15 @@ from mmtransformer.data.files.json_files import (
 )
 from mmtransformer.data.files.parquet import ARROW, read_columnar
 from mmtransformer.data.files.read_options import Format, Wanted
-from mmtransformer.data.files.tables import Columns, Row, bad_row, find_columns, read_captions, read_table, sniff
+from mmtransformer.data.files.tables import (
+    Columns,
+    ManifestRow,
+    bad_row,
+    find_columns,
+    read_captions,
+    read_table,
+    sniff,
+)
 from mmtransformer.data.files.text import CODES, SPLITS, lines, split_word
 from mmtransformer.data.loading.source import Caption
 
@@ -219,7 +227,7 @@ def _format_of(files: Files, entry: Entry, alone: bool = False) -> str | None:
     return json_format(load_json(files, entry))
 
 
-def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Columns | None, Iterator[Row]]:
+def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Columns | None, Iterator[ManifestRow]]:
     """Opens a manifest of any format.
 
     Returns:
@@ -250,7 +258,7 @@ def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Col
     return read_records(((f"{name}[{i}]", item, "") for i, item in enumerate(data)), name, wanted)
 
 
-def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
+def _flickr(files: Files, entry: Entry) -> Iterator[ManifestRow]:
     splits: dict[str, str] = {}
     for other in files.entries:
         if other.archive == entry.archive and (match := _SPLIT_LIST.search(other.path)):
@@ -268,10 +276,10 @@ def _flickr(files: Files, entry: Entry) -> Iterator[Row]:
         captions = read_captions(match["text"], None, match["name"], errors)
         # with lists of splits, what is on none of them is left out on purpose, as in every published result
         split = splits.get(match["name"], "unlisted") if splits else None
-        yield Row(match["name"], tuple(captions), split, where, tuple(errors))
+        yield ManifestRow(match["name"], tuple(captions), split, where, tuple(errors))
 
 
-def read_folder(files: Files) -> Iterator[Row]:
+def read_folder(files: Files) -> Iterator[ManifestRow]:
     """Pictures with a .txt of the same name beside them, in folders or archives."""
     texts: dict[str, list[tuple[Entry, str | None]]] = {}
     images: list[Entry] = []
@@ -304,7 +312,7 @@ def read_folder(files: Files) -> Iterator[Row]:
         if not captions and not errors:
             cause = ("empty caption", f"{beside[0][0].path} is empty") if beside else ("no caption file", "")
             errors.append(cause)
-        yield Row(image.path, tuple(captions), None, image.path, tuple(errors), key=image)
+        yield ManifestRow(image.path, tuple(captions), None, image.path, tuple(errors), key=image)
     for group in texts.values():
         for entry, _ in group:
             if entry.path not in used:

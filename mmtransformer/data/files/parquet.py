@@ -7,7 +7,7 @@ from typing import Any
 
 from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES, Entry, Files
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, Row, find_columns, make_row
+from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, make_row
 
 _SMALL_ROWS = 1_000_000  # that a file of any size may have
 ARROW = (".arrow", ".feather")
@@ -83,8 +83,8 @@ def _refuse_bombs(metadata: Any, entry: Entry) -> None:
         raise ValueError(f"{entry.path}: a row group of {largest:,} bytes out of {entry.size:,}: a bomb")
 
 
-def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
-    """Reads captions and paths; of pictures kept as bytes only the places, as `Row.key`.
+def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
+    """Reads captions and paths; of pictures kept as bytes only the places, as `ManifestRow.key`.
 
     Raises:
         ValueError: If pyarrow is missing, the file lies in an archive or is damaged, or no column fits.
@@ -113,7 +113,7 @@ def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, 
     read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes or not columns.image else [columns.image])
     holder = TableBytes(path, columns.image)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ManifestRow]:
         number = 0
         for group in range(table.num_row_groups):
             try:

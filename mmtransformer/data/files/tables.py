@@ -50,7 +50,7 @@ _NESTED = 16  # lists inside lists of captions
 _JOINED = 100  # lines that one quoted CSV field may span
 
 
-class Row(NamedTuple):
+class ManifestRow(NamedTuple):
     """One row of a manifest, as written there.
 
     Attributes:
@@ -71,9 +71,9 @@ class Row(NamedTuple):
     key: Any = None
 
 
-def bad_row(where: str, cause: str, what: str) -> Row:
+def bad_row(where: str, cause: str, what: str) -> ManifestRow:
     """A row of which nothing can be used, and why."""
-    return Row(None, (), None, where, ((cause, what),))
+    return ManifestRow(None, (), None, where, ((cause, what),))
 
 
 class Columns(NamedTuple):
@@ -161,7 +161,9 @@ def looks_like_image(cell: str) -> bool:
     return cell.strip().lower().endswith(IMAGES)
 
 
-def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()) -> Row:
+def make_row(
+    record: Mapping[str, Any], columns: Columns, where: str, notes: tuple[tuple[str, str], ...] = ()
+) -> ManifestRow:
     """A row of any table-like manifest, its cells checked and its captions normalised."""
     errors: list[tuple[str, str]] = []
     image = record.get(columns.image)
@@ -187,7 +189,7 @@ def make_row(record: Mapping[str, Any], columns: Columns, where: str, notes: tup
     if not captions and not errors:
         errors.append(("empty caption", image or ""))
     split = record.get(columns.split) if columns.split else None
-    return Row(image, tuple(captions), _split(split), where, tuple(errors), notes)
+    return ManifestRow(image, tuple(captions), _split(split), where, tuple(errors), notes)
 
 
 def _split(value: Any) -> str | None:
@@ -243,7 +245,7 @@ def sniff(header: str) -> str:
     return max("\t,;|", key=lambda mark: (len(_cells(header, mark) or ()), mark == "\t"))
 
 
-def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterator[Row]]:
+def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
     """Reads CSV, TSV and the like, with or without a header.
 
     Line by line, so that a bad byte or a stray quote costs no other line. A quoted field may span lines, unless
@@ -276,7 +278,7 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
     return columns, _rows(text[start:], name, mark, header, columns)
 
 
-def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Columns) -> Iterator[Row]:
+def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Columns) -> Iterator[ManifestRow]:
     at, width = 0, len(header)
     image = header.index(columns.image) if columns.image else None
     last = columns.captions[-1][0] == header[-1]

@@ -77,7 +77,7 @@ class CheckpointFiles(CheckpointIO):
         if storage_options is not None:
             raise CheckpointError(f"storage_options ({storage_options}) must be None: there are none")
         data = plain(checkpoint) | {"format_version": FORMAT_VERSION}
-        write_whole(path, lambda file: torch.save(data, file), tensor_bytes(data) + _SLACK)
+        write_streamed(path, lambda file: torch.save(data, file), tensor_bytes(data) + _SLACK)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -111,7 +111,7 @@ class CheckpointFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, write: Callable[[BinaryIO], object], size: int) -> None:
+def write_streamed(path: str | Path, write: Callable[[BinaryIO], object], size: int) -> None:
     """Writes a file in one piece: after a crash at any moment there is the old file or the new one.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mmtransformer.training.engine.checkpoints import CheckpointError, write_whole
+from mmtransformer.training.engine.checkpoints import CheckpointError, write_streamed
 
 
 class MetricsLog(Logger):
@@ -117,4 +117,4 @@ class MetricsLog(Logger):
         writer.writeheader()
         writer.writerows(rows)
         data = text.getvalue().encode()
-        write_whole(self.path, lambda file: file.write(data), len(data))
+        write_streamed(self.path, lambda file: file.write(data), len(data))
