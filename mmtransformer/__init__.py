@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
+    from mmtransformer.contrast.clip import CLIP as CLIP
+    from mmtransformer.contrast.text_tower import TextTower as TextTower
     from mmtransformer.diffusion.drawing import DrawingConfig as DrawingConfig
     from mmtransformer.diffusion.paths import Diffusion as Diffusion
     from mmtransformer.diffusion.text_to_image import TextToImageModel as TextToImageModel
@@ -89,7 +91,9 @@ if TYPE_CHECKING:
     from mmtransformer.losses.contrastive import itg_loss as itg_loss
     from mmtransformer.losses.contrastive import itm_loss as itm_loss
     from mmtransformer.losses.hard_negatives import hard_negatives as hard_negatives
+    from mmtransformer.losses.sigmoid import sigmoid_loss as sigmoid_loss
     from mmtransformer.pipelines.classifier import ImageClassifier as ImageClassifier
+    from mmtransformer.pipelines.dual_encoder import DualEncoder as DualEncoder
     from mmtransformer.pipelines.few_shot import FewShot as FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
     from mmtransformer.pipelines.text_to_image import TextToImage as TextToImage
@@ -126,6 +130,7 @@ _CONTENTS = {
     "connectors.resampler": "PerceiverResampler",
     "losses.contrastive": "clip_loss itc_loss itg_loss itm_loss",
     "losses.hard_negatives": "hard_negatives",
+    "losses.sigmoid": "sigmoid_loss",
     "captioners.base": "CaptionBatch Captioner Output caption_loss freeze",
     "captioners.blip": "BlipITM BlipVQA",
     "captioners.blip2": "Blip2 InstructBatch from_stage1",
@@ -140,6 +145,8 @@ _CONTENTS = {
     "captioners.public.paligemma": "PaliGemma",
     "captioners.prefix": "PrefixCaptioner",
     "captioners.tiles": "TileConfig TiledBatch",
+    "contrast.clip": "CLIP",
+    "contrast.text_tower": "TextTower",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
     "diffusion.drawing": "DrawingConfig",
@@ -151,6 +158,7 @@ _CONTENTS = {
     "text.tokenizer": "Tokenizer",
     "images": "Augment ImageError ImageTransform",
     "pipelines.classifier": "ImageClassifier",
+    "pipelines.dual_encoder": "DualEncoder",
     "pipelines.few_shot": "FewShot",
     "pipelines.image_captioner": "ImageCaptioner",
     "pipelines.text_to_image": "TextToImage",

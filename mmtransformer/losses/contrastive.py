@@ -34,6 +34,9 @@ class Similarity(NamedTuple):
         text_ids: (n) long, the id of a text's image.
         all_image_ids: (B).
         all_text_ids: (N).
+        text_keys: (n) long, the same for texts that are the same, which belong to each other's images too; None = a
+            text belongs to its own image alone.
+        all_text_keys: (N).
     """
 
     of_images: Tensor
@@ -42,6 +45,35 @@ class Similarity(NamedTuple):
     text_ids: Tensor
     all_image_ids: Tensor
     all_text_ids: Tensor
+    text_keys: Tensor | None = None
+    all_text_keys: Tensor | None = None
+
+    def texts_of_images(self) -> Tensor:
+        """Which texts belong to this process's images: (b N) bool."""
+        same = self.image_ids[:, None] == self.all_text_ids
+        if self.text_keys is not None and self.all_text_keys is not None:
+            own = self.text_keys.unflatten(0, (len(self.image_ids), -1))
+            same = same | (own[:, :, None] == self.all_text_keys).any(1)
+        return same & (self.image_ids >= 0)[:, None] & (self.all_text_ids >= 0)
+
+    def images_of_texts(self) -> Tensor:
+        """Which images this process's texts belong to: (n B) bool."""
+        same = self.text_ids[:, None] == self.all_image_ids
+        if self.text_keys is not None and self.all_text_keys is not None:
+            others = self.all_text_keys.unflatten(0, (len(self.all_image_ids), -1))
+            same = same | (self.text_keys[:, None, None] == others).any(2)
+        return same & (self.text_ids >= 0)[:, None] & (self.all_image_ids >= 0)
+
+    def right(self) -> tuple[Tensor, Tensor]:
+        """The shares of this process's images, and of its texts, whose nearest counterpart belongs to them."""
+        shares = []
+        for scores, same, real in (
+            (self.of_images, self.texts_of_images(), self.all_text_ids >= 0),
+            (self.of_texts, self.images_of_texts(), self.all_image_ids >= 0),
+        ):
+            nearest = scores.detach().masked_fill(~real, -torch.inf).argmax(1, keepdim=True)
+            shares.append(same.gather(1, nearest).sum() / same.any(1).sum().clamp(min=1))
+        return shares[0], shares[1]
 
 
 def image_ids(names: Sequence[str], loss_mask: Tensor) -> Tensor | None:
@@ -62,12 +94,22 @@ def image_ids(names: Sequence[str], loss_mask: Tensor) -> Tensor | None:
     return torch.tensor(numbers, device=loss_mask.device).masked_fill(~counted, -1)
 
 
+def text_keys(tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """A number for each text, the same for the same text however it is padded: (n q) long and bool -> (n) long."""
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    mixed = (tokens + 1) * -0x61C8864680B583EB + places * 0x2545F4914F6CDD1D  # 64 bits that wrap around
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return mixed.masked_fill(~attention_mask, 0).sum(1)
+
+
 def compare(
     images: Tensor,
     texts: Tensor,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     *,
+    text_keys: Tensor | None = None,
     gather_grad: bool = True,
 ) -> Similarity:
     """Similarities of images and texts; of an image's vectors the one that is nearest to the text counts (BLIP-2).
@@ -77,6 +119,8 @@ def compare(
         texts: (n e), L2-normed.
         image_ids: (b) long, what image it is, anywhere in the global batch; None = all are different.
         text_ids: (n) long, the id of its image; None = each image has n / b texts, side by side.
+        text_keys: (n) long, the same for the same text, see the function of this name: such texts belong to each
+            other's images too. All images then have n / b texts, side by side, in all processes.
         gather_grad: whether gradients reach the processes that candidates came from, see `all_gather_rows`.
 
     Raises:
@@ -104,7 +148,9 @@ def compare(
         else:
             everyone = all_gather_rows(images, grad=gather_grad)
             of_texts = torch.einsum("b l e, n e -> n b l", everyone, texts).amax(-1)
-    return Similarity(of_images, of_texts, image_ids, text_ids, all_gather_rows(image_ids), all_gather_rows(text_ids))
+    everyone_ids = all_gather_rows(image_ids), all_gather_rows(text_ids)
+    all_keys = None if text_keys is None else all_gather_rows(text_keys)
+    return Similarity(of_images, of_texts, image_ids, text_ids, *everyone_ids, text_keys, all_keys)
 
 
 def contrastive_loss(similarity: Similarity, temperature: Tensor | float, *, label_smoothing: float = 0.0) -> Tensor:
@@ -117,16 +163,38 @@ def contrastive_loss(similarity: Similarity, temperature: Tensor | float, *, lab
         temperature: what similarities are divided by, a scalar.
         label_smoothing: share of the target that is spread over all candidates.
     """
+    return softmax_loss(similarity, 1 / temperature, label_smoothing=label_smoothing)
+
+
+def softmax_loss(
+    similarity: Similarity, scale: Tensor | float, *, label_smoothing: float = 0.0, hardness: float = 0.0
+) -> Tensor:
+    """`contrastive_loss` by its logits' scale, and with negatives that count the more, the more they are confused.
+
+    Args:
+        similarity: from `compare`.
+        scale: what similarities are multiplied by, a scalar.
+        label_smoothing: share of the target that is spread over all candidates.
+        hardness: the weights of a row's negatives are a softmax of their logits times this, 1 in the mean, and taken
+            for constants (arXiv:2010.04592, eq. 4; of images and texts: arXiv:2301.02280); 0 = all count alike.
+    """
     s = similarity
-    to_texts = _one_way(s.of_images / temperature, s.image_ids, s.all_text_ids, label_smoothing)
-    to_images = _one_way(s.of_texts / temperature, s.text_ids, s.all_image_ids, label_smoothing)
-    return (to_texts + to_images) / 2
+    to_texts = s.of_images * scale, s.texts_of_images(), s.all_text_ids >= 0
+    to_images = s.of_texts * scale, s.images_of_texts(), s.all_image_ids >= 0
+    return sum(_one_way(*way, label_smoothing, hardness) for way in (to_texts, to_images)) / 2  # pyright: ignore
 
 
-def _one_way(logits: Tensor, ids: Tensor, candidates: Tensor, smoothing: float) -> Tensor:
-    real = candidates >= 0
-    same = (ids[:, None] == candidates) & real
+def harder(logits: Tensor, negative: Tensor, hardness: float) -> Tensor:
+    """The logarithms of the negatives' weights (m k), 0 of what is none; see `softmax_loss`."""
+    steep = (hardness * logits.detach()).masked_fill(~negative, torch.finfo(logits.dtype).min)
+    weights = steep.log_softmax(-1) + negative.sum(-1, keepdim=True).clamp(min=1).to(steep.dtype).log()
+    return weights.masked_fill(~negative, 0.0)
+
+
+def _one_way(logits: Tensor, same: Tensor, real: Tensor, smoothing: float, hardness: float) -> Tensor:
     asked = same.any(1)  # Not padding samples, nor images without a text.
+    if hardness:
+        logits = logits + harder(logits, real & ~same, hardness)
     log_probs = logits.masked_fill(~real, torch.finfo(logits.dtype).min).log_softmax(-1)
     targets = same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)
     if smoothing:

@@ -55,6 +55,13 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
         to_vision_encoder_decoder as to_vision_encoder_decoder,
     )
+    from mmtransformer.weights.contrast.dual import clip_from_transformers as clip_from_transformers
+    from mmtransformer.weights.contrast.dual import clip_to_transformers as clip_to_transformers
+    from mmtransformer.weights.contrast.dual import load_clip as load_clip
+    from mmtransformer.weights.contrast.dual import save_clip as save_clip
+    from mmtransformer.weights.contrast.open_clip import clip_from_open_clip as clip_from_open_clip
+    from mmtransformer.weights.contrast.open_clip import clip_to_open_clip as clip_to_open_clip
+    from mmtransformer.weights.contrast.open_clip import save_open_clip as save_open_clip
     from mmtransformer.weights.families import FAMILIES as FAMILIES
     from mmtransformer.weights.families import Family as Family
     from mmtransformer.weights.families import families_for as families_for
@@ -69,7 +76,6 @@ if TYPE_CHECKING:
     from mmtransformer.weights.text.lm import load_tokenizer as load_tokenizer
     from mmtransformer.weights.text.lm import save_lm as save_lm
     from mmtransformer.weights.text.lm import to_transformers as to_transformers
-    from mmtransformer.weights.vision.clip import save_clip as save_clip
     from mmtransformer.weights.vision.clip import vision_from_clip as vision_from_clip
     from mmtransformer.weights.vision.clip import vision_to_clip as vision_to_clip
     from mmtransformer.weights.vision.dit import dit_from_diffusers as dit_from_diffusers
@@ -101,11 +107,13 @@ _CONTENTS = {
     "captioners.vision_encoder_decoder": (
         "from_vision_encoder_decoder load_vision_encoder_decoder save_vision_encoder_decoder to_vision_encoder_decoder"
     ),
+    "contrast.dual": "clip_from_transformers clip_to_transformers load_clip save_clip",
+    "contrast.open_clip": "clip_from_open_clip clip_to_open_clip save_open_clip",
     "families": "FAMILIES Family families_for family_of",
     "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
     "text.gpt2": "decoder_to_gpt2",
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
-    "vision.clip": "save_clip vision_from_clip vision_to_clip",
+    "vision.clip": "vision_from_clip vision_to_clip",
     "vision.dit": "dit_from_diffusers dit_to_diffusers load_dit save_dit",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
     "vision.load": "load_vit save_vit",

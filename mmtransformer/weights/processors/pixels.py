@@ -17,6 +17,7 @@ _SHORT_224 = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "widt
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Blip": {**_CLIP, "size": {"height": 384, "width": 384}},
     "CLIP": {**_CLIP, **_SHORT_224},
+    "ChineseCLIP": {**_CLIP, **_SHORT_224},
     "Bit": {**_CLIP, **_SHORT_224},
     "Siglip": {**_HALF, "resample": 3, "size": {"height": 224, "width": 224}},
     "ViT": {**_HALF, "resample": 2, "size": {"height": 224, "width": 224}},
@@ -161,7 +162,7 @@ def _checked(folder: Path, kind: str, known: dict[str, dict[str, Any]]) -> tuple
 def _size(value: Any, name: str, where: str) -> tuple[Literal["squash", "crop"], tuple[int, int]]:
     """How a size is meant, and its height and width; one number is a square, or CLIP's shortest edge."""
     if isinstance(value, int):
-        return ("crop" if name in ("CLIP", "Bit") else "squash"), (value, value)
+        return ("crop" if name in ("CLIP", "ChineseCLIP", "Bit") else "squash"), (value, value)
     if isinstance(value, dict) and isinstance(edge := value.get("shortest_edge"), int) and len(value) == 1:
         return "crop", (edge, edge)
     if isinstance(value, dict) and all(isinstance(value.get(side), int) for side in ("height", "width")):

@@ -1,0 +1,232 @@
+"""CLIP: a vision tower and a text tower whose vectors agree where image and text do (arXiv:2103.00020, 2303.15343).
+
+Shapes: n texts, as many for each of the b images, side by side; e width of the vectors that are compared.
+"""
+
+import math
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_frozen
+from mmtransformer.contrast.text_tower import TextTower
+from mmtransformer.losses.contrastive import Similarity, compare, image_ids, refuse_empty, softmax_loss, text_keys
+from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.sigmoid import sigmoid_loss
+from mmtransformer.serialization.pretrained import Pretrained
+
+_MOST_SCALE = math.log(100)  # CLIP's limit: a steeper softmax made its training unstable.
+_UNREAD = ("image_mask", "image_index", "first_image_index", "document_ids")
+
+
+class CLIP(Pretrained, nn.Module):
+    """Two towers, trained so that of all images of a batch a text is nearest to its own, and the other way round.
+
+    Captions of one image, images that stand twice in a batch, and images whose captions are the same text are not
+    negatives of each other, in all processes that share the batch.
+
+    Args:
+        vision: the vision tower, without a classifier; what it pools an image to is compared.
+        text: the text tower: a `TextTower`, or a `TextEncoder`, of which the first token is read (Chinese-CLIP).
+        embed_dim: width e of the vectors; None = the vision tower's, whose images then need no projection (SigLIP).
+        text_bias: whether the text's projection has a bias (SigLIP).
+        loss: "softmax", over all texts and over all images of the batch (CLIP), or "sigmoid", each pair by itself
+            (SigLIP: better in batches below some 16,000).
+        hardness: how much more the negatives count that are confused most: their weights are a softmax of their
+            logits times it, 1 in the mean (arXiv:2010.04592, eq. 4; arXiv:2301.02280); 0 = all alike.
+        freeze_vision: whether the vision tower is taken out of training (its tokens can then be cached; LiT,
+            arXiv:2111.07991).
+
+    Raises:
+        ValueError: if the parts do not fit.
+    """
+
+    def __init__(
+        self,
+        vision: ViT,
+        text: TextTower | TextEncoder,
+        *,
+        embed_dim: int | None = 512,
+        text_bias: bool = False,
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+        hardness: float = 0.0,
+        freeze_vision: bool = False,
+    ) -> None:
+        super().__init__()
+        if loss not in ("softmax", "sigmoid"):
+            raise ValueError(f'loss must be "softmax" or "sigmoid", not "{loss}"')
+        if hardness < 0:
+            raise ValueError(f"hardness ({hardness}) must be at least 0")
+        if vision.num_classes:
+            raise ValueError(f"the vision tower has a classifier of {vision.num_classes} classes, which none reads")
+        self.vision, self.text, self.embed_dim, self.text_bias = vision, text, embed_dim, text_bias
+        self.loss: Literal["softmax", "sigmoid"] = loss
+        self.hardness, self.freeze_vision = hardness, freeze_vision
+        width = vision.dim if embed_dim is None else embed_dim
+        self.image_proj = nn.Identity() if embed_dim is None else nn.Linear(vision.dim, width, bias=False)
+        self.text_proj = nn.Linear(text.dim, width, bias=text_bias)
+        for layer in (self.image_proj, self.text_proj):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if text_bias:
+            nn.init.zeros_(self.text_proj.bias)
+        softmax = loss == "softmax"
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07 if softmax else 10.0)))
+        # Nearly all pairs are negatives: the first step need not learn that (SigLIP).
+        self.logit_bias = None if softmax else nn.Parameter(torch.tensor(-10.0))
+        if freeze_vision:
+            freeze(vision)
+        if isinstance(text, TextEncoder):
+            for head in (text.pool_proj, text.words_proj, text.sentence_proj):
+                if head is not None:
+                    head.requires_grad_(False)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.text.vocab_size
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens of a text."""
+        return self.text.max_len
+
+    @property
+    def width(self) -> int:
+        """Width e of the vectors."""
+        return self.text_proj.out_features
+
+    @property
+    def opens(self) -> bool:
+        """Whether a text begins with a token that opens it."""
+        return not isinstance(self.text, TextTower) or self.text.opens
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Images as vectors of length 1: (b 3 height width) -> (b e)."""
+        return self._image_vectors(self.encode(pixels[:, None])[:, 0])
+
+    def encode_texts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Texts as vectors of length 1: (n q) long -> (n e).
+
+        Args:
+            tokens: what opens a text where one is opened, its words and what ends it, padded on the right.
+            attention_mask: (n q) bool, True = a real token; None = all are.
+
+        Raises:
+            ValueError: if a text has no token at all, or more than `max_len`.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        refuse_empty(attention_mask)
+        if isinstance(self.text, TextEncoder):
+            states = self.text(tokens, attention_mask=attention_mask)[:, 0]
+        else:
+            states = self.text(tokens, attention_mask)
+        return F.normalize(self.text_proj(states), dim=-1)
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """How well images (b e) and texts (n e) fit, as the loss reads it: (b n)."""
+        scaled = self.scale * images @ texts.transpose(0, 1)
+        return scaled if self.logit_bias is None else scaled + self.logit_bias
+
+    @property
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by, at most 100."""
+        return self.logit_scale.clamp(max=_MOST_SCALE).exp() if self.loss == "softmax" else self.logit_scale.exp()
+
+    def forward(self, batch: CaptionBatch, *, gather_grad: bool = True) -> Output:
+        """The loss of a batch, a mean over the global batch of all processes.
+
+        Of what stands before a caption only the token that opens a text is read: who searches does not say which
+        language it is in. Images of one name are one, and those without a predicted token take no part.
+
+        Args:
+            batch: one image a sample, as pixels or as `encode` gives it, and right-padded texts.
+            gather_grad: whether gradients reach the processes that candidates came from.
+
+        Returns:
+            The loss, with a count of 1; `terms` are the loss, and the shares of images and of texts whose nearest
+            counterpart in the batch is right.
+
+        Raises:
+            ValueError: if a text is empty, or the batch has fields that cannot be heeded.
+        """
+        tokens, attention_mask = self.read_texts(batch)
+        similarity = compare(
+            self.embed_images(batch),
+            self.encode_texts(tokens, attention_mask),
+            image_ids(batch.names, batch.loss_mask),
+            text_keys=text_keys(tokens, attention_mask),
+            gather_grad=gather_grad,
+        )
+        loss = self.loss_of(similarity)
+        right_texts, right_images = similarity.right()
+        one = torch.ones((), dtype=torch.long, device=loss.device)
+        terms = {"contrast": loss.detach(), "image_accuracy": right_texts, "text_accuracy": right_images}
+        return Output(Loss(loss, one), None, terms)
+
+    def loss_of(self, similarity: Similarity) -> Tensor:
+        """The loss of similarities, a scalar."""
+        if self.logit_bias is None:
+            return softmax_loss(similarity, self.scale, hardness=self.hardness)
+        return sigmoid_loss(similarity, self.scale, self.logit_bias, hardness=self.hardness)
+
+    def embed_images(self, batch: CaptionBatch) -> Tensor:
+        """A batch's images as vectors of length 1: (b e).
+
+        Raises:
+            ValueError: if a sample has several images, or the batch has fields that cannot be heeded.
+        """
+        for name in _UNREAD:
+            if getattr(batch, name, None) is not None:
+                raise ValueError(f"a CLIP cannot heed a batch's {name}")
+        visual = batch.visual
+        if visual.shape[1] != 1:
+            raise ValueError(f"a CLIP compares one image with its texts, and these samples have {visual.shape[1]}")
+        visual_tokens = self.encode(visual) if batch.visual_tokens is None else visual
+        return self._image_vectors(visual_tokens[:, 0])
+
+    def embed_texts(self, batch: CaptionBatch) -> Tensor:
+        """A batch's texts as vectors of length 1: (n e)."""
+        return self.encode_texts(*self.read_texts(batch))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The vision tower's tokens, what a cache keeps of a frozen one: (b i 3 height width) -> (b i p d)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
+        return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
+
+    def _image_vectors(self, visual_tokens: Tensor) -> Tensor:
+        pooled = self.vision.forward_head(visual_tokens.to(self.vision.dtype), pre_logits=True)
+        return F.normalize(self.image_proj(pooled.to(self.text_proj.weight.dtype)), dim=-1)
+
+    def read_texts(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+        """The texts that are compared, without the rest of a prompt: tokens (n q) and attention mask (n q)."""
+        kept = batch.loss_mask.clone()
+        if self.opens:
+            kept[:, 0] = batch.attention_mask[:, 0]
+        else:  # Of a padding sample, which has no target, a token must be left.
+            kept[:, 0] |= ~kept.any(1)
+        order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
+        return batch.tokens.gather(1, order), kept.gather(1, order)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but frozen parts."""
+        super().train(mode)
+        for part in (self.vision, self.text):
+            if is_frozen(part):
+                part.eval()
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay spares, beside biases and norms: those that its parts name."""
+        parts = {"vision": self.vision, "text": self.text}
+        spared = {
+            f"{path}.{n}" for path, p in parts.items() if hasattr(p, "no_weight_decay") for n in p.no_weight_decay()
+        }
+        return spared | {"logit_scale", "logit_bias"}

@@ -1,0 +1,290 @@
+"""DualEncoder: pictures and texts -> vectors that can be compared, and all that belongs to a saved model in one folder.
+
+Shapes: n pictures or texts, m labels, d width of the vectors.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtransformer.contrast.clip import CLIP
+from mmtransformer.images import ImageTransform, load
+from mmtransformer.pipelines.base import (
+    PREPROCESSOR,
+    ImageLike,
+    check_count,
+    check_vocabulary,
+    fast_autocast,
+    in_batches,
+    pick_device,
+    read_transform,
+    write_card,
+    write_json,
+)
+from mmtransformer.serialization.hub import HubOptions
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.contrast.dual import dual_type, load_clip, save_clip
+from mmtransformer.weights.contrast.open_clip import open_clip_pixels
+from mmtransformer.weights.processors.pixels import read_pixels, to_preprocessor
+
+TEMPLATES: tuple[str, ...] = (
+    "{}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a close-up photo of a {}.",
+    "a bad photo of a {}.",
+)
+"""Sentences that zero-shot classes are put into, a few of the kinds that CLIP's authors use (section 3.1.4)."""
+
+_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DualEncoder:
+    """Turns pictures and texts into vectors of length 1, the nearer the better they fit.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        transform: How a picture becomes pixels.
+        device: Where to compute; a GPU if there is one.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self, model: CLIP, tokenizer: Tokenizer, transform: ImageTransform, *, device: torch.device | str | None = None
+    ) -> None:
+        check_vocabulary(tokenizer, model.vocab_size)
+        self.device = pick_device(device)
+        self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
+
+    @property
+    def width(self) -> int:
+        """Width d of the vectors."""
+        return self.model.width
+
+    # ------------------------------------------------------------------------------------------------- vectors
+
+    @torch.no_grad()  # What is learnt on top of the vectors may need their gradients.
+    def encode_images(
+        self, images: ImageLike | Tensor | Sequence[ImageLike | Tensor], *, batch_size: int = 64
+    ) -> Tensor:
+        """Pictures as vectors of length 1.
+
+        Args:
+            images: A picture (path, bytes, file, PIL image, or its pixels (3 height width) as the transform makes
+                them), or a list of them.
+            batch_size: Pictures at once.
+
+        Returns:
+            (n d) float32, on the CPU; a row for each picture, in their order.
+
+        Raises:
+            ImageError: If a picture cannot be used; names the file, the fault and the remedy.
+        """
+        many: list[ImageLike | Tensor] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        found = [torch.empty(0, self.width)]
+        for some in in_batches(many, batch_size):
+            pixels = torch.stack([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])
+            with fast_autocast(self.device):
+                found.append(self.model.encode_images(pixels.to(self.device)).float().cpu())
+        return F.normalize(torch.cat(found), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Texts as vectors of length 1, in any language that the model has learnt.
+
+        Args:
+            texts: A text, or a list of them; one that is longer than the model reads is cut, and keeps its end.
+            batch_size: Texts at once.
+
+        Returns:
+            (n d) float32, on the CPU.
+
+        Raises:
+            ValueError: If a text is empty.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        if blank := [i for i, text in enumerate(many) if not text.strip()]:
+            raise ValueError(f"text {blank[0]} of {len(many)} is empty, and would fit every picture: leave it out")
+        found = [torch.empty(0, self.width)]
+        for some in in_batches(many, batch_size):
+            tokens, attention_mask = self.tokenizer.pad([self.ids(text) for text in some])
+            with fast_autocast(self.device):
+                vectors = self.model.encode_texts(tokens.to(self.device), attention_mask.to(self.device))
+            found.append(vectors.float().cpu())
+        return F.normalize(torch.cat(found), dim=-1)
+
+    def ids(self, text: str) -> list[int]:
+        """What the text tower reads of a text: what opens it, its words as far as there is room, and its end."""
+        opening = self.tokenizer.prompt() if self.model.opens else []
+        words = self.tokenizer.encode(text)
+        return [*opening, *words[: self.model.max_len - len(opening) - 1], self.tokenizer.eos_id]
+
+    # --------------------------------------------------------------------------------------------- comparisons
+
+    def similarity(
+        self, images: ImageLike | Tensor | Sequence[ImageLike | Tensor], texts: str | Sequence[str]
+    ) -> Tensor:
+        """The cosines of all pictures and all texts: (n m) float32, from -1 to 1.
+
+        Args:
+            images: As of `encode_images`, or their vectors (n d).
+            texts: As of `encode_texts`.
+        """
+        given = isinstance(images, Tensor) and images.ndim == 2
+        vectors = images if given else self.encode_images(images)  # pyright: ignore
+        return vectors @ self.encode_texts(texts).T  # pyright: ignore[reportOperatorIssue]
+
+    def encode_labels(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        """A vector a label: the mean of its sentences' vectors, of length 1 again (arXiv:2103.00020, section 3.1.4).
+
+        Args:
+            labels: The names of the classes.
+            templates: Sentences with {} where the name belongs.
+
+        Returns:
+            (m d) float32.
+
+        Raises:
+            ValueError: If there is no label or template, or a template has no place for the name.
+        """
+        if isinstance(labels, str) or len(labels) == 0:
+            raise ValueError(f"labels must be a list of names, one at least, not {labels!r:.40}")
+        if isinstance(templates, str) or len(templates) == 0:
+            raise ValueError(f"templates must be a list of sentences, one at least, not {templates!r:.40}")
+        if bad := [template for template in templates if "{}" not in template]:
+            raise ValueError(f"the template {bad[0]!r:.60} has no {{}} where a label's name belongs")
+        sentences = [template.replace("{}", label) for label in labels for template in templates]
+        vectors = self.encode_texts(sentences).unflatten(0, (len(labels), len(templates)))
+        return F.normalize(vectors.mean(1), dim=-1)
+
+    def classify(
+        self,
+        images: ImageLike | Tensor | Sequence[ImageLike | Tensor],
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] = TEMPLATES,
+        top: int = 1,
+        batch_size: int = 64,
+    ) -> list[list[tuple[str, float]]]:
+        """Classifies pictures into classes that are known by their names alone (zero-shot).
+
+        Args:
+            images: A picture, or a list of them.
+            labels: The names of the classes.
+            templates: Sentences with {} where the name belongs, in the language of the labels; several are averaged.
+            top: How many classes of each.
+            batch_size: Pictures at once.
+
+        Returns:
+            For each picture its likeliest classes, best first, with their shares: of 1 among the labels for a model of
+            the softmax loss; of the sigmoid loss each label's own probability.
+
+        Raises:
+            ImageError: If a picture cannot be used.
+            ValueError: If there is no label, a template has no {}, or `top` is no number of things.
+        """
+        check_count("top", top)
+        named = self.encode_labels(labels, templates)
+        vectors = self.encode_images(images, batch_size=batch_size)
+        with torch.no_grad():
+            logits = self.model.logits(vectors.to(self.device), named.to(self.device)).float().cpu()
+        shares = logits.softmax(-1) if self.model.logit_bias is None else logits.sigmoid()
+        best = logits.topk(min(top, len(labels)), dim=-1).indices
+        names = list(labels)
+        return [[(names[i], float(row[i])) for i in chosen] for row, chosen in zip(shares, best.tolist(), strict=True)]
+
+    # -------------------------------------------------------------------------------------------------- folders
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
+        """Writes model, tokenizer, image transform and a model card.
+
+        Args:
+            folder: Where to; made if it is not there.
+            card: Text for the model card, below its heading: how it was trained, its scores.
+        """
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / PREPROCESSOR, self.transform.to_dict())
+        write_card(
+            folder,
+            self.model,
+            task="zero-shot-image-classification",
+            about="A dual encoder of mmtransformer, which compares pictures and texts",
+            usage="from mmtransformer import DualEncoder\n\n"
+            'model = DualEncoder.from_pretrained("FOLDER")  # this folder\n'
+            'print(model.classify("picture.jpg", ["a cat", "a dog"])[0])',
+            languages=self.tokenizer.languages,
+            note=card,
+        )
+
+    def save_public(self, folder: str | Path) -> None:
+        """Writes a folder that transformers reads: the model as CLIP, SigLIP or Chinese-CLIP, tokenizer and processor.
+
+        Raises:
+            ValueError: If transformers has no such model, or no such transform, before anything is written.
+        """
+        folder = Path(folder)
+        pixels = to_preprocessor(self.transform)
+        save_clip(self.model, folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Loads a dual encoder, from a folder or from the hub; nothing is ever unpickled that could run code.
+
+        Args:
+            name_or_folder: What `save_pretrained` wrote, or a public model: transformers' CLIP, SigLIP, SigLIP 2 of one
+                size or Chinese-CLIP, or one of open_clip, with its tokenizer.json.
+            dtype: What its weights are kept in, and computed with.
+            device: Where to compute; a GPU if there is one.
+            revision: A branch, tag or commit of the hub's repository.
+            token: Of an account on the hub.
+            cache_dir: The hub's cache.
+            local_files_only: Whether to take what the cache has and ask nobody.
+
+        Raises:
+            ValueError: If a part is missing or damaged, the parts do not fit, or the folder holds another model (a
+                tower or a text model alone, a captioner); names the file.
+        """
+        if dtype not in _FORMATS:
+            raise ValueError(f'dtype must be {", ".join(_FORMATS)}, not "{dtype}"')
+        folder = find_folder(name_or_folder, HubOptions(revision, token, cache_dir, local_files_only), look=_refuse)
+        model = load_clip(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        if (folder / PREPROCESSOR).exists():
+            transform = read_transform(folder / PREPROCESSOR)
+        elif (folder / CONFIG).exists():
+            kind = read_json(folder / CONFIG).get("model_type")
+            transform = read_pixels(folder, "Siglip" if kind == "siglip" else "CLIP", size=model.vision.image_size[0])
+        else:
+            transform = open_clip_pixels(folder, model.vision.image_size)
+        return cls(model.to(_FORMATS[dtype]), tokenizer, transform, device=device)
+
+
+def _refuse(folder: Path) -> None:
+    """Refuses another model by its config.json, before anything large is fetched."""
+    config = read_json(folder / CONFIG)
+    if "class" not in config:
+        dual_type(config, str(folder / CONFIG))

@@ -1,0 +1,199 @@
+"""Dual models of transformers and open_clip: ids, pixels and vectors equal, there and back, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPVisionConfig
+
+from mmtransformer import CLIP, DualEncoder, OutputConfig, PatchConfig, TextTower, ViT
+from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.weights import load_clip, load_vit, save_clip, save_open_clip
+from support import dual
+from support.public import noisy, pictures
+
+KINDS = [(kind, shape) for kind in ("clip", "siglip", "siglip2", "chinese_clip") for shape in dual.SHAPES]
+
+
+def theirs_of(folder: Path, model: Any, texts: list[str]) -> tuple[Any, Any, Any]:
+    """Ids, pixels and outputs of transformers."""
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    siglip = model.config.model_type == "siglip"
+    found = tokenizer(texts, padding="max_length" if siglip else True, truncation=True, return_tensors="pt")
+    found.pop("token_type_ids", None)
+    if siglip:
+        found.pop("attention_mask")
+    pixels = processor(pictures(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return found["input_ids"], pixels, model(**found, pixel_values=pixels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "shape"), KINDS)
+def test_ids_pixels_and_vectors_are_those_of_transformers(kind: str, shape: str, tmp_path: Path) -> None:
+    model = dual.write(tmp_path / "theirs", kind, shape)
+    ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
+    ids, pixels, out = theirs_of(tmp_path / "theirs", model, dual.TEXTS)
+    rows = ours.tokenizer.pad([ours.ids(text) for text in dual.TEXTS])
+    real = ids[:, : rows[0].shape[1]]
+    assert torch.equal(rows[0][rows[1]], real[rows[1]])
+    assert torch.equal(torch.stack([ours.transform(image) for image in pictures()]), pixels)
+    torch.testing.assert_close(ours.encode_images(pictures()), out.image_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.encode_texts(dual.TEXTS), out.text_embeds, atol=1e-5, rtol=1e-5)
+    logits = ours.model.logits(ours.encode_images(pictures()), ours.encode_texts(dual.TEXTS))
+    torch.testing.assert_close(logits, out.logits_per_image, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "shape"), KINDS)
+def test_written_back_transformers_reads_it_whole(kind: str, shape: str, tmp_path: Path) -> None:
+    model = dual.write(tmp_path / "theirs", kind, shape)
+    ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
+    ours.save_public(tmp_path / "ours")
+    again, info = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    assert type(again) is type(model)
+    ids, pixels, out = theirs_of(tmp_path / "theirs", model, dual.TEXTS)
+    mask = (
+        {}
+        if "siglip" in kind
+        else {"attention_mask": (ids != AutoTokenizer.from_pretrained(tmp_path / "theirs").pad_token_id).long()}
+    )
+    with torch.no_grad():
+        if "siglip" in kind or kind == "chinese_clip":
+            written = again(input_ids=ids, pixel_values=pixels, **mask)
+            torch.testing.assert_close(written.text_embeds, out.text_embeds, atol=1e-6, rtol=1e-6)
+        else:
+            written = again(input_ids=ids, pixel_values=pixels)
+        torch.testing.assert_close(written.image_embeds, out.image_embeds, atol=1e-6, rtol=1e-6)
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("class_embedding", "vision_model.embeddings.position_embedding.weight")):
+            assert torch.equal(again.state_dict()[name], tensor), name
+    back = DualEncoder.from_pretrained(tmp_path / "ours", device="cpu")
+    torch.testing.assert_close(back.encode_texts(dual.TEXTS), ours.encode_texts(dual.TEXTS))
+    torch.testing.assert_close(back.encode_images(pictures()), ours.encode_images(pictures()))
+    for name, tensor in load_clip(tmp_path / "ours").state_dict().items():
+        assert torch.equal(tensor, ours.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision(kind: str, half: torch.dtype, tmp_path: Path) -> None:
+    model = dual.write(tmp_path, kind)
+    whole = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    model.to(half).save_pretrained(tmp_path)
+    read = DualEncoder.from_pretrained(tmp_path, device="cpu")
+    assert {p.dtype for p in read.model.parameters()} == {torch.float32}
+    name = str(half).removeprefix("torch.")
+    small = DualEncoder.from_pretrained(tmp_path, device="cpu", dtype=name)  # type: ignore[arg-type]
+    assert {p.dtype for p in small.model.parameters()} == {half}
+    for found in (read, small):
+        for mine, other in ((found.encode_images(pictures()), whole.encode_images(pictures())),
+                            (found.encode_texts(dual.TEXTS), whole.encode_texts(dual.TEXTS))):  # fmt: skip
+            assert mine.dtype == torch.float32
+            assert float((mine * other).sum(1).min()) > 0.999
+    with pytest.raises(ValueError, match='dtype must be float32, bfloat16, float16, not "int8"'):
+        DualEncoder.from_pretrained(tmp_path, dtype="int8")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_open_clip_there_and_back(tmp_path: Path) -> None:
+    """open_clip itself is compared by hand; its names are those of OpenAI's release, written out here."""
+    vit = ViT(21, 7, 24, 2, 4, mlp_dim=36, patches=PatchConfig(bias=False, norm=True),
+              block=BlockConfig("quick_gelu", 1e-5), output=OutputConfig("pooled"))  # fmt: skip
+    ours = noisy(CLIP(vit, TextTower(53, 20, 3, 2, max_len=11, mlp_dim=60, activation="quick_gelu"), embed_dim=13))
+    save_open_clip(ours, tmp_path)
+    state = load_file(tmp_path / "open_clip_model.safetensors")
+    assert {name: tuple(state[name].shape) for name in (
+        "visual.class_embedding", "visual.positional_embedding", "visual.proj", "visual.conv1.weight",
+        "visual.ln_pre.weight", "visual.transformer.resblocks.1.attn.in_proj_weight", "visual.ln_post.bias",
+        "visual.transformer.resblocks.0.mlp.c_fc.weight", "positional_embedding", "text_projection", "logit_scale",
+        "token_embedding.weight", "transformer.resblocks.2.mlp.c_proj.bias", "ln_final.weight",
+    )} == {
+        "visual.class_embedding": (24,), "visual.positional_embedding": (10, 24), "visual.proj": (24, 13),
+        "visual.conv1.weight": (24, 3, 7, 7), "visual.ln_pre.weight": (24,), "visual.ln_post.bias": (24,),
+        "visual.transformer.resblocks.1.attn.in_proj_weight": (72, 24), "logit_scale": (),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (36, 24), "positional_embedding": (11, 20),
+        "text_projection": (20, 13), "token_embedding.weight": (53, 20), "ln_final.weight": (20,),
+        "transformer.resblocks.2.mlp.c_proj.bias": (20,),
+    }  # fmt: skip
+    back = load_clip(tmp_path)
+    pixels, tokens = torch.randn(2, 3, 21, 21), torch.randint(0, 53, (3, 11))
+    torch.testing.assert_close(back.encode_images(pixels), ours.encode_images(pixels), atol=1e-6, rtol=1e-6)
+    assert torch.equal(back.encode_texts(tokens), ours.encode_texts(tokens))
+    # A custom text model has the same tensors below "text.".
+    custom = {n if n.startswith(("visual.", "logit")) else f"text.{n}": t for n, t in state.items()}
+    save_file(custom, tmp_path / "open_clip_model.safetensors")
+    assert torch.equal(load_clip(tmp_path).encode_texts(tokens), ours.encode_texts(tokens))
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    for path, value, said in ((("vision_cfg", "timm_model_name"), "vit_base", "timm_model_name is 'vit_base'"),
+                              (("text_cfg", "hf_model_name"), "roberta-base", "hf_model_name is 'roberta-base'"),
+                              (("multimodal_cfg",), {}, "is a CoCa")):  # fmt: skip
+        changed = json.loads(json.dumps(config))
+        place = changed["model_cfg"]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=said):
+            load_clip(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_other_models_are_refused_in_a_line(tmp_path: Path) -> None:
+    dual.write(tmp_path / "clip", "clip")
+    model = AutoModel.from_pretrained(tmp_path / "clip")
+    model.vision_model.save_pretrained(tmp_path / "vision")
+    model.text_model.save_pretrained(tmp_path / "text")
+    BertModel(BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=9,
+                         vocab_size=30)).save_pretrained(tmp_path / "bert")  # fmt: skip
+    ViT(14, 7, 12, 1, 2).save_pretrained(tmp_path / "vit")
+    for name, said in (
+        ("vision", r'vision/config.json is one tower alone \("clip_vision_model"\)'),
+        ("text", r'text/config.json is one tower alone \("clip_text_model"\)'),
+        (
+            "bert",
+            "bert/config.json: model_type is 'bert', no dual model that is known here: clip, siglip, chinese_clip",
+        ),
+        ("vit", "vit holds a ViT, not a CLIP"),
+        ("nothing", "nothing: no such folder"),
+    ):
+        for load in (load_clip, DualEncoder.from_pretrained):
+            with pytest.raises(ValueError, match=said) as caught:
+                load(tmp_path / name)
+            assert "\n" not in str(caught.value)
+    assert load_vit(tmp_path / "clip").class_token  # The tower of a dual model alone.
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    dual.write(tmp_path, "siglip")
+    state = load_file(tmp_path / "model.safetensors")
+    lost = {name: t for name, t in state.items() if name != "text_model.head.weight"}
+    save_file(lost, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: text_model\.head\.weight"):
+        load_clip(tmp_path)
+    save_file(state | {"extra.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unknown: extra\.weight"):
+        load_clip(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+        DualEncoder.from_pretrained(tmp_path)
+
+
+def test_what_transformers_has_not_is_not_written(tmp_path: Path) -> None:
+    vision = ViT(14, 7, 24, 1, 4)
+    with pytest.raises(ValueError, match="transformers' SigLIP has nothing like embed_dim=False"):
+        save_clip(CLIP(vision, TextTower(53, 20, 1, 2), loss="sigmoid"), tmp_path / "a")
+    with pytest.raises(ValueError, match="CLIP's vision tower has nothing like"):
+        save_clip(CLIP(vision, TextTower(53, 20, 1, 2)), tmp_path / "a")
+    with pytest.raises(ValueError, match="a Linear is neither a CLIP nor a vision tower"):
+        save_clip(torch.nn.Linear(2, 2), tmp_path / "a")
+    with pytest.raises(ValueError, match="open_clip's CLIP has nothing like block"):
+        save_open_clip(CLIP(vision, TextTower(53, 20, 1, 2)), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert CLIPVisionConfig().patch_size == 32  # what `dual` takes for granted
