@@ -78,7 +78,11 @@ class FileSplit:
         Raises:
             ImageError: If it cannot be used; names the file, the fault and the remedy.
         """
-        return load(self.files[i].path, name=self.files[i].name)
+        return self.scaled_image(i)
+
+    def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """Picture i, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
+        return load(self.files[i].path, name=self.files[i].name, at_least=at_least)
 
     def label(self, i: int) -> int:
         """The number of its class."""

@@ -14,6 +14,7 @@ from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
+from mmtransformer.data.loading.source import scaled_image
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -85,7 +86,7 @@ class ClassDataset(Dataset[ClassSample]):
         for step in range(len(self)):
             at = (pick.index + step) % len(self)
             try:
-                image = self.images.image(at)
+                image = scaled_image(self.images, at, at_least=self._enough(pick.epoch, at))
             except ImageError as error:
                 if self.bad is None:
                     raise
@@ -95,6 +96,12 @@ class ClassDataset(Dataset[ClassSample]):
                 image = self.augment(image, generator(self.seed, pick.epoch, at, 4))
             return at, self.transform(image)
         raise TooManyErrors(f"none of the {len(self)} pictures can be read")
+
+    def _enough(self, epoch: int, at: int) -> tuple[float, float] | None:
+        """Height and width that a picture may be decoded at: in training only, less than all of it."""
+        if not self.training:
+            return None
+        return self.transform.enough(self.augment, generator(self.seed, epoch, at, 4))
 
 
 def collate(samples: list[ClassSample]) -> ClassBatch:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmtransformer.data.documents.documents import Document, Documents, DocumentSource
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
-from mmtransformer.data.loading.source import Caption, Pairs, PairSource
+from mmtransformer.data.loading.source import Caption, Pairs, PairSource, scaled_image
 
 
 class _Members(Protocol):
@@ -69,8 +69,12 @@ class MixedPairs(_Parts[Pairs]):
 
     def image(self, i: int) -> Image.Image:
         """The picture as RGB."""
+        return self.scaled_image(i)
+
+    def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """The picture, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
         part, at = self.find(i)
-        return self.splits[part].image(at)
+        return scaled_image(self.splits[part], at, at_least=at_least)
 
     def captions(self, i: int) -> list[Caption]:
         """All captions of the picture."""
@@ -99,8 +103,12 @@ class MixedDocuments(_Parts[Documents]):
 
     def image(self, i: int, k: int) -> Image.Image:
         """The picture as RGB."""
+        return self.scaled_image(i, k)
+
+    def scaled_image(self, i: int, k: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """The picture, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
         part, at = self.find(i)
-        return self.splits[part].image(at, k)
+        return scaled_image(self.splits[part], at, k, at_least=at_least)
 
 
 class _Sources(Generic[Split]):

@@ -54,6 +54,10 @@ class PairSplit:
         Raises:
             ImageError: If it can't be read or decoded; the message names the file and the fault.
         """
+        return self.scaled_image(i)
+
+    def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """Picture i, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
         place = self._images[i].place
         label = place.path if isinstance(place, Entry) else self._images[i].name
         try:
@@ -63,7 +67,7 @@ class PairSplit:
             raise ImageError(f"{label}: can't be read ({said}); replace it") from error
         if data is None:
             raise ImageError(f"{label}: the table holds no bytes in this row")
-        return load(data, name=label)
+        return load(data, name=label, at_least=at_least)
 
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""

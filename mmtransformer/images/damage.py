@@ -1,34 +1,54 @@
 """Damage that a decoder does not notice, or takes for damage where there is none."""
 
 import io
+import math
 import struct
 import zlib
 
-from PIL import Image, JpegImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 
 _TEXTS = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")
 _TAIL = bytes(64)
 
 
-def check_jpeg(data: bytes, image: Image.Image) -> None:
-    """Raises if the pixels end early: the decoder reads zeros as pixels, and fills up with grey at an end marker."""
+def scale_down(image: Image.Image, at_least: tuple[float, float]) -> None:
+    """Lets a JPEG that was not decoded yet be decoded smaller, by 2, 4 or 8; see `mmtransformer.images.load`."""
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        height, width = (max(1, math.ceil(side)) for side in at_least)
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except Exception:  # damaged tags turn nothing
+            turned = False
+        image.draft(None, (height, width) if turned else (width, height))
+
+
+def check_jpeg(data: bytes, image: Image.Image, at_least: tuple[float, float] | None = None) -> None:
+    """Raises if the pixels end early: the decoder reads zeros as pixels, and fills up with grey at an end marker.
+
+    Args:
+        data: the file.
+        image: what was decoded of it.
+        at_least: how it was scaled down.
+    """
     position = 2
     while position < len(data) and data[position + 1 : position + 2] != b"\xda":  # the start of the pixels
         if data[position] == 0xFF and data[position + 1 : position + 2] != b"\xff":
             position += 2 + int.from_bytes(data[position + 2 : position + 4])
         else:
             position += 1
-    end = data.find(b"\xff\xd9", position)
-    if end < 0:
+    if data.rfind(b"\xff\xd9", position) < 0:  # from behind, where it is
         raise OSError(f"no end marker in {len(data):,} bytes")
-    while data[end - 1] == 0xFF:  # what was cut behind an FF byte
-        end -= 1
     last = image.getpixel((image.width - 1, image.height - 1))
     if any(abs(value - 128) > 16 for value in (last if isinstance(last, tuple) else (last,)) if value is not None):
         return  # not filled up
+    end = data.find(b"\xff\xd9", position)
+    while data[end - 1] == 0xFF:  # what was cut behind an FF byte
+        end -= 1
     # Bytes before the end marker are ignored behind whole pixels, and are pixels if there is room for more.
     longer = data[:end] + bytes(range(1, 251)) * 4 + data[end:]
     with JpegImagePlugin.JpegImageFile(io.BytesIO(longer), "") as other:
+        if at_least is not None:
+            scale_down(other, at_least)
         if other.tobytes() != image.tobytes():
             raise OSError("its pixels end early")
 

@@ -5,17 +5,20 @@ Shapes: h height, w width of the pixels.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
+from torch.nn import functional
 
 from mmtransformer.images.files import load
 
 _MOST = 1e4  # of colours from 0 to 1
 _LEAST_STD = 1e-4  # smaller ones would take pixels out of float16's range, and then float32's
+_GAP = 2  # between what a scaled decoding keeps and what is seen
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -36,9 +39,12 @@ class ImageTransform:
         interpolation: "bicubic", "bilinear" or "lanczos", all with antialiasing.
         crop_fraction: With "crop" and "squash", the part of the resized picture's sides that is kept: the crop of 224
             from a short side of 248 is 224 / 248 (DeiT, and timm's `crop_pct`).
-        backend: Whose pixels they are to the bit. "timm" resizes with Pillow; "torchvision" is what transformers'
-            image processors do today, on tensors of bytes, and "pil" what they do with Pillow. Kernels differ by a
-            level of 255 here and there, and where the rest is odd, timm cuts the middle half a pixel further on.
+        backend: Whose pixels they are. "fast" resizes with torch's kernel for bytes, in a fraction of Pillow's time and
+            within three levels of 255 of it, 0.01 of a level on the mean where pictures are made smaller ("lanczos" is
+            Pillow's), and lets large JPEGs of training be decoded smaller, a level away on the mean (`enough`).
+            The others are the same to the bit: "timm" resizes with Pillow; "torchvision" is what transformers' image
+            processors do today, on tensors of bytes, and "pil" what they do with Pillow. Where the rest is odd, timm
+            and "fast" cut the middle half a pixel further on.
     """
 
     image_size: tuple[int, int] | int = 224
@@ -47,7 +53,7 @@ class ImageTransform:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     crop_fraction: float = 1.0
-    backend: Literal["timm", "torchvision", "pil"] = "timm"
+    backend: Literal["fast", "timm", "torchvision", "pil"] = "fast"
 
     def __post_init__(self):
         for field in ("image_size", "mean", "std"):  # JSON and YAML have lists only
@@ -63,8 +69,8 @@ class ImageTransform:
             raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
         if self.interpolation not in _RESAMPLING:
             raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic", "bilinear" or "lanczos"')
-        if self.backend not in ("timm", "torchvision", "pil"):
-            raise ValueError(f'backend is {self.backend!r}, must be "timm", "torchvision" or "pil"')
+        if self.backend not in ("fast", "timm", "torchvision", "pil"):
+            raise ValueError(f'backend is {self.backend!r}, must be "fast", "timm", "torchvision" or "pil"')
         for name, values, least in (("mean", self.mean, -_MOST), ("std", self.std, _LEAST_STD)):
             three = isinstance(values, tuple) and len(values) == 3 and all(isinstance(x, (int, float)) for x in values)
             if not three or not all(least <= x <= _MOST for x in values):
@@ -108,36 +114,38 @@ class ImageTransform:
         order (left, top, right, bottom).
         """
         if self.backend == "torchvision":
-            from torchvision.transforms.v2 import InterpolationMode, functional
+            from torchvision.transforms.v2 import InterpolationMode
+            from torchvision.transforms.v2 import functional as vision
 
-            image = image if box is None else image.crop([round(x) for x in box])  # pyright: ignore[reportArgumentType]
-            data = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
             mode = InterpolationMode(self.interpolation)
-            return functional.resize(data, [*size], interpolation=mode, antialias=True)
+            image = image if box is None else image.crop([round(x) for x in box])  # pyright: ignore[reportArgumentType]
+            return vision.resize(_bytes(image), [*size], interpolation=mode, antialias=True)
         wide = size[1], size[0]
-        if image.size != wide or box is not None:
+        if box is not None or (image.size != wide and (self.backend != "fast" or self.interpolation == "lanczos")):
             image = image.resize(wide, _RESAMPLING[self.interpolation], box=box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        data = _bytes(image)
+        if image.size != wide:
+            data = functional.interpolate(data[None], size, mode=self.interpolation, antialias=True)[0]
+        return data
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Returns bytes (... 3 h w) as float32 with the mean taken off, in units of the standard deviation."""
-        mean, std = torch.tensor((self.mean, self.std)).view(2, 3, 1, 1)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if self.backend == "torchvision":  # in this order
-            return pixels.sub_(mean * 255).div_(std * 255)
-        return pixels.mul_(1 / (255 * std)).sub_(mean / std)  # in one go, from 0..255
+            shift, scale = _constants(self.mean, self.std, False)
+            return pixels.sub_(shift).div_(scale)
+        shift, scale = _constants(self.mean, self.std, True)
+        return pixels.mul_(scale).sub_(shift)
 
     def _crop(self, image: Image.Image) -> Tensor:
         """Resizes so that the crop and its margin just fit, and cuts the middle out."""
-        height, width = self.size
-        full_h = int(height / self.crop_fraction + 1e-6)  # 224 / (224 / 248) may be a hair below 248
-        full_w = int(width / self.crop_fraction + 1e-6)
+        (height, width), (full_h, full_w) = self.size, self._full_size()
         if self.resize == "crop" and image.width * full_h >= image.height * full_w:  # the height just fits
             full_w = max(full_w, int(full_h * image.width / image.height))
         elif self.resize == "crop":
             full_h = max(full_h, int(full_w * image.height / image.width))
         top, left = (full_h - height) / 2, (full_w - width) / 2
-        top, left = (round(top), round(left)) if self.backend == "timm" else (int(top), int(left))
+        top, left = (round(top), round(left)) if self.backend in ("fast", "timm") else (int(top), int(left))
         if full_h * full_w <= 16 * height * width:
             return self.resized(image, (full_h, full_w))[:, top : top + height, left : left + width]
         # A 20000 x 1 picture would become 4,960,000 x 248 on the way: resize the part that is seen.
@@ -145,17 +153,62 @@ class ImageTransform:
         box = (left * per_w, top * per_h, (left + width) * per_w, (top + height) * per_h)
         return self.resized(image, (height, width), (*box[:2], min(box[2], image.width), min(box[3], image.height)))
 
+    def _full_size(self) -> tuple[int, int]:
+        """Height and width of what the crop is cut from, in a picture of just this shape."""
+        height, width = (int(side / self.crop_fraction + 1e-6) for side in self.size)
+        return height, width  # 224 / (224 / 248) may be a hair below 248
+
+    def enough(
+        self, augment: "Augment | None" = None, generator: torch.Generator | None = None
+    ) -> tuple[float, float] | None:
+        """Height and width of a picture of training that suffice, `at_least` of `mmtransformer.images.load`.
+
+        It is twice what is seen (the `reducing_gap` of Pillow's thumbnails): what is left out of the decoding is then
+        finer than what the resizing takes out by itself.
+
+        Args:
+            augment: What crops the picture first.
+            generator: In the state that `augment` will be given another one in.
+
+        Returns:
+            In px; None where all of the picture is to be decoded, which is so unless `backend` is "fast".
+        """
+        if self.backend != "fast":
+            return None
+        height, width = (1.0, 1.0) if augment is None or generator is None else augment.kept(generator)
+        return _GAP * self._full_size()[0] / height, _GAP * self._full_size()[1] / width
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the arguments as plain values, for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Makes the transform that `to_dict` described; an unknown key is an error."""
+        """Makes the transform that `to_dict` described; an unknown key is an error.
+
+        Those of before 2026-11-29 that name no backend have timm's.
+        """
         known = [field.name for field in fields(cls)]
         if unknown := [key for key in values if key not in known]:
             raise ValueError(f"unknown keys of an image transform: {unknown}; known: {known}")
-        return cls(**values)
+        return cls(**cls.of_saved(values))
+
+    @staticmethod
+    def of_saved(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a saved model; where they are older than "fast" and name no backend, it is "timm"."""
+        return {"backend": "timm", **values}
+
+
+@lru_cache(16)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], scale_first: bool) -> tuple[Tensor, Tensor]:
+    """What is taken off bytes from 0 to 255 and what they are divided by, or multiplied by before, each (3 1 1)."""
+    means, stds = torch.tensor((mean, std), device="cpu").view(2, 3, 1, 1)
+    return (means / stds, 1 / (255 * stds)) if scale_first else (means * 255, stds * 255)
+
+
+def _bytes(image: Image.Image) -> Tensor:
+    """A picture of mode RGB as bytes (3 h w), colours last in memory, where torch resizes them twice as fast."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -190,7 +243,7 @@ class Augment:
         if image.mode != "RGB":
             image = load(image)
         if self.scale != (1, 1):
-            image = self._crop(image, area, shape, x, y)
+            image = self._crop(image, self._kept(area, shape), x, y)
         if self.flip and side < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.jitter:
@@ -199,14 +252,22 @@ class Augment:
                 image = tool(image).enhance(1 + self.jitter * (2 * draw - 1))
         return image
 
-    def _crop(self, image: Image.Image, area: float, shape: float, x: float, y: float) -> Image.Image:
-        """Cuts a part out; area, shape, x and y are draws from 0 to 1."""
+    def kept(self, generator: torch.Generator) -> tuple[float, float]:
+        """The parts of the height and of the width that the crop keeps which a generator of this state makes."""
+        area, shape = torch.rand(8, generator=generator, dtype=torch.float64)[:2].tolist()
+        return (1.0, 1.0) if self.scale == (1, 1) else self._kept(area, shape)
+
+    def _kept(self, area: float, shape: float) -> tuple[float, float]:
         part = self.scale[0] + area * (self.scale[1] - self.scale[0])
         narrow, wide = self.ratio
         ratio = narrow * (wide / narrow) ** shape
         ratio = min(max(ratio, part), 1 / part)  # a wider one would not fit into the picture
-        width = min(image.width, max(1, round(image.width * (part * ratio) ** 0.5)))
-        height = min(image.height, max(1, round(image.height * (part / ratio) ** 0.5)))
+        return (part / ratio) ** 0.5, (part * ratio) ** 0.5
+
+    def _crop(self, image: Image.Image, kept: tuple[float, float], x: float, y: float) -> Image.Image:
+        """Cuts a part out; `kept` are the parts of height and width, x and y draws from 0 to 1."""
+        width = min(image.width, max(1, round(image.width * kept[1])))
+        height = min(image.height, max(1, round(image.height * kept[0])))
         left, top = round(x * (image.width - width)), round(y * (image.height - height))
         box = (left, top, left + width, top + height)
         return image.resize((width, height), Image.Resampling.NEAREST, box=box)  # crop() warns if large

@@ -104,7 +104,7 @@ def read_transform(path: Path) -> ImageTransform:
     Raises:
         ValueError: naming the file, if it is missing, damaged or asks for what makes no sense.
     """
-    transform = settings_of(ImageTransform, read_json(path), str(path))
+    transform = settings_of(ImageTransform, ImageTransform.of_saved(read_json(path)), str(path))
     if (pixels := math.prod(transform.size)) > _MOST_PIXELS:
         raise ValueError(
             f"{path}: image_size is {transform.image_size}: {pixels:,} pixels are more than {_MOST_PIXELS:,}"

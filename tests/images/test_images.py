@@ -527,7 +527,7 @@ def test_crop_equals_torchvision(height: int, width: int, interpolation: Any) ->
             v2.Normalize(mean, std),
         ]
     )
-    ours = ImageTransform(224, "crop", mean, std, interpolation, crop_fraction=224 / 248)
+    ours = ImageTransform(224, "crop", mean, std, interpolation, 224 / 248, "timm")
     image = smooth(height, width)
     pixels = ours(image)
     assert pixels.dtype == torch.float32
@@ -544,7 +544,7 @@ def test_equals_timms_transform(mode: Any) -> None:
     theirs: Callable[..., Any] = create_transform(
         (3, 224, 224), interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode
     )
-    ours = ImageTransform(224, mode, mean, std, crop_fraction=224 / 248 if mode == "crop" else 1.0)
+    ours = ImageTransform(224, mode, mean, std, crop_fraction=224 / 248 if mode == "crop" else 1.0, backend="timm")
     for height, width in ((211, 307), (307, 211), (224, 224)):
         image = smooth(height, width)
         torch.testing.assert_close(ours(image), theirs(image), atol=2e-6, rtol=0)

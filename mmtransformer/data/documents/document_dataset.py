@@ -14,6 +14,7 @@ from mmtransformer.data.documents.packing import DocumentRows, Piece
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.sampler import SampleIndex
+from mmtransformer.data.loading.source import scaled_image
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -132,8 +133,10 @@ class DocumentDataset(Dataset[DocumentSample]):
         return DocumentSample(layout, torch.stack([blank if p is None else p for p in pixels]), image_mask, name)
 
     def _pixels(self, epoch: int, document: int, k: int) -> Tensor | None:
+        places = (self.seed, epoch, document, k, 7)
+        enough = self.transform.enough(self.augment, generator(*places)) if self.training else None
         try:
-            image = self.documents.image(document, k)
+            image = scaled_image(self.documents, document, k, at_least=enough)
         except ImageError as error:
             if self.bad is None:
                 raise
@@ -142,7 +145,7 @@ class DocumentDataset(Dataset[DocumentSample]):
         if self.training and self.augment is not None:
             flip = self.augment.flip and bool(self.rows.mirrors[document])
             augment = dataclasses.replace(self.augment, flip=flip)
-            image = augment(image, generator(self.seed, epoch, document, k, 7))
+            image = augment(image, generator(*places))
         return self.transform(image)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
-from mmtransformer.data.loading.source import Caption, Pairs, PairSource
+from mmtransformer.data.loading.source import Caption, Pairs, PairSource, scaled_image
 
 
 class Document(NamedTuple):
@@ -116,7 +116,11 @@ class PairDocumentSplit:
 
     def image(self, i: int, k: int) -> Image.Image:
         """The picture."""
-        return self.pairs.image(self._captions[i][0])
+        return self.scaled_image(i, k)
+
+    def scaled_image(self, i: int, k: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """The picture, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
+        return scaled_image(self.pairs, self._captions[i][0], at_least=at_least)
 
 
 class PairDocuments:
@@ -174,7 +178,11 @@ class ImagePairs:
 
     def image(self, i: int) -> Image.Image:
         """The picture."""
-        return self.documents.image(*self._places[i])
+        return self.scaled_image(i)
+
+    def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """The picture, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
+        return scaled_image(self.documents, *self._places[i], at_least=at_least)
 
     def captions(self, i: int) -> list[Caption]:
         """The text after the picture."""

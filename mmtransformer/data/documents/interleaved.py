@@ -73,6 +73,10 @@ class InterleavedSplit:
         Raises:
             ImageError: If it can't be read or decoded; the message names the document, the file and the fault.
         """
+        return self.scaled_image(i, k)
+
+    def scaled_image(self, i: int, k: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """Picture k of document i, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
         found = self._documents[i]
         place = found.places[k]
         label = f"{place.path} (picture {k + 1} of {found.where})"
@@ -81,7 +85,7 @@ class InterleavedSplit:
         except (OSError, FileError) as error:
             said = str(error).removeprefix(f"{place.path}: ")
             raise ImageError(f"{label}: can't be read ({said}); replace it") from error
-        return load(data, name=label)
+        return load(data, name=label, at_least=at_least)
 
 
 class InterleavedFiles:

@@ -51,6 +51,10 @@ class ShardSplit:
         Raises:
             ImageError: If it can't be read or decoded; the message names the shard, the byte and the fault.
         """
+        return self.scaled_image(i)
+
+    def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
+        """Picture i, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
         archive, offset, size = self._places[i].tolist()
         label = f"{self._names[i]} (byte {offset} of {self._files.archives[archive]})"
         try:
@@ -58,7 +62,7 @@ class ShardSplit:
         except FileError as error:
             said = str(error).removeprefix(f"{label}: ")
             raise ImageError(f"{label}: can't be read ({said}); has the shard changed since the run began?") from error
-        return load(data, name=label)
+        return load(data, name=label, at_least=at_least)
 
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""

@@ -18,7 +18,7 @@ from mmtransformer.data.loading.features import FeatureCache
 from mmtransformer.data.loading.hashing import generator, hash64
 from mmtransformer.data.loading.rows import CaptionRow, CaptionRows
 from mmtransformer.data.loading.sampler import SampleIndex
-from mmtransformer.data.loading.source import Caption, Pairs
+from mmtransformer.data.loading.source import Caption, Pairs, scaled_image
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -119,11 +119,14 @@ class CaptionDataset(Dataset[Sample]):
                 self.training and self.mirror and self.rows.mirrors[i] and int(hash64(self.seed, epoch, i, 3)) >> 63
             )
             return self.features[i, bool(mirror)]
-        image = self.pairs.image(i)
-        if self.training and self.augment is not None:
-            augment = self.augment if self.rows.mirrors[i] else dataclasses.replace(self.augment, flip=False)
-            image = augment(image, generator(self.seed, epoch, i, 4))
-        return self.transform(image)
+        if not self.training:
+            return self.transform(self.pairs.image(i))
+        augment, places = self.augment, (self.seed, epoch, i, 4)
+        if augment is None:
+            return self.transform(scaled_image(self.pairs, i, at_least=self.transform.enough()))
+        augment = augment if self.rows.mirrors[i] else dataclasses.replace(augment, flip=False)
+        enough = self.transform.enough(augment, generator(*places))
+        return self.transform(augment(scaled_image(self.pairs, i, at_least=enough), generator(*places)))
 
 
 class Collate:

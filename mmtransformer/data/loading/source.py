@@ -1,6 +1,6 @@
 """What every kind of image-text data looks like from above: splits of pictures with captions."""
 
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
@@ -40,6 +40,23 @@ class Pairs(Protocol):
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""
         ...
+
+
+def scaled_image(images: Any, *index: int, at_least: tuple[float, float] | None) -> Image.Image:
+    """A picture as RGB, which may be decoded smaller than it is; see `at_least` of `mmtransformer.images.load`.
+
+    Args:
+        images: A split: pairs, documents, classified pictures. If it has a method `scaled_image` of the arguments of
+            its `image` and `at_least`, that is called; `image` if not.
+        index: Of the picture: the arguments of `image`.
+        at_least: Height and width that suffice, px; None = all of it.
+
+    Raises:
+        ImageError: The picture cannot be used.
+    """
+    if at_least is None or not hasattr(images, "scaled_image"):
+        return images.image(*index)
+    return images.scaled_image(*index, at_least=at_least)
 
 
 Split = TypeVar("Split", bound=Pairs, covariant=True)
