@@ -45,7 +45,7 @@ NOT_RUN = {
             "mmt caption photo.jpg --model Salesforce/",
             "mmt evaluate --model Salesforce/",
             "mmt export Salesforce/",
-            "mmt fit --config recipes/finetune_pairs.yaml --model.init Salesforce/",
+            "mmt fit --config recipes/finetune_hub.yaml --model.init Salesforce/",
         ),
         "it would ask the hub",
     ),

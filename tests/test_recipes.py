@@ -33,7 +33,8 @@ def test_recipe_runs(
 
 
 def check_captioner(name: str, run: Path, out: str) -> None:
-    files = "gallery.png gallery.html predictions_val.jsonl model/tokenizer.json model/preprocessor.json"
+    pixels = "processor_config.json" if name == "finetune_hub" else "preprocessor.json"
+    files = f"gallery.png gallery.html predictions_val.jsonl model/tokenizer.json model/{pixels}"
     assert [file for file in files.split() if not (run / file).is_file()] == []
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert metrics["training"]["steps"] == (3 if name.endswith("_scenes") else 1)

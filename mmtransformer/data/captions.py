@@ -80,6 +80,7 @@ class CaptionData(Data):
         )
         self.processor: Processor | None = None
         self._opening: Opening | None = None
+        self._tiled: Processor | None = None
         self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
@@ -100,8 +101,8 @@ class CaptionData(Data):
             processor: Of a public model: its prompts stand before the captions.
 
         Raises:
-            ValueError: If another transform was asked for, which could have no effect, or if a public model has
-                several prompts for pictures of several shapes.
+            ValueError: If another transform was asked for, which could have no effect, or a cache of features for a
+                model that cuts pictures into tiles.
         """
         if self._own_transform is not None and self._own_transform != image:
             raise ValueError(
@@ -109,7 +110,12 @@ class CaptionData(Data):
                 f"{self._own_transform}; leave data.image out"
             )
         self.tokenizer, self.transform, self.processor = tokenizer, image, processor
-        self._opening = None if processor is None else Opening(*processor.opening())
+        self._opening, self._tiled = None, None
+        if processor is not None:
+            ids, before = processor.opening()
+            self._opening, self._tiled = Opening(ids or [], before), processor if ids is None else None
+        if self._tiled is not None and self.cache_features is not None:
+            raise ValueError("data.cache_features is for pictures of one tile, and this model cuts them into several")
         self.forget()
         self._features, self._datasets = {}, {}
 
@@ -209,6 +215,7 @@ class CaptionData(Data):
             features=self._features.get(split),
             mirror=self.cache_features is not None and self.cache_features.flip,
             bad=self.bad_samples(split),
+            tiled=self._tiled,
         )
         self._datasets.setdefault(split, []).append(dataset)
         return dataset
@@ -216,7 +223,8 @@ class CaptionData(Data):
     def collate(self, split: str, *, training: bool = False) -> Collate:
         """What makes a `CaptionBatch` of pictures with their captions."""
         complete = None if self.processor is None else self.processor.complete
-        return Collate(self.tokenizer.pad_id, self.tokenizer.image_id if self.mark_images else None, complete=complete)
+        mark = self.tokenizer.image_id if self.mark_images else None
+        return Collate(self.tokenizer.pad_id, mark, complete=complete, tiled=self._tiled)
 
     def lengths(self, split: str) -> Lengths:
         """How long the captions are that an epoch chooses."""

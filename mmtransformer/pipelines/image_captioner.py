@@ -42,8 +42,9 @@ from mmtransformer.pipelines.many_images import Said, caption_all
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.adapters import Adapter
 from mmtransformer.weights.processors.processor import Processor, Worded, batch_of_pixels
-from mmtransformer.weights.public import captioner_family, open_captioner, save_captioner
+from mmtransformer.weights.public import captioner_family, open_captioner, save_adapter, save_captioner
 
 _READY = threading.Lock()
 
@@ -81,6 +82,8 @@ class ImageCaptioner:
         self.tokenizer, self.transform, self.generation = tokenizer, transform, generation
         self.precision: Precision = precision
         self.processor = processor
+        self.adapter: Adapter | None = None
+        """What a training learned on top of a public model, if that alone is to be saved."""
         self._ready = False
 
     def __repr__(self) -> str:
@@ -126,7 +129,7 @@ class ImageCaptioner:
         options = HubOptions(revision, token, cache_dir, local_files_only)
         folder = find_folder(folder_or_id, options, look=captioner_family)
         if "class" not in read_json(folder / CONFIG):
-            captioner, processor, generation = open_captioner(folder)
+            captioner, processor, generation = open_captioner(folder, options)
             tokenizer, transform = processor.tokenizer, processor.transform
         else:
             captioner, processor = Captioner.from_pretrained(folder), None
@@ -160,7 +163,8 @@ class ImageCaptioner:
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Writes model, tokenizer, image transform, generation settings and a model card.
 
-        A public model is written as it came, as transformers reads it, its card naming the base and its licence.
+        A public model is written as it came, as transformers reads it, its card naming the base and its licence; an
+        adapter, where there is one, by itself.
 
         Args:
             folder: Where to; made if it is not there.
@@ -168,7 +172,10 @@ class ImageCaptioner:
         """
         folder = Path(folder)
         if self.processor is not None and self.processor.folder is not None:
-            save_captioner(self.captioner, self.processor.folder, folder, note=card or "")
+            if self.adapter is not None:
+                save_adapter(self.adapter, self.processor.folder, folder, note=card or "")
+            else:
+                save_captioner(self.captioner, self.processor.folder, folder, note=card or "")
             return
         self.captioner.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

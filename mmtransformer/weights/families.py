@@ -49,6 +49,16 @@ from mmtransformer.weights.vision.dit import DIT, PIXART, load_dit, save_dit
 from mmtransformer.weights.vision.load import load_vit, save_vit
 
 
+def _ids(config: dict[str, Any], *, names: tuple[str, ...], part: str, usual: str | None = None) -> dict[str, Any]:
+    """The ids of these names that a config.json says at its top, else in a part of it; else the `usual` one's."""
+    inner = config.get(part, {})
+    if usual == "eos_token_id" and config.get("decoder_start_token_id") is None:
+        config = {**config, "decoder_start_token_id": inner.get("decoder_start_token_id") or inner.get("bos_token_id")}
+    said = {name: config[name] if config.get(name) is not None else inner.get(name) for name in (*names, usual or "")}
+    found = {name: said[name] if said[name] is not None else said[usual or ""] for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Family:
     """How models of a family come in and go out.
@@ -79,13 +89,23 @@ FAMILIES: dict[str, Family] = {
         for name in ("gpt2", "opt", *LLAMAS, *GEMMAS)
     },
     "bert": Family(load_encoder, save_encoder, (TextEncoder,), ("bert",)),
-    "blip": Family(load_blip, save_blip, (EncoderDecoder, BlipVQA, BlipITM), ("blip",), processor=BlipProcessor),
+    "blip": Family(
+        load_blip,
+        save_blip,
+        (EncoderDecoder, BlipVQA, BlipITM),
+        ("blip",),
+        processor=BlipProcessor,
+        save_options=partial(_ids, names=("bos_token_id", "sep_token_id", "pad_token_id"), part="text_config"),
+    ),
     "vision-encoder-decoder": Family(
         load_vision_encoder_decoder,
         save_vision_encoder_decoder,
         (EncoderDecoder,),
         ("vision-encoder-decoder",),
         processor=VisionEncoderDecoderProcessor,
+        save_options=partial(
+            _ids, names=("decoder_start_token_id", "eos_token_id", "pad_token_id"), part="decoder", usual="eos_token_id"
+        ),
     ),
     "blip2": Family(
         load_blip2,

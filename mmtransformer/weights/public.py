@@ -14,9 +14,11 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights, read_json, write_weights
 from mmtransformer.serialization.untrusted import check_plain
 from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.pixels import to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
@@ -28,13 +30,13 @@ _BESIDE = (".json", ".txt", ".jinja", ".model")
 
 
 def captioner_family(folder: Path) -> Family | None:
-    """The family whose captioner a folder holds, by its config.json alone; None = a model of this library.
+    """The family whose captioner a folder holds, by its config.json; None = a model of this library, or an adapter.
 
     Raises:
         ValueError: saying what it holds instead.
     """
     config = read_json(folder / CONFIG)
-    if "class" in config:
+    if "class" in config or is_adapter(config):
         return None
     name = family_of(config)
     family = FAMILIES.get(name or "")
@@ -51,12 +53,25 @@ def captioner_family(folder: Path) -> Family | None:
     raise ValueError(f"{folder / CONFIG}: {what}; captioners are {known}")
 
 
-def open_captioner(folder: Path) -> tuple[Captioner, Processor, GenerationConfig]:
-    """A folder's captioner, with its pixels and prompts, and how it searches.
+def open_captioner(
+    folder: Path,
+    options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
+) -> tuple[Captioner, Processor, GenerationConfig]:
+    """A folder's captioner, with its pixels and prompts, and how it searches; of an adapter, its base with it merged.
+
+    Args:
+        folder: the folder.
+        options: how the base of an adapter is looked up, if it is a name.
 
     Raises:
         ValueError: naming the file, for what is missing, damaged or not known here.
     """
+    if is_adapter(read_json(folder / CONFIG)):
+        adapter = Adapter.read(folder)
+        captioner, processor, generation = open_captioner(adapter.find_base(folder, options), options)
+        adapter.apply(captioner, str(folder / CONFIG))
+        processor.adapted = True
+        return captioner, processor, generation
     family = captioner_family(folder)
     assert family is not None
     assert family.processor is not None
@@ -97,6 +112,20 @@ def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str 
     text = json.dumps(_joined(config, written), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     _write_card(base, folder, note)
+
+
+def save_adapter(adapter: Adapter, base: Path, folder: Path, *, note: str = "") -> None:
+    """Writes an adapter, with a card that names the base and its licence.
+
+    Args:
+        adapter: the adapter.
+        base: the folder of its base.
+        folder: where to.
+        note: for the card: how it was trained, its scores.
+    """
+    adapter.save(folder)
+    usage = "An adapter: `ImageCaptioner.from_pretrained` of this folder finds the base, and `mmt export` merges both."
+    _write_card(base, folder, f"{usage}\n\n{note}", name=adapter.base, library="mmtransformer")
 
 
 def export_captioner(
@@ -179,14 +208,14 @@ def _parts(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
-def _write_card(base: Path, folder: Path, note: str) -> None:
+def _write_card(base: Path, folder: Path, note: str, *, name: str = "", library: str = "transformers") -> None:
     """README.md: the base and its licence in its head, as a hub shows it."""
-    licence, name = "unknown", base_name(base)
+    licence, name = "unknown", name or base_name(base)
     if (path := base / _CARD).exists():
         check_plain(path)
         found = re.search(r"^license:[ ]*([\w.-]+)[ ]*$", path.read_text("utf-8", "replace")[:20_000], re.MULTILINE)
         licence = found[1] if found else licence
-    head = ["---", "library_name: transformers", "pipeline_tag: image-to-text", f"license: {licence}"]
+    head = ["---", f"library_name: {library}", "pipeline_tag: image-to-text", f"license: {licence}"]
     head += [f"base_model: {name}", "---"]
     lines = [*head, "", f"# {escape(folder.resolve().name)}", "", f"Made with mmtransformer from {escape(name)}, whose"]
     lines += [f"licence ({licence}) it has.", "", note]

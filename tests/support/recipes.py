@@ -118,6 +118,10 @@ def arguments(name: str, folder: Path) -> list[str]:
     root = f"--data.source={flickr_folder(folder / 'flickr')}"
     if name == "finetune_pairs":
         return [root, f"--model.init={saved_model(folder / 'model')}"]
+    if name == "finetune_hub":
+        from support.hub import folder as public_folder
+
+        return [root, f"--model.init={public_folder(folder / 'model', 'blip')}", "--model.tuning.whole=true"]
     if name in ("qformer_stage2_flickr8k", "qformer_coco"):
         language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
         cache = [f"--data.cache_features.folder={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []

@@ -5,10 +5,11 @@ Shapes: b pictures; r captions of a picture, which make n = b * r rows.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +21,7 @@ from mmtransformer.data.loading.rows import CaptionRow, CaptionRows
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption, Pairs, scaled_image
 from mmtransformer.images import Augment, ImageError, ImageTransform
+from mmtransformer.weights.processors.processor import Processor
 
 
 class Sample(NamedTuple):
@@ -31,6 +33,7 @@ class Sample(NamedTuple):
         rows: Its r captions.
         name: The picture's name.
         references: All captions of the picture.
+        prepared: What a public model that cuts pictures into tiles makes of it, in place of pixels.
     """
 
     pixels: Tensor | None
@@ -38,6 +41,7 @@ class Sample(NamedTuple):
     rows: list[CaptionRow]
     name: str
     references: tuple[Caption, ...]
+    prepared: Any = None
 
 
 class CaptionDataset(Dataset[Sample]):
@@ -58,6 +62,7 @@ class CaptionDataset(Dataset[Sample]):
         features: The visual tokens, to be used in place of pixels.
         mirror: Use the mirrored visual tokens half of the time in training.
         bad: Where pictures that cannot be read are recorded; None raises the first error.
+        tiled: A public model's processor, if it cuts pictures into tiles, in place of the transform.
     """
 
     def __init__(
@@ -73,7 +78,9 @@ class CaptionDataset(Dataset[Sample]):
         features: FeatureCache | None = None,
         mirror: bool = False,
         bad: BadImages | None = None,
+        tiled: Processor | None = None,
     ):
+        self.tiled = tiled
         self.pairs, self.rows, self.transform = pairs, rows, transform
         self.captions_per_image, self.training, self.seed = captions_per_image, training, seed
         self.augment, self.features, self.mirror, self.bad = augment, features, mirror, bad
@@ -98,10 +105,12 @@ class CaptionDataset(Dataset[Sample]):
             is_real = is_real and at == index
         if not is_real:
             rows = [row._replace(is_real=False) for row in rows]
+        if self.tiled is not None:
+            return Sample(None, None, rows, self.pairs.name(at), self.rows.captions[at], visual)
         pixels, tokens = (visual[None], None) if self.features is None else (None, visual[None])
         return Sample(pixels, tokens, rows, self.pairs.name(at), self.rows.captions[at])
 
-    def _readable(self, epoch: int, index: int) -> tuple[int, Tensor]:
+    def _readable(self, epoch: int, index: int) -> tuple[int, Any]:
         """Return the first picture from `index` on that can be read, and its place."""
         for step in range(len(self)):
             at = (index + step) % len(self)
@@ -113,12 +122,14 @@ class CaptionDataset(Dataset[Sample]):
                 self.bad.record(self.pairs.name(at), error)
         raise TooManyErrors(f"none of the {len(self)} pictures can be read")
 
-    def _visual(self, epoch: int, i: int) -> Tensor:
+    def _visual(self, epoch: int, i: int) -> Any:
         if self.features is not None:
             mirror = (
                 self.training and self.mirror and self.rows.mirrors[i] and int(hash64(self.seed, epoch, i, 3)) >> 63
             )
             return self.features[i, bool(mirror)]
+        if self.tiled is not None:
+            return self.tiled.prepare(self._augmented(epoch, i))
         if not self.training:
             return self.transform(self.pairs.image(i))
         augment, places = self.augment, (self.seed, epoch, i, 4)
@@ -128,6 +139,14 @@ class CaptionDataset(Dataset[Sample]):
         enough = self.transform.enough(augment, generator(*places))
         return self.transform(augment(scaled_image(self.pairs, i, at_least=enough), generator(*places)))
 
+    def _augmented(self, epoch: int, i: int) -> Image:
+        """A picture at its full size, changed at random in training."""
+        image = self.pairs.image(i)
+        if not self.training or self.augment is None:
+            return image
+        augment = self.augment if self.rows.mirrors[i] else dataclasses.replace(self.augment, flip=False)
+        return augment(image, generator(self.seed, epoch, i, 4))
+
 
 class Collate:
     """Makes one `CaptionBatch` of samples.
@@ -136,6 +155,8 @@ class Collate:
         pad_id: The id that fills the rows up.
         image_id: The image token, where prompts show with it where the picture stands.
         complete: Adds what else a public model reads of a batch.
+        tiled: A public model's processor, if it cuts pictures into tiles: the prompt before a caption then depends on
+            the picture, and is made here.
     """
 
     def __init__(
@@ -144,12 +165,14 @@ class Collate:
         image_id: int | None = None,
         *,
         complete: Callable[[CaptionBatch], CaptionBatch] | None = None,
+        tiled: Processor | None = None,
     ):
-        self.pad_id, self.image_id, self.complete = pad_id, image_id, complete
+        self.pad_id, self.image_id, self.complete, self.tiled = pad_id, image_id, complete, tiled
 
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
         """Pad the rows to the longest one and stack the pictures."""
-        rows = [row for sample in samples for row in sample.rows]
+        images = None if self.tiled is None else self.tiled.batch_of([sample.prepared for sample in samples])
+        rows = [row for i, sample in enumerate(samples) for row in self._prompted(sample.rows, images, i)]
         lengths = np.array([len(row.tokens) for row in rows])
         place = np.arange(lengths.max())
         attention_mask = place < lengths[:, None]
@@ -157,19 +180,32 @@ class Collate:
         tokens[attention_mask] = np.concatenate([row.tokens for row in rows])
         loss_mask = attention_mask & (place >= np.array([row.prompt for row in rows])[:, None])
         loss_mask &= np.array([row.is_real for row in rows])[:, None]
-        batch = CaptionBatch(
-            tokens=torch.from_numpy(tokens),
-            attention_mask=torch.from_numpy(attention_mask),
-            loss_mask=torch.from_numpy(loss_mask),
-            pixels=_stack([sample.pixels for sample in samples]),
-            visual_tokens=_stack([sample.visual_tokens for sample in samples]),
-            names=tuple(sample.name for sample in samples),
-            references=tuple(sample.references for sample in samples),
-            image_index=None
-            if self.image_id is None
-            else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * attention_mask),
-        )
+        texts: dict[str, Any] = {
+            "tokens": torch.from_numpy(tokens),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "loss_mask": torch.from_numpy(loss_mask),
+            "names": tuple(sample.name for sample in samples),
+            "references": tuple(sample.references for sample in samples),
+        }
+        if images is None:
+            batch = CaptionBatch(
+                **texts,
+                pixels=_stack([sample.pixels for sample in samples]),
+                visual_tokens=_stack([sample.visual_tokens for sample in samples]),
+                image_index=None
+                if self.image_id is None
+                else torch.from_numpy(np.cumsum(tokens == self.image_id, axis=1) * attention_mask),
+            )
+        else:
+            batch = dataclasses.replace(images, **texts)
         return batch if self.complete is None else self.complete(batch)
+
+    def _prompted(self, rows: list[CaptionRow], images: CaptionBatch | None, sample: int) -> list[CaptionRow]:
+        """A sample's rows behind the prompt of its picture, where that depends on its tiles."""
+        if self.tiled is None or images is None:
+            return rows
+        prompt = np.asarray(self.tiled.prompt_ids(self.tiled.prompt, images, sample), np.int32)
+        return [row._replace(tokens=np.concatenate((prompt, row.tokens)), prompt=len(prompt)) for row in rows]
 
 
 def _stack(tensors: list[Tensor | None]) -> Tensor | None:

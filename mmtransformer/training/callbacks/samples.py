@@ -8,7 +8,6 @@ import torch
 
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.loading.dataset import Collate
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
@@ -82,7 +81,7 @@ def sample_captions(
         return []
     sample = dataset[SampleIndex(0, turn % len(dataset))]
     with torch.autocast(device.type, enabled=False):  # on a CPU it cannot stack a cache's float16
-        batch = Collate(data.tokenizer.pad_id)([sample]).to(device)
+        batch = data.collate(data.val_splits[0])([sample]).to(device)
     languages = split_languages(data.tokenizer, data.rows(data.val_splits[0]).languages)
     greedy = GenerationConfig(num_beams=1, max_new_tokens=max_new_tokens, mark_images=data.mark_images)
     (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy, prompts=data.prompting)

@@ -1,7 +1,7 @@
 """The optimizers and their schedules: AdamW that spares vectors, Muon for matrices; warm-up, then a decline."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmtransformer.training.engine.guard import NotFinite
+from mmtransformer.training.engine.parameters import lr_scales
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Optim:
         ema: Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 = none.
         nonfinite: What happens at a step whose loss or gradient is NaN or infinite: "stop" ends the run, "skip" leaves
             the weights as they are and counts the step (10 in a row end the run all the same).
+        layer_decay: In every tower a layer learns at the rate of the one above it times this, as timm's layer decay; 1
+            = all at the same rate. BLIP-2's own fine-tuning takes 0.95.
+        lr_scales: Parts of the model, such as "vision" or "decoder", and what their rate is multiplied by besides.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -43,6 +47,8 @@ class Optim:
     min_lr_ratio: float = 0.01
     ema: float = 0.0
     nonfinite: Literal["stop", "skip"] = "stop"
+    layer_decay: float = 1.0
+    lr_scales: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in get_type_hints(Optim).items():
@@ -54,12 +60,22 @@ class Optim:
                 raise ValueError(f"optim.{name} ({value}) must be a number of at least 0")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema ({self.ema}) must be at least 0 and below 1; 0.999 is usual, 0 takes none")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"optim.layer_decay ({self.layer_decay}) must be above 0 and at most 1; 0.75 is usual")
+        for part, scale in (self.lr_scales or {}).items():
+            if not 0.0 < scale < math.inf:
+                raise ValueError(
+                    f"optim.lr_scales: {part} is {scale}, which must be above 0; freeze what is not to learn"
+                )
 
     def build(self, module: nn.Module, *, fused: bool = True) -> Optimizer:
         """The optimizer of a module's trainable parameters; `fused` is for AdamW."""
+        scales = None
+        if self.layer_decay != 1.0 or self.lr_scales:
+            scales = lr_scales(module, self.layer_decay, self.lr_scales)
         if self.kind == "muon":
-            return muon(module, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas)
-        return adamw(module, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, fused=fused)
+            return muon(module, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, scales=scales)
+        return adamw(module, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, fused=fused, scales=scales)
 
     def schedule(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
         """Its learning rate over a run of so many steps."""
@@ -89,6 +105,7 @@ def adamw(
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.98),
     fused: bool = True,
+    scales: Mapping[str, float] | None = None,
 ) -> AdamW:
     """AdamW over the trainable parameters; norms, biases, other vectors and what `no_weight_decay()` names are spared.
 
@@ -98,9 +115,10 @@ def adamw(
         weight_decay: Decoupled decay of matrices and kernels (Loshchilov & Hutter 2019).
         betas: Decay rates of the two moment estimates.
         fused: One kernel for all parameters, where the device has it.
+        scales: What the rate of each parameter is multiplied by (`parameters.lr_scales`); None = 1 for all.
 
     Returns:
-        The optimizer with two parameter groups, the decayed one first.
+        The optimizer with two parameter groups a rate, the highest rate and the decayed one first.
 
     Raises:
         ValueError: If nothing is trainable.
@@ -111,11 +129,30 @@ def adamw(
         {"params": [p for p in trainable.values() if p in spared], "weight_decay": 0.0},
     ]
     fused = fused and all(p.device.type in ("cpu", "cuda") for p in trainable.values())
-    return AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
+    return AdamW(_by_rate(groups, trainable, scales, lr), lr=lr, betas=betas, fused=fused)
+
+
+def _by_rate(
+    groups: list[dict[str, Any]], named: dict[str, nn.Parameter], scales: Mapping[str, float] | None, lr: float
+) -> list[dict[str, Any]]:
+    """The groups that are not empty, each divided by the rates of its parameters, the highest rate first."""
+    if scales is None:
+        return [group for group in groups if group["params"]]
+    rates = {parameter: lr * scales[name] for name, parameter in named.items()}
+    found = []
+    for rate in sorted(set(rates.values()), reverse=True):
+        some = [{**group, "params": [p for p in group["params"] if rates[p] == rate], "lr": rate} for group in groups]
+        found += [group for group in some if group["params"]]
+    return found
 
 
 def muon(
-    module: nn.Module, *, lr: float, weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.98)
+    module: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.98),
+    scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Muon (Jordan et al. 2024; arXiv:2502.16982) for the matrices of blocks, NAdamW at half the rate for all else.
 
@@ -137,10 +174,11 @@ def muon(
         {"params": [], "weight_decay": 0.0, "use_fallback": True},
     ]
     spared = _spared(module)
-    for name, parameter in _trainable(module).items():
+    trainable = _trainable(module)
+    for name, parameter in trainable.items():
         inner = "blocks." in name and parameter.ndim == 2
         groups[2 if parameter in spared else 0 if inner else 1]["params"].append(parameter)
-    kept = [g for g in groups if g["params"]]
+    kept = _by_rate(groups, trainable, scales, lr)
     return Muon(kept, lr=lr, betas=betas, nesterov=True, fallback_lr_scale=0.5)
 
 

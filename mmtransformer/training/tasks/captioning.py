@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.guidance import blank_images
-from mmtransformer.layers.lora import add_lora, merge_lora
+from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
@@ -29,6 +30,9 @@ from mmtransformer.training.evaluation.evaluation import ablation_text, evaluate
 from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
 from mmtransformer.training.tasks.data_checks import check_texts, refuse_empty_captions
+from mmtransformer.training.tasks.tuning import Tuning
+from mmtransformer.weights.adapters import Adapter, hash_of, learned
+from mmtransformer.weights.public import base_name, open_captioner
 
 
 class Captioning(Task):
@@ -68,6 +72,8 @@ class Captioning(Task):
             check_reader(captioner)
         self.start: ImageCaptioner | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
+        self.tuning: Tuning | None = None
+        """What of it learns, if that was said."""
 
     def loss(self, batch: CaptionBatch) -> Loss:
         """The losses of the batch's target tokens, and what else the captioner trains on."""
@@ -132,10 +138,11 @@ class Captioning(Task):
             return
         loss = caption_loss(self.captioner, batch, reduction="sum")
         self.add(split, "loss", loss)
-        if batch_idx < self.image_ablation_batches and len(batch.names) > 1:
+        others = other_images(batch) if batch_idx < self.image_ablation_batches and len(batch.names) > 1 else None
+        if others is not None:
             self.add(split, "loss_right_image", loss)
             blank = blank_images(self.captioner, batch, self.data.transform.size if self.data else None)
-            for name, other in (("other", other_images(batch)), ("blank", blank)):
+            for name, other in (("other", others), ("blank", blank)):
                 self.add(split, f"loss_{name}_image", caption_loss(self.captioner, other, reduction="sum"))
 
     def finish(self, run: Run) -> None:
@@ -151,7 +158,9 @@ class Captioning(Task):
         if not use and trainer.world_size == 1:  # the run ended before its first validation
             trainer.validate(self, datamodule=data, verbose=False)
             use = image_ablation(self.validation_means, data.val_splits)
-        began = time.monotonic()
+        began, adapter = time.monotonic(), self._adapter()
+        if adapter is not None:
+            self._merge(adapter)
         evaluation = evaluate(
             self.captioner,
             data,
@@ -171,6 +180,8 @@ class Captioning(Task):
             device=run.device,
             processor=data.processor,
         )
+        if adapter is not None and self.tuning is not None and not self.tuning.whole:
+            model.adapter = adapter
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
@@ -182,6 +193,28 @@ class Captioning(Task):
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
         lines += [f"  {how_to(run.folder, model, evaluation)}"]
         print("\n".join(lines))  # noqa: T201
+
+    def _adapter(self) -> Adapter | None:
+        """What was learned on top of a public model, where not all of it learned."""
+        start, tuning = self.start, self.tuning
+        if start is None or tuning is None or tuning.everything or start.processor is None or start.processor.adapted:
+            return None
+        folder = start.processor.folder
+        assert folder is not None
+        base = base_name(folder)
+        hub = base if "/" in base else ""
+        scaling = tuning.alpha / tuning.rank if tuning.how == "lora" else 1.0
+        revision = folder.name if hub else None  # A cache's folders are called by the commit.
+        return Adapter(hub or str(folder.resolve()), hash_of(folder), learned(self.captioner), scaling, revision)
+
+    def _merge(self, adapter: Adapter) -> None:
+        """Puts what was learned on the base's own numbers, which frozen parts in bfloat16 have rounded."""
+        assert self.start is not None
+        assert self.start.processor is not None
+        assert self.start.processor.folder is not None
+        if self.tuning is not None and self.tuning.frozen_dtype != "float32":
+            self.captioner = open_captioner(self.start.processor.folder)[0]
+            adapter.apply(self.captioner)
 
     def _score_few_shot(self, data: CaptionData | InterleavedData, run: Run) -> tuple[dict[str, object], str]:
         """The scores after examples, and a line of them; a prompt that does not fit is said, and costs no model."""
@@ -207,7 +240,7 @@ def finetune(
     *,
     freeze_vision: bool = False,
     freeze_decoder: bool = False,
-    lora_rank: int = 0,
+    tuning: Tuning | None = None,
     add_languages: Sequence[str] = (),
     optim: Optim = Optim(lr=3e-4, warmup_steps=50),  # noqa: B008 (frozen)
     label_smoothing: float = 0.0,
@@ -222,8 +255,8 @@ def finetune(
         init: The model's folder, or its name on the hub.
         freeze_vision: Leave the vision tower as it is, and train the rest.
         freeze_decoder: Leave the language model as it is, and train the rest.
-        lora_rank: Train, of the language model, low-rank products of this width beside its queries and values alone
-            (`add_lora`; needs peft); 0 trains it as a whole.
+        tuning: Which parts learn and how: whole, their last blocks, low-rank products. Of a public model, what learned
+            is then saved as an adapter. None = as its makers left it, and as freeze_vision and freeze_decoder say.
         add_languages: Codes of languages that the model does not know yet, such as "de": each gets a token, and the
             language model's tables a row for it.
         optim: The optimizer and its schedule.
@@ -235,14 +268,18 @@ def finetune(
     captioner = saved.captioner
     if add_languages:
         _add_languages(saved, add_languages)
+    if tuning is not None:
+        public = saved.processor is not None and not saved.processor.adapted
+        if tuning.frozen_dtype != "float32" and not public:
+            raise ValueError("tuning.frozen_dtype is for public models as they came: nothing else has their numbers")
+        if freeze_vision or freeze_decoder:
+            raise ValueError("tuning.parts says what learns: leave freeze_vision and freeze_decoder out")
+        tuning.apply(captioner)
+        print(tuning.describe(captioner))  # noqa: T201
     if freeze_vision and not is_frozen(captioner.vision):
         freeze(captioner.vision)
-    if lora_rank or freeze_decoder:
-        decoder = _decoder(captioner, "lora_rank" if lora_rank else "freeze_decoder")
-        if lora_rank:
-            add_lora(decoder, rank=lora_rank)
-        else:
-            freeze(decoder)
+    if freeze_decoder:
+        freeze(_decoder(captioner, "freeze_decoder"))
     module = Captioning(
         captioner,
         optim=optim,
@@ -250,7 +287,7 @@ def finetune(
         image_ablation_batches=image_ablation_batches,
         generation=generation or saved.generation,
     )
-    module.start = saved
+    module.start, module.tuning = saved, tuning
     return module
 
 
@@ -285,9 +322,17 @@ def _add_languages(saved: ImageCaptioner, languages: Sequence[str]) -> None:
     saved.tokenizer = more
 
 
-def other_images(batch: CaptionBatch) -> CaptionBatch:
-    """The batch with every (real) picture moved on by one place, so that each text gets another's picture."""
+def other_images(batch: CaptionBatch) -> CaptionBatch | None:
+    """The batch with every (real) picture moved on by one place, so that each text gets another's picture.
+
+    None where pictures are cut into tiles and are of several shapes, which have prompts of their own.
+    """
     shape = batch.visual.shape[:2]
+    for name in ("image_sizes", "grids"):
+        if (found := getattr(batch, name, None)) is not None:
+            if any(x != y for x, y in pairwise(torch.as_tensor(found).tolist())):
+                return None
+            return dataclasses.replace(batch, pixels=batch.visual.roll(1, 0))
     real = torch.ones(shape, dtype=torch.bool) if batch.image_mask is None else batch.image_mask.cpu()
     places = real.flatten().nonzero()[:, 0]
     order = torch.arange(real.numel())  # autocast cannot `roll` float16 on a CPU

@@ -36,6 +36,8 @@ class Processor(ABC):
     prompt_len = 0
     folder: Path | None = None
     """Where the model came from: what else stands there is written with it again."""
+    adapted = False
+    """Whether an adapter was merged into the model when it was loaded."""
 
     def __init__(
         self, tokenizer: Tokenizer, transform: ImageTransform, *, eos_ids: Sequence[int], prompt: str | None = None
@@ -77,20 +79,15 @@ class Processor(ABC):
             loss_mask=torch.zeros_like(attention_mask).to(device),
         )
 
-    def opening(self) -> tuple[list[int], str]:
+    def opening(self) -> tuple[list[int] | None, str]:
         """What a caption stands after in training: the ids of `prompt`, and what is between it and the caption.
 
-        Raises:
-            ValueError: if it depends on the picture, as where one is cut into tiles.
+        The ids are None where they depend on the picture, as where one is cut into tiles.
         """
-        batch = self.batch_of([self.prepare(new("RGB", shape)) for shape in ((96, 96), (96, 288))])
+        batch = self.batch_of([self.prepare(new("RGB", shape)) for shape in ((96, 96), (96, 960))])
         square, wide = (self.prompt_ids(self.prompt, batch, i) for i in range(2))
-        if square != wide:
-            raise ValueError(
-                f"{type(self).__name__}: pictures of other shapes have other prompts there (they are cut into tiles), "
-                f"which is not trained on here"
-            )
-        return square, "" if self.prompt is None or self.prompt[-1:].isspace() else " "
+        space = "" if self.prompt is None or self.prompt[-1:].isspace() else " "
+        return (square if square == wide and batch.image_mask is None else None), space
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
         """A batch of training rows with what else the model reads of it; a family may add to it."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from timm.optim.nadamw import NAdamW
 from torch import nn
 
-from mmtransformer import EncoderDecoder, Flamingo, PerceiverResampler, TextDecoder, ViT
+from mmtransformer import EncoderDecoder, Flamingo, PatchConfig, PerceiverResampler, TextDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
 from mmtransformer.captioners.flamingo import GatedConfig
-from mmtransformer.training.engine.optim import adamw, muon, warmup_cosine
+from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
+from mmtransformer.training.engine.parameters import lr_scales
 
 
 def noise(model: EncoderDecoder) -> CaptionBatch:
@@ -109,3 +111,68 @@ def test_muons_rest_moves_as_nadamw_at_half_the_rate() -> None:
             optimizer.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_layer_decay_is_timms() -> None:
+    """Each parameter of a ViT with a head learns at timm's rate, and decays as there."""
+    import timm
+    from timm.optim import param_groups_layer_decay
+
+    sizes: Any = {"img_size": 16, "patch_size": 8, "embed_dim": 20, "depth": 3, "num_heads": 4, "num_classes": 7}
+    for pre_norm in (False, True):
+        theirs = timm.models.vision_transformer.VisionTransformer(**sizes, pre_norm=pre_norm)
+        named = {id(p): name for name, p in theirs.named_parameters()}
+        want = {
+            named[id(p)]: (group["lr_scale"], group["weight_decay"])
+            for group in param_groups_layer_decay(
+                theirs, 0.3, layer_decay=0.7, no_weight_decay_list=theirs.no_weight_decay()
+            )
+            for p in group["params"]
+        }
+        ours = ViT(16, 8, 20, 3, 4, num_classes=7, patches=PatchConfig(norm=pre_norm, bias=not pre_norm))
+        optimizer = Optim(lr=0.01, weight_decay=0.3, layer_decay=0.7).build(ours)
+        mine = {id(p): (g["lr"] / 0.01, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        seen = set()
+        for name, parameter in ours.named_parameters():
+            there = re.sub(r"attn\.[qkv]_proj", "attn.qkv", name).replace("attn.out_proj", "attn.proj")
+            there = there.replace("prefix_tokens", "cls_token").replace("first_norm", "norm_pre")
+            assert mine[id(parameter)] == pytest.approx(want[there]), name
+            seen.add(there)
+        assert seen == want.keys()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_parts_learn_at_rates_of_their_own() -> None:
+    model = EncoderDecoder(ViT(16, 8, 16, 2, 2), TextDecoder(31, 16, 2, 2, cross_dim=16))
+    scales = lr_scales(model, 0.5, {"vision": 0.1, "vision.norm": 0.2, "decoder": 3.0})
+    assert scales["vision.norm.weight"] == 0.2
+    assert scales["vision.blocks.1.attn.q_proj.weight"] == 0.1
+    assert scales["vision.blocks.0.attn.q_proj.weight"] == pytest.approx(0.05)
+    assert scales["vision.pos_embed"] == pytest.approx(0.025)
+    assert scales["decoder.tok_embed.weight"] == pytest.approx(0.75)
+    assert scales["decoder.last_norm.bias"] == 3.0
+    freeze(model.vision)
+    assert not any(name.startswith("vision") for name in lr_scales(model, 0.5))
+    with pytest.raises(ValueError, match='nothing that learns is in a part called "vision"; there are decoder'):
+        lr_scales(model, parts={"vision": 0.1})
+    optimizer = Optim(lr=0.01, kind="muon", lr_scales={"decoder.blocks": 0.5}).build(model)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01, 0.005}
+    schedule = Optim(lr=0.01, warmup_steps=0, min_lr_ratio=0.1).schedule(optimizer, 1)
+    optimizer.step()
+    schedule.step()
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0005, 0.001])
+    for options in ({"layer_decay": 0.0}, {"layer_decay": 1.5}, {"lr_scales": {"vision": -1.0}}):
+        with pytest.raises(ValueError, match=r"optim.l(ayer_decay|r_scales)"):
+            Optim(**options)  # pyright: ignore[reportArgumentType]
+
+
+def test_rates_of_towers_of_transformers() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 9, "num_hidden_layers": 2, "num_attention_heads": 2}
+    scales = lr_scales(nn.ModuleDict({"tower": CLIPVisionModel(CLIPVisionConfig(**sizes))}), 0.5)
+    found = {name.partition("vision_model.")[2] or name.removeprefix("tower."): x for name, x in scales.items()}
+    assert found["embeddings.patch_embedding.weight"] == 0.25
+    assert found["encoder.layers.0.mlp.fc1.bias"] == 0.5
+    assert found["encoder.layers.1.mlp.fc1.bias"] == found["post_layernorm.weight"] == 1.0

@@ -1,0 +1,211 @@
+"""Small random folders of public captioners, as hubs have them, for tests that fine-tune and compare them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, processors
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GitConfig,
+    GitForCausalLM,
+    GitProcessor,
+    GPT2Config,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from support.public import byte_level, noisy, pictures, word_pieces
+
+WIDTH: Any = {"hidden_size": 24, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = WIDTH | {"image_size": 28, "patch_size": 7}
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper }}: {% for line in message['content'] %}"
+    "{% if line['type'] == 'image' %}<image>\n{% else %}{{ line['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+POINTS = [[28, 56], [56, 28], [56, 56]]
+
+
+def bert() -> Any:
+    """A BERT tokenizer."""
+    from transformers import BertTokenizer
+
+    return BertTokenizer(vocab=word_pieces().get_vocab())
+
+
+def chatting(padding_side: str = "left") -> Any:
+    """A tokenizer with placeholders."""
+    backend = byte_level(["<s>", "<pad>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    words = ["<image>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"]
+    words += [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
+    backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in words])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side=padding_side,
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def blip(path: Path) -> Any:
+    """BLIP."""
+    tokenizer = bert()
+    ids = {"bos_token_id": len(tokenizer), "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
+    text = {**WIDTH, "vocab_size": len(tokenizer) + 3, "max_position_embeddings": 61, **ids}
+    model = BlipForConditionalGeneration(BlipConfig(vision_config=VISION, text_config=text, image_text_hidden_size=11))
+    BlipProcessor(BlipImageProcessor(size={"height": 28, "width": 28}), tokenizer).save_pretrained(path)
+    return model
+
+
+def vit_gpt2(path: Path) -> Any:
+    """A vision-encoder-decoder."""
+    backend = byte_level(["<|endoftext|>"])
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end, pad_token=end
+    ).save_pretrained(path)
+    text = GPT2Config(vocab_size=backend.get_vocab_size(), n_embd=24, n_layer=2, n_head=3, n_positions=61)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ViTConfig(**VISION), text, decoder_start_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(path)
+    model = VisionEncoderDecoderModel(config)
+    model.generation_config.update(num_beams=2, max_length=16)  # pyright: ignore[reportOptionalMemberAccess]
+    return model
+
+
+def git(path: Path) -> Any:
+    """GIT."""
+    tokenizer = bert()
+    config = GitConfig(
+        vision_config=VISION, **WIDTH, vocab_size=len(tokenizer), max_position_embeddings=61, eos_token_id=3,
+        bos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    GitProcessor(pixels, tokenizer).save_pretrained(path)
+    return GitForCausalLM(config)
+
+
+def blip2(path: Path) -> Any:
+    """BLIP-2 around an OPT."""
+    backend = byte_level(["<s>", "<pad>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    backend.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
+    newline = backend.token_to_id("Ċ")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
+    )
+    text = OPTConfig(
+        vocab_size=len(tokenizer) + 3, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=37,
+        max_position_embeddings=61, word_embed_proj_dim=24, bos_token_id=2, eos_token_id=newline, pad_token_id=1,
+    )  # fmt: skip
+    qformer = {
+        "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 29, "vocab_size": 43,
+        "max_position_embeddings": 17, "encoder_hidden_size": 24,
+    }  # fmt: skip
+    config = Blip2Config(
+        vision_config=VISION, qformer_config=qformer, text_config=text, num_query_tokens=3, image_text_hidden_size=11,
+        image_token_index=backend.token_to_id("<image>"),
+    )  # fmt: skip
+    pixels = BlipImageProcessor(size={"height": 28, "width": 28})
+    Blip2Processor(pixels, tokenizer, num_query_tokens=3).save_pretrained(path)
+    return Blip2ForConditionalGeneration(config)
+
+
+def _llama(words: Any) -> dict[str, Any]:
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return {**WIDTH, "vocab_size": len(words) + 3, "num_key_value_heads": 2, "max_position_embeddings": 509, **ids}
+
+
+def llava(path: Path) -> Any:
+    """LLaVA 1.5."""
+    words = chatting()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**_llama(words)),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(
+        pixels, words, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(path)  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def llava_next(path: Path) -> Any:
+    """LLaVA-NeXT, which cuts pictures into tiles."""
+    words = chatting()
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**_llama(words)), image_grid_pinpoints=POINTS,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    pixels = LlavaNextImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=POINTS
+    )
+    LlavaNextProcessor(
+        pixels, words, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(path)  # fmt: skip
+    return LlavaNextForConditionalGeneration(config)
+
+
+def idefics3(path: Path) -> Any:
+    """Idefics3, which cuts pictures into tiles."""
+    words = chatting()
+    config = Idefics3Config(
+        vision_config=VISION, text_config=LlamaConfig(**_llama(words)), tie_word_embeddings=True,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    pixels = Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    Idefics3Processor(pixels, words, image_seq_len=4, chat_template=TEMPLATE).save_pretrained(path)
+    return Idefics3ForConditionalGeneration(config)
+
+
+FAMILIES: dict[str, Callable[[Path], Any]] = {
+    "blip": blip, "vit-gpt2": vit_gpt2, "git": git, "blip2": blip2, "llava": llava, "llava-next": llava_next,
+    "idefics3": idefics3,
+}  # fmt: skip
+
+
+def folder(path: Path, family: str, scale: float = 0.3) -> Path:
+    """A folder of a small random model of a family."""
+    path.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    noisy(FAMILIES[family](path), scale, seed=3).save_pretrained(path)
+    (path / "README.md").write_text("---\nlicense: mit\n---\n")
+    return path
+
+
+def pairs(path: Path, count: int = 12) -> Path:
+    """Pictures of three shapes, with captions."""
+    path.mkdir()
+    images, texts = pictures(), ["a red star", "two dogs that run", "a man in the picture"]
+    for i in range(count):
+        images[i % 3].save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(texts[i % 3])
+    return path
