@@ -113,7 +113,7 @@ class Tuning:
         captioner.train_norm = captioner.train_norm and "connector" in self.parts
         if hasattr(captioner, "freeze_decoder"):
             inner = [p for name, p in captioner.named_parameters() if part_of(captioner, name) == "decoder"]
-            captioner.freeze_decoder = not any(p.requires_grad for p in inner)  # pyright: ignore[reportAttributeAccessIssue]
+            vars(captioner)["freeze_decoder"] = not any(p.requires_grad for p in inner)
 
     def _add_lora(self, captioner: Captioner, learning: set[int]) -> None:
         """Products beside the layers of the towers that are named; what learned already goes on learning."""
