@@ -171,11 +171,11 @@ def fastest_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """The dtype of weights that is fastest on a device without loss to speak of, for inference.
 
     bfloat16 where the device multiplies in it by itself: a GPU of compute capability 8.0 on, and x86 CPUs with
-    AVX512-BF16 or AMX; else float32. Measured on Zen 4 and Zen 5 (tests/benchmarks/README.md): a language model reads half
-    the bytes and takes 0.55 to 0.6 of the time, and the scores of a captioner are the same. Where a CPU has no such
-    instructions bfloat16 is emulated and slower; other CPUs and devices have not been measured and keep float32. Weights
-    of 8 bits are faster still where they do not fit into the cache, but that large models keep their scores with
-    them was not measured: they are asked for by name (`precision="int8"`).
+    AVX512-BF16 or AMX; else float32. Measured on Zen 4 and Zen 5 (tests/benchmarks/README.md): a language model reads
+    half the bytes and takes 0.55 to 0.6 of the time, and a captioner's scores are the same. Where a CPU has no such
+    instructions bfloat16 is emulated and slower; other CPUs and devices have not been measured and keep float32.
+    Weights of 8 bits are faster still where they do not fit into the cache, but that large models keep their scores
+    with them was not measured: they are asked for by name (`precision="int8"`).
 
     Args:
         device: where the model computes.
