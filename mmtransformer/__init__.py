@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipelines.dual_encoder import DualEncoder as DualEncoder
     from mmtransformer.pipelines.few_shot import FewShot as FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
+    from mmtransformer.pipelines.image_index import ImageIndex as ImageIndex
     from mmtransformer.pipelines.text_to_image import TextToImage as TextToImage
     from mmtransformer.pipelines.translator import Translator as Translator
     from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
@@ -161,6 +162,7 @@ _CONTENTS = {
     "pipelines.dual_encoder": "DualEncoder",
     "pipelines.few_shot": "FewShot",
     "pipelines.image_captioner": "ImageCaptioner",
+    "pipelines.image_index": "ImageIndex",
     "pipelines.text_to_image": "TextToImage",
     "pipelines.translator": "Translator",
 }

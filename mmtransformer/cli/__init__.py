@@ -14,6 +14,7 @@ COMMANDS = {
     "caption": ("caption", "Caption pictures with a trained model."),
     "translate": ("saved", "Translate texts with a trained Transformer."),
     "classify": ("saved", "Classify pictures with a trained ViT."),
+    "search": ("search", "Find pictures by words, by other pictures, and those that are nearly the same."),
     "draw": ("draw", "Draw pictures of what texts say with a trained diffusion transformer."),
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "export": ("saved", "Write a captioner as transformers reads it."),

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Entry, FileError, Files, nfc
 from mmtransformer.images import ImageError, load
+from mmtransformer.images.files import read_bytes
 
 
 class ImageFiles:
@@ -59,23 +60,48 @@ class ImageFiles:
         Raises:
             ImageError: If it can't be read or decoded; the message names the file and the fault.
         """
+        return load(self.data(i), name=self._names[i])
+
+    def data(self, i: int) -> bytes:
+        """The bytes of picture i, as they lie in its file.
+
+        Raises:
+            ImageError: If it can't be read; the message names the file and the fault.
+        """
         name = self._names[i]
         place = self._found[name]
         if isinstance(place, str):
             raise ImageError(f"{name}: {place}")
         if place is None:
-            return load(name)
+            return read_bytes(name)
         try:
-            data = self._files[place[0]].read(place[1])
+            return self._files[place[0]].read(place[1])
         except FileError as error:
             said = str(error).removeprefix(f"{place[1].path}: ")
             raise ImageError(f"{name}: can't be read ({said}); replace it") from error
-        return load(data, name=name)
+
+    def stamp(self, i: int) -> tuple[int, int] | None:
+        """What tells without reading it that picture i has changed: its size in bytes, and when it was last written in
+        nanoseconds (in a zip its check sum, in a tar when that was written); None if there is no telling.
+        """
+        place = self._found[self._names[i]]
+        try:
+            if place is None:
+                info = Path(self._names[i]).stat()
+                return info.st_size, info.st_mtime_ns
+            if isinstance(place, tuple):
+                entry = place[1]
+                return entry.size, entry.crc if entry.crc >= 0 else self._files[place[0]].modified(entry)
+        except OSError:
+            pass
+        return None
 
     def _add(self, place: str) -> None:
         path = Path(place)
         if path.is_dir() or (path.is_file() and _is_archive(place)):
             self._add_all(place)
+        elif (archive := _archive_above(path)) is not None:
+            self._found.setdefault(place, self._member(str(archive), path.relative_to(archive).as_posix()))
         elif glob.has_magic(place) and not path.exists():
             found = sorted(glob.glob(place, recursive=True))  # noqa: PTH207 (a pattern may be absolute)
             if not found:
@@ -86,8 +112,6 @@ class ImageFiles:
                     self._add(item)
                 elif "**" not in place:
                     self._add_all(item)
-        elif (archive := _archive_above(path)) is not None:
-            self._found.setdefault(place, self._member(str(archive), path.relative_to(archive).as_posix()))
         else:
             self._found.setdefault(place, None)
 

@@ -35,6 +35,7 @@ from PIL import (
 from mmtransformer.images import damage
 
 Source = str | Path | bytes | BinaryIO | Image.Image
+_MAX_PIXELS = 100_000_000
 
 _OPENERS: dict[str, Callable[..., ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,  # also for the first picture of an MPO, which starts as a JPEG
@@ -70,7 +71,7 @@ def load(
     source: Source,
     *,
     name: str | None = None,
-    max_pixels: int = 100_000_000,
+    max_pixels: int = _MAX_PIXELS,
     at_least: tuple[float, float] | None = None,
 ) -> Image.Image:
     """Reads one picture as RGB: JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, AVIF where Pillow has it, HEIC with pillow-heif.
@@ -116,6 +117,15 @@ def load(
         return result
 
     return _decoded(name, decode, kind)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a picture's file, for `load`; they are not looked at.
+
+    Raises:
+        ImageError: If it is no file that can be read, or empty, or far too large for a picture.
+    """
+    return _read(path, None, max_bytes=16 * _MAX_PIXELS + 2**26)[0]
 
 
 def _heic_opener() -> Callable[..., ImageFile.ImageFile] | None:

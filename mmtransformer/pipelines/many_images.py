@@ -75,6 +75,11 @@ class Images(Protocol):
         ...
 
 
+def default_threads() -> int:
+    """Threads that load pictures, unless told: as many as there are cores, 8 at most."""
+    return min(_MOST_THREADS, os.cpu_count() or 1)
+
+
 def load_ahead(make: Callable[[T], R], things: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
     """What is made of each thing, in their order, made by threads while the last ones are used.
 
@@ -126,7 +131,7 @@ def caption_all(
         ValueError: if no batch could be made.
     """
     check_count("batch_size", batch_size)
-    threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
+    threads = threads or default_threads()
 
     def prepared(thing: T) -> tuple[T, Any]:
         try:

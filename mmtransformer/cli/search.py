@@ -1,0 +1,241 @@
+"""`mmt search`: pictures found by texts, by other pictures, and by each other."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from mmtransformer.cli.options import add_model_options, command_parser
+from mmtransformer.text.printable import printable
+
+if TYPE_CHECKING:
+    from mmtransformer.pipelines.image_index import Duplicate, ImageIndex, Match
+    from mmtransformer.plots.search_page import Found
+
+PAGES, SHEETS = (".html", ".htm"), (".png", ".jpg", ".jpeg", ".webp")
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Searches pictures; the exit code is 1 if some of them could not be used."""
+    args = _parser(name).parse_args(list(words))
+    _check(args)
+
+    from mmtransformer.images import load
+
+    for picture in args.like:  # before the index is made
+        load(picture)
+    index = _index(name, args)
+    if args.duplicates:
+        _show_groups(index, index.duplicates(args.threshold, progress=sys.stderr.isatty()), args)
+    else:
+        _show_found(index, index.search(args.texts, like=args.like, without=args.without, top_k=args.top), args)
+    return 1 if index.changes.tried else 0
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    from mmtransformer.pipelines.image_index import ALIKE
+
+    parser = command_parser(name)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="what to look for; several are added up")
+    text = (
+        "pictures: a file, a folder (with all below), a pattern, a zip or tar; or the file of an index; may be repeated"
+    )
+    add("--index", action="append", required=True, metavar="PLACE", help=text)
+    text = "a picture to look for others like it; may be repeated, and stand beside a text"
+    add("--like", action="append", default=[], metavar="IMAGE", help=text)
+    add("--not", action="append", default=[], dest="without", metavar="TEXT", help="what not to show; may be repeated")
+    add("--duplicates", action="store_true", help="find pictures that are the same, or nearly so")
+    text = f"cosine from which two pictures are near duplicates; at 1 only files of the same bytes are ({ALIKE})"
+    add("--threshold", type=float, metavar="X", help=text)
+    add("--top", type=int, metavar="N", help="pictures to show; with --duplicates, groups (20)")
+    add("--json", action="store_true", help="one line of JSON a picture, or a group")
+    add("--out", metavar="OUT.html", help="show the answer as a page of pictures (or OUT.png, a sheet)")
+    text = "keep the index in this file; without it in the user's cache, never beside the pictures"
+    add("--keep", metavar="FILE.safetensors", help=text)
+    add("--no-update", action="store_true", help="answer from the index as it is, without looking for what has changed")
+    add("--batch-size", type=int, default=32, metavar="N", help="pictures computed at once (32)")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that cannot be, or would do nothing."""
+    from mmtransformer.pipelines.base import check_count
+    from mmtransformer.pipelines.image_index import ALIKE
+
+    if not (args.texts or args.like or args.duplicates):
+        what = "--not takes off what is looked for, and nothing is" if args.without else "there is nothing to look for"
+        raise ValueError(f"{what}: give a TEXT, --like IMAGE or --duplicates")
+    if args.duplicates and (args.texts or args.like or args.without):
+        raise ValueError("--duplicates compares the pictures with each other: leave out TEXT, --like and --not")
+    if args.threshold is not None and not args.duplicates:
+        raise ValueError("--threshold says how near duplicates are: it goes with --duplicates")
+    args.threshold = ALIKE if args.threshold is None else args.threshold
+    if not 0 < args.threshold <= 1:
+        raise ValueError(f"--threshold must be above 0 and at most 1, not {args.threshold:g}")
+    if any(not text.strip() for text in (*args.texts, *args.without)):
+        raise ValueError("a text is empty, and would fit every picture: leave it out")
+    args.top = 20 if args.top is None else args.top
+    check_count("--top", args.top)
+    check_count("--batch-size", args.batch_size)
+    if args.out and Path(args.out).suffix.lower() not in PAGES + SHEETS:
+        raise ValueError(f"--out {args.out}: the answer is a page or a picture; let the name end in .html or .png")
+    if args.out and Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file in it")
+    if args.keep and Path(args.keep).suffix != ".safetensors":
+        raise ValueError(f"--keep {args.keep}: an index is a safetensors file; let the name end in .safetensors")
+    if args.keep and Path(args.keep).is_dir():
+        raise ValueError(f"--keep {args.keep} is a folder; name a file in it")
+    files = [place for place in args.index if place.endswith(".safetensors")]
+    if files and (len(args.index) > 1 or args.keep):
+        what = "--keep" if args.keep else "other places"
+        raise ValueError(f"--index {files[0]} is an index that knows its pictures: leave out {what}")
+
+
+def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
+    """The index: made, brought up to date, or as it is."""
+    from mmtransformer.images import ImageError
+    from mmtransformer.pipelines.dual_encoder import DualEncoder
+    from mmtransformer.pipelines.image_index import ImageIndex, cached_path
+    from mmtransformer.pipelines.index_update import fingerprint
+
+    given = args.index[0] if args.index[0].endswith(".safetensors") else None
+    if given and not Path(given).exists():
+        raise ValueError(f"{given}: no such index; --index FOLDER --keep {given} makes one")
+    encoder = DualEncoder.from_pretrained(args.model, device=args.device)
+    model = fingerprint(encoder)
+    path = Path(given or args.keep or cached_path(args.index, model))
+    if args.no_update:
+        if not path.exists():
+            raise ValueError(
+                f"--no-update: there is no index of {', '.join(args.index)} by this model yet; leave it out"
+            )
+        return ImageIndex.load(path, encoder, model=model)
+
+    def refused(picture: str, error: ImageError) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(printable(f"mmt {name}: {error}"), file=sys.stderr)
+
+    shown = sys.stderr.isatty()
+    if given:
+        index = ImageIndex.load(path, encoder, model=model)
+        index.update(batch_size=args.batch_size, progress=shown, on_error=refused)
+    else:
+        index = ImageIndex.build(
+            encoder,
+            args.index,
+            path=path,
+            model=model,
+            model_name=str(args.model),
+            batch_size=args.batch_size,
+            progress=shown,
+            on_error=refused,
+        )
+    print(printable(_summary(index)), file=sys.stderr)
+    return index
+
+
+def _summary(index: "ImageIndex") -> str:
+    """What the index holds and where it lies, in a line."""
+    found = index.changes
+    counts = {"new": found.new, "changed": found.changed, "gone": found.gone, "could not be used": len(found.bad)}
+    said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"{len(index):,} pictures{f' ({said})' if said else ''}; index: {index.path}"
+
+
+def _shown(path: str) -> str:
+    """A path as it is seen from here."""
+    try:
+        return Path(path).relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return path
+
+
+def _show_found(index: "ImageIndex", found: "Sequence[Match]", args: argparse.Namespace) -> None:
+    for rank, match in enumerate(found, 1):
+        if args.json:
+            row = {"rank": rank, "image": _shown(match.path), "score": round(match.score, 6)}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print(printable(f"{match.score:.3f}  {_shown(match.path)}"))
+    if args.out:
+        _draw(index, [found], args)
+
+
+def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", args: argparse.Namespace) -> None:
+    count = sum(map(len, groups))
+    for i, group in enumerate(groups[: args.top], 1):
+        if args.json:
+            rows = [{"image": _shown(x.path), "score": round(x.score, 6), "same_bytes": x.exact} for x in group]
+            print(json.dumps({"group": i, "images": rows}, ensure_ascii=False))
+            continue
+        if i > 1:
+            print()
+        for one in group:
+            print(printable(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}"))
+    more = f", of which {args.top} are shown (--top)" if len(groups) > args.top else ""
+    print(f"{len(groups):,} groups of {count:,} pictures that are alike{more}", file=sys.stderr)
+    if args.out:
+        _draw(index, groups[: args.top], args)
+
+
+def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argparse.Namespace) -> None:
+    """The answer as a page or a sheet."""
+    from mmtransformer.images import load
+    from mmtransformer.plots.files import save_image
+    from mmtransformer.plots.search_page import save_search_page
+
+    out = Path(args.out)
+    asked = [load(picture) for picture in args.like]
+    title = " + ".join(args.texts) or ("Near duplicates" if args.duplicates else "Pictures like this")
+    chips = [(f"without {text}", "bad") for text in args.without]
+    hint = f"{len(index):,} pictures, by {Path(args.model).name}"
+    if args.duplicates:
+        hint = f"{len(groups):,} groups among {len(index):,} pictures, cosines from {args.threshold:g}"
+    found = [_founds(index, group, out) for group in groups]
+    if out.suffix.lower() in PAGES:
+        save_search_page(found, out, title=title, chips=chips, asked=asked, hint=hint)
+    else:
+        save_image(_sheet([*found], title, hint), out)
+    print(printable(f"{out}: the answer in pictures"), file=sys.stderr)
+
+
+def _founds(index: "ImageIndex", group: "Sequence[Match]", out: Path) -> "list[Found]":
+    """What is shown of a group, with small pictures."""
+    from mmtransformer.images import ImageError
+    from mmtransformer.plots.search_page import Found
+
+    images, found = index.images(group), []
+    for i, match in enumerate(group):
+        try:
+            image = images.image(i)
+            image.thumbnail((480, 480))
+        except ImageError as error:
+            print(printable(f"mmt search: {error}"), file=sys.stderr)
+            image = None
+        link = ""
+        if not images.in_archive(i):
+            link = quote(Path(os.path.relpath(match.path, out.resolve().parent)).as_posix(), errors="surrogateescape")
+        found.append(Found(image, match.name, match.score, link, "same bytes" if getattr(match, "exact", 0) else ""))
+    return found
+
+
+def _sheet(groups: "Sequence[Sequence[Found]]", title: str, subtitle: str):
+    from PIL import Image
+
+    from mmtransformer.plots.cards import Card, CardCaption
+    from mmtransformer.plots.gallery import draw_gallery
+
+    cards = []
+    for n, group in enumerate(groups, 1):
+        for rank, one in enumerate(group, 1):
+            lead = f"{n}.{rank}" if len(groups) > 1 else f"{rank}"
+            said = CardCaption(f"{lead}   {one.score:.3f}" + (f"   {one.mark}" if one.mark else ""))
+            cards.append(Card(one.image or Image.new("RGB", (4, 3), "grey"), [said], heading=one.name))
+    return draw_gallery(cards, columns=5, card_width=300, title=title, subtitle=subtitle)
