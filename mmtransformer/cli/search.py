@@ -37,8 +37,6 @@ def run(name: str, words: Sequence[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    from mmtransformer.pipelines.image_index import ALIKE
-
     parser = command_parser(name)
     add_model_options(parser)
     add = parser.add_argument
@@ -51,7 +49,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--like", action="append", default=[], metavar="IMAGE", help=text)
     add("--not", action="append", default=[], dest="without", metavar="TEXT", help="what not to show; may be repeated")
     add("--duplicates", action="store_true", help="find pictures that are the same, or nearly so")
-    text = f"cosine from which two pictures are near duplicates; at 1 only files of the same bytes are ({ALIKE})"
+    text = "cosine from which two pictures are near duplicates; at 1 only files of the same bytes are (0.95)"
     add("--threshold", type=float, metavar="X", help=text)
     add("--top", type=int, metavar="N", help="pictures to show; with --duplicates, groups (20)")
     add("--json", action="store_true", help="one line of JSON a picture, or a group")
@@ -66,7 +64,6 @@ def _parser(name: str) -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that cannot be, or would do nothing."""
     from mmtransformer.pipelines.base import check_count
-    from mmtransformer.pipelines.image_index import ALIKE
 
     if not (args.texts or args.like or args.duplicates):
         what = "--not takes off what is looked for, and nothing is" if args.without else "there is nothing to look for"
@@ -75,7 +72,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--duplicates compares the pictures with each other: leave out TEXT, --like and --not")
     if args.threshold is not None and not args.duplicates:
         raise ValueError("--threshold says how near duplicates are: it goes with --duplicates")
-    args.threshold = ALIKE if args.threshold is None else args.threshold
+    args.threshold = 0.95 if args.threshold is None else args.threshold  # image_index.ALIKE, which waits for torch
     if not 0 < args.threshold <= 1:
         raise ValueError(f"--threshold must be above 0 and at most 1, not {args.threshold:g}")
     if any(not text.strip() for text in (*args.texts, *args.without)):

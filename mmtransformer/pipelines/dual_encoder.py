@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmtransformer.contrast.clip import CLIP
 from mmtransformer.images import ImageTransform, load
+from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
@@ -257,7 +258,8 @@ class DualEncoder:
         Args:
             name_or_folder: What `save_pretrained` wrote, or a public model: transformers' CLIP, SigLIP, SigLIP 2 of one
                 size or Chinese-CLIP, or one of open_clip, with its tokenizer.json.
-            dtype: What its weights are kept in, and computed with.
+            dtype: What its weights are kept in, and computed with; on a CPU float32 linear weights are packed
+                (`weight_packing.for_inference`).
             device: Where to compute; a GPU if there is one.
             revision: A branch, tag or commit of the hub's repository.
             token: Of an account on the hub.
@@ -280,7 +282,10 @@ class DualEncoder:
             transform = read_pixels(folder, "Siglip" if kind == "siglip" else "CLIP", size=model.vision.image_size[0])
         else:
             transform = open_clip_pixels(folder, model.vision.image_size)
-        return cls(model.to(_FORMATS[dtype]), tokenizer, transform, device=device)
+        found = cls(model.to(_FORMATS[dtype]), tokenizer, transform, device=device)
+        if dtype == "float32":
+            for_inference(found.model)
+        return found
 
 
 def _refuse(folder: Path) -> None:

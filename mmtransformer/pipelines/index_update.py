@@ -27,8 +27,15 @@ class Encoder(Protocol):
     Shapes: e width of the vectors.
     """
 
-    model: nn.Module
-    transform: ImageTransform
+    @property
+    def model(self) -> nn.Module:
+        """The model, all of whose weights vectors may depend on."""
+        ...
+
+    @property
+    def transform(self) -> ImageTransform:
+        """How a picture becomes pixels; called by several threads at once."""
+        ...
 
     def encode_images(self, images: list[Any], *, batch_size: int = 64) -> Tensor:
         """Pictures, or their pixels (3 height width) -> unit vectors (n e), float32 on the CPU."""
@@ -46,7 +53,7 @@ def fingerprint(encoder: Encoder) -> str:
         32 hexadecimal digits.
     """
     state = encoder.model.state_dict()
-    built = to_config(encoder.model) if isinstance(encoder.model, Pretrained) else type(encoder.model).__qualname__
+    built = to_config(encoder.model) if isinstance(encoder.model, Pretrained) else repr(encoder.model)
 
     def digest(name: str) -> bytes:
         tensor = state[name].detach().cpu().contiguous()
