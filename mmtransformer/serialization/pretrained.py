@@ -239,7 +239,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
         ValueError: naming tensors that are missing, left over, of another shape, or tied here but different there.
     """
     own = module.state_dict()
-    storage = {name: tensor.data_ptr() for name, tensor in own.items()}
+    storage = {name: tensor.data_ptr() or name for name, tensor in own.items()}  # on the meta device all are at 0
     filled = {storage[name] for name in state if name in storage}
     missing = [name for name in own if name not in state and storage[name] not in filled]
     extra = [name for name in state if name not in own]

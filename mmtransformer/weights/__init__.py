@@ -78,6 +78,9 @@ if TYPE_CHECKING:
     from mmtransformer.weights.text.lm import to_transformers as to_transformers
     from mmtransformer.weights.vision.clip import vision_from_clip as vision_from_clip
     from mmtransformer.weights.vision.clip import vision_to_clip as vision_to_clip
+    from mmtransformer.weights.vision.dino import save_dino as save_dino
+    from mmtransformer.weights.vision.dino import vision_from_dino as vision_from_dino
+    from mmtransformer.weights.vision.dino import vision_to_dino as vision_to_dino
     from mmtransformer.weights.vision.dit import dit_from_diffusers as dit_from_diffusers
     from mmtransformer.weights.vision.dit import dit_to_diffusers as dit_to_diffusers
     from mmtransformer.weights.vision.dit import load_dit as load_dit
@@ -86,10 +89,16 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.eva import vision_to_blip2 as vision_to_blip2
     from mmtransformer.weights.vision.load import load_vit as load_vit
     from mmtransformer.weights.vision.load import save_vit as save_vit
+    from mmtransformer.weights.vision.siglip2 import save_siglip2 as save_siglip2
+    from mmtransformer.weights.vision.siglip2 import vision_from_siglip2 as vision_from_siglip2
+    from mmtransformer.weights.vision.siglip2 import vision_to_siglip2 as vision_to_siglip2
     from mmtransformer.weights.vision.timm import ViTSettings as ViTSettings
     from mmtransformer.weights.vision.timm import from_timm as from_timm
     from mmtransformer.weights.vision.timm import to_timm as to_timm
     from mmtransformer.weights.vision.timm import vit_from_state as vit_from_state
+    from mmtransformer.weights.vision.vit import save_transformers_vit as save_transformers_vit
+    from mmtransformer.weights.vision.vit import vision_from_vit as vision_from_vit
+    from mmtransformer.weights.vision.vit import vision_to_vit as vision_to_vit
 
 # Where the public names are defined, floor by floor.
 _CONTENTS = {
@@ -114,9 +123,12 @@ _CONTENTS = {
     "text.gpt2": "decoder_to_gpt2",
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
     "vision.clip": "vision_from_clip vision_to_clip",
+    "vision.dino": "save_dino vision_from_dino vision_to_dino",
     "vision.dit": "dit_from_diffusers dit_to_diffusers load_dit save_dit",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
     "vision.load": "load_vit save_vit",
+    "vision.siglip2": "save_siglip2 vision_from_siglip2 vision_to_siglip2",
     "vision.timm": "ViTSettings from_timm to_timm vit_from_state",
+    "vision.vit": "save_transformers_vit vision_from_vit vision_to_vit",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

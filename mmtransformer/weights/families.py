@@ -45,8 +45,11 @@ from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
 from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, save_clip
+from mmtransformer.weights.vision.dino import DINO_TYPES, save_dino
 from mmtransformer.weights.vision.dit import DIT, PIXART, load_dit, save_dit
 from mmtransformer.weights.vision.load import load_vit, save_vit
+from mmtransformer.weights.vision.siglip2 import SIGLIP2_TYPES, save_siglip2
+from mmtransformer.weights.vision.vit import VIT_TYPES, save_transformers_vit
 
 
 def _ids(config: dict[str, Any], *, names: tuple[str, ...], part: str, usual: str | None = None) -> dict[str, Any]:
@@ -84,6 +87,9 @@ FAMILIES: dict[str, Family] = {
     "dit": Family(load_dit, save_dit, (DiffusionTransformer,)),
     "timm": Family(load_vit, save_vit, (ViT,)),
     "clip": Family(load_vit, save_clip, (ViT,), CLIP_TYPES + SIGLIP_TYPES),
+    "siglip2": Family(load_vit, save_siglip2, (ViT,), SIGLIP2_TYPES),
+    "dino": Family(load_vit, save_dino, (ViT,), DINO_TYPES),
+    "vit": Family(load_vit, save_transformers_vit, (ViT,), VIT_TYPES),
     **{
         name: Family(load_lm, partial(save_lm, family=name), (TextDecoder,), (name,))
         for name in ("gpt2", "opt", *LLAMAS, *GEMMAS)

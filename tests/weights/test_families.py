@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    BlockConfig,
     CaptionBatch,
     DiffusionTransformer,
     EncoderDecoder,
@@ -28,6 +29,8 @@ from mmtransformer import (
     PerceiverResampler,
     PositionConfig,
     QFormer,
+    RopeConfig,
+    TableConfig,
     TextDecoder,
     TextEncoder,
     ViT,
@@ -110,6 +113,13 @@ def smolvlm() -> Llava:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: tower(num_registers=2, num_classes=7),
     "clip": lambda: tower(patches=PatchConfig(bias=False, norm=True), output=OutputConfig("pooled")),
+    "siglip2": lambda: tower(
+        class_token=False, pool="attention", patches=PatchConfig(table=TableConfig((2, 2), "bilinear"))
+    ),
+    "dino": lambda: tower(
+        block=BlockConfig(layer_scale=1.0), patches=PatchConfig(positions="none"), rope=RopeConfig("centered", 100.0)
+    ),
+    "vit": tower,
     "gpt2": gpt2,
     "opt": lambda: gpt2("relu"),
     **{family: lambda family=family: llama(family) for family in LLAMAS},

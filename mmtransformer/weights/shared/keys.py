@@ -132,8 +132,8 @@ def fill(
     own, target = module.state_dict(), dict(extra or {})
     names = [name for name in own if not name.startswith(kept) and name not in target]
     target |= convert(rows_of(keys, names, transposed=transposed), source, context, ignored)
-    filled = {own[name].data_ptr() for name in target if name in own}
-    stays = {name: t for name, t in own.items() if name.startswith(kept) and t.data_ptr() not in filled}
+    filled = {own[name].data_ptr() or name for name in target if name in own}
+    stays = {name: t for name, t in own.items() if name.startswith(kept) and (t.data_ptr() or name) not in filled}
     load_strictly(module, target | stays, context)
 
 

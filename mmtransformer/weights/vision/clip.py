@@ -36,7 +36,7 @@ TOWER = {
 """What the key tables of both have in common, and of the towers made after them."""
 
 _CLIP = TOWER | {"pre_layrnorm": "first_norm"}
-_SIGLIP = TOWER | {
+SIGLIP = TOWER | {
     "post_layernorm": "norm",
     "head.probe": "attn_pool.queries",
     "head.attention.in_proj_weight": "attn_pool.attn.[q,k,v]_proj.weight",
@@ -116,7 +116,7 @@ def vision_from_clip(
 
 def _keys(vit: ViT) -> dict[str, str]:
     if not vit.class_token:
-        return _SIGLIP
+        return SIGLIP
     return _CLIP | {"post_layernorm": "pool_norm" if vit.output.norm == "pooled" else "norm"}
 
 

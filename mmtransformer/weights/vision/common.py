@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.weights.shared.keys import export, fill, rows_of
+from mmtransformer.weights.shared.keys import export, fill, part, rows_of
 
 
 def fill_vit(
@@ -50,9 +50,11 @@ def fill_vit(
     table = parts.pop(0) if positions else None
     if parts:
         first = torch.cat(parts, 1)
-        if table is not None and table.shape[1] == first.shape[1] + math.prod(vit.table_grid):
-            first = first.float() + table[:, : first.shape[1]].float()  # of half precision no digit is lost
-            table = table[:, first.shape[1] :]
+        placed = 0 if table is None else table.shape[1] - math.prod(vit.table_grid)
+        if table is not None and 0 < placed <= first.shape[1]:  # all, or the class token alone
+            first = first.float()  # of half precision no digit is lost
+            first[:, :placed] += table[:, :placed].float()
+            table = table[:, placed:]
         target["prefix_tokens"] = first
     if table is not None:
         target["pos_embed"] = table
@@ -68,8 +70,9 @@ def vit_tensors(
     keys: Mapping[str, str],
     context: str,
     *,
-    positions: str,
+    positions: str | None,
     prefix: Sequence[str] = (),
+    placed: int | None = None,
     kept: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """The tower's tensors by the other project's names; positions of prefix tokens are 0.
@@ -78,8 +81,9 @@ def vit_tensors(
         vit: the tower.
         keys: the key table.
         context: what the other project calls such a tower, for errors.
-        positions: the name of the table of positions, of prefix tokens and patches.
+        positions: the name of the table of positions, of prefix tokens and patches; None = there is none.
         prefix: the name of the class token, and of the registers where there are any.
+        placed: how many prefix tokens have a position there; None = all.
         kept: beginnings of names that the other project has no place for and does not need.
 
     Raises:
@@ -88,13 +92,23 @@ def vit_tensors(
     source = export(vit, keys, context, kept=("pos_embed", "prefix_tokens", *kept))
     weight = source[_patches(keys)]
     source[_patches(keys)] = weight.unflatten(1, (vit.patches.in_channels, vit.patch_size, vit.patch_size))
-    if vit.pos_embed is None:
-        raise ValueError(f"{context} has a table of positions, and this tower none")
-    table = vit.pos_embed.detach()
-    tokens = table[:, :0] if vit.prefix_tokens is None else vit.prefix_tokens.detach()
+    if (vit.pos_embed is None) != (positions is None):
+        raise ValueError(f"{context} has {'no' if positions is None else 'a'} table of positions, unlike this tower")
+    none = source[_patches(keys)].new_zeros(1, 0, vit.dim)
+    tokens = none if vit.prefix_tokens is None else vit.prefix_tokens.detach()
     parts = zip(prefix, tokens.split([int(vit.class_token), vit.num_registers], 1), strict=False)
     source |= {name: part for name, part in parts if part.shape[1]}
-    return source | {positions: torch.cat((torch.zeros_like(tokens), table), 1)}
+    if positions is None or vit.pos_embed is None:
+        return source
+    return source | {positions: torch.cat((torch.zeros_like(tokens[:, :placed]), vit.pos_embed.detach()), 1)}
+
+
+def without_parent(state: Mapping[str, Tensor], parents: Sequence[str]) -> Mapping[str, Tensor]:
+    """The tower's own tensors of a model that has it under one of these names; all, where it is no part of one."""
+    for parent in parents:
+        if any(name.startswith(parent) for name in state):
+            return part(state, parent)
+    return state
 
 
 def _patches(keys: Mapping[str, str]) -> str:

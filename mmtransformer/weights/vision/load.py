@@ -23,8 +23,8 @@ from mmtransformer.serialization.pretrained import (
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
-from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, vision_from_clip
 from mmtransformer.weights.vision.timm import ViTSettings, from_timm, timm_config, to_timm, vit_from_state
+from mmtransformer.weights.vision.transformers import READERS, vision_from_transformers
 
 
 def load_vit(
@@ -42,9 +42,9 @@ def load_vit(
 
     Args:
         source: a folder (a ViT saved by this library, a captioner, whose tower is taken, `config.json` and
-            `model.safetensors` as timm and `save_vit` write them, or transformers' CLIP or SigLIP, of which the vision
-            tower is read alone), a `.safetensors` file with timm's names, or the name of a timm model, which timm then
-            fetches from the hub.
+            `model.safetensors` as timm and `save_vit` write them, or transformers' ViT, DeiT, DINOv2, DINOv3, CLIP,
+            SigLIP or SigLIP 2, of dual models the vision tower alone), a `.safetensors` file with timm's names, or the
+            name of a timm model, which timm then fetches from the hub.
         settings: what a bare file does not say; needed for one, and for nothing else.
         image_size: picture size to resize the positions to, px; None = as trained.
         freeze: whether the tower is taken out of training.
@@ -69,7 +69,7 @@ def load_vit(
     elif settings is not None:
         raise ValueError(f"{source} is no file: a folder and a name say by themselves what settings are for")
     elif path.is_dir():
-        vit = _from_folder(path)
+        vit = _from_folder(path, keep_head=keep_head)
     elif "/" in (name := str(source)) and not name.startswith(("hf-hub:", "timm/")):
         raise ValueError(f"{source}: no such folder or file")
     else:
@@ -104,7 +104,7 @@ def _from_file(path: Path, settings: ViTSettings | None) -> ViT:
         return vit_from_state(state, settings, str(path))
 
 
-def _from_folder(folder: Path) -> ViT:
+def _from_folder(folder: Path, *, keep_head: bool) -> ViT:
     config = read_json(folder / CONFIG)
     if "class" in config:
         if config["class"] == ViT.__name__:
@@ -113,15 +113,15 @@ def _from_folder(folder: Path) -> ViT:
         if not isinstance(model, Captioner):
             raise ValueError(f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one")
         return model.vision
-    if config.get("model_type") in CLIP_TYPES + SIGLIP_TYPES:
+    if isinstance(kind := config.get("model_type"), str) and kind in READERS:
         state = read_tensors(folder)
         with built_from(state, str(folder)):
-            return vision_from_clip(config, state, str(folder))
+            return vision_from_transformers(config, state, str(folder), keep_head=keep_head)
     if "architecture" not in config:
         raise ValueError(
             f'{folder / CONFIG} has neither "class" (a model of this library) nor "architecture" (one of timm), and '
             f'its "model_type" is {config.get("model_type")!r:.40}, not one of '
-            f"{', '.join(CLIP_TYPES + SIGLIP_TYPES)} (transformers); of tensors with timm's names alone, give the file "
+            f"{', '.join(READERS)} (transformers); of tensors with timm's names alone, give the file "
             f"itself, with settings"
         )
     state = read_safetensors(folder / WEIGHTS)
@@ -156,6 +156,12 @@ def _from_name(name: str) -> ViT:
         raise ValueError(
             f'"{name}" is no folder, no file and no timm model' + (f"; timm has {close} ..." if close else "")
         )
+    if timm.is_model(name):
+        try:
+            with torch.device("meta"):  # Whether it fits is known before its weights are fetched.
+                from_timm(timm.create_model(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; docs/towers.md lists the names that load") from error
     try:
         return from_timm(timm.create_model(name, pretrained=True))
     except (OSError, RuntimeError) as error:

@@ -4,6 +4,7 @@ transformers writes one set of names to files and has another in memory; both ar
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
+from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import TOWER_SIZES, pair
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.vision.common import fill_vit, vit_tensors, without_parent
 
 VIT_TYPES = ("vit", "deit")
 """Their `model_type`s."""
@@ -72,6 +74,7 @@ def vision_from_vit(config: Mapping[str, Any], state: Mapping[str, Tensor], cont
             qkv_bias=config["qkv_bias"],
         ),
     )
+    state = without_parent(state, ("vit.", "deit."))
     names = _FILE if any(name.startswith("encoder.layer.") for name in state) else _MEMORY
     prefix = _PREFIX[: 1 + distilled]
     return fill_vit(vit, _BOTH | names, state, context, positions=_POSITIONS, prefix=prefix, ignored=_POOLER)
@@ -118,3 +121,13 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "qkv_bias": block.qkv_bias,
     }
     return config, tensors
+
+
+def save_transformers_vit(vit: ViT, folder: str | Path) -> None:
+    """Writes a folder that transformers reads as a ViTModel, or a DeiTModel where there is a register.
+
+    Raises:
+        ValueError: if the tower is neither, before anything is written.
+    """
+    config, tensors = vision_to_vit(vit)
+    write_folder(folder, config | {"architectures": ["DeiTModel" if vit.num_registers else "ViTModel"]}, tensors)
