@@ -5,6 +5,7 @@ Shapes: b images.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mmtransformer.backbones.grid_rope import GridRotary, RopeConfig, keep_angles
 from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, keep_tokens, kept_tokens
 from mmtransformer.backbones.vit_blocks import BlockConfig, DistilledHead, OutputConfig, make_block
+from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
@@ -51,6 +53,9 @@ class ViT(Pretrained, nn.Module):
         block: what the blocks are made of.
         rope: how blocks turn queries and keys of patches (EVA-02, DINOv3); not at all in the paper.
         output: what stands behind the blocks: the last norm, attention pooling.
+
+    Attributes:
+        transform: how pictures become its pixels, of a public tower; None = it does not say.
 
     Raises:
         ValueError: if sizes do not divide, or the class token is pooled where there is none.
@@ -96,6 +101,7 @@ class ViT(Pretrained, nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.table_grid = patches.table.grid or self.grid
         self.grad_checkpointing = False
+        self.transform: ImageTransform | None = None
 
         norm = partial(block.make_norm, dim)
         self.patch_embed = (
@@ -245,6 +251,8 @@ class ViT(Pretrained, nn.Module):
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
             self.table_grid = grid
         self.image_size, self.grid = (height, width), grid
+        if self.transform is not None:
+            self.transform = replace(self.transform, image_size=height if height == width else (height, width))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes blocks again in the backward pass instead of keeping their activations."""

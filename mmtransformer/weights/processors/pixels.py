@@ -12,6 +12,7 @@ _CLIP = {
     "resample": 3,
 }
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _SHORT_224 = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **_HALF, "resample": 3, "size": {"height": 256, "width": 256}, "crop_size": {"height": 224, "width": 224},
         "do_center_crop": True,
     },
+    "DINOv3ViT": {**_IMAGENET, "resample": 2, "size": {"height": 224, "width": 224}},
     "Idefics": {**_CLIP, "size": {"height": 224, "width": 224}},
     "Llava": {**_CLIP, **_SHORT_224},
 }  # fmt: skip

@@ -23,6 +23,7 @@ from mmtransformer.weights.shared.configs import (
 )
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.vision.transforms import write_transform
 
 CLIP_TYPES, SIGLIP_TYPES = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
 """`model_type` of the dual models, and of their towers alone."""
@@ -170,3 +171,4 @@ def save_clip(vit: ViT, folder: str | Path) -> None:
     config, tensors = vision_to_clip(vit)
     config["architectures"] = ["CLIPVisionModel" if vit.class_token else "SiglipVisionModel"]
     write_folder(folder, config, {f"vision_model.{name}": tensor for name, tensor in tensors.items()})
+    write_transform(vit, folder)

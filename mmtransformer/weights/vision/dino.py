@@ -19,6 +19,7 @@ from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import pair
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors, without_parent
+from mmtransformer.weights.vision.transforms import write_transform
 
 DINO_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Their `model_type`s."""
@@ -65,7 +66,6 @@ _USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted whe
         "layer_norm_eps": 1e-5, "num_register_tokens": 0, "query_bias": True, "value_bias": True,
     },
 }  # fmt: skip
-_UNSMOOTHED = TableConfig(antialias=False)
 
 
 def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], context: str) -> ViT:
@@ -115,7 +115,7 @@ def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         patches=PatchConfig(
             config["num_channels"],
             positions="none" if third else "learned",
-            table=_UNSMOOTHED if kind == "dinov2" else TableConfig(),
+            table=TableConfig() if third else _table(kind, (image_size[0] // patch,) * 2),
         ),
         block=BlockConfig(
             "swiglu" if gated else activation,
@@ -140,6 +140,11 @@ def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     return fill_vit(vit, keys, state, context, positions=positions, prefix=prefix, ignored=ignored, extra=absent)
 
 
+def _table(kind: str, grid: tuple[int, int] | None) -> TableConfig:
+    """How a DINOv2's positions are resized; they stay as they are in the file, whatever size is read."""
+    return TableConfig(grid, antialias=kind != "dinov2")
+
+
 def _swiglu_dim(mlp_dim: int) -> int:
     """Hidden width of DINOv2's gated MLP: two thirds, rounded up to a multiple of 8."""
     return (int(mlp_dim * 2 / 3) + 7) // 8 * 8
@@ -162,11 +167,12 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         vit.patches.in_channels,
         positions="none" if third else "learned",
         dropout=vit.patches.dropout,
-        table=_UNSMOOTHED if kind == "dinov2" else TableConfig(),
+        table=TableConfig() if third else _table(kind, vit.patches.table.grid),
     )
     wanted = _swiglu_dim if gated else int
     ratio = next((r for r in range(1, 33) if wanted(r * vit.dim) == vit.mlp_dim), None)
-    square = vit.image_size[0] == vit.image_size[1]
+    size = vit.image_size if third else tuple(vit.patch_size * side for side in vit.table_grid)
+    square = size[0] == size[1]
     only_these(
         name,
         {
@@ -193,7 +199,7 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "hidden_size": vit.dim,
         "num_hidden_layers": vit.depth,
         "num_attention_heads": vit.num_heads,
-        "image_size": vit.image_size[0] if square else list(vit.image_size),
+        "image_size": size[0] if square else list(size),
         "patch_size": vit.patch_size,
         "num_channels": vit.patches.in_channels,
         "hidden_act": SOURCE_ACTIVATIONS.get(activation, activation),
@@ -227,3 +233,4 @@ def save_dino(vit: ViT, folder: str | Path) -> None:
     """
     config, tensors = vision_to_dino(vit)
     write_folder(folder, config | {"architectures": [_CLASSES[config["model_type"]]]}, tensors)
+    write_transform(vit, folder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.base import freeze as freeze_module
+from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.serialization.pretrained import (
     CONFIG,
@@ -20,11 +21,12 @@ from mmtransformer.serialization.pretrained import (
     read_json,
     read_safetensors,
 )
-from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.untrusted import built_from, settings_of
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.vision.timm import ViTSettings, from_timm, timm_config, to_timm, vit_from_state
 from mmtransformer.weights.vision.transformers import READERS, vision_from_transformers
+from mmtransformer.weights.vision.transforms import take_transform
 
 
 def load_vit(
@@ -40,13 +42,16 @@ def load_vit(
 ) -> ViT:
     """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
 
+    Its `transform` is how its pictures become pixels, by timm's data config or the folder's preprocessor_config.json.
+
     Args:
         source: a folder (a ViT saved by this library, a captioner, whose tower is taken, `config.json` and
             `model.safetensors` as timm and `save_vit` write them, or transformers' ViT, DeiT, DINOv2, DINOv3, CLIP,
             SigLIP or SigLIP 2, of dual models the vision tower alone), a `.safetensors` file with timm's names, or the
             name of a timm model, which timm then fetches from the hub.
         settings: what a bare file does not say; needed for one, and for nothing else.
-        image_size: picture size to resize the positions to, px; None = as trained.
+        image_size: picture size to resize the positions to, px; None = as trained, or as the folder's
+            preprocessor_config.json says.
         freeze: whether the tower is taken out of training.
         keep_head: whether a classifier is kept; captioners do not read it.
         dtype: "bfloat16" keeps a tower that stays frozen in half the memory.
@@ -108,15 +113,21 @@ def _from_folder(folder: Path, *, keep_head: bool) -> ViT:
     config = read_json(folder / CONFIG)
     if "class" in config:
         if config["class"] == ViT.__name__:
-            return ViT.from_pretrained(folder)
-        model = Pretrained.from_pretrained(folder)
-        if not isinstance(model, Captioner):
-            raise ValueError(f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one")
-        return model.vision
+            vit = ViT.from_pretrained(folder)
+        else:
+            model = Pretrained.from_pretrained(folder)
+            if not isinstance(model, Captioner):
+                raise ValueError(f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one")
+            vit = model.vision
+        if (path := folder / "preprocessor.json").exists():  # of a pipeline's folder
+            vit.transform = settings_of(ImageTransform, read_json(path), str(path))
+        return vit
     if isinstance(kind := config.get("model_type"), str) and kind in READERS:
         state = read_tensors(folder)
         with built_from(state, str(folder)):
-            return vision_from_transformers(config, state, str(folder), keep_head=keep_head)
+            vit = vision_from_transformers(config, state, str(folder), keep_head=keep_head)
+        take_transform(vit, folder, kind)
+        return vit
     if "architecture" not in config:
         raise ValueError(
             f'{folder / CONFIG} has neither "class" (a model of this library) nor "architecture" (one of timm), and '
@@ -145,6 +156,8 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
         raise ValueError(f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer")
     model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
     load_strictly(model, state, str(folder / WEIGHTS))
+    if isinstance(data := config.get("pretrained_cfg"), dict):
+        model.pretrained_cfg = {**model.pretrained_cfg, **data}
     return from_timm(model)
 
 

@@ -19,6 +19,7 @@ from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import POSITIONS, SIGLIP, TOWER_SIZES, USUAL, pair
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors, without_parent
+from mmtransformer.weights.vision.transforms import write_transform
 
 SIGLIP2_TYPES = ("siglip2", "siglip2_vision_model")
 """`model_type` of the dual model, and of its tower alone."""
@@ -117,3 +118,4 @@ def save_siglip2(vit: ViT, folder: str | Path) -> None:
     """
     config, tensors = vision_to_siglip2(vit)
     write_folder(folder, config | {"architectures": ["Siglip2VisionModel"]}, tensors)
+    write_transform(vit, folder)

@@ -18,6 +18,7 @@ from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 from mmtransformer.weights.vision.timm_eva import from_eva
 from mmtransformer.weights.vision.timm_keys import ACTIVATIONS, POOLS, Pool, norm_eps_of, tower_keys
 from mmtransformer.weights.vision.timm_naflex import naflex_parts
+from mmtransformer.weights.vision.transforms import to_timm_data, with_data
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def from_timm(model: nn.Module) -> ViT:
     timm_model: Any = model
     context = f"timm's {type(model).__name__}"
     if type(model) is Eva:
-        return from_eva(model)
+        return with_data(from_eva(model), model)
     distilled, naflex = (type(model) is kind for kind in (VisionTransformerDistilled, NaFlexVit))
     if type(model) is not VisionTransformer and not distilled and not naflex:
         raise ValueError(f"{context} is not a VisionTransformer, Eva or NaFlexVit, which alone fit ViT")
@@ -113,7 +114,7 @@ def from_timm(model: nn.Module) -> ViT:
         timm_model.pool_include_prefix and pool == "map",
         table,
     )
-    return vit_from_state(state, settings, context)
+    return with_data(vit_from_state(state, settings, context), model)
 
 
 def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: str = "the state dict") -> ViT:
@@ -293,5 +294,6 @@ def timm_config(vit: ViT) -> dict[str, Any]:
             "num_classes": vit.num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-        },
+        }
+        | ({} if vit.transform is None else to_timm_data(vit.transform)),
     }

@@ -17,6 +17,7 @@ from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import TOWER_SIZES, pair
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors, without_parent
+from mmtransformer.weights.vision.transforms import write_transform
 
 VIT_TYPES = ("vit", "deit")
 """Their `model_type`s."""
@@ -131,3 +132,4 @@ def save_transformers_vit(vit: ViT, folder: str | Path) -> None:
     """
     config, tensors = vision_to_vit(vit)
     write_folder(folder, config | {"architectures": ["DeiTModel" if vit.num_registers else "ViTModel"]}, tensors)
+    write_transform(vit, folder)
