@@ -157,7 +157,8 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
     model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(data := config.get("pretrained_cfg"), dict):
-        model.pretrained_cfg = {**model.pretrained_cfg, **data}
+        own: Any = model.pretrained_cfg
+        model.__dict__["pretrained_cfg"] = {**own, **data}
     return from_timm(model)
 
 

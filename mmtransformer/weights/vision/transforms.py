@@ -88,9 +88,10 @@ def take_transform(vit: ViT, folder: Path, kind: str) -> None:
 def _naflex(values: Mapping[str, Any], vit: ViT) -> ImageTransform:
     """As SigLIP 2 reads a square picture; those of other shapes keep theirs in `NativeSize`."""
     mean, std = (tuple(values.get(f"image_{name}") or (0.5,) * 3) for name in ("mean", "std"))
+    arguments: dict[str, Any] = {"mean": mean, "std": std, "backend": "torchvision"}
     filters = {3: "bicubic", 1: "lanczos"}
     interpolation: Any = filters.get(values.get("resample", 2), "bilinear")
-    return ImageTransform(vit.image_size[0], "squash", mean, std, interpolation, backend="torchvision")
+    return ImageTransform(vit.image_size[0], "squash", interpolation=interpolation, **arguments)
 
 
 def write_transform(vit: ViT, folder: str | Path) -> None:
