@@ -171,7 +171,8 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     )
     wanted = _swiglu_dim if gated else int
     ratio = next((r for r in range(1, 33) if wanted(r * vit.dim) == vit.mlp_dim), None)
-    size = vit.image_size if third else tuple(vit.patch_size * side for side in vit.table_grid)
+    rows, columns = vit.table_grid
+    size = vit.image_size if third else (vit.patch_size * rows, vit.patch_size * columns)
     square = size[0] == size[1]
     only_these(
         name,

@@ -41,7 +41,7 @@ def timm_transform(data: Mapping[str, Any], image_size: tuple[int, int]) -> Imag
     size = height if height == width else image_size
     interpolation = data.get("interpolation") or "bicubic"
     interpolation = interpolation if interpolation in ("bilinear", "lanczos") else "bicubic"
-    return ImageTransform(size, resize, mean, std, interpolation, crop)  # pyright: ignore[reportArgumentType]
+    return ImageTransform(size, resize, mean, std, interpolation, crop, "timm")  # pyright: ignore[reportArgumentType]
 
 
 def with_data(vit: ViT, model: Any) -> ViT:

@@ -32,7 +32,7 @@ def picture() -> Image.Image:
     ("name", "says"),
     [
         ("deit_tiny_patch16_224", ImageTransform(224, "crop", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
-                                                 crop_fraction=0.9)),
+                                                 crop_fraction=0.9, backend="timm")),
         ("vit_base_patch16_siglip_384", None),  # squashes
         ("flexivit_small", None),
         ("eva02_tiny_patch14_336", None),
@@ -53,14 +53,16 @@ def test_a_timm_towers_pixels_are_timms(name: str, says: ImageTransform | None) 
 
 def test_a_timm_folder_says_and_keeps_it(tmp_path: Path) -> None:
     vit = from_timm(timm.create_model("vit_base_patch16_siglip_224", img_size=64, **SIZES))
-    assert vit.transform == ImageTransform(64, "crop", crop_fraction=0.9)
+    assert vit.transform == ImageTransform(64, "crop", crop_fraction=0.9, backend="timm")
     save_vit(vit, tmp_path)
     assert load_vit(tmp_path).transform == vit.transform
-    assert load_vit(tmp_path, image_size=(32, 48)).transform == ImageTransform((32, 48), "crop", crop_fraction=0.9)
+    assert load_vit(tmp_path, image_size=(32, 48)).transform == ImageTransform(
+        (32, 48), "crop", crop_fraction=0.9, backend="timm"
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     config["pretrained_cfg"] |= {"crop_mode": "squash", "mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    own = ImageTransform(64, "squash", (0.1, 0.2, 0.3), interpolation="bilinear", crop_fraction=0.9)
+    own = ImageTransform(64, "squash", (0.1, 0.2, 0.3), interpolation="bilinear", crop_fraction=0.9, backend="timm")
     assert load_vit(tmp_path).transform == own
     timms = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     theirs: Any = create_transform(**resolve_data_config({}, model=timms))
