@@ -115,7 +115,7 @@ def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         patches=PatchConfig(
             config["num_channels"],
             positions="none" if third else "learned",
-            table=TableConfig() if third else _table(kind, (image_size[0] // patch,) * 2),
+            table=TableConfig() if third else _table(kind, (image_size[0] // patch, image_size[1] // patch)),
         ),
         block=BlockConfig(
             "swiglu" if gated else activation,
