@@ -4,7 +4,7 @@ DiT is of arXiv:2212.09748; cross-attention to text and one modulation for all b
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,23 @@ Modulation = Literal["shared", "block"]
 
 NUM_FREQUENCIES = 128
 """Waves by which a time is told (DiT's 256 channels: a sine and a cosine each)."""
+
+
+class TextContext(NamedTuple):
+    """A text as the transformer reads it: made once a text, not once a step of sampling.
+
+    Attributes:
+        keys: each block's keys and values.
+        pooled: (b d) what the whole text adds to the time; None = nothing.
+    """
+
+    keys: list[KeyValue]
+    pooled: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "TextContext":
+        """Returns the given rows, in their order; `rows` is (b) long."""
+        pooled = None if self.pooled is None else self.pooled.index_select(0, rows)
+        return TextContext([kv.select(rows) for kv in self.keys], pooled)
 
 
 class TimeEmbedding(nn.Module):
@@ -131,6 +148,10 @@ class DiffusionTransformer(Pretrained, nn.Module):
         bottleneck_dim: width that a patch is first brought down to, for patches of many pixels; None = none.
         base_grid: patches a side that positions are counted in, so that larger images have finer steps; None = in
             patches, whatever the size.
+        pooled_context: add the mean of the text's tokens to the time, so that adaptive norms know what the image is of
+            (arXiv:2403.03206, section 4, does so with CLIP's pooled texts).
+        qk_norm: "rms" or "layer" normalises each head's queries and keys in both attentions (arXiv:2403.03206, section
+            5.3.2; arXiv:2511.13720); None does not, as DiT and PixArt.
 
     Raises:
         ValueError: if the numbers do not divide.
@@ -151,8 +172,12 @@ class DiffusionTransformer(Pretrained, nn.Module):
         modulation: Modulation = "shared",
         bottleneck_dim: int | None = None,
         base_grid: int | None = None,
+        pooled_context: bool = False,
+        qk_norm: Literal["rms", "layer"] | None = None,
     ) -> None:
         super().__init__()
+        if pooled_context and context_dim is None:
+            raise ValueError("pooled_context=True pools the text's tokens: it needs context_dim")
         if modulation not in ("shared", "block"):
             raise ValueError(f'modulation must be "shared" or "block", not "{modulation}"')
         if dim % 4:
@@ -162,6 +187,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.context_dim, self.num_classes, self.modulation = context_dim, num_classes, modulation
         self.bottleneck_dim, self.base_grid = bottleneck_dim, base_grid
+        self.pooled_context, self.qk_norm = pooled_context, qk_norm
 
         shared, pixels = modulation == "shared", in_channels * patch_size**2
         kind = TableModulation if shared else OwnModulation
@@ -176,13 +202,14 @@ class DiffusionTransformer(Pretrained, nn.Module):
         self.context_proj = None if context_dim is None else MLP(context_dim, dim, activation="gelu_tanh")
         if self.context_proj is not None:
             self.context_proj.fc2 = nn.Linear(dim, dim)
+        self.pool_proj = nn.Linear(dim, dim) if pooled_context else None
         self.blocks = nn.ModuleList(
             DiffusionBlock(
                 dim,
-                Attention(dim, num_heads),
+                Attention(dim, num_heads, qk_norm=qk_norm),
                 MLP(dim, self.mlp_dim, activation="gelu_tanh"),
                 kind(dim, 6),
-                cross_attn=None if context_dim is None else Attention(dim, num_heads),
+                cross_attn=None if context_dim is None else Attention(dim, num_heads, qk_norm=qk_norm),
                 norm_eps=1e-6 if shared else 1e-5,
             )
             for _ in range(depth)
@@ -213,19 +240,27 @@ class DiffusionTransformer(Pretrained, nn.Module):
         """Parameters that are not decayed: the tables of modulations, and classes."""
         return {n for n, _ in self.named_parameters() if n.endswith(".table") or n.startswith("class_embed")}
 
-    def project_context(self, context: Tensor) -> list[KeyValue]:
-        """Each block's keys and values of a text (b k context_dim): once a text, not once a step of sampling."""
+    def project_context(self, context: Tensor, context_mask: Tensor | None = None) -> TextContext:
+        """A text (b k context_dim) as the blocks read it: once a text, not once a step of sampling.
+
+        `context_mask` (b k) bool, True = a real token, matters with `pooled_context` only: a text without real tokens
+        adds nothing.
+        """
         if self.context_proj is None:
             raise ValueError("a text was given to a transformer that reads none: build it with context_dim")
-        tokens = self.context_proj(context)
+        tokens, pooled = self.context_proj(context), None
+        if self.pool_proj is not None:
+            real = tokens.new_ones(tokens.shape[:2]) if context_mask is None else context_mask.to(tokens.dtype)
+            mean = (real[..., None] * tokens).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+            pooled = self.pool_proj(mean) * real.amax(1, keepdim=True)
         layers = (block.cross_attn for block in self.blocks)
-        return [layer.project_kv(tokens) for layer in layers if isinstance(layer, Attention)]
+        return TextContext([layer.project_kv(tokens) for layer in layers if isinstance(layer, Attention)], pooled)
 
     def forward(
         self,
         images: Tensor,
         times: Tensor,
-        context: Tensor | list[KeyValue] | None = None,
+        context: Tensor | TextContext | None = None,
         *,
         context_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -251,13 +286,15 @@ class DiffusionTransformer(Pretrained, nn.Module):
             raise ValueError(f"images of {height} x {width} are not divided by the patch of {p}")
         if (context is None) != (self.context_dim is None):
             raise ValueError("a text is needed exactly where the transformer has cross-attention (context_dim)")
-        contexts = self.project_context(context) if isinstance(context, Tensor) else context
+        text = self.project_context(context, context_mask) if isinstance(context, Tensor) else context
         mask = None if context_mask is None else context_mask[:, None]
 
         condition = self.time_embed(times)
         if self.class_embed is not None:
             anything = torch.full_like(times, self.num_classes, dtype=torch.long)
             condition = condition + self.class_embed(anything if labels is None else labels)
+        if text is not None and text.pooled is not None:
+            condition = condition + text.pooled
         steer = condition
         if self.shared_modulation is not None:
             steer = torch.cat(self.shared_modulation(condition), dim=1)
@@ -265,7 +302,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         x = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
         x = self.patch_embed(x) + grid_positions((height // p, width // p), self.dim, self.base_grid).to(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, steer, None if contexts is None else contexts[i], mask)
+            x = block(x, steer, None if text is None else text.keys[i], mask)
         last = condition if self.shared_modulation is None else condition[:, None]
         shift, scale = self.last_modulation(last)
         x = self.head(torch.addcmul(shift, self.last_norm(x), 1 + scale))

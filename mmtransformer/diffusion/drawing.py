@@ -106,7 +106,7 @@ def draw(
     with evaluation_mode(model):
         contexts, mask = model.conditions(tokens, attention_mask, negative)
         if not steered:
-            contexts = [kv.select(torch.arange(len(tokens), device=tokens.device)) for kv in contexts]
+            contexts = contexts.select(torch.arange(len(tokens), device=tokens.device))
             mask = mask[: len(tokens)]
 
         def predict(x: Tensor, times: Tensor) -> Tensor:

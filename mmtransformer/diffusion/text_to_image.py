@@ -6,7 +6,7 @@ Shapes beyond the legend: n rows of text, r = n / b texts of an image.
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
+from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, TextContext
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
 from mmtransformer.diffusion.paths import Diffusion
@@ -100,8 +100,8 @@ class TextToImageModel(Pretrained, nn.Module):
 
     def conditions(
         self, tokens: Tensor, attention_mask: Tensor, negative: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[list, Tensor]:
-        """What `guided` walks with: each block's keys and values of the texts, then of what to go away from.
+    ) -> tuple[TextContext, Tensor]:
+        """What `guided` walks with: the texts as the transformer reads them, then what to go away from.
 
         Args:
             tokens: (n q) long.
@@ -109,7 +109,7 @@ class TextToImageModel(Pretrained, nn.Module):
             negative: the same of the texts to go away from (one row, or n); None = no text at all.
 
         Returns:
-            Keys and values of 2 n rows, and their mask (2n q).
+            2 n rows of texts, and their mask (2n q).
         """
         n, q = tokens.shape
         context = self.text(tokens, attention_mask=attention_mask)
@@ -122,5 +122,5 @@ class TextToImageModel(Pretrained, nn.Module):
             attention_mask, other_mask = (
                 nn.functional.pad(x, (0, longest - x.shape[1])) for x in (attention_mask, other_mask)
             )
-        both = torch.cat((context, other))
-        return self.transformer.project_context(both), torch.cat((attention_mask, other_mask))
+        both, mask = torch.cat((context, other)), torch.cat((attention_mask, other_mask))
+        return self.transformer.project_context(both, mask), mask

@@ -42,7 +42,8 @@ def attend(attn: nn.Module, x: Tensor, context: Tensor) -> Tensor:
     out, c = torch.zeros_like(q), DIM // HEADS
     for h in range(HEADS):
         part = slice(h * c, (h + 1) * c)
-        out[:, part] = (q[:, part] @ k[:, part].T / math.sqrt(c)).softmax(-1) @ v[:, part]
+        asked, asking = attn.k_norm(k[:, part]), attn.q_norm(q[:, part])
+        out[:, part] = (asking @ asked.T / math.sqrt(c)).softmax(-1) @ v[:, part]
     return attn.out_proj(out)
 
 
@@ -55,6 +56,8 @@ def by_hand(model: DiffusionTransformer, image: Tensor, time: float, context: Te
     condition = model.time_embed.fc2(F.silu(model.time_embed.fc1(torch.cat((angles.cos(), angles.sin())))))
     if model.class_embed is not None:
         condition = condition + model.class_embed.weight[model.num_classes if label is None else label]
+    if model.pool_proj is not None and len(context):
+        condition = condition + model.pool_proj(model.context_proj(context).mean(0))
     tokens = []
     for y in range(height):
         for x in range(width):
@@ -102,10 +105,40 @@ def test_by_definition(modulation: str, num_classes: int, text: bool) -> None:
         torch.testing.assert_close(found[b], want, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("modulation", ["shared", "block"])
+@pytest.mark.parametrize("qk_norm", ["rms", "layer", None])
+def test_a_text_in_the_adaptive_norms_by_definition(modulation: str, qk_norm: str | None) -> None:
+    model = make(modulation=modulation, pooled_context=True, qk_norm=qk_norm).double()
+    images, times, context, mask = inputs(torch.float64)
+    found = model(images, times, context, context_mask=mask)
+    for b in range(2):
+        want = by_hand(model, images[b], float(times[b]), context[b][mask[b]], None)
+        torch.testing.assert_close(found[b], want, atol=1e-10, rtol=1e-10)
+    kept = model.project_context(context, mask)
+    assert torch.equal(model(images, times, kept, context_mask=mask), found)
+    second = kept.select(torch.tensor([1]))
+    torch.testing.assert_close(model(images[1:], times[1:], second, context_mask=mask[1:]), found[1:])
+
+
+def test_a_hidden_text_adds_nothing_to_the_time() -> None:
+    model = make(pooled_context=True)
+    images, times, context, mask = inputs()
+    none = torch.zeros_like(mask)
+    pooled = model.project_context(context, none).pooled
+    assert pooled is not None
+    assert not pooled.any()
+    found = model(images, times, context, context_mask=none)
+    assert torch.equal(found, model(images, times, context * 3 + 1, context_mask=none))
+    with pytest.raises(ValueError, match="pooled_context=True pools the text's tokens: it needs context_dim"):
+        make(pooled_context=True, context_dim=None)
+
+
 def test_it_is_the_identity_at_the_start() -> None:
     """adaLN-Zero: every block gives back its tokens, and the whole gives zeros."""
-    for modulation in ("shared", "block"):
-        model = DiffusionTransformer(2, 3, DIM, 3, HEADS, context_dim=TEXT, num_classes=3, modulation=modulation)
+    for modulation, pooled in (("shared", False), ("block", True)):
+        model = DiffusionTransformer(
+            2, 3, DIM, 3, HEADS, context_dim=TEXT, num_classes=3, modulation=modulation, pooled_context=pooled
+        )
         images, times, context, _ = inputs()
         seen: list[tuple[Tensor, Tensor]] = []
         for block in model.blocks:

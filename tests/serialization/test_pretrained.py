@@ -199,7 +199,7 @@ MODELS = {
     ),
     "DiffusionTransformer": lambda: DiffusionTransformer(
         2, 4, 20, 1, 4, mlp_dim=31, out_channels=8, context_dim=7, num_classes=5, modulation="block", bottleneck_dim=6,
-        base_grid=4,
+        base_grid=4, pooled_context=True, qk_norm="layer",
     ),
     "TextToImageModel": lambda: TextToImageModel(
         TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 3, 20, 1, 4, context_dim=20),

@@ -117,6 +117,8 @@ def dit_to_diffusers(model: DiffusionTransformer) -> tuple[dict[str, Any], dict[
             "num_classes": (model.num_classes > 0, not text),
             "mlp_dim": (model.mlp_dim, 4 * model.dim),
             "bottleneck_dim": (model.bottleneck_dim, None),
+            "pooled_context": (model.pooled_context, False),
+            "qk_norm": (model.qk_norm, None),
             "base_grid": (model.base_grid is None, False),
         },
     )

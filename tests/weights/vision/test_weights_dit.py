@@ -146,6 +146,8 @@ def test_what_cannot_be_loaded_is_said(changes: dict[str, Any], message: str, tm
         ({"modulation": "shared"}, "DiTTransformer2DModel has nothing like modulation='shared'"),
         ({"mlp_dim": 50}, "mlp_dim=50"),
         ({"bottleneck_dim": 5}, "bottleneck_dim=5"),
+        ({"qk_norm": "rms"}, "qk_norm='rms'"),
+        ({"context_dim": 7, "num_classes": 0, "modulation": "shared", "pooled_context": True}, "pooled_context=True"),
         ({"base_grid": None}, "base_grid=True"),
     ],
 )
