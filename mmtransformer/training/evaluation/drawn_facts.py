@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mmtransformer.data.scenes.facts import Judgement, Rates, judge_facts
@@ -60,7 +61,13 @@ def texts_of(split: SceneSplit, language: str, count: int) -> list[str]:
 
 
 def score_drawings(
-    painter: TextToImage, split: SceneSplit, language: str, count: int, *, guidance_scale: float | None = None
+    painter: TextToImage,
+    split: SceneSplit,
+    language: str,
+    count: int,
+    *,
+    guidance_scale: float | None = None,
+    first_seed: int = SEED,
 ) -> tuple[DrawnFacts, list[Image.Image]]:
     """Draws the texts of a split's first scenes, one picture each, and reads them back.
 
@@ -70,16 +77,46 @@ def score_drawings(
         language: of the texts.
         count: how many.
         guidance_scale: in place of the model's own.
+        first_seed: seed of the first drawing; the next ones follow.
 
     Returns:
         The scores and the drawings.
     """
     config = painter.config if guidance_scale is None else painter.with_config(guidance_scale=guidance_scale)
     texts = texts_of(split, language, count)
-    seeds = range(SEED, SEED + len(texts))
+    seeds = range(first_seed, first_seed + len(texts))
     drawn = painter.draw(texts, language=language, seed=seeds, config=config, truncate=True)
     drawings = [image for (image,) in drawn]
     return judge_drawings(split, drawings), drawings
+
+
+def compare_seeds(
+    painter: TextToImage, split: SceneSplit, language: str, drawings: Sequence[Image.Image]
+) -> dict[str, float]:
+    """Draws the texts of some drawings with other seeds: whether they say the same, and how far apart they look.
+
+    Args:
+        painter: the model.
+        split: known scenes.
+        language: of the texts.
+        drawings: of the first texts, as `score_drawings` gave them.
+
+    Returns:
+        "facts" and "other_facts", the share of right facts with one seed and with another; "same", the share of texts
+        whose two drawings are read alike, whether right or wrong; "pixels", how far the colours of the two are apart
+        on average, in [0, 1]; "texts", the same between drawings of different texts, to compare with.
+    """
+    first = judge_drawings(split, drawings)
+    second, others = score_drawings(painter, split, language, len(drawings), first_seed=SEED + 10_000)
+    same = [set(read(a, split.world).groups) == set(read(b, split.world).groups) for a, b in zip(drawings, others, strict=True)]
+    ones, twos = (np.stack([np.asarray(image, np.float32) / 255 for image in images]) for images in (drawings, others))
+    return {
+        "facts": first.right.recall,
+        "other_facts": second.right.recall,
+        "same": sum(same) / len(same),
+        "pixels": float(np.abs(ones - twos).mean()),
+        "texts": float(np.abs(ones - np.roll(twos, 1, 0)).mean()),
+    }
 
 
 def table(scores: dict[str, dict[str, Any]], scales: Sequence[float] = ()) -> str:

@@ -15,7 +15,13 @@ from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, table, texts_of
+from mmtransformer.training.evaluation.drawn_facts import (
+    compare_seeds,
+    reader_accuracy,
+    score_drawings,
+    table,
+    texts_of,
+)
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
@@ -98,7 +104,7 @@ class ImageGeneration(Task[CaptionData]):
             return
         painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device)
         count = self.num_scored if run.limit_batches is None else min(self.num_scored, 2 * run.limit_batches)
-        scores, curve, reader, cards = {}, {}, {}, []
+        scores, curve, reader, seeds, cards = {}, {}, {}, {}, []
         for split in data.val_splits:
             pairs = data.pairs(split)
             if not isinstance(pairs, SceneSplit):
@@ -108,6 +114,8 @@ class ImageGeneration(Task[CaptionData]):
             for language in pairs.languages:
                 found, drawings = score_drawings(painter, pairs, language, count)
                 scores[split][language] = found.to_dict()
+                if language == pairs.languages[0]:
+                    seeds[split] = compare_seeds(painter, pairs, language, drawings[: max(count // 4, 2)])
                 share = max(self.num_cards // (2 * len(data.val_splits)), 1)
                 shown = zip(texts_of(pairs, language, share), drawings, found.judgements, strict=False)
                 for text, image, judged in shown:
@@ -115,7 +123,7 @@ class ImageGeneration(Task[CaptionData]):
             for scale in self.guidance_scales:
                 some, _ = score_drawings(painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale)
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
-        metrics = {"drawings": scores, "reader": reader, "guidance": curve}
+        metrics = {"drawings": scores, "reader": reader, "guidance": curve, "seeds": seeds}
         found = table(scores)
         painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
         if cards:
@@ -123,6 +131,11 @@ class ImageGeneration(Task[CaptionData]):
             save_image(gallery, run.folder / "gallery.png")
         limits = ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items())
         found = f"of true pictures the reader reads {limits} of the facts\n{found}"
+        for split, both in seeds.items():
+            found += (
+                f"\n{split}: two seeds of a text say the same {both['same']:.1%} of the time; their pixels are "
+                f"{both['pixels']:.3f} apart, those of different texts {both['texts']:.3f}"
+            )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
         command = f'mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
         print(f"\nDraw something of your own:\n  {command}")  # noqa: T201

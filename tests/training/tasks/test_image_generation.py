@@ -11,7 +11,13 @@ import yaml
 from mmtransformer import DiffusionTransformer, DrawingConfig, TextEncoder, TextToImage, TextToImageModel
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.training import ImageGeneration
-from mmtransformer.training.evaluation.drawn_facts import reader_accuracy, score_drawings, texts_of
+from mmtransformer.training.evaluation.drawn_facts import (
+    SEED,
+    compare_seeds,
+    reader_accuracy,
+    score_drawings,
+    texts_of,
+)
 from support.cli import mmt
 
 ENCODER = {"vocab_size": 300, "dim": 12, "depth": 1, "num_heads": 2, "max_len": 96, "pooler": False, "dropout": 0.0}
@@ -67,6 +73,7 @@ def test_a_run_from_its_recipe_to_a_drawing(
     assert metrics["drawings"]["val"].keys() == {"en", "ko"}
     assert metrics["reader"]["val"]["facts"] > 0.8
     assert metrics["guidance"]["val"].keys() == {"1.0", "4.0"}
+    assert metrics["seeds"]["val"].keys() == {"facts", "other_facts", "same", "pixels", "texts"}
     assert metrics["training"]["steps"] == 3
     assert (run / "gallery.png").stat().st_size > 1000
     painter = TextToImage.from_pretrained(run / "model", device="cpu")
@@ -117,6 +124,32 @@ def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
     wrong, _ = score_drawings(Truth(1), split, "ko", 6)  # type: ignore[arg-type]
     assert wrong.right.recall < best["facts"] / 2
     assert texts_of(split, "ko", 2) == [next(c.text for c in split.captions(i) if c.language == "ko") for i in range(2)]
+
+
+def test_two_seeds_of_a_text_are_compared() -> None:
+    """The second drawing is of another seed: of the same scene, or of the next one."""
+    split = Scenes(val_size=6).split("val")
+    true = [split.image(i) for i in range(6)]
+
+    class Painter:
+        config = DrawingConfig()
+
+        def __init__(self, shift: int) -> None:
+            self.shift = shift
+
+        def draw(self, texts: list[str], *, seed: range, **_) -> list[list]:
+            away = self.shift if seed[0] != SEED else 0
+            assert len({*seed, *range(SEED, SEED + 6)}) == (12 if seed[0] != SEED else 6)
+            return [[true[(i + away) % 6]] for i in range(len(texts))]
+
+    same = compare_seeds(Painter(0), split, "en", true)  # type: ignore[arg-type]
+    assert same["same"] == 1
+    assert same["facts"] == same["other_facts"] == reader_accuracy(split, 6).right.recall
+    assert same["pixels"] == 0 < same["texts"]
+    other = compare_seeds(Painter(1), split, "en", true)  # type: ignore[arg-type]
+    assert other["same"] == 0
+    assert other["other_facts"] < other["facts"]
+    assert other["pixels"] > 0.05
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"num_scored": 0}, "num_scored"), ({"num_cards": -1}, "num_cards")])
