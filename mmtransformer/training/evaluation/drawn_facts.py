@@ -108,7 +108,10 @@ def compare_seeds(
     """
     first = judge_drawings(split, drawings)
     second, others = score_drawings(painter, split, language, len(drawings), first_seed=SEED + 10_000)
-    same = [set(read(a, split.world).groups) == set(read(b, split.world).groups) for a, b in zip(drawings, others, strict=True)]
+    same = [
+        set(read(a, split.world).groups) == set(read(b, split.world).groups)
+        for a, b in zip(drawings, others, strict=True)
+    ]
     ones, twos = (np.stack([np.asarray(image, np.float32) / 255 for image in images]) for images in (drawings, others))
     return {
         "facts": first.right.recall,

@@ -11,13 +11,7 @@ import yaml
 from mmtransformer import DiffusionTransformer, DrawingConfig, TextEncoder, TextToImage, TextToImageModel
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.training import ImageGeneration
-from mmtransformer.training.evaluation.drawn_facts import (
-    SEED,
-    compare_seeds,
-    reader_accuracy,
-    score_drawings,
-    texts_of,
-)
+from mmtransformer.training.evaluation.drawn_facts import SEED, compare_seeds, reader_accuracy, score_drawings, texts_of
 from support.cli import mmt
 
 ENCODER = {"vocab_size": 300, "dim": 12, "depth": 1, "num_heads": 2, "max_len": 96, "pooler": False, "dropout": 0.0}
