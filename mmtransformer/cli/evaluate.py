@@ -23,6 +23,7 @@ from mmtransformer.text.printable import printable
 if TYPE_CHECKING:
     from mmtransformer.data.loading.source import Pairs, PairSource
     from mmtransformer.generation.captions import Prompts
+    from mmtransformer.pipelines.dual_encoder import DualEncoder
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
     from mmtransformer.training.evaluation.predictions import PredictionFile
 
@@ -34,6 +35,8 @@ def run(name: str, words: Sequence[str]) -> int:
         raise ValueError("--nearest chooses examples, and none were asked for: --num-examples N")
     if args.overwrite and not args.predictions:
         raise ValueError("--overwrite captions anew what is in the file of --predictions, and none is named")
+    if args.clip_prefix and not args.clip_score:
+        raise ValueError("--clip-prefix stands before the captions that --clip-score compares, and no model is named")
 
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.pipelines.caption_files import write_bad
@@ -43,6 +46,7 @@ def run(name: str, words: Sequence[str]) -> int:
 
     fast_matmuls()
     devices = devices_of(args.device, args.devices)
+    judge = _judge(args)  # Before the captions, which take long: it may not be there.
     model = _load(args, devices[0] if len(devices) == 1 else "cpu")
     source = _source(args, model, told=True)
     pairs = source.split(args.split)
@@ -59,8 +63,14 @@ def run(name: str, words: Sequence[str]) -> int:
     result = Evaluation(model.generation.updated(**generation_changes(args)))
     score_split(result, args.split, by, pairs)
     print(result.table())
+    more = {}
+    if judge is not None:
+        from mmtransformer.training.evaluation.clipscore import clip_scores, clip_table
+
+        more = {"clip_scores": {args.split: clip_scores(judge, by, pairs, prefix=args.clip_prefix)}}
+        print(f"\n{clip_table(args.clip_score, args.split, more['clip_scores'][args.split])}")
     if args.json:
-        write_json(Path(args.json), result.to_dict())
+        write_json(Path(args.json), result.to_dict() | more)
     listed = ""
     if args.predictions:
         path = Path(args.predictions)
@@ -86,6 +96,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--num-examples", type=int, metavar="N", help="put N training pictures with captions before each as examples")
     add("--nearest", action="store_true", help="choose the examples that are most like the picture")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
+    text = "score them by this dual encoder too, a folder or a name on the hub: CLIPScore and RefCLIPScore"
+    add("--clip-score", metavar="MODEL", help=text)
+    text = 'what to put before the texts that --clip-score compares; the paper\'s is "A photo depicts"'
+    add("--clip-prefix", default="", metavar="WORDS", help=text)
     add("--json", metavar="OUT", help="write the scores to this file")
     text = "write the captions, one line of JSON each; a second call goes on with a file that is there"
     add("--predictions", metavar="OUT", help=text)
@@ -151,6 +165,13 @@ def _load(args: argparse.Namespace, device: str | None) -> "ImageCaptioner":
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     return ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
+
+
+def _judge(args: argparse.Namespace) -> "DualEncoder | None":
+    """What tells how well captions fit their pictures, where that is asked for."""
+    from mmtransformer.pipelines.dual_encoder import DualEncoder
+
+    return DualEncoder.from_pretrained(args.clip_score) if args.clip_score else None
 
 
 def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptioner, Prompts | None]":

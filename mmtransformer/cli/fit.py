@@ -103,7 +103,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    from mmtransformer.training import Captioning, Progress, Samples
+    from mmtransformer.pipelines.dual_encoder import DualEncoder
+    from mmtransformer.training import Captioning, Contrast, Progress, Samples
     from mmtransformer.training.callbacks.saving import Saving
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
@@ -143,9 +144,10 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 raise cause_of(error) from error
 
         def after_instantiate_classes(self) -> None:
-            start = self.model.start if isinstance(self.model, Captioning) else None
+            start = self.model.start if isinstance(self.model, Captioning | Contrast) else None
             if start is not None:
-                self.datamodule.continue_from(start.tokenizer, start.transform, start.processor)
+                processor = None if isinstance(start, DualEncoder) else start.processor
+                self.datamodule.continue_from(start.tokenizer, start.transform, processor)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
                 print(describe())
 

@@ -156,12 +156,16 @@ class CLIP(Pretrained, nn.Module):
         Raises:
             ValueError: if a text is empty, or the batch has fields that cannot be heeded.
         """
-        tokens, attention_mask = self.read_texts(batch)
+        vectors = self.embed_images(batch), self.embed_texts(batch)
+        return self.compare(batch, *vectors, gather_grad=gather_grad)
+
+    def compare(self, batch: CaptionBatch, images: Tensor, texts: Tensor, *, gather_grad: bool = True) -> Output:
+        """As `forward`, from the batch's vectors: images (b e) and texts (n e)."""
         similarity = compare(
-            self.embed_images(batch),
-            self.encode_texts(tokens, attention_mask),
+            images,
+            texts,
             image_ids(batch.names, batch.loss_mask),
-            text_keys=text_keys(tokens, attention_mask),
+            text_keys=text_keys(*self.read_texts(batch)),
             gather_grad=gather_grad,
         )
         loss = self.loss_of(similarity)

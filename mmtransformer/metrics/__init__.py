@@ -5,8 +5,19 @@ METEOR and SPICE through its Java programs where they are. ``compare`` tests two
 """
 
 from mmtransformer.metrics.bootstrap import Comparison
+from mmtransformer.metrics.clipscore import clip_score, ref_clip_score
 from mmtransformer.metrics.ptb import plain, tokenize
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.metrics.scores import CaptionScores, compare, score_captions
 
-__all__ = ["CaptionScores", "Comparison", "compare", "plain", "recall_at_k", "score_captions", "tokenize"]
+__all__ = [
+    "CaptionScores",
+    "Comparison",
+    "clip_score",
+    "compare",
+    "plain",
+    "recall_at_k",
+    "ref_clip_score",
+    "score_captions",
+    "tokenize",
+]

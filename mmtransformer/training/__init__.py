@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.captioning import Captioning as Captioning
     from mmtransformer.training.tasks.captioning import finetune as finetune
     from mmtransformer.training.tasks.classification import Classification as Classification
+    from mmtransformer.training.tasks.contrast import Contrast as Contrast
+    from mmtransformer.training.tasks.contrast import finetune_clip as finetune_clip
     from mmtransformer.training.tasks.image_generation import ImageGeneration as ImageGeneration
     from mmtransformer.training.tasks.language_modelling import LanguageModelling as LanguageModelling
     from mmtransformer.training.tasks.masked_language_modelling import (
@@ -45,6 +47,7 @@ _CONTENTS = {
     "callbacks.saving": "Saving Stopped",
     "tasks.captioning": "Captioning finetune",
     "tasks.classification": "Classification",
+    "tasks.contrast": "Contrast finetune_clip",
     "tasks.image_generation": "ImageGeneration",
     "tasks.language_modelling": "LanguageModelling",
     "tasks.masked_language_modelling": "MaskedLanguageModelling",

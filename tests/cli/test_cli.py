@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import (
+    CLIP,
+    DualEncoder,
+    EncoderDecoder,
+    ImageCaptioner,
+    ImageTransform,
+    TextDecoder,
+    TextTower,
+    Tokenizer,
+    ViT,
+)
 from mmtransformer.cli import COMMANDS, main
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
@@ -234,6 +244,28 @@ def test_evaluate(
     assert code == 0
     assert "BLEU-4" in out
     assert len(said.read_text("utf-8").splitlines()) == 1
+
+
+def test_evaluate_by_a_dual_encoder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, model: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300, ["en", "ko"])
+    clip = CLIP(ViT(16, 8, 24, 1, 4), TextTower(300, 20, 1, 2), embed_dim=13)
+    DualEncoder(clip, tokenizer, ImageTransform(16), device="cpu").save_pretrained(tmp_path / "clip")
+    words = ["evaluate", "--model", str(model), "--data", str(pairs), "--split", "train", "--limit", "2"]
+    code, out, _ = mmt(capsys, *words, "--clip-score", str(tmp_path / "clip"), "--json", str(tmp_path / "a.json"))
+    assert code == 0
+    assert "RefCLIPScore" in out
+    found = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert set(found["clip_scores"]["train"]) == set(found["captions"]["train"])
+    assert all(0 <= x["ref_clip_score"] <= 2.5 for x in found["clip_scores"]["train"].values())
+    code, _, err = mmt(capsys, *words, "--clip-prefix", "A photo depicts")
+    assert (code, "no model is named" in err) == (2, True)
+    code, _, err = mmt(capsys, *words, "--clip-score", str(model))
+    assert (code, "not a CLIP" in err) == (2, True)
+    code, _, err = mmt(capsys, *words, "--clip-score", str(tmp_path / "none"))
+    assert (code, "no such folder" in err) == (2, True)
 
 
 def test_evaluate_goes_on_and_passes_over_bad_pictures(

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.contrast.clip import CLIP
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.loading.rows import CaptionRow
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
@@ -142,7 +144,7 @@ def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) 
 
 @torch.inference_mode()
 def evaluate_retrieval(
-    model: ImageText,
+    model: ImageText | CLIP,
     data: CaptionData,
     splits: Sequence[str] | None = None,
     *,
@@ -159,12 +161,17 @@ def evaluate_retrieval(
         data: The data, with the model's tokenizer and transform.
         splits: Which splits; those that the data validates on unless told.
         rerank: How many of the nearest are matched again, for each picture and each caption; 0 = none. As in BLIP-2's
-            own code, the score is then the logit of a match plus the similarity.
+            own code, the score is then the logit of a match plus the similarity. A CLIP matches nothing.
         device: Where to compute.
         autocast: The number format; None computes in that of the weights.
         limit_batches: Most batches of pictures of a split.
         text_batch: Captions, or pairs to be matched, at once.
+
+    Raises:
+        ValueError: If a CLIP is to match.
     """
+    if rerank and isinstance(model, CLIP):
+        raise ValueError(f"rerank ({rerank}) matches pictures and texts again, which a CLIP cannot: leave it 0")
     model.to(device)
     kind = torch.device(device).type
     result = Retrieval()
@@ -175,7 +182,7 @@ def evaluate_retrieval(
 
 
 def _split(
-    model: ImageText,
+    model: ImageText | CLIP,
     data: CaptionData,
     split: str,
     rerank: int,
@@ -187,25 +194,24 @@ def _split(
     vectors: list[Tensor] = []
     images: list[int] = []
     for places, batch in _batches(data, split, limit):
-        seen = model.qformer.encode_queries(model.context(batch.to(device)))
-        chosen = torch.tensor([at for at, _ in places], device=seen.queries.device)
-        vectors.append(model.embed_images(seen.queries[chosen]).float())
+        found = _image_vectors(model, batch.to(device))
+        vectors.append(found[torch.tensor([at for at, _ in places], device=found.device)])
         images += [i for _, i in places]
     embeds = torch.cat(vectors)
 
     captions = [(row, int(j)) for row, i in enumerate(images) for j in range(rows.first[i], rows.first[i + 1])]
-    tokens = [rows.row(j).tokens for _, j in captions]
+    tokens = [_read_by(model, rows.row(j)) for _, j in captions]
     said = [rows.captions[images[row]][j - int(rows.first[images[row]])] for row, j in captions]
     texts = torch.empty(len(captions), embeds.shape[2], device=embeds.device)
     for chosen in _by_length([len(t) for t in tokens], size):
         ids, attention_mask = _padded([tokens[j] for j in chosen], data.tokenizer, device)
-        texts[torch.tensor(chosen, device=texts.device)] = model.embed_texts(ids, attention_mask).float()
+        texts[torch.tensor(chosen, device=texts.device)] = _text_vectors(model, ids, attention_mask)
     with torch.autocast(embeds.device.type, enabled=False):
         near = torch.stack([(vector @ texts.T).amax(0) for vector in embeds]).cpu()
 
     tags = data.tokenizer.languages
     codes = [caption.language if tags else None for caption in said]
-    found: dict[str, Scored] = {}
+    scored: dict[str, Scored] = {}
     again = torch.zeros_like(near, dtype=torch.bool)
     parts: dict[str, tuple[list[int], list[int]]] = {}
     for code in dict.fromkeys(codes):
@@ -214,17 +220,39 @@ def _split(
         parts[code or ANY] = owners, columns
         if rerank:
             again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], rerank)
-    matched = _matched(model, data, split, near, again, images, tokens, device, limit, size) if rerank else None
+    matched = None
+    if rerank and isinstance(model, ImageText):
+        matched = _matched(model, data, split, near, again, images, tokens, device, limit, size)
     for code, (owners, columns) in parts.items():
         row_of = {owner: row for row, owner in enumerate(owners)}
-        found[code] = Scored(
+        scored[code] = Scored(
             [images[row] for row in owners],
             [said[j].text for j in columns],
             [row_of[captions[j][0]] for j in columns],
             near[owners][:, columns].numpy(),
             None if matched is None else matched[owners][:, columns].numpy(),
         )
-    return found
+    return scored
+
+
+def _image_vectors(model: ImageText | CLIP, batch: CaptionBatch) -> Tensor:
+    """A batch's images: (b l e)."""
+    if isinstance(model, CLIP):
+        return model.embed_images(batch).float()[:, None]
+    return model.embed_images(model.qformer.encode_queries(model.context(batch)).queries).float()
+
+
+def _read_by(model: ImageText | CLIP, row: CaptionRow) -> np.ndarray:
+    """What a model reads of a caption: a CLIP, of the prompt, only what opens a text."""
+    if not isinstance(model, CLIP):
+        return row.tokens
+    return np.concatenate((row.tokens[: int(model.opens)], row.tokens[row.prompt :]))
+
+
+def _text_vectors(model: ImageText | CLIP, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """Texts: (n e)."""
+    encode = model.encode_texts if isinstance(model, CLIP) else model.embed_texts
+    return encode(tokens, attention_mask).float()
 
 
 def _batches(data: CaptionData, split: str, limit: int | None) -> Iterator[tuple[list[tuple[int, int]], CaptionBatch]]:
