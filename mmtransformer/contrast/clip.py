@@ -15,6 +15,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_frozen
 from mmtransformer.contrast.text_tower import TextTower
+from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.losses.contrastive import Similarity, compare, image_ids, refuse_empty, softmax_loss, text_keys
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.losses.sigmoid import sigmoid_loss
@@ -35,6 +36,8 @@ class CLIP(Pretrained, nn.Module):
         text: the text tower: a `TextTower`, or a `TextEncoder`, of which the first token is read (Chinese-CLIP).
         embed_dim: width e of the vectors; None = the vision tower's, whose images then need no projection (SigLIP).
         text_bias: whether the text's projection has a bias (SigLIP).
+        pool_heads: heads of an attention that learns to pool the vision tower's tokens, in place of its own pooling:
+            what a frozen tower was trained to gather is not what captions speak of. None = its own (CLIP, LiT).
         loss: "softmax", over all texts and over all images of the batch (CLIP), or "sigmoid", each pair by itself
             (SigLIP: better in batches below some 16,000).
         hardness: how much more the negatives count that are confused most: their weights are a softmax of their
@@ -53,6 +56,7 @@ class CLIP(Pretrained, nn.Module):
         *,
         embed_dim: int | None = 512,
         text_bias: bool = False,
+        pool_heads: int | None = None,
         loss: Literal["softmax", "sigmoid"] = "softmax",
         hardness: float = 0.0,
         freeze_vision: bool = False,
@@ -66,7 +70,7 @@ class CLIP(Pretrained, nn.Module):
             raise ValueError(f"the vision tower has a classifier of {vision.num_classes} classes, which none reads")
         self.vision, self.text, self.embed_dim, self.text_bias = vision, text, embed_dim, text_bias
         self.loss: Literal["softmax", "sigmoid"] = loss
-        self.hardness, self.freeze_vision = hardness, freeze_vision
+        self.pool_heads, self.hardness, self.freeze_vision = pool_heads, hardness, freeze_vision
         width = vision.dim if embed_dim is None else embed_dim
         self.image_proj = nn.Identity() if embed_dim is None else nn.Linear(vision.dim, width, bias=False)
         self.text_proj = nn.Linear(text.dim, width, bias=text_bias)
@@ -75,6 +79,11 @@ class CLIP(Pretrained, nn.Module):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         if text_bias:
             nn.init.zeros_(self.text_proj.bias)
+        self.image_pool = None
+        if pool_heads is not None:
+            self.image_pool = AttentionPool(vision.dim, pool_heads, 4 * vision.dim)
+            if vision.attn_pool is not None:  # Read by none.
+                vision.attn_pool.requires_grad_(False)
         softmax = loss == "softmax"
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07 if softmax else 10.0)))
         # Nearly all pairs are negatives: the first step need not learn that (SigLIP).
@@ -206,7 +215,10 @@ class CLIP(Pretrained, nn.Module):
         return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
 
     def _image_vectors(self, visual_tokens: Tensor) -> Tensor:
-        pooled = self.vision.forward_head(visual_tokens.to(self.vision.dtype), pre_logits=True)
+        if self.image_pool is None:
+            pooled = self.vision.forward_head(visual_tokens.to(self.vision.dtype), pre_logits=True)
+        else:
+            pooled = self.image_pool(visual_tokens.to(self.text_proj.weight.dtype))[:, 0]
         return F.normalize(self.image_proj(pooled.to(self.text_proj.weight.dtype)), dim=-1)
 
     def read_texts(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
@@ -229,7 +241,7 @@ class CLIP(Pretrained, nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay spares, beside biases and norms: those that its parts name."""
-        parts = {"vision": self.vision, "text": self.text}
+        parts = {"vision": self.vision, "text": self.text, "image_pool": self.image_pool}
         spared = {
             f"{path}.{n}" for path, p in parts.items() if hasattr(p, "no_weight_decay") for n in p.no_weight_decay()
         }

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from mmtransformer import CLIP, CaptionBatch, OutputConfig, TextEncoder, TextTower, ViT
 from mmtransformer.losses.contrastive import text_keys
-from mmtransformer.weights import load_clip
+from mmtransformer.weights import load_clip, save_clip
 
 VISION = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": 14, "patch_size": 7}  # fmt: skip
@@ -237,6 +237,23 @@ def test_cached_tokens_are_pixels() -> None:
     clip.train()
     assert not clip.vision.training
     assert clip.text.training
+
+
+@torch.no_grad()
+def test_a_learned_pooling_reads_all_tokens(tmp_path: Path) -> None:
+    clip, of = model(pool_heads=4, freeze_vision=True), batch()
+    assert clip.image_pool is not None
+    assert of.pixels is not None
+    tokens = clip.vision.forward_features(of.pixels[:, 0])
+    expected = F.normalize(clip.image_proj(clip.image_pool(tokens)[:, 0]), dim=-1)
+    torch.testing.assert_close(clip.embed_images(of), expected)
+    assert any(p.requires_grad for p in clip.image_pool.parameters())
+    assert "image_pool.queries" in clip.no_weight_decay()
+    clip.float().save_pretrained(tmp_path)
+    pixels = of.pixels[:, 0].float()
+    torch.testing.assert_close(CLIP.from_pretrained(tmp_path).encode_images(pixels), clip.encode_images(pixels))
+    with pytest.raises(ValueError, match="nothing like pool_heads=4"):
+        save_clip(clip, tmp_path)
 
 
 def test_text_keys_tell_texts_apart() -> None:

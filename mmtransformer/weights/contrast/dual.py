@@ -147,6 +147,7 @@ def clip_to_transformers(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]
         f"transformers' {name}",
         {
             "embed_dim": (model.embed_dim is None, siglip),
+            "pool_heads": (model.pool_heads, None),
             "text_bias": (model.text_bias, siglip),
             "class_token": (vision.class_token, not siglip),
             "pool": (vision.attn_pool is not None, siglip),

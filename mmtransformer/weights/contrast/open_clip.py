@@ -126,6 +126,7 @@ def clip_to_open_clip(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
         name,
         {
             "loss": (model.loss, "softmax"),
+            "pool_heads": (model.pool_heads, None),
             "text_bias": (model.text_bias, False),
             "embed_dim": (model.embed_dim is None, False),
             "class_token": (vit.class_token, True),
