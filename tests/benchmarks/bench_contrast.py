@@ -51,7 +51,7 @@ def transformers_peer(ours: CLIP) -> tuple[nn.Module, Callable[[Any, Tensor, Ten
     return theirs.train(), lambda m, pixels, tokens: m(input_ids=tokens, pixel_values=pixels, return_loss=True).loss
 
 
-def step(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], object]:
+def step(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], float]:
     """Forward, loss, backward and update; the optimizer is the same for both sides."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
