@@ -238,6 +238,8 @@ def _images(looked: Sequence[_Looked]) -> list[_Kind]:
     for image in sorted(looked, key=lambda p: p.split != "train"):
         if image.digest and (known := first.setdefault(image.digest, image)) is not image:
             said = f"{image.split}/{image.name} = {known.split}/{known.name}"
+            if known.split == image.split and known.name.partition("?")[0] == image.name.partition("?")[0]:
+                continue  # one picture of which several things are asked
             (inside if known.split == image.split else across).append(said)
     thin = [
         f"{image.name}: {image.size[0]} x {image.size[1]}"
@@ -267,12 +269,12 @@ def _captions(
     short: list[str] = []
     for name, groups in captions.items():
         for i, group in enumerate(groups):
-            for text in (caption.text for caption in group):
+            for text, _, asked in group:
                 total += 1
                 count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
                 if count > room:
                     cut.append(f"{splits[name].name(i)}: {count} {unit}: {text[:60]}...")
-                if _says_little(text):
+                if _says_little(text) and not asked:
                     short.append(f"{splits[name].name(i)}: {text!r}")
     remedy = f"raise max_len ({max_len}) or split them into sentences"
     return [
@@ -283,7 +285,7 @@ def _captions(
 
 def _one_caption(captions: Mapping[str, list[list[Caption]]]) -> list[Finding]:
     """The caption that most pictures have, if these are more than chance makes alike."""
-    groups = [group for split in captions.values() for group in split]
+    groups = [[c for c in group if not c.question] for split in captions.values() for group in split]
     often = Counter(text for group in groups for text in dict.fromkeys(caption.text for caption in group))
     for text, count in often.most_common(1):
         if count > max(FIRST, len(groups) // 20):

@@ -31,10 +31,14 @@ class _Image:
     place: Any  # an Entry, or (TableBytes, row group, row)
     split: str | None
     captions: list[Caption]
+    asked: str = ""  # the question, where the same picture stands here with several
 
 
 class PairSplit:
-    """One split of `PairFiles`: pictures by index, each with its captions. Can be pickled for loader workers."""
+    """One split of `PairFiles`: pictures by index, each with its captions. Can be pickled for loader workers.
+
+    A picture of which several things are asked stands here once a question.
+    """
 
     def __init__(self, files: Files, images: Sequence[_Image]):
         self._files = files
@@ -45,8 +49,9 @@ class PairSplit:
         return len(self._images)
 
     def name(self, i: int) -> str:
-        """The name of picture i, as its manifest gives it."""
-        return self._images[i].name
+        """The name of picture i, as its manifest gives it; behind it the question where there are several."""
+        image = self._images[i]
+        return f"{image.name}?{image.asked}" if image.asked else image.name
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB.
@@ -164,6 +169,9 @@ class PairFiles:
         self.languages, said = normalize_languages([image.captions for image in found], read.language)
         self._said.append(said)
         names, splits = [p.name for p in found], [p.split for p in found]
+        often = Counter(names)
+        for image in found:
+            image.asked = (image.captions[0].question or "") if often[image.name] > 1 else ""
         members, said = normalize_splits(names, splits, read.val_fraction)
         self._said += [said] if said else []
         self._rule = rule
@@ -220,11 +228,12 @@ class PairFiles:
                 place, name, key = row.key, row.key.inner, row.image
             else:
                 place, name, key = row.key, row.image, row.where
+            key = (key, row.captions[0].question)
             known = self._found.get(key)
             if known is None:
                 self._found[key] = _Image(name, place, row.split or split, list(row.captions))
             elif known.name != name and finder.way > 1:
-                self.report.error("ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key}")
+                self.report.error("ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key[0]}")
             elif known.split != (row.split or split):
                 what = f"{name!r} is in {known.split or 'no split'} already, not in {row.split or split or 'none'}"
                 self.report.error("picture in two splits", row.where, what)
@@ -247,7 +256,7 @@ class PairFiles:
     @staticmethod
     def _normalize_names(images: list[_Image]) -> None:
         """Makes names unique: shards may hold the same names, and tables the same file name in every row."""
-        often = Counter(image.name for image in images)
+        often = Counter(name for name, _ in {(image.name, image.place) for image in images})
         for image in images:
             if often[image.name] > 1:
                 place = image.place

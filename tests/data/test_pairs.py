@@ -318,7 +318,7 @@ def test_languages_need_no_configuration(
     source = PairFiles(tmp_path, ReadOptions(language=language, val_fraction=0))
     assert source.languages == languages
     for i in range(23):
-        text, code = source.split("train").captions(i)[0]
+        text, code, _ = source.split("train").captions(i)[0]
         assert code == (None if not languages else "ko" if "번 그림" in text else languages[0])
 
 

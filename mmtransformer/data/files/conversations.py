@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _ASK, _ANSWER = ("human", "user"), ("gpt", "assistant", "model", "chatgpt")
-QUESTION = "questions before captions, left out"
 
 
 class Turns(ValueError):
@@ -16,7 +15,7 @@ def as_record(record: Any) -> Any:
 
     Known are LLaVA's `conversations` ("from", "value"), `messages` of chats ("role", "content", a text or a list of
     parts), and Label Studio's tasks with their `data` and `annotations`. A conversation with one question is a prompt
-    and a caption: the answer is the caption, and the question stands under "question".
+    and a caption: the answer is the caption, and what was asked stands under "question".
 
     Raises:
         Turns: If a conversation has more than one question, or no answer.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmtransformer.data.files.archives import IMAGES, Entry, Files
-from mmtransformer.data.files.conversations import QUESTION, Turns, as_record
+from mmtransformer.data.files.conversations import Turns, as_record
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row, read_captions
 from mmtransformer.data.files.text import SPLITS, lines
@@ -89,9 +89,7 @@ def read_records(
     def rows() -> Iterator[ManifestRow]:
         for where, record, error in everything:
             if isinstance(record, dict):
-                asked = record.get("question") if columns.captions[0][0] == "caption" else None
-                notes = ((QUESTION, asked[:80]),) if isinstance(asked, str) and asked else ()
-                yield make_row(record, columns, where, notes)
+                yield make_row(record, columns, where)
             else:
                 cause, _, what = (error or f"not a JSON object: {record!r:.60}").partition(": ")
                 yield bad_row(where, cause, what)

@@ -37,7 +37,7 @@ def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -
         for group in groups:
             for i, caption in enumerate(group):
                 if caption.language is None:
-                    group[i] = Caption(caption.text, "ko" if by_script and is_korean(caption.text) else rest)
+                    group[i] = caption._replace(language="ko" if by_script and is_korean(caption.text) else rest)
     counts = Counter(c.language for group in groups for c in group)
     languages = tuple(sorted(code for code in counts if code))
     if not languages:

@@ -108,7 +108,9 @@ def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, 
     held = schema.field(columns.image).type if columns.image else pa.null()
     inside = pa.types.is_struct(held) and held.get_field_index("bytes") >= 0
     as_bytes = inside or pa.types.is_binary(held) or pa.types.is_large_binary(held)
-    texts = [name for name, _ in columns.captions] + [c for c in (columns.language, columns.split) if c]
+    texts = [name for name, _ in columns.captions] + [
+        c for c in (columns.language, columns.split, columns.question) if c
+    ]
     image_paths = f"{columns.image}.path" if inside and held.get_field_index("path") >= 0 else None
     read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes or not columns.image else [columns.image])
     holder = TableBytes(path, columns.image)

@@ -44,6 +44,8 @@ IDS = (
     "번호",
     "이름",
 )  # where no column names files
+QUESTION = ("question", "질문", "질의", "frage", "pregunta", "domanda", "pergunta")
+ANSWER = ("answers", "answer", "multiple_choice_answer", "답", "답변", "antwort", "respuesta", "réponse", "risposta")
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
 _NESTED = 16  # lists inside lists of captions
@@ -86,9 +88,11 @@ class Columns(NamedTuple):
     captions: tuple[tuple[str, str | None], ...]
     language: str | None = None
     split: str | None = None
+    question: str | None = None
 
     def __str__(self) -> str:
         said = [f"image={self.image}"] * bool(self.image) + ["caption=" + "+".join(name for name, _ in self.captions)]
+        said += [f"question={self.question}"] * bool(self.question)
         said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(self.split)
         return "columns " + " ".join(said)
 
@@ -113,11 +117,12 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
     def first(aliases: Sequence[str]) -> str | None:
         return next((by_key[alias] for alias in aliases if alias in by_key), None)
 
+    question = first(QUESTION) if wanted.images else None
     image = wanted.image or first(IMAGE) or (first(IDS) if wanted.images else None)
     if wanted.captions:
         captions = tuple((name, _language_of(name)) for name in wanted.captions)
     else:
-        plain = first(CAPTION)
+        plain = (first(ANSWER) if question else None) or first(CAPTION)
         more = [name for name in names if _stem(name) in CAPTION and _stem(name) != _key(name)]
         captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
         if not captions:  # columns called just "en" and "ko", or "한국어"
@@ -131,7 +136,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
             f"{', data.read.'.join(f'{kind}_column' for kind in missing)})"
         )
     assert image is not None
-    return Columns(image, captions, wanted.language or first(LANGUAGE), wanted.split or first(SPLIT))
+    return Columns(image, captions, wanted.language or first(LANGUAGE), wanted.split or first(SPLIT), question)
 
 
 def _key(name: str) -> str:
@@ -188,6 +193,9 @@ def make_row(
             captions += read_captions(value, said or language, image or name, errors)
     if not captions and not errors:
         errors.append(("empty caption", image or ""))
+    asked = record.get(columns.question) if columns.question else None
+    if isinstance(asked, str) and not is_missing(asked := normalize_text(asked)):
+        captions = [caption._replace(question=asked) for caption in captions]
     split = record.get(columns.split) if columns.split else None
     return ManifestRow(image, tuple(captions), _split(split), where, tuple(errors), notes)
 
@@ -221,7 +229,7 @@ def read_captions(
             return []
         return [Caption(text, language)]
     if isinstance(value, dict):
-        text = next((value[key] for key in ("raw", "caption", "text", "sentence") if key in value), None)
+        text = next((value[key] for key in ("raw", "caption", "text", "sentence", "answer") if key in value), None)
         if text is not None:
             try:
                 own = language_code(str(value.get("language") or value.get("lang") or ""))

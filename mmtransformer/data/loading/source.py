@@ -11,10 +11,12 @@ class Caption(NamedTuple):
     Attributes:
         text: the caption itself.
         language: its language code ("en", "ko", ...), or None where the data does not say.
+        question: what was asked of the picture, if it is an answer; all captions of one picture answer the same.
     """
 
     text: str
     language: str | None = None
+    question: str | None = None
 
 
 @runtime_checkable

@@ -131,7 +131,10 @@ def test_conversations_and_label_studio(tmp_path: Path, record: Any, ending: str
     assert sorted(found.values()) == [[f"a dog {i}"] for i in range(N)]
     assert all(f"{texts[0][-1]}.png" in name for name, texts in found.items())
     notes = " ".join(source.report.notes)
-    assert ("questions before captions" in notes) == (record in (conversation, chat, chat_beside))
+    splits = [source.split(name) for name in source.splits()]
+    asked = {caption.question for split in splits for i in range(len(split)) for caption in split.captions(i)}
+    assert asked == {{conversation: "What is it?", chat: "Describe.", chat_beside: "Describe."}.get(record)}
+    assert ("question=question" in source.describe()) == (record in (conversation, chat, chat_beside))
     assert ("Label Studio" in notes) == (record in (task, task_min))
 
 
@@ -157,6 +160,30 @@ def test_conversations_of_several_turns_are_counted_and_named(tmp_path: Path) ->
     (tmp_path / "llava.json").write_text(json.dumps(rows[2:3]))
     with pytest.raises(ValueError, match="not one conversation"):
         PairFiles(tmp_path)
+
+
+@pytest.mark.parametrize("header", ["image,question,answer", "그림,질문,답", "id;Question;Answers;caption"])
+def test_what_is_asked_of_a_picture_stands_with_its_answer(tmp_path: Path, header: str) -> None:
+    draw(tmp_path / "photos", names="{}.jpg")
+    mark, more = (";", ";a caption") if ";" in header else (",", "")
+    rows = [f"{i}.jpg{mark}what is {word}?{mark}{word} {i}{more}" for i in range(N) for word in ("left", "right")]
+    rows += [rows[0].replace("left 0", "west 0")]  # a second answer to the same question
+    (tmp_path / "vqa.csv").write_text("\n".join([header, *rows]), "utf-8")
+    source = PairFiles(tmp_path)
+    found = {}
+    for name in source.splits():
+        split = source.split(name)
+        for i in range(len(split)):
+            found[split.name(i)] = {(c.question, c.text) for c in split.captions(i)}
+            assert split.image(i)
+    assert len(found) == 2 * N
+    asked = found["photos/0.jpg?what is left?" if "photos/0.jpg?what is left?" in found else "0.jpg?what is left?"]
+    assert asked == {("what is left?", "left 0"), ("what is left?", "west 0")}
+    splits = {name: source.split(name) for name in source.splits()}
+    of = {k: {split.name(i).partition("?")[0] for i in range(len(split))} for k, split in splits.items()}
+    assert not of["train"] & of["val"]  # all that is asked of a picture is on one side
+    report = check(source, progress=False)
+    assert not any("again in its split" in finding.what for finding in report.findings)
 
 
 def test_windows_paths_mean_the_file_with_the_longest_end(tmp_path: Path) -> None:
