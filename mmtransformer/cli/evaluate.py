@@ -126,16 +126,25 @@ def _caption(
     from mmtransformer.training.evaluation.evaluation import ANY, Prediction
 
     by: dict[str, list[Prediction]] = {code or ANY: [] for code in codes}
-    references, todo = {}, []
+    references, todo, questions = {}, [], {}
     for i in range(count):
         captions = pairs.captions(i)
+        if captions and captions[0].question:
+            questions[i] = captions[0].question
         said = {code: tuple(c.text for c in captions if code is None or c.language == code) for code in codes}
         references[i] = {code: texts for code, texts in said.items() if texts}
         if (earlier := file.get(i, pairs.name(i), len(references[i]))) is None:
             todo.append(i)
         for code, prediction in zip(references[i], earlier or (), strict=False):
             by[code or ANY].append(prediction)
-    job = CaptionJob(partial(_start, args), pairs, codes, generation_changes(args), args.batch_size)
+    if questions and (model.processor is None or args.num_examples is not None):
+        why = "reads no prompts" if model.processor is None else "reads examples in their place"
+        print(
+            f"{len(questions):,} of {count:,} pictures come with a question, left out: the model {why}", file=sys.stderr
+        )
+        questions.clear()
+    changes = generation_changes(args)
+    job = CaptionJob(partial(_start, args), pairs, codes, changes, args.batch_size, questions=questions)
     if len(devices) == 1:
         results = job.here(model, _prompts(args, model), todo)
     else:

@@ -4,7 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Model(Protocol):
         """A batch without texts."""
         ...
 
-    def prompts(self, prompt: None = None, given: Prompts | None = None) -> Prompts | None:
+    def prompts(self, prompt: Sequence[str | None] | None = None, given: Prompts | None = None) -> Prompts | None:
         """What makes the prompts."""
         ...
 
@@ -109,6 +109,7 @@ def caption_all(
     *,
     generation: GenerationConfig,
     prompts: Prompts | None = None,
+    words: Callable[[T], str | None] | None = None,
     batch_size: int = 16,
     threads: int | None = None,
 ) -> Iterator[tuple[T, Said | ImageError]]:
@@ -121,6 +122,7 @@ def caption_all(
         languages: The languages to caption in.
         generation: How to search.
         prompts: Makes the prompts; None makes plain ones.
+        words: What each picture is captioned after, such as a question; None = the model's own prompt.
         batch_size: Pictures at once.
         threads: Threads that load; as many as there are cores, 8 at most, unless told.
 
@@ -144,27 +146,31 @@ def caption_all(
     for pair in loaded:
         waiting.append(pair)
         if sum(not isinstance(x, ImageError) for _, x in waiting) == batch_size:
-            yield from _captioned(model, waiting, languages, generation, prompts)
+            yield from _captioned(model, waiting, words, languages, generation, prompts)
             waiting = []
-    yield from _captioned(model, waiting, languages, generation, prompts)
+    yield from _captioned(model, waiting, words, languages, generation, prompts)
 
 
 @torch.inference_mode()
 def _captions(
     model: Model,
     prepared: Sequence[Any],
+    words: Sequence[str | None] | None,
     languages: Sequence[str | None],
     generation: GenerationConfig,
     prompts: Prompts | None,
 ) -> list[Said]:
     with fast_autocast(model.device):
-        batch, made = model.batch_of(prepared), model.prompts(given=prompts)
+        batch, made = model.batch_of(prepared), model.prompts(words, prompts)
         return write_captions(model.ready(), model.tokenizer, batch, languages, generation=generation, prompts=made)
 
 
-def _captioned(model: Model, waiting: Sequence[tuple[T, Any]], *settings: Any) -> Iterator[tuple[T, Said | ImageError]]:
-    some = [x for _, x in waiting if not isinstance(x, ImageError)]
-    said = iter(_captions(model, some, *settings) if some else ())
+def _captioned(
+    model: Model, waiting: Sequence[tuple[T, Any]], words: Callable[[T], str | None] | None, *settings: Any
+) -> Iterator[tuple[T, Said | ImageError]]:
+    good = [(thing, x) for thing, x in waiting if not isinstance(x, ImageError)]
+    asked = None if words is None else [words(thing) for thing, _ in good]
+    said = iter(_captions(model, [x for _, x in good], asked, *settings) if good else ())
     yield from ((thing, x if isinstance(x, ImageError) else next(said)) for thing, x in waiting)
 
 
@@ -179,6 +185,7 @@ class CaptionJob:
         changes: Settings of the search (`GenerationConfig.updated`).
         batch_size: Pictures at once.
         threads: Threads of a process that load pictures; see `caption_all`.
+        questions: What is asked of pictures, by index; the others are captioned.
     """
 
     start: Callable[[str | None], tuple[Model, Prompts | None]]
@@ -187,6 +194,7 @@ class CaptionJob:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 16
     threads: int | None = None
+    questions: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def here(
         self, model: Model, prompts: Prompts | None, indices: Iterable[int]
@@ -202,6 +210,7 @@ class CaptionJob:
             languages,
             generation=model.generation.updated(**self.changes),
             prompts=prompts,
+            words=self.questions.get if self.questions else None,
             batch_size=self.batch_size,
             threads=self.threads,
         )
