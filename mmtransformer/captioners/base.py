@@ -43,6 +43,7 @@ class CaptionBatch(Batch):
         visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
         names: the b samples' names.
         references: the b samples' captions, each (text, language).
+        questions: what is asked of each of the b samples, None where nothing is; () = of none.
         image_mask: (b i) bool, which of a sample's images are real, where samples have different numbers; None = all.
         image_index: (n q) long: number (from 1) of the last image that has come up to and including a token, 0 = none
             in its own document; None = all images stand before the text.
@@ -60,6 +61,7 @@ class CaptionBatch(Batch):
     visual_tokens: Tensor | None = None
     names: tuple[str, ...] = ()
     references: tuple[tuple[tuple[str, str | None], ...], ...] = ()
+    questions: tuple[str | None, ...] = ()
     image_mask: Tensor | None = None
     image_index: Tensor | None = None
     first_image_index: Tensor | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class CaptionData(Data):
             open_pairs(source, read, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
         self.processor: Processor | None = None
-        self._opening: Opening | None = None
+        self._opening: Callable[[str | None], Opening] | None = None
         self._tiled: Processor | None = None
         self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
@@ -112,8 +113,8 @@ class CaptionData(Data):
         self.tokenizer, self.transform, self.processor = tokenizer, image, processor
         self._opening, self._tiled = None, None
         if processor is not None:
-            ids, before = processor.opening()
-            self._opening, self._tiled = Opening(ids or [], before), processor if ids is None else None
+            self._opening = partial(_opening, processor)
+            self._tiled = processor if processor.opening()[0] is None else None
         if self._tiled is not None and self.cache_features is not None:
             raise ValueError("data.cache_features is for pictures of one tile, and this model cuts them into several")
         self.forget()
@@ -135,6 +136,10 @@ class CaptionData(Data):
         rows = CaptionRows(
             self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images, opening=self._opening
         )
+        asked = sum(captions[0].question is not None for captions in rows.captions)
+        if asked and self.processor is None:
+            what = "%s: %d of %d pictures come with a question, left out: the model is trained without prompts"
+            _log.warning(what, split, asked, len(rows))
         if rows.cut:
             _log.warning(
                 "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
@@ -246,8 +251,8 @@ class CaptionData(Data):
         Returns:
             The same pictures with tokens (b q).
         """
-        if self.processor is not None:
-            return self.processor.with_prompts(batch, [None] * len(batch.names))
+        if self.prompting is not None:
+            return self.prompting(batch, [language])
         prompt = self.tokenizer.prompt(language if self.tokenizer.languages else None)
         prompt = torch.tensor(prompt + [image_token(self.tokenizer)] * self.mark_images)
         tokens = prompt.to(batch.tokens.device).expand(len(batch.names), -1)
@@ -270,3 +275,8 @@ class CaptionData(Data):
                 f"the run, or start a new one"
             )
         return super().changed(name, was, now)
+
+
+def _opening(processor: Processor, question: str | None) -> Opening:
+    ids, before = processor.opening(question)
+    return Opening(ids or [], before)

@@ -43,6 +43,11 @@ class Sample(NamedTuple):
     references: tuple[Caption, ...]
     prepared: Any = None
 
+    @property
+    def question(self) -> str | None:
+        """What is asked of the picture."""
+        return self.references[0].question
+
 
 class CaptionDataset(Dataset[Sample]):
     """One split; what it returns depends on the `SampleIndex` only, not on the process or on what was read before.
@@ -172,7 +177,7 @@ class Collate:
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
         """Pad the rows to the longest one and stack the pictures."""
         images = None if self.tiled is None else self.tiled.batch_of([sample.prepared for sample in samples])
-        rows = [row for i, sample in enumerate(samples) for row in self._prompted(sample.rows, images, i)]
+        rows = [row for i, sample in enumerate(samples) for row in self._prompted(sample, images, i)]
         lengths = np.array([len(row.tokens) for row in rows])
         place = np.arange(lengths.max())
         attention_mask = place < lengths[:, None]
@@ -185,7 +190,8 @@ class Collate:
             "attention_mask": torch.from_numpy(attention_mask),
             "loss_mask": torch.from_numpy(loss_mask),
             "names": tuple(sample.name for sample in samples),
-            "references": tuple(sample.references for sample in samples),
+            "references": tuple(tuple((c.text, c.language) for c in sample.references) for sample in samples),
+            "questions": tuple(sample.question for sample in samples),
         }
         if images is None:
             batch = CaptionBatch(
@@ -200,12 +206,13 @@ class Collate:
             batch = dataclasses.replace(images, **texts)
         return batch if self.complete is None else self.complete(batch)
 
-    def _prompted(self, rows: list[CaptionRow], images: CaptionBatch | None, sample: int) -> list[CaptionRow]:
+    def _prompted(self, sample: Sample, images: CaptionBatch | None, i: int) -> list[CaptionRow]:
         """A sample's rows behind the prompt of its picture, where that depends on its tiles."""
         if self.tiled is None or images is None:
-            return rows
-        prompt = np.asarray(self.tiled.prompt_ids(self.tiled.prompt, images, sample), np.int32)
-        return [row._replace(tokens=np.concatenate((prompt, row.tokens)), prompt=len(prompt)) for row in rows]
+            return sample.rows
+        text = self.tiled.prompt if sample.question is None else sample.question
+        prompt = np.asarray(self.tiled.prompt_ids(text, images, i), np.int32)
+        return [row._replace(tokens=np.concatenate((prompt, row.tokens)), prompt=len(prompt)) for row in sample.rows]
 
 
 def _stack(tensors: list[Tensor | None]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Captions as rows of ids: tokenised once, kept in flat arrays, chosen by hash."""
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ class CaptionRows:
         max_len: The most tokens of a row, prompt and eos included. A longer caption is cut, and then it does not
             teach that it ends there.
         mark: Whether the prompt ends with the image token.
-        opening: What stands before a caption in place of that, for a public model; its tokens are not in `max_len`.
+        opening: For a public model, what stands before a caption in place of that, by the question that it answers
+            (None = no question); its tokens are not in `max_len`.
 
     Raises:
         ValueError: If the tokenizer has no image token and should have one, a picture has no caption, a caption's
@@ -80,16 +82,20 @@ class CaptionRows:
     """
 
     def __init__(
-        self, pairs: Pairs, tokenizer: Tokenizer, max_len: int, *, mark: bool = False, opening: "Opening | None" = None
+        self,
+        pairs: Pairs,
+        tokenizer: Tokenizer,
+        max_len: int,
+        *,
+        mark: bool = False,
+        opening: Callable[[str | None], Opening] | None = None,
     ):
         if max_len < 4 + mark:
             raise ValueError(
                 f"max_len ({max_len}) must be at least {4 + mark} tokens: bos, language, "
                 f"{'image, ' * mark}one of caption, eos"
             )
-        max_len += 0 if opening is None else len(opening.ids)
-        before = "" if opening is None else opening.before
-        self.max_len, self.cut, self.longest = max_len, 0, 0
+        self.cut, self.longest = 0, 0
         self.captions: list[tuple[Caption, ...]] = [tuple(pairs.captions(i)) for i in range(len(pairs))]
         self.languages = tuple(dict.fromkeys(c.language for captions in self.captions for c in captions))
         if not tokenizer.languages and len(self.languages) > 1:
@@ -99,25 +105,32 @@ class CaptionRows:
             )
         tags = tokenizer.languages
         ending = [image_token(tokenizer)] if mark else []
-        prompts = {code: tokenizer.prompt(code if tags else None) + ending for code in self.languages}
-        if opening is not None:
-            prompts = dict.fromkeys(self.languages, opening.ids)
+        plain = {code: Opening(tokenizer.prompt(code if tags else None) + ending, "") for code in self.languages}
         tokens, starts, prompt = [], [0], []
+        asked: dict[str | None, Opening] = {}
         for i, captions in enumerate(self.captions):
             if not captions:
                 raise ValueError(f"picture {pairs.name(i)!r} has no caption; leave it out or write one")
             for caption in captions:
-                row = [*prompts[caption.language], *tokenizer.encode(before + caption.text), tokenizer.eos_id]
+                if opening is None:
+                    ids, before = plain[caption.language]
+                elif caption.question in asked:
+                    ids, before = asked[caption.question]
+                else:
+                    ids, before = asked[caption.question] = opening(caption.question)
+                room = max_len + (0 if opening is None else len(ids))
+                row = [*ids, *tokenizer.encode(before + caption.text), tokenizer.eos_id]
                 self.longest = max(self.longest, len(row))
-                if len(row) > max_len:
+                if len(row) > room:
                     self.cut += 1
-                tokens.append(np.asarray(row[:max_len], np.int32))
+                tokens.append(np.asarray(row[:room], np.int32))
                 starts.append(starts[-1] + len(tokens[-1]))
-                prompt.append(len(prompts[caption.language]))
+                prompt.append(len(ids))
         self.count = np.array([len(captions) for captions in self.captions])
         self.first = np.concatenate([[0], np.cumsum(self.count)])
         self.tokens, self.starts, self.prompt = np.concatenate(tokens), np.array(starts), np.array(prompt)
-        self.mirrors = np.array([not any(names_a_side(c.text) for c in captions) for captions in self.captions])
+        sided = (any(names_a_side(f"{c.question or ''} {c.text}") for c in captions) for captions in self.captions)
+        self.mirrors = ~np.array([*sided], bool)
 
     def __len__(self) -> int:
         """The number of pictures."""

@@ -87,7 +87,7 @@ def sample_captions(
     (rows,) = write_captions(captioner, data.tokenizer, batch, languages, generation=greedy, prompts=data.prompting)
     lines = [sample.name]
     for language, (said,) in zip(languages, rows, strict=True):
-        of_language = (c.text for c in sample.references if c.language == language or language is None)
+        of_language = (text for text, code, _ in sample.references if code == language or language is None)
         tag = f"{language}: " if language else ""
         lines += [f"  {tag}{said.text}", f"    (a person: {next(of_language, '')})"]
     return lines

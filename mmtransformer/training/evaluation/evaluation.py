@@ -157,7 +157,7 @@ def evaluate(
                     continue
                 seen.add(name)
                 for code, (said, *_) in zip(codes, row, strict=True):
-                    mine = tuple(c.text for c in references if code is None or c.language == code)
+                    mine = tuple(text for text, language in references if code is None or language == code)
                     if mine:
                         by[code or ANY].append(Prediction(places[name], name, said, mine))
         score_split(result, split, by, pairs, bootstrap)

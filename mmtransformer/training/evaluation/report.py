@@ -110,6 +110,8 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
         image = pairs.image(index)
     except ImageError:  # it was captioned from the feature cache, and has gone since
         return None
+    name, asked = predictions[0].name, pairs.captions(index)[0].question
+    prompts = model.prompts([asked]) if model.processor is not None else None
     box = grid_box(image.size, data.transform.size, data.transform.resize)
     said = []
     for p in predictions:
@@ -124,11 +126,13 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
                 score=p.said.log_prob / max(len(p.said.tokens) + 1, 1),
                 facts=claims,
                 words=[word for word, _ in p.said.words],
-                heat=model.heatmap(image, p.said) if p.said.words else None,
+                heat=model.heatmap(image, p.said, prompts) if p.said.words else None,
                 box=box,
             )
         )
-    return Card(image, said, heading=f"{split}: {predictions[0].name}")
+    return Card(
+        image, said, heading=f"{split}: {name}" if asked is None else f"{split}: {name.partition('?')[0]} ? {asked}"
+    )
 
 
 def headline(evaluation: Evaluation) -> str:

@@ -17,7 +17,7 @@ from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_jso
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.pixels import read_pixels
-from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
@@ -214,16 +214,21 @@ class BlipProcessor(Processor):
         Raises:
             ValueError: if there is no question for a model that answers.
         """
-        batch = super().with_prompts(batch, texts)
+        return self._asked(super().with_prompts(batch, texts), texts)
+
+    def complete(self, batch: CaptionBatch) -> CaptionBatch:
+        """Rows of training with their questions, for a model that answers; see `Processor`."""
+        return self._asked(batch, questions_of(batch, len(batch.tokens)))
+
+    def _asked(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         if not self.answers:
             return batch
         if None in texts:
-            raise ValueError("this model answers questions: give one as the prompt")
+            raise ValueError("this model answers questions: give one as the prompt, or data that hold them")
         questions, real = self.tokenizer.pad([self.encode(text) for text in texts if text is not None])
-        device = batch.tokens.device
-        return InstructBatch(
-            **vars(batch), instruction=questions.to(device), instruction_attention_mask=real.to(device)
-        )
+        questions, real = (x.to(batch.tokens.device) for x in (questions, real))
+        values: dict[str, Any] = vars(batch) | {"instruction": questions, "instruction_attention_mask": real}
+        return InstructBatch(**values)
 
 
 def save_blip(

@@ -20,7 +20,7 @@ from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
 from mmtransformer.weights.processors.pixels import read_pixels
-from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.settings import read_ends
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
@@ -276,7 +276,7 @@ class Blip2Processor(Processor):
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
         """Rows of training with what the Q-Former reads; see `Processor`."""
-        return self._instructed(batch, [None] * len(batch.tokens))
+        return self._instructed(batch, questions_of(batch, len(batch.tokens)))
 
     def _instructed(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         if self.encode_instruction is None:

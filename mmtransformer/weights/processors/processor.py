@@ -6,6 +6,7 @@ Shapes: b samples, one row of text each.
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,40 @@ class Processor(ABC):
             loss_mask=torch.zeros_like(attention_mask).to(device),
         )
 
-    def opening(self) -> tuple[list[int] | None, str]:
-        """What a caption stands after in training: the ids of `prompt`, and what is between it and the caption.
+    def opening(self, text: str | None = None) -> tuple[list[int] | None, str]:
+        """What a caption stands after in training: the ids of its prompt, and what is between it and the caption.
 
         The ids are None where they depend on the picture, as where one is cut into tiles.
+
+        Args:
+            text: What was asked of the picture; None = nothing (`prompt`).
         """
-        batch = self.batch_of([self.prepare(new("RGB", shape)) for shape in ((96, 96), (96, 960))])
-        square, wide = (self.prompt_ids(self.prompt, batch, i) for i in range(2))
-        space = "" if self.prompt is None or self.prompt[-1:].isspace() else " "
-        return (square if square == wide and batch.image_mask is None else None), space
+        text = self.prompt if text is None else text
+        square, wide = (self.prompt_ids(text, self._two_shapes, i) for i in range(2))
+        space = "" if text is None or text[-1:].isspace() else " "
+        return (square if square == wide and self._two_shapes.image_mask is None else None), space
+
+    @cached_property
+    def _two_shapes(self) -> CaptionBatch:
+        return self.batch_of([self.prepare(new("RGB", shape)) for shape in ((96, 96), (96, 960))])
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
-        """A batch of training rows with what else the model reads of it; a family may add to it."""
+        """A batch of training rows with what else the model reads of it; a family may add to it.
+
+        Raises:
+            ValueError: if a question is missing that the family needs.
+        """
         return batch
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as one rectangle, padded on the left: ids and which are real, (b q) each."""
         return self.tokenizer.pad(rows, side="left")
+
+
+def questions_of(batch: CaptionBatch, rows: int) -> list[str | None]:
+    """What is asked in each of a batch's rows of data, as many for each sample; None where nothing is."""
+    asked = batch.questions or [None] * len(batch.visual)
+    return [question for question in asked for _ in range(rows // len(asked))]
 
 
 def batch_of_pixels(pixels: Sequence[Tensor]) -> CaptionBatch:
@@ -110,7 +128,8 @@ class Worded:
 
     Attributes:
         processor: makes them.
-        texts: what is said of all pictures, or of each of a batch; None = the family's own prompt.
+        texts: what is said of all pictures, or of each of a batch; None = what the data asks of each, or else the
+            family's own prompt.
     """
 
     processor: Processor
@@ -123,6 +142,9 @@ class Worded:
 
     def __call__(self, batch: CaptionBatch, languages: Sequence[str | None]) -> CaptionBatch:
         """The batch with a prompt a sample; public models know no languages by name."""
-        one = self.texts is None or isinstance(self.texts, str)
-        texts = [self.texts] * len(batch.visual) if one else self.texts
-        return self.processor.with_prompts(batch, texts)  # pyright: ignore[reportArgumentType]
+        texts = self.texts
+        if texts is None:
+            texts = questions_of(batch, len(batch.visual))
+        elif isinstance(texts, str):
+            texts = [texts] * len(batch.visual)
+        return self.processor.with_prompts(batch, texts)

@@ -234,7 +234,7 @@ def test_true_captions_get_all_facts_right(monkeypatch: pytest.MonkeyPatch) -> N
         )
         for row, references in zip(fake, batch.references, strict=True):
             for said, language in zip(row, languages, strict=True):
-                text = next(c.text for c in references if c.language == language)
+                text = next(text for text, code in references if code == language)
                 object.__setattr__(said[0], "text", text)
         return fake
 
