@@ -28,9 +28,11 @@ def test_a_row_is_prompt_caption_and_eos():
     assert batch.pixels.shape == (7, 1, 3, 11, 13)
     assert batch.tokens.shape[0] == 21
     for i in range(7):
-        truth = {c.text for c in batch.references[i]}
+        truth = {text for text, _ in batch.references[i]}
         assert {tok.decode(row.tolist()) for row in batch.tokens[3 * i : 3 * i + 3]} == truth
-        assert batch.references[i] == tuple(FakePairs(53).captions(int(batch.names[i][1:-4])))
+        assert batch.references[i] == tuple(
+            (c.text, c.language) for c in FakePairs(53).captions(int(batch.names[i][1:-4]))
+        )
         expected = TRANSFORM(FakePairs(53).image(int(batch.names[i][1:-4])))
         assert torch.equal(batch.pixels[i, 0], expected)
     for tokens, attention_mask, loss_mask in zip(batch.tokens, batch.attention_mask, batch.loss_mask, strict=True):
