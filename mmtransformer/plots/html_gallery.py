@@ -60,7 +60,8 @@ def save_html_gallery(
         The path.
     """
     body = [f"<h1>{escape(title)}</h1>"]
-    if any(said.heat is not None for card in cards for said in card.captions):
+    heated = any(said.heat is not None for card in cards for said in card.captions)
+    if heated:
         text = "<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it."
         body.append(f'<p class="hint">{text}</p>')
     body += [CONTROLS.replace("WHAT", "captions and names")] if len(cards) > 1 else []
@@ -70,15 +71,16 @@ def save_html_gallery(
         body.append(f'<p class="hint">{line}</p>')
     if metrics:
         body.append(_table(metrics))
-    return write_whole(path, whole_page(title, "\n".join(body)))
+    return write_whole(path, whole_page(title, "\n".join(body), heated=heated))
 
 
-def whole_page(title: str, content: str) -> bytes:
+def whole_page(title: str, content: str, *, heated: bool = False) -> bytes:
     """A page of its own: style, script, the Korean letters that it needs, and a policy that fetches nothing.
 
     Args:
         title: its title, a plain text.
         content: what stands in its body, as HTML; strangers' text in it is escaped (`escape`).
+        heated: whether it has heat maps, whose colours the script then needs.
     """
     css = _korean_face(html.unescape(re.sub(r"<[^>]*>", " ", content))) + CSS.read_text(encoding="utf-8")
     script = SCRIPT.read_text(encoding="utf-8")
@@ -86,7 +88,7 @@ def whole_page(title: str, content: str) -> bytes:
         "default-src 'none'; img-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'"
     )
-    colours = base64.b64encode(palette().tobytes()).decode()
+    colours = f' data-palette="{base64.b64encode(palette().tobytes()).decode()}"' if heated else ""
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -97,7 +99,7 @@ def whole_page(title: str, content: str) -> bytes:
 <style>
 {css}</style>
 </head>
-<body data-palette="{colours}">
+<body{colours}>
 {content}
 <script>{script}</script>
 </body>

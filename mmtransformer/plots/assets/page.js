@@ -3,7 +3,7 @@
 // pointer, tapped, or chosen with the arrow keys lights up its part of the picture.
 document.documentElement.classList.add("js");
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-const palette = bytes(document.body.dataset.palette);
+const palette = bytes(document.body.dataset.palette ?? "");
 
 function paint(canvas, grid, rows, columns) {
   const high = (canvas.height = rows * 12), wide = (canvas.width = columns * 12);
