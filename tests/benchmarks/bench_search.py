@@ -87,8 +87,8 @@ def plain_loop(
 
 def transformers_clip() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor], Tower]:
     """CLIP ViT-B/32's shape, random weights: the peer's pixels and vectors, and ours."""
-    peer = CLIPModel(CLIPConfig(text_config={"num_hidden_layers": 1})).eval()
-    processor = CLIPImageProcessor()
+    peer: Any = CLIPModel(CLIPConfig(text_config={"num_hidden_layers": 1})).eval()
+    processor: Any = CLIPImageProcessor()
 
     def pixels(image: Image.Image) -> Tensor:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -106,11 +106,11 @@ def timm_deit() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Ten
     peer = timm.create_model("deit_tiny_patch16_224", num_classes=0).eval()
     vit: ViT = from_timm(peer)
     config = resolve_model_data_config(peer)
-    transform = create_transform(**config)
+    transform: Any = create_transform(**config)
     cropped = {"resize": "crop", "crop_fraction": config["crop_pct"], "backend": "timm"}
     tower = Tower(vit, lambda pixels: vit.forward_head(vit.forward_features(pixels), pre_logits=True),
                   ImageTransform(224, **cropped, **DEIT_COLOURS))  # fmt: skip
-    return lambda image: transform(image), peer, tower  # pyright: ignore[reportReturnType]
+    return lambda image: transform(image), peer, tower
 
 
 def index_lines(paths: Sequence[Path], args: Any) -> None:
