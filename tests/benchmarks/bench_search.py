@@ -96,7 +96,7 @@ def transformers_clip() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tens
     def encode(batch: Tensor) -> Tensor:
         return peer.visual_projection(peer.vision_model(pixel_values=batch).pooler_output)
 
-    model = clip_from_transformers(peer)
+    model = clip_from_transformers(peer.config.to_dict(), peer.state_dict(), "the peer")
     ours = ImageTransform(224, resize="crop", backend="torchvision", **CLIP_COLOURS)
     return pixels, encode, Tower(model, model.encode_images, ours)
 
@@ -113,10 +113,12 @@ def timm_deit() -> tuple[Callable[[Image.Image], Tensor], Callable[[Tensor], Ten
     return lambda image: transform(image), peer, tower
 
 
-def index_lines(paths: Sequence[Path], args: Any) -> None:
-    for name, make in (("CLIP ViT-B/32, transformers", transformers_clip), ("DeiT-tiny, timm", timm_deit)):
-        if args.only not in name:
-            continue
+TOWERS = {"CLIP ViT-B/32, transformers": transformers_clip, "DeiT-tiny, timm": timm_deit}
+
+
+def index_lines(paths: Sequence[Path], names: Sequence[str], args: Any) -> None:
+    for name in names:
+        make = TOWERS[name]
         pixels, encode, tower = make()
         kept = paths[0].parent / "index.safetensors"
 
@@ -158,8 +160,10 @@ if __name__ == "__main__":
         if at >= 0:
             del sys.argv[at : at + 2]
     arguments = start(str(__doc__).partition("\n")[0])
-    if arguments.only in "100,000 query":
+    if arguments.only in "query":
         query_line(arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        if arguments.only not in "query":
-            index_lines(photographs(Path(temporary), own["--photos"], int(own["--count"])), arguments)
+    asked = [name for name in TOWERS if arguments.only in name]
+    if asked:
+        with tempfile.TemporaryDirectory() as temporary:
+            made = photographs(Path(temporary), own["--photos"], int(own["--count"]))
+            index_lines(made, asked, arguments)
