@@ -152,6 +152,19 @@ def test_a_beam_goes_on_with_the_likeliest_of_all_beams_and_tokens(size: int, vo
         assert torch.equal(beams.ids[..., 0], token)
 
 
+def test_a_row_is_done_when_even_its_best_running_text_cannot_come_in() -> None:
+    """Not when the worst of the running ones cannot: the best may still put an ended text out."""
+    for ended, done in (([-2.0, -2.5], False), ([-0.5, -2.5], False), ([-0.5, -1.5], False), ([-0.5, -1.0], True)):
+        beams = Beams(1, 2, GenerationConfig(max_new_tokens=9, length_penalty=0.0), torch.tensor([0]))
+        beams.running = torch.tensor([[-1.0, -9.0]])
+        beams.ended_scores = torch.tensor([ended])
+        scores = torch.full((1, 2, 7), -30.0)
+        scores[..., 3] = -0.25  # so the best goes on with -1.25, the worst with -9.25
+        beams.advance(scores, scores, 1)
+        assert beams.running[0].tolist() == [-1.25, -9.25]
+        assert beams.done.item() is done
+
+
 def test_groups_begin_with_different_words() -> None:
     model, given = captioner(), batch()
     found = generate(

@@ -58,6 +58,14 @@ def test_rotary_depends_on_the_distance_only() -> None:
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.3, "mscale": 0.7, "mscale_all_dim": 1.3,
+         "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 40.0, "beta_slow": 0.001,
+         "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.3, "truncate": False,
+         "original_max_position_embeddings": 64},
+        {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.7},
     ],
     ids=str,
 )  # fmt: skip
@@ -90,6 +98,15 @@ LONGROPE = {
     "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
     "short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0],
 }  # fmt: skip
+
+
+def test_longrope_takes_the_long_rates_from_the_first_token_behind_the_trained_length() -> None:
+    rotary = Rotary(6, scaling=LONGROPE)
+    gain = math.sqrt(1 + math.log(4) / math.log(16))
+    for length, factors in ((15, "short_factor"), (16, "short_factor"), (17, "long_factor"), (18, "long_factor")):
+        rates = 1 / (torch.tensor(LONGROPE[factors]) * 10_000.0 ** (torch.arange(3) / 3))
+        angles = torch.arange(length)[:, None] * rates
+        torch.testing.assert_close(rotary(torch.arange(length)).cos[:, :3], angles.cos() * gain)
 
 
 def test_longrope_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:

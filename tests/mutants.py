@@ -1,0 +1,350 @@
+"""Do the tests bite? Small faults are put into the core, one at a time, and the related tests are run: by hand.
+
+    python tests/mutants.py [--only WORD ...] [--jobs N]
+
+Each fault (a mutant) is a text of a file and what takes its place, in a copy of the tree; this one is never touched. A
+mutant that the tests pass over has survived: it gets a test, or its place below with the reason why it changes nothing
+that can be seen. `tests/test_mutants.py` only looks whether every text still stands where it is looked for.
+
+Result: RESULT
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 600.0
+"""Seconds after which tests count as failed: a mutant may have no end."""
+
+
+class Mutant(NamedTuple):
+    """One small fault.
+
+    Attributes:
+        file: below `mmtransformer/`.
+        old: what stands there, once.
+        new: what takes its place.
+        tests: below `tests/`, what should fail.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+# Per file: the tests of its area, and the faults. "Named" are those that lived through a review of the tests.
+# fmt: off
+_TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "layers/attention.py": ("layers/test_attention.py layers/test_record.py backbones/test_decoder.py", [
+        ("rope.rotate(q), KeyValue(rope.rotate(kv.k), kv.v)",
+         "rope.rotate(q), KeyValue(rope.rotate(kv.k), rope.rotate(kv.v))"),
+        ("return KeyValue(split_heads(k, self.num_kv_heads, self.k_norm)",
+         "return KeyValue(split_heads(k, self.num_kv_heads)"),
+        ("kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm)",
+         "kv = KeyValue(split_heads(k, self.num_kv_heads)"),
+        ("self.dropout if self.training else 0.0", "self.dropout"),
+        ("out.transpose(1, 2).flatten(2)", "out.flatten(1, 2).unflatten(1, (out.shape[2], -1)).flatten(2)"),
+        ("mask = None if q.shape[2] == 1 else mask", "mask = None if q.shape[2] <= 2 else mask"),
+    ]),
+    "layers/kernels.py": (
+        "layers/test_attention.py layers/test_record.py weights/captioners/test_weights_paligemma.py", [
+        ("causal = isinstance(mask, str) and q.shape[2] == k.shape[2]", "causal = isinstance(mask, str)"),
+        ("return weights * allowed.any(-1, keepdim=True)", "return weights"),
+        ("softmax((q * c**-0.5 @ k", "softmax((q * c**-0.4 @ k"),
+        ("scores if softcap is None else softcap * torch.tanh(scores / softcap)", "scores"),
+        ("q.float() * q.shape[-1] ** -0.5, k.float()", "q * q.shape[-1] ** -0.5, k"),
+        ("dropout_p=dropout, is_causal=causal", "dropout_p=0.0, is_causal=causal"),
+    ]),
+    "layers/masks.py": ("layers/test_masks.py layers/test_attention.py", [
+        ("lambda b, q, k: q + offset >= k", "lambda b, q, k: q + offset > k"),
+        ("(k < lengths[b]) |", "(k <= lengths[b]) |"),
+        ("inside[b, q] & inside[b, k]", "inside[b, q] | inside[b, k]"),
+        (".abs() < size", ".abs() <= size"),
+        ("is_global[b, q] | is_global[b, k]", "is_global[b, q] & is_global[b, k]"),
+        ("(seen > 0) &", "(seen >= 0) &"),
+        ("(seen <= asked)", "(seen < asked)"),
+        (".tril(k - q)", ".tril()"),
+        ("attention_mask[b, k]\n", "attention_mask[b, q]\n"),
+        ("ids[b, q] == ids[b, k]", "ids[b, q] >= ids[b, k]"),
+    ]),
+    "layers/cache.py": ("layers/test_attention.py generation/test_cuda_graph.py generation/test_generate.py", [
+        ("if end > self.max_len:", "if end > self.max_len + 1:"),
+        ("else self.length\n        for x, kept", "else self.length - 1\n        for x, kept"),
+        ("x[:, :, self.length :] = 0", "pass"),
+        ("self.v.index_select(0, rows)", "self.v[: len(rows)]"),
+        ("v.narrow(2, self.length, count).copy_(new.v)", "v.narrow(2, self.length, count).copy_(new.k)"),
+    ]),
+    "layers/positions.py": ("layers/test_positions.py", [
+        ("ends = [math.floor(ends[0]), math.ceil(ends[1])]",
+         "ends = [math.ceil(ends[0]), math.floor(ends[1])]"),  # named
+        (">= self.old_len", "> self.old_len"),  # named
+        ("(turns - low) / (high - low)", "(turns - low) / high"),
+        ("torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)"),
+        ("document_ids[:, 1:] != document_ids[:, :-1]", "document_ids[:, 1:] > document_ids[:, :-1]"),
+        ("antialias=True", "antialias=False"),
+        ("0.1 * scale * math.log", "0.2 * scale * math.log"),
+        ("math.sqrt(1 + math.log(factor) / math.log(old))", "1 + math.log(factor) / math.log(old)"),
+        ("max(ends[0], 0), min(ends[1], head_dim - 1)", "ends[0], ends[1]"),
+        ("return rates / factor, 1.0, None", "return rates, 1.0, None"),
+        ("scaling.get(\"partial_rotary_factor\", 1.0)", "1.0"),
+    ]),
+    "layers/lora.py": ("layers/test_lora.py", [
+        ("lora_alpha=alpha", "lora_alpha=2 * alpha"),  # named
+        ("layer.merge()", "layer.eval()"),
+        ("lora_dropout=dropout", "lora_dropout=0.0"),
+    ]),
+    "layers/blocks.py": ("layers/test_blocks.py", [
+        ("kept / (1 - self.rate)", "kept"),
+        ("torch.sigmoid(1.702 * x)", "torch.sigmoid(1.7 * x)"),
+        ("self.mlp_gate.tanh() *", "self.mlp_gate *"),
+        ("1 + self.weight.to(exact)", "self.weight.to(exact)"),
+    ]),
+    "losses/next_token.py": ("captioners/test_captioner.py captioners/test_contract.py", [
+        ("chosen = tokens[:, 1:][places]", "chosen = tokens[:, :-1][places]"),
+        ("label_smoothing=label_smoothing)", "label_smoothing=0.0)"),
+        ("loss_mask[:, 1:].nonzero", "loss_mask[:, :-1].nonzero"),
+    ]),
+    "losses/contrastive.py": ("losses", [
+        ("return (to_texts + to_images) / 2", "return to_texts"),
+        ("all_gather_rows(texts, grad=gather_grad)).amax(-1)", "all_gather_rows(texts, grad=gather_grad)).mean(-1)"),
+        ("same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)", "same.to(log_probs.dtype)"),
+        ("targets * (1 - smoothing) + smoothing * real", "targets + smoothing * real"),
+        ("max=4.605170185988092", "max=5.0"),
+        (".masked_fill(~counted, -1)", ".masked_fill(~counted, 0)"),
+        ("(losses * asked).sum(), asked.sum()", "losses.sum(), asked.sum()"),
+        ("(losses * counted).sum(), counted.sum()", "losses.sum(), counted.sum()"),
+    ]),
+    "losses/hard_negatives.py": ("losses", [
+        (" & (candidates >= 0)", ""),
+        ("- (-noise.log()).log()", "+ (-noise.log()).log()"),
+        ("all_gather_rows(keys), seed + 1)", "all_gather_rows(keys), seed)"),
+        ("(ids[:, None] != candidates)", "(ids[:, None] >= 0)"),
+    ]),
+    "generation/beam_search.py": ("generation/test_generate.py generation/test_search.py", [
+        ("self.running[:, :1] / self.lengths[step])", "self.running[:, -1:] / self.lengths[step])"),  # named
+        ("complete[:, size:] = False", "complete[:, 2 * size :] = False"),
+        ("width = min((1 + len(self.eos_ids)) * size,", "width = min(2 * size,"),
+        ("((offset + t + 1) / (offset + unit))", "((offset + t + 2) / (offset + unit))"),
+        ("own - self.config.diversity_penalty", "own + self.config.diversity_penalty"),
+        ("self.running[:, 0] = 0.0", "self.running[:] = 0.0"),
+        ("scores.masked_fill(self.done, IMPOSSIBLE)", "scores"),
+        ("torch.cat((self.ended_log_probs, log_probs), 1).gather(1, places)",
+         "torch.cat((self.ended_log_probs, log_probs), 1)[:, : self.size]"),
+        ("key=lambda text: -text[0]", "key=lambda text: 0"),
+    ]),
+    "generation/constrained.py": ("generation/test_search.py generation/test_generate.py", [
+        ("((missing == 0) | stuck)", "(missing == 0)"),
+        ("self.just_met & self.extends", "self.just_met & ~self.extends"),
+        ("total + 1e-3 * IMPOSSIBLE * missing", "total"),
+    ]),
+    "generation/logits_processors.py": ("generation/test_generate.py", [
+        (".all(-1) & whole", ".all(-1)"),  # named
+        ("torch.where(scores < 0, scores * penalty, scores / penalty)", "scores / penalty"),
+        ("if ids.shape[1] < least else scores", "if ids.shape[1] <= least else scores"),
+        ("if ids.shape[1] < size:", "if ids.shape[1] <= size:"),
+        ("scores < scores.topk(k", "scores <= scores.topk(k"),
+        ("before >= p)", "before + ordered.softmax(1) >= p)"),
+        (".masked_fill(~where, vocab)", ".masked_fill(~where, 0)"),
+        (".masked_fill(stuck, 0.0)", ".masked_fill(stuck, BANNED)"),
+    ]),
+    "generation/guidance.py": ("generation/test_search.py", [
+        ("blank.float().log_softmax(1).lerp(seen.float().log_softmax(1), self.scale)",
+         "seen.float().log_softmax(1).lerp(blank.float().log_softmax(1), self.scale)"),  # named
+        ("self.blank.reorder(rows)", "self.blank.reorder(torch.arange(len(rows)))"),
+        ("torch.zeros_like(batch.pixels)", "torch.ones_like(batch.pixels)"),
+    ]),
+    "generation/sampling.py": ("generation/test_generate.py generation/test_search.py", [
+        ("scores / self.config.temperature", "scores * self.config.temperature"),
+        ("tokens = tokens.masked_fill(self.done, self.eos_ids[0])", "pass"),
+        ("[config.seed, key, number]", "[config.seed, key, 0]"),
+        ("logits.log_softmax(1).gather", "scores.log_softmax(1).gather"),
+        ("self.done | torch.isin", "torch.isin"),
+        ("samples[i // share]", "samples[i % len(samples)]"),
+        ("zlib.crc32(ids[real]", "zlib.crc32(ids"),
+        ("for processor in self.processors:", "for processor in self.processors[1:]:"),
+    ]),
+    "generation/loop.py": ("generation/test_generate.py generation/test_search.py", [
+        ("if prompt + new > model.max_len:", "if prompt + new > model.max_len + 1:"),
+        ("state.reorder(rows)", "pass"),
+        ("if config.guidance_scale != 1.0:", "if config.guidance_scale > 1.0:"),
+    ]),
+    "data/loading/sampler.py": ("data/loading/test_sampler.py", [
+        ("hash64(self.seed, epoch, np.arange(self.num_samples))",
+         "hash64(self.seed, 0, np.arange(self.num_samples))"),  # named
+        ("hash64(self.seed, epoch, np.arange(full), 1)", "hash64(self.seed, 0, np.arange(full), 1)"),
+        ("step[self.rank :: self.world]", "step[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]"),
+        ("[SampleIndex(*step[0], is_real=False)]", "[SampleIndex(*step[0])]"),
+        ("min(position + sampler.step,", "min(position + sampler.batch_size,"),
+        ("block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block", "block = self.block"),
+        ("first, self.start = self.start, 0", "first = self.start"),
+        ("if epoch != self.epoch:", "if True:"),
+        ("order[i : i + size] for i", "order[i : i + size + 1] for i"),
+        ("% self.step if self.drop_last else 0", "% self.batch_size if self.drop_last else 0"),
+    ]),
+    "data/loading/epoch_mixture.py": ("data/test_mixture.py", [
+        ("np.arange(epoch * quota, (epoch + 1) * quota)", "np.arange(quota)"),
+        ("np.arange(size), part, 6)", "np.arange(size), 0, 6)"),
+        ("(shares[k] - exact[k], k)", "(k, k)"),
+    ]),
+    "data/loading/dataset.py": ("data/test_caption_data.py", [
+        ("(place >= np.array([row.prompt", "(place > np.array([row.prompt"),
+        ("loss_mask &= np.array([row.is_real", "np.array([row.is_real"),
+        ("is_real = is_real and at == index", "pass"),
+    ]),
+    "data/loading/rows.py": ("data/test_caption_data.py", [
+        ("keys = hash64(seed, epoch // turns, index[:, None], place, 2)",
+         "keys = hash64(seed, 0, index[:, None], place, 2)"),
+        ("(epoch % turns * rows + np.arange(rows)) % count", "np.arange(rows) % count"),
+        ("row(first + chosen[0], is_real=False)", "row(first + chosen[0])"),
+    ]),
+    "training/engine/ema.py": ("training/engine/test_ema.py training/engine/test_resume.py", [
+        ("(1 + self.count) / (10 + self.count)", "(1 + self.count) / (11 + self.count)"),  # named
+        ('return {"count": self.count,', 'return {"count": 0,'),
+        ("if trainer.global_step != self._step:", "if True:"),
+        ("self.count += 1", "self.count += 2"),
+    ]),
+    "training/engine/optim.py": ("training/engine/test_optim.py training/tasks/test_translation.py", [
+        ("fallback_lr_scale=0.5", "fallback_lr_scale=1.0"),  # named
+        ("if p.ndim <= 1}", "if p.ndim < 1}"),
+        ("nesterov=True", "nesterov=False"),
+        ('inner = "blocks." in name and parameter.ndim == 2', "inner = parameter.ndim == 2"),
+        ("(step - warmup) / max(total_steps - warmup, 1)", "step / max(total_steps, 1)"),
+        ("return (step + 1) / warmup\n", "return step / warmup\n"),
+        ("(warmup_steps / (step + 1)) ** 0.5", "warmup_steps / (step + 1)"),
+        ("return (dim * warmup_steps) ** -0.5", "return dim**-0.5 * warmup_steps**-1.5"),
+    ]),
+    "training/engine/task.py": (
+        "training/engine/test_guards.py training/engine/test_resume.py training/engine/test_distributed.py", [
+        ('self.skipped = seen.get("skipped", 0)', "pass"),  # named
+        ("self.trainer.accumulate_grad_batches * self.trainer.world_size / parts.count", "1 / parts.count"),
+        ("min(1.0, gradient_clip_val / (norm + 1e-6))", "gradient_clip_val / (norm + 1e-6)"),
+        ('self._seed, self.validation_means = checkpoint.get("seed")', "self._seed, self.validation_means = None"),
+        ("seed_step(self._seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)",
+         "seed_step(self._seed, self.trainer.global_step, self.global_rank)"),
+        ("self._in_a_row = 0\n        # Lightning", "# Lightning"),
+        ("if self.global_rank == 0 else (0, 0)", "if True else (0, 0)"),
+    ]),
+    "training/engine/accumulators.py": ("training/engine/test_accumulators.py training/engine/test_distributed.py", [
+        ("mean.exp()", "torch.tensor(value).exp()"),  # named
+        ("zip(named, counts, strict=True) if tokens)", "zip(named, counts, strict=True))"),
+        ("losses, counts = rest[: mine.numel() : 3], rest[2 : mine.numel() : 3]",
+         "losses, counts = rest[: mine.numel() : 3], rest[1 : mine.numel() : 3]"),
+    ]),
+    "training/engine/resume.py": ("training/engine/test_resume.py", [
+        ("hash64(seed, step, rank, 5)", "hash64(seed, 0, rank, 5)"),
+        ("if name in hashes and hashes[name] != expected[name]]", "if name not in hashes]"),
+        ("if v != optim.get(k)]", "if v is None]"),
+    ]),
+    "metrics/bleu.py": ("metrics/test_metrics.py", [
+        ("min((abs(len(reference) - length), len(reference)) for", "min((len(reference), len(reference)) for"),
+        ("if gram in mine and times > best.get(gram, 0):", "if gram in mine:"),
+        ("1.0 - 1.0 / ratio", "1.0 - ratio"),
+        ("np.cumprod(", "np.cumsum("),
+    ]),
+    "metrics/cider.py": ("metrics/test_metrics.py", [
+        ("_SIGMA = 6.0", "_SIGMA = 5.0"),
+        ("min(mine[gram], value) * value", "mine[gram] * value"),
+        ("if n == 2:", "if n == 1:"),
+        ("frequency.update(set().union(*refs))", "frequency.update([g for ref in refs for g in ref])"),
+    ]),
+    "metrics/rouge.py": ("metrics/test_metrics.py", [
+        ("_BETA2 = 1.2**2", "_BETA2 = 1.2"),
+        ("recall = max(recall, common / len(reference))", "recall = common / len(reference)"),
+    ]),
+    "metrics/retrieval.py": ("metrics/test_metrics.py", [
+        ("(similarity >= best[:, None]) & ~mine", "(similarity > best[:, None]) & ~mine"),
+        ("(similarity >= right[None, :])", "(similarity > right[None, :])"),
+    ]),
+    "metrics/bootstrap.py": ("metrics/test_metrics.py", [
+        ("tail = (1 - confidence) / 2\n    low, high = np.quantile(scores",
+         "tail = 1 - confidence\n    low, high = np.quantile(scores"),
+        ("p_values = (1 + extreme) / (1 + resamples)", "p_values = extreme / resamples"),
+        ("combine(second.sum(0)) - combine(first.sum(0))", "combine(first.sum(0)) - combine(second.sum(0))"),
+    ]),
+    "metrics/ngram.py": ("metrics/test_ngram.py", [
+        ("y = n1 / (n1 + 2 * n2)", "y = n1 / (n1 + n2)"),
+        ("np.where(place > k, np.concatenate", "np.where(place >= k, np.concatenate"),
+    ]),
+    "training/evaluation/text_scores.py": ("training/tasks/test_language_modelling.py", [
+        ("math.exp(self.nats / max(self.tokens, 1))", "math.exp(self.nats / max(self.words, 1))"),
+        ("self.nats / math.log(2) / max(self.bytes, 1)", "self.nats / max(self.bytes, 1)"),
+    ]),
+}
+# fmt: on
+
+EQUIVALENT: dict[str, str] = {}
+"""What changes nothing that can be seen: the new text -> why."""
+
+MUTANTS = [Mutant(file, old, new, tests) for file, (tests, changes) in _TABLE.items() for old, new in changes]
+
+
+def lives(mutant: Mutant, tree: Path) -> tuple[bool, str]:
+    """Whether the tests pass with a fault put into a copy of the tree, and their last line."""
+    path = tree / "mmtransformer" / mutant.file
+    whole = path.read_text("utf-8")
+    path.write_text(whole.replace(mutant.old, mutant.new, 1), "utf-8")
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    words += [f"tests/{name}" for name in mutant.tests.split()]
+    try:
+        done = subprocess.run(
+            words, cwd=tree, env=environment, capture_output=True, text=True, timeout=LONGEST, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end in {LONGEST:g} s"
+    finally:
+        path.write_text(whole, "utf-8")
+    if done.returncode not in (0, 1):  # 1 = tests failed
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or [""]
+    return done.returncode == 0, lines[0][:150]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[], help="words of the file or the new text")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if not args.only or any(word in f"{m.file} {m.new}" for word in args.only)]
+    began, alive = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [Path(folder) / str(number) for number in range(args.jobs)]
+        for tree in trees:
+            shutil.copytree(
+                ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs", ".*cache")
+            )
+        free = list(trees)
+
+        def run(mutant: Mutant) -> None:
+            tree = free.pop()
+            try:
+                survived, line = lives(mutant, tree)
+            finally:
+                free.append(tree)
+            if survived:
+                alive.append(mutant)
+            print(f"{'SURVIVED' if survived else 'killed  '} {mutant.file}: {mutant.new!r} {line}", flush=True)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run, chosen))
+    minutes = (time.monotonic() - began) / 60
+    bad = [mutant for mutant in alive if mutant.new not in EQUIVALENT]
+    print(
+        f"{len(chosen)} mutants in {minutes:.0f} min: {len(alive)} survived, of them {len(alive) - len(bad)} equivalent"
+    )
+    for mutant in bad:
+        print(f"  {mutant.file}: {mutant.old!r} -> {mutant.new!r} passes {mutant.tests}")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
