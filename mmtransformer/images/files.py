@@ -13,7 +13,7 @@ Pillow's global settings are neither changed nor needed, so threads may load sid
 import io
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,9 @@ from PIL import (
     ExifTags,
     GifImagePlugin,
     Image,
+    ImageChops,
     ImageFile,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -32,10 +34,10 @@ from PIL import (
     features,
 )
 
-from mmtransformer.images import damage
+from mmtransformer.images import bombs, damage, tiff
 
 Source = str | Path | bytes | BinaryIO | Image.Image
-_MAX_PIXELS = 100_000_000
+_MAX_PIXELS = 64_000_000
 
 _OPENERS: dict[str, Callable[..., ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,  # also for the first picture of an MPO, which starts as a JPEG
@@ -52,6 +54,9 @@ if "avif" in features.modules and features.check("avif"):
 
     _OPENERS["AVIF"] = AvifImagePlugin.AvifImageFile
 
+_BAND = 1 << 20  # pixels that are worked on at a time
+if features.check("jpg_2000"):
+    _OPENERS["JPEG 2000"] = Jpeg2KImagePlugin.Jpeg2KImageFile
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,15 +79,18 @@ def load(
     max_pixels: int = _MAX_PIXELS,
     at_least: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Reads one picture as RGB: JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, AVIF where Pillow has it, HEIC with pillow-heif.
+    """Reads one picture as RGB: JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, AVIF, JPEG 2000, and HEIC with pillow-heif.
 
-    The format is told by the content, not by the name. Of an animation it is the first frame.
+    The format is told by the content, not by the name; AVIF and JPEG 2000 need a Pillow that has them. Of an animation
+    it is the first frame, of a TIFF the largest page (the first of several), as thumbnails may stand before it.
 
     Args:
         source: A path, the bytes of a file, an open binary file, or a Pillow picture of any mode.
         name: What errors call the picture; the path if not given.
-        max_pixels: Larger pictures are refused before they are decoded. 100 million pixels take 300 MB; a
-            few kilobytes of a "decompression bomb" can hold billions.
+        max_pixels: The most that are decoded, 64 megapixels unless told, which take up to 1.2 GB of memory meanwhile
+            (at most 18 bytes each, beside the file's own); larger pictures are refused before they are decoded. A JPEG
+            may have four times as many: it is decoded at half its sides, still far above what models see. A JPEG 2000
+            may have half as many. A few kilobytes of a "decompression bomb" can hold billions.
         at_least: Height and width, px, of the upright picture that suffice. A JPEG is then decoded at a half, a
             quarter or an eighth of its size, where that is no smaller, in a fraction of the time: JPEG keeps blocks of
             8 x 8 as frequencies, and the high ones are left out. None decodes all; other formats always do.
@@ -100,16 +108,23 @@ def load(
         raise ImageError(f"{name}: {_what_it_is(data, kind)}; give one of {', '.join(_OPENERS)}")
 
     def decode() -> Image.Image:
+        start = bombs.check_jpeg(data, max_pixels) if kind == "JPEG" else 0
+        if kind == "TIFF":
+            bombs.check_tiles(max((page.parts for page in tiff.pages(data)), default=0))
+        if check := {"GIF": bombs.check_gif, "PPM": bombs.check_ppm, "BMP": bombs.check_bmp}.get(kind):
+            check(data)
         coded = damage.without_texts(data) if kind == "PNG" else data
         image = opener(io.BytesIO(coded), "")  # reads the header only
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            _check_tags(image, name)
-            damage.check_tiff(data, image)
-        result = _finished(image, name, max_pixels, at_least, own=True)
+            _check_tiff(image, data, name, max_pixels)
+        # A JPEG may be decoded at half its sides; a JPEG 2000 is in numbers of 32 bits.
+        _check_size(image, name, int({"JPEG": 4, "JPEG 2000": 0.5}.get(kind, 1) * max_pixels))
+        damage.scale_down(image, at_least, max_pixels)
+        result = _finished(image, name, max_pixels, own=True)
         if kind == "PNG":
             damage.check_png(data, image)
         if kind == "JPEG":
-            damage.check_jpeg(data, image, at_least)
+            damage.check_jpeg(data, image, start, at_least, max_pixels)
         if kind == "WEBP":
             damage.check_webp(data)
         if kind == "AVIF":
@@ -143,6 +158,8 @@ def _decoded(name: str, decode: Callable[[], Image.Image], kind: str = "picture"
         return decode()
     except ImageError:
         raise
+    except bombs.Bomb as error:
+        raise ImageError(f"{name}: {error}; save it anew") from error
     except MemoryError as error:
         raise ImageError(f"{name}: not enough memory to decode this {kind}; make it smaller") from error
     except Exception as error:  # damaged files bring out OSError, SyntaxError, struct.error, zlib.error, ...
@@ -218,6 +235,8 @@ def _kind(head: bytes) -> str:
         if head[8:12] in (b"avif", b"avis") or b"avif" in head[16:64]:
             return "AVIF"
         return "HEIC" if head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") else ""
+    if head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return "JPEG 2000"
     if head.startswith(b"BM"):
         return "BMP"
     return ""
@@ -244,7 +263,6 @@ def _what_it_is(data: bytes, kind: str) -> str:
         b"8bps": "a Photoshop file",
         b"\xff\x0a": "a JPEG XL picture",
         b"\0\0\0\x0cjxl": "a JPEG XL picture",
-        b"\0\0\0\x0cjp": "a JPEG 2000 picture",
     }
     for sign, what in signs.items():
         if head.startswith(sign):
@@ -254,28 +272,16 @@ def _what_it_is(data: bytes, kind: str) -> str:
     return f"not a picture (it starts with {data[:8]!r})"
 
 
-def _finished(
-    image: Image.Image, name: str, max_pixels: int, at_least: tuple[float, float] | None = None, *, own: bool = False
-) -> Image.Image:
+def _finished(image: Image.Image, name: str, max_pixels: int, *, own: bool = False) -> Image.Image:
     """Decodes a picture that is not too large, turns it upright and makes it a plain RGB picture.
 
     Args:
         image: The picture, of which a file's header is read.
         name: What errors call it.
         max_pixels: The most that it may have.
-        at_least: See `load`.
         own: Whether nobody else has the picture, so that its pixels need not be copied.
     """
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name}: {width} x {height} = {width * height:,} pixels are more than {max_pixels:,}; "
-            f"make it smaller, or raise max_pixels if you trust it"
-        )
-    if width * height == 0:
-        raise ImageError(f"{name}: {width} x {height} pixels, an empty picture; leave it out")
-    if at_least is not None:
-        damage.scale_down(image, at_least)
+    _check_size(image, name, max_pixels)
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -284,7 +290,9 @@ def _finished(
     frame = image.dispose_extent if isinstance(image, GifImagePlugin.GifImageFile) else None
     upright = image if turn is None else image.transpose(turn)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        result = _grey_to_rgb(upright, name, _white_is_zero(image), _is_unsigned(image))
+        result = _grey_to_rgb(upright, name, tiff.white_is_zero(image), tiff.is_unsigned(image), tiff.top_of(image))
+    elif image.mode == "CMYK" and isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info:
+        result = _to_rgb(ImageChops.invert(upright), name)  # Adobe's are inverted, and Pillow takes all for theirs
     else:
         result = _to_rgb(upright, name)
     if frame not in (None, (0, 0, *image.size)):  # nothing was drawn around the frame
@@ -297,32 +305,39 @@ def _finished(
     return result
 
 
-def _white_is_zero(image: Image.Image) -> bool:
-    """Whether a TIFF's grey of more than 8 bits is written the other way round, which Pillow leaves as it is."""
-    return (
-        isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(262) == 0 and image.mode not in ("1", "L")
-    )
-
-
-def _is_unsigned(image: Image.Image) -> bool:
-    """Whether 32-bit whole numbers are unsigned, which Pillow reads as signed."""
-    return (
-        isinstance(image, TiffImagePlugin.TiffImageFile)
-        and image.mode == "I"
-        and image.tag_v2.get(339, (1,))[0] == 1
-        and image.tag_v2.get(258, (1,))[0] == 32
-    )
-
-
-def _check_tags(image: TiffImagePlugin.TiffImageFile, name: str) -> None:
-    """Refuses what Pillow takes and reads wrongly."""
-    bits = image.tag_v2.get(258, (1,))
-    if bits[0] == 8 and image.tag_v2.get(339, (1,))[0] == 2:
-        raise ImageError(f"{name}: a TIFF of signed bytes; save it with unsigned ones")
-    if len(bits) > 1 and max(bits) > 8 and image.tag_v2.get(284) == 2:
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Refuses a picture that is too large, or empty."""
+    width, height = image.size
+    if width * height > max_pixels:
         raise ImageError(
-            f"{name}: a TIFF of {max(bits)} bits with each colour apart; save it with 8 bits or with colours together"
+            f"{name}: {width} x {height} = {width * height:,} pixels are more than {max_pixels:,}; "
+            f"make it smaller, or raise max_pixels if you trust it"
         )
+    if width * height == 0:
+        raise ImageError(f"{name}: {width} x {height} pixels, an empty picture; leave it out")
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, data: bytes, name: str, max_pixels: int) -> None:
+    """Goes to the page that is the picture, and refuses what would cost too much or come out wrong."""
+    found = tiff.pages(data)
+    try:
+        if page := tiff.largest(found):
+            image.seek(page)
+        tiff.check_tags(image)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from error
+    parts = tiff.parts(image, data)
+    if image.tag_v2.get(259) in (6, 7):
+        coded = [data[start : start + size] for start, size in parts]
+        bombs.check_tiff_jpeg(coded, image.width * image.height, max_pixels)
+    damage.check_tiff(data, image, parts)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Parts of a picture of about a megapixel: their boxes, left, top, right, bottom."""
+    step = max(1, _BAND // image.width)
+    for top in range(0, image.height, step):
+        yield 0, top, image.width, min(top + step, image.height)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -335,40 +350,48 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     # P, PA, LA, La, RGBa, RGBA, and 1, L, RGB with one colour that is transparent
     if image.mode == "P" and "transparency" not in image.info:
         return image.convert("RGB")
-    image = image.convert("RGBA")
-    paper = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(paper, image).convert("RGB")
+    result = Image.new("RGB", image.size)
+    for box in _bands(image):
+        part = image.crop(box).convert("RGBA")
+        paper = Image.new("RGBA", part.size, "white")
+        result.paste(Image.alpha_composite(paper, part).convert("RGB"), box)
+    return result
 
 
-def _grey_to_rgb(image: Image.Image, name: str, white_is_zero: bool, unsigned: bool) -> Image.Image:
-    """Scales grey of more than 8 bits to 8, by one rule; Pillow's own conversion clips it to white.
+def _grey_to_rgb(image: Image.Image, name: str, white_is_zero: bool, unsigned: bool, top: int) -> Image.Image:
+    """Scales grey of more than 8 bits to 8, by one rule (docs/own-data.md); Pillow's own conversion clips it to white.
 
-    16 bits mean 0 to 65535, also where only 12 of them are used. 32-bit numbers mean the smallest of 0 to 1 (floats),
-    0 to 255 and 0 to 65535 that holds them; floats that are not whole numbers mean 0 to 1. What fits none of these
-    (negative or larger values) goes from its darkest to its brightest value.
+    16 bits mean 0 to 65535, also where only 12 of them are used, and 0 to 32767 where they are signed; a TIFF of 12
+    bits means 0 to 4095. 32-bit numbers mean the smallest of 0 to 1 (floats), 0 to 255 and 0 to 65535 that holds them;
+    floats that are not whole numbers mean 0 to 1. What fits none of these (negative or larger values) goes from its
+    darkest to its brightest value.
     """
-    values = np.asarray(image)
-    if unsigned:
-        values = values.view(np.uint32)
-    values = values.astype(np.float32 if values.itemsize < 4 or image.mode == "F" else np.float64)
-    if not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).sum())
+
+    def numbers(box: tuple[int, int, int, int]) -> np.ndarray:
+        values = np.asarray(image.crop(box))
+        if unsigned:
+            values = values.view(np.uint32)
+        return values.astype(np.float32 if values.itemsize < 4 or image.mode == "F" else np.float64)
+
+    low, high, bad, whole = np.inf, -np.inf, 0, True
+    for box in _bands(image):
+        values = numbers(box)
+        bad += int((~np.isfinite(values)).sum())
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        whole = whole and bool((values == np.rint(values)).all())
+    if bad:
         raise ImageError(f"{name}: {bad:,} pixels are not finite numbers; repair it and save it as 8-bit")
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow gives a PPM of 16 bits as one of 32
-        top = 65535  # whatever is used of it: a dark picture stays dark
-    elif image.mode == "F" and not (values == np.rint(values)).all():
+    if not top and image.mode == "F" and not whole:
         top = 1 if high <= 1 else 0
-    else:  # 32 bits say nothing of the range
+    elif not top:  # 32 bits say nothing of the range
         top = next((top for top in (1, 255, 65535) if high <= top and (top > 1 or image.mode == "F")), 0)
-    if top and low >= 0:
-        grey = values * (255 / top)
-    else:
-        grey = (values - low) * (255 / max(high - low, 1e-30))
-    if white_is_zero:
-        grey = 255 - grey
-    image_8 = np.rint(grey).clip(0, 255).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        image_8[values == transparent] = 255
-    return Image.fromarray(image_8).convert("RGB")
+    result = Image.new("RGB", image.size)
+    for box in _bands(image):
+        values = numbers(box)
+        grey = values * (255 / top) if top and low >= 0 else (values - low) * (255 / max(high - low, 1e-30))
+        image_8 = np.rint(255 - grey if white_is_zero else grey).clip(0, 255).astype(np.uint8)
+        if isinstance(transparent, int):
+            image_8[values == transparent] = 255
+        result.paste(Image.fromarray(image_8).convert("RGB"), box)
+    return result

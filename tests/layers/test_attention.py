@@ -153,6 +153,17 @@ def test_a_projected_context_is_the_context() -> None:
     assert kv.k.shape == (3, 2, 7, 4)
     assert torch.equal(layer(x, kv), layer(x, context))
     torch.testing.assert_close(layer(x, context), layer(x, context.repeat_interleave(2, 0)), atol=1e-6, rtol=1e-5)
+    # The norm of queries and keys, written out; of a context and of the tokens themselves.
+    alone = Attention(24, 6, qk_norm="rms", norm_eps=1e-6)
+    q, k, v = (alone.get_submodule(f"{name}_proj")(x).unflatten(-1, (6, 4)).transpose(1, 2) for name in "qkv")
+    q, k = (t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    want = alone.out_proj(((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    for given in (None, alone.project_kv(x)):
+        torch.testing.assert_close(alone(x, given), want, atol=1e-6, rtol=1e-5)
+    angles = Rotary(4)(torch.arange(5))  # Queries and keys are turned, values are not.
+    turned = (angles.rotate(q) @ angles.rotate(k).transpose(2, 3) / 2).softmax(-1) @ v
+    want = alone.out_proj(turned.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(alone(x, rope=angles), want, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rotary", [False, True])
