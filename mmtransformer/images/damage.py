@@ -62,7 +62,7 @@ def check_jpeg(
 
 def check_png(data: bytes, image: Image.Image) -> None:
     """Raises if a checksum is wrong or rows are missing, neither of which decoding notices."""
-    compressed, kind = [], b""
+    compressed, kind, end = [], b"", 0
     for kind, start, end in png_chunks(data):
         if end > len(data):
             break
