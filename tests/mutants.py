@@ -93,7 +93,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("(turns - low) / (high - low)", "(turns - low) / high"),
         ("torch.cat((-second, first), dim=-1)", "torch.cat((second, -first), dim=-1)"),
         ("document_ids[:, 1:] != document_ids[:, :-1]", "document_ids[:, 1:] > document_ids[:, :-1]"),
-        ("antialias=True", "antialias=False"),
+        ("antialias=config.antialias", "antialias=False"),
         ("0.1 * scale * math.log", "0.2 * scale * math.log"),
         ("math.sqrt(1 + math.log(factor) / math.log(old))", "1 + math.log(factor) / math.log(old)"),
         ("max(ends[0], 0), min(ends[1], head_dim - 1)", "ends[0], ends[1]"),
@@ -117,7 +117,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("loss_mask[:, 1:].nonzero", "loss_mask[:, :-1].nonzero"),
     ]),
     "losses/contrastive.py": ("losses", [
-        ("return (to_texts + to_images) / 2", "return to_texts"),
+        ("for way in (to_texts, to_images)) / 2", "for way in (to_texts,))"),
         ("all_gather_rows(texts, grad=gather_grad)).amax(-1)", "all_gather_rows(texts, grad=gather_grad)).mean(-1)"),
         ("same.to(log_probs.dtype) / same.sum(1, keepdim=True).clamp(min=1)", "same.to(log_probs.dtype)"),
         ("targets * (1 - smoothing) + smoothing * real", "targets + smoothing * real"),
