@@ -113,7 +113,7 @@ def diverse(
                     ended[g].append((score / (step + 1), ids))
             running[g] = [c for c in candidates[: 2 * size] if c[1][-1] != EOS][:size]
             for _, ids in running[g]:
-                taken[ids[-1]] = taken.get(ids[-1], 0) + 1
+                taken[ids[-1]] = taken.get(ids[-1], 0) + 1  # pyright: ignore
     best = [sorted(some, key=lambda x: -x[0])[:size] for some in ended]
     return sorted((text for some in best for text in some), key=lambda x: -x[0])
 
@@ -339,7 +339,7 @@ def test_numbers_that_make_no_sense(options: dict[str, Any], message: str) -> No
 def test_guidance_needs_a_image() -> None:
     model, tokens = TextDecoder(VOCAB, 20, 1, 4), torch.ones(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="a TextDecoder sees no picture"):
-        generate(model, CaptionBatch(tokens, tokens > 0, tokens > 0), eos_id=EOS, guidance_scale=2.0)
+        generate(model, CaptionBatch(tokens, tokens > 0, tokens > 0), eos_id=EOS, guidance_scale=2.0)  # pyright: ignore
 
 
 # --------------------------------------------------------------------------------------------------------- pipeline

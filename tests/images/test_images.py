@@ -267,9 +267,9 @@ def test_files_inside_a_zip() -> None:
         archive.writestr("b.png", b"")
     with zipfile.ZipFile(file) as archive:
         with archive.open("a.png") as member:
-            assert load(member).size == (31, 23)
+            assert load(member).size == (31, 23)  # pyright: ignore
         with archive.open("b.png") as member, pytest.raises(ImageError, match=r"b\.png: empty, 0 bytes"):
-            load(member)
+            load(member)  # pyright: ignore
 
 
 # ---------------------------------------------------------------------------------------- refused pictures
@@ -536,11 +536,11 @@ def test_crop_equals_torchvision(height: int, width: int, interpolation: Any) ->
 
 @pytest.mark.parametrize("mode", ["crop", "squash"])
 def test_equals_timms_transform(mode: Any) -> None:
-    from timm.data import create_transform
+    from timm.data import create_transform  # pyright: ignore
 
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     crop_pct, crop_mode = (0.9, "center") if mode == "crop" else (1.0, "squash")
-    theirs: Callable[..., Any] = create_transform(
+    theirs: Callable[..., Any] = create_transform(  # pyright: ignore
         (3, 224, 224), interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode
     )
     ours = ImageTransform(224, mode, mean, std, crop_fraction=224 / 248 if mode == "crop" else 1.0, backend="timm")
@@ -569,7 +569,7 @@ def test_crop_of_a_size_that_is_not_square() -> None:
 
 def test_letterbox_keeps_the_shape_and_fills_with_the_mean() -> None:
     image = Image.new("RGB", (60, 30), WHITE)
-    pixels = ImageTransform((20, 20), "letterbox", mean=(0.25,) * 3, std=(0.5,) * 3)(image)
+    pixels = ImageTransform((20, 20), "letterbox", mean=(0.25,) * 3, std=(0.5,) * 3)(image)  # pyright: ignore
     assert pixels[:, :5].unique().tolist() == [0.0]
     assert pixels[:, 15:].unique().tolist() == [0.0]
     assert pixels[:, 5:15].unique().tolist() == [1.5]
@@ -681,7 +681,7 @@ def test_a_crop_is_an_exact_part_and_flips_half_of_the_images() -> None:
 
 def test_no_augmentation_gives_the_same_image() -> None:
     image = smooth(31, 37)
-    assert np.array_equal(Augment((1, 1))(image, generator(0)), image)
+    assert np.array_equal(Augment((1, 1))(image, generator(0)), image)  # pyright: ignore
 
 
 def test_jitter_changes_colours_within_its_range() -> None:
@@ -697,7 +697,7 @@ def test_jitter_changes_brightness_then_contrast_then_saturation() -> None:
     expected = image
     for tool, draw in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), draws):
         expected = tool(expected).enhance(0.5 + draw)
-    assert np.array_equal(Augment((1, 1), jitter=0.5)(image, generator(11)), expected)
+    assert np.array_equal(Augment((1, 1), jitter=0.5)(image, generator(11)), expected)  # pyright: ignore
 
 
 def test_large_crops_are_not_narrower_than_their_area_allows() -> None:

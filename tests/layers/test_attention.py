@@ -248,7 +248,7 @@ def test_gradients_in_16_bits_are_those_of_the_definition(n: int, g: int, dtype:
     grads = []
     for kind in (dtype, torch.float64):
         inputs = [x.to(dtype).to(kind).requires_grad_() for x in qkv(c=48, n=n, g=g)]
-        out = attend(*inputs, allowed)
+        out = attend(*inputs, allowed)  # pyright: ignore
         grads.append(torch.autograd.grad(out, inputs, sent.to(kind)))
     for got, want in zip(*grads, strict=True):
         assert rms(got.detach() - want) < 0.01 * rms(want)

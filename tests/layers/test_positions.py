@@ -31,7 +31,7 @@ def test_sinusoidal_2d_says_row_and_column() -> None:
 
 @pytest.mark.parametrize("new", [(7, 11), (3, 2), (5, 5)])
 def test_resizing_equals_timm(new: tuple[int, int]) -> None:
-    from timm.layers import resample_abs_pos_embed
+    from timm.layers import resample_abs_pos_embed  # pyright: ignore
 
     table = torch.randn(1, 25, 12)
     want = resample_abs_pos_embed(table, list(new), [5, 5], num_prefix_tokens=0)
