@@ -48,6 +48,7 @@ def run(name: str, words: Sequence[str]) -> int:
     heat = None
     if len(devices) == 1 and todo:
         model, prompts = _start(args, devices[0])
+        model.ready(pack=len(images) > 1)  # packed weights pay from the second picture on
         results = job.here(model, prompts, todo)
         heat = _Heatmaps(model, prompts, Path(args.heatmap)) if args.heatmap else None
     else:

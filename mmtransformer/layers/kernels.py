@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mmtransformer.layers.masks import Mask, broadcast
 
@@ -47,10 +46,11 @@ def scaled_dot_product(
         (b h q c).
     """
     if softcap is not None:
-        assert not isinstance(mask, BlockMask)
+        assert mask is None or isinstance(mask, (Tensor, str))
         return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout, softcap)
     grouped, shared = bool(q.shape[1] != k.shape[1]), bool(q.shape[0] != k.shape[0])  # Tracers compare tensors.
-    if not isinstance(mask, BlockMask) and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
+    flex = mask is not None and not isinstance(mask, (Tensor, str))  # a BlockMask
+    if not flex and q.is_cpu and k.shape[2] <= _CPU_PLAIN_KEYS:
         # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout. torch.compile cannot ask for the
         # process's precision of float32 products, and would break the graph here.
         plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32
@@ -63,7 +63,7 @@ def scaled_dot_product(
         return out.unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1)
     if shared:
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
-    if isinstance(mask, BlockMask):
+    if flex:
         return _compiled_flex(q.device.type)(q, k, v, block_mask=mask, enable_gqa=grouped)
     # SDPA's is_causal aligns the FIRST query with the first key: right only where the lengths are equal.
     causal = isinstance(mask, str) and q.shape[2] == k.shape[2]
@@ -76,6 +76,8 @@ def scaled_dot_product(
 @cache
 def _compiled_flex(device: str) -> Callable[..., Tensor]:
     """FlexAttention compiled, since uncompiled it holds all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     # On a CPU torch 2.15 writes C++ that does not compile where lengths vary: there each length is compiled by itself,
     # as far as torch's limit goes (torch._dynamo.config.recompile_limit); more run uncompiled, with torch's warning.
     dynamic = False if device == "cpu" else None

@@ -7,13 +7,16 @@ and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block(
 from collections.abc import Callable
 from functools import reduce
 from operator import and_, or_
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Union
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-Mask = Tensor | BlockMask | Literal["causal"]
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+# By its name: FlexAttention imports sympy, which takes 0.6 s that few need.
+Mask = Union[Tensor, "BlockMask", Literal["causal"]]
 """True = may look. A tensor is (q k), (b q k) or (b h q k), bool; "causal" aligns the last query with the last key."""
 
 Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,7 +98,7 @@ def broadcast(mask: Mask | None, q: int, k: int, device: torch.device) -> Tensor
     """A mask as a bool tensor that broadcasts to (b h q k), or None; `q` queries and `k` keys."""
     if mask is None:
         return None
-    if isinstance(mask, BlockMask):
+    if not isinstance(mask, (str, Tensor)):
         raise ValueError("a BlockMask has no dense form here: build the mask with masks.dense()")
     if isinstance(mask, str):
         return torch.ones(q, k, dtype=torch.bool, device=device).tril(k - q)[None, None]
@@ -104,11 +107,13 @@ def broadcast(mask: Mask | None, q: int, k: int, device: torch.device) -> Tensor
     return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
 
-def block(predicate: Predicate, b: int, q: int, k: int, device: torch.device | str = "cuda") -> BlockMask:
+def block(predicate: Predicate, b: int, q: int, k: int, device: torch.device | str = "cuda") -> "BlockMask":
     """Realises a predicate as a BlockMask, which sends `attend` to FlexAttention: empty blocks cost nothing.
 
     FlexAttention has no backward pass on a CPU; use `dense` there.
     """
+    from torch.nn.attention.flex_attention import create_block_mask
+
     return create_block_mask(lambda b, h, q, k: predicate(b, q, k), b, None, q, k, device=str(device))
 
 

@@ -228,7 +228,7 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
     return model
 
 
-def for_inference(model: Module, precision: Precision = "fp32") -> Module:
+def for_inference(model: Module, precision: Precision = "fp32", *, pack: bool = True) -> Module:
     """Makes a model fast where it stands, in place: on a CPU its linear weights are packed (`pack_weights`).
 
     Packed copies are left out where they would take more than a quarter of the machine's memory: such a model computes
@@ -237,6 +237,7 @@ def for_inference(model: Module, precision: Precision = "fp32") -> Module:
     Args:
         model: the model, on its device.
         precision: "fp32" leaves the weights' dtype; "bf16" converts them; "int8" rounds them, on a CPU only.
+        pack: whether to pack weights that need not be; for a single image packing takes longer than it saves.
 
     Raises:
         ValueError: for an unknown precision, or int8 where it cannot be had.
@@ -252,7 +253,7 @@ def for_inference(model: Module, precision: Precision = "fp32") -> Module:
         raise ValueError("int8 weights are for CPUs: on a GPU use bf16")
     layers = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     size = sum(x.numel() * (1 if int8 else x.element_size()) for x in layers.values())
-    if int8 or (on_cpu and torch.backends.mkldnn.is_available() and size <= _SHARE * _memory()):
+    if int8 or (pack and on_cpu and torch.backends.mkldnn.is_available() and size <= _SHARE * _memory()):
         pack_weights(model, int8=int8)
     return model
 

@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import torch
 from PIL.Image import Image
@@ -42,9 +42,11 @@ from mmtransformer.pipelines.many_images import Said, caption_all
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.adapters import Adapter
 from mmtransformer.weights.processors.processor import Processor, Worded, batch_of_pixels
-from mmtransformer.weights.public import captioner_family, open_captioner, save_adapter, save_captioner
+
+if TYPE_CHECKING:
+    from mmtransformer.weights.adapters import Adapter
+    from mmtransformer.weights.families import Family
 
 _READY = threading.Lock()
 
@@ -127,8 +129,10 @@ class ImageCaptioner:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
         options = HubOptions(revision, token, cache_dir, local_files_only)
-        folder = find_folder(folder_or_id, options, look=captioner_family)
+        folder = find_folder(folder_or_id, options, look=_family)
         if "class" not in read_json(folder / CONFIG):
+            from mmtransformer.weights.public import open_captioner
+
             captioner, processor, generation = open_captioner(folder, options)
             tokenizer, transform = processor.tokenizer, processor.transform
         else:
@@ -146,17 +150,20 @@ class ImageCaptioner:
             processor=processor,
         )
 
-    def ready(self) -> Captioner:
+    def ready(self, *, pack: bool = True) -> Captioner:
         """The model as it captions: in its precision, and packed on a CPU (`weight_packing.for_inference`).
 
         It is converted in place, with the first picture: what `save_pretrained` writes after that is in its precision.
+
+        Args:
+            pack: See `for_inference`; said by the first call.
 
         Raises:
             ValueError: If it cannot be had in this precision here.
         """
         with _READY:  # threads may caption side by side
             if not self._ready:
-                for_inference(self.captioner, self.precision)
+                for_inference(self.captioner, self.precision, pack=pack)
                 self._ready = True
         return self.captioner
 
@@ -172,6 +179,8 @@ class ImageCaptioner:
         """
         folder = Path(folder)
         if self.processor is not None and self.processor.folder is not None:
+            from mmtransformer.weights.public import save_adapter, save_captioner
+
             if self.adapter is not None:
                 save_adapter(self.adapter, self.processor.folder, folder, note=card or "")
             else:
@@ -386,3 +395,12 @@ class ImageCaptioner:
     def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """A batch without texts of pictures that `prepare` has made ready."""
         return (batch_of_pixels if self.processor is None else self.processor.batch_of)(prepared).to(self.device)
+
+
+def _family(folder: Path) -> "Family | None":
+    """The family of a public model's folder; families are looked up for no other, since that imports them all."""
+    if "class" in read_json(folder / CONFIG):
+        return None
+    from mmtransformer.weights.public import captioner_family
+
+    return captioner_family(folder)
