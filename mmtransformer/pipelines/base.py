@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -13,9 +13,12 @@ from torch import nn
 
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
-from mmtransformer.serialization.pretrained import read_json
+from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mmtransformer.weights.families import Family
 
 PREPROCESSOR, GENERATION, CARD = "preprocessor.json", "generation_config.json", "README.md"
 _MOST_PIXELS = 4096 * 4096
@@ -87,6 +90,15 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes settings for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def public_family(folder: Path) -> "Family | None":
+    """The family of a public model's folder; families are looked up for no other, since that imports them all."""
+    if "class" in read_json(folder / CONFIG):
+        return None
+    from mmtransformer.weights.public import captioner_family
+
+    return captioner_family(folder)
 
 
 def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:

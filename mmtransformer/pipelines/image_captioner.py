@@ -33,6 +33,7 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     pick_device,
+    public_family,
     read_generation,
     read_transform,
     write_card,
@@ -46,7 +47,6 @@ from mmtransformer.weights.processors.processor import Processor, Worded, batch_
 
 if TYPE_CHECKING:
     from mmtransformer.weights.adapters import Adapter
-    from mmtransformer.weights.families import Family
 
 _READY = threading.Lock()
 
@@ -129,7 +129,7 @@ class ImageCaptioner:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
         options = HubOptions(revision, token, cache_dir, local_files_only)
-        folder = find_folder(folder_or_id, options, look=_family)
+        folder = find_folder(folder_or_id, options, look=public_family)
         if "class" not in read_json(folder / CONFIG):
             from mmtransformer.weights.public import open_captioner
 
@@ -395,12 +395,3 @@ class ImageCaptioner:
     def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """A batch without texts of pictures that `prepare` has made ready."""
         return (batch_of_pixels if self.processor is None else self.processor.batch_of)(prepared).to(self.device)
-
-
-def _family(folder: Path) -> "Family | None":
-    """The family of a public model's folder; families are looked up for no other, since that imports them all."""
-    if "class" in read_json(folder / CONFIG):
-        return None
-    from mmtransformer.weights.public import captioner_family
-
-    return captioner_family(folder)
