@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import with_files
+from mmtransformer.cli.towers import fit_widths, use_transform
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files
 
 if TYPE_CHECKING:
@@ -138,6 +139,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 cap_sizes(self.config.data, most)
 
         def instantiate_classes(self) -> None:
+            if hasattr(self.config, "model"):
+                for line in fit_widths(self.config.model):
+                    print(line)
             try:
                 super().instantiate_classes()
             except ValueError as error:
@@ -148,6 +152,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if start is not None:
                 processor = None if isinstance(start, DualEncoder) else start.processor
                 self.datamodule.continue_from(start.tokenizer, start.transform, processor)
+            elif line := use_transform(self.model, self.datamodule):
+                print(line)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
                 print(describe())
 

@@ -17,6 +17,7 @@ from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
@@ -35,8 +36,9 @@ class CaptionData(Data):
             folder, CSV, TSV, JSONL, JSON (COCO, Karpathy), Parquet, zip, tar or shards, whose format is detected. Of
             interleaved documents each picture is taken with the text that follows it.
         read: How a path is read, such as the names of columns, where that is not to be detected.
-        image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model. A saved model that is
-            fine-tuned brings its own.
+        image: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where it is
+            a public one, else `ImageTransform()` at its size. A saved model that is fine-tuned brings its own.
+        resize: How a picture is made to fit, in place of the vision encoder's own way, where `image` is left out.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions. A
             saved model that is fine-tuned brings its own.
@@ -61,6 +63,7 @@ class CaptionData(Data):
         *,
         read: ReadOptions = ReadOptions(),
         image: ImageTransform | None = None,
+        resize: Resize | None = None,
         augment: Augment | None = None,
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
@@ -82,7 +85,10 @@ class CaptionData(Data):
         self.processor: Processor | None = None
         self._opening: Callable[[str | None], Opening] | None = None
         self._tiled: Processor | None = None
-        self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
+        if image is not None and resize is not None:
+            raise ValueError(f"data.resize ({resize}) would have no effect beside data.image: say image.resize")
+        self.transform = image or fitted(ImageTransform(), resize)
+        self.augment, self._own_transform, self._resize = augment, image, resize
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
@@ -119,6 +125,11 @@ class CaptionData(Data):
             raise ValueError("data.cache_features is for pictures of one tile, and this model cuts them into several")
         self.forget()
         self._features, self._datasets = {}, {}
+
+    def use_tower(self, own: ImageTransform) -> str:
+        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how."""
+        self.transform, line = of_tower(self._own_transform, self._resize, own)
+        return line
 
     @property
     def prompting(self) -> Worded | None:

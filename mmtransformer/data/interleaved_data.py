@@ -15,6 +15,7 @@ from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.pixels import of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.mixture import MixedDocuments
@@ -37,7 +38,8 @@ class InterleavedData(Data):
     Args:
         source: Where the documents come from, such as `InterleavedFiles`, `SceneDocuments`, `PairDocuments`, or a
             `DocumentMixture` of some; or a folder, an archive or a file of documents.
-        image: How a picture becomes pixels, `ImageTransform()` unless told; saved with the model.
+        image: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where it is
+            a public one, else `ImageTransform()` at its size.
         augment: Random changes to training pictures, seeded by (seed, epoch, document, picture).
         tokenizer: A tokenizer with an image token, or where to load one from (a folder or hub name); None trains one.
         vocab_size: The most words of a tokenizer that is trained here.
@@ -80,7 +82,7 @@ class InterleavedData(Data):
         self.source: DocumentSource = (
             InterleavedFiles(source, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
-        self.transform, self.augment = image or ImageTransform(), augment
+        self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
         self._pairs = DocumentPairs(self.source) if captions is None else captions
         self._captions: CaptionData | None = None
@@ -105,6 +107,11 @@ class InterleavedData(Data):
             )
         self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions
+
+    def use_tower(self, own: ImageTransform) -> str:
+        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how."""
+        self.transform, line = of_tower(self._own_transform, None, own)
+        return line
 
     def continue_from(self, tokenizer: Tokenizer, image: ImageTransform, processor: object = None) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.

@@ -129,7 +129,7 @@ def arguments(name: str, folder: Path) -> list[str]:
     dim = {"flamingo_coco": 768, "qformer_stage1_coco": 1024}.get(name, 192)
     vision = ViT(32, 8, dim, 1, 4 if dim % 3 else 3)
     vision.save_pretrained(folder / "vit")
-    sources = [root, f"--model.captioner.vision.source={folder / 'vit'}", "--data.image.image_size=32"]
+    sources = [root, f"--model.captioner.vision.source={folder / 'vit'}"]
     if name == "flamingo_coco":
         smaller = ["--model.captioner.resampler.depth=1", "--data.max_len=60"]
         return sources + smaller + language_model(folder / "lm", "gpt2")

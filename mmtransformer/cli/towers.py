@@ -1,0 +1,54 @@
+"""A recipe's public vision encoder by one key: widths that follow from it, and its own pixels."""
+
+from typing import Any
+
+_KEYS = {"adapter": "visual_dim", "qformer": "visual_dim", "resampler": "dim", "proj": "visual_dim"}
+"""Parts beside a captioner's `vision`, and what each calls the width of the tokens that it reads."""
+
+
+def fit_widths(config: Any) -> list[str]:
+    """Gives the parts that read a `load_vit` the width of its tokens: no other one would do.
+
+    Args:
+        config: a parsed configuration, or a part of one; changed in place.
+
+    Returns:
+        What was changed, a line each.
+    """
+    from mmtransformer.weights.vision.width import tower_width
+
+    said: list[str] = []
+    for value in list(vars(config).values()):
+        if hasattr(value, "__dict__"):
+            said += fit_widths(value)
+    source = _source(getattr(config, "vision", None))
+    if source is None or (width := tower_width(source)) is None:
+        return said
+    parts = [(name, key, getattr(config, name, None)) for name, key in _KEYS.items()]
+    found = [(name, key, part) for name, key, part in parts if hasattr(part, "init_args")]
+    reads = {"adapter", "resampler", "qformer"}.intersection(name for name, _, _ in found)
+    if not reads and hasattr(decoder := getattr(config, "decoder", None), "init_args"):
+        found.append(("decoder", "cross_dim", decoder))
+    for name, key, part in found:
+        if isinstance(old := part.init_args.get(key), int) and old != width:
+            part.init_args[key] = width
+            said.append(f"{name}.{key}: {width}, the width of {source}'s tokens, in place of {old}")
+    return said
+
+
+def _source(vision: Any) -> Any:
+    """What a part of a configuration loads its vision encoder from; None = it does not."""
+    if str(getattr(vision, "class_path", "")).rpartition(".")[2] != "load_vit":
+        return None
+    return getattr(getattr(vision, "init_args", None), "source", None)
+
+
+def use_transform(model: Any, data: Any) -> str | None:
+    """Has the data read pictures as the vision encoder does, unless told otherwise; what is to be said of it."""
+    from mmtransformer.images import ImageTransform
+
+    vision = getattr(getattr(model, "captioner", None), "vision", None)
+    if vision is None or not hasattr(data, "use_tower"):
+        return None
+    height, width = vision.image_size
+    return data.use_tower(vision.transform or ImageTransform(height if height == width else (height, width)))
