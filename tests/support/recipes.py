@@ -1,6 +1,7 @@
 """What each recipe needs beside recipes/tiny.yaml: small data and models, made here."""
 
 from pathlib import Path
+from typing import Any
 
 from mmtransformer import (
     EncoderDecoder,
@@ -71,7 +72,7 @@ def bert(folder: Path) -> list[str]:
     """The arguments that start a Q-Former from a small BERT with its tokenizer."""
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
+    sizes: Any = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 31}
     BertModel(BertConfig(vocab_size=300, max_position_embeddings=40, **sizes)).save_pretrained(folder)
     source = Scenes(image_size=32, train_size=9).split("train")
     Tokenizer.train([c.text for i in range(9) for c in source.captions(i)], 300).save_pretrained(folder)
