@@ -24,7 +24,7 @@ def fit_widths(config: Any) -> list[str]:
     source = _source(getattr(config, "vision", None))
     if source is None or (width := tower_width(source)) is None:
         return said
-    parts = [(name, key, getattr(config, name, None)) for name, key in _KEYS.items()]
+    parts: list[tuple[str, str, Any]] = [(name, key, getattr(config, name, None)) for name, key in _KEYS.items()]
     found = [(name, key, part) for name, key, part in parts if hasattr(part, "init_args")]
     reads = {"adapter", "resampler", "qformer"}.intersection(name for name, _, _ in found)
     if not reads and hasattr(decoder := getattr(config, "decoder", None), "init_args"):

@@ -88,7 +88,8 @@ class CaptionData(Data):
         if image is not None and resize is not None:
             raise ValueError(f"data.resize ({resize}) would have no effect beside data.image: say image.resize")
         self.transform = image or fitted(ImageTransform(), resize)
-        self.augment, self._own_transform, self._resize = augment, image, resize
+        self.augment, self._own_transform = augment, image
+        self._resize: Resize | None = resize
         self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
