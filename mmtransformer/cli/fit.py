@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import with_files
-from mmtransformer.cli.towers import fit_widths, use_transform
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files
 
 if TYPE_CHECKING:
@@ -112,6 +111,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.engine.log import MetricsLog
     from mmtransformer.training.engine.precision import fast_matmuls, pick_precision
     from mmtransformer.training.engine.sharded import Sharded, number_format
+    from mmtransformer.training.tasks.towers import fit_widths, use_transform
 
     fast_matmuls()  # Before a model of the user's computes anything, too.
 

@@ -181,3 +181,30 @@ def _from_name(name: str) -> ViT:
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"timm could not load {name}: {reason}. Without a network, give a folder instead") from error
+
+
+def tower_width(source: str | Path) -> int | None:
+    """The width of the tokens of what `load_vit` would load; None = only loading it will tell."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return None if folder.exists() else _timm_width(str(source), {})
+    if not (folder / CONFIG).is_file():
+        return None
+    config = read_json(folder / CONFIG)
+    if isinstance(name := config.get("architecture"), str):
+        return _timm_width(name, config.get("model_args") or {})
+    inner: Any = config.get("args") or config.get("vision_config") or config
+    inner = (inner.get("vision") or {}).get("args") or inner if isinstance(inner, dict) else {}
+    width = inner.get("dim", inner.get("hidden_size"))
+    return width if isinstance(width, int) else None
+
+
+def _timm_width(name: str, arguments: dict[str, Any]) -> int | None:
+    import timm
+
+    if isinstance(width := arguments.get("embed_dim"), int):
+        return width
+    if not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        return getattr(timm.create_model(name), "embed_dim", None)

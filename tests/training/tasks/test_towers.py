@@ -14,11 +14,11 @@ from jsonargparse import Namespace
 
 from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
 from mmtransformer.cli import main
-from mmtransformer.cli.towers import fit_widths, use_transform
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.training.tasks.towers import fit_widths, use_transform
 from mmtransformer.weights import from_timm, load_vit, save_vit
-from mmtransformer.weights.vision.width import tower_width
+from mmtransformer.weights.vision.load import tower_width
 from support.recipes import RECIPES, flickr_folder
 
 

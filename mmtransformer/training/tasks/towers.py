@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from mmtransformer.images import ImageTransform
+from mmtransformer.weights.vision.load import tower_width
+
 _KEYS = {"adapter": "visual_dim", "qformer": "visual_dim", "resampler": "dim", "proj": "visual_dim"}
 """Parts beside a captioner's `vision`, and what each calls the width of the tokens that it reads."""
 
@@ -15,8 +18,6 @@ def fit_widths(config: Any) -> list[str]:
     Returns:
         What was changed, a line each.
     """
-    from mmtransformer.weights.vision.width import tower_width
-
     said: list[str] = []
     for value in list(vars(config).values()):
         if hasattr(value, "__dict__"):
@@ -45,8 +46,6 @@ def _source(vision: Any) -> Any:
 
 def use_transform(model: Any, data: Any) -> str | None:
     """Has the data read pictures as the vision encoder does, unless told otherwise; what is to be said of it."""
-    from mmtransformer.images import ImageTransform
-
     vision = getattr(getattr(model, "captioner", None), "vision", None)
     if vision is None or not hasattr(data, "use_tower"):
         return None
