@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
     from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
     from mmtransformer.backbones.grid_rope import RopeConfig as RopeConfig
+    from mmtransformer.backbones.hub_autoencoder import HubAutoencoder as HubAutoencoder
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
     from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
     from mmtransformer.backbones.patches import ConvStem as ConvStem
@@ -117,6 +118,7 @@ _CONTENTS = {
     "backbones.encoder": "TextEncoder",
     "backbones.extended_vocabulary": "ExtendedVocabulary",
     "backbones.hub_decoder": "HubDecoder",
+    "backbones.hub_autoencoder": "HubAutoencoder",
     "backbones.hub_seq2seq": "HubSeq2Seq",
     "backbones.grid_rope": "RopeConfig",
     "backbones.patches": "ConvStem PatchConfig PatchEmbed",

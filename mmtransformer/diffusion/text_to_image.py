@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, TextContext
 from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
 from mmtransformer.diffusion.paths import Diffusion
 from mmtransformer.losses.next_token import Loss
@@ -24,9 +25,10 @@ class TextToImageModel(Pretrained, nn.Module):
         text_dropout: share of texts that are hidden in training (no token may be looked at), so that the model also
             knows images without a text (classifier-free guidance, arXiv:2207.12598, which takes 0.1 to 0.2).
         freeze_text: leave the text encoder as it is.
+        autoencoder: makes images small before noise comes to them, and is frozen; None = noise on pixels.
 
     Raises:
-        ValueError: if the widths differ, or a share is none.
+        ValueError: if the widths or channels differ, or a share is none.
     """
 
     def __init__(
@@ -37,8 +39,14 @@ class TextToImageModel(Pretrained, nn.Module):
         diffusion: Diffusion = Diffusion(),  # noqa: B008 (frozen)
         text_dropout: float = 0.1,
         freeze_text: bool = False,
+        autoencoder: HubAutoencoder | None = None,
     ) -> None:
         super().__init__()
+        if autoencoder is not None and autoencoder.latent_channels != transformer.in_channels:
+            raise ValueError(
+                f"the transformer draws {transformer.in_channels} channels (in_channels), but the autoencoder's "
+                f"latents have {autoencoder.latent_channels}"
+            )
         if transformer.context_dim != text.dim:
             raise ValueError(
                 f"the transformer reads texts of width {transformer.context_dim} (context_dim), but the text encoder "
@@ -54,6 +62,20 @@ class TextToImageModel(Pretrained, nn.Module):
         self.text = freeze(text) if freeze_text else text
         self.transformer, self.diffusion = transformer, diffusion
         self.text_dropout, self.freeze_text = text_dropout, freeze_text
+        self.autoencoder = autoencoder
+
+    @property
+    def patch_side(self) -> int:
+        """Side of what one token of the transformer stands for, in pixels."""
+        return self.transformer.patch_size * (1 if self.autoencoder is None else self.autoencoder.factor)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (b 3 height width) as what noise is added to: their latents, or as they are."""
+        return images if self.autoencoder is None else self.autoencoder.encode(images)
+
+    def decode(self, drawn: Tensor) -> Tensor:
+        """What was drawn as images (b 3 height width)."""
+        return drawn if self.autoencoder is None else self.autoencoder.decode(drawn)
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +106,7 @@ class TextToImageModel(Pretrained, nn.Module):
         """
         assert batch.pixels is not None
         n, b = batch.tokens.shape[0], batch.pixels.shape[0]
-        images = batch.pixels[:, -1].repeat_interleave(n // b, 0)
+        images = self.encode(batch.pixels[:, -1]).repeat_interleave(n // b, 0)
         device = images.device
         times = self.diffusion.times(n, generator).to(device)
         noise = torch.randn(images.shape, generator=generator).to(images)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmtransformer.diffusion.drawing import DrawingConfig, Edit, draw, seeded_noise
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.images import ImageTransform, load
+from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.pipelines.base import PREPROCESSOR, ImageLike, pick_device, read_transform, write_card, write_json
 from mmtransformer.serialization.pretrained import find_folder, read_json
@@ -51,10 +52,15 @@ class TextToImage:
                 f"the tokenizer has {tokenizer.vocab_size} ids, but the model reads {model.vocab_size}: they do not "
                 "belong together"
             )
-        if any(side % model.transformer.patch_size for side in transform.size):
+        if any(side % model.patch_side for side in transform.size):
             raise ValueError(
                 f"pictures of {transform.size[0]} x {transform.size[1]} px are not divided by the model's patches of "
-                f"{model.transformer.patch_size} px"
+                f"{model.patch_side} px"
+            )
+        if model.autoencoder is not None and {*transform.mean, *transform.std} != {0.5}:
+            raise ValueError(
+                f"the autoencoder takes pixels in [-1, 1], but the image transform's mean {transform.mean} and std "
+                f"{transform.std} give others: both must be 0.5"
             )
         self.device = pick_device(device)
         self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
@@ -112,7 +118,9 @@ class TextToImage:
         found: list[Image.Image] = []
         for first in range(0, len(rows), batch_size):
             tokens, mask = self._padded(rows[first : first + batch_size])
-            shape = (self.model.transformer.in_channels, *self.transform.size)
+            side = self.model.patch_side // self.model.transformer.patch_size
+            height, width = (length // side for length in self.transform.size)
+            shape = (self.model.transformer.in_channels, height, width)
             noise = seeded_noise(seeds[first : first + batch_size], shape).to(self.device)
             edit = None if image is None else self._edit(image, strength, mask_image, len(tokens))
             look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
@@ -147,7 +155,7 @@ class TextToImage:
                 on_step=lambda *_: looks.append(torch.stack([w[0].mean(0) for w in record.values()]).mean(0)),
             )
         look = torch.stack(looks)  # (steps q k)
-        rows = self.transform.size[0] // self.model.transformer.patch_size
+        rows = self.transform.size[0] // self.model.patch_side
         heat = torch.stack([look[:, :, places].sum(2) for _, places in words], dim=1)
         return image, [word for word, _ in words], rearrange(heat, "s w (y x) -> s w y x", y=rows).cpu()
 
@@ -168,16 +176,22 @@ class TextToImage:
         return tokens.to(self.device), mask.to(self.device)
 
     def _edit(self, image: ImageLike, strength: float, mask_image: ImageLike | None, count: int) -> Edit:
-        images = self.transform(load(image)).to(self.device).expand(count, -1, -1, -1)
+        pixels = self.transform(load(image)).to(self.device)
+        with evaluation_mode(self.model):
+            images = self.model.encode(pixels[None]).expand(count, -1, -1, -1)
         where = None
         if mask_image is not None:
             white = (
                 self.transform(load(mask_image)).mean(0) > self.transform(Image.new("RGB", (8, 8), "#808080")).mean()
             )
+            side = self.model.patch_side // self.model.transformer.patch_size
+            white = rearrange(white, "(y p) (x q) -> y p x q", p=side, q=side).any(dim=3).any(dim=1)
             where = white.to(self.device).expand(count, 1, -1, -1)
         return Edit(images, strength, where)
 
-    def _images(self, pixels: Tensor) -> list[Image.Image]:
+    @torch.inference_mode()
+    def _images(self, drawn: Tensor) -> list[Image.Image]:
+        pixels = self.model.decode(drawn)
         mean, std = torch.tensor((self.transform.mean, self.transform.std), device=pixels.device).view(2, 1, 3, 1, 1)
         colours = (pixels.float() * std + mean).clamp(0, 1).mul(255).round().byte()
         return [Image.fromarray(np.ascontiguousarray(x)) for x in colours.permute(0, 2, 3, 1).cpu().numpy()]

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from mmtransformer.weights.vision.dino import vision_to_dino as vision_to_dino
     from mmtransformer.weights.vision.dit import dit_from_diffusers as dit_from_diffusers
     from mmtransformer.weights.vision.dit import dit_to_diffusers as dit_to_diffusers
+    from mmtransformer.weights.vision.dit import load_autoencoder as load_autoencoder
     from mmtransformer.weights.vision.dit import load_dit as load_dit
     from mmtransformer.weights.vision.dit import save_dit as save_dit
     from mmtransformer.weights.vision.eva import vision_from_blip2 as vision_from_blip2
@@ -124,7 +125,7 @@ _CONTENTS = {
     "text.lm": "from_transformers load_lm load_tokenizer save_lm to_transformers",
     "vision.clip": "vision_from_clip vision_to_clip",
     "vision.dino": "save_dino vision_from_dino vision_to_dino",
-    "vision.dit": "dit_from_diffusers dit_to_diffusers load_dit save_dit",
+    "vision.dit": "dit_from_diffusers dit_to_diffusers load_autoencoder load_dit save_dit",
     "vision.eva": "vision_from_blip2 vision_to_blip2",
     "vision.load": "load_vit save_vit",
     "vision.siglip2": "save_siglip2 vision_from_siglip2 vision_to_siglip2",

@@ -68,6 +68,7 @@ from mmtransformer.serialization.pretrained import (
     rehash,
     to_config,
 )
+from support.latents import autoencoder
 
 VISION: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 1, "num_heads": 4}
 
@@ -197,6 +198,7 @@ MODELS = {
          "num_heads": 4, "decoder_start_token_id": 0},
         max_len=29,
     ),
+    "HubAutoencoder": autoencoder,
     "DiffusionTransformer": lambda: DiffusionTransformer(
         2, 4, 20, 1, 4, mlp_dim=31, out_channels=8, context_dim=7, num_classes=5, modulation="block", bottleneck_dim=6,
         base_grid=4, pooled_context=True, qk_norm="layer",
@@ -204,6 +206,10 @@ MODELS = {
     "TextToImageModel": lambda: TextToImageModel(
         TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 3, 20, 1, 4, context_dim=20),
         diffusion=Diffusion(time_mean=0.3), text_dropout=0.2, freeze_text=True,
+    ),
+    "TextToImageModel on latents": lambda: TextToImageModel(
+        TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 4, 20, 1, 4, context_dim=20),
+        autoencoder=autoencoder(),
     ),
     "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip

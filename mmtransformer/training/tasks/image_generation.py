@@ -10,6 +10,7 @@ from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.diffusion.drawing import DrawingConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.losses.next_token import Loss
+from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.text_to_image import TextToImage
 from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
 from mmtransformer.training.engine.optim import Optim
@@ -22,6 +23,7 @@ from mmtransformer.training.evaluation.drawn_facts import (
     table,
     texts_of,
 )
+from mmtransformer.training.evaluation.second_reader import read_by_captioner
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
@@ -37,6 +39,8 @@ class ImageGeneration(Task[CaptionData]):
         num_scored: Texts of each split and language that are drawn and judged when the run ends.
         num_watched: The same, fewer, at every validation: a curve over the run; 0 = none.
         guidance_scales: The first half as many texts are also drawn with each of these: a curve.
+        captioner: Folder of a captioner of scenes that also reads what is drawn of the validation splits, and whose
+            vision encoder tells how far drawings are from true pictures; None = the reader by rules alone.
         num_cards: Pictures in the gallery.
     """
 
@@ -52,6 +56,7 @@ class ImageGeneration(Task[CaptionData]):
         num_scored: int = 200,
         num_watched: int = 0,
         guidance_scales: Sequence[float] = (),
+        captioner: str | None = None,
         num_cards: int = 24,
     ) -> None:
         super().__init__(optim)
@@ -62,6 +67,7 @@ class ImageGeneration(Task[CaptionData]):
             )
         self.model, self.drawing, self.num_scored, self.num_cards = model, drawing, num_scored, num_cards
         self.num_watched, self.guidance_scales = num_watched, tuple(guidance_scales)
+        self.captioner = None if captioner is None else ImageCaptioner.from_pretrained(captioner, device="cpu")
 
     def setup(self, stage: str) -> None:
         """Checks that model and data fit, before anything is computed.
@@ -104,16 +110,18 @@ class ImageGeneration(Task[CaptionData]):
             return
         painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device)
         count = self.num_scored if run.limit_batches is None else min(self.num_scored, 2 * run.limit_batches)
-        scores, curve, reader, seeds, cards = {}, {}, {}, {}, []
+        scores, curve, reader, seeds, second, cards = {}, {}, {}, {}, {}, []
         for split in data.val_splits:
             pairs = data.pairs(split)
             if not isinstance(pairs, SceneSplit):
                 continue
             reader[split] = reader_accuracy(pairs, count).to_dict()
-            scores[split] = {}
+            scores[split], second[split] = {}, {}
             for language in pairs.languages:
                 found, drawings = score_drawings(painter, pairs, language, count)
                 scores[split][language] = found.to_dict()
+                if self.captioner is not None:
+                    second[split][language] = read_by_captioner(self.captioner, pairs, language, drawings)
                 if language == pairs.languages[0]:
                     seeds[split] = compare_seeds(painter, pairs, language, drawings[: max(count // 4, 2)])
                 share = max(self.num_cards // (2 * len(data.val_splits)), 1)
@@ -123,7 +131,7 @@ class ImageGeneration(Task[CaptionData]):
             for scale in self.guidance_scales:
                 some, _ = score_drawings(painter, pairs, pairs.languages[0], max(count // 2, 1), guidance_scale=scale)
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
-        metrics = {"drawings": scores, "reader": reader, "guidance": curve, "seeds": seeds}
+        metrics = {"drawings": scores, "reader": reader, "guidance": curve, "seeds": seeds, "captioner": second}
         found = table(scores)
         painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
         if cards:
@@ -136,6 +144,12 @@ class ImageGeneration(Task[CaptionData]):
                 f"\n{split}: two seeds of a text say the same {both['same']:.1%} of the time; their pixels are "
                 f"{both['pixels']:.3f} apart, those of different texts {both['texts']:.3f}"
             )
+        for split, languages in second.items():
+            for language, saw in languages.items():
+                found += (
+                    f"\n{split} {language}: the captioner sees {saw['facts']:.1%} of the facts, "
+                    f"{saw['true_facts']:.1%} in true pictures; distance {saw['distance']:.2f}"
+                )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
         command = f'mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
         print(f"\nDraw something of your own:\n  {command}")  # noqa: T201

@@ -1,4 +1,4 @@
-"""diffusers' DiT and PixArt -> `DiffusionTransformer`, and back.
+"""diffusers' DiT and PixArt -> `DiffusionTransformer`, and back; its AutoencoderKL -> `HubAutoencoder`.
 
 DiT (arXiv:2212.09748) is steered by a class, PixArt (arXiv:2310.00426) by a text. What is drawn with them are an
 autoencoder's latents; both may predict a variance too: the last half of `out_channels`.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, read_safetensors
+from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
+from mmtransformer.serialization.pretrained import CONFIG, find_folder, load_strictly, read_json, read_safetensors
 from mmtransformer.weights.shared.configs import only, only_these, read_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill
@@ -158,3 +159,19 @@ def save_dit(model: DiffusionTransformer, folder: str | Path) -> None:
         ValueError: if neither of its transformers is like this one, before anything is written.
     """
     write_folder(folder, *dit_to_diffusers(model), weights=WEIGHTS)
+
+
+def load_autoencoder(source: str | Path) -> HubAutoencoder:
+    """An autoencoder out of diffusers' folder: a pipeline's, or its `vae` alone; needs diffusers.
+
+    Args:
+        source: the folder, or the name of a hub's repository that has the autoencoder at its top.
+
+    Raises:
+        ValueError: naming what is missing, damaged or otherwise than here.
+    """
+    folder = find_folder(source)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    found = HubAutoencoder(read_json(folder / CONFIG))
+    load_strictly(found.model, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return found
