@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def qformer(**options: Any) -> QFormer:
     return QFormer(**sizes | arguments | options)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], Any]] = {
     "ViT": lambda: ViT(
         **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7,
         patches=PatchConfig(bias=False, norm=True, dropout=0.1), block=BlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
