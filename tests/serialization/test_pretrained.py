@@ -74,6 +74,10 @@ from support.latents import autoencoder
 VISION: dict[str, Any] = {"image_size": (16, 24), "patch_size": 8, "dim": 20, "depth": 1, "num_heads": 4}
 
 
+def vision(changes: dict[str, Any]) -> dict[str, Any]:
+    return VISION | changes
+
+
 def decoder(**options: Any) -> TextDecoder:
     arguments: dict[str, Any] = {"max_len": 29} | options
     return TextDecoder(53, 24, 2, 4, **arguments)
@@ -105,12 +109,12 @@ MODELS: dict[str, Callable[[], Any]] = {
         ),
     ),
     "ViT of parallel blocks": lambda: ViT(
-        **VISION | {"num_heads": 5}, block=BlockConfig(order="parallel"), pool="attention",
+        **vision({"num_heads": 5}), block=BlockConfig(order="parallel"), pool="attention",
         rope=RopeConfig("axial", 1e3, 1.0, "xy", (2, 3)), output=OutputConfig("pooled", 2, 13, True),
     ),
     "ViT of two heads": lambda: ViT(**VISION, num_registers=1, pool="distilled", num_classes=3),
     "ViT that learns to turn": lambda: ViT(
-        **VISION | {"num_heads": 5}, patches=PatchConfig(positions="none"), rope=RopeConfig("mixed", 10.0)
+        **vision({"num_heads": 5}), patches=PatchConfig(positions="none"), rope=RopeConfig("mixed", 10.0)
     ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
@@ -170,11 +174,11 @@ MODELS: dict[str, Callable[[], Any]] = {
         freeze_vision=True,
     ),
     "Llava": lambda: Llava(
-        ViT(**VISION | {"depth": 3}, class_token=True), MLPProjector(40, 24), decoder(), 3, layers=(-2, -3),
+        ViT(**vision({"depth": 3}), class_token=True), MLPProjector(40, 24), decoder(), 3, layers=(-2, -3),
         keep_class=True, freeze_vision=False, freeze_decoder=False,
     ),
     "Llava of tiles": lambda: Llava(
-        ViT(**VISION | {"image_size": 16}), LinearProjector(20, 24), decoder(), 3, layers=None,
+        ViT(**vision({"image_size": 16})), LinearProjector(20, 24), decoder(), 3, layers=None,
         tiles=TileConfig(((16, 32),), 9, single_only=True),
     ),
     "PaliGemma": lambda: PaliGemma(
@@ -587,7 +591,7 @@ def test_weights_of_another_tool_are_refused_until_they_are_taken(
 def test_weights_that_are_nan_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     model = decoder().to(dtype)
     with torch.no_grad():
-        model.last_norm.weight[2:4] = math.nan
+        model.last_norm.weight[2:4] = math.nan  # pyright: ignore[reportIndexIssue]
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.safetensors: last_norm\.weight has 2 numbers that are NaN, of 24"):
         TextDecoder.from_pretrained(tmp_path)
