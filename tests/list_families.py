@@ -19,6 +19,7 @@ EXAMPLES = {
     "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
     "llava": "llava-hf/llava-1.5-7b-hf, llava-v1.6-mistral-7b-hf, llava-onevision-qwen2-0.5b-ov-hf",
     "git": "microsoft/git-base-coco, git-large-coco",
+    "hub": "Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-1B-hf, google/gemma-3-4b-it, ...",
     "paligemma": "google/paligemma-3b-pt-224, paligemma2-3b-pt-224",
 }
 """Names on the hub that people use, beside the families; not fetched by any test."""
@@ -45,7 +46,10 @@ def captioners() -> str:
     lines = ["| family | `model_type` | here it is | written back by | names on the hub |", "|---|---|---|---|---|"]
     for family, way in FAMILIES.items():
         if way.processor is not None:
-            types, made = (", ".join(f"`{x}`" for x in some) for some in (way.model_types, [way.makes[0].__name__]))
+            if family == "hub":
+                types, made = "all others that transformers has", f"`{way.makes[0].__name__}`"
+            else:
+                types, made = (", ".join(f"`{x}`" for x in some) for some in (way.model_types, [way.makes[0].__name__]))
             lines.append(f"| `{family}` | {types} | {made} | `{name(way.save)}` | {EXAMPLES.get(family, '')} |")
     return "\n".join([CAPTIONERS[0], *lines, CAPTIONERS[1]])
 

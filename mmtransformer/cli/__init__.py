@@ -18,6 +18,7 @@ COMMANDS = {
     "draw": ("draw", "Draw pictures of what texts say with a trained diffusion transformer."),
     "evaluate": ("evaluate", "Caption a split of a data set with a trained model, and score it."),
     "export": ("saved", "Write a captioner as transformers reads it."),
+    "parity": ("saved", "Set a public captioner beside transformers: pixels, prompts, logits and ids."),
     "ablate": ("ablate", "Train several bridges on the towers and data of one recipe, and compare them."),
     "check": ("check", "Look at image-text pairs before training on them."),
     "recipes": ("recipes", "List the recipes that come with the library; show or copy one."),

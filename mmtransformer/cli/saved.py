@@ -1,4 +1,4 @@
-"""`mmt classify`, `mmt translate` and `mmt export`: what else is done with saved models."""
+"""`mmt classify`, `mmt translate`, `mmt export` and `mmt parity`: what else is done with saved models."""
 
 import json
 import sys
@@ -12,8 +12,9 @@ ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Runs one of the three."""
-    return {"classify": _classify, "translate": _translate, "export": _export}[name](name, words)
+    """Runs one of the four."""
+    commands = {"classify": _classify, "translate": _translate, "export": _export, "parity": _parity}
+    return commands[name](name, words)
 
 
 def _classify(name: str, words: Sequence[str]) -> int:
@@ -102,3 +103,21 @@ def _export(name: str, words: Sequence[str]) -> int:
     model.save_pretrained(out)
     print(printable(f"{out}: as {args.to} reads it"))
     return 0
+
+
+def _parity(name: str, words: Sequence[str]) -> int:
+    parser = command_parser(name)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a public captioner's folder, or its name on the hub; it is loaded twice")
+    add("images", nargs="*", metavar="IMAGE", help="picture files; three that are drawn here unless named")
+    add("--prompt", metavar="TEXT", help="the words to caption after; the family's own unless told")
+    add("--max-new-tokens", type=int, default=20, metavar="N", help="most new tokens (20)")
+    add("--num-beams", type=int, default=3, metavar="N", help="of the second search; the first is greedy (3)")
+    args = parser.parse_args(list(words))
+
+    from mmtransformer.pipelines.parity import compare
+
+    sizes = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    report = compare(args.model, args.images, prompt=args.prompt, **sizes)
+    print(printable(report.table()))
+    return 0 if report.equal else 1

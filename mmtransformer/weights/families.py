@@ -22,11 +22,13 @@ from mmtransformer.captioners.flamingo import Flamingo
 from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.captioners.public.git import Git
+from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.captioners.public.paligemma import PaliGemma
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
+from mmtransformer.weights.captioners.hub import HubProcessor, load_hub, save_hub
 from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
@@ -132,6 +134,7 @@ FAMILIES: dict[str, Family] = {
         load_llava, save_llava, (Llava,), ("llava", "llava_next", "llava_onevision"), processor=LlavaProcessor
     ),
     "paligemma": Family(load_paligemma, save_paligemma, (PaliGemma,), ("paligemma",), processor=PaliGemmaProcessor),
+    "hub": Family(load_hub, save_hub, (HubCaptioner,), processor=HubProcessor),
     "open_coca": Family(load_open_coca, save_open_coca, (OpenCoCa,)),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }

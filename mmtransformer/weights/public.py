@@ -19,6 +19,7 @@ from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights
 from mmtransformer.serialization.untrusted import check_plain
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
+from mmtransformer.weights.captioners.hub import hub_types
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.pixels import to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
@@ -26,6 +27,8 @@ from mmtransformer.weights.processors.settings import read_search
 from mmtransformer.weights.shared.folders import read_tensors
 
 _CARD = "README.md"
+HUB = "hub"
+"""The family of all that transformers alone holds."""
 _BESIDE = (".json", ".txt", ".jinja", ".model")
 
 
@@ -40,9 +43,11 @@ def captioner_family(folder: Path) -> Family | None:
         return None
     name = family_of(config)
     family = FAMILIES.get(name or "")
+    if (family is None or family.processor is None) and config.get("model_type") in hub_types():
+        return FAMILIES[HUB]
     if family is not None and family.processor is not None:
         return family
-    known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None)
+    known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None and name != HUB)
     kind = config.get("model_type") or config.get("architecture")
     if family is None:
         what = f'model_type "{kind}" is of no family known here'
@@ -50,7 +55,7 @@ def captioner_family(folder: Path) -> Family | None:
         what = f"the captioners of {name} have no processor here"
     else:
         what = f"a {'vision encoder' if ViT in family.makes else 'text model'} alone ({kind}), which does not caption"
-    raise ValueError(f"{folder / CONFIG}: {what}; captioners are {known}")
+    raise ValueError(f"{folder / CONFIG}: {what}; captioners are {known}, and transformers' others")
 
 
 def open_captioner(

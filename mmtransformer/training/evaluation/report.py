@@ -8,11 +8,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+from torch import Tensor
+
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
+from mmtransformer.generation.captions import Prompts
 from mmtransformer.images import ImageError
 from mmtransformer.metrics.scores import TABLE
 from mmtransformer.pipelines.base import write_json
@@ -126,13 +131,20 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
                 score=p.said.log_prob / max(len(p.said.tokens) + 1, 1),
                 facts=claims,
                 words=[word for word, _ in p.said.words],
-                heat=model.heatmap(image, p.said, prompts) if p.said.words else None,
+                heat=_heat(model, image, p, prompts),
                 box=box,
             )
         )
     return Card(
         image, said, heading=f"{split}: {name}" if asked is None else f"{split}: {name.partition('?')[0]} ? {asked}"
     )
+
+
+def _heat(model: ImageCaptioner, image: Image, prediction: Prediction, prompts: Prompts | None) -> Tensor | None:
+    """Where the model looked; None where it has no words, or runs in transformers, which does not record that."""
+    if not prediction.said.words or isinstance(model.captioner, HubCaptioner):
+        return None
+    return model.heatmap(image, prediction.said, prompts)
 
 
 def headline(evaluation: Evaluation) -> str:

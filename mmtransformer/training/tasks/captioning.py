@@ -13,6 +13,7 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.captioners.base import CaptionBatch, Captioner, caption_loss, freeze, is_frozen
 from mmtransformer.captioners.coca import CoCa
+from mmtransformer.captioners.public.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.generation.captions import CAPTIONING
@@ -105,8 +106,13 @@ class Captioning(Task):
         check_texts(data, data.max_len, self.captioner, "decoder")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")
-        patch = getattr(self.captioner.vision, "patch_size", None)
-        if isinstance(patch, int) and any(side % patch for side in data.transform.size):
+        alone = isinstance(self.captioner, HubCaptioner)  # Its own processor makes its pixels.
+        patch = None if alone else getattr(self.captioner.vision, "patch_size", None)
+        if (
+            isinstance(patch, int)
+            and not isinstance(self.captioner, HubCaptioner)
+            and any(side % patch for side in data.transform.size)
+        ):
             raise ValueError(
                 f"data.image gives pictures of {data.transform.size[0]} x {data.transform.size[1]} px, which the "
                 f"backbone's patches of {patch} px do not divide; change image_size or patch_size"
@@ -327,6 +333,8 @@ def other_images(batch: CaptionBatch) -> CaptionBatch | None:
 
     None where pictures are cut into tiles and are of several shapes, which have prompts of their own.
     """
+    if isinstance(batch, HubBatch):  # Its pictures are part of its prompts.
+        return None
     shape = batch.visual.shape[:2]
     for name in ("image_sizes", "grids"):
         if (found := getattr(batch, name, None)) is not None:
