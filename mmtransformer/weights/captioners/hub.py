@@ -16,7 +16,7 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.settings import read_ends, read_start
 
 PROMPT = "Describe the image concisely."
@@ -130,15 +130,16 @@ class HubProcessor(Processor):
             return [self.start]
         return self._given(batch.images[sample : sample + 1], [text])["input_ids"][0].tolist()
 
-    def opening(self) -> tuple[list[int] | None, str]:
+    def opening(self, text: str | None = None) -> tuple[list[int] | None, str]:
         """Prompts depend on the picture; see `Processor`."""
-        ends = self._text(self.prompt)[-1:]
+        ends = self._text(text)[-1:]
         return None, "" if self.start is not None or not ends or ends.isspace() else " "
 
     def complete(self, batch: CaptionBatch) -> CaptionBatch:
         """Rows of training with what else the model reads; see `Processor`."""
         assert isinstance(batch, HubBatch)
-        given, q = self._given(batch.images, [None] * len(batch.images)), batch.tokens.shape[1]
+        asked, q = questions_of(batch, len(batch.images)), batch.tokens.shape[1]
+        given = self._given(batch.images, asked)
         if self.start is None:
             shape, real = given.pop("input_ids").shape, given.pop("attention_mask").bool()
             for name, x in given.items():

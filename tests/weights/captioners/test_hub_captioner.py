@@ -113,11 +113,12 @@ def test_the_loss_is_theirs(case: tuple[Any, Any, Path, str]) -> None:
     processor: Any = ours.processor
     from mmtransformer.data.loading.dataset import Collate, Sample
     from mmtransformer.data.loading.rows import CaptionRow
+    from mmtransformer.data.loading.source import Caption
 
     captions = [[40, 41, 2], [50, 2], [60, 61, 62, 63, 2]]
     rows = [CaptionRow(torch.tensor(row).numpy().astype("int32"), 0, True) for row in captions]
     samples = [
-        Sample(None, None, [row], str(i), (), image)
+        Sample(None, None, [row], str(i), (Caption("", None),), image)
         for i, (row, image) in enumerate(zip(rows, pictures(), strict=True))
     ]
     batch = Collate(1, complete=processor.complete, tiled=processor)(samples)
