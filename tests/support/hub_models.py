@@ -182,7 +182,7 @@ def hub_folder(path: Path, name: str) -> tuple[Any, Any]:
                 parameter.data = 0.3 * torch.randn_like(parameter) + (name != "gemma3")
     model.generation_config.update(**IDS)
     if name == "florence2":
-        model.generation_config.decoder_start_token_id = 2
+        model.generation_config.update(decoder_start_token_id=2, forced_eos_token_id=None, forced_bos_token_id=None)
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return model, processor
