@@ -36,6 +36,7 @@ def not_finite(
     culprit: str | None = None,
     gradient: str | None = None,
     record: Path | None = None,
+    precision: str = "",
 ) -> NotFinite:
     """The error to raise, with everything that helps to find the cause.
 
@@ -50,6 +51,7 @@ def not_finite(
         culprit: What `first_bad_module` found.
         gradient: The name of the first gradient that is not finite.
         record: A file that gets a line with all of this; the message names eight samples.
+        precision: That of the run: what it is set to already is not advised.
     """
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     if record is not None:
@@ -62,10 +64,11 @@ def not_finite(
         shown = "those of another process, whose message names them"
     where = f"first bad module: {culprit}; " if culprit else ""
     where += f"first bad gradient: {gradient}" if gradient else "every gradient is finite by itself"
+    wide = "" if precision in ("32-true", "64-true") else "set trainer.precision to 32-true, "
     return NotFinite(
         f"step {step}: the loss is {loss:.6g} and the gradient's norm {grad_norm:.6g}, which is not finite; the "
         f"weights were left as they were. Learning rate {lr:.3g}; {where}; samples: {shown or 'unnamed'}. Lower "
-        f"model.optim.lr, lengthen model.optim.warmup_steps, set trainer.precision to 32-true, or leave such steps out "
+        f"model.optim.lr, lengthen model.optim.warmup_steps, {wide}or leave such steps out "
         f"with model.optim.nonfinite=skip"
     )
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
-from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
+from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum, total_norm
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
 from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
@@ -230,7 +230,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         parts, self._parts = self._parts.read(norm, self.trainer.world_size), StepAccumulator()
         self.samples_seen += parts.samples
@@ -279,6 +279,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
             culprit=culprit,
             gradient=next((name for name in weights if name in bad), None),
             record=Path(self.trainer.default_root_dir) / RECORD,
+            precision=str(self.trainer.precision),
         )
         self._in_a_row += 1
         if self.optim.nonfinite == "stop" or self._in_a_row > MOST_IN_A_ROW:
