@@ -5,6 +5,7 @@ float16 model: NaN after some epochs), transformers issues 11461 and 23918 and p
 to 2.8e5, are more than float16 holds), transformers issue 5300 (rows of ignored labels).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def test_what_learns_of_a_float16_folder_is_float32(tmp_path: Path) -> None:
     """LAVIS 409: a float16 ViT is NaN after its first step; notebooks 454: float16 under LoRA after some epochs."""
     base = folder(tmp_path / "base", "blip2", scale=0.1)
-    Blip2ForConditionalGeneration.from_pretrained(base).to(torch.float16).save_pretrained(base)
+    theirs: Any = Blip2ForConditionalGeneration.from_pretrained(base)
+    theirs.to(torch.float16).save_pretrained(base)
     for tuning in (Tuning(), Tuning(["vision", "decoder"], how="lora")):
         model = finetune(str(base), tuning=tuning).captioner.train()
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -87,9 +89,8 @@ def test_rows_without_targets_are_zero_not_nan(tmp_path: Path) -> None:
     assert all(not x.any() for x in gradients(model))
     whole = batch()
     whole.loss_mask[1:] = False  # one row of four has targets: the mean is that row's
-    alone = CaptionBatch(
-        *(x[:1] for x in (whole.tokens, whole.attention_mask, whole.loss_mask)), pixels=whole.pixels[:1]
-    )  # type: ignore[index]
+    fields: Any = {name: getattr(whole, name)[:1] for name in ("tokens", "attention_mask", "loss_mask", "pixels")}
+    alone = replace(whole, **fields)
     torch.testing.assert_close(model(whole).loss, model(alone).loss)
 
 
