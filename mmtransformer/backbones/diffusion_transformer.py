@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.backbones.patch_convs import PatchConvs
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.cache import KeyValue
@@ -152,6 +153,8 @@ class DiffusionTransformer(Pretrained, nn.Module):
             (arXiv:2403.03206, section 4, does so with CLIP's pooled texts).
         qk_norm: "rms" or "layer" normalises each head's queries and keys in both attentions (arXiv:2403.03206, section
             5.3.2; arXiv:2511.13720); None does not, as DiT and PixArt.
+        conv_width: channels of convolutions before and behind the blocks, and past them (`PatchConvs`): small models
+            learn from fewer images what hangs together; None = linear patches.
 
     Raises:
         ValueError: if the numbers do not divide.
@@ -174,6 +177,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         base_grid: int | None = None,
         pooled_context: bool = False,
         qk_norm: Literal["rms", "layer"] | None = None,
+        conv_width: int | None = None,
     ) -> None:
         super().__init__()
         if pooled_context and context_dim is None:
@@ -187,12 +191,19 @@ class DiffusionTransformer(Pretrained, nn.Module):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.context_dim, self.num_classes, self.modulation = context_dim, num_classes, modulation
         self.bottleneck_dim, self.base_grid = bottleneck_dim, base_grid
-        self.pooled_context, self.qk_norm = pooled_context, qk_norm
+        self.pooled_context, self.qk_norm, self.conv_width = pooled_context, qk_norm, conv_width
 
         shared, pixels = modulation == "shared", in_channels * patch_size**2
         kind = TableModulation if shared else OwnModulation
+        self.convs = None
+        if conv_width is not None:
+            if bottleneck_dim is not None:
+                raise ValueError("bottleneck_dim is for linear patches: leave it out with conv_width")
+            self.convs = PatchConvs(in_channels, self.out_channels, dim, patch_size, conv_width)
         self.patch_embed = (
-            nn.Linear(pixels, dim)
+            None
+            if conv_width is not None
+            else nn.Linear(pixels, dim)
             if bottleneck_dim is None
             else nn.Sequential(nn.Linear(pixels, bottleneck_dim, bias=False), nn.Linear(bottleneck_dim, dim))
         )
@@ -216,7 +227,7 @@ class DiffusionTransformer(Pretrained, nn.Module):
         )
         self.last_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.last_modulation = kind(dim, 2)
-        self.head = nn.Linear(dim, self.out_channels * patch_size**2)
+        self.head = None if conv_width is not None else nn.Linear(dim, self.out_channels * patch_size**2)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -233,8 +244,10 @@ class DiffusionTransformer(Pretrained, nn.Module):
         zero = [module.proj for module in self.modules() if isinstance(module, OwnModulation)]
         crossing = [block.cross_attn for block in self.blocks]
         zero += [attn.out_proj for attn in crossing if isinstance(attn, Attention)]
-        for layer in [*zero, self.head]:
+        for layer in [*zero, *([] if self.head is None else [self.head])]:
             nn.init.zeros_(layer.weight)
+        if self.convs is not None:
+            self.convs.init_weights()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are not decayed: the tables of modulations, and classes."""
@@ -299,14 +312,22 @@ class DiffusionTransformer(Pretrained, nn.Module):
         if self.shared_modulation is not None:
             steer = torch.cat(self.shared_modulation(condition), dim=1)
 
-        x = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p)
-        x = self.patch_embed(x) + grid_positions((height // p, width // p), self.dim, self.base_grid).to(x)
+        skips: list[Tensor] = []
+        if self.convs is not None:
+            x, skips = self.convs.encode(images)
+        else:
+            assert self.patch_embed is not None
+            x = self.patch_embed(rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p))
+        x = x + grid_positions((height // p, width // p), self.dim, self.base_grid).to(x)
         for i, block in enumerate(self.blocks):
             x = block(x, steer, None if text is None else text.keys[i], mask)
         last = condition if self.shared_modulation is None else condition[:, None]
         shift, scale = self.last_modulation(last)
-        x = self.head(torch.addcmul(shift, self.last_norm(x), 1 + scale))
-        return rearrange(x, "b (y x) (p q c) -> b c (y p) (x q)", y=height // p, p=p, q=p)
+        x = torch.addcmul(shift, self.last_norm(x), 1 + scale)
+        if self.convs is not None:
+            return self.convs.decode(x, skips, condition)
+        assert self.head is not None
+        return rearrange(self.head(x), "b (y x) (p q c) -> b c (y p) (x q)", y=height // p, p=p, q=p)
 
 
 def grid_positions(grid: tuple[int, int], dim: int, base: int | None = None) -> Tensor:

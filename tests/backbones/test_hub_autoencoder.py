@@ -65,6 +65,7 @@ def model(channels: int = 4) -> TextToImageModel:
     torch.manual_seed(1)
     text = TextEncoder(300, dim=12, depth=1, num_heads=2, max_len=20, pooler=False, dropout=0.0)
     transformer = DiffusionTransformer(2, channels, 16, 1, 2, context_dim=12)
+    assert transformer.head is not None
     torch.nn.init.normal_(transformer.head.weight, std=0.3)
     return TextToImageModel(text, transformer, autoencoder=frozen)
 
@@ -83,6 +84,7 @@ def test_a_model_trains_on_latents_and_leaves_the_autoencoder_alone() -> None:
     assert torch.equal(found.sum, bare(latents, generator=torch.Generator().manual_seed(3)).sum)
     found.sum.backward()
     assert all(p.grad is None for p in trained.autoencoder.parameters())
+    assert trained.transformer.head is not None
     assert trained.transformer.head.weight.grad is not None
     with pytest.raises(ValueError, match=r"draws 3 channels \(in_channels\), but the autoencoder's latents have 4"):
         model(3)

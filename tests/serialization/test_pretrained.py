@@ -208,6 +208,9 @@ MODELS: dict[str, Callable[[], Any]] = {
         2, 4, 20, 1, 4, mlp_dim=31, out_channels=8, context_dim=7, num_classes=5, modulation="block", bottleneck_dim=6,
         base_grid=4, pooled_context=True, qk_norm="layer",
     ),
+    "DiffusionTransformer between convolutions": lambda: DiffusionTransformer(
+        4, 3, 20, 1, 4, context_dim=7, conv_width=2
+    ),
     "TextToImageModel": lambda: TextToImageModel(
         TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 3, 20, 1, 4, context_dim=20),
         diffusion=Diffusion(time_mean=0.3), text_dropout=0.2, freeze_text=True,

@@ -120,6 +120,7 @@ def dit_to_diffusers(model: DiffusionTransformer) -> tuple[dict[str, Any], dict[
             "bottleneck_dim": (model.bottleneck_dim, None),
             "pooled_context": (model.pooled_context, False),
             "qk_norm": (model.qk_norm, None),
+            "conv_width": (model.conv_width, None),
             "base_grid": (model.base_grid is None, False),
         },
     )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mmtransformer.training.evaluation.drawn_facts import SEED, compare_seeds, r
 from support.cli import mmt
 
 ENCODER = {"vocab_size": 300, "dim": 12, "depth": 1, "num_heads": 2, "max_len": 96, "pooler": False, "dropout": 0.0}
-TRANSFORMER = {"patch_size": 16, "dim": 16, "depth": 1, "num_heads": 2, "context_dim": 12}
+TRANSFORMER: dict[str, Any] = {"patch_size": 16, "dim": 16, "depth": 1, "num_heads": 2, "context_dim": 12}
 
 
 def recipe(**model) -> dict:
@@ -91,7 +92,9 @@ def test_validations_see_the_same_noise() -> None:
 
     tokens = torch.randint(3, 300, (2, 5))
     batch = CaptionBatch(tokens, tokens > 0, tokens > 0, pixels=torch.randn(2, 1, 3, 32, 32))
-    torch.nn.init.normal_(task.model.transformer.head.weight)
+    head = task.model.transformer.head
+    assert head is not None
+    torch.nn.init.normal_(head.weight)
     for number in (0, 0, 1):
         torch.manual_seed(number + len(added))
         task.validation_step(batch, number)
