@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES
 
@@ -49,3 +50,26 @@ class ArrowFile:
         if batch.nbytes > self._most:
             raise pa.ArrowInvalid(f"{batch.nbytes:,} bytes in one batch: a bomb")
         return batch
+
+
+def unpacked(values: Any) -> int:
+    """How many bytes values are when each is written out, counted without doing so: one text may stand for a million.
+
+    Args:
+        values: An array of pyarrow, or several in one column.
+    """
+    if isinstance(values, (pa.ChunkedArray, pa.Table)):
+        return sum(map(unpacked, values.chunks if isinstance(values, pa.ChunkedArray) else values.columns))
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        words = values.dictionary
+        flat = pa.types.is_string(words.type) or pa.types.is_large_string(words.type) or pa.types.is_binary(words.type)
+        sizes = pc.binary_length(words) if flat else pa.array([words.nbytes] * len(words), pa.int64())
+        return pc.sum(sizes.take(values.indices).cast(pa.int64())).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(unpacked(field) for field in values.flatten())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return unpacked(values.flatten())
+    if pa.types.is_run_end_encoded(kind) or "view" in str(kind):  # which may point at one place many times
+        raise ValueError(f"columns of type {kind} are not read")
+    return values.nbytes

@@ -83,6 +83,41 @@ def _refuse_bombs(metadata: Any, entry: Entry) -> None:
         raise ValueError(f"{entry.path}: a row group of {largest:,} bytes out of {entry.size:,}: a bomb")
 
 
+def _with_words(path: str, read: list[str]) -> Any:
+    """The Parquet file, which keeps each text once (`dictionary`), so that they can be counted before they are held."""
+    import pyarrow.parquet as pq
+
+    schema = pq.ParquetFile(path).schema
+    leaves = [schema.column(i) for i in range(len(schema))]
+    words = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and _is_read(leaf.path, read)]
+    return pq.ParquetFile(path, read_dictionary=words)
+
+
+def _is_read(path: str, read: list[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in read)
+
+
+def _texts(table: Any, group: int, read: list[str], entry: Entry) -> Any:
+    """Some columns of a row group.
+
+    Raises:
+        ValueError: If they are far more than the file.
+    """
+    from mmtransformer.data.files.arrow import unpacked
+
+    most = max(_SMALL_ROWS, entry.size)
+    if metadata := getattr(table, "metadata", None):
+        leaves = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+        count = max((leaf.num_values for leaf in leaves if _is_read(leaf.path_in_schema, read)), default=0)
+        if count > most:
+            raise ValueError(f"{count:,} values of a column out of {entry.size:,} bytes: a bomb")
+    found = table.read_row_group(group, columns=read)
+    size = unpacked(found)
+    if size > max(SMALL_BYTES, MOST_RATIO * entry.size):
+        raise ValueError(f"{size:,} bytes of texts out of {entry.size:,}: a bomb")
+    return found
+
+
 def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
     """Reads captions and paths; of pictures kept as bytes only the places, as `ManifestRow.key`.
 
@@ -114,12 +149,14 @@ def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, 
     image_paths = f"{columns.image}.path" if inside and held.get_field_index("path") >= 0 else None
     read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes or not columns.image else [columns.image])
     holder = TableBytes(path, columns.image)
+    if kind == "Parquet":
+        table = _with_words(path, read)
 
     def rows() -> Iterator[ManifestRow]:
         number = 0
         for group in range(table.num_row_groups):
             try:
-                records = table.read_row_group(group, columns=read).to_pylist()
+                records = _texts(table, group, read, entry).to_pylist()
             except (pa.ArrowException, OSError, ValueError) as error:
                 said = " ".join(str(error).split())
                 raise ValueError(f"{entry.path} is damaged in row group {group}: {said}") from None

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,27 @@ def test_a_table_that_grows_is_refused(root: Path) -> None:
     pq.write_table(table, root / "blank.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(ValueError, match=r"blank\.parquet: a row group of 10\d,\d{3},\d{3} bytes out of .*: a bomb"):
         open_pairs(root / "blank.parquet")
+
+
+def test_a_parquet_of_few_words_many_times_is_counted_before_it_is_written_out(root: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = 950_000
+    same = pa.array([0] * rows, pa.int32())
+    caption = pa.DictionaryArray.from_arrays(same, pa.array(["x" * 42_000]))
+    table = pa.table({"image": pa.DictionaryArray.from_arrays(same, pa.array(["0.png"])), "caption": caption})
+    pq.write_table(table, root / "words.parquet", compression="zstd", row_group_size=rows)
+    before = time.process_time()
+    with pytest.raises(ValueError, match=r"words\.parquet .*: 39,9[\d,]{10} bytes of texts out of [\d,]+: a bomb"):
+        open_pairs(root / "words.parquet")
+    assert time.process_time() - before < 2
+    nested = pa.table({"image": ["0.png"], "caption": pa.array([[None] * 3_000_000], pa.list_(pa.string()))})
+    pq.write_table(nested, root / "nulls.parquet")
+    with pytest.raises(ValueError, match=r"nulls\.parquet .*: 3,000,000 values of a column out of .*: a bomb"):
+        open_pairs(root / "nulls.parquet")
+    words = pa.array([["red", "blue"], ["red"], ["green"]])
+    pq.write_table(pa.table({"image": [f"{i}.png" for i in range(3)], "caption": words}), root / "few.parquet")
+    split = open_pairs(root / "few.parquet", ReadOptions(val_fraction=0)).split("train")
+    assert [[c.text for c in split.captions(i)] for i in range(3)] == words.to_pylist()
 
 
 # ------------------------------------------------------------------------------------------------------- manifests
