@@ -26,6 +26,7 @@ from torch import Tensor
 from mmtransformer.text.token_bytes import TokenBytes
 from mmtransformer.text.tokenizer_files import (
     check_encodable,
+    check_growth,
     check_languages,
     find_ends,
     find_token,
@@ -93,6 +94,7 @@ class Tokenizer:
         self._specials = frozenset(i for i, token in added.items() if token.special)
         self._ends = {self.eos_id} | (self._specials & {*self.eos_ids})
         description = json.loads(backend.to_str())
+        check_growth(description)
         self._token_bytes = TokenBytes(description, {i: token.content for i, token in added.items()})
         model = description["model"]
         unknown = model.get("unk_id", vocab.get(model.get("unk_token")))

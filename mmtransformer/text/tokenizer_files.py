@@ -1,5 +1,6 @@
 """Reading the files that a tokenizer is kept in, by this library, by hubs, or as GPT-2 and BERT were published."""
 
+import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mmtransformer.serialization.untrusted import check_plain
 
+_MOST_STEPS, _MOST_GROWTH, _MOST_AHEAD = 100, 64, 1000
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
@@ -156,6 +158,57 @@ def read_end_ids(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> lis
     if ends is not None and not (isinstance(ends, list) and all(isinstance(i, int) for i in ends)):
         raise ValueError(f"{path}: end_ids is {ends!r:.80}, not a list of ids")
     return ends
+
+
+def check_growth(description: Mapping[str, Any]) -> None:
+    """Refuses a tokenizer that makes far more of a text than it is: steps that double it double what they have doubled.
+
+    Args:
+        description: What tokenizer.json says.
+
+    Raises:
+        ValueError: If a letter may become more than 64, or there are more than a hundred steps; the longest that
+            Unicode's own normal forms make of one are 18.
+    """
+    steps = [step for name in ("normalizer", "pre_tokenizer") for step in _flat(description.get(name))]
+    if len(steps) > _MOST_STEPS:
+        raise ValueError(f"tokenizer.json: {len(steps):,} steps before the words; at most {_MOST_STEPS} are known")
+    growth, ahead = 1.0, 0
+    for step in steps:
+        growth *= _growth(step)
+        ahead += len(str(step.get("prepend", "")))
+        if growth > _MOST_GROWTH or ahead > _MOST_AHEAD:
+            raise ValueError(
+                f"tokenizer.json: its {step.get('type')!r} and the steps before it may make {growth:,.0f} letters of "
+                f"one, and put {ahead:,} before a text; {_MOST_GROWTH} and {_MOST_AHEAD:,} are the most"
+            )
+
+
+def _flat(step: Any) -> list[dict[str, Any]]:
+    """A step of a tokenizer, or those of a sequence, of any depth."""
+    found, open_ = [], [step]
+    while open_:
+        step = open_.pop()
+        if isinstance(step, dict):
+            inner = [part for name in ("normalizers", "pretokenizers") for part in step.get(name) or ()]
+            open_ += inner[::-1]
+            found += [] if inner else [step]
+    return found
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """How many letters a step may make of one."""
+    if step.get("type") == "Replace":
+        pattern, content = step.get("pattern") or {}, len(str(step.get("content", "")))
+        # A pattern may also stand for nothing, between any two letters.
+        return max(1.0, content / max(1, len(pattern["String"])) if "String" in pattern else 1.0 + content)
+    if step.get("type") == "ByteLevel":
+        return 2.0
+    if step.get("type") == "Precompiled":
+        data = base64.b64decode(step.get("precompiled_charsmap") or "")
+        strings = data[4 + int.from_bytes(data[:4], "little") :]  # behind the trie, each ended by a zero
+        return max([1.0, *(float(len(text.decode("utf-8", "replace"))) for text in strings.split(b"\0"))])
+    return 1.0
 
 
 def check_encodable(text: str) -> None:

@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -660,3 +661,47 @@ def test_a_terminal_obeys_no_stranger() -> None:
         printable("가족 \U0001f468\u200d\U0001f469 c\u00e1\u00a0fe\t")
         == "가족 \U0001f468\u200d\U0001f469 c\u00e1\u00a0fe\t"
     )
+
+
+# ------------------------------------------------------------------------------------------------ what grows
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def grown(step: str, description: dict[str, Any], times: int = 1) -> Tokenizer:
+    """A tokenizer whose normaliser or pre-tokeniser is a step so many times."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
+    many = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+    parts = {"type": "Sequence", many[step]: [description] * times}
+    changed = json.loads(backend.to_str()) | {step: parts}
+    read = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    return Tokenizer(read, bos_token="<eos>", eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("step", "description", "times"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}, 34),
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10**6}, 1),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "."}, "content": "aa"}, 34),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 400}, 3),
+        ("normalizer", {"type": "ByteLevel"}, 30),
+        (
+            "pre_tokenizer",
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            30,
+        ),
+    ],
+)
+def test_a_tokenizer_that_makes_gigabytes_of_a_word_is_refused(step: str, description: dict, times: int) -> None:
+    before = time.process_time()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: its '\w+' and the steps before it may make [\d,]+ letters"):
+        grown(step, description, times)
+    assert time.process_time() - before < 2
+
+
+def test_a_tokenizer_of_many_steps_is_refused_and_one_of_few_is_not() -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.json: 101 steps before the words; at most 100"):
+        grown("normalizer", {"type": "Lowercase"}, 101)
+    assert grown("normalizer", {"type": "Replace", "pattern": {"String": "b"}, "content": "aa"}, 6).encode("b")
