@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Split
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
+from mmtransformer.data.loading.traces import changes, traces
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
@@ -278,6 +280,30 @@ class CaptionData(Data):
         """How the pictures are mixed, and the tokenizer."""
         mixture = self.mixture(self.train_split)
         return {"mixture": [] if mixture is None else list(mixture.quotas), "tokenizer": self.tokenizer_hash}
+
+    @once_a_split
+    def traces(self, split: str) -> Tensor:
+        """What tells whether captions or pictures have changed, see `loading.traces`."""
+        return traces(self.pairs(split), self.rows(split).captions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The `identity`, and the traces of the data; those of the first process are kept."""
+        first = self.trainer is None or self.trainer.is_global_zero
+        splits = self.splits_of("fit") if first else ()
+        return super().state_dict() | {"traces": {split: self.traces(split) for split in splits}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Checks the `identity`, and warns if captions or pictures are not what they were."""
+        super().load_state_dict(state_dict)
+        if self.trainer is not None and not self.trainer.is_global_zero:
+            return
+        for split, was in state_dict.get("traces", {}).items():
+            if split in self.splits_of("fit") and (said := changes(was, self.traces(split), self.pairs(split))):
+                warnings.warn(
+                    f"the data have changed since the run was saved: {said} of {split!r}. The run goes on with what is "
+                    f"there now, and is no longer the one that it would have been",
+                    stacklevel=2,
+                )
 
     def changed(self, name: str, was: Any, now: Any) -> str:
         """What to say when the mixture or the tokenizer is not what it was."""

@@ -110,8 +110,13 @@ def read_generation(path: Path, default: GenerationConfig) -> GenerationConfig:
     return settings_of(GenerationConfig, read_json(path), str(path)) if path.exists() else default
 
 
-def read_transform(path: Path) -> ImageTransform:
+def read_transform(path: Path, model_size: tuple[int, int] | None = None) -> ImageTransform:
     """How a saved model's pictures become pixels.
+
+    Args:
+        path: The file.
+        model_size: Height and width, px, that the model's positions were learned for; each side of the pixels may be
+            four times as large, with positions resized. Sixteen times the patches cost 256 times the attention.
 
     Raises:
         ValueError: naming the file, if it is missing, damaged or asks for what makes no sense.
@@ -120,6 +125,11 @@ def read_transform(path: Path) -> ImageTransform:
     if (pixels := math.prod(transform.size)) > _MOST_PIXELS:
         raise ValueError(
             f"{path}: image_size is {transform.image_size}: {pixels:,} pixels are more than {_MOST_PIXELS:,}"
+        )
+    if model_size and any(side > 4 * own for side, own in zip(transform.size, model_size, strict=True)):
+        raise ValueError(
+            f"{path}: image_size is {transform.image_size}, more than four times what the model's positions are for, "
+            f"{model_size[0]} x {model_size[1]} px; put its own size there"
         )
     return transform
 

@@ -111,7 +111,8 @@ class ImageClassifier:
         names = read_json(folder / CLASSES).get("classes")
         if not isinstance(names, list):
             raise ValueError(f'{folder / CLASSES}: no list "classes"')
-        transform = read_transform(folder / PREPROCESSOR)
-        found = cls(ViT.from_pretrained(folder), [str(name) for name in names], transform, device=device)
+        vit = ViT.from_pretrained(folder)
+        transform = read_transform(folder / PREPROCESSOR, vit.image_size)
+        found = cls(vit, [str(name) for name in names], transform, device=device)
         for_inference(found.vit)
         return found

@@ -137,7 +137,7 @@ class ImageCaptioner:
             tokenizer, transform = processor.tokenizer, processor.transform
         else:
             captioner, processor = Captioner.from_pretrained(folder), None
-            transform = read_transform(folder / PREPROCESSOR)
+            transform = read_transform(folder / PREPROCESSOR, getattr(captioner.vision, "image_size", None))
             generation = read_generation(folder / GENERATION, CAPTIONING)
             tokenizer = Tokenizer.from_pretrained(folder)
         return cls(
