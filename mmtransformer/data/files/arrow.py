@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES
 
@@ -64,8 +64,9 @@ def unpacked(values: Any) -> int:
     if pa.types.is_dictionary(kind):
         words = values.dictionary
         flat = pa.types.is_string(words.type) or pa.types.is_large_string(words.type) or pa.types.is_binary(words.type)
-        sizes = pc.binary_length(words) if flat else pa.array([words.nbytes] * len(words), pa.int64())
-        return pc.sum(sizes.take(values.indices).cast(pa.int64())).as_py() or 0
+        sizes = [len(word or "") for word in words.to_pylist()] if flat else [words.nbytes] * len(words)
+        places = values.indices.drop_null().to_numpy(zero_copy_only=False)
+        return int(np.array(sizes or [0], np.int64)[places].sum())
     if pa.types.is_struct(kind):
         return sum(unpacked(field) for field in values.flatten())
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):

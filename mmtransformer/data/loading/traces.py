@@ -1,4 +1,4 @@
-"""Whether a run that goes on still has the data it had: a check sum of every picture's captions, and of its file's state.
+"""Whether a run that goes on still has the data it had: check sums of each picture's captions and file.
 
 A run is a function of its data too. A caption that was edited or a picture that was replaced between stop and resume
 changes it, and nothing else would tell.
@@ -34,7 +34,7 @@ def traces(pairs: Pairs, captions: Sequence[Iterable[Caption]]) -> Tensor:
     fingerprint: Callable[[int], str] | None = getattr(pairs, "fingerprint", None)
     step = -(-len(captions) // _MOST_FILES)
     for i, said in enumerate(captions):
-        text = "\0".join([pairs.name(i), *(f"{caption.language}\0{caption.text}" for caption in said)])
+        text = "\0".join([pairs.name(i), *(str(part) for caption in said for part in caption)])
         found[i, 0] = zlib.crc32(text.encode("utf-8", "surrogatepass"))
         if fingerprint is not None and i % step == 0:
             found[i, 1] = zlib.crc32(fingerprint(i).encode())
