@@ -93,8 +93,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._specials = frozenset(i for i, token in added.items() if token.special)
         self._ends = {self.eos_id} | (self._specials & {*self.eos_ids})
-        description = json.loads(backend.to_str())
-        check_growth(description)
+        description = check_growth(json.loads(backend.to_str()))
         self._token_bytes = TokenBytes(description, {i: token.content for i, token in added.items()})
         model = description["model"]
         unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
@@ -295,8 +294,7 @@ class Tokenizer:
             if not type(error).__name__.startswith("PanicException"):
                 raise
             raise ValueError(
-                f"tokenizer.json: its pattern takes too long on a text of {len(text):,} characters, "
-                f"{text[:40]!r} ({error})"
+                f"tokenizer.json: its pattern takes too long on a text of {len(text):,} characters, {text[:40]!r} ({error})"
             ) from None
 
     def encode_source(self, text: str) -> list[int]:

@@ -160,11 +160,11 @@ def read_end_ids(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> lis
     return ends
 
 
-def check_growth(description: Mapping[str, Any]) -> None:
+def check_growth(description: dict[str, Any]) -> dict[str, Any]:
     """Refuses a tokenizer that makes far more of a text than it is: steps that double it double what they have doubled.
 
     Args:
-        description: What tokenizer.json says.
+        description: What tokenizer.json says; it is given back.
 
     Raises:
         ValueError: If a letter may become more than 64, or there are more than a hundred steps; the longest that
@@ -182,6 +182,7 @@ def check_growth(description: Mapping[str, Any]) -> None:
                 f"tokenizer.json: its {step.get('type')!r} and the steps before it may make {growth:,.0f} letters of "
                 f"one, and put {ahead:,} before a text; {_MOST_GROWTH} and {_MOST_AHEAD:,} are the most"
             )
+    return description
 
 
 def _flat(step: Any) -> list[dict[str, Any]]:
