@@ -192,7 +192,8 @@ def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argpar
     asked = [load(picture) for picture in args.like]
     title = " + ".join(args.texts) or ("Near duplicates" if args.duplicates else "Pictures like this")
     chips = [(f"without {text}", "bad") for text in args.without]
-    hint = f"{len(index):,} pictures, by {Path(args.model).name}"
+    folder = Path(args.model)  # a run's is called "model"
+    hint = f"{len(index):,} pictures, by {folder.resolve().parent.name if folder.name == 'model' else folder.name}"
     if args.duplicates:
         hint = f"{len(groups):,} groups among {len(index):,} pictures, cosines from {args.threshold:g}"
     found = [_founds(index, group, out) for group in groups]

@@ -64,7 +64,7 @@ def save_html_gallery(
     if heated:
         text = "<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it."
         body.append(f'<p class="hint">{text}</p>')
-    body += [CONTROLS.replace("WHAT", "captions and names")] if len(cards) > 1 else []
+    body += [CONTROLS.replace("WHAT", "captions")] if len(cards) > 1 else []
     body += ["<main>", *(_card(card, image_size) for card in cards), "</main>"]
     if hint:
         line = re.sub("`([^`]+)`", r"<code>\1</code>", escape(hint))
