@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtransformer import ImageCaptioner, ImageClassifier, TextEncoder, TextToImage, Tokenizer
+from mmtransformer import DualEncoder, ImageCaptioner, ImageClassifier, TextEncoder, TextToImage, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.pipelines.translator import Translator
 from mmtransformer.training.tasks.captioning import Captioning
@@ -136,7 +136,21 @@ def check_few_shot(name: str, run: Path, out: str) -> None:
     assert ImageCaptioner.from_pretrained(run / "model", device="cpu").generation.mark_images
 
 
+def check_contrast(name: str, run: Path, out: str) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    for found in metrics["retrieval"]["val"].values():
+        assert found["itc"].keys() >= {"text_recall@1", "image_recall@10"}
+    assert ("zero_shot" in metrics) == (name == "clip_scenes")
+    assert "caption -> picture" in out
+    assert (run / "retrieval.png").read_bytes()[1:4] == b"PNG"
+    encoder = DualEncoder.from_pretrained(run / "model", device="cpu")
+    assert encoder.similarity(Image.new("RGB", (50, 40)), ["a red star", "빨간 별"]).shape == (1, 2)
+
+
 CHECKS = {
+    "clip_scenes": check_contrast,
+    "clip_finetune": check_contrast,
+    "clip_flickr8k": check_contrast,
     "qformer_stage1_scenes": check_stage1,
     "qformer_stage1_flickr8k": check_stage1,
     "qformer_stage1_coco": check_stage1,

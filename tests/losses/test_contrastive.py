@@ -9,9 +9,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer.losses.contrastive import clip_loss, compare, contrastive_loss, itc_loss, itg_loss, itm_loss
+from mmtransformer.losses.contrastive import (
+    clip_loss,
+    compare,
+    contrastive_loss,
+    itc_loss,
+    itg_loss,
+    itm_loss,
+    softmax_loss,
+)
 from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.hard_negatives import hard_negatives, pair_noise
+from mmtransformer.losses.sigmoid import sigmoid_loss
 
 
 def unit(*shape: int) -> Tensor:
@@ -92,6 +101,21 @@ def test_fillers_take_no_part() -> None:
     alone = itc_loss(images[kept], texts[torch.tensor([0, 1, 4, 5])], 0.1, label_smoothing=0.1)
     beside = itc_loss(images, texts, 0.1, image_ids=ids, label_smoothing=0.1)
     assert float(beside) == pytest.approx(float(alone))
+
+
+def test_one_text_of_two_images_belongs_to_both_but_not_to_fillers() -> None:
+    images, texts = unit(4, 5), unit(4, 5)
+    ids, keys = torch.tensor([3, 8, -1, 5]), torch.tensor([11, 11, 11, 12])
+    found = compare(images, texts, ids, text_keys=keys)
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    assert torch.equal(found.texts_of_images(), expected)
+    assert torch.equal(found.images_of_texts(), expected)
+    kept = torch.tensor([0, 1, 3])
+    alone = softmax_loss(compare(images[kept], texts[kept], ids[kept], text_keys=keys[kept]), 3.0, hardness=0.5)
+    assert float(softmax_loss(found, 3.0, hardness=0.5)) == pytest.approx(float(alone))
+    scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
+    alone = sigmoid_loss(compare(images[kept], texts[kept], ids[kept], text_keys=keys[kept]), scale, bias)
+    assert float(sigmoid_loss(found, scale, bias)) == pytest.approx(float(alone))
 
 
 def test_similarities_are_not_rounded_by_autocast() -> None:

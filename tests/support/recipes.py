@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from mmtransformer import (
+    CLIP,
+    DualEncoder,
     EncoderDecoder,
     ImageCaptioner,
     ImageText,
     ImageTransform,
     QFormer,
     TextDecoder,
+    TextTower,
     Tokenizer,
     ViT,
 )
@@ -44,6 +47,14 @@ def saved_model(folder: Path) -> Path:
     captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
+    return folder
+
+
+def dual_model(folder: Path) -> Path:
+    source = Scenes(image_size=32, train_size=9).split("train")
+    tokenizer = Tokenizer.train([c.text for i in range(9) for c in source.captions(i)], 300, ("en", "ko"))
+    clip = CLIP(ViT(32, 8, 16, 1, 2), TextTower(300, 16, 1, 2), embed_dim=12)
+    DualEncoder(clip, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
     return folder
 
 
@@ -109,7 +120,7 @@ def arguments(name: str, folder: Path) -> list[str]:
         ]
     if name == "lm_scenes":
         return ["--model.num_texts=3"]
-    if name in ("caption_scenes", "draw_scenes", "prefix_scenes", "translate_scenes", "vit_classify"):
+    if name in ("caption_scenes", "clip_scenes", "draw_scenes", "prefix_scenes", "translate_scenes", "vit_classify"):
         return []
     if name == "lm_captions":
         paths = f"--data.source={flickr_folder(folder / 'flickr')}"
@@ -123,6 +134,12 @@ def arguments(name: str, folder: Path) -> list[str]:
         from support.hub import folder as public_folder
 
         return [root, f"--model.init={public_folder(folder / 'model', 'blip')}", "--model.tuning.whole=true"]
+    if name == "clip_finetune":
+        return [root, f"--model.init={dual_model(folder / 'model')}"]
+    if name == "clip_flickr8k":
+        ViT(32, 8, 192, 1, 3).save_pretrained(folder / "vit")
+        cache = f"--data.cache_features.folder={folder / 'features'}"
+        return [root, f"--model.model.vision.source={folder / 'vit'}", "--data.image.image_size=32", cache]
     if name in ("qformer_stage2_flickr8k", "qformer_coco"):
         language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
         cache = [f"--data.cache_features.folder={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPVisionConfig
 
-from mmtransformer import CLIP, DualEncoder, OutputConfig, PatchConfig, TextTower, ViT
+from mmtransformer import CLIP, DualEncoder, ImageTransform, OutputConfig, PatchConfig, TextTower, Tokenizer, ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.weights import load_clip, load_vit, save_clip, save_open_clip
+from mmtransformer.weights.contrast.open_clip import open_clip_pixels
 from support import dual
 from support.public import noisy, pictures
 
@@ -123,6 +124,12 @@ def test_open_clip_there_and_back(tmp_path: Path) -> None:
     pixels, tokens = torch.randn(2, 3, 21, 21), torch.randint(0, 53, (3, 11))
     torch.testing.assert_close(back.encode_images(pixels), ours.encode_images(pixels), atol=1e-6, rtol=1e-6)
     assert torch.equal(back.encode_texts(tokens), ours.encode_texts(tokens))
+    Tokenizer.train(["a red star"] * 3, 300).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer has 2.. tokens, but the model scores 53"):
+        DualEncoder.from_pretrained(tmp_path)
+    assert open_clip_pixels(tmp_path, (21, 21)) == ImageTransform(
+        21, "crop", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    )
     # A custom text model has the same tensors below "text.".
     custom = {n if n.startswith(("visual.", "logit")) else f"text.{n}": t for n, t in state.items()}
     save_file(custom, tmp_path / "open_clip_model.safetensors")
@@ -139,6 +146,10 @@ def test_open_clip_there_and_back(tmp_path: Path) -> None:
         (tmp_path / "open_clip_config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=said):
             load_clip(tmp_path)
+    config["preprocess_cfg"]["resize_mode"] = "longest"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="resize_mode 'longest'"):
+        open_clip_pixels(tmp_path, (21, 21))
 
 
 # ------------------------------------------------------------------------------------------------- refusals
