@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmtransformer.serialization.untrusted import check_plain
 
 _MOST_STEPS, _MOST_GROWTH, _MOST_AHEAD = 100, 64, 1000
+_GPT2, _BERT = ("GPT2Tokenizer",), ("BertTokenizer", "DistilBertTokenizer")
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_REMEDY = (
+    "where transformers has what it needs for them (pip install transformers sentencepiece), "
+    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes a tokenizer.json"
+)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
@@ -45,27 +51,84 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
             return tokenizers.Tokenizer.from_file(str(path))
         if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
+            _check_class(folder, config, _GPT2, "vocab.json with merges.txt")
             spaced = bool(config.get("add_prefix_space"))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
             backend.decoder = decoders.ByteLevel()
+            _add_specials(backend, folder, config)
+            bos = _text(config.get("bos_token"))
+            if config.get("add_bos_token") and bos is not None and (index := backend.token_to_id(bos)) is not None:
+                backend.post_processor = processors.TemplateProcessing(
+                    single=f"{bos}:0 $A:0", special_tokens=[(bos, index)]
+                )
             if not settings and backend.token_to_id("<|endoftext|>") is not None:  # GPT-2 as it was published
                 settings["GPT-2"] = {"eos_token": "<|endoftext|>"}
             return backend
         if (path := folder / "vocab.txt").is_file():
             backend = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-            backend.normalizer = normalizers.BertNormalizer(lowercase=bool(config.get("do_lower_case", True)))
+            _check_class(folder, config, _BERT, "vocab.txt")
+            backend.normalizer = normalizers.BertNormalizer(
+                lowercase=bool(config.get("do_lower_case", True)),
+                strip_accents=config.get("strip_accents"),
+                handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+            )
             backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             backend.decoder = decoders.WordPiece()
-            settings.setdefault("BERT", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+            usual = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+            settings.setdefault("BERT", usual)
+            _add_specials(backend, folder, {**usual, "unk_token": "[UNK]", "mask_token": "[MASK]", **config})
+            cls, sep = (_text(config.get(name)) or usual[name] for name in ("cls_token", "sep_token"))
+            ids = [(token, backend.token_to_id(token)) for token in (cls, sep)]
+            if all(index is not None for _, index in ids):
+                backend.post_processor = processors.TemplateProcessing(
+                    single=f"{cls}:0 $A:0 {sep}:0", special_tokens=ids
+                )
             return backend
+    except UnknownClassError:
+        raise
     except BaseException as error:  # `tokenizers` raises bare Exception, and in its depths Rust's panic, which is none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
+    if slow := [
+        name for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model") if (folder / name).exists()
+    ]:
+        raise ValueError(f"{folder}: {slow[0]} is SentencePiece's file, which is not read here; {_REMEDY}")
     raise ValueError(
         f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
         f"it holds: {', '.join(sorted(p.name for p in folder.iterdir())[:9]) or 'nothing'}"
     )
+
+
+class UnknownClassError(ValueError):
+    """Files of a tokenizer whose class says that they are read in another way."""
+
+
+def _check_class(folder: Path, config: Mapping[str, Any], known: Sequence[str], files: str) -> None:
+    name = config.get("tokenizer_class")
+    if name is not None and str(name).removesuffix("Fast") not in known:
+        raise UnknownClassError(f"{folder}: {files} of a {name} is read in a way that is not here; {_REMEDY}")
+
+
+def _text(token: Any) -> str | None:
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _add_specials(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
+    """Adds what files list as tokens of their own, in the order of their ids; named ones are special."""
+    added: dict[int, tuple[str, bool]] = {}
+    if (path := folder / "added_tokens.json").exists():
+        check_plain(path)
+        added |= {int(index): (token, True) for token, index in json.loads(path.read_text("utf-8")).items()}
+    for index, values in config.get("added_tokens_decoder", {}).items():
+        added[int(index)] = (values["content"], bool(values.get("special", False)))
+    named = [_text(config.get(f"{role}_token")) for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    named += [_text(token) for token in config.get("additional_special_tokens") or ()]
+    for _, (token, special) in sorted(added.items()):
+        (backend.add_special_tokens if special else backend.add_tokens)([tokenizers.AddedToken(token, special=special)])
+    there = [token for token in dict.fromkeys(named) if token is not None and backend.token_to_id(token) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in there])
 
 
 def find_token(
