@@ -25,8 +25,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, precision: bool = Fals
     parser.add_argument("--model", required=True, metavar="DIR", help="a model's folder, or its name on the hub")
     parser.add_argument("--device", help="cpu, cuda, mps (a GPU if there is one)")
     if precision:
-        kinds = ("fp32", "bf16", "int8")
-        parser.add_argument("--precision", choices=kinds, default="fp32", help="faster, and rounded (fp32)")
+        kinds = ("fp32", "bf16", "int8", "auto")
+        parser.add_argument(
+            "--precision",
+            choices=kinds,
+            default="fp32",
+            help="faster, and rounded (fp32); auto: bf16 if it is fast here",
+        )
 
 
 def add_many_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import torch
 from PIL.Image import Image
@@ -13,6 +14,7 @@ from torch import nn
 
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.weight_packing import Precision
 from mmtransformer.serialization.pretrained import CONFIG, read_json
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
@@ -46,6 +48,38 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(precision: str, dtype: str | None, device: torch.device | str | None) -> Precision:
+    """The precision to caption in; "auto" is bf16 where the device computes in bfloat16, and says what it took.
+
+    Args:
+        precision: "auto", or as `for_inference` has it.
+        dtype: The same in transformers' words, "auto", "float32" or "bfloat16", in its place.
+        device: Where to compute; None = where `pick_device` says.
+
+    Raises:
+        ValueError: If both are given, or one is unknown.
+    """
+    if dtype is not None:
+        words = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
+        name = str(dtype).removeprefix("torch.")
+        if name not in words:
+            raise ValueError(f'dtype must be one of {", ".join(words)}, not "{name:.40}"')
+        if precision not in ("fp32", words[name]):
+            raise ValueError(f"dtype ({name}) and precision ({precision}) say two things: give one of them")
+        precision = words[name]
+    if precision != "auto":
+        return cast(Precision, precision)  # An unknown one is refused when the model is made ready.
+    where, why = pick_device(device), "which computes in bfloat16"
+    half = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if where.type == "cpu":
+        have = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        kernels = [name for name in ("amx_bf16", "avx512_bf16") if have.get(name)]
+        half, why = bool(kernels), f"which has {', '.join(kernels)}"
+    taken: Precision = "bf16" if half else "fp32"
+    sys.stderr.write(f"precision: {taken} on {where.type}, {why if half else 'which has no bfloat16 kernels'}\n")
+    return taken
 
 
 def fast_autocast(device: torch.device) -> torch.autocast:

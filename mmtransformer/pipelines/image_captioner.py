@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import torch
 from PIL.Image import Image
@@ -33,6 +33,7 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     pick_device,
+    pick_precision,
     public_family,
     read_generation,
     read_transform,
@@ -103,7 +104,8 @@ class ImageCaptioner:
         folder_or_id: str | Path,
         *,
         device: torch.device | str | None = None,
-        precision: Precision = "fp32",
+        precision: Precision | Literal["auto"] = "fp32",
+        dtype: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -119,7 +121,8 @@ class ImageCaptioner:
         Args:
             folder_or_id: The folder, or the name of a hub's repository.
             device: Where to compute; a GPU if there is one.
-            precision: See the constructor.
+            precision: See the constructor; "auto" is bf16 where this machine computes in it, else fp32, and says which.
+            dtype: The same in transformers' words: "auto", "float32" or "bfloat16".
             revision: Of the repository: a branch, tag or commit.
             token: Of an account on the hub; that of `hf auth login` unless told.
             cache_dir: Of the hub's cache.
@@ -146,7 +149,7 @@ class ImageCaptioner:
             transform,
             generation=generation,
             device=device,
-            precision=precision,
+            precision=pick_precision(precision, dtype, device),
             processor=processor,
         )
 
