@@ -7,6 +7,7 @@ Shapes: e width of an embedding, n rows of its table.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -216,6 +217,9 @@ class HubDecoder(Pretrained, Decoder):
         """
         rows, count = x.shape[:2]
         base = self.model.base_model
+        if base is self.model:  # Llama 4's is called as that of its whole, multimodal model.
+            layers = self.layers
+            base = next(m for m in self.model.modules() if any(child is layers for child in m.children()))
         given: dict[str, Any] = {"use_cache": state is not None}
         if state is not None:
             state.advance(rows, position_ids, attention_mask)
@@ -247,7 +251,15 @@ class HubDecoder(Pretrained, Decoder):
                 for i, layer in enumerate(self.layers):
                     hook = partial(_run_hook, i, before_block)
                     hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            return base(inputs_embeds=x, **given).last_hidden_state
+            try:
+                return base(inputs_embeds=x, **given).last_hidden_state
+            except RuntimeError as error:
+                if "input_ids" not in str(error):
+                    raise
+                raise ValueError(
+                    f"the {self.model.config.model_type} family reads token ids in every layer, not embeddings alone, "
+                    "so nothing but words can stand in its text: take another language model behind images"
+                ) from error
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
@@ -276,6 +288,14 @@ class HubDecoder(Pretrained, Decoder):
         """
         from transformers import DynamicCache
 
+        own = vars(sys.modules[type(self.model).__module__]).values()
+        if special := [
+            x.__name__ for x in own if isinstance(x, type) and issubclass(x, DynamicCache) and x is not DynamicCache
+        ]:
+            raise ValueError(
+                f"the {self.model.config.model_type} family keeps a cache of its own ({special[0]}), which HubDecoder "
+                "cannot hold: it runs without one only"
+            )
         cache, max_len = DynamicCache(config=self.model.config), super().new_state(max_len).max_len
         try:
             cache.get_seq_length()
