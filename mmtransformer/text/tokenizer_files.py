@@ -90,9 +90,7 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
-    if slow := [
-        name for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model") if (folder / name).exists()
-    ]:
+    if slow := [name for name in _SENTENCEPIECE if (folder / name).exists()]:
         raise ValueError(f"{folder}: {slow[0]} is SentencePiece's file, which is not read here; {_REMEDY}")
     raise ValueError(
         f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
@@ -125,8 +123,10 @@ def _add_specials(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[s
         added[int(index)] = (values["content"], bool(values.get("special", False)))
     named = [_text(config.get(f"{role}_token")) for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     named += [_text(token) for token in config.get("additional_special_tokens") or ()]
-    for _, (token, special) in sorted(added.items()):
+    for index, (token, special) in sorted(added.items()):
         (backend.add_special_tokens if special else backend.add_tokens)([tokenizers.AddedToken(token, special=special)])
+        if (got := backend.token_to_id(token)) != index:
+            raise ValueError(f"{token!r} is listed with the id {index}, and gets {got} behind the vocabulary")
     there = [token for token in dict.fromkeys(named) if token is not None and backend.token_to_id(token) is not None]
     backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in there])
 

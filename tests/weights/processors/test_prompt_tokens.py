@@ -108,3 +108,11 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path: Path) -> None:
         ValueError, match=f"tokenizer.model is SentencePiece's file, which is not read here; .*{remedy}"
     ):
         PromptTokenizer(tmp_path)
+
+
+def test_ids_with_gaps_are_refused(tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | added(tmp_path, 340)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'<image>' is listed with the id 340, and gets 330 behind the vocabulary"):
+        PromptTokenizer(tmp_path)
