@@ -294,7 +294,7 @@ class Tokenizer:
             if not type(error).__name__.startswith("PanicException"):
                 raise
             raise ValueError(
-                f"tokenizer.json: its pattern takes too long on a text of {len(text):,} letters, {text[:40]!r} ({error})"
+                f"tokenizer.json: its pattern takes too long on a text of {len(text):,} letters, {text[:9]!r} ({error})"
             ) from None
 
     def encode_source(self, text: str) -> list[int]:
