@@ -31,7 +31,7 @@ MIRROR = $${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(BIN)/pytho
 JOBS ?= $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count()))' 2>/dev/null)
 ARGS ?=
 
-.PHONY: help caption test lint format setup setup-dev lock clean
+.PHONY: help caption test bench bench-gpu lint format setup setup-dev lock clean
 .DEFAULT_GOAL := help
 
 help:  ## List these commands.
@@ -42,6 +42,12 @@ caption: setup  ## Train the captioner of recipes/caption_scenes.yaml, score it 
 
 test: $(DEV_STAMP)  ## Run all tests. ARGS="-k vit" passes arguments on to pytest.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+bench: $(DEV_STAMP)  ## Measure this CPU beside the peers, in parts that go on. ARGS="--quick" takes 12 minutes.
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+bench-gpu: $(DEV_STAMP)  ## Measure this GPU, in parts of at most 8 minutes that go on; results are appended.
+	@$(BIN)/python tests/benchmarks/bench_gpu.py $(ARGS)
 
 lint: $(DEV_STAMP)  ## Check style and types.
 	@$(BIN)/ruff check .

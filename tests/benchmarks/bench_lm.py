@@ -2,8 +2,9 @@
 against transformers' generate with the same weights: the ids must be the same.
 
 python tests/benchmarks/bench_lm.py [--threads N] [--pairs N] [--only NAME] [--weights fp32|bf16|int8]
+    [--peer fp32|bf16]
 
-`--weights` is what ours computes with; the peer stays in float32.
+`--weights` is what ours computes with, `--peer` what the peer does: float32, as it comes, unless told.
 """
 
 import torch
@@ -46,16 +47,17 @@ def peer_ids(peer: nn.Module, tokens: Tensor) -> list[list[int]]:
 
 
 def main() -> None:
-    args = start(__doc__ or "", weights=("fp32", "bf16", "int8"))
+    args = start(__doc__ or "", weights=("fp32", "bf16", "int8"), peer=("fp32", "bf16"))
     peer = make_peer()
     ours = from_transformers(peer)
+    peer = peer.bfloat16() if args.peer == "bf16" else peer
     ours = pack_weights(ours.bfloat16() if args.weights == "bf16" else ours, int8=args.weights == "int8")
     for rows, target in TARGETS.items():
         name, tokens = f"greedy, {NEW} tokens, rows: {rows}", torch.randint(0, VOCAB - 1, (rows, PROMPT))
         if args.only in name:
             print(f"{name}: {agreement(ours_ids(ours, tokens), peer_ids(peer, tokens))}")
             compare(
-                f"{name}, {args.weights}, packed",
+                f"{name}, {args.weights}, packed" + (", the peer too" if args.peer == args.weights != "fp32" else ""),
                 lambda tokens=tokens: ours_ids(ours, tokens),
                 lambda tokens=tokens: peer_ids(peer, tokens),
                 pairs=args.pairs,

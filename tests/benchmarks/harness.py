@@ -1,19 +1,26 @@
 """Two ways to do one thing, timed in turns in one run: A B A B ..., and the median of the pairs' ratios.
 
 A ratio of two neighbours is hardly moved by what else the machine does; a time is. CPU time, which other processes
-move least, decides; wall time stands beside it.
+move least, decides; wall time stands beside it. And the share of the limit: how near ours is to what the machine could
+do (see work.py). With BENCH_RECORD=FILE each line is also appended there as JSON (run.py makes tables of it).
 """
 
 import argparse
 import gc
+import json
+import os
 import platform
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from work import Rates, rates, work_of
+
+_MEASURED: list[Rates] = []
 
 
 class Timing(NamedTuple):
@@ -24,11 +31,17 @@ class Timing(NamedTuple):
 
 
 def timed(run: Callable[[], object]) -> Timing:
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu_seconds()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+    return Timing(time.perf_counter() - wall, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of those that it started and saw end (the workers of a loader)."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def compare(
@@ -41,6 +54,7 @@ def compare(
     gemm: float = 0.0,
     pairs: int = 9,
     unit: tuple[float, str] | None = None,
+    limit: tuple[float, str] | None = None,
 ) -> float:
     """Prints one line: both medians, the ratio peer / ours (above 1 = ours is faster), and hit or missed.
 
@@ -49,11 +63,17 @@ def compare(
         ours: one call of ours.
         peer: one call of the peer's.
         target: the ratio that is wanted.
-        flops: floating point operations of one call of ours, for "% of GEMM rate".
-        gemm: the measured rate of a large matrix product, operations a CPU second.
+        flops: floating point operations of one call of ours, where they cannot be counted (a compiled function).
+        gemm: the measured rate of a large matrix product in that number format, operations a CPU second.
         pairs: timed calls of each, after one of each to warm up.
         unit: how many of what one call makes (tokens, pictures), for a rate.
+        limit: CPU seconds that ours takes at least, and what bounds it; counted unless given.
     """
+    if limit is None and flops and gemm:
+        limit = flops / gemm, "GEMM"
+    if limit is None and _MEASURED:
+        work = work_of(ours)
+        limit = _MEASURED[0].limit(work) if work.flops else None
     timed(ours), timed(peer)
     gc.collect()
     rows = [(timed(ours), timed(peer)) for _ in range(pairs)]
@@ -64,40 +84,58 @@ def compare(
     line = f"{name:<48} {1e3 * mine:8.1f} ms {1e3 * theirs:8.1f} ms   x{wall:.2f} (cpu x{cpu:.2f}, best x{best:.2f})"
     if target is not None:
         line += f"  target x{target:.2f} {'hit' if cpu >= target else 'MISSED'}"
-    if flops and gemm:
-        line += f"  {100 * flops / min(a.cpu for a, _ in rows) / gemm:.0f} % of GEMM"
+    # Of the fastest call's CPU time, as the rates are.
+    share = limit[0] / min(a.cpu for a, _ in rows) if limit else None
+    if limit and share is not None:
+        line += f"  {100 * share:.0f} % of {limit[1]}"
     if unit is not None:
         line += f"  {unit[0] / mine:.1f} against {unit[0] / theirs:.1f} {unit[1]}/s"
     print(line, flush=True)
+    _record(
+        line=name, ratio=cpu, wall=wall, best=best, ours_ms=1e3 * mine, peer_ms=1e3 * theirs, target=target,
+        share=share, bound=limit[1] if limit else None, pairs=pairs, per_s=unit and unit[0] / mine,
+        unit=unit and unit[1],
+    )  # fmt: skip
     return cpu
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 1536, device: str = "cpu") -> float:
-    """Operations a CPU second of a large square matrix product: what a core can do at best."""
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    calls = [timed(lambda: torch.mm(a, b)).cpu for _ in range(8)]
-    return 2 * size**3 / min(calls)
+def _record(**values: object) -> None:
+    """Appends a line to the file of BENCH_RECORD, if there is one."""
+    if path := os.environ.get("BENCH_RECORD"):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
 
-def start(description: str, **choices: tuple[str, ...]) -> argparse.Namespace:
+def note(name: str, value: float, unit: str, *, target: float | None = None, share: float | None = None) -> None:
+    """Prints and records what has no peer: pictures a second of three workers, seconds until a file is open."""
+    print(f"{name:<48} {value:10.3f} {unit}" + (f"  {100 * share:.0f} % of the limit" if share else ""), flush=True)
+    _record(line=name, value=value, unit=unit, target=target, share=share)
+
+
+def start(description: str, **choices: tuple[str, ...] | int) -> argparse.Namespace:
     """Reads the command line, sets the threads, prints the machine.
 
     Args:
         description: what `--help` says.
-        choices: further options by name, each with what may be chosen, the first by default.
+        choices: further options by name, each with what may be chosen, the first by default; or a number.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=9, help="timed calls of each side")
     parser.add_argument("--only", default="", help="run the lines whose name has this in it")
     for name, values in choices.items():
-        parser.add_argument(f"--{name}", choices=values, default=values[0])
+        kind: dict[str, Any] = {"type": int} if isinstance(values, int) else {"choices": values}
+        parser.add_argument(f"--{name}", default=values if isinstance(values, int) else values[0], **kind)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    args.gemm = {d: gemm_rate(d) for d in (torch.float32, torch.bfloat16)}
+    found = rates()
+    _MEASURED[:] = [found]
+    args.rates, args.gemm = found, {torch.float32: found.gemm["fp32"], torch.bfloat16: found.gemm["bf16"]}
     print(f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}")
-    print(", ".join(f"{str(d).removeprefix('torch.')} GEMM {r / 1e9:.0f} GFLOP/s" for d, r in args.gemm.items()))
+    said = [f"{kind} {rate / 1e9:.0f}" for kind, rate in found.gemm.items()]
+    print(f"GFLOP/s a CPU second: {', '.join(said)}; reading {found.read / 1e9:.1f} GB/s")
+    _record(rates={kind: rate / 1e9 for kind, rate in found.gemm.items()}, read=found.read / 1e9, threads=args.threads)
     print(f"{'':<48} {'ours':>11} {'peer':>11}   median of {args.pairs} ratios", flush=True)
     return args
 
