@@ -179,7 +179,7 @@ def part_decode(name: str, device: Any, tiny: bool) -> Found:
     tokens = torch.randint(0, VOCAB - 1, (rows, 16), device=device)
     yes = torch.ones_like(tokens, dtype=torch.bool)
     batch = CaptionBatch(tokens, yes, ~yes)
-    asked = {"max_new_tokens": new, "min_new_tokens": new}
+    asked: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new}
 
     def theirs() -> list[list[int]]:
         with torch.inference_mode():
