@@ -34,6 +34,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --trainer.default_root_dir DIR       the run's folder (runs/NAME_OF_RECIPE)
   --trainer.accelerator cpu|gpu        where to compute (a GPU if there is one)
   --trainer.devices N                  how many GPUs
+  --process_timeout SECONDS            how long a process of several may be silent before the others end (600)
   --trainer.strategy ddp|sharded       how they share a run: the batches, or the weights as well
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
   --trainer.accumulate_grad_batches N  batches an optimizer step
@@ -124,6 +125,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             parser.add_argument("--activation_checkpointing", type=bool, default=False, help=text)
             parser.add_argument("--compile", type=bool, default=False, help="compile the blocks")
             text = "most pictures of each split where they are drawn in the run: for a trial"
+            text = "most seconds that another process of the run may give no sign of life; 0 waits for ever"
+            parser.add_argument("--process_timeout", type=float, default=600.0, help=text)
             parser.add_argument("--max_drawn", type=int | None, default=None, help=text)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -281,6 +284,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     import torch
 
     from mmtransformer.training import Run, Task
+    from mmtransformer.training.callbacks.processes import watched
     from mmtransformer.training.callbacks.saving import Saving
     from mmtransformer.training.engine.checkpoints import SUFFIX, written_to
     from mmtransformer.training.engine.parameters import trainable_parameters
@@ -310,8 +314,18 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         print("; ".join(said))
     began = time.monotonic()
     trainer.ckpt_path = checkpoint(cli)  # Not an argument of fit: data ask in setup already whether a run goes on.
+    saving = next((c for c in trainer.callbacks if isinstance(c, Saving)), None)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def saved() -> str:
+        return (
+            "Nothing is saved yet"
+            if saving is None or not saving.path.exists()
+            else f"--resume goes on ({saving.path})"
+        )
+
     try:
-        trainer.fit(module, datamodule=data)
+        with watched(trainer, folder, cli.config.get("process_timeout", 600.0), saved):
+            trainer.fit(module, datamodule=data)
     except SystemExit as stop:  # what Lightning makes of an interrupt
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
