@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.hub_autoencoder import HubAutoencoder as HubAutoencoder
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
     from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
+    from mmtransformer.backbones.joined_towers import JoinedTowers as JoinedTowers
+    from mmtransformer.backbones.packed import PackedImages as PackedImages
+    from mmtransformer.backbones.packed import packed_features as packed_features
+    from mmtransformer.backbones.packed import packed_forward as packed_forward
     from mmtransformer.backbones.patches import ConvStem as ConvStem
     from mmtransformer.backbones.patches import PatchConfig as PatchConfig
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
@@ -75,6 +79,8 @@ if TYPE_CHECKING:
     from mmtransformer.images import Augment as Augment
     from mmtransformer.images import ImageError as ImageError
     from mmtransformer.images import ImageTransform as ImageTransform
+    from mmtransformer.images.native import NativeTransform as NativeTransform
+    from mmtransformer.images.native import packed_rows as packed_rows
     from mmtransformer.layers.attention import Attention as Attention
     from mmtransformer.layers.attention import attend as attend
     from mmtransformer.layers.cache import KeyValue as KeyValue
@@ -121,6 +127,8 @@ _CONTENTS = {
     "backbones.hub_autoencoder": "HubAutoencoder",
     "backbones.hub_seq2seq": "HubSeq2Seq",
     "backbones.grid_rope": "RopeConfig",
+    "backbones.joined_towers": "JoinedTowers",
+    "backbones.packed": "PackedImages packed_features packed_forward",
     "backbones.patches": "ConvStem PatchConfig PatchEmbed",
     "backbones.seq2seq": "TextPairs Transformer",
     "backbones.vit": "ViT",
@@ -160,6 +168,7 @@ _CONTENTS = {
     "generation.loop": "generate stream",
     "text.tokenizer": "Tokenizer",
     "images": "Augment ImageError ImageTransform",
+    "images.native": "NativeTransform packed_rows",
     "pipelines.classifier": "ImageClassifier",
     "pipelines.dual_encoder": "DualEncoder",
     "pipelines.few_shot": "FewShot",

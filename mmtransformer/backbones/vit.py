@@ -18,6 +18,7 @@ from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, k
 from mmtransformer.backbones.vit_blocks import BlockConfig, DistilledHead, OutputConfig, make_block
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
+from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -161,7 +162,11 @@ class ViT(Pretrained, nn.Module):
             ValueError: if the patches do not cover it exactly.
         """
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height} x {width} px is not divisible into {self.patch_size} px patches")
+            size = self.patch_size
+            near = f"{max(1, round(height / size)) * size} x {max(1, round(width / size)) * size}"
+            raise ValueError(
+                f"an image of {height} x {width} px is not divisible into {size} px patches: give {near} px"
+            )
         return height // self.patch_size, width // self.patch_size
 
     @property
@@ -193,16 +198,16 @@ class ViT(Pretrained, nn.Module):
         """All visual tokens after the last norm, prefix tokens first: (b channels height width) -> (b p d)."""
         x, ropes = self.embed(pixels)
         for block, rope in zip(self.blocks, ropes, strict=True):
-            x = self._through(block, x, rope)
-        return self._normed(x)
+            x = self.through(block, x, rope)
+        return self.normed(x)
 
-    def _through(self, block: nn.Module, x: Tensor, rope: Rope | None) -> Tensor:
-        """A block, computed again in the backward pass where that was asked for."""
+    def through(self, block: nn.Module, x: Tensor, rope: Rope | None, mask: Mask | None = None) -> Tensor:
+        """A block's tokens (b p d), computed again in the backward pass where that was asked for."""
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, rope=rope, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(x, rope=rope)
+            return checkpoint(block, x, mask=mask, rope=rope, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(x, mask=mask, rope=rope)
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         """The last norm, which may learn in float32 behind blocks that are kept in bfloat16."""
         own = next((parameter.dtype for parameter in self.norm.parameters()), self.dtype)
         return self.norm(x if own == self.dtype else x.to(own))
@@ -215,12 +220,12 @@ class ViT(Pretrained, nn.Module):
         """
         wanted = [i + self.depth if i < 0 else i for i in indices]
         if any(not 0 <= i < self.depth for i in wanted):
-            raise ValueError(f"blocks {indices} were asked for, but there are {self.depth}")
+            raise ValueError(f"blocks {indices} were asked for, but there are {self.depth}: 0 to {self.depth - 1}")
         (x, ropes), found = self.embed(pixels), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = self._through(block, x, ropes[i])
+            x = self.through(block, x, ropes[i])
             if i in wanted:
-                found[i] = self._normed(x) if norm else x
+                found[i] = self.normed(x) if norm else x
         return [found[i] for i in wanted]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmtransformer.layers import kernels
 from mmtransformer.layers.cache import KeyValue, KVCache
-from mmtransformer.layers.masks import Mask
+from mmtransformer.layers.masks import Mask, Segments
 from mmtransformer.layers.positions import Rope
 
 
@@ -46,7 +46,10 @@ def attend(
         raise ValueError(f"rows of queries ({q.shape[0]}) must be a multiple of rows of keys ({k.shape[0]})")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
-    if mask is not None and not isinstance(mask, (Tensor, str)):  # a BlockMask: to ask for it would import sympy
+    if isinstance(mask, Segments):
+        if not sum(mask.lengths) == q.shape[2] == k.shape[2]:
+            raise ValueError(f"segments of {sum(mask.lengths)} tokens are not for {q.shape[2]} queries")
+    elif mask is not None and not isinstance(mask, (Tensor, str)):  # a BlockMask: to ask for it would import sympy
         if dropout:
             raise ValueError(f"FlexAttention has no dropout ({dropout}): give a mask of masks.dense(), or dropout 0")
         if softcap is not None:

@@ -6,6 +6,7 @@ Nothing here changes what attention is: every way gives the same numbers, but fo
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmtransformer.layers.masks import Mask, broadcast
+from mmtransformer.layers.masks import Mask, Segments, broadcast
 
 # On the CPU plain matrix products beat SDPA's kernel where they run in bfloat16, and lose where they run in float32;
 # beyond this many keys their scores take too much memory. Measured on Zen 5 with torch 2.15, CPU ms of forward and
@@ -45,6 +46,8 @@ def scaled_dot_product(
     Returns:
         (b h q c).
     """
+    if isinstance(mask, Segments):
+        return _each_segment(q, k, v, mask.lengths, dropout, softcap)
     if softcap is not None:
         assert mask is None or isinstance(mask, (Tensor, str))
         return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout, softcap)
@@ -71,6 +74,23 @@ def scaled_dot_product(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
     )
+
+
+def _each_segment(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], dropout: float, softcap: float | None
+) -> Tensor:
+    """Attention within each part of a row; parts of one length together, as rows of a batch."""
+    starts = dict(enumerate(accumulate(lengths, initial=0)))
+    alike: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        alike.setdefault(length, []).append(i)
+    found: list[Tensor] = [q] * len(lengths)
+    for length, members in alike.items():
+        some = [torch.cat([x.narrow(2, starts[i], length) for i in members]) for x in (q, k, v)]
+        out = scaled_dot_product(some[0], some[1], some[2], None, dropout, softcap)
+        for i, part in zip(members, out.chunk(len(members)), strict=True):
+            found[i] = part
+    return torch.cat(found, dim=2)
 
 
 @cache

@@ -5,6 +5,7 @@ and `any_of`, then realised once a pass: `dense()` for SDPA and the CPU, `block(
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
 from typing import TYPE_CHECKING, Literal, Union
@@ -15,9 +16,22 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+
+@dataclass(frozen=True)
+class Segments:
+    """A row in parts that see themselves alone, both ways: packed pictures. Each part is computed by itself.
+
+    Attributes:
+        lengths: tokens of each part, in their order; all of a row.
+    """
+
+    lengths: tuple[int, ...]
+
+
 # By its name: FlexAttention imports sympy, which takes 0.6 s that few need.
-Mask = Union[Tensor, "BlockMask", Literal["causal"]]
-"""True = may look. A tensor is (q k), (b q k) or (b h q k), bool; "causal" aligns the last query with the last key."""
+Mask = Union[Tensor, "BlockMask", Segments, Literal["causal"]]
+"""True = may look. A tensor is (q k), (b q k) or (b h q k), bool; "causal" aligns the last query with the last key;
+`Segments` are parts that see themselves alone."""
 
 Predicate = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Row, query and key indices (long, broadcastable) -> bool: may this query of this row look at this key?"""
@@ -98,6 +112,10 @@ def broadcast(mask: Mask | None, q: int, k: int, device: torch.device) -> Tensor
     """A mask as a bool tensor that broadcasts to (b h q k), or None; `q` queries and `k` keys."""
     if mask is None:
         return None
+    if isinstance(mask, Segments):
+        parts = torch.arange(len(mask.lengths), device=device)
+        ids = torch.repeat_interleave(parts, torch.tensor(mask.lengths, device=device))
+        return (ids[:, None] == ids)[None, None]
     if not isinstance(mask, (str, Tensor)):
         raise ValueError("a BlockMask has no dense form here: build the mask with masks.dense()")
     if isinstance(mask, str):
