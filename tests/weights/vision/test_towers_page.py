@@ -2,8 +2,9 @@
 
 import random
 
-import list_towers
 import pytest
+
+import list_towers
 
 
 def test_the_page_is_what_the_script_writes() -> None:
@@ -25,7 +26,7 @@ def test_a_name_of_each_group_is_measured_again() -> None:
         inside = sorted(name for name in found if list_towers.group_of(name) == group)
         name = pick.choice(inside)
         if found[name] is None:
-            with pytest.raises(ValueError, match="timm's|ViT has nothing like"):
+            with pytest.raises(ValueError, match=r"timm's|ViT has nothing like"):
                 list_towers.difference(name)
         else:
             assert list_towers.difference(name) <= 1e-5, name
