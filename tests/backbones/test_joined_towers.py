@@ -99,11 +99,12 @@ def test_they_feed_every_connector_and_are_saved_with_it(number: int, tmp_path: 
 
 def test_refused() -> None:
     first, second = towers()
-    for given, said in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": (3,)}, r"blocks \(3,\) are to be read, but there are 3"),
         ({"layers": ()}, r"blocks \(\) are to be read"),
         ({"second_layers": (0,)}, r"second_layers \(0,\) are of a second tower, and there is none"),
-    ):
+    ]
+    for given, said in cases:
         with pytest.raises(ValueError, match=said):
             JoinedTowers(first, **given)
     with pytest.raises(ValueError, match=r"px into \(3, 3\) patches, the second \(24, 24\) px into \(6, 6\)"):
