@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.hub_autoencoder import HubAutoencoder as HubAutoencoder
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
     from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
-    from mmtransformer.backbones.joined_towers import JoinedTowers as JoinedTowers
-    from mmtransformer.backbones.packed import PackedImages as PackedImages
-    from mmtransformer.backbones.packed import packed_features as packed_features
-    from mmtransformer.backbones.packed import packed_forward as packed_forward
     from mmtransformer.backbones.patches import ConvStem as ConvStem
     from mmtransformer.backbones.patches import PatchConfig as PatchConfig
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
     from mmtransformer.backbones.seq2seq import TextPairs as TextPairs
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
+    from mmtransformer.backbones.towers.joined import JoinedTowers as JoinedTowers
+    from mmtransformer.backbones.towers.packed import PackedImages as PackedImages
+    from mmtransformer.backbones.towers.packed import packed_features as packed_features
+    from mmtransformer.backbones.towers.packed import packed_forward as packed_forward
     from mmtransformer.backbones.vit import ViT as ViT
     from mmtransformer.backbones.vit_blocks import BlockConfig as BlockConfig
     from mmtransformer.backbones.vit_blocks import OutputConfig as OutputConfig
@@ -127,8 +127,8 @@ _CONTENTS = {
     "backbones.hub_autoencoder": "HubAutoencoder",
     "backbones.hub_seq2seq": "HubSeq2Seq",
     "backbones.grid_rope": "RopeConfig",
-    "backbones.joined_towers": "JoinedTowers",
-    "backbones.packed": "PackedImages packed_features packed_forward",
+    "backbones.towers.joined": "JoinedTowers",
+    "backbones.towers.packed": "PackedImages packed_features packed_forward",
     "backbones.patches": "ConvStem PatchConfig PatchEmbed",
     "backbones.seq2seq": "TextPairs Transformer",
     "backbones.vit": "ViT",

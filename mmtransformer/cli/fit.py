@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
-from mmtransformer.cli.recipes import with_files
+from mmtransformer.cli.recipes import with_files, with_tower
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
   --model.captioner.decoder.depth N    any argument of any part
+  --model.captioner.vision.source X    a public vision encoder: a folder, or a name of timm's (docs/towers.md)
   --model.init DIR                     finetune: the model to go on from
   --data.source DIR                    your own pairs (data.read.* names columns, if they must be)
   --data.batch_size N                  pictures a batch
@@ -70,7 +71,7 @@ def run(name: str, words: Sequence[str]) -> int:
         print(HELP.format(name=name, text=COMMANDS[name][1]))
         return 0
     spelt = {"--help=all": "--help", "--resume": "--resume=true"}
-    words = with_files([spelt.get(word, word) for word in words])
+    words = with_tower(with_files([spelt.get(word, word) for word in words]))
     configs = list(config_files(words))
     if not configs and not any(w == "--help" or ".help" in w or "print_config" in w for w in words):
         raise ValueError(f"mmt {name} needs a recipe: --config caption_scenes; mmt recipes lists them")

@@ -93,3 +93,15 @@ def listing() -> list[str]:
         lines.append(f"{name:<25}{purpose}")
         lines += [f"{'':<25}{field:<7}{textwrap.shorten(fields[field], 120)}" for field in ("time", "score")]
     return [*lines, "", "mmt fit --config NAME trains one; mmt recipes show|copy NAME prints or copies it."]
+
+
+_VISION, _TOWER = "--model.captioner.vision", "mmtransformer.weights.load_vit"
+
+
+def with_tower(words: Sequence[str]) -> list[str]:
+    """A command line in which a captioner's `vision.source` says, too, that its vision encoder is loaded."""
+    keys = [word.partition("=")[0].replace(".init_args.", ".") for word in words]
+    place = next((i for i, key in enumerate(keys) if key == f"{_VISION}.source"), None)
+    if place is None or {_VISION, f"{_VISION}.class_path"} & {*keys}:
+        return list(words)
+    return [*words[:place], f"{_VISION}={_TOWER}", *words[place:]]

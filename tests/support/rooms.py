@@ -17,6 +17,7 @@ ROOMS = [
     "images",
     "metrics",
     "backbones",
+    "backbones/towers",
     "connectors",
     "losses",
     "captioners",

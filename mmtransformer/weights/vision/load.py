@@ -142,8 +142,9 @@ def _from_folder(folder: Path, *, keep_head: bool) -> ViT:
 
 def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> ViT:
     import timm
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
-    from timm.models.naflexvit import NaFlexVitCfg
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
     from timm.models.vision_transformer import VisionTransformer
 
     name, classes = config["architecture"], state.get("head.bias", torch.empty(0)).shape[0]
@@ -155,11 +156,19 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
     if other := sorted(set(given) - allowed):
         raise ValueError(f"{folder / CONFIG}: model_args {', '.join(other)} are no sizes of a Vision Transformer")
     model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit):
+        raise ValueError(
+            f"{folder / CONFIG}: {name} is timm's {type(model).__name__}, which is not a ViT that loads; docs/towers.md "
+            f"lists the names that do"
+        )
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(data := config.get("pretrained_cfg"), dict):
         own: Any = model.pretrained_cfg
         model.__dict__["pretrained_cfg"] = {**own, **data}
-    return from_timm(model)
+    try:
+        return from_timm(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; docs/towers.md lists the names that load") from error
 
 
 def _from_name(name: str) -> ViT:

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
 from mmtransformer.cli import main
+from mmtransformer.cli.recipes import with_tower
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.training.tasks.towers import fit_widths, use_transform
@@ -114,3 +115,20 @@ def test_a_recipe_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "pixels: 28 x 28 px, squash, bicubic, mean 0.485 0.456 0.406, the vision encoder's own" in out
     saved = json.loads((run / "model" / "preprocessor.json").read_text())
     assert (saved["image_size"], saved["std"]) == (28, [0.229, 0.224, 0.225])
+
+
+def test_a_source_alone_says_that_the_tower_is_loaded() -> None:
+    key, file = "--model.captioner.vision", ["--config", "a.yaml"]
+    for word in (
+        f"{key}.source=x",
+        f"{key}.init_args.source=x",
+        "--model.init_args.captioner.init_args.vision.source=x",
+    ):
+        assert with_tower([*file, word]) == [*file, f"{key}=mmtransformer.weights.load_vit", word]
+    for words in (
+        [*file, f"{key}=mmtransformer.weights.load_vit", f"{key}.source=x"],
+        [*file, f"{key}.class_path=mine", f"{key}.source=x"],
+        [*file, "--model.captioner.decoder.source=x"],
+        file,
+    ):
+        assert with_tower(words) == words

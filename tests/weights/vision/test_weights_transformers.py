@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from einops import rearrange
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer import BlockConfig, OutputConfig, PatchConfig, RopeConfig, TableConfig, ViT
@@ -220,3 +222,7 @@ def test_refused(tmp_path: Path) -> None:
     for name in ("resnet50", "swin_tiny_patch4_window7_224", "vit_base_r50_s16_224"):
         with pytest.raises(ValueError, match=rf"{name}: timm's .*docs/towers.md lists the names that load"):
             load_vit(name)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet"}))
+    with pytest.raises(ValueError, match=r"test_resnet is timm's ResNet, which is not a ViT that loads"):
+        load_vit(tmp_path)
