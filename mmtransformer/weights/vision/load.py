@@ -158,8 +158,8 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
     model = timm.create_model(name, pretrained=False, **{"num_classes": classes} | given)
     if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit):
         raise ValueError(
-            f"{folder / CONFIG}: {name} is timm's {type(model).__name__}, which is not a ViT that loads; docs/towers.md "
-            f"lists the names that do"
+            f"{folder / CONFIG}: {name} is timm's {type(model).__name__}, which is not a ViT that loads; "
+            f"docs/towers.md lists the names that do"
         )
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(data := config.get("pretrained_cfg"), dict):
