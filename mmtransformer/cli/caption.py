@@ -169,7 +169,7 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
     own = None if model.processor is None else model.processor.prompt
     if own and args.prompt is None and args.examples is None:
-        print(f'captioned after "{own}"; --prompt says something else', file=sys.stderr)
+        print(printable(f'captioned after "{own}"; --prompt says something else'), file=sys.stderr)
     return model, model.prompts(args.prompt, None if args.examples is None else _examples(model, args))
 
 
@@ -206,7 +206,7 @@ class _Heatmaps:
         self.seen += 1
         words = [word for word, _ in best.words]
         if not words:
-            print(f"{name}: the caption has no word to draw", file=sys.stderr)
+            print(printable(f"{name}: the caption has no word to draw"), file=sys.stderr)
             return
         box = grid_box(image.size, self.model.transform.size, self.model.transform.resize)
         heat = self.model.heatmap(image, best, self.prompts)
@@ -217,7 +217,7 @@ class _Heatmaps:
             return
         sheet = self.out if self.seen == 1 else self.out.with_name(f"{self.out.stem}-{self.seen}{self.out.suffix}")
         save_image(draw_word_heatmaps(image, words, heat, box=box, title=best.text), sheet)
-        print(f"{sheet}: where the model looked in {name}", file=sys.stderr)
+        print(printable(f"{sheet}: where the model looked in {name}"), file=sys.stderr)
 
     def close(self) -> None:
         """Writes the page."""

@@ -222,7 +222,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
     read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
     source = open_pairs(args.data, read)
     if told:
-        print(source.describe())
+        print(printable(source.describe()))
     return source
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import with_files, with_tower
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files
+from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -159,7 +160,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             elif line := use_transform(self.model, self.datamodule):
                 print(line)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
-                print(describe())
+                print(printable(describe()))
 
         def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
             config = self.config_init["trainer"]
@@ -252,10 +253,10 @@ def checkpoint(cli: "LightningCLI") -> str | None:
     folder = Path(cli.trainer.default_root_dir) / "checkpoints"
     found, problems = newest(folder)
     for problem in problems:
-        print(f"passed over {problem}")
+        print(printable(f"passed over {problem}"))
     if found is None and (problems or not resume):
         raise ValueError(f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew")
-    print(f"going on from {found}" if found else f"{folder}: nothing to go on from, the run starts anew")
+    print(printable(f"going on from {found}") if found else f"{folder}: nothing to go on from, the run starts anew")
     return str(found) if found else None
 
 

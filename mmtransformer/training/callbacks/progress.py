@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
+from mmtransformer.text.printable import printable
 from mmtransformer.training.callbacks.throughput import Throughput
 from mmtransformer.training.engine.task import Task
 
@@ -40,7 +41,7 @@ class Progress(ProgressBar):
         """A line of its own above the progress."""
         if self._enabled:
             self._clear()
-            print(*args, **kwargs, flush=True)  # noqa: T201 (printing is its job)
+            print(*(printable(str(arg)) for arg in args), **kwargs, flush=True)  # noqa: T201 (printing is its job)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""

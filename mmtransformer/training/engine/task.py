@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
+from mmtransformer.text.printable import printable
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum, total_norm
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
@@ -135,7 +136,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     def on_fit_start(self) -> None:
         """Says what there is to learn from, where the data can say it."""
         if self.trainer.is_global_zero and (describe := getattr(self.data, "describe", None)):
-            print(describe())  # noqa: T201
+            print(printable(describe()))  # noqa: T201
 
     def on_fit_end(self) -> None:
         """Gives the first process the counts of all."""
@@ -329,8 +330,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         strip_frozen(self, checkpoint, self._hashes)
         normalize_counters(self.trainer, checkpoint)
         checkpoint |= {"optim": asdict(self.optim), "seed": self._seed, "validation_means": self.validation_means}
-        samples, tokens = self._all_counts()
-        checkpoint["seen"] = {"samples": samples, "tokens": tokens, "skipped": self.skipped}
+        checkpoint["seen"] = dict(zip(("samples", "tokens"), self._all_counts()), skipped=self.skipped)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what `on_save_checkpoint` has added.
@@ -384,7 +384,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         took = f"trained {self.trainer.global_step} steps in {seconds_to_text(run.seconds)}"
         paths = {"metrics": "metrics.json", **files, "model": "model"}
         where = [f"{what:<10}{run.folder / name}" for what, name in paths.items()]
-        print("\n".join([took, "", table, "", *shown, *([""] if shown else []), *where]))  # noqa: T201
+        print(printable("\n".join([took, "", table, "", *shown, *([""] if shown else []), *where])))  # noqa: T201
 
     def training_facts(self, run: Run) -> dict[str, Any]:
         """How the run went, for metrics.json."""

@@ -23,6 +23,7 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
+from mmtransformer.text.printable import printable
 from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -198,7 +199,7 @@ class Captioning(Task):
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
         lines += [f"  {how_to(run.folder, model, evaluation)}"]
-        print("\n".join(lines))  # noqa: T201
+        print(printable("\n".join(lines)))  # noqa: T201
 
     def _adapter(self) -> Adapter | None:
         """What was learned on top of a public model, where not all of it learned."""
