@@ -67,10 +67,9 @@ def arrow(folder: Path) -> None:
         "text": [f"a dog {n}" for n in NAMES],
     }
     shutil.rmtree(folder / "from")
-    table = pyarrow.table(rows)
-    with pyarrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
-        with pyarrow.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
+    path = str(folder / "data-00000-of-00001.arrow")
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     (folder / "dataset_info.json").write_text("{}")
 
