@@ -62,10 +62,8 @@ def data() -> None:
 def arrow(folder: Path) -> None:
     """A data set as `datasets.save_to_disk` writes it."""
     pictures(folder / "from")
-    rows = {
-        "image": [(folder / "from" / f"{n}.jpg").read_bytes() for n in NAMES],
-        "text": [f"a dog {n}" for n in NAMES],
-    }
+    images = [(folder / "from" / f"{n}.jpg").read_bytes() for n in NAMES]
+    table = pyarrow.table({"image": images, "text": [f"a dog {n}" for n in NAMES]})
     shutil.rmtree(folder / "from")
     path = str(folder / "data-00000-of-00001.arrow")
     with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
