@@ -89,7 +89,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check odd", 1, ("labels.tsv", "wer, was", "--image-column")),
     ("check odd --image-column wer --caption-column was", 0, ("24 pictures",)),
     ("check windows", 0, ("24 pictures", "Windows paths")),
-    ("check korean", 1, ("CP949", "--encoding cp949")),
+    ("check korean", 2, ("CP949", "--encoding cp949")),
     ("check korean --encoding cp949", 0, ("ko 24",)),
     ("check splits", 1, ("splits by their folders: train 24, val 24, test 24",)),
     ("check llava", 0, ("24 pictures", "question=question")),
