@@ -20,6 +20,7 @@ EXAMPLES = {
     "llava": "llava-hf/llava-1.5-7b-hf, llava-v1.6-mistral-7b-hf, llava-onevision-qwen2-0.5b-ov-hf",
     "git": "microsoft/git-base-coco, git-large-coco",
     "hub": "Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-1B-hf, google/gemma-3-4b-it, ...",
+    "idefics": "HuggingFaceM4/idefics-9b, idefics-9b-instruct",
     "paligemma": "google/paligemma-3b-pt-224, paligemma2-3b-pt-224",
 }
 """Names on the hub that people use, beside the families; not fetched by any test."""

@@ -247,6 +247,11 @@ def _asked_of_paligemma(theirs: Theirs, image: Image.Image, text: str | None, ou
     return Given(given["pixel_values"], given, given["input_ids"][0].tolist(), given)
 
 
+def _asked_of_idefics(theirs: Theirs, image: Image.Image, text: str | None, ours: ImageCaptioner) -> Given:
+    given = dict(theirs[1](images=[image], text=[text or ""], return_tensors="pt"))
+    return Given(given["pixel_values"], given, given["input_ids"][0].tolist(), given)
+
+
 def _asked_in_chat(theirs: Theirs, image: Image.Image, text: str | None, ours: ImageCaptioner) -> Given:
     """Of the families whose prompts are conversations with placeholders."""
     model, processor = theirs
@@ -273,6 +278,7 @@ _ASKED: dict[str, Callable[[Theirs, Image.Image, str | None, ImageCaptioner], Gi
     "blip-2": _asked_of_blip2,
     "instructblip": _asked_of_blip2,
     "paligemma": _asked_of_paligemma,
+    "idefics": _asked_of_idefics,
 }
 
 

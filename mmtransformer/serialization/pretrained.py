@@ -26,6 +26,7 @@ from mmtransformer.serialization.hub import HubOptions, fetch
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_PEFT = "adapter_config.json"
 FORMAT_VERSION = 1
 """Of folders: what config.json and model.safetensors hold, and how it is named."""
 
@@ -108,6 +109,12 @@ def find_folder(
             look(folder)
         if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
             raise ValueError(f"{folder_or_id} is a run's folder, and its model is {folder / 'model'}: name that")
+        if not (folder / CONFIG).exists() and (folder / _PEFT).exists():
+            base = read_json(folder / _PEFT).get("base_model_name_or_path")
+            raise ValueError(
+                f"{folder_or_id}: an adapter of peft's without its base, {base!s:.200}: load both with peft, merge "
+                f"(merge_and_unload), save what comes out, and name that folder"
+            )
         return folder
     if folder.suffix == ".ckpt":
         raise ValueError(

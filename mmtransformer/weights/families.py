@@ -29,7 +29,7 @@ from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
 from mmtransformer.weights.captioners.hub import HubProcessor, load_hub, save_hub
-from mmtransformer.weights.captioners.idefics import load_idefics, save_idefics
+from mmtransformer.weights.captioners.idefics import IdeficsProcessor, load_idefics, save_idefics
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
     "git": Family(load_git, save_git, (Git,), ("git",), processor=GitProcessor),
-    "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",)),
+    "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",), processor=IdeficsProcessor),
     **{
         name: Family(load_idefics3, partial(save_idefics3, family=name), (Llava,), (name,), processor=Idefics3Processor)
         for name in ("smolvlm", "idefics3")

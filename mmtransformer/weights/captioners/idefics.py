@@ -1,5 +1,7 @@
 """transformers' Idefics (the first one, after Flamingo) -> `Flamingo`, and back: towers, resampler, gated layers."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,24 @@ from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.pixels import read_pixels
+from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.settings import read_ends
+from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
+_FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
 _ROWS, _HEAD = "model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight"
 RESAMPLER = {
     "latents": "latents",
@@ -244,6 +253,41 @@ def load_idefics(source: str | Path, *, visible_images: VisibleImages = "last") 
     state = read_tensors(folder)
     with built_from(state, str(folder)):
         return idefics_from_state(config, state, str(folder), visible_images)
+
+
+class IdeficsProcessor(Processor):
+    """Prompts of Idefics: bos, the picture between its marks, then the words, if there are any.
+
+    Its captions are asked for by the picture alone. Text before the picture sees none.
+
+    Args:
+        folder: the model's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / CONFIG)
+        side = config.get("vision_config", {}).get("image_size", 224)
+        super().__init__(
+            Tokenizer.from_pretrained(folder), read_pixels(folder, "Idefics", size=side), eos_ids=read_ends(folder)
+        )
+        self.encode = PromptTokenizer(folder)
+        bos, *_ = self.encode("<s>", special=False)
+        marks = [self.encode(mark, special=False) for mark in (_FAKE, _IMAGE)]
+        if [len(ids) for ids in marks] != [1, 1] or bos != config.get("bos_token_id", 1):
+            raise ValueError(f"{folder}: the tokenizer has no {_FAKE} and {_IMAGE} as tokens, or another bos than <s>")
+        self.image_id = marks[1][0]
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """Bos, picture, words; see `Processor`."""
+        return self.encode(f"<s>{_FAKE}{_IMAGE}{_FAKE}{(text or '').strip(' ')}", special=False)
+
+    def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
+        """The batch with prompts, and with which text comes after the picture; see `Processor`."""
+        return self.complete(super().with_prompts(batch, texts))
+
+    def complete(self, batch: CaptionBatch) -> CaptionBatch:
+        """Rows with which text comes after the picture; see `Processor`."""
+        return replace(batch, image_index=(batch.tokens == self.image_id).long().cumsum(1))
 
 
 def save_idefics(model: Flamingo, folder: str | Path) -> None:

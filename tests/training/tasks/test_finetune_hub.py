@@ -150,6 +150,10 @@ def test_an_adapter_stands_on_its_base_alone(
     assert "damaged, or written anew" in said(broken)
     point(newer, format_version=9)
     assert "no adapter of format_version 1" in said(newer)
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    (peft / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    assert f"{peft}: an adapter of peft's without its base, someone/base: load both with peft" in said(peft)
     shutil.copytree(base, tmp_path / "moved")
     point(lost, base=str(tmp_path / "moved"))
     assert torch.equal(load(lost).captioner.get_parameter(bias), after.get_parameter(bias))
