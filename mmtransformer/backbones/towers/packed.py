@@ -142,8 +142,8 @@ def _joined(ropes: Sequence[Rope]) -> Rope:
 
 
 def _mask(lengths: tuple[int, ...], device: torch.device) -> Mask:
-    """Who sees whom: each picture by itself. On a CPU they are computed one by one, elsewhere by FlexAttention."""
-    if device.type == "cpu":
+    """Who sees whom: each picture itself alone. By FlexAttention on CUDA, elsewhere one length after the other."""
+    if device.type != "cuda":
         return Segments(lengths)
     total = sum(lengths)
     ids = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
