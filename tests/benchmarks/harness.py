@@ -55,6 +55,7 @@ def compare(
     pairs: int = 9,
     unit: tuple[float, str] | None = None,
     limit: tuple[float, str] | None = None,
+    by_clock: bool = False,
 ) -> float:
     """Prints one line: both medians, the ratio peer / ours (above 1 = ours is faster), and hit or missed.
 
@@ -68,6 +69,7 @@ def compare(
         pairs: timed calls of each, after one of each to warm up.
         unit: how many of what one call makes (tokens, pictures), for a rate.
         limit: CPU seconds that ours takes at least, and what bounds it; counted unless given.
+        by_clock: whether wall time decides: where processes work that go on living, whose CPU time is not seen.
     """
     if limit is None and flops and gemm:
         limit = flops / gemm, "GEMM"
@@ -79,6 +81,7 @@ def compare(
     rows = [(timed(ours), timed(peer)) for _ in range(pairs)]
     mine, theirs = median(a.wall for a, _ in rows), median(b.wall for _, b in rows)
     wall, cpu = median(b.wall / a.wall for a, b in rows), median(b.cpu / a.cpu for a, b in rows)
+    cpu = wall if by_clock else cpu
     # The fastest call: the one that the machine's other work disturbed least.
     best = min(b.wall for _, b in rows) / min(a.wall for a, _ in rows)
     line = f"{name:<48} {1e3 * mine:8.1f} ms {1e3 * theirs:8.1f} ms   x{wall:.2f} (cpu x{cpu:.2f}, best x{best:.2f})"
