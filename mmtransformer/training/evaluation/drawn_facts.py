@@ -34,7 +34,7 @@ class DrawnFacts:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for a JSON file: drawings are "exact" that show all facts and nothing false."""
         kinds = dict.fromkeys(name for judged in self.judgements for name in judged.parts)
-        parts = {name: (judged.parts.get(name, Rates()) for judged in self.judgements) for name in kinds}
+        parts = {name: [judged.parts.get(name, Rates()) for judged in self.judgements] for name in kinds}
         return {
             "facts": self.right.recall,
             "precision": self.right.precision,
@@ -128,5 +128,8 @@ def table(scores: dict[str, dict[str, Any]], scales: Sequence[float] = ()) -> st
     for split, languages in scores.items():
         for language, found in languages.items():
             parts = ", ".join(f"{name} {share:.0%}" for name, share in found["parts"].items())
-            lines.append(f"{split} {language}: facts {found['facts']:.1%}, all right {found['exact']:.1%} ({parts})")
+            lines.append(
+                f"{split} {language}: facts {found['facts']:.1%}, {found['precision']:.1%} of those that are drawn, all "
+                f"right {found['exact']:.1%} ({parts})"
+            )
     return "\n".join(lines + ([f"guidance scales {list(scales)}"] if scales else []))

@@ -1,6 +1,7 @@
 """Image generation as a task: a run from YAML to its folder, scores that follow from the seed, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,19 @@ import torch
 import yaml
 
 from mmtransformer import DiffusionTransformer, DrawingConfig, TextEncoder, TextToImage, TextToImageModel
-from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.data.scenes.facts import judge_facts
+from mmtransformer.data.scenes.meaning import Facts, GroupFacts
+from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
+from mmtransformer.data.scenes.world import Group
 from mmtransformer.training import ImageGeneration
-from mmtransformer.training.evaluation.drawn_facts import SEED, compare_seeds, reader_accuracy, score_drawings, texts_of
+from mmtransformer.training.evaluation.drawn_facts import (
+    SEED,
+    DrawnFacts,
+    compare_seeds,
+    reader_accuracy,
+    score_drawings,
+    texts_of,
+)
 from support.cli import mmt
 
 ENCODER = {"vocab_size": 300, "dim": 12, "depth": 1, "num_heads": 2, "max_len": 96, "pooler": False, "dropout": 0.0}
@@ -101,6 +112,14 @@ def test_validations_see_the_same_noise() -> None:
     assert added[0] == added[1] != added[2]
 
 
+def firsts(split: SceneSplit) -> list[tuple[int, Group]]:
+    return [(i, split.scene(i).groups[0]) for i in range(6)]
+
+
+def said(group: Group, **changes: Any) -> GroupFacts:
+    return replace(GroupFacts.of(group), **changes)
+
+
 def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
     """A painter that draws the truth gets what the reader gets right of it, and one that draws another less."""
     split = Scenes(val_size=6).split("val")
@@ -118,6 +137,12 @@ def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
     found, drawings = score_drawings(Truth(0), split, "ko", 6)  # type: ignore[arg-type]
     assert found.to_dict() == best
     assert len(drawings) == 6
+    facts = [group for i in range(6) for group in split.scene(i).groups]
+    large = DrawnFacts([judge_facts(Facts((said(group, size="large"),)), split.scene(i)) for i, group in firsts(split)])
+    shares = large.to_dict()["parts"]
+    assert shares["shape"] == shares["color"] == shares["count"] == pytest.approx(6 / len(facts))
+    assert shares["size"] == pytest.approx(sum(group.size == "large" for _, group in firsts(split)) / len(facts))
+    assert shares["size"] < shares["shape"]
     wrong, _ = score_drawings(Truth(1), split, "ko", 6)  # type: ignore[arg-type]
     assert wrong.right.recall < best["facts"] / 2
     assert texts_of(split, "ko", 2) == [next(c.text for c in split.captions(i) if c.language == "ko") for i in range(2)]
