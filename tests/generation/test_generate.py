@@ -141,7 +141,7 @@ def test_several_prompts_share_a_image(captioner: EncoderDecoder) -> None:
         visual_tokens=shared.visual_tokens.repeat_interleave(2, 0),
     )
     for options in ({}, {"num_beams": 3}):
-        a, b = (generate(captioner, batch, eos_id=EOS, max_new_tokens=7, **options) for batch in (shared, spread))
+        a, b = (generate(captioner, batch, eos_id=EOS, max_new_tokens=7, **options) for batch in (shared, spread))  # pyright: ignore
         assert [row[0].tokens for row in a] == [row[0].tokens for row in b]
 
 
@@ -198,6 +198,8 @@ def test_logits_processors_leave_padding_out() -> None:
     real = [False, False, True, True, True]
     got = processed([4.0, -4.0, 1.0, 2.0], [0, 0, 1, 3, 1], real, repetition_penalty=2.0, no_repeat_ngram_size=2)
     assert got == [4.0, -8.0, 1.0, BANNED]  # 0 only pads; 1 was said; "1 3" would come twice.
+    for real, two in (([False, True, True, True], 2.0), ([True] * 4, BANNED)):  # "1 2" begins with padding, or was said
+        assert processed([1.0, 4.0, 2.0, 3.0], [1, 2, 3, 1], real, no_repeat_ngram_size=2) == [1.0, 4.0, two, 3.0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 127, 128, 255, 256, 257, 512])
@@ -284,7 +286,7 @@ def test_ends_hold_for_streams_least_lengths_and_samples(captioner: EncoderDecod
     )
     assert [[i for i in row if i is not None] for row in zip(*steps, strict=True)] == [t.tokens for (t,) in whole]
     for options in ({}, {"num_beams": 3}, {"do_sample": True}):
-        found = generate(captioner, batch, eos_id=ends, max_new_tokens=13, min_new_tokens=6, **options)
+        found = generate(captioner, batch, eos_id=ends, max_new_tokens=13, min_new_tokens=6, **options)  # pyright: ignore
         assert all(len(text.tokens) >= 6 and not {*ends} & {*text.tokens} for (text,) in found)
 
 
@@ -368,7 +370,7 @@ def test_every_module_keeps_its_own_mode(captioner: EncoderDecoder) -> None:
     seen: list[bool] = []
     hook = captioner.decoder.register_forward_pre_hook(lambda *_: seen.extend(modes()))
     for options in ({}, {"num_beams": 2}, {"do_sample": True}, {"guidance_scale": 2.0}):
-        generate(captioner, prompts(), eos_id=EOS, max_new_tokens=2, **options)
+        generate(captioner, prompts(), eos_id=EOS, max_new_tokens=2, **options)  # pyright: ignore
         assert modes() == before
     words = stream(captioner, prompts(), eos_id=EOS, max_new_tokens=9)
     next(words)
