@@ -129,7 +129,7 @@ def table(scores: dict[str, dict[str, Any]], scales: Sequence[float] = ()) -> st
         for language, found in languages.items():
             parts = ", ".join(f"{name} {share:.0%}" for name, share in found["parts"].items())
             lines.append(
-                f"{split} {language}: facts {found['facts']:.1%}, {found['precision']:.1%} of those that are drawn, all "
-                f"right {found['exact']:.1%} ({parts})"
+                f"{split} {language}: facts {found['facts']:.1%}, {found['precision']:.1%} of those drawn are true, "
+                f"all right {found['exact']:.1%} ({parts})"
             )
     return "\n".join(lines + ([f"guidance scales {list(scales)}"] if scales else []))
