@@ -241,3 +241,58 @@ def test_what_learns_is_what_was_named(tmp_path: Path) -> None:
     products = learn(how="lora", rank=3, alpha=6.0, targets=["k_proj"], parts=["decoder", "connector"])
     assert {name.partition(".")[0] for name in products} == {"proj", "decoder"}
     assert all("lora" in name for name in products if name.startswith("decoder"))
+
+
+@pytest.mark.parametrize("how", ["lora", "whole"])
+def test_an_adapter_is_what_was_trained(how: Any, tmp_path: Path) -> None:
+    """The base with an adapter says what the model said that it was taken from, low-rank products unmerged."""
+    base = folder(tmp_path / "base", "blip")
+    options: dict[str, Any] = {"rank": 3, "alpha": 12.0, "targets": ["q_proj", "fc2"]} if how == "lora" else {}
+    module = finetune(
+        str(base), tuning=Tuning(["vision", "connector", "decoder"][: 3 - (how == "whole")], how=how, **options)
+    )
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.captioner.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    adapter = module._adapter()
+    assert adapter is not None
+    adapter.save(tmp_path / "adapter")
+    trained, again, before = module.captioner.eval(), load(tmp_path / "adapter"), load(base)
+    assert before.processor is not None
+    batch = before.processor.with_prompts(before.batch(pictures()), ["a photo of"] * 3)
+    with torch.no_grad():
+        want, found, was = (model.prefill(batch)[0] for model in (trained, again.captioner, before.captioner))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert (was - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llava-next", "idefics3"])
+def test_rows_of_tiled_pictures_stand_behind_their_prompts(family: str, tmp_path: Path) -> None:
+    from mmtransformer.data.captions import CaptionData
+    from mmtransformer.data.loading.sampler import SampleIndex
+
+    model, processor = load(folder(tmp_path / "base", family)), load(tmp_path / "base").processor
+    assert processor is not None
+    data = CaptionData(str(pairs(tmp_path / "pairs", 6)), batch_size=3, max_len=20)
+    data.continue_from(model.tokenizer, model.transform, processor)
+    data.setup("fit")
+    dataset = data.dataset(data.train_split)
+    samples = [dataset[SampleIndex(0, i)] for i in range(3)]
+    batch = data.collate(data.train_split)(samples)
+    with torch.no_grad():
+        whole = model.captioner.eval()(batch).sums
+        parts = [model.captioner(data.collate(data.train_split)([sample])).sums for sample in samples]
+    assert int(whole.count) == sum(int(part.count) for part in parts)
+    torch.testing.assert_close(whole.sum, torch.stack([part.sum for part in parts]).sum(), rtol=1e-5, atol=1e-4)
+    lengths = set()
+    for i, sample in enumerate(samples):
+        row, learned = batch.tokens[i], batch.loss_mask[i]
+        prompt = processor.prompt_ids(processor.prompt, processor.batch_of([sample.prepared]), 0)
+        count = int(learned.nonzero()[0])
+        assert row[:count].tolist() == prompt
+        assert model.tokenizer.decode(row[learned].tolist()).strip() == sample.references[0].text
+        assert row[learned][-1] in model.tokenizer.eos_ids
+        lengths.add(count)
+    assert len(lengths) > 1  # pictures of several shapes
