@@ -295,4 +295,4 @@ def test_rows_of_tiled_pictures_stand_behind_their_prompts(family: str, tmp_path
         assert model.tokenizer.decode(row[learned].tolist()).strip() == sample.references[0].text
         assert row[learned][-1] in model.tokenizer.eos_ids
         lengths.add(count)
-    assert len(lengths) > 1  # pictures of several shapes
+    assert len(lengths) > (family == "llava-next")  # pictures of several shapes
