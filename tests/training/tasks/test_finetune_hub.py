@@ -248,9 +248,8 @@ def test_an_adapter_is_what_was_trained(how: Any, tmp_path: Path) -> None:
     """The base with an adapter says what the model said that it was taken from, low-rank products unmerged."""
     base = folder(tmp_path / "base", "blip")
     options: dict[str, Any] = {"rank": 3, "alpha": 12.0, "targets": ["q_proj", "fc2"]} if how == "lora" else {}
-    module = finetune(
-        str(base), tuning=Tuning(["vision", "connector", "decoder"][: 3 - (how == "whole")], how=how, **options)
-    )
+    parts: Any = ["vision", "decoder"] if how == "whole" else ["vision", "connector", "decoder"]
+    module = finetune(str(base), tuning=Tuning(parts, how=how, **options))
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in module.captioner.parameters():
