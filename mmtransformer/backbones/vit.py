@@ -186,7 +186,10 @@ class ViT(Pretrained, nn.Module):
         x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
         ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)
         if self.pos_embed is not None:
-            x = x + resize_positions(self.pos_embed, self.table_grid, grid, self.patches.table).to(x.dtype)
+            table = self.pos_embed
+            if grid != self.table_grid:
+                table = resize_positions(table, self.table_grid, grid, self.patches.table)
+            x = x + table.to(x.dtype)
         if self.training and self.patches.dropout:
             kept = kept_tokens(x, self.patches.dropout)
             x, ropes = keep_tokens(x, kept), [r and keep_angles(r, kept, prefix) for r in ropes]
