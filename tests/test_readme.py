@@ -258,6 +258,8 @@ def test_blocks_say_their_language(page: str) -> None:
 def test_tables_of_code_follow_a_block_that_imports_what_they_use() -> None:
     found = []
     for page, text in PAGES.items():
+        if page == "docs/towers.md":  # its tables name models
+            continue
         sections = re.findall(r"^#+ (.*)$", without_fences(text), re.MULTILINE)
         found += [(page, section) for section in sections if parts(page, section)]
         with_python = {block.section for block in blocks(page) if block.language == "python"}

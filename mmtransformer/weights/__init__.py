@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.git import load_git as load_git
     from mmtransformer.weights.captioners.git import save_git as save_git
     from mmtransformer.weights.captioners.git import to_git as to_git
+    from mmtransformer.weights.captioners.hub import load_hub as load_hub
+    from mmtransformer.weights.captioners.hub import save_hub as save_hub
     from mmtransformer.weights.captioners.idefics import from_idefics as from_idefics
     from mmtransformer.weights.captioners.idefics import load_idefics as load_idefics
     from mmtransformer.weights.captioners.idefics import save_idefics as save_idefics
@@ -106,6 +108,7 @@ _CONTENTS = {
     "captioners.blip": "from_blip load_blip save_blip to_blip",
     "captioners.blip2": "from_blip2 load_blip2 save_blip2 to_blip2",
     "captioners.git": "load_git save_git to_git",
+    "captioners.hub": "load_hub save_hub",
     "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
     "captioners.idefics3": "idefics3_to_transformers load_idefics3 save_idefics3",
     "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",

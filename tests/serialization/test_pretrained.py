@@ -15,6 +15,7 @@ from torch import nn
 
 import mmtransformer
 from mmtransformer import (
+    CLIP,
     AttentionConfig,
     Blip2,
     BlipITM,
@@ -31,6 +32,7 @@ from mmtransformer import (
     HubDecoder,
     HubSeq2Seq,
     ImageText,
+    JoinedTowers,
     LinearAttention,
     LinearConnector,
     LinearProjector,
@@ -50,6 +52,7 @@ from mmtransformer import (
     TextDecoder,
     TextEncoder,
     TextToImageModel,
+    TextTower,
     Transformer,
     VisualAdapter,
     ViT,
@@ -219,6 +222,15 @@ MODELS: dict[str, Callable[[], Any]] = {
         TextEncoder(23, 20, 1, 4, max_len=17), DiffusionTransformer(2, 4, 20, 1, 4, context_dim=20),
         autoencoder=autoencoder(),
     ),
+    "TextTower": lambda: TextTower(
+        23, 20, 1, 4, max_len=17, mlp_dim=31, causal=False, pool="last", pad_id=1, opens=False, activation="gelu_tanh",
+        norm_eps=1e-6, dropout=0.1,
+    ),
+    "CLIP": lambda: CLIP(
+        ViT(**VISION), TextTower(23, 20, 1, 4, max_len=17), embed_dim=9, text_bias=True, pool_heads=4, loss="sigmoid",
+        hardness=0.5, freeze_vision=True,
+    ),
+    "JoinedTowers": lambda: JoinedTowers(ViT(**VISION), ViT(**VISION), layers=(-1,), second_layers=(0, -1)),
     "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip
 

@@ -651,7 +651,7 @@ def test_a_pattern_that_backtracks_is_an_error_not_a_panic() -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
     tokenizer = Tokenizer(backend, bos_token="a", eos_token="a", pad_token="a")
-    with pytest.raises(ValueError, match=r"its pattern takes too long on a text of 41 characters, 'aaaa"):
+    with pytest.raises(ValueError, match=r"its pattern takes too long on a text of 41 letters, 'aaaa"):
         tokenizer.encode("a" * 40 + "b")
 
 

@@ -103,7 +103,7 @@ def _sample(row: Any, size: int) -> ShardSample:
         if not (isinstance(ending, str) and 0 <= offset <= offset + length <= size):
             raise ValueError("a place outside the shard")
     texts = {
-        str(ending): [Caption(str(text), None if code is None else str(code)) for text, code in found]
+        str(ending): [Caption(str(text), None if code is None else str(code)) for text, code, *_ in found]
         for ending, found in captions.items()
     }
     places = [(ending, int(offset), int(length)) for ending, offset, length in images]

@@ -127,16 +127,15 @@ class Means:
         return logs
 
 
-def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients together, a scalar; also where the squares of finite ones are more than float32 holds.
+def norm_of_large(grads: Sequence[Tensor]) -> float:
+    """The norm of all gradients together where the squares of finite ones are more than float32 holds.
 
     So large are those of a model that begins behind zeros, such as BLIP-2's queries before their training: every norm
     of a zero vector (eps 1e-12) multiplies a gradient by a million.
     """
-    norm = torch.nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor) or norm.isfinite() or not grads:
-        return norm
+    if not grads or any(isinstance(grad, DTensor) for grad in grads):
+        return math.inf
     largest = max(float(grad.abs().max()) for grad in grads)
     if not math.isfinite(largest):
-        return norm
-    return torch.nn.utils.get_total_norm([grad / largest for grad in grads]).double() * largest
+        return largest
+    return float(torch.nn.utils.get_total_norm([grad / largest for grad in grads])) * largest
