@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,10 @@ class StepSums:
     bad: bool
     suspect: Any
     suspects: list[str]
+
+    def exact(self, grads: Sequence[Tensor]) -> "StepSums":
+        """The sums with the norm of gradients whose squares overflowed; only then is the device waited for once more."""
+        return replace(self, norm=norm_of_large(grads)) if math.isinf(self.norm) else self
 
 
 class Means:

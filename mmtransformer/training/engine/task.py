@@ -1,6 +1,5 @@
 """Task: what every recipe trains. A loss per token of the global batch, the optimizer, the guard; and a finish."""
 
-import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.text.printable import printable
-from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum, norm_of_large
+from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
 from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
@@ -234,9 +233,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         grads = [p.grad for p in params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        parts, self._parts = self._parts.read(norm, self.trainer.world_size), StepAccumulator()
-        if math.isinf(parts.norm):  # looked at again only then, as that waits for the device once more
-            parts = dataclasses.replace(parts, norm=norm_of_large(grads))
+        parts, self._parts = self._parts.read(norm, self.trainer.world_size).exact(grads), StepAccumulator()
         self.samples_seen += parts.samples
         self.tokens_seen += parts.tokens
         if not parts.count:
