@@ -95,7 +95,7 @@ class StepSums:
     suspects: list[str]
 
     def exact(self, grads: Sequence[Tensor]) -> "StepSums":
-        """The sums with the norm of gradients whose squares overflowed; only then is the device waited for once more."""
+        """The sums with the norm of gradients whose squares overflowed; the device is waited for only then."""
         return replace(self, norm=norm_of_large(grads)) if math.isinf(self.norm) else self
 
 
