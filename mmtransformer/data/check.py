@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.loading.errors import FIRST, Report, allowed
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
@@ -132,8 +133,9 @@ def check(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If nothing is there that could be pairs.
+        ValueError: If nothing is there that could be pairs, or `max_bad` is no share.
     """
+    check_share("max_bad", max_bad, whole=True)
     pairs = open_pairs(source, max_bad=1.0) if isinstance(source, str | Path) else source
     report, describe = getattr(pairs, "report", None), getattr(pairs, "describe", None)
     splits = {name: pairs.split(name) for name in pairs.splits()}

@@ -228,9 +228,10 @@ class TextToImage:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
         folder = find_folder(folder_or_id)
+        model = TextToImageModel.from_pretrained(folder)  # first, as it says which other model a folder holds
         settings = settings_of(DrawingConfig, read_json(folder / DRAWING), str(folder / DRAWING))
         return cls(
-            TextToImageModel.from_pretrained(folder),
+            model,
             Tokenizer.from_pretrained(folder),
             read_transform(folder / PREPROCESSOR),
             config=settings,

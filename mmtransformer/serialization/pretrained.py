@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import HubOptions, fetch
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
+from mmtransformer.serialization.uses import other_kind
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PEFT = "adapter_config.json"
@@ -380,7 +381,7 @@ class Pretrained:
         with built_from(state, str(folder / CONFIG)):
             model = from_config(described, str(folder / CONFIG))
         if not isinstance(model, cls):
-            raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
+            raise other_kind(folder, type(model), cls.__name__)
         load_strictly(model, state, str(folder / WEIGHTS))
         refuse_damaged(state, config, folder, folder / WEIGHTS)
         return model.eval()

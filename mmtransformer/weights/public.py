@@ -17,9 +17,11 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights, read_json, write_weights
 from mmtransformer.serialization.untrusted import check_plain
+from mmtransformer.serialization.uses import with_article
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hub import hub_types
+from mmtransformer.weights.contrast.dual import DUAL_TYPES
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.pixels import to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
@@ -49,6 +51,10 @@ def captioner_family(folder: Path) -> Family | None:
         return family
     known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None and name != HUB)
     kind = config.get("model_type") or config.get("architecture")
+    if kind in (*DUAL_TYPES, "siglip2"):
+        raise ValueError(
+            f"{folder / CONFIG}: a dual encoder ({kind}), which does not caption: use `mmt search`, or DualEncoder"
+        )
     if family is None:
         what = f'model_type "{kind}" is of no family known here'
     elif any(issubclass(made, Captioner) for made in family.makes):
@@ -84,7 +90,7 @@ def open_captioner(
     generation, captioner = read_search(folder, prompt_len=processor.prompt_len), family.load(folder)
     processor.folder = folder
     if not isinstance(captioner, Captioner):
-        raise ValueError(f"{folder} holds a {type(captioner).__name__}, which does not caption")
+        raise ValueError(f"{folder} holds {with_article(type(captioner).__name__)}, which does not caption")
     return captioner, processor, generation
 
 
@@ -165,7 +171,7 @@ def export_captioner(
         (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
         return name
     raise ValueError(
-        f"a {type(captioner).__name__} cannot be written for transformers: {'; '.join(why) or 'no family'}"
+        f"{with_article(type(captioner).__name__)} cannot be written for transformers: {'; '.join(why) or 'no family'}"
     )
 
 

@@ -104,6 +104,8 @@ def test_trouble_is_counted_named_and_hurts_past_the_threshold(
         assert (f"HURTS  {what}: {count}" in str(report)) == found.hurts
     assert look(tmp_path, max_bad=0.5).hurts is False
     assert look(tmp_path, max_bad=0).hurts is True
+    with pytest.raises(ValueError, match=r"max_bad \(2\) must be a share"):
+        look(tmp_path, max_bad=2)
 
 
 def test_missing_images_and_refused_paths(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ from mmtransformer import (
     RopeConfig,
     TextDecoder,
     TextEncoder,
+    TextToImage,
     TextToImageModel,
     TextTower,
     Transformer,
@@ -379,6 +380,14 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
     decoder().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} holds a TextDecoder, not a ViT"):
         ViT.from_pretrained(tmp_path)
+    captioner().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds an EncoderDecoder, not a CLIP, a dual .*; it captions: `mmt caption`"):
+        CLIP.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a TextToImageModel, a model that draws; it captions"):
+        TextToImage.from_pretrained(tmp_path)
+    CLIP(ViT(16, 8, 24, 1, 4), TextTower(300, 20, 1, 2), embed_dim=13).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a CLIP, not a Captioner; it compares .* DualEncoder .*save_public"):
+        mmtransformer.Captioner.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

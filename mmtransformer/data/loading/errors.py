@@ -21,6 +21,12 @@ def allowed(total: int, fraction: float) -> int:
     return max(1, int(total * fraction)) if fraction > 0 else 0
 
 
+def _more(bad: int, total: int) -> str:
+    """Which key allows so many, and what it would have to be."""
+    percent = next((n for n in range(1, 100) if allowed(total, n / 100) >= bad), 100)
+    return f"`--data.loader.max_bad {percent / 100:g}` in `mmt fit`, `--max-bad` in `mmt check`, allows as many"
+
+
 class Report:
     """Errors and notes found in a data set, counted by cause, with the first offenders of each.
 
@@ -68,7 +74,7 @@ class Report:
             share = self.bad_rows / max(1, self.rows)
             raise TooManyErrors(
                 f"{name}: {self.bad_rows} of {self.rows} rows can't be used ({share:.1%}, more than "
-                f"{max_bad:.1%} allowed by max_bad):\n{self}"
+                f"{max_bad:.1%} allowed by max_bad; {_more(self.bad_rows, self.rows)}):\n{self}"
             )
 
     def to_dict(self) -> dict[str, object]:
@@ -134,8 +140,8 @@ class BadImages:
             first = "\n".join(f"  {key}: {text}" for key, text in list(found.items())[:FIRST])
             raise TooManyErrors(
                 f"{len(found)} of {self.total} pictures can't be read ({len(found) / max(1, self.total):.1%}, more "
-                f"than {self.max_fraction:.1%} allowed). All are named in {self.path}. The first:\n{first}\n"
-                "Repair or remove them, or raise the threshold."
+                f"than {self.max_fraction:.1%} allowed by max_bad). All are named in {self.path}. The first:\n{first}\n"
+                f"Repair or remove them, or do without: {_more(len(found), self.total)}"
             )
 
     def names(self) -> Mapping[str, str]:

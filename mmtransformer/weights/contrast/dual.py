@@ -16,6 +16,7 @@ from mmtransformer.contrast.clip import CLIP
 from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.serialization.uses import other_kind
 from mmtransformer.text.tokenizer_files import find_token, read_backend, read_settings
 from mmtransformer.weights.contrast.open_clip import CONFIG as OPEN_CLIP
 from mmtransformer.weights.contrast.open_clip import open_clip_from_folder
@@ -212,7 +213,7 @@ def load_clip(source: str | Path) -> CLIP:
     if "class" in config:
         model = Pretrained.from_pretrained(folder)
         if not isinstance(model, CLIP):
-            raise ValueError(f"{folder} holds a {type(model).__name__}, not a CLIP")
+            raise other_kind(folder, type(model), CLIP.__name__)
         return model
     dual_type(config, str(folder / CONFIG))
     state = read_tensors(folder)

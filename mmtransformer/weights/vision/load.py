@@ -22,6 +22,7 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
 )
 from mmtransformer.serialization.untrusted import built_from, settings_of
+from mmtransformer.serialization.uses import with_article
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.vision.timm import ViTSettings, from_timm, timm_config, to_timm, vit_from_state
@@ -117,7 +118,9 @@ def _from_folder(folder: Path, *, keep_head: bool) -> ViT:
         else:
             model = Pretrained.from_pretrained(folder)
             if not isinstance(model, Captioner):
-                raise ValueError(f"{folder} holds a {type(model).__name__}, neither a ViT nor a captioner that has one")
+                raise ValueError(
+                    f"{folder} holds {with_article(type(model).__name__)}, neither a ViT nor a captioner that has one"
+                )
             vit = model.vision
         if (path := folder / "preprocessor.json").exists():  # of a pipeline's folder
             vit.transform = settings_of(ImageTransform, read_json(path), str(path))

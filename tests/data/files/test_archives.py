@@ -276,7 +276,7 @@ def test_more_than_the_threshold_is_an_error_with_the_first_offenders(tmp_path: 
     with pytest.raises(TooManyErrors) as error:
         read_csv(tmp_path, [b"x%d.png,a dog" % i for i in range(7)])
     said = str(error.value)
-    assert "7 of 25 rows can't be used (28.0%, more than 1.0% allowed by max_bad)" in said
+    assert "7 of 25 rows can't be used (28.0%, more than 1.0% allowed by max_bad; " in said
     assert "missing picture: 7" in said
     assert "c.csv:2: 'x0.png'" in said
     assert "... and 2 more" in said

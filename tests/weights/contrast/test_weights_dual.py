@@ -9,7 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPVisionConfig
 
-from mmtransformer import CLIP, DualEncoder, ImageTransform, OutputConfig, PatchConfig, TextTower, Tokenizer, ViT
+from mmtransformer import (
+    CLIP,
+    DualEncoder,
+    ImageCaptioner,
+    ImageTransform,
+    OutputConfig,
+    PatchConfig,
+    TextTower,
+    Tokenizer,
+    ViT,
+)
 from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.weights import load_clip, load_vit, save_clip, save_open_clip
 from mmtransformer.weights.contrast.open_clip import open_clip_pixels
@@ -177,6 +187,8 @@ def test_other_models_are_refused_in_a_line(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=said) as caught:
                 load(tmp_path / name)
             assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"a dual encoder \(clip\), which does not caption: use `mmt search`, or Dual"):
+        ImageCaptioner.from_pretrained(tmp_path / "clip")
     assert load_vit(tmp_path / "clip").class_token  # The tower of a dual model alone.
 
 
