@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import with_files, with_tower
-from mmtransformer.cli.trust import check_names, check_recipe, checked_files
+from mmtransformer.cli.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def config_files(words: Sequence[str]) -> list[str]:
     return [value for word, value in pairwise(words) if word in ("--config", "-c")] + found
 
 
+@paths_as_texts()
 def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     """Parses a configuration and builds trainer, model and data; nothing is run yet.
 
@@ -301,7 +302,8 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         print(f"{compile_blocks(module)} blocks are compiled at their first use")
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
-        text = cli.parser.dump(cli.config, skip_none=False)
+        with paths_as_texts():
+            text = cli.parser.dump(cli.config, skip_none=False)
         with written_to(folder):
             (folder / "config.yaml").write_text(text, encoding="utf-8")
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1 << 20, 100_000, 50
 _HOOKS = ("mmtransformer", "lightning", "torch", "torchvision", "torchmetrics", "timm")
@@ -102,6 +103,32 @@ def checked_files() -> Iterator[None]:
         raise (refused[-1] if refused else error) from None
     finally:
         setattr(kind, name, read)
+
+
+@contextmanager
+def paths_as_texts() -> Iterator[None]:
+    """Where a parser works: a text that is given for `Class | str` stays one, whatever file it names.
+
+    jsonargparse takes a file for a configuration of the class wherever a class may stand, and then the lines of a
+    manifest (`data.source: captions.csv`) or a tokenizer's JSON for the argument. It checks its values anew whenever it
+    builds or writes them, so that this must be around those, too. Where no text may stand (`data`, `model`, `trainer`,
+    `data.image`, ...), files are read as ever: see `checked_files`.
+    """
+    from jsonargparse._typehints import ActionTypeHint  # pyright: ignore[reportPrivateImportUsage]
+
+    action: Any = ActionTypeHint
+    make = action.__init__
+
+    def made(self: Any, typehint: Any = None, enable_path: bool = False, **kwargs: Any) -> None:
+        if get_origin(typehint) in (Union, UnionType) and str in get_args(typehint):
+            enable_path = False
+        make(self, typehint, enable_path, **kwargs)
+
+    action.__init__ = made
+    try:
+        yield
+    finally:
+        action.__init__ = make
 
 
 def check_names(config: Any) -> None:
