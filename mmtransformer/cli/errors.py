@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 OTHER_NAMES = {
     "learning_rate": "lr", "batch": "batch_size", "per_device_train_batch_size": "batch_size", "wd": "weight_decay",
@@ -48,18 +49,23 @@ def explain(message: str, keys: Iterable[str]) -> str:
         keys: The keys that there are, for suggestions.
     """
     keys = list(keys)
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         word = found[1].split()[0].partition("=")[0]
         if not word.startswith("-"):
             return f'unexpected word "{word}"; keys are given as --key=value'
-        return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+        if not classes:
+            return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
+        return _below("".join(re.findall(r'Parser key "([^"]+)"', message)[:1]), word.lstrip("-"), classes[-1])
     owned = {argument for owner in classes for argument in arguments_of(owner)}
     trail = re.findall(r'Parser key "([^"]+)"', message)
     trail = [name for name in trail if "." not in name or name in keys or name.partition(".")[0] in owned]
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         word, owner = found[1], classes[-1] if classes else ""
         return f"no such key: {'.'.join([*trail, word])} ({owner} has none){suggest(word, arguments_of(owner))}"
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([^']+)'", message):
+        word = f"{found[1]}.{found[2]}"
+        return _below(".".join(trail), word, classes[-1]) if classes else f"no such key: {word}"
     if found := re.search(r"the following arguments are required: (.*)", message):
         missing = [f"--{'.'.join([*trail, word.strip()])}" for word in found[1].split(",")]
         return f"{classes[-1] if classes else 'the configuration'} needs {', '.join(missing)}"
@@ -78,6 +84,26 @@ def explain(message: str, keys: Iterable[str]) -> str:
     return f"{'.'.join(trail)}: {reason}" if trail else reason
 
 
+def _below(front: str, word: str, class_path: str) -> str:
+    """What to say of a key that an argument of a class has not: `read.encodng` of what is given for `data`."""
+    import inspect
+
+    owners: list[Any] = [_named(class_path)]
+    *path, last = word.split(".")
+    for name in path:
+        hints = [_parameters(owner)[name].annotation for owner in owners if name in _parameters(owner)]
+        owners = [kind for hint in hints for kind in (hint, *get_args(hint)) if inspect.isclass(kind)]
+    key = ".".join([front, *path, last]) if front else word
+    known = [f"{key.removesuffix(last)}{name}" for owner in owners for name in _parameters(owner)]
+    beside = [  # the same name below another argument: data.loader.max_bad
+        f"{front}.{name}.{last}"
+        for name, parameter in _parameters(_named(class_path)).items()
+        for kind in (parameter.annotation, *get_args(parameter.annotation))
+        if inspect.isclass(kind) and last in _parameters(kind)
+    ]
+    return f"no such key: {key}{suggest(beside[0] if beside else key, beside or known)}"
+
+
 def cause_of(error: ValueError) -> ValueError:
     """What a constructor said, out of what jsonargparse makes of it when a class cannot be built."""
     cause: BaseException | None = error
@@ -90,14 +116,27 @@ def cause_of(error: ValueError) -> ValueError:
 
 def arguments_of(class_path: str) -> list[str]:
     """The constructor's arguments of what a class path names; none if it names nothing."""
+    return list(_parameters(_named(class_path)))
+
+
+def _named(class_path: str) -> Any:
     import importlib
-    import inspect
 
     module, _, name = class_path.rpartition(".")
     try:
-        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    except (ImportError, AttributeError, ValueError, TypeError):
-        return []
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _parameters(owner: Any) -> Mapping[str, Any]:
+    """What something is called with; nothing, if that cannot be told."""
+    import inspect
+
+    try:
+        return inspect.signature(owner, eval_str=True).parameters
+    except (ValueError, TypeError, NameError):
+        return {}
 
 
 def check_file(path: str | Path, what: str) -> Path:

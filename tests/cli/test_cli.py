@@ -101,7 +101,7 @@ def test_help_is_quick() -> None:
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-beams", "0"], "num_beams must be at least 1"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-bea", "3"], "unrecognized arguments: --num-bea"),
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.max_step=3"], 'did you mean "trainer.max_steps"?'),
-        ([*FINETUNE, "--data.source=PAIRS", "--model.optim.learning_rate=3"], 'did you mean "optim.lr"?'),
+        ([*FINETUNE, "--data.source=PAIRS", "--model.optim.learning_rate=3"], 'did you mean "model.optim.lr"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.epochs=3"], 'did you mean "trainer.max_epochs"?'),
         (
             [*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--data.image.image_size=224"],

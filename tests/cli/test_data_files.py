@@ -141,3 +141,24 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
     code, out, err = mmt(capsys, "plan", "finetune_pairs", "--config", "tiny", *words)
     assert code == 0, err
     assert "weights" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "meant"),
+    [
+        (["--data.read.encodng", "cp949"], "data.read.encodng", "data.read.encoding"),
+        (["--data.read.encodng=cp949"], "data.read.encodng", "data.read.encoding"),
+        (["--data.read.max_bad=0.1"], "data.read.max_bad", "data.loader.max_bad"),
+        (["--model.optim.lrr=3"], "model.optim.lrr", "model.optim.lr"),
+        (["--config=keys.yaml"], "data.read.encodng", "data.read.encoding"),
+    ],
+)
+def test_a_mistyped_key_is_named_whole(
+    words: list[str], key: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("captions.csv").write_text(table(","))
+    Path("keys.yaml").write_text("data: {read: {encodng: cp949}}\n")
+    code, _, err = mmt(capsys, "fit", "--config", "finetune_pairs", "--data.source=captions.csv", *words)
+    assert code == 2
+    assert f'no such key: {key}; did you mean "{meant}"?' in err
+    assert err.count("\n") == 1
