@@ -5,11 +5,12 @@ import dataclasses
 import re
 import sys
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mmtransformer.cli import COMMANDS
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.text.printable import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -17,7 +18,19 @@ if TYPE_CHECKING:
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command, with its line of `mmt --help`."""
-    return argparse.ArgumentParser(f"mmt {name}", description=COMMANDS[name][1], allow_abbrev=False)
+    return _Parser(f"mmt {name}", description=COMMANDS[name][1], allow_abbrev=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the option that was meant, and not all options there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with code 2; see argparse."""
+        if found := re.match(r"unrecognized arguments: (-\S+)", message):
+            from mmtransformer.cli.errors import suggest
+
+            message += suggest(found[1].partition("=")[0], self._option_string_actions)
+        self.exit(2, printable(f"{self.prog}: error: {message}; see {self.prog} --help\n"))
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, precision: bool = False) -> None:

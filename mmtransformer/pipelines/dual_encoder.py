@@ -4,6 +4,7 @@ Shapes: n pictures or texts, m labels, d width of the vectors.
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -66,6 +67,7 @@ class DualEncoder:
         check_vocabulary(tokenizer, model.vocab_size)
         self.device = pick_device(device)
         self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
+        self._said_cut = False
 
     @property
     def width(self) -> int:
@@ -104,7 +106,8 @@ class DualEncoder:
         """Texts as vectors of length 1, in any language that the model has learnt.
 
         Args:
-            texts: A text, or a list of them; one that is longer than the model reads is cut, and keeps its end.
+            texts: A text, or a list of them; one that is longer than the model reads is cut and keeps its end
+                (the first time with a warning).
             batch_size: Texts at once.
 
         Returns:
@@ -116,19 +119,32 @@ class DualEncoder:
         many = [texts] if isinstance(texts, str) else list(texts)
         if blank := [i for i, text in enumerate(many) if not text.strip()]:
             raise ValueError(f"text {blank[0]} of {len(many)} is empty, and would fit every picture: leave it out")
-        found = [torch.empty(0, self.width)]
+        found, cut = [torch.empty(0, self.width)], 0
         for some in in_batches(many, batch_size):
-            tokens, attention_mask = self.tokenizer.pad([self.ids(text) for text in some])
+            rows = [self._cut(text) for text in some]
+            cut += sum(lost for _, lost in rows)
+            tokens, attention_mask = self.tokenizer.pad([ids for ids, _ in rows])
             with fast_autocast(self.device):
                 vectors = self.model.encode_texts(tokens.to(self.device), attention_mask.to(self.device))
             found.append(vectors.float().cpu())
+        if cut and not self._said_cut:
+            self._said_cut = True
+            warnings.warn(
+                f"{cut} of {len(many)} texts are longer than the {self.model.max_len} tokens that the model reads, and "
+                f"were cut; what follows is cut without a word",
+                stacklevel=3,  # no_grad's wrapper lies between
+            )
         return F.normalize(torch.cat(found), dim=-1)
 
     def ids(self, text: str) -> list[int]:
         """What the text tower reads of a text: what opens it, its words as far as there is room, and its end."""
+        return self._cut(text)[0]
+
+    def _cut(self, text: str) -> tuple[list[int], bool]:
+        """The ids, and whether words were left out."""
         opening = self.tokenizer.prompt() if self.model.opens else []
-        words = self.tokenizer.encode(text)
-        return [*opening, *words[: self.model.max_len - len(opening) - 1], self.tokenizer.eos_id]
+        words, room = self.tokenizer.encode(text), self.model.max_len - len(opening) - 1
+        return [*opening, *words[:room], self.tokenizer.eos_id], len(words) > room
 
     # --------------------------------------------------------------------------------------------- comparisons
 

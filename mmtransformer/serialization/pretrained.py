@@ -129,9 +129,12 @@ def find_folder(
 
 
 def _looks_like_id(name: str) -> bool:
+    """Whether a hub could have it: its names are of ASCII letters, digits and -_. alone; runs/x is of a folder here."""
     parts = name.split("/")
-    return len(parts) in (1, 2) and all(
-        p and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts
+    return (
+        len(parts) in (1, 2)
+        and all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part, re.ASCII) for part in parts)
+        and not (len(parts) == 2 and Path(parts[0]).is_dir())
     )
 
 

@@ -162,8 +162,7 @@ def export_captioner(
         if name not in FAMILIES:
             raise ValueError(f'no family is called "{name}": {", ".join(FAMILIES)}')
         try:
-            options: dict[str, Any] = {"image_token_id": tokenizer.image_id} if name == "blip2" else {}
-            FAMILIES[name].save(captioner, folder, **options)
+            FAMILIES[name].save(captioner, folder, **_ids(tokenizer, name))
         except (ValueError, TypeError) as error:
             why.append(f"{name}: {error}")
             continue
@@ -173,6 +172,17 @@ def export_captioner(
     raise ValueError(
         f"{with_article(type(captioner).__name__)} cannot be written for transformers: {'; '.join(why) or 'no family'}"
     )
+
+
+def _ids(tokenizer: Tokenizer, family: str) -> dict[str, Any]:
+    """The ids that a family's `save` asks for, as the tokenizer has them."""
+    start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    ids: dict[str, dict[str, Any]] = {
+        "blip": {"bos_token_id": start, "sep_token_id": end, "pad_token_id": pad},
+        "blip2": {"image_token_id": tokenizer.image_id},
+        "vision-encoder-decoder": {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": pad},
+    }
+    return ids.get(family, {})
 
 
 def _as_base(folder: Path, base: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -89,6 +89,7 @@ def test_help_is_quick() -> None:
         ),
         ([*FINETUNE, "--data.source=NOWHERE", "--model.init=MODEL"], "NOWHERE does not exist"),
         ([*FINETUNE, "--data.source=PAIRS", "--model.init=NOWHERE"], "NOWHERE: no such folder"),
+        ([*FINETUNE, "--data.source=PAIRS"], "`mmt fit --config caption_scenes`, or name another model"),
         (["caption", "NOWHERE.png", "--model", "MODEL"], "NOWHERE.png"),
         (["caption", "PAIRS/p0.txt", "--model", "MODEL"], "p0.txt: not a picture"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--language", "fr"], 'language "fr"; it knows en, ko'),
@@ -100,6 +101,7 @@ def test_help_is_quick() -> None:
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--temperature", "0.5"], "temperature changes how tokens"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-beams", "0"], "num_beams must be at least 1"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-bea", "3"], "unrecognized arguments: --num-bea"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--langauge", "ko"], 'did you mean "--language"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.max_step=3"], 'did you mean "trainer.max_steps"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--model.optim.learning_rate=3"], 'did you mean "model.optim.lr"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.epochs=3"], 'did you mean "trainer.max_epochs"?'),
@@ -132,6 +134,7 @@ def test_a_mistake_is_one_line(
     assert line in last
     assert last.startswith("mmt")
     assert "Traceback" not in err
+    assert "usage:" not in err
 
 
 def test_nobody_reads_on(model: Path, pairs: Path) -> None:

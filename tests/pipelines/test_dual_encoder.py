@@ -60,6 +60,9 @@ def test_texts_that_are_too_long_keep_their_end() -> None:
     assert ids[0] == found.tokenizer.bos_id
     assert ids[-1] == found.tokenizer.eos_id
     assert found.ids("a red star") == [found.tokenizer.bos_id, *found.tokenizer.encode("a red star"), ids[-1]]
+    with pytest.warns(UserWarning, match="1 of 2 texts are longer than the 24 tokens that the model reads"):
+        found.encode_texts(["a star", "a red star " * 40])
+    found.encode_texts(["a red star " * 40])  # once is enough
     with pytest.raises(ValueError, match="text 1 of 2 is empty, and would fit every picture"):
         found.encode_texts(["a star", " "])
 

@@ -458,6 +458,14 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         find_folder("someone/captioner")  # Tests reach no network.
 
 
+def test_what_no_hub_can_have_is_only_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/nope", "모델", "학습/모델", "a/b/c"):
+        with pytest.raises(ValueError, match=f"^{name}: no such folder$"):
+            find_folder(name)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"{", "not a JSON file"), (b"\xff\xfe", "not a JSON file"), (b"[1]", "holds a list, not a JSON object")],

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -242,8 +243,11 @@ class Captioning(Task):
         return {"few_shot": scored.to_dict()}, scored.headline()
 
 
+_START = "runs/caption_scenes/model"
+
+
 def finetune(
-    init: str = "runs/caption_scenes/model",
+    init: str = _START,
     *,
     freeze_vision: bool = False,
     freeze_decoder: bool = False,
@@ -271,6 +275,11 @@ def finetune(
         image_ablation_batches: Batches of each validation that are looked at with wrong and blank pictures too.
         generation: How captions are searched for; that of the saved model unless told.
     """
+    if init == _START and not Path(init).is_dir():
+        raise ValueError(
+            f"{init}: no such folder; it is where training starts unless told: make it with "
+            f"`mmt fit --config caption_scenes`, or name another model with --model.init"
+        )
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
     captioner = saved.captioner
     if add_languages:

@@ -124,7 +124,7 @@ def to_blip(model: Blip) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    vision, tensors = vision_to_blip2(model.vision)
+    vision, tensors = vision_to_blip2(model.vision, "BLIP")
     config: dict[str, Any] = {"model_type": "blip", "vision_config": vision}
     parts: dict[str, dict[str, Tensor]] = {}
     if isinstance(model, EncoderDecoder):

@@ -51,20 +51,27 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context:
     return fill_vit(vit, _KEYS, state, context, positions=_POSITIONS, prefix=[_CLASS])
 
 
-def vision_to_blip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def vision_to_blip2(vit: ViT, family: str = "BLIP-2") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of BLIP-2's vision tower; the class token's position is 0.
 
+    Args:
+        vit: the tower.
+        family: whose it is to be, for errors: BLIP has the same.
+
     Raises:
-        ValueError: if this tower has parts that BLIP-2's has not.
+        ValueError: if this tower has parts that BLIP-2's has not, naming them.
     """
-    activation, channels = vit.block.activation, vit.patches.in_channels
-    plain = vit.class_token and vit.num_registers == 0 and (activation, channels) == ("gelu", 3)
-    if not plain or vit.image_size[0] != vit.image_size[1]:
-        raise ValueError(
-            f"BLIP-2's vision tower has a class token, no registers, gelu, 3 channels and square pictures; this has "
-            f"{vit.num_registers} registers, {activation}, {channels} channels, pictures of {vit.image_size}"
-        )
-    tensors = vit_tensors(vit, _KEYS, "BLIP-2's vision tower", positions=_POSITIONS, prefix=[_CLASS])
+    facts = {
+        "a class token": (vit.class_token, "none"),
+        "no registers": (vit.num_registers == 0, vit.num_registers),
+        "patches alone as its stem": (vit.patches.stem == "patch", f'a "{vit.patches.stem}" stem'),
+        "gelu": (vit.block.activation == "gelu", vit.block.activation),
+        "3 channels": (vit.patches.in_channels == 3, vit.patches.in_channels),
+        "square pictures": (vit.image_size[0] == vit.image_size[1], "{} x {} px".format(*vit.image_size)),
+    }
+    if differs := [f"{wanted} (this: {found})" for wanted, (same, found) in facts.items() if not same]:
+        raise ValueError(f"{family}'s vision tower has {', '.join(differs)}")
+    tensors = vit_tensors(vit, _KEYS, f"{family}'s vision tower", positions=_POSITIONS, prefix=[_CLASS])
     config = {
         **write_sizes(vit, _SIZES),
         "image_size": vit.image_size[0],

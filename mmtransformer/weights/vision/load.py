@@ -1,5 +1,6 @@
 """Vision towers from folders, files and timm's names, and into folders that timm reads."""
 
+import difflib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,9 +179,9 @@ def _from_name(name: str) -> ViT:
     import timm
 
     if not name.startswith(("hf-hub:", "timm/")) and not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        near = difflib.get_close_matches(name, _loading(), n=3)
         raise ValueError(
-            f'"{name}" is no folder, no file and no timm model' + (f"; timm has {close} ..." if close else "")
+            f'"{name}" is no folder, no file and no timm model' + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     if timm.is_model(name):
         try:
@@ -193,6 +194,15 @@ def _from_name(name: str) -> ViT:
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"timm could not load {name}: {reason}. Without a network, give a folder instead") from error
+
+
+def _loading() -> list[str]:
+    """Timm's names of the kinds that load."""
+    import timm
+
+    kinds = ("vision_transformer", "deit", "eva", "beit", "naflexvit")
+    other = ("vit_relpos", "vit_srelpos", "samvit")  # of other classes in these files
+    return [name for kind in kinds for name in timm.list_models(module=kind) if not name.startswith(other)]
 
 
 def tower_width(source: str | Path) -> int | None:
