@@ -281,8 +281,8 @@ def test_a_published_config_leaves_out_what_is_usual(tmp_path: Any) -> None:
 def test_towers_that_blip2_does_not_know_are_refused() -> None:
     opt = TextDecoder(VOCAB, 12, 1, 3, mlp=MLPConfig("relu"))
     for vision, what in (
-        (ViT(28, 7, 24, 1, 4, num_registers=2), "this has 2 registers"),
-        (ViT((28, 35), 7, 24, 1, 4), r"pictures of \(28, 35\)"),
+        (ViT(28, 7, 24, 1, 4, num_registers=2), r"no registers \(this: 2\)"),
+        (ViT((28, 35), 7, 24, 1, 4), r"square pictures \(this: 28 x 35 px\)"),
         (ViT(28, 7, 24, 1, 4, block=BlockConfig(layer_scale=0.1)), r"blocks\.0\.branch1\.0\.gamma"),
     ):
         with pytest.raises(ValueError, match=what):

@@ -26,6 +26,8 @@ from mmtransformer.weights.contrast.open_clip import open_clip_pixels
 from support import dual
 from support.public import noisy, pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*longer than the .* tokens that the model reads")
+
 KINDS = [(kind, shape) for kind in ("clip", "siglip", "siglip2", "chinese_clip") for shape in dual.SHAPES]
 
 
