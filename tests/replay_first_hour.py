@@ -76,6 +76,7 @@ RUN = "fit --config caption_scenes --config tiny --data.source.train_size 64 --d
 RUN += "--data.source.compositional_size 8 --trainer.default_root_dir runs/first"
 MODEL = "--model runs/first/model"
 TUNE = "fit --config finetune_pairs --config tiny --model.init runs/first/model --data.source"
+ENGLISH = "--data.read.language en --trainer.default_root_dir runs/llava"
 GERMAN = "--data.read.language de --model.add_languages [de] --trainer.default_root_dir runs/de"
 STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("recipes", 0, ("caption_scenes", "time", "score")),
@@ -95,7 +96,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check llava", 0, ("24 pictures", "question=question")),
     ("check arrow", 0, ("Arrow data-00000-of-00001.arrow: 24 pictures",)),
     ("check someone/photos.csv", 2, ("someone/photos.csv does not exist",)),
-    (f"{TUNE} llava --data.read.language en --trainer.default_root_dir runs/llava", 0, ("pictures come with a question, left out",)),
+    (f"{TUNE} llava {ENGLISH}", 0, ("pictures come with a question, left out",)),
     (f"{TUNE} ids --data.read.language en", 0, ("--language en",)),
     (f"{TUNE} german {GERMAN}", 0, ("--language de",)),
     (f"{TUNE} ids --data.image.image_size 224", 2, ("data.image would have no effect",)),
