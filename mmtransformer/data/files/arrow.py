@@ -1,5 +1,6 @@
 """Arrow files as `datasets.save_to_disk` writes them (a stream) and as Feather does (a file with a footer)."""
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES
+
+_BOMB = 1 << 28  # bytes of a file; a bomb is small
 
 
 class ArrowFile:
@@ -23,6 +26,8 @@ class ArrowFile:
 
     def __init__(self, path: str):
         self._most = max(SMALL_BYTES, MOST_RATIO * Path(path).stat().st_size)
+        if (size := _packed(path)) > self._most:
+            raise pa.ArrowInvalid(f"{size:,} bytes once unpacked: a bomb")
         mapped = pa.memory_map(path)
         try:
             self._reader: Any = pa.ipc.open_file(mapped)
@@ -50,6 +55,20 @@ class ArrowFile:
         if batch.nbytes > self._most:
             raise pa.ArrowInvalid(f"{batch.nbytes:,} bytes in one batch: a bomb")
         return batch
+
+
+def _packed(path: str) -> int:
+    """How many bytes the packed buffers of a file will be: each begins with that number, before its packer's mark."""
+    total = 0
+    if 0 < Path(path).stat().st_size <= _BOMB:
+        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for mark in (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"):  # zstd, LZ4
+                at = data.find(mark, 8)
+                while at >= 0:
+                    size = int.from_bytes(data[at - 8 : at], "little", signed=True)
+                    total += size if 0 < size < 1 << 40 else 0  # else it is chance, in a picture's bytes
+                    at = data.find(mark, at + 4)
+    return total
 
 
 def unpacked(values: Any) -> int:

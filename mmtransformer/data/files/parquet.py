@@ -136,7 +136,7 @@ def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, 
         table = _open(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{entry.path} is not {kind}: {error}") from None
-    if kind == "Parquet":  # Arrow packs nothing
+    if kind == "Parquet":  # an ArrowFile has looked itself
         _refuse_bombs(table.metadata, entry)
     schema = table.schema_arrow
     columns = find_columns(schema.names, wanted, entry.path)

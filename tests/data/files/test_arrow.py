@@ -88,7 +88,13 @@ def test_a_packed_batch_of_nothing_is_a_bomb(tmp_path: Path) -> None:
     rows = pa.table({"image": [bytes(1 << 20)] * 80, "caption": ["a"] * 80})
     feather.write_feather(rows, str(path), compression="zstd")
     assert path.stat().st_size < 1 << 20
-    with pytest.raises(ValueError, match=r"bomb.feather is damaged in row group 0: .* bytes in one batch: a bomb"):
+    with pytest.raises(ValueError, match=r"bomb.feather is not Arrow: .* bytes once unpacked: a bomb"):
+        PairFiles(path)
+    with pa.OSFile(str(path), "wb") as file:  # as a stream, and packed by the other
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with pa.ipc.new_stream(file, rows.schema, options=options) as writer:
+            writer.write_table(rows)
+    with pytest.raises(ValueError, match="once unpacked: a bomb"):
         PairFiles(path)
 
 
