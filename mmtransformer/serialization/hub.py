@@ -30,13 +30,16 @@ class HubOptions:
     local_files_only: bool = False
 
 
-def fetch(name: str, options: HubOptions = HubOptions(), *, look: Callable[[Path], Any] | None = None) -> Path:
+def fetch(
+    name: str, options: HubOptions = HubOptions(), *, look: Callable[[Path], Any] | None = None, weights: bool = True
+) -> Path:
     """The folder of a repository's files: safetensors, JSON and text of its top, and of tokenizers below it.
 
     Args:
         name: of the repository.
         options: how it is looked up.
         look: called with a folder that has config.json alone, before anything large is fetched; may refuse it.
+        weights: whether weights are wanted, or the texts alone.
 
     Raises:
         ValueError: if it is not there, private or gated, or the hub is out of reach and the cache has not got it.
@@ -58,7 +61,7 @@ def fetch(name: str, options: HubOptions = HubOptions(), *, look: Callable[[Path
         except Exception as error:
             raise _out_of_reach(name) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    wanted = files_of(list(sizes))
+    wanted = [file for file in files_of(list(sizes)) if weights or file.endswith(_TEXTS)]
     try:
         if look is not None and "config.json" in sizes:
             look(Path(hf_hub_download(name, "config.json", **place)).parent)

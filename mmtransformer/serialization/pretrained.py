@@ -93,6 +93,7 @@ def find_folder(
     options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
     *,
     look: Callable[[Path], Any] | None = None,
+    weights: bool = True,
 ) -> Path:
     """The folder itself, or a hub repository's files (weights, JSON, text), fetched once into the hub's cache.
 
@@ -100,6 +101,7 @@ def find_folder(
         folder_or_id: the folder, or the repository's name.
         options: how the name is looked up.
         look: see `hub.fetch`; a folder is given to it as it is.
+        weights: whether a repository's weights are wanted, or its texts alone.
 
     Raises:
         ValueError: if there is no such folder and no such repository, or the hub cannot be reached.
@@ -125,7 +127,7 @@ def find_folder(
         )
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
         raise ValueError(f"{folder_or_id}: no such folder")
-    return fetch(str(folder_or_id), options, look=look)
+    return fetch(str(folder_or_id), options, look=look, weights=weights)
 
 
 def _looks_like_id(name: str) -> bool:

@@ -25,7 +25,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Reads the files beside a tokenizer that name its special tokens."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(f"{folder}: no such folder; of a name on the hub, load_tokenizer fetches the tokenizer")
     settings = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if (path := folder / name).exists():

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import errors
 
 from mmtransformer.serialization.hub import HubOptions, fetch, fetch_dataset, files_of
+from mmtransformer.weights import load_tokenizer
 
 FILES = {
     "config.json": 100, "model.safetensors": 900_000_000, "pytorch_model.bin": 900_000_000, "onnx/model.onnx": 7,
@@ -80,6 +81,13 @@ def test_the_config_is_looked_at_before_weights_are_fetched(
     with pytest.raises(ValueError, match="a text model alone"):
         fetch("some/one", look=refuse)
     assert [what for what, _ in hub.asked] == ["info", "config.json"]
+
+
+def test_a_tokenizer_is_fetched_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = stands_in(monkeypatch, Hub(tmp_path))
+    with pytest.raises(ValueError, match="tokenizer"):  # the folder is empty
+        load_tokenizer("some/one")
+    assert hub.asked == [("info", None), (("config.json", "tokenizer.json", "qformer_tokenizer/vocab.txt"), None)]
 
 
 def test_which_files_make_a_model() -> None:

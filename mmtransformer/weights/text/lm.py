@@ -178,5 +178,5 @@ def load_tokenizer(
     Raises:
         ValueError: if there is no tokenizer, or it cannot get these tokens.
     """
-    tokenizer = Tokenizer.from_pretrained(find_folder(source))
+    tokenizer = Tokenizer.from_pretrained(find_folder(source, weights=False))
     return tokenizer.with_special_tokens(image=image, languages=languages, tokens=tokens)

@@ -14,10 +14,12 @@ from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.base import freeze as freeze_module
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.lora import add_lora
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import (
     CONFIG,
     WEIGHTS,
     Pretrained,
+    find_folder,
     load_strictly,
     read_json,
     read_safetensors,
@@ -49,8 +51,8 @@ def load_vit(
     Args:
         source: a folder (a ViT saved by this library, a captioner, whose tower is taken, `config.json` and
             `model.safetensors` as timm and `save_vit` write them, or transformers' ViT, DeiT, DINOv2, DINOv3, CLIP,
-            SigLIP or SigLIP 2, of dual models the vision tower alone), a `.safetensors` file with timm's names, or the
-            name of a timm model, which timm then fetches from the hub.
+            SigLIP or SigLIP 2, of dual models the vision tower alone), a `.safetensors` file with timm's names, the
+            name of a timm model, or that of a hub's repository (org/name, as timm has it hf-hub:org/name@revision).
         settings: what a bare file does not say; needed for one, and for nothing else.
         image_size: picture size to resize the positions to, px; None = as trained, or as the folder's
             preprocessor_config.json says.
@@ -77,8 +79,10 @@ def load_vit(
         raise ValueError(f"{source} is no file: a folder and a name say by themselves what settings are for")
     elif path.is_dir():
         vit = _from_folder(path, keep_head=keep_head)
-    elif "/" in (name := str(source)) and not name.startswith(("hf-hub:", "timm/")):
-        raise ValueError(f"{source}: no such folder or file")
+    elif "/" in (name := str(source)):
+        repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+        folder = find_folder(repository, HubOptions(revision or None), look=_refuse_other)
+        vit = _from_folder(folder, keep_head=keep_head)
     else:
         vit = _from_name(name)
     if not keep_head and vit.num_classes:
@@ -175,22 +179,35 @@ def _as_timm_wrote(folder: Path, config: dict[str, Any], state: dict[str, Tensor
         raise ValueError(f"{folder}: {error}; docs/towers.md lists the names that load") from error
 
 
+def _refuse_other(folder: Path) -> None:
+    """Refuses a folder whose config.json names no tower, before its weights are fetched."""
+    config = read_json(folder / CONFIG)
+    if "class" not in config and "architecture" not in config and config.get("model_type") not in READERS:
+        _from_folder(folder, keep_head=False)
+
+
 def _from_name(name: str) -> ViT:
     import timm
 
-    if not name.startswith(("hf-hub:", "timm/")) and not timm.is_model(name):
+    if not timm.is_model(name):
         near = difflib.get_close_matches(name, _loading(), n=3)
         raise ValueError(
             f'"{name}" is no folder, no file and no timm model' + (f"; did you mean {', '.join(near)}?" if near else "")
         )
-    if timm.is_model(name):
-        try:
-            with torch.device("meta"):  # Whether it fits is known before its weights are fetched.
-                from_timm(timm.create_model(name))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; docs/towers.md lists the names that load") from error
     try:
-        return from_timm(timm.create_model(name, pretrained=True))
+        with torch.device("meta"):  # Whether it fits is known before its weights are fetched.
+            from_timm(timm.create_model(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; docs/towers.md lists the names that load") from error
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not (known.hf_hub_id or known.url):
+        raise ValueError(f"{name}: timm has no weights of that name; docs/towers.md lists the names that load")
+    try:
+        # timm asks the hub six times for each of two files before it gives up.
+        given = {"state_dict": read_tensors(find_folder(known.hf_hub_id))} if known.hf_hub_id else None
+        return from_timm(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"timm could not load {name}: {reason}. Without a network, give a folder instead") from error

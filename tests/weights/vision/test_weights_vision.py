@@ -345,15 +345,13 @@ def test_load_vit_resizes_and_freezes(tmp_path: Path) -> None:
 def test_load_vit_names_what_is_wrong(tmp_path: Path) -> None:
     faults = {
         "vit_tiny_patch16_225": r'"vit_tiny_patch16_225".*vit',
-        "no/such/folder": "no/such/folder: no such folder or file",
+        "no/such/folder": "no/such/folder: no such folder",
         str(tmp_path / "vit.safetensors"): r"vit\.safetensors: no such file",
         str(tmp_path): r"config\.json: no such file",
     }
     for source, message in faults.items():
         with pytest.raises(ValueError, match=message):
             load_vit(source)
-    with pytest.raises(ValueError, match=r"could not load vit_tiny_patch16_224.*give a folder"):
-        load_vit("vit_tiny_patch16_224")  # Tests reach no network.
     save_file({"conv1.weight": torch.zeros(2, 3)}, tmp_path / "resnet.safetensors")
     with pytest.raises(ValueError, match=r'resnet\.safetensors has no tensor "patch_embed\.proj\.weight"'):
         load_vit(tmp_path / "resnet.safetensors", settings=settings_of(from_timm(timm_vit())))
