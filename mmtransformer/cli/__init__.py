@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import say
 
 COMMANDS = {
     "fit": ("fit", "Train a recipe, score it, and leave model, metrics and galleries in the run's folder."),
@@ -41,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return 0
     if words[0] in ("-V", "--version"):
         import mmtransformer
 
-        print(f"mmtransformer {mmtransformer.__version__}")
+        say(f"mmtransformer {mmtransformer.__version__}")
         return 0
     name, *rest = words
     if name not in COMMANDS:
         from mmtransformer.cli.errors import suggest
 
-        print(f'mmt: error: no command "{name}"{suggest(name, COMMANDS)}; see mmt --help', file=sys.stderr)
+        say(f'mmt: error: no command "{name}"{suggest(name, COMMANDS)}; see mmt --help', file=sys.stderr)
         return 2
     try:
         module = import_module(f"mmtransformer.cli.{COMMANDS[name][0]}")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as a shell has it
     except KeyboardInterrupt:
-        print("mmt: interrupted", file=sys.stderr)
+        say("mmt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         from mmtransformer.cli.errors import one_line
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = one_line(error)
         if debug or line is None:
             raise
-        print(printable(f"mmt {name}: error: {line}"), file=sys.stderr)
+        say(f"mmt {name}: error: {line}", file=sys.stderr)
         return 2
 
 

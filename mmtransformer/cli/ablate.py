@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtransformer.serialization.printable import say
+
 
 def run(name: str, words: Sequence[str]) -> int:
     """Trains the bridges one after the other."""
@@ -32,7 +34,7 @@ def run(name: str, words: Sequence[str]) -> int:
     configs = [word for file in files for word in ("--config", file)]
     parameters, rows = args.parameters, {}
     for bridge in bridges:
-        print(f"\n== {bridge} ==")
+        say(f"\n== {bridge} ==")
         rows[bridge], parameters = train(bridge, [*configs, *rest], out / bridge, parameters)
         gc.collect()  # Trainer and model hold each other: without it the next bridge would find them in memory.
     report(out, rows, parameters)
@@ -70,7 +72,7 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
     frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))
     module.captioner = sized(bridge, captioner.vision, decoder, parameters, frozen)
     learned = bridge_parameters(module.captioner)
-    print(f"{learned:,} parameters in the bridge ({learned / parameters - 1:+.1%} of {parameters:,})")
+    say(f"{learned:,} parameters in the bridge ({learned / parameters - 1:+.1%} of {parameters:,})")
     fit(cli)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     return metrics | {"bridge_parameters": learned}, parameters
@@ -87,14 +89,14 @@ def report(out: Path, rows: Mapping[str, Mapping[str, Any]], parameters: int) ->
     for name in names:
         cells = (row.get(name) for row in table.values())
         lines.append(f"{name:<32}" + "".join(f"{'' if x is None else show(x):>12}" for x in cells))
-    print("\n" + "\n".join(lines))
+    say("\n" + "\n".join(lines))
     write_json(out / "ablation.json", table)
     shown = [name for name in names if name.startswith(("facts", "BLEU-4", "CIDEr", "ROUGE"))]
     bars = {name: {bridge: row[name] for bridge, row in table.items() if name in row} for name in shown}
     logs = {bridge: out / bridge / "metrics.csv" for bridge in rows}
     title = f"Bridges of {parameters / 1e6:.2f} million parameters"
     path = save_comparison(bars, logs, out / "ablation.png", title=title)
-    print(f"\ntable     {out / 'ablation.json'}\npicture   {path}")
+    say(f"\ntable     {out / 'ablation.json'}\npicture   {path}")
 
 
 def show(x: float) -> str:

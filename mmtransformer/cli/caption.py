@@ -15,7 +15,7 @@ from mmtransformer.cli.options import (
     generation_changes,
     progress_bar,
 )
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import printable, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,7 +79,7 @@ def run(name: str, words: Sequence[str]) -> int:
         first, more = next(iter(bad.values())), len(bad) - 1
         raise ValueError(first + (f"; nor can the other {more} pictures be used" if more else ""))
     if len(images) > 1 or out:
-        print(_summary(out, images, len(todo), bad), file=sys.stderr)
+        say(_summary(out, images, len(todo), bad), file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -169,7 +169,7 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
     own = None if model.processor is None else model.processor.prompt
     if own and args.prompt is None and args.examples is None:
-        print(printable(f'captioned after "{own}"; --prompt says something else'), file=sys.stderr)
+        say(f'captioned after "{own}"; --prompt says something else', file=sys.stderr)
     return model, model.prompts(args.prompt, None if args.examples is None else _examples(model, args))
 
 
@@ -206,7 +206,7 @@ class _Heatmaps:
         self.seen += 1
         words = [word for word, _ in best.words]
         if not words:
-            print(printable(f"{name}: the caption has no word to draw"), file=sys.stderr)
+            say(f"{name}: the caption has no word to draw", file=sys.stderr)
             return
         box = grid_box(image.size, self.model.transform.size, self.model.transform.resize)
         heat = self.model.heatmap(image, best, self.prompts)
@@ -217,7 +217,7 @@ class _Heatmaps:
             return
         sheet = self.out if self.seen == 1 else self.out.with_name(f"{self.out.stem}-{self.seen}{self.out.suffix}")
         save_image(draw_word_heatmaps(image, words, heat, box=box, title=best.text), sheet)
-        print(printable(f"{sheet}: where the model looked in {name}"), file=sys.stderr)
+        say(f"{sheet}: where the model looked in {name}", file=sys.stderr)
 
     def close(self) -> None:
         """Writes the page."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtransformer.cli.options import add_read_options, command_parser, read_options
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import say
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.rehash:
         from mmtransformer.serialization.pretrained import rehash
 
-        print(f"{args.root}: the check sum of its weights is now {rehash(args.root)}")
+        say(f"{args.root}: the check sum of its weights is now {rehash(args.root)}")
         return 0
 
     import sys
@@ -44,7 +44,7 @@ def run(name: str, words: Sequence[str]) -> int:
     report = check(
         source, tokenizer=tokenizer, max_len=args.max_len, max_bad=args.max_bad, progress=sys.stderr.isatty()
     )
-    print(printable(str(report)))
+    say(str(report))
     if args.json:
         write_json(Path(args.json), report.to_dict())
     return 1 if report.hurts else 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtransformer.cli.options import add_model_options, command_parser
+from mmtransformer.serialization.printable import say
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -55,15 +56,15 @@ def run(name: str, words: Sequence[str]) -> int:
         path = out if k == 0 else out.with_name(f"{out.stem}-{k + 1}{out.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-        print(path)
+        say(str(path))
     if args.strip:
         save_strip(steps[: config.num_steps], args.strip)
-        print(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
+        say(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
     if args.heatmap:
         from mmtransformer.plots import draw_word_heatmaps, save_image
 
         image, found, heat = painter.heatmap(args.texts[0], language=args.language, seed=args.seed, config=config)
         scale = "of a patch's attention on one word"
         save_image(draw_word_heatmaps(image, found, heat.mean(0), title=args.texts[0], scale=scale), args.heatmap)
-        print(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
+        say(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0

@@ -18,7 +18,7 @@ from mmtransformer.cli.options import (
     progress_bar,
     read_options,
 )
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import printable, say
 
 if TYPE_CHECKING:
     from mmtransformer.data.loading.source import Pairs, PairSource
@@ -62,13 +62,13 @@ def run(name: str, words: Sequence[str]) -> int:
     by, bad = _caption(args, name, model, devices, pairs, count, codes, file)
     result = Evaluation(model.generation.updated(**generation_changes(args)))
     score_split(result, args.split, by, pairs)
-    print(result.table())
+    say(result.table())
     more = {}
     if judge is not None:
         from mmtransformer.training.evaluation.clipscore import clip_scores, clip_table
 
         more = {"clip_scores": {args.split: clip_scores(judge, by, pairs, prefix=args.clip_prefix)}}
-        print(f"\n{clip_table(args.clip_score, args.split, more['clip_scores'][args.split])}")
+        say(f"\n{clip_table(args.clip_score, args.split, more['clip_scores'][args.split])}")
     if args.json:
         write_json(Path(args.json), result.to_dict() | more)
     listed = ""
@@ -77,7 +77,7 @@ def run(name: str, words: Sequence[str]) -> int:
         path = path.with_name(f"bad_images_{path.stem}.txt")
         listed = f": {path} names them" if write_bad(path, map(pairs.name, range(count)), bad) else ""
     if bad:
-        print(f"{len(bad):,} of {count:,} pictures could not be used, and are in no score{listed}", file=sys.stderr)
+        say(f"{len(bad):,} of {count:,} pictures could not be used, and are in no score{listed}", file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -139,7 +139,7 @@ def _caption(
             by[code or ANY].append(prediction)
     if questions and (model.processor is None or args.num_examples is not None):
         why = "reads no prompts" if model.processor is None else "reads examples in their place"
-        print(
+        say(
             f"{len(questions):,} of {count:,} pictures come with a question, left out: the model {why}", file=sys.stderr
         )
         questions.clear()
@@ -211,7 +211,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
         if (scenes := saved_scenes(find_folder(args.model))) is not None:
             return scenes
         if told:
-            print(
+            say(
                 f"the model's folder has no {SCENES}, so it is not known which scenes it was scored on: these are the "
                 f"default ones, and their figures are not to be compared with its recipe's",
                 file=sys.stderr,
@@ -222,7 +222,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
     read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
     source = open_pairs(args.data, read)
     if told:
-        print(printable(source.describe()))
+        say(source.describe())
     return source
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import with_files, with_tower
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files, paths_as_texts
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -69,7 +69,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.cli import COMMANDS
 
     if not words or any(word in ("-h", "--help") for word in words):
-        print(HELP.format(name=name, text=COMMANDS[name][1]))
+        say(HELP.format(name=name, text=COMMANDS[name][1]))
         return 0
     spelt = {"--help=all": "--help", "--resume": "--resume=true"}
     words = with_tower(with_files([spelt.get(word, word) for word in words]))
@@ -147,7 +147,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         def instantiate_classes(self) -> None:
             if hasattr(self.config, "model"):
                 for line in fit_widths(self.config.model):
-                    print(line)
+                    say(line)
             try:
                 super().instantiate_classes()
             except ValueError as error:
@@ -159,9 +159,9 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 processor = None if isinstance(start, DualEncoder) else start.processor
                 self.datamodule.continue_from(start.tokenizer, start.transform, processor)
             elif line := use_transform(self.model, self.datamodule):
-                print(line)
+                say(line)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
-                print(printable(describe()))
+                say(describe())
 
         def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
             config = self.config_init["trainer"]
@@ -200,7 +200,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             config.plugins = plugins
             extra = [callback for callback in extra if type(callback) not in mine]
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)
-            print(f"precision: {trainer.precision}, as {reason}")  # On a CPU float16 becomes bfloat16.
+            say(f"precision: {trainer.precision}, as {reason}")  # On a CPU float16 becomes bfloat16.
             return trainer
 
     return RecipeCLI(
@@ -254,10 +254,10 @@ def checkpoint(cli: "LightningCLI") -> str | None:
     folder = Path(cli.trainer.default_root_dir) / "checkpoints"
     found, problems = newest(folder)
     for problem in problems:
-        print(printable(f"passed over {problem}"))
+        say(f"passed over {problem}")
     if found is None and (problems or not resume):
         raise ValueError(f"{folder}: no whole checkpoint to go on from; without --ckpt_path the run starts anew")
-    print(printable(f"going on from {found}") if found else f"{folder}: nothing to go on from, the run starts anew")
+    say(f"going on from {found}" if found else f"{folder}: nothing to go on from, the run starts anew")
     return str(found) if found else None
 
 
@@ -297,9 +297,9 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):
-        print(f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass")
+        say(f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass")
     if cli.config.get("compile"):
-        print(f"{compile_blocks(module)} blocks are compiled at their first use")
+        say(f"{compile_blocks(module)} blocks are compiled at their first use")
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
         with paths_as_texts():
@@ -307,7 +307,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         with written_to(folder):
             (folder / "config.yaml").write_text(text, encoding="utf-8")
     size = f"{trainable_parameters(module) / 1e6:.2f} million trainable parameters"
-    print(f"run folder: {folder}; {size}; {device_name(device)}")
+    say(f"run folder: {folder}; {size}; {device_name(device)}")
     said = [f"the gradient is clipped at {clip:g}"] if (clip := trainer.gradient_clip_val) else []
     if isinstance(module, Task) and (decay := module.optim.ema):
         said.append(f"a moving average of the weights ({decay:g}) is validated, and kept")
@@ -315,7 +315,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         how = "share the weights" if isinstance(trainer.strategy, Sharded) else "have the weights whole"
         said.append(f"{world} processes {how}")
     if said:
-        print("; ".join(said))
+        say("; ".join(said))
     began = time.monotonic()
     trainer.ckpt_path = checkpoint(cli)  # Not an argument of fit: data ask in setup already whether a run goes on.
     saving = next((c for c in trainer.callbacks if isinstance(c, Saving)), None)  # pyright: ignore[reportAttributeAccessIssue]

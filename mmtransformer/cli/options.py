@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, 
 from mmtransformer.cli import COMMANDS
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmtransformer.serialization.printable import say
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
@@ -25,7 +27,7 @@ All keys of `mmt fit` can be given; so one sees at once what --data.batch_size, 
 def run(name: str, words: Sequence[str]) -> int:
     """Plans a recipe."""
     if not words or any(word in ("-h", "--help") for word in words):
-        print(HELP)
+        say(HELP)
         return 0
     from mmtransformer.cli.recipes import with_files
 
@@ -33,7 +35,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if not words[0].startswith("-"):
         words = ["--config", *words]
     needs, samples, unit = plan(with_files(words))
-    print(needs.table(samples, unit))
+    say(needs.table(samples, unit))
     return 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtransformer.cli.errors import suggest
+from mmtransformer.serialization.printable import say
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -24,17 +25,17 @@ def run(name: str, words: Sequence[str]) -> int:
     copy.add_argument("to", nargs="?", metavar="FILE", help="where to (NAME.yaml)")
     args = parser.parse_args(list(words))
     if args.command is None:
-        print("\n".join(listing()))
+        say("\n".join(listing()))
         return 0
     file = Path(recipe_file(args.recipe))
     if args.command == "show":
-        print(file.read_text("utf-8"), end="")
+        say(file.read_text("utf-8").rstrip("\n"))
         return 0
     to = Path(args.to or file.name)
     if to.exists():
         raise ValueError(f"{to} is there already; name another file: mmt {name} copy {args.recipe} FILE")
     shutil.copyfile(file, to)
-    print(f"{to}; run it with: mmt fit --config {to}")
+    say(f"{to}; run it with: mmt fit --config {to}")
     return 0
 
 

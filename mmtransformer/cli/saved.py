@@ -1,12 +1,11 @@
 """`mmt classify`, `mmt translate`, `mmt export` and `mmt parity`: what else is done with saved models."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmtransformer.cli.options import add_generation_options, add_model_options, command_parser, generation_changes
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import json_text, say
 
 ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
 
@@ -35,10 +34,10 @@ def _classify(name: str, words: Sequence[str]) -> int:
     for path, best in zip(args.images, classifier(images, top=args.top), strict=True):
         if args.json:
             row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
-            print(json.dumps(row, ensure_ascii=False))
+            say(json_text(row))
         else:
             told = ", ".join(f"{label} {share:.1%}" for label, share in best)
-            print(printable(f"{path}: {told}" if len(args.images) > 1 else told))
+            say(f"{path}: {told}" if len(args.images) > 1 else told)
     if args.attention:
         from mmtransformer.plots import draw_rollout, save_image
 
@@ -67,7 +66,7 @@ def _translate(name: str, words: Sequence[str]) -> int:
     said = translator(texts, args.language, **generation_changes(args))
     for text, translation in zip(texts, said, strict=True):
         row = {"text": text, "language": args.language, "translation": translation}
-        print(json.dumps(row, ensure_ascii=False) if args.json else printable(translation))
+        say(json_text(row) if args.json else translation)
     if args.attention:
         from mmtransformer.plots import draw_attention, save_image
 
@@ -96,12 +95,12 @@ def _export(name: str, words: Sequence[str]) -> int:
         raise ValueError(f"{out} is there already: name a folder that is new or empty")
     if model.processor is None:
         family = export_captioner(model.captioner, model.tokenizer, model.transform, out, args.family)
-        print(printable(f"{out}: a {family}, as {args.to} reads it"))
+        say(f"{out}: a {family}, as {args.to} reads it")
         return 0
     if args.family is not None:
         raise ValueError(f"--family {args.family}: {args.model} is written as what it came as; leave it out")
     model.save_pretrained(out)
-    print(printable(f"{out}: as {args.to} reads it"))
+    say(f"{out}: as {args.to} reads it")
     return 0
 
 
@@ -119,5 +118,5 @@ def _parity(name: str, words: Sequence[str]) -> int:
 
     sizes = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     report = compare(args.model, args.images, prompt=args.prompt, **sizes)
-    print(printable(report.table()))
+    say(report.table())
     return 0 if report.equal else 1

@@ -1,7 +1,6 @@
 """`mmt search`: pictures found by texts, by other pictures, and by each other."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mmtransformer.cli.options import add_model_options, command_parser
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import json_text, printable, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,7 +135,7 @@ def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
             progress=shown,
             on_error=refused,
         )
-    print(printable(_summary(index)), file=sys.stderr)
+    say(_summary(index), file=sys.stderr)
     return index
 
 
@@ -160,9 +159,9 @@ def _show_found(index: "ImageIndex", found: "Sequence[Match]", args: argparse.Na
     for rank, match in enumerate(found, 1):
         if args.json:
             row = {"rank": rank, "image": _shown(match.path), "score": round(match.score, 6)}
-            print(json.dumps(row, ensure_ascii=False))
+            say(json_text(row))
         else:
-            print(printable(f"{match.score:.3f}  {_shown(match.path)}"))
+            say(f"{match.score:.3f}  {_shown(match.path)}")
     if args.out:
         folder = Path(args.model)  # a run's is called "model"
         by = folder.resolve().parent.name if folder.name == "model" else folder.name
@@ -174,15 +173,15 @@ def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", a
     for i, group in enumerate(groups[: args.top], 1):
         if args.json:
             rows = [{"image": _shown(x.path), "score": round(x.score, 6), "same_bytes": x.exact} for x in group]
-            print(json.dumps({"group": i, "images": rows}, ensure_ascii=False))
+            say(json_text({"group": i, "images": rows}))
             continue
         if i > 1:
-            print()
+            say()
         for one in group:
-            print(printable(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}"))
+            say(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}")
     more = f", of which {args.top:,} are shown (--top)" if len(groups) > args.top else ""
     said = f"{len(groups):,} groups of {count:,} pictures that are alike{more}"
-    print(said, file=sys.stderr)
+    say(said, file=sys.stderr)
     if args.out:
         _draw(index, groups[: args.top], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
 
@@ -199,13 +198,13 @@ def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argpar
     chips = [(f"without {text}", "bad") for text in args.without]
     found = [_founds(index, group, out) for group in groups]
     if out.suffix.lower() not in PAGES and not any(groups):
-        print(f"{out}: not drawn, since nothing was found", file=sys.stderr)
+        say(f"{out}: not drawn, since nothing was found", file=sys.stderr)
         return
     if out.suffix.lower() in PAGES:
         save_search_page(found, out, title=title, chips=chips, asked=asked, hint=hint)
     else:
         save_image(_sheet([*found], title, hint), out)
-    print(printable(f"{out}: the answer in pictures"), file=sys.stderr)
+    say(f"{out}: the answer in pictures", file=sys.stderr)
 
 
 def _founds(index: "ImageIndex", group: "Sequence[Match]", out: Path) -> "list[Found]":
@@ -219,7 +218,7 @@ def _founds(index: "ImageIndex", group: "Sequence[Match]", out: Path) -> "list[F
             image = images.image(i)
             image.thumbnail((480, 480))
         except ImageError as error:
-            print(printable(f"mmt search: {error}"), file=sys.stderr)
+            say(f"mmt search: {error}", file=sys.stderr)
             image = None
         link = ""
         if not images.in_archive(i):

@@ -24,6 +24,7 @@ from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.loading.traces import changes, traces
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.images import Augment, ImageTransform
+from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
@@ -300,8 +301,8 @@ class CaptionData(Data):
         for split, was in state_dict.get("traces", {}).items():
             if split in self.splits_of("fit") and (said := changes(was, self.traces(split), self.pairs(split))):
                 warnings.warn(
-                    f"the data have changed since the run was saved: {said} of {split!r}. The run goes on with what is "
-                    f"there now, and is no longer the one that it would have been",
+                    f"the data have changed since the run was saved: {printable(said)} of {split!r}. The run goes on "
+                    f"with what is there now, and is no longer the one that it would have been",
                     stacklevel=2,
                 )
 

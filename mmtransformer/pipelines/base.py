@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
@@ -16,6 +15,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.weight_packing import Precision
 from mmtransformer.serialization.pretrained import CONFIG, read_json
+from mmtransformer.serialization.printable import fenced, json_text, markup
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -183,10 +183,10 @@ def write_card(
         note: How it was trained, its scores.
     """
     folder = folder.resolve()
-    title = escape(folder.parent.name if folder.name == "model" else folder.name)  # cards may hold HTML
+    title = markup(folder.parent.name if folder.name == "model" else folder.name)
     head = ["library_name: mmtransformer", f"pipeline_tag: {task}"]
     head += [f"language: [{', '.join(languages)}]"] if languages else []
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
-    code = usage.replace("FOLDER", folder.name)
-    parts = ["\n".join(["---", *head, "---"]), f"# {title}", f"{about}: {size}.", f"```python\n{code}\n```", note]
+    code = usage.replace('"FOLDER"', json_text(folder.name))
+    parts = ["\n".join(["---", *head, "---"]), f"# {title}", f"{about}: {size}.", fenced(code, "python"), note]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")

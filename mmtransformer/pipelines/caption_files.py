@@ -11,6 +11,7 @@ from typing import Any
 
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
+from mmtransformer.serialization.printable import json_text
 from mmtransformer.serialization.writing import write_whole
 from mmtransformer.text.detokenize import detokenize
 
@@ -24,7 +25,7 @@ BESIDE = ("txt", "caption")
 def json_line(name: str, captions: Sequence[CaptionResult]) -> str:
     """A picture's captions as one line of JSON."""
     said = [{key: getattr(caption, key) for key in SHOWN} for caption in captions]
-    return json.dumps({"image": name, "captions": said}, ensure_ascii=False)
+    return json_text({"image": name, "captions": said})
 
 
 class CaptionFile(ABC):

@@ -14,6 +14,7 @@ from PIL import Image
 from mmtransformer.plots import fonts
 from mmtransformer.plots.cards import Card, CardCaption, show_number
 from mmtransformer.plots.heatmap import as_heat, heat_top, palette
+from mmtransformer.serialization.printable import markup
 from mmtransformer.serialization.writing import write_whole
 
 Number = float | int | str | None | tuple[float, float, float]
@@ -59,7 +60,7 @@ def save_html_gallery(
     Returns:
         The path.
     """
-    body = [f"<h1>{escape(title)}</h1>"]
+    body = [f"<h1>{markup(title)}</h1>"]
     heated = any(said.heat is not None for card in cards for said in card.captions)
     if heated:
         text = "<b>Point at a word</b> (or tap it) to see where the model looked while it wrote it."
@@ -67,7 +68,7 @@ def save_html_gallery(
     body += [CONTROLS.replace("WHAT", "captions")] if len(cards) > 1 else []
     body += ["<main>", *(_card(card, image_size) for card in cards), "</main>"]
     if hint:
-        line = re.sub("`([^`]+)`", r"<code>\1</code>", escape(hint))
+        line = re.sub("&#96;(.+?)&#96;", r"<code>\1</code>", markup(hint))
         body.append(f'<p class="hint">{line}</p>')
     if metrics:
         body.append(_table(metrics))
@@ -95,7 +96,7 @@ def whole_page(title: str, content: str, *, heated: bool = False) -> bytes:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{markup(title)}</title>
 <style>
 {css}</style>
 </head>
@@ -139,13 +140,13 @@ def encode_image(image: Image.Image, longest: int) -> str:
 
 def _card(card: Card, image_size: int) -> str:
     first = card.captions[0].text if card.captions else card.heading
-    heading = f"<h2>{escape(card.heading)}</h2>" if card.heading else ""
+    heading = f"<h2>{markup(card.heading)}</h2>" if card.heading else ""
     heat = "<canvas aria-hidden=true></canvas>" if any(s.heat is not None for s in card.captions) else ""
     wide, high = card.image.size
     rank = "" if card.rank is None else f' data-rank="{card.rank:.4f}"'
     return (
         f'<article{rank}>\n<div class="picture"><img loading="lazy" decoding="async" '
-        f'src="{encode_image(card.image, image_size)}" width="{wide}" height="{high}" alt="{escape(first)}">{heat}'
+        f'src="{encode_image(card.image, image_size)}" width="{wide}" height="{high}" alt="{markup(first)}">{heat}'
         f"</div>\n"
         f'<div class="text">{heading}{"".join(_said(said) for said in card.captions)}</div>\n</article>'
     )
@@ -154,9 +155,9 @@ def _card(card: Card, image_size: int) -> str:
 def _said(said: CardCaption) -> str:
     """A caption with its marks and references."""
     language = _language(said.language)
-    chips = "".join(f'<li class="{kind}">{escape(text)}</li>' for text, kind in said.marks())
+    chips = "".join(f'<li class="{kind}">{markup(text)}</li>' for text, kind in said.marks())
     marks = f'\n<ul class="chips">{chips}</ul>' if chips else ""
-    items = "".join(f'<li dir="auto">{escape(r)}</li>' for r in said.references)
+    items = "".join(f'<li dir="auto">{markup(r)}</li>' for r in said.references)
     references = f'\n<ul class="references"{language}>{items}</ul>' if items else ""
     return f"\n<section>{_words(said, language)}{marks}{references}</section>"
 
@@ -164,11 +165,11 @@ def _said(said: CardCaption) -> str:
 def _words(said: CardCaption, language: str) -> str:
     """The caption itself; with heat, every word in a span and the grids as bytes."""
     if said.heat is None or not said.words:
-        return f'<p class="said" dir="auto"{language}>{escape(said.text) or "(empty)"}</p>'
+        return f'<p class="said" dir="auto"{language}>{markup(said.text) or "(empty)"}</p>'
     heat = as_heat(said.heat, len(said.words))
     level = np.round(np.clip(heat / heat_top(heat), 0, 1) * 255).astype(np.uint8)
     grid = " ".join([*map(str, heat.shape[1:]), *(f"{v:.4g}" for v in said.box)])
-    spans = " ".join(f"<span>{escape(word)}</span>" for word in said.words)
+    spans = " ".join(f"<span>{markup(word)}</span>" for word in said.words)
     data = base64.b64encode(level.tobytes()).decode()
     return f'<p class="said heated" dir="auto"{language} data-grid="{grid}" data-heat="{data}">{spans}</p>'
 
@@ -179,12 +180,12 @@ def _table(metrics: Mapping[str, Number | Mapping[str, Number]]) -> str:
         columns |= dict.fromkeys(value) if isinstance(value, Mapping) else {"": None}
     head = ""
     if list(columns) != [""]:
-        head = "<thead><tr><th></th>" + "".join(f"<th scope=col>{escape(c)}</th>" for c in columns) + "</tr></thead>"
+        head = "<thead><tr><th></th>" + "".join(f"<th scope=col>{markup(c)}</th>" for c in columns) + "</tr></thead>"
     rows = []
     for name, value in metrics.items():
         cells = value if isinstance(value, Mapping) else {"": value}
         row = "".join(f"<td>{_figure(cells[c]) if c in cells else ''}</td>" for c in columns)
-        rows.append(f"<tr><th scope=row>{escape(name)}</th>{row}</tr>")
+        rows.append(f"<tr><th scope=row>{markup(name)}</th>{row}</tr>")
     return f'<div class="metrics"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -194,14 +195,7 @@ def _figure(value: Number) -> str:
     if isinstance(value, tuple):
         middle, low, high = map(show_number, value)
         return f"{middle} <small>[{low}, {high}]</small>"
-    return escape(show_number(value)) if isinstance(value, (int, float)) else escape(value)
-
-
-def escape(text: str) -> str:
-    """Escape a stranger's text, without direction overrides, control characters and broken halves of characters."""
-    text = "".join(c if not 0xD800 <= ord(c) < 0xE000 else "\ufffd" for c in text)
-    hidden = {ord(c): None for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f"}
-    return html.escape("".join(c for c in text.translate(hidden) if c in "\n\t" or (ord(c) >= 32 and c != "\x7f")))
+    return markup(show_number(value)) if isinstance(value, (int, float)) else markup(value)
 
 
 def _language(code: str | None) -> str:

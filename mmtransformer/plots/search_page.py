@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from mmtransformer.plots.html_gallery import CONTROLS, encode_image, escape, whole_page
+from mmtransformer.plots.html_gallery import CONTROLS, encode_image, whole_page
+from mmtransformer.serialization.printable import markup
 from mmtransformer.serialization.writing import write_whole
 
 
@@ -56,11 +57,11 @@ def save_search_page(
     several = len(groups) > 1
     body = ['<header class="asked">']
     body += [f'<img src="{encode_image(image, 240)}" alt="">' for image in asked]
-    body.append(f'<div><h1 dir="auto">{escape(title)}</h1>')
+    body.append(f'<div><h1 dir="auto">{markup(title)}</h1>')
     if chips:
-        items = "".join(f'<li class="{kind}">{escape(text)}</li>' for text, kind in chips)
+        items = "".join(f'<li class="{kind}">{markup(text)}</li>' for text, kind in chips)
         body.append(f'<ul class="chips">{items}</ul>')
-    body += [f'<p class="hint">{escape(hint)}</p>'] if hint else []
+    body += [f'<p class="hint">{markup(hint)}</p>'] if hint else []
     body.append("</div></header>")
     body += [CONTROLS.replace("WHAT", "names")] if max(len(groups), *map(len, groups), 0) > 1 else []
     if not any(groups):
@@ -89,10 +90,10 @@ def _figure(i: int, found: Found, image_size: int, rank: str) -> str:
         lazy = ' loading="lazy" decoding="async"' if i > 6 else ""
         shown = f'<img{lazy} src="{encode_image(found.image, image_size)}" width="{wide}" height="{high}" alt="">'
     if found.link:
-        shown = f'<a href="{escape(found.link)}">{shown}</a>'
-    mark = f' <span class="mark">{escape(found.mark)}</span>' if found.mark else ""
+        shown = f'<a href="{markup(found.link)}">{shown}</a>'
+    mark = f' <span class="mark">{markup(found.mark)}</span>' if found.mark else ""
     place = f"<b>{rank}</b> " if rank else ""
-    name = escape(found.name)
+    name = markup(found.name)
     return (
         f'<figure>{shown}<figcaption><span class="score">{place}{found.score:.3f}{mark}</span>'
         f'<span class="name" title="{name}"><bdi>{name}</bdi></span></figcaption></figure>'

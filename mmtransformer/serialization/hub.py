@@ -7,6 +7,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from mmtransformer.serialization.printable import say
+
 _LOOK = 10.0  # seconds; then the hub counts as out of reach
 _LARGE = 100_000_000  # bytes; what a download takes is said from there on
 _TEXTS = (".json", ".txt", ".md", ".jinja", ".model")
@@ -153,7 +155,7 @@ def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, 
     count = getattr(getattr(info, "safetensors", None), "total", None)
     memory = f"; {4 * count / 1e9:.1f} GB of memory in float32" if count else ""
     size = f"{sum(new.values()) / 1e9:.1f} GB to fetch in {len(new)} files"
-    sys.stderr.write(f"{name}: {size}; licence: {licence}{memory}\n")
+    say(f"{name}: {size}; licence: {licence}{memory}", file=sys.stderr)
 
 
 def _refuse(name: str, error: Exception, kind: str, *, last: bool = False) -> None:

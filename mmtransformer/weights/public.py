@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights, read_json, write_weights
+from mmtransformer.serialization.printable import json_text, markup
 from mmtransformer.serialization.untrusted import check_plain
 from mmtransformer.serialization.uses import with_article
 from mmtransformer.text.tokenizer import Tokenizer
@@ -237,8 +237,8 @@ def _write_card(base: Path, folder: Path, note: str, *, name: str = "", library:
         found = re.search(r"^license:[ ]*([\w.-]+)[ ]*$", path.read_text("utf-8", "replace")[:20_000], re.MULTILINE)
         licence = found[1] if found else licence
     head = ["---", f"library_name: {library}", "pipeline_tag: image-to-text", f"license: {licence}"]
-    head += [f"base_model: {name}", "---"]
-    lines = [*head, "", f"# {escape(folder.resolve().name)}", "", f"Made with mmtransformer from {escape(name)}, whose"]
+    head += [f"base_model: {json_text(name)}", "---"]
+    lines = [*head, "", f"# {markup(folder.resolve().name)}", "", f"Made with mmtransformer from {markup(name)}, whose"]
     lines += [f"licence ({licence}) it has.", "", note]
     (folder / _CARD).write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 

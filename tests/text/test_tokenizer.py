@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import BOS, EOS, IMAGE, PAD, Tokenizer
 
 ENGLISH = [

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from mmtransformer.serialization.printable import say
+
 BEAT = 2.0
 """Seconds between two signs of life."""
 _LOST = re.compile(r"(?i)gloo|nccl|process ?group|connection (closed|reset|refused)|timed out|tcpstore|broken pipe")
@@ -104,7 +106,7 @@ def watched(trainer: pl.Trainer, folder: Path, timeout: float, saved: Callable[[
             # After a signal nobody waits: the step that was to be finished first never will be.
             limit = min(timeout or 5 * BEAT, 5 * BEAT) if signalled.is_set() else timeout
             if alive and limit and (lost := signs.silent(limit)):
-                sys.stderr.write(f"\nmmt: error: {_line(lost, saved())}\n")
+                say(f"\nmmt: error: {_line(lost, saved())}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(128 + signalled.number if signalled.is_set() else 2)  # pyright: ignore[reportAttributeAccessIssue]
 

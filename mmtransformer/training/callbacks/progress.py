@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import printable
 from mmtransformer.training.callbacks.throughput import Throughput
 from mmtransformer.training.engine.task import Task
 

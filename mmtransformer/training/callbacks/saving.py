@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from mmtransformer.serialization.printable import say
 from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, remove_leftovers
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.internals import epoch_ends, in_a_step, validation_follows
@@ -164,7 +165,7 @@ class Saving(Checkpoint):
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         if number:
             if trainer.is_global_zero:
-                sys.stderr.write(f"stopped at step {trainer.global_step}; go on with --resume ({self.path})\n")
+                say(f"stopped at step {trainer.global_step}; go on with --resume ({self.path})", file=sys.stderr)
             raise Stopped(number)
 
     def _save(self, trainer: pl.Trainer, *, again: bool = False) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import printable, say
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
@@ -136,7 +136,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     def on_fit_start(self) -> None:
         """Says what there is to learn from, where the data can say it."""
         if self.trainer.is_global_zero and (describe := getattr(self.data, "describe", None)):
-            print(printable(describe()))  # noqa: T201
+            say(describe())
 
     def on_fit_end(self) -> None:
         """Gives the first process the counts of all."""
@@ -287,7 +287,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
             raise error
         self.skipped += 1
         if parts.bad or self.trainer.is_global_zero:  # whose samples are bad says so too
-            warnings.warn(f"step left out ({self.skipped} so far): {error}", stacklevel=2)
+            warnings.warn(printable(f"step left out ({self.skipped} so far): {error}"), stacklevel=2)
 
     def compute_again(self, batch: Any) -> None:
         """The way forward of a training step, in its number format, to see where numbers stop being finite."""
@@ -384,7 +384,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         took = f"trained {self.trainer.global_step} steps in {seconds_to_text(run.seconds)}"
         paths = {"metrics": "metrics.json", **files, "model": "model"}
         where = [f"{what:<10}{run.folder / name}" for what, name in paths.items()]
-        print(printable("\n".join([took, "", table, "", *shown, *([""] if shown else []), *where])))  # noqa: T201
+        say("\n".join([took, "", table, "", *shown, *([""] if shown else []), *where]))
 
     def training_facts(self, run: Run) -> dict[str, Any]:
         """How the run went, for metrics.json."""

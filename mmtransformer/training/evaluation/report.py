@@ -4,7 +4,6 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from mmtransformer.plots import (
     save_loss_curves,
 )
 from mmtransformer.serialization.pretrained import Pretrained
+from mmtransformer.serialization.printable import fenced, json_text, markup
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY, Evaluation, Prediction
 from mmtransformer.training.evaluation.predictions import save_scenes
@@ -66,7 +66,7 @@ def write_report(
     metrics = evaluation.to_dict() | dict(extra or {})
     write_json(folder / "metrics.json", metrics)
     evaluation.write(folder)
-    model.save_pretrained(folder / "model", card=f"## Scores\n\n```\n{evaluation.table()}\n```")
+    model.save_pretrained(folder / "model", card=f"## Scores\n\n{fenced(evaluation.table())}")
     if isinstance(data.source, Scenes):
         save_scenes(folder / "model", data.source)
     cards = make_cards(model, data, evaluation, num_cards)
@@ -237,14 +237,14 @@ library_name: mmtransformer
 pipeline_tag: {tag}{languages}
 ---
 
-# {escape(folder.parent.name if folder.name == "model" else folder.name)}
+# {markup(folder.parent.name if folder.name == "model" else folder.name)}
 
 A {kind} of mmtransformer: {parameters / 1e6:.1f} million parameters, {tokenizer.vocab_size} tokens.
 
 ```python
 {imports}
 
-{name} = {door}("{folder.name}")  # this folder
+{name} = {door}({json_text(folder.name)})  # this folder
 tokenizer = Tokenizer.from_pretrained("{folder.name}")
 ```
 

@@ -24,7 +24,7 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.text.printable import printable
+from mmtransformer.serialization.printable import say
 from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -160,7 +160,7 @@ class Captioning(Task):
             return
         whole = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # a validation sets another
         took = f"trained {trainer.global_step} steps in {seconds_to_text(run.seconds)}"
-        print(f"{took}; now captioning {', '.join(data.val_splits)}")  # noqa: T201
+        say(f"{took}; now captioning {', '.join(data.val_splits)}")
         facts = self.training_facts(run)
         use = image_ablation(self.validation_means, data.val_splits)
         if not use and trainer.world_size == 1:  # the run ended before its first validation
@@ -200,7 +200,7 @@ class Captioning(Task):
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]
         lines += [f"model     {run.folder / 'model'}", "", "Caption a picture of your own:"]
         lines += [f"  {how_to(run.folder, model, evaluation)}"]
-        print(printable("\n".join(lines)))  # noqa: T201
+        say("\n".join(lines))
 
     def _adapter(self) -> Adapter | None:
         """What was learned on top of a public model, where not all of it learned."""
@@ -237,9 +237,9 @@ class Captioning(Task):
                 limit_batches=run.limit_batches,
             )
         except ValueError as error:
-            print(f"not scored after examples (num_examples {list(self.num_examples)}): {error}")  # noqa: T201
+            say(f"not scored after examples (num_examples {list(self.num_examples)}): {error}")
             return {"few_shot": {"error": str(error)}}, ""
-        print(f"\n{scored.table()}")  # noqa: T201
+        say(f"\n{scored.table()}")
         return {"few_shot": scored.to_dict()}, scored.headline()
 
 
@@ -291,7 +291,7 @@ def finetune(
         if freeze_vision or freeze_decoder:
             raise ValueError("tuning.parts says what learns: leave freeze_vision and freeze_decoder out")
         tuning.apply(captioner)
-        print(tuning.describe(captioner))  # noqa: T201
+        say(tuning.describe(captioner))
     if freeze_vision and not is_frozen(captioner.vision):
         freeze(captioner.vision)
     if freeze_decoder:

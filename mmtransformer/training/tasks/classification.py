@@ -15,6 +15,7 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
 from mmtransformer.plots import Card, CardCaption, draw_gallery, draw_rollout, save_image
+from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -110,7 +111,7 @@ class Classification(Task[ClassData]):
         scores = {split: class_scores(matrix, data.classes) for split, matrix in confusions.items()}
         found = table(scores)
         classifier = ImageClassifier(self.vit, data.classes, data.transform, device=run.device)
-        classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
+        classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         files = {}
         if cards := make_cards(classifier, data, self.num_cards):
             gallery = draw_gallery(cards, title=run.title, columns=6, card_width=200)

@@ -15,6 +15,7 @@ from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.pipelines.dual_encoder import DualEncoder
+from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -145,7 +146,7 @@ class Contrast(Task[CaptionData]):
         if shot := zero_shot(encoder, data, limit=None if run.limit_batches is None else 8 * run.limit_batches):
             metrics["zero_shot"] = shot
             table += f"\n\n{zero_shot_table(shot)}"
-        encoder.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{table}\n```")
+        encoder.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(table)}")
         shown = ["Find pictures by words:", f'  mmt search "WORDS" --index PICTURES/ --model {run.folder / "model"}']
         self.conclude(run, metrics, table, shown=shown, files={"searches": "retrieval.png"})
 

@@ -13,6 +13,7 @@ from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.text_to_image import TextToImage
 from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
+from mmtransformer.serialization.printable import fenced, say
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -133,7 +134,7 @@ class ImageGeneration(Task[CaptionData]):
                 curve.setdefault(split, {})[str(scale)] = some.to_dict()
         metrics = {"drawings": scores, "reader": reader, "guidance": curve, "seeds": seeds, "captioner": second}
         found = table(scores)
-        painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
+        painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         if cards:
             gallery = draw_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
@@ -152,4 +153,4 @@ class ImageGeneration(Task[CaptionData]):
                 )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
         command = f'mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
-        print(f"\nDraw something of your own:\n  {command}")  # noqa: T201
+        say(f"\nDraw something of your own:\n  {command}")

@@ -8,6 +8,7 @@ from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
+from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -130,7 +131,7 @@ class LanguageModelling(Task[TextData]):
         }
         made_up = [text for texts in tagged.values() for text in texts]
         (run.folder / "texts.txt").write_text("\n".join(made_up) + "\n", encoding="utf-8")
-        save_text_model(decoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
+        save_text_model(decoder, data.tokenizer, run.folder / "model", note=fenced(lines))
         shown = ["It writes, for example:", *(f"  {text}" for texts in tagged.values() for text in texts[:3])]
         self.conclude(run, metrics, lines, shown=shown, files={"texts": "texts.txt"})
 

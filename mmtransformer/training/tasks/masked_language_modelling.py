@@ -11,6 +11,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
 from mmtransformer.losses.next_token import Loss
+from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -124,7 +125,7 @@ class MaskedLanguageModelling(Task[MaskedTextData]):
             for line in fill_in(encoder, data.tokenizer, batch.to(run.device))
         ]
         (run.folder / "filled.txt").write_text("\n".join(filled) + "\n", encoding="utf-8")
-        save_text_model(encoder, data.tokenizer, run.folder / "model", note=f"```\n{lines}\n```")
+        save_text_model(encoder, data.tokenizer, run.folder / "model", note=fenced(lines))
         metrics = {"scores": {split: asdict(score) for split, score in scores.items()}}
         shown = ["It fills in [word: what stood there], for example:", *(f"  {line}" for line in filled[:6])]
         self.conclude(run, metrics, lines, shown=shown, files={"texts": "filled.txt"})

@@ -13,6 +13,7 @@ from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.pipelines.base import write_json
+from mmtransformer.serialization.printable import say
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.evaluation.evaluation import pick_metrics
@@ -147,7 +148,7 @@ class QFormerStage1(Captioning):
         path = run.folder / "metrics.json"
         write_json(path, json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1})
         draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
-        print(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")  # noqa: T201
+        say(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")
 
 
 def stage1_scores(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, dict[str, float]]:

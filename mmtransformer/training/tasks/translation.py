@@ -14,6 +14,7 @@ from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import draw_attention, save_image
+from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
@@ -160,7 +161,7 @@ class Translation(Task[TranslationData]):
         plain = {split: {key: asdict(score) for key, score in by.items()} for split, by in scores.items()}
         self._draw(translator, data, run)
         found = table(scores)
-        translator.save_pretrained(run.folder / "model", card=f"## Scores\n\n```\n{found}\n```")
+        translator.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         self.conclude(run, {"translation": plain}, found, shown=["It translates, for example:", *shown])
 
     def _draw(self, translator: Translator, data: TranslationData, run: Run) -> None:

@@ -14,6 +14,7 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.public.hub_captioner import HubBatch, HubCaptioner
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in
+from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, questions_of
@@ -45,7 +46,7 @@ def load_hub(source: str | Path) -> HubCaptioner:
     folder = find_folder(source)
     kind = read_json(folder / CONFIG).get("model_type")
     transformers = _transformers(kind)
-    sys.stderr.write(f"{folder}: {kind} is no family of this library's own, so it runs in transformers\n")
+    say(f"{folder}: {kind} is no family of this library's own, so it runs in transformers", file=sys.stderr)
     try:
         with built_from(shapes_in(folder), str(folder)):
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(

@@ -1,0 +1,45 @@
+r"""Strangers' text (captions, names of files and folders) where it is shown: nothing in it is obeyed.
+
+What would move a terminal's cursor, colour it or turn its letters round is written out as `\x1b`; on pages and in model
+cards tags are text. `say` is what commands and runs print with.
+"""
+
+import json
+import re
+import sys
+from html import escape
+from typing import Any, TextIO
+
+# Control characters but line end and tab, direction overrides, and broken halves of characters.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Returns a text (a file's name, a caption) with escapes as `\x1b` in place of what a terminal would obey."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(text: str = "", *, file: TextIO | None = None) -> None:
+    """Prints lines for people, escapes written out.
+
+    Args:
+        text: The lines.
+        file: Where to; the standard output unless given.
+    """
+    print(printable(text), file=file or sys.stdout)
+
+
+def json_text(value: Any) -> str:
+    """A value as one line of JSON that a terminal may show: other alphabets as they are, escapes as JSON has them."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def markup(text: str) -> str:
+    """A line for HTML and Markdown: tags, and what Markdown begins a block with, are text."""
+    return escape(printable(" ".join(text.splitlines()))).replace("`", "&#96;")
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Lines as a block of code in Markdown, which they cannot end."""
+    return f"```{language}\n{printable(text).replace('```', chr(39) * 3)}\n```"
