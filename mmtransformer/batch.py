@@ -1,7 +1,7 @@
 """Batch: tensors that travel together."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,13 +16,9 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch with its tensors on another device."""
-        moved = {k: x.to(device, non_blocking=non_blocking) for k, x in self._tensors().items()}
+        moved = {k: x.to(device, non_blocking=non_blocking) for k, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
     def pin_memory(self) -> Self:
         """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        return replace(self, **{k: x.pin_memory() for k, x in self._tensors().items()})
-
-    def _tensors(self) -> dict[str, Any]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: x for k, x in found.items() if isinstance(x, Tensor)}
+        return replace(self, **{k: x.pin_memory() for k, x in vars(self).items() if isinstance(x, Tensor)})

@@ -197,7 +197,8 @@ class TextDecoder(Pretrained, Decoder):
         except IndexError as error:
             raise vocabulary_error(tokens, self.vocab_size) from error
         # Rounded as the weights are: Gemma was trained so.
-        return x if self.embedding_scale == 1 else x * x.new_full((), self.embedding_scale)
+        scale = self.positions.embed_scale
+        return x if scale == 1 else x * x.new_full((), scale)
 
     @property
     def embedding_scale(self) -> float:

@@ -7,7 +7,7 @@ patches.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -70,6 +70,12 @@ class CaptionBatch(Batch):
     def __post_init__(self) -> None:
         if self.pixels is not None and self.pixels.ndim != 5:
             self.pixels = _with_images(self.pixels)
+
+    @classmethod
+    def from_pixels(cls, pixels: Sequence[Tensor]) -> Self:
+        """Images (3 height width), one a sample, without texts."""
+        none = torch.zeros(len(pixels), 0, dtype=torch.long)
+        return cls(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None])
 
     @property
     def visual(self) -> Tensor:

@@ -56,25 +56,27 @@ class EncoderDecoder(Captioner):
             for name, parameter in decoder.named_parameters():
                 parameter.requires_grad_(_crosses(name))
 
-    def context(self, batch: CaptionBatch) -> Tensor:
-        """What cross-attention reads: all images' tokens of a sample in a row, (b (i p) cross_dim)."""
-        visual_tokens = self.visual_tokens(batch)
-        x = visual_tokens.to(self.decoder.tok_embed.weight.dtype)
+    def context(self, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
+        """What cross-attention reads, all images' tokens of a sample in a row (b (i p) cross_dim); and which of them
+        are of real images, (b (i p)) bool, None = all.
+        """
+        x = self.visual_tokens(batch).to(self.decoder.tok_embed.weight.dtype)
         x = x if self.adapter is None else self.adapter(x)
-        return rearrange(x, "b i p d -> b (i p) d")
+        real = None if batch.image_mask is None else batch.image_mask.repeat_interleave(x.shape[2], 1)
+        return rearrange(x, "b i p d -> b (i p) d"), real
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
-        context = self.context(batch)
-        return self.decoder(batch.tokens, context, context_attention_mask=_real(context, batch))
+        context, real = self.context(batch)
+        return self.decoder(batch.tokens, context, context_attention_mask=real)
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, CrossAttentionState]:
         """Encodes the images once and reads the left-padded prompts; see `Captioner.prefill`."""
         n, q = batch.tokens.shape
-        visual = self.context(batch)
-        context, real = self.decoder.project_context(visual), _real(visual, batch)
+        visual, real = self.context(batch)
+        context = self.decoder.project_context(visual)
         state = CrossAttentionState(
             self.decoder.new_state(q + max_new_tokens),
             context,
@@ -98,12 +100,6 @@ class EncoderDecoder(Captioner):
             self.hidden_states(batch)
         weights = rearrange(mean_weights(record.values()), "n q (i p) -> n q i p", i=batch.visual.shape[1])
         return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens)
-
-
-def _real(context: Tensor, batch: CaptionBatch) -> Tensor | None:
-    """Which of a context's tokens (b (i p) d) are of real images: (b (i p)); None = all."""
-    mask = batch.image_mask
-    return None if mask is None else mask.repeat_interleave(context.shape[1] // mask.shape[1], 1)
 
 
 def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_every: int = 1) -> TextDecoder:

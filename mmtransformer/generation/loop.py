@@ -54,10 +54,8 @@ def generate(
         ValueError: for numbers that make no sense, alone or together, or with this model and batch.
     """
     c = dataclasses.replace(config or GenerationConfig(), **changes)
-    ends = _ids(eos_id)
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
-    check(c, model, batch, ends, forced.words)
-    eos_ids = torch.tensor(ends, device=batch.tokens.device)
+    eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
     search: Search
     if c.num_beams == 1:
         search = Sampler(batch, c, eos_ids, content)
@@ -105,9 +103,8 @@ def stream(
             f"a stream is one text, without beams: num_beams is {c.num_beams}, num_return_sequences "
             f"{c.num_return_sequences}"
         )
-    ends = _ids(eos_id)
-    check(c, model, batch, ends)
-    search = Sampler(batch, c, torch.tensor(ends, device=batch.tokens.device), content)
+    eos_ids = torch.tensor(check(c, model, batch, eos_id), device=batch.tokens.device)
+    search = Sampler(batch, c, eos_ids, content)
     for tokens in decode_loop(model, batch, c, search):
         yield [None if end else token for end, token in zip(search.done.tolist(), tokens.tolist(), strict=True)]
         if search.done.all():
@@ -134,41 +131,37 @@ def decode_loop(
             logits = writer.decode_step(tokens, state)
 
 
-def _ids(eos_id: int | Sequence[int]) -> list[int]:
-    if isinstance(eos_id, Tensor):
-        eos_id = eos_id.flatten().tolist()
-    ids: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]
-    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
-    return ids
-
-
 def check(
     config: GenerationConfig,
     model: GenerativeModel[BatchT],
     batch: BatchT,
-    eos_ids: Sequence[int],
+    eos_id: int | Sequence[int],
     force_words_ids: Sequence[Word] = (),
-) -> None:
-    """Refuses settings that make no sense with a model and a batch.
+) -> list[int]:
+    """Refuses settings that make no sense with a model and a batch; gives the ids that end a text.
 
     Raises:
         ValueError: naming the setting.
     """
+    if isinstance(eos_id, Tensor):
+        eos_id = eos_id.flatten().tolist()
+    ends: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ends):
+        raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
     prompt, new = batch.tokens.shape[1], config.max_new_tokens
     if prompt + new > model.max_len:
         raise ValueError(
             f"a prompt of {prompt} and max_new_tokens ({new}) are more than the {model.max_len} tokens that the model "
             f"reads; at most {model.max_len - prompt} new tokens fit"
         )
-    if not eos_ids or not all(0 <= i < model.vocab_size for i in eos_ids):
-        raise ValueError(f"eos_id {[*eos_ids]} is not in the model's vocabulary, 0 to {model.vocab_size - 1}")
+    if not ends or not all(0 <= i < model.vocab_size for i in ends):
+        raise ValueError(f"eos_id {ends} is not in the model's vocabulary, 0 to {model.vocab_size - 1}")
     if config.guidance_scale != 1 and not isinstance(model, Captioner):
         raise ValueError(f"guidance_scale is for captioners, and a {type(model).__name__} sees no picture")
     if config.force_words and not force_words_ids:
         raise ValueError("force_words are text, and only a tokenizer knows their ids: give force_words_ids")
     if not force_words_ids:
-        return
+        return ends
     if config.num_beams == 1 or config.num_beam_groups > 1:
         raise ValueError(
             f"force_words_ids need beams in one group: num_beams is {config.num_beams}, num_beam_groups "
@@ -180,3 +173,4 @@ def check(
         )
     if (least := sum(min(map(len, word)) for word in force_words_ids)) > new:
         raise ValueError(f"force_words_ids has {least} tokens, more than max_new_tokens ({new})")
+    return ends

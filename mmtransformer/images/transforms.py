@@ -5,7 +5,7 @@ Shapes: h height, w width of the pixels.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -80,7 +80,7 @@ class ImageTransform:
         if self.crop_fraction != 1 and self.resize == "letterbox":
             raise ValueError(f'crop_fraction is {self.crop_fraction}, but resize is "letterbox", which cuts nothing')
 
-    @property
+    @cached_property
     def size(self) -> tuple[int, int]:
         """Height and width of the pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
@@ -113,18 +113,19 @@ class ImageTransform:
         """Returns a picture of mode RGB at a size (height, width), as bytes (3 h w); `box`: a part of it, in Pillow's
         order (left, top, right, bottom).
         """
-        if self.backend == "torchvision":
+        wide, on_tensors = (size[1], size[0]), self.backend == "torchvision"
+        if on_tensors:
+            image = image if box is None else image.crop([round(x) for x in box])  # pyright: ignore[reportArgumentType]
+        elif box is not None or (image.size != wide and (self.backend != "fast" or self.interpolation == "lanczos")):
+            image = image.resize(wide, _RESAMPLING[self.interpolation], box=box)
+        # Colours last in memory, where torch resizes them twice as fast.
+        data = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if on_tensors:
             from torchvision.transforms.v2 import InterpolationMode
             from torchvision.transforms.v2 import functional as vision
 
-            mode = InterpolationMode(self.interpolation)
-            image = image if box is None else image.crop([round(x) for x in box])  # pyright: ignore[reportArgumentType]
-            return vision.resize(_bytes(image), [*size], interpolation=mode, antialias=True)
-        wide = size[1], size[0]
-        if box is not None or (image.size != wide and (self.backend != "fast" or self.interpolation == "lanczos")):
-            image = image.resize(wide, _RESAMPLING[self.interpolation], box=box)
-        data = _bytes(image)
-        if image.size != wide:
+            data = vision.resize(data, [*size], interpolation=InterpolationMode(self.interpolation), antialias=True)
+        elif image.size != wide:
             data = functional.interpolate(data[None], size, mode=self.interpolation, antialias=True)[0]
         return data
 
@@ -139,7 +140,7 @@ class ImageTransform:
 
     def _crop(self, image: Image.Image) -> Tensor:
         """Resizes so that the crop and its margin just fit, and cuts the middle out."""
-        (height, width), (full_h, full_w) = self.size, self._full_size()
+        (height, width), (full_h, full_w) = self.size, self._full_size
         if self.resize == "crop" and image.width * full_h >= image.height * full_w:  # the height just fits
             full_w = max(full_w, int(full_h * image.width / image.height))
         elif self.resize == "crop":
@@ -153,6 +154,7 @@ class ImageTransform:
         box = (left * per_w, top * per_h, (left + width) * per_w, (top + height) * per_h)
         return self.resized(image, (height, width), (*box[:2], min(box[2], image.width), min(box[3], image.height)))
 
+    @cached_property
     def _full_size(self) -> tuple[int, int]:
         """Height and width of what the crop is cut from, in a picture of just this shape."""
         height, width = (int(side / self.crop_fraction + 1e-6) for side in self.size)
@@ -176,7 +178,7 @@ class ImageTransform:
         if self.backend != "fast":
             return None
         height, width = (1.0, 1.0) if augment is None or generator is None else augment.kept(generator)
-        return _GAP * self._full_size()[0] / height, _GAP * self._full_size()[1] / width
+        return _GAP * self._full_size[0] / height, _GAP * self._full_size[1] / width
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the arguments as plain values, for JSON."""
@@ -204,11 +206,6 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], scale_first: boo
     """What is taken off bytes from 0 to 255 and what they are divided by, or multiplied by before, each (3 1 1)."""
     means, stds = torch.tensor((mean, std), device="cpu").view(2, 3, 1, 1)
     return (means / stds, 1 / (255 * stds)) if scale_first else (means * 255, stds * 255)
-
-
-def _bytes(image: Image.Image) -> Tensor:
-    """A picture of mode RGB as bytes (3 h w), colours last in memory, where torch resizes them twice as fast."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -149,16 +149,13 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, context: Tensor | KeyValue | None = None) -> tuple[Tensor, KeyValue]:
         """Queries (b h q c), and the keys and values of the context, or of x itself where there is none."""
-        if context is not None:
-            kv = context if isinstance(context, KeyValue) else self.project_kv(context)
-            return self._queries(self.q_proj(x)), kv
-        q, k, v = self.products(x, self.q_proj, self.k_proj, self.v_proj)
-        kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
-        return self._queries(q), kv
-
-    def _queries(self, q: Tensor) -> Tensor:
+        if context is None:
+            q, k, v = self.products(x, self.q_proj, self.k_proj, self.v_proj)
+            kv = KeyValue(split_heads(k, self.num_kv_heads, self.k_norm), split_heads(v, self.num_kv_heads))
+        else:
+            q, kv = self.q_proj(x), context if isinstance(context, KeyValue) else self.project_kv(context)
         q = split_heads(q, self.num_heads, self.q_norm)
-        return q if self.query_scale == 1 else q * self.query_scale
+        return q if self.query_scale == 1 else q * self.query_scale, kv
 
     def forward(
         self,

@@ -44,7 +44,7 @@ from mmtransformer.pipelines.many_images import Said, caption_all
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.processors.processor import Processor, Worded, batch_of_pixels
+from mmtransformer.weights.processors.processor import Processor, Worded
 
 if TYPE_CHECKING:
     from mmtransformer.weights.adapters import Adapter
@@ -397,4 +397,5 @@ class ImageCaptioner:
 
     def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """A batch without texts of pictures that `prepare` has made ready."""
-        return (batch_of_pixels if self.processor is None else self.processor.batch_of)(prepared).to(self.device)
+        made = CaptionBatch.from_pixels if self.processor is None else self.processor.batch_of
+        return made(prepared).to(self.device)

@@ -4,19 +4,25 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import tokenizers
+
 _HEX_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class TokenBytes:
-    """Turns tokens into bytes: byte letters (GPT-2), "▁" (SentencePiece), "##" (BERT), or "</w>" (CLIP).
+class TokenBytes(dict[int, bytes]):
+    """The bytes of each id, told by its token when they are first asked for; none for an id without a token.
+
+    Tokens are byte letters (GPT-2), or have "▁" (SentencePiece), "##" (BERT) or "</w>" (CLIP).
 
     Args:
+        backend: Knows each id's token.
         description: The parsed `tokenizer.json`.
         added: The content of each added token: it stands for itself.
     """
 
-    def __init__(self, description: dict[str, Any], added: dict[int, str]):
-        self.added = added
+    def __init__(self, backend: tokenizers.Tokenizer, description: dict[str, Any], added: dict[int, str]):
+        super().__init__()
+        self.backend, self.added = backend, added
         steps = list(_steps(description.get("decoder")))
         types = {step["type"] for step in steps}
         model = description["model"]
@@ -42,8 +48,11 @@ class TokenBytes:
         self.strips_end = bool(self.suffix)  # the space of the last word's "</w>"
         self.table = _byte_table()
 
-    def bytes_of(self, token: str, index: int) -> bytes:
-        """Returns the bytes of one token; none for "", an id without a token."""
+    def __missing__(self, index: int) -> bytes:
+        self[index] = data = self._bytes_of(self.backend.id_to_token(index) or "", index)
+        return data
+
+    def _bytes_of(self, token: str, index: int) -> bytes:
         if not token or index in self.added:
             return token.encode()
         if self.kind == "bytes":

@@ -94,7 +94,7 @@ class Tokenizer:
         self._specials = frozenset(i for i, token in added.items() if token.special)
         self._ends = {self.eos_id} | (self._specials & {*self.eos_ids})
         description = check_growth(json.loads(backend.to_str()))
-        self._token_bytes = TokenBytes(description, {i: token.content for i, token in added.items()})
+        self._token_bytes = TokenBytes(backend, description, {i: token.content for i, token in added.items()})
         model = description["model"]
         unknown = model.get("unk_id", vocab.get(model.get("unk_token")))
         self._forbidden = self._specials - {unknown}  # ids that no text may get
@@ -342,7 +342,7 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """Returns the bytes that each id stands for, white space included; none for special tokens."""
         ids = range(self.vocab_size)
-        return [b"" if i in self._specials else self._token_bytes.bytes_of(self._token(i), i) for i in ids]
+        return [b"" if i in self._specials else self._token_bytes[i] for i in ids]
 
     def pad(self, rows: Sequence[Sequence[int]], side: Literal["right", "left"] = "right") -> tuple[Tensor, Tensor]:
         """Makes one rectangle of rows of different lengths.
@@ -381,7 +381,7 @@ class Tokenizer:
                 break
             if token in self._specials:
                 continue
-            data = self._token_bytes.bytes_of(self._token(token), token)
+            data = self._token_bytes[token]
             if strip and data:
                 data, strip = data.removeprefix(b" "), False
             yield position, data

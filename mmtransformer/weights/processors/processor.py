@@ -61,7 +61,7 @@ class Processor(ABC):
 
     def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """Pictures, one a sample, as a batch without texts, of what `prepare` made of them."""
-        return batch_of_pixels(prepared)
+        return CaptionBatch.from_pixels(prepared)
 
     def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
         """The batch with a left-padded prompt a sample.
@@ -114,12 +114,6 @@ def questions_of(batch: CaptionBatch, rows: int) -> list[str | None]:
     """What is asked in each of a batch's rows of data, as many for each sample; None where nothing is."""
     asked = batch.questions or [None] * len(batch.visual)
     return [question for question in asked for _ in range(rows // len(asked))]
-
-
-def batch_of_pixels(pixels: Sequence[Tensor]) -> CaptionBatch:
-    """Pixels (3 height width) of pictures, one a sample, as a batch without texts."""
-    none = torch.zeros(len(pixels), 0, dtype=torch.long)
-    return CaptionBatch(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
