@@ -148,14 +148,10 @@ def _check_setting(name: str, value: Any) -> None:
             raise ValueError(f"force_words must be a list of words, not {value!r:.80}")
         if not all(word.strip() for word in value):
             raise ValueError(f"force_words {list(value)} has an empty word")
-    elif name in ("do_sample", "mark_images"):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, not {value!r:.80}")
-    elif (name in _WHOLE or name in _REAL) and not (value is None and name in _OPTIONAL):
-        _check_number(name, value)
-
-
-def _check_number(name: str, value: Any) -> None:
+    elif name in ("do_sample", "mark_images") and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r:.80}")
+    if (name not in _WHOLE and name not in _REAL) or (value is None and name in _OPTIONAL):
+        return
     kind, what = (Integral, "whole") if name in _WHOLE else (Real, "finite")
     least, most = _WHOLE.get(name) or _REAL[name]
     number: float = value
