@@ -154,7 +154,7 @@ def _check_setting(name: str, value: Any) -> None:
         return
     kind, what = (Integral, "whole") if name in _WHOLE else (Real, "finite")
     least, most = _WHOLE.get(name) or _REAL[name]
-    number: float = value
+    number: Any = value
     if not isinstance(value, kind) or isinstance(value, bool) or number != number or number in (_INF, -_INF):
         raise ValueError(f"{name} must be a {what} number, not {value!r:.80}")
     if name == "top_p" and not 0 < number <= 1:
