@@ -246,8 +246,7 @@ class ImageCaptioner:
         captions, said = [], in_batches(texts, batch_size)
         for some, words in zip(in_batches(many, batch_size), said, strict=True):
             with fast_autocast(self.device):
-                made = self.prompts(words, prompts)
-                batch = self.batch(some)
+                made, batch = self.prompts(words, prompts), self.batch(some)
                 rows = write_captions(
                     self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=made
                 )
