@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.patches import ConvStem as ConvStem
     from mmtransformer.backbones.patches import PatchConfig as PatchConfig
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
-    from mmtransformer.backbones.seq2seq import TextPairs as TextPairs
+    from mmtransformer.backbones.seq2seq import Seq2SeqBatch as Seq2SeqBatch
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
     from mmtransformer.backbones.towers.joined import JoinedTowers as JoinedTowers
     from mmtransformer.backbones.towers.packed import PackedImages as PackedImages
@@ -44,13 +44,12 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.blip2 import Blip2 as Blip2
     from mmtransformer.captioners.blip2 import InstructBatch as InstructBatch
     from mmtransformer.captioners.blip2 import from_stage1 as from_stage1
+    from mmtransformer.captioners.blip2_qformer import Blip2QFormer as Blip2QFormer
     from mmtransformer.captioners.coca import CoCa as CoCa
-    from mmtransformer.captioners.encoder_decoder import EncoderDecoder as EncoderDecoder
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
     from mmtransformer.captioners.flamingo import GatedConfig as GatedConfig
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
-    from mmtransformer.captioners.image_text import ImageText as ImageText
     from mmtransformer.captioners.llava import Llava as Llava
     from mmtransformer.captioners.prefix import PrefixCaptioner as PrefixCaptioner
     from mmtransformer.captioners.public.git import Git as Git
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.public.paligemma import PaliGemma as PaliGemma
     from mmtransformer.captioners.tiles import TileConfig as TileConfig
     from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
+    from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder as VisionEncoderDecoder
     from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
     from mmtransformer.connectors.base import Connector as Connector
     from mmtransformer.connectors.linear import LinearConnector as LinearConnector
@@ -67,10 +67,10 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.contrast.clip import CLIP as CLIP
     from mmtransformer.contrast.text_tower import TextTower as TextTower
-    from mmtransformer.diffusion.drawing import DrawingConfig as DrawingConfig
+    from mmtransformer.diffusion.drawing import ImageGenerationConfig as ImageGenerationConfig
     from mmtransformer.diffusion.paths import Diffusion as Diffusion
     from mmtransformer.diffusion.text_to_image import TextToImageModel as TextToImageModel
-    from mmtransformer.generation.base import Generated as Generated
+    from mmtransformer.generation.base import GenerationResult as GenerationResult
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
     from mmtransformer.generation.config import GenerationConfig as GenerationConfig
     from mmtransformer.generation.cuda_graph import CudaGraphDecoder as CudaGraphDecoder
@@ -103,8 +103,8 @@ if TYPE_CHECKING:
     from mmtransformer.pipelines.dual_encoder import DualEncoder as DualEncoder
     from mmtransformer.pipelines.few_shot import FewShot as FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
+    from mmtransformer.pipelines.image_generator import ImageGenerator as ImageGenerator
     from mmtransformer.pipelines.image_index import ImageIndex as ImageIndex
-    from mmtransformer.pipelines.text_to_image import TextToImage as TextToImage
     from mmtransformer.pipelines.translator import Translator as Translator
     from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
 
@@ -130,7 +130,7 @@ _CONTENTS = {
     "backbones.towers.joined": "JoinedTowers",
     "backbones.towers.packed": "PackedImages packed_features packed_forward",
     "backbones.patches": "ConvStem PatchConfig PatchEmbed",
-    "backbones.seq2seq": "TextPairs Transformer",
+    "backbones.seq2seq": "Seq2SeqBatch Transformer",
     "backbones.vit": "ViT",
     "backbones.vit_blocks": "BlockConfig OutputConfig",
     "connectors.adapter": "VisualAdapter",
@@ -146,11 +146,11 @@ _CONTENTS = {
     "captioners.blip": "BlipITM BlipVQA",
     "captioners.blip2": "Blip2 InstructBatch from_stage1",
     "captioners.coca": "CoCa",
-    "captioners.encoder_decoder": "EncoderDecoder",
+    "captioners.vision_encoder_decoder": "VisionEncoderDecoder",
     "captioners.flamingo": "Flamingo GatedConfig",
     "captioners.public.git": "Git",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
-    "captioners.image_text": "ImageText",
+    "captioners.blip2_qformer": "Blip2QFormer",
     "captioners.llava": "Llava",
     "captioners.public.open_coca": "OpenCoCa",
     "captioners.public.paligemma": "PaliGemma",
@@ -160,11 +160,11 @@ _CONTENTS = {
     "contrast.text_tower": "TextTower",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
-    "diffusion.drawing": "DrawingConfig",
+    "diffusion.drawing": "ImageGenerationConfig",
     "diffusion.paths": "Diffusion",
     "diffusion.text_to_image": "TextToImageModel",
     "generation.cuda_graph": "CudaGraphDecoder",
-    "generation.base": "Generated",
+    "generation.base": "GenerationResult",
     "generation.loop": "generate stream",
     "text.tokenizer": "Tokenizer",
     "images": "Augment ImageError ImageTransform",
@@ -174,7 +174,7 @@ _CONTENTS = {
     "pipelines.few_shot": "FewShot",
     "pipelines.image_captioner": "ImageCaptioner",
     "pipelines.image_index": "ImageIndex",
-    "pipelines.text_to_image": "TextToImage",
+    "pipelines.image_generator": "ImageGenerator",
     "pipelines.translator": "Translator",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer.backbones.seq2seq import TextPairs
+from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.batch import Batch
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.classes import ClassBatch
@@ -32,7 +32,7 @@ def test_tensors_move_and_the_rest_stays() -> None:
     assert [batch.waves.device.type, batch.labels.device.type] == ["cpu", "cpu"]
 
 
-@pytest.mark.parametrize("kind", [CaptionBatch, TextPairs, ClassBatch, MaskedBatch, TextBatch])
+@pytest.mark.parametrize("kind", [CaptionBatch, Seq2SeqBatch, ClassBatch, MaskedBatch, TextBatch])
 def test_every_tensor_of_every_batch_moves(kind: type[Batch]) -> None:
     tensors = [field.name for field in dataclasses.fields(kind) if "Tensor" in str(field.type)]
     given = {name: torch.zeros(1, 1, 3, 2, 2) if name == "pixels" else torch.zeros(2) for name in tensors}

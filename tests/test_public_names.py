@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +23,10 @@ def test_reprs_say_what_it_is() -> None:
     tokenizer = Tokenizer.train(["a red star", "빨간 별"], 300, languages=["en", "ko"])
     assert repr(tokenizer) == f"Tokenizer({tokenizer.vocab_size} tokens, languages en, ko)"
     vit = ViT(32, 8, 16, 1, 2, class_token=False, pool="mean")
-    model = EncoderDecoder(vit, TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, cross_dim=16))
+    model = VisionEncoderDecoder(vit, TextDecoder(tokenizer.vocab_size, 16, 1, 2, max_len=64, cross_dim=16))
     captioner = ImageCaptioner(model, tokenizer, ImageTransform(32), device="cpu")
     assert repr(captioner) == (
-        f"ImageCaptioner(EncoderDecoder, 0.0 million parameters, {tokenizer.vocab_size} tokens, "
+        f"ImageCaptioner(VisionEncoderDecoder, 0.0 million parameters, {tokenizer.vocab_size} tokens, "
         "languages en, ko, fp32 on cpu)"
     )
 

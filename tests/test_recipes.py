@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtransformer import DualEncoder, ImageCaptioner, ImageClassifier, TextEncoder, TextToImage, Tokenizer
+from mmtransformer import DualEncoder, ImageCaptioner, ImageClassifier, ImageGenerator, TextEncoder, Tokenizer
 from mmtransformer.cli import main
 from mmtransformer.pipelines.translator import Translator
 from mmtransformer.training.tasks.captioning import Captioning
@@ -121,7 +121,7 @@ def check_drawing(name: str, run: Path, out: str) -> None:
     assert "of true pictures the reader reads" in out
     with Image.open(run / "gallery.png") as gallery:
         assert gallery.width > 200
-    ((picture,),) = TextToImage.from_pretrained(run / "model", device="cpu").draw("큰 빨간 별")
+    ((picture,),) = ImageGenerator.from_pretrained(run / "model", device="cpu").draw("큰 빨간 별")
     assert picture.size == (64, 64)
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mmtransformer import Captioner, CudaGraphDecoder, ImageText, QFormer, TextEncoder, ViT, generate, stream
+from mmtransformer import Blip2QFormer, Captioner, CudaGraphDecoder, QFormer, TextEncoder, ViT, generate, stream
 from mmtransformer.cli import main
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.tasks.captioning import Captioning
@@ -27,7 +27,7 @@ from support.recipes import NAMES, RECIPES, arguments
 from support.second_device import GPU, Graph, OnGPU, SecondDevice, Stream, WrongDevice
 
 ALL: dict[str, Callable[[], Any]] = MODELS | {
-    "image-text": lambda: ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37))
+    "image-text": lambda: Blip2QFormer(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37))
 }
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -228,7 +228,7 @@ def test_a_step_waits_once_however_many_batches_it_has(kind: str, tmp_path: Path
         module: Captioning = Captioning(tiny.captioner())
     else:
         qformer = QFormer(3, 16, 1, 2, 24, vocab_size=tiny.VOCAB + 1, max_len=60)
-        module = QFormerStage1(ImageText(ViT(32, 8, 24, 1, 3), qformer, class_id=tiny.VOCAB))
+        module = QFormerStage1(Blip2QFormer(ViT(32, 8, 24, 1, 3), qformer, class_id=tiny.VOCAB))
     with warnings.catch_warnings(), SecondDevice() as gpu:
         warnings.simplefilter("ignore")
         waits = Waits(gpu)

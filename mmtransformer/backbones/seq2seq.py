@@ -28,7 +28,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class TextPairs(Batch):
+class Seq2SeqBatch(Batch):
     """Sources with their targets.
 
     Attributes:
@@ -261,16 +261,16 @@ class Transformer(Pretrained, nn.Module):
         """Logits of the next target token: (... d) -> (... vocab_size)."""
         return self.decoder.head(hidden)
 
-    def hidden_states(self, batch: TextPairs) -> Tensor:
+    def hidden_states(self, batch: Seq2SeqBatch) -> Tensor:
         """Hidden states (n q d) of right-padded targets; the causal mask alone hides their padding."""
         return self.decode(batch.tokens, self.encode(batch.source, attention_mask=batch.source_attention_mask))
 
-    def logits(self, batch: TextPairs) -> Tensor:
+    def logits(self, batch: Seq2SeqBatch) -> Tensor:
         """Logits of every target token, each from the true tokens before it (teacher forcing): (n q vocab_size)."""
         return self.head(self.hidden_states(batch))
 
     def prefill(
-        self, batch: TextPairs, *, expand_size: int = 1, max_new_tokens: int = 40
+        self, batch: Seq2SeqBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, TransformerState]:
         """Reads sources and left-padded prompts, once; then every row stands `expand_size` times, side by side.
 

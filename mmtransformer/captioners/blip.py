@@ -1,4 +1,4 @@
-"""BLIP's models of image, question and text (Li et al., arXiv:2201.12086); its captioner is an `EncoderDecoder`.
+"""BLIP's models of image, question and text (Li et al., arXiv:2201.12086); its captioner is a `VisionEncoderDecoder`.
 
 Shapes: n rows of text, r of each of the b samples, side by side; t tokens of a question, e width of the vectors that
 are compared, gh gw rows and columns of patches.

@@ -170,7 +170,7 @@ def from_stage1(
     """Stage 2 from what stage 1 left: its vision encoder and its Q-Former, whose text stream is dropped.
 
     Args:
-        folder: the run's folder of stage 1 (`ImageText`), or the model's in it.
+        folder: the run's folder of stage 1 (`Blip2QFormer`), or the model's in it.
         decoder: the language model that is to be spoken to.
         vision: another vision encoder of the same width; None = that of stage 1.
         freeze_vision: see `Captioner`.

@@ -33,10 +33,10 @@ def run(name: str, words: Sequence[str]) -> int:
     changes = {"num_steps": args.num_steps, "guidance_scale": args.guidance_scale, "solver": args.solver}
     changes = {key: value for key, value in changes.items() if value is not None}
 
-    from mmtransformer.pipelines.text_to_image import TextToImage
+    from mmtransformer.pipelines.image_generator import ImageGenerator
     from mmtransformer.plots.strips import save_strip
 
-    painter = TextToImage.from_pretrained(args.model, device=args.device)
+    painter = ImageGenerator.from_pretrained(args.model, device=args.device)
     config = painter.with_config(**changes)
     steps: list = []
     drawn = painter.draw(

@@ -8,10 +8,10 @@ from mmtransformer.serialization.pretrained import Pretrained
 
 
 class Connector(Pretrained, nn.Module, ABC):
-    """Visual tokens -> tokens that cross-attention reads: what `EncoderDecoder` and `Flamingo` take between the two.
+    """Visual tokens -> tokens that cross-attention reads: for `VisionEncoderDecoder` and `Flamingo`.
 
     A new one is a class of this kind in a file beside this one; only the library's public names can be saved. For
-    `EncoderDecoder`'s attention maps it gives a token a patch.
+    `VisionEncoderDecoder`'s attention maps it gives a token a patch.
 
     Attributes:
         visual_dim: width of the tokens that it takes.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.backbones.seq2seq import TextPairs
+from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
@@ -74,7 +74,7 @@ class TranslationRows(Dataset[PairRow]):
 
 
 class PairCollate:
-    """Makes one `TextPairs` of rows.
+    """Makes one `Seq2SeqBatch` of rows.
 
     Args:
         tokenizer: Whose padding is used.
@@ -83,14 +83,14 @@ class PairCollate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, rows: list[PairRow]) -> TextPairs:
+    def __call__(self, rows: list[PairRow]) -> Seq2SeqBatch:
         """Stack the rows."""
         source, source_attention_mask = self.tokenizer.pad([row.source for row in rows])
         tokens, attention_mask = self.tokenizer.pad([row.tokens for row in rows])
         is_real = torch.tensor([row.is_real for row in rows])[:, None]
         first = torch.tensor([row.prompt for row in rows])[:, None]
         loss_mask = attention_mask & is_real & (torch.arange(tokens.shape[1]) >= first)
-        return TextPairs(
+        return Seq2SeqBatch(
             source, source_attention_mask, tokens, attention_mask, loss_mask, tuple(row.name for row in rows)
         )
 
@@ -157,7 +157,7 @@ class TranslationData(Data):
         return self.rows(split)
 
     def collate(self, split: str, *, training: bool = False) -> PairCollate:
-        """What makes a `TextPairs` of pairs."""
+        """What makes a `Seq2SeqBatch` of pairs."""
         return PairCollate(self.tokenizer)
 
     def lengths(self, split: str) -> Lengths:

@@ -17,7 +17,7 @@ OnStep = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class DrawingConfig:
+class ImageGenerationConfig:
     """How images are drawn; saved with a model.
 
     Args:
@@ -76,7 +76,7 @@ def draw(
     tokens: Tensor,
     attention_mask: Tensor,
     noise: Tensor,
-    config: DrawingConfig = DrawingConfig(),
+    config: ImageGenerationConfig = ImageGenerationConfig(),
     *,
     negative: tuple[Tensor, Tensor] | None = None,
     edit: Edit | None = None,

@@ -51,7 +51,7 @@ class GenerativeModel(Protocol[BatchT]):
 
 
 @dataclass(frozen=True)
-class Generated:
+class GenerationResult:
     """One text that was generated.
 
     Attributes:
@@ -67,7 +67,7 @@ class Generated:
     finished: bool
 
     @classmethod
-    def until_end(cls, ids: list[int], log_probs: list[float], ends: Collection[int]) -> "Generated":
+    def until_end(cls, ids: list[int], log_probs: list[float], ends: Collection[int]) -> "GenerationResult":
         """The text that new ids are, up to the first that ends it."""
         length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         finished = length < len(ids)
@@ -94,6 +94,6 @@ class Search(Protocol):
         """
         ...
 
-    def texts(self) -> list[list[Generated]]:
+    def texts(self) -> list[list[GenerationResult]]:
         """For each prompt its texts, best first; or in the order drawn."""
         ...

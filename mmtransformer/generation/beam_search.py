@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.generation.base import Generated, TokenBatch
+from mmtransformer.generation.base import GenerationResult, TokenBatch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.logits_processors import logits_processors
 
@@ -141,7 +141,7 @@ class BeamSearch:
         self.done = torch.cat([group.done for group in self.groups])
         return (self.first_row + torch.cat(sources, 1)).flatten(), torch.cat(tokens, 1).flatten()
 
-    def texts(self) -> list[list[Generated]]:
+    def texts(self) -> list[list[GenerationResult]]:
         """For each prompt its texts, best first."""
         columns = ("ended_scores", "ended_ids", "ended_log_probs")
         rows = zip(*(torch.cat([getattr(group, x) for group in self.groups], 1).tolist() for x in columns), strict=True)
@@ -149,5 +149,5 @@ class BeamSearch:
         for row in rows:
             texts = sorted(zip(*row, strict=True), key=lambda text: -text[0])[: self.config.num_return_sequences]
             kept = [(ids, said) for score, ids, said in texts if score > IMPOSSIBLE / 2]
-            found.append([Generated.until_end(ids, said, ends) for ids, said in kept])
+            found.append([GenerationResult.until_end(ids, said, ends) for ids, said in kept])
         return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import Captioner
-from mmtransformer.generation.base import BatchT, Generated, GenerativeModel, Search
+from mmtransformer.generation.base import BatchT, GenerationResult, GenerativeModel, Search
 from mmtransformer.generation.beam_search import Beams, BeamSearch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.constrained import ConstrainedBeams
@@ -32,7 +32,7 @@ def generate(
     force_words_ids: ForcedWords | Sequence[Word] = (),
     content: Sequence[int] | None = None,
     **changes: Any,
-) -> list[list[Generated]]:
+) -> list[list[GenerationResult]]:
     """Continues each row's prompt. Names, defaults and results follow transformers' `generate`.
 
     Pictures are encoded once, their keys and values projected once, and shared by all beams and samples.

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer.backbones.seq2seq import TextPairs
+from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.generation.base import Generated, TokenBatch
+from mmtransformer.generation.base import GenerationResult, TokenBatch
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.logits_processors import logits_processors, top_k, top_p
 
@@ -66,11 +66,11 @@ class Sampler:
         shares = scores.softmax(1).cumsum(1)
         return torch.searchsorted(shares, noise[:, None] * shares[:, -1:], right=True)[:, 0]
 
-    def texts(self) -> list[list[Generated]]:
+    def texts(self) -> list[list[GenerationResult]]:
         """For each prompt its texts, in the order drawn."""
         new = self.ids[:, self.prompt_length : self.prompt_length + len(self.log_probs)].tolist()
         scored, ends = torch.stack(self.log_probs, 1).tolist(), self.eos_ids.tolist()
-        found = [Generated.until_end(*text, ends) for text in zip(new, scored, strict=True)]
+        found = [GenerationResult.until_end(*text, ends) for text in zip(new, scored, strict=True)]
         return [found[i : i + self.expand_size] for i in range(0, len(found), self.expand_size)]
 
 
@@ -102,7 +102,7 @@ def checksums(batch: TokenBatch, seen: TokenBatch | None = None) -> list[int]:
         if seen.image_mask is not None:
             visual = [x[mask] for x, mask in zip(visual, seen.image_mask.cpu(), strict=True)]
         samples = [zlib.crc32(x.numpy().tobytes()) for x in visual]
-    elif isinstance(seen, TextPairs):
+    elif isinstance(seen, Seq2SeqBatch):
         sources, masks = seen.source.cpu(), seen.source_attention_mask.cpu()
         samples = [_of_ids(*row) for row in zip(sources, masks, strict=True)]
     share = len(tokens) // len(samples)

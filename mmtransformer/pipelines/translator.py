@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from mmtransformer.backbones.seq2seq import TextPairs, Transformer
+from mmtransformer.backbones.seq2seq import Seq2SeqBatch, Transformer
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.loop import generate
 from mmtransformer.layers.modes import evaluation_mode
@@ -88,11 +88,11 @@ class Translator:
                 found[i] = self.tokenizer.decode([t for t in best.tokens if t < self.tokenizer.vocab_size])
         return found
 
-    def _batch(self, sources: list[list[int]], prompt: list[int]) -> TextPairs:
+    def _batch(self, sources: list[list[int]], prompt: list[int]) -> Seq2SeqBatch:
         source, source_attention_mask = self.tokenizer.pad(sources)
         tokens = torch.tensor([prompt] * len(sources))
         every = torch.ones_like(tokens, dtype=torch.bool)
-        return TextPairs(source, source_attention_mask, tokens, every, ~every).to(self.device)
+        return Seq2SeqBatch(source, source_attention_mask, tokens, every, ~every).to(self.device)
 
     @torch.no_grad()
     def attention_map(self, text: str, translation: str, language: str) -> tuple[list[str], list[str], torch.Tensor]:

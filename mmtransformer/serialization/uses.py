@@ -4,7 +4,7 @@ from pathlib import Path
 
 _USES = {
     "CLIP": "it compares pictures and texts: `mmt search`, or DualEncoder (its save_public writes for transformers)",
-    "TextToImageModel": "it draws: `mmt draw`, or TextToImage",
+    "TextToImageModel": "it draws: `mmt draw`, or ImageGenerator",
     "Captioner": "it captions: `mmt caption`, or ImageCaptioner",
 }
 _WANTED = {
@@ -14,7 +14,7 @@ _WANTED = {
 
 
 def with_article(name: str) -> str:
-    """`a CLIP`, `an EncoderDecoder`."""
+    """`a CLIP`, `a VisionEncoderDecoder`."""
     return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
 
 

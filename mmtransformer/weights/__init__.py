@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.idefics3 import load_idefics3 as load_idefics3
     from mmtransformer.weights.captioners.idefics3 import save_idefics3 as save_idefics3
     from mmtransformer.weights.captioners.lavis import blip2_from_lavis as blip2_from_lavis
-    from mmtransformer.weights.captioners.lavis import image_text_from_lavis as image_text_from_lavis
+    from mmtransformer.weights.captioners.lavis import blip2_qformer_from_lavis as blip2_qformer_from_lavis
     from mmtransformer.weights.captioners.lavis import load_lavis as load_lavis
     from mmtransformer.weights.captioners.lavis import save_lavis as save_lavis
     from mmtransformer.weights.captioners.lavis import to_lavis as to_lavis
@@ -111,7 +111,7 @@ _CONTENTS = {
     "captioners.hub": "load_hub save_hub",
     "captioners.idefics": "from_idefics load_idefics save_idefics to_idefics",
     "captioners.idefics3": "idefics3_to_transformers load_idefics3 save_idefics3",
-    "captioners.lavis": "blip2_from_lavis image_text_from_lavis load_lavis save_lavis to_lavis",
+    "captioners.lavis": "blip2_from_lavis blip2_qformer_from_lavis load_lavis save_lavis to_lavis",
     "captioners.llava": "llava_to_transformers load_llava save_llava",
     "captioners.open_coca": "load_open_coca open_coca_to_open_clip save_open_coca",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",

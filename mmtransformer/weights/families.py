@@ -17,14 +17,14 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.blip2 import Blip2
-from mmtransformer.captioners.encoder_decoder import EncoderDecoder
+from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.captioners.flamingo import Flamingo
-from mmtransformer.captioners.image_text import ImageText
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.captioners.public.git import Git
 from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.captioners.public.paligemma import PaliGemma
+from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
     "blip": Family(
         load_blip,
         save_blip,
-        (EncoderDecoder, BlipVQA, BlipITM),
+        (VisionEncoderDecoder, BlipVQA, BlipITM),
         ("blip",),
         processor=BlipProcessor,
         save_options=partial(_ids, names=("bos_token_id", "sep_token_id", "pad_token_id"), part="text_config"),
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "vision-encoder-decoder": Family(
         load_vision_encoder_decoder,
         save_vision_encoder_decoder,
-        (EncoderDecoder,),
+        (VisionEncoderDecoder,),
         ("vision-encoder-decoder",),
         processor=VisionEncoderDecoderProcessor,
         save_options=partial(
@@ -118,12 +118,12 @@ FAMILIES: dict[str, Family] = {
     "blip2": Family(
         load_blip2,
         save_blip2,
-        (Blip2, ImageText),
+        (Blip2, Blip2QFormer),
         ("blip-2", "instructblip"),
         processor=Blip2Processor,
         save_options=lambda config: {"image_token_id": config.get("image_token_index")},
     ),
-    "lavis": Family(load_lavis, save_lavis, (Blip2, ImageText), ("lavis",)),
+    "lavis": Family(load_lavis, save_lavis, (Blip2, Blip2QFormer), ("lavis",)),
     "git": Family(load_git, save_git, (Git,), ("git",), processor=GitProcessor),
     "idefics": Family(load_idefics, save_idefics, (Flamingo,), ("idefics",), processor=IdeficsProcessor),
     **{

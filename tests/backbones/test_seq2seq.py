@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtransformer import TextPairs, Transformer, generate, record_attention
+from mmtransformer import Seq2SeqBatch, Transformer, generate, record_attention
 from mmtransformer.layers.attention import Attention
 from mmtransformer.weights.shared.keys import convert_back, rows_of
 
@@ -26,11 +26,11 @@ def make(pre_norm: bool = False, **options: Any) -> Transformer:
     return model.eval()
 
 
-def pairs(side: str = "right") -> TextPairs:
+def pairs(side: str = "right") -> Seq2SeqBatch:
     """Three sources of 11, 7 and 3 tokens, three targets of 7, 5 and 2."""
     torch.manual_seed(3)
     source, tokens = torch.randint(3, VOCAB, (3, 11)), torch.randint(3, VOCAB, (3, 7))
-    return TextPairs(source, lengths(11, (11, 7, 3), side), tokens, lengths(7, (7, 5, 2), side), tokens > 0)
+    return Seq2SeqBatch(source, lengths(11, (11, 7, 3), side), tokens, lengths(7, (7, 5, 2), side), tokens > 0)
 
 
 def lengths(width: int, counts: tuple[int, ...], side: str = "right") -> Tensor:
@@ -196,7 +196,7 @@ def test_padding_changes_nothing_on_either_side() -> None:
     model, batch = make(), pairs()
     logits = model.logits(batch)
     for row, (k, q) in enumerate([(11, 7), (7, 5), (3, 2)]):
-        alone = TextPairs(batch.source[row : row + 1, :k], lengths(k, (k,)), batch.tokens[row : row + 1, :q],
+        alone = Seq2SeqBatch(batch.source[row : row + 1, :k], lengths(k, (k,)), batch.tokens[row : row + 1, :q],
                           lengths(q, (q,)), batch.loss_mask[row : row + 1, :q])  # fmt: skip
         torch.testing.assert_close(model.logits(alone)[0], logits[row, :q], atol=1e-5, rtol=1e-5)
     left = pairs("left")
@@ -277,14 +277,14 @@ def test_wide_beams_find_the_best_text_of_all(power: float, offset: float) -> No
     torch.manual_seed(5)
     model = Transformer(5, DIM, 1, HEADS, mlp_dim=37, max_len=7).eval()
     source, prompt = torch.tensor([[3, 4, 1]]), torch.tensor([[3]])
-    batch = TextPairs(source, source > 0, prompt, prompt > 0, prompt < 0)
+    batch = Seq2SeqBatch(source, source > 0, prompt, prompt > 0, prompt < 0)
     texts = [list(ids) for count in range(3) for ids in itertools.product((0, 1, 3, 4), repeat=count)]
     texts = [[*ids, EOS] for ids in texts] + [list(ids) for ids in itertools.product((0, 1, 3, 4), repeat=3)]
     scores = {}
     with torch.no_grad():
         for ids in texts:
             tokens = torch.tensor([[3, *ids]])
-            read = TextPairs(source, source > 0, tokens, tokens >= 0, tokens >= 0)
+            read = Seq2SeqBatch(source, source > 0, tokens, tokens >= 0, tokens >= 0)
             spoken = model.logits(read).log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None]).sum()
             scores[tuple(ids)] = float(spoken) / ((offset + len(ids)) / (offset + 1)) ** power
     best = sorted(scores, key=lambda ids: -scores[ids])[:3]
@@ -305,7 +305,7 @@ def test_learns_to_write_backwards() -> None:
             group["lr"] = 0.004 * min(step / 60, (60 / step) ** 0.5)
         letters = torch.randint(3, 13, (64, 5))
         tokens = torch.cat((torch.full((64, 1), 1), letters.flip(1)), 1)
-        batch = TextPairs(letters, letters > 0, tokens, tokens > 0, tokens > 1)
+        batch = Seq2SeqBatch(letters, letters > 0, tokens, tokens > 0, tokens > 1)
         loss = F.cross_entropy(model.logits(batch)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -313,7 +313,7 @@ def test_learns_to_write_backwards() -> None:
     assert float(loss.detach()) < 0.1
     letters = torch.randint(3, 13, (32, 5))
     prompt = torch.ones(32, 1, dtype=torch.long)
-    batch = TextPairs(letters, letters > 0, prompt, prompt > 0, prompt > 1)
+    batch = Seq2SeqBatch(letters, letters > 0, prompt, prompt > 0, prompt > 1)
     written = [texts[0].tokens for texts in generate(model, batch, eos_id=EOS, max_new_tokens=5)]
     right = sum(a == b for a, b in zip(written, letters.flip(1).tolist(), strict=True))
     assert right >= 30

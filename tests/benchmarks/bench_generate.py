@@ -16,7 +16,7 @@ from harness import agreement, compare, start, timed
 from peer import VOCAB, caption_batch, make_ours, make_peer
 from torch import Tensor, nn
 
-from mmtransformer import CaptionBatch, EncoderDecoder, generate
+from mmtransformer import CaptionBatch, VisionEncoderDecoder, generate
 from mmtransformer.layers.weight_packing import pack_weights
 
 BEAMS, NEW = 5, 20
@@ -30,7 +30,7 @@ def prompts(rows: int) -> CaptionBatch:
     return CaptionBatch(tokens, yes, ~yes, pixels=batch.pixels)
 
 
-def ours_ids(model: EncoderDecoder, batch: CaptionBatch) -> list[list[int]]:
+def ours_ids(model: VisionEncoderDecoder, batch: CaptionBatch) -> list[list[int]]:
     found = generate(model, batch, eos_id=VOCAB - 1, max_new_tokens=NEW, min_new_tokens=NEW, num_beams=BEAMS)
     return [texts[0].tokens for texts in found]
 
@@ -44,7 +44,7 @@ def peer_ids(peer: nn.Module, batch: CaptionBatch) -> list[list[int]]:
     return out[:, 1:].tolist()
 
 
-def token_cost(model: EncoderDecoder, visual_tokens: int, rows: int = 4) -> tuple[float, int]:
+def token_cost(model: VisionEncoderDecoder, visual_tokens: int, rows: int = 4) -> tuple[float, int]:
     """CPU milliseconds of a step of `rows` pictures with 5 beams each; bytes of the pictures' keys and values."""
     batch = prompts(rows)
     tokens = torch.randn(rows, 1, visual_tokens, model.vision.dim)

@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer import TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.callbacks.throughput import Throughput
@@ -26,10 +26,10 @@ from mmtransformer.training.engine.optim import Optim, adamw
 from mmtransformer.training.tasks.captioning import Captioning
 
 
-def model() -> EncoderDecoder:
+def model() -> VisionEncoderDecoder:
     torch.manual_seed(3)
     vision = ViT(64, 8, 192, 4, 6, class_token=False, pool="mean")
-    return EncoderDecoder(vision, TextDecoder(640, 192, 3, 6, max_len=64, cross_dim=192))
+    return VisionEncoderDecoder(vision, TextDecoder(640, 192, 3, 6, max_len=64, cross_dim=192))
 
 
 def batches(count: int, size: int) -> list[CaptionBatch]:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, generate
+from mmtransformer import CaptionBatch, GenerationConfig, VisionEncoderDecoder, generate
 from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.weights import from_blip, from_vision_encoder_decoder
 
@@ -71,7 +71,9 @@ FAMILIES: dict[str, tuple[Callable[[bool], tuple[Any, int, int, dict[str, Any]]]
 }
 
 
-def ours_ids(model: EncoderDecoder, pixels: Tensor, first: int, end: int, search: dict[str, Any]) -> list[list[int]]:
+def ours_ids(
+    model: VisionEncoderDecoder, pixels: Tensor, first: int, end: int, search: dict[str, Any]
+) -> list[list[int]]:
     tokens = torch.full((len(pixels), 1), first)
     yes = torch.ones_like(tokens, dtype=torch.bool)
     config = GenerationConfig(**search, min_new_tokens=search["max_new_tokens"])

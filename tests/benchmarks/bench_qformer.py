@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2QFormerModel, OPTConfig
 
 from mmtransformer import Blip2, CaptionBatch, QFormer, ViT, caption_loss, generate
-from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors import qformer as qformer_module
 from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_blip2
@@ -271,7 +271,7 @@ def padding_computed() -> Iterator[None]:
 
 
 @padding_computed()
-def by_lavis(model: ImageText, visual: Tensor, batch: CaptionBatch) -> Tensor:
+def by_lavis(model: Blip2QFormer, visual: Tensor, batch: CaptionBatch) -> Tensor:
     """The three losses by LAVIS's passes: matching projects and reads all pictures again, three times."""
     qformer, tokens, attention_mask = model.qformer, batch.tokens, batch.attention_mask
     seen = qformer.encode_queries(visual)
@@ -298,7 +298,7 @@ def bench_stage1(args: Any) -> None:
     """Bert's vocabulary, the published sizes; visual tokens come from a cache, as a frozen tower's may."""
     if not any(args.only in f"stage 1, {name}" for name in DTYPES):
         return
-    model = ImageText(ViT(224, 14, 1408, 1, 16), QFormer(vocab_size=30_523, dropout=0.0), freeze_vision=True).train()
+    model = Blip2QFormer(ViT(224, 14, 1408, 1, 16), QFormer(vocab_size=30_523, dropout=0.0), freeze_vision=True).train()
     tokens = torch.randint(1, 30_000, (ROWS, TEXT))
     attention_mask = torch.arange(TEXT) < torch.linspace(9, TEXT, ROWS).round().long()[:, None]
     loss_mask = attention_mask & (torch.arange(TEXT) > 0)

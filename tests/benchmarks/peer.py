@@ -4,7 +4,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtransformer import BlockConfig, CaptionBatch, EncoderDecoder, ViT
+from mmtransformer import BlockConfig, CaptionBatch, VisionEncoderDecoder, ViT
 from mmtransformer.weights import from_transformers
 
 VOCAB, IMAGE_TOKENS = 50257, 197
@@ -27,7 +27,7 @@ def make_peer(depth: int = 12) -> nn.Module:
     return transformers.VisionEncoderDecoderModel(config)
 
 
-def make_ours(peer: nn.Module, *, folded: bool = False) -> EncoderDecoder:
+def make_ours(peer: nn.Module, *, folded: bool = False) -> VisionEncoderDecoder:
     """Our captioner with the peer's weights.
 
     Args:
@@ -41,14 +41,14 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> EncoderDecoder:
     if not folded:
         adapter = Projection(projection.shape[1], projection.shape[0])
         adapter.load_state_dict(peer.enc_to_dec_proj.state_dict())
-        return EncoderDecoder(vision, decoder, adapter=adapter)  # pyright: ignore[reportArgumentType]
+        return VisionEncoderDecoder(vision, decoder, adapter=adapter)  # pyright: ignore[reportArgumentType]
     for block in decoder.blocks:
         for layer in (block.cross_attn.k_proj, block.cross_attn.v_proj):
             layer.bias.data += layer.weight.data @ peer.enc_to_dec_proj.bias.data
             layer.weight = nn.Parameter(layer.weight.data @ projection)
             layer.in_features = projection.shape[1]
     decoder.cross_dim = projection.shape[1]
-    return EncoderDecoder(vision, decoder)
+    return VisionEncoderDecoder(vision, decoder)
 
 
 def vision_of(encoder: nn.Module) -> ViT:

@@ -38,13 +38,13 @@ from transformers import (
 
 from mmtransformer import (
     CaptionBatch,
-    EncoderDecoder,
     ImageCaptioner,
     ImageTransform,
     LinearConnector,
     MLPConfig,
     NormConfig,
     TextDecoder,
+    VisionEncoderDecoder,
     ViT,
     caption_loss,
 )
@@ -107,20 +107,20 @@ def bytes_of_gpt2(texts: list[str]) -> Texts:
     return Texts(tokenizer, len(tokenizer), start=0, end=0, pad=0)
 
 
-def blip(vision: ViT, texts: Texts) -> EncoderDecoder:
+def blip(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     decoder = TextDecoder(
         texts.vocab_size, 192, 3, 4, max_len=MAX_LEN, cross_dim=vision.dim, mlp=MLPConfig("gelu"),
         norm=NormConfig(eps=1e-12, pre=False, embed=True), word_head=True, dropout=0.1,
     )  # fmt: skip
-    return EncoderDecoder(vision, decoder, freeze_vision=True)
+    return VisionEncoderDecoder(vision, decoder, freeze_vision=True)
 
 
-def vit_gpt2(vision: ViT, texts: Texts) -> EncoderDecoder:
+def vit_gpt2(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     decoder = TextDecoder(texts.vocab_size, 256, 3, 4, max_len=MAX_LEN, cross_dim=256)
-    return EncoderDecoder(vision, decoder, adapter=LinearConnector(vision.dim, 256), freeze_vision=True)
+    return VisionEncoderDecoder(vision, decoder, adapter=LinearConnector(vision.dim, 256), freeze_vision=True)
 
 
-def train(model: EncoderDecoder, texts: Texts, photos: list[Photo], features: Tensor, steps: int) -> None:
+def train(model: VisionEncoderDecoder, texts: Texts, photos: list[Photo], features: Tensor, steps: int) -> None:
     chance = random.Random(0)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01)
@@ -145,7 +145,7 @@ def train(model: EncoderDecoder, texts: Texts, photos: list[Photo], features: Te
     model.eval()
 
 
-def write(model: EncoderDecoder, texts: Texts, folder: Path) -> None:
+def write(model: VisionEncoderDecoder, texts: Texts, folder: Path) -> None:
     """The folder as transformers has it."""
     pixels = {"size": SIDE, "image_mean": list(MEAN), "image_std": list(STD)}
     if model.adapter is None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from mmtransformer import (
     BlockConfig,
     CaptionBatch,
-    EncoderDecoder,
     TextDecoder,
+    VisionEncoderDecoder,
     VisualAdapter,
     ViT,
     caption_loss,
@@ -22,9 +22,9 @@ from mmtransformer.captioners.base import is_frozen
 VOCAB, PAD = 53, 0
 
 
-def captioner(**options: Any) -> EncoderDecoder:
+def captioner(**options: Any) -> VisionEncoderDecoder:
     torch.manual_seed(2)
-    model = EncoderDecoder(
+    model = VisionEncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, block=BlockConfig(drop_path=0.3, dropout=0.3)),
         TextDecoder(VOCAB, 24, 2, 4, max_len=13, cross_dim=12, dropout=0.3),
         adapter=VisualAdapter(20, 12, 1, 3, dropout=0.3, token_dropout=0.4),
@@ -45,7 +45,7 @@ def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4), prompt: int = 2) -> Ca
     return CaptionBatch(tokens, attention_mask, loss_mask, pixels=torch.randn(len(lengths) // 2, 1, 3, 16, 24))
 
 
-def definition(model: EncoderDecoder, given: CaptionBatch, smoothing: float = 0.0) -> tuple[Tensor, int]:
+def definition(model: VisionEncoderDecoder, given: CaptionBatch, smoothing: float = 0.0) -> tuple[Tensor, int]:
     """-log p of each target token, one unpadded row at a time, in float64."""
     assert given.pixels is not None
     model, total, count = model.double(), torch.zeros((), dtype=torch.float64), 0

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    Blip2QFormer,
     CaptionBatch,
     CoCa,
-    EncoderDecoder,
     Flamingo,
     GatedConfig,
     Git,
-    ImageText,
     InstructBatch,
     OpenCoCa,
     PaliGemma,
@@ -26,6 +25,7 @@ from mmtransformer import (
     PrefixCaptioner,
     QFormer,
     TextDecoder,
+    VisionEncoderDecoder,
     ViT,
     caption_loss,
 )
@@ -67,7 +67,7 @@ def prefix(vision: ViT | None = None, decoder: TextDecoder | None = None) -> Pre
 
 
 BUILD: dict[str, Callable[[], Captioner]] = {
-    "cross": lambda: EncoderDecoder(vit(), lm(cross_dim=20)),
+    "cross": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=20)),
     "prefix": prefix,
     "open coca": lambda: OpenCoCa(vit(), VOCAB, 24, 2, 2, 4, max_len=30, num_queries=5, pool_heads=3),
     "paligemma": lambda: PaliGemma(vit(), lm(), freeze_vision=False),
@@ -75,7 +75,7 @@ BUILD: dict[str, Callable[[], Captioner]] = {
     "blip2": blip2,
     "flamingo": flamingo,
     "coca": coca,
-    "stage 1": lambda: ImageText(vit(), qformer(vocab_size=VOCAB, max_len=30), embed_dim=7),
+    "stage 1": lambda: Blip2QFormer(vit(), qformer(vocab_size=VOCAB, max_len=30), embed_dim=7),
 }
 FROZEN: dict[str, Callable[[], Captioner]] = {
     "coca without a contrast": lambda: coca(contrastive_weight=0.0),

@@ -13,12 +13,11 @@ from PIL import Image
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    Blip2QFormer,
     CoCa,
-    EncoderDecoder,
     Flamingo,
     Git,
     ImageCaptioner,
-    ImageText,
     ImageTransform,
     MLPConfig,
     NormConfig,
@@ -28,6 +27,7 @@ from mmtransformer import (
     TextDecoder,
     Tokenizer,
     Transformer,
+    VisionEncoderDecoder,
     ViT,
 )
 from mmtransformer.cli import main
@@ -91,7 +91,7 @@ def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str],
     assert after["facts"]["val"].keys() == {"en", "ko"}
     assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= after["image_ablation"]["val"].keys()
     first, last = (ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner for run in (one, two))
-    assert isinstance(first, ImageText)
+    assert isinstance(first, Blip2QFormer)
     assert isinstance(last, Blip2)
     assert (last.qformer.num_queries, last.qformer.dim) == (first.qformer.num_queries, first.qformer.dim)
     for mine, theirs in zip(last.vision.parameters(), first.vision.parameters(), strict=True):
@@ -213,13 +213,13 @@ def decoder(**options: Any) -> TextDecoder:
 
 
 BRIDGES: dict[str, Callable[[], Any]] = {
-    "encoder-decoder": lambda: EncoderDecoder(tower(), decoder(cross_dim=16)),
+    "encoder-decoder": lambda: VisionEncoderDecoder(tower(), decoder(cross_dim=16)),
     "flamingo": lambda: Flamingo(tower(), decoder()),
     "q-former": lambda: Blip2(tower(), QFormer(3, 16, 2, 2, 16), decoder()),
     "q-former, encoder-decoder": lambda: Blip2(
         tower(), QFormer(3, 16, 2, 2, 16), Transformer(WORDS, 16, 1, 2, mlp_dim=31, max_len=96)
     ),
-    "q-former, stage 1": lambda: ImageText(
+    "q-former, stage 1": lambda: Blip2QFormer(
         tower(), QFormer(3, 16, 2, 2, 16, vocab_size=WORDS, max_len=96), embed_dim=8
     ),
     "git": lambda: Git(tower(), decoder()),

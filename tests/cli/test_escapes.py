@@ -59,7 +59,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert out.splitlines() == [rf"그림\x1b[2J\u202e.png: {SHOWN} 50.0%"] * 2
     assert json.loads(mmt(capsys, "classify", FILE, "--json", *names)[1])["image"] == FILE
     painter = SimpleNamespace(draw=lambda *_, **__: [[Image.new("RGB", (8, 8))]], with_config=lambda **_: None)
-    stand_in(text_to_image.TextToImage, painter)
+    stand_in(text_to_image.ImageGenerator, painter)
     assert mmt(capsys, "draw", "a", "--out", f"new{FILE}", *names)[1] == "new그림\\x1b[2J\\u202e.png\n"
     captioner = SimpleNamespace(processor=object(), save_pretrained=lambda out: None)
     stand_in(image_captioner.ImageCaptioner, captioner)

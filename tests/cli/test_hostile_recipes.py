@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT, weights
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT, weights
 from mmtransformer.cli import main
 from mmtransformer.cli.errors import one_line
 from mmtransformer.cli.trust import BUILDERS, _builds, _object, check_names
@@ -161,7 +161,7 @@ def test_the_harm_is_real(harm: Path) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     decoder = TextDecoder(300, 16, 1, 2, max_len=24, cross_dim=16)
-    captioner = EncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    captioner = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(["a red star", "a blue dog"], 300)
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)
     return folder
@@ -194,7 +194,7 @@ FILES: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "config: a class inside": (
         "config.json",
         lambda harm: json.dumps(
-            {"class": "EncoderDecoder", "args": {"vision": {"class": "Popen", "args": {}}, "decoder": {}}}
+            {"class": "VisionEncoderDecoder", "args": {"vision": {"class": "Popen", "args": {}}, "decoder": {}}}
         ).encode(),
     ),
     "config: a public name that is no model": (

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.config import GenerationConfig
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     texts = [caption.text for i in range(20) for caption in source.captions(i)]
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
     decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
-    captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     with torch.no_grad():
         for parameter in captioner.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.layers.weight_packing import PackedLinear, Precision, for_inference
 from mmtransformer.pipelines import image_captioner
 from support.cli import mmt
@@ -25,7 +25,7 @@ NOT_NEEDED = {"sympy", "mpmath", "lightning", "matplotlib", "timm", "torchvision
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("saved") / "model"
-    captioner = EncoderDecoder(
+    captioner = VisionEncoderDecoder(
         ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
     )
     tokenizer = Tokenizer.train(["a red star on a blue field"], 300)

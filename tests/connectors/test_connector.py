@@ -8,11 +8,11 @@ from mmtransformer import (
     CaptionBatch,
     Captioner,
     Connector,
-    EncoderDecoder,
     Flamingo,
     LinearConnector,
     PerceiverResampler,
     TextDecoder,
+    VisionEncoderDecoder,
     VisualAdapter,
     ViT,
     caption_loss,
@@ -35,9 +35,9 @@ class HalfOfThem(Connector):
         return self.proj(visual_tokens[:, :, ::2])
 
 
-def encoder_decoder(visual_dim: int = 20, dim: int = 28) -> EncoderDecoder:
+def encoder_decoder(visual_dim: int = 20, dim: int = 28) -> VisionEncoderDecoder:
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31, cross_dim=28)
-    return EncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, adapter=HalfOfThem(visual_dim, dim))
+    return VisionEncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, adapter=HalfOfThem(visual_dim, dim))
 
 
 def flamingo(visual_dim: int = 20, dim: int = 28) -> Flamingo:

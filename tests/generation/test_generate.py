@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, TextDecoder, ViT, generate, stream
+from mmtransformer import CaptionBatch, GenerationConfig, TextDecoder, VisionEncoderDecoder, ViT, generate, stream
 from mmtransformer.backbones.base import PromptBatch
-from mmtransformer.generation.base import Generated
+from mmtransformer.generation.base import GenerationResult
 from mmtransformer.generation.logits_processors import BANNED, logits_processors
 from mmtransformer.generation.sampling import checksums, noise
 from mmtransformer.weights import from_transformers
@@ -33,9 +33,9 @@ def hub() -> Any:
 
 
 @pytest.fixture(scope="module")
-def captioner(hub: Any) -> EncoderDecoder:
+def captioner(hub: Any) -> VisionEncoderDecoder:
     torch.manual_seed(8)
-    return EncoderDecoder(ViT((16, 24), 8, WIDTH, 1, 4), from_transformers(hub)).eval()
+    return VisionEncoderDecoder(ViT((16, 24), 8, WIDTH, 1, 4), from_transformers(hub)).eval()
 
 
 def prompts(rows: int = 5, length: int = 3, images: int | None = None) -> CaptionBatch:
@@ -75,14 +75,14 @@ def theirs(hub: Any, batch: CaptionBatch, **options: Any) -> list[list[int]]:
     ],
     ids=str,
 )
-def test_equals_transformers(hub: Any, captioner: EncoderDecoder, options: dict[str, Any]) -> None:
+def test_equals_transformers(hub: Any, captioner: VisionEncoderDecoder, options: dict[str, Any]) -> None:
     batch = prompts()
     want = theirs(hub, batch, max_new_tokens=13, **options)
     ours = generate(captioner, batch, eos_id=EOS, max_new_tokens=13, **options)
     assert [text.tokens for row in ours for text in row] == want
 
 
-def scored(captioner: EncoderDecoder, batch: CaptionBatch, row: int, text: Generated) -> Tensor:
+def scored(captioner: VisionEncoderDecoder, batch: CaptionBatch, row: int, text: GenerationResult) -> Tensor:
     """Log-probabilities of a text's tokens (and its end) by one uncached pass."""
     assert batch.visual_tokens is not None
     real = batch.tokens[row][batch.attention_mask[row]]
@@ -99,7 +99,9 @@ def scored(captioner: EncoderDecoder, batch: CaptionBatch, row: int, text: Gener
     [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
     ids=str,
 )
-def test_log_probabilities_are_those_of_an_uncached_pass(captioner: EncoderDecoder, options: dict[str, Any]) -> None:
+def test_log_probabilities_are_those_of_an_uncached_pass(
+    captioner: VisionEncoderDecoder, options: dict[str, Any]
+) -> None:
     batch = prompts(rows=6, images=3)
     texts = generate(captioner, batch, eos_id=EOS, max_new_tokens=9, **options)
     assert len(texts) == 6
@@ -112,7 +114,9 @@ def test_log_probabilities_are_those_of_an_uncached_pass(captioner: EncoderDecod
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_a_batch_equals_one_by_one_with_prompts_of_different_length(captioner: EncoderDecoder, beams: int) -> None:
+def test_a_batch_equals_one_by_one_with_prompts_of_different_length(
+    captioner: VisionEncoderDecoder, beams: int
+) -> None:
     batch = prompts(rows=4, length=5)
     attention_mask = batch.attention_mask.clone()
     for row, padding in enumerate((0, 3, 1, 2)):
@@ -131,7 +135,7 @@ def test_a_batch_equals_one_by_one_with_prompts_of_different_length(captioner: E
         assert alone.log_prob == pytest.approx(found[0].log_prob, abs=1e-5)
 
 
-def test_several_prompts_share_a_image(captioner: EncoderDecoder) -> None:
+def test_several_prompts_share_a_image(captioner: VisionEncoderDecoder) -> None:
     shared = prompts(rows=6, images=3)
     assert shared.visual_tokens is not None
     spread = CaptionBatch(
@@ -151,18 +155,18 @@ def test_beams_are_never_worse_than_the_best_of_all_texts_when_wide_enough() -> 
     decoder = TextDecoder(5, 8, 1, 2, max_len=8, cross_dim=8)
     for parameter in decoder.parameters():
         parameter.data += torch.randn_like(parameter)
-    tiny = EncoderDecoder(ViT(8, 8, 8, 1, 2), decoder).eval()
+    tiny = VisionEncoderDecoder(ViT(8, 8, 8, 1, 2), decoder).eval()
     start = torch.tensor([[1]])
     batch = CaptionBatch(start, start > 0, start > 0, visual_tokens=torch.randn(1, 1, 2, 8))
     others = [i for i in range(5) if i != EOS]
     texts = [[], *([a] for a in others), *([a, b] for a in others for b in others)]
     texts = [(t, True) for t in texts] + [([a, b, c], False) for a in others for b in others for c in others]
-    best = max(scored(tiny, batch, 0, Generated(t, 0, [], ends)).sum().item() for t, ends in texts)
+    best = max(scored(tiny, batch, 0, GenerationResult(t, 0, [], ends)).sum().item() for t, ends in texts)
     found = generate(tiny, batch, eos_id=EOS, max_new_tokens=3, num_beams=64, length_penalty=0.0)[0][0]
     assert found.log_prob == pytest.approx(best, abs=1e-5)
 
 
-def test_sampling_follows_the_distribution_and_its_seed(captioner: EncoderDecoder) -> None:
+def test_sampling_follows_the_distribution_and_its_seed(captioner: VisionEncoderDecoder) -> None:
     batch = prompts(rows=1)
     draw = lambda seed, **options: [  # noqa: E731
         text.tokens[0] if text.tokens else EOS
@@ -237,7 +241,7 @@ def test_every_prompt_gets_a_text_where_every_token_is_banned(beams: int, forced
         assert len(text.tokens) == 2
 
 
-def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
+def test_errors_name_the_numbers(captioner: VisionEncoderDecoder) -> None:
     batch = prompts()
     faults: list[tuple[dict[str, Any], str]] = [
         ({"max_new_tokens": 62}, r"prompt of 3 and max_new_tokens \(62\).*64.*at most 61"),
@@ -258,7 +262,7 @@ def test_errors_name_the_numbers(captioner: EncoderDecoder) -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_of_several_ids_ends_a_text(
-    hub: Any, captioner: EncoderDecoder, options: dict[str, Any], count: int
+    hub: Any, captioner: VisionEncoderDecoder, options: dict[str, Any], count: int
 ) -> None:
     batch = prompts(rows=9)
     said = [
@@ -278,7 +282,7 @@ def test_any_of_several_ids_ends_a_text(
         assert text.finished == (len(text.tokens) < len(row) and row[len(text.tokens)] in ends)
 
 
-def test_ends_hold_for_streams_least_lengths_and_samples(captioner: EncoderDecoder) -> None:
+def test_ends_hold_for_streams_least_lengths_and_samples(captioner: VisionEncoderDecoder) -> None:
     batch, ends = prompts(rows=9), [7, 2, 30]
     (steps, whole) = (
         list(stream(captioner, batch, eos_id=ends, max_new_tokens=13)),
@@ -291,14 +295,14 @@ def test_ends_hold_for_streams_least_lengths_and_samples(captioner: EncoderDecod
 
 
 @pytest.mark.parametrize("ends", [VOCAB, -1, [2, VOCAB], []])
-def test_an_end_outside_the_vocabulary_is_refused(captioner: EncoderDecoder, ends: Any) -> None:
+def test_an_end_outside_the_vocabulary_is_refused(captioner: VisionEncoderDecoder, ends: Any) -> None:
     for search in (generate, stream):
         with pytest.raises(ValueError, match=r"eos_id \[.*\] is not in the model's vocabulary, 0 to 52"):
             list(search(captioner, prompts(), eos_id=ends))
 
 
 @pytest.mark.parametrize("ends", [None, "3", 1.5, True, [None], [1, True], [1.0], torch.tensor(1.5)], ids=repr)
-def test_an_end_that_is_no_id_is_refused(captioner: EncoderDecoder, ends: Any) -> None:
+def test_an_end_that_is_no_id_is_refused(captioner: VisionEncoderDecoder, ends: Any) -> None:
     with pytest.raises(ValueError, match=r"^eos_id must be an id or several, not "):
         generate(captioner, prompts(), eos_id=ends, max_new_tokens=3)
     with pytest.raises(ValueError, match=r"^eos_id must be an id or several, not "):
@@ -327,7 +331,7 @@ def one_row(batch: CaptionBatch, row: int, padding: int = 0) -> CaptionBatch:
     return CaptionBatch(tokens, mask, mask, visual_tokens=batch.visual_tokens[row : row + 1])
 
 
-def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: EncoderDecoder) -> None:
+def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: VisionEncoderDecoder) -> None:
     batch = prompts(rows=4, length=3)
 
     def drawn(batch: CaptionBatch, count: int = 3, **options: Any) -> list[list[list[int]]]:
@@ -351,7 +355,7 @@ def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: En
     assert noise(GenerationConfig(), checksums(others)).tolist() != noise(GenerationConfig(), checksums(batch)).tolist()
 
 
-def test_a_longer_text_begins_as_a_shorter_one(captioner: EncoderDecoder) -> None:
+def test_a_longer_text_begins_as_a_shorter_one(captioner: VisionEncoderDecoder) -> None:
     batch = prompts(rows=4)
     short, long = (
         generate(captioner, batch, eos_id=EOS, max_new_tokens=new, do_sample=True, seed=3) for new in (5, 12)
@@ -359,7 +363,7 @@ def test_a_longer_text_begins_as_a_shorter_one(captioner: EncoderDecoder) -> Non
     assert [b.tokens[:5] for (b,) in long] == [a.tokens for (a,) in short]
 
 
-def test_every_module_keeps_its_own_mode(captioner: EncoderDecoder) -> None:
+def test_every_module_keeps_its_own_mode(captioner: VisionEncoderDecoder) -> None:
     def modes() -> list[bool]:
         return [module.training for module in captioner.modules()]
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mmtransformer import (
     CaptionBatch,
-    EncoderDecoder,
     GenerationConfig,
     ImageCaptioner,
     ImageTransform,
     TextDecoder,
     Tokenizer,
+    VisionEncoderDecoder,
     ViT,
     generate,
     stream,
@@ -34,9 +34,9 @@ from mmtransformer.generation.guidance import blank_images
 EOS, VOCAB = 2, 23
 
 
-def captioner(vocab: int = VOCAB, seed: int = 0) -> EncoderDecoder:
+def captioner(vocab: int = VOCAB, seed: int = 0) -> VisionEncoderDecoder:
     torch.manual_seed(seed)
-    model = EncoderDecoder(ViT(16, 8, 20, 1, 4), TextDecoder(vocab, 20, 2, 4, max_len=31, cross_dim=20))
+    model = VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), TextDecoder(vocab, 20, 2, 4, max_len=31, cross_dim=20))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -57,7 +57,7 @@ def one(given: CaptionBatch, row: int) -> CaptionBatch:
 
 
 @torch.no_grad()
-def next_log_probs(model: EncoderDecoder, given: CaptionBatch, ids: list[int]) -> Tensor:
+def next_log_probs(model: VisionEncoderDecoder, given: CaptionBatch, ids: list[int]) -> Tensor:
     """The definition: the full pass over prompt and text, of one row."""
     tokens = torch.cat((given.tokens, torch.tensor([ids], dtype=torch.long)), 1)
     every = torch.ones_like(tokens, dtype=torch.bool)
@@ -93,7 +93,7 @@ def test_a_stream_that_is_left_early_leaves_the_model_as_it_was() -> None:
 
 
 def diverse(
-    model: EncoderDecoder, given: CaptionBatch, groups: int, size: int, penalty: float, length: int
+    model: VisionEncoderDecoder, given: CaptionBatch, groups: int, size: int, penalty: float, length: int
 ) -> list[tuple[float, tuple[int, ...]]]:
     """Diverse beam search of one row, spelled out with Python lists; texts of the full length or ended."""
     running = [[(0.0, ())] for _ in range(groups)]
@@ -349,7 +349,9 @@ def words_and_model() -> tuple[ImageCaptioner, Any]:
     texts = ["a red star", "a blue dot and a red ring", "빨간 별 하나", "파란 점과 빨간 고리"]
     tokenizer = Tokenizer.train(texts, 290, ("en", "ko"))
     torch.manual_seed(2)
-    model = EncoderDecoder(ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20))
+    model = VisionEncoderDecoder(
+        ViT(16, 8, 20, 1, 4), TextDecoder(tokenizer.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
+    )
     image = Image.new("RGB", (16, 16), (200, 30, 30))
     return ImageCaptioner(model, tokenizer, ImageTransform(16), device="cpu"), image
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import EncoderDecoder, TextDecoder, ViT
+from mmtransformer import TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
@@ -185,7 +185,7 @@ def test_saved_as_before(tmp_path):
 
 def test_tied_head_stays_tied():
     decoder = TextDecoder(31, 22, 1, 2, max_len=11, cross_dim=22)
-    model = pack_weights(EncoderDecoder(vit(), decoder).eval())
+    model = pack_weights(VisionEncoderDecoder(vit(), decoder).eval())
     assert model.decoder.lm_head.weight is model.decoder.tok_embed.weight
     with torch.no_grad():
         hidden = torch.randn(3, 22)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmtransformer import (
-    EncoderDecoder,
     FewShot,
     Flamingo,
     GatedConfig,
@@ -21,6 +20,7 @@ from mmtransformer import (
     ImageTransform,
     TextDecoder,
     Tokenizer,
+    VisionEncoderDecoder,
     ViT,
 )
 from mmtransformer.captioners.base import CaptionBatch
@@ -286,7 +286,7 @@ def test_examples_matter() -> None:
         assert (logits - other).abs().max() > 1e-3, f"picture {k}"
 
 
-def saved(folder: Path, model: Flamingo | EncoderDecoder) -> Path:
+def saved(folder: Path, model: Flamingo | VisionEncoderDecoder) -> Path:
     generation = GenerationConfig(num_beams=1, min_new_tokens=3, max_new_tokens=6)
     ImageCaptioner(model, tokenizer(), TRANSFORM, generation=generation, device="cpu").save_pretrained(folder)
     return folder
@@ -345,11 +345,11 @@ def test_mmt_caption_refuses_with_the_numbers(folder: Path, tmp_path: Path, caps
     assert code == 2
     assert "num_examples (10) must be from 0 to the number of examples (9)" in err
     decoder = TextDecoder(310, 12, 1, 2, max_len=64, cross_dim=12)
-    other = EncoderDecoder(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), decoder)
+    other = VisionEncoderDecoder(ViT(16, 8, 12, 1, 2, class_token=False, pool="mean"), decoder)
     words[3] = str(saved(tmp_path / "other", other))
     code, _, err = mmt(capsys, *words, *shot)
     assert code == 2
-    assert "EncoderDecoder reads the pictures of a text as a whole" in err
+    assert "VisionEncoderDecoder reads the pictures of a text as a whole" in err
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

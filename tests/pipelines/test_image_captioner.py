@@ -13,7 +13,6 @@ from PIL import Image
 
 import mmtransformer
 from mmtransformer import (
-    EncoderDecoder,
     GenerationConfig,
     ImageCaptioner,
     ImageClassifier,
@@ -22,6 +21,7 @@ from mmtransformer import (
     Tokenizer,
     Transformer,
     Translator,
+    VisionEncoderDecoder,
     ViT,
     stream,
 )
@@ -38,7 +38,7 @@ def captioner() -> ImageCaptioner:
     torch.manual_seed(2)
     words = tokenizer()
     decoder = TextDecoder(words.vocab_size, 20, 2, 4, max_len=40, cross_dim=20)
-    model = EncoderDecoder(ViT(16, 8, 20, 1, 4), decoder)
+    model = VisionEncoderDecoder(ViT(16, 8, 20, 1, 4), decoder)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.pipelines import parity
 from mmtransformer.serialization.pretrained import write_weights
 from mmtransformer.weights.adapters import Adapter, hash_of
@@ -65,7 +65,7 @@ def test_an_adapter_is_compared_as_it_would_be_exported(tmp_path: Path, capsys: 
 
 
 def test_what_cannot_be_compared_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = EncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(300, 16, 1, 2, cross_dim=16))
+    model = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(300, 16, 1, 2, cross_dim=16))
     ImageCaptioner(model, Tokenizer.train(["a cat"], 300), ImageTransform(16), device="cpu").save_pretrained(
         tmp_path / "own"
     )

@@ -18,20 +18,20 @@ from mmtransformer import (
     CLIP,
     AttentionConfig,
     Blip2,
+    Blip2QFormer,
     BlipITM,
     BlipVQA,
     BlockConfig,
     CoCa,
     Diffusion,
     DiffusionTransformer,
-    EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
     GatedConfig,
     Git,
     HubDecoder,
     HubSeq2Seq,
-    ImageText,
+    ImageGenerator,
     JoinedTowers,
     LinearAttention,
     LinearConnector,
@@ -51,10 +51,10 @@ from mmtransformer import (
     RopeConfig,
     TextDecoder,
     TextEncoder,
-    TextToImage,
     TextToImageModel,
     TextTower,
     Transformer,
+    VisionEncoderDecoder,
     VisualAdapter,
     ViT,
 )
@@ -87,9 +87,9 @@ def decoder(**options: Any) -> TextDecoder:
     return TextDecoder(53, 24, 2, 4, **arguments)
 
 
-def captioner(**options: Any) -> EncoderDecoder:
+def captioner(**options: Any) -> VisionEncoderDecoder:
     adapter = VisualAdapter(20, 12, 1, 3, dropout=0.1, token_dropout=0.2)
-    return EncoderDecoder(ViT(**VISION), decoder(cross_dim=12), adapter=adapter, **options)
+    return VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=12), adapter=adapter, **options)
 
 
 def qformer(**options: Any) -> QFormer:
@@ -141,8 +141,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "LinearProjector": lambda: LinearProjector(20, 12, shuffle=2, bias=False),
     "LinearConnector": lambda: LinearConnector(20, 12),
     "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
-    "EncoderDecoder": lambda: captioner(freeze_vision=True),
-    "EncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
+    "VisionEncoderDecoder": lambda: captioner(freeze_vision=True),
+    "VisionEncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
     "PerceiverResampler": lambda: PerceiverResampler(
         20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_images=3, norm_eps=1e-3
     ),
@@ -154,7 +154,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "Flamingo before chosen blocks": lambda: Flamingo(ViT(**VISION), decoder(), cross_layers=[1]),
     "QFormer": lambda: qformer(vocab_size=37, max_len=11),
-    "ImageText": lambda: ImageText(
+    "Blip2QFormer": lambda: Blip2QFormer(
         ViT(**VISION), qformer(vocab_size=37), embed_dim=7, class_id=36, freeze_vision=True, train_norm=True,
         init_temperature=0.1,
     ),
@@ -232,7 +232,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         hardness=0.5, freeze_vision=True,
     ),
     "JoinedTowers": lambda: JoinedTowers(ViT(**VISION), ViT(**VISION), layers=(-1,), second_layers=(0, -1)),
-    "EncoderDecoder without adapter": lambda: EncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
+    "VisionEncoderDecoder without adapter": lambda: VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip
 
 
@@ -291,20 +291,20 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path: Path) -> None:
     written = load_file(tmp_path / "model.safetensors")
     tied = {"decoder.lm_head.weight", "decoder.tok_embed.weight"}
     assert len(tied & set(written)) == 1
-    again = EncoderDecoder.from_pretrained(tmp_path)
+    again = VisionEncoderDecoder.from_pretrained(tmp_path)
     assert again.decoder.lm_head.weight is again.decoder.tok_embed.weight
     shared = written.pop((tied & set(written)).pop())
     for name in tied:  # Either name fills both.
         save_file(written | {name: shared}, tmp_path / "model.safetensors")
         rehash(tmp_path)
-        again = EncoderDecoder.from_pretrained(tmp_path)
+        again = VisionEncoderDecoder.from_pretrained(tmp_path)
         assert torch.equal(again.decoder.tok_embed.weight, model.decoder.tok_embed.weight)
     save_file(written | dict(zip(sorted(tied), (shared, shared.clone()))), tmp_path / "model.safetensors")
     rehash(tmp_path)
-    EncoderDecoder.from_pretrained(tmp_path)
+    VisionEncoderDecoder.from_pretrained(tmp_path)
     save_file(written | dict(zip(sorted(tied), (shared, shared + 1))), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"tied.*decoder\.lm_head\.weight and decoder\.tok_embed\.weight"):
-        EncoderDecoder.from_pretrained(tmp_path)
+        VisionEncoderDecoder.from_pretrained(tmp_path)
 
 
 def test_captions_are_the_same_after_loading(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_captions_are_the_same_after_loading(tmp_path: Path) -> None:
     tokens = torch.randint(53, (2, 5))
     batch = mmtransformer.CaptionBatch(tokens, tokens >= 0, tokens >= 0, torch.randn(2, 1, 3, 16, 24))
     again = mmtransformer.Captioner.from_pretrained(tmp_path)  # The contract's class loads any bridge.
-    assert isinstance(again, EncoderDecoder)
+    assert isinstance(again, VisionEncoderDecoder)
     assert torch.equal(again.logits(batch), model.logits(batch))
 
 
@@ -321,7 +321,7 @@ def test_a_part_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     class Mine(ViT):
         pass
 
-    model = EncoderDecoder(Mine(**VISION), decoder(cross_dim=20))
+    model = VisionEncoderDecoder(Mine(**VISION), decoder(cross_dim=20))
     with pytest.raises(ValueError, match=r"Mine is no public model"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -373,7 +373,7 @@ def test_a_nested_fault_is_named(tmp_path: Path) -> None:
         captioner().save_pretrained(tmp_path)
         edit(tmp_path, lambda c: c["args"]["vision"]["args"].update({key: value}))  # noqa: B023
         with pytest.raises(ValueError, match=message):
-            EncoderDecoder.from_pretrained(tmp_path)
+            VisionEncoderDecoder.from_pretrained(tmp_path)
 
 
 def test_another_class_is_refused(tmp_path: Path) -> None:
@@ -381,10 +381,12 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path} holds a TextDecoder, not a ViT"):
         ViT.from_pretrained(tmp_path)
     captioner().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds an EncoderDecoder, not a CLIP, a dual .*; it captions: `mmt caption`"):
+    with pytest.raises(
+        ValueError, match=r"holds a VisionEncoderDecoder, not a CLIP, a dual .*; it captions: `mmt caption`"
+    ):
         CLIP.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a TextToImageModel, a model that draws; it captions"):
-        TextToImage.from_pretrained(tmp_path)
+        ImageGenerator.from_pretrained(tmp_path)
     CLIP(ViT(16, 8, 24, 1, 4), TextTower(300, 20, 1, 2), embed_dim=13).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a CLIP, not a Captioner; it compares .* DualEncoder .*save_public"):
         mmtransformer.Captioner.from_pretrained(tmp_path)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmtransformer import EncoderDecoder, GenerationConfig, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import (
+    GenerationConfig,
+    ImageCaptioner,
+    ImageTransform,
+    TextDecoder,
+    Tokenizer,
+    VisionEncoderDecoder,
+    ViT,
+)
 from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, settings_of
 from mmtransformer.weights import (
@@ -33,7 +41,7 @@ NUMBERS = ("dim", "depth", "num_heads", "vocab_size", "max_len", "image_size", "
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = TextDecoder(300, 16, 1, 2, max_len=24, cross_dim=16)
-    captioner = EncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    captioner = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(["a red star", "a blue dog"], 300, languages=["en"])
     folder = tmp_path_factory.mktemp("model")
     ImageCaptioner(captioner, tokenizer, ImageTransform(16), device="cpu").save_pretrained(folder)

@@ -9,23 +9,23 @@ import torch
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    Blip2QFormer,
     CaptionBatch,
     CoCa,
-    EncoderDecoder,
     ExtendedVocabulary,
     Flamingo,
     GatedConfig,
     Git,
-    ImageText,
     MLPConfig,
     NormConfig,
     PaliGemma,
     PositionConfig,
     PrefixCaptioner,
     QFormer,
+    Seq2SeqBatch,
     TextDecoder,
-    TextPairs,
     Transformer,
+    VisionEncoderDecoder,
     ViT,
     generate,
 )
@@ -72,10 +72,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "extended": lambda: ExtendedVocabulary(decoder(), 3),
     "transformer": lambda: Transformer(VOCAB, DIM, 2, 4, mlp_dim=31, max_len=37),
-    "cross-attention": lambda: EncoderDecoder(vit(), decoder(cross_dim=DIM)),
+    "cross-attention": lambda: VisionEncoderDecoder(vit(), decoder(cross_dim=DIM)),
     "flamingo": lambda: Flamingo(vit(), decoder(), gated=GatedConfig(3, 7), visible_images="all_previous"),
     "blip2": lambda: Blip2(vit(), QFormer(**QUERIES), decoder()),
-    "image-text": lambda: ImageText(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)),
+    "image-text": lambda: Blip2QFormer(vit(), QFormer(**QUERIES, vocab_size=VOCAB, max_len=37)),
     "paligemma": lambda: PaliGemma(vit(), decoder()),
     "git": lambda: Git(vit(), decoder()),
     "prefix": lambda: PrefixCaptioner(vit(), decoder()),
@@ -91,7 +91,7 @@ def batch_for(model: Any, seed: int, rows: int = ROWS) -> Any:
     if isinstance(model, Transformer):
         source = torch.randint(3, VOCAB, (rows, 6))
         seen = torch.arange(6) < torch.tensor([6, 3, 4, 5, 6])[:rows, None]
-        return TextPairs(source, seen, tokens, attention_mask, attention_mask)
+        return Seq2SeqBatch(source, seen, tokens, attention_mask, attention_mask)
     batch = CaptionBatch(tokens, attention_mask, attention_mask, pixels=torch.randn(rows, 2, 3, 16, 16))
     if isinstance(model, Flamingo):  # Rows see none, one or both of their pictures, by a mask.
         last = torch.tensor([0, 1, 2, 1, 2])[:rows, None].expand(rows, 4)

@@ -5,15 +5,15 @@ from typing import Any
 
 from mmtransformer import (
     CLIP,
+    Blip2QFormer,
     DualEncoder,
-    EncoderDecoder,
     ImageCaptioner,
-    ImageText,
     ImageTransform,
     QFormer,
     TextDecoder,
     TextTower,
     Tokenizer,
+    VisionEncoderDecoder,
     ViT,
 )
 from mmtransformer.data.scenes.scenes import Scenes
@@ -44,7 +44,7 @@ def saved_model(folder: Path) -> Path:
     source = Scenes(image_size=32, train_size=9).split("train")
     texts = [caption.text for i in range(9) for caption in source.captions(i)]
     decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
-    captioner = EncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
     tokenizer = Tokenizer.train(texts, 300, ("en", "ko"))
     ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
     return folder
@@ -75,7 +75,7 @@ def language_model(folder: Path, family: str = "ours") -> list[str]:
 def stage1(folder: Path) -> str:
     """The argument that names a small model of stage 1."""
     qformer = QFormer(3, 16, 2, 2, 16, vocab_size=301, max_len=64)
-    ImageText(ViT(32, 8, 16, 1, 2), qformer, class_id=300).save_pretrained(folder)
+    Blip2QFormer(ViT(32, 8, 16, 1, 2), qformer, class_id=300).save_pretrained(folder)
     return f"--model.captioner.folder={folder}"
 
 

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from mmtransformer import BlockConfig, EncoderDecoder, ImageTransform, TextDecoder, ViT
+from mmtransformer import BlockConfig, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.module import LoaderConfig
@@ -33,12 +33,12 @@ VOCAB = 300
 
 def captioner(
     vocab: int = VOCAB, dim: int = 24, depth: int = 1, *, freeze_vision: bool = False, seed: int = 3
-) -> EncoderDecoder:
+) -> VisionEncoderDecoder:
     """A captioner with dropout."""
     torch.manual_seed(seed)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=BlockConfig(dropout=0.1))
     decoder = TextDecoder(vocab, dim, depth, 2, max_len=60, cross_dim=24, dropout=0.1)
-    return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
+    return VisionEncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
 
 def scenes(batch_size: int = 4, train_size: int = 11, *, mixture: bool = False, **arguments: Any) -> CaptionData:
@@ -127,7 +127,7 @@ def fit(
     ema: float = 0.9,
     batch_size: int = 4,
     mixture: bool = False,
-    captioner: Callable[[], EncoderDecoder] = captioner,
+    captioner: Callable[[], VisionEncoderDecoder] = captioner,
     **arguments: Any,
 ) -> str:
     """Trains in `folder`, or goes on there; a hash of the weights that come of it."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    Blip2QFormer,
     CaptionBatch,
     Flamingo,
-    ImageText,
     MLPConfig,
     NormConfig,
     PositionConfig,
@@ -85,7 +85,7 @@ BRIDGES = {
     "blip2, last norm learns": lambda vision, decoder: Blip2(vision, qformer(), decoder, train_norm=True),
     "prefix": PrefixCaptioner,
     "flamingo": lambda vision, decoder: opened(Flamingo(vision, decoder)),
-    "stage 1, last norm learns": lambda vision, decoder: ImageText(
+    "stage 1, last norm learns": lambda vision, decoder: Blip2QFormer(
         vision, qformer(VOCAB), embed_dim=8, freeze_vision=True, train_norm=True
     ),
 }
@@ -104,7 +104,7 @@ def test_a_bridge_learns_between_parts_in_bfloat16(
 
     def loss(model: Captioner) -> Tensor:
         with torch.autocast("cpu", enabled=mixed):
-            return model(batch()).loss if isinstance(model, ImageText) else caption_loss(model, batch())
+            return model(batch()).loss if isinstance(model, Blip2QFormer) else caption_loss(model, batch())
 
     model, whole = build("bfloat16"), build("float32")
     assert formats(model) == ({torch.float32}, {torch.bfloat16})

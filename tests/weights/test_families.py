@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from mmtransformer import (
     AttentionConfig,
     Blip2,
+    Blip2QFormer,
     BlockConfig,
     CaptionBatch,
     DiffusionTransformer,
-    EncoderDecoder,
     Flamingo,
-    ImageText,
     LinearConnector,
     LinearProjector,
     Llava,
@@ -33,6 +32,7 @@ from mmtransformer import (
     TableConfig,
     TextDecoder,
     TextEncoder,
+    VisionEncoderDecoder,
     ViT,
 )
 from mmtransformer.captioners.flamingo import GatedConfig
@@ -66,16 +66,16 @@ def llama(family: str) -> TextDecoder:
     )  # fmt: skip
 
 
-def blip() -> EncoderDecoder:
+def blip() -> VisionEncoderDecoder:
     decoder = TextDecoder(
         VOCAB, 24, 2, 4, max_len=29, cross_dim=88, mlp=MLPConfig("gelu"), norm=NormConfig(pre=False, embed=True),
         word_head=True,
     )  # fmt: skip
-    return EncoderDecoder(tower(), decoder)
+    return VisionEncoderDecoder(tower(), decoder)
 
 
-def vision_encoder_decoder() -> EncoderDecoder:
-    return EncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), adapter=LinearConnector(88, 24))
+def vision_encoder_decoder() -> VisionEncoderDecoder:
+    return VisionEncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), adapter=LinearConnector(88, 24))
 
 
 def gemma(family: str) -> TextDecoder:
@@ -92,8 +92,8 @@ def stage2() -> Blip2:
     return Blip2(tower(), QFormer(3, 64, 2, 1, 88), gpt2("relu"))
 
 
-def stage1() -> ImageText:
-    return ImageText(tower(), QFormer(3, 64, 2, 1, 88, vocab_size=VOCAB), embed_dim=11, freeze_vision=True)
+def stage1() -> Blip2QFormer:
+    return Blip2QFormer(tower(), QFormer(3, 64, 2, 1, 88, vocab_size=VOCAB), embed_dim=11, freeze_vision=True)
 
 
 def openflamingo() -> Flamingo:

@@ -11,9 +11,9 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.blip2 import Blip2
-from mmtransformer.captioners.encoder_decoder import EncoderDecoder, add_cross_attention
 from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.prefix import PrefixCaptioner
+from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder, add_cross_attention
 from mmtransformer.connectors.adapter import VisualAdapter
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.connectors.resampler import PerceiverResampler
@@ -36,7 +36,7 @@ def cross(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner
     if not isinstance(decoder, TextDecoder):
         raise ValueError(f"cross-attention is added to a TextDecoder, not to a {type(decoder).__name__}")
     adapter = VisualAdapter(vision.dim, 4 * size, 1, 4)
-    return EncoderDecoder(vision, add_cross_attention(decoder, 4 * size), adapter=adapter, **frozen)
+    return VisionEncoderDecoder(vision, add_cross_attention(decoder, 4 * size), adapter=adapter, **frozen)
 
 
 def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
@@ -75,9 +75,9 @@ def bridge_parameters(captioner: Captioner) -> int:
     """How many numbers are learned outside the vision tower and what the language model brought along."""
     own = {id(p) for p in captioner.vision.parameters()}
     decoder: Any = getattr(captioner, "decoder", None)
-    if not isinstance(captioner, EncoderDecoder) and isinstance(decoder, nn.Module):
+    if not isinstance(captioner, VisionEncoderDecoder) and isinstance(decoder, nn.Module):
         own |= {id(p) for p in decoder.parameters()}
-    elif isinstance(captioner, EncoderDecoder):
+    elif isinstance(captioner, VisionEncoderDecoder):
         names = captioner.decoder.named_parameters()
         own |= {id(p) for name, p in names if ".cross_attn." not in name and ".norm_cross." not in name}
     return sum(p.numel() for p in captioner.parameters() if p.requires_grad and id(p) not in own)

@@ -10,7 +10,7 @@ from PIL import Image
 from mmtransformer.data.scenes.facts import Judgement, Rates, judge_facts
 from mmtransformer.data.scenes.reader import read
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.pipelines.text_to_image import TextToImage
+from mmtransformer.pipelines.image_generator import ImageGenerator
 
 SEED = 1000
 """Seed of the first drawing of an evaluation; the i-th has SEED + i."""
@@ -61,7 +61,7 @@ def texts_of(split: SceneSplit, language: str, count: int) -> list[str]:
 
 
 def score_drawings(
-    painter: TextToImage,
+    painter: ImageGenerator,
     split: SceneSplit,
     language: str,
     count: int,
@@ -91,7 +91,7 @@ def score_drawings(
 
 
 def compare_seeds(
-    painter: TextToImage, split: SceneSplit, language: str, drawings: Sequence[Image.Image]
+    painter: ImageGenerator, split: SceneSplit, language: str, drawings: Sequence[Image.Image]
 ) -> dict[str, float]:
     """Draws the texts of some drawings with other seeds: whether they say the same, and how far apart they look.
 

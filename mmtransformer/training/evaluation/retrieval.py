@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.contrast.clip import CLIP
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.rows import CaptionRow
@@ -144,7 +144,7 @@ def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) 
 
 @torch.inference_mode()
 def evaluate_retrieval(
-    model: ImageText | CLIP,
+    model: Blip2QFormer | CLIP,
     data: CaptionData,
     splits: Sequence[str] | None = None,
     *,
@@ -182,7 +182,7 @@ def evaluate_retrieval(
 
 
 def _split(
-    model: ImageText | CLIP,
+    model: Blip2QFormer | CLIP,
     data: CaptionData,
     split: str,
     rerank: int,
@@ -221,7 +221,7 @@ def _split(
         if rerank:
             again[np.ix_(owners, columns)] |= _best(near[owners][:, columns], rerank)
     matched = None
-    if rerank and isinstance(model, ImageText):
+    if rerank and isinstance(model, Blip2QFormer):
         matched = _matched(model, data, split, near, again, images, tokens, device, limit, size)
     for code, (owners, columns) in parts.items():
         row_of = {owner: row for row, owner in enumerate(owners)}
@@ -235,21 +235,21 @@ def _split(
     return scored
 
 
-def _image_vectors(model: ImageText | CLIP, batch: CaptionBatch) -> Tensor:
+def _image_vectors(model: Blip2QFormer | CLIP, batch: CaptionBatch) -> Tensor:
     """A batch's images: (b l e)."""
     if isinstance(model, CLIP):
         return model.embed_images(batch).float()[:, None]
     return model.embed_images(model.qformer.encode_queries(model.context(batch)).queries).float()
 
 
-def _read_by(model: ImageText | CLIP, row: CaptionRow) -> np.ndarray:
+def _read_by(model: Blip2QFormer | CLIP, row: CaptionRow) -> np.ndarray:
     """What a model reads of a caption: a CLIP, of the prompt, only what opens a text."""
     if not isinstance(model, CLIP):
         return row.tokens
     return np.concatenate((row.tokens[: int(model.opens)], row.tokens[row.prompt :]))
 
 
-def _text_vectors(model: ImageText | CLIP, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+def _text_vectors(model: Blip2QFormer | CLIP, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """Texts: (n e)."""
     encode = model.encode_texts if isinstance(model, CLIP) else model.embed_texts
     return encode(tokens, attention_mask).float()
@@ -284,7 +284,7 @@ def _best(near: Tensor, k: int) -> Tensor:
 
 
 def _matched(
-    model: ImageText,
+    model: Blip2QFormer,
     data: CaptionData,
     split: str,
     near: Tensor,

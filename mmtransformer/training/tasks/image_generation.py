@@ -7,11 +7,11 @@ import torch
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.diffusion.drawing import DrawingConfig
+from mmtransformer.diffusion.drawing import ImageGenerationConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.pipelines.text_to_image import TextToImage
+from mmtransformer.pipelines.image_generator import ImageGenerator
 from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
 from mmtransformer.serialization.printable import fenced, say
 from mmtransformer.training.engine.optim import Optim
@@ -36,7 +36,7 @@ class ImageGeneration(Task[CaptionData]):
     Args:
         model: The model.
         optim: The optimizer and its schedule.
-        drawing: How pictures are drawn when the run is evaluated; saved with the model.
+        generation: How pictures are drawn when the run is evaluated; saved with the model.
         num_scored: Texts of each split and language that are drawn and judged when the run ends.
         num_watched: The same, fewer, at every validation: a curve over the run; 0 = none.
         guidance_scales: The first half as many texts are also drawn with each of these: a curve.
@@ -53,7 +53,7 @@ class ImageGeneration(Task[CaptionData]):
         model: TextToImageModel,
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
-        drawing: DrawingConfig = DrawingConfig(),  # noqa: B008 (frozen)
+        generation: ImageGenerationConfig = ImageGenerationConfig(),  # noqa: B008 (frozen)
         num_scored: int = 200,
         num_watched: int = 0,
         guidance_scales: Sequence[float] = (),
@@ -66,7 +66,7 @@ class ImageGeneration(Task[CaptionData]):
                 f"num_scored ({num_scored}) must be at least 1, num_watched ({num_watched}) and num_cards "
                 f"({num_cards}) not below 0"
             )
-        self.model, self.drawing, self.num_scored, self.num_cards = model, drawing, num_scored, num_cards
+        self.model, self.generation, self.num_scored, self.num_cards = model, generation, num_scored, num_cards
         self.num_watched, self.guidance_scales = num_watched, tuple(guidance_scales)
         self.captioner = None if captioner is None else ImageCaptioner.from_pretrained(captioner, device="cpu")
 
@@ -78,7 +78,7 @@ class ImageGeneration(Task[CaptionData]):
         """
         if self.data is not None:
             check_texts(self.data, self.data.max_len, self.model, "text")
-            TextToImage(self.model, self.data.tokenizer, self.data.transform, device="cpu")
+            ImageGenerator(self.model, self.data.tokenizer, self.data.transform, device="cpu")
 
     def loss(self, batch: CaptionBatch) -> Loss:
         """The losses of the batch's texts, each at a time of its own."""
@@ -93,7 +93,9 @@ class ImageGeneration(Task[CaptionData]):
         """Draws and judges a few texts of each split, where its scenes are known."""
         data = self.data
         if data is not None and self.num_watched and not self.trainer.sanity_checking:
-            painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=self.device)
+            painter = ImageGenerator(
+                self.model, data.tokenizer, data.transform, config=self.generation, device=self.device
+            )
             for split, batches in zip(self.split_names, self.trainer.num_val_batches, strict=True):
                 pairs, count = data.pairs(split), min(self.num_watched, int(batches * data.batch_size))
                 if not isinstance(pairs, SceneSplit):
@@ -109,7 +111,7 @@ class ImageGeneration(Task[CaptionData]):
         data = self.data
         if data is None:
             return
-        painter = TextToImage(self.model, data.tokenizer, data.transform, config=self.drawing, device=run.device)
+        painter = ImageGenerator(self.model, data.tokenizer, data.transform, config=self.generation, device=run.device)
         count = self.num_scored if run.limit_batches is None else min(self.num_scored, 2 * run.limit_batches)
         scores, curve, reader, seeds, second, cards = {}, {}, {}, {}, {}, []
         for split in data.val_splits:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Loss, Output
-from mmtransformer.captioners.image_text import TERMS, ImageText
+from mmtransformer.captioners.blip2_qformer import TERMS, Blip2QFormer
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
@@ -43,11 +43,11 @@ class QFormerStage1(Captioning):
         generation: How captions are searched for when the run is evaluated; saved with the model.
     """
 
-    captioner: ImageText  # pyright: ignore[reportIncompatibleVariableOverride]
+    captioner: Blip2QFormer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
-        captioner: ImageText,
+        captioner: Blip2QFormer,
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         itc_smoothing: float = 0.1,

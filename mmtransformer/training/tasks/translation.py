@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from mmtransformer.backbones.seq2seq import TextPairs, Transformer
+from mmtransformer.backbones.seq2seq import Seq2SeqBatch, Transformer
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.parallel import Parallel
 from mmtransformer.data.translation import TranslationData
@@ -107,15 +107,15 @@ class Translation(Task[TranslationData]):
             return
         check_texts(data, data.max_len, self.model, "model")
 
-    def loss(self, batch: TextPairs) -> Loss:
+    def loss(self, batch: Seq2SeqBatch) -> Loss:
         """The losses of the batch's target tokens, each after the true ones before it."""
         return self._loss(batch, self.label_smoothing)
 
-    def _loss(self, batch: TextPairs, label_smoothing: float) -> Loss:
+    def _loss(self, batch: Seq2SeqBatch, label_smoothing: float) -> Loss:
         hidden = self.model.hidden_states(batch.truncate(batch.tokens.shape[1] - 1))
         return next_token_loss(hidden, batch.tokens, batch.loss_mask, self.model.head, label_smoothing=label_smoothing)
 
-    def validation_step(self, batch: TextPairs, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Seq2SeqBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss, without smoothing."""
         if batch.loss_mask.any():
             self.add(self.split_names[dataloader_idx], "loss", self._loss(batch, 0.0))

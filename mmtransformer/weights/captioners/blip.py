@@ -1,4 +1,4 @@
-"""transformers' BLIP (Li et al., arXiv:2201.12086) -> `EncoderDecoder`, `BlipVQA` and `BlipITM`, and back.
+"""transformers' BLIP (Li et al., arXiv:2201.12086) -> `VisionEncoderDecoder`, `BlipVQA` and `BlipITM`, and back.
 
 Its text decoder is a BERT that looks back only, and reads the image (or the question) in every block.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.blip2 import InstructBatch
-from mmtransformer.captioners.encoder_decoder import EncoderDecoder
+from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
@@ -60,13 +60,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 _NAME = "transformers' BLIP"
 _HEADS = {"itm_head": "itm_head", "vision_proj": "vision_proj", "text_proj": "text_proj"}
-Blip = EncoderDecoder | BlipVQA | BlipITM
+Blip = VisionEncoderDecoder | BlipVQA | BlipITM
 
 
 def from_blip(model: nn.Module) -> Blip:
     """A BLIP of transformers; equal to 1e-5 in float32.
 
-    BlipForConditionalGeneration becomes an `EncoderDecoder`, BlipForQuestionAnswering a `BlipVQA`, and
+    BlipForConditionalGeneration becomes a `VisionEncoderDecoder`, BlipForQuestionAnswering a `BlipVQA`, and
     BlipForImageTextRetrieval a `BlipITM`.
 
     Raises:
@@ -107,7 +107,7 @@ def blip_from_state(config: dict[str, Any], state: Mapping[str, Tensor], context
         assert encoder is not None
         model = BlipITM(vision, encoder, embed_dim=config.get("image_text_hidden_size", 256))
     else:
-        model = EncoderDecoder(vision, decoder) if encoder is None else BlipVQA(vision, encoder, decoder)
+        model = VisionEncoderDecoder(vision, decoder) if encoder is None else BlipVQA(vision, encoder, decoder)
     fill(model, _HEADS, state, context, kept=("vision.", "text.", "question.", "decoder."))
     return model.eval()
 
@@ -127,7 +127,7 @@ def to_blip(model: Blip) -> tuple[dict[str, Any], dict[str, Tensor]]:
     vision, tensors = vision_to_blip2(model.vision, "BLIP")
     config: dict[str, Any] = {"model_type": "blip", "vision_config": vision}
     parts: dict[str, dict[str, Tensor]] = {}
-    if isinstance(model, EncoderDecoder):
+    if isinstance(model, VisionEncoderDecoder):
         only_these(_NAME, {"adapter": (model.adapter, None)})
         kind = "BlipForConditionalGeneration"
         text, parts["text_decoder"] = decoder_to_bert(model.decoder, _NAME)

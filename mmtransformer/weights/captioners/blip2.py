@@ -1,4 +1,4 @@
-"""transformers' BLIP-2 and InstructBLIP -> `Blip2` and `ImageText`, and back."""
+"""transformers' BLIP-2 and InstructBLIP -> `Blip2` and `Blip2QFormer`, and back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from mmtransformer.backbones.hub_decoder import HubDecoder
 from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
-from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
@@ -107,11 +107,11 @@ def _qformer_config(qformer: QFormer) -> dict[str, Any]:
     }
 
 
-def from_blip2(model: nn.Module) -> Blip2 | ImageText:
-    """A BLIP-2 or InstructBLIP of transformers as a `Blip2`, Blip2ForImageTextRetrieval as an `ImageText`.
+def from_blip2(model: nn.Module) -> Blip2 | Blip2QFormer:
+    """A BLIP-2 or InstructBLIP of transformers as a `Blip2`, Blip2ForImageTextRetrieval as a `Blip2QFormer`.
 
     Equal to 1e-5 in float32. Transformers keeps neither stage 1's head for generation nor its temperature: those of the
-    `ImageText` are new.
+    `Blip2QFormer` are new.
 
     Raises:
         ValueError: if it is none of them, or differs in more than its size.
@@ -122,7 +122,7 @@ def from_blip2(model: nn.Module) -> Blip2 | ImageText:
     return blip2_from_state(config.to_dict(), model.state_dict(), f"transformers' {type(model).__name__}")
 
 
-def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Blip2 | ImageText:
+def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: str) -> Blip2 | Blip2QFormer:
     """The same from what a hub folder holds: its config.json, and all of its tensors.
 
     Raises:
@@ -134,7 +134,7 @@ def blip2_from_state(config: dict[str, Any], state: dict[str, Tensor], context: 
     vision = vision_from_blip2(config["vision_config"], tower, context)
     if "itm_head.weight" in rest:
         qformer = _qformer(config, text=True, context=context)
-        model = ImageText(vision, qformer, embed_dim=config["image_text_hidden_size"], freeze_vision=True)
+        model = Blip2QFormer(vision, qformer, embed_dim=config["image_text_hidden_size"], freeze_vision=True)
     else:
         instruct = config["model_type"] == "instructblip"
         qformer = _qformer(config, text=instruct, context=context)
@@ -166,7 +166,7 @@ _ELSEWHERE = ("vision.", "decoder.", "head_", "log_temperature")
 """The towers, which have tables of their own, and what transformers has no place for."""
 
 
-def _keys(model: Blip2 | ImageText) -> dict[str, str]:
+def _keys(model: Blip2 | Blip2QFormer) -> dict[str, str]:
     style = INSTRUCTBLIP if isinstance(model, Blip2) and model.instruct else BLIP2
     return nested(qformer_keys(style), target="qformer.") | {
         "language_projection": "proj",
@@ -175,11 +175,11 @@ def _keys(model: Blip2 | ImageText) -> dict[str, str]:
     }
 
 
-def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_blip2(model: Blip2 | Blip2QFormer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their names there.
 
     A `Blip2` becomes a Blip2ForConditionalGeneration, an instructed one an InstructBlipForConditionalGeneration, and an
-    `ImageText` a Blip2ForImageTextRetrieval, which has no place for the head of generation and the temperature.
+    `Blip2QFormer` a Blip2ForImageTextRetrieval, which has no place for the head of generation and the temperature.
 
     Raises:
         ValueError: if a part has no counterpart there.
@@ -192,7 +192,7 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
         "num_query_tokens": model.qformer.num_queries,
     }
     tensors |= export(model, _keys(model), "BLIP-2", kept=_ELSEWHERE)
-    if isinstance(model, ImageText):
+    if isinstance(model, Blip2QFormer):
         config |= {"architectures": ["Blip2ForImageTextRetrieval"], "image_text_hidden_size": model.embed_dim}
         return config, tensors
     kind = "InstructBlip" if model.instruct else "Blip2"
@@ -207,7 +207,7 @@ def to_blip2(model: Blip2 | ImageText) -> tuple[dict[str, Any], dict[str, Tensor
     return config, tensors | {f"language_model.{name}": tensor for name, tensor in language.items()}
 
 
-def load_blip2(source: str | Path) -> Blip2 | ImageText:
+def load_blip2(source: str | Path) -> Blip2 | Blip2QFormer:
     """A BLIP-2 from a folder as hubs have it, or the name of a hub's repository; see `from_blip2`.
 
     Raises:
@@ -287,7 +287,7 @@ class Blip2Processor(Processor):
         return InstructBatch(**values)
 
 
-def save_blip2(model: Blip2 | ImageText, folder: str | Path, *, image_token_id: int | None = None) -> None:
+def save_blip2(model: Blip2 | Blip2QFormer, folder: str | Path, *, image_token_id: int | None = None) -> None:
     """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
 
     Args:

@@ -1,4 +1,4 @@
-"""LAVIS's BLIP-2 and InstructBLIP, of both stages -> `ImageText` and `Blip2`, and back.
+"""LAVIS's BLIP-2 and InstructBLIP, of both stages -> `Blip2QFormer` and `Blip2`, and back.
 
 Its files are pickles, which this library does not open: `torch.load(path, weights_only=True)["model"]` gives the
 tensors without running what a file may bring along.
@@ -15,7 +15,7 @@ from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.blip2 import Blip2
-from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.serialization.untrusted import built_from
@@ -113,15 +113,15 @@ def _qformer_from(state: dict[str, Tensor], num_heads: int | None, context: str)
     )
 
 
-def image_text_from_lavis(
+def blip2_qformer_from_lavis(
     state: dict[str, Tensor],
     *,
     vision: ViT | None = None,
     num_heads: int | None = None,
     class_id: int | None = 101,
     context: str = "the state dict",
-) -> ImageText:
-    """A stage-1 model of LAVIS as an `ImageText`, with its head for generation and its temperature.
+) -> Blip2QFormer:
+    """A stage-1 model of LAVIS as a `Blip2QFormer`, with its head for generation and its temperature.
 
     Args:
         state: its tensors by name (what its file has under "model").
@@ -139,10 +139,10 @@ def image_text_from_lavis(
         if name not in state:
             raise ValueError(f"{context} has no tensor {name}, so it is not a stage-1 model of LAVIS")
     dim = state["vision_proj.weight"].shape[0]
-    model = ImageText(vision, qformer, embed_dim=dim, class_id=class_id, freeze_vision=True, train_norm=True)
+    model = Blip2QFormer(vision, qformer, embed_dim=dim, class_id=class_id, freeze_vision=True, train_norm=True)
     for copy, name in zip(_COPIES, (_WORDS, "Qformer.cls.predictions.bias"), strict=True):
         if copy in state and not torch.equal(state[copy], state[name]):
-            raise ValueError(f"{context}: {copy} differs from {name}, to which ImageText ties it")
+            raise ValueError(f"{context}: {copy} differs from {name}, to which Blip2QFormer ties it")
     temperature = {"log_temperature": state.pop("temp").reshape(()).float().log()}
     fill(model, _KEYS, state, context, ignored=_COPIES + _BUFFERS, kept=_TOWERS, extra=temperature)
     return model.eval()
@@ -189,7 +189,7 @@ def _split_vision(state: dict[str, Tensor], vision: ViT | None, context: str) ->
     return rest, vision
 
 
-def to_lavis(model: ImageText | Blip2, *, projection: str | None = None) -> dict[str, Tensor]:
+def to_lavis(model: Blip2QFormer | Blip2, *, projection: str | None = None) -> dict[str, Tensor]:
     """The tensors of a model by LAVIS's names, the vision tower's among them, the language model's not.
 
     A key bias of the vision tower has no name there, and changes nothing.
@@ -224,13 +224,13 @@ def load_lavis(
     vision: ViT | None = None,
     num_heads: int | None = None,
     class_id: int | None = 101,
-) -> ImageText | Blip2:
+) -> Blip2QFormer | Blip2:
     """A model of LAVIS from a file or folder that `save_lavis` wrote, or one converted from a checkpoint.
 
     Args:
         source: a `.safetensors` file, a folder with `model.safetensors`, or the name of a hub's repository.
         decoder: the language model of stage 2; None = a model of stage 1.
-        vision: see `image_text_from_lavis`, as all that follow.
+        vision: see `blip2_qformer_from_lavis`, as all that follow.
         num_heads: the Q-Former's heads.
         class_id: the id of [CLS]; stage 1.
 
@@ -240,11 +240,13 @@ def load_lavis(
     state, context = read_state(source)
     with built_from(state, context):
         if decoder is None:
-            return image_text_from_lavis(state, vision=vision, num_heads=num_heads, class_id=class_id, context=context)
+            return blip2_qformer_from_lavis(
+                state, vision=vision, num_heads=num_heads, class_id=class_id, context=context
+            )
         return blip2_from_lavis(state, decoder, vision=vision, num_heads=num_heads, context=context)
 
 
-def save_lavis(model: ImageText | Blip2, folder: str | Path) -> None:
+def save_lavis(model: Blip2QFormer | Blip2, folder: str | Path) -> None:
     """Writes a model by LAVIS's names as `model.safetensors`; `{"model": ...}` around them makes LAVIS's pickle.
 
     Raises:

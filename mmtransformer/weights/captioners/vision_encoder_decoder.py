@@ -1,4 +1,4 @@
-"""transformers' vision-encoder-decoder -> `EncoderDecoder`, and back: a GPT-2 or BERT that reads a ViT or DeiT."""
+"""transformers' vision-encoder-decoder -> `VisionEncoderDecoder`, and back: GPT-2 or BERT reads ViT or DeiT."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.encoder_decoder import EncoderDecoder
+from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.connectors.linear import LinearConnector
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
@@ -40,7 +40,7 @@ _USUAL: dict[str, dict[str, Any]] = {  # What transformers takes for granted whe
 }
 
 
-def from_vision_encoder_decoder(model: nn.Module) -> EncoderDecoder:
+def from_vision_encoder_decoder(model: nn.Module) -> VisionEncoderDecoder:
     """A VisionEncoderDecoderModel of transformers as a captioner; equal to 1e-5 in float32.
 
     Raises:
@@ -55,7 +55,7 @@ def from_vision_encoder_decoder(model: nn.Module) -> EncoderDecoder:
 
 def vision_encoder_decoder_from_state(
     config: dict[str, Any], state: Mapping[str, Tensor], context: str
-) -> EncoderDecoder:
+) -> VisionEncoderDecoder:
     """The same from what a hub folder holds.
 
     Positions of class and distillation token are added into them, as are a BERT's of token type 0 into its positions.
@@ -86,10 +86,10 @@ def vision_encoder_decoder_from_state(
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.", "decoder."))}
     adapter = None if vision.dim == dim else LinearConnector(vision.dim, dim)
     fill(nn.Identity() if adapter is None else adapter, _PROJ, rest, context)
-    return EncoderDecoder(vision, decoder, adapter=adapter).eval()
+    return VisionEncoderDecoder(vision, decoder, adapter=adapter).eval()
 
 
-def to_vision_encoder_decoder(model: EncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_vision_encoder_decoder(model: VisionEncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers needs to hold this model: its config.json, and its tensors by their names there.
 
     Raises:
@@ -128,7 +128,7 @@ def to_vision_encoder_decoder(model: EncoderDecoder) -> tuple[dict[str, Any], di
     return config, state | {f"decoder.{name}": tensor for name, tensor in words.items()}
 
 
-def load_vision_encoder_decoder(source: str | Path) -> EncoderDecoder:
+def load_vision_encoder_decoder(source: str | Path) -> VisionEncoderDecoder:
     """A vision-encoder-decoder from a folder as hubs have it, or the name of a hub's repository.
 
     Raises:
@@ -185,7 +185,12 @@ class VisionEncoderDecoderProcessor(Processor):
 
 
 def save_vision_encoder_decoder(
-    model: EncoderDecoder, folder: str | Path, *, decoder_start_token_id: int, eos_token_id: int, pad_token_id: int
+    model: VisionEncoderDecoder,
+    folder: str | Path,
+    *,
+    decoder_start_token_id: int,
+    eos_token_id: int,
+    pad_token_id: int,
 ) -> None:
     """Writes a folder that transformers reads: `config.json` and `model.safetensors`.
 

@@ -9,7 +9,6 @@ import torch
 
 from mmtransformer import (
     CaptionBatch,
-    EncoderDecoder,
     Flamingo,
     ImageTransform,
     JoinedTowers,
@@ -19,6 +18,7 @@ from mmtransformer import (
     PerceiverResampler,
     PrefixCaptioner,
     TextDecoder,
+    VisionEncoderDecoder,
     VisualAdapter,
     ViT,
 )
@@ -72,8 +72,10 @@ def connectors(vision: ViT) -> list[Captioner]:
     d = vision.dim
     plain: dict[str, Any] = {"max_len": 29}
     return [
-        EncoderDecoder(vision, TextDecoder(31, 24, 1, 4, cross_dim=d, **plain)),
-        EncoderDecoder(vision, TextDecoder(31, 24, 1, 4, cross_dim=16, **plain), adapter=VisualAdapter(d, 16, 1, 2)),
+        VisionEncoderDecoder(vision, TextDecoder(31, 24, 1, 4, cross_dim=d, **plain)),
+        VisionEncoderDecoder(
+            vision, TextDecoder(31, 24, 1, 4, cross_dim=16, **plain), adapter=VisualAdapter(d, 16, 1, 2)
+        ),
         Flamingo(vision, TextDecoder(31, 24, 2, 4, **plain), resampler=PerceiverResampler(d, 1, 2, 8, 4)),
         PrefixCaptioner(vision, TextDecoder(31, 24, 1, 4, **plain), freeze_decoder=False),
         Llava(vision, MLPProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, layers=None),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from mmtransformer import EncoderDecoder, QFormer, TextDecoder, ViT
+from mmtransformer import QFormer, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.loading.module import Splits
 from mmtransformer.losses.next_token import Loss
@@ -38,12 +38,12 @@ from support.processes import pair
 RECIPES = Path(__file__).parents[3] / "recipes"
 
 
-def model(*, freeze_vision: bool = False) -> EncoderDecoder:
+def model(*, freeze_vision: bool = False) -> VisionEncoderDecoder:
     """Without dropout, which every process draws for itself."""
     torch.manual_seed(3)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean")
     decoder = TextDecoder(tiny.VOCAB, 24, 1, 2, max_len=60, cross_dim=24)
-    return EncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
+    return VisionEncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
 
 def fit(

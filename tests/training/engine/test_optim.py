@@ -10,14 +10,14 @@ import torch
 from timm.optim.nadamw import NAdamW
 from torch import nn
 
-from mmtransformer import EncoderDecoder, Flamingo, PatchConfig, PerceiverResampler, TextDecoder, ViT
+from mmtransformer import Flamingo, PatchConfig, PerceiverResampler, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
 from mmtransformer.captioners.flamingo import GatedConfig
 from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
 from mmtransformer.training.engine.parameters import lr_scales
 
 
-def noise(model: EncoderDecoder) -> CaptionBatch:
+def noise(model: VisionEncoderDecoder) -> CaptionBatch:
     tokens = torch.randint(0, model.vocab_size, (6, 7))
     every = torch.ones_like(tokens, dtype=torch.bool)
     return CaptionBatch(tokens, every, every, pixels=torch.randn(3, 1, 3, 16, 16))
@@ -50,7 +50,7 @@ def test_warmup_and_cosine() -> None:
 
 
 def test_muon_takes_the_matrices_of_blocks_and_leaves_the_rest_to_nadamw() -> None:
-    model = EncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
+    model = VisionEncoderDecoder(ViT(16, 8, 16, 1, 2), TextDecoder(31, 16, 1, 2, cross_dim=16), freeze_vision=True)
     optimizer = muon(model, lr=0.01)
     # With plain momentum the scenes are learnt later.
     assert all(group["nesterov"] for group in optimizer.param_groups)
@@ -144,7 +144,7 @@ def test_layer_decay_is_timms() -> None:
 
 
 def test_parts_learn_at_rates_of_their_own() -> None:
-    model = EncoderDecoder(ViT(16, 8, 16, 2, 2), TextDecoder(31, 16, 2, 2, cross_dim=16))
+    model = VisionEncoderDecoder(ViT(16, 8, 16, 2, 2), TextDecoder(31, 16, 2, 2, cross_dim=16))
     scales = lr_scales(model, 0.5, {"vision": 0.1, "vision.norm": 0.2, "decoder": 3.0})
     assert scales["vision.norm.weight"] == 0.2
     assert scales["vision.blocks.1.attn.q_proj.weight"] == 0.1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import Blip2, CoCa, EncoderDecoder, Flamingo, PositionConfig, QFormer, TextDecoder, ViT
+from mmtransformer import Blip2, CoCa, Flamingo, PositionConfig, QFormer, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.training.callbacks.samples import Samples
 from mmtransformer.training.callbacks.saving import Saving
@@ -75,10 +75,10 @@ def test_modes_follow_from_the_parameters() -> None:
 # ------------------------------------------------------------------------------------- what no loss reaches
 
 
-class Lazy(EncoderDecoder):
+class Lazy(VisionEncoderDecoder):
     """A captioner with a part that its loss passes by."""
 
-    def __init__(self, model: EncoderDecoder) -> None:
+    def __init__(self, model: VisionEncoderDecoder) -> None:
         super().__init__(model.vision, model.decoder)
         self.idle = nn.Linear(3, 5)
 
@@ -134,7 +134,7 @@ def instructed() -> Blip2:
 
 UNEVEN: dict[str, Callable[[], Captioner]] = {
     "a contrast that counts for nothing": coca,
-    "a pool that a captioner passes by": lambda: EncoderDecoder(vit(pool="attention"), lm(cross_dim=24)),
+    "a pool that a captioner passes by": lambda: VisionEncoderDecoder(vit(pool="attention"), lm(cross_dim=24)),
     "the last text MLP of a Q-Former": instructed,
     "a gated block that sees no image": lambda: Flamingo(vit(), lm(), visible_images="none", freeze_decoder=False),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtransformer import BlockConfig, EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, ViT
+from mmtransformer import BlockConfig, ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.training.evaluation.second_reader import frechet, read_by_captioner
 
@@ -43,7 +43,7 @@ def test_drawings_are_read_as_true_pictures_are(monkeypatch: pytest.MonkeyPatch)
     tokenizer = Tokenizer.train(["a red star"], 300, languages=["en", "ko"])
     torch.manual_seed(0)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=BlockConfig())
-    model = EncoderDecoder(vision, TextDecoder(tokenizer.vocab_size, 24, 1, 2, max_len=60, cross_dim=24))
+    model = VisionEncoderDecoder(vision, TextDecoder(tokenizer.vocab_size, 24, 1, 2, max_len=60, cross_dim=24))
     captioner = ImageCaptioner(model, tokenizer, ImageTransform(32), device="cpu")
     known = {image.tobytes(): i for i, image in enumerate(true)}
 

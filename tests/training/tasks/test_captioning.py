@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
-from mmtransformer import EncoderDecoder, ImageCaptioner, ImageTransform, TextDecoder, ViT
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze, is_frozen
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.features import CacheFeatures
@@ -33,10 +33,10 @@ def lightning_is_quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def captioner(vocab: int = VOCAB, patch: int = 8) -> EncoderDecoder:
+def captioner(vocab: int = VOCAB, patch: int = 8) -> VisionEncoderDecoder:
     torch.manual_seed(3)
     vision = ViT(32, patch, 24, 1, 3, class_token=False, pool="mean")
-    return EncoderDecoder(vision, TextDecoder(vocab, 24, 1, 2, max_len=60, cross_dim=24))
+    return VisionEncoderDecoder(vision, TextDecoder(vocab, 24, 1, 2, max_len=60, cross_dim=24))
 
 
 def scenes(batch_size: int = 4, **arguments: object) -> CaptionData:
@@ -181,7 +181,9 @@ def test_no_validation_loss_is_computed_twice(tmp_path: Path) -> None:
         (captioner(patch=16), scenes(), None),
     ],
 )
-def test_model_and_data_must_fit(tmp_path: Path, model: EncoderDecoder, data: CaptionData, message: str | None) -> None:
+def test_model_and_data_must_fit(
+    tmp_path: Path, model: VisionEncoderDecoder, data: CaptionData, message: str | None
+) -> None:
     if message is None:
         data.transform = ImageTransform(40)
         message = "pictures of 40 x 40 px, which the backbone's patches of 16 px do not divide"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from mmtransformer import DiffusionTransformer, DrawingConfig, TextEncoder, TextToImage, TextToImageModel
+from mmtransformer import DiffusionTransformer, ImageGenerationConfig, ImageGenerator, TextEncoder, TextToImageModel
 from mmtransformer.data.scenes.facts import judge_facts
 from mmtransformer.data.scenes.meaning import Facts, GroupFacts
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
@@ -45,7 +45,7 @@ def recipe(**model) -> dict:
                         "transformer": {"class_path": "mmtransformer.DiffusionTransformer", "init_args": TRANSFORMER},
                     },
                 },
-                "drawing": {"num_steps": 2},
+                "generation": {"num_steps": 2},
                 "num_scored": 2,
                 "guidance_scales": [1.0, 4.0],
                 "num_cards": 4,
@@ -82,8 +82,8 @@ def test_a_run_from_its_recipe_to_a_drawing(
     assert metrics["seeds"]["val"].keys() == {"facts", "other_facts", "same", "pixels", "texts"}
     assert metrics["training"]["steps"] == 3
     assert (run / "gallery.png").stat().st_size > 1000
-    painter = TextToImage.from_pretrained(run / "model", device="cpu")
-    assert painter.config == DrawingConfig(num_steps=2)
+    painter = ImageGenerator.from_pretrained(run / "model", device="cpu")
+    assert painter.config == ImageGenerationConfig(num_steps=2)
     words = ["draw", "빨간 별", "--model", str(run / "model"), "--out", "one.png", "--strip", "strip.png"]
     assert mmt(capsys, *words)[0] == 0
     assert Path("one.png").is_file()
@@ -125,7 +125,7 @@ def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
     split = Scenes(val_size=6).split("val")
 
     class Truth:
-        config = DrawingConfig()
+        config = ImageGenerationConfig()
 
         def __init__(self, shift: int) -> None:
             self.shift = shift
@@ -154,7 +154,7 @@ def test_two_seeds_of_a_text_are_compared() -> None:
     true = [split.image(i) for i in range(6)]
 
     class Painter:
-        config = DrawingConfig()
+        config = ImageGenerationConfig()
 
         def __init__(self, shift: int) -> None:
             self.shift = shift

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mmtransformer import (
     Blip2,
+    Blip2QFormer,
     CaptionBatch,
     CoCa,
     ImageCaptioner,
-    ImageText,
     ImageTransform,
     PositionConfig,
     QFormer,
@@ -52,11 +52,11 @@ def lightning_is_quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def model(**options: Any) -> ImageText:
+def model(**options: Any) -> Blip2QFormer:
     torch.manual_seed(3)
     qformer = QFormer(3, 24, 2, 3, 24, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean")
-    return ImageText(vision, qformer, embed_dim=11, class_id=VOCAB, **options)
+    return Blip2QFormer(vision, qformer, embed_dim=11, class_id=VOCAB, **options)
 
 
 def scenes(source: Any = None, **arguments: Any) -> CaptionData:
@@ -141,7 +141,7 @@ def test_it_learns_to_find() -> None:
     given = next(iter(scenes(source, batch_size=16, splits=Splits(val=["train"])).loader("train")))
     qformer = QFormer(4, 32, 2, 4, 32, cross_every=1, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 32, 1, 4, class_token=False, pool="mean")
-    m = ImageText(vision, qformer, embed_dim=16, class_id=VOCAB)
+    m = Blip2QFormer(vision, qformer, embed_dim=16, class_id=VOCAB)
     optim = Optim(kind="muon", lr=3e-3, warmup_steps=5)
     optimizer = optim.build(m)
     schedule = optim.schedule(optimizer, 20)
@@ -199,7 +199,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)
     stage2 = from_stage1(tmp_path, decoder)
     assert isinstance(stage2, Blip2)
-    assert isinstance(saved, ImageText)
+    assert isinstance(saved, Blip2QFormer)
     assert stage2.qformer.vocab_size is None
     assert stage2.qformer.training
     assert not stage2.vision.training

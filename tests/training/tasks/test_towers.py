@@ -12,7 +12,7 @@ import torch
 import transformers
 from jsonargparse import Namespace
 
-from mmtransformer import EncoderDecoder, ImageTransform, TextDecoder, ViT
+from mmtransformer import ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.cli.recipes import with_tower
 from mmtransformer.data.captions import CaptionData
@@ -39,7 +39,7 @@ def test_the_width_of_a_tower_before_it_is_loaded(tmp_path: Path) -> None:
     vit = ViT(16, 8, 20, 1, 4)
     vit.save_pretrained(tmp_path / "ours")
     save_vit(vit, tmp_path / "timm")
-    EncoderDecoder(vit, TextDecoder(31, 24, 1, 4, cross_dim=20)).save_pretrained(tmp_path / "captioner")
+    VisionEncoderDecoder(vit, TextDecoder(31, 24, 1, 4, cross_dim=20)).save_pretrained(tmp_path / "captioner")
     sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
     transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "siglip")
     found = [tower_width(tmp_path / name) for name in ("ours", "timm", "captioner", "siglip")]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmtransformer import TextPairs, Tokenizer, Transformer, Translator
+from mmtransformer import Seq2SeqBatch, Tokenizer, Transformer, Translator
 from mmtransformer.cli import main
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.scenes.grammar import parse
@@ -135,7 +135,7 @@ def test_batches_hold_what_the_pairs_say() -> None:
     module = data()
     module.setup("fit")
     batch = next(iter(module.val_dataloader()[0]))
-    assert isinstance(batch, TextPairs)
+    assert isinstance(batch, Seq2SeqBatch)
     t = module.tokenizer
     for i, pair in enumerate(module.rows("val").pairs[:7]):
         source, tokens = (batch.source[i, batch.source_attention_mask[i]], batch.tokens[i, batch.attention_mask[i]])

@@ -31,9 +31,9 @@ from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
 from mmtransformer import Blip2, BlockConfig, CaptionBatch, MLPConfig, QFormer, TextDecoder, ViT, generate
 from mmtransformer.captioners.blip2 import InstructBatch
-from mmtransformer.captioners.image_text import ImageText
+from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2, to_blip2
-from mmtransformer.weights.captioners.lavis import blip2_from_lavis, image_text_from_lavis, to_lavis
+from mmtransformer.weights.captioners.lavis import blip2_from_lavis, blip2_qformer_from_lavis, to_lavis
 from mmtransformer.weights.captioners.qformer import init_from_bert
 from mmtransformer.weights.vision.eva import vision_from_blip2
 
@@ -189,7 +189,7 @@ def test_generation_with_beams_and_prompts_of_different_lengths() -> None:
 def test_retrieval() -> None:
     theirs = noisy(Blip2ForImageTextRetrieval(config(text=True)))
     ours = from_blip2(theirs)
-    assert isinstance(ours, ImageText)
+    assert isinstance(ours, Blip2QFormer)
     pixels, tokens, attention_mask = texts(vocab=WORDS)
     mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_stage_1_of_lavis() -> None:
     state["Qformer.bert.embeddings.position_ids"] = torch.arange(17)[None]
     vision = from_blip2(theirs).vision
     bare = {name: t for name, t in state.items() if not name.startswith("visual_encoder")}
-    ours = image_text_from_lavis(bare, vision=vision, num_heads=4, class_id=7)
+    ours = blip2_qformer_from_lavis(bare, vision=vision, num_heads=4, class_id=7)
     pixels, tokens, attention_mask = texts(vocab=WORDS)
     classed = torch.cat((torch.full_like(tokens[:, :1], 7), tokens[:, 1:]), 1)
     mask = torch.cat((torch.ones(3, L, dtype=torch.long), attention_mask.long()), 1)
@@ -408,7 +408,7 @@ def test_instructions_of_lavis() -> None:
 
 def test_names_and_shapes_of_lavis() -> None:
     """What the published files hold, spelled out for one block."""
-    model = ImageText(
+    model = Blip2QFormer(
         ViT(28, 14, 88, 1, 1, mlp_dim=13), QFormer(2, 64, 1, 1, 88, mlp_dim=5, vocab_size=7, max_len=3), embed_dim=11
     )  # fmt: skip
     self_attention = {f"{part}.{kind}.{what}": (64, 64) for part, kind, what in (
@@ -447,7 +447,7 @@ def test_names_and_shapes_of_lavis() -> None:
     }  # fmt: skip
     theirs = to_lavis(model)
     assert {name: tuple(t.shape) for name, t in theirs.items()} == want
-    again = image_text_from_lavis(theirs, class_id=None)
+    again = blip2_qformer_from_lavis(theirs, class_id=None)
     tokens = torch.tensor([[1, 2, 3]])
     close(
         again.match(torch.ones(1, 5, 88), tokens, tokens > 0),
@@ -468,32 +468,32 @@ def test_a_key_bias_changes_nothing() -> None:
 
 def test_what_lavis_files_cannot_be() -> None:
     opt = TextDecoder(VOCAB, 12, 1, 3)
-    model = ImageText(ViT(28, 14, 88, 1, 1), QFormer(L, 64, 1, 1, 88, vocab_size=WORDS))
+    model = Blip2QFormer(ViT(28, 14, 88, 1, 1), QFormer(L, 64, 1, 1, 88, vocab_size=WORDS))
     good = to_lavis(model)
 
     def without(*names: str) -> dict[str, Tensor]:
         return {name: t for name, t in good.items() if not name.startswith(names)}
 
     with pytest.raises(ValueError, match=r"no tensor visual_encoder\.patch_embed.* give the vision tower"):
-        image_text_from_lavis(without("visual_encoder"))
+        blip2_qformer_from_lavis(without("visual_encoder"))
     with pytest.raises(ValueError, match=r"has a vision tower .* and another one was given"):
-        image_text_from_lavis(good, vision=model.vision)
+        blip2_qformer_from_lavis(good, vision=model.vision)
     with pytest.raises(ValueError, match="no tensor temp, so it is not a stage-1 model"):
-        image_text_from_lavis(without("temp"))
+        blip2_qformer_from_lavis(without("temp"))
     with pytest.raises(ValueError, match="no tensor query_tokens, so it is not a BLIP-2"):
-        image_text_from_lavis(without("query_tokens"))
+        blip2_qformer_from_lavis(without("query_tokens"))
     with pytest.raises(ValueError, match=r"missing: itm_head\.weight, itm_head\.bias"):
-        image_text_from_lavis(without("itm_head"), class_id=None)
+        blip2_qformer_from_lavis(without("itm_head"), class_id=None)
     with pytest.raises(ValueError, match="unknown: extra"):
-        image_text_from_lavis(good | {"extra": torch.ones(1)}, class_id=None)
+        blip2_qformer_from_lavis(good | {"extra": torch.ones(1)}, class_id=None)
     torn = good | {"Qformer.cls.predictions.decoder.weight": torch.zeros(WORDS, 64)}
     with pytest.raises(ValueError, match=r"decoder\.weight differs from"):
-        image_text_from_lavis(torn, class_id=None)
+        blip2_qformer_from_lavis(torn, class_id=None)
     with pytest.raises(ValueError, match="has 0 of opt_proj, llm_proj, t5_proj"):
         blip2_from_lavis(good, opt)
     wide = ViT(28, 14, 96, 1, 1)
     with pytest.raises(ValueError, match=r"weight is \(88,\), the model wants \(96,\)"):
-        image_text_from_lavis(without("visual_encoder"), vision=wide, class_id=None)
+        blip2_qformer_from_lavis(without("visual_encoder"), vision=wide, class_id=None)
     with pytest.raises(ValueError, match="this tower has 3 prefix tokens"):
         to_lavis(Blip2(ViT(28, 14, 88, 1, 1, num_registers=2), QFormer(L, 64, 1, 1, 88), opt))
 

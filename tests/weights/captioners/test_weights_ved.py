@@ -18,7 +18,7 @@ from transformers import (
     ViTConfig,
 )
 
-from mmtransformer import CaptionBatch, EncoderDecoder, GenerationConfig, LinearConnector, caption_loss, generate
+from mmtransformer import CaptionBatch, GenerationConfig, LinearConnector, VisionEncoderDecoder, caption_loss, generate
 from mmtransformer.weights import from_vision_encoder_decoder, load_vision_encoder_decoder, save_vision_encoder_decoder
 from mmtransformer.weights.captioners.vision_encoder_decoder import vision_encoder_decoder_from_state
 
@@ -209,7 +209,7 @@ def test_refusals(tmp_path: Path) -> None:
     ours, ids = from_vision_encoder_decoder(theirs), {"decoder_start_token_id": START, "eos_token_id": END}
     with pytest.raises(ValueError, match=r"pad_token_id \(53\) must be one of the model's 53 ids"):
         save_vision_encoder_decoder(ours, tmp_path / "out", **ids, pad_token_id=VOCAB)
-    other = EncoderDecoder(ours.vision, ours.decoder, adapter=LinearConnector(20, 20))
+    other = VisionEncoderDecoder(ours.vision, ours.decoder, adapter=LinearConnector(20, 20))
     with pytest.raises(ValueError, match="LinearConnector where widths differ"):
         save_vision_encoder_decoder(other, tmp_path / "out", **ids, pad_token_id=PAD)
     assert not (tmp_path / "out").exists()

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mmtransformer import (
     AttentionConfig,
     BlockConfig,
-    EncoderDecoder,
     MLPConfig,
     NormConfig,
     PatchConfig,
     TextDecoder,
+    VisionEncoderDecoder,
     ViT,
 )
 from mmtransformer.weights import (
@@ -456,7 +456,7 @@ def test_only_decoders_of_gpt2s_kind_are_written_as_gpt2(options: dict[str, Any]
 def test_the_tower_of_a_saved_captioner(tmp_path: Path) -> None:
     torch.manual_seed(5)
     vision = ViT(16, 8, 20, 1, 4)
-    EncoderDecoder(vision, TextDecoder(31, 20, 1, 4, cross_dim=20)).save_pretrained(tmp_path)
+    VisionEncoderDecoder(vision, TextDecoder(31, 20, 1, 4, cross_dim=20)).save_pretrained(tmp_path)
     found = load_vit(str(tmp_path), freeze=True)
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(found.forward_features(pixels), vision.eval().forward_features(pixels))

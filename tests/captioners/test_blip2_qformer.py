@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtransformer import CaptionBatch, ImageText, QFormer, ViT, caption_loss, generate, itc_loss
+from mmtransformer import Blip2QFormer, CaptionBatch, QFormer, ViT, caption_loss, generate, itc_loss
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.connectors.qformer_block import mode_mask
 from mmtransformer.losses.contrastive import Similarity
@@ -20,11 +20,11 @@ from mmtransformer.losses.hard_negatives import hard_pairs, pair_noise
 VOCAB, CLASS, PAD = 53, 52, 0
 
 
-def model(**options: Any) -> ImageText:
+def model(**options: Any) -> Blip2QFormer:
     torch.manual_seed(2)
     qformer = QFormer(3, 20, 3, 4, visual_dim=12, cross_every=2, vocab_size=VOCAB, max_len=19, mlp_dim=31, dropout=0.0)
     options = {"embed_dim": 7, "class_id": CLASS, "init_temperature": 0.9} | options  # soft: negatives vary
-    found = ImageText(ViT((16, 24), 8, 12, 1, 3), qformer, **options)
+    found = Blip2QFormer(ViT((16, 24), 8, 12, 1, 3), qformer, **options)
     for parameter in found.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return found.double().eval()
@@ -48,7 +48,7 @@ def batch(lengths: tuple[int, ...] = (7, 3, 11, 5, 8, 4, 6, 9), images: int = 4)
 # ------------------------------------------------------------------------------------------------- definitions
 
 
-def passes(m: ImageText, visual: Tensor, tokens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def passes(m: Blip2QFormer, visual: Tensor, tokens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """Queries and text of one unpadded row in one pass, with the printed mask of the mode and nothing shared."""
     l, q = m.qformer.num_queries, tokens.shape[1]
     mask = mode_mask(mode, l, torch.ones(1, q, dtype=torch.bool))  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def test_copies_of_one_image_are_no_negatives() -> None:
 
 def test_temperature_starts_where_it_is_told() -> None:
     qformer = QFormer(3, 20, 2, 4, visual_dim=12, vocab_size=VOCAB)
-    m = ImageText(ViT(16, 8, 12, 1, 3), qformer)
+    m = Blip2QFormer(ViT(16, 8, 12, 1, 3), qformer)
     assert float(m.temperature.detach()) == pytest.approx(0.07)
     assert m.log_temperature.requires_grad
 
@@ -215,7 +215,7 @@ def test_temperature_starts_where_it_is_told() -> None:
 def test_parts_must_fit(change: dict[str, Any], message: str) -> None:
     parts = {"vision": ViT(16, 8, 12, 1, 3), "qformer": QFormer(3, 20, 2, 4, visual_dim=12, vocab_size=VOCAB)}
     with pytest.raises(ValueError, match=message):
-        ImageText(**(parts | change))  # type: ignore[arg-type]
+        Blip2QFormer(**(parts | change))  # type: ignore[arg-type]
 
 
 def test_bad_texts_are_named() -> None:
@@ -267,7 +267,7 @@ def test_a_stage_1_model_captions(tmp_path: Path) -> None:
     before = generate(m, given, eos_id=1, max_new_tokens=6, num_beams=3)
     m.float().save_pretrained(tmp_path)
     loaded = Captioner.from_pretrained(tmp_path)
-    assert isinstance(loaded, ImageText)
+    assert isinstance(loaded, Blip2QFormer)
     assert [r[0].tokens for r in generate(loaded.double(), given, eos_id=1, max_new_tokens=6, num_beams=3)] == [
         r[0].tokens for r in before
     ]

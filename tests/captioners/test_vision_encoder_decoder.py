@@ -1,4 +1,4 @@
-"""EncoderDecoder against transformers' VisionEncoderDecoder, by its definition, and by its properties."""
+"""VisionEncoderDecoder against transformers' VisionEncoderDecoder, by its definition, and by its properties."""
 
 from typing import Any
 
@@ -10,26 +10,26 @@ from mmtransformer import (
     AttentionConfig,
     BlockConfig,
     CaptionBatch,
-    EncoderDecoder,
     MLPConfig,
     NormConfig,
     PositionConfig,
     TextDecoder,
+    VisionEncoderDecoder,
     VisualAdapter,
     ViT,
     record_attention,
 )
 from mmtransformer.captioners.base import Captioner, CrossAttentionState
-from mmtransformer.captioners.encoder_decoder import add_cross_attention
+from mmtransformer.captioners.vision_encoder_decoder import add_cross_attention
 from mmtransformer.weights import from_transformers
 
 VOCAB = 53
 
 
-def captioner(adapter: bool = False, **options: Any) -> EncoderDecoder:
+def captioner(adapter: bool = False, **options: Any) -> VisionEncoderDecoder:
     torch.manual_seed(4)
     decoder: dict[str, Any] = {"max_len": 29, "cross_dim": 12 if adapter else 20} | options
-    model = EncoderDecoder(
+    model = VisionEncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
         TextDecoder(VOCAB, 24, 3, 4, **decoder),
         adapter=VisualAdapter(20, 12, 2, 3, dropout=0.3, token_dropout=0.4) if adapter else None,
@@ -105,7 +105,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
     last = [m for name, m in modules.items() if name.endswith("layernorm")]
     ours["norm.weight"], ours["norm.bias"] = last[0].weight, last[0].bias
     vision.load_state_dict(ours)
-    model, given = EncoderDecoder(vision, from_transformers(hub)).eval(), batch(size=(16, 16), images=6)
+    model, given = VisionEncoderDecoder(vision, from_transformers(hub)).eval(), batch(size=(16, 16), images=6)
     assert given.pixels is not None
     seen = tower(pixel_values=given.pixels[:, 0]).last_hidden_state
     torch.testing.assert_close(model.encode(given.pixels)[:, 0], seen, atol=1e-5, rtol=1e-5)
@@ -268,7 +268,9 @@ def test_look_follows_the_size_of_the_image() -> None:
 
 def test_look_finds_the_patch_that_a_word_looks_at() -> None:
     """Keys made from one channel: the query is drawn to the patch where that channel is large."""
-    model = EncoderDecoder(ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, cross_dim=20))
+    model = VisionEncoderDecoder(
+        ViT((16, 24), 8, 20, 1, 4, num_registers=1), TextDecoder(VOCAB, 24, 1, 1, cross_dim=20)
+    )
     blocks: Any = model.decoder.blocks
     cross = blocks[0].cross_attn
     for projection in (cross.q_proj, cross.k_proj):
@@ -295,13 +297,13 @@ def test_look_is_the_same_in_training() -> None:
 def test_widths_that_do_not_fit_are_refused() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 1, 4, cross_dim=24)
     with pytest.raises(ValueError, match=r"cross_dim \(24\).*vision encoder's dim \(20\)"):
-        EncoderDecoder(vision, decoder)
+        VisionEncoderDecoder(vision, decoder)
     with pytest.raises(ValueError, match=r"cross_dim \(None\).*vision encoder's dim \(20\)"):
-        EncoderDecoder(vision, TextDecoder(VOCAB, 24, 1, 4))
+        VisionEncoderDecoder(vision, TextDecoder(VOCAB, 24, 1, 4))
     with pytest.raises(ValueError, match=r"cross_dim \(24\).*adapter's dim \(12\)"):
-        EncoderDecoder(vision, decoder, adapter=VisualAdapter(20, 12, 1, 3))
+        VisionEncoderDecoder(vision, decoder, adapter=VisualAdapter(20, 12, 1, 3))
     with pytest.raises(ValueError, match=r"visual_dim \(19\).*vision encoder's dim \(20\)"):
-        EncoderDecoder(vision, decoder, adapter=VisualAdapter(19, 24, 1, 3))
+        VisionEncoderDecoder(vision, decoder, adapter=VisualAdapter(19, 24, 1, 3))
 
 
 def test_the_contract_is_abstract() -> None:
@@ -322,7 +324,7 @@ def test_cross_attention_added_to_a_frozen_language_model() -> None:
         attention=AttentionConfig(bias=False),
     ).eval()
     reads = add_cross_attention(language, 20, cross_every=2)
-    given, model = batch(), EncoderDecoder(ViT((16, 24), 8, 20, 1, 4), reads, freeze_decoder=True).train()
+    given, model = batch(), VisionEncoderDecoder(ViT((16, 24), 8, 20, 1, 4), reads, freeze_decoder=True).train()
     torch.testing.assert_close(model.eval().logits(given), language.head(language(given.tokens)))
     trained = {n for n, p in model.decoder.named_parameters() if p.requires_grad}
     assert {n.split(".")[1] for n in trained} == {"1"}

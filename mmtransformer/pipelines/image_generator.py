@@ -1,4 +1,4 @@
-"""TextToImage: texts in, images out, and everything that belongs to a saved model in one folder."""
+"""ImageGenerator: texts in, images out, and everything that belongs to a saved model in one folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -11,20 +11,26 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mmtransformer.diffusion.drawing import DrawingConfig, Edit, draw, seeded_noise
+from mmtransformer.diffusion.drawing import Edit, ImageGenerationConfig, draw, seeded_noise
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
-from mmtransformer.pipelines.base import PREPROCESSOR, ImageLike, pick_device, read_transform, write_card, write_json
+from mmtransformer.pipelines.base import (
+    GENERATION,
+    PREPROCESSOR,
+    ImageLike,
+    pick_device,
+    read_transform,
+    write_card,
+    write_json,
+)
 from mmtransformer.serialization.pretrained import find_folder, read_json
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
 
-DRAWING = "drawing_config.json"
 
-
-class TextToImage:
+class ImageGenerator:
     """Draws what texts say with a trained model.
 
     Args:
@@ -44,7 +50,7 @@ class TextToImage:
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
-        config: DrawingConfig = DrawingConfig(),  # noqa: B008
+        config: ImageGenerationConfig = ImageGenerationConfig(),  # noqa: B008
         device: torch.device | str | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
@@ -74,7 +80,7 @@ class TextToImage:
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
         negative_prompt: str | None = None,
-        config: DrawingConfig | None = None,
+        config: ImageGenerationConfig | None = None,
         image: ImageLike | None = None,
         strength: float = 0.6,
         mask_image: ImageLike | None = None,
@@ -129,7 +135,7 @@ class TextToImage:
         return [found[i : i + num_images] for i in range(0, len(found), num_images)]
 
     def heatmap(
-        self, text: str, *, language: str | None = None, seed: int = 0, config: DrawingConfig | None = None
+        self, text: str, *, language: str | None = None, seed: int = 0, config: ImageGenerationConfig | None = None
     ) -> tuple[Image.Image, list[str], Tensor]:
         """Draws one picture and says where each word steered it.
 
@@ -207,15 +213,15 @@ class TextToImage:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PREPROCESSOR, self.transform.to_dict())
-        write_json(folder / DRAWING, asdict(self.config))
+        write_json(folder / GENERATION, asdict(self.config))
         height, width = self.transform.size
         write_card(
             folder,
             self.model,
             task="text-to-image",
             about=f"A diffusion transformer of mmtransformer that draws {width} x {height} pixels",
-            usage="from mmtransformer import TextToImage\n\n"
-            'painter = TextToImage.from_pretrained("FOLDER")  # this folder\n'
+            usage="from mmtransformer import ImageGenerator\n\n"
+            'painter = ImageGenerator.from_pretrained("FOLDER")  # this folder\n'
             'painter.draw("a large red star")[0][0].save("picture.png")',
             note=card,
         )
@@ -229,7 +235,7 @@ class TextToImage:
         """
         folder = find_folder(folder_or_id)
         model = TextToImageModel.from_pretrained(folder)  # first, as it says which other model a folder holds
-        settings = settings_of(DrawingConfig, read_json(folder / DRAWING), str(folder / DRAWING))
+        settings = settings_of(ImageGenerationConfig, read_json(folder / GENERATION), str(folder / GENERATION))
         return cls(
             model,
             Tokenizer.from_pretrained(folder),
@@ -238,6 +244,6 @@ class TextToImage:
             device=device,
         )
 
-    def with_config(self, **changes: Any) -> DrawingConfig:
+    def with_config(self, **changes: Any) -> ImageGenerationConfig:
         """The model's own way of drawing, with some of its settings changed."""
         return replace(self.config, **changes)

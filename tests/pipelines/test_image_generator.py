@@ -1,4 +1,4 @@
-"""TextToImage: pictures of texts and seeds, words' heat, folders, the strip, the command line, and what is refused."""
+"""ImageGenerator: pictures of texts and seeds, words' heat, folders, the strip, the command line, refusals."""
 
 import contextlib
 import json
@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtransformer import DiffusionTransformer, DrawingConfig, ImageTransform, TextEncoder, TextToImage, Tokenizer
+from mmtransformer import (
+    DiffusionTransformer,
+    ImageGenerationConfig,
+    ImageGenerator,
+    ImageTransform,
+    TextEncoder,
+    Tokenizer,
+)
 from mmtransformer.cli import main
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.plots.strips import save_strip
@@ -18,14 +25,14 @@ TEXTS = ["a large red star", "작은 파란 원 두 개", "a red heart"]
 
 
 @pytest.fixture(scope="module")
-def painter() -> TextToImage:
+def painter() -> ImageGenerator:
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([*TEXTS, "left of a"], 300, languages=["en", "ko"])
     text = TextEncoder(tokenizer.vocab_size, dim=12, depth=1, num_heads=2, max_len=40, pooler=False, dropout=0.0)
     model = TextToImageModel(text, DiffusionTransformer(8, 3, 16, 2, 2, context_dim=12))
     for parameter in model.transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return TextToImage(model, tokenizer, ImageTransform((16, 24)), config=DrawingConfig(3), device="cpu")
+    return ImageGenerator(model, tokenizer, ImageTransform((16, 24)), config=ImageGenerationConfig(3), device="cpu")
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -33,7 +40,7 @@ def same(a: Image.Image, b: Image.Image) -> bool:
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) <= 1
 
 
-def test_a_text_and_a_seed_make_one_picture(painter: TextToImage) -> None:
+def test_a_text_and_a_seed_make_one_picture(painter: ImageGenerator) -> None:
     drawn = painter.draw(TEXTS, num_images=2, seed=5)
     assert [len(images) for images in drawn] == [2, 2, 2]
     assert drawn[0][0].size == (24, 16)
@@ -45,19 +52,19 @@ def test_a_text_and_a_seed_make_one_picture(painter: TextToImage) -> None:
     assert same(several[2][0], painter.draw(TEXTS[2], seed=7)[0][0])
 
 
-def test_the_language_is_found_by_the_letters(painter: TextToImage) -> None:
+def test_the_language_is_found_by_the_letters(painter: ImageGenerator) -> None:
     korean = painter.draw(TEXTS[1], seed=1)[0][0]
     assert same(korean, painter.draw(TEXTS[1], language="ko", seed=1)[0][0])
     assert not same(korean, painter.draw(TEXTS[1], language="en", seed=1)[0][0])
 
 
-def test_pixels_are_the_transforms_colours(painter: TextToImage) -> None:
+def test_pixels_are_the_transforms_colours(painter: ImageGenerator) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
     (back,) = painter._images(painter.transform(image)[None])
     assert same(image, back)
 
 
-def test_each_word_has_its_heat(painter: TextToImage) -> None:
+def test_each_word_has_its_heat(painter: ImageGenerator) -> None:
     image, words, heat = painter.heatmap(TEXTS[0], seed=3)
     assert words == ["a", "large", "red", "star"]
     assert heat.shape == (3, 4, 2, 3)  # of each step
@@ -67,7 +74,7 @@ def test_each_word_has_its_heat(painter: TextToImage) -> None:
     assert same(image, painter.draw(TEXTS[0], seed=3)[0][0])
 
 
-def test_what_stays_outside_the_mask(painter: TextToImage) -> None:
+def test_what_stays_outside_the_mask(painter: ImageGenerator) -> None:
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
     mask = Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 12, 16))
@@ -76,19 +83,19 @@ def test_what_stays_outside_the_mask(painter: TextToImage) -> None:
     assert np.abs(drawn[:, :12] - np.asarray(start, int)[:, :12]).mean() > 10
 
 
-def test_it_is_the_same_from_its_folder(painter: TextToImage, tmp_path: Path) -> None:
+def test_it_is_the_same_from_its_folder(painter: ImageGenerator, tmp_path: Path) -> None:
     painter.save_pretrained(tmp_path / "model", card="scores")
-    loaded = TextToImage.from_pretrained(tmp_path / "model", device="cpu")
+    loaded = ImageGenerator.from_pretrained(tmp_path / "model", device="cpu")
     assert loaded.config == painter.config
     assert np.array_equal(np.asarray(loaded.draw(TEXTS[0])[0][0]), np.asarray(painter.draw(TEXTS[0])[0][0]))
     assert "text-to-image" in (tmp_path / "model" / "README.md").read_text("utf-8")
-    settings = tmp_path / "model" / "drawing_config.json"
+    settings = tmp_path / "model" / "generation_config.json"
     settings.write_text(json.dumps({"solver": "rk4"}), "utf-8")
-    with pytest.raises(ValueError, match=r"drawing_config\.json"):
-        TextToImage.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        ImageGenerator.from_pretrained(tmp_path / "model")
 
 
-def test_the_command(painter: TextToImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(painter: ImageGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     painter.save_pretrained(tmp_path / "model")
     out, strip, heat = (tmp_path / name for name in ("out/p.png", "strip.gif", "heat.png"))
     words = [TEXTS[1], "--model", str(tmp_path / "model"), "--out", str(out), "--num-images", "2", "--num-steps", "4"]
@@ -116,7 +123,7 @@ def test_the_command(painter: TextToImage, tmp_path: Path, capsys: pytest.Captur
     ],
 )
 def test_the_command_refuses(
-    painter: TextToImage, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    painter: ImageGenerator, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     painter.save_pretrained(tmp_path / "model")
     out = tmp_path / "p.png"
@@ -126,7 +133,7 @@ def test_the_command_refuses(
     assert not out.exists()
 
 
-def test_no_guidance_at_all_draws_without_the_text(painter: TextToImage) -> None:
+def test_no_guidance_at_all_draws_without_the_text(painter: ImageGenerator) -> None:
     config = painter.with_config(guidance_scale=0.0)
     assert same(
         painter.draw(TEXTS[0], seed=2, config=config)[0][0], painter.draw(TEXTS[2], seed=2, config=config)[0][0]
@@ -144,7 +151,7 @@ def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
         save_strip(images, tmp_path / "a.jpg")
 
 
-def test_what_cannot_be_drawn_is_refused(painter: TextToImage) -> None:
+def test_what_cannot_be_drawn_is_refused(painter: ImageGenerator) -> None:
     with pytest.raises(ValueError, match="the model reads 40: shorten it"):
         painter.draw("a large red star " * 20)
     with pytest.raises(ValueError, match="give image too"):
@@ -152,4 +159,4 @@ def test_what_cannot_be_drawn_is_refused(painter: TextToImage) -> None:
     with pytest.raises(ValueError, match="2 seeds for 3 texts"):
         painter.draw(TEXTS, seed=[1, 2])
     with pytest.raises(ValueError, match="16 x 20 px are not divided"):
-        TextToImage(painter.model, painter.tokenizer, ImageTransform((16, 20)))
+        ImageGenerator(painter.model, painter.tokenizer, ImageTransform((16, 20)))

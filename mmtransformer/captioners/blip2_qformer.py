@@ -1,4 +1,4 @@
-"""ImageText: what BLIP-2's first stage trains (arXiv:2301.12597, section 3.2): a Q-Former between image and text.
+"""Blip2QFormer: what BLIP-2's first stage trains (arXiv:2301.12597, section 3.2): a Q-Former between image and text.
 
 One model with three heads on shared work: which text belongs to which image (contrastive), whether this text belongs
 to this image (matching), and what to say of an image (generation), which makes it a captioner of its own.
@@ -32,7 +32,7 @@ TERMS: tuple[str, ...] = ("itc", "itm", "itg", "itm_accuracy")
 """The terms of stage 1's `Output`: the three losses, and the share of matching's pairs that were told right."""
 
 
-class ImageText(Captioner):
+class Blip2QFormer(Captioner):
     """A vision encoder and a Q-Former with its text stream, for contrastive, matching and generation losses.
 
     Args:

@@ -1,4 +1,4 @@
-"""EncoderDecoder: every decoder block reads the visual tokens through cross-attention, all trained together.
+"""VisionEncoderDecoder: every decoder block reads the visual tokens through cross-attention, all trained together.
 
 Shapes: n rows of text, r of each of the b samples, side by side; gh gw rows and columns of patches.
 """
@@ -18,7 +18,7 @@ from mmtransformer.layers.record import record_attention
 from mmtransformer.serialization.pretrained import from_config, to_config
 
 
-class EncoderDecoder(Captioner):
+class VisionEncoderDecoder(Captioner):
     """A vision encoder and a text decoder with cross-attention (as Show, Attend and Tell, arXiv:1502.03044).
 
     Args:
