@@ -129,4 +129,5 @@ def device_name(device: torch.device) -> str:
     """What computes, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' * (threads != 1)}" if device.type == "cpu" else device.type
