@@ -183,7 +183,7 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
             if share and self._shares(config):
                 config.devices, config.strategy = 2, "ddp"
                 self.datamodule.batch_size //= 2
-                print("two processes share the CPU, faster for a model this small (--trainer.devices 1: one does it)")
+                say("two processes share the CPU, faster for a model this small (--trainer.devices 1: one does it)")
             plugins = config.plugins or []
             plugins = list(plugins) if isinstance(plugins, list) else [plugins]
             if config.strategy == "sharded":
