@@ -96,7 +96,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check llava", 0, ("24 pictures", "question=question")),
     ("check arrow", 0, ("Arrow data-00000-of-00001.arrow: 24 pictures",)),
     ("check someone/photos.csv", 2, ("someone/photos.csv does not exist",)),
-    (f"{TUNE} llava {ENGLISH}", 0, ("pictures come with a question, left out",)),
+    (f"{TUNE} llava {ENGLISH}", 0, ("pictures come with a question, which is left out",)),
     (f"{TUNE} ids --data.read.language en", 0, ("--language en",)),
     (f"{TUNE} german {GERMAN}", 0, ("--language de",)),
     (f"{TUNE} ids --data.image.image_size 224", 2, ("data.image would have no effect",)),

@@ -38,6 +38,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.clip_prefix and not args.clip_score:
         raise ValueError("--clip-prefix stands before the captions that --clip-score compares, and no model is named")
 
+    from mmtransformer.data.pairs import PairSplit
     from mmtransformer.pipelines.base import write_json
     from mmtransformer.pipelines.caption_files import write_bad
     from mmtransformer.pipelines.many_images import devices_of
@@ -50,6 +51,10 @@ def run(name: str, words: Sequence[str]) -> int:
     model = _load(args, devices[0] if len(devices) == 1 else "cpu")
     source = _source(args, model, told=True)
     pairs = source.split(args.split)
+    if isinstance(pairs, PairSplit) and (model.processor is None or args.num_examples is not None):
+        whole, pairs = len(pairs), pairs.without_follow_ups()
+        if len(pairs) < whole:
+            say(f"{whole - len(pairs):,} answers to later turns of conversations are left out", file=sys.stderr)
     count = len(pairs) if args.limit is None else min(len(pairs), args.limit)
     found = dict.fromkeys(caption.language for i in range(count) for caption in pairs.captions(i))
     if not model.tokenizer.languages and len(found) > 1:
@@ -140,7 +145,8 @@ def _caption(
     if questions and (model.processor is None or args.num_examples is not None):
         why = "reads no prompts" if model.processor is None else "reads examples in their place"
         say(
-            f"{len(questions):,} of {count:,} pictures come with a question, left out: the model {why}", file=sys.stderr
+            f"{len(questions):,} of {count:,} pictures come with a question, which is left out: the model {why}",
+            file=sys.stderr,
         )
         questions.clear()
     changes = generation_changes(args)

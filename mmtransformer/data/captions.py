@@ -23,6 +23,7 @@ from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
 from mmtransformer.data.loading.traces import changes, traces
 from mmtransformer.data.opening import open_pairs
+from mmtransformer.data.pairs import PairSplit
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
@@ -142,8 +143,17 @@ class CaptionData(Data):
 
     @once_a_split
     def pairs(self, split: str) -> Pairs:
-        """Return the pairs of a split."""
-        return self.source.split(split)
+        """Return the pairs of a split; for a model without prompts, of conversations the first turn alone."""
+        found = self.source.split(split)
+        if self.processor is None and isinstance(found, PairSplit):
+            first = found.without_follow_ups()
+            if len(first) < len(found):
+                what = (
+                    "%s: %d answers to later turns of conversations are left out: the model is trained without prompts"
+                )
+                _log.warning(what, split, len(found) - len(first), "is trained without prompts")
+            return first
+        return found
 
     @once_a_split
     def rows(self, split: str) -> CaptionRows:
@@ -153,7 +163,7 @@ class CaptionData(Data):
         )
         asked = sum(captions[0].question is not None for captions in rows.captions)
         if asked and self.processor is None:
-            what = "%s: %d of %d pictures come with a question, left out: the model is trained without prompts"
+            what = "%s: %d of %d pictures come with a question, which is left out: the model is trained without prompts"
             _log.warning(what, split, asked, len(rows))
         if rows.cut:
             _log.warning(

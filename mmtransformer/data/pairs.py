@@ -18,6 +18,7 @@ from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
+from mmtransformer.text.conversation import Conversation
 from mmtransformer.text.detokenize import detokenize
 
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
@@ -77,6 +78,11 @@ class PairSplit:
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""
         return list(self._images[i].captions)
+
+    def without_follow_ups(self) -> "PairSplit":
+        """The split without answers behind earlier turns, which mean nothing to a model that reads no prompts."""
+        kept = [image for image in self._images if not isinstance(image.captions[0].question, Conversation)]
+        return PairSplit(self._files, kept)
 
     def fingerprint(self, i: int) -> str:
         """What changes when the bytes of picture i do: its checksum or its file's time, at the cost of no reading."""

@@ -6,37 +6,40 @@ from typing import Any
 _ASK, _ANSWER = ("human", "user"), ("gpt", "assistant", "model", "chatgpt")
 
 
-class Turns(ValueError):
-    """A conversation of several turns, which is no caption."""
+class NoCaption(ValueError):
+    """A conversation that has nothing to learn from; its message says why."""
 
 
-def as_record(record: Any) -> Any:
-    """A record with the keys image and caption in place of a conversation or a task; any other one as it is.
+def as_records(record: Any) -> tuple[list[Any], str]:
+    """Records with the keys image and caption in place of a conversation or a task; any other one as it is.
 
     Known are LLaVA's `conversations` ("from", "value"), `messages` of chats ("role", "content", a text or a list of
-    parts), and Label Studio's tasks with their `data` and `annotations`. A conversation with one question is a prompt
-    and a caption: the answer is the caption, and what was asked stands under "question".
+    parts), and Label Studio's tasks with their `data` and `annotations`. Each answer of a conversation is a caption;
+    under "question" stands what was asked, a tuple where turns were before it.
+
+    Returns:
+        The records, and what was left out of them, in words; "" = nothing.
 
     Raises:
-        Turns: If a conversation has more than one question, or no answer.
+        NoCaption: If a conversation has no answer, or not one picture.
     """
     if not isinstance(record, Mapping):
-        return record
+        return [record], ""
     for key, who, what in (("conversations", "from", "value"), ("messages", "role", "content")):
         if isinstance(turns := record.get(key), list):
             return _conversation(record, turns, who, what)
     if isinstance(record.get("data"), Mapping) and isinstance(record.get("annotations"), list):
-        return _task(record["data"], record["annotations"])
-    return record
+        return [_task(record["data"], record["annotations"])], ""
+    return [record], ""
 
 
-def _conversation(record: Mapping[str, Any], turns: list[Any], who: str, what: str) -> dict[str, Any]:
-    said: dict[str, list[str]] = {"ask": [], "answer": []}
+def _conversation(record: Mapping[str, Any], turns: list[Any], who: str, what: str) -> tuple[list[Any], str]:
+    said: list[str] = []  # question, answer, question, ...
     images = record.get("images")
     image = record.get("image") or (images[0] if isinstance(images, list) and len(images) == 1 else None)
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise Turns(f"a turn that is no object: {turn!r:.60}")
+            raise NoCaption(f"a turn that is no object: {turn!r:.60}")
         role, parts = str(turn.get(who)).lower(), turn.get(what)
         texts = []
         for part in parts if isinstance(parts, list) else [parts]:
@@ -46,14 +49,21 @@ def _conversation(record: Mapping[str, Any], turns: list[Any], who: str, what: s
                 image = image or place
                 part = part.get("text")
             texts += [part] if isinstance(part, str) else []
-        if role in (*_ASK, *_ANSWER):
-            said["ask" if role in _ASK else "answer"].append(" ".join(texts).replace("<image>", " ").strip())
-    if len(said["ask"]) > 1 or len(said["answer"]) != 1:
-        raise Turns(f"{len(said['ask'])} questions and {len(said['answer'])} answers")
+        if role not in (*_ASK, *_ANSWER):
+            continue
+        text = " ".join(texts).replace("<image>", " ").strip()
+        if len(said) % 2 != (role in _ANSWER):  # the same one goes on, or an answer comes first
+            said = [*said[:-1], f"{said[-1]} {text}"] if said else ["", text]
+        else:
+            said.append(text)
+    if len(said) < 2:
+        raise NoCaption("no answer")
     if image is None:
-        raise Turns("no picture, or several")
-    rest = {key: record[key] for key in ("split", "language") if key in record}
-    return {"image": image, "caption": said["answer"][0], "question": " ".join(said["ask"])} | rest
+        raise NoCaption("no picture, or several")
+    rest = {key: record[key] for key in ("split", "language") if key in record} | {"image": image}
+    asked = [said[0] if end == 1 else tuple(said[:end]) for end in range(1, len(said), 2)]
+    rows = [{"caption": said[2 * i + 1], "question": question} | rest for i, question in enumerate(asked)]
+    return rows, f"a last question without an answer: {said[-1]:.60}" if len(said) % 2 else ""
 
 
 def _task(data: Mapping[str, Any], annotations: list[Any]) -> dict[str, Any]:

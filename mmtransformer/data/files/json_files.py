@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmtransformer.data.files.archives import IMAGES, Entry, Files
-from mmtransformer.data.files.conversations import Turns, as_record
+from mmtransformer.data.files.conversations import NoCaption, as_records
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row, read_captions
 from mmtransformer.data.files.text import SPLITS, lines
@@ -71,12 +71,14 @@ def read_records(
     everything, left = [], {}
     for where, record, error in records:
         try:
-            everything.append((where, as_record(record), error))
-        except Turns as turns:
-            left[where] = str(turns)
+            found, rest = as_records(record)
+        except NoCaption as reason:
+            found, rest = [], str(reason)
+        everything += [(where, record, error) for record in found]
+        left |= {where: rest} if rest else {}
     if left and not everything:
         raise ValueError(
-            f"{name}: not one conversation is a question about a picture and its answer ({next(iter(left.values()))})"
+            f"{name}: not one conversation asks something of one picture and answers it ({next(iter(left.values()))})"
         )
     keys: dict[str, None] = {}
     for _, record, _ in everything[:1000]:
@@ -94,7 +96,7 @@ def read_records(
                 cause, _, what = (error or f"not a JSON object: {record!r:.60}").partition(": ")
                 yield bad_row(where, cause, what)
         for where, what in left.items():
-            yield ManifestRow(None, (), None, where, notes=(("conversations that are no caption, left out", what),))
+            yield ManifestRow(None, (), None, where, notes=(("conversations, left out", what),))
 
     return columns, rows()
 

@@ -19,6 +19,7 @@ from mmtransformer.data.files.text import (
     split_word,
 )
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.text.conversation import Conversation
 
 IMAGE = (
     "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
@@ -194,7 +195,9 @@ def make_row(
     if not captions and not errors:
         errors.append(("empty caption", image or ""))
     asked = record.get(columns.question) if columns.question else None
-    if isinstance(asked, str) and not is_missing(asked := normalize_text(asked)):
+    if isinstance(asked, tuple):  # the turns of a conversation
+        captions = [caption._replace(question=Conversation([*map(normalize_text, asked)])) for caption in captions]
+    elif isinstance(asked, str) and not is_missing(asked := normalize_text(asked)):
         captions = [caption._replace(question=asked) for caption in captions]
     split = record.get(columns.split) if columns.split else None
     return ManifestRow(image, tuple(captions), _split(split), where, tuple(errors), notes)

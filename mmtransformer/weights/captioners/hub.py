@@ -16,6 +16,7 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json, shapes_in
 from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.conversation import messages_of
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.settings import read_ends, read_start
@@ -152,9 +153,7 @@ class HubProcessor(Processor):
     def _text(self, said: str | None) -> str:
         said = self.prompt if said is None else said
         if self.talks:
-            words = [{"type": "text", "text": said}] if said else []
-            talk = [{"role": "user", "content": [{"type": "image"}, *words]}]
-            return self.hub.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+            return self.hub.apply_chat_template(messages_of(said or ""), add_generation_prompt=True, tokenize=False)
         mark = getattr(self.hub, "image_token", None)
         alone = self.kind in _PLAIN or mark is None or mark in (said or "")
         return (said or "") if alone else f"{mark}{said or ''}"

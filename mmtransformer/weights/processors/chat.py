@@ -14,6 +14,7 @@ from torch import Tensor
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import read_json
+from mmtransformer.text.conversation import messages_of, turns_of
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_ends
@@ -81,14 +82,17 @@ class ChatProcessor(Processor):
         if self.image_token in text:
             return text
         if self.template is not None:
-            words = [{"type": "text", "text": text}] if text else []
-            return self.template.render([{"role": "user", "content": [{"type": "image"}, *words]}])
+            return self.template.render(messages_of(text))
         if self.plain is None:
             raise ValueError(
                 f"{self.folder} has no chat template, and its models read prompts of several forms: give the whole "
                 f"prompt, with {self.image_token} where the picture stands"
             )
-        return self.plain.format(text)
+        first, *others = turns_of(text)
+        whole, again = self.plain.format(first), self.plain.replace(f"{self.image_token}\n", "")
+        for answer, question in zip(others[::2], others[1::2], strict=True):
+            whole += f" {answer}{self.tokenizer.eos_token}{again.format(question)}"
+        return whole
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Data as other people and programs leave it: odd columns, ids, conversations, Excel, Windows, encodings."""
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mmtransformer.data.check import check
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairFiles
+from mmtransformer.text.conversation import turns_of
 
 N = 7
 
@@ -145,20 +147,39 @@ def test_label_studios_table(tmp_path: Path) -> None:
     assert sorted(captions(PairFiles(tmp_path)).values()) == [[f"a dog {i}"] for i in range(N)]
 
 
-def test_conversations_of_several_turns_are_counted_and_named(tmp_path: Path) -> None:
+def test_each_answer_of_a_conversation_is_a_caption_behind_the_turns_before_it(tmp_path: Path) -> None:
     draw(tmp_path, names="{}.png")
     rows = [conversation(i) for i in range(N)]
-    rows[2]["conversations"] *= 2
-    rows[3].pop("image")
+    more = [("human", "Why\nso?"), ("gpt", "it barks"), ("human", "Is it"), ("human", "<image> old?")]
+    rows[2]["conversations"] += [{"from": who, "value": text} for who, text in more]
+    rows[3]["conversations"] += [{"from": who, "value": text} for who, text in [*more, ("gpt", "no")]]
+    rows[4].pop("image")
+    rows[5]["conversations"] = rows[5]["conversations"][:1]
     (tmp_path / "llava.json").write_text(json.dumps(rows))
     source = PairFiles(tmp_path)
-    assert len(captions(source)) == N - 2
-    assert source.report.notes["conversations that are no caption, left out"] == 2
-    assert source.report.first["conversations that are no caption, left out"][0] == (
-        "llava.json[2]: 2 questions and 2 answers"
-    )
-    (tmp_path / "llava.json").write_text(json.dumps(rows[2:3]))
-    with pytest.raises(ValueError, match="not one conversation"):
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for split in map(source.split, source.splits()):
+        for i in range(len(split)):
+            [caption] = split.captions(i)
+            found.setdefault(split.name(i).partition("?")[0], []).append((caption.text, caption.question))
+        first = split.without_follow_ups()
+        assert [first.name(i).partition("?")[0] for i in range(len(first))] == [
+            *dict.fromkeys(split.name(i).partition("?")[0] for i in range(len(split)))
+        ]
+    assert len(found) == N - 2
+    assert found["1.png"] == [("a dog 1", "What is it?")]
+    turns = ("What is it?", "a dog 3", "Why so?", "it barks", "Is it old?")
+    assert [text for text, _ in found["3.png"]] == ["a dog 3", "it barks", "no"]
+    assert [turns_of(asked) for _, asked in found["3.png"]] == [turns[:1], turns[:3], turns]
+    assert turns_of(pickle.loads(pickle.dumps(found["3.png"][2][1]))) == turns
+    assert [text for text, _ in found["2.png"]] == ["a dog 2", "it barks"]
+    left = source.report.first["conversations, left out"]
+    assert source.report.notes["conversations, left out"] == len(left) == 3
+    assert [line.partition(": ")[2] for line in sorted(left)] == [
+        "a last question without an answer: Is it old?", "no picture, or several", "no answer"
+    ]  # fmt: skip
+    (tmp_path / "llava.json").write_text(json.dumps(rows[4:6]))
+    with pytest.raises(ValueError, match=r"llava.json: not one conversation asks .* picture and answers it"):
         PairFiles(tmp_path)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
 
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.sampler import SampleIndex
+from mmtransformer.text.conversation import Conversation
 from support.cli import mmt
 from support.hub import VISION, WIDTH, bert, folder
 from support.public import load, noisy, pictures
@@ -75,6 +77,22 @@ def test_an_answer_stands_behind_its_question(family: str, tmp_path: Path) -> No
     ][::2]
 
 
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_turns_before_a_question_are_turns_of_the_prompt(family: str, tmp_path: Path) -> None:
+    processor = load(folder(tmp_path / "base", family)).processor
+    asked = Conversation(["what is it?", "a star", "why?"])
+    batch = processor.batch_of([processor.prepare(pictures()[0])])
+    parts = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    talk = [{"role": "user", "content": parts}]
+    talk += [{"role": who, "content": [{"type": "text", "text": text}]} for who, text in
+             (("assistant", "a star"), ("user", "why?"))]  # fmt: skip
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "base")
+    text = theirs.apply_chat_template(talk, add_generation_prompt=True)
+    wanted = theirs(text=[text], images=[[pictures()[0]]])["input_ids"][0]
+    assert processor.prompt_ids(asked, batch, 0) == list(wanted)
+    assert processor.prompt_ids(str(asked), batch, 0) != list(wanted)
+
+
 def test_a_model_that_answers_reads_the_questions_and_is_refused_captions(tmp_path: Path) -> None:
     model = load(blip_vqa(tmp_path / "base"))
     _, batch = batch_of(model, answers(tmp_path / "pairs"))
@@ -121,4 +139,19 @@ def test_it_is_trained_and_scored_by_its_answers(
 def test_a_model_without_prompts_leaves_them_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = CaptionData(answers(tmp_path / "pairs"), batch_size=4, max_len=20, vocab_size=300)
     rows = data.rows("train")
-    assert f"{len(rows)} of {len(rows)} pictures come with a question, left out" in caplog.text
+    assert f"{len(rows)} of {len(rows)} pictures come with a question, which is left out" in caplog.text
+
+
+def test_a_model_without_prompts_learns_the_first_answers_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [("human", "What?"), ("gpt", "a star"), ("human", "Why?"), ("gpt", "so")]
+    said = [{"from": who, "value": text} for who, text in turns]
+    for i in range(8):
+        pictures()[i % 3].save(tmp_path / f"{i}.png")
+    (tmp_path / "c.json").write_text(json.dumps([{"image": f"{i}.png", "conversations": said} for i in range(8)]))
+    data = CaptionData(tmp_path, batch_size=4, max_len=20, vocab_size=300)
+    rows = data.rows("train")
+    assert [caption.text for group in rows.captions for caption in group] == ["a star"] * len(rows)
+    assert f"{len(rows)} answers to later turns of conversations are left out" in caplog.text
+    assert len(data.source.split("train")) == 2 * len(rows)

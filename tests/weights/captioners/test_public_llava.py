@@ -36,6 +36,7 @@ from transformers import (
 
 from mmtransformer.images import ImageTransform
 from mmtransformer.images.tiles import fitted_tiles, split_tiles
+from mmtransformer.text.conversation import Conversation
 from support.cli import mmt
 from support.public import byte_level, close, first_logits, ids, load, noisy, pictures, until_end
 
@@ -240,7 +241,10 @@ def test_without_a_chat_template(tmp_path: Path) -> None:
         ours = load(path)
         assert ours.processor is not None
         if said is None:
-            assert ours.processor.conversation("what?") == "USER: <image>\nwhat? ASSISTANT:"  # type: ignore[attr-defined]
+            talk = ours.processor.conversation  # type: ignore[attr-defined]
+            assert talk("what?") == "USER: <image>\nwhat? ASSISTANT:"
+            asked = Conversation(["what?", "a dog", "why?"])
+            assert talk(asked) == "USER: <image>\nwhat? ASSISTANT: a dog</s>USER: why? ASSISTANT:"
         else:
             with pytest.raises(ValueError, match=said):
                 ours(pictures()[0], max_new_tokens=3)
