@@ -148,10 +148,8 @@ class CaptionData(Data):
         if self.processor is None and isinstance(found, PairSplit):
             first = found.without_follow_ups()
             if len(first) < len(found):
-                what = (
-                    "%s: %d answers to later turns of conversations are left out: the model is trained without prompts"
-                )
-                _log.warning(what, split, len(found) - len(first), "is trained without prompts")
+                what = "%s: %d answers to later turns of conversations are left out: the model reads no prompts"
+                _log.warning(what, split, len(found) - len(first))
             return first
         return found
 
