@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,10 @@ from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Split
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource
-from mmtransformer.data.loading.traces import changes, traces
+from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairSplit
 from mmtransformer.images import Augment, ImageTransform
-from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
@@ -290,29 +288,11 @@ class CaptionData(Data):
         mixture = self.mixture(self.train_split)
         return {"mixture": [] if mixture is None else list(mixture.quotas), "tokenizer": self.tokenizer_hash}
 
-    @once_a_split
-    def traces(self, split: str) -> Tensor:
-        """What tells whether captions or pictures have changed, see `loading.traces`."""
-        return traces(self.pairs(split), self.rows(split).captions)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The `identity`, and the traces of the data; those of the first process are kept."""
-        first = self.trainer is None or self.trainer.is_global_zero
-        splits = self.splits_of("fit") if first else ()
-        return super().state_dict() | {"traces": {split: self.traces(split) for split in splits}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Checks the `identity`, and warns if captions or pictures are not what they were."""
-        super().load_state_dict(state_dict)
-        if self.trainer is not None and not self.trainer.is_global_zero:
-            return
-        for split, was in state_dict.get("traces", {}).items():
-            if split in self.splits_of("fit") and (said := changes(was, self.traces(split), self.pairs(split))):
-                warnings.warn(
-                    f"the data have changed since the run was saved: {printable(said)} of {split!r}. The run goes on "
-                    f"with what is there now, and is no longer the one that it would have been",
-                    stacklevel=2,
-                )
+    def parts(self, split: str) -> Parts:
+        """Pictures and captions."""
+        pairs = self.pairs(split)
+        texts = [[part for caption in captions for part in caption] for captions in self.rows(split).captions]
+        return Parts(pairs.name, texts, getattr(pairs, "fingerprint", None))
 
     def changed(self, name: str, was: Any, now: Any) -> str:
         """What to say when the mixture or the tokenizer is not what it was."""

@@ -88,6 +88,14 @@ class FileSplit:
         """The number of its class."""
         return self.files[i].label
 
+    def fingerprint(self, i: int) -> str:
+        """What changes when the file does: its size and time."""
+        try:
+            found = self.files[i].path.stat()
+        except OSError:
+            return "unreadable"
+        return f"{found.st_size} {found.st_mtime_ns}"
+
 
 class ImageFolder:
     """A folder with a folder for each class: ROOT/cat/1.jpg, or ROOT/train/cat/1.jpg and ROOT/val/cat/2.jpg.

@@ -15,6 +15,7 @@ from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import scaled_image
+from mmtransformer.data.loading.traces import Parts
 from mmtransformer.images import Augment, ImageError, ImageTransform
 
 
@@ -174,6 +175,12 @@ class ClassData(Data):
         splits = (self.train_split, *self.val_splits)
         counts = ", ".join(f"{split} {len(self.images(split)):,}" for split in splits)
         return f"{len(self.classes)} classes ({names}); {counts}"
+
+    def parts(self, split: str) -> Parts:
+        """Pictures and classes."""
+        images = self.images(split)
+        texts = [[self.classes[images.label(i)]] for i in range(len(images))]
+        return Parts(images.name, texts, getattr(images, "fingerprint", None), ("pictures", "classes"))
 
     def identity(self) -> dict[str, Any]:
         """The classes."""

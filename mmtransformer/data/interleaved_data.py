@@ -18,6 +18,7 @@ from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Split
 from mmtransformer.data.loading.pixels import of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
+from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.mixture import MixedDocuments
 from mmtransformer.images import Augment, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
@@ -205,6 +206,13 @@ class InterleavedData(Data):
         return documents + self.captions.val_dataloader()
 
     test_dataloader = lightning.LightningDataModule.test_dataloader  # none: Lightning says what is missing
+
+    def parts(self, split: str) -> Parts:
+        """Documents: their texts, and the files of their pictures."""
+        documents = self.documents(split)
+        found = map(documents.document, range(len(documents)))
+        texts = [[*document.texts, document.language] for document in found]
+        return Parts(documents.name, texts, getattr(documents, "fingerprint", None), ("documents", "texts"))
 
     def identity(self) -> dict[str, Any]:
         """The tokenizer, the training rows, and how they are mixed."""

@@ -63,6 +63,12 @@ class _Parts(Generic[Split]):
         """How a training epoch is mixed; `sizes` in place of the parts' own where their members were packed."""
         return EpochMixture(sizes or self.parts, self.weights, epoch_size=self.epoch_size, seed=seed)
 
+    def fingerprint(self, i: int) -> str:
+        """The part's own fingerprint of the member, if it takes any; else its name."""
+        part, at = self.find(i)
+        own = getattr(self.splits[part], "fingerprint", None)
+        return self.name(i) if own is None else own(at)
+
 
 class MixedPairs(_Parts[Pairs]):
     """The pairs of several splits, numbered through: a `Pairs`."""
@@ -80,12 +86,6 @@ class MixedPairs(_Parts[Pairs]):
         """All captions of the picture."""
         part, at = self.find(i)
         return self.splits[part].captions(at)
-
-    def fingerprint(self, i: int) -> str:
-        """The part's own fingerprint of the picture, if it takes any; else its name."""
-        part, at = self.find(i)
-        own = getattr(self.splits[part], "fingerprint", None)
-        return self.name(i) if own is None else own(at)
 
 
 class MixedDocuments(_Parts[Documents]):

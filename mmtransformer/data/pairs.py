@@ -87,13 +87,12 @@ class PairSplit:
     def fingerprint(self, i: int) -> str:
         """What changes when the bytes of picture i do: its checksum or its file's time, at the cost of no reading."""
         place = self._images[i].place
+        if isinstance(place, Entry):
+            return self._files.fingerprint(place)
         try:
-            if not isinstance(place, Entry):
-                return hashlib.sha256(place[0].read(*place[1:]) or b"").hexdigest()
-            when = f"{place.crc:08x}" if place.crc >= 0 else self._files.modified(place)
+            return hashlib.sha256(place[0].read(*place[1:]) or b"").hexdigest()
         except (OSError, ValueError):
             return "unreadable"
-        return f"{when} {place.offset} {place.size}"
 
 
 class PairFiles:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
+from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -171,6 +172,12 @@ class TranslationData(Data):
             f"{split}: {len(self.rows(split)):,} pairs, {self.rows(split).lengths.mean():.1f} tokens each"
             for split in (self.train_split, *self.val_splits)
         )
+
+    def parts(self, split: str) -> Parts:
+        """Texts and their translations."""
+        pairs = self.pairs(split)
+        texts = [(pair.source, pair.source_language, pair.text, pair.language) for pair in pairs]
+        return Parts(lambda i: pairs[i].name, texts, called=("pairs", ""))
 
     def identity(self) -> dict[str, Any]:
         """The tokenizer."""

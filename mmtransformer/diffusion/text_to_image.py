@@ -69,6 +69,12 @@ class TextToImageModel(Pretrained, nn.Module):
         """Side of what one token of the transformer stands for, in pixels."""
         return self.transformer.patch_size * (1 if self.autoencoder is None else self.autoencoder.factor)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width, px, that its positions are counted in; where they are one a patch, 32 patches (DiT's)."""
+        side = (self.transformer.base_grid or 32) * self.patch_side
+        return side, side
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (b 3 height width) as what noise is added to: their latents, or as they are."""
         return images if self.autoencoder is None else self.autoencoder.encode(images)

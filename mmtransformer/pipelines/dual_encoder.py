@@ -292,7 +292,7 @@ class DualEncoder:
         model = load_clip(folder)
         tokenizer = Tokenizer.from_pretrained(folder)
         if (folder / PREPROCESSOR).exists():
-            transform = read_transform(folder / PREPROCESSOR)
+            transform = read_transform(folder / PREPROCESSOR, getattr(model.vision, "image_size", None))
         elif (folder / CONFIG).exists():
             kind = read_json(folder / CONFIG).get("model_type")
             transform = read_pixels(folder, "Siglip" if kind == "siglip" else "CLIP", size=model.vision.image_size[0])

@@ -239,7 +239,7 @@ class ImageGenerator:
         return cls(
             model,
             Tokenizer.from_pretrained(folder),
-            read_transform(folder / PREPROCESSOR),
+            read_transform(folder / PREPROCESSOR, model.image_size),
             config=settings,
             device=device,
         )

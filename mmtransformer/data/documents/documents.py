@@ -114,6 +114,11 @@ class PairDocumentSplit:
         """The picture's name."""
         return self.pairs.name(self._captions[i][0])
 
+    def fingerprint(self, i: int) -> str:
+        """The picture's own fingerprint, if it takes any; else its name."""
+        own, picture = getattr(self.pairs, "fingerprint", self.pairs.name), self._captions[i][0]
+        return own(picture)
+
     def image(self, i: int, k: int) -> Image.Image:
         """The picture."""
         return self.scaled_image(i, k)

@@ -63,6 +63,10 @@ class InterleavedSplit:
         found = self._documents[i]
         return Document(found.texts, found.language)
 
+    def fingerprint(self, i: int) -> str:
+        """What changes when the bytes of one of its pictures do."""
+        return " ".join(map(self._files.fingerprint, self._documents[i].places))
+
     def image_name(self, i: int, k: int) -> str:
         """The picture's path from the root."""
         return self._documents[i].places[k].path

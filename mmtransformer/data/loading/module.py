@@ -6,22 +6,26 @@ The batches are a pure function of (seed, epoch), the same for any number of wor
 import dataclasses
 import functools
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
+from mmtransformer.data.loading.traces import Parts, changes, traces
 from mmtransformer.serialization.pretrained import find_folder
+from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
 
 Own = TypeVar("Own", bound="Data")
@@ -197,6 +201,10 @@ class Data(lightning.LightningDataModule, ABC):
         """Which samples a training epoch takes, where that is not each of them once (None)."""
         return None
 
+    def parts(self, split: str) -> Parts | None:
+        """What samples are made of: what has changed when a run goes on is told. None = it is not looked for."""
+        return None
+
     def train_tokenizer(self) -> Tokenizer:
         """Train a tokenizer on the training texts: for data that has texts, and was given no tokenizer."""
         raise ValueError(f"{type(self).__name__} has no tokenizer, nor texts that one could be trained on")
@@ -321,12 +329,19 @@ class Data(lightning.LightningDataModule, ABC):
         """Copy a batch to the device beside its computation."""
         return batch.to(device, non_blocking=True)
 
+    @once_a_split
+    def traces(self, split: str) -> Tensor | None:
+        """What tells whether the `parts` of a split have changed."""
+        return None if (parts := self.parts(split)) is None else traces(parts)
+
     def state_dict(self) -> dict[str, Any]:
-        """The `identity`, which is saved with a run."""
-        return self.identity()
+        """The `identity`, which is saved with a run, and the `traces`; those of the first process are kept."""
+        first = self.trainer is None or self.trainer.is_global_zero
+        found = {split: self.traces(split) for split in (self.splits_of("fit") if first else ())}
+        return self.identity() | {"traces": {split: trace for split, trace in found.items() if trace is not None}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a run which goes on has the `identity` it had.
+        """Check that a run which goes on has the `identity` it had, and warn if its data are not what they were.
 
         Raises:
             ValueError: If it has another one, or the checkpoint does not say.
@@ -338,3 +353,13 @@ class Data(lightning.LightningDataModule, ABC):
                 )
             if state_dict[name] != now:
                 raise ValueError(f"cannot resume: {self.changed(name, state_dict[name], now)}")
+        if self.trainer is not None and not self.trainer.is_global_zero:
+            return
+        for split, was in (state_dict or {}).get("traces", {}).items():
+            now = self.traces(split) if split in self.splits_of("fit") else None
+            if now is not None and (said := changes(was, now, cast(Parts, self.parts(split)))):
+                warnings.warn(
+                    f"the data have changed since the run was saved: {printable(said)} of {split!r}. The run goes on "
+                    f"with what is there now, and is no longer the one that it would have been",
+                    stacklevel=2,
+                )

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmtransformer.data.files.read_options import TextReadOptions
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, open_texts
@@ -115,6 +116,10 @@ class MaskedTextData(Data):
             line = f"{split}: {len(rows):,} rows of at most {self.max_len} tokens"
             lines.append(f"{line}, pairs of texts: {kinds}" if self.pairs else line)
         return "\n".join(lines)
+
+    def parts(self, split: str) -> Parts:
+        """Texts, by their place in the split."""
+        return Parts(lambda i: f"{split} {i}", self.source.split(split), called=("texts", ""))
 
     def identity(self) -> dict[str, Any]:
         """The tokenizer."""

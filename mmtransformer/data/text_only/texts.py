@@ -14,6 +14,7 @@ from mmtransformer.data.files.read_options import TextReadOptions
 from mmtransformer.data.loading.module import Data, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.text_only.text_rows import TextRow, TextRows
 from mmtransformer.data.text_only.text_source import TextFiles, TextSource, open_texts
 from mmtransformer.text.tokenizer import Tokenizer
@@ -169,6 +170,10 @@ class TextData(Data):
                 line += f"; {rows.divided:,} texts longer than {self.max_len} tokens were divided"
             lines.append(line)
         return "\n".join(lines)
+
+    def parts(self, split: str) -> Parts:
+        """Texts, named as in a batch."""
+        return Parts(lambda i: f"{split} {i}", self.texts(split), called=("texts", ""))
 
     def identity(self) -> dict[str, Any]:
         """The tokenizer, and the size of texts and rows."""
