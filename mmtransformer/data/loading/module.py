@@ -338,7 +338,8 @@ class Data(lightning.LightningDataModule, ABC):
         """The `identity`, which is saved with a run, and the `traces`; those of the first process are kept."""
         first = self.trainer is None or self.trainer.is_global_zero
         found = {split: self.traces(split) for split in (self.splits_of("fit") if first else ())}
-        return self.identity() | {"traces": {split: trace for split, trace in found.items() if trace is not None}}
+        kept = {split: trace for split, trace in found.items() if trace is not None}
+        return self.identity() | ({"traces": kept} if kept else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a run which goes on has the `identity` it had, and warn if its data are not what they were.
