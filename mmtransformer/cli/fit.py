@@ -131,9 +131,9 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
             text = "compute blocks again in the backward pass, in place of keeping what is in them"
             parser.add_argument("--activation_checkpointing", type=bool, default=False, help=text)
             parser.add_argument("--compile", type=bool, default=False, help="compile the blocks")
-            text = "most pictures of each split where they are drawn in the run: for a trial"
             text = "most seconds that another process of the run may give no sign of life; 0 waits for ever"
             parser.add_argument("--process_timeout", type=float, default=600.0, help=text)
+            text = "most pictures of each split where they are drawn in the run: for a trial"
             parser.add_argument("--max_drawn", type=int | None, default=None, help=text)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -13,14 +13,14 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip import BlipITM, BlipVQA
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import (
     cross_encoder_from_bert,
@@ -147,18 +147,6 @@ def to_blip(model: Blip) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config | {"architectures": [kind], "text_config": {**text, "encoder_hidden_size": model.vision.dim}}, tensors
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, with what published ones leave out as it is usual.
-
-    Raises:
-        ValueError: if it is of another family.
-    """
-    config = read_json(folder / CONFIG)
-    if (kind := config.get("model_type")) != "blip":
-        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip"')
-    return _with_usual(config)
-
-
 def _with_usual(config: dict[str, Any]) -> dict[str, Any]:
     return config | {name: usual | config.get(name, {}) for name, usual in _DEFAULTS.items()}
 
@@ -170,7 +158,7 @@ def load_blip(source: str | Path) -> Blip:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config, state = read_config(folder), read_tensors(folder)
+    config, state = _with_usual(read_config(folder, "blip")), read_tensors(folder)
     with built_from(state, str(folder)):
         return blip_from_state(config, state, str(folder))
 
@@ -190,7 +178,7 @@ class BlipProcessor(Processor):
     prompt_len = 1
 
     def __init__(self, folder: Path) -> None:
-        config = read_config(folder)
+        config = _with_usual(read_config(folder, "blip"))
         text, kinds = config["text_config"], config.get("architectures") or ()
         if "BlipForImageTextRetrieval" in kinds:
             raise ValueError(f"{folder} holds a BLIP that matches images and texts (BlipITM), and does not caption")

@@ -15,7 +15,7 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip2 import Blip2, InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
@@ -24,7 +24,7 @@ from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.settings import read_ends
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SIZES, UnsupportedModel, read_sizes, write_sizes
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.lm import decoder_from_state, to_transformers
 from mmtransformer.weights.vision.eva import vision_from_blip2, vision_to_blip2
@@ -214,21 +214,19 @@ def load_blip2(source: str | Path) -> Blip2 | Blip2QFormer:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config = read_config(folder)
+    config = _whole_config(folder)
     state = read_tensors(folder)
     with built_from(state, str(folder)):
         return blip2_from_state(config, state, str(folder))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _whole_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json, with what published ones leave out as it is usual.
 
     Raises:
-        ValueError: if it is of another family.
+        ValueError: if it is of another family, or a part's config is none.
     """
-    config = read_json(folder / CONFIG)
-    if (kind := config.get("model_type")) not in ("blip-2", "instructblip"):
-        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "blip-2" or "instructblip"')
+    config = read_config(folder, "blip-2", "instructblip")
     for name in (*_DEFAULTS, "text_config"):
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f"{folder / CONFIG}: {name} is {config[name]!r}, not a model's config")
@@ -249,7 +247,7 @@ class Blip2Processor(Processor):
     """
 
     def __init__(self, folder: Path) -> None:
-        config = read_config(folder)
+        config = _whole_config(folder)
         text = config["text_config"]
         self.instruct = config["model_type"] == "instructblip"
         super().__init__(

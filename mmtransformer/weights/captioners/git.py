@@ -25,7 +25,7 @@ from mmtransformer.weights.shared.configs import (
     read_sizes,
     write_sizes,
 )
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
 
@@ -146,10 +146,7 @@ def load_git(source: str | Path) -> Git:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config = read_json(folder / CONFIG)
-    if (kind := config.get("model_type")) != "git":
-        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "git"')
-    state = read_tensors(folder)
+    config, state = read_config(folder, "git"), read_tensors(folder)
     with built_from(state, str(folder)):
         return git_from_state(config, state, str(folder))
 

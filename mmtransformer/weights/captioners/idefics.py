@@ -26,7 +26,7 @@ from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_ends
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
@@ -247,10 +247,7 @@ def load_idefics(source: str | Path, *, visible_images: VisibleImages = "last") 
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config = read_json(folder / CONFIG)
-    if (kind := config.get("model_type")) != "idefics":
-        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "idefics"')
-    state = read_tensors(folder)
+    config, state = read_config(folder, "idefics"), read_tensors(folder)
     with built_from(state, str(folder)):
         return idefics_from_state(config, state, str(folder), visible_images)
 

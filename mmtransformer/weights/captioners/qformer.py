@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.connectors.qformer import QFormer
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.shared.configs import SIZES, read_sizes
-from mmtransformer.weights.shared.folders import read_tensors
-from mmtransformer.weights.shared.keys import rows_of
+from mmtransformer.weights.shared.folders import read_config, read_tensors
+from mmtransformer.weights.shared.keys import key_mappings
 from mmtransformer.weights.text.bert import bert_names
 
 
@@ -72,7 +72,7 @@ def init_from_bert(qformer: QFormer, bert: nn.Module | dict[str, Tensor]) -> QFo
     """
     state = bert_names(bert.state_dict() if isinstance(bert, nn.Module) else bert)
     own, found = qformer.state_dict(), {}
-    for row in rows_of(qformer_keys(_BERT), own):
+    for row in key_mappings(qformer_keys(_BERT), own):
         if "query_tokens" in row.source or "crossattention" in row.source:
             continue
         source, name = row.source.replace("_query.", "."), row.target[0]
@@ -111,10 +111,7 @@ def qformer_from_bert(
         ValueError: if it is no BERT, or lacks something.
     """
     folder = find_folder(source)
-    config = read_json(folder / CONFIG)
-    if config.get("model_type") != "bert":
-        raise ValueError(f'{folder / CONFIG}: model_type is "{config.get("model_type")}", not "bert"')
-    state = read_tensors(folder)
+    config, state = read_config(folder, "bert"), read_tensors(folder)
     sizes = read_sizes(config, SIZES, str(folder))
     with built_from(state, str(folder)):
         sizes["vocab_size"] += extra_ids

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.connectors.linear import LinearConnector
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.pixels import read_pixels
@@ -18,7 +18,7 @@ from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_ends, read_start
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only
-from mmtransformer.weights.shared.folders import read_tensors, write_folder
+from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import decoder_from_bert, decoder_to_bert
 from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, gpt2_config, is_gpt2
@@ -135,20 +135,18 @@ def load_vision_encoder_decoder(source: str | Path) -> VisionEncoderDecoder:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config, state = read_config(folder), read_tensors(folder)
+    config, state = _whole_config(folder), read_tensors(folder)
     with built_from(state, str(folder)):
         return vision_encoder_decoder_from_state(config, state, str(folder))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _whole_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json.
 
     Raises:
         ValueError: if it is of another family, or lacks a part.
     """
-    config = read_json(folder / CONFIG)
-    if (kind := config.get("model_type")) != _TYPE:
-        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not "{_TYPE}"')
+    config = read_config(folder, _TYPE)
     for name in ("encoder", "decoder"):
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{folder / CONFIG} has no {name}")
@@ -169,7 +167,7 @@ class VisionEncoderDecoderProcessor(Processor):
     prompt_len = 1
 
     def __init__(self, folder: Path) -> None:
-        encoder = read_config(folder)["encoder"]
+        encoder = _whole_config(folder)["encoder"]
         size = encoder.get("image_size", 224)
         kind = {"deit": "DeiT"}.get(encoder.get("model_type", ""), "ViT")
         super().__init__(

@@ -51,6 +51,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}{there}; was it downloaded whole?")
 
 
+def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        ValueError: if its `model_type` is none of these.
+    """
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("model_type")) not in kinds:
+        wanted = " or ".join(f'"{name}"' for name in kinds)
+        raise ValueError(f'{folder / CONFIG}: model_type is "{kind}", not {wanted}')
+    return config
+
+
 def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):

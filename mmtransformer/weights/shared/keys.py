@@ -19,7 +19,7 @@ from mmtransformer.serialization.pretrained import load_strictly
 
 
 @dataclass(frozen=True)
-class Row:
+class KeyMapping:
     """One tensor of the source and the tensors of the target that it holds, one after the other along dimension 0.
 
     Attributes:
@@ -39,8 +39,8 @@ def _each(pattern: str) -> list[str]:
     return [pattern.replace(found[0], part) for part in found[1].split(",")] if found else [pattern]
 
 
-def rows_of(keys: Mapping[str, str], target: Iterable[str], *, transposed: Sequence[str] = ()) -> list[Row]:
-    """The rows of the tensors that a model has.
+def key_mappings(keys: Mapping[str, str], target: Iterable[str], *, transposed: Sequence[str] = ()) -> list[KeyMapping]:
+    """What stands for the tensors that a model has.
 
     Args:
         keys: the table of the family.
@@ -58,7 +58,7 @@ def rows_of(keys: Mapping[str, str], target: Iterable[str], *, transposed: Seque
                 parts = tuple(part.replace("*", number) + kind for part in fused)
                 turned = kind == ".weight" and source.endswith(tuple(transposed))
                 if all(part in names for part in parts):
-                    found.append(Row(source.replace("*", number) + kind, parts, turned))
+                    found.append(KeyMapping(source.replace("*", number) + kind, parts, turned))
     return found
 
 
@@ -73,12 +73,12 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def convert(
-    table: Iterable[Row], source: Mapping[str, Tensor], context: str, ignored: Iterable[str] = ()
+    table: Iterable[KeyMapping], source: Mapping[str, Tensor], context: str, ignored: Iterable[str] = ()
 ) -> dict[str, Tensor]:
     """The other project's tensors, renamed and split into the library's.
 
     Args:
-        table: the rows of this model.
+        table: the mappings of this model, from `key_mappings`.
         source: the tensors by the other project's names; all must be used.
         context: what they come from, for errors.
         ignored: names that may be left over (buffers, tied copies).
@@ -124,14 +124,14 @@ def fill(
         ignored: names that may be left over (buffers, tied copies).
         kept: beginnings of names of the module's tensors that stay as they are.
         extra: tensors by the library's names that the table does not serve.
-        transposed: see `rows_of`.
+        transposed: see `key_mappings`.
 
     Raises:
         ValueError: as `convert`, and for tensors of another shape.
     """
     own, target = module.state_dict(), dict(extra or {})
     names = [name for name in own if not name.startswith(kept) and name not in target]
-    target |= convert(rows_of(keys, names, transposed=transposed), source, context, ignored)
+    target |= convert(key_mappings(keys, names, transposed=transposed), source, context, ignored)
     filled = {own[name].data_ptr() or name for name in target if name in own}
     stays = {name: t for name, t in own.items() if name.startswith(kept) and (t.data_ptr() or name) not in filled}
     load_strictly(module, target | stays, context)
@@ -152,20 +152,20 @@ def export(
         keys: the table of the family.
         context: what the other project calls such a model, for errors.
         kept: beginnings of names of the module's tensors that are left out.
-        transposed: see `rows_of`.
+        transposed: see `key_mappings`.
 
     Raises:
         ValueError: naming tensors that the other project has no place for.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(kept)}
-    table = rows_of(keys, own, transposed=transposed)
+    table = key_mappings(keys, own, transposed=transposed)
     known = {name for row in table for name in row.target}
     if extra := [name for name in own if name not in known]:
         raise ValueError(f"{context} has no place for {', '.join(extra[:5])} ({len(extra)} in all)")
     return convert_back(table, own)
 
 
-def convert_back(table: Iterable[Row], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_back(table: Iterable[KeyMapping], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The library's tensors, fused and renamed as the other project has them."""
     source = {}
     for row in table:

@@ -27,7 +27,7 @@ def fill_decoder(
         keys: the key table; its first key is the embedding.
         state: named as the model with its head, or as the bare model, without the first part of the embedding's name.
         context: what they come from, for errors.
-        transposed: see `keys.rows_of`.
+        transposed: see `keys.key_mappings`.
         buffers: ends of names that are not read.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.weights.shared.keys import export, fill, part, rows_of
+from mmtransformer.weights.shared.keys import export, fill, key_mappings, part
 
 
 def fill_vit(
@@ -113,4 +113,4 @@ def without_parent(state: Mapping[str, Tensor], parents: Sequence[str]) -> Mappi
 
 def _patches(keys: Mapping[str, str]) -> str:
     """What the project calls the weight of its patches' convolution."""
-    return rows_of(keys, ["patch_embed.proj.weight"])[0].source
+    return key_mappings(keys, ["patch_embed.proj.weight"])[0].source
