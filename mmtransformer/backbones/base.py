@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer.layers import masks
-from mmtransformer.layers.cache import KVCache
+from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import document_positions
 
@@ -46,6 +46,8 @@ class PromptBatch:
 class DecoderState:
     """What decoding remembers of the tokens so far: a cache a block, the padding, and each row's next position.
 
+    Where the decoder reads a context, its keys and values too, which stay where they are: a sample's rows share them.
+
     Args:
         depth: number of blocks.
         max_len: most tokens, prompt included.
@@ -56,6 +58,8 @@ class DecoderState:
         next_positions: (b) long, the position that a row's next token gets; None before the first token.
         attention_mask: (b length) bool, True = a real token; None = all are. Of a static state (b max_len).
         cache_position: (1) long, the last token's place in the caches, once the state is static.
+        context: keys and values for each block that reads a context, set by the first tokens; None = there is none.
+        context_attention_mask: (b k) bool, which of the context's tokens new ones see; None = all.
     """
 
     def __init__(self, depth: int, max_len: int, *, caches: Sequence[Cache] | None = None) -> None:
@@ -64,6 +68,8 @@ class DecoderState:
         self.next_positions: Tensor | None = None
         self.attention_mask: Tensor | None = None
         self.cache_position: Tensor | None = None
+        self.context: list[KeyValue] | None = None
+        self.context_attention_mask: Tensor | None = None
 
     def advance(self, rows: int, position_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Notes new tokens, before the blocks append their keys and values to the caches.
@@ -127,6 +133,8 @@ class DecoderState:
             self.attention_mask = select_rows(self.attention_mask, rows)
         if self.next_positions is not None:
             self.next_positions = select_rows(self.next_positions, rows)
+        if self.context_attention_mask is not None:
+            self.context_attention_mask = select_rows(self.context_attention_mask, rows)
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:

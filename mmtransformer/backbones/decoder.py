@@ -228,7 +228,7 @@ class TextDecoder(Pretrained, Decoder):
         """Hidden states of tokens, to be given to `head`: as `Decoder.forward`, and with a context.
 
         `context` is what cross-attention reads, its n rows dividing b; `context_attention_mask` (n k) bool, True = a
-        real token of it, None = all are.
+        real token of it, None = all are. A state remembers the context of its first tokens, which later ones read.
 
         Returns:
             (b q d), normed.
@@ -268,6 +268,8 @@ class TextDecoder(Pretrained, Decoder):
         `both_ways` (b q) bool are tokens that see each other in both directions, in place of a `mask`: images, a
         prompt. None = there are none. Not with tokens in the state already.
         """
+        if state is not None and state.context is not None and context is None:
+            context, context_attention_mask = state.context, state.context_attention_mask
         if (context is None) != (self.cross_dim is None):
             has = "has no" if self.cross_dim is None else "has"
             given = "no context was given" if context is None else "a context was given"
@@ -279,8 +281,11 @@ class TextDecoder(Pretrained, Decoder):
         contexts, context_mask = iter(context or ()), None
         if context_attention_mask is not None:
             each = x.shape[0] // context_attention_mask.shape[0]
-            context_mask = context_attention_mask.repeat_interleave(each, 0)[:, None]
+            context_attention_mask = context_attention_mask.repeat_interleave(each, 0)
+            context_mask = context_attention_mask[:, None]
         if state is not None:
+            if not state.length and context is not None:
+                state.context, state.context_attention_mask = list(context), context_attention_mask
             state.advance(x.shape[0], position_ids, attention_mask)
         full = self.attention_mask(x, attention_mask, mask, state, None, both_ways)
         window, interval = self.attention.window, self.attention.full_interval

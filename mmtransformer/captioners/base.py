@@ -15,10 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import DecoderState, State, select_rows
+from mmtransformer.backbones.base import State
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch
-from mmtransformer.layers.cache import KeyValue
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -119,38 +118,6 @@ class Output:
         return self.sums.sum / self.sums.count.clamp(min=1)
 
 
-class CrossAttentionState:
-    """What decoding remembers where blocks read images by cross-attention.
-
-    Args:
-        decoder: the decoder's caches.
-        context: keys and values of the images for each block that reads them, shared by a sample's rows; None = there
-            is no image.
-        mask: (n k) bool, which of the context's tokens new text tokens see; None = all.
-        text: the caches of a second decoder, whose result the first one reads.
-    """
-
-    def __init__(
-        self,
-        decoder: DecoderState,
-        context: list[KeyValue] | None,
-        mask: Tensor | None = None,
-        *,
-        text: DecoderState | None = None,
-    ) -> None:
-        self.decoder, self.context, self.text = decoder, context, text
-        # Rows share memory in a broadcast mask, and could not be reordered in place.
-        self.mask = None if mask is None else mask.clone(memory_format=torch.contiguous_format)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Reorders what belongs to rows of text; the images' keys and values stay where they are."""
-        self.decoder.reorder(rows)
-        if self.text is not None:
-            self.text.reorder(rows)
-        if self.mask is not None:
-            self.mask = select_rows(self.mask, rows)
-
-
 class Captioner(Pretrained, nn.Module, ABC):
     """The contract of every captioner: a vision encoder, a language model, and what connects them.
 
@@ -234,9 +201,9 @@ class Captioner(Pretrained, nn.Module, ABC):
             Logits of the first new token (n * expand_size, vocab), and the state to give to `decode_step`.
         """
 
-    @abstractmethod
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds one token a row to what `prefill` gave: (n) long -> logits of the next (n vocab)."""
+        return self.decoder.head(self.decoder(tokens[:, None], state=state)[:, 0])
 
     @abstractmethod
     def attention_map(self, batch: CaptionBatch) -> Tensor:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import repeat_rows
+from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, CrossAttentionState
+from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
@@ -70,21 +70,15 @@ class BlipVQA(Captioner):
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, CrossAttentionState]:
+    ) -> tuple[Tensor, DecoderState]:
         """Reads images, questions and the left-padded beginnings of answers, once; see `Captioner.prefill`."""
         questions, real = self.read_questions(batch)
-        context = self.decoder.project_context(questions)
-        state = CrossAttentionState(self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens), context, real)
+        state = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         hidden = self.decoder(
-            batch.tokens, context, attention_mask=attention_mask, context_attention_mask=real, state=state.decoder
+            batch.tokens, questions, attention_mask=attention_mask, context_attention_mask=real, state=state
         )
         return repeat_rows(self.head(hidden[:, -1]), state, expand_size)
-
-    def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
-        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        hidden = self.decoder(tokens[:, None], state.context, context_attention_mask=state.mask, state=state.decoder)
-        return self.head(hidden[:, 0])
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:

@@ -6,23 +6,36 @@ compared, gh gw rows and columns of patches.
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import repeat_rows
+from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import CaptionBatch, Captioner, CrossAttentionState, Output, check_rows
+from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check_rows
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import clip_loss, image_ids, refuse_empty
 from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import Loss, next_token_loss
+
+
+class CoCaState(NamedTuple):
+    """What decoding remembers of both halves."""
+
+    text: DecoderState
+    decoder: DecoderState
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorders both."""
+        self.text.reorder(rows)
+        self.decoder.reorder(rows)
 
 
 class CoCa(Captioner):
@@ -174,23 +187,22 @@ class CoCa(Captioner):
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, CrossAttentionState]:
+    ) -> tuple[Tensor, CoCaState]:
         """Pools the images once and reads the left-padded prompts; see `Captioner.prefill`."""
         length = batch.tokens.shape[1] + max_new_tokens
-        context = self.decoder.project_context(self.pooled(batch))
-        state = CrossAttentionState(self.decoder.new_state(length), context, text=self.text.new_state(length))
+        state = CoCaState(self.text.new_state(length), self.decoder.new_state(length))
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        logits = self.head(self._append(batch.tokens, attention_mask, state)[:, -1])
+        logits = self.head(self._append(batch.tokens, attention_mask, state, self.pooled(batch))[:, -1])
         return repeat_rows(logits, state, expand_size)
 
-    def _append(self, tokens: Tensor, attention_mask: Tensor | None, state: CrossAttentionState) -> Tensor:
+    def _append(
+        self, tokens: Tensor, attention_mask: Tensor | None, state: CoCaState, pooled: Tensor | None = None
+    ) -> Tensor:
         lower = self.text(tokens, attention_mask=attention_mask, state=state.text)
         positions = self.decoder.position_ids(lower, attention_mask, state=state.decoder)
-        return self.decoder.forward_embeds(
-            lower, positions, state.context, attention_mask=attention_mask, state=state.decoder
-        )
+        return self.decoder.forward_embeds(lower, positions, pooled, attention_mask=attention_mask, state=state.decoder)
 
-    def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: CoCaState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self.decoder.head(self._append(tokens[:, None], None, state)[:, 0])
 

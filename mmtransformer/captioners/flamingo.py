@@ -13,10 +13,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import Decoder, repeat_rows
+from mmtransformer.backbones.base import Decoder, DecoderState, repeat_rows, select_rows
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import latents_rollout, on_patches, through_latents
-from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, CrossAttentionState, freeze
+from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, freeze
 from mmtransformer.captioners.image_attention_mask import VisibleImages, check_visible_images, image_attention_mask
 from mmtransformer.connectors.base import Connector
 from mmtransformer.connectors.resampler import PerceiverResampler
@@ -79,6 +79,28 @@ class GatedConfig:
             mlp_without_image=self.mlp_without_image,
             dropout=self.dropout,
         )
+
+
+class FlamingoState:
+    """What decoding remembers: the language model's caches, and what the gated blocks read.
+
+    Args:
+        decoder: the caches.
+        context: keys and values of the latents for each gated block, shared by a sample's rows; None = there is no
+            image.
+        mask: (n k) bool, which latents new text tokens see; None = all.
+    """
+
+    def __init__(self, decoder: DecoderState, context: list[KeyValue] | None, mask: Tensor | None) -> None:
+        self.decoder, self.context = decoder, context
+        # Rows share memory in a broadcast mask, and could not be reordered in place.
+        self.mask = None if mask is None else mask.clone(memory_format=torch.contiguous_format)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorders what belongs to rows of text; the latents' keys and values stay where they are."""
+        self.decoder.reorder(rows)
+        if self.mask is not None:
+            self.mask = select_rows(self.mask, rows)
 
 
 class Flamingo(Captioner):
@@ -215,7 +237,7 @@ class Flamingo(Captioner):
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, CrossAttentionState]:
+    ) -> tuple[Tensor, FlamingoState]:
         """Encodes the images once and reads the left-padded prompts; see `Captioner.prefill`."""
         if batch.document_ids is not None:
             raise ValueError("a prompt is one document a row, but document_ids were given")
@@ -228,10 +250,9 @@ class Flamingo(Captioner):
         )
         if context is not None and mask is not None:
             context, mask = self._for_new_tokens(context, mask[:, -1], batch)
-        state = CrossAttentionState(decoder, context, mask)
-        return repeat_rows(self.head(hidden[:, -1]), state, expand_size)
+        return repeat_rows(self.head(hidden[:, -1]), FlamingoState(decoder, context, mask), expand_size)
 
-    def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: FlamingoState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         hook = self.before_block(state.context, None if state.mask is None else state.mask[:, None])
         hidden = self.decoder(tokens[:, None], state=state.decoder, before_block=hook)

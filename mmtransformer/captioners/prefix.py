@@ -80,10 +80,6 @@ class PrefixCaptioner(Captioner):
             self.decoder, self.prefix_embeds(batch), batch, expand_size=expand_size, max_new_tokens=max_new_tokens
         )
 
-    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        return self.decoder.decode_step(tokens, state)
-
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
         """The text's attention to the visual tokens, the mean of all heads and layers: (n q i gh gw).

@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mmtransformer.backbones.base import repeat_rows
+from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches
-from mmtransformer.captioners.base import CaptionBatch, Captioner, CrossAttentionState, freeze
+from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
@@ -72,26 +72,15 @@ class VisionEncoderDecoder(Captioner):
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, CrossAttentionState]:
+    ) -> tuple[Tensor, DecoderState]:
         """Encodes the images once and reads the left-padded prompts; see `Captioner.prefill`."""
-        n, q = batch.tokens.shape
-        visual, real = self.context(batch)
-        context = self.decoder.project_context(visual)
-        state = CrossAttentionState(
-            self.decoder.new_state(q + max_new_tokens),
-            context,
-            None if real is None else real.repeat_interleave(n // len(real), 0),
-        )
+        context, real = self.context(batch)
+        state = self.decoder.new_state(batch.tokens.shape[1] + max_new_tokens)
         attention_mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         hidden = self.decoder(
-            batch.tokens, context, attention_mask=attention_mask, context_attention_mask=real, state=state.decoder
+            batch.tokens, context, attention_mask=attention_mask, context_attention_mask=real, state=state
         )
         return repeat_rows(self.decoder.head(hidden[:, -1]), state, expand_size)
-
-    def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
-        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        hidden = self.decoder(tokens[:, None], state.context, context_attention_mask=state.mask, state=state.decoder)
-        return self.decoder.head(hidden[:, 0])
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:

@@ -31,7 +31,8 @@ from mmtransformer import (
     show_mask,
 )
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.captioners.base import CrossAttentionState, is_frozen
+from mmtransformer.captioners.base import is_frozen
+from mmtransformer.captioners.flamingo import FlamingoState
 from mmtransformer.layers.attention import Attention
 from mmtransformer.training.engine.speed import checkpoint_activations
 
@@ -555,7 +556,7 @@ def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
     _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
     assert calls == ["vision", "kv", "kv", "kv"]
-    assert isinstance(state, CrossAttentionState)
+    assert isinstance(state, FlamingoState)
     assert state.context is not None
     assert state.mask is None
     before = [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context]

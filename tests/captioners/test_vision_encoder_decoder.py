@@ -19,7 +19,8 @@ from mmtransformer import (
     ViT,
     record_attention,
 )
-from mmtransformer.captioners.base import Captioner, CrossAttentionState
+from mmtransformer.backbones.base import DecoderState
+from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.vision_encoder_decoder import add_cross_attention
 from mmtransformer.weights import from_transformers
 
@@ -220,7 +221,8 @@ def test_images_are_read_once_and_never_copied(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(model.vision, "forward_features", lambda x: (calls.append("vision"), seen(x))[1])
     _, state = model.prefill(given, expand_size=5, max_new_tokens=3)
     assert calls == ["vision", "kv", "kv", "kv"]
-    assert isinstance(state, CrossAttentionState)
+    assert isinstance(state, DecoderState)
+    assert state.context is not None
     before = [(kv.k.data_ptr(), kv.v.data_ptr()) for kv in state.context]
     assert all(kv.k.shape[0] == kv.v.shape[0] == 3 for kv in state.context)  # Not 6 rows, not 30 beams.
     state.reorder(torch.arange(30).view(6, 5).flip(1).flatten())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import DecoderState, repeat_rows, vocabulary_error
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import CaptionBatch, Captioner, CrossAttentionState
+from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock
@@ -197,7 +197,7 @@ class OpenCoCa(Captioner):
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
-    ) -> tuple[Tensor, CrossAttentionState]:
+    ) -> tuple[Tensor, DecoderState]:
         """Pools the images once and reads the left-padded prompts; see `Captioner.prefill`.
 
         Raises:
@@ -205,28 +205,28 @@ class OpenCoCa(Captioner):
         """
         if (length := batch.tokens.shape[1] + max_new_tokens) > self.max_len:
             raise ValueError(f"{length} tokens were asked for, but this CoCa has {self.max_len} positions")
-        decoder = DecoderState(self.depth + self.decoder_depth, length)
-        state = CrossAttentionState(decoder, self.project_context(self.pooled(batch)))
+        state = DecoderState(self.depth + self.decoder_depth, length)
+        state.context = self.project_context(self.pooled(batch))
         logits = self._append(batch.tokens, batch.attention_mask, state)
         return repeat_rows(logits, state, expand_size)
 
-    def _append(self, tokens: Tensor, attention_mask: Tensor | None, state: CrossAttentionState) -> Tensor:
-        decoder, (n, q) = state.decoder, tokens.shape
-        if decoder.next_positions is None:
+    def _append(self, tokens: Tensor, attention_mask: Tensor | None, state: DecoderState) -> Tensor:
+        n, q = tokens.shape
+        if state.next_positions is None:
             assert attention_mask is not None
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-            decoder.advance(n, positions, attention_mask)
+            state.advance(n, positions, attention_mask)
             allowed = masks.all_of(masks.causal(), masks.padding(attention_mask))
             mask: Mask = masks.dense(allowed, n, q, q, tokens.device)
         else:
-            positions = decoder.next_positions[:, None]
-            decoder.advance(n, positions, None)
-            assert decoder.attention_mask is not None
-            mask = decoder.attention_mask[:, None]
+            positions = state.next_positions[:, None]
+            state.advance(n, positions, None)
+            assert state.attention_mask is not None
+            mask = state.attention_mask[:, None]
         assert state.context is not None
-        return self.head(self._read(self._embed(tokens, positions), state.context, mask, decoder)[:, -1])
+        return self.head(self._read(self._embed(tokens, positions), state.context, mask, state)[:, -1])
 
-    def decode_step(self, tokens: Tensor, state: CrossAttentionState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self._append(tokens[:, None], None, state)
 

@@ -80,10 +80,6 @@ class PaliGemma(Captioner):
         hidden = read_behind_images(self.decoder, images, batch, prompt, image_positions=True, state=state)
         return repeat_rows(self.decoder.head(hidden[:, -1]), state, expand_size)
 
-    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Adds a token to each row: (n) -> logits of the next (n vocab)."""
-        return self.decoder.decode_step(tokens, state)
-
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
         """The text's attention to the patches, the mean of all heads and layers: (n q i gh gw)."""
