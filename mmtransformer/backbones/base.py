@@ -46,7 +46,7 @@ class PromptBatch:
 class DecoderState:
     """What decoding remembers of the tokens so far: a cache a block, the padding, and each row's next position.
 
-    Where the decoder reads a context, its keys and values too, which stay where they are: a sample's rows share them.
+    Where the decoder reads a context, its keys and values too, which are never reordered: a sample's rows share them.
 
     Args:
         depth: number of blocks.
@@ -59,7 +59,7 @@ class DecoderState:
         attention_mask: (b length) bool, True = a real token; None = all are. Of a static state (b max_len).
         cache_position: (1) long, the last token's place in the caches, once the state is static.
         context: keys and values for each block that reads a context, set by the first tokens; None = there is none.
-        context_attention_mask: (b k) bool, which of the context's tokens new ones see; None = all.
+        context_attention_mask: (n k) bool, which of the context's tokens are real; None = all.
     """
 
     def __init__(self, depth: int, max_len: int, *, caches: Sequence[Cache] | None = None) -> None:
@@ -133,8 +133,6 @@ class DecoderState:
             self.attention_mask = select_rows(self.attention_mask, rows)
         if self.next_positions is not None:
             self.next_positions = select_rows(self.next_positions, rows)
-        if self.context_attention_mask is not None:
-            self.context_attention_mask = select_rows(self.context_attention_mask, rows)
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -281,8 +281,7 @@ class TextDecoder(Pretrained, Decoder):
         contexts, context_mask = iter(context or ()), None
         if context_attention_mask is not None:
             each = x.shape[0] // context_attention_mask.shape[0]
-            context_attention_mask = context_attention_mask.repeat_interleave(each, 0)
-            context_mask = context_attention_mask[:, None]
+            context_mask = context_attention_mask.repeat_interleave(each, 0)[:, None]
         if state is not None:
             if not state.length and context is not None:
                 state.context, state.context_attention_mask = list(context), context_attention_mask

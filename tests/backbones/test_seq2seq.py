@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmtransformer import Seq2SeqBatch, Transformer, generate, record_attention
 from mmtransformer.layers.attention import Attention
-from mmtransformer.weights.shared.keys import convert_back, rows_of
+from mmtransformer.weights.shared.keys import convert_back, key_mappings
 
 VOCAB, DIM, HEADS = 53, 20, 5
 EOS = 2
@@ -128,7 +128,7 @@ def test_equals_torch_nn_transformer(pre_norm: bool) -> None:
     if not pre_norm:  # It puts a norm behind the last one, which the paper does not have.
         theirs.encoder.norm = theirs.decoder.norm = None
     own = model.state_dict()
-    theirs.load_state_dict(convert_back(rows_of(TORCH_KEYS, own), own))
+    theirs.load_state_dict(convert_back(key_mappings(TORCH_KEYS, own), own))
     want = theirs.eval()(
         model.embed(batch.source),
         model.decoder.embed(batch.tokens, torch.arange(7)),

@@ -32,7 +32,7 @@ from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_blip2
 from mmtransformer.weights.captioners.qformer import BLIP2, qformer_keys
 from mmtransformer.weights.shared.dtype import cast_frozen
-from mmtransformer.weights.shared.keys import fill, rows_of
+from mmtransformer.weights.shared.keys import fill, key_mappings
 
 IMAGES, ROWS, CAPTIONS, QUERIES, TEXT, BEAMS, NEW = 16, 8, 8, 32, 32, 5, 20
 IMAGE, BEGIN, VOCAB = 50_271, 2, 50_272
@@ -96,7 +96,7 @@ def qformers(dropout: float = 0.0) -> tuple[QFormer, Any]:
     peer = Blip2QFormerModel(config)
     ours = QFormer(vocab_size=1000, dropout=dropout)
     named = {f"qformer.{name}": tensor for name, tensor in peer.state_dict().items()}
-    for row in rows_of(qformer_keys(BLIP2), own := ours.state_dict()):
+    for row in key_mappings(qformer_keys(BLIP2), own := ours.state_dict()):
         named.setdefault(row.source, own[row.target[0]])
     fill(ours, qformer_keys(BLIP2), named, "the peer")
     return ours, peer
