@@ -35,7 +35,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train((text.text for text in TEXTS), 340, ("en", "ko"))
 
 
-def key_mappings(tokenizer: Tokenizer, max_len: int = 31, row_len: int = 67, seed: int = 3) -> TextRows:
+def rows_of(tokenizer: Tokenizer, max_len: int = 31, row_len: int = 67, seed: int = 3) -> TextRows:
     return TextRows(TEXTS, tokenizer, max_len=max_len, row_len=row_len, seed=seed)
 
 
@@ -75,20 +75,20 @@ def test_texts_that_do_not_fit_together_are_packed_as_well_as_they_can_be() -> N
 
 
 def test_an_epoch_has_every_part_once_in_a_place_of_its_length(tokenizer: Tokenizer) -> None:
-    rows = key_mappings(tokenizer)
+    rows = rows_of(tokenizer)
     first, second = rows.parts(0), rows.parts(1)
     assert sorted(first) == sorted(second) == list(range(len(rows.lengths)))
     np.testing.assert_array_equal(rows.lengths[first], rows.lengths[second])
     assert (first != second).mean() > 0.5
-    np.testing.assert_array_equal(key_mappings(tokenizer).parts(1), second)
-    assert (key_mappings(tokenizer, seed=4).parts(1) != second).any()
+    np.testing.assert_array_equal(rows_of(tokenizer).parts(1), second)
+    assert (rows_of(tokenizer, seed=4).parts(1) != second).any()
     assert rows.padding == pytest.approx(1 - rows.lengths.sum() / (len(rows) * 67))
     assert rows.padding < 0.01
 
 
 @pytest.mark.parametrize("max_len", [6, 31])
 def test_rows_hold_prompt_text_and_end_and_predict_every_token_once(tokenizer: Tokenizer, max_len: int) -> None:
-    rows = key_mappings(tokenizer, max_len)
+    rows = rows_of(tokenizer, max_len)
     want = [ids(tokenizer, text) for text in TEXTS]
     assert rows.divided == sum(len(text) > max_len for text in want)
     assert (rows.divided > 0) == (max_len == 6)
