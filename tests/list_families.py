@@ -4,6 +4,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+from mmtransformer.serialization.pretrained import CONFIG
 from mmtransformer.weights.families import FAMILIES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -21,6 +22,7 @@ EXAMPLES = {
     "git": "microsoft/git-base-coco, git-large-coco",
     "hub": "Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-1B-hf, google/gemma-3-4b-it, ...",
     "idefics": "HuggingFaceM4/idefics-9b, idefics-9b-instruct",
+    "open_coca": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k, mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
     "paligemma": "google/paligemma-3b-pt-224, paligemma2-3b-pt-224",
 }
 """Names on the hub that people use, beside the families; not fetched by any test."""
@@ -44,14 +46,18 @@ def table() -> str:
 
 def captioners() -> str:
     """The table of the families that are captioned with by a name or folder, between its marks."""
-    lines = ["| family | `model_type` | here it is | written back by | names on the hub |", "|---|---|---|---|---|"]
+    lines = ["| family | `model_type` | here it is | heat maps | written back by, for | names on the hub |"]
+    lines.append("|---|---|---|---|---|---|")
     for family, way in FAMILIES.items():
         if way.processor is not None:
             if family == "hub":
                 types, made = "all others that transformers has", f"`{way.makes[0].__name__}`"
             else:
-                types, made = (", ".join(f"`{x}`" for x in some) for some in (way.model_types, [way.makes[0].__name__]))
-            lines.append(f"| `{family}` | {types} | {made} | `{name(way.save)}` | {EXAMPLES.get(family, '')} |")
+                said = way.model_types if way.config == CONFIG else [way.config]
+                types, made = (", ".join(f"`{x}`" for x in some) for some in (said, [way.makes[0].__name__]))
+            heat = "no" if family == "hub" else "yes"
+            written = f"`{name(way.save)}`, {way.reader}"
+            lines.append(f"| `{family}` | {types} | {made} | {heat} | {written} | {EXAMPLES.get(family, '')} |")
     return "\n".join([CAPTIONERS[0], *lines, CAPTIONERS[1]])
 
 

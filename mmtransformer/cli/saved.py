@@ -81,26 +81,31 @@ def _export(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a captioner's folder, or its name on the hub")
-    add("--to", choices=("transformers",), default="transformers", help="who shall read it (transformers)")
+    add("--to", choices=("transformers", "open_clip"), help="who shall read it; who reads the family unless told")
     add("out", metavar="OUT", help="the folder to write")
     add("--family", metavar="NAME", help="as a model of this family, where a captioner of this library fits several")
     args = parser.parse_args(list(words))
 
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
-    from mmtransformer.weights.public import export_captioner
+    from mmtransformer.weights.public import FAMILIES, captioner_family, export_captioner
 
     model = ImageCaptioner.from_pretrained(args.model, device="cpu")
     out = Path(args.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} is there already: name a folder that is new or empty")
     if model.processor is None:
-        family = export_captioner(model.captioner, model.tokenizer, model.transform, out, args.family)
-        say(f"{out}: a {family}, as {args.to} reads it")
+        family = export_captioner(model.captioner, model.tokenizer, model.transform, out, args.family, reader=args.to)
+        say(f"{out}: a {family}, as {FAMILIES[family].reader} reads it")
         return 0
     if args.family is not None:
         raise ValueError(f"--family {args.family}: {args.model} is written as what it came as; leave it out")
+    assert model.processor.folder is not None
+    family = captioner_family(model.processor.folder)
+    assert family is not None
+    if args.to not in (None, family.reader):
+        raise ValueError(f"--to {args.to}: {args.model} is of a family that {family.reader} reads; leave it out")
     model.save_pretrained(out)
-    say(f"{out}: as {args.to} reads it")
+    say(f"{out}: as {family.reader} reads it")
     return 0
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.weight_packing import Precision
-from mmtransformer.serialization.pretrained import CONFIG, read_json
+from mmtransformer.serialization.folder_config import folder_config
+from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.printable import fenced, json_text, markup
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
@@ -128,7 +129,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def public_family(folder: Path) -> "Family | None":
     """The family of a public model's folder; families are looked up for no other, since that imports them all."""
-    if "class" in read_json(folder / CONFIG):
+    if "class" in folder_config(folder):
         return None
     from mmtransformer.weights.public import captioner_family
 

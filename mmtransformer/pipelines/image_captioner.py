@@ -41,8 +41,9 @@ from mmtransformer.pipelines.base import (
     write_json,
 )
 from mmtransformer.pipelines.many_images import Said, caption_all
+from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
-from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
+from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
@@ -133,7 +134,7 @@ class ImageCaptioner:
         """
         options = HubOptions(revision, token, cache_dir, local_files_only)
         folder = find_folder(folder_or_id, options, look=public_family)
-        if "class" not in read_json(folder / CONFIG):
+        if "class" not in folder_config(folder):
             from mmtransformer.weights.public import open_captioner
 
             captioner, processor, generation = open_captioner(folder, options)

@@ -13,6 +13,8 @@ _LOOK = 10.0  # seconds; then the hub counts as out of reach
 _LARGE = 100_000_000  # bytes; what a download takes is said from there on
 _TEXTS = (".json", ".txt", ".md", ".jinja", ".model")
 _PICKLES = (".bin", ".pt")
+CONFIGS = ("config.json", "open_clip_config.json")
+"""Files that say what a folder holds."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def fetch(
     Args:
         name: of the repository.
         options: how it is looked up.
-        look: called with a folder that has config.json alone, before anything large is fetched; may refuse it.
+        look: called with a folder that has its config alone, before anything large is fetched; may refuse it.
         weights: whether weights are wanted, or the texts alone.
 
     Raises:
@@ -65,8 +67,8 @@ def fetch(
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = [file for file in files_of(list(sizes)) if weights or file.endswith(_TEXTS)]
     try:
-        if look is not None and "config.json" in sizes:
-            look(Path(hf_hub_download(name, "config.json", **place)).parent)
+        if look is not None and (config := next((file for file in CONFIGS if file in sizes), None)):
+            look(Path(hf_hub_download(name, config, **place)).parent)
         _announce(name, info, {file: sizes[file] for file in wanted}, options)
         return Path(snapshot_download(name, allow_patterns=wanted, **place))
     except ValueError as error:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
-from mmtransformer.serialization.hub import HubOptions, fetch
+from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
 from mmtransformer.serialization.uses import other_kind
 
@@ -108,7 +108,7 @@ def find_folder(
     """
     folder = Path(folder_or_id)
     if folder.is_dir():
-        if look is not None and (folder / CONFIG).exists():
+        if look is not None and any((folder / name).exists() for name in CONFIGS):
             look(folder)
         if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
             raise ValueError(f"{folder_or_id} is a run's folder, and its model is {folder / 'model'}: name that")

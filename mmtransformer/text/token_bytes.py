@@ -79,6 +79,11 @@ def _byte_table() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(unseen)}
 
 
+def byte_letters() -> list[str]:
+    """GPT-2's letters in its own order: those of bytes that can be seen, then the others'."""
+    return list(_byte_table())
+
+
 def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     if decoder is not None and decoder["type"] == "Sequence":
         for step in decoder["decoders"]:

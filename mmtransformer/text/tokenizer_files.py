@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmtransformer.serialization.untrusted import check_plain
+from mmtransformer.text.clip_tokenizer import clip_backend
 
 _MOST_STEPS, _MOST_GROWTH, _MOST_AHEAD = 100, 64, 1000
 _GPT2, _BERT = ("GPT2Tokenizer",), ("BertTokenizer", "DistilBertTokenizer")
@@ -50,6 +51,8 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
         if (path := folder / "tokenizer.json").is_file():
             return tokenizers.Tokenizer.from_file(str(path))
         if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            if str(config.get("tokenizer_class")).removesuffix("Fast") == "CLIPTokenizer":
+                return clip_backend(*models.BPE.read_file(str(path), str(folder / "merges.txt")))
             backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
             _check_class(folder, config, _GPT2, "vocab.json with merges.txt")
             spaced = bool(config.get("add_prefix_space"))

@@ -25,6 +25,8 @@ from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.captioners.public.paligemma import PaliGemma
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
+from mmtransformer.serialization.folder_config import OPEN_CLIP
+from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
 from mmtransformer.weights.captioners.git import GitProcessor, load_git, save_git
@@ -33,7 +35,8 @@ from mmtransformer.weights.captioners.idefics import IdeficsProcessor, load_idef
 from mmtransformer.weights.captioners.idefics3 import Idefics3Processor, load_idefics3, save_idefics3
 from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
-from mmtransformer.weights.captioners.open_coca import load_open_coca, save_open_coca
+from mmtransformer.weights.captioners.open_coca import WEIGHTS as OPEN_CLIP_WEIGHTS
+from mmtransformer.weights.captioners.open_coca import OpenCocaProcessor, load_open_coca, save_open_coca
 from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
 from mmtransformer.weights.captioners.paligemma import PaliGemmaProcessor, load_paligemma, save_paligemma
 from mmtransformer.weights.captioners.vision_encoder_decoder import (
@@ -75,6 +78,9 @@ class Family:
         model_types: what `config.json` says under `model_type`; nothing where it names the family otherwise.
         save_options: what `save` needs besides, from the config.json that the model came with.
         processor: a folder -> its pictures and prompts, for captioners that `ImageCaptioner.from_pretrained` takes.
+        reader: who reads what is written.
+        config: the file that says what a folder holds.
+        weights: the file that its tensors are written to.
     """
 
     load: Callable[..., nn.Module]
@@ -83,6 +89,13 @@ class Family:
     model_types: tuple[str, ...] = ()
     processor: Callable[[Path], Processor] | None = None
     save_options: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    reader: str = "transformers"
+    config: str = CONFIG
+    weights: str = WEIGHTS
+
+    def kept(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What of a base's config is written again: all but a `model_type` that no file says."""
+        return config if self.config == CONFIG else {key: x for key, x in config.items() if key != "model_type"}
 
 
 FAMILIES: dict[str, Family] = {
@@ -135,7 +148,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "paligemma": Family(load_paligemma, save_paligemma, (PaliGemma,), ("paligemma",), processor=PaliGemmaProcessor),
     "hub": Family(load_hub, save_hub, (HubCaptioner,), processor=HubProcessor),
-    "open_coca": Family(load_open_coca, save_open_coca, (OpenCoCa,)),
+    "open_coca": Family(
+        load_open_coca,
+        save_open_coca,
+        (OpenCoCa,),
+        ("open_clip",),
+        processor=OpenCocaProcessor,
+        save_options=lambda config: {"pixels": config.get("preprocess_cfg")},
+        reader="open_clip",
+        config=OPEN_CLIP,
+        weights=OPEN_CLIP_WEIGHTS,
+    ),
     "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
 }
 
@@ -147,6 +170,8 @@ def family_of(config: dict[str, Any]) -> str | None:
     if config.get("_class_name") in (DIT, PIXART):
         return "dit"
     kind = config.get("model_type")
+    if kind == "open_clip" and "multimodal_cfg" not in config.get("model_cfg", {}):
+        return None  # a dual encoder's
     return next((name for name, family in FAMILIES.items() if kind in family.model_types), None)
 
 

@@ -13,8 +13,9 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
+from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
 from mmtransformer.serialization.hub import HubOptions
-from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS, open_weights, read_json, write_weights
+from mmtransformer.serialization.pretrained import CONFIG, open_weights, read_json, read_safetensors, write_weights
 from mmtransformer.serialization.printable import json_text, markup
 from mmtransformer.serialization.untrusted import check_plain
 from mmtransformer.serialization.uses import with_article
@@ -22,6 +23,7 @@ from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hub import hub_types
 from mmtransformer.weights.contrast.dual import DUAL_TYPES
+from mmtransformer.weights.contrast.open_clip import to_preprocess_cfg
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.pixels import to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
@@ -40,7 +42,7 @@ def captioner_family(folder: Path) -> Family | None:
     Raises:
         ValueError: saying what it holds instead.
     """
-    config = read_json(folder / CONFIG)
+    config = folder_config(folder)
     if "class" in config or is_adapter(config):
         return None
     name = family_of(config)
@@ -51,9 +53,10 @@ def captioner_family(folder: Path) -> Family | None:
         return family
     known = ", ".join(name for name, family in FAMILIES.items() if family.processor is not None and name != HUB)
     kind = config.get("model_type") or config.get("architecture")
-    if kind in (*DUAL_TYPES, "siglip2"):
+    if kind in (*DUAL_TYPES, "siglip2", "open_clip"):
+        file = OPEN_CLIP if kind == "open_clip" else CONFIG
         raise ValueError(
-            f"{folder / CONFIG}: a dual encoder ({kind}), which does not caption: use `mmt search`, or DualEncoder"
+            f"{folder / file}: a dual encoder ({kind}), which does not caption: use `mmt search`, or DualEncoder"
         )
     if family is None:
         what = f'model_type "{kind}" is of no family known here'
@@ -77,7 +80,7 @@ def open_captioner(
     Raises:
         ValueError: naming the file, for what is missing, damaged or not known here.
     """
-    if is_adapter(read_json(folder / CONFIG)):
+    if is_adapter(folder_config(folder)):
         adapter = Adapter.read(folder)
         captioner, processor, generation = open_captioner(adapter.find_base(folder, options), options)
         adapter.apply(captioner, str(folder / CONFIG))
@@ -87,7 +90,8 @@ def open_captioner(
     assert family is not None
     assert family.processor is not None
     processor = family.processor(folder)
-    generation, captioner = read_search(folder, prompt_len=processor.prompt_len), family.load(folder)
+    generation = read_search(folder, prompt_len=processor.prompt_len, usual=processor.usual_search)
+    captioner = family.load(folder)
     processor.folder = folder
     if not isinstance(captioner, Captioner):
         raise ValueError(f"{folder} holds {with_article(type(captioner).__name__)}, which does not caption")
@@ -109,19 +113,19 @@ def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str 
     Raises:
         ValueError: if the family has no place for what was done to it, before anything is written.
     """
-    family, config = captioner_family(base), read_json(base / CONFIG)
+    family, config = captioner_family(base), folder_config(base)
     assert family is not None
     if folder.resolve() == base.resolve():
         raise ValueError(f"{folder} is the folder that the model came from: give another to write to")
     family.save(captioner, folder, **family.save_options(config))
     for path in base.iterdir():
-        if path.suffix in _BESIDE and path.name != CONFIG and not path.name.endswith(".index.json"):
+        if path.suffix in _BESIDE and path.name != family.config and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
         elif path.is_dir() and path.name == "qformer_tokenizer":
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-    written = read_json(folder / CONFIG) | _as_base(folder, base, config)
-    text = json.dumps(_joined(config, written), indent=2, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    written = read_json(folder / family.config) | _as_base(folder / family.weights, base, config)
+    text = json.dumps(_joined(family.kept(config), written), indent=2, ensure_ascii=False)
+    (folder / family.config).write_text(text + "\n", encoding="utf-8")
     _write_card(base, folder, note)
 
 
@@ -140,7 +144,13 @@ def save_adapter(adapter: Adapter, base: Path, folder: Path, *, note: str = "") 
 
 
 def export_captioner(
-    captioner: Captioner, tokenizer: Tokenizer, transform: ImageTransform, folder: Path, family: str | None = None
+    captioner: Captioner,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    folder: Path,
+    family: str | None = None,
+    *,
+    reader: str | None = None,
 ) -> str:
     """Writes a captioner of this library as one of a public family, with its tokenizer and image processor.
 
@@ -150,6 +160,7 @@ def export_captioner(
         transform: its pixels.
         folder: where to.
         family: which family; None = the first that has a place for all of it.
+        reader: who shall read it, such as "transformers"; None = anyone.
 
     Returns:
         The family.
@@ -161,31 +172,34 @@ def export_captioner(
     for name in families_for(captioner) if family is None else [family]:
         if name not in FAMILIES:
             raise ValueError(f'no family is called "{name}": {", ".join(FAMILIES)}')
+        if reader not in (None, FAMILIES[name].reader):
+            why.append(f"{name}: {FAMILIES[name].reader} reads it, not {reader}")
+            continue
         try:
-            FAMILIES[name].save(captioner, folder, **_ids(tokenizer, name))
+            FAMILIES[name].save(captioner, folder, **_ids(tokenizer, transform, name))
         except (ValueError, TypeError) as error:
             why.append(f"{name}: {error}")
             continue
         tokenizer.save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
         return name
-    raise ValueError(
-        f"{with_article(type(captioner).__name__)} cannot be written for transformers: {'; '.join(why) or 'no family'}"
-    )
+    what = f"{with_article(type(captioner).__name__)} cannot be written for {reader or 'others'}"
+    raise ValueError(f"{what}: {'; '.join(why) or 'no family'}")
 
 
-def _ids(tokenizer: Tokenizer, family: str) -> dict[str, Any]:
-    """The ids that a family's `save` asks for, as the tokenizer has them."""
+def _ids(tokenizer: Tokenizer, transform: ImageTransform, family: str) -> dict[str, Any]:
+    """What a family's `save` asks for: ids as the tokenizer has them, open_clip's words for the pixels."""
     start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     ids: dict[str, dict[str, Any]] = {
         "blip": {"bos_token_id": start, "sep_token_id": end, "pad_token_id": pad},
         "blip2": {"image_token_id": tokenizer.image_id},
+        "open_coca": {"pixels": to_preprocess_cfg(transform)},
         "vision-encoder-decoder": {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": pad},
     }
     return ids.get(family, {})
 
 
-def _as_base(folder: Path, base: Path, config: dict[str, Any]) -> dict[str, str]:
+def _as_base(weights: Path, base: Path, config: dict[str, Any]) -> dict[str, str]:
     """Writes as the base has it what is the same: number formats, and what was added up or left out when it was loaded.
 
     Those are the class token, to which its position was added, and OPT's rows of positions that no text has.
@@ -195,13 +209,14 @@ def _as_base(folder: Path, base: Path, config: dict[str, Any]) -> dict[str, str]
     """
     name = str(config.get("dtype", config.get("torch_dtype", "float32"))).removeprefix("torch.")
     half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name)
-    state, before = read_tensors(folder), read_tensors(base)
+    state, before = read_safetensors(weights), read_tensors(base)
     for key in list(state):
         if key.endswith("model.decoder.embed_positions.weight") and key in before:
             state[key] = torch.cat((before[key][:2].to(state[key].dtype), state[key][2:]))
         if key.endswith((".class_embedding", ".cls_token")):
             prefix = key.rpartition(".")[0]
-            for positions in (f"{prefix}.position_embedding{end}" for end in ("", ".weight", "s")):
+            ends = ("_embedding", "_embedding.weight", "_embeddings", "al_embedding")
+            for positions in (f"{prefix}.position{end}" for end in ends):
                 if positions in state and {key, positions} <= before.keys():
                     old, new = (
                         (x[key].float().flatten(), x[positions].float().flatten(0, -2)) for x in (before, state)
@@ -213,8 +228,9 @@ def _as_base(folder: Path, base: Path, config: dict[str, Any]) -> dict[str, str]
     kept: dict[str, Tensor] = {}
     if half is not None:
         kept = {key: tensor.to(half) for key, tensor in state.items() if torch.equal(tensor.to(half).float(), tensor)}
-    write_weights(folder / WEIGHTS, state | kept)
-    open_weights(folder)
+    write_weights(weights, state | kept)
+    if (weights.parent / CONFIG).exists():
+        open_weights(weights.parent, weights.name)
     return {"dtype": name} if half is not None and len(kept) == len(state) else {}
 
 

@@ -24,6 +24,8 @@ from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 
+_TEXT = ("tok_embed", "pos_embed", "text_blocks", "blocks", "last_norm", "lm_head")
+
 
 class CrossBlock(nn.Module):
     """Attention to a normed context, then an MLP, each with a residual.
@@ -118,10 +120,23 @@ class OpenCoCa(Captioner):
         self.cross_blocks = nn.ModuleList(CrossBlock(dim, num_heads, activation, eps) for _ in range(decoder_depth))
         self.last_norm, self.lm_head = norm(), nn.Linear(dim, vocab_size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(0.07).log().neg())
-        for part in (self.image_proj, self.text_norm, self.text_proj):
-            part.requires_grad_(False)
-        for parameter in (self.end, self.log_scale):
+        for parameter in self.contrast_parameters():
             parameter.requires_grad_(False)
+
+    def contrast_parameters(self) -> list[nn.Parameter]:
+        """What no caption depends on: it is read for vectors of images and texts."""
+        parts = (self.image_proj, self.text_norm, self.text_proj)
+        return [self.end, self.log_scale, *(parameter for part in parts for parameter in part.parameters())]
+
+    @property
+    def decoder(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The text's blocks, those below and those above."""
+        return nn.ModuleList([self.text_blocks, self.blocks])
+
+    def part_of(self, name: str) -> str:
+        """The part that a parameter belongs to: "vision", "connector" or "decoder"; see `weights.adapters.part_of`."""
+        first = name.partition(".")[0]
+        return first if first == "vision" else "decoder" if first in _TEXT else "connector"
 
     @property
     def vocab_size(self) -> int:

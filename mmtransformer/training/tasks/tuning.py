@@ -8,6 +8,7 @@ from torch import nn
 
 from mmtransformer.captioners.base import Captioner, is_frozen
 from mmtransformer.captioners.llava import Llava
+from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.training.engine.parameters import towers_of, trainable_parameters
 from mmtransformer.weights.adapters import part_of
@@ -151,13 +152,14 @@ def _decoder(captioner: Captioner) -> nn.Module:
 
 
 def unread_by(captioner: Captioner) -> set[nn.Parameter]:
-    """What of the vision encoder no caption depends on: its pooling and classes, blocks behind the one that is read."""
+    """What no caption depends on: the vision encoder's pooling and classes, its blocks behind the one that is read."""
     vision = captioner.vision
     parts = [getattr(vision, "attn_pool", None), getattr(vision, "head", None), getattr(vision, "pool_norm", None)]
     if isinstance(captioner, Llava) and captioner.layers is not None:
         last = max(layer % vision.depth for layer in captioner.layers)
         parts += [vision.norm, *vision.blocks[last + 1 :]]
-    return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+    more = captioner.contrast_parameters() if isinstance(captioner, OpenCoCa) else []
+    return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()} | {*more}
 
 
 def last_blocks(captioner: Captioner, names: Sequence[str], count: int, part: str) -> list[str]:

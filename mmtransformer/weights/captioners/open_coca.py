@@ -1,5 +1,6 @@
 """open_clip's CoCa (coca_ViT-B-32, coca_ViT-L-14) -> `OpenCoCa`, and back: open_clip_config.json and safetensors."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,22 @@ from torch import Tensor
 from mmtransformer.backbones.patches import PatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.public.open_coca import OpenCoCa
-from mmtransformer.serialization.pretrained import find_folder, read_json, read_safetensors, write_weights
+from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
+from mmtransformer.serialization.pretrained import find_folder, read_safetensors, write_weights
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.clip_tokenizer import END, START, VOCABULARY, read_clip_vocabulary
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.contrast.open_clip import PIXELS, open_clip_pixels
+from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.shared.configs import only, only_these
+from mmtransformer.weights.shared.folders import read_tensors
 from mmtransformer.weights.shared.keys import export, fill, nested, part
+from mmtransformer.weights.shared.pickles import read_pickle
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+WEIGHTS, _OLD = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 _ATTENTION = {
     "attn.in_proj_weight": "attn.[q,k,v]_proj.weight",
     "attn.in_proj_bias": "attn.[q,k,v]_proj.bias",
@@ -184,22 +193,82 @@ def open_coca_to_open_clip(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, T
 
 
 def load_open_coca(source: str | Path) -> OpenCoCa:
-    """A CoCa of open_clip from a folder as hubs have it: `open_clip_config.json` and `open_clip_model.safetensors`.
+    """A CoCa of open_clip from a folder as hubs have it, or the name of a hub's repository.
+
+    Args:
+        source: `open_clip_config.json` with `open_clip_model.safetensors`, or where that is not there
+            `open_clip_pytorch_model.bin`, read as tensors alone.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
     folder = find_folder(source)
-    config = read_json(folder / CONFIG).get("model_cfg")
-    if not isinstance(config, dict):
-        raise ValueError(f'{folder / CONFIG} has no "model_cfg"')
-    state = read_safetensors(folder / WEIGHTS)
+    config = _model_config(folder)
+    if (folder / WEIGHTS).exists():
+        state = read_safetensors(folder / WEIGHTS)
+    else:
+        state = read_pickle(folder / _OLD) if (folder / _OLD).exists() else read_tensors(folder)
     with built_from(state, str(folder)):
         return open_coca_from_state(config, state, str(folder))
 
 
-def save_open_coca(model: OpenCoCa, folder: str | Path) -> None:
-    """Writes a folder that open_clip reads (`local-dir:FOLDER`): its config, with OpenAI's mean and std, and tensors.
+def _model_config(folder: Path) -> dict[str, Any]:
+    config = folder_config(folder).get("model_cfg")
+    if not isinstance(config, dict):
+        raise ValueError(f'{folder / OPEN_CLIP} has no "model_cfg"')
+    return config
+
+
+class OpenCocaProcessor(Processor):
+    """Prompts of open_clip's CoCa: the start of a text, then the words that a caption goes on from.
+
+    Where a folder has no tokenizer, it is CLIP's, of `bpe_simple_vocab_16e6.txt.gz`: in the folder, or of an open_clip
+    that is installed.
+
+    Args:
+        folder: the model's folder.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+
+    keeps_prompt = True
+    usual_search = {"num_beams": 6, "min_new_tokens": 4, "max_new_tokens": 29}  # noqa: RUF012 (as open_clip's generate)
+
+    def __init__(self, folder: Path) -> None:
+        vision = _USUAL["vision_cfg"] | _model_config(folder).get("vision_cfg", {})
+        tokenizer = _tokenizer(folder)
+        side = vision["image_size"]
+        super().__init__(tokenizer, open_clip_pixels(folder, (side, side), backend="timm"), eos_ids=[tokenizer.eos_id])
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """The start and the words; see `Processor`."""
+        return [self.tokenizer.bos_id, *([] if text is None else self.tokenizer.encode(text))]
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """A folder's tokenizer, or CLIP's."""
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return Tokenizer.from_pretrained(folder)
+    found = importlib.util.find_spec("open_clip")
+    places = [folder, *(Path(place) for place in (found.submodule_search_locations or () if found else ()))]
+    for place in places:
+        if (place / VOCABULARY).exists():
+            backend = read_clip_vocabulary(place / VOCABULARY)
+            return Tokenizer(backend, bos_token=START, eos_token=END, pad_token=END)
+    raise ValueError(
+        f"{folder} has no tokenizer, and open_clip, which has CLIP's, is not installed: pip install open_clip_torch, "
+        f"or `hf download openai/clip-vit-base-patch32 tokenizer.json tokenizer_config.json --local-dir {folder}`"
+    )
+
+
+def save_open_coca(model: OpenCoCa, folder: str | Path, *, pixels: Mapping[str, Any] | None = None) -> None:
+    """Writes a folder that open_clip reads (`local-dir:FOLDER`): its config and tensors.
+
+    Args:
+        model: the model.
+        folder: where to.
+        pixels: open_clip's `preprocess_cfg`; OpenAI's mean and std unless told.
 
     Raises:
         ValueError: if a part has no counterpart there, before anything is written.
@@ -207,7 +276,6 @@ def save_open_coca(model: OpenCoCa, folder: str | Path) -> None:
     config, tensors = open_coca_to_open_clip(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
-    whole = {"model_cfg": config, "preprocess_cfg": pixels}
+    whole = {"model_cfg": config, "preprocess_cfg": dict(PIXELS if pixels is None else pixels)}
     write_weights(folder / WEIGHTS, tensors)
-    (folder / CONFIG).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    (folder / OPEN_CLIP).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -45,7 +45,7 @@ _USUAL: dict[str, dict[str, Any]] = {
         "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
     },
 }  # fmt: skip
-_PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 _VISION_ONLY = {
     "timm_model_name": None, "attentional_pool": False, "pool_type": "tok", "no_ln_pre": False, "ls_init_value": None,
     "input_patchnorm": False, "pos_embed_type": "learnable", "final_ln_after_pool": False,
@@ -182,8 +182,15 @@ def open_clip_from_folder(folder: Path) -> CLIP:
         return clip_from_open_clip(config, state, str(folder))
 
 
-def open_clip_pixels(folder: Path, image_size: tuple[int, int]) -> ImageTransform:
+def open_clip_pixels(
+    folder: Path, image_size: tuple[int, int], *, backend: Literal["fast", "timm"] = "fast"
+) -> ImageTransform:
     """The transform of a folder's `preprocess_cfg`, for a tower that reads images of this height and width.
+
+    Args:
+        folder: the folder.
+        image_size: height and width.
+        backend: see `ImageTransform`; "timm" is open_clip's own, by Pillow.
 
     Raises:
         ValueError: for steps that `ImageTransform` has not, naming the key.
@@ -197,10 +204,19 @@ def open_clip_pixels(folder: Path, image_size: tuple[int, int]) -> ImageTransfor
     return ImageTransform(
         height if height == width else image_size,
         modes[mode],
-        tuple(said.get("mean", _PIXELS["mean"])),
-        tuple(said.get("std", _PIXELS["std"])),
+        tuple(said.get("mean", PIXELS["mean"])),
+        tuple(said.get("std", PIXELS["std"])),
         filled,
+        backend=backend,
     )
+
+
+def to_preprocess_cfg(transform: ImageTransform) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg` of a transform."""
+    mode = "shortest" if transform.resize == "crop" else transform.resize
+    size = transform.size[0] if transform.size[0] == transform.size[1] else [*transform.size]
+    said = {"size": size, "mode": "RGB", "mean": [*transform.mean], "std": [*transform.std]}
+    return said | {"interpolation": transform.interpolation, "resize_mode": mode}
 
 
 def save_open_clip(model: CLIP, folder: str | Path, *, pixels: Mapping[str, Any] | None = None) -> None:
@@ -218,5 +234,5 @@ def save_open_clip(model: CLIP, folder: str | Path, *, pixels: Mapping[str, Any]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder / WEIGHTS, tensors)
-    whole = {"model_cfg": config, "preprocess_cfg": dict(_PIXELS if pixels is None else pixels)}
+    whole = {"model_cfg": config, "preprocess_cfg": dict(PIXELS if pixels is None else pixels)}
     (folder / CONFIG).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

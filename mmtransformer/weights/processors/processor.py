@@ -5,10 +5,10 @@ Shapes: b samples, one row of text each.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image, new
@@ -35,6 +35,8 @@ class Processor(ABC):
 
     keeps_prompt = False
     prompt_len = 0
+    usual_search: ClassVar[Mapping[str, Any]] = {}
+    """How the family searches where a folder has no generation_config.json."""
     folder: Path | None = None
     """Where the model came from: what else stands there is written with it again."""
     adapted = False

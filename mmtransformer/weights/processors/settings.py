@@ -1,6 +1,7 @@
 """generation_config.json -> how a public captioner's texts are searched for, and the ids that end them."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _USUAL_NEW = 20
 """New tokens where nobody says how many: transformers' silent limit."""
 
 
-def read_search(folder: Path, *, prompt_len: int = 0) -> GenerationConfig:
+def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] | None = None) -> GenerationConfig:
     """The search of a folder's generation_config.json; greedy, 20 new tokens, where it has none.
 
     It is heeded for every family, also where transformers' own `generate` passes it over (BLIP, BLIP-2, InstructBLIP).
@@ -31,12 +32,14 @@ def read_search(folder: Path, *, prompt_len: int = 0) -> GenerationConfig:
     Args:
         folder: the folder.
         prompt_len: tokens of a prompt without words, which transformers counts in max_length and min_length.
+        usual: what the family takes for granted where the folder has no such file.
 
     Raises:
         ValueError: naming a setting that makes no sense.
     """
     path = folder / GENERATION
-    said = {key: value for key, value in (read_json(path) if path.exists() else {}).items() if value is not None}
+    found = read_json(path) if path.exists() else usual or {}
+    said = {key: value for key, value in found.items() if value is not None}
     if others := [key for key, nothing in _UNHEEDED.items() if said.get(key, nothing) not in (nothing, [])]:
         warnings.warn(
             f"{path}: {', '.join(others)} cannot be heeded, so texts may differ from transformers'", stacklevel=3
@@ -47,8 +50,8 @@ def read_search(folder: Path, *, prompt_len: int = 0) -> GenerationConfig:
     if not values.get("do_sample"):
         for name in ("temperature", "top_k", "top_p"):  # of no effect there
             values.pop(name, None)
-    for least, usual in (("max", _USUAL_NEW + prompt_len), ("min", 0)):
-        counted = max(said.get(f"{least}_length", usual) - prompt_len, 0)
+    for least, silent in (("max", _USUAL_NEW + prompt_len), ("min", 0)):
+        counted = max(said.get(f"{least}_length", silent) - prompt_len, 0)
         values[f"{least}_new_tokens"] = said.get(f"{least}_new_tokens", counted)
     try:
         return GenerationConfig(**values)
