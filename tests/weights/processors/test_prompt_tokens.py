@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 from mmtransformer.weights.processors.tokens import PromptTokenizer
+from support.dual import clip_vocabulary
 from support.public import WORDS, byte_level, word_pieces
 
 TEXTS = [
@@ -67,6 +68,13 @@ def added(path: Path, size: int) -> dict[str, Any]:
     }
 
 
+def clip(path: Path) -> None:
+    vocab, merges = clip_vocabulary()
+    models.BPE(vocab, merges).save(str(path))
+    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    said(path, "clip", tokenizer_class="CLIPTokenizer", **ends)
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     "llama": llama,
     "llama, legacy": lambda path: llama(path, legacy=True),
@@ -80,6 +88,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "opt: bos before a text": lambda path: gpt2(path, add_bos_token=True),
     "gpt2, a space before": lambda path: gpt2(path, add_prefix_space=True),
     "gpt2, more tokens": lambda path: gpt2(path, **added(path, 330)),
+    "clip": clip,
     "bert": bert,
     "bert, cased": lambda path: bert(path, do_lower_case=False),
     "bert, accents stay": lambda path: bert(path, strip_accents=False),
@@ -97,9 +106,9 @@ def test_ids_are_transformers(case: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_built_is_refused_by_name(tmp_path: Path) -> None:
     gpt2(tmp_path)
-    said(tmp_path, "clip", tokenizer_class="CLIPTokenizer")
+    said(tmp_path, "roberta", tokenizer_class="RobertaTokenizer")
     remedy = r"AutoTokenizer\.from_pretrained\(FOLDER\)\.save_pretrained\(FOLDER\) writes a tokenizer\.json"
-    with pytest.raises(ValueError, match=f"vocab.json with merges.txt of a CLIPTokenizer is read .*{remedy}"):
+    with pytest.raises(ValueError, match=f"vocab.json with merges.txt of a RobertaTokenizer is read .*{remedy}"):
         PromptTokenizer(tmp_path)
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).unlink()
