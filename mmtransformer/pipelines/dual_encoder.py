@@ -28,6 +28,7 @@ from mmtransformer.pipelines.base import (
     write_card,
     write_json,
 )
+from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
@@ -306,6 +307,6 @@ class DualEncoder:
 
 def _refuse(folder: Path) -> None:
     """Refuses another model by its config.json, before anything large is fetched."""
-    config = read_json(folder / CONFIG)
-    if "class" not in config:
+    config = folder_config(folder)
+    if "class" not in config and config.get("model_type") != "open_clip":
         dual_type(config, str(folder / CONFIG))
