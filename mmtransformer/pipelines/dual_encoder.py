@@ -33,8 +33,7 @@ from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.contrast.dual import dual_type, load_clip, save_clip
-from mmtransformer.weights.contrast.open_clip import open_clip_pixels
-from mmtransformer.weights.processors.pixels import read_pixels, to_preprocessor
+from mmtransformer.weights.processors.pixels import open_clip_pixels, read_pixels, to_preprocessor
 
 TEMPLATES: tuple[str, ...] = (
     "{}",

@@ -114,10 +114,9 @@ class ImageCaptioner:
     ) -> Self:
         """Loads what `save_pretrained` wrote, or a public model, from a folder or from the hub by its name.
 
-        Public are the captioners of `mmtransformer.weights.FAMILIES`, in the folders that transformers reads, with
-        their own pixels, prompts, ends and search (generation_config.json). The family is decided by config.json before
-        weights are fetched, and what a large download takes is said first. Safetensors are preferred; torch's own files
-        (.bin, .pt) are read as tensors alone, and no code that comes with a model runs.
+        Public are the captioners of `mmtransformer.weights.FAMILIES`, in the folders that hubs have, with their own
+        pixels, prompts, ends and search. The family is decided by its config before weights are fetched, and what a
+        large download takes is said first. torch's own files (.bin, .pt) are read as tensors alone; no code runs.
 
         Args:
             folder_or_id: The folder, or the name of a hub's repository.

@@ -23,9 +23,8 @@ from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hub import hub_types
 from mmtransformer.weights.contrast.dual import DUAL_TYPES
-from mmtransformer.weights.contrast.open_clip import to_preprocess_cfg
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
-from mmtransformer.weights.processors.pixels import to_preprocessor
+from mmtransformer.weights.processors.pixels import to_preprocess_cfg, to_preprocessor
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import read_search
 from mmtransformer.weights.shared.folders import read_tensors

@@ -18,7 +18,7 @@ from mmtransformer.serialization.pretrained import find_folder, read_safetensors
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.clip_tokenizer import END, START, VOCABULARY, read_clip_vocabulary
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.contrast.open_clip import PIXELS, open_clip_pixels
+from mmtransformer.weights.processors.pixels import PIXELS, open_clip_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.folders import read_tensors

@@ -6,7 +6,7 @@ What open_clip calls a custom text model has its text tower's tensors below "tex
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +15,16 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
 from mmtransformer.contrast.clip import CLIP
 from mmtransformer.contrast.text_tower import TextTower
-from mmtransformer.images import ImageTransform
 from mmtransformer.layers.config import Activation
+from mmtransformer.serialization.folder_config import OPEN_CLIP
 from mmtransformer.serialization.pretrained import read_json, read_safetensors, write_weights
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.weights.processors.pixels import PIXELS
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG, WEIGHTS = OPEN_CLIP, "open_clip_model.safetensors"
 _BLOCK = {
     "ln_[1,2]": "norm[1,2]",
     "attn.in_proj_weight": "attn.[q,k,v]_proj.weight",
@@ -45,7 +46,6 @@ _USUAL: dict[str, dict[str, Any]] = {
         "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
     },
 }  # fmt: skip
-PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 _VISION_ONLY = {
     "timm_model_name": None, "attentional_pool": False, "pool_type": "tok", "no_ln_pre": False, "ls_init_value": None,
     "input_patchnorm": False, "pos_embed_type": "learnable", "final_ln_after_pool": False,
@@ -180,43 +180,6 @@ def open_clip_from_folder(folder: Path) -> CLIP:
     state = read_safetensors(folder / WEIGHTS)
     with built_from(state, str(folder)):
         return clip_from_open_clip(config, state, str(folder))
-
-
-def open_clip_pixels(
-    folder: Path, image_size: tuple[int, int], *, backend: Literal["fast", "timm"] = "fast"
-) -> ImageTransform:
-    """The transform of a folder's `preprocess_cfg`, for a tower that reads images of this height and width.
-
-    Args:
-        folder: the folder.
-        image_size: height and width.
-        backend: see `ImageTransform`; "timm" is open_clip's own, by Pillow.
-
-    Raises:
-        ValueError: for steps that `ImageTransform` has not, naming the key.
-    """
-    said = read_json(folder / CONFIG).get("preprocess_cfg") or {}
-    modes: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}
-    mode, filled = said.get("resize_mode", "shortest"), said.get("interpolation", "bicubic")
-    if mode not in modes or filled not in ("bicubic", "bilinear"):
-        raise ValueError(f"{folder / CONFIG}: resize_mode {mode!r} with interpolation {filled!r} is not known here")
-    height, width = image_size
-    return ImageTransform(
-        height if height == width else image_size,
-        modes[mode],
-        tuple(said.get("mean", PIXELS["mean"])),
-        tuple(said.get("std", PIXELS["std"])),
-        filled,
-        backend=backend,
-    )
-
-
-def to_preprocess_cfg(transform: ImageTransform) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg` of a transform."""
-    mode = "shortest" if transform.resize == "crop" else transform.resize
-    size = transform.size[0] if transform.size[0] == transform.size[1] else [*transform.size]
-    said = {"size": size, "mode": "RGB", "mean": [*transform.mean], "std": [*transform.std]}
-    return said | {"interpolation": transform.interpolation, "resize_mode": mode}
 
 
 def save_open_clip(model: CLIP, folder: str | Path, *, pixels: Mapping[str, Any] | None = None) -> None:

@@ -1,9 +1,10 @@
-"""preprocessor_config.json and processor_config.json -> an `ImageTransform` of the same pixels."""
+"""What folders say of their pictures, transformers' and open_clip's -> an `ImageTransform` of the same pixels."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 from mmtransformer.images import ImageTransform
+from mmtransformer.serialization.folder_config import OPEN_CLIP
 from mmtransformer.serialization.pretrained import read_json
 
 _CLIP = {
@@ -199,3 +200,44 @@ def to_preprocessor(transform: ImageTransform) -> dict[str, Any]:
         "image_std": list(transform.std),
         "do_convert_rgb": True,
     }
+
+
+PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+"""open_clip's, of OpenAI, unless its `preprocess_cfg` says others."""
+
+
+def open_clip_pixels(
+    folder: Path, image_size: tuple[int, int], *, backend: Literal["fast", "timm"] = "fast"
+) -> ImageTransform:
+    """The transform of a folder's `preprocess_cfg`, for a tower that reads images of this height and width.
+
+    Args:
+        folder: the folder.
+        image_size: height and width.
+        backend: see `ImageTransform`; "timm" is open_clip's own, by Pillow.
+
+    Raises:
+        ValueError: for steps that `ImageTransform` has not, naming the key.
+    """
+    said = read_json(folder / OPEN_CLIP).get("preprocess_cfg") or {}
+    modes: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}
+    mode, filled = said.get("resize_mode", "shortest"), said.get("interpolation", "bicubic")
+    if mode not in modes or filled not in ("bicubic", "bilinear"):
+        raise ValueError(f"{folder / OPEN_CLIP}: resize_mode {mode!r} with interpolation {filled!r} is not known here")
+    height, width = image_size
+    return ImageTransform(
+        height if height == width else image_size,
+        modes[mode],
+        tuple(said.get("mean", PIXELS["mean"])),
+        tuple(said.get("std", PIXELS["std"])),
+        filled,
+        backend=backend,
+    )
+
+
+def to_preprocess_cfg(transform: ImageTransform) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg` of a transform."""
+    mode = "shortest" if transform.resize == "crop" else transform.resize
+    size = transform.size[0] if transform.size[0] == transform.size[1] else [*transform.size]
+    said = {"size": size, "mode": "RGB", "mean": [*transform.mean], "std": [*transform.std]}
+    return said | {"interpolation": transform.interpolation, "resize_mode": mode}

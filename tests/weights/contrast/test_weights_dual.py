@@ -22,7 +22,7 @@ from mmtransformer import (
 )
 from mmtransformer.backbones.vit_blocks import BlockConfig
 from mmtransformer.weights import load_clip, load_vit, save_clip, save_open_clip
-from mmtransformer.weights.contrast.open_clip import open_clip_pixels
+from mmtransformer.weights.processors.pixels import open_clip_pixels
 from support import dual
 from support.public import noisy, pictures
 
