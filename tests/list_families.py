@@ -23,6 +23,7 @@ EXAMPLES = {
     "hub": "Qwen/Qwen2.5-VL-3B-Instruct, OpenGVLab/InternVL3-1B-hf, google/gemma-3-4b-it, ...",
     "idefics": "HuggingFaceM4/idefics-9b, idefics-9b-instruct",
     "open_coca": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k, mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k",
+    "openflamingo": "openflamingo/OpenFlamingo-3B-vitl-mpt1b, -4B-vitl-rpj3b, -9B-vitl-mpt7b, -langinstruct ones",
     "paligemma": "google/paligemma-3b-pt-224, paligemma2-3b-pt-224",
 }
 """Names on the hub that people use, beside the families; not fetched by any test."""

@@ -37,7 +37,7 @@ from mmtransformer.weights.captioners.lavis import load_lavis, save_lavis
 from mmtransformer.weights.captioners.llava import LlavaProcessor, load_llava, save_llava
 from mmtransformer.weights.captioners.open_coca import WEIGHTS as OPEN_CLIP_WEIGHTS
 from mmtransformer.weights.captioners.open_coca import OpenCocaProcessor, load_open_coca, save_open_coca
-from mmtransformer.weights.captioners.openflamingo import load_openflamingo, save_openflamingo
+from mmtransformer.weights.captioners.openflamingo import OpenFlamingoProcessor, load_openflamingo, save_openflamingo
 from mmtransformer.weights.captioners.paligemma import PaliGemmaProcessor, load_paligemma, save_paligemma
 from mmtransformer.weights.captioners.vision_encoder_decoder import (
     VisionEncoderDecoderProcessor,
@@ -57,7 +57,9 @@ from mmtransformer.weights.vision.siglip2 import SIGLIP2_TYPES, save_siglip2
 from mmtransformer.weights.vision.vit import VIT_TYPES, save_transformers_vit
 
 
-def _ids(config: dict[str, Any], *, names: tuple[str, ...], part: str, usual: str | None = None) -> dict[str, Any]:
+def _ids(
+    config: dict[str, Any], base: Path, *, names: tuple[str, ...], part: str, usual: str | None = None
+) -> dict[str, Any]:
     """The ids of these names that a config.json says at its top, else in a part of it; else the `usual` one's."""
     inner = config.get(part, {})
     if usual == "eos_token_id" and config.get("decoder_start_token_id") is None:
@@ -76,7 +78,7 @@ class Family:
         save: a model and a folder -> nothing; refuses what is not of the family before anything is written.
         makes: the classes of its models here.
         model_types: what `config.json` says under `model_type`; nothing where it names the family otherwise.
-        save_options: what `save` needs besides, from the config.json that the model came with.
+        save_options: what `save` needs besides, from the config and the folder that the model came with.
         processor: a folder -> its pictures and prompts, for captioners that `ImageCaptioner.from_pretrained` takes.
         reader: who reads what is written.
         config: the file that says what a folder holds.
@@ -88,7 +90,7 @@ class Family:
     makes: tuple[type[nn.Module], ...]
     model_types: tuple[str, ...] = ()
     processor: Callable[[Path], Processor] | None = None
-    save_options: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    save_options: Callable[[dict[str, Any], Path], dict[str, Any]] = lambda config, base: {}
     reader: str = "transformers"
     config: str = CONFIG
     weights: str = WEIGHTS
@@ -134,7 +136,7 @@ FAMILIES: dict[str, Family] = {
         (Blip2, Blip2QFormer),
         ("blip-2", "instructblip"),
         processor=Blip2Processor,
-        save_options=lambda config: {"image_token_id": config.get("image_token_index")},
+        save_options=lambda config, base: {"image_token_id": config.get("image_token_index")},
     ),
     "lavis": Family(load_lavis, save_lavis, (Blip2, Blip2QFormer), ("lavis",)),
     "git": Family(load_git, save_git, (Git,), ("git",), processor=GitProcessor),
@@ -154,12 +156,20 @@ FAMILIES: dict[str, Family] = {
         (OpenCoCa,),
         ("open_clip",),
         processor=OpenCocaProcessor,
-        save_options=lambda config: {"pixels": config.get("preprocess_cfg")},
+        save_options=lambda config, base: {"pixels": config.get("preprocess_cfg")},
         reader="open_clip",
         config=OPEN_CLIP,
         weights=OPEN_CLIP_WEIGHTS,
     ),
-    "openflamingo": Family(load_openflamingo, save_openflamingo, (Flamingo,), ("openflamingo",)),
+    "openflamingo": Family(
+        load_openflamingo,
+        save_openflamingo,
+        (Flamingo,),
+        ("openflamingo",),
+        processor=OpenFlamingoProcessor,
+        save_options=lambda config, base: {"base": base},
+        reader="open_flamingo",
+    ),
 }
 
 

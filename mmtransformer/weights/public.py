@@ -116,7 +116,7 @@ def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str 
     assert family is not None
     if folder.resolve() == base.resolve():
         raise ValueError(f"{folder} is the folder that the model came from: give another to write to")
-    family.save(captioner, folder, **family.save_options(config))
+    family.save(captioner, folder, **family.save_options(config, base))
     for path in base.iterdir():
         if path.suffix in _BESIDE and path.name != family.config and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)

@@ -8,7 +8,6 @@ from torch import nn
 
 from mmtransformer.captioners.base import Captioner, is_frozen
 from mmtransformer.captioners.llava import Llava
-from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.training.engine.parameters import towers_of, trainable_parameters
 from mmtransformer.weights.adapters import part_of
@@ -158,8 +157,8 @@ def unread_by(captioner: Captioner) -> set[nn.Parameter]:
     if isinstance(captioner, Llava) and captioner.layers is not None:
         last = max(layer % vision.depth for layer in captioner.layers)
         parts += [vision.norm, *vision.blocks[last + 1 :]]
-    more = captioner.contrast_parameters() if isinstance(captioner, OpenCoCa) else []
-    return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()} | {*more}
+    contrast = getattr(captioner, "contrast_parameters", list)()  # of a CoCa
+    return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()} | {*contrast}
 
 
 def last_blocks(captioner: Captioner, names: Sequence[str], count: int, part: str) -> list[str]:

@@ -1,28 +1,52 @@
 """OpenFlamingo's resampler and gated layers -> `Flamingo`, and back. Language models and towers come from elsewhere.
 
 A checkpoint holds what was trained: `perceiver.*`, `lang_encoder.<layers>.N.gated_cross_attn_layer.*` and, context the
-language model got new tokens, its embedding, which belongs to the decoder that is given here.
+language model got new tokens, its embedding (and head, where it has one of its own).
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from tokenizers import AddedToken
 from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.vit import ViT
+from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
+from mmtransformer.images import ImageTransform
+from mmtransformer.serialization.folder_config import folder_config
+from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
+from mmtransformer.text.tokenizer import Tokenizer
+from mmtransformer.weights.processors.pixels import MEAN, STD
+from mmtransformer.weights.processors.processor import Processor
+from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.shared.folders import read_state, write_folder
+from mmtransformer.weights.shared.folders import read_state, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill
+from mmtransformer.weights.text.retabled import EMBEDDINGS, HEADS, decoder_with_tables, table_of
+from mmtransformer.weights.vision.load import load_vit
 
 _GATED = re.compile(r"^(?:.*\.)?(\d+)\.gated_cross_attn_layer\.(.+)$")
+_PLACE = re.compile(r"^lang_encoder\.(.+)\.\d+\.gated_cross_attn_layer\.")
 _HEAD_DIM = 64  # The peer's, whatever the widths.
-
+_LANGUAGE_MODEL, _TOWER, _CLIP = "lang_encoder_path", "clip_vision_encoder_path", "openai/clip-vit-large-patch14"
+END, IMAGE = "<|endofchunk|>", "<image>"
+PUBLISHED = {
+    "OpenFlamingo-3B-vitl-mpt1b": "anas-awadalla/mpt-1b-redpajama-200b",
+    "OpenFlamingo-3B-vitl-mpt1b-langinstruct": "anas-awadalla/mpt-1b-redpajama-200b-dolly",
+    "OpenFlamingo-4B-vitl-rpj3b": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
+    "OpenFlamingo-4B-vitl-rpj3b-langinstruct": "togethercomputer/RedPajama-INCITE-Instruct-3B-v1",
+    "OpenFlamingo-9B-vitl-mpt7b": "anas-awadalla/mpt-7b",
+}
+"""The language models of the released checkpoints, by their names; the tower of all is OpenAI's CLIP ViT-L/14."""
 
 _RESAMPLER = {
     "perceiver.latents": "latents",
@@ -163,38 +187,151 @@ def _block_keys(layers: Sequence[int]) -> dict[str, str]:
 
 
 def load_openflamingo(
-    source: str | Path, vision: ViT, decoder: Decoder, *, visible_images: VisibleImages = "last"
+    source: str | Path,
+    vision: ViT | None = None,
+    decoder: Decoder | None = None,
+    *,
+    visible_images: VisibleImages = "last",
 ) -> Flamingo:
-    """A `Flamingo` from a file or folder that `save_openflamingo` wrote, or one converted from a checkpoint.
-
-    The published checkpoints are pickles, which this library does not open: `torch.load(path, weights_only=True)` and
-    `safetensors.torch.save_file` make a file of one.
+    """A `Flamingo` from OpenFlamingo's `checkpoint.pt`, or what `save_openflamingo` wrote, around two models of others.
 
     Args:
-        source: a `.safetensors` file, a folder with `model.safetensors`, or the name of a hub's repository.
-        vision: see `from_openflamingo`, as all that follow.
-        decoder: the language model.
+        source: a folder with `checkpoint.pt` (read as tensors alone) or `model.safetensors`, a `.safetensors` file, or
+            the name of a hub's repository.
+        vision: the vision tower; None = as `openflamingo_config` says.
+        decoder: the language model, its vocabulary already with the added tokens; None = as `openflamingo_config` says,
+            with the checkpoint's embedding in place of its own.
         visible_images: which pictures a token sees.
 
     Raises:
         ValueError: naming what is missing or does not fit.
     """
     state, context = read_state(source)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if vision is None or decoder is None:
+        config = openflamingo_config(folder := find_folder(source))
+        vision = vision or load_vit(_beside(folder, config[_TOWER]), freeze=True)
+        decoder = decoder or _language_model(_beside(folder, config[_LANGUAGE_MODEL]), state, context)
     with built_from(state, context):
         return from_openflamingo(state, vision, decoder, visible_images=visible_images, context=context)
 
 
-def save_openflamingo(model: Flamingo, folder: str | Path, *, layers: str = "model.layers") -> None:
+def openflamingo_config(folder: Path) -> dict[str, Any]:
+    """What a folder says of the models around its checkpoint, by the names of open_flamingo's arguments.
+
+    Those are `lang_encoder_path`, `tokenizer_path` (the same unless told) and `clip_vision_encoder_path` in its
+    config.json: folders, beside it or anywhere, or names on the hub. Published checkpoints have no config.json; those
+    in `PUBLISHED` are known by the folder's name.
+
+    Raises:
+        ValueError: if the language model is named nowhere.
+    """
+    config = {_TOWER: _CLIP, **folder_config(folder)}
+    names = {folder.name, *(part.rpartition("--")[2] for part in folder.parts if part.startswith("models--"))}
+    known = next((PUBLISHED[name] for name in sorted(names & PUBLISHED.keys())), None)
+    if (model := config.get(_LANGUAGE_MODEL, known)) is None:
+        raise ValueError(
+            f"{folder} is an OpenFlamingo without its language model: name it in {folder / CONFIG}, as "
+            f'{{"{_LANGUAGE_MODEL}": FOLDER_OR_NAME}}, or call the folder as it was published ({", ".join(PUBLISHED)})'
+        )
+    config = {"tokenizer_path": model, **config, _LANGUAGE_MODEL: model}
+    for key in (_LANGUAGE_MODEL, "tokenizer_path", _TOWER):
+        if not isinstance(config[key], str):
+            raise ValueError(f"{folder / CONFIG}: {key} is {config[key]!r:.80}, not a folder or a name on the hub")
+    return config
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """A folder that is named in another, or on the hub."""
+    return here if (here := folder / name).is_dir() else find_folder(name)
+
+
+def _language_model(folder: Path, state: dict[str, Tensor], context: str) -> Decoder:
+    tables = {name: tensor for name, tensor in state.items() if name.startswith("lang_encoder.")}
+    embedding, head = table_of(tables, EMBEDDINGS), table_of(tables, HEADS)
+    if embedding is None:
+        raise ValueError(f"{context} has no embedding of {IMAGE} and {END} (lang_encoder.*.wte.weight or the like)")
+    return decoder_with_tables(folder, tables[embedding], None if head is None else tables[head])
+
+
+class OpenFlamingoProcessor(Processor):
+    """Prompts of OpenFlamingo: <image> and the words, which "Output:" is unless told, as in its own evaluation.
+
+    A text ends with <|endofchunk|>. Pixels are open_clip's, for OpenAI's mean and std.
+
+    Args:
+        folder: the folder of the checkpoint.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = openflamingo_config(folder)
+        words, tower = (_beside(folder, config[key]) for key in ("tokenizer_path", _TOWER))
+        tokenizer = Tokenizer.from_pretrained(words).with_special_tokens(tokens=[END, IMAGE])
+        self.encode = PromptTokenizer(words)
+        self.encode.backend.add_special_tokens([AddedToken(token, special=True) for token in (END, IMAGE)])
+        (self.image_id,), ends = (self.encode(token, special=False) for token in (IMAGE, END))
+        said = folder_config(tower)
+        side = said.get("vision_config", said).get("image_size", 224)
+        pixels = ImageTransform(side, "crop", MEAN, STD, "bicubic", backend="timm")
+        super().__init__(tokenizer, pixels, eos_ids=ends, prompt="Output:")
+
+    def prompt_ids(self, text: str | None, batch: CaptionBatch, sample: int) -> list[int]:
+        """<image> and the words; see `Processor`.
+
+        Raises:
+            ValueError: for words that have more than one <image> in them.
+        """
+        whole = text if text is not None and IMAGE in text else f"{IMAGE}{text or ''}"
+        if (count := whole.count(IMAGE)) > 1:
+            raise ValueError(f"a prompt has one {IMAGE} for its picture, this one has {count}: {whole!r:.200}")
+        return self.encode(whole)
+
+    def with_prompts(self, batch: CaptionBatch, texts: Sequence[str | None]) -> CaptionBatch:
+        """The batch with prompts, and with which text comes after the picture; see `Processor`."""
+        return self.complete(super().with_prompts(batch, texts))
+
+    def complete(self, batch: CaptionBatch) -> CaptionBatch:
+        """Rows with which text comes after the picture; see `Processor`."""
+        return replace(batch, image_index=(batch.tokens == self.image_id).long().cumsum(1))
+
+
+def save_openflamingo(
+    model: Flamingo, folder: str | Path, *, layers: str = "model.layers", base: Path | None = None
+) -> None:
     """Writes OpenFlamingo's trained tensors as `model.safetensors`, and how many layers stand between two of them.
 
     Args:
         model: a captioner of OpenFlamingo's kind; its towers are not written.
         folder: where to.
-        layers: see `to_openflamingo`.
+        layers: see `to_openflamingo`; of a base, its own.
+        base: the folder that it came from, whose embedding and models around it are kept.
 
     Raises:
-        ValueError: if it is of another kind, before anything is written.
+        ValueError: if it is of another kind, or what is not written is not the base's, before anything is written.
     """
     first, *others = model.cross_layers
-    config = {"model_type": "openflamingo", "cross_attn_every_n_layers": others[0] - first if others else 1}
-    write_folder(folder, config, to_openflamingo(model, layers))
+    config: dict[str, Any] = {"model_type": "openflamingo"}
+    config["cross_attn_every_n_layers"] = others[0] - first if others else 1
+    tables: dict[str, Tensor] = {}
+    if base is not None:
+        before = {name.removeprefix("module."): tensor for name, tensor in read_tensors(base).items()}
+        places = [found[1] for name in before if (found := _PLACE.match(name))]
+        layers = places[0] if places else layers
+        said = openflamingo_config(base)
+        for key in (_LANGUAGE_MODEL, "tokenizer_path", _TOWER):
+            config[key] = str((base / said[key]).resolve()) if (base / said[key]).is_dir() else said[key]
+        original = load_openflamingo(base)
+        for part in ("vision", "decoder"):
+            own, there = (getattr(x, part).state_dict() for x in (model, original))
+            if changed := [
+                name for name in there if name not in own or not torch.equal(own[name].float(), there[name])
+            ]:
+                raise ValueError(
+                    f"OpenFlamingo's file has no place for the {part}, which was changed ({changed[0]} the first of "
+                    f"{len(changed)}): keep the adapter, or train with --model.tuning.parts [connector]"
+                )
+        tables = {name: before[name] for ends in (EMBEDDINGS, HEADS) if (name := table_of(before, ends) or "")}
+    write_folder(folder, config, to_openflamingo(model, layers) | tables)

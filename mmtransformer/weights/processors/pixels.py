@@ -202,7 +202,8 @@ def to_preprocessor(transform: ImageTransform) -> dict[str, Any]:
     }
 
 
-PIXELS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PIXELS = {"mean": [*MEAN], "std": [*STD]}
 """open_clip's, of OpenAI, unless its `preprocess_cfg` says others."""
 
 

@@ -22,8 +22,8 @@ from mmtransformer.weights.text.gpt2 import decoder_from_gpt2, decoder_to_gpt2, 
 from mmtransformer.weights.text.llama import LLAMAS, decoder_from_llama, decoder_to_llama, llama_config, llamas_of
 from mmtransformer.weights.text.opt import decoder_from_opt, decoder_to_opt, is_opt, opt_config
 
-_READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(LLAMAS, decoder_from_llama)
-_READERS |= dict.fromkeys(GEMMAS, decoder_from_gemma)
+READERS = {"gpt2": decoder_from_gpt2, "opt": decoder_from_opt} | dict.fromkeys(LLAMAS, decoder_from_llama)
+READERS |= dict.fromkeys(GEMMAS, decoder_from_gemma)
 
 
 def from_transformers(model: nn.Module) -> TextDecoder:
@@ -45,13 +45,13 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context
         ValueError: as `from_transformers`.
     """
     family = config.get("model_type")
-    if family not in _READERS:
+    if family not in READERS:
         raise UnsupportedModel(
-            f'{context}: the family "{family}" is not one of TextDecoder\'s ({", ".join(_READERS)}); HubDecoder takes '
+            f'{context}: the family "{family}" is not one of TextDecoder\'s ({", ".join(READERS)}); HubDecoder takes '
             "any language model of transformers (extra: hf)"
         )
     with built_from(state, context):
-        return _READERS[family](config, state, context)
+        return READERS[family](config, state, context)
 
 
 def to_transformers(decoder: TextDecoder, family: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -158,7 +158,7 @@ def _load(folder: Path) -> Decoder:
             f'{folder / CONFIG} has neither "class" (a model of this library) nor "model_type" (one of transformers)'
         )
     try:
-        known = config["model_type"] in _READERS
+        known = config["model_type"] in READERS
         return decoder_from_state(config, read_tensors(folder) if known else {}, str(folder))
     except UnsupportedModel as reason:
         return HubDecoder.from_folder(folder, reason=str(reason))
