@@ -69,6 +69,8 @@ class LoaderConfig:
         max_bad: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
         timeout: Most seconds to wait for the workers' next batch before the run stops and names its samples; 0 waits
             for ever. Ten minutes are far above what a batch takes, and below what a dead disk costs on a rented GPU.
+        keep_together: So many neighbours of the training split stay in one batch: hard negatives for contrast, where
+            the data lie so that neighbours are alike.
     """
 
     num_workers: int = 0
@@ -76,6 +78,7 @@ class LoaderConfig:
     drop_last: bool = False
     max_bad: float = 0.01
     timeout: float = 600.0
+    keep_together: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.timeout < float("inf"):
@@ -299,6 +302,7 @@ class Data(lightning.LightningDataModule, ABC):
             lengths=None if tokens is None else lengths,
             mixture=mixture,
             repeat=training and bool(getattr(self.trainer, "overfit_batches", 0)),
+            keep_together=self.loader_config.keep_together if training else 1,
             block=self.block(world),
             rank=rank,
             world=world,

@@ -58,6 +58,9 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             the number of times that it has come before, so that it is never cropped or captioned twice in the same way;
             `num_samples` is the mixture's size, and `lengths` gives those of its samples in their order.
         repeat: Whether every epoch is the first one again, with its samples, captions and crops: for overfitting.
+        keep_together: So many neighbours, as the samples lie in the split, stay side by side in the shuffled order: a
+            batch then holds samples that are hard to tell apart, where neighbours are. Batches that it does not
+            divide cut some runs in two.
         block: Samples that stay together when grouping; a step (`batch_size * world`) unless told. Give the samples
             of one optimizer step to make gradient accumulation see the same groups as one large batch.
         window: Blocks in which samples are sorted by length. More gives less padding and less shuffling.
@@ -79,6 +82,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         lengths: Callable[[int], np.ndarray] | None = None,
         mixture: EpochMixture | None = None,
         repeat: bool = False,
+        keep_together: int = 1,
         block: int | None = None,
         window: int = 50,
         rank: int = 0,
@@ -103,7 +107,10 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             raise ValueError(
                 f"a mixture of {mixture.size} samples needs num_samples={mixture.size} (not {num_samples}) and shuffle"
             )
+        if keep_together < 1 or (keep_together > 1 and mixture is not None):
+            raise ValueError(f"keep_together ({keep_together}) must be at least 1, and 1 beside a mixture")
         self.num_samples, self.batch_size, self.seed, self.shuffle = num_samples, batch_size, seed, shuffle
+        self.keep_together = keep_together
         self.lengths, self.mixture, self.repeat = lengths, mixture, repeat
         self.block, self.window = block or self.step, window
         self.rank, self.world, self.drop_last = rank, world, drop_last
@@ -127,11 +134,18 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         """All samples (of the mixture) in the order of an epoch, (num_samples,): a pure function of (seed, epoch)."""
         if not self.shuffle:
             return np.arange(self.num_samples)
-        order = np.argsort(hash64(self.seed, epoch, np.arange(self.num_samples)), kind="stable")
-        if self.lengths is None:
-            return order
-        block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block
-        lengths, size = self.lengths(epoch), block * self.window
+        together = self.keep_together
+        runs = self.num_samples // together  # what is left over comes last
+        order = np.argsort(hash64(self.seed, epoch, np.arange(runs)), kind="stable")
+        if self.lengths is not None:
+            block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block
+            longest = self.lengths(epoch)[: runs * together].reshape(runs, together).max(1)
+            order = self._grouped(order, longest, max(block // together, 1), epoch)
+        kept = order[:, None] * together + np.arange(together)
+        return np.concatenate([kept.reshape(-1), np.arange(runs * together, self.num_samples)])
+
+    def _grouped(self, order: np.ndarray, lengths: np.ndarray, block: int, epoch: int) -> np.ndarray:
+        size = block * self.window
         windows = (order[i : i + size] for i in range(0, len(order), size))
         order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in windows])
         full = len(order) // block  # the incomplete block stays last

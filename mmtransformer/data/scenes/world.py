@@ -12,7 +12,7 @@ of a scene are those of the chain's neighbours.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -208,6 +208,24 @@ class World:
             rng.shuffle(groups)  # the large ones anywhere in the row
         relations, spots = _place(rng, groups, axis, inside)
         return Scene(tuple(groups), relations, spots, rng.getrandbits(63))
+
+    def siblings(self, scene: Scene) -> list[Scene]:
+        """All scenes that differ in one word: a group has another shape, colour or fill, all else is where it was.
+
+        Args:
+            scene: The scene; of none of its groups is the colour-shape pair held out.
+        """
+        nested = {group for relation in scene.relations if relation.kind == "inside" for group in relation[::2]}
+        taken = {(group.color, group.shape) for group in scene.groups}
+        found = []
+        for i, group in enumerate(scene.groups):
+            if i in nested:  # what fits into what, and is seen on it, stays
+                continue
+            pairs = [pair for pair in self._pairs if pair not in taken]
+            others = [replace(group, color=c, shape=s) for c, s in pairs if c == group.color or s == group.shape]
+            others += [replace(group, fill=fill) for fill in self.fills if fill != group.fill]
+            found += [replace(scene, groups=(*scene.groups[:i], other, *scene.groups[i + 1 :])) for other in others]
+        return found
 
     def _choose_pairs(
         self, rng: random.Random, num_groups: int, held_out: bool, inside: bool

@@ -68,6 +68,29 @@ def test_order_is_a_permutation_and_a_pure_function():
     assert indices(IndexSampler(N, 7, shuffle=False)) == [list(range(i, min(i + 7, N))) for i in range(0, N, 7)]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_neighbours_stay_in_one_batch(grouped: bool):
+    n, together, batch = 4 * 31 + 3, 4, 8
+    by = (lambda _: np.arange(n) * 7 % 11) if grouped else None
+    sampler = IndexSampler(n, batch, seed=3, lengths=by, keep_together=together)
+    order = sampler.order(0)
+    assert sorted(order) == list(range(n))
+    assert list(order[-3:]) == [n - 3, n - 2, n - 1]
+    runs = order[:-3].reshape(-1, together)
+    assert (runs == runs[:, :1] + np.arange(together)).all()
+    assert (runs[:, 0] % together == 0).all()
+    assert not np.array_equal(order, sampler.order(1))
+    assert not np.array_equal(runs[:, 0], np.sort(runs[:, 0]))
+    two = [IndexSampler(n, 4, seed=3, lengths=by, keep_together=together, rank=r, world=2) for r in range(2)]
+    steps = zip(*(indices(one) for one in two), strict=True)
+    assert [sorted(a + b) for a, b in steps][:15] == [sorted(x) for x in indices(sampler)][:15]
+
+
+def test_neighbours_cannot_be_kept_together_by_none():
+    with pytest.raises(ValueError, match=r"keep_together \(0\) must be at least 1"):
+        IndexSampler(9, 3, keep_together=0)
+
+
 def test_every_epoch_has_another_order():
     plain = IndexSampler(N, 7, seed=3)
     assert not np.array_equal(plain.order(0), plain.order(1))
