@@ -3,7 +3,6 @@
 The batches are a pure function of (seed, epoch), the same for any number of workers and processes; see `sampler`.
 """
 
-import dataclasses
 import functools
 import hashlib
 import warnings
@@ -172,7 +171,8 @@ class Data(lightning.LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
         self.batch_size, self.loader_config = batch_size, loader
-        self.num_workers, self.seed, self.drop_last, self.max_bad, self.timeout = dataclasses.astuple(loader)
+        self.num_workers, self.seed, self.drop_last = loader.num_workers, loader.seed, loader.drop_last
+        self.max_bad, self.timeout, self.keep_together = loader.max_bad, loader.timeout, loader.keep_together
         self.train_split, self.val_splits, self.test_splits = splits.train, splits.val, splits.test
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}
@@ -302,7 +302,7 @@ class Data(lightning.LightningDataModule, ABC):
             lengths=None if tokens is None else lengths,
             mixture=mixture,
             repeat=training and bool(getattr(self.trainer, "overfit_batches", 0)),
-            keep_together=self.loader_config.keep_together if training else 1,
+            keep_together=self.keep_together if training else 1,
             block=self.block(world),
             rank=rank,
             world=world,
