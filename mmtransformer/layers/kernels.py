@@ -202,11 +202,16 @@ def fastest_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     Args:
         device: where the model computes.
     """
+    return torch.bfloat16 if bfloat16_hardware(device) else torch.float32
+
+
+def bfloat16_hardware(device: torch.device | str) -> str:
+    """What of a device multiplies in bfloat16 by itself, in words; "" where nothing does."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"compute capability {major}.{minor}" if major >= 8 else ""
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         kinds: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())  # older ones of torch don't tell
-        if kinds.get("avx512_bf16") or kinds.get("amx_bf16"):
-            return torch.bfloat16
-    return torch.float32
+        return ", ".join(name for name in ("amx_bf16", "avx512_bf16") if kinds.get(name))
+    return ""

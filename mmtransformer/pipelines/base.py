@@ -13,6 +13,7 @@ from torch import nn
 
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
+from mmtransformer.layers.kernels import bfloat16_hardware
 from mmtransformer.layers.weight_packing import Precision
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import read_json
@@ -51,7 +52,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_precision(precision: str, dtype: str | None, device: torch.device | str | None) -> Precision:
+def resolve_precision(precision: str, dtype: str | None, device: torch.device | str | None) -> Precision:
     """The precision to caption in; "auto" is bf16 where the device computes in bfloat16, and says what it took.
 
     Args:
@@ -72,20 +73,16 @@ def pick_precision(precision: str, dtype: str | None, device: torch.device | str
         precision = words[name]
     if precision != "auto":
         return cast(Precision, precision)  # An unknown one is refused when the model is made ready.
-    where, why = pick_device(device), "which computes in bfloat16"
-    half = where.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if where.type == "cpu":
-        have = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        kernels = [name for name in ("amx_bf16", "avx512_bf16") if have.get(name)]
-        half, why = bool(kernels), f"which has {', '.join(kernels)}"
-    taken: Precision = "bf16" if half else "fp32"
-    sys.stderr.write(f"precision: {taken} on {where.type}, {why if half else 'which has no bfloat16 kernels'}\n")
+    where = pick_device(device)
+    found = bfloat16_hardware(where)
+    taken: Precision = "bf16" if found else "fp32"
+    sys.stderr.write(f"precision: {taken} on {where.type}, which has {found or 'no bfloat16 kernels'}\n")
     return taken
 
 
 def fast_autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU that has it; elsewhere nothing changes."""
-    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on = device.type == "cuda" and bool(bfloat16_hardware(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 

@@ -33,10 +33,10 @@ from mmtransformer.pipelines.base import (
     fast_autocast,
     in_batches,
     pick_device,
-    pick_precision,
     public_family,
     read_generation,
     read_transform,
+    resolve_precision,
     write_card,
     write_json,
 )
@@ -149,7 +149,7 @@ class ImageCaptioner:
             transform,
             generation=generation,
             device=device,
-            precision=pick_precision(precision, dtype, device),
+            precision=resolve_precision(precision, dtype, device),
             processor=processor,
         )
 

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from mmtransformer.layers.kernels import bfloat16_hardware
+
 KERNELS = 128
 """Kernels of matrix products that a CPU keeps in a run."""
 
@@ -29,15 +31,13 @@ def pick_precision(accelerator: str = "auto") -> PrecisionChoice:
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if bfloat16_hardware("cuda"):
             return PrecisionChoice("bf16-mixed", f"{name} computes in bfloat16")
         return PrecisionChoice("32-true", f"{name} has no bfloat16; float32 with TF32 where it exists")
     if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
         return PrecisionChoice("32-true", "Apple GPU: float32")
-    have = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    found = [name for name in ("amx_bf16", "avx512_bf16") if have.get(name)]
-    if found:
-        return PrecisionChoice("bf16-mixed", f"the CPU has {found[0]}")
+    if found := bfloat16_hardware("cpu"):
+        return PrecisionChoice("bf16-mixed", f"the CPU has {found}")
     return PrecisionChoice("32-true", "the CPU has no bfloat16 matmuls")
 
 

@@ -31,8 +31,7 @@ from mmtransformer.weights.shared.configs import (
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import encoder_from_bert, encoder_to_bert
-from mmtransformer.weights.vision.clip import save_clip as save_tower
-from mmtransformer.weights.vision.clip import vision_from_clip, vision_to_clip
+from mmtransformer.weights.vision.clip import save_clip_vision, vision_from_clip, vision_to_clip
 
 DUAL_TYPES = ("clip", "siglip", "chinese_clip")
 """`model_type` of the dual models that are known."""
@@ -239,7 +238,7 @@ def save_clip(model: nn.Module, folder: str | Path) -> None:
         ValueError: if transformers has no such model, before anything is written.
     """
     if isinstance(model, ViT):
-        return save_tower(model, folder)
+        return save_clip_vision(model, folder)
     if not isinstance(model, CLIP):
         raise ValueError(f"a {type(model).__name__} is neither a CLIP nor a vision tower")
     write_folder(folder, *clip_to_transformers(model))

@@ -162,7 +162,7 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config if clip else config | {"vision_use_head": vit.attn_pool is not None}, tensors
 
 
-def save_clip(vit: ViT, folder: str | Path) -> None:
+def save_clip_vision(vit: ViT, folder: str | Path) -> None:
     """Writes a folder that transformers reads as a CLIPVisionModel or, without a class token, a SiglipVisionModel.
 
     Raises:

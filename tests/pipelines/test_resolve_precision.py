@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.pipelines.base import pick_precision
+from mmtransformer.pipelines.base import resolve_precision
 from support.cli import mmt
 from support.hub import folder
 from support.public import pictures
@@ -26,18 +26,18 @@ def test_auto_is_what_the_machine_is_fast_at(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
     for words in (("auto", None), ("fp32", "auto")):
-        assert pick_precision(*words, "cpu") == taken
+        assert resolve_precision(*words, "cpu") == taken
         assert capsys.readouterr().err == said
 
 
 def test_two_names_say_one_thing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert pick_precision("fp32", None, None) == pick_precision("fp32", "float32", None) == "fp32"
-    assert pick_precision("bf16", "bfloat16", None) == pick_precision("fp32", str(torch.bfloat16), None) == "bf16"
+    assert resolve_precision("fp32", None, None) == resolve_precision("fp32", "float32", None) == "fp32"
+    assert resolve_precision("bf16", "bfloat16", None) == resolve_precision("fp32", str(torch.bfloat16), None) == "bf16"
     assert capsys.readouterr().err == ""
     with pytest.raises(ValueError, match='dtype must be one of auto, float32, bfloat16, not "float16"'):
-        pick_precision("fp32", "float16", None)
+        resolve_precision("fp32", "float16", None)
     with pytest.raises(ValueError, match=r"dtype \(float32\) and precision \(int8\) say two things"):
-        pick_precision("int8", "float32", None)
+        resolve_precision("int8", "float32", None)
 
 
 def test_it_reaches_the_model(
