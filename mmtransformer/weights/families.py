@@ -44,12 +44,13 @@ from mmtransformer.weights.captioners.vision_encoder_decoder import (
     load_vision_encoder_decoder,
     save_vision_encoder_decoder,
 )
+from mmtransformer.weights.contrast.dual import save_clip
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
 from mmtransformer.weights.text.lm import load_lm, save_lm
-from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES, save_clip_vision
+from mmtransformer.weights.vision.clip import CLIP_TYPES, SIGLIP_TYPES
 from mmtransformer.weights.vision.dino import DINO_TYPES, save_dino
 from mmtransformer.weights.vision.dit import DIT, PIXART, load_dit, save_dit
 from mmtransformer.weights.vision.load import load_vit, save_vit
@@ -103,7 +104,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "dit": Family(load_dit, save_dit, (DiffusionTransformer,)),
     "timm": Family(load_vit, save_vit, (ViT,)),
-    "clip": Family(load_vit, save_clip_vision, (ViT,), CLIP_TYPES + SIGLIP_TYPES),
+    "clip": Family(load_vit, save_clip, (ViT,), CLIP_TYPES + SIGLIP_TYPES),
     "siglip2": Family(load_vit, save_siglip2, (ViT,), SIGLIP2_TYPES),
     "dino": Family(load_vit, save_dino, (ViT,), DINO_TYPES),
     "vit": Family(load_vit, save_transformers_vit, (ViT,), VIT_TYPES),
