@@ -12,10 +12,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmtransformer.serialization.untrusted import check_plain
 from mmtransformer.text.clip_tokenizer import clip_backend
+from mmtransformer.text.sentencepiece_files import LLAMAS, SENTENCEPIECE, read_llama
 
 _MOST_STEPS, _MOST_GROWTH, _MOST_AHEAD = 100, 64, 1000
 _GPT2, _BERT = ("GPT2Tokenizer",), ("BertTokenizer", "DistilBertTokenizer")
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _REMEDY = (
     "where transformers has what it needs for them (pip install transformers sentencepiece), "
     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes a tokenizer.json"
@@ -87,14 +87,23 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
                     single=f"{cls}:0 $A:0 {sep}:0", special_tokens=ids
                 )
             return backend
+        if (path := folder / "tokenizer.model").is_file() and _is_llama(settings):
+            backend = read_llama(path, config)
+            _add_specials(backend, folder, config)
+            settings.setdefault("Llama", {"bos_token": "<s>", "eos_token": "</s>"})
+            return backend
     except UnknownClassError:
         raise
     except BaseException as error:  # `tokenizers` raises bare Exception, and in its depths Rust's panic, which is none
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise ValueError(f"{path}: not readable as a tokenizer: {error}") from error
-    if slow := [name for name in _SENTENCEPIECE if (folder / name).exists()]:
-        raise ValueError(f"{folder}: {slow[0]} is SentencePiece's file, which is not read here; {_REMEDY}")
+    if slow := [name for name in SENTENCEPIECE if (folder / name).exists()]:
+        kind = config.get("tokenizer_class")
+        raise ValueError(
+            f"{folder}: {slow[0]} is SentencePiece's file, of which only a Llama's is read here, not that of a {kind}; "
+            f"{_REMEDY}"
+        )
     raise ValueError(
         f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt, and no vocab.txt; "
         f"it holds: {', '.join(sorted(p.name for p in folder.iterdir())[:9]) or 'nothing'}"
@@ -103,6 +112,13 @@ def read_backend(folder: Path, settings: dict[str, dict[str, Any]]) -> tokenizer
 
 class UnknownClassError(ValueError):
     """Files of a tokenizer whose class says that they are read in another way."""
+
+
+def _is_llama(settings: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether SentencePiece's file is a Llama's, by its tokenizer's class, or else by its model's kind."""
+    name = settings.get("tokenizer_config.json", {}).get("tokenizer_class")
+    kind = settings.get("config.json", {}).get("model_type")
+    return name in LLAMAS or (name is None and kind in ("llama", "mistral", "llava"))
 
 
 def _check_class(folder: Path, config: Mapping[str, Any], known: Sequence[str], files: str) -> None:

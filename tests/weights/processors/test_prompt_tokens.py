@@ -114,7 +114,7 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
     with pytest.raises(
-        ValueError, match=f"tokenizer.model is SentencePiece's file, which is not read here; .*{remedy}"
+        ValueError, match=f"tokenizer.model is SentencePiece's file, of which only a Llama's is read here, .*{remedy}"
     ):
         PromptTokenizer(tmp_path)
 
