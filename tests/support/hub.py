@@ -24,6 +24,10 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsImageProcessor,
+    IdeficsProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -31,9 +35,16 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     OPTConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -186,9 +197,45 @@ def idefics3(path: Path) -> Any:
     return Idefics3ForConditionalGeneration(config)
 
 
+def onevision(path: Path) -> Any:
+    """LLaVA-OneVision, which cuts pictures into tiles."""
+    words = chatting()
+    words.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False), text_config=Qwen2Config(**_llama(words)),
+        image_grid_pinpoints=POINTS, image_token_index=words.convert_tokens_to_ids("<image>"),
+        video_token_index=words.convert_tokens_to_ids("<video>"), vision_aspect_ratio="anyres_max_2",
+    )  # fmt: skip
+    pixels = LlavaOnevisionImageProcessor(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=POINTS, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    LlavaOnevisionProcessor(
+        pixels, words, LlavaOnevisionVideoProcessor(), num_image_tokens=16, vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2", chat_template=TEMPLATE,
+    ).save_pretrained(path)  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def idefics(path: Path) -> Any:
+    """Idefics, the first one."""
+    words, ids = chatting(), {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    vision = {"embed_dim": 24, "image_size": 28, "patch_size": 7, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 31}  # fmt: skip
+    config = IdeficsConfig(
+        vocab_size=len(words), **WIDTH, cross_layer_interval=1, use_resampler=True, vision_config=vision,
+        max_position_embeddings=97, perceiver_config={
+            "resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 8,
+        }, **ids,
+    )  # fmt: skip
+    IdeficsProcessor(IdeficsImageProcessor(image_size=28), words).save_pretrained(path)
+    model = IdeficsForVisionText2Text(config)
+    model.generation_config.update(**ids)
+    return model
+
+
 FAMILIES: dict[str, Callable[[Path], Any]] = {
     "blip": blip, "vit-gpt2": vit_gpt2, "git": git, "blip2": blip2, "llava": llava, "llava-next": llava_next,
-    "idefics3": idefics3,
+    "llava-onevision": onevision, "idefics": idefics, "idefics3": idefics3,
 }  # fmt: skip
 
 

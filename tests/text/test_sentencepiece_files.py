@@ -13,10 +13,12 @@ from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.tokens import PromptTokenizer
 
 TEXTS = [
-    "two dogs run", "a red star and a red dog", "빨간 별과 두 개", "naïve 日本語 🦩", " leading  spaces", "<s> no mark", "",
+    "two dogs run", "a red star and a red dog", "빨간 별과 두 개", "naïve 日本語 🦩", " leading  spaces", "<s> no mark",
+    "",
 ]  # fmt: skip
 JOINED = [
-    "ed", "re", "red", "▁red", "do", "dog", "▁dog", "▁dogs", "▁a", "an", "▁and", "tw", "▁two", "빨간", "▁빨간", "▁별", "▁  ",
+    "ed", "re", "red", "▁red", "do", "dog", "▁dog", "▁dogs", "▁a", "an", "▁and", "tw", "▁two", "빨간", "▁빨간",
+    "▁별", "▁  ",
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ OPTIONS = {
               "bfloat16"],
     "llava": ["--model.tuning.targets", "[q_proj,fc1]", "--model.optim.lr_scales", "{vision: 0.1}"],
     "llava-next": [],
+    "llava-onevision": [],
+    "idefics": ["--model.tuning.how", "whole", "--model.tuning.parts", "[connector]"],
     "idefics3": ["--model.tuning.parts", "[connector,decoder]"],
 }  # fmt: skip
 
@@ -42,6 +44,11 @@ def theirs_say(path: Path, family: str, image: Any, ours: ImageCaptioner) -> lis
     kinds: dict[str, Any] = {"vit-gpt2": VisionEncoderDecoderModel, "git": GitForCausalLM}
     model = kinds.get(family, AutoModelForImageTextToText).from_pretrained(path, dtype=torch.float32).eval()
     assert ours.processor is not None
+    if family == "idefics":
+        processor = AutoProcessor.from_pretrained(path)
+        given = processor(images=[image], text=[""], return_tensors="pt")
+        rows = model.generate(**given, max_new_tokens=7, num_beams=2)
+        return until_end(rows[:, given["input_ids"].shape[1] :], ours.tokenizer.eos_ids)[0]
     if family in ("blip", "vit-gpt2", "git"):
         pixels = ours.batch([image]).pixels
         assert pixels is not None
@@ -89,7 +96,12 @@ def test_fit_evaluate_export(
     parts = {
         part_of(load(base).captioner, name.removesuffix(".lora_A")) for name in Adapter.read(run / "model").tensors
     }
-    wanted = {"blip": {"vision", "decoder", "connector"}, "blip2": {"connector"}, "idefics3": {"connector", "decoder"}}
+    wanted = {
+        "idefics": {"connector"},
+        "blip": {"vision", "decoder", "connector"},
+        "blip2": {"connector"},
+        "idefics3": {"connector", "decoder"},
+    }
     assert parts == wanted.get(family, {"vision", "decoder"})
     tuned, exported, image = load(run / "model"), load(tmp_path / "out"), pictures()[1]
     found = ids(tuned, [image], [None], max_new_tokens=7, num_beams=2)
