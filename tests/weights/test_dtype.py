@@ -1,6 +1,8 @@
 """Frozen parts kept in bfloat16, and low-rank products beside a frozen tower, as recipes load them."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,7 +201,7 @@ def test_a_tower_takes_low_rank_products_and_gives_them_back(folders: tuple[Path
 
 def test_what_cannot_be(folders: tuple[Path, Path]) -> None:
     vision, lm = map(str, folders)
-    with pytest.raises(ValueError, match='dtype must be "float32" or "bfloat16", not "float16"'):
+    with pytest.raises(ValueError, match='dtype must be "float32", "bfloat16" or "nf4", not "float16"'):
         load_lm(lm, dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lora_rank \(4\) needs dtype float32, not bfloat16"):
         load_lm(lm, dtype="bfloat16", lora_rank=4)
@@ -228,3 +230,52 @@ def test_tied_weights_stay_tied() -> None:
     model = cast_frozen(TextDecoder(VOCAB, 24, 1, 4), "bfloat16")
     assert model.embedding_weights[0] is model.embedding_weights[1]
     assert model.embedding_weights[0].dtype == torch.bfloat16
+
+
+class Linear4bit(torch.nn.Linear):
+    """A stand-in for bitsandbytes': sixteen steps of the largest weight, taken when it is asked for."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, compute_dtype: torch.dtype, quant_type: str) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.compute_dtype, self.quant_type = compute_dtype, quant_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = self.weight.abs().max() / 7
+        return torch.nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
+
+
+def test_four_bits_are_for_a_gpu_with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = TextDecoder(53, 24, 2, 3)
+    before = {name: x.clone() for name, x in decoder.state_dict().items()}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r'dtype "nf4": four-bit weights are for a GPU, .*: take "bfloat16"'):
+        cast_frozen(decoder, "nf4")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match='dtype "nf4" needs bitsandbytes: pip install bitsandbytes'):
+        cast_frozen(decoder, "nf4")
+    assert all(torch.equal(x, before[name]) for name, x in decoder.state_dict().items())
+    assert {x.dtype for x in decoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_four_bits_by_a_stand_in(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    stand_in = SimpleNamespace(nn=SimpleNamespace(Linear4bit=Linear4bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    torch.manual_seed(0)
+    decoder = TextDecoder(53, 24, 2, 3, tied=tied).eval()
+    tokens = torch.randint(53, (2, 7))
+    exact = decoder.head(decoder(tokens))
+    linear = {name for name, layer in decoder.named_modules() if type(layer) is torch.nn.Linear}
+    weights = {name: decoder.get_parameter(f"{name}.weight").clone() for name in linear}
+    cast_frozen(decoder, "nf4")
+    four = {name for name, layer in decoder.named_modules() if isinstance(layer, Linear4bit)}
+    assert four == {name for name in linear if name.startswith("blocks.")}
+    for name in four:
+        layer: Any = decoder.get_submodule(name)
+        assert torch.equal(layer.weight, weights[name].bfloat16())
+        assert (layer.compute_dtype, layer.quant_type, layer.weight.requires_grad) == (torch.bfloat16, "nf4", False)
+    assert {x.dtype for x in decoder.parameters()} == {torch.bfloat16}
+    rounded = decoder.head(decoder(tokens)).float()
+    assert 1e-4 < (rounded - exact).abs().max() / exact.abs().max() < 0.5

@@ -125,7 +125,8 @@ def load_lm(
         new_tokens: ids that are added to the model's, see `ExtendedVocabulary`; what `load_tokenizer` adds.
         first: the first of them; None = the model's vocab_size. A hub's tokenizer may have fewer tokens.
         dtype: "bfloat16" keeps a model that stays frozen in half the memory, and takes an eighth off a training step in
-            bf16-mixed (BLIP-2's stage 2 on a CPU); what is new, the tokens, stays in float32.
+            bf16-mixed (BLIP-2's stage 2 on a CPU); "nf4" in an eighth, by bitsandbytes on a GPU. What is new,
+            the tokens, stays in float32.
         lora_rank: width of low-rank products that learn beside the frozen weights, see `add_lora`; 0 = none. A bridge
             must then not freeze the model itself (freeze_decoder: false).
         lora_targets: ends of the names of the layers that get them.
