@@ -218,7 +218,8 @@ def onevision(path: Path) -> Any:
 
 def idefics(path: Path) -> Any:
     """Idefics, the first one."""
-    words, ids = chatting(), {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    words = chatting()
+    ids: Any = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     vision = {"embed_dim": 24, "image_size": 28, "patch_size": 7, "num_hidden_layers": 2, "num_attention_heads": 4,
               "intermediate_size": 31}  # fmt: skip
     config = IdeficsConfig(

@@ -239,9 +239,9 @@ class Linear4bit(torch.nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
         self.compute_dtype, self.quant_type = compute_dtype, quant_type
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (its name there)
         step = self.weight.abs().max() / 7
-        return torch.nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
+        return torch.nn.functional.linear(input, (self.weight / step).round() * step, self.bias)
 
 
 def test_four_bits_are_for_a_gpu_with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
