@@ -239,7 +239,7 @@ class Linear4bit(torch.nn.Linear):
         super().__init__(inputs, outputs, bias=bias)
         self.compute_dtype, self.quant_type = compute_dtype, quant_type
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (its name there)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         step = self.weight.abs().max() / 7
         return torch.nn.functional.linear(input, (self.weight / step).round() * step, self.bias)
 
