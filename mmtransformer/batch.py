@@ -1,6 +1,6 @@
 """Batch: tensors that travel together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -16,9 +16,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch with its tensors on another device."""
-        moved = {k: x.to(device, non_blocking=non_blocking) for k, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{k: x.to(device, non_blocking=non_blocking) for k, x in values if isinstance(x, Tensor)})
 
     def pin_memory(self) -> Self:
         """The batch with its tensors in page-locked memory, for copies beside the computation."""
-        return replace(self, **{k: x.pin_memory() for k, x in vars(self).items() if isinstance(x, Tensor)})
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{k: x.pin_memory() for k, x in values if isinstance(x, Tensor)})

@@ -32,6 +32,12 @@ def test_tensors_move_and_the_rest_stays() -> None:
     assert [batch.waves.device.type, batch.labels.device.type] == ["cpu", "cpu"]
 
 
+def test_what_is_no_field_does_not_stop_a_batch() -> None:
+    batch = Sounds(torch.ones(2, 3), torch.arange(2))
+    vars(batch)["note"] = torch.zeros(1)
+    assert batch.to("meta").waves.device.type == "meta"
+
+
 @pytest.mark.parametrize("kind", [CaptionBatch, Seq2SeqBatch, ClassBatch, MaskedBatch, TextBatch])
 def test_every_tensor_of_every_batch_moves(kind: type[Batch]) -> None:
     tensors = [field.name for field in dataclasses.fields(kind) if "Tensor" in str(field.type)]
