@@ -1,8 +1,9 @@
-"""A small BLIP and a small ViT-GPT2, trained here on real photos, and written as transformers has them.
+"""A small BLIP, ViT-GPT2 and LLaVA, trained here on real photos, and written as transformers has them.
 
 transformers reads the folder and captions photos that training never saw; we read the same folder and caption them,
 too: the same captions and ids, greedily and with beams, and so the same scores. The vision encoder is a frozen
-DeiT-tiny, its features kept; the training is short, and the scores show only that photos are looked at.
+DeiT-tiny, its features kept (in LLaVA without the class token and at 112 x 112, as a SigLIP); the training is short,
+and the scores show only that photos are looked at.
 
 python tests/benchmarks/prove_public.py PHOTOS WEIGHTS [--photos N] [--val N] [--steps N] [--only NAME] [--out FOLDER]
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -31,28 +32,43 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
     BlipProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
     VisionEncoderDecoderModel,
     ViTImageProcessor,
 )
 
 from mmtransformer import (
+    AttentionConfig,
+    BlockConfig,
     CaptionBatch,
     ImageCaptioner,
     ImageTransform,
     LinearConnector,
+    Llava,
     MLPConfig,
+    MLPProjector,
     NormConfig,
+    PositionConfig,
     TextDecoder,
     VisionEncoderDecoder,
     ViT,
     caption_loss,
 )
 from mmtransformer.metrics.scores import score_captions
-from mmtransformer.weights import ViTSettings, load_vit, save_blip, save_vision_encoder_decoder
+from mmtransformer.serialization.pretrained import load_strictly
+from mmtransformer.weights import ViTSettings, load_vit, save_blip, save_llava, save_vision_encoder_decoder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_LEN, NEW = 40, 16
+KINDS = {
+    "blip": BlipForConditionalGeneration,
+    "vit-gpt2": VisionEncoderDecoderModel,
+    "llava": LlavaForConditionalGeneration,
+}
+TEMPLATE = "{% for m in messages %}<image>{% endfor %}"
 SIDE = {"height": 224, "width": 224}
 
 
@@ -70,6 +86,7 @@ class Texts(NamedTuple):
     start: int
     end: int
     pad: int
+    placeholders: list[int] = []  # noqa: RUF012 (never changed): what stands for the photo
 
 
 def read_photos(folder: Path, split: str, count: int) -> list[Photo]:
@@ -107,6 +124,21 @@ def bytes_of_gpt2(texts: list[str]) -> Texts:
     return Texts(tokenizer, len(tokenizer), start=0, end=0, pad=0)
 
 
+def words_of_llama(texts: list[str]) -> Texts:
+    """The same, with a mark for photos; a caption stands after the photo alone."""
+    tokenizer = bytes_of_gpt2(texts).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+    )  # fmt: skip
+    return Texts(made, len(made), start=0, end=0, pad=0, placeholders=[made.convert_tokens_to_ids("<image>")] * 49)
+
+
 def blip(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     decoder = TextDecoder(
         texts.vocab_size, 192, 3, 4, max_len=MAX_LEN, cross_dim=vision.dim, mlp=MLPConfig("gelu"),
@@ -120,7 +152,28 @@ def vit_gpt2(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     return VisionEncoderDecoder(vision, decoder, adapter=LinearConnector(vision.dim, 256), freeze_vision=True)
 
 
-def train(model: VisionEncoderDecoder, texts: Texts, photos: list[Photo], features: Tensor, steps: int) -> None:
+def llava(vision: ViT, texts: Texts) -> Llava:
+    """The tower as a SigLIP: no class token, 49 patches."""
+    vision.set_input_size(112)
+    tower = ViT(112, 16, 192, 12, 3, class_token=False, pool="mean", block=BlockConfig("gelu", 1e-6))
+    load_strictly(tower, {name: x for name, x in vision.state_dict().items() if name in tower.state_dict()}, "DeiT")
+    decoder = TextDecoder(
+        texts.vocab_size, 192, 3, 4, max_len=128, attention=AttentionConfig(bias=False), tied=False,
+        mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms"), positions=PositionConfig("rotary"),
+    )  # fmt: skip
+    proj, image = MLPProjector(192, 192, pre_norm=False), texts.tokenizer.convert_tokens_to_ids("<image>")
+    return Llava(tower, proj, decoder, image, layers=(-1,), keep_class=False, freeze_decoder=False)
+
+
+@torch.no_grad()
+def seen(model: VisionEncoderDecoder | Llava, photos: list[Photo]) -> Tensor:
+    """What the frozen tower sees in each photo, once for all steps."""
+    transform = ImageTransform(model.vision.image_size[0], "squash", MEAN, STD)
+    parts = torch.stack([transform(photo.image) for photo in photos]).split(50)
+    return torch.cat([model.features(part) for part in parts])
+
+
+def train(model: VisionEncoderDecoder | Llava, texts: Texts, photos: list[Photo], features: Tensor, steps: int) -> None:
     chance = random.Random(0)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01)
@@ -131,10 +184,11 @@ def train(model: VisionEncoderDecoder, texts: Texts, photos: list[Photo], featur
         chosen = chance.sample(range(len(photos)), min(32, len(photos)))
         said = [chance.choice(photos[i].captions) for i in chosen]
         ids = [texts.tokenizer(text, add_special_tokens=False).input_ids[: NEW - 1] for text in said]
-        rows = [torch.tensor([texts.start, *row, texts.end]) for row in ids]
+        rows = [torch.tensor([texts.start, *texts.placeholders, *row, texts.end]) for row in ids]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=texts.pad)
         real = torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in rows])
-        loss = caption_loss(model, CaptionBatch(tokens, real, real, visual_tokens=features[chosen][:, None]))
+        told = real & (torch.arange(tokens.shape[1]) > len(texts.placeholders))
+        loss = caption_loss(model, CaptionBatch(tokens, real, told, visual_tokens=features[chosen][:, None]))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -145,10 +199,17 @@ def train(model: VisionEncoderDecoder, texts: Texts, photos: list[Photo], featur
     model.eval()
 
 
-def write(model: VisionEncoderDecoder, texts: Texts, folder: Path) -> None:
+def write(model: VisionEncoderDecoder | Llava, texts: Texts, folder: Path) -> None:
     """The folder as transformers has it."""
     pixels = {"size": SIDE, "image_mean": list(MEAN), "image_std": list(STD)}
-    if model.adapter is None:
+    if isinstance(model, Llava):
+        save_llava(model, folder)
+        made = SiglipImageProcessor(**pixels | {"size": {"height": 112, "width": 112}})
+        LlavaProcessor(
+            made, texts.tokenizer, patch_size=16, vision_feature_select_strategy="full", chat_template=TEMPLATE
+        ).save_pretrained(folder)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0}), "utf-8")
+    elif model.adapter is None:
         save_blip(model, folder, bos_token_id=texts.start, sep_token_id=texts.end, pad_token_id=texts.pad)
         BlipProcessor(BlipImageProcessor(**pixels), texts.tokenizer).save_pretrained(folder)
     else:
@@ -158,16 +219,19 @@ def write(model: VisionEncoderDecoder, texts: Texts, folder: Path) -> None:
         texts.tokenizer.save_pretrained(folder)
 
 
-def theirs(folder: Path, photos: list[Photo], texts: Texts, *, blip: bool, beams: int) -> list[tuple[list[int], str]]:
+def theirs(folder: Path, photos: list[Photo], texts: Texts, *, name: str, beams: int) -> list[tuple[list[int], str]]:
     """Ids and captions of transformers."""
-    kind: Any = BlipForConditionalGeneration if blip else VisionEncoderDecoderModel
+    kind: Any = KINDS[name]
     model, tokenizer = kind.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
     pixels = AutoImageProcessor.from_pretrained(folder)
     found = []
     for i in range(0, len(photos), 16):
         images = pixels([photo.image for photo in photos[i : i + 16]], return_tensors="pt")["pixel_values"]
+        row = torch.tensor([[texts.start, *texts.placeholders]] * len(images))
+        asked = {"input_ids": row, "attention_mask": torch.ones_like(row)} if texts.placeholders else {}
         with torch.inference_mode():
-            rows = model.generate(images, max_new_tokens=NEW, num_beams=beams)[:, 1:].tolist()
+            rows = model.generate(pixel_values=images, **asked, max_new_tokens=NEW, num_beams=beams)
+            rows = rows[:, 1 + len(texts.placeholders) :].tolist()
         rows = [row[: row.index(texts.end)] if texts.end in row else row for row in rows]
         found += [(row, tokenizer.decode(row, skip_special_tokens=True).strip()) for row in rows]
     return found
@@ -179,29 +243,25 @@ def main() -> None:
     parser.add_argument("weights", type=Path, metavar="WEIGHTS")
     for name, number in (("photos", 1000), ("val", 200), ("steps", 300)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--only", choices=("blip", "vit-gpt2"))
+    parser.add_argument("--only", choices=tuple(KINDS))
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "prove_public")
     args = parser.parse_args()
     torch.manual_seed(0)
     photos, val = (read_photos(args.photos_folder, *of) for of in (("train", args.photos), ("val", args.val)))
     settings = ViTSettings(3, (14, 14), "gelu", 1e-6, "class")
-    transform = ImageTransform(224, "squash", MEAN, STD)
-    vision = load_vit(args.weights, settings=settings, freeze=True)
-    with torch.no_grad():
-        parts = torch.stack([transform(photo.image) for photo in photos]).split(50)
-        features = torch.cat([vision.forward_features(part) for part in parts])
     sentences = [text for photo in photos for text in photo.captions]
     print(f"{len(photos)} photos to train on, {len(val)} others to caption")
-    for name, words, make in (("blip", words_of_bert, blip), ("vit-gpt2", bytes_of_gpt2, vit_gpt2)):
+    makers = (("blip", words_of_bert, blip), ("vit-gpt2", bytes_of_gpt2, vit_gpt2), ("llava", words_of_llama, llava))
+    for name, words, make in makers:
         if args.only not in (None, name):
             continue
         texts, folder = words(sentences), args.out / name
         model = make(load_vit(args.weights, settings=settings), texts)
-        train(model, texts, photos, features, args.steps)
+        train(model, texts, photos, seen(model, photos), args.steps)
         write(model, texts, folder)
         ours = ImageCaptioner.from_pretrained(folder, device="cpu")
         for beams in (1, 4):
-            there = theirs(folder, val, texts, blip=name == "blip", beams=beams)
+            there = theirs(folder, val, texts, name=name, beams=beams)
             here = [found[0] for found in ours([photo.image for photo in val], num_beams=beams, max_new_tokens=NEW)]
             report(f"{name}, {beams} beams", val, [(best.tokens, best.text) for best in here], there)
 
