@@ -17,9 +17,10 @@ from mmtransformer.generation.loop import generate
 from mmtransformer.images import load
 from mmtransformer.pipelines.base import ImageLike
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
+from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.weights.adapters import is_adapter
-from mmtransformer.weights.families import family_of
+from mmtransformer.weights.families import FAMILIES, family_of
 
 TOLERANCE = 1e-4
 """Of logits, relative to the largest: what float32 loses in a large model; small ones are equal to 1e-6."""
@@ -89,9 +90,11 @@ def compare(
         ValueError: for a model that cannot be compared, saying why.
     """
     folder = find_folder(folder_or_id)
-    config = read_json(folder / CONFIG)
+    config = folder_config(folder)
     if "class" in config:
         raise ValueError(f"{folder} is a model of this library, and transformers has none to compare it with")
+    if (name := family_of(config)) and (reader := FAMILIES[name].reader) != "transformers":
+        raise ValueError(f"{folder} is a model that {reader} reads, and transformers has none to compare it with")
     ours = ImageCaptioner.from_pretrained(folder, device="cpu")
     if isinstance(ours.captioner, HubCaptioner):
         kind = config.get("model_type")

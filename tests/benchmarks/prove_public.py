@@ -136,7 +136,8 @@ def words_of_llama(texts: list[str]) -> Texts:
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
         extra_special_tokens={"image_token": "<image>"}, padding_side="left",
     )  # fmt: skip
-    return Texts(made, len(made), start=0, end=0, pad=0, placeholders=[made.convert_tokens_to_ids("<image>")] * 49)
+    image: Any = made.convert_tokens_to_ids("<image>")
+    return Texts(made, len(made), start=0, end=0, pad=0, placeholders=[image] * 49)
 
 
 def blip(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
@@ -201,10 +202,11 @@ def train(model: VisionEncoderDecoder | Llava, texts: Texts, photos: list[Photo]
 
 def write(model: VisionEncoderDecoder | Llava, texts: Texts, folder: Path) -> None:
     """The folder as transformers has it."""
-    pixels = {"size": SIDE, "image_mean": list(MEAN), "image_std": list(STD)}
+    pixels: dict[str, Any] = {"size": SIDE, "image_mean": list(MEAN), "image_std": list(STD)}
     if isinstance(model, Llava):
         save_llava(model, folder)
-        made = SiglipImageProcessor(**pixels | {"size": {"height": 112, "width": 112}})
+        pixels["size"] = {"height": 112, "width": 112}
+        made = SiglipImageProcessor(**pixels)
         LlavaProcessor(
             made, texts.tokenizer, patch_size=16, vision_feature_select_strategy="full", chat_template=TEMPLATE
         ).save_pretrained(folder)

@@ -179,6 +179,13 @@ def test_what_is_bad_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "open_clip_config.json: a dual encoder (open_clip), which does not caption" in err
 
 
+def test_parity_is_for_what_transformers_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder(tmp_path)
+    code, _, err = mmt(capsys, "parity", str(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a model that open_clip reads, and transformers has none to compare it with" in err
+
+
 def test_the_published_vocabulary(tmp_path: Path) -> None:
     """A stand-in of the file's shape: its first merges are those of a word, the rest only fill it up."""
     letters = [pair for pair in product(byte_letters(), byte_letters()) if pair != ("t", "h")]
