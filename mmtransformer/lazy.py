@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -26,9 +27,19 @@ def lazy(package: str, contents: Mapping[str, str]) -> tuple[Callable[[str], Any
         elif name[0] != "_" and name in modules():
             value = import_module(f"{package}.{name}")
         else:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{hint(name)}")
         setattr(sys.modules[package], name, value)
         return value
+
+    def hint(name: str) -> str:
+        """Where a name is that a reader looks for here, or the nearest that is here."""
+        if name[0] == "_":
+            return ""
+        for module in modules():
+            if name in getattr(import_module(f"{package}.{module}"), "__all__", ()):
+                return f"; it is {package}.{module}.{name}"
+        near = get_close_matches(name, [*home, *modules()], n=1, cutoff=0.7)
+        return f"; did you mean {near[0]!r}?" if near else ""
 
     def listed() -> list[str]:
         shown = (name for name in vars(sys.modules[package]) if name.startswith("__"))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,21 @@ def test_reprs_say_what_it_is() -> None:
         f"ImageCaptioner(VisionEncoderDecoder, 0.0 million parameters, {tokenizer.vocab_size} tokens, "
         "languages en, ko, fp32 on cpu)"
     )
+
+
+def test_a_name_that_is_not_here_is_answered_with_the_nearest() -> None:
+    import mmtransformer as mm
+
+    for name, said in (
+        ("ImageCaptionner", "has no attribute 'ImageCaptionner'; did you mean 'ImageCaptioner'?"),
+        ("load_vit", "; it is mmtransformer.weights.load_vit"),
+        ("finetune_clip", "; it is mmtransformer.training.finetune_clip"),
+        ("something_else", "has no attribute 'something_else'"),
+    ):
+        with pytest.raises(AttributeError) as error:
+            getattr(mm, name)
+        assert str(error.value).endswith(said)
+    assert not hasattr(mm, "_repr_html_")
 
 
 def test_types_are_found() -> None:

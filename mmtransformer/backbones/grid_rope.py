@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.positions import Rope
 
 
+@known_fields
 @dataclass(frozen=True)
 class RopeConfig:
     """How queries and keys of patches are turned.

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.positions import TableConfig
 
 
+@known_fields
 @dataclass(frozen=True)
 class PatchConfig:
     """How a ViT makes patches.

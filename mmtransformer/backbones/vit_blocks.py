@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention, Mask, Rope
 from mmtransformer.layers.blocks import MLP, EncoderBlock, SwiGLU, make_branch, make_norm
-from mmtransformer.layers.config import Activation, Norm
+from mmtransformer.layers.config import Activation, Norm, known_fields
 
 
+@known_fields
 @dataclass(frozen=True)
 class BlockConfig:
     """What a ViT's blocks are made of; the paper's by default.
@@ -59,6 +60,7 @@ class BlockConfig:
         return make_norm(self.norm, dim, self.norm_eps)
 
 
+@known_fields
 @dataclass(frozen=True)
 class OutputConfig:
     """What stands behind a ViT's blocks.

@@ -23,12 +23,13 @@ from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, GatedCrossAttentionBlock, SwiGLU, make_norm
 from mmtransformer.layers.cache import KeyValue
-from mmtransformer.layers.config import Activation, Norm
+from mmtransformer.layers.config import Activation, Norm, known_fields
 from mmtransformer.layers.kernels import autocast_input
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 
 
+@known_fields
 @dataclass(frozen=True)
 class GatedConfig:
     """Flamingo's gated blocks; OpenFlamingo's by default.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.images.pinpoints import best_pinpoint
+from mmtransformer.layers.config import known_fields
 
 Size = tuple[int, int]
 """Height and width."""
@@ -31,6 +32,7 @@ class TiledBatch(CaptionBatch):
     image_sizes: Tensor | None = None
 
 
+@known_fields
 @dataclass(frozen=True)
 class TileConfig:
     """How pictures are cut into tiles, and what is read of them (LLaVA-NeXT).

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from mmtransformer.cli.options import (
@@ -79,7 +80,7 @@ def run(name: str, words: Sequence[str]) -> int:
         first, more = next(iter(bad.values())), len(bad) - 1
         raise ValueError(first + (f"; nor can the other {more} pictures be used" if more else ""))
     if len(images) > 1 or out:
-        say(_summary(out, images, len(todo), bad), file=sys.stderr)
+        say(_summary(args, out, images, len(todo), bad), file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -149,7 +150,9 @@ def _lines(name: str, captions: Sequence["CaptionResult"], as_json: bool, images
         yield printable(f"{lead}{caption.text}{tail}")
 
 
-def _summary(out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]) -> str:
+def _summary(
+    args: argparse.Namespace, out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]
+) -> str:
     """What was done, in a line."""
     parts = [f"{todo - len(bad):,} pictures captioned" + (f" in {out.where}" if out else "")]
     if len(images) > todo:
@@ -157,7 +160,12 @@ def _summary(out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: di
     if images.others:
         parts.append(f"{images.others:,} other files left alone")
     if bad:
-        listed = f": {out.bad_list} names them (mmt caption @{out.bad_list} tries them again)" if out else ""
+        again = (
+            f"mmt caption {quote(f'@{out.bad_list}')} --model {quote(args.model)} --out {quote(args.out)}"
+            if out
+            else ""
+        )
+        listed = f": {out.bad_list} names them (`{again}` tries them again)" if out else ""
         parts.append(f"{len(bad):,} could not be used{listed}")
     return "; ".join(parts)
 

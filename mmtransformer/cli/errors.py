@@ -1,5 +1,6 @@
 """One clear line for what a user can put right, with "did you mean" for misspelt keys."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -50,22 +51,27 @@ def explain(message: str, keys: Iterable[str]) -> str:
     """
     keys = list(keys)
     classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    owned = {argument for owner in classes for argument in arguments_of(owner)}
+    trail = re.findall(r'Parser key "([^"]+)"', message)
+    trail = [name for name in trail if "." not in name or name in keys or name.partition(".")[0] in owned]
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         word = found[1].split()[0].partition("=")[0]
         if not word.startswith("-"):
             return f'unexpected word "{word}"; keys are given as --key=value'
         if not classes:
             return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
-        return _below("".join(re.findall(r'Parser key "([^"]+)"', message)[:1]), word.lstrip("-"), classes[-1])
-    owned = {argument for owner in classes for argument in arguments_of(owner)}
-    trail = re.findall(r'Parser key "([^"]+)"', message)
-    trail = [name for name in trail if "." not in name or name in keys or name.partition(".")[0] in owned]
+        return _below(".".join(trail), word.lstrip("-").replace("init_args.", ""), classes[-1])
     if found := re.search(r"Option '([^']+)' is not accepted", message):
         word, owner = found[1], classes[-1] if classes else ""
-        return f"no such key: {'.'.join([*trail, word])} ({owner} has none){suggest(word, arguments_of(owner))}"
+        front = "".join(f"{name}." for name in trail)
+        inside = [f"{front}{name}" for name in _nested(owner)]
+        near = suggest(word, arguments_of(owner)) or _suggest_last(word, inside)
+        return f"no such key: {front}{word} ({owner} has none){near}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([^']+)'", message):
         word = f"{found[1]}.{found[2]}"
-        return _below(".".join(trail), word, classes[-1]) if classes else f"no such key: {word}"
+        if not classes:
+            return f"no such key: {word}{suggest(word, keys)}"
+        return _below(".".join(trail), word, classes[-1])
     if found := re.search(r"the following arguments are required: (.*)", message):
         missing = [f"--{'.'.join([*trail, word.strip()])}" for word in found[1].split(",")]
         return f"{classes[-1] if classes else 'the configuration'} needs {', '.join(missing)}"
@@ -95,13 +101,27 @@ def _below(front: str, word: str, class_path: str) -> str:
         owners = [kind for hint in hints for kind in (hint, *get_args(hint)) if inspect.isclass(kind)]
     key = ".".join([front, *path, last]) if front else word
     known = [f"{key.removesuffix(last)}{name}" for owner in owners for name in _parameters(owner)]
-    beside = [  # the same name below another argument: data.loader.max_bad
-        f"{front}.{name}.{last}"
+    # the same name below another argument: data.loader.max_bad
+    beside = [f"{front}.{name}" for name in _nested(class_path) if name.rpartition(".")[2] == last]
+    return f"no such key: {key}{suggest(beside[0] if beside else key, beside or known)}"
+
+
+def _nested(class_path: str) -> list[str]:
+    """The keys one level below a class's own arguments: loader.num_workers."""
+    return [
+        f"{name}.{inner}"
         for name, parameter in _parameters(_named(class_path)).items()
         for kind in (parameter.annotation, *get_args(parameter.annotation))
-        if inspect.isclass(kind) and last in _parameters(kind)
+        if dataclasses.is_dataclass(kind)
+        for inner in _parameters(kind)
     ]
-    return f"no such key: {key}{suggest(beside[0] if beside else key, beside or known)}"
+
+
+def _suggest_last(word: str, keys: list[str]) -> str:
+    """`suggest`, by the keys' last parts: data.loader.num_workers for num_worker."""
+    lasts = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    close = difflib.get_close_matches(word.rpartition(".")[2], lasts, n=1, cutoff=0.6)
+    return f'; did you mean "{lasts[close[0]]}"?' if close else ""
 
 
 def cause_of(error: ValueError) -> ValueError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
-from mmtransformer.cli.recipes import with_files, with_tower
+from mmtransformer.cli.recipes import cap_sizes, with_files, with_tower
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.serialization.printable import say
 
@@ -106,7 +106,7 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
     """
     import lightning.pytorch as pl
     import torch
-    from jsonargparse import ArgumentError
+    from jsonargparse import ActionConfigFile, ArgumentError  # pyright: ignore[reportPrivateImportUsage]
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -123,7 +123,19 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
 
     fast_matmuls()  # Before a model of the user's computes anything, too.
 
+    class WholeKeys(LightningArgumentParser):
+        """Takes no abbreviated keys, nor do the parsers that it makes for what stands inside."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["allow_abbrev"] = False
+            super().__init__(*args, **kwargs)
+
     class RecipeCLI(LightningCLI):
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            parser = WholeKeys(**kwargs)
+            parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe")
+            return parser
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
             text = "go on from the newest whole checkpoint, if any"
@@ -160,8 +172,9 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
         def after_instantiate_classes(self) -> None:
             start = self.model.start if isinstance(self.model, Captioning | Contrast) else None
             if start is not None:
-                processor = None if isinstance(start, DualEncoder) else start.processor
-                self.datamodule.continue_from(start.tokenizer, start.transform, processor)
+                dual = isinstance(start, DualEncoder)
+                processor, model = (None, start.model) if dual else (start.processor, start.captioner)
+                self.datamodule.continue_from(start.tokenizer, start.transform, processor, model.max_len)
             elif line := use_transform(self.model, self.datamodule):
                 say(line)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):
@@ -231,28 +244,13 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+        parser_kwargs={"exit_on_error": False},
         trainer_defaults={
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
             "use_distributed_sampler": False,  # The data share themselves out, the same for any number of processes.
         },
     )
-
-
-def cap_sizes(config: Any, most: int) -> None:
-    """Lets no split of drawn data be larger, wherever in a configuration its size stands.
-
-    Raises:
-        ValueError: If nothing would be left.
-    """
-    if most < 1:
-        raise ValueError(f"max_drawn ({most}) must be at least 1")
-    for key, value in vars(config).items():
-        if key in ("train_size", "val_size", "compositional_size"):
-            config[key] = min(value, most)
-        elif hasattr(value, "__dict__"):
-            cap_sizes(value, most)
 
 
 def checkpoint(cli: "LightningCLI") -> str | None:
@@ -383,6 +381,7 @@ def _quiet() -> None:
         "It is recommended to use .self.log.*sync_dist=True",  # sums over all processes are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{text}")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the place in a library
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     if getattr(rank_zero_only, "rank", 0):  # Of many processes one speaks.

@@ -6,6 +6,8 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 from mmtransformer.cli.errors import suggest
 from mmtransformer.serialization.printable import say
@@ -35,7 +37,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if to.exists():
         raise ValueError(f"{to} is there already; name another file: mmt {name} copy {args.recipe} FILE")
     shutil.copyfile(file, to)
-    say(f"{to}; run it with: mmt fit --config {to}")
+    say(f"{to}; run it with: mmt fit --config {quote(str(to))}")
     return 0
 
 
@@ -106,3 +108,18 @@ def with_tower(words: Sequence[str]) -> list[str]:
     if place is None or {_VISION, f"{_VISION}.class_path"} & {*keys}:
         return list(words)
     return [*words[:place], f"{_VISION}={_TOWER}", *words[place:]]
+
+
+def cap_sizes(config: Any, most: int) -> None:
+    """Lets no split of drawn data be larger, wherever in a configuration its size stands.
+
+    Raises:
+        ValueError: If nothing would be left.
+    """
+    if most < 1:
+        raise ValueError(f"max_drawn ({most}) must be at least 1")
+    for key, value in vars(config).items():
+        if key in ("train_size", "val_size", "compositional_size"):
+            config[key] = min(value, most)
+        elif hasattr(value, "__dict__"):
+            cap_sizes(value, most)

@@ -28,6 +28,7 @@ from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
 _log = logging.getLogger(__name__)
+MAX_LEN = 64  # tokens of a caption unless told
 
 
 class CaptionData(Data):
@@ -46,7 +47,8 @@ class CaptionData(Data):
             saved model that is fine-tuned brings its own.
         vocab_size: The most words of a tokenizer that is trained here.
         captions_per_image: Captions of a picture in a batch; they share one pass of the vision encoder.
-        max_len: The most tokens of a caption, with prompt and end.
+        max_len: The most tokens of a caption, with prompt and end; None = 64, or as many as a saved model that is
+            fine-tuned reads, if these are fewer.
         cache_features: Compute a frozen vision encoder's visual tokens once, and how they are kept; None does not.
         batch_size: Pictures in a batch of one process.
         loader: How samples are loaded and ordered, and how many may be unusable.
@@ -70,7 +72,7 @@ class CaptionData(Data):
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
         captions_per_image: int = 1,
-        max_len: int = 64,
+        max_len: int | None = None,
         cache_features: CacheFeatures | None = None,
         batch_size: int = 32,
         loader: LoaderConfig = LoaderConfig(),
@@ -92,7 +94,8 @@ class CaptionData(Data):
         self.transform = image or fitted(ImageTransform(), resize)
         self.augment, self._own_transform = augment, image
         self._resize: Resize | None = resize
-        self.captions_per_image, self.max_len, self.cache_features = (captions_per_image, max_len, cache_features)
+        self.captions_per_image, self.cache_features = captions_per_image, cache_features
+        self.max_len, self._own_max_len = MAX_LEN if max_len is None else max_len, max_len
         self._features: dict[str, FeatureCache] = {}
         self._datasets: dict[str, list[CaptionDataset]] = {}
 
@@ -102,18 +105,33 @@ class CaptionData(Data):
         texts = (caption.text for i in range(len(pairs)) for caption in pairs.captions(i))
         return Tokenizer.train(texts, self.vocab_size, self.source.languages)
 
-    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform, processor: Processor | None = None) -> None:
+    def continue_from(
+        self,
+        tokenizer: Tokenizer,
+        image: ImageTransform,
+        processor: Processor | None = None,
+        max_len: int | None = None,
+    ) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.
 
         Args:
             tokenizer: Its tokenizer.
             image: Its transform.
             processor: Of a public model: its prompts stand before the captions.
+            max_len: The most tokens that it reads; None = any number.
 
         Raises:
-            ValueError: If another transform was asked for, which could have no effect, or a cache of features for a
-                model that cuts pictures into tiles.
+            ValueError: If another transform was asked for, which could have no effect, a cache of features for a model
+                that cuts pictures into tiles, or captions longer than it reads.
         """
+        if max_len is not None and self.max_len > max_len:
+            if self._own_max_len is not None:
+                raise ValueError(
+                    f"data.max_len ({self.max_len}) is more than the {max_len} tokens that the model of model.init "
+                    f"reads: set data.max_len to {max_len} or less, or leave it out"
+                )
+            self.max_len = max_len
+            _log.warning("captions may have %d tokens, as many as the model of model.init reads", max_len)
         if self._own_transform is not None and self._own_transform != image:
             raise ValueError(
                 f"data.image would have no effect: the model that is trained on reads pictures as {image}, not as "

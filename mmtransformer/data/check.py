@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ class CheckReport:
             share = f" of {finding.of:,} ({finding.count / finding.of:.2%})" if finding.of else ""
             lines.append(f"{'HURTS' if finding.hurts else 'note ':<6} {finding.what}: {finding.count:,}{share}")
             lines += [f"         {offender}" for offender in finding.first]
-            lines += [f"         -> {finding.remedy}"] * bool(finding.remedy and finding.hurts)
+            lines += [f"         -> {finding.remedy}"] * bool(finding.remedy)
         if not self.findings:
             lines.append("Nothing is wrong.")
         elif self.hurts:
@@ -158,7 +159,7 @@ def check(
     ]
     return CheckReport(
         source=describe() if describe else type(pairs).__name__,
-        images={name: len(split) for name, split in splits.items()},
+        images={name: _pictures(split, captions[name]) for name, split in splits.items()},
         captions={name: sum(map(len, groups)) for name, groups in captions.items()},
         languages=dict(Counter(caption.language or "unnamed" for caption in flat).most_common()),
         words=dict(sorted(words.items())),
@@ -175,6 +176,17 @@ class _Looked:
     digest: bytes = b""
     error: str = ""
     blank: bool = False
+
+
+def _picture(name: str) -> str:
+    """The name of a picture, without what is asked of it where that is several things."""
+    return name.partition("?")[0]
+
+
+def _pictures(split: Pairs, captions: Sequence[Sequence[Caption]]) -> int:
+    """How many pictures a split has; one of which several things are asked is one."""
+    names = (split.name(i) for i in range(len(split)))
+    return len({_picture(n) if some and some[0].question else n for n, some in zip(names, captions, strict=True)})
 
 
 def _look(splits: Mapping[str, Pairs], threads: int, progress: bool) -> list[_Looked]:
@@ -212,18 +224,41 @@ def _one_colour(pixels: np.ndarray) -> bool:
     return bool((pixels == pixels[0, 0]).all())
 
 
+_REMEDIES = {
+    "missing picture": "put the pictures beside the manifest, or name their folder: --images FOLDER (data.read.images)",
+    "refused path": "write paths relative to the manifest, inside the root",
+    "ambiguous name": "write the folder before the name too, as in train/a.jpg",
+    "picture in two splits": "give all rows of a picture the same split",
+    "no picture named": "write the picture's path into these rows, or name its column: --image-column NAME",
+    "empty caption": "write captions, or take the rows out",
+    "no caption file": "write a .txt of the same name beside each, or a table of image,caption; or have a model write "
+    "them: mmt caption FOLDER --model MODEL --out FOLDER/",
+    "no caption": "write captions, or take the pictures out of the list",
+    "not valid Unicode": "write these captions anew: they hold halves of characters",
+    "wrong number of cells": 'put captions with commas, quotes or line breaks into double quotes: "a dog, asleep"',
+    "a caption that is not text": "write captions as texts, or lists of texts",
+    "a caption that is nested too deeply": "write captions as texts, or lists of texts",
+    "not a language": "write codes such as en and ko, or name the column: --language-column NAME",
+    "not JSON": "write one whole JSON object a line",
+    "not a JSON object": "write one whole JSON object a line",
+    "caption file that can't be read": "look at the file's permissions, and whether it is text",
+    "marks and pictures differ in number": "write one <image> where each picture of the list stands",
+}
+
+
+def _remedy(cause: str, first: Sequence[str]) -> str:
+    """What to do about the errors of a manifest, with the option that does it."""
+    if cause == "not UTF-8":
+        guess = next((found[1] for said in first if (found := re.search(r"--encoding (\S+)", said))), "cp949")
+        return f"read them with --encoding {guess} (data.read.encoding), or save the file as UTF-8"
+    return _REMEDIES.get(cause, "repair these rows, or take them out")
+
+
 def _rows(report: Report, max_bad: float) -> list[Finding]:
     """The manifest's own errors. They are judged together, as training judges them."""
     hurts = report.bad_rows > allowed(report.rows, max_bad)
-    remedies = {
-        "missing picture": "put the pictures beside the manifest, or name their folder with images=",
-        "refused path": "write paths relative to the manifest, inside the root",
-        "empty caption": "write captions, or take the rows out",
-        "not UTF-8": "save the file as UTF-8",
-        "marks and pictures differ in number": "write one <image> where each picture of the list stands",
-    }
     found = [
-        Finding(cause, count, report.rows, hurts, report.first[cause], remedies.get(cause, "repair these rows"))
+        Finding(cause, count, report.rows, hurts, report.first[cause], _remedy(cause, report.first[cause]))
         for cause, count in report.errors.items()
     ]
     return found + [Finding(note, count, 0, False, report.first[note]) for note, count in report.notes.items()]
@@ -240,8 +275,8 @@ def _images(looked: Sequence[_Looked]) -> list[_Kind]:
     for image in sorted(looked, key=lambda p: p.split != "train"):
         if image.digest and (known := first.setdefault(image.digest, image)) is not image:
             said = f"{image.split}/{image.name} = {known.split}/{known.name}"
-            if known.split == image.split and known.name.partition("?")[0] == image.name.partition("?")[0]:
-                continue  # one picture of which several things are asked
+            if known.split == image.split and _picture(known.name) == _picture(image.name):
+                continue
             (inside if known.split == image.split else across).append(said)
     thin = [
         f"{image.name}: {image.size[0]} x {image.size[1]}"
@@ -310,15 +345,17 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
 
 
 def _histogram(words: dict[int, int]) -> list[str]:
-    """Words a caption, in at most 12 bins of equal width."""
-    width = max(1, -(-(max(words) + 1) // 12))
-    bins: Counter[int] = Counter()
-    for length, count in words.items():
-        bins[length // width] += count
+    """Words a caption, in at most 12 bins of equal width; those far beyond the others are in the last one together."""
+    lengths = np.repeat([*words], [*words.values()])
+    usual = min(max(words), 2 * int(np.quantile(lengths, 0.75)) + 8)
+    width = max(1, -(-(usual + 1) // 12))
+    last = usual // width
+    bins = Counter(np.minimum(lengths // width, last).tolist())
     most = max(bins.values())
     lines = ["  words     captions"]
     for at in range(min(bins), max(bins) + 1):
         label = f"{at * width}-{at * width + width - 1}" if width > 1 else str(at)
+        label = f"{at * width}+" if at == last and max(words) >= (last + 1) * width else label
         bar = "#" * round(_BAR * bins[at] / most)
         lines.append(f"  {label:<8}{bins[at]:>10,}  {bar}".rstrip())
     return lines

@@ -114,12 +114,19 @@ class InterleavedData(Data):
         self.transform, line = of_tower(self._own_transform, None, own)
         return line
 
-    def continue_from(self, tokenizer: Tokenizer, image: ImageTransform, processor: object = None) -> None:
+    def continue_from(
+        self, tokenizer: Tokenizer, image: ImageTransform, processor: object = None, max_len: int | None = None
+    ) -> None:
         """Use the tokenizer and transform of a saved model in place of one's own, before anything was tokenised.
 
         Raises:
-            ValueError: For a public model, whose prompts these documents do not have.
+            ValueError: For a public model, whose prompts these documents do not have, or one that reads shorter rows.
         """
+        if max_len is not None and self.max_len > max_len:
+            raise ValueError(
+                f"data.max_len ({self.max_len}) is more than the {max_len} tokens that the model of model.init reads: "
+                f"set it to {max_len} or less"
+            )
         if processor is not None:
             raise ValueError("a public captioner is fine-tuned on pairs (CaptionData), not on interleaved documents")
         self.tokenizer, self.transform = tokenizer, image

@@ -49,6 +49,9 @@ class PairSplit:
         """The number of pictures."""
         return len(self._images)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} pictures)"
+
     def name(self, i: int) -> str:
         """The name of picture i, as its manifest gives it; behind it the question where there are several."""
         image = self._images[i]
@@ -183,6 +186,9 @@ class PairFiles:
         self._splits = {split: [found[i] for i in some] for split, some in members.items()}
         del self._found, self._missing
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.describe()})"
+
     def splits(self) -> tuple[str, ...]:
         """The names of the splits that hold pictures: train, val, test, then any others."""
         return tuple(self._splits)
@@ -199,13 +205,13 @@ class PairFiles:
 
     def describe(self) -> str:
         """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""
-        images = sum(map(len, self._splits.values()))
+        images = len({(image.name, split) for split, some in self._splits.items() for image in some})
         captions = sum(len(image.captions) for split in self._splits.values() for image in split)
         parts = [f"{self._said[0]}: {images} pictures, {captions} captions", *self._said[1:]]
         if self._splits:
             parts.append(
                 f"splits{f' {self._rule}' * bool(self._rule)}: "
-                + ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
+                + ", ".join(f"{name} {len({image.name for image in split})}" for name, split in self._splits.items())
             )
         return "; ".join(parts)
 

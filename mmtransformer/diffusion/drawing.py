@@ -10,12 +10,14 @@ from torch import Tensor
 from mmtransformer.diffusion.guidance import guided
 from mmtransformer.diffusion.solvers import Solver, step_times, walk
 from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.modes import evaluation_mode
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number from 1 and the network's idea of the clean images (n c height width)."""
 
 
+@known_fields
 @dataclass(frozen=True)
 class ImageGenerationConfig:
     """How images are drawn; saved with a model.

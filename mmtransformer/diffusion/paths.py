@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmtransformer.layers.config import known_fields
+
 Path = Literal["linear", "cosine"]
 Prediction = Literal["image", "velocity", "noise"]
 
@@ -18,6 +20,7 @@ LEAST_TIME = 0.05
 ("Just image Transformers", arXiv:2511.13720, section 4, clips the same way)."""
 
 
+@known_fields
 @dataclass(frozen=True)
 class Diffusion:
     """A path, a prediction, and the times that are trained on.

@@ -1,14 +1,18 @@
 """GenerationConfig: how texts are searched for, spelled and checked here alone."""
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Self
 
+from mmtransformer.layers.config import known_fields
+
 MOST_BEAMS = 4096  # a setting out of a file must not take all memory
 
 
+@known_fields
 @dataclass(frozen=True)
 class GenerationConfig:
     """How texts are searched for; names and effects are those of transformers' `generate`. Saved with a model.
@@ -110,7 +114,11 @@ class GenerationConfig:
     def limited(self, most: int) -> Self:
         """These settings with no more than `most` new tokens, and one at least."""
         most = max(most, 1)
-        return self if self.max_new_tokens <= most else dataclasses.replace(self, max_new_tokens=most)
+        if self.max_new_tokens <= most:
+            return self
+        found = copy.copy(self)
+        object.__setattr__(found, "max_new_tokens", most)  # What was checked fits with fewer, too.
+        return found
 
     def one_at_a_time(self) -> Self:
         """These settings for one text, written token by token: what takes several beams is left aside."""

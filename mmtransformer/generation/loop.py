@@ -53,7 +53,8 @@ def generate(
     Raises:
         ValueError: for numbers that make no sense, alone or together, or with this model and batch.
     """
-    c = dataclasses.replace(config or GenerationConfig(), **changes)
+    c = config or GenerationConfig()
+    c = dataclasses.replace(c, **changes) if changes else c
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
     search: Search
@@ -97,7 +98,8 @@ def stream(
     Raises:
         ValueError: as `generate`; and for several beams or texts, of which no token is sure before the end.
     """
-    c = dataclasses.replace(config or GenerationConfig(), **changes)
+    c = config or GenerationConfig()
+    c = dataclasses.replace(c, **changes) if changes else c
     if c.num_beams > 1 or c.num_return_sequences > 1:
         raise ValueError(
             f"a stream is one text, without beams: num_beams is {c.num_beams}, num_return_sequences "

@@ -184,7 +184,9 @@ def _read(source: str | Path | bytes | BinaryIO, name: str | None, max_bytes: in
         if not isinstance(data, bytes):
             raise ImageError(f'{name}: opened as text; open it with mode "rb"')
     else:
-        raise ImageError(f"{name or source!r}: a {type(source).__name__} is not a path, bytes or binary file")
+        called = name or " ".join(repr(source).split())[:60]
+        way = "; PIL.Image.fromarray makes a picture of an array in RGB" * hasattr(source, "__array__")
+        raise ImageError(f"{called}: a {type(source).__name__} is not a path, bytes or binary file{way}")
     if len(data) > max_bytes:
         raise ImageError(f"{name}: more than {max_bytes:,} bytes, too large for a picture; make it smaller")
     if not data:

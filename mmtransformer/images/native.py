@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mmtransformer.images.files import load
 from mmtransformer.images.transforms import ImageTransform
+from mmtransformer.layers.config import known_fields
 
 
+@known_fields
 @dataclass(frozen=True)
 class NativeTransform:
     """Turns a picture into pixels of about its own shape, both sides whole patches; for packed rows.

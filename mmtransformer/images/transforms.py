@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmtransformer.images.files import load
+from mmtransformer.layers.config import known_fields
 
 _MOST = 1e4  # of colours from 0 to 1
 _LEAST_STD = 1e-4  # smaller ones would take pixels out of float16's range, and then float32's
@@ -26,6 +27,7 @@ _RESAMPLING = {
 }
 
 
+@known_fields
 @dataclass(frozen=True)
 class ImageTransform:
     """Turns a picture into the pixels that a model sees, the same every time; saved with the model.
@@ -208,6 +210,7 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], scale_first: boo
     return (means / stds, 1 / (255 * stds)) if scale_first else (means * 255, stds * 255)
 
 
+@known_fields
 @dataclass(frozen=True)
 class Augment:
     """Changes a picture at random before the `ImageTransform`, as a function of a generator alone.

@@ -1,12 +1,36 @@
 """Constructor arguments that belong together: frozen, plain values, in YAML and JSON a mapping of the same names."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import functools
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
+Kind = TypeVar("Kind", bound=type)
 
+
+def known_fields(kind: Kind) -> Kind:
+    """A dataclass whose error for a keyword that it has not names the nearest that it has."""
+    init: Any = kind.__init__
+    known = [field.name for field in fields(kind) if field.init]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                import difflib
+
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = f'; did you mean "{near[0]}"?' if near else f": it has {', '.join(known)}"
+                raise TypeError(f'{kind.__name__} has no "{name}"{hint}')
+        init(self, *args, **given)
+
+    kind.__init__ = checked
+    return kind
+
+
+@known_fields
 @dataclass(frozen=True)
 class AttentionConfig:
     """How a decoder's tokens attend; GPT-2's way by default.
@@ -45,6 +69,7 @@ class AttentionConfig:
             )
 
 
+@known_fields
 @dataclass(frozen=True)
 class MLPConfig:
     """A decoder's MLPs; GPT-2's by default.
@@ -59,6 +84,7 @@ class MLPConfig:
     bias: bool = True
 
 
+@known_fields
 @dataclass(frozen=True)
 class NormConfig:
     """A decoder's norms; GPT-2's by default.
@@ -85,6 +111,7 @@ class NormConfig:
             raise ValueError("post is for decoders with a norm before each branch: pre must be true")
 
 
+@known_fields
 @dataclass(frozen=True)
 class PositionConfig:
     """How a decoder's tokens know where they stand.

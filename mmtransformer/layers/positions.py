@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmtransformer.layers.config import known_fields
+
 
 def sinusoidal(positions: Tensor, dim: int, *, theta: float = 10_000.0) -> Tensor:
     """Sines and cosines of the positions (arXiv:1706.03762, section 3.5): even channels sine, odd ones cosine.
@@ -46,6 +48,7 @@ def sinusoidal_2d(grid: tuple[int, int], dim: int, *, theta: float = 10_000.0) -
     return rearrange(both, "h w d -> (h w) d")
 
 
+@known_fields
 @dataclass(frozen=True)
 class TableConfig:
     """How learned 2-D positions meet the grids of images; by default as in timm's Vision Transformers.

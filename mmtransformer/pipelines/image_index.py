@@ -321,13 +321,14 @@ class ImageIndex:
 
     def _match(self, i: int, score: float) -> Match:
         name = self.contents.names[i]
-        return Match(name, f"{self.contents.root.rstrip('/')}/{name}", score)
+        # Vectors are kept in half precision, so that one and itself may come to a little more than 1.
+        return Match(name, f"{self.contents.root.rstrip('/')}/{name}", max(-1.0, min(score, 1.0)))
 
     def _group(self, group: list[int], same: np.ndarray) -> list[Duplicate]:
         vectors = F.normalize(self.contents.embeddings[group].float(), dim=-1)
         found, seen = [], set()
         for i, score in zip(group, (vectors @ vectors[0]).tolist(), strict=True):
-            match = self._match(i, min(score, 1.0))
+            match = self._match(i, score)
             found.append(Duplicate(match.name, match.path, match.score, int(same[i]) in seen))
             seen.add(int(same[i]))
         return found

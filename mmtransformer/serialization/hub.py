@@ -1,9 +1,11 @@
 """A hub's repository by its name: looked at first, then fetched once into the hub's cache."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import escape
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,10 @@ def fetch_dataset(name: str, options: HubOptions = HubOptions(), *, below: str =
     Args:
         name: of the repository.
         options: how it is looked up.
-        below: the folder or file in it that is wanted; "" = all.
+        below: the folder or file in it that is wanted; "" = all, or of several subsets that its card names the default.
 
     Raises:
-        ValueError: as `fetch`; or if there is nothing below.
+        ValueError: as `fetch`; or if there is nothing below, or it has several subsets and none is the default.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -102,6 +104,7 @@ def fetch_dataset(name: str, options: HubOptions = HubOptions(), *, below: str =
     except Exception as error:
         _refuse(name, error, "data set")
     sizes = {file.rfilename: file.size or 0 for file in (info.siblings or () if info is not None else ())}
+    below = below or _default_subset(name, info)
     wanted = [file for file in sizes if _is_data(file) and f"{file}/".startswith(below and f"{below}/")]
     if info is not None and not wanted:
         raise ValueError(f"{name}: the data set has nothing called {below}" if below else f"{name}: an empty data set")
@@ -115,6 +118,40 @@ def fetch_dataset(name: str, options: HubOptions = HubOptions(), *, below: str =
         if info is not None:
             _refuse(name, error, "data set", last=True)
         raise _out_of_reach(name, "--repo-type dataset ") from error
+
+
+def _default_subset(name: str, info: Any) -> str:
+    """The folder of the subset that a data set's card calls the default; "" where it has one subset, or no folders.
+
+    Raises:
+        ValueError: if there are several subsets, none of them the default.
+    """
+    card: Any = getattr(info, "card_data", None)
+    configs = [
+        config for config in (card.get("configs") if card is not None else None) or () if isinstance(config, dict)
+    ]
+    folders = {str(config.get("config_name")): _folder_of(config.get("data_files")) for config in configs}
+    if len(folders) < 2 or not all(folders.values()):
+        return ""
+    default = [str(config.get("config_name")) for config in configs if config.get("default")]
+    chosen = (default or [name for name in folders if name == "default"])[:1]
+    if chosen:
+        sys.stderr.write(f"{name}: its subset {chosen[0]} is taken, of {', '.join(folders)}\n")
+        return folders[chosen[0]]
+    some = ", ".join(list(folders)[:8]) + ", ..." * (len(folders) > 8)
+    raise ValueError(
+        f"{name} has {len(folders)} subsets ({some}), which are not read together: name the folder of one, as in "
+        f"hf://datasets/{name}/{next(iter(folders.values()))}"
+    )
+
+
+def _folder_of(files: Any) -> str:
+    """The folder that holds all files of a subset, which its card gives as patterns, alone or by split."""
+    listed = files if isinstance(files, list) else [files]
+    paths = [path for item in listed for path in (item.get("path") if isinstance(item, dict) else item,)]
+    flat = [path for item in paths for path in (item if isinstance(item, list) else [item]) if isinstance(path, str)]
+    plain = [path.split("*")[0].split("[")[0].split("{")[0].rpartition("/")[0] for path in flat]
+    return commonpath(plain) if plain and all(plain) else ""
 
 
 def _out_of_reach(name: str, kind: str = "") -> ValueError:
@@ -143,7 +180,7 @@ def files_of(names: Sequence[str]) -> list[str]:
 
 def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, kind: str = "model") -> None:
     """Says how much is going to be fetched, under which licence, and what it takes in memory."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     new = {
         file: size
@@ -153,6 +190,13 @@ def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, 
     if sum(new.values()) < _LARGE:
         return
     card = getattr(info, "card_data", None)
+    place = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if sum(new.values()) > free:
+        raise ValueError(
+            f"{name}: {sum(new.values()) / 1e9:.1f} GB to fetch, and {place} has {free / 1e9:.1f} GB left: name "
+            f"another place with HF_HOME, or a part of it"
+        )
     licence = (card.get("license") if card is not None else None) or "none named"
     count = getattr(getattr(info, "safetensors", None), "total", None)
     memory = f"; {4 * count / 1e9:.1f} GB of memory in float32" if count else ""

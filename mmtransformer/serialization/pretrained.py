@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar, Self
 
 import torch
@@ -122,8 +123,8 @@ def find_folder(
     if folder.suffix == ".ckpt":
         raise ValueError(
             f"{folder_or_id} is a checkpoint, not a model. A run that ends leaves its model in runs/NAME/model; of "
-            f"another, `mmt fit --config runs/NAME/config.yaml --ckpt_path {folder_or_id} --trainer.max_steps 1` "
-            f"writes it without training on"
+            f"another, `mmt fit --config runs/NAME/config.yaml --ckpt_path {quote(str(folder_or_id))} "
+            f"--trainer.max_steps 1` writes it without training on"
         )
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
         raise ValueError(f"{folder_or_id}: no such folder")

@@ -1,8 +1,12 @@
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,11 +21,13 @@ from mmtransformer import (
     VisionEncoderDecoder,
     ViT,
 )
-from mmtransformer.cli import COMMANDS, main
+from mmtransformer.cli import COMMANDS, fit, main
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
 from mmtransformer.generation.config import GenerationConfig
+from mmtransformer.training.evaluation.evaluation import Evaluation
 from mmtransformer.training.evaluation.predictions import save_scenes
+from mmtransformer.training.evaluation.report import how_to
 from support.cli import mmt
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +155,20 @@ def test_nobody_reads_on(model: Path, pairs: Path) -> None:
     )
     assert done.stdout.strip() == "141"
     assert "rror" not in done.stderr
+
+
+def test_the_next_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()))
+    words = shlex.split(how_to(tmp_path / "내 실행 1", model, Evaluation(GenerationConfig())))
+    assert words[words.index("--model") + 1] == str(tmp_path / "내 실행 1" / "model")
+
+
+def test_warnings_of_a_run_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with warnings.catch_warnings():
+        fit._quiet()
+        said = warnings.formatwarning(UserWarning("the data have changed"), UserWarning, "somewhere/call.py", 199)
+    assert said == "warning: the data have changed\n"
 
 
 def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(

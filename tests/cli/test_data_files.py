@@ -151,6 +151,17 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
         (["--data.read.max_bad=0.1"], "data.read.max_bad", "data.loader.max_bad"),
         (["--model.optim.lrr=3"], "model.optim.lrr", "model.optim.lr"),
         (["--config=keys.yaml"], "data.read.encodng", "data.read.encoding"),
+        # Abbreviations are no keys, wherever they stand.
+        (["--data.loader.num_worker=2"], "data.loader.num_worker", "data.loader.num_workers"),
+        (["--data.init_args.loader.num_worker", "2"], "data.loader.num_worker", "data.loader.num_workers"),
+        (["--model.optim.warmup=3"], "model.optim.warmup", "model.optim.warmup_steps"),
+        (["--config=short.yaml"], "data.loader.num_worker", "data.loader.num_workers"),
+        (["--config=trainer.yaml"], "trainer.max_step", "trainer.max_steps"),
+        (
+            ["--config=caption_scenes", "--model.captioner.vision.block.drop=1"],
+            "model.captioner.vision.block.drop",
+            "model.captioner.vision.block.dropout",
+        ),
     ],
 )
 def test_a_mistyped_key_is_named_whole(
@@ -158,7 +169,18 @@ def test_a_mistyped_key_is_named_whole(
 ) -> None:
     Path("captions.csv").write_text(table(","))
     Path("keys.yaml").write_text("data: {read: {encodng: cp949}}\n")
+    Path("short.yaml").write_text("data: {init_args: {loader: {num_worker: 2}}}\n")
+    Path("trainer.yaml").write_text("trainer: {max_step: 2}\n")
     code, _, err = mmt(capsys, "fit", "--config", "finetune_pairs", "--data.source=captions.csv", *words)
     assert code == 2
     assert f'no such key: {key}; did you mean "{meant}"?' in err
     assert err.count("\n") == 1
+
+
+def test_a_key_that_stands_one_level_lower_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("captions.csv").write_text(table(","))
+    words = ["--config", "finetune_pairs", "--data.source=captions.csv", "--data.num_worker=2"]
+    code, _, err = mmt(capsys, "fit", *words)
+    assert code == 2
+    assert "no such key: data.num_worker (" in err
+    assert 'did you mean "data.loader.num_workers"?' in err

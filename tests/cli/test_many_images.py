@@ -4,6 +4,8 @@ import csv
 import gc
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -155,6 +157,19 @@ def test_bad_pictures_are_named_and_the_others_captioned(
     assert code == 0
     assert "0 pictures captioned in captions.jsonl; 9 had captions there already" in err
     assert len(names(Path("captions.jsonl").read_text("utf-8"))) == 9
+
+
+@pytest.mark.parametrize("out", ["결과 1.jsonl", "내 캡션/"])
+def test_the_command_that_tries_again_is_one_that_runs(
+    out: str, capsys: pytest.CaptureFixture[str], model: str, photos: Path
+) -> None:
+    (photos / "1bad.jpg").write_bytes(b"\xff\xd8\xff broken")
+    code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", out)
+    assert code == 1
+    (command,) = re.findall(r"`(mmt caption .*)` tries them again", err)
+    Image.new("RGB", (20, 20), "pink").save(photos / "1bad.jpg")
+    code, _, err = mmt(capsys, *shlex.split(command)[1:])
+    assert (code, "1 pictures captioned" in err) == (0, True), err
 
 
 @pytest.mark.parametrize("out", ["captions.jsonl", "captions.csv"])

@@ -121,6 +121,33 @@ def test_missing_images_and_refused_paths(tmp_path: Path) -> None:
     assert report.images["train"] == 176
 
 
+def test_every_error_of_a_row_has_its_remedy_beside_it(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i:02d}.png").write_bytes(noise(i))
+    lines = [f"{i:02d}.png,picture {i} of some size".encode() for i in range(40)]
+    lines[3] = "03.png,빨간 별과 파란 점".encode("cp949")
+    lines[7] = "07.png,파란 별".encode("cp949")
+    lines[9] = b"09.png"
+    lines[12], lines[13], lines[14] = b"12.png,", b"nowhere.png,a star", b",a star"
+    (tmp_path / "c.csv").write_bytes(b"\n".join([b"image,caption", *lines]))
+    report = look(tmp_path, max_bad=0.5)
+    said = str(report)
+    assert not report.hurts
+    for what, count, remedy in (
+        ("not UTF-8", 2, "read them with --encoding cp949 (data.read.encoding), or save the file as UTF-8"),
+        ("empty caption", 1, "write captions, or take the rows out"),
+        ("missing picture", 1, "--images FOLDER"),
+        ("no picture named", 1, "--image-column NAME"),
+        ("wrong number of cells", 1, "into double quotes"),
+    ):
+        assert finding(report, what).count == count, said
+        assert finding(report, what).of == 40
+        block = said[said.index(f"{what}: {count}") :]
+        assert remedy in block[: block.index("->") + 120]
+    assert sum(report.captions.values()) == 34
+    assert sum(check(PairFiles(tmp_path, ReadOptions(encoding="cp949"), max_bad=1)).captions.values()) == 36
+
+
 def test_a_copy_inside_a_split_is_only_a_note(tmp_path: Path) -> None:
     report = look(build(tmp_path, data=dict.fromkeys(range(6, 50), COPY)))
     found = finding(report, "the same picture again in its split")
@@ -232,3 +259,13 @@ def test_interleaved_documents_and_shards_are_looked_at_as_well(tmp_path: Path) 
     assert "1 tar shard" in report.source
     assert sum(report.images.values()) == 12
     assert not report.hurts
+
+
+def test_one_caption_of_a_million_letters_hides_no_others(tmp_path: Path) -> None:
+    lines = str(look(build(tmp_path, caption={5: "word " * 200_000}))).splitlines()
+    shown = lines[lines.index("  words     captions") + 1 :]
+    shown = shown[: shown.index("")]
+    assert len(shown) <= 12
+    assert sum("#" in line for line in shown) >= 3
+    assert shown[-1].split()[:2] == [shown[-1].split()[0], "1"]
+    assert shown[-1].split()[0].endswith("+")

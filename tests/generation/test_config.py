@@ -3,12 +3,17 @@
 import argparse
 import dataclasses
 import math
+import pickle
+import re
 from typing import Any
 
 import pytest
 
-from mmtransformer import GenerationConfig
+from mmtransformer import AttentionConfig, Augment, GenerationConfig, ImageGenerationConfig, ImageTransform
 from mmtransformer.cli.options import add_generation_options, generation_changes
+from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.loading.module import LoaderConfig
+from mmtransformer.training import Optim
 
 NUMBERS = [
     ("repetition_penalty", (0.0, -1.0, 1e-50, 1e300)),
@@ -83,3 +88,26 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
     for field in dataclasses.fields(GenerationConfig):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "Draw from the fewest tokens that hold this share of probability" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        (GenerationConfig, "num_beam", 'GenerationConfig has no "num_beam"; did you mean "num_beams"?'),
+        (GenerationConfig, "early_stopping", 'GenerationConfig has no "early_stopping": it has max_new_tokens, '),
+        (ImageGenerationConfig, "num_step", 'ImageGenerationConfig has no "num_step"; did you mean "num_steps"?'),
+        (Optim, "warmup", 'Optim has no "warmup"; did you mean "warmup_steps"?'),
+        (LoaderConfig, "num_worker", 'LoaderConfig has no "num_worker"; did you mean "num_workers"?'),
+        (ReadOptions, "image_colum", 'ReadOptions has no "image_colum"; did you mean "image_column"?'),
+        (ImageTransform, "img_size", 'ImageTransform has no "img_size"; did you mean "image_size"?'),
+        (Augment, "crops", "Augment has no "),
+        (AttentionConfig, "kv_heads", 'AttentionConfig has no "kv_heads"; did you mean "num_kv_heads"?'),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest(kind: Any, name: str, said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        kind(**{name: 1})
+    made = kind()
+    assert dataclasses.replace(made) == made == pickle.loads(pickle.dumps(made))
+    with pytest.raises(TypeError, match=re.escape(said)):
+        dataclasses.replace(made, **{name: 1})

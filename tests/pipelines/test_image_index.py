@@ -134,6 +134,15 @@ def test_texts_and_pictures_find(photos: Path) -> None:
     assert {shown.image(i).getpixel((0, 0)) for i in range(2)} == {(0, 128, 0), (0, 255, 0)}
 
 
+def test_no_cosine_is_more_than_one(photos: Path) -> None:
+    index = ImageIndex.build(ColourEncoder(), photos, on_error=lambda *_: None)
+    index.contents.embeddings *= 1.0002  # what rounding to half precision may leave
+    like = index.search_like((photos / "서울" / "c.png").read_bytes(), top_k=6)
+    assert like[0].score == 1.0
+    assert all(-1 <= match.score <= 1 for match in like)
+    assert max(match.score for group in index.duplicates(threshold=0.99) for match in group) == 1.0
+
+
 def test_a_query_that_says_nothing_is_refused(photos: Path) -> None:
     index = ImageIndex.build(ColourEncoder(), photos)
     for ask, said in (

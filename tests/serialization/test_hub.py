@@ -23,6 +23,7 @@ class Hub:
 
     def __init__(self, folder: Path, refusal: Exception | None = None) -> None:
         self.folder, self.refusal, self.asked = folder, refusal, []
+        self.card: dict[str, Any] | None = None
 
     def model_info(self, api: Any, name: str, **options: Any) -> Any:
         self.asked.append(("info", options["revision"]))
@@ -37,7 +38,8 @@ class Hub:
         if self.refusal is not None:
             raise self.refusal
         names = ["train/a [1].png", "train/metadata.csv", "test/b.png", "load.py", ".gitattributes", "README.md"]
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=7) for name in names], sha="a" * 40)
+        files = [SimpleNamespace(rfilename=name, size=7) for name in names]
+        return SimpleNamespace(siblings=files, sha="a" * 40, card_data=self.card)
 
     def hf_hub_download(self, name: str, file: str, **options: Any) -> str:
         self.asked.append((file, options["revision"]))
@@ -129,6 +131,38 @@ def test_a_data_set_is_fetched_without_its_programs(tmp_path: Path, monkeypatch:
     assert hub.asked == [("info", None), (pictures, None)]
     with pytest.raises(ValueError, match="some/pairs: the data set has nothing called tra"):
         fetch_dataset("some/pairs", below="tra")
+
+
+SUBSETS = [
+    {"config_name": "ai2d", "data_files": [{"split": "train", "path": "train/part-*"}]},
+    {"config_name": "vqa", "data_files": [{"split": "test", "path": ["test/x-*.png", "test/deep/y"]}]},
+]
+
+
+def test_of_several_subsets_one_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = stands_in(monkeypatch, Hub(tmp_path))
+    hub.card = {"configs": SUBSETS}
+    with pytest.raises(ValueError, match=r"2 subsets \(ai2d, vqa\).*as in hf://datasets/some/pairs/train"):
+        fetch_dataset("some/pairs")
+    assert [what for what, _ in hub.asked] == ["info"]
+    assert fetch_dataset("some/pairs", below="train") == tmp_path / "train"
+    hub.card = {"configs": [SUBSETS[0], SUBSETS[1] | {"default": True}]}
+    assert fetch_dataset("some/pairs") == tmp_path / "test"
+    assert hub.asked[-1] == (("test/b.png",), None)
+    assert capsys.readouterr().err == "some/pairs: its subset vqa is taken, of ai2d, vqa\n"
+    for configs in (SUBSETS[:1], [SUBSETS[0], {"config_name": "flat", "data_files": "*.csv"}]):
+        hub.card = {"configs": configs}
+        assert fetch_dataset("some/pairs") == tmp_path
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = stands_in(monkeypatch, Hub(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=200_000_000))
+    with pytest.raises(ValueError, match=r"0\.9 GB to fetch, and .* has 0\.2 GB left"):
+        fetch("some/one", HubOptions(cache_dir=tmp_path / "not" / "yet"))
+    assert [what for what, _ in hub.asked] == ["info"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ def refusal(name: str) -> str | None:
     return None
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, of a Mac's archiver, or Excel's of an open workbook."""
+    return name.startswith((".", "~$")) or name == "__MACOSX"
+
+
 def join(base: str, name: str) -> str | None:
     """`name` seen from the folder `base`, both below the root; None if it climbs out of the root."""
     parts = [part for part in base.split("/") if part]
@@ -269,7 +274,7 @@ class Files:
             return
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
-            if item.name.startswith(".") or item.name == "__MACOSX":
+            if _is_hidden(item.name):
                 continue
             if not item.name.isascii() and item.name != item.name.encode("utf-8", "replace").decode("utf-8"):
                 self.refused[ascii(path)] = "a name that is not UTF-8"
@@ -309,7 +314,7 @@ class Files:
                     reason = "a path that climbs out of its archive"
                 if reason is not None:
                     self.refused[nfc(full)] = reason
-                elif inner and not any(p.startswith(".") or p == "__MACOSX" for p in inner.split("/")):
+                elif inner and not any(map(_is_hidden, inner.split("/"))):
                     assert isinstance(entry, Entry)
                     found[inner] = entry._replace(path=nfc(full), inner=inner, archive=len(self.archives))
         except _DAMAGED as error:

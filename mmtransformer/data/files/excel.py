@@ -41,7 +41,8 @@ def read_excel(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Ite
             continue
         header = ["" if cell is None else str(cell).strip() for cell in rows[first]]
         try:
-            columns = find_columns(header, wanted, f"{name} ({title})")
+            some = [dict(zip(header, row, strict=False)) for row in rows[first + 1 : first + 21] if any(row)]
+            columns = find_columns(header, wanted, f"{name} ({title})", some)
         except ValueError as error:
             faults.append(error)
             continue

@@ -127,13 +127,15 @@ class Finder:
 
 def _elsewhere(name: str) -> tuple[str, tuple[str, ...]] | None:
     """What a path of another machine is called, and the paths that may end like a file here; None if it is none."""
-    if re.match(r"[A-Za-z]:[\\/]", name):
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", name):
         return "Windows paths, found by their ends", (name.replace("\\", "/"),)
     if name.startswith("/data/local-files/?d="):
         return "Label Studio's paths, found by their ends", (unquote(name.partition("?d=")[2]),)
     if name.startswith("/data/upload/"):
         plain = unquote(name)
         return "Label Studio's paths, found by their ends", (plain, re.sub(r"/[0-9a-f]{8}-([^/]+)$", r"/\1", plain))
+    if name.startswith(("/", "~/")):
+        return "absolute paths, found by their ends", (name,)
     return None
 
 

@@ -86,7 +86,8 @@ def read_records(
     if not keys:
         first = next((f": {where} is {error}" for where, _, error in everything if error), "")
         raise ValueError(f"{name} holds no JSON objects{first}")
-    columns = find_columns(list(keys), wanted, name)
+    some = [record for _, record, _ in everything[:20] if isinstance(record, dict)]
+    columns = find_columns(list(keys), wanted, name, some)
 
     def rows() -> Iterator[ManifestRow]:
         for where, record, error in everything:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from mmtransformer.layers.config import known_fields
+
 Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet", "arrow", "excel"]
 Unit = Literal["line", "paragraph", "file"]
 
@@ -19,6 +21,7 @@ class Wanted(NamedTuple):
     images: bool = True
 
 
+@known_fields
 @dataclass(frozen=True)
 class ReadOptions:
     """How pairs of pictures and captions are read from a path; what is not told is detected.
@@ -68,6 +71,7 @@ class ReadOptions:
         return Wanted(self.image_column, captions, self.language_column, self.split_column)
 
 
+@known_fields
 @dataclass(frozen=True)
 class TextReadOptions:
     """How texts are read from files; what is not told is detected.

@@ -24,12 +24,14 @@ from mmtransformer.text.conversation import Conversation
 IMAGE = (
     "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
     "file_name", "filename", "image_name", "path", "img", "picture", "photo", "jpg", "png", "file", "image_url", "url",
-    "이미지", "사진", "그림", "파일", "파일명", "경로",
+    "이미지", "사진", "그림", "파일", "파일명", "파일이름", "파일_이름", "이미지_파일", "이미지_이름", "이미지_경로",
+    "이미지명", "사진_파일", "사진_이름", "사진명", "파일_경로", "경로",
     "bild", "bilddatei", "datei", "dateiname", "foto", "fichier", "imagen", "archivo", "immagine", "imagem",
 )  # fmt: skip
 CAPTION = (
     "captions", "caption", "title", "text", "texts", "txt", "sentences", "sentence", "descriptions", "description",
-    "comment", "alt_text", "alt", "raw", "캡션", "설명", "문장", "텍스트", "제목",
+    "comment", "alt_text", "alt", "raw", "캡션", "설명", "설명문", "사진_설명", "이미지_설명",
+    "문장", "텍스트", "내용", "제목",
     "beschreibung", "bildunterschrift", "titel", "légende", "descripción", "descripcion", "título",
     "didascalia", "legenda",
 )  # fmt: skip
@@ -49,6 +51,7 @@ QUESTION = ("question", "질문", "질의", "frage", "pregunta", "domanda", "per
 ANSWER = ("answers", "answer", "multiple_choice_answer", "답", "답변", "antwort", "respuesta", "réponse", "risposta")
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
+_SOME = 20  # rows that tell which column has the pictures
 _NESTED = 16  # lists inside lists of captions
 _JOINED = 100  # lines that one quoted CSV field may span
 
@@ -98,13 +101,14 @@ class Columns(NamedTuple):
         return "columns " + " ".join(said)
 
 
-def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
+def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequence[Mapping[str, Any]] = ()) -> Columns:
     """Decides which columns are used.
 
     Args:
         names: All columns of the manifest.
         wanted: Those that the user named.
         where: The manifest, for the error.
+        some: Its first rows: where no name says which column has the pictures, the one whose cells all end like some.
 
     Raises:
         ValueError: If a named column isn't there, or none looks like a picture or a caption.
@@ -119,7 +123,11 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str) -> Columns:
         return next((by_key[alias] for alias in aliases if alias in by_key), None)
 
     question = first(QUESTION) if wanted.images else None
-    image = wanted.image or first(IMAGE) or (first(IDS) if wanted.images else None)
+    image = wanted.image or first(IMAGE)
+    if image is None and wanted.images and some:
+        ending = [name for name in names if all(looks_like_image(str(row.get(name))) for row in some)]
+        image = ending[0] if len(ending) == 1 else None
+    image = image or (first(IDS) if wanted.images else None)
     if wanted.captions:
         captions = tuple((name, _language_of(name)) for name in wanted.captions)
     else:
@@ -285,7 +293,9 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
             )
         header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
         start = 0
-    columns = find_columns(header, wanted, name)
+    first = (_cells(line.text, mark) for line in text[start : start + _SOME] if line.text)
+    some = [dict(zip(header, cells, strict=True)) for cells in first if cells and len(cells) == len(header)]
+    columns = find_columns(header, wanted, name, some)
     return columns, _rows(text[start:], name, mark, header, columns)
 
 

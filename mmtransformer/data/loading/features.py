@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.images import ImageError, ImageTransform
+from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.checksums import block_crc32
 
 _DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 _FORMAT = 2  # raise it when the meaning of the file changes
 
 
+@known_fields
 @dataclass(frozen=True)
 class CacheFeatures:
     """How the visual tokens of a frozen vision encoder are kept.

@@ -23,6 +23,7 @@ from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
 from mmtransformer.data.loading.traces import Parts, changes, traces
+from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
 from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ Lengths = Callable[[int | np.ndarray, np.ndarray], np.ndarray]
 """From an epoch (or that of each sample, (n,)) and the places of samples, (n,), to their tokens, (n,)."""
 
 
+@known_fields
 @dataclass(frozen=True)
 class Splits:
     """Which splits of the data are for what.
@@ -57,6 +59,7 @@ class Splits:
             object.__setattr__(self, name, tuple(splits))
 
 
+@known_fields
 @dataclass(frozen=True)
 class LoaderConfig:
     """How samples are loaded.

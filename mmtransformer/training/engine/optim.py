@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmtransformer.layers.config import known_fields
 from mmtransformer.training.engine.guard import NotFinite
 from mmtransformer.training.engine.parameters import lr_scales
 
 
+@known_fields
 @dataclass(frozen=True)
 class Optim:
     """How weights are learned.

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from PIL.Image import Image
@@ -193,15 +194,15 @@ def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
     program = "mmt"
     if shutil.which(program) is None:
         beside = Path(sys.executable).with_name(program)
-        program = str(beside) if beside.is_file() else f"{sys.executable} -m mmtransformer.cli"
         here = str(Path.cwd()) + "/"
-        program = program.removeprefix(here)
+        own = quote(str(beside if beside.is_file() else sys.executable).removeprefix(here))
+        program = own if beside.is_file() else f"{own} -m mmtransformer.cli"
     folder = folder.resolve()
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     known = model.tokenizer.languages
     scored = [code for by in evaluation.captions.values() for code in by if code in known]
     language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
-    return f"{program} caption YOUR_PICTURE.jpg --model {shown / 'model'}{language} --heatmap words.png"
+    return f"{program} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language} --heatmap words.png"
 
 
 def seconds_to_text(seconds: float) -> str:

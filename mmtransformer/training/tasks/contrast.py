@@ -2,6 +2,7 @@
 
 import sys
 from collections import defaultdict
+from shlex import quote
 from typing import Any
 
 import torch
@@ -147,7 +148,10 @@ class Contrast(Task[CaptionData]):
             metrics["zero_shot"] = shot
             table += f"\n\n{zero_shot_table(shot)}"
         encoder.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(table)}")
-        shown = ["Find pictures by words:", f'  mmt search "WORDS" --index PICTURES/ --model {run.folder / "model"}']
+        shown = [
+            "Find pictures by words:",
+            f'  mmt search "WORDS" --index PICTURES/ --model {quote(str(run.folder / "model"))}',
+        ]
         self.conclude(run, metrics, table, shown=shown, files={"searches": "retrieval.png"})
 
 

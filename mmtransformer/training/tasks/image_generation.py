@@ -1,6 +1,7 @@
 """Image generation: a diffusion transformer that learns to draw what texts say. The mirror of captioning."""
 
 from collections.abc import Sequence
+from shlex import quote
 
 import torch
 
@@ -154,5 +155,5 @@ class ImageGeneration(Task[CaptionData]):
                     f"{saw['true_facts']:.1%} in true pictures; distance {saw['distance']:.2f}"
                 )
         self.conclude(run, metrics, found, files={"gallery": "gallery.png"} if cards else {})
-        command = f'mmt draw "a large red star" --model {run.folder / "model"} --out picture.png'
+        command = f'mmt draw "a large red star" --model {quote(str(run.folder / "model"))} --out picture.png'
         say(f"\nDraw something of your own:\n  {command}")

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmtransformer.captioners.base import Captioner, is_frozen
 from mmtransformer.captioners.llava import Llava
+from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.lora import add_lora
 from mmtransformer.training.engine.parameters import towers_of, trainable_parameters
 from mmtransformer.weights.adapters import part_of
@@ -17,6 +18,7 @@ Part = Literal["vision", "connector", "decoder"]
 How = Literal["whole", "last_blocks", "lora"]
 
 
+@known_fields
 @dataclass(frozen=True)
 class Tuning:
     """Which weights learn.

@@ -296,3 +296,50 @@ def test_captions_are_detokenized_where_that_is_asked_for(tmp_path: Path) -> Non
     assert set(map(tuple, captions(open_pairs(tmp_path, read)).values())) == {("a man's dog.",)}
     with pytest.raises(ValueError, match=r"normalize .detokenize. would have no effect on tar shards"):
         open_pairs(tmp_path / "part-{0..3}.tar", read)
+
+
+@pytest.mark.parametrize("root", ["/kaggle/input/data", "/content/drive/My Drive", "~/사진", "//server/share", "D:\\"])
+def test_absolute_paths_of_another_machine_are_found_by_their_ends(tmp_path: Path, root: str) -> None:
+    draw(tmp_path / "sub", names="{}.jpg")
+    slash = "\\" if root.endswith("\\") else "/"
+    rows = [f"{root.rstrip(slash)}{slash}sub{slash}{i}.jpg,a dog {i}" for i in range(N)]
+    (tmp_path / "df.csv").write_text("\n".join(["image,caption", *rows, "/etc/passwd,no"]), "utf-8")
+    source = PairFiles(tmp_path, max_bad=0.5)
+    assert captions(source) == {f"sub/{i}.jpg": [f"a dog {i}"] for i in range(N)}
+    assert source.report.errors == {"refused path": 1}
+    (note,) = [note for note in source.report.notes if note.endswith("found by their ends")]
+    assert source.report.notes[note] == N
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "xlsx"])
+def test_a_column_whose_cells_end_like_pictures_has_the_pictures(tmp_path: Path, ending: str) -> None:
+    names = draw(tmp_path)
+    header, rows = ["Nr", "어느 것", "설명"], [[i, name, f"a dog {i}"] for i, name in enumerate(names)]
+    if ending == "xlsx":
+        openpyxl = pytest.importorskip("openpyxl")
+        book = openpyxl.Workbook()
+        for row in (header, *rows):
+            book.active.append(row)
+        book.save(tmp_path / "표.xlsx")
+        (tmp_path / "~$표.xlsx").write_bytes(b"of an open workbook")
+    elif ending == "json":
+        (tmp_path / "c.json").write_text(json.dumps([dict(zip(header, row, strict=True)) for row in rows]))
+    else:
+        text = "\n".join(",".join(map(str, row)) for row in (header, *rows))
+        (tmp_path / "c.csv").write_bytes(text.encode("utf-8"))
+    source = PairFiles(tmp_path)
+    assert "columns image=어느 것 caption=설명" in source.describe()
+    assert captions(source) == {name: [f"a dog {i}"] for i, name in enumerate(names)}
+
+
+def test_a_picture_of_which_several_things_are_asked_is_one(tmp_path: Path) -> None:
+    draw(tmp_path, names="{}.png")
+    rows = [f"{i}.png,{asked}?,{asked} {i}" for i in range(N) for asked in ("what", "who")]
+    (tmp_path / "vqa.csv").write_text("\n".join(["image,question,answer", *rows]))
+    source = PairFiles(tmp_path)
+    assert f": {N} pictures, {2 * N} captions; " in source.describe()
+    assert repr(source) == f"PairFiles({source.describe()})"
+    assert repr(source.split("train")).startswith("PairSplit(")
+    report = check(source, progress=False)
+    assert sum(report.images.values()) == N
+    assert sum(report.captions.values()) == 2 * N

@@ -238,6 +238,7 @@ def test_fine_tuning_goes_on_with_the_folders_tokenizer_and_pixels(tmp_path: Pat
              f"--trainer.default_root_dir={tmp_path / 'run'}"]  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        assert main([*words, "--data.max_len=81"]) == 2
         assert main(words) == 0
     again = DualEncoder.from_pretrained(tmp_path / "run/model", device="cpu")
     assert again.tokenizer.vocab_size == data.tokenizer.vocab_size
@@ -249,6 +250,21 @@ def test_fine_tuning_goes_on_with_the_folders_tokenizer_and_pixels(tmp_path: Pat
         "text_proj.weight",
         "logit_scale",
     }
+
+
+def test_captions_are_as_long_as_the_model_that_is_trained_on_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = scenes().tokenizer
+    for length, most, said in ((None, 24, 24), (None, 99, 64), (20, 24, 20)):
+        data = CaptionData(Scenes(image_size=32, train_size=3, val_size=2), max_len=length)
+        data.continue_from(known, ImageTransform(32), None, most)
+        assert data.max_len == said
+        assert ("captions may have 24 tokens" in caplog.text) == (most == said)
+        caplog.clear()
+    data = CaptionData(Scenes(image_size=32, train_size=3, val_size=2), max_len=25)
+    with pytest.raises(ValueError, match=r"data.max_len \(25\) is more than the 24 .*: set data.max_len to 24 or"):
+        data.continue_from(known, ImageTransform(32), None, 24)
 
 
 def fit_in_a_process(rank: int, folder: str) -> None:
