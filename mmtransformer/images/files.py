@@ -164,6 +164,7 @@ def _decoded(name: str, decode: Callable[[], Image.Image], kind: str = "picture"
         raise ImageError(f"{name}: not enough memory to decode this {kind}; make it smaller") from error
     except Exception as error:  # damaged files bring out OSError, SyntaxError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
+        reason = "it ends too early" if " a buffer of " in reason else reason  # in the words of Python's struct
         raise ImageError(f"{name}: damaged {kind} ({reason}); get the file again or save it anew") from error
 
 

@@ -159,11 +159,12 @@ class SidecarFiles(CaptionFile):
 
     def has(self, i: int) -> bool:
         """Whether picture i has its text, which is to stay."""
-        return not self._overwrite and self._path(i).exists()
+        return not self._overwrite and self.keeps(i)
 
     def keeps(self, i: int) -> bool:
-        """Whether picture i has its text."""
-        return self._path(i).exists()
+        """Whether picture i has its text; an empty file is none, as a reader of pairs has it."""
+        path = self._path(i)
+        return path.exists() and path.stat().st_size > 0
 
     def write(self, i: int, captions: Sequence[CaptionResult]) -> None:
         """Writes the text of picture i."""

@@ -222,6 +222,15 @@ def test_text_files(capsys: pytest.CaptureFixture[str], model: str, photos: Path
     assert (code, "would both be captioned in photos/3.caption" in err) == (2, True)
 
 
+def test_an_empty_text_file_is_no_caption(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
+    (photos / "0.txt").write_text("")
+    (photos / "3.txt").write_text("a dog\n")
+    code, _, err = mmt(capsys, "caption", "photos", "--model", model, "--out", "txt")
+    assert (code, "6 pictures captioned" in err, "1 had captions there already" in err) == (0, True, True), err
+    assert (photos / "0.txt").read_text() != ""
+    assert (photos / "3.txt").read_text() == "a dog\n"
+
+
 def test_processes_share_the_pictures(capsys: pytest.CaptureFixture[str], model: str, photos: Path) -> None:
     (photos / "1bad.jpg").write_bytes(b"broken")
     for out, devices in (("one.csv", "1"), ("two.csv", "2")):

@@ -470,6 +470,8 @@ def test_addresses_and_wrong_types_are_refused() -> None:
         load(io.StringIO("text"))  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"^array.*: a ndarray is not a path.*Image.fromarray makes a picture"):
         load(np.zeros((40, 40, 3), np.uint8))  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"damaged GIF \(it ends too early\); get the file again"):
+        load(b"GIF89a")
     with pytest.raises(ImageError, match="a int is not a path, bytes or binary file"):
         load(3)  # type: ignore[arg-type]
 
