@@ -109,7 +109,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("layer.merge()", "layer.eval()"),
         ("lora_dropout=dropout", "lora_dropout=0.0"),
     ]),
-    "layers/blocks.py": ("layers/test_blocks.py", [
+    "layers/blocks.py": ("layers/test_blocks.py captioners/test_flamingo.py", [
         ("kept / (1 - self.rate)", "kept"),
         ("torch.sigmoid(1.702 * x)", "torch.sigmoid(1.7 * x)"),
         ("self.mlp_gate.tanh() *", "self.mlp_gate *"),

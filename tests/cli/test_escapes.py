@@ -40,8 +40,8 @@ def test_nothing_is_written_to_a_terminal_past_the_one_function() -> None:
 
 
 def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mmtransformer import ImageCaptioner, ImageClassifier, ImageGenerator, Translator
     from mmtransformer.cli import plan
-    from mmtransformer.pipelines import classifier, image_captioner, text_to_image, translator
 
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save(FILE)
@@ -50,19 +50,19 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     def stand_in(door: Any, model: Any) -> None:
         monkeypatch.setattr(door, "from_pretrained", lambda *_, **__: model)
 
-    stand_in(translator.Translator, lambda texts, *_, **__: [BAD for _ in texts])
+    stand_in(Translator, lambda texts, *_, **__: [BAD for _ in texts])
     assert mmt(capsys, "translate", "a", "--language", "ko", *names)[1] == f"{SHOWN}\n"
     out = mmt(capsys, "translate", BAD, "--language", "ko", "--json", *names)[1]
     assert json.loads(out) == {"text": BAD, "language": "ko", "translation": BAD}
-    stand_in(classifier.ImageClassifier, lambda images, top: [[(BAD, 0.5)] for _ in images])
+    stand_in(ImageClassifier, lambda images, top: [[(BAD, 0.5)] for _ in images])
     out = mmt(capsys, "classify", FILE, FILE, *names)[1]
     assert out.splitlines() == [rf"그림\x1b[2J\u202e.png: {SHOWN} 50.0%"] * 2
     assert json.loads(mmt(capsys, "classify", FILE, "--json", *names)[1])["image"] == FILE
     painter = SimpleNamespace(draw=lambda *_, **__: [[Image.new("RGB", (8, 8))]], with_config=lambda **_: None)
-    stand_in(text_to_image.ImageGenerator, painter)
+    stand_in(ImageGenerator, painter)
     assert mmt(capsys, "draw", "a", "--out", f"new{FILE}", *names)[1] == "new그림\\x1b[2J\\u202e.png\n"
     captioner = SimpleNamespace(processor=object(), save_pretrained=lambda out: None)
-    stand_in(image_captioner.ImageCaptioner, captioner)
+    stand_in(ImageCaptioner, captioner)
     assert mmt(capsys, "export", "m", FILE[:-4])[0] == 0
     monkeypatch.setattr(plan, "plan", lambda words: (SimpleNamespace(table=lambda *_: BAD), 1, "pictures"))
     assert mmt(capsys, "plan", "caption_scenes")[1] == f"{SHOWN}\n"

@@ -204,6 +204,14 @@ def test_autocast_gives_the_same_within_bfloat16() -> None:
     torch.testing.assert_close(low.float(), layer(x, mask="causal"), atol=2e-2, rtol=2e-2)
 
 
+def test_dropout_of_more_keys_than_plain_products_take() -> None:
+    torch.manual_seed(0)
+    k = torch.ones(1, 1, kernels._CPU_PLAIN_KEYS + 1, 4)
+    said = {float(attend(torch.zeros(1, 1, 1, 4), k, k, dropout=0.5).mean()) for _ in range(4)}
+    assert len(said) == 4
+    assert all(abs(mean - 1) < 0.2 for mean in said)
+
+
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
     layer, x = Attention(24, 6, dropout=0.5), torch.randn(3, 5, 24)

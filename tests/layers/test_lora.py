@@ -38,6 +38,12 @@ def test_the_formula() -> None:
         assert torch.allclose(model(TOKENS), plain(TOKENS), atol=1e-12)
 
 
+def test_dropout_is_the_products_own() -> None:
+    model = perturbed(add_lora(decoder(), rank=3, dropout=0.5).double()).train()
+    assert not torch.equal(model(TOKENS), model(TOKENS))
+    assert torch.equal(model.eval()(TOKENS), model(TOKENS))
+
+
 def test_nothing_changes_at_first_and_only_the_products_learn() -> None:
     plain, model = decoder(), add_lora(decoder(), rank=3)
     assert torch.equal(model(TOKENS), plain(TOKENS))

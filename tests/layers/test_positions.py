@@ -51,6 +51,14 @@ def test_rotary_depends_on_the_distance_only() -> None:
     torch.testing.assert_close(at(q, 50).norm(), q.norm())
 
 
+def test_rotary_is_a_complex_product() -> None:
+    """Pairs (i, i + c/2) as numbers, times e to the i of the place and the rate: the paper's formula and direction."""
+    x, places = torch.randn(2, 3, 5, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 7, 90])
+    angles = places[:, None] * 10_000.0 ** (-torch.arange(5) / 5)
+    turned = torch.complex(x[..., :5], x[..., 5:]) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(Rotary(10)(places).rotate(x), torch.cat((turned.real, turned.imag), -1))
+
+
 @pytest.mark.parametrize(
     "scaling",
     [
