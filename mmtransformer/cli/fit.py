@@ -335,15 +335,8 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     trainer.ckpt_path = checkpoint(cli)  # Not an argument of fit: data ask in setup already whether a run goes on.
     saving = next((c for c in trainer.callbacks if isinstance(c, Saving)), None)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def saved() -> str:
-        return (
-            "Nothing is saved yet"
-            if saving is None or not saving.path.exists()
-            else f"--resume goes on ({saving.path})"
-        )
-
     try:
-        with watched(trainer, folder, cli.config.get("process_timeout", 600.0), saved):
+        with watched(trainer, folder, cli.config.get("process_timeout", 600.0), saving):
             trainer.fit(module, datamodule=data)
     except SystemExit as stop:  # what Lightning makes of an interrupt
         if isinstance(stop.__context__, KeyboardInterrupt):

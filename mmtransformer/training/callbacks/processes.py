@@ -12,13 +12,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from mmtransformer.serialization.printable import say
+from mmtransformer.training.callbacks.saving import Saving
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -81,14 +82,14 @@ class Signs:
 
 
 @contextmanager
-def watched(trainer: pl.Trainer, folder: Path, timeout: float, saved: Callable[[], str]) -> Iterator[None]:
+def watched(trainer: pl.Trainer, folder: Path, timeout: float, saving: Saving | None) -> Iterator[None]:
     """Where processes compute together: one that is lost ends the others in a line that names it.
 
     Args:
         trainer: The run's; of one process nothing is watched.
         folder: The run's folder.
         timeout: Most seconds that another process may give no sign of life; then this one ends. 0 waits for ever.
-        saved: Says from where the run goes on.
+        saving: What saves the last step before this process ends.
 
     Raises:
         ProcessLost: In place of the error that a lost process brings about here.
@@ -96,17 +97,32 @@ def watched(trainer: pl.Trainer, folder: Path, timeout: float, saved: Callable[[
     if trainer.world_size == 1:
         yield
         return
+
+    def saved() -> str:
+        """Saves the last step, which nobody else may be there to do, and says from where the run goes on."""
+        if saving is None:
+            return "Nothing is saved"
+        try:
+            saving.rescue()
+        except (OSError, RuntimeError, ValueError) as error:
+            say(f"the last step could not be saved: {error}", file=sys.stderr)
+        return f"--resume goes on ({saving.path})" if saving.path.exists() else "Nothing is saved yet"
+
     signs = Signs(folder / ".processes", trainer.global_rank, trainer.world_size)
     ended, signalled = threading.Event(), threading.Event()
 
     def watch() -> None:
+        beats = 0  # since a signal, for a batch
         while not ended.wait(BEAT):
             alive = signs.give()
             signs.look()
             # After a signal nobody waits: the step that was to be finished first never will be.
             limit = min(timeout or 5 * BEAT, 5 * BEAT) if signalled.is_set() else timeout
-            if alive and limit and (lost := signs.silent(limit)):
-                say(f"\nmmt: error: {_line(lost, saved())}", file=sys.stderr)
+            lost = signs.silent(limit) if alive and limit else []
+            beats = beats + 1 if signalled.is_set() and saving is not None and saving.waiting else 0
+            if lost or beats > 2:
+                text = f"error: {_line(lost, saved())}" if lost else f"no batch comes; this process ends. {saved()}"
+                say(f"\nmmt: {text}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(128 + signalled.number if signalled.is_set() else 2)  # pyright: ignore[reportAttributeAccessIssue]
 

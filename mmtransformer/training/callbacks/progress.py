@@ -76,8 +76,7 @@ class Progress(ProgressBar):
         parts = [f"step {step}/{total} ({step / max(total, 1):.0%})"]
         if isinstance(module, Task):
             parts.append(f"loss {float(module.last_loss):.3f}")
-            # This process's, times the processes: a step is shared out evenly.
-            rate = trainer.world_size / max(seconds, 1e-9)
+            rate = 1 / max(seconds, 1e-9)
             samples, tokens = module.samples_seen - self._seen[0], module.tokens_seen - self._seen[1]
             parts.append(f"{rate * samples:,.0f} {module.unit}/s")
             parts.append(f"{rate * tokens:,.0f} tokens/s")

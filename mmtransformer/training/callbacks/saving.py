@@ -19,8 +19,16 @@ from lightning.pytorch.callbacks import Checkpoint
 from mmtransformer.serialization.printable import say
 from mmtransformer.training.engine.checkpoints import SUFFIX, CheckpointFiles, remove_leftovers
 from mmtransformer.training.engine.ema import EMA
-from mmtransformer.training.engine.internals import epoch_ends, in_a_step, validation_follows
+from mmtransformer.training.engine.internals import (
+    Place,
+    checkpoint_of,
+    epoch_ends,
+    in_a_step,
+    place_of,
+    validation_follows,
+)
 from mmtransformer.training.engine.log import MetricsLog
+from mmtransformer.training.engine.sharded import Sharded
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -37,8 +45,9 @@ class Saving(Checkpoint):
     """Writes checkpoints/last.ckpt, from which the run goes on bit for bit.
 
     SIGTERM (what schedulers send) and SIGINT (Ctrl+C) end the run after the optimizer step that is being computed: it
-    is saved, and the process ends with 143 or 130. The second Ctrl+C ends it at once. A run of one process that waits
-    for data, perhaps for ever, is saved and ended at once; if it waits within an accumulated step, that step is lost.
+    is saved, and the process ends with 143 or 130. The second Ctrl+C ends it at once. A run that waits for data, or for
+    a process that is lost, perhaps for ever, is saved and ended without that step: at once, or of several processes in
+    seconds (see `processes.watched`, which calls `rescue`).
 
     Args:
         folder: Folder of the checkpoint; "checkpoints" in the run's folder unless told.
@@ -54,6 +63,7 @@ class Saving(Checkpoint):
         self.signal = 0
         self.path = Path("last" + SUFFIX)
         self._trainer: pl.Trainer | None = None
+        self._place: Place | None = None  # of a run of several processes
         self._step, self._clock = -1, 0.0  # of the last checkpoint
         self._from = 0  # the step that the run goes on from
         self.earlier = 0.0
@@ -88,13 +98,49 @@ class Saving(Checkpoint):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.signal = number
-        loader = None if self._trainer is None else self._trainer.train_dataloader
-        if self._trainer is not None and self._trainer.world_size == 1 and getattr(loader, "waiting", False):
+        if self._trainer is not None and self._trainer.world_size == 1 and self.waiting:
             if not in_a_step(self._trainer):
-                self._save(self._trainer)
+                self._leave_validation(self._trainer)
+                self._save(self._trainer, again=self._trainer.validating)
             self._stop(self._trainer, number)
         text = f"\n{signal.Signals(number).name}: the run stops after this step, and is saved\n"
         sys.stderr.write(text)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the run stands still until loading workers have a batch."""
+        if self._trainer is None:
+            return False
+        loaders = self._trainer.val_dataloaders if self._trainer.validating else self._trainer.train_dataloader
+        return any(
+            getattr(loader, "waiting", False) for loader in (loaders if isinstance(loaders, list) else [loaders])
+        )
+
+    def rescue(self) -> bool:
+        """Saves the last step of a run of several processes while this one waits for another that is lost.
+
+        It asks no process for anything, and may be called from another thread, after which the process has to end. The
+        log is that of the file: rows that a lost first process had not written are not there.
+
+        Returns:
+            Whether the last step is saved: not where weights are shared out, before the first step, or after the run
+            has gone on meanwhile.
+        """
+        trainer, place = self._trainer, self._place
+        if trainer is None or place is None or isinstance(trainer.strategy, Sharded):
+            return False
+        if self._step == place.step:
+            return True
+        self._leave_validation(trainer)
+        for log in trainer.loggers:
+            log.save()
+        if (checkpoint := checkpoint_of(trainer, place)) is None:
+            return False
+        for log in trainer.loggers:
+            if isinstance(log, MetricsLog):  # A validation that has followed is done once more.
+                checkpoint["rows"] = log.written(place.step)
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.path)
+        return True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,6 +148,8 @@ class Saving(Checkpoint):
         """Saves after an optimizer step, if it is time to or a signal came."""
         if in_a_step(trainer):
             return
+        if trainer.world_size > 1:
+            self._place = place_of(trainer)
         step, number = trainer.global_step, self._agreed(trainer)
         due = self.every_steps and step % self.every_steps == 0
         late = self._late(trainer)
@@ -123,9 +171,7 @@ class Saving(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or in_a_step(trainer):
             return
         if number := self._agreed(trainer):
-            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(callback, EMA) and callback.swapped:
-                    callback.swap(pl_module)
+            self._leave_validation(trainer)
             self._save(trainer, again=True)
             self._stop(trainer, number)
 
@@ -167,6 +213,12 @@ class Saving(Checkpoint):
             if trainer.is_global_zero:
                 say(f"stopped at step {trainer.global_step}; go on with --resume ({self.path})", file=sys.stderr)
             raise Stopped(number)
+
+    def _leave_validation(self, trainer: pl.Trainer) -> None:
+        """Puts the model back where its moving average is being validated."""
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, EMA) and callback.swapped:
+                callback.swap(trainer.lightning_module)
 
     def _save(self, trainer: pl.Trainer, *, again: bool = False) -> None:
         if self._step == trainer.global_step and not again:

@@ -59,8 +59,9 @@ class Throughput(pl.Callback):
     ) -> None:
         """Counts the work of the second batch; in compiled blocks it cannot be counted."""
         self._batches += 1
-        compiled = any(part._compiled_call_impl is not None for part in pl_module.modules())
-        if self._batches == 2 and isinstance(pl_module, Task) and not compiled:
+        if self._batches != 2 or not isinstance(pl_module, Task):
+            return
+        if all(part._compiled_call_impl is None for part in pl_module.modules()):
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
@@ -93,8 +94,8 @@ class Throughput(pl.Callback):
         """Takes the rates since the last measurement."""
         now, (then, samples, tokens) = time.monotonic(), self._last
         if (seconds := now - then) > 0 and module.samples_seen > samples:
-            self.samples_per_second = self._world * (module.samples_seen - samples) / seconds
-            self.tokens_per_second = self._world * (module.tokens_seen - tokens) / seconds
+            self.samples_per_second = (module.samples_seen - samples) / seconds
+            self.tokens_per_second = (module.tokens_seen - tokens) / seconds
         self._last = (now, module.samples_seen, module.tokens_seen)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

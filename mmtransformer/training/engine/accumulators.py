@@ -43,7 +43,8 @@ class StepAccumulator:
             tokens: How many of its tokens are learned; none in a padding sample, which keeps processes in step.
         """
         self._batches.append((batch, names))
-        sums = [loss.sum.detach(), loss.count, tokens]
+        # A padding sample, to keep processes in step, has no token that is learned.
+        sums = [loss.sum.detach(), loss.count, tokens, (tokens > 0) * len(names)]
         self._sums.append(torch.stack([number.double() for number in sums]))
 
     def read(self, norm: Tensor, processes: int) -> "StepSums":
@@ -54,18 +55,17 @@ class StepAccumulator:
             processes: How many there are; all call this at once.
         """
         mine = torch.stack(self._sums)
-        total = all_reduce_sum(mine[:, :2].sum(0), processes)
+        total = all_reduce_sum(mine.sum(0), processes)
         parts = [total, norm.detach(), mine.flatten(), *self.watched.values()]
-        loss, count, size, *rest = torch.cat([part.reshape(-1).double() for part in parts]).tolist()
-        losses, counts = rest[: mine.numel() : 3], rest[2 : mine.numel() : 3]
+        loss, count, tokens, samples, size, *rest = torch.cat([part.reshape(-1).double() for part in parts]).tolist()
+        losses = rest[: mine.numel() : mine.shape[1]]
         watched = dict(zip(self.watched, rest[mine.numel() :], strict=True))
         named = [names for _, names in self._batches]
-        # A padding sample, to keep processes in step, has no token that is learned.
-        samples = sum(len(names) for names, tokens in zip(named, counts, strict=True) if tokens)
         first = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
         batch, names = self._batches[-1 if first is None else first]
         suspects = [name for names in named for name in names] if first is None else list(names)
-        return StepSums(loss, int(count), size, samples, int(sum(counts)), watched, first is not None, batch, suspects)
+        bad = first is not None
+        return StepSums(loss, int(count), size, int(samples), int(tokens), watched, bad, batch, suspects)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class StepSums:
         loss: The sum of the losses of all processes.
         count: What it is to be divided by, of all processes.
         norm: The gradient's norm.
-        samples: This process's.
-        tokens: This process's, that are learned.
+        samples: Of all processes.
+        tokens: Of all processes, that are learned.
         watched: Single numbers of this process that are logged with the step.
         bad: Whether the loss of one of its own micro-batches is not finite.
         suspect: The batch to look at if something is wrong: the first bad one, else the last.

@@ -5,7 +5,8 @@ a cap is raised. What stands on it is exact resume (tests/training/engine/test_r
 that are shared out (test_distributed.py).
 """
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -63,6 +64,43 @@ def normalize_counters(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     validation["current"] = dict.fromkeys(validation["current"], 0)
     for counts in (epochs["total"], epochs["current"]):
         counts["processed"] = counts["completed"]
+
+
+class Place(NamedTuple):
+    """Where a run stands between two steps, for a checkpoint that is taken in the middle of the next.
+
+    Attributes:
+        step: The optimizer steps that are done.
+        sums: What gathers the sums of the step that comes: another one as soon as that has begun to change weights.
+        loops: The loops' counters and the loaders' places.
+    """
+
+    step: int
+    sums: object
+    loops: dict[str, Any]
+
+
+def place_of(trainer: pl.Trainer) -> Place:
+    """Where a run stands; asked for when a step has ended."""
+    checkpoint = {"loops": trainer._checkpoint_connector._get_loops_state_dict()}
+    normalize_counters(trainer, checkpoint)
+    sums = getattr(trainer.lightning_module, "_parts", None)
+    return Place(trainer.global_step, sums, copy.deepcopy(checkpoint["loops"]))
+
+
+def still_there(trainer: pl.Trainer, place: Place) -> bool:
+    """Whether nothing has changed the weights since then."""
+    return trainer.global_step == place.step and getattr(trainer.lightning_module, "_parts", None) is place.sums
+
+
+def checkpoint_of(trainer: pl.Trainer, place: Place) -> dict[str, Any] | None:
+    """A checkpoint of where the run stood; None if it has gone on meanwhile. Asks no other process for anything."""
+    if not still_there(trainer, place):
+        return None
+    checkpoint = copy.deepcopy(
+        trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | {"loops": place.loops}
+    )
+    return checkpoint if still_there(trainer, place) else None
 
 
 def resume_loaders(trainer: pl.Trainer) -> None:

@@ -90,6 +90,13 @@ class MetricsLog(Logger):
         self.rows, self._waiting, self._begun = len(kept), [], True
         self._write(kept)
 
+    def written(self, steps: int) -> int:
+        """How many rows of the first so many steps the file has, without the validation that follows the last."""
+        rows = [row for row in self._read() if int(row["step"]) < steps]
+        while rows and int(rows[-1]["step"]) == steps - 1 and not any(rows[-1][k] for k in rows[-1] if "train/" in k):
+            rows.pop()
+        return len(rows)
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """As `save`."""

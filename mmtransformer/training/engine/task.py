@@ -20,7 +20,7 @@ from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.printable import printable, say
-from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums, all_reduce_sum
+from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
 from mmtransformer.training.engine.internals import normalize_counters, resume_loaders
@@ -61,7 +61,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     def __init__(self, optim: Optim) -> None:
         super().__init__()
         self.optim = optim
-        self.samples_seen = self.tokens_seen = 0
+        self.samples_seen = self.tokens_seen = 0  # by all processes
         self.last_loss = torch.tensor(math.nan)
         self._parts, self._means = StepAccumulator(), Means()
         self._size = 0  # samples of the last micro-batch
@@ -137,10 +137,6 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """Says what there is to learn from, where the data can say it."""
         if self.trainer.is_global_zero and (describe := getattr(self.data, "describe", None)):
             say(describe())
-
-    def on_fit_end(self) -> None:
-        """Gives the first process the counts of all."""
-        self._take_counts(self._all_counts())
 
     def teardown(self, stage: str) -> None:
         """Gives every process whole weights again, after a validation too."""
@@ -330,7 +326,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         strip_frozen(self, checkpoint, self._hashes)
         normalize_counters(self.trainer, checkpoint)
         checkpoint |= {"optim": asdict(self.optim), "seed": self._seed, "validation_means": self.validation_means}
-        checkpoint["seen"] = dict(zip(("samples", "tokens"), self._all_counts()), skipped=self.skipped)
+        checkpoint["seen"] = {"samples": self.samples_seen, "tokens": self.tokens_seen, "skipped": self.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over what `on_save_checkpoint` has added.
@@ -346,18 +342,8 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
             refuse_another_optimizer(checkpoint, asdict(self.optim))
         self._seed, self.validation_means = checkpoint.get("seed"), checkpoint.get("validation_means", {})
         seen = checkpoint.get("seen", {})
-        self._take_counts((seen.get("samples", 0), seen.get("tokens", 0)))
+        self.samples_seen, self.tokens_seen = seen.get("samples", 0), seen.get("tokens", 0)
         self.skipped = seen.get("skipped", 0)
-
-    def _all_counts(self) -> tuple[int, int]:
-        """Samples and tokens of all processes; each counts its own."""
-        counts = torch.tensor([self.samples_seen, self.tokens_seen], device=self.device)
-        samples, tokens = all_reduce_sum(counts, self.trainer.world_size).tolist()
-        return samples, tokens
-
-    def _take_counts(self, counts: tuple[int, int]) -> None:
-        """Gives the first process what all have counted."""
-        self.samples_seen, self.tokens_seen = counts if self.global_rank == 0 else (0, 0)
 
     # -------------------------------------------------------------------------------------------------- the end
 

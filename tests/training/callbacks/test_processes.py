@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmtransformer.training.callbacks.processes import Signs
+from mmtransformer.training.engine.checkpoints import read
 from support.recipes import RECIPES
 
 
@@ -106,4 +107,8 @@ def test_the_other_process_ends_in_a_line(tmp_path: Path, how: str, lost: int) -
     ), said
     assert "Traceback" not in said
     assert code == (143 if "told" in how else 2)
+    steps = [int(text) for text in re.findall(r"^step (\d+)$", said, re.MULTILINE)]
+    assert f"--resume goes on ({tmp_path / 'run/checkpoints/last.ckpt'})" in line
+    saved = read(tmp_path / "run/checkpoints/last.ckpt")["global_step"]
+    assert saved in (steps[-1], steps[-1] + 1)  # no step is lost; it may wait behind one, too
     assert took < (60 if how == "frozen" else 40)

@@ -13,8 +13,10 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import Precision
@@ -22,8 +24,10 @@ from lightning.pytorch.plugins import Precision
 from mmtransformer import TextDecoder
 from mmtransformer.cli import main
 from mmtransformer.data.loading.dataset import CaptionDataset
+from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, read
 from mmtransformer.training.engine.guard import RECORD
+from mmtransformer.training.engine.internals import Place, checkpoint_of, in_a_step, place_of
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.resume import frozen_hashes, restore_frozen, seed_step, strip_frozen
 from mmtransformer.training.tasks.captioning import Captioning
@@ -150,14 +154,17 @@ def test_the_end_of_a_resumed_run_is_that_of_the_unbroken_one(
         assert results(tmp_path / "run") == results(whole)
 
 
-def hanging(folder: Path, log: Path, calls: int, number: int, **arguments: Any) -> int:
-    """A run whose only worker stands still at its n-th sample, and which then gets a signal, or none (0); its code."""
+def hanging(folder: Path, log: Path, calls: int, number: int, *, training: bool = True, **arguments: Any) -> int:
+    """A run whose only worker stands still at its n-th sample, and which then gets a signal, or none (0); its code.
+
+    With training=False the worker that stands still is that of the validation.
+    """
 
     def job() -> None:
         load, done = CaptionDataset.__getitem__, []
 
         def slow(self: CaptionDataset, pick: Any) -> Any:
-            done.append(pick)
+            done.extend([pick] if self.training == training else [])
             while multiprocessing.parent_process() is not None and len(done) > calls:
                 time.sleep(0.1)
             return load(self, pick)
@@ -168,7 +175,7 @@ def hanging(folder: Path, log: Path, calls: int, number: int, **arguments: Any) 
             time.sleep(1)
             os.kill(os.getpid(), number)
 
-        lines = 5 if calls > 11 else calls // 4
+        lines = (5 if calls > 11 else calls // 4) if training else 3
         CaptionDataset.__getitem__ = slow
         if number:
             threading.Thread(target=send, daemon=True).start()
@@ -189,6 +196,72 @@ def test_a_run_that_waits_for_data_is_saved_and_ended(tmp_path: Path, unbroken: 
     assert tiny.run(tmp_path / "run", tmp_path / "after", resume=True) == 0
     assert before + tiny.lines(tmp_path / "after") == unbroken()[0]
     assert (tmp_path / "run/metrics.csv").read_text() == unbroken()[1]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_validation_that_waits_for_data_is_saved_and_ended(tmp_path: Path, unbroken: Any, ema: float) -> None:
+    """Its average is not taken for the model, and the validation is done when the run goes on."""
+    began = time.monotonic()
+    run, log = tmp_path / "run", tmp_path / "before"
+    assert hanging(run, log, 2, signal.SIGTERM, training=False, every_steps=100, ema=ema) == 143
+    assert time.monotonic() - began < 60
+    before = tiny.lines(log)
+    assert len(before) == 3
+    assert read(run / "checkpoints/last.ckpt")["global_step"] == 3
+    assert tiny.run(run, tmp_path / "after", resume=True, ema=ema) == 0
+    assert before + tiny.lines(tmp_path / "after") == unbroken(ema=ema)[0]
+    assert (run / "metrics.csv").read_text() == unbroken(ema=ema)[1]
+
+
+class Rescued(tiny.Witness):
+    """Saves the last step in the middle of another, as a process does whose others are lost, and is killed then."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        saving = next(callback for callback in trainer.callbacks if isinstance(callback, Saving))
+        if not in_a_step(trainer):
+            saving._place = place_of(trainer)
+        super().on_train_batch_end(trainer, *rest)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.batches == self.at:
+            saving = next(callback for callback in trainer.callbacks if isinstance(callback, Saving))
+            saving._listen(signal.SIGTERM, None)
+            assert saving.rescue()
+            os._exit(7)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "done"),
+    [("epochs", 4, 4), ("epochs", 6, 6), ("accumulation", 4, 3), ("validation in mid-epoch", 5, 5), ("steps", 6, 6)],
+)
+def test_rescued_in_the_middle_of_a_step_it_goes_on_as_the_unbroken_run(
+    tmp_path: Path, unbroken: Any, name: str, at: int, done: int
+) -> None:
+    """Behind so many batches; of an accumulated step the first ones are computed again."""
+    setting, run = SETTINGS[name] | {"every_steps": 100}, tmp_path / "run"
+    assert tiny.in_child(lambda: tiny.fit(run, Rescued(tmp_path / "before", at, 0, ""), **setting)) == 7
+    assert tiny.run(run, tmp_path / "after", resume=True, **setting) == 0
+    seen, log = unbroken(**SETTINGS[name])
+    before, after = tiny.lines(tmp_path / "before"), tiny.lines(tmp_path / "after")
+    assert before == seen[: len(before)]
+    assert after == seen[len(seen) - len(after) :]
+    batches = [sum(isinstance(line[0], int) for line in lines) for lines in (seen, after)]
+    assert batches[0] - batches[1] == done
+    assert (run / "metrics.csv").read_text() == log
+
+
+def test_what_changes_while_it_is_rescued_is_not_saved(tmp_path: Path) -> None:
+    parts, trainer = object(), SimpleNamespace(global_step=4, lightning_module=SimpleNamespace(_parts=None))
+
+    class Thawed:
+        def dump_checkpoint(self, weights_only: bool) -> dict[str, Any]:
+            trainer.lightning_module._parts = None  # The step's sums were read.
+            return {}
+
+    trainer._checkpoint_connector = Thawed()
+    for now, step in ((parts, 4), (None, 4), (parts, 3)):
+        trainer.lightning_module._parts = now
+        assert checkpoint_of(trainer, Place(step, parts, {})) is None
 
 
 @pytest.mark.slow
