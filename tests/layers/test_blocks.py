@@ -15,6 +15,7 @@ from mmtransformer.layers.blocks import (
     DropPath,
     EncoderBlock,
     LayerScale,
+    OffsetRMSNorm,
     SwiGLU,
     activation_function,
     make_norm,
@@ -229,3 +230,9 @@ def test_errors_name_what_is_wrong() -> None:
     for rate in (-0.1, 1.0):
         with pytest.raises(ValueError, match=str(rate)):
             DropPath(rate)
+
+
+def test_offset_norm_is_the_definition() -> None:
+    norm, x = OffsetRMSNorm(5, eps=1e-6), torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight))

@@ -13,13 +13,14 @@ from mmtransformer.losses.contrastive import (
     clip_loss,
     compare,
     contrastive_loss,
+    image_ids,
     itc_loss,
     itg_loss,
     itm_loss,
     softmax_loss,
 )
 from mmtransformer.losses.distributed import all_gather_rows
-from mmtransformer.losses.hard_negatives import hard_negatives, pair_noise
+from mmtransformer.losses.hard_negatives import hard_negatives, hard_pairs, pair_noise
 from mmtransformer.losses.sigmoid import sigmoid_loss
 
 
@@ -166,6 +167,30 @@ def test_noise_is_uniform_and_depends_on_nothing_but_seed_and_keys() -> None:
     assert abs(float(torch.corrcoef(torch.stack((noise[:-1].flatten(), noise[1:].flatten())))[0, 1])) < 0.02
     assert torch.equal(pair_noise(1, rows[7:9], columns[3:8]), noise[7:9, 3:8])
     assert not torch.equal(pair_noise(2, rows, columns), noise)
+
+
+def test_hard_pairs_are_neither_ones_own_nor_fillers() -> None:
+    """However alike those are: every row has two others to be told from, and takes each of them some time."""
+    ids = torch.tensor([3, -1, 8, 5])
+    found = compare(unit(1, 5).expand(4, -1), unit(1, 5).expand(8, -1), ids)
+    seen: dict[int, set[int]] = {}
+    for seed in range(20):
+        pairs = hard_pairs(found, torch.tensor(0.1), texts=2, seed=seed)
+        assert pairs.rows.tolist() == list(range(8))
+        assert pairs.real.tolist() == [True, True, False, False, True, True, True, True]
+        for row, image, text in zip(pairs.rows[pairs.real], pairs.images[pairs.real], pairs.texts[pairs.real]):
+            own, others = int(found.text_ids[row]), {int(ids[image]), int(found.text_ids[text])}
+            assert not others & {own, -1}
+            seen.setdefault(own, set()).update(others)
+    assert seen == {3: {5, 8}, 8: {3, 5}, 5: {3, 8}}
+
+
+def test_an_image_without_a_target_has_no_number() -> None:
+    loss_mask = torch.tensor([[0, 1], [0, 0], [0, 0], [0, 0]]).bool()
+    found = image_ids(["그림", "b"], loss_mask)
+    assert found is not None
+    assert (int(found[0]) > 0, int(found[1])) == (True, -1)
+    assert found[0] == image_ids(["그림"], loss_mask[:2])  # whatever stands beside it
 
 
 def test_without_another_image_there_is_no_negative() -> None:
