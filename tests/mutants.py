@@ -361,6 +361,7 @@ def _tested(tests: list[str], tree: Path, log: Path) -> int | None:
             sys.path[:] = [str(tree), *(place for place in sys.path if place not in here)]
             words = ["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
             words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of libraries that were here before it
+            words += ["-k", "not spawn and not forkserver"]  # which would begin with this program
             words += [f"tests/{name}" for name in tests]
             code = int(pytest.main(words, plugins=[QuickFirst(tree / f"{'-'.join(tests).replace('/', '.')}.json")]))
         except BaseException:

@@ -34,7 +34,7 @@ def test_who_gives_no_sign_is_named_and_who_is_slow_is_not(tmp_path: Path, monke
 
 
 RUN = """
-import sys, time, warnings
+import os, sys, time, warnings
 import lightning.pytorch as pl
 import torch
 warnings.simplefilter("ignore")
@@ -47,6 +47,13 @@ def slow(self, batch, batch_idx):
     print("step", self.trainer.global_step, file=sys.stderr, flush=True)
     return step(self, batch, batch_idx)
 Captioning.on_train_batch_start = slow
+from mmtransformer.data.loading.dataset import CaptionDataset
+load = CaptionDataset.__getitem__
+def waits(self, pick):
+    while os.path.exists(os.environ["DEAD_DISK"]):
+        time.sleep(0.1)
+    return load(self, pick)
+CaptionDataset.__getitem__ = waits
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -68,6 +75,7 @@ def start(folder: Path, *more: str) -> list[subprocess.Popen[str]]:
     for rank in range(2):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        variables |= {"DEAD_DISK": folder.parent / f"dead{rank}"}
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         with (folder.parent / f"{rank}.txt").open("w") as said:
             found.append(
@@ -112,3 +120,29 @@ def test_the_other_process_ends_in_a_line(tmp_path: Path, how: str, lost: int) -
     saved = read(tmp_path / "run/checkpoints/last.ckpt")["global_step"]
     assert saved in (steps[-1], steps[-1] + 1)  # no step is lost; it may wait behind one, too
     assert took < (60 if how == "frozen" else 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_where_one_waits_for_data_a_signal_saves_the_last_step(tmp_path: Path, lost: int) -> None:
+    """The other waits for it, in a sum of both; the scheduler tells both to stop."""
+    processes = start(tmp_path / "run")
+    try:
+        (tmp_path / f"dead{lost}").touch()
+        time.sleep(3)
+        began = time.monotonic()
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        codes = [process.wait(120) for process in processes]
+        took = time.monotonic() - began
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    said = (tmp_path / f"{lost}.txt").read_text()
+    assert f"no batch comes; this process ends. --resume goes on ({tmp_path / 'run/checkpoints/last.ckpt'})" in said
+    assert codes[lost] == 143
+    assert took < 60
+    steps = [int(text) for text in re.findall(r"^step (\d+)$", said, re.MULTILINE)]
+    assert read(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == steps[-1] + 1  # done, and no other was begun
+    assert "Traceback" not in said
