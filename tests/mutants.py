@@ -185,8 +185,8 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if config.guidance_scale != 1.0:", "if config.guidance_scale > 1.0:"),
     ]),
     "data/loading/sampler.py": ("data/loading/test_sampler.py", [
-        ("hash64(self.seed, epoch, np.arange(self.num_samples))",
-         "hash64(self.seed, 0, np.arange(self.num_samples))"),  # named
+        ("hash64(self.seed, epoch, np.arange(runs))",
+         "hash64(self.seed, 0, np.arange(runs))"),  # named
         ("hash64(self.seed, epoch, np.arange(full), 1)", "hash64(self.seed, 0, np.arange(full), 1)"),
         ("step[self.rank :: self.world]", "step[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]"),
         ("[SampleIndex(*step[0], is_real=False)]", "[SampleIndex(*step[0])]"),
