@@ -41,6 +41,15 @@ def loader(workers=0, **options):
     return ResumableLoader(Dataset(), IndexSampler(N, 7, **options), torch.stack, num_workers=workers)
 
 
+def test_the_place_is_that_of_all_processes():
+    for rank in range(2):
+        found = loader(seed=3, rank=rank, world=2)
+        batches = iter(found)
+        next(batches)
+        next(batches)
+        assert found.state_dict()["position"] == 2 * 2 * 7
+
+
 def test_hash64_is_the_published_splitmix64():
     # The first three outputs of SplitMix64 from state 1234567 (Vigna's reference program).
     state = 1234567
