@@ -136,7 +136,7 @@ def _default_subset(name: str, info: Any) -> str:
     default = [str(config.get("config_name")) for config in configs if config.get("default")]
     chosen = (default or [name for name in folders if name == "default"])[:1]
     if chosen:
-        sys.stderr.write(f"{name}: its subset {chosen[0]} is taken, of {', '.join(folders)}\n")
+        say(f"{name}: its subset {chosen[0]} is taken, of {', '.join(folders)}", file=sys.stderr)
         return folders[chosen[0]]
     some = ", ".join(list(folders)[:8]) + ", ..." * (len(folders) > 8)
     raise ValueError(
