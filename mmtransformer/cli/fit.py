@@ -76,7 +76,6 @@ def run(name: str, words: Sequence[str]) -> int:
     configs = list(config_files(words))
     if not configs and not any(w == "--help" or ".help" in w or "print_config" in w for w in words):
         raise ValueError(f"mmt {name} needs a recipe: --config caption_scenes; mmt recipes lists them")
-    _quiet()
     folder = Path("runs") / (Path(configs[0]).stem if configs else "run")
     if name != "fit":  # The log in the folder is that of the training.
         words = ["--trainer.logger=false", *words]
@@ -121,6 +120,7 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
     from mmtransformer.training.engine.speed import share_cpu
     from mmtransformer.training.tasks.towers import fit_widths, use_transform
 
+    _quiet()
     fast_matmuls()  # Before a model of the user's computes anything, too.
 
     class WholeKeys(LightningArgumentParser):

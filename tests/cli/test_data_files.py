@@ -1,6 +1,7 @@
 """A file given as data is data, whatever is in it: the parser does not take it for a configuration."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
     assert code == 0, err
     written = yaml.safe_load(Path("runs/finetune_pairs/config.yaml").read_text("utf-8"))
     assert written["data"]["init_args"]["source"] == "captions.csv"
+    logging.getLogger("lightning.fabric").setLevel(logging.INFO)
     code, out, err = mmt(capsys, "plan", "finetune_pairs", "--config", "tiny", *words)
+    assert logging.getLogger("lightning.fabric").level == logging.WARNING, "it says which seed it has set, three times"
     assert code == 0, err
     assert "weights" in out
 
