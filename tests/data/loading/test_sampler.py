@@ -41,6 +41,12 @@ def loader(workers=0, **options):
     return ResumableLoader(Dataset(), IndexSampler(N, 7, **options), torch.stack, num_workers=workers)
 
 
+def test_windows_take_every_sample_once_and_whole_steps_are_those_of_all_processes():
+    sampler = IndexSampler(N, 7, seed=3, lengths=lengths, window=2)
+    assert sorted(sampler.order(1).tolist()) == list(range(N))
+    assert [len(IndexSampler(16, 3, rank=rank, world=2, drop_last=True)) for rank in range(2)] == [2, 2]
+
+
 def test_the_place_is_that_of_all_processes():
     for rank in range(2):
         found = loader(seed=3, rank=rank, world=2)
