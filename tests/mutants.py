@@ -179,7 +179,6 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ]),
     "generation/sampling.py": ("generation/test_generate.py generation/test_search.py", [
         ("scores / self.config.temperature", "scores * self.config.temperature"),
-        ("tokens = tokens.masked_fill(self.done, self.eos_ids[0])", "pass"),
         ("[config.seed, key, number]", "[config.seed, key, 0]"),
         ("logits.log_softmax(1).gather", "scores.log_softmax(1).gather"),
         ("self.done | torch.isin", "torch.isin"),
@@ -296,8 +295,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
 # fmt: on
 
 EQUIVALENT: dict[str, str] = {
-    "torch.isin": "a text that is done is given its end again at every step",
-    "all_gather_rows(keys), seed)": "the columns of texts are keys and those of images ids: other numbers all the same",
+    "all_gather_rows(keys), seed)": "the columns of texts are keys and those of images ids: other numbers all the same"
 }
 """What changes nothing that can be seen: the new text -> why."""
 

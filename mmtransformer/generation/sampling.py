@@ -44,13 +44,12 @@ class Sampler:
             self.noise = torch.tensor(noise(config, keys), device=eos_ids.device)
 
     def advance(self, logits: Tensor, step: int) -> tuple[None, Tensor]:
-        """See `Search`; the end of a text stays its end."""
+        """See `Search`; what stands behind a text's end is not read."""
         at, logits = self.prompt_length + step, logits.float()
         scores = logits
         for processor in self.processors:
             scores = processor(scores, self.ids[:, :at], self.real[:, :at])
         tokens = self.draw(scores, self.noise[:, step]) if self.config.do_sample else scores.argmax(1)
-        tokens = tokens.masked_fill(self.done, self.eos_ids[0])
         self.ids[:, at] = tokens
         self.log_probs.append(logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
         self.done = self.done | torch.isin(tokens, self.eos_ids)

@@ -66,6 +66,8 @@ def test_captions_take_turns():
     seen = np.concatenate([rows.choose(3, epoch, index, 1) for epoch in range(5)], axis=1)
     assert all(sorted(row) == list(range(5 * i, 5 * i + 5)) for i, row in enumerate(seen))
     assert len({tuple(row - row.min()) for row in seen}) > 10, "pictures do not go in step"
+    later = np.concatenate([rows.choose(3, epoch, index, 1) for epoch in range(5, 10)], axis=1)
+    assert (later != seen).any(1).sum() > 20, "the next turn is another order"
     again = rows.choose(3, 2, np.array([7, 3]), 1)
     np.testing.assert_array_equal(again[:, 0], seen[[7, 3], 2])
     two = [rows.choose(3, epoch, index, 2) for epoch in range(2)]

@@ -118,6 +118,16 @@ def diverse(
     return sorted((text for some in best for text in some), key=lambda x: -x[0])
 
 
+@pytest.mark.parametrize("sample", [False, True])
+def test_what_is_scored_is_the_model_and_not_what_the_rules_left(sample: bool) -> None:
+    model, given = captioner(), batch()
+    rules = GenerationConfig(max_new_tokens=6, min_new_tokens=5, no_repeat_ngram_size=1, do_sample=sample, seed=3)
+    for row, (text,) in enumerate(generate(model, given, eos_id=EOS, config=rules)):
+        for k, (token, log_prob) in enumerate(zip(text.tokens, text.token_log_probs, strict=False)):
+            right = next_log_probs(model, one(given, row), text.tokens[:k])
+            assert log_prob == pytest.approx(float(right[token]), abs=1e-4)
+
+
 @pytest.mark.parametrize(("groups", "size", "penalty"), [(3, 1, 1.3), (2, 2, 0.7)])
 def test_diverse_beams_by_definition(groups: int, size: int, penalty: float) -> None:
     model, given = captioner(), batch()

@@ -248,6 +248,9 @@ def test_a_pass_that_was_left_early_starts_again():
     first = next(iter(each))
     assert torch.equal(next(iter(each)), first)
     assert len(list(each)) == len(list(each)) == 15
+    sampler = IndexSampler(N, 7)
+    sampler.load_state_dict({**sampler.state_dict(), "position": 28})
+    assert [len(list(sampler)) for _ in range(2)] == [len(sampler) - 4, len(sampler)], "a place is gone on from once"
 
 
 def test_a_state_of_another_order_is_refused():
