@@ -353,6 +353,13 @@ def test_samples_depend_on_the_seed_the_row_and_their_number_alone(captioner: Vi
         batch.tokens, batch.attention_mask, batch.loss_mask, visual_tokens=batch.visual_tokens.flip(0)
     )
     assert noise(GenerationConfig(), checksums(others)).tolist() != noise(GenerationConfig(), checksums(batch)).tolist()
+    two = CaptionBatch(  # two prompts a picture
+        batch.tokens, batch.attention_mask, batch.loss_mask, visual_tokens=batch.visual_tokens[:2]
+    )
+    own = CaptionBatch(
+        batch.tokens, batch.attention_mask, batch.loss_mask, visual_tokens=batch.visual_tokens[[0, 0, 1, 1]]
+    )
+    assert checksums(two) == checksums(own)
 
 
 def test_a_longer_text_begins_as_a_shorter_one(captioner: VisionEncoderDecoder) -> None:
