@@ -9,7 +9,7 @@ from torch import Tensor
 from mmtransformer import CaptionBatch, GenerationConfig, TextDecoder, VisionEncoderDecoder, ViT, generate, stream
 from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.generation.base import GenerationResult
-from mmtransformer.generation.logits_processors import BANNED, logits_processors
+from mmtransformer.generation.logits_processors import BANNED, logits_processors, top_p
 from mmtransformer.generation.sampling import checksums, noise
 from mmtransformer.weights import from_transformers
 
@@ -185,8 +185,19 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: VisionEncoder
     assert set(draw(3, top_k=3)) == set(order[:3])
     shares = logits[0].softmax(0)[order].cumsum(0)
     nucleus = order[: int((shares < 0.6).sum()) + 1]
-    assert set(draw(3, top_p=0.6)) <= set(nucleus)
+    assert set(draw(3, top_p=0.6)) == set(nucleus)
     assert len(nucleus) > 1
+
+
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.6, 0.9, 0.999])
+def test_a_nucleus_is_that_of_transformers(p: float) -> None:
+    from transformers import TopPLogitsWarper
+
+    torch.manual_seed(3)
+    scores = 2 * torch.randn(7, 29)
+    kept = TopPLogitsWarper(p)(torch.zeros(7, 1, dtype=torch.long), scores).isfinite()
+    assert torch.equal(top_p(scores, p) > BANNED, kept)
+    assert kept.any(1).all()
 
 
 def processed(scores: list[float], ids: list[int], real: list[bool] | None = None, **options: Any) -> list[float]:
