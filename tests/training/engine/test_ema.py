@@ -1,5 +1,8 @@
 """The moving average: how far it looks back."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,3 +40,13 @@ def test_its_decay_grows_with_the_steps() -> None:
         decay = min(0.45, (1 + step) / (10 + step)) if step else 0.0  # the first weights are the first average
         mean = decay * mean + (1 - decay) * step**2
     assert average.weights["weight"].item() == pytest.approx(mean, rel=1e-12)
+
+
+def test_batches_that_only_add_gradients_are_no_steps() -> None:
+    average, module = EMA(0.9), nn.Linear(1, 1)
+    trainer: Any = SimpleNamespace(global_step=0)
+    average.on_train_start(trainer, module)  # pyright: ignore[reportArgumentType]
+    for step in (0, 1, 1, 2, 2, 3):
+        trainer.global_step = step
+        average.on_train_batch_end(trainer, module, None, None, 0)  # pyright: ignore[reportArgumentType]
+    assert average.count == 3
