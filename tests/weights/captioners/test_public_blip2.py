@@ -129,7 +129,7 @@ def test_what_is_written_is_what_came(half: bool, tmp_path: Path) -> None:
     assert ids(load(tmp_path / "out"), pictures()[:1], ["a photo of"], max_new_tokens=7) == want
     card = (tmp_path / "out/README.md").read_text()
     assert "license: mit" in card
-    assert "base_model: base" in card
+    assert 'base_model: "base"' in card
 
 
 def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
