@@ -9,7 +9,7 @@ from torch import Tensor
 from mmtransformer import CaptionBatch, GenerationConfig, TextDecoder, VisionEncoderDecoder, ViT, generate, stream
 from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.generation.base import GenerationResult
-from mmtransformer.generation.logits_processors import BANNED, logits_processors, top_p
+from mmtransformer.generation.logits_processors import BANNED, logits_processors, min_length, no_repeat_ngram, top_p
 from mmtransformer.generation.sampling import checksums, noise
 from mmtransformer.weights import from_transformers
 
@@ -187,6 +187,17 @@ def test_sampling_follows_the_distribution_and_its_seed(captioner: VisionEncoder
     nucleus = order[: int((shares < 0.6).sum()) + 1]
     assert set(draw(3, top_p=0.6)) == set(nucleus)
     assert len(nucleus) > 1
+
+
+def test_rules_begin_and_end_where_they_say() -> None:
+    scores, ends = torch.zeros(1, 9), torch.tensor([EOS])
+    ids = torch.tensor([[5, 5, 7]])
+    short = no_repeat_ngram(scores.clone(), ids[:, :2], ids[:, :2] > 0, size=2, eos_ids=ends)
+    assert (short == BANNED).nonzero().tolist() == [[0, 5]]  # "5 5" has come once, in a text of two tokens
+    assert no_repeat_ngram(scores.clone(), ids[:, :1], ids[:, :1] > 0, size=2, eos_ids=ends).isfinite().all()
+    for count, banned in ((2, True), (3, False)):
+        least = min_length(scores.clone(), ids[:, :count], ids[:, :count] > 0, least=3, eos_ids=ends)
+        assert (least[0, EOS] == BANNED) == banned
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.6, 0.9, 0.999])
