@@ -427,6 +427,15 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         module.on_load_checkpoint(saved() | {"optimizer_states": []})
 
 
+def test_a_run_keeps_the_seed_that_it_began_with() -> None:
+    module = Captioning(tiny.captioner(), optim=Optim(kind="adamw", lr=0.01))
+    state = SimpleNamespace(fn="validate")
+    module.trainer = SimpleNamespace(state=state, precision_plugin=Precision())  # type: ignore[assignment]
+    module.on_load_checkpoint(saved() | {"seed": 41, "seen": {"samples": 5, "tokens": 70, "skipped": 2}})
+    assert module._seed == 41
+    assert (module.samples_seen, module.tokens_seen, module.skipped) == (5, 70, 2)
+
+
 # --------------------------------------------------------------------------------------------- the command line
 
 
