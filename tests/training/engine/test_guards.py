@@ -232,6 +232,33 @@ def test_a_run_that_only_skips_stops(tmp_path: Path) -> None:
         train(tmp_path, batches, nonfinite="skip")
 
 
+def test_bad_steps_among_good_ones_do_not_stop_a_run_that_skips(tmp_path: Path) -> None:
+    bad = MOST_IN_A_ROW + 2
+    batches = [batch(i, math.nan if i % 2 else None) for i in range(2 * bad)]
+    with pytest.warns(UserWarning, match="step left out"):
+        module, trainer = train(tmp_path, batches, nonfinite="skip")
+    assert (module.skipped, trainer.global_step) == (bad, 2 * bad)
+
+
+def test_micro_batches_of_a_step_draw_differently(tmp_path: Path) -> None:
+    drawn = []
+    module = Captioning(tiny.captioner(), optim=Optim(lr=0.01))
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False, max_steps=2,
+        enable_progress_bar=False, default_root_dir=tmp_path, accumulate_grad_batches=2, precision="32-true",
+    )  # fmt: skip
+    hook = module.on_train_batch_start
+
+    def then_draw(*words: Any) -> None:
+        hook(*words)
+        drawn.append(float(torch.rand(())))
+
+    module.on_train_batch_start = then_draw  # type: ignore[method-assign]
+    loader = torch.utils.data.DataLoader([batch(i) for i in range(4)], batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, train_dataloaders=loader)
+    assert len(drawn) == len(set(drawn)) == 4
+
+
 def test_a_batch_without_targets_is_a_fault(tmp_path: Path) -> None:
     empty = batch(1)
     empty.loss_mask[:] = False
