@@ -105,11 +105,12 @@ def test_a_context_helps_and_a_frequent_word_after_one_only_is_no_guess_elsewher
     assert unknown[1] > unknown[0]  # 3 is more frequent, but comes after 2 only
 
 
-def test_texts_do_not_run_into_each_other() -> None:
-    model = NGram(3, VOCAB).fit(*flat(corpus(100)))
-    new = corpus(9, seed=2)
-    alone = np.concatenate([model.log_probs(*flat([text])) for text in new])
-    np.testing.assert_array_equal(model.log_probs(*flat(new)), alone)
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_texts_do_not_run_into_each_other(prompt: int) -> None:
+    model = NGram(3, VOCAB).fit(*flat(corpus(100), prompt))
+    new = [text[: len(text) - 1 + prompt] for text in corpus(9, seed=2)]  # some are cut
+    alone = np.concatenate([model.log_probs(*flat([text], prompt)) for text in new])
+    np.testing.assert_array_equal(model.log_probs(*flat(new, prompt)), alone)
 
 
 def test_one_long_text_and_short_ones() -> None:
