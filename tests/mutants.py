@@ -10,9 +10,9 @@ Every set of tests runs without a fault first; then, for each fault, the quickes
 fails.
 
 Run once whole on 2026-11-29 (2 cores AMD EPYC Zen 4, beside other work, in three parts): of 157 faults 129 were seen
-and 28 lived. Of these 24 have a test since, each seen to fail. One gate is looked at by Flamingo's tests, now named. One
-fault changed nothing because its line did not: that line is gone. Two are equivalent, see below. All eleven faults
-marked "named" had been put in by hand before, and were seen.
+and 28 lived. Of these 24 have a test since, each seen to fail. One gate is looked at by Flamingo's tests, now named.
+One fault changed nothing because its line did not: that line is gone. Two are equivalent, see below. All eleven
+faults marked "named" had been put in by hand before, and were seen.
 """
 
 import argparse
