@@ -17,7 +17,7 @@ PROCESSES = "MMTRANSFORMER_PROCESSES"
 """The variable by which a process knows that it is one of several which share a CPU by themselves."""
 
 SMALL = 20_000_000
-"""Parameters up to which two processes are faster than two threads: 1.15 times with 4 million, measured on Zen 4."""
+"""Parameters up to which two processes are faster than two threads: 1.13 times with 4 million, measured on Zen 4."""
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
