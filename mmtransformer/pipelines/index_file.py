@@ -106,7 +106,7 @@ class IndexFile:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Reads a file; its embeddings are mapped, not copied.
+        """Reads a file; its embeddings are mapped, not copied. One that is written meanwhile is read again.
 
         Raises:
             ValueError: If there is none, or it is damaged, cut short, of another kind or version; one line with the
@@ -116,6 +116,16 @@ class IndexFile:
         if path.is_dir():
             raise ValueError(f"{path} is a folder, and an index is one file: name the file, or a folder of pictures")
         check_plain(path)
+        while True:
+            before = _version(path)
+            try:
+                return cls._read(path)
+            except ValueError:  # safetensors opens it twice: the head may be of one file and the tensors of the next
+                if _version(path) == before:
+                    raise
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -185,6 +195,15 @@ def _is_fault(value: Any) -> bool:
 def _to_bytes(value: Any) -> Tensor:
     data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What is another as soon as a file is written anew; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _from_bytes(data: Tensor) -> Any:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmtransformer.images import ImageError
+from mmtransformer.pipelines import index_file
 from mmtransformer.pipelines.image_index import ImageIndex
 from mmtransformer.pipelines.index_file import IndexFile
 from mmtransformer.pipelines.nearest import groups_alike, nearest
@@ -251,6 +252,32 @@ encoder = Slow()
 index = ImageIndex(encoder, IndexFile(fingerprint(encoder), "", []), sys.argv[2])
 index.update(sys.argv[1], batch_size=4, save_every=0.25)
 """
+
+
+def test_an_index_that_is_written_while_it_is_read_is_read_again(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "index.safetensors"
+    ImageIndex.build(ColourEncoder(), photos, path=path)
+    first = IndexFile.read(path).names
+    whole, real = path.read_bytes(), index_file.checksum
+    calls: list[int] = []
+
+    def replaced(tensors: dict[str, torch.Tensor]) -> str:
+        calls.append(1)
+        if len(calls) == 1:  # another process has put a newer file in its place since its head was read
+            other = path.with_suffix(".new")
+            other.write_bytes(whole)
+            other.replace(path)
+            return "of another file"
+        return real(tensors)
+
+    monkeypatch.setattr(index_file, "checksum", replaced)
+    assert IndexFile.read(path).names == first
+    assert len(calls) == 2
+    monkeypatch.setattr(index_file, "checksum", lambda _: "of another file")
+    with pytest.raises(ValueError, match="its check sum is another"):
+        IndexFile.read(path)
 
 
 def test_what_was_killed_is_gone_on_with(tmp_path: Path) -> None:
