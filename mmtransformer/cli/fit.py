@@ -34,7 +34,7 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --trainer.max_steps N                or in optimizer steps
   --trainer.default_root_dir DIR       the run's folder (runs/NAME_OF_RECIPE)
   --trainer.accelerator cpu|gpu        where to compute (a GPU if there is one)
-  --trainer.devices N                  how many GPUs, or processes on a CPU (small models: two by themselves)
+  --trainer.devices N                  how many GPUs, or processes on a CPU
   --process_timeout SECONDS            how long a process of several may be silent before the others end (600)
   --trainer.strategy ddp|sharded       how they share a run: the batches, or the weights as well
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
@@ -71,7 +71,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         say(HELP.format(name=name, text=COMMANDS[name][1]))
         return 0
-    spelt, given = {"--help=all": "--help", "--resume": "--resume=true"}, [name, *words]
+    spelt = {"--help=all": "--help", "--resume": "--resume=true"}
     words = with_tower(with_files([spelt.get(word, word) for word in words]))
     configs = list(config_files(words))
     if not configs and not any(w == "--help" or ".help" in w or "print_config" in w for w in words):
@@ -79,8 +79,7 @@ def run(name: str, words: Sequence[str]) -> int:
     folder = Path("runs") / (Path(configs[0]).stem if configs else "run")
     if name != "fit":  # The log in the folder is that of the training.
         words = ["--trainer.logger=false", *words]
-    mine = sys.argv[1:] == given  # a command of its own, which other processes can be started by
-    cli = recipe_cli(list(words), folder, share=name == "fit" and mine)
+    cli = recipe_cli(list(words), folder)
     if name == "fit":
         fit(cli)
     else:
@@ -95,29 +94,26 @@ def config_files(words: Sequence[str]) -> list[str]:
 
 
 @paths_as_texts()
-def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "LightningCLI":
+def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     """Parses a configuration and builds trainer, model and data; nothing is run yet.
 
     Args:
         words: The command line, without the command.
         folder: The run's folder, unless the configuration names one.
-        share: Whether two processes may share a CPU, where that is faster and nothing else is asked for.
     """
     import lightning.pytorch as pl
-    import torch
     from jsonargparse import ActionConfigFile, ArgumentError  # pyright: ignore[reportPrivateImportUsage]
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from mmtransformer.pipelines.dual_encoder import DualEncoder
-    from mmtransformer.training import Captioning, Contrast, ImageGeneration, Progress, Samples
+    from mmtransformer.training import Captioning, Contrast, Progress, Samples
     from mmtransformer.training.callbacks.saving import Saving
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
     from mmtransformer.training.engine.log import MetricsLog
     from mmtransformer.training.engine.precision import fast_matmuls, pick_precision
     from mmtransformer.training.engine.sharded import Sharded, number_format
-    from mmtransformer.training.engine.speed import share_cpu
     from mmtransformer.training.tasks.towers import fit_widths, use_transform
 
     _quiet()
@@ -193,10 +189,6 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
                 config.log_every_n_steps = 0
             if config.logger is None:
                 config.logger = MetricsLog(root)
-            if share and self._shares(config):
-                config.devices, config.strategy = 2, "ddp"
-                self.datamodule.batch_size //= 2
-                say("two processes share the CPU, faster for a model this small (--trainer.devices 1: one does it)")
             plugins = config.plugins or []
             plugins = list(plugins) if isinstance(plugins, list) else [plugins]
             if config.strategy == "sharded":
@@ -223,15 +215,6 @@ def recipe_cli(words: list[str], folder: Path, share: bool = False) -> "Lightnin
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)
             say(f"precision: {trainer.precision}, as {reason}")  # On a CPU float16 becomes bfloat16.
             return trainer
-
-        def _shares(self, config: Any) -> bool:
-            """Whether the run is one of those that two processes do faster (`share_cpu`)."""
-            asked = (config.devices, config.strategy, config.num_nodes, config.overfit_batches)
-            short = config.fast_dev_run or config.barebones or 0 <= config.max_steps < 100
-            cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.accelerator.is_available())
-            known = isinstance(self.model, Captioning | ImageGeneration)
-            alone = short or not known or not cpu or asked != ("auto", "auto", 1, 0.0)
-            return not alone and share_cpu(self.model, self.datamodule.batch_size) == 2
 
     return RecipeCLI(
         pl.LightningModule,
@@ -308,7 +291,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     from mmtransformer.training.engine.parameters import trainable_parameters
     from mmtransformer.training.engine.run import device_name
     from mmtransformer.training.engine.sharded import Sharded
-    from mmtransformer.training.engine.speed import PROCESSES, checkpoint_activations, compile_blocks
+    from mmtransformer.training.engine.speed import checkpoint_activations, compile_blocks
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):
@@ -352,8 +335,6 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
         seconds = earlier + time.monotonic() - began
         last = folder / "checkpoints" / f"last{SUFFIX}"
-        if PROCESSES in os.environ:  # the other one has ended
-            torch.set_num_threads(2 * torch.get_num_threads())
         # For caches of every length it would compile anew.
         with torch.compiler.set_stance("force_eager"), written_to(folder, last):
             module.finish(Run(folder, seconds, device, limit, half))

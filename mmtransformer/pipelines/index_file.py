@@ -117,11 +117,11 @@ class IndexFile:
             raise ValueError(f"{path} is a folder, and an index is one file: name the file, or a folder of pictures")
         check_plain(path)
         while True:
-            before = _version(path)
+            before = _identity(path)
             try:
                 return cls._read(path)
             except ValueError:  # safetensors opens it twice: the head may be of one file and the tensors of the next
-                if _version(path) == before:
+                if _identity(path) == before:
                     raise
 
     @classmethod
@@ -197,7 +197,7 @@ def _to_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _version(path: Path) -> tuple[int, ...] | None:
+def _identity(path: Path) -> tuple[int, ...] | None:
     """What is another as soon as a file is written anew; None if there is none."""
     try:
         found = path.stat()

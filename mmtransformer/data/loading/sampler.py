@@ -185,6 +185,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             "position": self.position,
             "seed": self.seed,
             "num_samples": self.num_samples,
+            "keep_together": self.keep_together,
             "block": self.begun[1] if self.begun and self.begun[0] == self.epoch else self.block,
         }
 
@@ -194,7 +195,8 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         Raises:
             ValueError: If the state is of another order of samples.
         """
-        for key in ("seed", "num_samples"):
+        state = {"keep_together": 1, **state}
+        for key in ("seed", "num_samples", "keep_together"):
             if state[key] != getattr(self, key):
                 raise ValueError(
                     f"cannot resume: {key} was {state[key]} and is now {getattr(self, key)}, so the order of the "

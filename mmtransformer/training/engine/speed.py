@@ -1,7 +1,5 @@
-"""Switches of a recipe (less memory for more work, compiled blocks), and how many processes a CPU is shared by."""
+"""Two switches of a recipe: less memory for more work, and compiled blocks. Names of weights stay what they are."""
 
-import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 from types import MethodType
@@ -12,12 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtransformer.captioners.base import is_frozen
-
-PROCESSES = "MMTRANSFORMER_PROCESSES"
-"""The variable by which a process knows that it is one of several which share a CPU by themselves."""
-
-SMALL = 20_000_000
-"""Parameters up to which two processes are faster than two threads: 1.13 times with 4 million, measured on Zen 4."""
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -70,30 +62,3 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> int:
     for block in found:
         block.compile(backend=backend)
     return len(found)
-
-
-def share_cpu(module: nn.Module, batch_size: int) -> int:
-    """How many processes of a machine without a GPU train a small model faster than one with all threads does.
-
-    Products of small matrices gain little from a second thread, and what is between them nothing; two processes halve
-    the batch and add their gradients. Measured with two cores, so there are two at most. The threads are shared out
-    here, and the processes that are started later are told by the environment.
-
-    Args:
-        module: What is trained. Where a part is frozen, or not all of it small, one process does.
-        batch_size: Pictures of one process, if it were alone.
-
-    Returns:
-        1 or 2.
-    """
-    if PROCESSES in os.environ:
-        return int(os.environ[PROCESSES])
-    threads, started = torch.get_num_threads(), "WORLD_SIZE" in os.environ
-    small = sum(p.numel() for p in module.parameters()) <= SMALL
-    learns = all(p.requires_grad for p in module.parameters())
-    if started or sys.platform != "linux" or threads < 2 or batch_size % 2 or not (small and learns):
-        return 1
-    os.environ[PROCESSES] = "2"
-    os.environ["OMP_NUM_THREADS"] = str(threads // 2)
-    torch.set_num_threads(threads // 2)
-    return 2

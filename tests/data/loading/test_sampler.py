@@ -259,6 +259,8 @@ def test_a_state_of_another_order_is_refused():
         IndexSampler(N, 7, seed=4).load_state_dict(state)
     with pytest.raises(ValueError, match="num_samples was 101 and is now 103"):
         IndexSampler(103, 7, seed=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="keep_together was 1 and is now 2"):
+        IndexSampler(N, 7, keep_together=2).load_state_dict(IndexSampler(N, 7).state_dict())
 
 
 def test_impossible_sizes_are_refused():

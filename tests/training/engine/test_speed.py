@@ -1,11 +1,7 @@
 """Activation checkpointing, compiled blocks and the meter: the same gradient, less memory, honest numbers."""
 
 import copy
-import json
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,9 @@ from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.training.callbacks.throughput import Throughput, gemm_rate
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
-from mmtransformer.training.engine.speed import PROCESSES, blocks, checkpoint_activations, compile_blocks, share_cpu
+from mmtransformer.training.engine.speed import blocks, checkpoint_activations, compile_blocks
 from mmtransformer.training.tasks.captioning import Captioning
 from support import tiny
-from support.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -131,65 +126,3 @@ def test_throughput_is_logged(tmp_path: Path) -> None:
 def test_the_rate_of_products_is_measured() -> None:
     slow, fast = (gemm_rate(torch.device("cpu"), torch.float64, 16), gemm_rate(torch.device("cpu"), torch.float32, 512))
     assert 1e6 < slow < fast < 1e15
-
-
-@pytest.mark.parametrize(
-    ("threads", "batch_size", "frozen", "width", "processes"),
-    [(2, 64, False, 8, 2), (5, 64, False, 8, 2), (1, 64, False, 8, 1), (2, 63, False, 8, 1), (2, 64, True, 8, 1)]
-    + [(2, 64, False, 20_000, 1)],
-)
-def test_two_processes_share_a_cpu_for_a_small_model_that_learns_whole(
-    monkeypatch: pytest.MonkeyPatch, threads: int, batch_size: int, frozen: bool, width: int, processes: int
-) -> None:
-    for name in (PROCESSES, "WORLD_SIZE", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    taken: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    module = torch.nn.Linear(1024, width, device="meta")
-    module.bias.requires_grad_(not frozen)
-    assert share_cpu(module, batch_size) == processes
-    assert taken == ([threads // 2] if processes == 2 else [])
-    assert os.environ.get("OMP_NUM_THREADS") == (str(threads // 2) if processes == 2 else None)
-    assert share_cpu(torch.nn.Linear(1, 1), 3) == (processes if processes == 2 else 1)  # a process that it started
-
-
-def test_processes_started_by_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert share_cpu(torch.nn.Linear(2, 2), 64) == 1
-    assert PROCESSES not in os.environ
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="two processes are started on Linux only")
-def test_a_run_shares_the_cpu_by_itself_and_learns_the_same(tmp_path: Path) -> None:
-    small = {"vision.dim": 48, "vision.depth": 1, "decoder.dim": 48, "decoder.depth": 1, "decoder.cross_dim": 48}
-    words = ["fit", f"--config={RECIPES / 'caption_scenes.yaml'}", f"--config={RECIPES / 'tiny.yaml'}"]
-    words += [f"--model.captioner.{key}={value}" for key, value in small.items()]
-    words += ["--data.batch_size=4", "--max_drawn=400", "--trainer.max_steps=100", "--trainer.limit_train_batches=1.0"]
-    words += ["--model.optim.lr=0.001", "--trainer.precision=32-true"]
-    found = {}
-    for folder, more in (("two", []), ("one", ["--trainer.devices=1"])):
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "mmtransformer.cli",
-                *words,
-                f"--trainer.default_root_dir={tmp_path / folder}",
-                *more,
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "2"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ("two processes share the CPU" in run.stdout) == (folder == "two"), run.stdout
-        assert ("2 processes" in run.stdout) == (folder == "two")
-        assert "Warning" not in run.stderr, run.stderr
-        metrics = json.loads((tmp_path / folder / "metrics.json").read_text())
-        found[folder] = metrics["image_ablation"]["val"]
-    assert found["two"] == pytest.approx(found["one"], rel=1e-3)
