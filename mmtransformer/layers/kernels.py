@@ -4,10 +4,11 @@ Nothing here changes what attention is: every way gives the same numbers, but fo
 """
 
 import math
+import time
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from mmtransformer.layers.masks import Mask, Segments, broadcast
 # 41; the forward pass alone 7 : 13, 9 : 15, 16 : 13. The order is the same at 20, 50 and 577 keys.
 _CPU_PLAIN_KEYS = 1024
 _CHUNK = 1 << 20  # scores in float32 at a time
+_GAIN = 1.2  # rate of bfloat16 over float32 from which on it is taken: weights and activations are cast too
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -192,26 +194,61 @@ class _ExactWeights(torch.autograd.Function):
 def fastest_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """The dtype of weights that is fastest on a device without loss to speak of, for inference.
 
-    bfloat16 where the device multiplies in it by itself: a GPU of compute capability 8.0 on, and x86 CPUs with
-    AVX512-BF16 or AMX; else float32. Measured on Zen 4 and Zen 5 (tests/benchmarks/README.md): a language model reads
-    half the bytes and takes 0.55 to 0.6 of the time, and a captioner's scores are the same. Where a CPU has no such
-    instructions bfloat16 is emulated and slower; other CPUs and devices have not been measured and keep float32.
+    bfloat16 where `bfloat16_hardware` says so, else float32. Measured on Zen 4 and Zen 5 (tests/benchmarks/README.md):
+    a language model reads half the bytes and takes 0.55 to 0.6 of the time, and a captioner's scores are the same.
     Weights of 8 bits are faster still where they do not fit into the cache, but that large models keep their scores
     with them was not measured: they are asked for by name (`precision="int8"`).
 
     Args:
         device: where the model computes.
     """
-    return torch.bfloat16 if bfloat16_hardware(device) else torch.float32
+    return torch.bfloat16 if bfloat16_hardware(device).fast else torch.float32
 
 
-def bfloat16_hardware(device: torch.device | str) -> str:
-    """What of a device multiplies in bfloat16 by itself, in words; "" where nothing does."""
+class Bfloat16Hardware(NamedTuple):
+    """Whether a device is faster in bfloat16 than in float32, and what it has for it, in words that follow "has"."""
+
+    fast: bool
+    words: str
+
+
+def bfloat16_hardware(device: torch.device | str) -> Bfloat16Hardware:
+    """What a device has for bfloat16: a GPU of compute capability 8.0 on, an x86 CPU with AVX512-BF16 or AMX.
+
+    A CPU must also be seen to be faster in it, since instructions alone do not tell (`bfloat16_gain`). Where there are
+    none, bfloat16 is emulated and slower; other CPUs and devices were not measured and keep float32.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"compute capability {major}.{minor}" if major >= 8 else ""
+        return Bfloat16Hardware(major >= 8, f"compute capability {major}.{minor}")
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         kinds: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())  # older ones of torch don't tell
-        return ", ".join(name for name in ("amx_bf16", "avx512_bf16") if kinds.get(name))
-    return ""
+        if found := ", ".join(name for name in ("amx_bf16", "avx512_bf16") if kinds.get(name)):
+            gain = bfloat16_gain()
+            slow = "" if gain >= _GAIN else f" and multiplies by it at {gain:.1f} times the rate of float32"
+            return Bfloat16Hardware(not slow, found + slow)
+    return Bfloat16Hardware(fast=False, words="no bfloat16 kernels")
+
+
+@cache
+def bfloat16_gain() -> float:
+    """The rate of this CPU's matrix products in bfloat16 over that in float32, measured once a process, in 20 to 50 ms.
+
+    Zen 4 and Zen 5 come to about 2. An Intel Xeon (family 6, model 207) has AVX512-BF16 too, but where a virtual
+    machine hides its AMX it multiplies at half the rate of float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        sides = {dtype: torch.ones(512, 512, dtype=dtype, device="cpu") for dtype in seconds}
+        torch.set_float32_matmul_precision("highest")  # "medium" would multiply in bfloat16.
+        try:
+            for _ in range(5):
+                for dtype, side in sides.items():
+                    begin = time.perf_counter()
+                    torch.mm(side, side)
+                    seconds[dtype] = min(seconds[dtype], time.perf_counter() - begin)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return seconds[torch.float32] / seconds[torch.bfloat16]

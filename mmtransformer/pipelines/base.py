@@ -75,14 +75,14 @@ def resolve_precision(precision: str, dtype: str | None, device: torch.device | 
         return cast(Precision, precision)  # An unknown one is refused when the model is made ready.
     where = pick_device(device)
     found = bfloat16_hardware(where)
-    taken: Precision = "bf16" if found else "fp32"
-    sys.stderr.write(f"precision: {taken} on {where.type}, which has {found or 'no bfloat16 kernels'}\n")
+    taken: Precision = "bf16" if found.fast else "fp32"
+    sys.stderr.write(f"precision: {taken} on {where.type}, which has {found.words}\n")
     return taken
 
 
 def fast_autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU that has it; elsewhere nothing changes."""
-    on = device.type == "cuda" and bool(bfloat16_hardware(device))
+    on = device.type == "cuda" and bfloat16_hardware(device).fast
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmtransformer import ImageCaptioner
+from mmtransformer.layers import kernels
 from mmtransformer.pipelines.base import resolve_precision
 from support.cli import mmt
 from support.hub import folder
@@ -25,6 +26,7 @@ def test_auto_is_what_the_machine_is_fast_at(
     have: dict[str, bool], taken: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
+    monkeypatch.setattr(kernels, "bfloat16_gain", lambda: 1.9)
     for words in (("auto", None), ("fp32", "auto")):
         assert resolve_precision(*words, "cpu") == taken
         assert capsys.readouterr().err == said
@@ -47,6 +49,7 @@ def test_it_reaches_the_model(
     pictures()[0].save(image)
     have: Any = {"avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
+    monkeypatch.setattr(kernels, "bfloat16_gain", lambda: 1.9)
     model = ImageCaptioner.from_pretrained(base, device="cpu", dtype="auto")
     model(image, max_new_tokens=3)
     assert {p.dtype for p in model.captioner.parameters()} == {torch.bfloat16}

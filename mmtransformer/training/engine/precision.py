@@ -31,14 +31,13 @@ def pick_precision(accelerator: str = "auto") -> PrecisionChoice:
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        if bfloat16_hardware("cuda"):
+        if bfloat16_hardware("cuda").fast:
             return PrecisionChoice("bf16-mixed", f"{name} computes in bfloat16")
         return PrecisionChoice("32-true", f"{name} has no bfloat16; float32 with TF32 where it exists")
     if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
         return PrecisionChoice("32-true", "Apple GPU: float32")
-    if found := bfloat16_hardware("cpu"):
-        return PrecisionChoice("bf16-mixed", f"the CPU has {found}")
-    return PrecisionChoice("32-true", "the CPU has no bfloat16 matmuls")
+    found = bfloat16_hardware("cpu")
+    return PrecisionChoice("bf16-mixed" if found.fast else "32-true", f"the CPU has {found.words}")
 
 
 def fast_matmuls() -> None:
