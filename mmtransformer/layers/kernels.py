@@ -191,20 +191,6 @@ class _ExactWeights(torch.autograd.Function):
         )
 
 
-def fastest_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype of weights that is fastest on a device without loss to speak of, for inference.
-
-    bfloat16 where `bfloat16_hardware` says so, else float32. Measured on Zen 4 and Zen 5 (tests/benchmarks/README.md):
-    a language model reads half the bytes and takes 0.55 to 0.6 of the time, and a captioner's scores are the same.
-    Weights of 8 bits are faster still where they do not fit into the cache, but that large models keep their scores
-    with them was not measured: they are asked for by name (`precision="int8"`).
-
-    Args:
-        device: where the model computes.
-    """
-    return torch.bfloat16 if bfloat16_hardware(device).fast else torch.float32
-
-
 class Bfloat16Hardware(NamedTuple):
     """Whether a device is faster in bfloat16 than in float32, and what it has for it, in words that follow "has"."""
 

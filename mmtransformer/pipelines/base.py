@@ -14,7 +14,7 @@ from torch import nn
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.kernels import bfloat16_hardware
-from mmtransformer.layers.weight_packing import Precision
+from mmtransformer.layers.weight_packing import Precision, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.printable import fenced, json_text, markup
@@ -52,13 +52,19 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def resolve_precision(precision: str, dtype: str | None, device: torch.device | str | None) -> Precision:
-    """The precision to caption in; "auto" is bf16 where the device computes in bfloat16, and says what it took.
+def resolve_precision(
+    precision: str, dtype: str | None, device: torch.device | str | None, decoder: nn.Module | None = None
+) -> Precision:
+    """The precision to caption in; "auto" is what is measured fastest and safe on the device, and says what it took.
+
+    That is int8 for a language model larger than a CPU's cache (`int8_pays`), else bf16 where the device is faster in
+    bfloat16 (`bfloat16_hardware`), else fp32.
 
     Args:
         precision: "auto", or as `for_inference` has it.
         dtype: The same in transformers' words, "auto", "float32" or "bfloat16", in its place.
         device: Where to compute; None = where `pick_device` says.
+        decoder: The language model, as it was loaded.
 
     Raises:
         ValueError: If both are given, or one is unknown.
@@ -74,6 +80,9 @@ def resolve_precision(precision: str, dtype: str | None, device: torch.device | 
     if precision != "auto":
         return cast(Precision, precision)  # An unknown one is refused when the model is made ready.
     where = pick_device(device)
+    if decoder is not None and int8_pays(decoder, where):
+        sys.stderr.write("precision: int8 on cpu, whose cache is smaller than the language model\n")
+        return "int8"
     found = bfloat16_hardware(where)
     taken: Precision = "bf16" if found.fast else "fp32"
     sys.stderr.write(f"precision: {taken} on {where.type}, which has {found.words}\n")

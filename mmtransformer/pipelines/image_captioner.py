@@ -121,7 +121,8 @@ class ImageCaptioner:
         Args:
             folder_or_id: The folder, or the name of a hub's repository.
             device: Where to compute; a GPU if there is one.
-            precision: See the constructor; "auto" is bf16 where this machine computes in it, else fp32, and says which.
+            precision: See the constructor; "auto" is what is fastest and safe on this machine, and says which
+                (`resolve_precision`).
             dtype: The same in transformers' words: "auto", "float32" or "bfloat16".
             revision: Of the repository: a branch, tag or commit.
             token: Of an account on the hub; that of `hf auth login` unless told.
@@ -149,7 +150,7 @@ class ImageCaptioner:
             transform,
             generation=generation,
             device=device,
-            precision=resolve_precision(precision, dtype, device),
+            precision=resolve_precision(precision, dtype, device, getattr(captioner, "decoder", None)),
             processor=processor,
         )
 

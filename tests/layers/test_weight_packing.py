@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mmtransformer import TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer.layers import weight_packing
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, for_inference, pack_weights
+from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, for_inference, int8_pays, pack_weights
 from mmtransformer.layers.weight_packing import _memory as packed_memory
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -361,3 +362,35 @@ def test_packed_attention_keeps_hooks_and_stays_one_where_it_was_one() -> None:
     with torch.no_grad():
         torch.testing.assert_close(both[0](x), want, atol=1e-5, rtol=1e-4)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "cache", "pays"),
+    [
+        ({"avx512_vnni": True}, 4095, True),
+        ({"amx_int8": True}, 4095, True),
+        ({"avx512_vnni": True}, 4096, False),  # Two bytes a weight fit: bfloat16 is as fast and rounds less.
+        ({"avx2": True}, 0, False),
+        ({}, 0, False),
+    ],
+)
+def test_eight_bits_are_for_what_a_cache_does_not_hold(
+    kinds: dict[str, bool], cache: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: kinds, raising=False)
+    monkeypatch.setattr(weight_packing, "_last_cache", lambda: cache)
+    layer = nn.Linear(32, 32, bias=False)
+    twice = nn.Sequential(layer, nn.Linear(32, 32), layer)
+    assert int8_pays(twice, torch.device("cpu")) == pays
+    assert not int8_pays(twice, torch.device("cuda"))
+    assert not int8_pays(twice.to(torch.bfloat16), torch.device("cpu"))
+
+
+def test_eight_bits_are_not_taken_for_models_never_scored_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx_vnni": True}, raising=False)
+    for width, pays in ((31_000, True), (32_000, False)):
+        assert int8_pays(nn.Linear(width, width, device="meta"), torch.device("cpu")) == pays
+
+
+def test_the_cache_is_told_in_bytes() -> None:
+    assert 2**20 <= weight_packing._last_cache() <= 2**40

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmtransformer import ImageCaptioner
-from mmtransformer.layers import kernels
+from mmtransformer.layers import kernels, weight_packing
+from mmtransformer.layers.weight_packing import Int8Linear
 from mmtransformer.pipelines.base import resolve_precision
 from support.cli import mmt
 from support.hub import folder
@@ -56,3 +57,17 @@ def test_it_reaches_the_model(
     words = ["caption", str(image), "--model", str(base), "--device", "cpu", "--precision", "auto"]
     code, _, err = mmt(capsys, *words, "--max-new-tokens", "3")
     assert (code, "precision: bf16 on cpu, which has avx512_bf16" in err) == (0, True)
+
+
+def test_auto_is_8_bits_for_a_language_model_larger_than_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, image = folder(tmp_path / "base", "git"), tmp_path / "x.png"
+    pictures()[0].save(image)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True}, raising=False)
+    monkeypatch.setattr(weight_packing, "_last_cache", lambda: 1000)
+    model = ImageCaptioner.from_pretrained(base, device="cpu", dtype="auto")
+    assert capsys.readouterr().err == "precision: int8 on cpu, whose cache is smaller than the language model\n"
+    assert model(image, max_new_tokens=3)
+    assert any(isinstance(layer, Int8Linear) for layer in model.captioner.modules())
+    assert {p.dtype for p in model.captioner.parameters()} == {torch.float32}
