@@ -60,7 +60,7 @@ class PatchConvs(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(b c height width) -> tokens (b q d), and what goes past the transformer."""
-        x, skips = images, []
+        x, skips = images.contiguous(memory_format=torch.channels_last), []  # Half the time of convolutions on a CPU.
         for conv in self.down:
             x = F.silu(conv(x))
             skips.append(x)
@@ -71,7 +71,7 @@ class PatchConvs(nn.Module):
         """Tokens (b q d) and `encode`'s skips -> (b c height width); the condition (b d) says how much of each skip."""
         rows = skips[-1].shape[2] // self.side
         x = rearrange(self.unembed(tokens), "b (y x) (c p q) -> b c (y p) (x q)", y=rows, p=self.side, q=self.side)
-        condition = F.silu(condition)
+        x, condition = x.contiguous(memory_format=torch.channels_last), F.silu(condition)
         for i, (conv, gate) in enumerate(zip(self.up, self.gates, strict=True)):
             x = torch.addcmul(x, skips[-1 - i], 1 + gate(condition)[:, :, None, None])
             x = conv(x) if i == 2 else F.interpolate(F.silu(conv(x)), scale_factor=2)
