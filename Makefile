@@ -102,7 +102,8 @@ COMPILE = $(UV) compile --quiet --universal --python-version 3.11 --generate-has
 lock: setup  ## Pin anew what pyproject.toml asks for. ARGS=--upgrade takes newer versions.
 	@$(COMPILE) $(ARGS) pyproject.toml -o requirements.txt
 	@cat requirements.txt requirements-dev.txt > $(VENV)/all.txt
-	@$(COMPILE) $(ARGS) --extra excel --extra heic --extra meteor --extra tensorboard --group dev \
+	@$(COMPILE) $(ARGS) --extra draw --extra excel --extra heic --extra meteor --extra tensorboard \
+		--group dev \
 		--constraint requirements.txt pyproject.toml -o $(VENV)/all.txt
 	@awk 'NR == FNR { known[$$1] = 1; next } /^[^ ]/ { keep = !($$1 in known) } keep' \
 		requirements.txt $(VENV)/all.txt > requirements-dev.txt

@@ -73,5 +73,6 @@ def _diffusers() -> Any:
     try:
         import diffusers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("HubAutoencoder needs diffusers: pip install diffusers") from error
+        needed = 'HubAutoencoder needs diffusers, which is not installed (the extra "draw"; docs/install.md)'
+        raise ValueError(needed) from error
     return diffusers
