@@ -56,10 +56,7 @@ def test_a_folder_of_diffusers_and_what_is_wrong_with_one(tmp_path: Path) -> Non
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(
-        ValueError,
-        match=r"HubAutoencoder needs diffusers, .* \(the extra \"draw\"; docs/install.md\)",
-    ):
+    with pytest.raises(ValueError, match=r"HubAutoencoder needs diffusers, .* \(the extra \"draw\"; docs/install.md\)"):
         HubAutoencoder(SMALL)
 
 
