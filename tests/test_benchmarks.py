@@ -88,7 +88,8 @@ def test_parts_are_kept_and_not_run_again(
     results = fake_parts(tmp_path, monkeypatch)
     where = ["--results", str(results)]
     assert run.main(["--quick", *where]) == 1  # b fails
-    (path,) = results.iterdir()
+    (path,) = results.glob("*.json")
+    assert (results / "README.md").read_text().startswith("# What each kind of CPU gives")
     kept: dict[str, Any] = json.loads(path.read_text())
     assert list(kept["parts"]) == ["a"]
     assert kept["parts"]["a"]["quick"] is True
@@ -105,6 +106,10 @@ def test_parts_are_kept_and_not_run_again(
     assert run.main(["--table", *where]) == 0
     table = capfd.readouterr().out
     assert "| a | --threads 1 --pairs 5 | 1.3 | 1.24 missed | 50 % GEMM |" in table
+
+
+def test_the_kept_table_is_that_of_the_kept_files() -> None:
+    assert (run.RESULTS / "README.md").read_text() == run.page(run.RESULTS) + "\n"  # --table writes it anew
 
 
 def test_kinds_of_cpus_are_told_apart() -> None:

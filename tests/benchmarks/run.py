@@ -3,11 +3,11 @@
     python tests/benchmarks/run.py                # all parts, an hour or two; parts that are there are not run again
     python tests/benchmarks/run.py --quick        # a line or two of each, within 12 minutes on a quiet machine
     python tests/benchmarks/run.py --only lm      # parts whose name has this in it
-    python tests/benchmarks/run.py --table        # the table of all CPU kinds measured, as Markdown; runs nothing
+    python tests/benchmarks/run.py --table        # the table of all CPU kinds measured, as Markdown
 
 Results lie in results/CPU.json, one file a kind of CPU, with the lines of each part, the machine's rates in the same
-run and how busy it was. A part that is stopped is run again; --again runs all. Lines of a whole run are not replaced by
-those of a quick one, but the other way round.
+run and how busy it was; results/README.md is the table of all. A part that is stopped is run again; --again runs all.
+Lines of a whole run are not replaced by those of a quick one, but the other way round.
 """
 
 import argparse
@@ -52,12 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="run parts again that are there")
     parser.add_argument("--only", default="", help="the parts whose name has this in it")
-    parser.add_argument("--table", action="store_true", help="print the table of all CPU kinds, and run nothing")
+    parser.add_argument("--table", action="store_true", help="write and print the table of all CPU kinds; run nothing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.table:
-        print(table([json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))]))
+        (args.results / "README.md").write_text(found := page(args.results) + "\n")
+        print(found, end="")
         return 0
     args.results.mkdir(exist_ok=True)
     path = args.results / f"{cpu_kind()}.json"
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         kept["parts"][name] = {"quick": args.quick, **found}
         path.write_text(json.dumps(kept, indent=1) + "\n")
+        (args.results / "README.md").write_text(page(args.results) + "\n")
     print(table([kept]))
     print(f"\n{path}: kept" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
@@ -129,6 +131,16 @@ def cpu_kind(info: str | None = None) -> str:
     return re.sub(r"\W+", "-", name).strip("-")
 
 
+def page(results: Path) -> str:
+    """results/README.md: the table of all kinds of CPU that have a file there."""
+    kinds = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    return (
+        "# What each kind of CPU gives\n\nOurs over the peer's speed, and the share of what the machine could do at "
+        "most (see ../README.md).\nWritten by `make bench`; a line is missed where its ratio is below the target.\n\n"
+        + table(kinds)
+    )
+
+
 def table(kinds: list[dict[str, Any]]) -> str:
     """Markdown: a row for each line, and of each CPU kind the ratio to the peer and the share of the limit."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -149,7 +161,9 @@ def table(kinds: list[dict[str, Any]]) -> str:
     out.append("")
     for kind in kinds:
         for part, found in kind["parts"].items():
-            rates = found["rates"] or {"rates": {}, "read": 0, "threads": 1}
+            if (rates := found["rates"]) is None:
+                out.append(f"- {kind['cpu']}, {part}: {found['date']}, ratios of CPU time, copied from older tables")
+                continue
             said = ", ".join(f"{name} {rate:.0f}" for name, rate in rates["rates"].items())
             out.append(
                 f"- {kind['cpu']}, {part}: {found['date']}, {found['seconds']} s, load {found['load']} at its start, "
