@@ -6,6 +6,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
+_NUM_TARGETS = "_num_targets"
+
+
+def num_targets(loss_mask: Tensor) -> int | None:
+    """How many tokens behind the first of each row (n q) a mask asks for, where that was counted before it came to its
+    device (`Batch.to`), so that nobody need wait for the device to know; None = it was not.
+    """
+    return getattr(loss_mask, _NUM_TARGETS, None)
+
 
 @dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
 class Batch:
@@ -15,9 +24,16 @@ class Batch:
     """
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The batch with its tensors on another device."""
+        """The batch with its tensors on another device.
+
+        A `loss_mask` that leaves the CPU takes along how many tokens it asks for (`num_targets`).
+        """
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{k: x.to(device, non_blocking=non_blocking) for k, x in values if isinstance(x, Tensor)})
+        moved = {k: x.to(device, non_blocking=non_blocking) for k, x in values if isinstance(x, Tensor)}
+        mask: Tensor | None = getattr(self, "loss_mask", None)
+        if mask is not None and mask.ndim == 2 and mask.device.type == "cpu" != moved["loss_mask"].device.type:
+            setattr(moved["loss_mask"], _NUM_TARGETS, int(mask[:, 1:].sum()))
+        return replace(self, **moved)
 
     def pin_memory(self) -> Self:
         """The batch with its tensors in page-locked memory, for copies beside the computation."""

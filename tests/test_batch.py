@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
-from mmtransformer.batch import Batch
+from mmtransformer.batch import Batch, num_targets
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.classes import ClassBatch
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
@@ -54,3 +54,12 @@ def test_every_tensor_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pinned == [(2, 3), (2,)]
     assert (batch.waves == 2).all()
     assert (batch.rate, batch.names) == (None, ("a", "b"))
+
+
+def test_how_many_targets_there_are_is_known_on_another_device() -> None:
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    batch = TextBatch(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long), mask)
+    moved = batch.to("meta")
+    assert num_targets(moved.loss_mask) == 3
+    assert num_targets(mask) is num_targets(moved.loss_mask[:, :3]) is num_targets(batch.to("cpu").loss_mask) is None
+    assert num_targets(dataclasses.replace(moved, loss_mask=moved.loss_mask.clone()).loss_mask) is None

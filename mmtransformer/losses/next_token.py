@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtransformer.batch import num_targets
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -36,7 +38,11 @@ def next_token_loss(
     Returns:
         The sum, and the number of targets; both zero, and the gradient too, where there is no target.
     """
-    places = loss_mask[:, 1:].nonzero(as_tuple=True)  # the one wait for the device: a mask as index would wait thrice
+    count = None if torch.compiler.is_compiling() else num_targets(loss_mask)
+    if count is None:
+        places = loss_mask[:, 1:].nonzero(as_tuple=True)  # a wait for the device: a mask as index would wait thrice
+    else:
+        places = torch.nonzero_static(loss_mask[:, 1:], size=count).unbind(1)
     chosen = tokens[:, 1:][places]
     logits = head(hidden[places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
