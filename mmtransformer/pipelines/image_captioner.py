@@ -121,8 +121,7 @@ class ImageCaptioner:
         Args:
             folder_or_id: The folder, or the name of a hub's repository.
             device: Where to compute; a GPU if there is one.
-            precision: See the constructor; "auto" is what is fastest and safe on this machine, and says which
-                (`resolve_precision`).
+            precision: See the constructor; "auto" is the fastest that is safe, and says which (`resolve_precision`).
             dtype: The same in transformers' words: "auto", "float32" or "bfloat16".
             revision: Of the repository: a branch, tag or commit.
             token: Of an account on the hub; that of `hf auth login` unless told.
