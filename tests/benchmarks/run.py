@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[str, str, str | None]] = {
     "pictures": ("bench_loading.py", "--pairs 7 --only pictures", "--pairs 5 --only pictures"),
     "loading": ("bench_loading.py", "--pairs 5 --only loading --images 512",
                 "--pairs 3 --only 1_workers --images 128"),
+    "scale": ("bench_scale.py", "--pairs 3", None),
     "manifest": ("bench_loading.py", "--only start --manifest 200000", None),
 }  # fmt: skip
 """Of each part the file, its arguments, and those of --quick; None = not in it. "_" stands for a space in a name."""
