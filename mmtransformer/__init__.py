@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipelines.image_generator import ImageGenerator as ImageGenerator
     from mmtransformer.pipelines.image_index import ImageIndex as ImageIndex
     from mmtransformer.pipelines.translator import Translator as Translator
+    from mmtransformer.pipelines.vocabulary import restrict_vocabulary as restrict_vocabulary
     from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
@@ -176,5 +177,6 @@ _CONTENTS = {
     "pipelines.image_index": "ImageIndex",
     "pipelines.image_generator": "ImageGenerator",
     "pipelines.translator": "Translator",
+    "pipelines.vocabulary": "restrict_vocabulary",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _CONTENTS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -97,6 +97,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--nearest", action="store_true", help="choose the examples that are most like the picture, not any")
     add("--json", action="store_true", help="one line of JSON a picture")
     add("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
+    add("--vocabulary", metavar="FILE", help="write only tokens of this text, such as a training's captions: faster")
     text = "FILE.jsonl, FILE.csv, FOLDER/ for a text file a picture, or txt or caption for such files beside them"
     add("--out", metavar="OUT", help=f"write the captions: {text}; what has captions there already keeps them")
     add("--overwrite", action="store_true", help="caption anew what has captions in OUT")
@@ -175,6 +176,15 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
 
     model = ImageCaptioner.from_pretrained(args.model, device=device, precision=args.precision)
+    if args.vocabulary:
+        from mmtransformer.pipelines.vocabulary import restrict_vocabulary
+
+        try:
+            texts = Path(args.vocabulary).read_text("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--vocabulary {args.vocabulary} is no text in UTF-8 ({error.reason})") from error
+        left = restrict_vocabulary(model, filter(str.strip, texts))
+        say(f"{left:,} of {model.tokenizer.vocab_size:,} tokens are left to write", file=sys.stderr)
     own = None if model.processor is None else model.processor.prompt
     if own and args.prompt is None and args.examples is None:
         say(f'captioned after "{own}"; --prompt says something else', file=sys.stderr)

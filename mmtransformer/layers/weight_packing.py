@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.pruned_head import PrunedHead
 
 Module = TypeVar("Module", bound=nn.Module)
 Precision = Literal["fp32", "bf16", "int8"]
@@ -224,6 +225,8 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
                 parent.add_module(name, packed.setdefault(child, PackedAttention(child)))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() would leave out a second place.
+            if isinstance(child, PrunedHead):
+                child.layer = kind
             if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, PackedLinear, Int8Linear):
                 continue
             if child.weight.dtype in (torch.float32, torch.bfloat16):

@@ -1,0 +1,75 @@
+"""PrunedHead: the head's own logits for what is kept, nothing for the rest, packed or not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mmtransformer.layers.pruned_head import NEVER, PrunedHead
+from mmtransformer.layers.weight_packing import pack_weights
+
+KEPT = [1, 4, 5, 9]
+
+
+def heads(bias: bool = True) -> tuple[nn.Linear, PrunedHead]:
+    torch.manual_seed(0)
+    head = nn.Linear(16, 11, bias=bias)
+    return head, PrunedHead(head, [9, 4, 1, 5, 4])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_kept_has_its_logits(bias: bool, grad: bool) -> None:
+    head, pruned = heads(bias)
+    x = torch.randn(2, 3, 16)
+    with torch.set_grad_enabled(grad):
+        expected, found = head(x), pruned(x)
+    rest = [i for i in range(11) if i not in KEPT]
+    torch.testing.assert_close(found[..., KEPT], expected[..., KEPT], atol=1e-6, rtol=1e-6)
+    assert (found[..., rest] == NEVER).all()
+    assert (found.softmax(-1)[..., rest] == 0).all()
+    assert {n for n, _ in pruned.named_parameters()} == {n for n, _ in head.named_parameters()}
+    assert pruned.state_dict().keys() == head.state_dict().keys()
+
+
+def test_gradients_are_the_heads() -> None:
+    head, pruned = heads()
+    x = torch.randn(5, 16)
+    pruned(x)[:, KEPT].square().sum().backward()
+    found = pruned.weight.grad
+    head.weight.grad = None
+    head(x)[:, KEPT].square().sum().backward()
+    torch.testing.assert_close(found, head.weight.grad)
+
+
+def test_a_weight_that_changed_is_read_again() -> None:
+    head, pruned = heads()
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        pruned(x)
+        head.weight.mul_(2)
+        torch.testing.assert_close(pruned(x)[:, KEPT], head(x)[:, KEPT])
+        half = copy.deepcopy(pruned).to(torch.bfloat16)
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+        again = pickle.loads(pickle.dumps(pruned))
+        assert torch.equal(again(x), pruned(x))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_it_is_packed_like_other_layers(int8: bool) -> None:
+    head, pruned = heads()
+    x = torch.randn(4, 16)
+    model = pack_weights(nn.Sequential(nn.Linear(16, 16), pruned), int8=int8)
+    assert model[1] is pruned
+    with torch.inference_mode():
+        found = pruned(x)
+        assert type(pruned._own_rows()) is not nn.Linear
+        torch.testing.assert_close(found[:, KEPT], head(x)[:, KEPT], atol=0.05 if int8 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [[], [-1, 2], [11]])
+def test_ids_that_there_are_not(kept: list[int]) -> None:
+    with pytest.raises(ValueError, match="a head of 11 tokens keeps at least one of the ids 0 to 10"):
+        PrunedHead(nn.Linear(16, 11), kept)
