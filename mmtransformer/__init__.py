@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from mmtransformer.images import Augment as Augment
     from mmtransformer.images import ImageError as ImageError
     from mmtransformer.images import ImageTransform as ImageTransform
-    from mmtransformer.images.native import NativeTransform as NativeTransform
+    from mmtransformer.images import NativeSize as NativeSize
     from mmtransformer.images.native import packed_rows as packed_rows
     from mmtransformer.layers.attention import Attention as Attention
     from mmtransformer.layers.attention import attend as attend
@@ -168,8 +168,8 @@ _CONTENTS = {
     "generation.base": "GenerationResult",
     "generation.loop": "generate stream",
     "text.tokenizer": "Tokenizer",
-    "images": "Augment ImageError ImageTransform",
-    "images.native": "NativeTransform packed_rows",
+    "images": "Augment ImageError ImageTransform NativeSize",
+    "images.native": "packed_rows",
     "pipelines.classifier": "ImageClassifier",
     "pipelines.dual_encoder": "DualEncoder",
     "pipelines.few_shot": "FewShot",

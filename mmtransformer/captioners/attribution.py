@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
 def mean_weights(layers: Iterable[Tensor]) -> Tensor:
@@ -44,15 +45,32 @@ def latents_rollout(layers: Iterable[Tensor], patches: int) -> Tensor:
     return held
 
 
-def on_patches(weights: Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
+def on_patches(
+    weights: Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0, grids: Tensor | None = None
+) -> Tensor:
     """Weights on the visual tokens of images (n q i p), on their grid of patches: (n q i gh gw).
 
     Args:
         weights: (n q i p).
         grid: gh and gw.
         num_prefix_tokens: how many of the p come before the patches (class token, registers); they are left out.
+        grids: (b i 2) long, where images have grids of their own: each is stretched over the one grid, and keeps its
+            sum.
     """
-    return rearrange(weights[..., num_prefix_tokens:], "n q i (gh gw) -> n q i gh gw", gh=grid[0])
+    weights = weights[..., num_prefix_tokens:]
+    if grids is None:
+        return rearrange(weights, "n q i (gh gw) -> n q i gh gw", gh=grid[0])
+    found, each = weights.new_zeros(*weights.shape[:3], *grid), len(weights) // len(grids)
+    for row, sizes in enumerate(grids.tolist()):
+        rows = slice(row * each, (row + 1) * each)
+        for i, (gh, gw) in enumerate(sizes):
+            if not gh * gw:
+                continue
+            own = rearrange(weights[rows, :, i, : gh * gw], "n q (gh gw) -> n q gh gw", gh=gh)
+            map = interpolate(own.float(), grid, mode="bilinear", antialias=True)
+            total = map.sum((2, 3), keepdim=True).clamp(min=1e-12)
+            found[rows, :, i] = (map * own.sum((2, 3), keepdim=True) / total).to(found.dtype)
+    return found
 
 
 def word_heatmaps(maps: Tensor, words: Sequence[Sequence[int]]) -> Tensor:

@@ -3,7 +3,7 @@
 Everything above (training, generation, evaluation) speaks only to this contract, so a connector is exchanged in a word.
 
 Shapes: n rows of text, r of each of the b samples, side by side: they share its images; gh gw rows and columns of
-patches.
+patches; c numbers of a patch (its channels, rows and columns).
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import State
+from mmtransformer.backbones.towers.padded import pad_images, padded_features, token_mask
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch
 from mmtransformer.losses.next_token import Loss, next_token_loss
@@ -26,8 +27,11 @@ Module = TypeVar("Module", bound=nn.Module)
 # The fields of a `CaptionBatch` that have a place for every text token.
 _TOKEN_FIELDS = ("tokens", "attention_mask", "loss_mask", "image_index", "first_image_index", "document_ids")
 
+_DOCUMENTS = ("image_index", "first_image_index", "document_ids")
 INSTRUCTION = ("instruction", "instruction_attention_mask")
 """The fields that an `InstructBatch` adds."""
+NATIVE = (*_DOCUMENTS, "image_sizes", *INSTRUCTION)
+"""What a captioner does not heed that reads images of native size (`patch_grids`), but no documents."""
 
 
 @dataclass
@@ -38,7 +42,8 @@ class CaptionBatch(Batch):
         tokens: (n q) long: prompt, caption and end-of-sequence, padded on the right; a prompt alone, on the left.
         attention_mask: (n q) bool, True = a real token.
         loss_mask: (n q) bool, True = a token that the model must predict: caption and end, not prompt, not padding.
-        pixels: (b i 3 height width); (b 3 height width) is taken as one image a sample.
+        pixels: (b i 3 height width); (b 3 height width) is taken as one image a sample. With `patch_grids` patches
+            (b i p c), filled up to the most that an image has.
         visual_tokens: (b i p d), what `Captioner.encode` makes of pixels, in their place (a feature cache).
         names: the b samples' names.
         references: the b samples' captions, each (text, language).
@@ -48,6 +53,8 @@ class CaptionBatch(Batch):
             in its own document; None = all images stand before the text.
         first_image_index: (n q) long: number of the first image of the token's own document; None = 1.
         document_ids: (n q) long: number (from 0) of the token's document in a packed row; None = one document a row.
+        patch_grids: (b i 2) long, rows and columns of patches of each image, where images have sizes of their own
+            (`ImageTransform` with resize "native"); 0 = no image. None = all have one size.
 
     Raises:
         ValueError: if pixels have another number of dimensions.
@@ -65,16 +72,25 @@ class CaptionBatch(Batch):
     image_index: Tensor | None = None
     first_image_index: Tensor | None = None
     document_ids: Tensor | None = None
+    patch_grids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.pixels is not None and self.pixels.ndim != 5:
+        if self.pixels is not None and self.pixels.ndim != 5 and self.patch_grids is None:
             self.pixels = _with_images(self.pixels)
 
     @classmethod
-    def from_pixels(cls, pixels: Sequence[Tensor]) -> Self:
-        """Images (3 height width), one a sample, without texts."""
+    def from_pixels(cls, pixels: Sequence[Tensor], patch_size: int | None = None) -> Self:
+        """Images (3 height width), one a sample, without texts.
+
+        Args:
+            pixels: of one size; with `patch_size` of any that it divides.
+            patch_size: side of the vision encoder's patches, px, where images have sizes of their own.
+        """
         none = torch.zeros(len(pixels), 0, dtype=torch.long)
-        return cls(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None])
+        if patch_size is None:
+            return cls(none, none.bool(), none.bool(), pixels=torch.stack([*pixels])[:, None])
+        patches, grids = pad_images([[image] for image in pixels], patch_size)
+        return cls(none, none.bool(), none.bool(), pixels=patches, patch_grids=grids)
 
     @property
     def visual(self) -> Tensor:
@@ -87,6 +103,14 @@ class CaptionBatch(Batch):
         if visual is None:
             raise ValueError("a batch needs pixels or visual_tokens, this one has neither")
         return visual
+
+    def pick_images(self, order: Tensor) -> Self:
+        """The batch with other images in its samples' places: numbers (b i) among all of its b * i, read in a row."""
+        kept: dict[str, Tensor] = {}
+        for name in ("pixels", "visual_tokens", "patch_grids"):
+            if (x := getattr(self, name)) is not None:
+                kept[name] = x.flatten(0, 1)[order.to(x.device)]
+        return replace(self, **kept)
 
     def truncate(self, length: int) -> Self:
         """The batch with only the first `length` tokens of every row."""
@@ -138,7 +162,7 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     decoder: Any
     """The language model: a `Decoder`, or an encoder-decoder."""
-    unread: tuple[str, ...] = ("image_index", "first_image_index", "document_ids", "image_sizes", *INSTRUCTION)
+    unread: tuple[str, ...] = (*_DOCUMENTS, "image_sizes", "patch_grids", *INSTRUCTION)
     """Fields of a batch that this captioner could not heed, and refuses."""
 
     def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
@@ -214,12 +238,18 @@ class Captioner(Pretrained, nn.Module, ABC):
         check_rows(self, batch)
         return self.head(self.hidden_states(batch))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The vision encoder's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d)."""
-        pixels = pixels if pixels.ndim == 5 else _with_images(pixels)
-        flat = rearrange(pixels, "b i c h w -> (b i) c h w")
+    def encode(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
+        """The vision encoder's tokens, before its last norm if that learns: (b i 3 height width) -> (b i p d).
+
+        Args:
+            pixels: of a batch.
+            patch_grids: of a batch, where its pixels are patches; the tokens are filled up with zeros.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            features = self.features(flat)
+            if patch_grids is not None:
+                return padded_features(self.vision, pixels, patch_grids, [-1] if self.train_norm else None)
+            pixels = pixels if pixels.ndim == 5 else _with_images(pixels)
+            features = self.features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -237,9 +267,18 @@ class Captioner(Pretrained, nn.Module, ABC):
         self.check_fields(batch)
         visual = batch.visual
         if batch.visual_tokens is None:
-            visual = self.encode(visual)
+            grids = batch.patch_grids
+            visual = self.encode(visual) if grids is None else self.encode(visual, grids)
         norm = self.vision.norm
         return norm(visual.to(next(norm.parameters()).dtype)) if self.train_norm else visual
+
+    def visual_mask(self, batch: CaptionBatch, count: int) -> Tensor | None:
+        """Which of the `count` visual tokens of each image are those of a real one: (b i count) bool; None = all."""
+        real = None if batch.image_mask is None else batch.image_mask[..., None].expand(-1, -1, count)
+        if batch.patch_grids is None:
+            return real
+        found = token_mask(batch.patch_grids, count, self.vision.num_prefix_tokens)
+        return found if real is None else found & real
 
     def check_fields(self, batch: CaptionBatch) -> None:
         """Refuses a batch with fields that this captioner cannot heed.
@@ -252,8 +291,10 @@ class Captioner(Pretrained, nn.Module, ABC):
                 raise ValueError(f"a {type(self).__name__} cannot heed a batch's {name}")
 
     def grid(self, batch: CaptionBatch) -> tuple[int, int]:
-        """Rows and columns of an image's patches."""
-        return self.vision.grid if batch.pixels is None else self.vision.grid_size(*batch.pixels.shape[3:])
+        """Rows and columns of an image's patches, of those with sizes of their own what maps are drawn on."""
+        if batch.pixels is None or batch.patch_grids is not None:
+            return self.vision.grid
+        return self.vision.grid_size(*batch.pixels.shape[3:])
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but frozen parts: no dropout, no stochastic depth where nothing learns."""

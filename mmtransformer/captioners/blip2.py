@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder, State
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import INSTRUCTION, CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.base import INSTRUCTION, NATIVE, CaptionBatch, Captioner, freeze
 from mmtransformer.captioners.soft_prompt import forward_with_prefix, in_image_order, prefill_with_prefix
 from mmtransformer.captioners.soft_source import (
     SourceReader,
@@ -59,6 +59,8 @@ class Blip2(Captioner):
     Raises:
         ValueError: if the parts do not fit.
     """
+
+    unread = NATIVE
 
     def __init__(
         self,
@@ -109,10 +111,14 @@ class Blip2(Captioner):
         visual_tokens = self.visual_tokens(batch).to(self.proj.weight.dtype)
         b, i = visual_tokens.shape[:2]
         x = rearrange(visual_tokens, "b i p d -> (b i) p d")
+        mask = None
+        if batch.patch_grids is not None and (real := self.visual_mask(batch, x.shape[1])) is not None:
+            mask = real.flatten(0, 1)
         if not self.instruct:
-            return rearrange(self.proj(self.qformer(x)), "(b i) l e -> b i l e", i=i)
+            return rearrange(self.proj(self.qformer(x, visual_mask=mask)), "(b i) l e -> b i l e", i=i)
         rows = [rearrange(t, "(b r) q -> b 1 r q", b=b).expand(-1, i, -1, -1) for t in _instruction(batch)]
-        queries = self.qformer(x, *(rearrange(t, "b i r q -> (b i r) q") for t in rows))
+        flat = (rearrange(t, "b i r q -> (b i r) q") for t in rows)
+        queries = self.qformer(x, *flat, visual_mask=mask)
         return rearrange(self.proj(queries), "(b i r) l e -> (b r) i l e", b=b, i=i)
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
@@ -156,7 +162,7 @@ class Blip2(Captioner):
         to_queries = rearrange(in_image_order(to_queries, batch), "n q i l -> n i q l")
         to_patches = rearrange(self.qformer.attention_map(sees), "(b i r) l p -> (b r) i l p", b=b, i=i)
         weights = rearrange(through_latents(to_queries, to_patches), "n i q p -> n q i p")
-        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens)
+        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)
 
 
 def from_stage1(

@@ -17,7 +17,7 @@ from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches, through_latents
-from mmtransformer.captioners.base import CaptionBatch, Captioner, Output, check_rows
+from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, Output, check_rows
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
@@ -58,6 +58,8 @@ class CoCa(Captioner):
     Raises:
         ValueError: if the parts do not fit.
     """
+
+    unread = NATIVE
 
     def __init__(
         self,
@@ -141,9 +143,8 @@ class CoCa(Captioner):
     def pooled(self, batch: CaptionBatch) -> Tensor:
         """What captions are written from: all images of a sample, pooled together, (b l d)."""
         visual_tokens = self.visual_tokens(batch).to(self.caption_pool.queries.dtype)
-        mask = None
-        if batch.image_mask is not None:
-            mask = batch.image_mask.repeat_interleave(visual_tokens.shape[2], 1)[:, None]
+        real = self.visual_mask(batch, visual_tokens.shape[2])
+        mask = None if real is None else rearrange(real, "b i p -> b 1 (i p)")
         return self.caption_pool(rearrange(visual_tokens, "b i p d -> b (i p) d"), mask)
 
     def embed_images(self, batch: CaptionBatch) -> Tensor:
@@ -217,4 +218,4 @@ class CoCa(Captioner):
             self.hidden_states(batch)
         weights = through_latents(mean_weights(reads.values()), mean_weights(sees.values()))
         weights = rearrange(weights, "n q (i p) -> n q i p", i=batch.visual.shape[1])
-        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens)
+        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)

@@ -188,20 +188,24 @@ class Flamingo(Captioner):
         if self.visible_images == "none" or not batch.visual.shape[1] or unseen:
             return None, None
         latents = self.latents(batch)
+        (n, q), l = batch.tokens.shape, latents.shape[2]
         if visible is not None:
-            visible = repeat(visible, "n q i -> n q (i l)", l=latents.shape[2])
+            visible = repeat(visible, "n q i -> n q (i l)", l=l)
+        if batch.patch_grids is not None and (self.resampler is None or self.resampler.keeps_tokens):
+            real = self.visual_mask(batch, l + self._skipped)
+            assert real is not None
+            real = repeat(real[..., self._skipped :], "b i l -> (b r) q (i l)", r=n // len(real), q=q)
+            visible = real if visible is None else visible & real
         return autocast_input(rearrange(latents, "b i l d -> b (i l) d")), visible
 
     def latents(self, batch: CaptionBatch) -> Tensor:
         """What the gated blocks read: (b i l d). Images that are padding are not computed; theirs are 0."""
         if batch.image_mask is None or (self.resampler is not None and self.resampler.max_images):
-            return self._resample(self.visual_tokens(batch))
+            return self._resample(batch)
         b, i = batch.image_mask.shape
         real = batch.image_mask.flatten().nonzero()[:, 0]
         real = real if len(real) else real.new_zeros(1)
-        name = "pixels" if batch.visual_tokens is None else "visual_tokens"
-        few = replace(batch, **{name: batch.visual.flatten(0, 1)[real][:, None]})
-        found = self._resample(self.visual_tokens(few))[:, 0]
+        found = self._resample(replace(batch.pick_images(real[:, None]), image_mask=None))[:, 0]
         latents = found.new_zeros(b * i, *found.shape[1:]).index_copy(0, real, found)
         return rearrange(latents, "(b i) l d -> b i l d", b=b)
 
@@ -209,9 +213,13 @@ class Flamingo(Captioner):
     def _skipped(self) -> int:
         return self.vision.num_prefix_tokens if self.patches_only else 0
 
-    def _resample(self, visual_tokens: Tensor) -> Tensor:
-        visual_tokens = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
-        return visual_tokens if self.resampler is None else self.resampler(visual_tokens)
+    def _resample(self, batch: CaptionBatch) -> Tensor:
+        visual_tokens = self.visual_tokens(batch)
+        x = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
+        if self.resampler is None:
+            return x
+        real = None if batch.patch_grids is None else self.visual_mask(batch, visual_tokens.shape[2])
+        return self.resampler.gather(x, None if real is None else real[..., self._skipped :])[0]
 
     def before_block(
         self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None
@@ -282,11 +290,11 @@ class Flamingo(Captioner):
         (arXiv:2005.00928). What another connector has gathered is not known, and counts as the same of every patch.
         """
         with evaluation_mode(self):
-            visual_tokens = self.visual_tokens(batch)
+            seen = replace(batch, pixels=None, visual_tokens=self.visual_tokens(batch))
             with record_attention(self.gated_blocks) as reads:
-                self.hidden_states(replace(batch, pixels=None, visual_tokens=visual_tokens))
-            to_patches = self._patches_of_latents(visual_tokens)
-        q, (i, grid) = batch.tokens.shape[1], (visual_tokens.shape[1], self.grid(batch))
+                self.hidden_states(seen)
+            to_patches = self._patches_of_latents(seen)
+        q, (i, grid) = batch.tokens.shape[1], (seen.visual.shape[1], self.grid(batch))
         if not reads:
             return torch.zeros(len(batch.tokens), q, i, *grid, device=batch.tokens.device)
         gates = torch.stack([block.attn_gate.tanh().abs().mean() for block in self.gated_blocks]).float()  # pyright: ignore
@@ -295,15 +303,18 @@ class Flamingo(Captioner):
         to_latents = torch.einsum("j, j n q k -> n q k", gates / gates.sum(), layers)
         weights = through_latents(rearrange(to_latents, "n q (i l) -> n i q l", i=i), to_patches)
         skipped = self.vision.num_prefix_tokens - self._skipped
-        return on_patches(rearrange(weights, "n i q p -> n q i p"), grid, skipped)
+        return on_patches(rearrange(weights, "n i q p -> n q i p"), grid, skipped, batch.patch_grids)
 
-    def _patches_of_latents(self, visual_tokens: Tensor) -> Tensor:
+    def _patches_of_latents(self, batch: CaptionBatch) -> Tensor:
         """What each latent holds of each visual token, at most 1 in sum: (b i l p)."""
-        b, i, p = visual_tokens.shape[0], visual_tokens.shape[1], visual_tokens.shape[2] - self._skipped
+        b, i, p = batch.visual.shape[0], batch.visual.shape[1], batch.visual.shape[2] - self._skipped
         if self.resampler is None:
-            return torch.eye(p, device=visual_tokens.device).expand(b, i, p, p)
+            return torch.eye(p, device=batch.visual.device).expand(b, i, p, p)
         if not isinstance(self.resampler, PerceiverResampler):  # nobody knows: of all the same
-            return visual_tokens.new_full((b, i, self._resample(visual_tokens).shape[2], p), 1 / p)
+            real = None if batch.patch_grids is None else self.visual_mask(batch, p + self._skipped)
+            share = batch.visual.new_ones(b, i, p) if real is None else real[..., self._skipped :].to(batch.visual)
+            share = share / share.sum(-1, keepdim=True).clamp(min=1)
+            return share[:, :, None].expand(-1, -1, self._resample(batch).shape[2], -1)
         with record_attention(self.resampler) as record:
-            self._resample(visual_tokens)
+            self._resample(batch)
         return rearrange(latents_rollout(record.values(), p), "(b i) l p -> b i l p", b=b)

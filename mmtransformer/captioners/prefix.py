@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder, DecoderState
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.captioners.attribution import mean_weights
-from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.attribution import mean_weights, on_patches
+from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, freeze
 from mmtransformer.captioners.soft_prompt import forward_with_prefix, in_image_order, prefill_with_prefix
 from mmtransformer.connectors.projector import MLPProjector
 from mmtransformer.layers.modes import evaluation_mode
@@ -32,6 +32,8 @@ class PrefixCaptioner(Captioner):
     Raises:
         ValueError: if the squares do not tile the grid of patches, or the decoder has no room for text.
     """
+
+    unread = NATIVE
 
     def __init__(
         self,
@@ -64,21 +66,38 @@ class PrefixCaptioner(Captioner):
         return self.decoder.max_len - self.num_tokens
 
     def prefix_embeds(self, batch: CaptionBatch) -> Tensor:
-        """What stands in front of the text: the patches of an image, projected, (b i l e)."""
+        """What stands in front of the text: the patches of an image, projected, (b i l e).
+
+        Raises:
+            ValueError: if images of native size are to be merged in squares, which need not tile them.
+        """
+        if batch.patch_grids is not None and self.shuffle > 1:
+            raise ValueError(
+                f"images of native size are not tiled by squares of shuffle ({self.shuffle}): build with 1"
+            )
         patches = self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :]
         return self.proj(patches, self.grid(batch))
 
+    def prefix_mask(self, batch: CaptionBatch, count: int) -> Tensor | None:
+        """Which of the `count` embeddings of each image are real, (b i count); None = all of real images."""
+        if batch.patch_grids is None:
+            return None
+        prefix = self.vision.num_prefix_tokens
+        mask = self.visual_mask(batch, count + prefix)
+        return None if mask is None else mask[..., prefix:]
+
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
-        return forward_with_prefix(self.decoder, self.prefix_embeds(batch), batch)
+        x = self.prefix_embeds(batch)
+        return forward_with_prefix(self.decoder, x, batch, self.prefix_mask(batch, x.shape[2]))
 
     def prefill(
         self, batch: CaptionBatch, *, expand_size: int = 1, max_new_tokens: int = 40
     ) -> tuple[Tensor, DecoderState]:
         """Projects the patches once and reads the left-padded prompts; see `Captioner.prefill`."""
-        return prefill_with_prefix(
-            self.decoder, self.prefix_embeds(batch), batch, expand_size=expand_size, max_new_tokens=max_new_tokens
-        )
+        x = self.prefix_embeds(batch)
+        real = self.prefix_mask(batch, x.shape[2])
+        return prefill_with_prefix(self.decoder, x, batch, real, expand_size=expand_size, max_new_tokens=max_new_tokens)
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:
@@ -90,5 +109,9 @@ class PrefixCaptioner(Captioner):
         with evaluation_mode(self), record_attention(self.decoder, keep=lambda name: name.endswith(".attn")) as record:
             self.hidden_states(batch)
         q, s, (gh, _) = batch.tokens.shape[1], self.shuffle, self.grid(batch)
-        weights = in_image_order(mean_weights(record.values())[:, -q:, :-q], batch)
+        weights = mean_weights(record.values())[:, -q:, :-q]
+        mask = self.prefix_mask(batch, weights.shape[2] // batch.visual.shape[1])
+        weights = in_image_order(weights, batch, mask)
+        if batch.patch_grids is not None:
+            return on_patches(weights, self.grid(batch), grids=batch.patch_grids)
         return repeat(weights / s**2, "n q i (gh gw) -> n q i (gh s1) (gw s2)", gh=gh // s, s1=s, s2=s)

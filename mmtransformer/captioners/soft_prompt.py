@@ -14,15 +14,18 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.captioners.base import CaptionBatch
 
 
-def forward_with_prefix(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch) -> Tensor:
+def forward_with_prefix(
+    decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch, prefix_mask: Tensor | None = None
+) -> Tensor:
     """The hidden states of right-padded text behind its images: (n q d).
 
     Args:
         decoder: the language model.
         prefix_embeds: what stands before the text (m i l e).
         batch: the text, and which images are real.
+        prefix_mask: (b i l) bool, which embeddings of each image are real; None = all of real images.
     """
-    images, real = join_images(prefix_embeds, batch)
+    images, real = join_images(prefix_embeds, batch, prefix_mask)
     text = decoder.embed_tokens(batch.tokens)
     x = torch.cat((images.to(text.dtype), text), dim=1)
     attention_mask = None if real is None else torch.cat((real, torch.ones_like(batch.attention_mask)), dim=1)
@@ -32,10 +35,16 @@ def forward_with_prefix(decoder: Decoder, prefix_embeds: Tensor, batch: CaptionB
 
 
 def prefill_with_prefix(
-    decoder: Decoder, prefix_embeds: Tensor, batch: CaptionBatch, *, expand_size: int, max_new_tokens: int
+    decoder: Decoder,
+    prefix_embeds: Tensor,
+    batch: CaptionBatch,
+    prefix_mask: Tensor | None = None,
+    *,
+    expand_size: int,
+    max_new_tokens: int,
 ) -> tuple[Tensor, DecoderState]:
     """Reads images and left-padded prompts, then repeats every row `expand_size` times; see `Captioner.prefill`."""
-    images, real = join_images(prefix_embeds, batch)
+    images, real = join_images(prefix_embeds, batch, prefix_mask)
     text = decoder.embed_tokens(batch.tokens)
     x, attention_mask = torch.cat((images.to(text.dtype), text), dim=1), None
     if real is not None or not bool(batch.attention_mask.all()):
@@ -98,37 +107,46 @@ def read_behind_images(
     return hidden[:, count:]
 
 
-def join_images(prefix_embeds: Tensor, batch: CaptionBatch) -> tuple[Tensor, Tensor | None]:
-    """A row's images one behind the other, those that are padding first, for each row of text.
+def join_images(
+    prefix_embeds: Tensor, batch: CaptionBatch, prefix_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A row's images one behind the other, what is padding of them first, for each row of text.
 
     Where a window or a relative position counts places, real images must stand beside the text.
 
     Args:
         prefix_embeds: (m i l e).
         batch: the text, and which images are real.
+        prefix_mask: (b i l) bool, which embeddings of each image are real; None = all of real images.
 
     Returns:
         (n k e), and which are of real images (n k); None = all.
     """
-    n, real = len(batch.tokens), None
-    if batch.image_mask is not None:
-        order = _padding_first(batch.image_mask)
-        rows = order.repeat_interleave(len(prefix_embeds) // len(order), 0)
-        prefix_embeds = prefix_embeds.take_along_dim(rows[:, :, None, None], 1)
-        real = batch.image_mask.gather(1, order).repeat_interleave(prefix_embeds.shape[2], 1)
-        real = real.repeat_interleave(n // len(real), 0)
+    n, real = len(batch.tokens), _real(batch, prefix_embeds.shape[2], prefix_mask)
     x = rearrange(prefix_embeds, "m i l e -> m (i l) e")
+    if real is not None:
+        order = _padding_first(real)
+        x = x.take_along_dim(order.repeat_interleave(len(x) // len(order), 0)[..., None], 1)
+        real = real.gather(1, order).repeat_interleave(n // len(real), 0)
     return x.repeat_interleave(n // len(x), 0), real
 
 
-def in_image_order(weights: Tensor, batch: CaptionBatch) -> Tensor:
+def in_image_order(weights: Tensor, batch: CaptionBatch, prefix_mask: Tensor | None = None) -> Tensor:
     """Weights on the embeddings of images as `join_images` arranged them, (n q k), by image: (n q i l)."""
-    weights = rearrange(weights, "n q (i l) -> n q i l", i=batch.visual.shape[1])
-    if batch.image_mask is None:
-        return weights
-    back = _padding_first(batch.image_mask).argsort(1)
-    return weights.take_along_dim(back.repeat_interleave(len(weights) // len(back), 0)[:, None, :, None], 2)
+    i = batch.visual.shape[1]
+    real = _real(batch, weights.shape[2] // i, prefix_mask)
+    if real is not None:
+        back = _padding_first(real).argsort(1)
+        weights = weights.take_along_dim(back.repeat_interleave(len(weights) // len(back), 0)[:, None], 2)
+    return rearrange(weights, "n q (i l) -> n q i l", i=i)
 
 
-def _padding_first(image_mask: Tensor) -> Tensor:
-    return image_mask.long().argsort(dim=1, stable=True)
+def _real(batch: CaptionBatch, count: int, prefix_mask: Tensor | None) -> Tensor | None:
+    """Which embeddings are real, (b k) bool; None = all."""
+    if prefix_mask is not None:
+        return prefix_mask.flatten(1)
+    return None if batch.image_mask is None else batch.image_mask.repeat_interleave(count, 1)
+
+
+def _padding_first(real: Tensor) -> Tensor:
+    return real.long().argsort(dim=1, stable=True)

@@ -11,7 +11,7 @@ from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.attribution import mean_weights, on_patches
-from mmtransformer.captioners.base import CaptionBatch, Captioner, freeze
+from mmtransformer.captioners.base import NATIVE, CaptionBatch, Captioner, freeze
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
@@ -31,6 +31,8 @@ class VisionEncoderDecoder(Captioner):
     Raises:
         ValueError: if the widths of the parts do not fit.
     """
+
+    unread = NATIVE
 
     def __init__(
         self,
@@ -61,9 +63,13 @@ class VisionEncoderDecoder(Captioner):
         are of real images, (b (i p)) bool, None = all.
         """
         x = self.visual_tokens(batch).to(self.decoder.tok_embed.weight.dtype)
-        x = x if self.adapter is None else self.adapter(x)
-        real = None if batch.image_mask is None else batch.image_mask.repeat_interleave(x.shape[2], 1)
-        return rearrange(x, "b i p d -> b (i p) d"), real
+        real = self.visual_mask(batch, x.shape[2])
+        if self.adapter is not None and batch.patch_grids is not None:
+            x, real = self.adapter.gather(x, real)
+        elif self.adapter is not None:
+            x = self.adapter(x)
+            real = self.visual_mask(batch, x.shape[2])
+        return rearrange(x, "b i p d -> b (i p) d"), None if real is None else rearrange(real, "b i p -> b (i p)")
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""
@@ -88,7 +94,7 @@ class VisionEncoderDecoder(Captioner):
         with evaluation_mode(self), record_attention(self.decoder, keep="cross_attn") as record:
             self.hidden_states(batch)
         weights = rearrange(mean_weights(record.values()), "n q (i p) -> n q i p", i=batch.visual.shape[1])
-        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens)
+        return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)
 
 
 def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_every: int = 1) -> TextDecoder:

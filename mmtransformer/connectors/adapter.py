@@ -24,6 +24,8 @@ class VisualAdapter(Connector):
         ValueError: if token_dropout is not in [0, 1).
     """
 
+    keeps_tokens = True
+
     def __init__(
         self,
         visual_dim: int,
@@ -47,12 +49,26 @@ class VisualAdapter(Connector):
         )
         self.last_norm = nn.LayerNorm(dim)
 
-    def forward(self, visual_tokens: Tensor) -> Tensor:
-        """(... p visual_dim) -> (... p dim)."""
+    def forward(self, visual_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(... p visual_dim) -> (... p dim).
+
+        Args:
+            visual_tokens: of the images.
+            mask: (... p) bool, which of them are real; None = all.
+
+        Raises:
+            ValueError: if tokens are to be left out at random, where images have different numbers of them.
+        """
         visual_tokens, leading = pack([visual_tokens], "* p d")
         if self.training and self.token_dropout:
+            if mask is not None:
+                raise ValueError(
+                    f"token_dropout ({self.token_dropout}) is a share of one number of tokens, and images of native "
+                    f"size have different ones: train them with 0"
+                )
             visual_tokens = drop_tokens(visual_tokens, self.token_dropout)
         x = self.proj(self.norm(visual_tokens))
+        seen = None if mask is None else mask.flatten(0, -2)[:, None]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask=seen)
         return unpack(self.last_norm(x), leading, "* p d")[0]

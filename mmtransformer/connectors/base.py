@@ -1,5 +1,6 @@
 """Connector: the contract of what stands between a vision encoder and the blocks that read its tokens."""
 
+import inspect
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
@@ -17,12 +18,35 @@ class Connector(Pretrained, nn.Module, ABC):
         visual_dim: width of the tokens that it takes.
         dim: width of those that it gives.
         max_images: most images of a row; None = any number, each by itself.
+        keeps_tokens: whether it gives a token for each that it takes.
     """
 
     visual_dim: int
     dim: int
     max_images: int | None = None
+    keeps_tokens: bool = False
 
     @abstractmethod
-    def forward(self, visual_tokens: Tensor) -> Tensor:
-        """The tokens of each image: (b i p visual_dim) -> (b i l dim)."""
+    def forward(self, visual_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The tokens of each image: (b i p visual_dim) -> (b i l dim).
+
+        Args:
+            visual_tokens: of the images.
+            mask: (b i p) bool, which of them are real, where images have different numbers; None = all. What is given
+                for the others means nothing.
+        """
+
+    def gather(self, visual_tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and which of the tokens that it gives are those of a real image: (b i l) bool, None = all.
+
+        Raises:
+            ValueError: if there is a mask, and this connector's `forward` takes none.
+        """
+        if mask is None:
+            return self(visual_tokens), None
+        if "mask" not in inspect.signature(self.forward).parameters:
+            raise ValueError(
+                f"a {type(self).__name__} cannot read images of native size: its forward takes no mask of their tokens"
+            )
+        x = self(visual_tokens, mask)
+        return x, mask if self.keeps_tokens else mask.any(-1, keepdim=True).expand(x.shape[:3])

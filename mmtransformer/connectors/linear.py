@@ -13,11 +13,13 @@ class LinearConnector(Connector):
         dim: width of the result.
     """
 
+    keeps_tokens = True
+
     def __init__(self, visual_dim: int, dim: int) -> None:
         super().__init__()
         self.visual_dim, self.dim = visual_dim, dim
         self.proj = nn.Linear(visual_dim, dim)
 
-    def forward(self, visual_tokens: Tensor) -> Tensor:
-        """(... p visual_dim) -> (... p dim)."""
+    def forward(self, visual_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(... p visual_dim) -> (... p dim), each token by itself."""
         return self.proj(visual_tokens)

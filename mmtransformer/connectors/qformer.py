@@ -152,26 +152,40 @@ class QFormer(Pretrained, nn.Module):
         layers = (block.cross_attn for _, block in self._each())
         return [layer.project_kv(visual_tokens) for layer in layers if layer is not None]
 
-    def forward(self, visual: Visual, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        visual: Visual,
+        tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        visual_mask: Tensor | None = None,
+    ) -> Tensor:
         """The queries after they have read the image, and an instruction if there is one (arXiv:2305.06500).
 
         Args:
             visual: visual tokens (n p visual_dim), or their `project_visual`.
             tokens: an instruction (b q) long that the queries see, padded on the right; None = the image alone.
             attention_mask: (b q) bool, True = a real token; None = all are.
+            visual_mask: (n p) bool, which visual tokens are real; None = all.
 
         Returns:
             (n l d); with an instruction (b l d).
         """
         if tokens is None:
-            return self.encode_queries(visual).queries
+            return self.encode_queries(visual, visual_mask).queries
         found = self._visual(visual)
-        _copies(tokens.shape[0], found[0].k.shape[0])
-        return self._joint(found, tokens, attention_mask, keep_text=False)[0]
+        each = _copies(tokens.shape[0], found[0].k.shape[0])
+        seen = None if visual_mask is None else visual_mask.repeat_interleave(each, 0)[:, None]
+        return self._joint(found, tokens, attention_mask, keep_text=False, visual_mask=seen)[0]
 
-    def encode_queries(self, visual: Visual) -> QueryStates:
-        """The query pass: the queries (n l d), and their self-attention keys and values for `read`."""
-        found = self._visual(visual)
+    def encode_queries(self, visual: Visual, visual_mask: Tensor | None = None) -> QueryStates:
+        """The query pass: the queries (n l d), and their self-attention keys and values for `encode_text`.
+
+        Args:
+            visual: visual tokens (n p visual_dim), or their `project_visual`.
+            visual_mask: (n p) bool, which visual tokens are real; None = all.
+        """
+        found, real = self._visual(visual), None if visual_mask is None else visual_mask[:, None]
         n, memory = found[0].k.shape[0], []
         x = self.norm(self.query_tokens)
         if self.training and self.dropout:
@@ -181,7 +195,7 @@ class QFormer(Pretrained, nn.Module):
             memory.append(kv)
             # Until they read the first image, queries are the same for all: the first block attends once.
             x = block.attend(x, kv, None).expand(n, -1, -1)
-            x = block.finish_queries(x, found.get(i))
+            x = block.finish_queries(x, found.get(i), real)
         return QueryStates(x, memory)
 
     def encode_text(
@@ -244,7 +258,13 @@ class QFormer(Pretrained, nn.Module):
         return seen.queries.repeat_interleave(expand_size, 0), text
 
     def _joint(
-        self, found: dict[int, KeyValue], tokens: Tensor, attention_mask: Tensor | None, *, keep_text: bool
+        self,
+        found: dict[int, KeyValue],
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        keep_text: bool,
+        visual_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, l = tokens.shape[0], self.num_queries
         x = torch.cat((self.query_tokens.expand(b, -1, -1), self._embed(tokens)), dim=1)
@@ -257,9 +277,11 @@ class QFormer(Pretrained, nn.Module):
             kv = block.attn.project_kv(x)
             if i + 1 == self.depth and not keep_text:  # Nobody reads the text's last state.
                 mask = None if mask is None else mask[:, :l]
-                return block.finish_queries(block.attend(x[:, :l], kv, mask), found.get(i)), x[:, l:]
+                queries = block.attend(x[:, :l], kv, mask)
+                return block.finish_queries(queries, found.get(i), visual_mask), x[:, l:]
             queries, text = block.attend(x, kv, mask).split((l, tokens.shape[1]), dim=1)
-            x = torch.cat((block.finish_queries(queries, found.get(i)), block.finish_text(text, real)), dim=1)
+            queries = block.finish_queries(queries, found.get(i), visual_mask)
+            x = torch.cat((queries, block.finish_text(text, real)), dim=1)
         return x[:, :l], x[:, l:]
 
     def attention_map(self, record: dict[str, Tensor]) -> Tensor:

@@ -86,10 +86,13 @@ class QFormerBlock(nn.Module):
         """Self-attention of queries, text or both: (b q d) over the keys and values (b g k c) -> (b q d)."""
         return self.norm1(x + self.drop(self.attn(x, kv, mask=mask)))
 
-    def finish_queries(self, x: Tensor, visual: KeyValue | None) -> Tensor:
-        """What follows for queries: cross-attention where the block has it, then their MLP; (b l d) -> (b l d)."""
+    def finish_queries(self, x: Tensor, visual: KeyValue | None, mask: Mask | None = None) -> Tensor:
+        """What follows for queries: cross-attention where the block has it, then their MLP; (b l d) -> (b l d).
+
+        `mask` (b 1 k) bool: which of the visual keys are real, None = all.
+        """
         if self.cross_attn is not None:
-            x = self.norm_cross(x + self.drop(self.cross_attn(x, visual)))
+            x = self.norm_cross(x + self.drop(self.cross_attn(x, visual, mask=mask)))
         return self.query_norm(x + self.drop(self.query_mlp(x)))
 
     def finish_text(self, x: Tensor, real: Tensor | None = None) -> Tensor:

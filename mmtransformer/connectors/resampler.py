@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -29,11 +30,11 @@ class ResamplerBlock(nn.Module):
         super().__init__()
         self.norm_context, self.norm1, self.attn, self.norm2, self.mlp = norm(), norm(), attn, norm(), mlp
 
-    def forward(self, latents: Tensor, visual_tokens: Tensor) -> Tensor:
-        """(b l d) and (b p d) -> (b l d)."""
+    def forward(self, latents: Tensor, visual_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(b l d) and (b p d) -> (b l d); `mask` (b 1 p+l) bool: which of both may be looked at, None = all."""
         asking = self.norm1(latents)
         asked = torch.cat((self.norm_context(visual_tokens), asking), dim=1)
-        latents = latents + self.attn(asking, asked)
+        latents = latents + self.attn(asking, asked, mask=mask)
         return latents + self.mlp(self.norm2(latents))
 
 
@@ -99,11 +100,12 @@ class PerceiverResampler(Connector):
         )
         self.last_norm = nn.LayerNorm(dim, eps=norm_eps)
 
-    def forward(self, visual_tokens: Tensor) -> Tensor:
+    def forward(self, visual_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gathers each image by itself.
 
         Args:
             visual_tokens: (b i p d), or with frames (b i t p d).
+            mask: (b i p) bool, which of them are real, for images without frames; None = all.
 
         Returns:
             (b i l d), normed.
@@ -128,8 +130,9 @@ class PerceiverResampler(Connector):
             x = x + self.image_embed[:i, None, None]
         x = rearrange(x, "b i t p d -> (b i) (t p) d")
         latents = self.latents.expand(x.shape[0], -1, -1)
+        seen = None if mask is None else F.pad(mask.flatten(0, 1), (0, self.num_latents), value=True)[:, None]
         for block in self.blocks:
-            latents = block(latents, x)
+            latents = block(latents, x, seen)
         return rearrange(self.last_norm(latents), "(b i) l d -> b i l d", b=b)
 
     def no_weight_decay(self) -> set[str]:

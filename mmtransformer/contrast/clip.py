@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.backbones.encoder import TextEncoder
+from mmtransformer.backbones.towers.padded import picture_features
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_frozen
 from mmtransformer.contrast.text_tower import TextTower
@@ -115,8 +116,15 @@ class CLIP(Pretrained, nn.Module):
         """Whether a text begins with a token that opens it."""
         return not isinstance(self.text, TextTower) or self.text.opens
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Images as vectors of length 1: (b 3 height width) -> (b e)."""
+    def encode_images(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
+        """Images as vectors of length 1: (b 3 height width) -> (b e).
+
+        Args:
+            pixels: of the images; with `patch_grids` their patches (b p c), as `pad_images` makes them.
+            patch_grids: (b 2) long, rows and columns of patches, where images have sizes of their own.
+        """
+        if patch_grids is not None:
+            return self._native_vectors(pixels, patch_grids)
         return self._image_vectors(self.encode(pixels[:, None])[:, 0])
 
     def encode_texts(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -201,6 +209,8 @@ class CLIP(Pretrained, nn.Module):
         visual = batch.visual
         if visual.shape[1] != 1:
             raise ValueError(f"a CLIP compares one image with its texts, and these samples have {visual.shape[1]}")
+        if batch.patch_grids is not None:
+            return self._native_vectors(visual[:, 0], batch.patch_grids[:, 0])
         visual_tokens = self.encode(visual) if batch.visual_tokens is None else visual
         return self._image_vectors(visual_tokens[:, 0])
 
@@ -213,6 +223,12 @@ class CLIP(Pretrained, nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             features = self.vision.forward_features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
+
+    def _native_vectors(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """Images of native size, (b p c) and (b 2), as vectors of length 1: (b e)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            found = picture_features(self.vision, patches, grids)
+        return torch.cat([self._image_vectors(tokens[None]) for tokens in found if tokens is not None])
 
     def _image_vectors(self, visual_tokens: Tensor) -> Tensor:
         if self.image_pool is None:

@@ -1,5 +1,6 @@
 """Pictures with captions as a LightningDataModule for a captioner."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,11 @@ from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
-from mmtransformer.data.loading.source import Pairs, PairSource
+from mmtransformer.data.loading.source import Pairs, PairSource, size_of
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairSplit
-from mmtransformer.images import Augment, ImageTransform
+from mmtransformer.images import Augment, ImageError, ImageTransform
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
@@ -41,7 +43,8 @@ class CaptionData(Data):
         read: How a path is read, such as the names of columns, where that is not to be detected.
         image: How a picture becomes pixels; saved with the model. None = as the vision encoder reads them, where it is
             a public one, else `ImageTransform()` at its size. A saved model that is fine-tuned brings its own.
-        resize: How a picture is made to fit, in place of the vision encoder's own way, where `image` is left out.
+        resize: How a picture is made to fit, in place of the vision encoder's own way, where `image` is left out;
+            "native" keeps its shape, with as many patches as the encoder has otherwise.
         augment: Random changes to training pictures, seeded by (seed, epoch, index).
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one on the training captions. A
             saved model that is fine-tuned brings its own.
@@ -147,9 +150,14 @@ class CaptionData(Data):
         self.forget()
         self._features, self._datasets = {}, {}
 
-    def use_tower(self, own: ImageTransform) -> str:
-        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how."""
-        self.transform, line = of_tower(self._own_transform, self._resize, own)
+    def use_tower(self, own: ImageTransform, patch_size: int = 16) -> str:
+        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how.
+
+        Args:
+            own: Its transform.
+            patch_size: Side of its patches, px.
+        """
+        self.transform, line = of_tower(self._own_transform, self._resize, own, patch_size)
         return line
 
     @property
@@ -222,6 +230,11 @@ class CaptionData(Data):
                 f"cache_features needs a frozen vision encoder, but {len(trainable)} of its parameters are trainable "
                 f"({trainable[0]}, ...); freeze it, or set cache_features to null"
             )
+        if self.transform.patch_size is not None:
+            raise ValueError(
+                "cache_features keeps the tokens of pictures of one size, and these have sizes of their own: leave it "
+                "out, or set data.resize to squash"
+            )
         if self.augment is not None:
             raise ValueError(
                 "cache_features cannot be used with augment; set augment to null (cache_features.flip mirrors)"
@@ -268,12 +281,27 @@ class CaptionData(Data):
         """What makes a `CaptionBatch` of pictures with their captions."""
         complete = None if self.processor is None else self.processor.complete
         mark = self.tokenizer.image_id if self.mark_images else None
-        return Collate(self.tokenizer.pad_id, mark, complete=complete, tiled=self._tiled)
+        native = self.transform.patch_size
+        return Collate(self.tokenizer.pad_id, mark, patch_size=native, complete=complete, tiled=self._tiled)
 
     def lengths(self, split: str) -> Lengths:
         """How long the captions are that an epoch chooses."""
         rows = self.rows(split)
         return lambda epoch, index: rows.lengths(self.seed, epoch, self.captions_per_image, index)
+
+    @once_a_split
+    def patches(self, split: str) -> np.ndarray | None:
+        """How many patches the pictures of a split have at most, by the sizes that their files name."""
+        if self.transform.patch_size is None:
+            return None
+        pairs, native = self.pairs(split), self.transform.native
+        crops = self.augment is not None and self.augment.scale != (1, 1)
+        count = native.most_patches if crops else native.num_patches
+        found = np.full(len(pairs), native.max_num_patches)
+        for i in range(len(pairs)):
+            with contextlib.suppress(ImageError):  # Another picture takes its place, which may be a large one.
+                found[i] = count(*size_of(pairs, i))
+        return found
 
     def mixture(self, split: str) -> EpochMixture | None:
         """How a training epoch is mixed; None if it is no mixture."""

@@ -13,6 +13,7 @@ from mmtransformer.data.class_sources import Classified, ClassSource, ImageFolde
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
+from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import scaled_image
 from mmtransformer.data.loading.traces import Parts
@@ -141,8 +142,8 @@ class ClassData(Data):
         splits: Splits = Splits(),
     ) -> None:
         super().__init__(batch_size=batch_size, loader=loader, splits=splits)
+        self.transform, self.augment = of_one_size(image or ImageTransform(), "classes are learnt from"), augment
         self.source: ClassSource = ImageFolder(source) if isinstance(source, str) else source
-        self.transform, self.augment = image or ImageTransform(), augment
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
-from mmtransformer.data.loading.pixels import of_tower
+from mmtransformer.data.loading.pixels import of_one_size, of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.loading.traces import Parts
@@ -80,10 +80,11 @@ class InterleavedData(Data):
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
+        self.transform = of_one_size(image or ImageTransform(), "interleaved documents have")
         self.source: DocumentSource = (
             InterleavedFiles(source, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
         )
-        self.transform, self.augment, self._own_transform = image or ImageTransform(), augment, image
+        self.augment, self._own_transform = augment, image
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
         self._pairs = DocumentPairs(self.source) if captions is None else captions
         self._captions: CaptionData | None = None
@@ -109,9 +110,13 @@ class InterleavedData(Data):
         self._captions.trainer, self._captions.report_dir = self.trainer, self.report_dir
         return self._captions
 
-    def use_tower(self, own: ImageTransform) -> str:
-        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how."""
-        self.transform, line = of_tower(self._own_transform, None, own)
+    def use_tower(self, own: ImageTransform, patch_size: int = 16) -> str:
+        """Read pictures as a vision encoder does, unless `image` says otherwise; return a line that says how.
+
+        Pictures of documents have one size: those of a tower that reads native sizes are stretched to a square.
+        """
+        resize = "squash" if own.resize == "native" else None
+        self.transform, line = of_tower(self._own_transform, resize, own, patch_size)
         return line
 
     def continue_from(
@@ -129,7 +134,7 @@ class InterleavedData(Data):
             )
         if processor is not None:
             raise ValueError("a public captioner is fine-tuned on pairs (CaptionData), not on interleaved documents")
-        self.tokenizer, self.transform = tokenizer, image
+        self.tokenizer, self.transform = tokenizer, of_one_size(image, "interleaved documents have")
         self.forget()
         self._captions = None
 

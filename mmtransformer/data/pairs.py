@@ -18,6 +18,7 @@ from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
+from mmtransformer.images.sizes import stored_size
 from mmtransformer.text.conversation import Conversation
 from mmtransformer.text.detokenize import detokenize
 
@@ -67,6 +68,19 @@ class PairSplit:
 
     def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
         """Picture i, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
+        data, label = self._data(i)
+        return load(data, name=label, at_least=at_least)
+
+    def stored_size(self, i: int) -> tuple[int, int]:
+        """Height and width of picture i, px, as it lies in its file; only the beginning of it is looked at.
+
+        Raises:
+            ImageError: If it can't be read; the message names the file and the fault.
+        """
+        return stored_size(*self._data(i))
+
+    def _data(self, i: int) -> tuple[bytes, str]:
+        """The bytes of picture i's file, and what errors call it."""
         place = self._images[i].place
         label = place.path if isinstance(place, Entry) else self._images[i].name
         try:
@@ -76,7 +90,7 @@ class PairSplit:
             raise ImageError(f"{label}: can't be read ({said}); replace it") from error
         if data is None:
             raise ImageError(f"{label}: the table holds no bytes in this row")
-        return load(data, name=label, at_least=at_least)
+        return data, label
 
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""

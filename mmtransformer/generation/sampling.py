@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
+from mmtransformer.backbones.towers.padded import token_mask
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.generation.base import GenerationResult, TokenBatch
 from mmtransformer.generation.config import GenerationConfig
@@ -98,7 +99,10 @@ def checksums(batch: TokenBatch, seen: TokenBatch | None = None) -> list[int]:
     tokens, real, samples = batch.tokens.cpu(), batch.attention_mask.cpu(), [0]
     if isinstance(seen, CaptionBatch) and (seen.pixels is not None or seen.visual_tokens is not None):
         visual = [*seen.visual.float().cpu()]
-        if seen.image_mask is not None:
+        if seen.patch_grids is not None:  # What fills up depends on the other pictures.
+            there = token_mask(seen.patch_grids.cpu(), seen.visual.shape[2])
+            visual = [x[mask] for x, mask in zip(visual, there, strict=True)]
+        elif seen.image_mask is not None:
             visual = [x[mask] for x, mask in zip(visual, seen.image_mask.cpu(), strict=True)]
         samples = [zlib.crc32(x.numpy().tobytes()) for x in visual]
     elif isinstance(seen, Seq2SeqBatch):

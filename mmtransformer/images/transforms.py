@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmtransformer.images.files import load
+from mmtransformer.images.native import NativeSize
 from mmtransformer.layers.config import known_fields
 
 _MOST = 1e4  # of colours from 0 to 1
@@ -33,9 +34,11 @@ class ImageTransform:
     """Turns a picture into the pixels that a model sees, the same every time; saved with the model.
 
     Args:
-        image_size: Height and width of the pixels, or one number for both.
+        image_size: Height and width of the pixels, or one number for both; with "native" it is that of a square
+            picture, whatever is given.
         resize: How a picture of another shape is made to fit: "squash" stretches it, "crop" keeps its shape
-            and cuts the middle out, "letterbox" keeps all of it and fills up with the mean colour.
+            and cuts the middle out, "letterbox" keeps all of it and fills up with the mean colour, "native" keeps all
+            of it and about its shape, so that pixels are of many sizes (`native`; NaFlex, arXiv:2502.14786).
         mean: Mean of red, green, blue, of colours from 0 to 1; it becomes 0.
         std: Standard deviation of red, green, blue.
         interpolation: "bicubic", "bilinear" or "lanczos", all with antialiasing.
@@ -47,17 +50,21 @@ class ImageTransform:
             The others are the same to the bit: "timm" resizes with Pillow; "torchvision" is what transformers' image
             processors do today, on tensors of bytes, and "pil" what they do with Pillow. Where the rest is odd, timm
             and "fast" cut the middle half a pixel further on.
+        native: How large pictures become with "native".
     """
 
     image_size: tuple[int, int] | int = 224
-    resize: Literal["squash", "crop", "letterbox"] = "squash"
+    resize: Literal["squash", "crop", "letterbox", "native"] = "squash"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     crop_fraction: float = 1.0
     backend: Literal["fast", "timm", "torchvision", "pil"] = "fast"
+    native: NativeSize = NativeSize()  # noqa: RUF009 (frozen)
 
     def __post_init__(self):
+        if self.resize == "native":
+            object.__setattr__(self, "image_size", self.native.square)
         for field in ("image_size", "mean", "std"):  # JSON and YAML have lists only
             if isinstance(value := getattr(self, field), list):
                 object.__setattr__(self, field, tuple(value))
@@ -67,8 +74,8 @@ class ImageTransform:
             or not all(type(n) is int and n > 0 for n in self.size)
         ):
             raise ValueError(f"image_size is {self.image_size}, must be one or two positive whole numbers")
-        if self.resize not in ("squash", "crop", "letterbox"):
-            raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop" or "letterbox"')
+        if self.resize not in ("squash", "crop", "letterbox", "native"):
+            raise ValueError(f'resize is {self.resize!r}, must be "squash", "crop", "letterbox" or "native"')
         if self.interpolation not in _RESAMPLING:
             raise ValueError(f'interpolation is {self.interpolation!r}, must be "bicubic", "bilinear" or "lanczos"')
         if self.backend not in ("fast", "timm", "torchvision", "pil"):
@@ -79,13 +86,20 @@ class ImageTransform:
                 raise ValueError(f"{name} is {values!r:.80}, must be three numbers from {least:g} to {_MOST:g}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}, must be above 0 and at most 1")
-        if self.crop_fraction != 1 and self.resize == "letterbox":
-            raise ValueError(f'crop_fraction is {self.crop_fraction}, but resize is "letterbox", which cuts nothing')
+        if self.crop_fraction != 1 and self.resize in ("letterbox", "native"):
+            raise ValueError(
+                f'crop_fraction is {self.crop_fraction}, but resize is "{self.resize}", which cuts nothing'
+            )
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Height and width of the pixels."""
+        """Height and width of the pixels; with "native" those of a square picture."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of the patches that pictures of many sizes are cut into, px; None where all have one size."""
+        return self.native.patch_size if self.resize == "native" else None
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Returns the pixels of a picture.
@@ -94,10 +108,12 @@ class ImageTransform:
             image: A picture; modes other than RGB are treated as `load` treats them.
 
         Returns:
-            (3 h w) float32.
+            (3 h w) float32; with "native" h and w are the picture's own, whole patches.
         """
         if image.mode != "RGB":
             image = load(image)
+        if self.resize == "native":
+            return self.normalized(self.resized(image, self.native.size_for(image.height, image.width)))
         if self.resize != "letterbox":
             return self.normalized(self._crop(image))
         full_h, full_w = self.size
@@ -175,16 +191,20 @@ class ImageTransform:
             generator: In the state that `augment` will be given another one in.
 
         Returns:
-            In px; None where all of the picture is to be decoded, which is so unless `backend` is "fast".
+            In px; None where all of the picture is to be decoded, which is so unless `backend` is "fast", and where
+            the size follows from the picture's shape ("native").
         """
-        if self.backend != "fast":
+        if self.backend != "fast" or self.resize == "native":
             return None
         height, width = (1.0, 1.0) if augment is None or generator is None else augment.kept(generator)
         return _GAP * self._full_size[0] / height, _GAP * self._full_size[1] / width
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the arguments as plain values, for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Returns the arguments as plain values, for JSON; without `native` where it says nothing."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.resize != "native":
+            del values["native"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -195,7 +215,10 @@ class ImageTransform:
         known = [field.name for field in fields(cls)]
         if unknown := [key for key in values if key not in known]:
             raise ValueError(f"unknown keys of an image transform: {unknown}; known: {known}")
-        return cls(**cls.of_saved(values))
+        values = cls.of_saved(values)
+        if isinstance(native := values.get("native"), Mapping):
+            values["native"] = NativeSize(**native)
+        return cls(**values)
 
     @staticmethod
     def of_saved(values: Mapping[str, Any]) -> dict[str, Any]:

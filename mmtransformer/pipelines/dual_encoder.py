@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmtransformer.backbones.towers.padded import pad_images
 from mmtransformer.contrast.clip import CLIP
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.weight_packing import for_inference
@@ -96,10 +97,17 @@ class DualEncoder:
         many: list[ImageLike | Tensor] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         found = [torch.empty(0, self.width)]
         for some in in_batches(many, batch_size):
-            pixels = torch.stack([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])
+            batch = self._batch([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])
             with fast_autocast(self.device):
-                found.append(self.model.encode_images(pixels.to(self.device)).float().cpu())
+                found.append(self.model.encode_images(*(x.to(self.device) for x in batch)).float().cpu())
         return F.normalize(torch.cat(found), dim=-1)
+
+    def _batch(self, images: list[Tensor]) -> tuple[Tensor, ...]:
+        """Pixels as the model's `encode_images` reads them; of images of native size patches and their grids."""
+        if (patch_size := self.transform.patch_size) is None:
+            return (torch.stack(images),)
+        patches, grids = pad_images([[image] for image in images], patch_size)
+        return patches[:, 0], grids[:, 0]
 
     @torch.no_grad()
     def encode_texts(self, texts: str | Sequence[str], *, batch_size: int = 256) -> Tensor:

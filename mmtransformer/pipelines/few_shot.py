@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.rows import image_token
 from mmtransformer.data.loading.source import Caption, Pairs
 from mmtransformer.images import ImageTransform
@@ -91,7 +92,8 @@ class FewShot:
         if choose not in ("random", "nearest"):
             raise ValueError(f'choose must be "random" or "nearest", not "{choose}"')
         self.image_id = image_token(tokenizer)
-        self.examples, self.captioner, self.tokenizer, self.transform = (examples, captioner, tokenizer, transform)
+        self.examples, self.captioner, self.tokenizer = examples, captioner, tokenizer
+        self.transform = of_one_size(transform, "examples before a picture are")
         self.num_examples, self.choose, self.seed = num_examples, choose, seed
         self._captions = [examples.captions(i) for i in range(len(examples))]
         self._places: dict[str | None, int] = {examples.name(i): i for i in range(len(examples))}

@@ -396,5 +396,6 @@ class ImageCaptioner:
 
     def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """A batch without texts of pictures that `prepare` has made ready."""
-        made = CaptionBatch.from_pixels if self.processor is None else self.processor.batch_of
-        return made(prepared).to(self.device)
+        if self.processor is not None:
+            return self.processor.batch_of(prepared).to(self.device)
+        return CaptionBatch.from_pixels(prepared, self.transform.patch_size).to(self.device)

@@ -11,6 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.diffusion.drawing import Edit, ImageGenerationConfig, draw, seeded_noise
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.images import ImageTransform, load
@@ -58,6 +59,7 @@ class ImageGenerator:
                 f"the tokenizer has {tokenizer.vocab_size} ids, but the model reads {model.vocab_size}: they do not "
                 "belong together"
             )
+        of_one_size(transform, "a diffusion transformer draws")
         if any(side % model.patch_side for side in transform.size):
             raise ValueError(
                 f"pictures of {transform.size[0]} x {transform.size[1]} px are not divided by the model's patches of "

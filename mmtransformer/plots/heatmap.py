@@ -133,12 +133,12 @@ def grid_box(image_size: tuple[int, int], input_size: tuple[int, int], resize: s
     Args:
         image_size: width and height of the picture.
         input_size: height and width that the encoder takes.
-        resize: how the picture was brought to that size: "squash", "crop" or "letterbox".
+        resize: how the picture was brought to that size: "squash", "crop", "letterbox" or "native".
 
     Returns:
         Left, top, right and bottom; below 0 and above 1 for the bars of a letterbox.
     """
-    if resize == "squash":
+    if resize in ("squash", "native"):
         return WHOLE
     (w, h), (high, wide) = image_size, input_size
     ratios = (wide / w, high / h)
@@ -147,7 +147,7 @@ def grid_box(image_size: tuple[int, int], input_size: tuple[int, int], resize: s
     elif resize == "letterbox":
         scale = min(ratios)
     else:
-        raise ValueError(f"resize must be squash, crop or letterbox, not {resize!r}")
+        raise ValueError(f"resize must be squash, crop, letterbox or native, not {resize!r}")
     part_w, part_h = wide / (w * scale), high / (h * scale)
     return (0.5 - part_w / 2, 0.5 - part_h / 2, 0.5 + part_w / 2, 0.5 + part_h / 2)
 

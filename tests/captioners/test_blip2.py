@@ -229,7 +229,7 @@ def test_beams_follow_their_rows() -> None:
 def test_the_queries_are_computed_once_a_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = blip2(), []
     see = model.qformer.encode_queries
-    monkeypatch.setattr(model.qformer, "encode_queries", lambda visual: calls.append(visual.shape[0]) or see(visual))
+    monkeypatch.setattr(model.qformer, "encode_queries", lambda x, mask: calls.append(x.shape[0]) or see(x, mask))
     prompts = CaptionBatch(*(torch.ones(2, 1, dtype=d) for d in (torch.long, torch.bool, torch.bool)),
                            pixels=torch.randn(2, 1, 3, 16, 24))  # fmt: skip
     found = generate(model, prompts, eos_id=0, max_new_tokens=6, num_beams=3)

@@ -1,5 +1,6 @@
-"""A run of a captioner that takes a fifth of a second, in forked processes that may be killed: for several tests."""
+"""A run of a small model that takes a fifth of a second, in forked processes that may be killed: for several tests."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -13,10 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from mmtransformer import BlockConfig, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer import (
+    CLIP,
+    BlockConfig,
+    ImageTransform,
+    NativeSize,
+    TextDecoder,
+    TextTower,
+    VisionEncoderDecoder,
+    ViT,
+)
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.module import LoaderConfig
@@ -26,7 +38,10 @@ from mmtransformer.images import Augment
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
+from mmtransformer.training.engine.task import Task
 from mmtransformer.training.tasks.captioning import Captioning
+from mmtransformer.training.tasks.contrast import Contrast
+from support.sources import FakePairs, FakeSource
 
 VOCAB = 300
 
@@ -49,6 +64,31 @@ def scenes(batch_size: int = 4, train_size: int = 11, *, mixture: bool = False, 
         source = Mixture({"a": source, "b": other}, {"a": 2.0, "b": 1.0}, epoch_size=train_size)
     arguments = {"vocab_size": VOCAB, "max_len": 60, "augment": Augment(scale=(0.6, 1.0))} | arguments
     return CaptionData(source, image=ImageTransform(32), batch_size=batch_size, **arguments)
+
+
+class ManySizes(FakePairs):
+    """Pictures of noise, no two of one shape."""
+
+    def image(self, i: int) -> Image.Image:
+        size = (9 + 7 * i % 40, 11 + 5 * i % 31, 3)
+        return Image.fromarray(np.random.default_rng([self.seed, i]).integers(0, 256, size, dtype=np.uint8))
+
+
+def many_sizes(batch_size: int = 4, *, loader: LoaderConfig = LoaderConfig(), **arguments: Any) -> CaptionData:
+    """Eleven pictures of native size, augmented, in batches of up to 30 patches."""
+    transform = ImageTransform(resize="native", native=NativeSize(8, 9, enlarge=False))
+    loader = dataclasses.replace(loader, max_patches_per_batch=30)
+    arguments = {"vocab_size": VOCAB, "max_len": 60, "augment": Augment(scale=(0.6, 1.0))} | arguments
+    source = FakeSource(train=ManySizes(11), val=ManySizes(5, seed=1))
+    return CaptionData(source, image=transform, batch_size=batch_size, loader=loader, **arguments)
+
+
+def contrast(optim: Optim) -> Contrast:
+    """Two towers with dropout, whose negatives count the more the harder they are."""
+    torch.manual_seed(3)
+    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=BlockConfig(dropout=0.1))
+    text = TextTower(VOCAB, 24, 1, 3, max_len=60, dropout=0.1)
+    return Contrast(CLIP(vision, text, embed_dim=11, hardness=1.0), optim=optim, recall_pictures=4)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -128,11 +168,15 @@ def fit(
     batch_size: int = 4,
     mixture: bool = False,
     captioner: Callable[[], VisionEncoderDecoder] = captioner,
+    task: Callable[[Optim], Task[CaptionData]] | None = None,
+    data: Callable[..., CaptionData] = scenes,
+    loading: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> str:
     """Trains in `folder`, or goes on there; a hash of the weights that come of it."""
     warnings.simplefilter("ignore")
-    module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=2, ema=ema), image_ablation_batches=0)
+    optim = Optim(lr=0.01, warmup_steps=2, ema=ema)
+    module = Captioning(captioner(), optim=optim, image_ablation_batches=0) if task is None else task(optim)
     last = folder / "checkpoints" / "last.ckpt"
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -145,8 +189,9 @@ def fit(
         callbacks=[witness, Saving(every_steps=every_steps)],
         **({"max_epochs": 3} | arguments),
     )
-    data = scenes(batch_size, mixture=mixture, loader=LoaderConfig(num_workers=workers))
-    trainer.fit(module, datamodule=data, ckpt_path=last if resume and last.exists() else None)
+    mixed = {"mixture": True} if mixture else {}
+    pictures = data(batch_size, loader=LoaderConfig(num_workers=workers, **(loading or {})), **mixed)
+    trainer.fit(module, datamodule=pictures, ckpt_path=last if resume and last.exists() else None)
     weights = b"".join(raw(p.detach()) for p in module.parameters())
     return hashlib.sha256(weights).hexdigest()
 

@@ -51,7 +51,7 @@ class PackedImages(Batch):
             if image.ndim != 3 or height % patch_size or width % patch_size or not height or not width:
                 raise ValueError(
                     f"picture {i} of {tuple(image.shape)} is not (channels, height, width) with sides divisible by "
-                    f"{patch_size}: `NativeTransform` makes such"
+                    f'{patch_size}: an ImageTransform with resize "native" makes such'
                 )
             grids.append((height // patch_size, width // patch_size))
         pattern = "c (gh y) (gw x) -> (gh gw) (c y x)"
@@ -61,6 +61,11 @@ class PackedImages(Batch):
     def __len__(self) -> int:
         """How many pictures there are."""
         return len(self.grids)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many patches each picture has."""
+        return tuple(rows * columns for rows, columns in self.grids)
 
 
 def packed_features(vit: ViT, images: PackedImages, indices: Sequence[int] | None = None) -> list[Tensor]:
@@ -81,7 +86,7 @@ def packed_features(vit: ViT, images: PackedImages, indices: Sequence[int] | Non
     if any(not 0 <= i < vit.depth for i in wanted):
         raise ValueError(f"blocks {list(indices or ())} were asked for, but there are {vit.depth}")
     x, ropes = _embed(vit, images)
-    lengths = tuple(vit.num_prefix_tokens + gh * gw for gh, gw in images.grids)
+    lengths = tuple(vit.num_prefix_tokens + length for length in images.lengths)
     mask, found = _mask(lengths, x.device), {}
     for i, layer in enumerate(vit.blocks[: max(wanted) + 1] if wanted else vit.blocks):
         x = vit.through(layer, x, ropes[i], mask)
@@ -127,7 +132,7 @@ def _embed(vit: ViT, images: PackedImages) -> tuple[Tensor, list[Rope | None]]:
         x = x + torch.cat([tables[grid] for grid in images.grids]).to(x.dtype)
     if vit.prefix_tokens is not None:
         first = vit.prefix_tokens[0].to(x.dtype)
-        parts = x.split([gh * gw for gh, gw in images.grids])
+        parts = x.split(images.lengths)
         x = torch.cat([tokens for part in parts for tokens in (first, part)])
     ropes: list[Rope | None] = [None] * vit.depth
     if vit.rotary is not None:

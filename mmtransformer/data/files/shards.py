@@ -21,6 +21,7 @@ from mmtransformer.data.files.text import SPLITS, split_word
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
+from mmtransformer.images.sizes import stored_size
 from mmtransformer.serialization.untrusted import leads_out
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -55,14 +56,26 @@ class ShardSplit:
 
     def scaled_image(self, i: int, *, at_least: tuple[float, float] | None = None) -> Image.Image:
         """Picture i, which may be decoded smaller; see `at_least` of `mmtransformer.images.load`."""
+        data, label = self._data(i)
+        return load(data, name=label, at_least=at_least)
+
+    def stored_size(self, i: int) -> tuple[int, int]:
+        """Height and width of picture i, px, as it lies in its file; only the beginning of it is looked at.
+
+        Raises:
+            ImageError: If it can't be read; the message names the shard, the byte and the fault.
+        """
+        return stored_size(*self._data(i))
+
+    def _data(self, i: int) -> tuple[bytes, str]:
+        """The bytes of picture i's file, and what errors call it."""
         archive, offset, size = self._places[i].tolist()
         label = f"{self._names[i]} (byte {offset} of {self._files.archives[archive]})"
         try:
-            data = self._files.read(Entry(label, label, archive, offset, size, size))
+            return self._files.read(Entry(label, label, archive, offset, size, size)), label
         except FileError as error:
             said = str(error).removeprefix(f"{label}: ")
             raise ImageError(f"{label}: can't be read ({said}); has the shard changed since the run began?") from error
-        return load(data, name=label, at_least=at_least)
 
     def captions(self, i: int) -> list[Caption]:
         """All captions of picture i."""

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmtransformer.backbones.towers.padded import pad_images
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.features import FeatureCache
@@ -28,7 +29,7 @@ class Sample(NamedTuple):
     """One picture with its rows.
 
     Attributes:
-        pixels: (1 3 height width), or None.
+        pixels: (1 3 height width), or None; of pictures of native size each has its own height and width.
         visual_tokens: (1 p d) in their place, or None.
         rows: Its r captions.
         name: The picture's name.
@@ -159,6 +160,7 @@ class Collate:
     Args:
         pad_id: The id that fills the rows up.
         image_id: The image token, where prompts show with it where the picture stands.
+        patch_size: Side of the patches, px, that pictures of native size are cut into here.
         complete: Adds what else a public model reads of a batch.
         tiled: A public model's processor, if it cuts pictures into tiles: the prompt before a caption then depends on
             the picture, and is made here.
@@ -169,10 +171,12 @@ class Collate:
         pad_id: int,
         image_id: int | None = None,
         *,
+        patch_size: int | None = None,
         complete: Callable[[CaptionBatch], CaptionBatch] | None = None,
         tiled: Processor | None = None,
     ):
         self.pad_id, self.image_id, self.complete, self.tiled = pad_id, image_id, complete, tiled
+        self.patch_size = patch_size
 
     def __call__(self, samples: list[Sample]) -> CaptionBatch:
         """Pad the rows to the longest one and stack the pictures."""
@@ -194,9 +198,11 @@ class Collate:
             "questions": tuple(sample.question for sample in samples),
         }
         if images is None:
+            pixels, grids = self._pixels([sample.pixels for sample in samples])
             batch = CaptionBatch(
                 **texts,
-                pixels=_stack([sample.pixels for sample in samples]),
+                pixels=pixels,
+                patch_grids=grids,
                 visual_tokens=_stack([sample.visual_tokens for sample in samples]),
                 image_index=None
                 if self.image_id is None
@@ -205,6 +211,13 @@ class Collate:
         else:
             batch = dataclasses.replace(images, **texts)
         return batch if self.complete is None else self.complete(batch)
+
+    def _pixels(self, images: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """The samples' pixels (b 1 3 height width); of native size their patches (b 1 p c), and their grids (b 1 2)."""
+        there = [image for image in images if image is not None]
+        if self.patch_size is None or not there:
+            return _stack(images), None
+        return pad_images([[*image] for image in there], self.patch_size)
 
     def _prompted(self, sample: Sample, images: CaptionBatch | None, i: int) -> list[CaptionRow]:
         """A sample's rows behind the prompt of its picture, where that depends on its tiles."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
@@ -73,6 +74,10 @@ class LoaderConfig:
             for ever. Ten minutes are far above what a batch takes, and below what a dead disk costs on a rented GPU.
         keep_together: So many neighbours of the training split stay in one batch: hard negatives for contrast, where
             the data lie so that neighbours are alike.
+        max_patches_per_batch: Of pictures of native size, the most patches of a training batch of one process, in place
+            of `batch_size` pictures: small pictures then come in larger batches, and a step costs about the same as
+            any other. Beside others, a process may get one picture more. The sizes of all pictures are read before.
+            None = batches of `batch_size`.
     """
 
     num_workers: int = 0
@@ -81,8 +86,11 @@ class LoaderConfig:
     max_bad: float = 0.01
     timeout: float = 600.0
     keep_together: int = 1
+    max_patches_per_batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_patches_per_batch is not None and self.max_patches_per_batch < 1:
+            raise ValueError(f"loader.max_patches_per_batch ({self.max_patches_per_batch}) must be at least 1")
         if not 0 <= self.timeout < float("inf"):
             raise ValueError(f"loader.timeout ({self.timeout}) must be at least 0 seconds; 0 waits for ever")
 
@@ -203,6 +211,11 @@ class Data(lightning.LightningDataModule, ABC):
         """How long samples are: those of similar length are trained on together. None = they are not grouped."""
         return None
 
+    @once_a_split
+    def patches(self, split: str) -> np.ndarray | None:
+        """How many patches each sample has, where pictures have sizes of their own; None = they have one size."""
+        return None
+
     def mixture(self, split: str) -> EpochMixture | None:
         """Which samples a training epoch takes, where that is not each of them once (None)."""
         return None
@@ -310,6 +323,7 @@ class Data(lightning.LightningDataModule, ABC):
             rank=rank,
             world=world,
             drop_last=training and self.drop_last,
+            budget=self._budget(split, world) if training else None,
         )
         return ResumableLoader(
             dataset,
@@ -319,6 +333,17 @@ class Data(lightning.LightningDataModule, ABC):
             timeout=self.timeout,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def _budget(self, split: str, world: int) -> PatchBudget | None:
+        """What fills training batches up to a number of patches; None = they are of `batch_size` samples."""
+        if (most := self.loader_config.max_patches_per_batch) is None:
+            return None
+        if (sizes := self.patches(split)) is None:
+            raise ValueError(
+                f"loader.max_patches_per_batch ({most}) is for pictures of native size, which these {self.unit}s have "
+                f'not: leave it out, or set data.resize (or image.resize) to "native"'
+            )
+        return PatchBudget(sizes, most, world)
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches."""

@@ -3,27 +3,43 @@
 from dataclasses import replace
 from typing import Literal
 
-from mmtransformer.images import ImageTransform
+from mmtransformer.images import ImageTransform, NativeSize
 
-Resize = Literal["squash", "crop", "letterbox"]
+Resize = Literal["squash", "crop", "letterbox", "native"]
 
 
-def fitted(transform: ImageTransform, resize: Resize | None) -> ImageTransform:
-    """The transform with another way to make a picture fit; one that cuts nothing keeps no margin."""
+def fitted(transform: ImageTransform, resize: Resize | None, patch_size: int = 16) -> ImageTransform:
+    """The transform with another way to make a picture fit; one that cuts nothing keeps no margin.
+
+    Args:
+        transform: the transform.
+        resize: the other way; None = its own. With "native" a picture gets as many patches as there were before.
+        patch_size: of the vision encoder, px.
+    """
     if resize is None or resize == transform.resize:
         return transform
-    return replace(transform, resize=resize, crop_fraction=transform.crop_fraction if resize == "crop" else 1.0)
+    height, width = transform.size
+    native = NativeSize(patch_size, max(1, (height // patch_size) * (width // patch_size)))
+    return replace(
+        transform,
+        resize=resize,
+        crop_fraction=transform.crop_fraction if resize == "crop" else 1.0,
+        native=native if resize == "native" else transform.native,
+    )
 
 
-def of_tower(image: ImageTransform | None, resize: Resize | None, own: ImageTransform) -> tuple[ImageTransform, str]:
+def of_tower(
+    image: ImageTransform | None, resize: Resize | None, own: ImageTransform, patch_size: int = 16
+) -> tuple[ImageTransform, str]:
     """What a run reads pictures as, and a line that says so.
 
     Args:
         image: what the recipe says; None = nothing.
         resize: how pictures are made to fit in place of the vision encoder's own way.
         own: the vision encoder's own transform.
+        patch_size: side of its patches, px.
     """
-    found = fitted(own, resize) if image is None else image
+    found = fitted(own, resize, patch_size) if image is None else image
     if image is None:
         told = f", but resize {resize}, as data.resize says" if found.resize != own.resize else ""
         return found, f"pixels: {described(found)}, the vision encoder's own{told}"
@@ -31,9 +47,24 @@ def of_tower(image: ImageTransform | None, resize: Resize | None, own: ImageTran
     return found, f"pixels: {described(found)}, as data.image says{other}"
 
 
+def of_one_size(image: ImageTransform, reader: str) -> ImageTransform:
+    """The transform itself, for what reads pictures of one size only.
+
+    Raises:
+        ValueError: if pictures keep sizes of their own.
+    """
+    if image.patch_size is not None:
+        raise ValueError(f'{reader} pictures of one size: set resize to "squash", "crop" or "letterbox", not "native"')
+    return image
+
+
 def described(transform: ImageTransform) -> str:
     """A transform in a few words."""
     height, width = transform.size
+    if transform.resize == "native":
+        native, mean = transform.native, " ".join(f"{x:.3g}" for x in transform.mean)
+        size = f"native size, at most {native.max_num_patches} patches of {native.patch_size} px"
+        return f"{size}, {transform.interpolation}, mean {mean}"
     cut = f" {transform.crop_fraction:.3g}" if transform.crop_fraction != 1 else ""
     mean = " ".join(f"{x:.3g}" for x in transform.mean)
     return f"{height} x {width} px, {transform.resize}{cut}, {transform.interpolation}, mean {mean}"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.workers import ignore_signals
@@ -67,6 +68,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         rank: This process, counted from 0.
         world: The number of processes.
         drop_last: Leave out the last step of an epoch if it is not full.
+        budget: Fills batches up to so many patches, in place of `batch_size` samples; all steps are then about full.
 
     Raises:
         ValueError: If the sizes cannot be: no sample, a rank past the world.
@@ -88,6 +90,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         rank: int = 0,
         world: int = 1,
         drop_last: bool = False,
+        budget: PatchBudget | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 sample")
@@ -113,7 +116,13 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         self.keep_together = keep_together
         self.lengths, self.mixture, self.repeat = lengths, mixture, repeat
         self.block, self.window = block or self.step, window
-        self.rank, self.world, self.drop_last = rank, world, drop_last
+        if budget is not None and (mixture is not None or len(budget.sizes) != num_samples):
+            raise ValueError(
+                f"a budget of patches for {len(budget.sizes)} samples is not for {num_samples}"
+                if mixture is None
+                else "a budget of patches is not for a mixture, whose epochs have different samples"
+            )
+        self.rank, self.world, self.drop_last, self.budget = rank, world, drop_last, budget
         self.epoch = 0
         self.start = 0  # samples of this epoch that the next pass leaves out; only a resumed pass has any
         self.position = 0  # samples of this epoch that all processes together have consumed
@@ -164,15 +173,33 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             index, times = np.arange(self.num_samples), np.full(self.num_samples, epoch)
         else:
             index, times = self.mixture.samples(epoch)
-        samples = np.stack([times, index], axis=1)[self.order(epoch)]
-        for start in range(first, self._end, self.step):
-            step = samples[start : start + self.step].tolist()
-            mine = [SampleIndex(*sample) for sample in step[self.rank :: self.world]]
-            yield mine or [SampleIndex(*step[0], is_real=False)]
+        order = self.order(epoch)
+        for end in self.ends(first, order):
+            step, first = order[first:end], int(end)
+            mine = step[self.rank :: self.world] if self.budget is None else self.budget.deal(step, self.rank)
+            yield [SampleIndex(int(times[i]), int(index[i])) for i in mine] or [
+                SampleIndex(int(times[step[0]]), int(index[step[0]]), is_real=False)
+            ]
+
+    def ends(self, first: int, order: np.ndarray | None = None) -> np.ndarray:
+        """How many samples of the epoch have come by the end of each step that follows so many.
+
+        Args:
+            first: How many have come.
+            order: Of the epoch; that of the current one unless told.
+        """
+        if self.budget is None:
+            return np.minimum(np.arange(first, self._end, self.step) + self.step, self.num_samples)
+        ends = self.budget.ends(self.order(0 if self.repeat else self.epoch) if order is None else order)
+        return ends[ends > first]
+
+    def steps_before(self, first: int) -> int:
+        """How many steps of this size the first so many samples of the epoch are, a part of one counted whole."""
+        return -(-first // self.step) if self.budget is None else self.budget.steps - len(self.ends(first))
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever one is in it."""
-        return -(-self._end // self.step)
+        return -(-self._end // self.step) if self.budget is None else self.budget.steps
 
     @property
     def _end(self) -> int:
@@ -254,6 +281,7 @@ class ResumableLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sampler = self.place
         epoch, position = sampler.epoch, sampler.start
+        ends = iter(sampler.ends(position).tolist())
         batches = super().__iter__()
         while True:
             self.waiting = True
@@ -267,7 +295,7 @@ class ResumableLoader(DataLoader):
                 raise
             finally:
                 self.waiting = False
-            position = min(position + sampler.step, sampler.num_samples)
+            position = next(ends)
             if sampler.epoch == epoch:
                 sampler.position = position
             yield batch

@@ -1,5 +1,6 @@
 """What every kind of image-text data looks like from above: splits of pictures with captions."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
@@ -59,6 +60,23 @@ def scaled_image(images: Any, *index: int, at_least: tuple[float, float] | None)
     if at_least is None or not hasattr(images, "scaled_image"):
         return images.image(*index)
     return images.scaled_image(*index, at_least=at_least)
+
+
+def size_of(pairs: Pairs, i: int) -> tuple[int, int]:
+    """Height and width of picture i, px, as it lies in its file.
+
+    Args:
+        pairs: A split. If it has a method `stored_size` of the picture's number, that is called: it decodes nothing.
+        i: Which picture.
+
+    Raises:
+        ImageError: The picture cannot be used.
+    """
+    size: Callable[[int], tuple[int, int]] | None = getattr(pairs, "stored_size", None)
+    if size is not None:
+        return size(i)
+    image = pairs.image(i)
+    return image.height, image.width
 
 
 Split = TypeVar("Split", bound=Pairs, covariant=True)

@@ -122,7 +122,7 @@ def resume_loaders(trainer: pl.Trainer) -> None:
     if batches.is_last_batch and loop._data_fetcher is not None:
         loop._data_fetcher.done = True  # All batches of this epoch are done; the fetcher does not know.
     elif isinstance(found := loader.flattened[0], ResumableLoader):
-        done = -(-found.place.start // found.place.step)  # where it was, in batches of this size
+        done = found.place.steps_before(found.place.start)  # where it was, in batches of this size
         for name in ("ready", "started", "processed", "completed"):
             setattr(batches.current, name, done)
 

@@ -32,7 +32,7 @@ from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.evaluation import ablation_text, evaluate, image_ablation
 from mmtransformer.training.evaluation.few_shot import score_few_shot
 from mmtransformer.training.evaluation.report import how_to, seconds_to_text, write_report
-from mmtransformer.training.tasks.data_checks import check_texts, refuse_empty_captions
+from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
 from mmtransformer.training.tasks.tuning import Tuning
 from mmtransformer.weights.adapters import Adapter, hash_of, learned
 from mmtransformer.weights.public import base_name, open_captioner
@@ -108,17 +108,8 @@ class Captioning(Task):
         check_texts(data, data.max_len, self.captioner, "decoder")
         if isinstance(self.captioner, CoCa) and self.captioner.contrastive_weight:
             refuse_empty_captions(data, testing=stage == "test")
-        alone = isinstance(self.captioner, HubCaptioner)  # Its own processor makes its pixels.
-        patch = None if alone else getattr(self.captioner.vision, "patch_size", None)
-        if (
-            isinstance(patch, int)
-            and not isinstance(self.captioner, HubCaptioner)
-            and any(side % patch for side in data.transform.size)
-        ):
-            raise ValueError(
-                f"data.image gives pictures of {data.transform.size[0]} x {data.transform.size[1]} px, which the "
-                f"backbone's patches of {patch} px do not divide; change image_size or patch_size"
-            )
+        if not isinstance(self.captioner, HubCaptioner):  # Its own processor makes its pixels.
+            check_pixels(data, self.captioner)
 
     @property
     def data(self) -> CaptionData | None:
@@ -356,7 +347,4 @@ def other_images(batch: CaptionBatch) -> CaptionBatch | None:
     order = torch.arange(real.numel())  # autocast cannot `roll` float16 on a CPU
     order[places] = places.roll(1)
 
-    def move(visual: Tensor | None) -> Tensor | None:
-        return None if visual is None else visual.flatten(0, 1)[order.to(visual.device)].unflatten(0, shape)
-
-    return dataclasses.replace(batch, pixels=move(batch.pixels), visual_tokens=move(batch.visual_tokens))
+    return batch.pick_images(order.unflatten(0, shape))

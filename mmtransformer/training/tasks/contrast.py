@@ -22,7 +22,7 @@ from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.evaluation.retrieval import KS, draw_retrieval, evaluate_retrieval
 from mmtransformer.training.evaluation.zero_shot import zero_shot, zero_shot_table
-from mmtransformer.training.tasks.data_checks import check_texts, refuse_empty_captions
+from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
 
 RECALLS = tuple(f"{way}_recall@{k}" for way in ("text", "image") for k in KS)
 """What a validation measures beside the loss: a picture's texts, and a text's picture, among the first k."""
@@ -76,7 +76,7 @@ class Contrast(Task[CaptionData]):
         if data is None:
             return
         check_texts(data, data.max_len, self.model, "text tower")
-        self.model.vision.grid_size(*data.transform.size)
+        check_pixels(data, self.model)
         refuse_empty_captions(data, testing=stage == "test")
 
     def on_fit_start(self) -> None:

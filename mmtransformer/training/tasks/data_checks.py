@@ -1,7 +1,8 @@
 """What a task checks before anything is computed: that model and texts fit."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
+from mmtransformer.backbones.vit import ViT
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.module import Data
 
@@ -36,6 +37,45 @@ def check_texts(data: Data, max_len: int, model: _Reader, part: str) -> None:
         raise ValueError(
             f"data.max_len ({max_len}) is more than the {model.max_len} tokens that the model reads; lower it, or "
             f"raise the {part}'s max_len"
+        )
+
+
+def check_pixels(data: CaptionData, model: Any) -> None:
+    """Checks that a model's vision encoder can read the data's pictures.
+
+    Args:
+        data: The data.
+        model: The model, with its `vision`.
+
+    Raises:
+        ValueError: If patches do not divide the pictures, or pictures keep sizes of their own and the model reads no
+            such, or cuts them into other patches.
+    """
+    vision, transform = model.vision, data.transform
+    patch = getattr(vision, "patch_size", None)
+    if not isinstance(patch, int):
+        return
+    if (native := transform.patch_size) is None:
+        if any(side % patch for side in transform.size):
+            raise ValueError(
+                f"data.image gives pictures of {transform.size[0]} x {transform.size[1]} px, which the backbone's "
+                f"patches of {patch} px do not divide; change image_size or patch_size"
+            )
+        return
+    remedy = 'set data.resize (or image.resize) to "squash", "crop" or "letterbox"'
+    if "patch_grids" in getattr(model, "unread", ()):
+        raise ValueError(f"a {type(model).__name__} does not read pictures of native size: {remedy}")
+    if type(vision) is not ViT or vision.patches.stem != "patch":
+        raise ValueError(f"pictures of native size go through a ViT that cuts patches and does not convolve: {remedy}")
+    if native != patch:
+        raise ValueError(
+            f"data.image cuts pictures into patches of {native} px, and the vision encoder reads patches of {patch} "
+            f"px: set image.native.patch_size to {patch}"
+        )
+    if (dropped := vision.patches.dropout) or vision.block.drop_path:
+        raise ValueError(
+            f"the vision encoder's patches.dropout ({dropped}) and block.drop_path ({vision.block.drop_path}) are "
+            f"drawn for a row, which holds many pictures of native size: train them with 0"
         )
 
 

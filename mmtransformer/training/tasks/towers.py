@@ -46,8 +46,10 @@ def _source(vision: Any) -> Any:
 
 def use_transform(model: Any, data: Any) -> str | None:
     """Has the data read pictures as the vision encoder does, unless told otherwise; what is to be said of it."""
-    vision = getattr(getattr(model, "captioner", None), "vision", None)
+    inner = getattr(model, "captioner", None) or getattr(model, "model", None)
+    vision = getattr(inner, "vision", None)
     if vision is None or not hasattr(data, "use_tower"):
         return None
     height, width = vision.image_size
-    return data.use_tower(vision.transform or ImageTransform(height if height == width else (height, width)))
+    own = vision.transform or ImageTransform(height if height == width else (height, width))
+    return data.use_tower(own, getattr(vision, "patch_size", 16))

@@ -151,7 +151,7 @@ def test_naflex_of_timm_with_its_padding() -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(ValueError, match=r"picture 1 of \(3, 24, 20\) is not .* divisible by 8: `NativeTransform`"):
+    with pytest.raises(ValueError, match=r"picture 1 of \(3, 24, 20\) is not .* divisible by 8: an ImageTransform"):
         PackedImages.of([torch.zeros(3, 8, 8), torch.zeros(3, 24, 20)], 8)
     with pytest.raises(ValueError, match="at least one picture"):
         PackedImages.of([], 8)
