@@ -47,7 +47,8 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
   --model.captioner.decoder.depth N    any argument of any part
-  --model.captioner.vision.source X    a public vision encoder: a folder, or a name of timm's (docs/towers.md)
+  --model.captioner.vision.source X    a public vision encoder: a folder, or a name of timm's (docs/towers.md);
+                                       model.model.vision.source of a CLIP
   --model.init DIR                     finetune: the model to go on from
   --data.source DIR                    your own pairs (data.read.* names columns, if they must be)
   --data.batch_size N                  pictures a batch

@@ -98,16 +98,18 @@ def listing() -> list[str]:
     return [*lines, "", "mmt fit --config NAME trains one; mmt recipes show|copy NAME prints or copies it."]
 
 
-_VISION, _TOWER = "--model.captioner.vision", "mmtransformer.weights.load_vit"
+_VISIONS, _TOWER = ("--model.captioner.vision", "--model.model.vision"), "mmtransformer.weights.load_vit"
 
 
 def with_tower(words: Sequence[str]) -> list[str]:
-    """A command line in which a captioner's `vision.source` says, too, that its vision encoder is loaded."""
-    keys = [word.partition("=")[0].replace(".init_args.", ".") for word in words]
-    place = next((i for i, key in enumerate(keys) if key == f"{_VISION}.source"), None)
-    if place is None or {_VISION, f"{_VISION}.class_path"} & {*keys}:
-        return list(words)
-    return [*words[:place], f"{_VISION}={_TOWER}", *words[place:]]
+    """A command line in which the `vision.source` of a captioner or a CLIP says, too, that its tower is loaded."""
+    keys, found = [word.partition("=")[0].replace(".init_args.", ".") for word in words], list(words)
+    for vision in _VISIONS:
+        place = next((i for i, key in enumerate(keys) if key == f"{vision}.source"), None)
+        if place is not None and not {vision, f"{vision}.class_path"} & {*keys}:
+            found.insert(place, f"{vision}={_TOWER}")
+            keys.insert(place, vision)
+    return found
 
 
 def cap_sizes(config: Any, most: int) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor
 
-from mmtransformer import NativeTransform, PackedImages, packed_forward
+from mmtransformer import NativeSize, PackedImages, packed_forward
 from mmtransformer.weights import from_timm
 
 PATCH, MOST, COUNT = 16, 196, 8
@@ -64,7 +64,7 @@ def main() -> None:
     args = start(__doc__ or "")
     sizes = sizes_of(mine.pictures)
     for enlarge in (True, False):
-        native = NativeTransform(PATCH, MOST, enlarge=enlarge)
+        native = NativeSize(PATCH, MOST, enlarge=enlarge)
         made = [native.size_for(*size) for size in sizes]
         lengths = [height * width // PATCH**2 for height, width in made]
         groups = [lengths[i : i + COUNT] for i in range(0, len(lengths) - COUNT + 1, COUNT)]

@@ -139,7 +139,7 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name == "clip_flickr8k":
         ViT(32, 8, 192, 1, 3).save_pretrained(folder / "vit")
         cache = f"--data.cache_features.folder={folder / 'features'}"
-        return [root, f"--model.model.vision.source={folder / 'vit'}", "--data.image.image_size=32", cache]
+        return [root, f"--model.model.vision.source={folder / 'vit'}", cache]
     if name in ("qformer_stage2_flickr8k", "qformer_coco"):
         language = language_model(folder / "lm", "gpt2" if name == "qformer_coco" else "ours")
         cache = [f"--data.cache_features.folder={folder / 'features'}"] if name == "qformer_stage2_flickr8k" else []

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtransformer.images import ImageTransform
+from mmtransformer.images import ImageTransform, NativeSize
 from mmtransformer.serialization.folder_config import OPEN_CLIP
 from mmtransformer.serialization.pretrained import read_json
 
@@ -31,6 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Idefics": {**_CLIP, "size": {"height": 224, "width": 224}},
     "Llava": {**_CLIP, **_SHORT_224},
 }  # fmt: skip
+_SIGLIP2 = {"Siglip2": {**_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256}}
 """What transformers' image processors take for granted where the file does not say it, by the stems of their names."""
 
 _SIDES = range(384, 2305, 384)
@@ -112,6 +113,32 @@ def read_pixels(
     )
 
 
+def read_native(
+    folder: Path, *, patch_size: int, backend: Literal["torchvision", "pil"] = "torchvision"
+) -> ImageTransform:
+    """The transform of a folder's SigLIP 2 image processor, which keeps a picture's shape (NaFlex).
+
+    Args:
+        folder: the folder.
+        patch_size: side of the patches that the model reads, px.
+        backend: see `ImageTransform`.
+
+    Raises:
+        ValueError: for another processor or other patches, and steps that are not known here, naming the key.
+    """
+    values, _, where = _checked(folder, "Siglip2", _SIGLIP2)
+    if values["patch_size"] != patch_size:
+        raise ValueError(f"{where}: patches of {values['patch_size']} px, and the model reads those of {patch_size}")
+    return ImageTransform(
+        resize="native",
+        mean=tuple(values["image_mean"]),
+        std=tuple(values["image_std"]),
+        interpolation=_FILTERS[values["resample"]],
+        backend=backend,
+        native=NativeSize(patch_size, values["max_num_patches"]),
+    )
+
+
 def read_tiles(
     folder: Path, kind: str, *, size: int, backend: Literal["torchvision", "pil"] = "torchvision"
 ) -> tuple[ImageTransform, dict[str, Any]]:
@@ -179,6 +206,10 @@ def to_preprocessor(transform: ImageTransform) -> dict[str, Any]:
     Raises:
         ValueError: for one that they have not.
     """
+    if transform.resize == "native":
+        raise ValueError(
+            "pictures keep sizes of their own, which of transformers' image processors SigLIP 2's alone lets them"
+        )
     height, width = transform.size
     if transform.resize == "letterbox":
         raise ValueError("transformers has no image processor that letterboxes with the mean colour")
@@ -199,6 +230,32 @@ def to_preprocessor(transform: ImageTransform) -> dict[str, Any]:
         "image_mean": list(transform.mean),
         "image_std": list(transform.std),
         "do_convert_rgb": True,
+    }
+
+
+def to_native_preprocessor(transform: ImageTransform) -> dict[str, Any]:
+    """preprocessor_config.json of a transform, for SigLIP 2's image processor in transformers.
+
+    Raises:
+        ValueError: for one that it has not: pictures of one size, or small ones that stay small.
+    """
+    if transform.resize != "native" or not transform.native.enlarge:
+        raise ValueError(
+            "SigLIP 2's image processor keeps pictures' shapes and enlarges small ones: resize native, native.enlarge "
+            f"true, not {transform.resize}, {str(transform.native.enlarge).lower()}"
+        )
+    return {
+        "image_processor_type": "Siglip2ImageProcessor",
+        "do_resize": True,
+        "resample": {name: number for number, name in _FILTERS.items()}[transform.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+        "do_convert_rgb": True,
+        "patch_size": transform.native.patch_size,
+        "max_num_patches": transform.native.max_num_patches,
     }
 
 

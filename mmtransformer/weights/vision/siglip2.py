@@ -31,7 +31,7 @@ def vision_from_siglip2(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     """A NaFlex tower of SigLIP 2 as a `ViT`, for images of the size that its table has; equal to 1e-5 in float32.
 
     `forward_features` is the `last_hidden_state` there and `forward` the `pooler_output`, for images of any size and
-    shape; transformers reads them cut into patches, with padding, here they are whole, or packed (`PackedViT`).
+    shape; transformers reads them cut into patches, with padding, here they are whole, or packed (`packed_forward`).
 
     Args:
         config: the configuration of the tower or of the dual model.
@@ -118,4 +118,4 @@ def save_siglip2(vit: ViT, folder: str | Path) -> None:
     """
     config, tensors = vision_to_siglip2(vit)
     write_folder(folder, config | {"architectures": ["Siglip2VisionModel"]}, tensors)
-    write_transform(vit, folder)
+    write_transform(vit, folder, native=True)

@@ -1,6 +1,6 @@
 """timm's `NaFlexVit` (NaFlex, SigLIP 2, C-RADIO) as a `VisionTransformer`'s tensors: one table of positions for all.
 
-Pictures of native size and shape go through `PackedViT`; here it reads the same images of one size.
+Pictures of native size and shape go through `packed_forward`; here it reads the same images of one size.
 """
 
 from typing import Any

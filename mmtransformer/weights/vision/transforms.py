@@ -11,7 +11,7 @@ from typing import Any
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.images import ImageTransform
-from mmtransformer.weights.processors.pixels import read_pixels, read_preprocessor, to_preprocessor
+from mmtransformer.weights.processors.pixels import read_native, read_pixels, to_native_preprocessor, to_preprocessor
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ def with_data(vit: ViT, model: Any) -> ViT:
 
 
 def to_timm_data(transform: ImageTransform) -> dict[str, Any]:
-    """A timm data config of a transform, without its size."""
+    """A timm data config of a transform, without its size; nothing of native sizes, which timm's has no word for."""
+    if transform.resize == "native":
+        return {}
     return {
         "interpolation": transform.interpolation,
         "crop_pct": transform.crop_fraction,
@@ -65,7 +67,8 @@ def take_transform(vit: ViT, folder: Path, kind: str) -> None:
     """Gives the tower the transform and the size of its folder's preprocessor_config.json, where there is one.
 
     A picture of another size than the tower was made for is what its model reads in transformers (DINOv2 was made for
-    518 px, and reads 224): positions are then resized. A processor that the library cannot imitate is said, no more.
+    518 px, and reads 224): positions are then resized. SigLIP 2's NaFlex reads pictures of native size. A processor
+    that the library cannot imitate is said, no more.
 
     Args:
         vit: the tower.
@@ -76,7 +79,7 @@ def take_transform(vit: ViT, folder: Path, kind: str) -> None:
         return
     try:
         if kind in ("siglip2", "siglip2_vision_model"):
-            vit.transform = _naflex(read_preprocessor(folder), vit)
+            vit.transform = read_native(folder, patch_size=vit.patch_size)
         else:
             vit.transform = transform = read_pixels(folder, _PROCESSORS[kind])
             vit.set_input_size(transform.size)
@@ -85,17 +88,15 @@ def take_transform(vit: ViT, folder: Path, kind: str) -> None:
         _log.warning("how its pictures become pixels is not known: %s", error)
 
 
-def _naflex(values: Mapping[str, Any], vit: ViT) -> ImageTransform:
-    """As SigLIP 2 reads a square picture; those of other shapes keep theirs in `NativeSize`."""
-    mean, std = (tuple(values.get(f"image_{name}") or (0.5,) * 3) for name in ("mean", "std"))
-    arguments: dict[str, Any] = {"mean": mean, "std": std, "backend": "torchvision"}
-    filters = {3: "bicubic", 1: "lanczos"}
-    interpolation: Any = filters.get(values.get("resample", 2), "bilinear")
-    return ImageTransform(vit.image_size[0], "squash", interpolation=interpolation, **arguments)
+def write_transform(vit: ViT, folder: str | Path, *, native: bool = False) -> None:
+    """Writes preprocessor_config.json beside a tower's weights, where it has a transform that transformers knows.
 
-
-def write_transform(vit: ViT, folder: str | Path) -> None:
-    """Writes preprocessor_config.json beside a tower's weights, where it has a transform that transformers knows."""
-    if vit.transform is not None and vit.transform.resize != "letterbox":
-        text = json.dumps(to_preprocessor(vit.transform), indent=2)
+    Args:
+        vit: the tower.
+        folder: where to.
+        native: whether transformers' tower reads pictures of native size (SigLIP 2's NaFlex).
+    """
+    transform, to = vit.transform, to_native_preprocessor if native else to_preprocessor
+    if transform is not None and transform.resize != "letterbox" and (transform.resize == "native") == native:
+        text = json.dumps(to(transform), indent=2)
         (Path(folder) / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")

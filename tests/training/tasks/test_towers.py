@@ -9,14 +9,30 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from jsonargparse import Namespace
+from PIL import Image
 
-from mmtransformer import ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer import (
+    BlockConfig,
+    DualEncoder,
+    ImageCaptioner,
+    ImageIndex,
+    ImageTransform,
+    JoinedTowers,
+    NativeSize,
+    PatchConfig,
+    TextDecoder,
+    VisionEncoderDecoder,
+    ViT,
+)
 from mmtransformer.cli import main
 from mmtransformer.cli.recipes import with_tower
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.images import load
+from mmtransformer.training.tasks.data_checks import check_pixels
 from mmtransformer.training.tasks.towers import fit_widths, use_transform
 from mmtransformer.weights import from_timm, load_vit, save_vit
 from mmtransformer.weights.vision.load import tower_width
@@ -89,7 +105,7 @@ def test_pixels_are_the_towers_own_unless_told() -> None:
 
 def test_recipes_of_public_towers_leave_the_pixels_to_them() -> None:
     """What their figures were measured with is what comes of their towers."""
-    for name in ("caption_flickr8k", "flamingo_flickr8k", "flamingo_coco", "qformer_stage1_flickr8k"):
+    for name in ("caption_flickr8k", "flamingo_flickr8k", "flamingo_coco", "qformer_stage1_flickr8k", "clip_flickr8k"):
         text = (RECIPES / f"{name}.yaml").read_text("utf-8")
         assert "\n    image:\n" not in text
         assert "resize: squash" in text
@@ -117,13 +133,133 @@ def test_a_recipe_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (saved["image_size"], saved["std"]) == (28, [0.229, 0.224, 0.225])
 
 
-def test_a_source_alone_says_that_the_tower_is_loaded() -> None:
-    key, file = "--model.captioner.vision", ["--config", "a.yaml"]
-    for word in (
-        f"{key}.source=x",
-        f"{key}.init_args.source=x",
-        "--model.init_args.captioner.init_args.vision.source=x",
-    ):
+def mixed_folder(path: Path) -> Path:
+    """Pictures of several shapes, each with a caption in a file of its name."""
+    path.mkdir()
+    for i, size in enumerate([(60, 40), (40, 60), (33, 90), (20, 20), (90, 33), (48, 48), (24, 56), (56, 24)]):
+        Image.effect_noise(size, 80.0).convert("RGB").save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"a grey picture number {i} of some noise", "utf-8")
+    return path
+
+
+def fitted(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(words)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def test_a_clip_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By one key, in a recipe that has a ViT of its own and in one that loads one: pixels are the tower's, and said."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"img_size": 28, "depth": 1, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 1.0}
+    save_vit(from_timm(timm.create_model("vit_small_patch14_dinov2", **small)), tmp_path / "tower")
+    words = ["fit", "--config", str(RECIPES / "clip_flickr8k.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    words += [f"--model.model.vision.source={tmp_path / 'tower'}", f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    words += [f"--data.source={flickr_folder(tmp_path / 'flickr')}"]
+    out = fitted([*words, f"--data.cache_features.folder={tmp_path / 'features'}"], capsys)
+    line = "pixels: 28 x 28 px, squash, bicubic, mean 0.485 0.456 0.406, the vision encoder's own, but resize squash"
+    assert line in out
+    saved = json.loads((tmp_path / "run" / "model" / "preprocessor.json").read_text())
+    assert (saved["image_size"], saved["resize"], saved["std"]) == (28, "squash", [0.229, 0.224, 0.225])
+    told = [word.replace(str(tmp_path / "run"), str(tmp_path / "told")) for word in words]
+    told += ["--data.resize=null", "--data.image.image_size=14", "--data.cache_features=null"]
+    out = fitted(told, capsys)
+    assert "pixels: 14 x 14 px, squash, bicubic, mean 0.5 0.5 0.5, as data.image says; the vision encoder's own" in out
+    again = ["fit", "--config", str(RECIPES / "clip_finetune.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    again += [f"--model.init={tmp_path / 'run' / 'model'}", words[-1], f"--trainer.default_root_dir={tmp_path / 'ft'}"]
+    fitted(again, capsys)
+    assert json.loads((tmp_path / "ft" / "model" / "preprocessor.json").read_text()) == saved
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*again, "--data.image.image_size=14", f"--trainer.default_root_dir={tmp_path / 'no'}"]) != 0
+    assert "data.image would have no effect: the model that is trained on reads pictures as" in capsys.readouterr()[1]
+
+
+def test_a_contrast_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By one key of the data, in batches of so many patches; found again, searched, fine-tuned."""
+    pictures, run = mixed_folder(tmp_path / "pictures"), tmp_path / "run"
+    tower = ["--model.model.vision=mmtransformer.ViT", "--model.model.vision.dim=24", "--model.model.vision.depth=1"]
+    tower += [f"--model.model.vision.{name}" for name in ("num_heads=3", "image_size=32", "patch_size=8")]
+    base = ["fit", "--config", str(RECIPES / "clip_flickr8k.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    words = [*base, *tower, f"--data.source={pictures}", f"--trainer.default_root_dir={run}"]
+    words += ["--data.cache_features=null", "--data.resize=native", "--data.loader.max_patches_per_batch=50"]
+    out = fitted(words, capsys)
+    assert "pixels: native size, at most 16 patches of 8 px, bicubic, mean 0.5 0.5 0.5, the vision encoder's own" in out
+    saved = json.loads((run / "model" / "preprocessor.json").read_text())
+    assert saved["native"] == {"patch_size": 8, "max_num_patches": 16, "enlarge": True}
+    encoder = DualEncoder.from_pretrained(run / "model", device="cpu")
+    files = sorted(pictures.glob("*.png"))
+    vectors = encoder.encode_images(files)
+    for file, vector in zip(files, vectors, strict=True):
+        torch.testing.assert_close(encoder.encode_images(file)[0], vector, atol=1e-6, rtol=1e-5)
+        pixels = encoder.transform(load(file))
+        assert pixels.shape[1] // 8 * (pixels.shape[2] // 8) <= 16
+        torch.testing.assert_close(F.normalize(encoder.model.encode_images(pixels[None]))[0], vector)
+    index = ImageIndex.build(encoder, [pictures], path=tmp_path / "index.safetensors")
+    torch.testing.assert_close(index.contents.embeddings.float(), vectors, atol=1e-3, rtol=1e-3)
+    assert encoder.classify(files[:2], ["grey", "red"])
+    again = ["fit", "--config", str(RECIPES / "clip_finetune.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    again += [f"--model.init={run / 'model'}", f"--data.source={pictures}"]
+    fitted([*again, f"--trainer.default_root_dir={tmp_path / 'again'}"], capsys)
+    assert DualEncoder.from_pretrained(tmp_path / "again" / "model", device="cpu").transform == encoder.transform
+
+
+def test_a_captioner_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A NaFlex tower of SigLIP 2 by one key; its pictures keep their shapes in training, validation and use."""
+    pictures, run = mixed_folder(tmp_path / "pictures"), tmp_path / "run"
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "patch_size": 8}
+    config = transformers.Siglip2VisionConfig(**sizes, intermediate_size=29, num_patches=16)
+    transformers.Siglip2VisionModel(config).save_pretrained(tmp_path / "tower")
+    processor: Any = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=20)
+    processor.save_pretrained(tmp_path / "tower")
+    base = ["fit", "--config", str(RECIPES / "caption_flickr8k.yaml"), "--config", str(RECIPES / "tiny.yaml")]
+    words = [*base, f"--model.captioner.vision.source={tmp_path / 'tower'}", "--model.captioner.decoder.depth=1"]
+    words += [f"--data.source={pictures}", f"--trainer.default_root_dir={run}", "--data.resize=null"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(words) != 0
+    assert "cache_features keeps the tokens of pictures of one size" in capsys.readouterr()[1]
+    out = fitted([*words, "--data.cache_features=null", "--model.captioner.adapter.token_dropout=0"], capsys)
+    assert (
+        "pixels: native size, at most 20 patches of 8 px, bilinear, mean 0.5 0.5 0.5, the vision encoder's own" in out
+    )
+    captioner = ImageCaptioner.from_pretrained(run / "model", device="cpu")
+    files = sorted(pictures.glob("*.png"))
+    together = captioner(files, max_new_tokens=5)
+    assert [rows[0].tokens for rows in together] == [captioner(file, max_new_tokens=5)[0][0].tokens for file in files]
+    heat = captioner.heatmap(files[2], together[2][0])
+    assert heat.shape[1:] == (4, 4)
+    assert (run / "gallery.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "image", "message"),
+    [
+        ({}, {"native": NativeSize(16)}, "patches of 16 px, and the vision encoder reads patches of 8 px"),
+        ({"patches": PatchConfig(stem="conv")}, {"native": NativeSize(8)}, "a ViT that cuts patches and does not"),
+        ({"block": BlockConfig(drop_path=0.1)}, {"native": NativeSize(8)}, r"drop_path \(0.1\) are drawn for a row"),
+    ],
+)
+def test_pictures_of_native_size_that_a_tower_cannot_read(options: Any, image: Any, message: str) -> None:
+    pictures = data(image=ImageTransform(resize="native", **image))
+    model = SimpleNamespace(vision=ViT(32, 8, 20, 1, 4, **options))
+    with pytest.raises(ValueError, match=message):
+        check_pixels(pictures, model)
+    joined = SimpleNamespace(vision=JoinedTowers(ViT(32, 8, 20, 1, 4)))
+    with pytest.raises(ValueError, match="a ViT that cuts patches"):
+        check_pixels(pictures, joined)
+    model = SimpleNamespace(vision=ViT(32, 8, 20, 1, 4), unread=("patch_grids",))
+    with pytest.raises(ValueError, match="a SimpleNamespace does not read pictures of native size"):
+        check_pixels(pictures, model)
+
+
+@pytest.mark.parametrize("part", ["captioner", "model"])
+def test_a_source_alone_says_that_the_tower_is_loaded(part: str) -> None:
+    key, file = f"--model.{part}.vision", ["--config", "a.yaml"]
+    for word in (f"{key}.source=x", f"{key}.init_args.source=x", f"--model.init_args.{part}.init_args.vision.source=x"):
         assert with_tower([*file, word]) == [*file, f"{key}=mmtransformer.weights.load_vit", word]
     for words in (
         [*file, f"{key}=mmtransformer.weights.load_vit", f"{key}.source=x"],

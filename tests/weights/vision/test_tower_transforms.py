@@ -12,8 +12,16 @@ from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
-from mmtransformer import ImageTransform, ViT
-from mmtransformer.weights import from_timm, load_vit, save_clip, save_dino, save_transformers_vit, save_vit
+from mmtransformer import ImageTransform, NativeSize, PackedImages, ViT, packed_forward
+from mmtransformer.weights import (
+    from_timm,
+    load_vit,
+    save_clip,
+    save_dino,
+    save_siglip2,
+    save_transformers_vit,
+    save_vit,
+)
 
 SIZES: dict[str, Any] = {"depth": 1, "embed_dim": 20, "num_heads": 5, "mlp_ratio": 1.0}
 VISION: dict[str, Any] = {
@@ -114,11 +122,29 @@ def test_a_folder_of_transformers_brings_its_processor(name: str, tmp_path: Path
 
 def test_naflex_and_what_cannot_be_imitated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sizes = {key: value for key, value in VISION.items() if key != "image_size"}
-    transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes, num_patches=9)).save_pretrained(tmp_path)
-    transformers.Siglip2ImageProcessor(patch_size=14).save_pretrained(tmp_path)
-    assert load_vit(tmp_path).transform == ImageTransform(42, interpolation="bilinear", backend="torchvision")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs: Any = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**sizes, num_patches=9)).eval()
+    processor: Any = transformers.Siglip2ImageProcessor(patch_size=14, max_num_patches=30)
+    theirs.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    ours = load_vit(tmp_path)
+    native = ImageTransform(resize="native", interpolation="bilinear", backend="torchvision", native=NativeSize(14, 30))
+    assert ours.transform == native
+    with torch.no_grad():
+        found = theirs(**processor(images=picture(), return_tensors="pt"))
+        packed = PackedImages.of([native(picture())], 14)
+        torch.testing.assert_close(packed_forward(ours, packed), found.pooler_output, atol=1e-5, rtol=1e-5)
+    save_siglip2(ours, tmp_path / "ours")
+    again: Any = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    for name, tensor in again(images=picture(), return_tensors="pt").items():
+        assert torch.equal(tensor, processor(images=picture(), return_tensors="pt")[name])
+    assert load_vit(tmp_path / "ours").transform == native
+    plain = ViT(28, 14, 20, 1, 4)
+    plain.transform = native  # timm has no word for it, and takes its own.
+    save_vit(plain, tmp_path / "timm")
+    assert getattr(load_vit(tmp_path / "timm").transform, "resize", None) == "crop"
+    transformers.Siglip2ImageProcessor(patch_size=16).save_pretrained(tmp_path)
+    assert load_vit(tmp_path).transform is None
+    assert "patches of 16 px, and the model reads those of 14" in caplog.text
     other = tmp_path / "other"
     transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(other)
     assert load_vit(other).transform is None
