@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     from mmtransformer.pipelines.few_shot import FewShot as FewShot
     from mmtransformer.pipelines.image_captioner import ImageCaptioner as ImageCaptioner
     from mmtransformer.pipelines.image_generator import ImageGenerator as ImageGenerator
-    from mmtransformer.pipelines.image_index import ImageIndex as ImageIndex
+    from mmtransformer.pipelines.search.image_index import ImageIndex as ImageIndex
     from mmtransformer.pipelines.translator import Translator as Translator
     from mmtransformer.pipelines.vocabulary import restrict_vocabulary as restrict_vocabulary
     from mmtransformer.text.tokenizer import Tokenizer as Tokenizer
@@ -174,7 +174,7 @@ _CONTENTS = {
     "pipelines.dual_encoder": "DualEncoder",
     "pipelines.few_shot": "FewShot",
     "pipelines.image_captioner": "ImageCaptioner",
-    "pipelines.image_index": "ImageIndex",
+    "pipelines.search.image_index": "ImageIndex",
     "pipelines.image_generator": "ImageGenerator",
     "pipelines.translator": "Translator",
     "pipelines.vocabulary": "restrict_vocabulary",

@@ -14,7 +14,7 @@ from mmtransformer.serialization.printable import json_text, printable, say
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mmtransformer.pipelines.image_index import Duplicate, ImageIndex, Match
+    from mmtransformer.pipelines.search.image_index import Duplicate, ImageIndex, Match
     from mmtransformer.plots.search_page import Found
 
 PAGES, SHEETS = (".html", ".htm"), (".png", ".jpg", ".jpeg", ".webp")
@@ -99,8 +99,8 @@ def _index(name: str, args: argparse.Namespace) -> "ImageIndex":
     """The index: made, brought up to date, or as it is."""
     from mmtransformer.images import ImageError
     from mmtransformer.pipelines.dual_encoder import DualEncoder
-    from mmtransformer.pipelines.image_index import ImageIndex, cached_path
-    from mmtransformer.pipelines.index_update import fingerprint
+    from mmtransformer.pipelines.search.image_index import ImageIndex, cached_path
+    from mmtransformer.pipelines.search.index_update import fingerprint
 
     given = args.index[0] if args.index[0].endswith(".safetensors") else None
     if given and not Path(given).exists():

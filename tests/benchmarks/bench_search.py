@@ -32,7 +32,7 @@ from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.images import load
 from mmtransformer.layers.weight_packing import for_inference
-from mmtransformer.pipelines.nearest import nearest
+from mmtransformer.pipelines.search.nearest import nearest
 from mmtransformer.weights import clip_from_transformers, from_timm
 
 SIZE, BATCH = (640, 480), 32

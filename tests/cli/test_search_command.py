@@ -108,7 +108,7 @@ def test_duplicates(model: str, photos: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_threshold_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
-    from mmtransformer.pipelines.image_index import ALIKE
+    from mmtransformer.pipelines.search.image_index import ALIKE
 
     _, out, _ = mmt(capsys, "search", "--help")
     assert f"({ALIKE})" in " ".join(out.split())

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.images import ImageError, load
 from mmtransformer.pipelines.base import ImageLike, check_count
-from mmtransformer.pipelines.index_file import SUFFIX, IndexFile
-from mmtransformer.pipelines.index_update import Changes, Encoder, Update, fingerprint
-from mmtransformer.pipelines.nearest import groups_alike, nearest
+from mmtransformer.pipelines.search.index_file import SUFFIX, IndexFile
+from mmtransformer.pipelines.search.index_update import Changes, Encoder, Update, fingerprint
+from mmtransformer.pipelines.search.nearest import groups_alike, nearest
 
 ALIKE = 0.95
 """The least cosine of near duplicates, unless told (docs/search.md has what it was measured on)."""

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from mmtransformer.images import ImageError
 from mmtransformer.pipelines import index_file
-from mmtransformer.pipelines.image_index import ImageIndex
-from mmtransformer.pipelines.index_file import IndexFile
-from mmtransformer.pipelines.nearest import groups_alike, nearest
+from mmtransformer.pipelines.search.image_index import ImageIndex
+from mmtransformer.pipelines.search.index_file import IndexFile
+from mmtransformer.pipelines.search.nearest import groups_alike, nearest
 from support.encoders import ColourEncoder
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +63,8 @@ def names(found) -> list[str]:
 
 @pytest.mark.parametrize("k", [1, 7, 40])
 def test_nearest_is_the_plain_product_in_float64(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmtransformer.pipelines.nearest._ROWS", 5)
-    monkeypatch.setattr("mmtransformer.pipelines.nearest._PART", 10)
+    monkeypatch.setattr("mmtransformer.pipelines.search.nearest._ROWS", 5)
+    monkeypatch.setattr("mmtransformer.pipelines.search.nearest._PART", 10)
     vectors = F.normalize(torch.randn(37, 11), dim=-1).half()
     queries = F.normalize(torch.randn(3, 11), dim=-1)
     scores, places = nearest(queries, vectors, k)
@@ -79,7 +79,7 @@ def test_of_equals_the_first_comes_first() -> None:
 
 
 def test_groups_are_the_connected_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmtransformer.pipelines.nearest._SIDE", 7)
+    monkeypatch.setattr("mmtransformer.pipelines.search.nearest._SIDE", 7)
     torch.manual_seed(5)
     vectors = F.normalize(torch.randn(61, 3), dim=-1)
     same = np.arange(61)
@@ -101,7 +101,7 @@ def test_groups_are_the_connected_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_who_is_near_one_of_a_group_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmtransformer.pipelines.nearest._SIDE", 5)
+    monkeypatch.setattr("mmtransformer.pipelines.search.nearest._SIDE", 5)
     star = torch.eye(20)  # all near the first, none near another one
     star[1:] = 0.95 * star[0] + (1 - 0.95**2) ** 0.5 * star[1:]
     assert groups_alike(star, 0.93, np.arange(20)) == [[*range(20)]]
@@ -238,16 +238,16 @@ def test_pictures_may_move_with_their_root(photos: Path, tmp_path: Path) -> None
 STOPPED = """
 import sys, time
 from support.encoders import ColourEncoder
-from mmtransformer.pipelines.image_index import ImageIndex
+from mmtransformer.pipelines.search.image_index import ImageIndex
 
 class Slow(ColourEncoder):
     def encode_images(self, images, *, batch_size=64):
         time.sleep(0.1)
         return super().encode_images(images, batch_size=batch_size)
 
-from mmtransformer.pipelines.index_file import IndexFile
-from mmtransformer.pipelines.image_index import absolute
-from mmtransformer.pipelines.index_update import fingerprint
+from mmtransformer.pipelines.search.index_file import IndexFile
+from mmtransformer.pipelines.search.image_index import absolute
+from mmtransformer.pipelines.search.index_update import fingerprint
 encoder = Slow()
 index = ImageIndex(encoder, IndexFile(fingerprint(encoder), "", []), sys.argv[2])
 index.update(sys.argv[1], batch_size=4, save_every=0.25)
@@ -455,6 +455,6 @@ def test_bad_pictures_are_tried_again_when_something_else_reads_them(photos: Pat
     path = tmp_path / "index.safetensors"
     assert ImageIndex.build(ColourEncoder(), photos, path=path).changes.tried == ["cut.png"]
     assert ImageIndex.build(ColourEncoder(), photos, path=path).changes.tried == []
-    monkeypatch.setattr("mmtransformer.pipelines.index_update.readers", lambda: "another Pillow")
+    monkeypatch.setattr("mmtransformer.pipelines.search.index_update.readers", lambda: "another Pillow")
     assert ImageIndex.build(ColourEncoder(), photos, path=path).changes.tried == ["cut.png"]
     assert ImageIndex.build(ColourEncoder(), photos, path=path).changes.tried == []

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.images import ImageError, ImageTransform, load
 from mmtransformer.pipelines.base import check_count
-from mmtransformer.pipelines.index_file import IndexFile, Stamp
 from mmtransformer.pipelines.many_images import default_threads, load_ahead
+from mmtransformer.pipelines.search.index_file import IndexFile, Stamp
 from mmtransformer.serialization.pretrained import Pretrained, to_config
 
 
