@@ -396,6 +396,5 @@ class ImageCaptioner:
 
     def batch_of(self, prepared: Sequence[Any]) -> CaptionBatch:
         """A batch without texts of pictures that `prepare` has made ready."""
-        if self.processor is not None:
-            return self.processor.batch_of(prepared).to(self.device)
-        return CaptionBatch.from_pixels(prepared, self.transform.patch_size).to(self.device)
+        size, own = self.transform.patch_size, self.processor
+        return (CaptionBatch.from_pixels(prepared, size) if own is None else own.batch_of(prepared)).to(self.device)

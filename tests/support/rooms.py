@@ -40,6 +40,7 @@ ROOMS = [
     "data/scenes",
     "data",
     "pipelines",
+    "pipelines/search",
     "training/evaluation",
     "training/engine",
     "training/callbacks",

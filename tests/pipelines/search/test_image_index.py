@@ -25,7 +25,7 @@ from mmtransformer.pipelines.search.index_file import IndexFile
 from mmtransformer.pipelines.search.nearest import groups_alike, nearest
 from support.encoders import ColourEncoder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def paint(path: Path, colour: str, second: str | None = None) -> Path:
