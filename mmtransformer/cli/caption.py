@@ -197,7 +197,7 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
     from mmtransformer.data.opening import open_pairs
     from mmtransformer.pipelines.few_shot import FewShot
 
-    source = open_pairs(args.examples, ReadOptions(val_fraction=0.0))
+    source = open_pairs(args.examples, ReadOptions(val_fraction=0.0), splits=["train"])
     splits = source.splits()
     return FewShot(
         source.split("train" if "train" in splits else splits[0]),

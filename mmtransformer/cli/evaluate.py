@@ -226,7 +226,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
     known = model.tokenizer.languages
     read = read_options(args)
     read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
-    source = open_pairs(args.data, read)
+    source = open_pairs(args.data, read, splits=[args.split if told else "train"])
     if told:
         say(source.describe())
     return source

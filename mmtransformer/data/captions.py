@@ -87,7 +87,9 @@ class CaptionData(Data):
         if captions_per_image < 1:
             raise ValueError(f"captions_per_image ({captions_per_image}) must be at least 1")
         self.source: PairSource = (
-            open_pairs(source, read, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
+            open_pairs(source, read, max_bad=loader.max_bad, splits=(splits.train, *splits.val))
+            if isinstance(source, str | Path)
+            else source
         )
         self.processor: Processor | None = None
         self._opening: Callable[[str | None], Opening] | None = None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Entry, FileError, Files, nfc
+from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Entry, FileError, Files
+from mmtransformer.data.files.names import nfc
 from mmtransformer.images import ImageError, load
 from mmtransformer.images.files import read_bytes
 

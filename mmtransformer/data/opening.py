@@ -1,26 +1,35 @@
 """From a path to pairs, whatever lies there: files with captions, tar shards, or interleaved documents."""
 
+import dataclasses
 import glob
 import re
 import tarfile
+from collections.abc import Collection
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote
 
 from mmtransformer.data.documents.document_records import document_files, holds_documents
 from mmtransformer.data.documents.documents import DocumentPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
-from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Files
-from mmtransformer.data.files.manifests import SUFFIXES
+from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Files, Selection
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS
+from mmtransformer.data.formats.manifests import SUFFIXES
+from mmtransformer.data.hub_pairs import HubPairs, open_dataset
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.pairs import PairFiles
-from mmtransformer.serialization.hub import HubOptions, fetch_dataset
+from mmtransformer.serialization.hub import HubOptions
+from mmtransformer.serialization.hub_dataset import HubDataset, card_configs
 
 _HUB = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<below>[^/.][^?*{}]*))?", re.ASCII
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>refs/(?:convert|pr)/[\w.-]+|[\w.%-]+))?"
+    r"(/(?P<below>[^/.].*?)?/?)?",
+    re.ASCII,
 )
+_PAGE = re.compile(r"https?://[^/]+/datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*).*", re.ASCII)
 _FILES = (*SUFFIXES, *ARCHIVES, *COMPRESSED)  # what ends so is a file that is missing here
 _PEEK = 64  # members that tell what a tar is
 
@@ -41,23 +50,53 @@ class InterleavedPairs(DocumentPairs):
 
 
 def open_pairs(
-    root: str | Path, read: ReadOptions = ReadOptions(), *, max_bad: float = 0.01
-) -> PairFiles | Shards | InterleavedPairs:
+    root: str | Path,
+    read: ReadOptions = ReadOptions(),
+    *,
+    max_bad: float = 0.01,
+    splits: Collection[str] | None = None,
+    hub: HubOptions = HubOptions(),  # noqa: B008 (frozen)
+) -> PairFiles | Shards | InterleavedPairs | HubPairs:
     """Opens what a path names: `Shards`, the pictures of `InterleavedFiles` with the texts after them, or `PairFiles`.
 
+    A data set whose files a card or names share out to splits is `HubPairs` of these.
+
     Args:
-        root: A folder, an archive, a manifest, or a pattern of tar shards; or a data set on the hub (`from_hub`).
+        root: A folder, an archive, a manifest, or a pattern of tar shards. Or a data set on the hub: "org/name", or
+            "hf://datasets/org/name@revision/folder", where a file or a pattern may stand for the folder too; its files
+            are fetched into the hub's cache, those of `splits` alone where names or its card tell the splits.
         read: How it is read. A format or columns that are named make it `PairFiles`.
         max_bad: Share of the rows that may be unusable.
+        splits: What is going to be asked for; others of a hub's data set are fetched when they are. None = all.
+        hub: How a name is looked up.
 
     Raises:
-        ValueError: If nothing is there that could be pairs, or an option would have no effect on what is there.
+        ValueError: If nothing is there that could be pairs, or an option would have no effect on what is there; or the
+            hub has not got it, or does not give it.
     """
-    root = from_hub(root)
+    open_files = partial(_open_files, max_bad=max_bad)
+    if (name := hub_name(root)) is not None:
+        revision = name["revision"] and unquote(name["revision"])
+        if revision and hub.revision not in (None, revision):
+            raise ValueError(f"{root} names a revision, and hub.revision is another one ({hub.revision})")
+        dataset = HubDataset.on_hub(name["name"], dataclasses.replace(hub, revision=revision or hub.revision))
+        return open_dataset(dataset, read, open_files, below=name["below"] or "", splits=splits)
+    folder = Path(root).expanduser()
+    if card_configs(folder):
+        return open_dataset(HubDataset.of_folder(folder), read, open_files, splits=splits)
+    if read.subset is not None:
+        raise ValueError(
+            f"subset ({read.subset}) would have no effect on {root}, which is no data set with a card that names some"
+        )
+    return open_files(root, read)
+
+
+def _open_files(root: str | Path, read: ReadOptions, *, max_bad: float) -> PairFiles | Shards | InterleavedPairs:
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.images is None and are_shards(root):
             _refuse(read, "tar shards")
-            return Shards(str(root), language=read.language, val_fraction=read.val_fraction, max_bad=max_bad)
+            shards = root if isinstance(root, Selection) else str(root)
+            return Shards(shards, language=read.language, val_fraction=read.val_fraction, max_bad=max_bad)
         if are_documents(root):
             _refuse(read, "interleaved documents")
             options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
@@ -65,24 +104,24 @@ def open_pairs(
     return PairFiles(root, read, max_bad=max_bad)
 
 
-def from_hub(root: str | Path) -> str | Path:
-    """Fetches a data set that is named as on the hub: "org/name", or "hf://datasets/org/name@revision/folder".
-
-    Returns:
-        Its folder in the hub's cache; any other root as it is.
+def hub_name(root: str | Path) -> re.Match[str] | None:
+    """What a root says of a data set on the hub ("name", "revision", "below"); None if it can only be a place here.
 
     Raises:
-        ValueError: If the hub has not got it, or does not give it.
+        ValueError: If it can only be a name on the hub, and names no data set.
     """
-    plain, name = str(root), None
+    plain = str(root)
     if plain.startswith("hf://"):
         if (name := _HUB.fullmatch(plain.removeprefix("hf://datasets/"))) is None:
             raise ValueError(f"{root} names no data set on the hub: hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
-    elif plain.count("/") == 1 and not Path(plain.partition("/")[0]).exists() and not plain.endswith(_FILES):
-        name = _HUB.fullmatch(plain)
-    if name is None:
-        return root
-    return fetch_dataset(name["name"], HubOptions(revision=name["revision"]), below=name["below"] or "")
+        return name
+    if plain.startswith(("https://", "http://")):
+        page = _PAGE.fullmatch(plain)
+        how = f"name the data set as hf://datasets/{page[1]}" if page else "fetch the files first"
+        raise ValueError(f"{root} is an address, and nothing is downloaded from there: {how}")
+    if plain.count("/") != 1 or Path(plain.partition("/")[0]).exists() or plain.endswith(_FILES):
+        return None
+    return _HUB.fullmatch(plain)
 
 
 def _refuse(read: ReadOptions, what: str) -> None:
@@ -95,6 +134,7 @@ def are_documents(root: str | Path) -> bool:
     """Whether a path is, or holds, JSON lines of interleaved documents."""
     path = Path(root).expanduser()
     some = path.glob("*") if path.is_dir() else [path]
+    some = [Path(root, file) for file in root.splits] if isinstance(root, Selection) else some
     if not any(item.suffix.lower() in (".jsonl", ".ndjson") and item.is_file() for item in some):
         return False
     files = Files(root)
@@ -107,14 +147,16 @@ def are_shards(root: str | Path) -> bool:
     path = Path(root).expanduser()
     if not path.exists():
         return "{" in str(root) or glob.has_magic(str(root))
-    if path.is_dir():
+    if isinstance(root, Selection):
+        files = [Path(root, file) for file in sorted(root.splits)]
+    elif path.is_dir():
         files = [item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")]
-        if not files or any(item.suffix.lower() != ".tar" for item in files):
-            return False
-    elif path.suffix.lower() != ".tar":
+    else:
+        files = [path]
+    if not files or any(item.suffix.lower() != ".tar" for item in files):
         return False
     try:
-        if not (first := find_shards(str(path))[0]).is_file():
+        if not (first := files[0] if isinstance(root, Selection) else find_shards(str(path))[0]).is_file():
             return True
         with tarfile.open(first, "r:") as archive:
             names = [info.name.lower() for info in islice(archive, _PEEK)]

@@ -9,12 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from mmtransformer.data.files.archives import Entry, Files, nfc
+from mmtransformer.data.files.archives import Entry, Files
 from mmtransformer.data.files.finder import Finder
-from mmtransformer.data.files.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
+from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import ReadOptions, check_share
 from mmtransformer.data.files.tables import ManifestRow
+from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
@@ -116,7 +117,7 @@ class PairFiles:
     """Pictures with captions as people keep them, read in place, in folders, zips and tars.
 
     The format is detected, and `describe()` says it: pictures with a .txt each, CSV or TSV, JSONL, JSON, COCO
-    captions, Karpathy's JSON, Flickr8k's token file, Parquet, Excel (`mmtransformer.data.files.manifests` lists them).
+    captions, Karpathy's JSON, Flickr8k's token file, Parquet, Excel: `mmtransformer.data.formats.manifests` lists them.
 
     Splits. What the data says holds: a split column, folders train/, val/, test/, manifests named by split. Where it
     says none, or has no val, the pictures whose name hashes below `val_fraction` are val: a picture is always in the
@@ -160,7 +161,9 @@ class PairFiles:
                 self._said += [str(columns)] if columns else []
                 base = manifest.base if self._images_in is files else ""
                 rows = list(rows)
-                if any(row.split for row in rows):
+                if (told := files.split_of(manifest.entry)) is not None:
+                    rows, rule = [row._replace(split=told) for row in rows], "by its files"
+                elif any(row.split for row in rows):
                     rule = f"by the column {columns.split}" if columns and columns.split else "as the file names them"
                 self._add(rows, base, manifest.split)
                 rule = rule or ("by the names of the files" if manifest.split else "")

@@ -4,14 +4,13 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from glob import escape
-from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.printable import counted, say
 
-_LOOK = 10.0  # seconds; then the hub counts as out of reach
+LOOK = 10.0
+"""Seconds; then the hub counts as out of reach."""
 _LARGE = 100_000_000  # bytes; what a download takes is said from there on
 _TEXTS = (".json", ".txt", ".md", ".jinja", ".model")
 _PICKLES = (".bin", ".pt")
@@ -57,112 +56,37 @@ def fetch(
     if not options.local_files_only:
         try:
             info = HfApi(token=options.token).model_info(
-                name, revision=options.revision, files_metadata=True, timeout=_LOOK
+                name, revision=options.revision, files_metadata=True, timeout=LOOK
             )
         except Exception as error:
-            _refuse(name, error, "model")
+            refuse(name, error, "model")
     if info is None:
         try:
             return Path(snapshot_download(name, local_files_only=True, **place))
         except Exception as error:
-            raise _out_of_reach(name) from error
+            raise out_of_reach(name) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = [file for file in files_of(list(sizes)) if weights or file.endswith(_TEXTS)]
     try:
         if look is not None and (config := next((file for file in CONFIGS if file in sizes), None)):
             look(Path(hf_hub_download(name, config, **place)).parent)
-        _announce(name, info, {file: sizes[file] for file in wanted}, options)
+        announce(name, info, {file: sizes[file] for file in wanted}, options)
         return Path(snapshot_download(name, allow_patterns=wanted, **place))
     except ValueError as error:
         if type(error).__module__.startswith(("huggingface_hub", "httpx")):
-            _refuse(name, error, "model", last=True)
+            refuse(name, error, "model", last=True)
         raise
     except Exception as error:
-        _refuse(name, error, "model", last=True)
+        refuse(name, error, "model", last=True)
         raise
 
 
-def fetch_dataset(name: str, options: HubOptions = HubOptions(), *, below: str = "") -> Path:
-    """The folder of a data set's files: all that is not hidden and no program.
-
-    Args:
-        name: of the repository.
-        options: how it is looked up.
-        below: the folder or file in it that is wanted; "" = all, or of several subsets that its card names the default.
-
-    Raises:
-        ValueError: as `fetch`; or if there is nothing below, or it has several subsets and none is the default.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    place: Any = {"revision": options.revision, "cache_dir": options.cache_dir, "token": options.token}
-    info = None
-    try:
-        if not options.local_files_only:
-            api = HfApi(token=options.token)
-            info = api.dataset_info(name, revision=options.revision, files_metadata=True, timeout=_LOOK)
-    except Exception as error:
-        _refuse(name, error, "data set")
-    sizes = {file.rfilename: file.size or 0 for file in (info.siblings or () if info is not None else ())}
-    below = below or _default_subset(name, info)
-    wanted = [file for file in sizes if _is_data(file) and f"{file}/".startswith(below and f"{below}/")]
-    if info is not None and not wanted:
-        raise ValueError(f"{name}: the data set has nothing called {below}" if below else f"{name}: an empty data set")
-    try:
-        if info is None:
-            return Path(snapshot_download(name, repo_type="dataset", local_files_only=True, **place)) / below
-        _announce(name, info, {file: sizes[file] for file in wanted}, options, "dataset")
-        patterns = [escape(file) for file in wanted]
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns, **place)) / below
-    except Exception as error:
-        if info is not None:
-            _refuse(name, error, "data set", last=True)
-        raise _out_of_reach(name, "--repo-type dataset ") from error
-
-
-def _default_subset(name: str, info: Any) -> str:
-    """The folder of the subset that a data set's card calls the default; "" where it has one subset, or no folders.
-
-    Raises:
-        ValueError: if there are several subsets, none of them the default.
-    """
-    card: Any = getattr(info, "card_data", None)
-    configs = [
-        config for config in (card.get("configs") if card is not None else None) or () if isinstance(config, dict)
-    ]
-    folders = {str(config.get("config_name")): _folder_of(config.get("data_files")) for config in configs}
-    if len(folders) < 2 or not all(folders.values()):
-        return ""
-    default = [str(config.get("config_name")) for config in configs if config.get("default")]
-    chosen = (default or [name for name in folders if name == "default"])[:1]
-    if chosen:
-        say(f"{name}: its subset {chosen[0]} is taken, of {', '.join(folders)}", file=sys.stderr)
-        return folders[chosen[0]]
-    some = ", ".join(list(folders)[:8]) + ", ..." * (len(folders) > 8)
-    raise ValueError(
-        f"{name} has {len(folders)} subsets ({some}), which are not read together: name the folder of one, as in "
-        f"hf://datasets/{name}/{next(iter(folders.values()))}"
-    )
-
-
-def _folder_of(files: Any) -> str:
-    """The folder that holds all files of a subset, which its card gives as patterns, alone or by split."""
-    listed = files if isinstance(files, list) else [files]
-    paths = [path for item in listed for path in (item.get("path") if isinstance(item, dict) else item,)]
-    flat = [path for item in paths for path in (item if isinstance(item, list) else [item]) if isinstance(path, str)]
-    plain = [path.split("*")[0].split("[")[0].split("{")[0].rpartition("/")[0] for path in flat]
-    return commonpath(plain) if plain and all(plain) else ""
-
-
-def _out_of_reach(name: str, kind: str = "") -> ValueError:
+def out_of_reach(name: str, kind: str = "") -> ValueError:
+    """Of a repository that neither the hub nor its cache gives; `kind` = options that a download by hand needs."""
     return ValueError(
         f"{name}: no such folder here, the hub is out of reach, and its cache has not got it: where there is a "
         f"network, `hf download {name} {kind}--local-dir FOLDER`, and give FOLDER in place of the name"
     )
-
-
-def _is_data(file: str) -> bool:
-    return not file.endswith((".py", ".pyc", ".ipynb")) and not any(part[:1] == "." for part in file.split("/"))
 
 
 def files_of(names: Sequence[str]) -> list[str]:
@@ -178,7 +102,7 @@ def files_of(names: Sequence[str]) -> list[str]:
     return [*texts, *weights]
 
 
-def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, kind: str = "model") -> None:
+def announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, kind: str = "model") -> None:
     """Says how much is going to be fetched, under which licence, and what it takes in memory."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -200,11 +124,11 @@ def _announce(name: str, info: Any, sizes: dict[str, int], options: HubOptions, 
     licence = (card.get("license") if card is not None else None) or "none named"
     count = getattr(getattr(info, "safetensors", None), "total", None)
     memory = f"; {4 * count / 1e9:.1f} GB of memory in float32" if count else ""
-    size = f"{sum(new.values()) / 1e9:.1f} GB to fetch in {len(new)} files"
+    size = f"{sum(new.values()) / 1e9:.1f} GB to fetch in {counted(len(new), 'file')}"
     say(f"{name}: {size}; licence: {licence}{memory}", file=sys.stderr)
 
 
-def _refuse(name: str, error: Exception, kind: str, *, last: bool = False) -> None:
+def refuse(name: str, error: Exception, kind: str, *, last: bool = False) -> None:
     """Says in a line what a hub's answer means; one that is out of reach may be done without, unless it is the last."""
     from huggingface_hub import errors
 

@@ -29,6 +29,17 @@ def say(text: str = "", *, file: TextIO | None = None) -> None:
     print(printable(text), file=file or sys.stdout)
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number with what it counts: "1 picture", "2,000 pictures".
+
+    Args:
+        count: The number.
+        one: What one of them is called.
+        many: What several are called; `one` with an s unless told.
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def json_text(value: Any) -> str:
     """A value as one line of JSON that a terminal may show: other alphabets as they are, escapes as JSON has them."""
     text = json.dumps(value, ensure_ascii=False)

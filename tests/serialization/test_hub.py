@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from mmtransformer.serialization.hub import HubOptions, fetch, fetch_dataset, files_of
+from mmtransformer.serialization.hub import HubOptions, fetch, files_of
 from mmtransformer.weights import load_tokenizer
 
 FILES = {
@@ -23,7 +23,6 @@ class Hub:
 
     def __init__(self, folder: Path, refusal: Exception | None = None) -> None:
         self.folder, self.refusal, self.asked = folder, refusal, []
-        self.card: dict[str, Any] | None = None
 
     def model_info(self, api: Any, name: str, **options: Any) -> Any:
         self.asked.append(("info", options["revision"]))
@@ -32,14 +31,6 @@ class Hub:
         files = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
         card, weights = {"license": "bsd-3-clause"}, SimpleNamespace(total=225_000_000)
         return SimpleNamespace(siblings=files, sha="a" * 40, card_data=card, safetensors=weights)
-
-    def dataset_info(self, api: Any, name: str, **options: Any) -> Any:
-        self.asked.append(("info", options["revision"]))
-        if self.refusal is not None:
-            raise self.refusal
-        names = ["train/a [1].png", "train/metadata.csv", "test/b.png", "load.py", ".gitattributes", "README.md"]
-        files = [SimpleNamespace(rfilename=name, size=7) for name in names]
-        return SimpleNamespace(siblings=files, sha="a" * 40, card_data=self.card)
 
     def hf_hub_download(self, name: str, file: str, **options: Any) -> str:
         self.asked.append((file, options["revision"]))
@@ -54,7 +45,6 @@ class Hub:
 
 def stands_in(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, name, **o: hub.model_info(api, name, **o))
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda api, name, **o: hub.dataset_info(api, name, **o))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     return hub
@@ -121,62 +111,9 @@ def test_what_a_refusal_says(refusal: Exception, message: str, tmp_path: Path, m
     assert len(hub.asked) == 1  # and no second try
 
 
-def test_a_data_set_is_fetched_without_its_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = stands_in(monkeypatch, Hub(tmp_path))
-    assert fetch_dataset("some/pairs", HubOptions(revision="v1")) == tmp_path
-    pictures = ("train/a [[]1].png", "train/metadata.csv")  # as a pattern, in which [ is written [[]
-    assert hub.asked == [("info", "v1"), ((*pictures, "test/b.png", "README.md"), "v1")]
-    hub.asked.clear()
-    assert fetch_dataset("some/pairs", below="train") == tmp_path / "train"
-    assert hub.asked == [("info", None), (pictures, None)]
-    with pytest.raises(ValueError, match="some/pairs: the data set has nothing called tra"):
-        fetch_dataset("some/pairs", below="tra")
-
-
-SUBSETS = [
-    {"config_name": "ai2d", "data_files": [{"split": "train", "path": "train/part-*"}]},
-    {"config_name": "vqa", "data_files": [{"split": "test", "path": ["test/x-*.png", "test/deep/y"]}]},
-]
-
-
-def test_of_several_subsets_one_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub = stands_in(monkeypatch, Hub(tmp_path))
-    hub.card = {"configs": SUBSETS}
-    with pytest.raises(ValueError, match=r"2 subsets \(ai2d, vqa\).*as in hf://datasets/some/pairs/train"):
-        fetch_dataset("some/pairs")
-    assert [what for what, _ in hub.asked] == ["info"]
-    assert fetch_dataset("some/pairs", below="train") == tmp_path / "train"
-    hub.card = {"configs": [SUBSETS[0], SUBSETS[1] | {"default": True}]}
-    assert fetch_dataset("some/pairs") == tmp_path / "test"
-    assert hub.asked[-1] == (("test/b.png",), None)
-    assert capsys.readouterr().err == "some/pairs: its subset vqa is taken, of ai2d, vqa\n"
-    for configs in (SUBSETS[:1], [SUBSETS[0], {"config_name": "flat", "data_files": "*.csv"}]):
-        hub.card = {"configs": configs}
-        assert fetch_dataset("some/pairs") == tmp_path
-
-
 def test_what_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = stands_in(monkeypatch, Hub(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=200_000_000))
     with pytest.raises(ValueError, match=r"0\.9 GB to fetch, and .* has 0\.2 GB left"):
         fetch("some/one", HubOptions(cache_dir=tmp_path / "not" / "yet"))
     assert [what for what, _ in hub.asked] == ["info"]
-
-
-@pytest.mark.parametrize(
-    ("refusal", "message"),
-    [
-        (answer(errors.RepositoryNotFoundError, 404), "no such folder here, and no such data set on the hub"),
-        (answer(errors.GatedRepoError, 403), "gated"),
-        (httpx2.ConnectError("refused"), "out of reach.*hf download some/pairs --repo-type dataset --local-dir FOLDER"),
-    ],
-)
-def test_what_is_said_of_a_data_set_that_cannot_be_had(
-    refusal: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stands_in(monkeypatch, Hub(tmp_path, refusal))
-    with pytest.raises(ValueError, match=message) as error:
-        fetch_dataset("some/pairs")
-    assert "\n" not in str(error.value)

@@ -35,6 +35,7 @@ ROOMS = [
     "plots",
     "data/loading",
     "data/files",
+    "data/formats",
     "data/documents",
     "data/text_only",
     "data/scenes",

@@ -29,7 +29,8 @@ def document_files(files: Files) -> list[Entry]:
     """The files below a root that hold interleaved documents: the one that was asked for, or those at the top."""
     if files.asked is not None:
         return [files.asked]
-    found = [entry for entry in files.entries if entry.inner.count("/") == 0 and entry.path.lower().endswith(_SUFFIXES)]
+    found = [entry for entry in files.entries if entry.path.lower().endswith(_SUFFIXES)]
+    found = [entry for entry in found if "/" not in entry.inner or files.split_of(entry) is not None]
     return [entry for entry in found if holds_documents(files, entry)]
 
 
@@ -45,7 +46,9 @@ def holds_documents(files: Files, entry: Entry) -> bool:
     if not isinstance(record, dict):
         return False
     listed = any(isinstance(record.get(key), list) for key in _LISTS)
-    forms = ("text_list" in record and "image_info" in record, isinstance(record.get("texts"), list) and listed)
+    texts = record.get("texts")
+    plain = isinstance(texts, list) and not any(isinstance(text, dict) for text in texts)  # else a conversation
+    forms = ("text_list" in record and "image_info" in record, plain and listed)
     return any(forms) or (isinstance(record.get("text"), str) and listed)
 
 

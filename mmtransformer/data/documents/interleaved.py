@@ -22,10 +22,10 @@ from mmtransformer.data.documents.document_records import MARK, LineError, LineN
 from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.files.archives import Entry, FileError, Files
 from mmtransformer.data.files.finder import Finder
-from mmtransformer.data.files.manifests import json_lines
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import is_broken, is_missing, language_code, normalize_text, split_word
+from mmtransformer.data.formats.manifests import json_lines
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
@@ -146,6 +146,7 @@ class InterleavedFiles:
         documents: list[_Read] = []
         for entry in manifests:
             split = split_word(entry.path.rpartition("/")[2]) if len(manifests) > 1 else None
+            split = files.split_of(entry) or split
             found = list(self._read(files.read(entry), entry.path, split))
             base = entry.path.rpartition("/")[0] if images_in is files else ""
             self._find(found, Finder(images_in, base, (name for d in found for name in d.images)))

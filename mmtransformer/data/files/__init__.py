@@ -1,1 +1,1 @@
-"""Reading users' files: archives, tables, manifests, shards."""
+"""Reading users' files: archives, tables, splits and languages, shards."""

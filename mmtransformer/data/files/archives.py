@@ -9,31 +9,20 @@ import stat
 import struct
 import tarfile
 import threading
-import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
+
+from mmtransformer.data.files.names import is_hidden, join, nfc, refusal
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 IMAGES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".ppm",
-    ".heic",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".heic",
     ".heif",
-)
+)  # fmt: skip
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
 SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPEN = 256  # archives that are kept open
@@ -68,40 +57,22 @@ class Entry(NamedTuple):
     crc: int = -1
 
 
-def nfc(name: str) -> str:
-    """The composed Unicode form: macOS hands out Korean file names decomposed, manifests rarely hold them so."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
+class Selection(str):
+    """The path of a folder of which some files are meant, and no others.
 
+    Args:
+        root: The folder.
+        splits: The files' paths below it, each with the split that it is said to be of, or None.
+    """
 
-def refusal(name: str) -> str | None:
-    """Why a name that a manifest or archive gives can't be a path below the root, or None if it can."""
-    head = name.strip().lower()
-    scheme = head.partition("://")[0]
-    if "\0" in name:
-        return "a path with a NUL byte"
-    if head.startswith("data:") or ("://" in head and scheme.replace("+", "").isalnum()):
-        return "a URL, and nothing is downloaded: fetch the pictures first"
-    if head.startswith(("/", "\\", "~")) or (len(head) > 1 and head[1] == ":" and head[0].isalpha()):
-        return "an absolute path: write it relative to the manifest"
-    return None
+    __slots__ = ("splits",)
+    splits: Mapping[str, str | None]
 
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's: hidden, of a Mac's archiver, or Excel's of an open workbook."""
-    return name.startswith((".", "~$")) or name == "__MACOSX"
-
-
-def join(base: str, name: str) -> str | None:
-    """`name` seen from the folder `base`, both below the root; None if it climbs out of the root."""
-    parts = [part for part in base.split("/") if part]
-    for part in nfc(name).replace("\\", "/").split("/"):
-        if part == "..":
-            if not parts:
-                return None
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
+    def __new__(cls, root: str | Path, splits: Mapping[str, str | None]) -> Self:
+        """A path that knows its files; see the class."""
+        path = super().__new__(cls, root)
+        path.splits = splits
+        return path
 
 
 class Files:
@@ -113,7 +84,8 @@ class Files:
     compressed as a whole, pipes and devices.
 
     Args:
-        root: A folder, or one zip or tar. Of any other file the folder is listed, and the file is `asked`.
+        root: A folder (of a `Selection` some files alone), or one zip or tar. Of any other file the folder is listed,
+            and the file is `asked`.
         encoding: Of texts that are not UTF-8 (`read_text`); None knows none.
 
     Raises:
@@ -122,6 +94,9 @@ class Files:
 
     def __init__(self, root: str | Path, encoding: str | None = None):
         self.encoding = encoding
+        self.selected: dict[str, str | None] | None = None
+        if isinstance(root, Selection):
+            self.selected = {nfc(path): split for path, split in root.splits.items()}
         given = Path(root).expanduser()
         if not given.exists():
             raise ValueError(f"{given} does not exist")
@@ -153,7 +128,7 @@ class Files:
         """Archives whose entries are known from elsewhere (an index): none is opened before it is read."""
         files = cls.__new__(cls)
         files.root, files.archives, files.asked = Path(), [str(archive) for archive in archives], None
-        files.encoding = None
+        files.encoding, files.selected = None, None
         files.entries, files.refused, files.by_path = [], {}, {}
         files._prepare()
         return files
@@ -241,6 +216,11 @@ class Files:
             raise OSError("bytes fail the zip's checksum")
         return data
 
+    def split_of(self, entry: Entry) -> str | None:
+        """The split that a selection says a file, or the archive that holds it, is of."""
+        path = nfc(entry.path)
+        return (self.selected or {}).get(path if entry.archive < 0 else path.removesuffix(f"/{entry.inner}"))
+
     def folder(self, given: str | Path) -> Path:
         """A folder that the user names, seen from the root if it is there, else from the current folder."""
         given = Path(given).expanduser()
@@ -274,7 +254,9 @@ class Files:
             return
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
-            if _is_hidden(item.name):
+            if is_hidden(item.name):
+                continue
+            if self.selected is not None and nfc(path) not in self.selected and not item.is_dir():
                 continue
             if not item.name.isascii() and item.name != item.name.encode("utf-8", "replace").decode("utf-8"):
                 self.refused[ascii(path)] = "a name that is not UTF-8"
@@ -314,7 +296,7 @@ class Files:
                     reason = "a path that climbs out of its archive"
                 if reason is not None:
                     self.refused[nfc(full)] = reason
-                elif inner and not any(map(_is_hidden, inner.split("/"))):
+                elif inner and not any(map(is_hidden, inner.split("/"))):
                     assert isinstance(entry, Entry)
                     found[inner] = entry._replace(path=nfc(full), inner=inner, archive=len(self.archives))
         except _DAMAGED as error:

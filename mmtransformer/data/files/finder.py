@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import unquote
 
-from mmtransformer.data.files.archives import IMAGES, Entry, Files, join, nfc, refusal
+from mmtransformer.data.files.archives import IMAGES, Entry, Files
+from mmtransformer.data.files.names import join, nfc, refusal
 
 
 class Finder:

@@ -28,6 +28,7 @@ class ReadOptions:
 
     Args:
         format: The format, if it cannot be told.
+        subset: Of a data set on the hub, or laid out as one, the subset (config) that its card names, or a folder.
         images: Folder or archive with the pictures, if not at or below the root.
         image_column: Column (or key) with the picture's path; found by its name unless told.
         caption_column: Column, or columns, with captions.
@@ -44,6 +45,7 @@ class ReadOptions:
     """
 
     format: Format = "auto"
+    subset: str | None = None
     images: str | None = None
     image_column: str | None = None
     caption_column: str | list[str] | None = None

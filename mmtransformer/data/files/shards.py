@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmtransformer.data.files.archives import Entry, FileError, Files
+from mmtransformer.data.files.archives import Entry, FileError, Files, Selection
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.tar_index import TEXTS, ShardError, ShardSample, read_index
@@ -127,8 +127,13 @@ class Shards:
     ):
         check_share("val_fraction", val_fraction)
         check_share("max_bad", max_bad, whole=True)
-        given = [shards] if isinstance(shards, str | Path) else list(shards)
-        self.paths = [path for one in given for path in find_shards(str(one))]
+        told: dict[Path, str | None] = {}
+        if isinstance(shards, Selection):
+            told = {Path(shards, path): split for path, split in sorted(shards.splits.items())}
+            self.paths = list(told)
+        else:
+            given = [shards] if isinstance(shards, str | Path) else shards
+            self.paths = [path for one in given for path in find_shards(str(one))]
         self.report = Report()
         from tqdm import tqdm
 
@@ -139,7 +144,7 @@ class Shards:
             samples, unkept = read_index(path, None if cache_dir is None else Path(cache_dir).expanduser())
             if unkept:
                 self.report.note("index not kept, so shards are read anew each time: name a cache_dir", unkept)
-            split = split_word(path.name) or SPLITS.get(path.parent.name.casefold())
+            split = told.get(path) or split_word(path.name) or SPLITS.get(path.parent.name.casefold())
             for sample in samples:
                 self.report.rows += 1
                 where = f"{path.name}:{sample.key}"
@@ -149,7 +154,8 @@ class Shards:
                     splits.append(split)
                     captions.append(found[0])
                     places.append((archive, *found[1]))
-        what = f"{len(self.paths)} tar shard{'s' * (len(self.paths) > 1)} {', '.join(map(str, given))}"
+        given = shards if isinstance(shards, str | Path) else ", ".join(map(str, shards))
+        what = f"{len(self.paths)} tar shard{'s' * (len(self.paths) > 1)} {given}"
         if not self.report.rows:
             raise ValueError(f"{what}: no samples in them")
         self.report.enforce(what, max_bad)

@@ -26,6 +26,7 @@ IMAGE = (
     "file_name", "filename", "image_name", "path", "img", "picture", "photo", "jpg", "png", "file", "image_url", "url",
     "이미지", "사진", "그림", "파일", "파일명", "파일이름", "파일_이름", "이미지_파일", "이미지_이름", "이미지_경로",
     "이미지명", "사진_파일", "사진_이름", "사진명", "파일_경로", "경로",
+    "images", "photos",
     "bild", "bilddatei", "datei", "dateiname", "foto", "fichier", "imagen", "archivo", "immagine", "imagem",
 )  # fmt: skip
 CAPTION = (
@@ -123,7 +124,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
         return next((by_key[alias] for alias in aliases if alias in by_key), None)
 
     question = first(QUESTION) if wanted.images else None
-    image = wanted.image or first(IMAGE)
+    image = wanted.image or next(iter(image_columns(names)), None)
     if image is None and wanted.images and some:
         ending = [name for name in names if all(looks_like_image(str(row.get(name))) for row in some)]
         image = ending[0] if len(ending) == 1 else None
@@ -146,6 +147,12 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
         )
     assert image is not None
     return Columns(image, captions, wanted.language or first(LANGUAGE), wanted.split or first(SPLIT), question)
+
+
+def image_columns(names: Sequence[str]) -> list[str]:
+    """The columns whose names say that they hold pictures, the plainest name first."""
+    by_key = {_key(name): name for name in reversed(names)}
+    return [by_key[alias] for alias in IMAGE if alias in by_key]
 
 
 def _key(name: str) -> str:
@@ -183,7 +190,11 @@ def make_row(
     image = record.get(columns.image)
     if isinstance(image, int) and not isinstance(image, bool) and _key(columns.image) in IDS:
         image = str(image)
-    if not columns.image:
+    elif isinstance(image, list):
+        if len(image) > 1:
+            errors.append(("several pictures", f"{len(image)} in {columns.image}"))
+        image = image[0] if len(image) == 1 else None
+    if not columns.image or errors:
         image = None
     elif not isinstance(image, str) or is_missing(image.strip()):
         errors.append(("no picture named", "" if image is None else repr(image)[:60]))

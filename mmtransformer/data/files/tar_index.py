@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, join, refusal, tar_members
+from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, tar_members
+from mmtransformer.data.files.names import join, refusal
 from mmtransformer.data.files.tables import read_captions
 from mmtransformer.data.files.text import CODES, lines
 from mmtransformer.data.loading.source import Caption

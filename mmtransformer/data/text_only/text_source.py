@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from mmtransformer.data.files.archives import Entry, Files, nfc
-from mmtransformer.data.files.manifests import find_manifests, read_manifest
+from mmtransformer.data.files.archives import Entry, Files
+from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
 from mmtransformer.data.files.read_options import TextReadOptions, check_share
 from mmtransformer.data.files.text import lines, normalize_text
+from mmtransformer.data.formats.manifests import find_manifests, read_manifest
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.loading.source import Caption, PairSource
 

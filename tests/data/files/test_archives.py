@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtransformer.data.files.archives import FileError, Files, join, refusal
+from mmtransformer.data.files.archives import FileError, Files
+from mmtransformer.data.files.names import join, refusal
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import Wanted, read_table
 from mmtransformer.data.files.text import is_missing, normalize_text

@@ -176,7 +176,7 @@ def test_each_answer_of_a_conversation_is_a_caption_behind_the_turns_before_it(t
     left = source.report.first["conversations, left out"]
     assert source.report.notes["conversations, left out"] == len(left) == 3
     assert [line.partition(": ")[2] for line in sorted(left)] == [
-        "a last question without an answer: Is it old?", "no picture, or several", "no answer"
+        "a last question without an answer: Is it old?", "no picture", "no answer"
     ]  # fmt: skip
     (tmp_path / "llava.json").write_text(json.dumps(rows[4:6]))
     with pytest.raises(ValueError, match=r"llava.json: not one conversation asks .* picture and answers it"):

@@ -1,8 +1,12 @@
 """Records of other programs as records of a picture and its caption: conversations, chats, Label Studio's tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+KEYS = ("conversations", "messages", "conversation", "texts")
+"""What the turns of a conversation are found under."""
+_FORMS = (("from", "value"), ("role", "content"))  # who says something, and what, in one turn
+_BOTH = ("user", "assistant")  # the keys of a question with its answer, in one
 _ASK, _ANSWER = ("human", "user"), ("gpt", "assistant", "model", "chatgpt")
 
 
@@ -10,12 +14,17 @@ class NoCaption(ValueError):
     """A conversation that has nothing to learn from; its message says why."""
 
 
+def is_turn(keys: Collection[str]) -> bool:
+    """Whether what has these keys is a turn of a conversation, or two of them."""
+    return any(set(form) <= set(keys) for form in (*_FORMS, _BOTH))
+
+
 def as_records(record: Any) -> tuple[list[Any], str]:
     """Records with the keys image and caption in place of a conversation or a task; any other one as it is.
 
     Known are LLaVA's `conversations` ("from", "value"), `messages` of chats ("role", "content", a text or a list of
-    parts), and Label Studio's tasks with their `data` and `annotations`. Each answer of a conversation is a caption;
-    under "question" stands what was asked, a tuple where turns were before it.
+    parts), the Cauldron's `texts` ("user", "assistant"), and Label Studio's tasks with their `data` and `annotations`.
+    Each answer of a conversation is a caption; under "question" stands what was asked, a tuple where turns were before.
 
     Returns:
         The records, and what was left out of them, in words; "" = nothing.
@@ -25,28 +34,41 @@ def as_records(record: Any) -> tuple[list[Any], str]:
     """
     if not isinstance(record, Mapping):
         return [record], ""
-    for key, who, what in (("conversations", "from", "value"), ("messages", "role", "content")):
-        if isinstance(turns := record.get(key), list):
-            return _conversation(record, turns, who, what)
+    for key in KEYS:
+        turns = record.get(key)
+        if isinstance(turns, list) and (key != "texts" or any(isinstance(turn, Mapping) for turn in turns)):
+            return _conversation(record, [one for turn in turns for one in _single(turn)])
     if isinstance(record.get("data"), Mapping) and isinstance(record.get("annotations"), list):
         return [_task(record["data"], record["annotations"])], ""
     return [record], ""
 
 
-def _conversation(record: Mapping[str, Any], turns: list[Any], who: str, what: str) -> tuple[list[Any], str]:
+def _single(turn: Any) -> list[tuple[str, Any]]:
+    """Who says what: of one turn, or of a question with its answer.
+
+    Raises:
+        NoCaption: If it is neither.
+    """
+    if not isinstance(turn, Mapping):
+        raise NoCaption(f"a turn that is no object: {turn!r:.60}")
+    if all(who in turn for who in _BOTH):
+        return [(who, turn[who]) for who in _BOTH]
+    who, what = next((form for form in _FORMS if form[0] in turn), _FORMS[0])
+    return [(str(turn.get(who)).lower(), turn.get(what))]
+
+
+def _conversation(record: Mapping[str, Any], turns: list[tuple[str, Any]]) -> tuple[list[Any], str]:
     said: list[str] = []  # question, answer, question, ...
     images = record.get("images")
-    image = record.get("image") or (images[0] if isinstance(images, list) and len(images) == 1 else None)
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            raise NoCaption(f"a turn that is no object: {turn!r:.60}")
-        role, parts = str(turn.get(who)).lower(), turn.get(what)
+    listed = images if isinstance(images, list) else []
+    named: list[Any] = []  # pictures in the turns
+    for role, parts in turns:
         texts = []
         for part in parts if isinstance(parts, list) else [parts]:
             if isinstance(part, Mapping):
                 place = part.get("image") or part.get("image_url") or part.get("path")
                 place = place.get("url") if isinstance(place, Mapping) else place
-                image = image or place
+                named += [place] if place and place not in named else []
                 part = part.get("text")
             texts += [part] if isinstance(part, str) else []
         if role not in (*_ASK, *_ANSWER):
@@ -58,8 +80,11 @@ def _conversation(record: Mapping[str, Any], turns: list[Any], who: str, what: s
             said.append(text)
     if len(said) < 2:
         raise NoCaption("no answer")
-    if image is None:
-        raise NoCaption("no picture, or several")
+    own = record.get("image") or (listed[0] if len(listed) == 1 else None)
+    image = own or (named[0] if len(named) == 1 else None)
+    if not image or len(listed) > 1:
+        count = len(listed) or len(named)
+        raise NoCaption(f"{count} pictures" if count > 1 else "no picture")
     rest = {key: record[key] for key in ("split", "language") if key in record} | {"image": image}
     asked = [said[0] if end == 1 else tuple(said[:end]) for end in range(1, len(said), 2)]
     rows = [{"caption": said[2 * i + 1], "question": question} | rest for i, question in enumerate(asked)]

@@ -2,15 +2,13 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
-from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES, Entry, Files
-from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, make_row
+from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES, Entry
 
 _SMALL_ROWS = 1_000_000  # that a file of any size may have
 ARROW = (".arrow", ".feather")
+COLUMNAR = (".parquet", *ARROW)
 CACHE_BYTES = 1 << 28  # row groups kept in memory by each process
 
 
@@ -21,7 +19,7 @@ class TableBytes:
 
     Args:
         path: The file.
-        column: Its column of pictures: bytes, or a struct with a field `bytes`.
+        column: Its column of pictures: bytes, or a struct with a field `bytes`, or lists of one of these.
     """
 
     def __init__(self, path: str, column: str):
@@ -49,31 +47,47 @@ class TableBytes:
         """
         with self._lock:
             if self._file is None:
-                self._file = _open(self.path)
+                self._file = open_table(self.path)
             if group not in self._groups:
                 self._groups[group] = self._file.read_row_group(group, columns=[self.column]).column(self.column)
                 while len(self._groups) > 1 and sum(g.nbytes for g in self._groups.values()) > CACHE_BYTES:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             value = self._groups[group][row].as_py()
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
         value = value["bytes"] if isinstance(value, dict) else value
         if value is not None and not isinstance(value, bytes):  # a text would be taken for a path
             raise OSError(f"a {type(value).__name__} where the picture's bytes should be")
         return value
 
 
-def _open(path: str) -> Any:
+def require_pyarrow(name: str, kind: str = "Parquet") -> Any:
+    """The library that reads Parquet and Arrow.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(
+            f'{name}: {kind} needs pyarrow, which is not installed (the extra "parquet"; docs/install.md)'
+        ) from None
+    return pyarrow
+
+
+def open_table(path: str) -> Any:
     """A file by its ending; an Arrow file shows its record batches as row groups."""
     if not path.lower().endswith(ARROW):
         import pyarrow.parquet as pq
 
         return pq.ParquetFile(path)
-    from mmtransformer.data.files.arrow import ArrowFile
+    from mmtransformer.data.formats.arrow import ArrowFile
 
     return ArrowFile(path)
 
 
-def _refuse_bombs(metadata: Any, entry: Entry) -> None:
+def refuse_bombs(metadata: Any, entry: Entry) -> None:
     """A few kilobytes can stand for billions of equal rows, or for gigabytes of one byte."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     largest = max((group.total_byte_size for group in groups), default=0)
@@ -83,7 +97,7 @@ def _refuse_bombs(metadata: Any, entry: Entry) -> None:
         raise ValueError(f"{entry.path}: a row group of {largest:,} bytes out of {entry.size:,}: a bomb")
 
 
-def _with_words(path: str, read: list[str]) -> Any:
+def with_words(path: str, read: list[str]) -> Any:
     """The Parquet file, which keeps each text once (`dictionary`), so that they can be counted before they are held."""
     import pyarrow.parquet as pq
 
@@ -97,13 +111,13 @@ def _is_read(path: str, read: list[str]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in read)
 
 
-def _texts(table: Any, group: int, read: list[str], entry: Entry) -> Any:
-    """Some columns of a row group.
+def read_texts(table: Any, group: int, read: list[str], entry: Entry) -> Any:
+    """Some columns of a row group, `read` naming them or what lies in them ("image.path").
 
     Raises:
         ValueError: If they are far more than the file.
     """
-    from mmtransformer.data.files.arrow import unpacked
+    from mmtransformer.data.formats.arrow import unpacked
 
     most = max(_SMALL_ROWS, entry.size)
     if metadata := getattr(table, "metadata", None):
@@ -116,58 +130,3 @@ def _texts(table: Any, group: int, read: list[str], entry: Entry) -> Any:
     if size > max(SMALL_BYTES, MOST_RATIO * entry.size):
         raise ValueError(f"{size:,} bytes of texts out of {entry.size:,}: a bomb")
     return found
-
-
-def read_columnar(files: Files, entry: Entry, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
-    """Reads captions and paths; of pictures kept as bytes only the places, as `ManifestRow.key`.
-
-    Raises:
-        ValueError: If pyarrow is missing, the file lies in an archive or is damaged, or no column fits.
-    """
-    path = str(files.root / entry.path)
-    kind = "Arrow" if path.lower().endswith(ARROW) else "Parquet"
-    try:
-        import pyarrow as pa
-    except ImportError:
-        raise ValueError(f"{entry.path}: {kind} needs pyarrow: pip install pyarrow") from None
-    if entry.archive >= 0:
-        raise ValueError(f"{entry.path}: {kind} inside an archive can't be read in place: unpack it")
-    try:
-        table = _open(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{entry.path} is not {kind}: {error}") from None
-    if kind == "Parquet":  # an ArrowFile has looked itself
-        _refuse_bombs(table.metadata, entry)
-    schema = table.schema_arrow
-    columns = find_columns(schema.names, wanted, entry.path)
-    held = schema.field(columns.image).type if columns.image else pa.null()
-    inside = pa.types.is_struct(held) and held.get_field_index("bytes") >= 0
-    as_bytes = inside or pa.types.is_binary(held) or pa.types.is_large_binary(held)
-    texts = [name for name, _ in columns.captions] + [
-        c for c in (columns.language, columns.split, columns.question) if c
-    ]
-    image_paths = f"{columns.image}.path" if inside and held.get_field_index("path") >= 0 else None
-    read = texts + ([image_paths] if image_paths else []) + ([] if as_bytes or not columns.image else [columns.image])
-    holder = TableBytes(path, columns.image)
-    if kind == "Parquet":
-        table = _with_words(path, read)
-
-    def rows() -> Iterator[ManifestRow]:
-        number = 0
-        for group in range(table.num_row_groups):
-            try:
-                records = _texts(table, group, read, entry).to_pylist()
-            except (pa.ArrowException, OSError, ValueError) as error:
-                said = " ".join(str(error).split())
-                raise ValueError(f"{entry.path} is damaged in row group {group}: {said}") from None
-            for at, record in enumerate(records):
-                number += 1
-                where = f"{entry.path}:{number}"
-                if not as_bytes:
-                    yield make_row(record, columns, where)
-                    continue
-                named = (record.get(columns.image) or {}).get("path") if image_paths else None
-                row = make_row({**record, columns.image: named or where}, columns, where)
-                yield row._replace(image=row.image or where, key=(holder, group, at))
-
-    return columns, rows()

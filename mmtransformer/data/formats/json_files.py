@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmtransformer.data.files.archives import IMAGES, Entry, Files
-from mmtransformer.data.files.conversations import NoCaption, as_records
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row, read_captions
 from mmtransformer.data.files.text import SPLITS, lines
+from mmtransformer.data.formats.conversations import NoCaption, as_records
 
 
 def json_format(data: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Arrow files: as `datasets.save_to_disk` lays them out, as Feather, damaged; and data sets by their names on a hub."""
+"""Arrow files: as `datasets.save_to_disk` lays them out, as Feather, damaged."""
 
 import json
 import pickle
@@ -7,12 +7,8 @@ from typing import Any
 
 import pytest
 
-from mmtransformer.data import opening
-from mmtransformer.data.files.archives import Files
 from mmtransformer.data.loading.source import Caption
-from mmtransformer.data.opening import from_hub, open_pairs
 from mmtransformer.data.pairs import PairFiles
-from mmtransformer.serialization.hub import HubOptions
 from support.pair_files import NAMES, colour, draw, png
 
 pa = pytest.importorskip("pyarrow")
@@ -96,34 +92,3 @@ def test_a_packed_batch_of_nothing_is_a_bomb(tmp_path: Path) -> None:
             writer.write_table(rows)
     with pytest.raises(ValueError, match="once unpacked: a bomb"):
         PairFiles(path)
-
-
-def test_a_name_on_the_hub_stands_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None, str]] = []
-    blobs, snapshot = tmp_path / "datasets--some--pairs" / "blobs", tmp_path / "datasets--some--pairs/snapshots/abc"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for name in NAMES:  # the cache holds links, which lead out of the folder, but not out of the repository
-        (blobs / name[:-4]).write_bytes(png(name))
-        (snapshot / name).symlink_to(Path("../../blobs") / name[:-4])
-    (snapshot / "metadata.csv").write_text("file_name,text\n" + "".join(f"{n},picture {n}\n" for n in NAMES))
-
-    def fetch_dataset(name: str, options: HubOptions, *, below: str = "") -> Path:
-        asked.append((name, options.revision, below))
-        return snapshot / below
-
-    monkeypatch.setattr(opening, "fetch_dataset", fetch_dataset)
-    source = open_pairs("some/pairs")
-    assert sum(len(source.split(split)) for split in source.splits()) == len(NAMES)
-    from_hub("hf://datasets/some/pairs@v1/train/en")
-    assert asked == [("some/pairs", None, ""), ("some/pairs", "v1", "train/en")]
-    with pytest.raises(ValueError, match="names no data set on the hub"):
-        from_hub("hf://models/some")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    places = ["photos/train", "some", "a/b/c", "./some/x", "/some/pairs", "some/pairs.csv", "some/photos.zip"]
-    for here in [*places, str(tmp_path / "no" / "such")]:
-        assert from_hub(here) == here  # nobody is asked for what can only be a place here
-    (tmp_path / "outside.png").write_bytes(png(NAMES[0]))
-    (snapshot / "z.png").symlink_to(tmp_path / "outside.png")
-    assert "leads out of the root" in Files(snapshot).refused["z.png"]

@@ -18,16 +18,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
-from mmtransformer.data.files.archives import IMAGES, MAX_BYTES, Entry, FileError, Files, nfc
-from mmtransformer.data.files.json_files import (
-    json_format,
-    json_lines,
-    load_json,
-    read_coco,
-    read_karpathy,
-    read_records,
-)
-from mmtransformer.data.files.parquet import ARROW, read_columnar
+from mmtransformer.data.files.archives import IMAGES, MAX_BYTES, Entry, FileError, Files
+from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
 from mmtransformer.data.files.tables import (
     Columns,
@@ -39,12 +31,22 @@ from mmtransformer.data.files.tables import (
     sniff,
 )
 from mmtransformer.data.files.text import CODES, SPLITS, lines, split_word
+from mmtransformer.data.formats.columnar import read_columnar
+from mmtransformer.data.formats.json_files import (
+    json_format,
+    json_lines,
+    load_json,
+    read_coco,
+    read_karpathy,
+    read_records,
+)
+from mmtransformer.data.formats.parquet import ARROW
 from mmtransformer.data.loading.source import Caption
 
 _TABLES = (".csv", ".tsv", ".tab", ".psv")
 SUFFIXES = (*_TABLES, ".xlsx", ".jsonl", ".ndjson", ".json", ".parquet", *ARROW, ".txt", ".token")
 # files that lie beside manifests and hold no captions
-_OTHERS = re.compile(
+OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
     r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|(cache|tmp)[^/]*\.arrow)[^/]*$",
     re.IGNORECASE,
@@ -88,7 +90,7 @@ def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]
             or nfc(entry.path).rpartition(".")[0] in stems
         ):
             continue
-        if _OTHERS.search(name) and not name.endswith((*_TABLES, ".xlsx")):
+        if OTHERS.search(name) and not name.endswith((*_TABLES, ".xlsx")):
             continue
         way = f"if it holds the captions, give it as the root: {files.root.name}/{entry.path}"
         if name.endswith(_TABLES):
@@ -134,9 +136,9 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     if format != "auto" and not found:
         raise ValueError(f"{files.root} holds no {format} manifest")
     if len(found) < 2:
-        return found
+        return [m._replace(split=files.split_of(m.entry)) for m in found]
     if len({m.format for m in found}) == 1:
-        named = [m._replace(split=_own_split(m)) for m in found]
+        named = [m._replace(split=files.split_of(m.entry) or _own_split(m)) for m in found]
         if all(m.split for m in named) or found[0].format in ("parquet", "arrow"):
             return named
     listing = ", ".join(f"{m.entry.path} ({m.format})" for m in found[:8])
@@ -184,11 +186,13 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
         if stem in stems or stem.rpartition(".")[0] in stems or str(files.root / entry.path) in tars:
             continue
         parts = entry.path.split("/")[skip + lone :]
+        name = parts[-1].lower()
         inside = len(parts) == 1 or (
             len(parts) == 2 and (parts[0].lower() in ("annotations", "data") or parts[0].lower() in SPLITS)
         )
-        name = parts[-1].lower()
-        if inside and _OTHERS.search(name):  # "labels.csv" may be the captions
+        if files.selected is not None:
+            inside = inside or files.split_of(entry) is not None or name.endswith((".parquet", *ARROW))
+        if inside and OTHERS.search(name):  # "labels.csv" may be the captions
             found += [Manifest(entry, "csv")] if format in ("auto", "csv") and _is_table(files, entry, wanted) else []
         elif inside and name.endswith(SUFFIXES):
             kind = _format_of(files, entry)
@@ -243,7 +247,7 @@ def read_manifest(files: Files, manifest: Manifest, wanted: Wanted) -> tuple[Col
     if manifest.format in ("parquet", "arrow"):
         return read_columnar(files, entry, wanted)
     if manifest.format == "excel":
-        from mmtransformer.data.files.excel import read_excel
+        from mmtransformer.data.formats.excel import read_excel
 
         return read_excel(files, entry, wanted)
     data = load_json(files, entry)
@@ -287,7 +291,7 @@ def read_folder(files: Files) -> Iterator[ManifestRow]:
         stem, _, suffix = entry.path.rpartition(".")
         if f".{suffix.lower()}" in IMAGES:
             images.append(entry)
-        elif suffix.lower() in ("txt", "caption") and not _OTHERS.search(entry.path):
+        elif suffix.lower() in ("txt", "caption") and not OTHERS.search(entry.path):
             plain, _, code = stem.rpartition(".")
             texts.setdefault(stem, []).append((entry, None))
             if code.lower() in CODES and "/" not in code:
@@ -312,7 +316,8 @@ def read_folder(files: Files) -> Iterator[ManifestRow]:
         if not captions and not errors:
             cause = ("empty caption", f"{beside[0][0].path} is empty") if beside else ("no caption file", "")
             errors.append(cause)
-        yield ManifestRow(image.path, tuple(captions), None, image.path, tuple(errors), key=image)
+        split = files.split_of(image)
+        yield ManifestRow(image.path, tuple(captions), split, image.path, tuple(errors), key=image)
     for group in texts.values():
         for entry, _ in group:
             if entry.path not in used:

@@ -41,15 +41,9 @@ class ArrowFile:
         self.schema_arrow: Any = self._reader.schema
 
     def read_row_group(self, group: int, columns: Sequence[str]) -> Any:
-        """Some columns of a record batch, as a table; "image.path" is the field `path` of the column `image`."""
+        """Some columns of a record batch, as a table."""
         batch = self._checked(self._reader.get_batch(group)) if self._batches is None else self._batches[group]
-        table = pa.table({name: batch.column(name) for name in columns if name in batch.schema.names})
-        for name in columns:
-            column, _, field = name.rpartition(".")
-            if name not in batch.schema.names:
-                values = batch.column(column).field(field)
-                table = table.append_column(column, pa.StructArray.from_arrays([values], names=[field]))
-        return table
+        return pa.table({name: batch.column(name) for name in columns})
 
     def _checked(self, batch: Any) -> Any:
         if batch.nbytes > self._most:
