@@ -187,7 +187,8 @@ class ImageCaptioner:
             if self.adapter is not None:
                 save_adapter(self.adapter, self.processor.folder, folder, note=card or "")
             else:
-                save_captioner(self.captioner, self.processor.folder, folder, note=card or "")
+                base, options = self.processor.folder, self.processor.options
+                save_captioner(self.captioner, base, folder, note=card or "", options=options)
             return
         self.captioner.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -106,7 +106,8 @@ def read_llama(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
     Args:
         path: the file.
-        config: what tokenizer_config.json says: `add_bos_token` and `add_eos_token`.
+        config: what tokenizer_config.json says: `add_bos_token` and `add_eos_token`, both false unless said, as
+            transformers 5 has it (4 put the first token before a text by itself).
 
     Raises:
         ValueError: naming the file, for another kind of model or normalizing than Llama's.
@@ -132,7 +133,7 @@ def read_llama(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     backend.add_tokens([AddedToken(text, normalized=False) for text in users])
     ids = {"bos": trained.get(41, 1), "eos": trained.get(42, 2)}
     marks = {role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)}
-    first = marks.get("bos") if config.get("add_bos_token", True) else None
+    first = marks.get("bos") if config.get("add_bos_token", False) else None
     last = marks.get("eos") if config.get("add_eos_token", False) else None
     if first or last:
         around = " ".join([*([f"{first}:0"] if first else []), "$A:0", *([f"{last}:0"] if last else [])])

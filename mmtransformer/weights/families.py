@@ -4,7 +4,7 @@ A new family is a file with its key table, a `load_` and a `save_`, and a line i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.captioners.public.paligemma import PaliGemma
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder
 from mmtransformer.serialization.folder_config import OPEN_CLIP
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, WEIGHTS
 from mmtransformer.weights.captioners.blip import BlipProcessor, load_blip, save_blip
 from mmtransformer.weights.captioners.blip2 import Blip2Processor, load_blip2, save_blip2
@@ -84,17 +85,24 @@ class Family:
         reader: who reads what is written.
         config: the file that says what a folder holds.
         weights: the file that its tensors are written to.
+        looks_up: whether its folders name models around them, which are looked up too: `load`, `save` and `processor`
+            then take `options`.
     """
 
     load: Callable[..., nn.Module]
     save: Callable[..., None]
     makes: tuple[type[nn.Module], ...]
     model_types: tuple[str, ...] = ()
-    processor: Callable[[Path], Processor] | None = None
+    processor: Callable[..., Processor] | None = None
     save_options: Callable[[dict[str, Any], Path], dict[str, Any]] = lambda config, base: {}
     reader: str = "transformers"
     config: str = CONFIG
     weights: str = WEIGHTS
+    looks_up: bool = False
+
+    def options(self, options: HubOptions) -> dict[str, HubOptions]:
+        """How the models around one are looked up: as itself, but for the revision, which is of its own repository."""
+        return {"options": replace(options, revision=None)} if self.looks_up else {}
 
     def kept(self, config: dict[str, Any]) -> dict[str, Any]:
         """What of a base's config is written again: all but a `model_type` that no file says."""
@@ -170,6 +178,7 @@ FAMILIES: dict[str, Family] = {
         processor=OpenFlamingoProcessor,
         save_options=lambda config, base: {"base": base},
         reader="open_flamingo",
+        looks_up=True,
     ),
 }
 

@@ -74,7 +74,7 @@ def open_captioner(
 
     Args:
         folder: the folder.
-        options: how the base of an adapter is looked up, if it is a name.
+        options: how the base of an adapter is looked up, if it is a name, and models that a folder names.
 
     Raises:
         ValueError: naming the file, for what is missing, damaged or not known here.
@@ -88,16 +88,23 @@ def open_captioner(
     family = captioner_family(folder)
     assert family is not None
     assert family.processor is not None
-    processor = family.processor(folder)
+    processor = family.processor(folder, **family.options(options))
     generation = read_search(folder, prompt_len=processor.prompt_len, usual=processor.usual_search)
-    captioner = family.load(folder)
-    processor.folder = folder
+    captioner = family.load(folder, **family.options(options))
+    processor.folder, processor.options = folder, options
     if not isinstance(captioner, Captioner):
         raise ValueError(f"{folder} holds {with_article(type(captioner).__name__)}, which does not caption")
     return captioner, processor, generation
 
 
-def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str = "") -> None:
+def save_captioner(
+    captioner: Captioner,
+    base: Path,
+    folder: Path,
+    *,
+    note: str = "",
+    options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
+) -> None:
     """Writes a public captioner as transformers reads it, with all else that stands in the folder it came from.
 
     What its config.json says beside the family's sizes stays; tensors keep the base's number format where that loses
@@ -108,6 +115,7 @@ def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str 
         base: the folder that it was loaded from.
         folder: where to.
         note: for the card: how it was trained, its scores.
+        options: how models that the base names are looked up.
 
     Raises:
         ValueError: if the family has no place for what was done to it, before anything is written.
@@ -116,7 +124,7 @@ def save_captioner(captioner: Captioner, base: Path, folder: Path, *, note: str 
     assert family is not None
     if folder.resolve() == base.resolve():
         raise ValueError(f"{folder} is the folder that the model came from: give another to write to")
-    family.save(captioner, folder, **family.save_options(config, base))
+    family.save(captioner, folder, **family.save_options(config, base), **family.options(options))
     for path in base.iterdir():
         if path.suffix in _BESIDE and path.name != family.config and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)

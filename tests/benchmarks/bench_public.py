@@ -1,7 +1,8 @@
 """Public captioners with each family's own search, one picture and eight, against transformers on the same weights.
 
-BLIP-base (384 px, greedy, 20 new tokens) and ViT-GPT2 (224 px, 4 beams, 15 new tokens), in their published shapes with
-random weights; or small ones, which only say that all runs. The ids must be the same in float32.
+BLIP-base (384 px, greedy, 20 new tokens), ViT-GPT2 (224 px, 4 beams, 15 new tokens) and GIT-base (224 px, greedy, 20
+new tokens), in their published shapes with random weights; or small ones, which only say that all runs. The ids must be
+the same in float32.
 
 python tests/benchmarks/bench_public.py [--threads N] [--pairs N] [--only NAME] [--weights fp32|bf16]
                                         [--peer fp32|bf16] [--size base|small]
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
     GPT2Config,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
@@ -26,9 +29,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mmtransformer import CaptionBatch, GenerationConfig, VisionEncoderDecoder, generate
+from mmtransformer import CaptionBatch, Captioner, GenerationConfig, generate
 from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.weights import from_blip, from_vision_encoder_decoder
+from mmtransformer.weights.captioners.git import git_from_state
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -65,15 +69,28 @@ def vit_gpt2(small: bool) -> tuple[nn.Module, int, int, dict[str, Any]]:
     return loud(VisionEncoderDecoderModel(config)), 64 if small else 224, end, search
 
 
+def git(small: bool) -> tuple[nn.Module, int, int, dict[str, Any]]:
+    """The same of microsoft/git-base."""
+    vision: dict[str, Any] = SMALL | {"image_size": 64} if small else {}
+    config = GitConfig(vision_config=vision, **(SMALL if small else {}))
+    return loud(GitForCausalLM(config)), 64 if small else 224, 101, {"max_new_tokens": 20}
+
+
+def from_git(model: Any) -> Captioner:
+    return git_from_state(model.config.to_dict(), model.state_dict(), "transformers' GIT")
+
+
 FAMILIES: dict[str, tuple[Callable[[bool], tuple[Any, int, int, dict[str, Any]]], Callable[[Any], Any], int]] = {
     "BLIP": (blip, from_blip, 102),
     "ViT-GPT2": (vit_gpt2, from_vision_encoder_decoder, 50256),
+    "GIT": (git, from_git, 102),
 }
 
+TARGETS = {"BLIP": 2.0, "ViT-GPT2": 1.5, "GIT": 1.0}
+"""In float32 on both sides."""
 
-def ours_ids(
-    model: VisionEncoderDecoder, pixels: Tensor, first: int, end: int, search: dict[str, Any]
-) -> list[list[int]]:
+
+def ours_ids(model: Captioner, pixels: Tensor, first: int, end: int, search: dict[str, Any]) -> list[list[int]]:
     tokens = torch.full((len(pixels), 1), first)
     yes = torch.ones_like(tokens, dtype=torch.bool)
     config = GenerationConfig(**search, min_new_tokens=search["max_new_tokens"])
@@ -105,7 +122,7 @@ def main() -> None:
                 name,
                 partial(ours_ids, ours, pixels, first, end, search),
                 partial(peer_ids, peer, pixels, search),
-                target=2.0 if family == "BLIP" or not same else 1.5,
+                target=TARGETS[family] if same else 2.0,
                 pairs=args.pairs,
                 unit=(rows, "pictures"),
             )

@@ -1,5 +1,6 @@
 """A Llama's tokenizer.model without tokenizer.json: ids by its definition, and beside SentencePiece where that is."""
 
+import importlib.util
 import json
 import struct
 from itertools import pairwise
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from mmtransformer.text.sentencepiece_files import merges_of, read_pieces
 from mmtransformer.text.tokenizer import Tokenizer
@@ -85,6 +87,24 @@ def test_ids_are_by_the_definition(text: str, tmp_path: Path) -> None:
         assert prompts(text) == [1, *want]
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
     assert prompts("<s>", special=False) == [1]
+
+
+@pytest.mark.parametrize(
+    ("said", "around"),
+    [({}, ([], [])), ({"add_bos_token": False}, ([], [])), ({"add_eos_token": True}, ([], [2])),
+     ({"add_bos_token": True, "add_eos_token": True}, ([1], [2]))],
+)  # fmt: skip
+def test_what_stands_around_a_text_is_said(
+    said: dict[str, bool], around: tuple[list[int], list[int]], tmp_path: Path
+) -> None:
+    """Nothing, unless tokenizer_config.json says so: as transformers 5.23 has it, beside SentencePiece's package."""
+    path = folder(tmp_path, model())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"} | said
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    want = around[0] + definition("a red star") + around[1]
+    assert PromptTokenizer(path)("a red star") == want
+    if importlib.util.find_spec("sentencepiece"):
+        assert AutoTokenizer.from_pretrained(path)("a red star").input_ids == want
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -210,9 +210,10 @@ class Captioning(Task):
         """Puts what was learned on the base's own numbers, which frozen parts in bfloat16 have rounded."""
         assert self.start is not None
         assert self.start.processor is not None
-        assert self.start.processor.folder is not None
+        start = self.start.processor
+        assert start.folder is not None
         if self.tuning is not None and self.tuning.frozen_dtype != "float32":
-            self.captioner = open_captioner(self.start.processor.folder)[0]
+            self.captioner = open_captioner(start.folder, start.options)[0]
             adapter.apply(self.captioner)
 
     def _score_few_shot(self, data: CaptionData | InterleavedData, run: Run) -> tuple[dict[str, object], str]:

@@ -22,6 +22,7 @@ from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.folder_config import folder_config
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
@@ -192,6 +193,7 @@ def load_openflamingo(
     decoder: Decoder | None = None,
     *,
     visible_images: VisibleImages = "last",
+    options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
 ) -> Flamingo:
     """A `Flamingo` from OpenFlamingo's `checkpoint.pt`, or what `save_openflamingo` wrote, around two models of others.
 
@@ -202,6 +204,7 @@ def load_openflamingo(
         decoder: the language model, its vocabulary already with the added tokens; None = as `openflamingo_config` says,
             with the checkpoint's embedding in place of its own.
         visible_images: which pictures a token sees.
+        options: how language model and tower are looked up, where they are names on the hub.
 
     Raises:
         ValueError: naming what is missing or does not fit.
@@ -210,8 +213,8 @@ def load_openflamingo(
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if vision is None or decoder is None:
         config = openflamingo_config(folder := find_folder(source))
-        vision = vision or load_vit(_beside(folder, config[_TOWER]), freeze=True)
-        decoder = decoder or _language_model(_beside(folder, config[_LANGUAGE_MODEL]), state, context)
+        vision = vision or load_vit(_beside(folder, config[_TOWER], options), freeze=True)
+        decoder = decoder or _language_model(_beside(folder, config[_LANGUAGE_MODEL], options), state, context)
     with built_from(state, context):
         return from_openflamingo(state, vision, decoder, visible_images=visible_images, context=context)
 
@@ -241,9 +244,9 @@ def openflamingo_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _beside(folder: Path, name: str) -> Path:
+def _beside(folder: Path, name: str, options: HubOptions) -> Path:
     """A folder that is named in another, or on the hub."""
-    return here if (here := folder / name).is_dir() else find_folder(name)
+    return here if (here := folder / name).is_dir() else find_folder(name, options)
 
 
 def _language_model(folder: Path, state: dict[str, Tensor], context: str) -> Decoder:
@@ -261,14 +264,15 @@ class OpenFlamingoProcessor(Processor):
 
     Args:
         folder: the folder of the checkpoint.
+        options: how the tokenizer and the tower's sizes are looked up, where they are names on the hub.
 
     Raises:
         ValueError: if a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: HubOptions = HubOptions()) -> None:  # noqa: B008 (frozen)
         config = openflamingo_config(folder)
-        words, tower = (_beside(folder, config[key]) for key in ("tokenizer_path", _TOWER))
+        words, tower = (_beside(folder, config[key], options) for key in ("tokenizer_path", _TOWER))
         tokenizer = Tokenizer.from_pretrained(words).with_special_tokens(tokens=[END, IMAGE])
         self.encode = PromptTokenizer(words)
         self.encode.backend.add_special_tokens([AddedToken(token, special=True) for token in (END, IMAGE)])
@@ -299,7 +303,12 @@ class OpenFlamingoProcessor(Processor):
 
 
 def save_openflamingo(
-    model: Flamingo, folder: str | Path, *, layers: str = "model.layers", base: Path | None = None
+    model: Flamingo,
+    folder: str | Path,
+    *,
+    layers: str = "model.layers",
+    base: Path | None = None,
+    options: HubOptions = HubOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Writes OpenFlamingo's trained tensors as `model.safetensors`, and how many layers stand between two of them.
 
@@ -308,6 +317,7 @@ def save_openflamingo(
         folder: where to.
         layers: see `to_openflamingo`; of a base, its own.
         base: the folder that it came from, whose embedding and models around it are kept.
+        options: how these are looked up, where they are names on the hub.
 
     Raises:
         ValueError: if it is of another kind, or what is not written is not the base's, before anything is written.
@@ -323,7 +333,7 @@ def save_openflamingo(
         said = openflamingo_config(base)
         for key in (_LANGUAGE_MODEL, "tokenizer_path", _TOWER):
             config[key] = str((base / said[key]).resolve()) if (base / said[key]).is_dir() else said[key]
-        original = load_openflamingo(base)
+        original = load_openflamingo(base, options=options)
         for part in ("vision", "decoder"):
             own, there = (getattr(x, part).state_dict() for x in (model, original))
             if changed := [

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.images import ImageTransform
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.text.tokenizer import Tokenizer
 
 
@@ -39,6 +40,8 @@ class Processor(ABC):
     """How the family searches where a folder has no generation_config.json."""
     folder: Path | None = None
     """Where the model came from: what else stands there is written with it again."""
+    options = HubOptions()
+    """How it was looked up."""
     adapted = False
     """Whether an adapter was merged into the model when it was loaded."""
 

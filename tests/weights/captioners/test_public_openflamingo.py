@@ -22,7 +22,9 @@ from transformers import (
 
 from mmtransformer import ImageCaptioner
 from mmtransformer.backbones.hub_decoder import HubDecoder
+from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.printable import printable
+from mmtransformer.weights.captioners import openflamingo
 from mmtransformer.weights.captioners.openflamingo import PUBLISHED, openflamingo_config
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
@@ -242,6 +244,28 @@ def test_the_names_of_the_released_ones(tmp_path: Path) -> None:
     assert found["lang_encoder_path"] == found["tokenizer_path"] == "togethercomputer/RedPajama-INCITE-Base-3B-v1"
     assert found["clip_vision_encoder_path"] == "openai/clip-vit-large-patch14"
     assert openflamingo_config(plain)["lang_encoder_path"] == PUBLISHED[plain.name]
+
+
+def test_the_models_around_it_are_looked_up_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Account, cache and quiet reach them, also when it is written; the revision is of its own repository alone."""
+    folder(tmp_path / "model", "gpt_neox")
+    said = {"lang_encoder_path": "some/lm", "clip_vision_encoder_path": "some/clip"}
+    (tmp_path / "model/config.json").write_text(json.dumps(said))
+    asked: list[tuple[str, HubOptions]] = []
+
+    def find(name: str | Path, options: HubOptions = HubOptions()) -> Path:  # noqa: B008 (frozen)
+        if str(name).startswith("some/"):
+            asked.append((str(name), options))
+        return tmp_path / "model" / str(name).removeprefix("some/")
+
+    monkeypatch.setattr(openflamingo, "find_folder", find)
+    given: dict[str, Any] = {"token": "hf_secret", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    model = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu", revision="v2", **given)
+    assert {name for name, _ in asked} == {"some/lm", "some/clip"}
+    assert {options for _, options in asked} == {HubOptions(**given)}
+    asked.clear()
+    model.save_pretrained(tmp_path / "again")
+    assert {options for _, options in asked} == {HubOptions(**given)}
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
