@@ -20,6 +20,7 @@ from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
+from mmtransformer.layers.random_weights import trunc_normal_
 from mmtransformer.serialization.pretrained import Pretrained
 
 # The paper's sizes (arXiv:2010.11929, table 1); tiny and small from DeiT (arXiv:2012.12877).
@@ -140,13 +141,13 @@ class ViT(Pretrained, nn.Module):
         """
         for parameter in (self.pos_embed, self.prefix_tokens):
             if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
+                trunc_normal_(parameter, 0.02)
         if self.patches.positions == "sinusoids":
             assert self.pos_embed is not None
             self.pos_embed.data.copy_(0.5 * sinusoidal_2d(self.table_grid, self.dim))  # As large as fresh patches are.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not (self.patches.stem == "conv" and name.startswith("patch_embed")):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                trunc_normal_(module.weight, 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

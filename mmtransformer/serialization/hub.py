@@ -52,7 +52,7 @@ def fetch(
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     place: Any = {"revision": options.revision, "cache_dir": options.cache_dir, "token": options.token}
-    info = None
+    info = code = None
     if not options.local_files_only:
         try:
             info = HfApi(token=options.token).model_info(
@@ -60,11 +60,12 @@ def fetch(
             )
         except Exception as error:
             refuse(name, error, "model")
+            code = _status(error)
     if info is None:
         try:
             return Path(snapshot_download(name, local_files_only=True, **place))
         except Exception as error:
-            raise out_of_reach(name) from error
+            raise out_of_reach(name, code=code) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = [file for file in files_of(list(sizes)) if weights or file.endswith(_TEXTS)]
     try:
@@ -81,10 +82,17 @@ def fetch(
         raise
 
 
-def out_of_reach(name: str, kind: str = "") -> ValueError:
-    """Of a repository that neither the hub nor its cache gives; `kind` = options that a download by hand needs."""
+def out_of_reach(name: str, kind: str = "", *, code: int | None = None) -> ValueError:
+    """Of a repository that neither the hub nor its cache gives.
+
+    Args:
+        name: of the repository.
+        kind: options that a download by hand needs.
+        code: what the hub answered, such as 503; None = nothing.
+    """
+    hub = "the hub is out of reach" if code is None else f"the hub answers with {code}"
     return ValueError(
-        f"{name}: no such folder here, the hub is out of reach, and its cache has not got it: where there is a "
+        f"{name}: no such folder here, {hub}, and its cache has not got it: where there is a "
         f"network, `hf download {name} {kind}--local-dir FOLDER`, and give FOLDER in place of the name"
     )
 

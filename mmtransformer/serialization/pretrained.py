@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
-from mmtransformer.serialization.untrusted import built_from, check_plain, fits, hints_of, said, settings_of
+from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
 from mmtransformer.serialization.uses import other_kind
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -171,6 +171,8 @@ def weights_written_to(path: Path) -> Iterator[None]:
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Writes tensors: those that are one under the first of their names, those that share memory each apart.
 
+    A file that is there is replaced when the new one is whole: a model may still be reading it.
+
     Returns:
         What was written.
     """
@@ -181,8 +183,13 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             written.add(tensor.data_ptr())
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes
             state[name] = tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
-    with weights_written_to(path):
-        save_file(state, path, metadata={"format": "pt"})
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with weights_written_to(path):
+            save_file(state, part, metadata={"format": "pt"})
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return state
 
 
@@ -252,7 +259,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     Raises:
         ValueError: naming tensors that are missing, left over, of another shape, or tied here but different there.
     """
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     storage = {name: tensor.data_ptr() or name for name, tensor in own.items()}  # on the meta device all are at 0
     filled = {storage[name] for name in state if name in storage}
     missing = [name for name in own if name not in state and storage[name] not in filled]
@@ -271,7 +278,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
         raise ValueError(f"{where} does not fit {type(module).__name__}; " + "; ".join(faults))
     with torch.no_grad():
         for name, tensor in state.items():
-            own[name].copy_(tensor)
+            hold(own[name], tensor)
 
 
 def rebuilt(config: dict[str, Any]) -> nn.Module | None:
@@ -388,6 +395,7 @@ class Pretrained:
             model = from_config(described, str(folder / CONFIG))
         if not isinstance(model, cls):
             raise other_kind(folder, type(model), cls.__name__)
-        load_strictly(model, state, str(folder / WEIGHTS))
+        with held(state.values()):
+            load_strictly(model, state, str(folder / WEIGHTS))
         refuse_damaged(state, config, folder, folder / WEIGHTS)
         return model.eval()

@@ -1,8 +1,9 @@
 """Files from outside: what they claim is looked at before memory is taken for it, and before they are followed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmtransformer.layers.random_weights import trunc_normal_
+
 T = TypeVar("T")
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace,
            torch.logspace, torch.eye, torch.empty_strided}  # fmt: skip
+_RANDOM = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, trunc_normal_}
 _MOST_JSON = 1 << 28  # bytes; a tokenizer's largest has some tens of millions
 
 
@@ -106,7 +110,10 @@ def said(error: Exception) -> str:
 
 
 class _Bounded(TorchFunctionMode):
-    """Within it, no more tensors and numbers are made than are allowed; asked for more, nothing is taken."""
+    """Within it, no more tensors and numbers are made than are allowed; asked for more, nothing is taken.
+
+    Weights get no random numbers, which would take most of the time of a loading: files fill all of them.
+    """
 
     def __init__(self, tensors: int, numbers: int) -> None:
         super().__init__()
@@ -114,6 +121,8 @@ class _Bounded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
         if func in _MAKERS:
             plain = {key: value for key, value in kwargs.items() if key not in ("generator", "pin_memory")}
             self.tensors -= 1
@@ -121,6 +130,49 @@ class _Bounded(TorchFunctionMode):
             if min(self.tensors, self.numbers) < 0:
                 raise ValueError("the config asks for a far larger model than its weights are")
         return func(*args, **kwargs)
+
+
+@dataclass
+class _Held:
+    """What was read, by the memory that it lies in, and which parameters have taken which places of it."""
+
+    storages: set[int]
+    taken: dict[int, Tensor] = field(default_factory=dict)
+
+
+_READ: ContextVar[_Held | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def held(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Where nobody but the model that is filled will have these tensors, which were read from files: see `hold`."""
+    before = _READ.set(_Held({tensor.untyped_storage().data_ptr() for tensor in tensors}))
+    try:
+        yield
+    finally:
+        _READ.reset(before)
+
+
+def hold(place: Tensor, tensor: Tensor) -> None:
+    """Fills a parameter or buffer; one that was read from a file (`held`) is not copied, but becomes it.
+
+    The file is then memory that is read when it is first needed, and written to nowhere but in this process. So it may
+    be replaced while the model lives, but not written over.
+
+    Args:
+        place: The parameter or buffer.
+        tensor: What is to stand there, of the same shape.
+    """
+    read = _READ.get()
+    alike = tensor.dtype == place.dtype and tensor.device == place.device and tensor.is_contiguous()
+    if not tensor.numel() or tensor.data_ptr() == place.data_ptr():
+        return
+    if read is None or not alike or tensor.untyped_storage().data_ptr() not in read.storages:
+        place.copy_(tensor)
+    elif read.taken.setdefault(tensor.data_ptr(), place) is place:
+        place.data = tensor
+    else:  # Two parameters that are not tied stay two.
+        place.copy_(tensor)
 
 
 @contextmanager
@@ -138,7 +190,7 @@ def built_from(state: dict[str, Tensor], where: str) -> Iterator[None]:
     """
     numbers = sum(tensor.numel() for tensor in state.values())
     try:
-        with _Bounded(4096 + 16 * len(state), (1 << 26) + 4 * numbers):
+        with held(state.values()), _Bounded(4096 + 16 * len(state), (1 << 26) + 4 * numbers):
             yield
     except OSError:
         raise

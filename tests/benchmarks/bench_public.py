@@ -72,7 +72,8 @@ def vit_gpt2(small: bool) -> tuple[nn.Module, int, int, dict[str, Any]]:
 def git(small: bool) -> tuple[nn.Module, int, int, dict[str, Any]]:
     """The same of microsoft/git-base."""
     vision: dict[str, Any] = SMALL | {"image_size": 64} if small else {}
-    config = GitConfig(vision_config=vision, **(SMALL if small else {}))
+    text: dict[str, Any] = SMALL if small else {}
+    config = GitConfig(vision_config=vision, **text)
     return loud(GitForCausalLM(config)), 64 if small else 224, 101, {"max_new_tokens": 20}
 
 

@@ -100,6 +100,7 @@ def test_which_files_make_a_model() -> None:
         (answer(errors.HfHubHTTPError, 401), r"does not give it to you \(401\)"),
         (errors.OfflineModeIsEnabled("offline"), r"out of reach.*hf download some/one --local-dir FOLDER"),
         (httpx2.ConnectError("refused"), "out of reach, and its cache has not got it"),
+        (answer(errors.HfHubHTTPError, 503), "the hub answers with 503, and its cache has not got it"),
     ],
 )
 def test_what_a_refusal_says(refusal: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
