@@ -1,7 +1,4 @@
-"""ImageCaptioner: pictures in, captions out, and everything that belongs to a saved model in one folder.
-
-Shapes: gh gw rows and columns of patches.
-"""
+"""ImageCaptioner: pictures in, captions out, a model in a folder. Shapes: gh gw rows and columns of patches."""
 
 import dataclasses
 import threading
@@ -114,9 +111,9 @@ class ImageCaptioner:
     ) -> Self:
         """Loads what `save_pretrained` wrote, or a public model, from a folder or from the hub by its name.
 
-        Public are the captioners of `mmtransformer.weights.FAMILIES`, in the folders that hubs have, with their own
-        pixels, prompts, ends and search. The family is decided by its config before weights are fetched, and what a
-        large download takes is said first. torch's own files (.bin, .pt) are read as tensors alone; no code runs.
+        Public are `mmtransformer.weights.FAMILIES`, in hubs' folders, with their own pixels, prompts, ends and search.
+        The config decides the family before weights are fetched, and what a large download takes is said. torch's own
+        files (.bin, .pt) are read as tensors alone; no code runs.
 
         Args:
             folder_or_id: The folder, or the name of a hub's repository.
@@ -154,9 +151,9 @@ class ImageCaptioner:
         )
 
     def ready(self, *, pack: bool = True) -> Captioner:
-        """The model as it captions: in its precision, and packed on a CPU (`weight_packing.for_inference`).
+        """The model as it captions: in its precision, and packed on a CPU (`weight_packing.for_inference`), in place.
 
-        It is converted in place, with the first picture: what `save_pretrained` writes after that is in its precision.
+        From the first picture on, what `save_pretrained` writes is in its precision.
 
         Args:
             pack: See `for_inference`; said by the first call.
@@ -184,10 +181,10 @@ class ImageCaptioner:
         if self.processor is not None and self.processor.folder is not None:
             from mmtransformer.weights.public import save_adapter, save_captioner
 
+            base, options = self.processor.folder, self.processor.options
             if self.adapter is not None:
-                save_adapter(self.adapter, self.processor.folder, folder, note=card or "")
+                save_adapter(self.adapter, base, folder, note=card or "")
             else:
-                base, options = self.processor.folder, self.processor.options
                 save_captioner(self.captioner, base, folder, note=card or "", options=options)
             return
         self.captioner.save_pretrained(folder)
@@ -224,7 +221,7 @@ class ImageCaptioner:
         Args:
             images: A picture (path, bytes, file or PIL image), or a list of them.
             prompt: The words that a public model captions after, or those for each picture; its own unless told.
-            language: Its code, if the model knows several; the first one it knows unless told.
+            language: Its code, if the model knows several; else the first one.
             generation: How to search, in place of the model's own settings.
             prompts: Makes the prompts: `FewShot` puts examples before each picture.
             batch_size: Pictures at once.

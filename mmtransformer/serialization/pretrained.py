@@ -169,12 +169,10 @@ def weights_written_to(path: Path) -> Iterator[None]:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Writes tensors: those that are one under the first of their names, those that share memory each apart.
+    """Writes tensors, those that are one under the first of their names, and returns what was written.
 
-    A file that is there is replaced when the new one is whole: a model may still be reading it.
-
-    Returns:
-        What was written.
+    Those that share memory are each apart. A file that is there is replaced when the new one is whole: a model may
+    still be reading it.
     """
     state: dict[str, Tensor] = {}
     written: set[int] = set()
