@@ -107,7 +107,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check absolute", 0, ("24 pictures", "image=was", "absolute paths")),
     ("check arrow", 0, ("Arrow data-00000-of-00001.arrow: 24 pictures",)),
     ("check someone/photos.csv", 2, ("someone/photos.csv does not exist",)),
-    (f"{TUNE} llava {ENGLISH}", 0, ("pictures come with a question, which is left out",)),
+    (f"{TUNE} llava {ENGLISH}", 0, ("left out, as the model is trained without prompts",)),
     (f"{TUNE} ids --data.read.language en", 0, ("--language en",)),
     (f"{TUNE} german {GERMAN}", 0, ("--language de",)),
     (f"{TUNE} ids --data.image.image_size 224", 2, ("data.image would have no effect",)),
@@ -122,7 +122,7 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     (f"caption ids/000.jpg {MODEL} --do-sample --num-return-sequences 5", 0, ("(",)),
     (f"evaluate {MODEL} --data ids --split train --predictions said.jsonl", 0, ("BLEU-4",)),
     (f"evaluate {MODEL} --data ids --split train --predictions said.jsonl", 0, ("BLEU-4",)),
-    (f"evaluate {MODEL} --data turns --split train", 0, ("answers to later turns of conversations are left out",)),
+    (f"evaluate {MODEL} --data turns --split train", 0, ("answers to later turns of conversations",)),
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from mmtransformer.cli.options import (
     generation_changes,
     progress_bar,
 )
-from mmtransformer.serialization.printable import printable, say
+from mmtransformer.serialization.printable import counted, printable, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,7 @@ def run(name: str, words: Sequence[str]) -> int:
         write_bad(out.bad_list, map(images.name, range(len(images))), bad)
     if len(bad) == len(images):
         first, more = next(iter(bad.values())), len(bad) - 1
-        raise ValueError(first + (f"; nor can the other {more} pictures be used" if more else ""))
+        raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
     if len(images) > 1 or out:
         say(_summary(args, out, images, len(todo), bad), file=sys.stderr)
     return 1 if bad else 0
@@ -155,11 +155,11 @@ def _summary(
     args: argparse.Namespace, out: "CaptionFile | None", images: "ImageFiles", todo: int, bad: dict[str, str]
 ) -> str:
     """What was done, in a line."""
-    parts = [f"{todo - len(bad):,} pictures captioned" + (f" in {out.where}" if out else "")]
+    parts = [f"{counted(todo - len(bad), 'picture')} captioned" + (f" in {out.where}" if out else "")]
     if len(images) > todo:
         parts.append(f"{len(images) - todo:,} had captions there already (--overwrite captions them anew)")
     if images.others:
-        parts.append(f"{images.others:,} other files left alone")
+        parts.append(f"{counted(images.others, 'other file')} left alone")
     if bad:
         again = (
             f"mmt caption {quote(f'@{out.bad_list}')} --model {quote(args.model)} --out {quote(args.out)}"

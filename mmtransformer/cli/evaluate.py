@@ -18,7 +18,7 @@ from mmtransformer.cli.options import (
     progress_bar,
     read_options,
 )
-from mmtransformer.serialization.printable import printable, say
+from mmtransformer.serialization.printable import counted, printable, say
 
 if TYPE_CHECKING:
     from mmtransformer.data.loading.source import Pairs, PairSource
@@ -54,7 +54,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if isinstance(pairs, PairSplit) and (model.processor is None or args.num_examples is not None):
         whole, pairs = len(pairs), pairs.without_follow_ups()
         if len(pairs) < whole:
-            say(f"{whole - len(pairs):,} answers to later turns of conversations are left out", file=sys.stderr)
+            say(f"left out: {counted(whole - len(pairs), 'answer')} to later turns of conversations", file=sys.stderr)
     count = len(pairs) if args.limit is None else min(len(pairs), args.limit)
     found = dict.fromkeys(caption.language for i in range(count) for caption in pairs.captions(i))
     if not model.tokenizer.languages and len(found) > 1:
@@ -82,7 +82,10 @@ def run(name: str, words: Sequence[str]) -> int:
         path = path.with_name(f"bad_images_{path.stem}.txt")
         listed = f": {path} names them" if write_bad(path, map(pairs.name, range(count)), bad) else ""
     if bad:
-        say(f"{len(bad):,} of {count:,} pictures could not be used, and are in no score{listed}", file=sys.stderr)
+        say(
+            f"{len(bad):,} of {counted(count, 'picture')} could not be used, and are in no score{listed}",
+            file=sys.stderr,
+        )
     return 1 if bad else 0
 
 
@@ -145,7 +148,7 @@ def _caption(
     if questions and (model.processor is None or args.num_examples is not None):
         why = "reads no prompts" if model.processor is None else "reads examples in their place"
         say(
-            f"{len(questions):,} of {count:,} pictures come with a question, which is left out: the model {why}",
+            f"left out, as the model {why}: questions about {len(questions):,} of {counted(count, 'picture')}",
             file=sys.stderr,
         )
         questions.clear()
@@ -172,7 +175,7 @@ def _caption(
             for code, prediction in mine.items():
                 by[code or ANY].append(prediction)
     if len(bad) == count:
-        raise ValueError(f"not one of {count} pictures can be used; the first: {next(iter(bad.values()))}")
+        raise ValueError(f"not one of {counted(count, 'picture')} can be used; the first: {next(iter(bad.values()))}")
     return {code: sorted(some, key=lambda p: p.index) for code, some in by.items()}, bad
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmtransformer.cli.errors import cause_of, check_file, explain
 from mmtransformer.cli.recipes import cap_sizes, with_files, with_tower
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files, paths_as_texts
-from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.printable import counted, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -296,9 +296,11 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
 
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     if cli.config.get("activation_checkpointing"):
-        say(f"activations of {checkpoint_activations(module)} blocks are computed again in the backward pass")
+        say(
+            f"activations of {counted(checkpoint_activations(module), 'block')} are computed again in the backward pass"
+        )
     if cli.config.get("compile"):
-        say(f"{compile_blocks(module)} blocks are compiled at their first use")
+        say(f"compiled at their first use: {counted(compile_blocks(module), 'block')}")
     device = trainer.strategy.root_device
     if trainer.is_global_zero:
         with paths_as_texts():
@@ -312,7 +314,7 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         said.append(f"a moving average of the weights ({decay:g}) is validated, and kept")
     if (world := trainer.world_size) > 1:
         how = "share the weights" if isinstance(trainer.strategy, Sharded) else "have the weights whole"
-        said.append(f"{world} processes {how}")
+        said.append(f"{counted(world, 'process', 'processes')} {how}")
     if said:
         say("; ".join(said))
     began = time.monotonic()

@@ -1,9 +1,11 @@
 """`mmt plan`: what a recipe will need of memory and disk, before it is run."""
 
+import io
 import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +63,9 @@ def plan(words: list[str]) -> tuple["Needs", int, str]:
             raise ValueError(f"{type(first.datamodule).__name__} has no batch_size that could be planned with")
         del first  # Its weights are not what a run needs.
         sizes = sorted({max(batch // 4, 1), max(batch // 2, 1)})
-        watches = [_watch(words, size, folder)[0] for size in sizes[:-1]]
-        watch, cli = _watch(words, sizes[-1], folder)
+        with redirect_stdout(io.StringIO()):  # what is said of the recipe was said of the first
+            watches = [_watch(words, size, folder)[0] for size in sizes[:-1]]
+            watch, cli = _watch(words, sizes[-1], folder)
         watches.append(watch)
         samples = batch * watch.samples // sizes[-1]
         needs = extended(watches[0], watch, samples)

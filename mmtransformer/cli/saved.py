@@ -1,5 +1,6 @@
 """`mmt classify`, `mmt translate`, `mmt export` and `mmt parity`: what else is done with saved models."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def _classify(name: str, words: Sequence[str]) -> int:
     add_model_options(parser)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="picture files")
-    add("--top", type=int, default=1, metavar="N", help="classes a picture (1)")
+    add("--top-k", type=int, default=1, metavar="N", help="classes a picture (1)")
     add("--json", action="store_true", help="one line of JSON a picture")
     add("--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block")
     args = parser.parse_args(list(words))
@@ -31,7 +32,7 @@ def _classify(name: str, words: Sequence[str]) -> int:
 
     images = [load(path) for path in args.images]
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
-    for path, best in zip(args.images, classifier(images, top=args.top), strict=True):
+    for path, best in zip(args.images, classifier(images, top_k=args.top_k), strict=True):
         if args.json:
             row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
             say(json_text(row))
@@ -80,11 +81,12 @@ def _translate(name: str, words: Sequence[str]) -> int:
 def _export(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a captioner's folder, or its name on the hub")
+    _add_model(parser, "a captioner's folder, or its name on the hub")
     add("--to", choices=("transformers", "open_clip"), help="who shall read it; who reads the family unless told")
     add("out", metavar="OUT", help="the folder to write")
     add("--family", metavar="NAME", help="as a model of this family, where a captioner of this library fits several")
     args = parser.parse_args(list(words))
+    args.model = _model(parser, args)
 
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
     from mmtransformer.weights.public import FAMILIES, captioner_family, export_captioner
@@ -109,15 +111,31 @@ def _export(name: str, words: Sequence[str]) -> int:
     return 0
 
 
+def _add_model(parser: argparse.ArgumentParser, text: str) -> None:
+    """The model as the first word, or behind `--model` as in other commands."""
+    parser.add_argument("place", nargs="?", metavar="MODEL", help=text)
+    parser.add_argument("--model", metavar="DIR", help="the same, as other commands take it")
+
+
+def _model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    if (args.model is None) == (args.place is None):
+        parser.error("one model is needed, as the first word or behind --model")
+    return args.place if args.model is None else args.model
+
+
 def _parity(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a public captioner's folder, or its name on the hub; it is loaded twice")
+    _add_model(parser, "a public captioner's folder, or its name on the hub; it is loaded twice")
     add("images", nargs="*", metavar="IMAGE", help="picture files; three that are drawn here unless named")
     add("--prompt", metavar="TEXT", help="the words to caption after; the family's own unless told")
     add("--max-new-tokens", type=int, default=20, metavar="N", help="most new tokens (20)")
     add("--num-beams", type=int, default=3, metavar="N", help="of the second search; the first is greedy (3)")
     args = parser.parse_args(list(words))
+    if args.model is not None and args.place is not None:  # all places are pictures
+        args.images.insert(0, args.place)
+        args.place = None
+    args.model = _model(parser, args)
 
     from mmtransformer.pipelines.parity import compare
 

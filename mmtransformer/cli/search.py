@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mmtransformer.cli.options import add_model_options, command_parser
-from mmtransformer.serialization.printable import json_text, printable, say
+from mmtransformer.serialization.printable import counted, json_text, printable, say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.duplicates:
         _show_groups(index, index.duplicates(args.threshold, progress=sys.stderr.isatty()), args)
     else:
-        _show_found(index, index.search(args.texts, like=args.like, without=args.without, top_k=args.top), args)
+        _show_found(index, index.search(args.texts, like=args.like, without=args.without, top_k=args.top_k), args)
     return 1 if index.changes.tried else 0
 
 
@@ -52,7 +52,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--duplicates", action="store_true", help="find pictures that are the same, or nearly so")
     text = "cosine from which two pictures are near duplicates; at 1 only files of the same bytes are (0.95)"
     add("--threshold", type=float, metavar="X", help=text)
-    add("--top", type=int, metavar="N", help="pictures to show; with --duplicates, groups (20)")
+    add("--top-k", type=int, metavar="N", help="pictures to show; with --duplicates, groups (20)")
     add("--json", action="store_true", help="one line of JSON a picture, or a group")
     add("--out", metavar="OUT.html", help="show the answer as a page of pictures (or OUT.png, a sheet)")
     text = "keep the index in this file; without it in the user's cache, never beside the pictures"
@@ -78,8 +78,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold must be above 0 and at most 1, not {args.threshold:g}")
     if any(not text.strip() for text in (*args.texts, *args.without)):
         raise ValueError("a text is empty, and would fit every picture: leave it out")
-    args.top = 20 if args.top is None else args.top
-    check_count("--top", args.top)
+    args.top_k = 20 if args.top_k is None else args.top_k
+    check_count("--top-k", args.top_k)
     check_count("--batch-size", args.batch_size)
     if args.out and Path(args.out).suffix.lower() not in PAGES + SHEETS:
         raise ValueError(f"--out {args.out}: the answer is a page or a picture; let the name end in .html or .png")
@@ -144,7 +144,7 @@ def _summary(index: "ImageIndex") -> str:
     found = index.changes
     counts = {"new": found.new, "changed": found.changed, "gone": found.gone, "could not be used": len(found.bad)}
     said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    return f"{len(index):,} pictures{f' ({said})' if said else ''}; index: {index.path}"
+    return f"{counted(len(index), 'picture')}{f' ({said})' if said else ''}; index: {index.path}"
 
 
 def _shown(path: str) -> str:
@@ -165,12 +165,12 @@ def _show_found(index: "ImageIndex", found: "Sequence[Match]", args: argparse.Na
     if args.out:
         folder = Path(args.model)  # a run's is called "model"
         by = folder.resolve().parent.name if folder.name == "model" else folder.name
-        _draw(index, [found], args, f"{len(index):,} pictures, by {by}")
+        _draw(index, [found], args, f"{counted(len(index), 'picture')}, by {by}")
 
 
 def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", args: argparse.Namespace) -> None:
     count = sum(map(len, groups))
-    for i, group in enumerate(groups[: args.top], 1):
+    for i, group in enumerate(groups[: args.top_k], 1):
         if args.json:
             rows = [{"image": _shown(x.path), "score": round(x.score, 6), "same_bytes": x.exact} for x in group]
             say(json_text({"group": i, "images": rows}))
@@ -179,11 +179,11 @@ def _show_groups(index: "ImageIndex", groups: "Sequence[Sequence[Duplicate]]", a
             say()
         for one in group:
             say(f"{one.score:.3f}  {_shown(one.path)}{'  (same bytes)' if one.exact else ''}")
-    more = f", of which {args.top:,} are shown (--top)" if len(groups) > args.top else ""
-    said = f"{len(groups):,} groups of {count:,} pictures that are alike{more}"
+    more = f", of which {args.top_k:,} are shown (--top-k)" if len(groups) > args.top_k else ""
+    said = f"{counted(len(groups), 'group')} of {counted(count, 'picture')} that are alike{more}"
     say(said, file=sys.stderr)
     if args.out:
-        _draw(index, groups[: args.top], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
+        _draw(index, groups[: args.top_k], args, f"{said}; among {len(index):,}, cosines from {args.threshold:g}")
 
 
 def _draw(index: "ImageIndex", groups: "Sequence[Sequence[Match]]", args: argparse.Namespace, hint: str) -> None:

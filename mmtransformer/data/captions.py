@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
-from mmtransformer.data.loading.source import Pairs, PairSource, size_of
+from mmtransformer.data.loading.source import Pairs, PairSource, loads_of, size_of
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairSplit
 from mmtransformer.images import Augment, ImageError, ImageTransform
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
@@ -174,8 +175,8 @@ class CaptionData(Data):
         if self.processor is None and isinstance(found, PairSplit):
             first = found.without_follow_ups()
             if len(first) < len(found):
-                what = "%s: %d answers to later turns of conversations are left out: the model reads no prompts"
-                _log.warning(what, split, len(found) - len(first))
+                what = "%s: left out, as the model reads no prompts: %s to later turns of conversations"
+                _log.warning(what, split, counted(len(found) - len(first), "answer"))
             return first
         return found
 
@@ -187,8 +188,8 @@ class CaptionData(Data):
         )
         asked = sum(captions[0].question is not None for captions in rows.captions)
         if asked and self.processor is None:
-            what = "%s: %d of %d pictures come with a question, which is left out: the model is trained without prompts"
-            _log.warning(what, split, asked, len(rows))
+            what = "%s: left out, as the model is trained without prompts: questions about %d of %s"
+            _log.warning(what, split, asked, counted(len(rows), "picture"))
         if rows.cut:
             _log.warning(
                 "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
@@ -203,6 +204,10 @@ class CaptionData(Data):
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
         return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad)
+
+    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+        """Of pictures that could not be read, those that are still in a split."""
+        return loads_of(self.pairs(split), names)
 
     def use_features(
         self,

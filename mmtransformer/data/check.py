@@ -19,6 +19,7 @@ from mmtransformer.data.loading.errors import FIRST, Report, allowed
 from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.images import ImageError
+from mmtransformer.serialization.printable import counted
 
 _BAR = 24  # width of a histogram's longest bar
 
@@ -86,7 +87,8 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [self.source, ""]
         for split, count in self.images.items():
-            lines.append(f"  {split:<14}{f'{count:,} pictures':>18}{f'{self.captions[split]:,} captions':>20}")
+            pictures, captions = counted(count, "picture"), counted(self.captions[split], "caption")
+            lines.append(f"  {split:<14}{pictures:>18}{captions:>20}")
         if self.languages:
             lines += ["", "  languages     " + ", ".join(f"{code} {n:,}" for code, n in self.languages.items())]
         if self.sizes:

@@ -1,6 +1,6 @@
 """Pictures with classes as a LightningDataModule for a classifier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.sampler import SampleIndex
-from mmtransformer.data.loading.source import scaled_image
+from mmtransformer.data.loading.source import loads_of, scaled_image
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.images import Augment, ImageError, ImageTransform
+from mmtransformer.serialization.printable import counted
 
 
 @dataclass
@@ -97,7 +98,7 @@ class ClassDataset(Dataset[ClassSample]):
             if self.augment is not None:
                 image = self.augment(image, generator(self.seed, pick.epoch, at, 4))
             return at, self.transform(image)
-        raise TooManyErrors(f"none of the {len(self)} pictures can be read")
+        raise TooManyErrors(f"none of the {counted(len(self), 'picture')} can be read")
 
     def _enough(self, epoch: int, at: int) -> tuple[float, float] | None:
         """Height and width that a picture may be decoded at: in training only, less than all of it."""
@@ -170,12 +171,16 @@ class ClassData(Data):
         """Where pictures that cannot be read are recorded."""
         return BadImages.of_split(self.report_folder(), split, len(self.images(split)), self.max_bad)
 
+    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+        """Of pictures that could not be read, those that are still in a split."""
+        return loads_of(self.images(split), names)
+
     def describe(self) -> str:
         """What there is: "8 classes (circle, square ...); train 20,000, val 500"."""
         names = ", ".join(self.classes[:8]) + (" ..." if len(self.classes) > 8 else "")
         splits = (self.train_split, *self.val_splits)
         counts = ", ".join(f"{split} {len(self.images(split)):,}" for split in splits)
-        return f"{len(self.classes)} classes ({names}); {counts}"
+        return f"{counted(len(self.classes), 'class', 'classes')} ({names}); {counts}"
 
     def parts(self, split: str) -> Parts:
         """Pictures and classes."""

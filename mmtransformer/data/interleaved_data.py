@@ -1,7 +1,8 @@
 """Interleaved documents, and mixtures of them with pairs, as a LightningDataModule for a captioner."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmtransformer.data.loading.source import PairSource
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.mixture import MixedDocuments
 from mmtransformer.images import Augment, ImageTransform
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -156,7 +158,7 @@ class InterleavedData(Data):
             seed=self.seed,
             parts=documents.parts if isinstance(documents, MixedDocuments) else None,
         )
-        of, row = f"of {len(documents)} documents", f"({self.max_len} tokens, {self.max_images} pictures)"
+        of, row = f"of {counted(len(documents), 'document')}", f"({self.max_len} tokens, {self.max_images} pictures)"
         for count, what in (
             (rows.divided, f"{of} are longer than a row {row}: divided"),
             (rows.cut, "texts are longer than a row: cut"),
@@ -183,6 +185,14 @@ class InterleavedData(Data):
         """Where pictures that cannot be read are recorded."""
         total = int(self.rows(split).images.sum())
         return BadImages.of_split(self.report_folder(), f"documents_{split}", total, self.max_bad)
+
+    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+        """Of pictures that could not be read, those that are still in a split."""
+        documents = self.documents(split)
+        places = ((i, k) for i in range(len(documents)) for k in range(len(documents.document(i).texts) - 1))
+        return {
+            name: partial(documents.image, i, k) for i, k in places if (name := documents.image_name(i, k)) in names
+        }
 
     def dataset(self, split: str, *, training: bool = False) -> DocumentDataset:
         """Return a split as a dataset of `SampleIndex`s."""

@@ -20,6 +20,7 @@ from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 from mmtransformer.images.sizes import stored_size
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.conversation import Conversation
 from mmtransformer.text.detokenize import detokenize
 
@@ -52,7 +53,7 @@ class PairSplit:
         return len(self._images)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self):,} pictures)"
+        return f"{type(self).__name__}({counted(len(self), 'picture')})"
 
     def name(self, i: int) -> str:
         """The name of picture i, as its manifest gives it; behind it the question where there are several."""
@@ -181,7 +182,7 @@ class PairFiles:
         self.report.enforce(what, max_bad)
         found = [image for image in self._found.values() if image.captions]
         if not found and max_bad < 1:
-            raise TooManyErrors(f"{what}: not one of {self.report.rows} rows can be used:\n{self.report}")
+            raise TooManyErrors(f"{what}: not one of {counted(self.report.rows, 'row')} can be used:\n{self.report}")
         if all(image.split is None for image in found):
             paths = [image.place.inner if isinstance(image.place, Entry) else image.name for image in found]
             for image, split in zip(found, folder_splits(paths), strict=True):
@@ -224,7 +225,7 @@ class PairFiles:
         """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""
         images = len({(image.name, split) for split, some in self._splits.items() for image in some})
         captions = sum(len(image.captions) for split in self._splits.values() for image in split)
-        parts = [f"{self._said[0]}: {images} pictures, {captions} captions", *self._said[1:]]
+        parts = [f"{self._said[0]}: {counted(images, 'picture')}, {counted(captions, 'caption')}", *self._said[1:]]
         if self._splits:
             parts.append(
                 f"splits{f' {self._rule}' * bool(self._rule)}: "

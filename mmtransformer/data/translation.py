@@ -13,6 +13,7 @@ from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Split
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class TranslationRows(Dataset[PairRow]):
             self._rows.append((np.array(source, np.int32), np.array(tokens, np.int32), len(prompt)))
         if not self._rows:
             raise ValueError(
-                f"none of {len(pairs)} pairs is within max_len ({max_len} tokens): the longest has {self.longest}"
+                f"none of {counted(len(pairs), 'pair')} fits max_len ({max_len} tokens): the longest has {self.longest}"
             )
         self.lengths = np.array([len(source) + len(tokens) for source, tokens, _ in self._rows])
 
@@ -169,7 +170,7 @@ class TranslationData(Data):
     def describe(self) -> str:
         """What there is, a line a split."""
         return "\n".join(
-            f"{split}: {len(self.rows(split)):,} pairs, {self.rows(split).lengths.mean():.1f} tokens each"
+            f"{split}: {counted(len(self.rows(split)), 'pair')}, {self.rows(split).lengths.mean():.1f} tokens each"
             for split in (self.train_split, *self.val_splits)
         )
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmtransformer.serialization.printable import counted
+
 WEIGHT = 2.5
 """What the paper multiplies a cosine by, so that scores of CLIP ViT-B/32 lie between 0 and 1 (section 3)."""
 
@@ -50,7 +52,9 @@ def ref_clip_score(
     """
     seen, c = clip_score(images, captions, weight=weight), _unit(captions, "captions")
     if len(references) != len(c):
-        raise ValueError(f"there are references of {len(references)} pictures, and {len(c)} captions")
+        raise ValueError(
+            f"there are references of {counted(len(references), 'picture')}, and {counted(len(c), 'caption')}"
+        )
     said = np.zeros(len(c))
     for i, some in enumerate(references):
         if len(some) == 0:

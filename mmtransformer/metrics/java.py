@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mmtransformer.serialization.printable import counted
+
 # METEOR 1.5, English, the "rank" task: weights of exact, stem, synonym and paraphrase matches, and alpha to delta.
 _MODULES = np.array([1.0, 0.6, 0.8, 0.6])
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
@@ -67,7 +69,7 @@ def meteor_statistics(
     answer = _run("METEOR", command, "".join(lines), seconds)
     rows = [[float(number) for number in line.split()] for line in answer.splitlines() if line.strip()]
     if len(rows) != len(candidates) or any(len(row) != 23 for row in rows):
-        raise NotComputed(f"METEOR answered {len(rows)} lines for {len(candidates)} captions")
+        raise NotComputed(f"METEOR answered {len(rows)} lines for {counted(len(candidates), 'caption')}")
     numbers = np.array(rows).reshape(len(rows), 23)
     # In the sum over a set, a caption that matches its reference wholly has no chunk (no fragmentation).
     whole = (numbers[:, 21] == numbers[:, 0]) & (numbers[:, 22] == numbers[:, 1]) & (numbers[:, 20] == 1)
@@ -131,7 +133,7 @@ def spice(
         answer = json.loads(target.read_text(encoding="utf-8"))
     scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in answer}
     if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores.values()):
-        raise NotComputed(f"SPICE scored {len(scores)} of {len(rows)} captions")
+        raise NotComputed(f"SPICE scored {len(scores)} of {counted(len(rows), 'caption')}")
     return np.array([scores[i] for i in range(len(rows))])
 
 

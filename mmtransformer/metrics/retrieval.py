@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmtransformer.serialization.printable import counted
+
 
 def recall_at_k(
     similarity: np.ndarray, image_of_caption: Sequence[int], ks: Sequence[int] = (1, 5, 10)
@@ -30,7 +32,7 @@ def recall_at_k(
     owner = np.asarray(image_of_caption, dtype=np.int64)
     if similarity.ndim != 2 or similarity.shape[1] != len(owner):
         raise ValueError(
-            f"similarity has shape {similarity.shape}, but image_of_caption names {len(owner)} captions; "
+            f"similarity has shape {similarity.shape}, but image_of_caption names {counted(len(owner), 'caption')}; "
             "give one row a picture and one column a caption"
         )
     images = similarity.shape[0]
@@ -40,7 +42,7 @@ def recall_at_k(
         )
     alone = np.setdiff1d(np.arange(images), owner)
     if len(alone):
-        raise ValueError(f"{len(alone)} pictures have no caption, the first is row {alone[0]}")
+        raise ValueError(f"no caption belongs to {counted(len(alone), 'picture')}, the first is row {alone[0]}")
     if not np.isfinite(similarity).all():
         raise ValueError(f"similarity holds {int((~np.isfinite(similarity)).sum())} numbers that are not finite")
     if not ks or min(ks) < 1:

@@ -13,6 +13,7 @@ from mmtransformer.metrics.cider import cider_d
 from mmtransformer.metrics.diversity import diversity
 from mmtransformer.metrics.ptb import tokenize
 from mmtransformer.metrics.rouge import rouge_l
+from mmtransformer.serialization.printable import counted
 
 # How each score is written in a table, and what it is multiplied by there.
 TABLE = {f"bleu_{n}": (f"BLEU-{n}", 100) for n in range(1, 5)} | {
@@ -92,10 +93,14 @@ class CaptionScores:
 
     def table(self) -> str:
         """Return the scores as lines of text, times 100 as papers print them."""
-        lines = [f"{len(self.per_image)} pictures, {self.references:.1f} references each, counted in {self.unit}s"]
+        lines = [
+            f"{counted(len(self.per_image), 'picture')}, {self.references:.1f} references each, counted in {self.unit}s"
+        ]
         if self.cut:
             some = ", ".join(map(repr, self.cut[:5])) + (", ..." if len(self.cut) > 5 else "")
-            lines.append(f"only the first {_MOST:,} characters are scored of {len(self.cut)} pictures: {some}")
+            lines.append(
+                f"only the first {_MOST:,} characters are scored of {counted(len(self.cut), 'picture')}: {some}"
+            )
         for name, value in self.values.items():
             label, times = TABLE[name]
             if isinstance(value, str):
@@ -275,6 +280,6 @@ def _same_names(a: str, first: Mapping[str, object], b: str, second: Mapping[str
         lacking = [name for name in others if name not in names]
         if lacking:
             some = ", ".join(map(repr, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
-            faults.append(f"{here} lack {len(lacking)} of {len(others)} pictures of {there}: {some}")
+            faults.append(f"{here} lack {len(lacking)} of {counted(len(others), 'picture')} of {there}: {some}")
     if faults:
         raise ValueError("; ".join(faults))

@@ -21,6 +21,7 @@ from mmtransformer.pipelines.base import (
     write_json,
 )
 from mmtransformer.serialization.pretrained import find_folder, read_json
+from mmtransformer.serialization.printable import counted
 
 CLASSES = "classes.json"
 
@@ -48,13 +49,13 @@ class ImageClassifier:
 
     @torch.inference_mode()
     def __call__(
-        self, images: ImageLike | Sequence[ImageLike], *, top: int = 1, batch_size: int = 64
+        self, images: ImageLike | Sequence[ImageLike], *, top_k: int = 1, batch_size: int = 64
     ) -> list[list[tuple[str, float]]]:
         """Classifies pictures.
 
         Args:
             images: A picture (path, bytes, file or PIL image), or a list of them.
-            top: How many classes of each.
+            top_k: How many classes of each.
             batch_size: Pictures at once.
 
         Returns:
@@ -62,16 +63,16 @@ class ImageClassifier:
 
         Raises:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
-            ValueError: If `top` or `batch_size` is no number of things.
+            ValueError: If `top_k` or `batch_size` is no number of things.
         """
-        check_count("top", top)
+        check_count("top_k", top_k)
         many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
         found: list[list[tuple[str, float]]] = []
         for some in in_batches(many, batch_size):
             pixels = torch.stack([self.transform(load(image)) for image in some])
             with fast_autocast(self.device):
                 logits = self.vit(pixels.to(self.device))
-            best = logits.float().softmax(-1).topk(min(top, len(self.classes)), dim=-1)
+            best = logits.float().softmax(-1).topk(min(top_k, len(self.classes)), dim=-1)
             for shares, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 found.append([(self.classes[i], share) for i, share in zip(numbers, shares, strict=True)])
         return found
@@ -91,10 +92,10 @@ class ImageClassifier:
             folder,
             self.vit,
             task="image-classification",
-            about=f"A ViT of mmtransformer that tells {len(self.classes)} classes apart",
+            about=f"A ViT of mmtransformer that tells {counted(len(self.classes), 'class', 'classes')} apart",
             usage="from mmtransformer import ImageClassifier\n\n"
             'classifier = ImageClassifier.from_pretrained("FOLDER")  # this folder\n'
-            'print(classifier("picture.jpg", top=3)[0])',
+            'print(classifier("picture.jpg", top_k=3)[0])',
             note=card,
         )
 

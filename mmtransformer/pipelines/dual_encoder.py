@@ -198,7 +198,7 @@ class DualEncoder:
         labels: Sequence[str],
         *,
         templates: Sequence[str] = TEMPLATES,
-        top: int = 1,
+        top_k: int = 1,
         batch_size: int = 64,
     ) -> list[list[tuple[str, float]]]:
         """Classifies pictures into classes that are known by their names alone (zero-shot).
@@ -207,7 +207,7 @@ class DualEncoder:
             images: A picture, or a list of them.
             labels: The names of the classes.
             templates: Sentences with {} where the name belongs, in the language of the labels; several are averaged.
-            top: How many classes of each.
+            top_k: How many classes of each.
             batch_size: Pictures at once.
 
         Returns:
@@ -216,15 +216,15 @@ class DualEncoder:
 
         Raises:
             ImageError: If a picture cannot be used.
-            ValueError: If there is no label, a template has no {}, or `top` is no number of things.
+            ValueError: If there is no label, a template has no {}, or `top_k` is no number of things.
         """
-        check_count("top", top)
+        check_count("top_k", top_k)
         named = self.encode_labels(labels, templates)
         vectors = self.encode_images(images, batch_size=batch_size)
         with torch.no_grad():
             logits = self.model.logits(vectors.to(self.device), named.to(self.device)).float().cpu()
         shares = logits.softmax(-1) if self.model.logit_bias is None else logits.sigmoid()
-        best = logits.topk(min(top, len(labels)), dim=-1).indices
+        best = logits.topk(min(top_k, len(labels)), dim=-1).indices
         names = list(labels)
         return [[(names[i], float(row[i])) for i in chosen] for row, chosen in zip(shares, best.tolist(), strict=True)]
 

@@ -27,6 +27,7 @@ from mmtransformer.pipelines.base import (
     write_json,
 )
 from mmtransformer.serialization.pretrained import find_folder, read_json
+from mmtransformer.serialization.printable import counted
 from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -120,7 +121,9 @@ class ImageGenerator:
         rows = [self._row(text, language, truncate) for text in many for _ in range(num_images)]
         firsts = [seed] * len(many) if isinstance(seed, int) else list(seed)
         if len(firsts) != len(many):
-            raise ValueError(f"{len(firsts)} seeds for {len(many)} texts: give one number, or one a text")
+            raise ValueError(
+                f"{counted(len(firsts), 'seed')} for {counted(len(many), 'text')}: give one number, or one a text"
+            )
         seeds = [first + k for first in firsts for k in range(num_images)]
         away = None if negative_prompt is None else self._padded([self._row(negative_prompt, language)])
         found: list[Image.Image] = []
@@ -175,7 +178,7 @@ class ImageGenerator:
         row = [*self.tokenizer.prompt(language), *self.tokenizer.encode(text), self.tokenizer.eos_id]
         if len(row) > self.model.max_len and not truncate:
             raise ValueError(
-                f'"{text[:40]}" has {len(row)} tokens, but the model reads {self.model.max_len}: shorten it'
+                f'"{text[:40]}" has {counted(len(row), "token")}, but the model reads {self.model.max_len}: shorten it'
             )
         return row[: self.model.max_len]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmtransformer.serialization.printable import counted
 from mmtransformer.serialization.writing import write_whole
 
 
@@ -25,7 +26,7 @@ def save_strip(images: Sequence[Image.Image], path: str | Path, *, side: int = 1
     """
     kind = Path(path).suffix.lower()
     if not images or kind not in (".png", ".gif"):
-        raise ValueError(f"{path}: a strip of {len(images)} steps is saved as .png or .gif")
+        raise ValueError(f"{path}: a strip of {counted(len(images), 'step')} is saved as .png or .gif")
     width = max(1, round(side * images[0].width / images[0].height))
     large = [image.convert("RGB").resize((width, side), Image.Resampling.NEAREST) for image in images]
     file = io.BytesIO()

@@ -54,7 +54,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert mmt(capsys, "translate", "a", "--language", "ko", *names)[1] == f"{SHOWN}\n"
     out = mmt(capsys, "translate", BAD, "--language", "ko", "--json", *names)[1]
     assert json.loads(out) == {"text": BAD, "language": "ko", "translation": BAD}
-    stand_in(ImageClassifier, lambda images, top: [[(BAD, 0.5)] for _ in images])
+    stand_in(ImageClassifier, lambda images, top_k: [[(BAD, 0.5)] for _ in images])
     out = mmt(capsys, "classify", FILE, FILE, *names)[1]
     assert out.splitlines() == [rf"그림\x1b[2J\u202e.png: {SHOWN} 50.0%"] * 2
     assert json.loads(mmt(capsys, "classify", FILE, "--json", *names)[1])["image"] == FILE
@@ -99,7 +99,7 @@ def test_errors(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> N
 def test_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     from mmtransformer.cli import search
 
-    args: Any = SimpleNamespace(json=False, out=None, top=9, threshold=0.9)
+    args: Any = SimpleNamespace(json=False, out=None, top_k=9, threshold=0.9)
     match: Any = SimpleNamespace(path=BAD, score=0.5, exact=True)
     index: Any = ()
     search._show_found(index, [match], args)

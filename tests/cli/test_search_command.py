@@ -46,7 +46,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(photos.rglob("*"))
     ask = ("search", "빨간 별", "--index", "photos/", "--model", model)
-    code, out, err = mmt(capsys, *ask, "--top", "4")
+    code, out, err = mmt(capsys, *ask, "--top-k", "4")
     assert code == 1, "a picture could not be used"
     assert len(out.splitlines()) == 4
     assert all(re.fullmatch(r"-?0\.\d{3}  photos/(서울/)?\w+\.png", line) for line in out.splitlines()), out
@@ -55,7 +55,7 @@ def test_words_find_pictures(model: str, photos: Path, capsys: pytest.CaptureFix
     assert err.splitlines()[1] == f"6 pictures (6 new, 1 could not be used); index: {index.resolve()}"
     assert sorted(photos.rglob("*")) == before, "nothing is written beside the pictures"
 
-    again, said, err = mmt(capsys, *ask, "--top", "4", "--json")
+    again, said, err = mmt(capsys, *ask, "--top-k", "4", "--json")
     assert again == 0
     assert err == f"6 pictures (1 could not be used); index: {index.resolve()}\n"
     rows = [json.loads(line) for line in said.splitlines()]
@@ -82,7 +82,7 @@ def test_pictures_find_pictures(model: str, photos: Path, capsys: pytest.Capture
     assert code == 0
     assert len(out.splitlines()) == 4
     shutil.copy("photos/red.png", "elsewhere.png")
-    _, out, _ = mmt(capsys, *ask, "--like", "elsewhere.png", "--top", "1")
+    _, out, _ = mmt(capsys, *ask, "--like", "elsewhere.png", "--top-k", "1")
     assert out == "1.000  photos/red.png\n"
 
 
@@ -172,7 +172,7 @@ def test_a_model_that_compares_nothing(photos: Path, tmp_path: Path, capsys: pyt
         (("red", "--threshold", "0.9"), "--threshold says how near duplicates are: it goes with --duplicates"),
         (("--duplicates", "--threshold", "0"), "--threshold must be above 0 and at most 1, not 0"),
         (("--duplicates", "--threshold", "nan"), "not nan"),
-        (("red", "--top", "0"), "--top must be a whole number, at least 1, not 0"),
+        (("red", "--top-k", "0"), "--top-k must be a whole number, at least 1, not 0"),
         (("red", "--batch-size", "0"), "--batch-size must be a whole number, at least 1, not 0"),
         (("red", "--out", "a.pdf"), "--out a.pdf: the answer is a page or a picture"),
         (("red", "--out", "folder.html"), "--out folder.html is a folder"),

@@ -349,7 +349,7 @@ def test_wrong_similarities_are_named() -> None:
         recall_at_k(np.ones((3, 5)), [0, 1, 2, 2])
     with pytest.raises(ValueError, match="holds 0 to 3, but the pictures are 0 to 2"):
         recall_at_k(np.ones((3, 4)), [0, 1, 2, 3])
-    with pytest.raises(ValueError, match="1 pictures have no caption, the first is row 1"):
+    with pytest.raises(ValueError, match="no caption belongs to 1 picture, the first is row 1"):
         recall_at_k(np.ones((3, 4)), [0, 2, 2, 2])
     with pytest.raises(ValueError, match="1 numbers that are not finite"):
         recall_at_k(np.array([[1.0, np.nan]]), [0, 0])

@@ -78,7 +78,7 @@ def test_zero_shot_classes_are_the_mean_of_their_sentences(loss: str) -> None:
     with torch.no_grad():
         logits = found.model.logits(found.encode_images(pictures()), named)
         shares = logits.softmax(1) if loss == "softmax" else logits.sigmoid()
-    told = found.classify(pictures(), labels, templates=templates, top=2)
+    told = found.classify(pictures(), labels, templates=templates, top_k=2)
     for row, said in zip(shares.tolist(), told, strict=True):
         best = sorted(zip(labels, row, strict=True), key=lambda item: -item[1])
         assert [name for name, _ in said] == [name for name, _ in best]
@@ -89,7 +89,7 @@ def test_zero_shot_classes_are_the_mean_of_their_sentences(loss: str) -> None:
         ({"labels": "star"}, "labels must be a list of names, one at least, not 'star'"),
         ({"labels": labels, "templates": ["a photo"]}, "the template 'a photo' has no {} where"),
         ({"labels": labels, "templates": []}, "templates must be a list of sentences"),
-        ({"labels": labels, "top": 0}, "top must be a whole number, at least 1"),
+        ({"labels": labels, "top_k": 0}, "top_k must be a whole number, at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             found.classify(pictures(), **arguments)  # type: ignore[arg-type]

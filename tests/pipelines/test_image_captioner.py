@@ -90,8 +90,8 @@ def test_a_batch_of_none_is_refused(size: Any) -> None:
     ):
         with pytest.raises(ValueError, match=f"batch_size must be a whole number, at least 1, not {size!r}"):
             call()
-    with pytest.raises(ValueError, match="top must be a whole number, at least 1"):
-        classifier(images(), top=size)
+    with pytest.raises(ValueError, match="top_k must be a whole number, at least 1"):
+        classifier(images(), top_k=size)
 
 
 def test_a_drawn_translation_depends_on_the_text_alone() -> None:

@@ -16,6 +16,7 @@ from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import scaled_image
 from mmtransformer.images import Augment, ImageError, ImageTransform
+from mmtransformer.serialization.printable import counted
 
 
 class Layout(NamedTuple):
@@ -116,7 +117,7 @@ class DocumentDataset(Dataset[DocumentSample]):
                 if not is_real or (step and not self.training):
                     sample.layout.loss_mask[:] = False
                 return sample
-        raise TooManyErrors(f"none of the {len(self)} rows has a text whose picture can be read")
+        raise TooManyErrors(f"none of the {counted(len(self), 'row')} has a text whose picture can be read")
 
     def _sample(self, epoch: int, at: int) -> DocumentSample:
         pieces = self.rows.row(at)

@@ -6,6 +6,7 @@ from typing import Any
 from mmtransformer.data.documents.documents import cut_at_marks, join_pieces
 from mmtransformer.data.files.archives import Entry, Files
 from mmtransformer.data.files.text import is_missing
+from mmtransformer.serialization.printable import counted
 
 MARK = "<image>"
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -88,7 +89,7 @@ def read_pieces(record: dict[str, Any], mark: str, min_similarity: float = 0.0) 
 
 def _parallel(texts: list[Any], images: list[Any]) -> tuple[tuple[str, ...], list[str]]:
     if len(texts) != len(images):
-        raise LineError("lists of different length", f"{len(texts)} texts, {len(images)} images")
+        raise LineError("lists of different length", f"{counted(len(texts), 'text')}, {counted(len(images), 'image')}")
     both = [i for i, (t, p) in enumerate(zip(texts, images, strict=True)) if bool(t) == bool(p)]
     if both:
         raise LineError(
@@ -107,7 +108,7 @@ def _matched(texts: Any, infos: Any, least: float) -> tuple[tuple[str, ...], lis
     for info in infos:
         at = info.get("matched_text_index") if isinstance(info, dict) else None
         if not isinstance(at, int) or not 0 <= at < len(texts):
-            raise LineError("a picture without its text", f"matched_text_index {at!r} of {len(texts)} texts")
+            raise LineError("a picture without its text", f"matched_text_index {at!r} of {counted(len(texts), 'text')}")
         similar = info.get("matched_sim", 0)
         if least and not isinstance(similar, int | float):
             raise LineError("a similarity that is no number", f"{similar!r:.60}")

@@ -29,6 +29,7 @@ from mmtransformer.data.formats.manifests import json_lines
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
+from mmtransformer.serialization.printable import counted
 
 
 @dataclasses.dataclass(slots=True)
@@ -157,7 +158,9 @@ class InterleavedFiles:
             self.report.note("file left out", path, reason)
         self.report.enforce(f"{self.root} ({self._said[0]})", max_bad)
         if not documents:
-            raise TooManyErrors(f"{self.root}: not one of {self.report.rows} documents can be used:\n{self.report}")
+            raise TooManyErrors(
+                f"{self.root}: not one of {counted(self.report.rows, 'document')} can be used:\n{self.report}"
+            )
         self._files = images_in
         _unique(documents)
         texts = [[Caption(" ".join(document.texts), document.language)] for document in documents]
@@ -190,7 +193,7 @@ class InterleavedFiles:
         documents = [document for split in self._splits.values() for document in split]
         images = sum(len(document.places) for document in documents)
         splits = ", ".join(f"{name} {len(split)}" for name, split in self._splits.items())
-        head = f"{self._said[0]}: {len(documents)} documents, {images} pictures"
+        head = f"{self._said[0]}: {counted(len(documents), 'document')}, {counted(images, 'picture')}"
         return "; ".join([head, *self._said[1:], f"splits {splits}"])
 
     def _read(self, data: bytes, name: str, split: str | None) -> Iterator[_Read]:
@@ -217,7 +220,7 @@ class InterleavedFiles:
         if not images:
             raise LineError("no picture", f"{''.join(texts)[:60]!r}")
         if is_missing("".join(texts)):
-            raise LineError("no text", f"{len(images)} pictures")
+            raise LineError("no text", f"{counted(len(images), 'picture')}")
         try:
             language = language_code(str(record.get("language") or record.get("lang") or ""))
         except ValueError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from mmtransformer.data.documents.documents import Document, Documents
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.rows import image_token, names_a_side
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 _WINDOW = 4096  # pieces that are packed together; more would fit hardly better and take longer
@@ -99,7 +100,7 @@ class DocumentRows:
                 about.append((i, first, images))
                 part_of.append(int(np.searchsorted(ends, i, side="right")))
         if not tokens:
-            raise ValueError(f"none of the {len(documents)} documents has a text after a picture")
+            raise ValueError(f"none of the {counted(len(documents), 'document')} has a text after a picture")
         self.mirrors = np.array(mirrors)
         """(documents,) bool: no text of the document speaks of left or right, so its pictures may be mirrored."""
         lengths = np.array([len(ids) for ids in tokens])

@@ -22,6 +22,7 @@ from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load
 from mmtransformer.images.sizes import stored_size
+from mmtransformer.serialization.printable import counted
 from mmtransformer.serialization.untrusted import leads_out
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -160,11 +161,11 @@ class Shards:
             raise ValueError(f"{what}: no samples in them")
         self.report.enforce(what, max_bad)
         if not names:
-            raise TooManyErrors(f"{what}: not one of {self.report.rows} samples can be used:\n{self.report}")
+            raise TooManyErrors(f"{what}: not one of {counted(self.report.rows, 'sample')} can be used:\n{self.report}")
         self.languages: tuple[str, ...]
         self.languages, languages = normalize_languages(captions, language)
         members, shared = normalize_splits(names, splits, val_fraction)
-        self._said = [what, f"{len(names)} pictures, {sum(map(len, captions))} captions"]
+        self._said = [what, f"{counted(len(names), 'picture')}, {counted(sum(map(len, captions)), 'caption')}"]
         self._said += [languages, *([shared] if shared else [])]
         files, times = Files.of_archives(self.paths), [path.stat().st_mtime_ns for path in self.paths]
         table = np.array(places, np.int64)
@@ -245,7 +246,9 @@ def find_shards(pattern: str) -> list[Path]:
         raise ValueError(f"{pattern}: no .tar file there")
     missing = [path for path in found if not path.exists()]
     if missing:
-        raise ValueError(f"{pattern}: {len(missing)} of {len(found)} shards do not exist; the first: {missing[0]}")
+        raise ValueError(
+            f"{pattern}: {len(missing)} of {counted(len(found), 'shard')} do not exist; the first: {missing[0]}"
+        )
     return found
 
 

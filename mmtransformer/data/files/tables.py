@@ -19,6 +19,7 @@ from mmtransformer.data.files.text import (
     split_word,
 )
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.conversation import Conversation
 
 IMAGE = (
@@ -300,7 +301,7 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
     if (len(header) == 2 or wanted.image is None) and any(looks_like_image(cell) for cell in header):
         if len(header) != 2:
             raise ValueError(
-                f"{name} has no header line and {len(header)} columns; write one, such as image{mark}caption"
+                f"{name} has no header line and {counted(len(header), 'column')}; write one, such as image{mark}caption"
             )
         header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
         start = 0

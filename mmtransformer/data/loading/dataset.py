@@ -22,6 +22,7 @@ from mmtransformer.data.loading.rows import CaptionRow, CaptionRows
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption, Pairs, scaled_image
 from mmtransformer.images import Augment, ImageError, ImageTransform
+from mmtransformer.serialization.printable import counted
 from mmtransformer.weights.processors.processor import Processor
 
 
@@ -126,7 +127,7 @@ class CaptionDataset(Dataset[Sample]):
                 if self.bad is None:
                     raise
                 self.bad.record(self.pairs.name(at), error)
-        raise TooManyErrors(f"none of the {len(self)} pictures can be read")
+        raise TooManyErrors(f"none of the {counted(len(self), 'picture')} can be read")
 
     def _visual(self, epoch: int, i: int) -> Any:
         if self.features is not None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.serialization.printable import counted
 
 
 class EpochMixture:
@@ -43,7 +44,7 @@ class EpochMixture:
         if not sizes or min(sizes) < 1:
             raise ValueError(f"every part of a mixture needs a member, the sizes are {list(sizes)}")
         if len(weights) != len(sizes) or not all(0 < weight < float("inf") for weight in weights):
-            raise ValueError(f"a mixture of {len(sizes)} parts needs as many weights above 0, not {weights}")
+            raise ValueError(f"a mixture of {counted(len(sizes), 'part')} needs as many weights above 0, not {weights}")
         self.sizes, self.seed = tuple(sizes), seed
         self.size = sum(sizes) if epoch_size is None else epoch_size
         self.quotas = _shares(self.size, weights)

@@ -6,8 +6,11 @@ trains: it works from every DataLoader worker through one JSON-lines file.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
+
+from mmtransformer.serialization.printable import counted
 
 FIRST = 5  # offenders named for each cause
 
@@ -73,7 +76,7 @@ class Report:
         if self.bad_rows > allowed(self.rows, max_bad):
             share = self.bad_rows / max(1, self.rows)
             raise TooManyErrors(
-                f"{name}: {self.bad_rows} of {self.rows} rows can't be used ({share:.1%}, more than "
+                f"{name}: {self.bad_rows:,} of {counted(self.rows, 'row')} can't be used ({share:.1%}, more than "
                 f"{max_bad:.1%} allowed by max_bad; {_more(self.bad_rows, self.rows)}):\n{self}"
             )
 
@@ -91,6 +94,18 @@ class Report:
                 if count > FIRST:
                     lines.append(f"    ... and {count - FIRST} more")
         return "\n".join(lines)
+
+
+def _line(name: str, error: str) -> str:
+    return json.dumps({"image": name, "error": error}, ensure_ascii=False) + "\n"
+
+
+def _can(load: Callable[[], Any]) -> bool:
+    try:
+        load()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class BadImages:
@@ -126,21 +141,22 @@ class BadImages:
             return
         found = self.names()
         if name not in found:
-            line = json.dumps({"image": name, "error": f"{type(error).__name__}: {error}"}, ensure_ascii=False)
+            line = _line(name, f"{type(error).__name__}: {error}")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # one write with O_APPEND is atomic between processes
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(handle, line.encode("utf-8", "replace") + b"\n")
+                os.write(handle, line.encode("utf-8", "replace"))
             finally:
                 os.close(handle)
             found = self.names()
         self._seen.add(name)
         if len(found) > allowed(self.total, self.max_fraction):
             first = "\n".join(f"  {key}: {text}" for key, text in list(found.items())[:FIRST])
+            share = len(found) / max(1, self.total)
             raise TooManyErrors(
-                f"{len(found)} of {self.total} pictures can't be read ({len(found) / max(1, self.total):.1%}, more "
-                f"than {self.max_fraction:.1%} allowed by max_bad). All are named in {self.path}. The first:\n{first}\n"
+                f"{len(found):,} of {counted(self.total, 'picture')} can't be read ({share:.1%}, more than "
+                f"{self.max_fraction:.1%} allowed by max_bad). All are named in {self.path}. The first:\n{first}\n"
                 f"Repair or remove them, or do without: {_more(len(found), self.total)}"
             )
 
@@ -155,6 +171,22 @@ class BadImages:
                 except (ValueError, KeyError, TypeError):
                     continue  # an empty last line, or one cut by a full disk
         return found
+
+    def look_again(self, find: Callable[[Collection[str]], Mapping[str, Callable[[], Any]]]) -> None:
+        """Forgets pictures that are no longer there, or can be read by now: for a run that goes on.
+
+        Args:
+            find: For the names in the report, those that are still in the data, each with what loads it.
+        """
+        if not (listed := self.names()):
+            return
+        still = [name for name, load in find(listed.keys()).items() if not _can(load)]
+        if len(still) == len(listed):
+            return
+        self.reset()
+        if still:
+            lines = (_line(name, listed[name]) for name in still)
+            self.path.write_text("".join(lines), "utf-8", errors="replace")
 
     def reset(self) -> None:
         """Forgets an earlier run's report."""

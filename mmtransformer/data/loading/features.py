@@ -29,6 +29,7 @@ from mmtransformer.data.loading.source import Pairs
 from mmtransformer.images import ImageError, ImageTransform
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.checksums import block_crc32
+from mmtransformer.serialization.printable import counted
 
 _DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 _FORMAT = 2  # raise it when the meaning of the file changes
@@ -74,7 +75,7 @@ class FeatureCache:
         self.path = Path(path)
         self._open()
         if size is not None and len(self) != size:
-            raise ValueError(f"{self.path}: holds {len(self)} pictures, and the split has {size}; delete it")
+            raise ValueError(f"{self.path}: holds {counted(len(self), 'picture')}, and the split has {size}; delete it")
 
     def _open(self) -> None:
         try:
@@ -287,7 +288,9 @@ def _write(
                     sums[4 * i : 4 * i + 4] = block_crc32(token).to_bytes(4, "little")
                 bar.update(len(batch))
             if not one:
-                raise ValueError(f"none of the {total} pictures can be read; the first: {next(iter(errors.values()))}")
+                raise ValueError(
+                    f"none of the {counted(total, 'picture')} can be read; the first: {next(iter(errors.values()))}"
+                )
             file.truncate(room + total * step)
             file.seek(room + total * step)
             file.write(sums)
@@ -327,7 +330,9 @@ def _header(shape: tuple[int, ...], size: int, code: str, errors: dict[int, str]
         text = json.dumps(header, ensure_ascii=False).encode()
         if len(text) <= room:
             return room.to_bytes(8, "little") + text.ljust(room)
-    raise ValueError(f"{len(errors)} of {shape[0]} pictures cannot be read; the first: {next(iter(errors.values()))}")
+    raise ValueError(
+        f"{len(errors)} of {counted(shape[0], 'picture')} cannot be read; the first: {next(iter(errors.values()))}"
+    )
 
 
 @contextlib.contextmanager

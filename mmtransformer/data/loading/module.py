@@ -7,9 +7,9 @@ import functools
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,7 +26,7 @@ from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
 from mmtransformer.data.loading.traces import Parts, changes, traces
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
-from mmtransformer.serialization.printable import printable
+from mmtransformer.serialization.printable import counted, printable
 from mmtransformer.text.tokenizer import Tokenizer
 
 Own = TypeVar("Own", bound="Data")
@@ -207,6 +207,10 @@ class Data(lightning.LightningDataModule, ABC):
         """Where samples of a split that cannot be read are recorded; None where there can be none."""
         return None
 
+    def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
+        """Of samples that could not be read, those that are still in a split, each with what reads it."""
+        return {}
+
     def lengths(self, split: str) -> Lengths | None:
         """How long samples are: those of similar length are trained on together. None = they are not grouped."""
         return None
@@ -283,11 +287,18 @@ class Data(lightning.LightningDataModule, ABC):
         return self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def setup(self, stage: str | None = None) -> None:
-        """Prepare the splits of a stage: "fit", "validate" or "test"; a run that begins empties earlier reports."""
+        """Prepare the splits of a stage: "fit", "validate" or "test".
+
+        A run that begins empties earlier reports; of one that goes on they keep what still cannot be read.
+        """
+        first = self.trainer is not None and self.trainer.is_global_zero
         for split in self.splits_of(stage):
             self.prepare(split)
-            if self.begins and (bad := self.bad_samples(split)):
+            bad = self.bad_samples(split) if first else None
+            if bad is not None and self.begins:
                 bad.reset()
+            elif bad is not None:
+                bad.look_again(partial(self.loads, split))
 
     def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
         """Return the loader of a split: shuffled, mixed and grouped by length for training, as it is otherwise.
@@ -299,7 +310,7 @@ class Data(lightning.LightningDataModule, ABC):
         if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"set use_distributed_sampler to false: {type(self).__name__} shares the {self.unit}s among the "
-                f"{world} processes itself, and Lightning's sampler would change their order"
+                f"{counted(world, 'process', 'processes')} itself, and Lightning's sampler would change their order"
             )
         dataset = self.dataset(split, training=training)
         size = len(dataset)  # pyright: ignore[reportArgumentType]

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.source import Caption, Pairs
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 # A mirrored picture would make these words wrong. Too many matches only cost a flip ("오른" is also "climbed").
@@ -92,7 +93,7 @@ class CaptionRows:
     ):
         if max_len < 4 + mark:
             raise ValueError(
-                f"max_len ({max_len}) must be at least {4 + mark} tokens: bos, language, "
+                f"max_len ({max_len}) must be at least {counted(4 + mark, 'token')}: bos, language, "
                 f"{'image, ' * mark}one of caption, eos"
             )
         self.cut, self.longest = 0, 0

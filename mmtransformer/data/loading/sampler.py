@@ -19,6 +19,7 @@ from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.data.loading.workers import ignore_signals
+from mmtransformer.serialization.printable import counted
 
 
 class SampleIndex(NamedTuple):
@@ -99,7 +100,7 @@ class IndexSampler(Sampler[list[SampleIndex]]):
         self.step = batch_size * world
         if num_samples < (self.step if drop_last else 1):
             raise ValueError(
-                f"{num_samples} samples do not fill one step of {batch_size} x {world} processes; "
+                f"{counted(num_samples, 'sample')} cannot fill one step of {batch_size} x {world} processes; "
                 f"use a smaller batch_size or drop_last=False"
                 if num_samples
                 else "there are no samples to take (0)"

@@ -1,6 +1,7 @@
 """What every kind of image-text data looks like from above: splits of pictures with captions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
@@ -77,6 +78,11 @@ def size_of(pairs: Pairs, i: int) -> tuple[int, int]:
         return size(i)
     image = pairs.image(i)
     return image.height, image.width
+
+
+def loads_of(images: Any, names: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
+    """Of a split (pairs, classified pictures) the pictures of some names, each as what loads it."""
+    return {name: partial(images.image, i) for i in range(len(images)) if (name := images.name(i)) in names}
 
 
 Split = TypeVar("Split", bound=Pairs, covariant=True)

@@ -10,6 +10,7 @@ from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.data.text_only.text_source import GroupedTexts, TextFiles, open_texts
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class MaskedTextData(Data):
             rows = self.rows(split)
             _, other = rows.seconds(0)
             kinds = f"{int((other == 0).sum()):,} of one group, {int((other == 1).sum()):,} not"
-            line = f"{split}: {len(rows):,} rows of at most {self.max_len} tokens"
+            line = f"{split}: {counted(len(rows), 'row')} of at most {self.max_len} tokens"
             lines.append(f"{line}, pairs of texts: {kinds}" if self.pairs else line)
         return "\n".join(lines)
 

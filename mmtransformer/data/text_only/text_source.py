@@ -17,6 +17,7 @@ from mmtransformer.data.files.text import lines, normalize_text
 from mmtransformer.data.formats.manifests import find_manifests, read_manifest
 from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.loading.source import Caption, PairSource
+from mmtransformer.serialization.printable import counted
 
 _PLAIN = (".txt", ".text", ".md")
 
@@ -142,7 +143,7 @@ class TextFiles:
     def describe(self) -> str:
         """What was found: "36,619 texts; splits train 31,000, val 5,619; languages en, ko"."""
         sizes = {name: len(self.split(name)) for name in self._splits}
-        parts = [f"{sum(sizes.values()):,} texts"]
+        parts = [f"{counted(sum(sizes.values()), 'text')}"]
         parts.append("splits " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         parts.append("languages " + ", ".join(self.languages) if self.languages else "no language named")
         if self.repeated:

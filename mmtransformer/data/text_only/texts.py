@@ -17,6 +17,7 @@ from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.text_only.text_rows import TextRow, TextRows
 from mmtransformer.data.text_only.text_source import TextFiles, TextSource, open_texts
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -162,12 +163,11 @@ class TextData(Data):
         lines = [self.source.describe()] if isinstance(self.source, TextFiles) else []
         for split in (self.train_split, *self.val_splits):
             rows = self.rows(split)
-            line = (
-                f"{split}: {len(rows.prompt):,} texts of {int(rows.lengths.sum()):,} tokens in {len(rows):,} rows of "
-                f"{rows.row_len}, {rows.padding:.2%} padding"
-            )
+            texts, tokens = counted(len(rows.prompt), "text"), counted(int(rows.lengths.sum()), "token")
+            line = f"{split}: {texts} of {tokens} in {counted(len(rows), 'row')} of {rows.row_len}"
+            line += f", {rows.padding:.2%} padding"
             if rows.divided:
-                line += f"; {rows.divided:,} texts longer than {self.max_len} tokens were divided"
+                line += f"; divided, as they are longer than {self.max_len} tokens: {counted(rows.divided, 'text')}"
             lines.append(line)
         return "\n".join(lines)
 

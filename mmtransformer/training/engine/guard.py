@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.serialization.printable import counted
+
 MOST_IN_A_ROW = 10
 """Steps that may be skipped one after the other before a run that skips them stops all the same."""
 RECORD = "not_finite.jsonl"
@@ -161,7 +163,8 @@ def memory_advice(device: torch.device, step: Callable[[], int], names: Callable
             have = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
         less = f"data.batch_size={max(size // 2, 1)} --trainer.accumulate_grad_batches=2"
         raise OutOfMemory(
-            f"step {step()}: out of memory on {device}{have} with batches of {size} samples. These help, and leave the "
-            f"gradient what it is: --{less} (times what it is now), --activation_checkpointing=true, "
+            f"step {step()}: out of memory on {device}{have} with batches of {counted(size, 'sample')}. "
+            f"These help, and leave the gradient what it is: --{less} (times what it is now), "
+            f"--activation_checkpointing=true, "
             f"--trainer.precision=bf16-mixed; `mmt plan` says what takes the memory. ({text.splitlines()[0][:160]})"
         ) from error

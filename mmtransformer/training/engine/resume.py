@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.serialization.pretrained import Pretrained, to_config
+from mmtransformer.serialization.printable import counted
 from mmtransformer.training.engine.checkpoints import CheckpointError
 
 _COMPILED = "_orig_mod."
@@ -101,7 +102,7 @@ def _mismatches(
         ("are no longer in the model", [n for n in (*saved, *expected) if n not in own]),
     ):
         if names:
-            mismatches.append(f"{len(names)} weights of {_tower(names)} {words} (first: {names[0]})")
+            mismatches.append(f"{counted(len(names), 'weight')} of {_tower(names)} {words} (first: {names[0]})")
     return mismatches
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from mmtransformer.data.loading.module import Data
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.base import write_json
-from mmtransformer.serialization.printable import printable, say
+from mmtransformer.serialization.printable import counted, printable, say
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums
 from mmtransformer.training.engine.ema import EMA
 from mmtransformer.training.engine.guard import MOST_IN_A_ROW, RECORD, first_bad_module, memory_advice, not_finite
@@ -367,7 +367,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """
         write_json(run.folder / "metrics.json", {**metrics, "training": self.training_facts(run)})
         draw_curves(run.folder)
-        took = f"trained {self.trainer.global_step} steps in {seconds_to_text(run.seconds)}"
+        took = f"trained {counted(self.trainer.global_step, 'step')} in {seconds_to_text(run.seconds)}"
         paths = {"metrics": "metrics.json", **files, "model": "model"}
         where = [f"{what:<10}{run.folder / name}" for what, name in paths.items()]
         say("\n".join([took, "", table, "", *shown, *([""] if shown else []), *where]))

@@ -9,6 +9,7 @@ import torch
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.metrics.clipscore import clip_score, ref_clip_score
 from mmtransformer.pipelines.dual_encoder import DualEncoder
+from mmtransformer.serialization.printable import counted
 from mmtransformer.training.evaluation.evaluation import ANY, Prediction
 
 
@@ -71,6 +72,6 @@ def clip_table(name: str, split: str, found: Mapping[str, Mapping[str, Any]]) ->
         where = split if code == ANY else f"{split} {code}"
         lines.append(
             f"  {where}: CLIPScore {scores['clip_score']:.3f}, RefCLIPScore {scores['ref_clip_score']:.3f} "
-            f"({scores['images']} pictures)"
+            f"({counted(scores['images'], 'picture')})"
         )
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots import save_image
 from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, draw_searches
+from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY
 
@@ -78,7 +79,7 @@ class Retrieval:
         for split, by in self.splits.items():
             for code, s in by.items():
                 name = split if code == ANY else f"{split} {code}"
-                lines.append(f"{name}: {len(s.images)} pictures, {len(s.texts)} captions")
+                lines.append(f"{name}: {counted(len(s.images), 'picture')}, {counted(len(s.texts), 'caption')}")
                 for kind, recalls in s.recalls().items():
                     for way, label in (("text", "picture -> caption"), ("image", "caption -> picture")):
                         cells = "".join(f"{100 * recalls[f'{way}_recall@{k}']:>8.1f}" for k in KS)

@@ -13,6 +13,7 @@ from mmtransformer.data.scenes.grammar import describe
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.data.scenes.world import SIZES, Group, Scene, World
 from mmtransformer.pipelines.dual_encoder import DualEncoder
+from mmtransformer.serialization.printable import counted
 
 KINDS = ("shape", "color")
 
@@ -82,7 +83,7 @@ def zero_shot_table(found: Mapping[str, Any]) -> str:
     """The same in percent, as lines of text."""
     lines = []
     for split, by in found.items():
-        lines.append(f"{split}: {by['pictures']} pictures of one group, told by words alone")
+        lines.append(f"{split}: {counted(by['pictures'], 'picture')} of one group, told by words alone")
         for language, values in by.items():
             if language != "pictures":
                 lines.append(f"  {language}: shape {values['shape']:.1%}, colour {values['color']:.1%}")

@@ -24,7 +24,7 @@ from mmtransformer.layers.lora import merge_lora
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
-from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.printable import counted, say
 from mmtransformer.training.callbacks.samples import sample_captions
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -150,7 +150,7 @@ class Captioning(Task):
         if data is None:
             return
         whole = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # a validation sets another
-        took = f"trained {trainer.global_step} steps in {seconds_to_text(run.seconds)}"
+        took = f"trained {counted(trainer.global_step, 'step')} in {seconds_to_text(run.seconds)}"
         say(f"{took}; now captioning {', '.join(data.val_splits)}")
         facts = self.training_facts(run)
         use = image_ablation(self.validation_means, data.val_splits)
@@ -185,7 +185,9 @@ class Captioning(Task):
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
         lines = ["", evaluation.table(), ""]
         bad = {path: len(path.read_text("utf-8").splitlines()) for path in run.folder.glob("bad_images_*.jsonl")}
-        lines += [f"{n} pictures could not be read; they are named in {path}" for path, n in bad.items() if n]
+        lines += [
+            f"{counted(n, 'picture')} could not be read; they are named in {path}" for path, n in bad.items() if n
+        ]
         lines += [f"{split}: loss of the {said}" for split, x in use.items() if (said := ablation_text(x))]
         lines += ["", f"metrics   {run.folder / 'metrics.json'}"]
         lines += [f"gallery   {run.folder / 'gallery.png'}   {run.folder / 'gallery.html'}"]

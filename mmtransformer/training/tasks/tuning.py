@@ -10,6 +10,7 @@ from mmtransformer.captioners.base import Captioner, is_frozen
 from mmtransformer.captioners.llava import Llava
 from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.lora import add_lora
+from mmtransformer.serialization.printable import counted
 from mmtransformer.training.engine.parameters import towers_of, trainable_parameters
 from mmtransformer.weights.adapters import part_of
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
@@ -142,7 +143,11 @@ class Tuning:
     def describe(self, captioner: Captioner) -> str:
         """What learns, in a line."""
         count, total = trainable_parameters(captioner), sum(p.numel() for p in captioner.parameters())
-        how = {"whole": "", "last_blocks": f", of towers the last {self.blocks} blocks", "lora": f", LoRA {self.rank}"}
+        how = {
+            "whole": "",
+            "last_blocks": f", of towers the last {counted(self.blocks, 'block')}",
+            "lora": f", LoRA {self.rank}",
+        }
         text = f"{', '.join(self.parts)} learn{how[self.how]}: {count:,} of {total:,} parameters"
         return text + ("" if self.frozen_dtype == "float32" else f"; frozen towers are kept in {self.frozen_dtype}")
 

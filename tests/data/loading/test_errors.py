@@ -4,10 +4,21 @@ import json
 import pickle
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.class_sources import ImageFolder
+from mmtransformer.data.classes import ClassData
+from mmtransformer.data.documents.interleaved import InterleavedFiles
+from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.errors import BadImages, Report, TooManyErrors, allowed
+from mmtransformer.data.loading.module import Data, Splits
+from mmtransformer.data.pairs import PairFiles
 
 
 @pytest.mark.parametrize(
@@ -63,7 +74,7 @@ def test_bad_images_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -
 
 
 def test_a_strict_run_stops_at_the_first(tmp_path: Path) -> None:
-    with pytest.raises(TooManyErrors, match="1 of 5000"):
+    with pytest.raises(TooManyErrors, match="1 of 5,000"):
         BadImages(tmp_path / "bad.jsonl", 5000, max_fraction=0).record("x.png", OSError("gone"))
 
 
@@ -89,4 +100,55 @@ def test_workers_share_one_report(tmp_path: Path) -> None:
     assert said == ["", "", ""]
     assert len(bad.names()) == 100
     assert len(pickle.loads(pickle.dumps(bad)).names()) == 100
-    assert "120 of 1000" in _record(bad, 100)
+    assert "120 of 1,000" in _record(bad, 100)
+
+
+def made(kind: str, root: Path) -> Data:
+    """Data of a kind over the pictures of one folder."""
+    if kind == "classes":
+        return ClassData(ImageFolder(str(root), val_fraction=0.5), splits=Splits(val=[]))
+    read = ReadOptions(val_fraction=0)
+    if kind == "pairs":
+        return CaptionData(str(root / "cat"), read=read, vocab_size=300, splits=Splits(val=[]))
+    rows = [{"text": f"<image> a dog {i}", "images": [f"cat/{i}.png"], "split": "train"} for i in range(6)]
+    (root / "cat/documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return InterleavedData(
+        InterleavedFiles(root / "cat/documents.jsonl", images=root, val_fraction=0),
+        captions=PairFiles(root / "dog", read),
+        splits=Splits(val=[]),
+        caption_splits=[],
+        vocab_size=300,
+    )
+
+
+@pytest.mark.parametrize("kind", ["pairs", "classes", "documents"])
+def test_a_run_that_goes_on_forgets_pictures_that_are_gone_or_repaired(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for folder in ("cat", "dog"):
+        (root / folder).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (9, 9), (i, 0, 0)).save(root / folder / f"{i}.png")
+            (root / folder / f"{i}.txt").write_text(f"a dog {i}")
+    data: Any = made(kind, root)
+    data.trainer = SimpleNamespace(is_global_zero=True, ckpt_path="last.ckpt", default_root_dir=str(tmp_path))
+    bad = data.bad_samples("train")
+    split = data.documents("train") if kind == "documents" else data.source.split("train")
+    name = split.image_name(1, 0) if kind == "documents" else split.name(1)
+    whole = root / ("" if kind in ("classes", "documents") else "cat") / name
+    good = whole.read_bytes()
+    whole.write_bytes(good[:40])
+    bad.max_fraction = 1.0
+    for listed in (name, "gone.png"):
+        bad.record(listed, ValueError("cut"))
+    data.setup("fit")
+    assert bad.names() == {name: "ValueError: cut"}
+    before = bad.path.read_bytes()
+    data.setup("fit")
+    assert bad.path.read_bytes() == before
+    whole.write_bytes(good)
+    data.setup("fit")
+    assert not bad.path.exists()
+    bad.record("gone.png", ValueError("cut"))
+    data.trainer.ckpt_path = None
+    data.setup("fit")
+    assert not bad.path.exists()

@@ -268,7 +268,7 @@ def test_impossible_sizes_are_refused():
         IndexSampler(N, 7, rank=2, world=2)
     with pytest.raises(ValueError, match=r"no samples to take \(0\)"):
         IndexSampler(0, 7)
-    with pytest.raises(ValueError, match="5 samples do not fill one step of 7 x 1"):
+    with pytest.raises(ValueError, match="5 samples cannot fill one step of 7 x 1"):
         IndexSampler(5, 7, drop_last=True)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         IndexSampler(5, 0)

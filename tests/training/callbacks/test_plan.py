@@ -256,7 +256,9 @@ def test_a_recipe_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
         warnings.simplefilter("ignore")
         assert run("plan", [*words, "--data.batch_size=8", "--model.optim.ema=0.9"]) == 0
     sizes = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
-    found = re.findall(r"^  ([a-z ]+?) +([\d.]+) (kB|MB|GB)", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert out.count("precision: ") == 1  # and not once a trial
+    found = re.findall(r"^  ([a-z ]+?) +([\d.]+) (kB|MB|GB)", out, re.MULTILINE)
     table = {name: float(number) * sizes[unit] for name, number, unit in found}
     learned = table["weights"]
     assert table["gradients"] == table["moving average"] == pytest.approx(learned, rel=0.01)

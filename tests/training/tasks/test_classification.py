@@ -251,7 +251,7 @@ def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
     vit = ViT(32, 8, 16, 1, 2, num_classes=3)
     classifier = ImageClassifier(vit, tuple(COLOURS), ImageTransform(32), device="cpu")
     images = [Image.new("RGB", (40, 20), colour) for colour in COLOURS.values()]
-    found = classifier(images, top=2, batch_size=2)
+    found = classifier(images, top_k=2, batch_size=2)
     assert [len(best) for best in found] == [2, 2, 2]
     with torch.no_grad():
         shares = vit(torch.stack([ImageTransform(32)(image) for image in images])).softmax(-1)
@@ -262,7 +262,7 @@ def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "model", card="all of it")
     again = ImageClassifier.from_pretrained(tmp_path / "model", device="cpu")
     assert (again.classes, again.transform) == (tuple(COLOURS), ImageTransform(32))
-    for ours, theirs in zip(again(images, top=2), classifier(images, top=2), strict=True):  # It packs its weights.
+    for ours, theirs in zip(again(images, top_k=2), classifier(images, top_k=2), strict=True):  # It packs its weights.
         assert ours == [(name, pytest.approx(share, rel=1e-5)) for name, share in theirs]
     assert "all of it" in (tmp_path / "model" / "README.md").read_text("utf-8")
     with pytest.raises(ValueError, match="tells 3 classes apart, but there are 2 names"):
@@ -279,8 +279,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for path, colour in zip(paths, COLOURS.values(), strict=True):
         Image.new("RGB", (40, 20), colour).save(path)
     words = ["classify", "--model", str(tmp_path / "model"), "--device", "cpu"]
-    (best,) = classifier(paths[2], top=3)
-    assert main([*words, paths[2], "--top", "3", "--attention", str(tmp_path / "look.png")]) == 0
+    (best,) = classifier(paths[2], top_k=3)
+    assert main([*words, paths[2], "--top-k", "3", "--attention", str(tmp_path / "look.png")]) == 0
     assert capsys.readouterr().out.strip() == ", ".join(f"{name} {share:.1%}" for name, share in best)
     assert (tmp_path / "look.png").is_file()
     assert main([*words, *paths]) == 0

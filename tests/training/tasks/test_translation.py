@@ -163,7 +163,7 @@ def test_long_pairs_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -
     assert rows.too_long > 0
     assert len(rows) + rows.too_long == 160
     assert f"{rows.too_long} of 160 pairs are longer than max_len (24 tokens" in caplog.text
-    with pytest.raises(ValueError, match=r"none of 1 pairs is within max_len \(3 tokens\): the longest has \d+"):
+    with pytest.raises(ValueError, match=r"none of 1 pair fits max_len \(3 tokens\): the longest has \d+"):
         TranslationRows(module.pairs("train")[:1], module.tokenizer, 3)
 
 

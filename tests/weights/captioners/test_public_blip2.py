@@ -226,5 +226,8 @@ def test_export(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == 0, err
     assert out == f"{tmp_path / 'out'}: as transformers reads it\n"
     assert Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").config.image_token_index is not None
-    code, _, err = mmt(capsys, "export", str(base), str(tmp_path / "out"))
+    code, _, err = mmt(capsys, "export", "--model", str(base), str(tmp_path / "out"))
     assert (code, "is there already" in err) == (2, True)
+    for words in ([str(tmp_path / "new")], [str(base), "--model", str(base), str(tmp_path / "new")]):
+        code, _, err = mmt(capsys, "export", *words)
+        assert (code, "one model is needed, as the first word or behind --model" in err) == (2, True)
