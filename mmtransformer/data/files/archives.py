@@ -27,6 +27,8 @@ _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, 
 SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPEN = 256  # archives that are kept open
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
+POINTER = "a Git LFS pointer (run `git lfs pull`)"
+_MAY_POINT = (*ARCHIVES, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
 
 
 class FileError(ValueError):
@@ -275,6 +277,8 @@ class Files:
             info = item.stat()
             if not stat.S_ISREG(info.st_mode):
                 self.refused[nfc(path)] = "not a regular file"
+            elif item.name.lower().endswith(_MAY_POINT) and is_pointer(Path(item.path)):
+                self.refused[nfc(path)] = POINTER
             elif item.name.lower().endswith(ARCHIVES + COMPRESSED):
                 self._open_archive(path, Path(item.path))
             else:
@@ -285,6 +289,9 @@ class Files:
         if path.name.lower().endswith(COMPRESSED):
             self.refused[nfc(prefix)] = "compressed as a whole, so it can't be read in place: repack it as .tar or .zip"
             return
+        if is_pointer(path):
+            self.refused[nfc(prefix)] = POINTER
+            return
         lister = _list_zip if path.name.lower().endswith(".zip") else _list_tar
         found: dict[str, Entry] = {}
         try:
@@ -294,6 +301,8 @@ class Files:
                 reason = entry if isinstance(entry, str) else refusal(name)
                 if reason is None and (inner is None or ".." in name.split("/")):
                     reason = "a path that climbs out of its archive"
+                if reason is None and name.lower().endswith(ARCHIVES + COMPRESSED):
+                    reason = "an archive inside an archive, which can't be read in place: unpack it"
                 if reason is not None:
                     self.refused[nfc(full)] = reason
                 elif inner and not any(map(is_hidden, inner.split("/"))):
@@ -304,6 +313,16 @@ class Files:
             return
         self.archives.append(str(path))
         self.entries.extend(found.values())
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that was not fetched."""
+    try:
+        if path.stat().st_size > 1024 or not path.is_file():
+            return False
+        return path.read_bytes().startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def _bounds(root: Path) -> Path:

@@ -7,20 +7,24 @@ from urllib.parse import unquote
 from mmtransformer.data.files.archives import IMAGES, Entry, Files
 from mmtransformer.data.files.names import join, nfc, refusal
 
+_NUMBER = re.compile(r"0*(\d{1,18})(?:\.0+)?", re.ASCII)
+
 
 class Finder:
     r"""Looks the names of one manifest up among the files below the root; never a file that only might be meant.
 
-    There are four ways to read a name, and one manifest is read in one way only:
+    There are five ways to read a name, and one manifest is read in one way only:
 
     1. as written: relative to the manifest, to the root, or to the inside of any archive;
     2. with folders in front left out: "a.jpg" for photos/a.jpg, if only one file fits;
     3. with the first folders, the same for all names, too many: "data/images/a.jpg" for images/a.jpg;
-    4. as an id, without the file's ending: "a" for photos/a.jpg, if only one picture fits.
+    4. as an id, without the file's ending: "a" for photos/a.jpg, if only one picture fits;
+    5. as a number that a spreadsheet has written anew: "7" or "7.0" for 00007.jpg, if only one picture fits.
 
-    The first way that finds at least half of the names is taken, or else the one that finds most. Paths of other
-    machines (C:\Users\..., Label Studio's /data/upload/...) mean the file with the longest end that is the same; how
-    many there were stands in `mapped`.
+    The first way that finds at least half of the names is taken, or else the one that finds most. A name that is not
+    there may differ from that of one file in upper and lower case (a.jpg for A.JPG), as on Windows. Paths of other
+    machines (C:\Users\..., Label Studio's /data/upload/...) mean the file with the longest end that is the same. How
+    many there were of both stands in `mapped`.
 
     Args:
         files: Where pictures may lie.
@@ -34,6 +38,8 @@ class Finder:
         self.inner: dict[str, list[Entry]] = {}
         self.by_last: dict[str, list[Entry]] = {}
         self.by_stem: dict[str, list[Entry]] = {}
+        self.by_number: dict[int, list[Entry]] = {}
+        self.by_low: dict[str, list[Entry]] = {}
         self.dropped = 0
         self.mapped: dict[str, list[str]] = {}
         for entry in files.entries:
@@ -42,10 +48,13 @@ class Finder:
             last = nfc(entry.path).rpartition("/")[2]
             self.by_last.setdefault(last, []).append(entry)
             if last.lower().endswith(IMAGES):
-                self.by_stem.setdefault(last.rpartition(".")[0], []).append(entry)
+                self.by_stem.setdefault(stem := last.rpartition(".")[0], []).append(entry)
+                self.by_low.setdefault(last.casefold(), []).append(entry)
+                if _NUMBER.fullmatch(stem):
+                    self.by_number.setdefault(int(stem), []).append(entry)
         paths = [path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None]
         best, most = 1, -1
-        for way in (1, 2, 3, 4):
+        for way in (1, 2, 3, 4, 5):
             self.way = way
             if way == 3:
                 self.dropped, count = self._drop(paths)
@@ -70,6 +79,10 @@ class Finder:
         found = self._look(path, full)
         if isinstance(found, Entry):
             return found, path
+        if found[0] == "missing picture" and (other := self._in_other_case(path, full)) is not None:
+            what = f"{name[:120]!r} is taken for {other.path}"
+            self.mapped.setdefault("names that differ in upper and lower case", []).append(what)
+            return other, path
         return (found[0], repr(name[:120])) if found[0] == "missing picture" else found
 
     def _by_end(self, name: str, kind: str, ends: Sequence[str]) -> tuple[Entry, str] | tuple[str, str]:
@@ -106,11 +119,24 @@ class Finder:
         if self.way == 4 and not found:
             ids = self.by_stem.get(path.rpartition("/")[2], [])
             found = [e for e in ids if f"/{nfc(e.path)}".rpartition(".")[0].endswith(f"/{path}")]
+        if self.way == 5 and not found and (number := _NUMBER.fullmatch(path)):
+            found = self.by_number.get(int(number[1]), [])
         if len(found) == 1:
             return found[0]
         if found:
             return "ambiguous name", f"{path!r} may be {found[0].path} or {found[1].path}"
         return "missing picture", path
+
+    def _in_other_case(self, path: str, full: str) -> Entry | None:
+        """The one picture whose path is that of a name but for upper and lower case."""
+        if self.way == 3:
+            path = full = "/".join(path.split("/")[self.dropped :])
+        wanted = {one.casefold() for one in (path, full, f"{self.base}/{path}")}
+        low = {entry: nfc(entry.path).casefold() for entry in self.by_low.get(path.rpartition("/")[2].casefold(), ())}
+        found = [entry for entry, name in low.items() if name in wanted or entry.inner.casefold() in wanted]
+        if self.way == 2 and not found:
+            found = [entry for entry, name in low.items() if name.endswith(f"/{path.casefold()}")]
+        return found[0] if len(found) == 1 else None
 
     def _drop(self, paths: list[str]) -> tuple[int, int]:
         """How many of the folders that all names start with are to be left out, and how many names that finds."""

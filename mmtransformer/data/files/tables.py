@@ -56,6 +56,7 @@ SPLIT = ("split", "subset", "partition", "분할")
 _SOME = 20  # rows that tell which column has the pictures
 _NESTED = 16  # lists inside lists of captions
 _JOINED = 100  # lines that one quoted CSV field may span
+_SEP = re.compile(r"sep=.\s*", re.IGNORECASE)  # Excel's first line
 
 
 class ManifestRow(NamedTuple):
@@ -115,7 +116,7 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
     Raises:
         ValueError: If a named column isn't there, or none looks like a picture or a caption.
     """
-    listing = ", ".join(names) or "none"
+    listing = ", ".join(filter(None, names)) or "none"
     for name in (wanted.image, *(wanted.captions or ()), wanted.language, wanted.split):
         if name is not None and name not in names:
             raise ValueError(f"{where} has no column {name!r}; its columns are: {listing}")
@@ -157,7 +158,7 @@ def image_columns(names: Sequence[str]) -> list[str]:
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[\s-]+", "_", name.strip().casefold())
+    return re.sub(r"[\s()\[\]:./-]+", "_", name.strip().casefold()).strip("_")
 
 
 def _language_of(column: str) -> str | None:
@@ -291,7 +292,7 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
         The columns, and the rows, read as they are asked for.
     """
     text = list(lines(data))
-    while text and text[0].text is not None and not text[0].text.strip():
+    while text and text[0].text is not None and (not text[0].text.strip() or _SEP.fullmatch(text[0].text)):
         text.pop(0)
     if not text or text[0].text is None:
         raise ValueError(f"{name}:1 is not UTF-8: {text[0].hint}" if text else f"{name} is empty")
@@ -327,7 +328,7 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
         if line.text is None:
             yield bad_row(where, "not UTF-8", line.hint)
             continue
-        if not line.text.strip():
+        if not line.text.strip(f'{mark} "'):  # spreadsheets write rows that nobody has filled in
             continue
         whole, more = line.text, at
         cells = _cells(whole, mark)

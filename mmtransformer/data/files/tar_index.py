@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, tar_members
+from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, POINTER, is_pointer, tar_members
 from mmtransformer.data.files.names import join, refusal
 from mmtransformer.data.files.tables import read_captions
 from mmtransformer.data.files.text import CODES, lines
@@ -67,6 +67,8 @@ def read_index(shard: Path, cache_dir: Path | None = None) -> tuple[list[ShardSa
         raise ShardError(f"{shard}: {error.strerror}") from None
     if not shard.is_file():
         raise ShardError(f"{shard}: not a regular file")
+    if is_pointer(shard):
+        raise ShardError(f"{shard}: {POINTER}")
     identity = {"format": _FORMAT, "size": info.st_size, "mtime_ns": info.st_mtime_ns}
     name = f".{shard.name}.index.jsonl"
     if cache_dir is not None:  # shards of different folders may have the same name

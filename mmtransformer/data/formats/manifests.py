@@ -40,7 +40,7 @@ from mmtransformer.data.formats.json_files import (
     read_karpathy,
     read_records,
 )
-from mmtransformer.data.formats.parquet import ARROW
+from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
 from mmtransformer.data.loading.source import Caption
 
 _TABLES = (".csv", ".tsv", ".tab", ".psv")
@@ -106,7 +106,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     """The manifests in the root, or in a lone folder inside it, or else inside its archives; [] for a folder of pairs.
 
     Looked at: the top level, and the folders annotations/, data/ and those with the name of a split; where nothing lies
-    there, all folders, for a table with a column of pictures and one of captions.
+    there, all folders, for a table with a column of pictures and one of captions, or for Parquet and Arrow.
 
     Args:
         files: All files.
@@ -133,6 +133,8 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
         found = [m for group in _by_archive(files) for m in _candidates(files, *group, format, wanted)]
     if not found and format == "auto":
         found = [Manifest(entry, "csv") for entry in in_folders if _is_table(files, entry, wanted)]
+    if not found and format in ("auto", "parquet", "arrow"):
+        found = [m for m in map(_columnar, in_folders) if m is not None and format in ("auto", m.format)]
     if format != "auto" and not found:
         raise ValueError(f"{files.root} holds no {format} manifest")
     if len(found) < 2:
@@ -146,6 +148,14 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
         f"{files.root} holds {len(found)} manifests that don't belong together: {listing}. Give one of them as the root"
         + (", or the format" if len({m.format for m in found}) > 1 else "")
     )
+
+
+def _columnar(entry: Entry) -> Manifest | None:
+    """A table of Parquet or Arrow, wherever it lies."""
+    name = entry.path.lower()
+    if not name.endswith(COLUMNAR) or OTHERS.search(name):
+        return None
+    return Manifest(entry, "arrow" if name.endswith(ARROW) else "parquet")
 
 
 def _own_split(manifest: Manifest) -> str | None:
@@ -288,7 +298,7 @@ def read_folder(files: Files) -> Iterator[ManifestRow]:
     texts: dict[str, list[tuple[Entry, str | None]]] = {}
     images: list[Entry] = []
     for entry in files.entries:
-        stem, _, suffix = entry.path.rpartition(".")
+        stem, _, suffix = nfc(entry.path).rpartition(".")
         if f".{suffix.lower()}" in IMAGES:
             images.append(entry)
         elif suffix.lower() in ("txt", "caption") and not OTHERS.search(entry.path):
@@ -300,7 +310,7 @@ def read_folder(files: Files) -> Iterator[ManifestRow]:
     for image in images:
         errors: list[tuple[str, str]] = []
         captions: list[Caption] = []
-        beside = texts.get(image.path.rpartition(".")[0], [])
+        beside = texts.get(nfc(image.path).rpartition(".")[0], [])
         for entry, language in beside:
             used.add(entry.path)
             try:
