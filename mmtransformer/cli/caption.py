@@ -17,6 +17,7 @@ from mmtransformer.cli.options import (
     progress_bar,
 )
 from mmtransformer.serialization.printable import counted, printable, say
+from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,6 +116,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--heatmap {args.heatmap}: a heat map is a picture or a page; let the name end in .png or .html"
         )
+    if args.heatmap:
+        check_place(args.heatmap, "--heatmap")
     if args.heatmap and args.devices > 1:
         raise ValueError("--heatmap is drawn by one process: leave out --devices")
     if args.examples is None and (args.num_examples is not None or args.nearest):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmtransformer.cli.options import add_read_options, command_parser, read_options
 from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.writing import check_place
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -25,6 +26,8 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     add_read_options(parser)
     args = parser.parse_args(list(words))
+    if args.json:
+        check_place(args.json, "--json")
 
     if args.rehash:
         from mmtransformer.serialization.pretrained import rehash

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtransformer.cli.options import add_model_options, command_parser
+from mmtransformer.cli.options import add_model_options, check_image_file, command_parser
 from mmtransformer.serialization.printable import say
 
 
@@ -30,10 +30,14 @@ def run(name: str, words: Sequence[str]) -> int:
     args = parser.parse_args(list(words))
     if args.image is None and (args.strength is not None or args.mask_image is not None):
         parser.error("--strength and --mask-image need a picture to begin with: --image IMAGE")
+    for option in ("out", "strip", "heatmap"):
+        if place := getattr(args, option):
+            check_image_file(place, f"--{option}", (".gif",) if option == "strip" else ())
     changes = {"num_steps": args.num_steps, "guidance_scale": args.guidance_scale, "solver": args.solver}
     changes = {key: value for key, value in changes.items() if value is not None}
 
     from mmtransformer.pipelines.image_generator import ImageGenerator
+    from mmtransformer.plots.files import save_image
     from mmtransformer.plots.strips import save_strip
 
     painter = ImageGenerator.from_pretrained(args.model, device=args.device)
@@ -54,14 +58,12 @@ def run(name: str, words: Sequence[str]) -> int:
     out = Path(args.out)
     for k, image in enumerate(image for images in drawn for image in images):
         path = out if k == 0 else out.with_name(f"{out.stem}-{k + 1}{out.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        say(str(path))
+        say(str(save_image(image, path)))
     if args.strip:
         save_strip(steps[: config.num_steps], args.strip)
         say(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
     if args.heatmap:
-        from mmtransformer.plots import draw_word_heatmaps, save_image
+        from mmtransformer.plots import draw_word_heatmaps
 
         image, found, heat = painter.heatmap(args.texts[0], language=args.language, seed=args.seed, config=config)
         scale = "of a patch's attention on one word"

@@ -19,6 +19,7 @@ from mmtransformer.cli.options import (
     read_options,
 )
 from mmtransformer.serialization.printable import counted, printable, say
+from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
     from mmtransformer.data.loading.source import Pairs, PairSource
@@ -37,6 +38,9 @@ def run(name: str, words: Sequence[str]) -> int:
         raise ValueError("--overwrite captions anew what is in the file of --predictions, and none is named")
     if args.clip_prefix and not args.clip_score:
         raise ValueError("--clip-prefix stands before the captions that --clip-score compares, and no model is named")
+
+    if args.json:
+        check_place(args.json, "--json")
 
     from mmtransformer.data.pairs import PairSplit
     from mmtransformer.pipelines.base import write_json

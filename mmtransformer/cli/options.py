@@ -5,12 +5,14 @@ import dataclasses
 import re
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from mmtransformer.cli import COMMANDS
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.serialization.printable import printable
+from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,6 +54,20 @@ def add_many_options(parser: argparse.ArgumentParser, *, batch_size: int) -> Non
     add = parser.add_argument
     add("--batch-size", type=int, default=batch_size, metavar="N", help=f"pictures at once ({batch_size})")
     add("--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, that share the pictures (1)")
+
+
+def check_image_file(path: str, option: str, more: Collection[str] = ()) -> None:
+    """Refuses the name of a picture that could not be written, before long work is begun.
+
+    Raises:
+        ValueError: If its ending is none of a picture's, or `more`, or nothing can be written there.
+    """
+    from mmtransformer.plots.files import FORMATS
+
+    endings = (*FORMATS, *more)
+    if Path(path).suffix.lower() not in endings:
+        raise ValueError(f"{option} {path}: let the name end in {', '.join(endings)}")
+    check_place(path, option)
 
 
 def progress_bar(total: int, *, shown: bool) -> "tqdm":

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from mmtransformer.cli.errors import suggest
 from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.writing import write_whole
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def run(name: str, words: Sequence[str]) -> int:
     to = Path(args.to or file.name)
     if to.exists():
         raise ValueError(f"{to} is there already; name another file: mmt {name} copy {args.recipe} FILE")
-    shutil.copyfile(file, to)
+    write_whole(to, file.read_bytes())
     say(f"{to}; run it with: mmt fit --config {quote(str(to))}")
     return 0
 

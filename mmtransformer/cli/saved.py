@@ -5,7 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtransformer.cli.options import add_generation_options, add_model_options, command_parser, generation_changes
+from mmtransformer.cli.options import (
+    add_generation_options,
+    add_model_options,
+    check_image_file,
+    command_parser,
+    generation_changes,
+)
 from mmtransformer.serialization.printable import json_text, say
 
 ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
@@ -26,6 +32,8 @@ def _classify(name: str, words: Sequence[str]) -> int:
     add("--json", action="store_true", help="one line of JSON a picture")
     add("--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block")
     args = parser.parse_args(list(words))
+    if args.attention:
+        check_image_file(args.attention, "--attention")
 
     from mmtransformer.images import load
     from mmtransformer.pipelines.classifier import ImageClassifier
@@ -57,6 +65,8 @@ def _translate(name: str, words: Sequence[str]) -> int:
     add("--attention", metavar="OUT.png", help="draw where the model looked in the first text for each token")
     add_generation_options(parser, without=("num_return_sequences", *ABOUT_IMAGES))
     args = parser.parse_args(list(words))
+    if args.attention:
+        check_image_file(args.attention, "--attention")
 
     from mmtransformer.pipelines.translator import Translator
 

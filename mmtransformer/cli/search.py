@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from mmtransformer.cli.options import add_model_options, command_parser
 from mmtransformer.serialization.printable import counted, json_text, printable, say
+from mmtransformer.serialization.writing import check_place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,8 +84,8 @@ def _check(args: argparse.Namespace) -> None:
     check_count("--batch-size", args.batch_size)
     if args.out and Path(args.out).suffix.lower() not in PAGES + SHEETS:
         raise ValueError(f"--out {args.out}: the answer is a page or a picture; let the name end in .html or .png")
-    if args.out and Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out} is a folder; name a file in it")
+    if args.out:
+        check_place(args.out, "--out")
     if args.keep and Path(args.keep).suffix != ".safetensors":
         raise ValueError(f"--keep {args.keep}: an index is a safetensors file; let the name end in .safetensors")
     if args.keep and Path(args.keep).is_dir():

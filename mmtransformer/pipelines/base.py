@@ -19,6 +19,7 @@ from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.printable import fenced, json_text, markup
 from mmtransformer.serialization.untrusted import settings_of
+from mmtransformer.serialization.writing import write_whole
 from mmtransformer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes settings for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def public_family(folder: Path) -> "Family | None":

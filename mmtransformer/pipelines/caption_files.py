@@ -12,7 +12,7 @@ from typing import Any
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.serialization.printable import json_text
-from mmtransformer.serialization.writing import write_whole
+from mmtransformer.serialization.writing import naming, write_whole
 from mmtransformer.text.detokenize import detokenize
 
 SHOWN = ("text", "language", "log_prob", "tokens", "token_log_probs", "finished")
@@ -77,7 +77,8 @@ class Lines(CaptionFile):
         # A table begins with the mark that tells spreadsheets it is UTF-8: Korean is letters there, then.
         if new:
             header = "\ufeff" + self._row(("image", "caption", "language", "log_prob")) if self._table else ""
-            path.write_text(header, encoding="utf-8", newline="")
+            with naming(path):
+                path.write_text(header, encoding="utf-8", newline="")
 
     def has(self, i: int) -> bool:
         """Whether picture i has a line."""
@@ -92,7 +93,7 @@ class Lines(CaptionFile):
         else:
             text = json_line(name, captions) + "\n"
         # What no UTF-8 can hold, such as a name in an old encoding, is written as JSON writes it.
-        with self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(text)
 
     @staticmethod

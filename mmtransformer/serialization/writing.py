@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,3 +33,36 @@ def write_whole(path: str | Path, data: bytes) -> Path:
             error.filename = str(path)
         raise
     return path
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Lets errors of a file that is open, such as a full disk's, name it.
+
+    Args:
+        path: the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_place(path: str | Path, what: str) -> None:
+    """Refuses a file that cannot be written, before long work is begun.
+
+    Args:
+        path: the file; it need not be there.
+        what: what an error begins with, such as the option that names it.
+
+    Raises:
+        ValueError: if it is a folder, or its folder cannot be made or written into.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{what} {path} is a folder; name a file in it")
+    place = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK) or (place != path and not place.is_dir()):
+        raise ValueError(f"{what} {path}: nothing can be written there; name another place")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.writing import write_whole
 
 FIRST = 5  # offenders named for each cause
 
@@ -186,7 +187,7 @@ class BadImages:
         self.reset()
         if still:
             lines = (_line(name, listed[name]) for name in still)
-            self.path.write_text("".join(lines), "utf-8", errors="replace")
+            write_whole(self.path, "".join(lines).encode("utf-8", "replace"))
 
     def reset(self) -> None:
         """Forgets an earlier run's report."""

@@ -18,6 +18,7 @@ from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.generation.captions import CAPTIONING, CaptionResult, Prompts, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.metrics import CaptionScores, score_captions
+from mmtransformer.serialization.writing import write_whole
 from mmtransformer.text.tokenizer import Tokenizer
 
 
@@ -103,7 +104,7 @@ class Evaluation:
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Writes predictions, one line of JSON each."""
     lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 ANY = "any"

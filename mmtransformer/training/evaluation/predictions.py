@@ -12,6 +12,7 @@ from mmtransformer.generation.captions import CaptionResult
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.untrusted import settings_of
+from mmtransformer.serialization.writing import naming
 from mmtransformer.training.evaluation.evaluation import Prediction
 
 SCENES = "scenes.json"
@@ -70,7 +71,7 @@ class PredictionFile:
         if self.path is not None:
             rows = (prediction.to_dict() | {"settings": self.settings} for prediction in predictions)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
 
 
