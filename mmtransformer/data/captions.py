@@ -18,7 +18,8 @@ from mmtransformer.data.loading.dataset import CaptionDataset, Collate
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.kept import once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Pairs, PairSource, loads_of, size_of

@@ -15,7 +15,8 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.kept import once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size, of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource

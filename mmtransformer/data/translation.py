@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.kept import once_a_split
+from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable

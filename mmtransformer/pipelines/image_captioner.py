@@ -41,7 +41,6 @@ from mmtransformer.pipelines.many_images import Said, caption_all
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import find_folder
-from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.processors.processor import Processor, Worded
 
@@ -241,9 +240,7 @@ class ImageCaptioner:
         language = self.language(language)
         texts = [prompt] * len(many) if prompt is None or isinstance(prompt, str) else [*prompt]
         if len(texts) != len(many):
-            raise ValueError(
-                f"{counted(len(texts), 'prompt')} for {counted(len(many), 'picture')}: give one, or one for each"
-            )
+            raise ValueError(f"there are {len(texts)} prompts for {len(many)} pictures: give one, or one for each")
         captions, said = [], in_batches(texts, batch_size)
         for some, words in zip(in_batches(many, batch_size), said, strict=True):
             with fast_autocast(self.device):

@@ -6,7 +6,7 @@ trains: it works from every DataLoader worker through one JSON-lines file.
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,19 +173,18 @@ class BadImages:
                     continue  # an empty last line, or one cut by a full disk
         return found
 
-    def look_again(self, find: Callable[[Collection[str]], Mapping[str, Callable[[], Any]]]) -> None:
-        """Forgets pictures that are no longer there, or can be read by now: for a run that goes on.
+    def keep(self, loads: Mapping[str, Callable[[], Any]]) -> None:
+        """Forgets what is not among these pictures, and those of them that can be read by now.
 
         Args:
-            find: For the names in the report, those that are still in the data, each with what loads it.
+            loads: Pictures of the report that are still in the data, each with what loads it.
         """
-        if not (listed := self.names()):
-            return
-        still = [name for name, load in find(listed.keys()).items() if not _can(load)]
-        if len(still) == len(listed):
-            return
-        self.reset()
-        if still:
+        listed = self.names()
+        still = [name for name, load in loads.items() if name in listed and not _can(load)]
+        if not still:
+            self.reset()
+        elif len(still) < len(listed):
+            self._seen.clear()
             lines = (_line(name, listed[name]) for name in still)
             write_whole(self.path, "".join(lines).encode("utf-8", "replace"))
 

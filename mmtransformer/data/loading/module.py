@@ -3,15 +3,14 @@
 The batches are a pure function of (seed, epoch), the same for any number of workers and processes; see `sampler`.
 """
 
-import functools
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -22,15 +21,14 @@ from torch.utils.data import Dataset
 from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
+from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
 from mmtransformer.data.loading.traces import Parts, changes, traces
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
-from mmtransformer.serialization.printable import counted, printable
+from mmtransformer.serialization.printable import printable
 from mmtransformer.text.tokenizer import Tokenizer
 
-Own = TypeVar("Own", bound="Data")
-Made = TypeVar("Made")
 Lengths = Callable[[int | np.ndarray, np.ndarray], np.ndarray]
 """From an epoch (or that of each sample, (n,)) and the places of samples, (n,), to their tokens, (n,)."""
 
@@ -93,19 +91,6 @@ class LoaderConfig:
             raise ValueError(f"loader.max_patches_per_batch ({self.max_patches_per_batch}) must be at least 1")
         if not 0 <= self.timeout < float("inf"):
             raise ValueError(f"loader.timeout ({self.timeout}) must be at least 0 seconds; 0 waits for ever")
-
-
-def once_a_split(make: Callable[[Own, str], Made]) -> Callable[[Own, str], Made]:
-    """Lets a method of `Data` be computed once for each split; `Data.forget` forgets all that was."""
-
-    @functools.wraps(make)
-    def kept(self: Own, split: str) -> Made:
-        key = (make.__name__, split)
-        if key not in self._kept:
-            self._kept[key] = make(self, split)
-        return self._kept[key]
-
-    return kept
 
 
 class Data(lightning.LightningDataModule, ABC):
@@ -287,18 +272,14 @@ class Data(lightning.LightningDataModule, ABC):
         return self.batch_size * world * getattr(self.trainer, "accumulate_grad_batches", 1)
 
     def setup(self, stage: str | None = None) -> None:
-        """Prepare the splits of a stage: "fit", "validate" or "test".
-
-        A run that begins empties earlier reports; of one that goes on they keep what still cannot be read.
-        """
-        first = self.trainer is not None and self.trainer.is_global_zero
+        """Prepare a stage's splits; of earlier reports a run that goes on keeps what still cannot be read."""
         for split in self.splits_of(stage):
             self.prepare(split)
-            bad = self.bad_samples(split) if first else None
-            if bad is not None and self.begins:
-                bad.reset()
-            elif bad is not None:
-                bad.look_again(partial(self.loads, split))
+            if self.trainer and self.trainer.is_global_zero and (bad := self.bad_samples(split)):
+                if self.begins:
+                    bad.reset()
+                elif listed := bad.names():
+                    bad.keep(self.loads(split, listed.keys()))
 
     def loader(self, split: str, *, training: bool = False) -> ResumableLoader:
         """Return the loader of a split: shuffled, mixed and grouped by length for training, as it is otherwise.
@@ -310,7 +291,7 @@ class Data(lightning.LightningDataModule, ABC):
         if self.trainer and world > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"set use_distributed_sampler to false: {type(self).__name__} shares the {self.unit}s among the "
-                f"{counted(world, 'process', 'processes')} itself, and Lightning's sampler would change their order"
+                f"{world} processes itself, and Lightning's sampler would change their order"
             )
         dataset = self.dataset(split, training=training)
         size = len(dataset)  # pyright: ignore[reportArgumentType]

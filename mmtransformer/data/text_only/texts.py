@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
 from mmtransformer.data.files.read_options import TextReadOptions
-from mmtransformer.data.loading.module import Data, LoaderConfig, Splits, once_a_split
+from mmtransformer.data.loading.kept import once_a_split
+from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.loading.traces import Parts
