@@ -61,7 +61,8 @@ def run(name: str, words: Sequence[str]) -> int:
             if isinstance(said, ImageError):
                 kept = "; its earlier caption stays" if out and out.keeps(i) else ""
                 bad[images.name(i)] = f"{said}{kept}"
-                bar.write(printable(f"mmt {name}: {said}{kept}"), file=sys.stderr)
+                if len(images) > 1:  # a lone one is told below
+                    bar.write(printable(f"mmt {name}: {said}{kept}"), file=sys.stderr)
             else:
                 captions = list(framed(said[0], args.prefix, args.suffix, plain=args.detokenize))
                 if out:
@@ -134,9 +135,9 @@ def _places(words: Sequence[str]) -> Iterator[str]:
 
     for word in words:
         if word == "-":
-            yield from listed(sys.stdin)
+            yield from listed(sys.stdin.buffer.read(), "the standard input")
         elif word.startswith("@") and not Path(word).exists():
-            yield from listed(Path(word[1:]).read_text("utf-8", "surrogateescape").splitlines())
+            yield from listed(Path(word[1:]).read_bytes(), word[1:])
         else:
             yield word
 

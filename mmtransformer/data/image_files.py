@@ -1,6 +1,7 @@
 """Pictures that a command line names: files, folders with all that lies below, patterns, archives, lists."""
 
 import glob
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from PIL import Image
 from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Entry, FileError, Files
 from mmtransformer.data.files.names import nfc
 from mmtransformer.images import ImageError, load
-from mmtransformer.images.files import read_bytes
+from mmtransformer.images.files import kind_of, read_bytes
+
+_CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f]")
 
 
 class ImageFiles:
@@ -147,10 +150,25 @@ class ImageFiles:
         return self._archives[place]
 
 
-def listed(lines: Iterable[str]) -> Iterator[str]:
-    """The paths of a list, one a line; empty lines and those that begin with "# " say nothing."""
-    for line in lines:
-        path = line.rstrip("\r\n")
+def listed(data: bytes, name: str) -> Iterator[str]:
+    """The paths of a list, one a line; empty lines and those that begin with "# " say nothing.
+
+    Args:
+        data: The list: UTF-8, or UTF-16 with its mark, as PowerShell writes it, or with NUL bytes in place of line
+            ends, as `find -print0` does. Names that are no UTF-8 are kept as they are.
+        name: What errors call it.
+
+    Raises:
+        ValueError: If it is a picture.
+    """
+    head = data[:64]
+    if kind_of(head) and (b"\0\0" in head or _CONTROL.search(head)):
+        raise ValueError(f"{name} is a picture, and a list of paths is read from there: name the picture itself")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        data = data.decode("utf-16", "replace").encode("utf-8")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    for line in data.split(b"\0" if b"\0" in data else b"\n"):
+        path = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
         if path.strip() and not path.startswith("# "):
             yield path
 

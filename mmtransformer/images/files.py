@@ -102,7 +102,7 @@ def load(
         called = _printable(name or str(getattr(source, "filename", "")) or "<picture>")
         return _decoded(called, lambda: _finished(source, called, max_pixels))
     data, name = _read(source, name, max_bytes=16 * max_pixels + 2**26)
-    kind = _kind(data[:64])
+    kind = kind_of(data[:64])
     opener = _heic_opener() if kind == "HEIC" else _OPENERS.get(kind)
     if opener is None:
         raise ImageError(f"{name}: {_what_it_is(data, kind)}; give one of {', '.join(_OPENERS)}")
@@ -220,7 +220,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor such pipes
 
 
-def _kind(head: bytes) -> str:
+def kind_of(head: bytes) -> str:
     """Tells the format by the first bytes; "" if unknown."""
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"

@@ -81,7 +81,7 @@ def test_folders_patterns_archives_and_lists(
     options = ["--model", model, "--json", "--batch-size", "3"]
     code, out, err = mmt(capsys, "caption", "photos", *options)
     assert (code, names(out)) == (0, ALL)
-    assert "7 pictures captioned; 1 other files left alone" in err
+    assert "7 pictures captioned; 1 other file left alone" in err
     said = {row["image"]: row["captions"] for row in map(json.loads, out.splitlines())}
     assert len({str(c) for c in said.values()}) > 1
 
@@ -105,13 +105,16 @@ def test_folders_patterns_archives_and_lists(
 
     listing = f"{ALL[5]}\n\n# a remark\na.tar/{ALL[0]}\r\n"
     Path("list.txt").write_text(listing, "utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(listing))
-    for place in ("-", "@list.txt"):
+    Path("wide.txt").write_text(listing, "utf-16")  # as PowerShell does
+    Path("nul.txt").write_bytes(f"{ALL[5]}\0a.tar/{ALL[0]}\0".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing.encode())))
+    for place in ("-", "@list.txt", "@wide.txt", "@nul.txt"):
         code, out, _ = mmt(capsys, "caption", place, *options)
         assert (code, names(out)) == (0, [ALL[5], f"a.tar/{ALL[0]}"])
     for words, line in (
         (["nothing*.png"], "no file fits this pattern"),
         (["photos/notes.md"], "not a picture"),
+        ([f"@{ALL[0]}"], f"{ALL[0]} is a picture, and a list of paths is read from there"),
         (["a.zip/b.png"], "not in a.zip"),
         (["photos", "--overwrite"], "--out"),
         (["photos", "--out", "x.xml"], "FILE.jsonl"),
@@ -123,6 +126,7 @@ def test_folders_patterns_archives_and_lists(
     ):
         code, _, err = mmt(capsys, "caption", *words, "--model", model)
         assert (code, line in err.splitlines()[-1]) == (2, True), err
+        assert err.count(line) == 1
     Path("empty").mkdir()
     assert "no pictures there" in mmt(capsys, "caption", "empty", "--model", model)[2]
 
@@ -148,7 +152,7 @@ def test_bad_pictures_are_named_and_the_others_captioned(
     again = ["@bad_images_captions.txt", "--model", model, "--out", "captions.jsonl"]
     code, _, err = mmt(capsys, "caption", *again)
     assert code == 1
-    assert "1 pictures captioned in captions.jsonl; 1 could not be used" in err
+    assert "1 picture captioned in captions.jsonl; 1 could not be used" in err
     (photos / "서울/gone.png").unlink()
     Image.new("RGB", (20, 20), "pink").save(photos / "서울/gone.png")
     assert mmt(capsys, "caption", *again)[0] == 0
@@ -169,7 +173,7 @@ def test_the_command_that_tries_again_is_one_that_runs(
     (command,) = re.findall(r"`(mmt caption .*)` tries them again", err)
     Image.new("RGB", (20, 20), "pink").save(photos / "1bad.jpg")
     code, _, err = mmt(capsys, *shlex.split(command)[1:])
-    assert (code, "1 pictures captioned" in err) == (0, True), err
+    assert (code, "1 picture captioned" in err) == (0, True), err
 
 
 @pytest.mark.parametrize("out", ["captions.jsonl", "captions.csv"])

@@ -96,7 +96,7 @@ def test_what_cannot_be_scored() -> None:
             clip_score(*arguments)
     with pytest.raises(ValueError, match="picture 1 has no reference"):
         ref_clip_score(x, x, [x, np.zeros((0, 3))])
-    with pytest.raises(ValueError, match="references of 1 pictures, and 2 captions"):
+    with pytest.raises(ValueError, match="references of 1 picture, and 2 captions"):
         ref_clip_score(x, x, [x])
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtransformer.serialization.printable import counted
+
 _MOST_FILES = 20_000  # that are asked for their size and time: on a network's disk each takes a moment
 
 
@@ -70,5 +72,7 @@ def changes(was: Tensor, now: Tensor, parts: Parts) -> str:
         places = np.flatnonzero(other[:, column])
         if len(places):
             names = ", ".join(parts.name(int(i)) for i in places[:3]) + (", ..." if len(places) > 3 else "")
-            said.append(f"{f'the {what} of ' if what else ''}{len(places)} {samples} ({names})")
+            said.append(
+                f"{f'the {what} of ' if what else ''}{counted(len(places), samples.removesuffix('s'), samples)} ({names})"
+            )
     return " and ".join(said)

@@ -24,6 +24,7 @@ from mmtransformer.pipelines.base import ImageLike, check_count
 from mmtransformer.pipelines.search.index_file import SUFFIX, IndexFile
 from mmtransformer.pipelines.search.index_update import Changes, Encoder, Update, fingerprint
 from mmtransformer.pipelines.search.nearest import groups_alike, nearest
+from mmtransformer.serialization.printable import counted
 
 ALIKE = 0.95
 """The least cosine of near duplicates, unless told (docs/search.md has what it was measured on)."""
@@ -91,7 +92,7 @@ class ImageIndex:
 
     def __repr__(self) -> str:
         width = self.contents.embeddings.shape[1]
-        return f"ImageIndex({len(self):,} pictures of {self.contents.root}, vectors of width {width})"
+        return f"ImageIndex({counted(len(self), 'picture')} of {self.contents.root}, vectors of width {width})"
 
     # ------------------------------------------------------------------------------------------- made and kept
 
@@ -208,7 +209,7 @@ class ImageIndex:
             )
         if not contents.names:
             first, more = next(iter(self.changes.bad.values())), len(self.changes.bad) - 1
-            raise ValueError(first + (f"; nor can the other {more:,} pictures be used" if more else ""))
+            raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
         if update.needed or (root, where) != (self.contents.root, self.contents.places):
             self.contents = contents
             if self.path is not None:

@@ -16,6 +16,7 @@ from mmtransformer.serialization.pretrained import (
     read_safetensors,
     write_weights,
 )
+from mmtransformer.serialization.printable import counted
 from mmtransformer.weights.shared.pickles import read_pickle
 
 _INDEX = "model.safetensors.index.json"
@@ -74,7 +75,7 @@ def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]
             raise ValueError(f"{index} names {name}, which is not a file of this folder")
     if lost := [name for name in files if not (folder / name).exists()]:
         raise ValueError(
-            f"{folder} lacks {len(lost)} of the {len(files)} files that {index.name} names, {lost[0]} the first: "
+            f"{folder} lacks {len(lost)} of {counted(len(files), 'file')} that {index.name} names, {lost[0]} the first: "
             f"it was not downloaded whole"
         )
     tensors: dict[str, Tensor] = {}

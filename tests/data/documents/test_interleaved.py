@@ -243,11 +243,11 @@ FAULTS: dict[str, tuple[object, str]] = {
     "not json": ('{"text": "a <image>", "images": [', "not JSON"),
     "a list": ("[1, 2]", "not a JSON object"),
     "language": ({"text": "a <image>", "images": ["p/0.png"], "language": "12"}, "not a language"),
-    "parallel": ({"texts": ["a"], "images": [None, "p/0.png"]}, "1 texts, 2 images"),
+    "parallel": ({"texts": ["a"], "images": [None, "p/0.png"]}, "1 text, 2 images"),
     "both": ({"texts": ["a", "b"], "images": [None, "p/0.png"]}, "place 1 of the lists must have exactly one"),
     "matched": (
         {"text_list": ["a"], "image_info": [{"image_name": "p/0.png", "matched_text_index": 1}]},
-        "matched_text_index 1 of 1 texts",
+        "matched_text_index 1 of 1 text",
     ),
 }
 
@@ -431,7 +431,7 @@ def test_what_teaches_nothing_is_left_out_and_counted() -> None:
     rows = DocumentRows(Fake(documents), tokenizer(), max_len=64)
     assert (rows.silent, rows.unread) == (1, 4)
     assert [piece.images for piece in rows.row(0)] == [1]
-    with pytest.raises(ValueError, match="none of the 1 documents has a text after a picture"):
+    with pytest.raises(ValueError, match="none of the 1 document has a text after a picture"):
         DocumentRows(Fake(documents[:1]), tokenizer())
 
 

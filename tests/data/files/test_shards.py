@@ -469,5 +469,5 @@ def test_a_path_is_told_what_it_holds(tmp_path: Path) -> None:
     assert are_documents(plain)
     opened = open_pairs(plain, ReadOptions(val_fraction=0))
     assert opened.split("train").captions(0) == [Caption("b")]
-    assert "1 documents, 1 pictures" in opened.describe()
+    assert "1 document, 1 picture" in opened.describe()
     assert opened.report.rows == 1

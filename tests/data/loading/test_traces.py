@@ -53,15 +53,15 @@ def test_what_has_changed_is_told_by_name(root: Path) -> None:
     first, second = split.name(0), split.name(1)
     assert told(root, state) == ""
     (root / f"{Path(first).stem}.txt").write_text("something else\n", "utf-8")
-    assert f"the captions of 1 pictures ({first}) of 'train'" in told(root, state)
+    assert f"the captions of 1 picture ({first}) of 'train'" in told(root, state)
     assert "no longer the one that it would have been" in told(root, state)
     picture(root / second, "blue", 2e9)
     said = told(root, state)
-    assert f"the captions of 1 pictures ({first}) and the files of 1 pictures ({second}) of 'train'" in said
+    assert f"the captions of 1 picture ({first}) and the files of 1 picture ({second}) of 'train'" in said
     assert "'val'" not in said
     outside = data(root).pairs("val").name(0)
     os.utime(root / outside, (2e9, 2e9))
-    assert f"the files of 1 pictures ({outside}) of 'val'" in told(root, state)
+    assert f"the files of 1 picture ({outside}) of 'val'" in told(root, state)
     assert told(root, {key: value for key, value in state.items() if key != "traces"}) == ""  # of a run of before
 
 
@@ -93,7 +93,7 @@ def test_picture_files_of_classes(tmp_path: Path) -> None:
     assert told(tmp_path, state, make) == ""
     os.utime(tmp_path / "train/가/2.png", (2e9, 2e9))
     said = told(tmp_path, state, make)
-    assert "the files of 1 pictures (" in said
+    assert "the files of 1 picture (" in said
     assert "2.png) of 'train'" in said
     (tmp_path / "val/가/8.png").rename(tmp_path / "val/나/8.png")
     assert "the classes of " in told(tmp_path, state, make)
@@ -117,7 +117,7 @@ def test_texts_and_translations(tmp_path: Path) -> None:
         state = make(tmp_path).state_dict()
         assert told(tmp_path, state, make) == ""
         write("number four is here")
-        assert "since the run was saved: 1 texts (train 4) of 'train'" in told(tmp_path, state, make)
+        assert "since the run was saved: 1 text (train 4) of 'train'" in told(tmp_path, state, make)
 
     table, words = tmp_path / "pairs.csv", tokenizer()
 
@@ -155,4 +155,4 @@ def test_interleaved_documents(tmp_path: Path) -> None:
     rows[2]["texts"][2] = "text 9"  # type: ignore[index]
     write()
     said = told(tmp_path, state, make)
-    assert "the texts of 1 documents (문서 2) and the files of 1 documents (문서 3) of 'train'" in said
+    assert "the texts of 1 document (문서 2) and the files of 1 document (문서 3) of 'train'" in said

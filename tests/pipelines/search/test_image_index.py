@@ -437,7 +437,7 @@ def test_places_without_pictures_are_refused(tmp_path: Path) -> None:
         ("missing", "missing: cannot be read"),
         ("*.gif", "no file fits this pattern"),
         ("bad.jpg", "bad.jpg: not a picture"),
-        ("*.jpg", "bad.jpg: not a picture.*; nor can the other 1 pictures be used"),
+        ("*.jpg", "bad.jpg: not a picture.*; nor can 1 other picture be used"),
     ):
         with pytest.raises(ValueError, match=said) as told:
             ImageIndex.build(ColourEncoder(), tmp_path / place)

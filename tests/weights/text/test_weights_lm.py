@@ -325,7 +325,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "../b.safetensors"}}', r"\.\./b\.safetensors, which is not a file of this folder"),
         (
             '{"weight_map": {"a": "b.safetensors"}}',
-            r"lacks 1 of the 1 files that model\.safetensors\.index\.json names, b\.safetensors the first",
+            r"lacks 1 of 1 file that model\.safetensors\.index\.json names, b\.safetensors the first",
         ),
     ):
         index.write_text(text)
