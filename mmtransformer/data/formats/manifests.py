@@ -134,7 +134,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     if not found and format == "auto":
         found = [Manifest(entry, "csv") for entry in in_folders if _is_table(files, entry, wanted)]
     if not found and format in ("auto", "parquet", "arrow"):
-        found = [m for m in map(_columnar, in_folders) if m is not None and format in ("auto", m.format)]
+        found = [m for e in in_folders if (m := _columnar(files, e, wanted)) and format in ("auto", m.format)]
     if format != "auto" and not found:
         raise ValueError(f"{files.root} holds no {format} manifest")
     if len(found) < 2:
@@ -150,10 +150,15 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     )
 
 
-def _columnar(entry: Entry) -> Manifest | None:
-    """A table of Parquet or Arrow, wherever it lies."""
+def _columnar(files: Files, entry: Entry, wanted: Wanted) -> Manifest | None:
+    """A table of Parquet or Arrow, wherever it lies, if it has pictures and captions and is no log of a tar."""
     name = entry.path.lower()
-    if not name.endswith(COLUMNAR) or OTHERS.search(name):
+    tar = f"{(files.root / entry.path).with_suffix('')}.tar"
+    if not name.endswith(COLUMNAR) or OTHERS.search(name) or tar in files.archives:
+        return None
+    try:
+        read_columnar(files, entry, wanted)
+    except ValueError:
         return None
     return Manifest(entry, "arrow" if name.endswith(ARROW) else "parquet")
 

@@ -72,7 +72,6 @@ def changes(was: Tensor, now: Tensor, parts: Parts) -> str:
         places = np.flatnonzero(other[:, column])
         if len(places):
             names = ", ".join(parts.name(int(i)) for i in places[:3]) + (", ..." if len(places) > 3 else "")
-            said.append(
-                f"{f'the {what} of ' if what else ''}{counted(len(places), samples.removesuffix('s'), samples)} ({names})"
-            )
+            count = counted(len(places), samples.removesuffix("s"), samples)
+            said.append(f"{f'the {what} of ' if what else ''}{count} ({names})")
     return " and ".join(said)

@@ -75,8 +75,8 @@ def _shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]
             raise ValueError(f"{index} names {name}, which is not a file of this folder")
     if lost := [name for name in files if not (folder / name).exists()]:
         raise ValueError(
-            f"{folder} lacks {len(lost)} of {counted(len(files), 'file')} that {index.name} names, {lost[0]} the first: "
-            f"it was not downloaded whole"
+            f"{folder} lacks {len(lost)} of {counted(len(files), 'file')} that {index.name} names, {lost[0]} the "
+            f"first: it was not downloaded whole"
         )
     tensors: dict[str, Tensor] = {}
     for name in files:

@@ -142,3 +142,8 @@ def test_tables_of_parquet_in_any_folder(tmp_path: Path) -> None:
         pq.write_table(pa.table({"image": [png(str(at))], "caption": [f"a dog {at}"]}), path)
     source = open_pairs(tmp_path, ALL)
     assert {name: len(source.split(name)) for name in source.splits()} == {"train": 2, "test": 1}
+    pictures(tmp_path / "texts", "1.png")
+    (tmp_path / "texts/1.txt").write_text("a dog 1")
+    (tmp_path / "texts/more/deep").mkdir(parents=True)
+    pq.write_table(pa.table({"vector": [1.0]}), tmp_path / "texts/more/deep/vectors.parquet")
+    assert captions(tmp_path / "texts") == {"1.png": ["a dog 1"]}
