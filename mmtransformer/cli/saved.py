@@ -95,7 +95,7 @@ def _export(name: str, words: Sequence[str]) -> int:
     add("--to", choices=("transformers", "open_clip"), help="who shall read it; who reads the family unless told")
     add("out", metavar="OUT", help="the folder to write")
     add("--family", metavar="NAME", help="as a model of this family, where a captioner of this library fits several")
-    args = parser.parse_args(list(words))
+    args = parser.parse_intermixed_args(list(words))  # MODEL --to transformers OUT
     args.model = _model(parser, args)
 
     from mmtransformer.pipelines.image_captioner import ImageCaptioner
@@ -141,7 +141,7 @@ def _parity(name: str, words: Sequence[str]) -> int:
     add("--prompt", metavar="TEXT", help="the words to caption after; the family's own unless told")
     add("--max-new-tokens", type=int, default=20, metavar="N", help="most new tokens (20)")
     add("--num-beams", type=int, default=3, metavar="N", help="of the second search; the first is greedy (3)")
-    args = parser.parse_args(list(words))
+    args = parser.parse_intermixed_args(list(words))
     if args.model is not None and args.place is not None:  # all places are pictures
         args.images.insert(0, args.place)
         args.place = None

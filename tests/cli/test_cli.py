@@ -69,6 +69,15 @@ def test_help_of_the_search_is_whole_sentences(capsys: pytest.CaptureFixture[str
     assert text.count("(") == text.count(")")
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["export /no --to transformers out", "export --to transformers /no out", "export --model /no --to transformers out",
+     "parity /no --prompt x a.png", "parity --model /no a.png --prompt x b.png"],
+)  # fmt: skip
+def test_options_may_stand_between_words(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmt(capsys, *words.split())[::2] == (2, f"mmt {words.split()[0]}: error: /no: no such folder\n")
+
+
 def test_help_is_quick() -> None:
     script = "import sys; from mmtransformer.cli import main; main(['--help']); main(['fit', '--help']); "
     script += "print(sorted({'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)))"
