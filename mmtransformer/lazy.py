@@ -1,9 +1,11 @@
 """Public names that are imported when they are first used, so that `mmt --help` need not wait for torch."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -38,6 +40,10 @@ def lazy(package: str, contents: Mapping[str, str]) -> tuple[Callable[[str], Any
         for module in modules():
             if name in getattr(import_module(f"{package}.{module}"), "__all__", ()):
                 return f"; it is {package}.{module}.{name}"
+        for path in sorted(Path(sys.modules[package].__path__[0]).rglob("*.py")):
+            if re.search(rf"^(class|def) {re.escape(name)}\b", path.read_text("utf-8"), re.MULTILINE):
+                place = path.relative_to(sys.modules[package].__path__[0]).with_suffix("")
+                return f"; it is {'.'.join([package, *place.parts])}.{name}"
         near = get_close_matches(name, [*home, *modules()], n=1, cutoff=0.7)
         return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from mmtransformer.data.files.archives import Selection
-from mmtransformer.data.files.normalize import split_order
+from mmtransformer.data.files.normalize import find_split, split_order
 from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.files.text import SPLITS
 from mmtransformer.data.formats.columnar import holds_images
 from mmtransformer.data.formats.parquet import COLUMNAR, require_pyarrow
 from mmtransformer.data.hub_splits import Chosen, choose_files, may_be_pairs
@@ -88,7 +89,10 @@ class HubPairs:
         told = {split for split in files.values() if split}
         self._hashed = "train" in told and "val" not in told and read.val_fraction > 0  # val is a part of train
         self._names = tuple(sorted(told | ({"val"} if self._hashed else set()), key=split_order))
-        first = [name for name in self._names if splits is None or name in splits] or self._names
+        asked = None if splits is None else {SPLITS.get(name.casefold(), name) for name in splits} | {*splits}
+        first = [name for name in self._names if asked is None or name in asked]
+        if not first:  # before anything is fetched
+            find_split(next(iter(splits or [""])), self._names, dataset.name)
         self._opened: dict[str, Any] = {}  # by split; those that were read together have one source
         self._main = self._open(first)
         self.languages: tuple[str, ...] = self._main.languages
@@ -104,8 +108,7 @@ class HubPairs:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        if name not in self._names:
-            raise ValueError(f"{self._dataset.name} has no split {name!r}; it has: {', '.join(self._names)}")
+        name = find_split(name, self._names, self._dataset.name)
         return (self._opened.get(name) or self._open([name])).split(name)
 
     def describe(self) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from mmtransformer.data.files.archives import Entry, Files
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.names import nfc
-from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits
+from mmtransformer.data.files.normalize import find_split, folder_splits, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import ReadOptions, check_share
 from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
@@ -217,9 +217,7 @@ class PairFiles:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        if name not in self._splits:
-            raise ValueError(f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}")
-        return PairSplit(self._images_in, self._splits[name])
+        return PairSplit(self._images_in, self._splits[find_split(name, self._splits, str(self.root))])
 
     def describe(self) -> str:
         """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""

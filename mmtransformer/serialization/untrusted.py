@@ -30,7 +30,8 @@ def check_plain(path: Path) -> None:
         ValueError: naming the file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
+        missing = f"; {path.parent} is no model's folder" if path.name == "config.json" else ""
+        raise ValueError(f"{path}: not a regular file" if path.exists() else f"{path}: no such file{missing}")
     if leads_out(path, path.parent):
         raise ValueError(f"{path}: a link that leads out of its folder, to {path.resolve()}; put the file there itself")
     if path.suffix in (".json", ".txt") and (size := path.stat().st_size) > _MOST_JSON:

@@ -77,8 +77,15 @@ def test_the_files_of_a_split_are_fetched_when_it_is_asked_for(hub: DatasetHub) 
     assert hub.fetched == [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
     assert names(source, "test") == ["t0"]
     assert "assets/teaser.png" not in hub.fetched
-    with pytest.raises(ValueError, match=r"some/pairs has no split 'dev'; it has: train, val, test"):
-        source.split("dev")
+    assert names(source, "validation") == ["v0", "v1"]
+    with pytest.raises(ValueError, match=r"some/pairs has no split 'held'; it has: train, val, test"):
+        source.split("held")
+    hub.fetched.clear()
+    with pytest.raises(ValueError, match=r"some/pairs has no split 'held'; it has: train, val, test"):
+        open_pairs("some/pairs", splits=["held"])
+    assert hub.fetched == []
+    assert names(open_pairs("some/pairs", splits=["dev"]), "dev") == ["v0", "v1"]
+    assert hub.fetched == []  # it is in the cache
 
 
 def test_a_run_fetches_what_it_trains_and_validates_on(hub: DatasetHub) -> None:

@@ -413,8 +413,8 @@ def test_val_is_never_empty_and_named_splits_win(tmp_path: Path) -> None:
     source = PairFiles(tmp_path)
     assert len(source.split("test")) == 6
     assert len(source.split("train")) + len(source.split("val")) == 17
-    with pytest.raises(ValueError, match="no split 'dev'; it has: train, val, test"):
-        source.split("dev")
+    with pytest.raises(ValueError, match="no split 'held'; it has: train, val, test"):
+        source.split("held")
     with pytest.raises(ValueError, match=r"val_fraction \(1\)"):
         PairFiles(tmp_path, ReadOptions(val_fraction=1))
 
@@ -561,3 +561,13 @@ def test_what_fails_later_is_an_image_error_with_the_file(tmp_path: Path) -> Non
     with pytest.raises(ImageError, match=r"p01.png"):
         split.image(1)
     assert split.image(2).size == (7, 5)
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "dev", "Valid"])
+def test_a_split_has_several_names(name: str, tmp_path: Path) -> None:
+    draw(tmp_path)
+    (tmp_path / "c.jsonl").write_text(rows_jsonl())
+    source = PairFiles(tmp_path)
+    assert len(source.split(name)) == len(source.split("val")) > 0
+    with pytest.raises(ValueError, match="has no split 'test'; it has: train, val"):
+        source.split("test")

@@ -22,7 +22,7 @@ from mmtransformer.data.documents.document_records import MARK, LineError, LineN
 from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.files.archives import Entry, FileError, Files
 from mmtransformer.data.files.finder import Finder
-from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
+from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import is_broken, is_missing, language_code, normalize_text, split_word
 from mmtransformer.data.formats.manifests import json_lines
@@ -184,9 +184,7 @@ class InterleavedFiles:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        if name not in self._splits:
-            raise ValueError(f"{self.root} has no split {name!r}; it has: {', '.join(self._splits) or 'none'}")
-        return InterleavedSplit(self._files, self._splits[name])
+        return InterleavedSplit(self._files, self._splits[find_split(name, self._splits, str(self.root))])
 
     def describe(self) -> str:
         """What was found: "interleaved documents d.jsonl: 120 documents, 301 pictures; splits ...; languages ..."."""

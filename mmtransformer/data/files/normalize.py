@@ -1,7 +1,7 @@
 """What users' data leaves open, decided in one way for all formats: the language of a text, the split of a picture."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mmtransformer.data.files.text import SPLITS, hash_share, is_korean
 from mmtransformer.data.loading.source import Caption
@@ -45,6 +45,23 @@ def normalize_languages(groups: Sequence[list[Caption]], language: str | None) -
     said = "languages " + ", ".join(f"{code} {counts[code]}" for code in languages)
     assumed = language is None and rest == "en" and korean < total
     return languages, said + (" (en where nothing says otherwise)" if assumed else "")
+
+
+def find_split(name: str, there: Collection[str], where: str) -> str:
+    """A split by its name, or by another one of its names: validation and dev for val.
+
+    Args:
+        name: What is asked for.
+        there: The names of the splits there are.
+        where: The data, for the error.
+
+    Raises:
+        ValueError: If there is none; the message lists those there are.
+    """
+    for found in (name, SPLITS.get(name.casefold())):
+        if found is not None and found in there:
+            return found
+    raise ValueError(f"{where} has no split {name!r}; it has: {', '.join(there) or 'none'}")
 
 
 def folder_splits(paths: Sequence[str]) -> list[str | None]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmtransformer.data.files.archives import Entry, FileError, Files, Selection
-from mmtransformer.data.files.normalize import normalize_languages, normalize_splits
+from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.tar_index import TEXTS, ShardError, ShardSample, read_index
 from mmtransformer.data.files.text import SPLITS, split_word
@@ -184,9 +184,7 @@ class Shards:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        if name not in self._splits:
-            raise ValueError(f"the shards have no split {name!r}; they have: {', '.join(self._splits) or 'none'}")
-        return self._splits[name]
+        return self._splits[find_split(name, self._splits, self._said[0])]
 
     def describe(self) -> str:
         """What was found: "2 tar shards data/*.tar: 120 pictures, 240 captions; ...; splits ..."."""
