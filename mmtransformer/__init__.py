@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.contrast.clip import CLIP as CLIP
+    from mmtransformer.contrast.encoder_tower import EncoderTower as EncoderTower
     from mmtransformer.contrast.text_tower import TextTower as TextTower
     from mmtransformer.diffusion.drawing import ImageGenerationConfig as ImageGenerationConfig
     from mmtransformer.diffusion.paths import Diffusion as Diffusion
@@ -158,6 +159,7 @@ _CONTENTS = {
     "captioners.prefix": "PrefixCaptioner",
     "captioners.tiles": "TileConfig TiledBatch",
     "contrast.clip": "CLIP",
+    "contrast.encoder_tower": "EncoderTower",
     "contrast.text_tower": "TextTower",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",

@@ -3,7 +3,6 @@
 Shapes: n pictures or texts, m labels, d width of the vectors.
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,8 @@ from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.contrast.dual import dual_type, load_clip, save_clip
-from mmtransformer.weights.processors.pixels import open_clip_pixels, read_pixels, to_preprocessor
+from mmtransformer.weights.contrast.inputs import ids_of, preprocessor_of, read_inputs, write_inputs
+from mmtransformer.weights.processors.pixels import open_clip_pixels
 
 TEMPLATES: tuple[str, ...] = (
     "{}",
@@ -254,16 +254,14 @@ class DualEncoder:
         )
 
     def save_public(self, folder: str | Path) -> None:
-        """Writes a folder that transformers reads: the model as CLIP, SigLIP or Chinese-CLIP, tokenizer and processor.
+        """Writes a folder that transformers reads: the model as the dual model it is there, tokenizer and processor.
 
         Raises:
             ValueError: If transformers has no such model, or no such transform, before anything is written.
         """
-        folder = Path(folder)
-        pixels = to_preprocessor(self.transform)
-        save_clip(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
-        (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n", encoding="utf-8")
+        pixels = preprocessor_of(self.model, self.transform)
+        save_clip(self.model, folder, ids=ids_of(self.tokenizer))
+        write_inputs(Path(folder), self.model, self.tokenizer, pixels)
 
     @classmethod
     def from_pretrained(
@@ -280,8 +278,9 @@ class DualEncoder:
         """Loads a dual encoder, from a folder or from the hub; nothing is ever unpickled that could run code.
 
         Args:
-            name_or_folder: What `save_pretrained` wrote, or a public model: transformers' CLIP, SigLIP, SigLIP 2 of one
-                size or Chinese-CLIP, or one of open_clip, with its tokenizer.json.
+            name_or_folder: What `save_pretrained` wrote, or a public model: one of transformers' that `load_clip`
+                knows (CLIP, MetaCLIP 2, SigLIP, SigLIP 2, Chinese-CLIP, AltCLIP and others), or one of open_clip, with
+                its tokenizer.json.
             dtype: What its weights are kept in, and computed with; on a CPU float32 linear weights are packed
                 (`weight_packing.for_inference`).
             device: Where to compute; a GPU if there is one.
@@ -298,14 +297,14 @@ class DualEncoder:
             raise ValueError(f'dtype must be {", ".join(_FORMATS)}, not "{dtype}"')
         folder = find_folder(name_or_folder, HubOptions(revision, token, cache_dir, local_files_only), look=_refuse)
         model = load_clip(folder)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        if (folder / PREPROCESSOR).exists():
-            transform = read_transform(folder / PREPROCESSOR, getattr(model.vision, "image_size", None))
-        elif (folder / CONFIG).exists():
-            kind = read_json(folder / CONFIG).get("model_type")
-            transform = read_pixels(folder, "Siglip" if kind == "siglip" else "CLIP", size=model.vision.image_size[0])
+        if not (folder / PREPROCESSOR).exists() and (folder / CONFIG).exists():
+            tokenizer, transform = read_inputs(folder, str(read_json(folder / CONFIG).get("model_type")), model)
         else:
-            transform = open_clip_pixels(folder, model.vision.image_size)
+            tokenizer = Tokenizer.from_pretrained(folder)
+            if (folder / PREPROCESSOR).exists():
+                transform = read_transform(folder / PREPROCESSOR, getattr(model.vision, "image_size", None))
+            else:
+                transform = open_clip_pixels(folder, model.vision.image_size)
         found = cls(model.to(_FORMATS[dtype]), tokenizer, transform, device=device)
         if dtype == "float32":
             for_inference(found.model)

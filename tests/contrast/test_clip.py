@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from mmtransformer import CLIP, CaptionBatch, OutputConfig, TextEncoder, TextTower, ViT
+from mmtransformer import CLIP, CaptionBatch, EncoderTower, OutputConfig, TextEncoder, TextTower, ViT
 from mmtransformer.losses.contrastive import text_keys
 from mmtransformer.weights import load_clip, save_clip
 
@@ -201,11 +201,19 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- properties
 
 
-@pytest.mark.parametrize("pool", ["end", "attention", "last"])
+def encoder(**options: Any) -> TextEncoder:
+    return TextEncoder(53, 20, 2, 2, **{"max_len": 11, "dropout": 0.0, "num_types": 1} | options)
+
+
+@pytest.mark.parametrize("pool", ["end", "attention", "last", "projected", "pooled"])
 @torch.no_grad()
 def test_padding_changes_no_text(pool: str) -> None:
-    pad = 3 if pool == "last" else None
-    text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "end", pool=pool, pad_id=pad)  # type: ignore[arg-type]
+    text: TextTower | EncoderTower
+    if pool in ("projected", "pooled"):
+        text = EncoderTower(encoder(), proj_dim=17 if pool == "projected" else None)
+    else:
+        pad = 3 if pool == "last" else None
+        text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "end", pool=pool, pad_id=pad)  # type: ignore[arg-type]
     clip, of = model(text=text), batch()
     together = clip.encode_texts(of.tokens, of.attention_mask)
     noise = torch.where(of.attention_mask, of.tokens, torch.randint(53, of.tokens.shape))
@@ -275,6 +283,42 @@ def test_a_bert_is_a_text_tower(tmp_path: Path) -> None:
     torch.testing.assert_close(again.encode_texts(tokens), clip.eval().encode_texts(tokens))
 
 
+@pytest.mark.parametrize("width", [17, None])
+def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -> None:
+    clip, of = model(text=EncoderTower(encoder(word_head=True), proj_dim=width)), batch()
+    tower, (tokens, mask) = clip.text, clip.read_texts(of)
+    assert isinstance(tower, EncoderTower)
+    first = tower.encoder(tokens, attention_mask=mask)[:, 0]
+    if width is None:
+        assert tower.encoder.pool_proj is not None
+        wanted = torch.tanh(first @ tower.encoder.pool_proj.weight.T + tower.encoder.pool_proj.bias)
+    else:
+        assert tower.norm is not None
+        assert tower.proj is not None
+        normed = F.layer_norm(first, (20,), tower.norm.weight, tower.norm.bias, eps=1e-12)
+        wanted = normed @ tower.proj.weight.T + tower.proj.bias
+    torch.testing.assert_close(tower(tokens, mask), wanted, atol=1e-12, rtol=1e-12)
+    clip(of).loss.backward()
+    learns = {name for name, p in clip.named_parameters() if p.requires_grad}
+    assert learns == {name for name, p in clip.named_parameters() if p.grad is not None}
+    assert ("text.encoder.pool_proj.weight" in learns) == (width is None)
+    assert "text.encoder.words_proj.bias" not in learns
+    clip.float().eval().save_pretrained(tmp_path)
+    again = CLIP.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.encode_texts(tokens, mask), clip.encode_texts(tokens, mask))
+
+
+@torch.no_grad()
+def test_the_largest_id_stands_for_a_text() -> None:
+    text = TextTower(53, 20, 2, 2, max_len=11, pool="largest")
+    clip, ids = model(text=text), torch.tensor([[2, 9, 40, 7, 3], [2, 30, 8, 52, 52]])
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    tower = clip.text
+    assert isinstance(tower, TextTower)
+    hidden = tower.forward_features(ids, real)
+    torch.testing.assert_close(tower(ids, real), torch.stack([hidden[0, 2], hidden[1, 1]]))
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -288,6 +332,8 @@ def test_what_does_not_fit_is_refused() -> None:
         CLIP(ViT(14, 7, 24, 1, 4, num_classes=5), text)
     with pytest.raises(ValueError, match=r"pad_id \(None\) is what pool=\"last\" fills"):
         TextTower(53, 20, 1, 2, pool="last")
+    with pytest.raises(ValueError, match="without a proj_dim the encoder's pooler is read: build it with pooler=True"):
+        EncoderTower(encoder(pooler=False))
     with pytest.raises(ValueError, match=r"pad_id \(99\) must be one of the 53 ids"):
         TextTower(53, 20, 1, 2, pool="last", pad_id=99)
     clip = CLIP(vision, text)

@@ -8,6 +8,9 @@ import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
     BertTokenizer,
     ChineseCLIPConfig,
     ChineseCLIPImageProcessor,
@@ -16,10 +19,20 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    MetaClip2Config,
+    MetaClip2Model,
     PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    XLMRobertaConfig,
+    XLMRobertaTokenizer,
 )
 
 from support.public import WORDS, noisy, word_pieces
@@ -99,8 +112,45 @@ def gemma_like() -> tokenizers.Tokenizer:
     return backend
 
 
+def xlm_roberta(length: int) -> Any:
+    """An XLM-R tokenizer: pieces of words, <s> and </s> around a text, padding with the id 1."""
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=130, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator([*WORDS * 3, *TEXTS], trainer)
+    pieces = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["vocab"]]
+    return XLMRobertaTokenizer(vocab=pieces, model_max_length=length)
+
+
+def many_lingual(kind: str, sizes: dict[str, Any]) -> tuple[Any, Any]:
+    """AltCLIP, MetaCLIP 2 and CLIP towers beside a BERT or an XLM-R: model and tokenizer."""
+    length, width = sizes["text"]["max_position_embeddings"], sizes["width"]
+    tokenizer: Any = xlm_roberta(length)
+    text = {"vocab_size": len(tokenizer), **sizes["text"]}
+    ends = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    if kind == "metaclip_2":
+        both: dict[str, Any] = {"text_config": text | ends, "vision_config": sizes["vision"]}
+        return MetaClip2Model(MetaClip2Config(**both, projection_dim=width)), tokenizer
+    roberta = text | {"max_position_embeddings": length + 2, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    if kind == "altclip":
+        both = {"text_config": roberta | {"project_dim": 11}, "vision_config": sizes["vision"]}
+        return AltCLIPModel(AltCLIPConfig(**both, projection_dim=width)), tokenizer
+    vision, inner = CLIPVisionConfig(**sizes["vision"]), XLMRobertaConfig(**roberta, type_vocab_size=1, **ends)
+    if kind == "dual, bert":
+        backend = word_pieces()
+        tokenizer = BertTokenizer(vocab=backend.get_vocab(), model_max_length=length)
+        small = {name: value for name, value in text.items() if not name.startswith(("hidden_act", "layer_norm"))}
+        inner: Any = BertConfig(**small | {"vocab_size": len(backend.get_vocab())})  # type: ignore[no-redef]
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, inner, projection_dim=width)
+    return VisionTextDualEncoderModel(config), tokenizer
+
+
 def write(folder: Path, kind: str, shape: str = "small") -> Any:
-    """A folder of transformers: "clip", "siglip", "siglip2" or "chinese_clip"; its model."""
+    """A folder of transformers, of one of the kinds that `DUAL_TYPES` has, or "dual, bert"; its model.
+
+    "siglip2" is one of one size, which is a SigLIP, and "siglip2 naflex" reads pictures of native size.
+    """
     torch.manual_seed(0)
     sizes = SHAPES[shape]
     model: Any
@@ -123,6 +173,9 @@ def write(folder: Path, kind: str, shape: str = "small") -> Any:
         processor = ChineseCLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = BertTokenizer(vocab=vocab, model_max_length=sizes["text"]["max_position_embeddings"])
+    elif not kind.startswith("siglip"):
+        model, tokenizer = many_lingual(kind, sizes)
+        processor = CLIPImageProcessor(**crop)
     else:
         backend = unigram() if kind == "siglip" else gemma_like()
         eos = "</s>" if kind == "siglip" else "<eos>"
@@ -136,13 +189,25 @@ def write(folder: Path, kind: str, shape: str = "small") -> Any:
         }
         model = SiglipModel(SiglipConfig(text_config=text, vision_config=sizes["vision"]))
         processor = SiglipImageProcessor(size={"height": side, "width": side})
+        if kind == "siglip2 naflex":
+            patch = sizes["vision"]["patch_size"]
+            vision = {name: value for name, value in sizes["vision"].items() if name != "image_size"}
+            vision |= {"num_patches": (side // patch) ** 2}
+            model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision))
+            processor = Siglip2ImageProcessor(patch_size=patch, max_num_patches=(side // patch) ** 2 + 3)
     noisy(model, 0.15)
     if kind == "chinese_clip":  # transformers does so when it loads one
         model.text_model.embeddings.word_embeddings.weight.data[0] = 0
+    for embedding in model.modules():  # as transformers keeps it, too
+        if isinstance(embedding, torch.nn.Embedding) and embedding.padding_idx is not None:
+            embedding.weight.data[embedding.padding_idx] = 0
     model.logit_scale.data.fill_(2.3)
     if hasattr(model, "logit_bias"):
         model.logit_bias.data.fill_(-4.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if kind == "siglip2 naflex":  # as the published ones
+        config = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": "right"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return model

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtransformer import CLIP, DualEncoder, ImageTransform, TextTower, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.features import CacheFeatures
-from mmtransformer.data.loading.module import Splits
+from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.scenes import Scenes
@@ -25,6 +27,7 @@ from mmtransformer.training import Contrast, Optim, Run, finetune_clip
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.training.evaluation.zero_shot import sentences, zero_shot
 from mmtransformer.training.tasks.contrast import RECALLS, recalls
+from support import dual
 from support.processes import pair
 from support.recipes import RECIPES, flickr_folder
 
@@ -250,6 +253,41 @@ def test_fine_tuning_goes_on_with_the_folders_tokenizer_and_pixels(tmp_path: Pat
         "text_proj.weight",
         "logit_scale",
     }
+
+
+@pytest.mark.parametrize("kind", ["siglip2 naflex", "altclip"])
+def test_a_public_pair_is_fine_tuned_on_pictures_of_all_shapes(kind: str, tmp_path: Path) -> None:
+    """As its own tokenizer and processor read them; and it is written back as transformers reads it."""
+    theirs = dual.write(tmp_path / "theirs", kind)
+    (tmp_path / "pairs").mkdir()
+    for i, size in enumerate([(60, 40), (40, 60), (33, 90), (20, 20), (90, 33), (48, 48), (24, 56), (56, 24)]):
+        Image.effect_noise(size, 80.0).convert("RGB").save(tmp_path / "pairs" / f"{i}.png")
+        (tmp_path / "pairs" / f"{i}.txt").write_text(f"a picture of {i} dogs", "utf-8")
+    task = finetune_clip(str(tmp_path / "theirs"), optim=Optim(lr=1e-3, warmup_steps=1))
+    start = task.start
+    assert start is not None
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    data = CaptionData(str(tmp_path / "pairs"), batch_size=3, loader=LoaderConfig(seed=1))
+    data.continue_from(start.tokenizer, start.transform, None, task.model.max_len)
+    trainer(tmp_path).fit(task, datamodule=data)
+    moved = [name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert {"vision.patch_embed.proj.weight", "text_proj.weight"} <= {*moved}
+    task.model.eval()
+    start.save_public(tmp_path / "ours")
+    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    texts = ["two dogs", "a red star"]
+    found = AutoTokenizer.from_pretrained(tmp_path / "ours")(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    pictures = [Image.open(file) for file in sorted((tmp_path / "pairs").glob("*.png"))]
+    pixels = AutoImageProcessor.from_pretrained(tmp_path / "ours")(pictures, return_tensors="pt")
+    if "naflex" in kind:
+        found.pop("attention_mask", None)
+    with torch.no_grad():
+        out = again.eval()(**found, **pixels)
+    torch.testing.assert_close(start.encode_images(pictures), out.image_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(start.encode_texts(texts), out.text_embeds, atol=1e-5, rtol=1e-5)
 
 
 def test_captions_are_as_long_as_the_model_that_is_trained_on_reads(

@@ -6,8 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPVisionConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+)
 
 from mmtransformer import (
     CLIP,
@@ -28,20 +40,33 @@ from support.public import noisy, pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*longer than the .* tokens that the model reads")
 
-KINDS = [(kind, shape) for kind in ("clip", "siglip", "siglip2", "chinese_clip") for shape in dual.SHAPES]
+ALL = ("clip", "siglip", "siglip2", "siglip2 naflex", "chinese_clip", "metaclip_2", "altclip",
+       "vision-text-dual-encoder", "dual, bert")  # fmt: skip
+KINDS = [(kind, shape) for kind in ALL for shape in dual.SHAPES]
 
 
 def theirs_of(folder: Path, model: Any, texts: list[str]) -> tuple[Any, Any, Any]:
     """Ids, pixels and outputs of transformers."""
     tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-    siglip = model.config.model_type == "siglip"
+    siglip = model.config.model_type in ("siglip", "siglip2")
     found = tokenizer(texts, padding="max_length" if siglip else True, truncation=True, return_tensors="pt")
     found.pop("token_type_ids", None)
     if siglip:
         found.pop("attention_mask")
-    pixels = processor(pictures(), return_tensors="pt")["pixel_values"]
+    pixels = processor(pictures(), return_tensors="pt")
     with torch.no_grad():
-        return found["input_ids"], pixels, model(**found, pixel_values=pixels)
+        return found["input_ids"], pixels, model(**found, **pixels)
+
+
+def as_patches(ours: DualEncoder, pixels: Any) -> list[Any]:
+    """Pixels of transformers as ours are: of SigLIP 2's native sizes each picture's own."""
+    if "spatial_shapes" not in pixels:
+        return list(pixels["pixel_values"])
+    size, found = ours.model.vision.patch_size, []
+    for patches, (rows, columns) in zip(pixels["pixel_values"], pixels["spatial_shapes"].tolist(), strict=True):
+        pattern = "(gh gw) (y x c) -> c (gh y) (gw x)"
+        found.append(rearrange(patches[: rows * columns], pattern, gh=rows, y=size, x=size))
+    return found
 
 
 @torch.no_grad()
@@ -53,7 +78,8 @@ def test_ids_pixels_and_vectors_are_those_of_transformers(kind: str, shape: str,
     rows = ours.tokenizer.pad([ours.ids(text) for text in dual.TEXTS])
     real = ids[:, : rows[0].shape[1]]
     assert torch.equal(rows[0][rows[1]], real[rows[1]])
-    assert torch.equal(torch.stack([ours.transform(image) for image in pictures()]), pixels)
+    for image, wanted in zip(pictures(), as_patches(ours, pixels), strict=True):
+        assert torch.equal(ours.transform(image), wanted)
     torch.testing.assert_close(ours.encode_images(pictures()), out.image_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.encode_texts(dual.TEXTS), out.text_embeds, atol=1e-5, rtol=1e-5)
     logits = ours.model.logits(ours.encode_images(pictures()), ours.encode_texts(dual.TEXTS))
@@ -69,26 +95,84 @@ def test_written_back_transformers_reads_it_whole(kind: str, shape: str, tmp_pat
     assert not any(info.values())
     assert type(again) is type(model)
     ids, pixels, out = theirs_of(tmp_path / "theirs", model, dual.TEXTS)
-    mask = (
-        {}
-        if "siglip" in kind
-        else {"attention_mask": (ids != AutoTokenizer.from_pretrained(tmp_path / "theirs").pad_token_id).long()}
-    )
-    with torch.no_grad():
-        if "siglip" in kind or kind == "chinese_clip":
-            written = again(input_ids=ids, pixel_values=pixels, **mask)
-            torch.testing.assert_close(written.text_embeds, out.text_embeds, atol=1e-6, rtol=1e-6)
-        else:
-            written = again(input_ids=ids, pixel_values=pixels)
-        torch.testing.assert_close(written.image_embeds, out.image_embeds, atol=1e-6, rtol=1e-6)
+    again_ids, again_pixels, written = theirs_of(tmp_path / "ours", again, dual.TEXTS)
+    assert torch.equal(again_ids, ids)
+    assert all(torch.equal(again_pixels[name], tensor) for name, tensor in pixels.items())
+    torch.testing.assert_close(written.text_embeds, out.text_embeds, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(written.image_embeds, out.image_embeds, atol=1e-6, rtol=1e-6)
     for name, tensor in model.state_dict().items():
-        if not name.endswith(("class_embedding", "vision_model.embeddings.position_embedding.weight")):
+        if name.endswith("embeddings.position_embeddings.weight") and kind in ("altclip", "vision-text-dual-encoder"):
+            rows = again.state_dict()[name]  # A RoBERTa's begin behind those that no token reads.
+            assert torch.equal(rows[-tensor.shape[0] + 2 :], tensor[2:])
+        elif not name.endswith(("class_embedding", "vision_model.embeddings.position_embedding.weight")):
             assert torch.equal(again.state_dict()[name], tensor), name
     back = DualEncoder.from_pretrained(tmp_path / "ours", device="cpu")
     torch.testing.assert_close(back.encode_texts(dual.TEXTS), ours.encode_texts(dual.TEXTS))
     torch.testing.assert_close(back.encode_images(pictures()), ours.encode_images(pictures()))
     for name, tensor in load_clip(tmp_path / "ours").state_dict().items():
         assert torch.equal(tensor, ours.model.state_dict()[name]), name
+
+
+def test_a_clip_whose_texts_are_gathered_at_their_largest_id(tmp_path: Path) -> None:
+    """Old CLIPs of other vocabularies, whose end is not the largest: there transformers looks for the largest."""
+    sizes = dual.SHAPES["small"]
+    tokenizer = dual.xlm_roberta(sizes["text"]["max_position_embeddings"])
+    text = sizes["text"] | {"vocab_size": len(tokenizer), "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=sizes["vision"], projection_dim=13)), 0.15)
+    side = {"height": 21, "width": 21}
+    for part in (model, tokenizer, CLIPImageProcessor(size={"shortest_edge": 21}, crop_size=side)):
+        part.save_pretrained(tmp_path / "theirs")
+    ours = DualEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
+    assert isinstance(ours.model.text, TextTower)
+    assert ours.model.text.pool == "largest"
+    found = tokenizer(dual.TEXTS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        wanted = F.normalize(model.get_text_features(**found).pooler_output, dim=-1)
+    torch.testing.assert_close(ours.encode_texts(dual.TEXTS), wanted, atol=1e-5, rtol=1e-5)
+    ours.save_public(tmp_path / "ours")
+    again = AutoModel.from_pretrained(tmp_path / "ours")
+    assert type(again) is CLIPModel
+    with torch.no_grad():
+        written = F.normalize(again.get_text_features(**found).pooler_output, dim=-1)
+    torch.testing.assert_close(written, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_parts_of_dual_models_that_are_not_here_are_refused(tmp_path: Path) -> None:
+    dual.write(tmp_path / "dual", "vision-text-dual-encoder")
+    config = json.loads((tmp_path / "dual" / "config.json").read_text())
+    for key, kind, said in (
+        ("text_config", "gpt2", "the text model is a 'gpt2', and bert, roberta, xlm-roberta are known"),
+        ("vision_config", "vit", "the vision model is a 'vit', and clip_vision_model is known"),
+    ):
+        other = config | {key: config[key] | {"model_type": kind}}
+        (tmp_path / "dual" / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=said):
+            load_clip(tmp_path / "dual")
+    dual.write(tmp_path / "naflex", "siglip2 naflex")
+    for name, key, value, said in (
+        ("tokenizer_config.json", "padding_side", "left", "texts are filled up on the left there, and SigLIP reads"),
+        ("tokenizer_config.json", "padding_side", None, "texts are filled up on the left there"),
+        ("preprocessor_config.json", "patch_size", 16, "patches of 16 px, and the model reads those of 7"),
+    ):
+        file = tmp_path / "naflex" / name
+        kept = file.read_text()
+        values = {k: v for k, v in {**json.loads(kept), key: value}.items() if v is not None}
+        file.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=said):
+            DualEncoder.from_pretrained(tmp_path / "naflex")
+        file.write_text(kept)
+    ours = DualEncoder.from_pretrained(tmp_path / "naflex", device="cpu")
+    ours.transform = ImageTransform(21)
+    with pytest.raises(ValueError, match="SigLIP 2's image processor keeps pictures' shapes"):
+        ours.save_public(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    clip = tmp_path / "clip"
+    dual.write(clip, "clip")
+    ours = DualEncoder.from_pretrained(clip, device="cpu")
+    ours.transform = ImageTransform(resize="native")
+    with pytest.raises(ValueError, match="of transformers' image processors SigLIP 2's alone"):
+        ours.save_public(tmp_path / "no")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -180,7 +264,7 @@ def test_other_models_are_refused_in_a_line(tmp_path: Path) -> None:
         ("text", r'text/config.json is one tower alone \("clip_text_model"\)'),
         (
             "bert",
-            "bert/config.json: model_type is 'bert', no dual model that is known here: clip, siglip, chinese_clip",
+            "bert/config.json: model_type is 'bert', no dual model that is known here: clip, metaclip_2, siglip, sig",
         ),
         ("vit", "vit holds a ViT, not a CLIP"),
         ("nothing", "nothing: no such folder"),
