@@ -192,8 +192,8 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
          "hash64(self.seed, 0, np.arange(runs))"),  # named
         ("hash64(self.seed, epoch, np.arange(full), 1)", "hash64(self.seed, 0, np.arange(full), 1)"),
         ("step[self.rank :: self.world]", "step[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]"),
-        ("[SampleIndex(*step[0], is_real=False)]", "[SampleIndex(*step[0])]"),
-        ("min(position + sampler.step,", "min(position + sampler.batch_size,"),
+        ("int(index[step[0]]), is_real=False)", "int(index[step[0]]))"),
+        ("self._end, self.step) + self.step", "self._end, self.step) + self.batch_size"),
         ("block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block", "block = self.block"),
         ("first, self.start = self.start, 0", "first = self.start"),
         ("if epoch != self.epoch:", "if True:"),

@@ -91,7 +91,7 @@ def test_duplicates(model: str, photos: Path, capsys: pytest.CaptureFixture[str]
     ask = ("search", "--index", "photos", "--model", model, "--duplicates")
     _, out, err = mmt(capsys, *ask, "--threshold", "1")
     assert out == "1.000  photos/red.png\n1.000  photos/서울/다시.png  (same bytes)\n"
-    assert err.splitlines()[-1] == "1 groups of 2 pictures that are alike"
+    assert err.splitlines()[-1] == "1 group of 2 pictures that are alike"
     _, out, _ = mmt(capsys, *ask, "--threshold", "1", "--json")
     (row,) = map(json.loads, out.splitlines())
     assert [(image["image"], image["same_bytes"]) for image in row["images"]] == [

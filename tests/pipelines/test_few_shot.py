@@ -199,11 +199,11 @@ def test_the_nearest_examples_are_alike_and_the_most_alike_is_last() -> None:
     features = torch.stack([feature(examples.image(i)) for i in range(15)])
     query = feature(Image.new("RGB", (9, 9), COLOURS["blue"])) - features.mean(0)
     likeness = torch.cosine_similarity(features - features.mean(0), query[None], dim=1)
-    expected = likeness.argsort().tolist()
     (row,) = near(queries("blue"), ["en"]).tokens
-    said = examples_in(row)
-    texts = [[c.text for c in examples.captions(i)] for i in expected]
-    assert all(text in some for text, some in zip(said, texts, strict=True))
+    texts = [[c.text for c in examples.captions(i)] for i in range(15)]
+    alike = [[likeness[i].item() for i in range(15) if text in texts[i]] for text in examples_in(row)]
+    for place, expected in enumerate(likeness.sort().values.tolist()):  # Which of two comes first may hang on rounding.
+        assert min(abs(one - expected) for one in alike[place]) < 1e-5
 
 
 def test_the_choice_depends_on_image_and_seed_and_not_on_the_batch() -> None:

@@ -67,7 +67,7 @@ def test_auto_is_8_bits_for_a_language_model_larger_than_the_cache(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True}, raising=False)
     monkeypatch.setattr(weight_packing, "_last_cache", lambda: 1000)
     model = ImageCaptioner.from_pretrained(base, device="cpu", dtype="auto")
-    assert capsys.readouterr().err == "precision: int8 on cpu, whose cache is smaller than the language model\n"
+    assert capsys.readouterr().err.endswith("precision: int8 on cpu, whose cache is smaller than the language model\n")
     assert model(image, max_new_tokens=3)
     assert any(isinstance(layer, Int8Linear) for layer in model.captioner.modules())
     assert {p.dtype for p in model.captioner.parameters()} == {torch.float32}

@@ -235,7 +235,7 @@ def test_data_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     said = data_of(max_len=6).describe()
     rows = data_of(max_len=6).rows("train")
     assert f"train: 120 texts of {rows.lengths.sum():,} tokens in {len(rows)} rows of 67" in said
-    assert f"{rows.divided} texts longer than 6 tokens were divided" in said
+    assert f"divided, as they are longer than 6 tokens: {rows.divided} texts" in said
     assert f"train: {rows.divided} of 120 texts are longer than max_len (6 tokens" in caplog.text
     assert data_of(row_len=None).row_len == 31
 

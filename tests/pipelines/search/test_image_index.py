@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmtransformer.images import ImageError
-from mmtransformer.pipelines import index_file
+from mmtransformer.pipelines.search import index_file
 from mmtransformer.pipelines.search.image_index import ImageIndex
 from mmtransformer.pipelines.search.index_file import IndexFile
 from mmtransformer.pipelines.search.nearest import groups_alike, nearest

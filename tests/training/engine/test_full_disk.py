@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.serialization import pretrained
 from mmtransformer.training import Captioning
 from mmtransformer.training.engine.checkpoints import CheckpointError, read, written_to
+from mmtransformer.training.evaluation import report
 from support import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -53,15 +55,15 @@ def test_results_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One run; it ends at one writer after the other, and goes on from its checkpoint each time."""
-    write_text: Callable[..., int] = Path.write_text
+    write: Callable[..., None] = report.write_json
 
-    def spoilt(path: Path, *args: Any, **more: Any) -> int:
+    def spoilt(path: Path, *args: Any) -> None:
         if path.name == "metrics.json":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return write_text(path, *args, **more)
+        write(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", spoilt)
+        patch.setattr(report, "write_json", spoilt)
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "metrics.json", "Permission denied")
 
@@ -72,8 +74,19 @@ def test_results_that_cannot_be_written(
         patch.setattr(pretrained, "save_file", no_room)
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "model/model.safetensors", "No space left on device")
+    make, begun = tempfile.mkstemp, [""]
+
+    def noted(*args: Any, **more: Any) -> tuple[int, str]:
+        begun.append(more.get("prefix") or "")
+        return make(*args, **more)
+
+    fdopen = os.fdopen
     with monkeypatch.context() as patch:
-        patch.setattr("mmtransformer.serialization.writing.os.fdopen", full)
+        patch.setattr("mmtransformer.serialization.writing.tempfile.mkstemp", noted)
+        patch.setattr(
+            "mmtransformer.serialization.writing.os.fdopen",
+            lambda *args, **more: full() if "gallery.png" in begun[-1] else fdopen(*args, **more),
+        )
         assert fit(tmp_path, "--resume") == 2
     check_told(capsys.readouterr().err, tmp_path, "gallery.png", "No space left on device")
     assert fit(tmp_path, "--resume") == 0

@@ -67,7 +67,7 @@ def test_shards_and_adapters(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
     assert read_tensors(tmp_path).keys() == {"a"}
     index.write_text('{"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}')
-    with pytest.raises(ValueError, match=r"lacks 1 of the 2 files .* pytorch_model-2\.bin the first: it was not down"):
+    with pytest.raises(ValueError, match=r"lacks 1 of 2 files .* pytorch_model-2\.bin the first: it was not down"):
         read_tensors(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()
