@@ -389,7 +389,7 @@ class Pretrained:
             )
         state = read_safetensors(folder / WEIGHTS)
         described = {key: value for key, value in config.items() if key not in ("format_version", "metadata", KEY)}
-        with built_from(state, str(folder / CONFIG)):
+        with built_from(state, str(folder / CONFIG), filled=True):
             model = from_config(described, str(folder / CONFIG))
         if not isinstance(model, cls):
             raise other_kind(folder, type(model), cls.__name__)

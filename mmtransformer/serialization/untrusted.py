@@ -113,16 +113,17 @@ def said(error: Exception) -> str:
 class _Bounded(TorchFunctionMode):
     """Within it, no more tensors and numbers are made than are allowed; asked for more, nothing is taken.
 
-    Weights get no random numbers, which would take most of the time of a loading: files fill all of them.
+    `filled`: weights get no random numbers, which would take most of the time of a loading.
     """
 
-    def __init__(self, tensors: int, numbers: int) -> None:
+    def __init__(self, tensors: int, numbers: int, *, filled: bool) -> None:
         super().__init__()
+        self.filled = filled
         self.tensors, self.numbers = tensors, numbers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RANDOM:
+        if self.filled and func in _RANDOM:
             return args[0] if args else kwargs["tensor"]
         if func in _MAKERS:
             plain = {key: value for key, value in kwargs.items() if key not in ("generator", "pin_memory")}
@@ -177,7 +178,7 @@ def hold(place: Tensor, tensor: Tensor) -> None:
 
 
 @contextmanager
-def built_from(state: dict[str, Tensor], where: str) -> Iterator[None]:
+def built_from(state: dict[str, Tensor], where: str, *, filled: bool = False) -> Iterator[None]:
     """Where a model is built to hold tensors that are there: nothing much larger is, and any error names the file.
 
     Sizes that a config only claims are found out before memory is taken for them.
@@ -185,13 +186,15 @@ def built_from(state: dict[str, Tensor], where: str) -> Iterator[None]:
     Args:
         state: the tensors.
         where: what they come from.
+        filled: whether every weight of the model is filled from them (`load_strictly`), so that random numbers, most of
+            the time of a loading, need not be drawn.
 
     Raises:
         ValueError: if the model would be far larger, or what is said of it makes no sense.
     """
     numbers = sum(tensor.numel() for tensor in state.values())
     try:
-        with held(state.values()), _Bounded(4096 + 16 * len(state), (1 << 26) + 4 * numbers):
+        with held(state.values()), _Bounded(4096 + 16 * len(state), (1 << 26) + 4 * numbers, filled=filled):
             yield
     except OSError:
         raise

@@ -159,7 +159,7 @@ def load_blip(source: str | Path) -> Blip:
     """
     folder = find_folder(source)
     config, state = _with_usual(read_config(folder, "blip")), read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return blip_from_state(config, state, str(folder))
 
 

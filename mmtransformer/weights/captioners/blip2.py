@@ -216,7 +216,7 @@ def load_blip2(source: str | Path) -> Blip2 | Blip2QFormer:
     folder = find_folder(source)
     config = _whole_config(folder)
     state = read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return blip2_from_state(config, state, str(folder))
 
 

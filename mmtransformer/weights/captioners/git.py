@@ -147,7 +147,7 @@ def load_git(source: str | Path) -> Git:
     """
     folder = find_folder(source)
     config, state = read_config(folder, "git"), read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return git_from_state(config, state, str(folder))
 
 

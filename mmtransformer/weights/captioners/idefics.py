@@ -248,7 +248,7 @@ def load_idefics(source: str | Path, *, visible_images: VisibleImages = "last") 
     """
     folder = find_folder(source)
     config, state = read_config(folder, "idefics"), read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return idefics_from_state(config, state, str(folder), visible_images)
 
 

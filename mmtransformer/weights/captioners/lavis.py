@@ -238,7 +238,7 @@ def load_lavis(
         ValueError: naming what is missing or does not fit.
     """
     state, context = read_state(source)
-    with built_from(state, context):
+    with built_from(state, context, filled=True):
         if decoder is None:
             return blip2_qformer_from_lavis(
                 state, vision=vision, num_heads=num_heads, class_id=class_id, context=context

@@ -197,7 +197,7 @@ def load_llava(source: str | Path) -> Llava:
     """
     folder = find_folder(source)
     config, state = read_json(folder / CONFIG), read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return llava_from_state(config, state, str(folder))
 
 

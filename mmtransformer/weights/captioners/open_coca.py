@@ -208,7 +208,7 @@ def load_open_coca(source: str | Path) -> OpenCoCa:
         state = read_safetensors(folder / WEIGHTS)
     else:
         state = read_pickle(folder / _OLD) if (folder / _OLD).exists() else read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return open_coca_from_state(config, state, str(folder))
 
 

@@ -215,7 +215,7 @@ def load_openflamingo(
         config = openflamingo_config(folder := find_folder(source))
         vision = vision or load_vit(_beside(folder, config[_TOWER], options), freeze=True)
         decoder = decoder or _language_model(_beside(folder, config[_LANGUAGE_MODEL], options), state, context)
-    with built_from(state, context):
+    with built_from(state, context, filled=True):
         return from_openflamingo(state, vision, decoder, visible_images=visible_images, context=context)
 
 

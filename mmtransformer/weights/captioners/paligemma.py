@@ -115,7 +115,7 @@ def load_paligemma(source: str | Path) -> PaliGemma:
     """
     folder = find_folder(source)
     config, state = read_json(folder / CONFIG), read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return paligemma_from_state(config, state, str(folder))
 
 

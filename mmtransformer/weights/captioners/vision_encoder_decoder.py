@@ -136,7 +136,7 @@ def load_vision_encoder_decoder(source: str | Path) -> VisionEncoderDecoder:
     """
     folder = find_folder(source)
     config, state = _whole_config(folder), read_tensors(folder)
-    with built_from(state, str(folder)):
+    with built_from(state, str(folder), filled=True):
         return vision_encoder_decoder_from_state(config, state, str(folder))
 
 

@@ -50,7 +50,7 @@ def decoder_from_state(config: dict[str, Any], state: dict[str, Tensor], context
             f'{context}: the family "{family}" is not one of TextDecoder\'s ({", ".join(READERS)}); HubDecoder takes '
             "any language model of transformers (extra: hf)"
         )
-    with built_from(state, context):
+    with built_from(state, context, filled=True):
         return READERS[family](config, state, context)
 
 
