@@ -25,6 +25,7 @@ from mmtransformer import (
     CoCa,
     Diffusion,
     DiffusionTransformer,
+    EncoderTower,
     ExtendedVocabulary,
     Flamingo,
     GatedConfig,
@@ -227,6 +228,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         23, 20, 1, 4, max_len=17, mlp_dim=31, causal=False, pool="last", pad_id=1, opens=False, activation="gelu_tanh",
         norm_eps=1e-6, dropout=0.1,
     ),
+    "EncoderTower": lambda: EncoderTower(TextEncoder(23, 20, 1, 4, max_len=17, pooler=False), proj_dim=9),
+    "EncoderTower of a pooler": lambda: EncoderTower(TextEncoder(23, 20, 1, 4, max_len=17)),
     "CLIP": lambda: CLIP(
         ViT(**VISION), TextTower(23, 20, 1, 4, max_len=17), embed_dim=9, text_bias=True, pool_heads=4, loss="sigmoid",
         hardness=0.5, freeze_vision=True,
