@@ -95,7 +95,7 @@ def test_samples_of_several_shards(tmp_path: Path) -> None:
     assert "21 pictures, 21 captions" in source.describe()
     split = pickle.loads(pickle.dumps(source.split("train")))
     assert split.image(0).size == (5, 7)
-    with pytest.raises(ValueError, match="no split 'other'; they have: train, val"):
+    with pytest.raises(ValueError, match="no split 'other'; it has: train, val"):
         source.split("other")
     assert len(source.split("dev")) == len(source.split("val"))
 
