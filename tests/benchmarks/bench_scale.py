@@ -78,6 +78,7 @@ def lines(*, tiny: bool) -> list[Line]:
 def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
     """A panel a line: ms over size, both in powers."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, panels = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.4), squeeze=False, layout="constrained")
     for panel, (name, points) in zip(panels[0], found.items(), strict=True):
@@ -86,6 +87,7 @@ def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
         panel.loglog(sizes, [times[-1] * size / sizes[-1] for size in sizes], "--", color="#999999", linewidth=1)
         panel.set(xlabel=name, ylabel="CPU ms a step" if panel is panels[0, 0] else "")
         panel.grid(alpha=0.3, which="both")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(
         f"{cpu_kind()}, float32, torch {torch.__version__.split('+')[0]}; dashed: in proportion", fontsize=10
     )
