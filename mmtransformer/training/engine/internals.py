@@ -1,14 +1,18 @@
-"""Private parts of Lightning and of torch's FSDP2 that a run leans on: all of them are here, and nowhere else.
+"""Private parts of Lightning, of torch's FSDP2 and of timm that a run leans on: all are here, and nowhere else.
 
 Written for Lightning 2.6 and torch 2.11 to 2.15; pyproject.toml caps both, and this file is what to look through before
-a cap is raised. What stands on it is exact resume (tests/training/engine/test_resume.py and test_soak.py) and weights
-that are shared out (test_distributed.py).
+a cap is raised (of timm a public function is replaced while it is in use). What stands on it is exact resume
+(tests/training/engine/test_resume.py and test_soak.py) and weights that are shared out (test_distributed.py).
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -157,3 +161,19 @@ def forget_sharding(module: Any) -> None:
     _module_state_mapping.pop(module, None)  # Else it could not be shared out again.
     for key in (REGISTRY_KEY, STATE_KEY):
         module.__dict__.pop(key, None)
+
+
+# ------------------------------------------------------------------------------------------------------------ timm
+
+
+@contextmanager
+def newton_schulz_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within it timm's Muon makes its updates orthogonal in this number format; bfloat16 is written into it."""
+    from timm.optim import muon
+
+    bfloat16 = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(bfloat16, dtype=dtype)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = bfloat16

@@ -13,6 +13,8 @@ from torch import nn
 from mmtransformer import Flamingo, PatchConfig, PerceiverResampler, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
 from mmtransformer.captioners.flamingo import GatedConfig
+from mmtransformer.layers.kernels import Bfloat16Hardware
+from mmtransformer.training.engine import optim
 from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
 from mmtransformer.training.engine.parameters import lr_scales
 
@@ -92,6 +94,28 @@ def test_what_a_part_names_is_not_decayed(kind: Any) -> None:
         assert {p for p in learned if p.ndim <= 1} <= spared
         assert decoder.tok_embed.weight not in spared
         assert sum(len(group["params"]) for group in groups) == len(learned)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_muon_multiplies_in_bfloat16_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """A step makes a matrix orthogonal to float32's eps or to bfloat16's; timm's own Muon stays what it was."""
+    from timm.optim import muon as timm
+
+    monkeypatch.setattr(optim, "bfloat16_hardware", lambda _: Bfloat16Hardware(fast, ""))
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(48, 32, bias=False)])})
+    (weight,) = model.parameters()
+    start, grad = weight.detach().clone(), torch.randn(32, 48)
+    optimizer = muon(model, lr=0.1, weight_decay=0)
+    weight.grad = grad.clone()
+    theirs = timm.zeropower_via_newtonschulz
+    optimizer.step()
+    assert timm.zeropower_via_newtonschulz is theirs
+    coefficients = timm.resolve_ns_coefficients("quintic", timm._COEFFICIENTS)
+    wanted = theirs(grad.double(), 5, coefficients, dtype=torch.float64).float()  # momentum only scales a first step
+    moved = (start - weight.detach()) / (0.1 * 0.2 * 48**0.5)
+    difference = (moved - wanted).abs().max().item()
+    assert (1e-3 < difference < 5e-2) if fast else difference < 1e-4
 
 
 def test_muons_rest_moves_as_nadamw_at_half_the_rate() -> None:
