@@ -334,6 +334,8 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
         limit = trainer.limit_val_batches
         if isinstance(limit, float):  # a share of each split: as many batches as of the largest
             limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
+        elif limit == 0:  # no validation on the way; a model is saved with its scores all the same
+            limit = 1
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
         seconds = earlier + time.monotonic() - began

@@ -10,6 +10,7 @@ from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, 
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
+from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.diffusion.paths import Diffusion
 from mmtransformer.losses.next_token import Loss
 from mmtransformer.serialization.pretrained import Pretrained
@@ -19,7 +20,9 @@ class TextToImageModel(Pretrained, nn.Module):
     """Draws what a text says.
 
     Args:
-        text: reads the text; its width is the transformer's `context_dim`.
+        text: reads the text, BERT's way or CLIP's (whose blocks have their norms in front, so it can be trained from
+            nothing at high rates; Stable Diffusion reads with a trained one); its width is the transformer's
+            `context_dim`.
         transformer: takes the noise away.
         diffusion: the path from images to noise, what is predicted on it, and the times that are trained on.
         text_dropout: share of texts that are hidden in training (no token may be looked at), so that the model also
@@ -33,7 +36,7 @@ class TextToImageModel(Pretrained, nn.Module):
 
     def __init__(
         self,
-        text: TextEncoder,
+        text: TextEncoder | TextTower,
         transformer: DiffusionTransformer,
         *,
         diffusion: Diffusion = Diffusion(),  # noqa: B008 (frozen)
@@ -100,6 +103,11 @@ class TextToImageModel(Pretrained, nn.Module):
             self.text.eval()
         return self
 
+    def read(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Texts as the transformer attends to them: (n q) long and (n q) bool -> (n q d)."""
+        read = self.text.forward_features if isinstance(self.text, TextTower) else self.text
+        return read(tokens, attention_mask=attention_mask)
+
     def forward(self, batch: CaptionBatch, *, generator: torch.Generator | None = None) -> Loss:
         """The loss of every text's image at a time drawn by lot.
 
@@ -120,7 +128,7 @@ class TextToImageModel(Pretrained, nn.Module):
         if self.training and self.text_dropout:
             hidden = torch.rand(n, generator=generator) < self.text_dropout
             seen = seen & ~hidden.to(device)[:, None]
-        context = self.text(batch.tokens, attention_mask=batch.attention_mask)
+        context = self.read(batch.tokens, batch.attention_mask)
         x = self.diffusion.noised(images, noise, times)
         predicted = self.transformer(x, times, context, context_mask=seen)
         losses = self.diffusion.loss(predicted, images, noise, times)
@@ -140,11 +148,11 @@ class TextToImageModel(Pretrained, nn.Module):
             2 n rows of texts, and their mask (2n q).
         """
         n, q = tokens.shape
-        context = self.text(tokens, attention_mask=attention_mask)
+        context = self.read(tokens, attention_mask)
         other, other_mask = context, torch.zeros_like(attention_mask)
         if negative is not None:
             other_mask = negative[1].expand(n, -1)
-            other = self.text(negative[0], attention_mask=negative[1]).expand(n, -1, -1)
+            other = self.read(*negative).expand(n, -1, -1)
             longest = max(q, other_mask.shape[1])
             context, other = (nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (context, other))
             attention_mask, other_mask = (

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.captioners.base import CaptionBatch
+from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.diffusion.drawing import Edit, ImageGenerationConfig, draw, seeded_noise
 from mmtransformer.diffusion.paths import Diffusion
 from mmtransformer.diffusion.text_to_image import TextToImageModel
@@ -16,9 +17,12 @@ from mmtransformer.diffusion.text_to_image import TextToImageModel
 VOCAB, TEXT, SIDE = 23, 12, 8
 
 
-def make(**changes) -> TextToImageModel:
+def make(clip: bool = False, **changes) -> TextToImageModel:
     torch.manual_seed(0)
-    text = TextEncoder(VOCAB, dim=TEXT, depth=1, num_heads=2, max_len=11, pooler=False, dropout=0.0)
+    if clip:
+        text = TextTower(VOCAB, dim=TEXT, depth=1, num_heads=2, max_len=11, causal=False)
+    else:
+        text = TextEncoder(VOCAB, dim=TEXT, depth=1, num_heads=2, max_len=11, pooler=False, dropout=0.0)
     model = TextToImageModel(text, DiffusionTransformer(4, 3, 16, 2, 2, context_dim=TEXT), **changes)
     for parameter in model.transformer.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -40,17 +44,22 @@ def loss(model: TextToImageModel, given: CaptionBatch, seed: int = 0) -> Tensor:
     return model(given, generator=torch.Generator().manual_seed(seed)).sum
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction", ["image", "velocity", "noise"])
-def test_the_loss_by_its_parts(prediction: str) -> None:
-    model, given = make(diffusion=Diffusion(prediction=prediction)), batch()  # type: ignore[arg-type]
+def test_the_loss_by_its_parts(prediction: str, clip: bool) -> None:
+    model, given = make(clip, diffusion=Diffusion(prediction=prediction)), batch()  # type: ignore[arg-type]
     found = model(given, generator=torch.Generator().manual_seed(5))
     chance, total = torch.Generator().manual_seed(5), 0.0
     times = model.diffusion.times(3, chance)
     noise = torch.randn(3, 3, SIDE, SIDE, generator=chance)
     for n in range(3):
         image, words = given.pixels[n], given.tokens[n : n + 1, given.attention_mask[n]]
+        if isinstance(model.text, TextTower):
+            read = model.text.forward_features(words, torch.ones_like(words, dtype=torch.bool))
+        else:
+            read = model.text(words)
         x = model.diffusion.noised(image, noise[n : n + 1], times[n : n + 1])
-        said = model.transformer(x, times[n : n + 1], model.text(words))
+        said = model.transformer(x, times[n : n + 1], read)
         total += model.diffusion.loss(said, image, noise[n : n + 1], times[n : n + 1]).item()
     assert found.sum.item() == pytest.approx(total, rel=1e-5)
     assert int(found.count) == 3
