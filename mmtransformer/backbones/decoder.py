@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
@@ -17,7 +16,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
-from mmtransformer.layers.kernels import capped
+from mmtransformer.layers.kernels import capped, linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rotary, sinusoidal
 from mmtransformer.serialization.pretrained import Pretrained
@@ -368,7 +367,7 @@ class TextDecoder(Pretrained, Decoder):
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
         hidden = hidden if self.words_proj is None else self.words_proj.transform(hidden)
-        return capped(F.linear(hidden, table), self.logit_softcap)
+        return capped(linear(hidden, table), self.logit_softcap)
 
     @property
     def embedding_weights(self) -> tuple[Tensor, Tensor]:

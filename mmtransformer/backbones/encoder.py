@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import vocabulary_error
@@ -16,6 +15,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, activation_function, make_norm
 from mmtransformer.layers.cache import KeyValue
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.kernels import linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import document_positions
 from mmtransformer.serialization.pretrained import Pretrained
@@ -44,7 +44,7 @@ class WordHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """(... d) with the embedding (vocab d) -> (... vocab)."""
-        return F.linear(self.transform(hidden), embedding, self.bias)
+        return linear(self.transform(hidden), embedding, self.bias)
 
 
 class TextEncoder(Pretrained, nn.Module):

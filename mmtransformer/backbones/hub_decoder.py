@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
+from mmtransformer.layers.kernels import linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, read_json, shapes_in
@@ -267,7 +267,7 @@ class HubDecoder(Pretrained, Decoder):
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n e) -> (... n)."""
-        return self._finish(F.linear(hidden, table))
+        return self._finish(linear(hidden, table))
 
     def _finish(self, logits: Tensor) -> Tensor:
         """What some families do to their head's result (Cohere, Granite, Gemma 2)."""

@@ -21,6 +21,7 @@ from mmtransformer.connectors.qformer import QFormer, Visual
 from mmtransformer.connectors.qformer_block import QFormerBlock
 from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue
+from mmtransformer.layers.kernels import linear
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
@@ -125,7 +126,7 @@ class Blip2QFormer(Captioner):
         """Logits of the next token, (... d) -> (... vocab): BERT's head on the tied embedding."""
         assert self.qformer.tok_embed is not None
         x = self.head_norm(F.gelu(self.head_dense(hidden)))
-        return F.linear(x, self.qformer.tok_embed.weight, self.head_bias)
+        return linear(x, self.qformer.tok_embed.weight, self.head_bias)
 
     def classed(self, tokens: Tensor) -> Tensor:
         """Texts (n q) as they are compared and matched."""

@@ -113,7 +113,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
     from mmtransformer.training.engine.log import MetricsLog
-    from mmtransformer.training.engine.precision import fast_matmuls, pick_precision
+    from mmtransformer.training.engine.precision import asked_for, fast_matmuls, pick_precision
     from mmtransformer.training.engine.sharded import Sharded, number_format
     from mmtransformer.training.tasks.towers import fit_widths, use_transform
 
@@ -182,9 +182,10 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             if config.default_root_dir is None:
                 config.default_root_dir = self.config.trainer.default_root_dir = str(folder)
             root = Path(config.default_root_dir)
-            reason = f"{config.precision} was asked for"
             if config.precision is None:
                 config.precision, reason = pick_precision(config.accelerator)
+            else:
+                reason = asked_for(config.precision, config.accelerator)
             if config.barebones:  # Lightning refuses whatever would be said or kept.
                 config.logger = config.enable_progress_bar = config.enable_checkpointing = False
                 config.log_every_n_steps = 0

@@ -4,8 +4,9 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmtransformer.layers.kernels import UpcastLinear, linear
 
 NEVER = -1e4
 """The logit of what is left out: no probability in any number format, and sums of it stay finite (guidance)."""
@@ -44,7 +45,7 @@ class PrunedHead(nn.Linear):
         """(... d) -> (... vocab_size)."""
         if torch.is_grad_enabled():
             bias = None if self.bias is None else self.bias[self.kept]
-            logits = F.linear(input, self.weight[self.kept], bias)
+            logits = linear(input, self.weight[self.kept], bias)
         else:
             logits = self._own_rows()(input)
         whole = logits.new_full((*logits.shape[:-1], self.out_features), NEVER)
@@ -55,7 +56,7 @@ class PrunedHead(nn.Linear):
         w = self.weight
         state = (w.data_ptr(), w.dtype, w.device, self.layer, None if w.is_inference() else w._version)
         if self._rows is None or self._rows[0] != state:
-            rows = nn.Linear(self.in_features, len(self.kept), bias=self.bias is not None, device="meta")
+            rows = UpcastLinear(self.in_features, len(self.kept), bias=self.bias is not None, device="meta")
             rows.weight = nn.Parameter(w.detach()[self.kept], requires_grad=False)
             if self.bias is not None:
                 rows.bias = nn.Parameter(self.bias.detach()[self.kept], requires_grad=False)

@@ -7,16 +7,17 @@ Measured on a Zen 5 core with torch 2.15, 1576 tokens of width 192 to 768: 8.4 m
 import os
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
+from mmtransformer.layers.kernels import UpcastLinear, emulated, upcast_products
 from mmtransformer.layers.pruned_head import PrunedHead
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,11 +30,12 @@ _SHARE = 0.25  # Of the machine's memory, that packed copies of weights may take
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # What oneDNN calls them.
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(UpcastLinear):
     """A linear layer over another's weight and bias, which keeps a second, packed copy of the weight.
 
     The packed copy is made when it is first needed, and again after the weight has changed. It serves where no
-    gradient is asked for, on the CPU, in the weight's own dtype; everywhere else this is a plain linear layer.
+    gradient is asked for, on the CPU, in the weight's own dtype; everywhere else this is a plain linear layer. Of
+    numbers that are `emulated` the copy is in float32.
 
     Args:
         linear: the layer whose parameters are shared.
@@ -51,20 +53,27 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(... in_features) -> (... out_features)."""
         packed = packed_weight(self._packed, input, self)
-        return F.linear(input, self.weight, self.bias) if packed is None else self.product(input, packed, self.bias)
+        return super().forward(input) if packed is None else self.product(input, packed, self.bias)
 
     @staticmethod
     def product(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
         """What a packed weight makes of tokens: (... in_features) -> (... out_features)."""
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+        return _product(x, packed, bias, "none", "")
 
     @staticmethod
     def pack(weight: Tensor) -> Any:
         """A weight (out_features in_features) as `product` takes it."""
-        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.float() if emulated(weight) else weight, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}
+
+
+def _product(x: Tensor, packed: Any, bias: Tensor | None, activation: str, form: str) -> Tensor:
+    """With an activation as oneDNN calls it, see `_FUSED`."""
+    if emulated(x):
+        return _product(x.float(), packed, None if bias is None else bias.float(), activation, form).to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, activation, [], form)
 
 
 _Kept = dict[int, tuple[list, list[weakref.ref], Any]]
@@ -120,7 +129,7 @@ class Int8Linear(PackedLinear):
     @staticmethod
     def pack(weight: Tensor) -> Any:
         """As `PackedLinear.pack`."""
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        scale = (weight.abs().amax(1) / _int8_levels()).clamp(min=1e-12)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         middle = weight.new_full(weight.shape[1:], 128.5)  # A row and not a number, with which torch is slower.
@@ -139,6 +148,22 @@ class Int8Linear(PackedLinear):
             rounded, 1 / 127, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return out.mul_(most) if bias is None else torch.addcmul(bias, out, most)
+
+
+@cache
+def _int8_levels() -> int:
+    """The largest weight in 8 bits that this CPU multiplies rightly: 127, or 64 where it cannot hold two such products.
+
+    Without VNNI instructions two products are added up in 16 bits, and what is larger is cut off: 255 * 127 * 2 is.
+    Zen 3 was up to half wrong. So one bit of weights goes, as oneDNN advises.
+    """
+    weight, most = torch.full((16, 64), 127, dtype=torch.int8), torch.full((2, 64), 255, dtype=torch.uint8)
+    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    out = torch.ops.onednn.qlinear_pointwise.default(
+        most, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return 127 if bool((out == 255 * 127 * 64).all()) else 64
 
 
 class PackedAttention(Attention):
@@ -188,9 +213,10 @@ class PackedMLP(MLP):
             packed = packed_weight(fc1._packed, x, fc1)
         if packed is None:
             return super().forward(x)
-        kind, form = _FUSED[self.activation]
-        hidden = torch.ops.mkldnn._linear_pointwise.default(x, packed, fc1.bias, kind, [], form)
-        return self.fc2(self.drop(hidden))
+        return self.fc2(self.drop(_product(x, packed, fc1.bias, *_FUSED[self.activation])))
+
+
+_KINDS = (nn.Linear, UpcastLinear, PackedLinear, Int8Linear)
 
 
 def pack_weights(model: Module, *, int8: bool = False) -> Module:
@@ -212,7 +238,7 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
     """
     if not torch.backends.mkldnn.is_available():
         raise ValueError("pack_weights needs a build of torch with oneDNN (torch.backends.mkldnn): this one has none")
-    if type(model) is nn.Linear:
+    if type(model) in (nn.Linear, UpcastLinear):
         raise ValueError("pack_weights works on the layers inside a model: for one layer, use PackedLinear(layer)")
     kind = Int8Linear if int8 else PackedLinear
     packed: dict[nn.Module, nn.Module] = {}  # What stands in several places stays one.
@@ -227,7 +253,7 @@ def pack_weights(model: Module, *, int8: bool = False) -> Module:
         for name, child in list(parent._modules.items()):  # named_children() would leave out a second place.
             if isinstance(child, PrunedHead):
                 child.layer = kind
-            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, PackedLinear, Int8Linear):
+            if not isinstance(child, nn.Linear) or type(child) not in _KINDS:
                 continue
             if child.weight.dtype in (torch.float32, torch.bfloat16):
                 parent.add_module(name, packed.setdefault(child, kind(child)))
@@ -242,7 +268,8 @@ def for_inference(model: Module, precision: Precision = "fp32", *, pack: bool = 
 
     Args:
         model: the model, on its device.
-        precision: "fp32" leaves the weights' dtype; "bf16" converts them; "int8" rounds them, on a CPU only.
+        precision: "fp32" leaves the weights' dtype; "bf16" converts them, which only takes less memory on a CPU that is
+            slow in it (`kernels.emulated`); "int8" rounds them, on a CPU only.
         pack: whether to pack weights that need not be; for a single image packing takes longer than it saves.
 
     Raises:
@@ -253,12 +280,13 @@ def for_inference(model: Module, precision: Precision = "fp32", *, pack: bool = 
     if precision == "bf16":
         with torch.inference_mode(False):  # Parameters that were made in it could never be trained.
             model.to(torch.bfloat16)
+    upcast_products(model)
     int8 = precision == "int8"
     on_cpu = all(x.device.type == "cpu" for x in model.parameters())
     if int8 and not on_cpu:
         raise ValueError("int8 weights are for CPUs: on a GPU use bf16")
     layers = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    size = sum(x.numel() * (1 if int8 else x.element_size()) for x in layers.values())
+    size = sum(x.numel() * (1 if int8 else 4 if emulated(x) else x.element_size()) for x in layers.values())
     if int8 or (pack and on_cpu and torch.backends.mkldnn.is_available() and size <= _SHARE * _memory()):
         pack_weights(model, int8=int8)
     return model

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmtransformer.backbones.towers.padded import pad_images
 from mmtransformer.contrast.clip import CLIP
 from mmtransformer.images import ImageTransform, load
+from mmtransformer.layers.kernels import upcast_products
 from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
@@ -308,6 +309,8 @@ class DualEncoder:
         found = cls(model.to(_FORMATS[dtype]), tokenizer, transform, device=device)
         if dtype == "float32":
             for_inference(found.model)
+        else:
+            upcast_products(found.model)
         return found
 
 

@@ -11,8 +11,16 @@ from mmtransformer.layers import weight_packing
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.weight_packing import Int8Linear, PackedLinear, for_inference, int8_pays, pack_weights
+from mmtransformer.layers.weight_packing import (
+    Int8Linear,
+    PackedLinear,
+    _int8_levels,
+    for_inference,
+    int8_pays,
+    pack_weights,
+)
 from mmtransformer.layers.weight_packing import _memory as packed_memory
+from tests.support.products import Products, slow_in_bfloat16
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -215,13 +223,23 @@ def test_eight_bits_by_definition() -> None:
     x = torch.randn(2, 5, 37) * torch.tensor([0.1, 1, 10, 100, 1000])[:, None]
     with torch.inference_mode():
         ours = Int8Linear(plain)(x)
-        steps = plain.weight.double().abs().amax(1, keepdim=True) / 127
+        steps = plain.weight.double().abs().amax(1, keepdim=True) / _int8_levels()
         step = x.double().abs().amax(-1, keepdim=True) / 127
         weight, rows = (plain.weight.double() / steps).round() * steps, (x.double() / step).round() * step
         want = rows @ weight.T + plain.bias.double()
     assert ours.shape == (2, 5, 23)
     torch.testing.assert_close(ours.double(), want, atol=1e-4, rtol=1e-4)
     assert not torch.equal(ours, plain(x))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_eight_bits_of_the_largest_numbers_do_not_overflow(sign: float) -> None:
+    """Without VNNI a CPU adds up two products in 16 bits, which 255 * 127 * 2 are not."""
+    plain = nn.Linear(64, 23, bias=False)
+    with torch.no_grad():
+        plain.weight.fill_(sign)
+        found = Int8Linear(plain)(torch.ones(5, 64))
+    torch.testing.assert_close(found, torch.full((5, 23), 64 * sign), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 5, 37)])
@@ -287,6 +305,22 @@ def test_a_model_is_made_ready_in_its_precision() -> None:
         model(PIXELS.to(dtype)).sum().backward()  # and may still be trained
     with pytest.raises(ValueError, match='one of fp32, bf16, int8, not "fp16"'):
         for_inference(vit(), "fp16")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_is_packed_of_16_bits_is_in_float32_where_the_cpu_is_slow_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_in_bfloat16(monkeypatch)
+    model = vit()
+    for memory, packed in ((1e12, True), (0, False)):
+        monkeypatch.setattr("mmtransformer.layers.weight_packing._memory", lambda memory=memory: memory)
+        with torch.no_grad():
+            want = model(PIXELS)
+            half = for_inference(copy.deepcopy(model), "bf16")
+            assert bool(packed_layers(half)) == packed
+            with Products() as made:
+                found = half(PIXELS.bfloat16())
+        assert found.dtype == torch.bfloat16
+        assert made.dtypes == {torch.float32}
+        assert (found.float() - want).norm() < 0.02 * want.norm()
 
 
 def test_weights_that_would_fill_the_memory_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

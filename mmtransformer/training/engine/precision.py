@@ -40,6 +40,14 @@ def pick_precision(accelerator: str = "auto") -> PrecisionChoice:
     return PrecisionChoice("bf16-mixed" if found.fast else "32-true", f"the CPU has {found.words}")
 
 
+def asked_for(precision: str | int, accelerator: str = "auto") -> str:
+    """The reason of a precision that a user, or the recipe of a run on another machine, asks for; and if it is slow."""
+    said, gpu = f"{precision} was asked for", torch.cuda.is_available() or torch.backends.mps.is_available()
+    if "16" not in str(precision) or (gpu and accelerator != "cpu") or (found := bfloat16_hardware("cpu")).fast:
+        return said
+    return f"{said}; but the CPU has {found.words}: --trainer.precision=32-true is faster"
+
+
 def fast_matmuls() -> None:
     """Let float32 matmuls use TF32 (GPU) or bfloat16 (CPU) inside: twice as fast on a CPU with avx512_bf16."""
     torch.set_float32_matmul_precision("medium")
