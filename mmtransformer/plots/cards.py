@@ -8,6 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 
+MOST_WRONG = 8
+"""Wrong facts that a caption shows; the others are counted (a drawing of blots makes fifty)."""
+
+
 @dataclass(frozen=True)
 class CardCaption:
     """One caption of a card and what is known about it.
@@ -57,7 +61,10 @@ class CardCaption:
         if self.facts:
             right, sign = sum(ok for _, ok in self.facts), "✓" if self.correct else "✗"
             marks.append((f"{sign} {right}/{len(self.facts)} facts", "good" if self.correct else "bad"))
-            marks += [(f"✗ {fact}", "bad") for fact, ok in self.facts if not ok]
+            wrong = [fact for fact, ok in self.facts if not ok]
+            marks += [(f"✗ {fact}", "bad") for fact in wrong[:MOST_WRONG]]
+            if (more := len(wrong) - MOST_WRONG) > 0:
+                marks.append((f"+ {more} more", "bad"))
         return marks if self.score is None else [*marks, (f"log p {self.score:.2f}", "")]
 
 

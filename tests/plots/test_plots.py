@@ -227,6 +227,13 @@ def test_right_and_wrong_look_different() -> None:
     assert BAD_TINT in tints(False) - tints(True)
 
 
+def test_wrong_facts_beyond_a_few_are_counted() -> None:
+    facts = [("right", True), *((f"wrong {i}", False) for i in range(11))]
+    told = [text for text, _ in CardCaption("a", facts=facts).marks()]
+    assert told == ["✗ 1/12 facts", *(f"✗ wrong {i}" for i in range(8)), "+ 3 more"]
+    assert [text for text, _ in CardCaption("a", facts=facts[:9]).marks()][-1] == "✗ wrong 7"
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 def test_gallery_in_other_formats(tmp_path: Path, suffix: str) -> None:
     with Image.open(saved(cards(2), tmp_path / f"a{suffix}")) as sheet:
