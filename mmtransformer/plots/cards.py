@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-
 MOST_WRONG = 8
 """Wrong facts that a caption shows; the others are counted (a drawing of blots makes fifty)."""
 
