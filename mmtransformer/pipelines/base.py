@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
@@ -104,6 +104,24 @@ def check_count(name: str, count: int) -> None:
     """
     if type(count) is not int or count < 1:
         raise ValueError(f"{name} must be a whole number, at least 1, not {count!r:.80}")
+
+
+def listed(images: Any, instead: str = "") -> list[Any]:
+    """Pictures in a list: one alone, or those of a list, a table's column or the like.
+
+    Args:
+        images: What a user has given.
+        instead: What takes an iterator, and any number of pictures.
+
+    Raises:
+        ValueError: If they are an iterator, of which nobody knows how many pictures it would hold in memory.
+    """
+    one = isinstance(images, (str, bytes, bytearray, memoryview, Path, Image, torch.Tensor)) or hasattr(images, "read")
+    if isinstance(images, Iterator) and not one:
+        what = f", or {instead}, which takes any number" * bool(instead)
+        raise ValueError(f"images are given by a {type(images).__name__}: give a list of them, [*images]{what}")
+    numbers = getattr(getattr(images, "dtype", None), "kind", "O") not in "OUT"  # an array of pixels, not of paths
+    return [*images] if isinstance(images, Collection) and not (one or numbers) else [images]
 
 
 def in_batches(things: Sequence[T], batch_size: int) -> list[Sequence[T]]:

@@ -15,6 +15,7 @@ from mmtransformer.pipelines.base import (
     check_count,
     fast_autocast,
     in_batches,
+    listed,
     pick_device,
     read_transform,
     write_card,
@@ -66,7 +67,7 @@ class ImageClassifier:
             ValueError: If `top_k` or `batch_size` is no number of things.
         """
         check_count("top_k", top_k)
-        many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        many: list[ImageLike] = listed(images)
         found: list[list[tuple[str, float]]] = []
         for some in in_batches(many, batch_size):
             pixels = torch.stack([self.transform(load(image)) for image in some])

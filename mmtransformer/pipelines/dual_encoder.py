@@ -24,6 +24,7 @@ from mmtransformer.pipelines.base import (
     check_vocabulary,
     fast_autocast,
     in_batches,
+    listed,
     pick_device,
     read_transform,
     write_card,
@@ -95,7 +96,7 @@ class DualEncoder:
         Raises:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
         """
-        many: list[ImageLike | Tensor] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        many: list[ImageLike | Tensor] = listed(images)
         found = [torch.empty(0, self.width)]
         for some in in_batches(many, batch_size):
             batch = self._batch([x if isinstance(x, Tensor) else self.transform(load(x)) for x in some])

@@ -29,6 +29,7 @@ from mmtransformer.pipelines.base import (
     check_vocabulary,
     fast_autocast,
     in_batches,
+    listed,
     pick_device,
     public_family,
     read_generation,
@@ -235,7 +236,7 @@ class ImageCaptioner:
             ImageError: If a picture cannot be used; names the file, the fault and the remedy.
             ValueError: If the model does not know the language, or settings make no sense.
         """
-        many: list[ImageLike] = [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
+        many: list[ImageLike] = listed(images, "captioner.stream(images)")
         generation = (generation or self.generation).updated(**changes)
         language = self.language(language)
         texts = [prompt] * len(many) if prompt is None or isinstance(prompt, str) else [*prompt]
@@ -244,7 +245,8 @@ class ImageCaptioner:
         captions, said = [], in_batches(texts, batch_size)
         for some, words in zip(in_batches(many, batch_size), said, strict=True):
             with fast_autocast(self.device):
-                made, batch = self.prompts(words, prompts), self.batch(some)
+                made = self.prompts(words, prompts)
+                batch = self.batch_of([self.prepare(load(image)) for image in some])
                 rows = write_captions(
                     self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=made
                 )

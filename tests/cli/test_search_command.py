@@ -206,3 +206,15 @@ def test_what_cannot_be_is_said_in_one_line(
     assert said in err
     assert len([line for line in err.splitlines() if line.startswith("mmt search: error: ")]) == 1
     assert not Path("cache/mmtransformer/search").exists() or not list(Path("cache/mmtransformer/search").iterdir())
+
+
+def test_what_is_wrong_is_said_once(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for places in (("photos/cut.png",), ("photos/cut.png", "photos/cut.png")):
+        index = [word for place in places for word in ("--index", place)]
+        code, out, err = mmt(capsys, "search", "red", *index, "--model", model)
+        assert (code, out) == (2, "")
+        assert err.count("cut.png") == 1, err
+        assert err.splitlines()[-1] == "mmt search: error: not one of 1 picture can be used"
+    code, _, err = mmt(capsys, "search", "--like", "photos/cut.png", "--index", "photos", "--model", model)
+    assert code == 2
+    assert err.count("cut.png") == 1, err

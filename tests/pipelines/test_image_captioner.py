@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -156,3 +157,23 @@ def test_a_decoding_step_is_followed_through_few_functions() -> None:
     next(steps)
     functions, _ = followed(lambda: next(steps))
     assert len(functions) <= STEP, sorted(functions)
+
+
+def test_an_iterator_is_pointed_to_what_takes_one() -> None:
+    model = captioner()
+    with pytest.raises(ValueError, match=r"by a generator: give a list of them, .*, or captioner\.stream\(images\)"):
+        model(image for image in images())  # pyright: ignore
+    with pytest.raises(ValueError, match=r"by a map: give a list of them"):
+        model(map(str, ["a.jpg"]))  # pyright: ignore
+    assert len(model(dict(enumerate(images())).values())) == len(images())  # pyright: ignore
+    with pytest.raises(ValueError, match=r"fromarray makes a picture"):
+        model(np.zeros((4, 4, 3), np.uint8))  # pyright: ignore
+
+
+def test_paths_come_in_any_collection(tmp_path: Path) -> None:
+    images()[0].save(tmp_path / "a.png")
+    model = captioner()
+    (wanted,) = model(tmp_path / "a.png")
+    assert model(np.array([str(tmp_path / "a.png")])) == [wanted]  # pyright: ignore
+    with (tmp_path / "a.png").open("rb") as file:
+        assert model(file) == [wanted]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.images import ImageError, load
-from mmtransformer.pipelines.base import ImageLike, check_count
+from mmtransformer.pipelines.base import ImageLike, check_count, listed
 from mmtransformer.pipelines.search.index_file import SUFFIX, IndexFile
 from mmtransformer.pipelines.search.index_update import Changes, Encoder, Update, fingerprint
 from mmtransformer.pipelines.search.nearest import groups_alike, nearest
@@ -208,6 +208,8 @@ class ImageIndex:
                 step=step,
             )
         if not contents.names:
+            if on_error is not None and self.changes.tried:  # it was told why
+                raise ValueError(f"not one of {counted(len(names), 'picture')} can be used")
             first, more = next(iter(self.changes.bad.values())), len(self.changes.bad) - 1
             raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
         if update.needed or (root, where) != (self.contents.root, self.contents.places):
@@ -242,7 +244,7 @@ class ImageIndex:
             ImageError: If a picture of `like` cannot be used.
         """
         check_count("top_k", top_k)
-        pictures = _listed(like)
+        pictures = listed(like)
         itself = {os.path.realpath(x) for x in pictures if isinstance(x, (str, Path))}
         query = self.query(texts, like=like, without=without)
         try:
@@ -268,7 +270,7 @@ class ImageIndex:
         """The unit vector (d) of a query: the sum of its texts' and pictures' vectors, less those of `without`."""
         words = [texts] if isinstance(texts, str) else list(texts)
         unwanted = [without] if isinstance(without, str) else list(without)
-        pictures = _listed(like)
+        pictures = listed(like)
         if not words and not pictures:
             raise ValueError("there is nothing to look for: give a text, or a picture to look for others like it")
         if any(not text.strip() for text in (*words, *unwanted)):
@@ -336,10 +338,6 @@ class ImageIndex:
 
     def _damaged(self, error: ValueError) -> ValueError:
         return ValueError(f"{self.path or 'the index'}: {error}; delete it, and it is made anew")
-
-
-def _listed(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    return [*images] if isinstance(images, (list, tuple)) else [images]  # pyright: ignore
 
 
 def absolute(places: str | Path | Sequence[str | Path]) -> list[str]:
