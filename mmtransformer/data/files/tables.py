@@ -1,17 +1,16 @@
 """Rows of manifests: which column is what, and reading CSV and TSV so that no odd line loses the file."""
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmtransformer.data.files.archives import IMAGES
+from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.text import (
     CODES,
     LANGUAGES,
-    is_broken,
     is_missing,
     language_code,
     lines,
@@ -54,7 +53,6 @@ ANSWER = ("answers", "answer", "multiple_choice_answer", "답", "답변", "antwo
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
 _SOME = 20  # rows that tell which column has the pictures
-_NESTED = 16  # lists inside lists of captions
 _JOINED = 100  # lines that one quoted CSV field may span
 _SEP = re.compile(r"sep=.\s*", re.IGNORECASE)  # Excel's first line
 
@@ -207,12 +205,13 @@ def make_row(
     except ValueError as error:
         errors.append(("not a language", str(error)))
     captions: list[Caption] = []
+    found = [*notes]
     for name, said in columns.captions:
         value = record.get(name)
         # one of several caption columns may stay empty, an only one may not
-        empty = value is None or (isinstance(value, str) and is_missing(normalize_text(value)))
+        empty = value is None or value != value or (isinstance(value, str) and is_missing(normalize_text(value)))
         if len(columns.captions) == 1 or not empty:
-            captions += read_captions(value, said or language, image or name, errors)
+            captions += read_captions(value, said or language, image or name, errors, found)
     if not captions and not errors:
         errors.append(("empty caption", image or ""))
     asked = record.get(columns.question) if columns.question else None
@@ -221,55 +220,12 @@ def make_row(
     elif isinstance(asked, str) and not is_missing(asked := normalize_text(asked)):
         captions = [caption._replace(question=asked) for caption in captions]
     split = record.get(columns.split) if columns.split else None
-    return ManifestRow(image, tuple(captions), _split(split), where, tuple(errors), notes)
+    return ManifestRow(image, tuple(captions), _split(split), where, tuple(errors), tuple(found))
 
 
 def _split(value: Any) -> str | None:
     word = normalize_text(value).casefold() if isinstance(value, str) else ""
     return None if is_missing(word) else split_word(word) or word
-
-
-def read_captions(
-    value: Any, language: str | None, of: str, errors: list[tuple[str, str]], depth: int = 0
-) -> list[Caption]:
-    """Captions out of one cell: a text, a list, a mapping {"en": ..., "ko": ...}, or COCO's {"raw": ...}."""
-    if depth > _NESTED:
-        errors.append(("a caption that is nested too deeply", of))
-        return []
-    if isinstance(value, str):
-        if value[:1] == "[" and value[-1:] == "]":
-            try:
-                inner = json.loads(value)
-            except (ValueError, RecursionError):
-                inner = None
-            if isinstance(inner, list) and inner and all(isinstance(item, str) for item in inner):
-                return read_captions(inner, language, of, errors, depth + 1)
-        if is_broken(value):
-            errors.append(("not valid Unicode", f"{of} {value[:60]!a}"))
-            return []
-        text = normalize_text(value)
-        if is_missing(text):
-            errors.append(("empty caption", f"{of} {value.strip()[:20]!r}"))
-            return []
-        return [Caption(text, language)]
-    if isinstance(value, dict):
-        text = next((value[key] for key in ("raw", "caption", "text", "sentence", "answer") if key in value), None)
-        if text is not None:
-            try:
-                own = language_code(str(value.get("language") or value.get("lang") or ""))
-            except ValueError as error:
-                errors.append(("not a language", str(error)))
-                return []
-            return read_captions(text, own or language, of, errors, depth + 1)
-        if value and all(key in CODES for key in value):
-            return [c for key, item in value.items() for c in read_captions(item, key, of, errors, depth + 1)]
-    if isinstance(value, list | tuple) and value:
-        return [c for item in value for c in read_captions(item, language, of, errors, depth + 1)]
-    if value is None or isinstance(value, list | tuple):
-        errors.append(("empty caption", of))
-    else:
-        errors.append(("a caption that is not text", f"{of} {value!r:.60}"))
-    return []
 
 
 def sniff(header: str) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, POINTER, is_pointer, tar_members
+from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.names import join, refusal
-from mmtransformer.data.files.tables import read_captions
 from mmtransformer.data.files.text import CODES, lines
 from mmtransformer.data.loading.source import Caption
 
 TEXTS = ("txt", "caption", "cap", "text", "json")
-_FORMAT = 1  # raise it when the meaning of the file changes
+_FORMAT = 2  # raise it when the meaning of the file changes
 _MAX_TEXT = 1 << 22  # bytes of a caption; more is none
 _MOST_INDEX = 1 << 30  # bytes
 _BLOCK = 512

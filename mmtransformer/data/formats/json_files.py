@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmtransformer.data.files.archives import IMAGES, Entry, Files
+from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row, read_captions
+from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row
 from mmtransformer.data.files.text import SPLITS, lines
 from mmtransformer.data.formats.conversations import NoCaption, as_records
 
@@ -105,11 +106,12 @@ def read_records(
 def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: str) -> ManifestRow:
     """A picture with its captions, each with what errors call it."""
     errors: list[tuple[str, str]] = []
-    captions = [caption for value, of in said for caption in read_captions(value, None, of, errors)]
+    notes: list[tuple[str, str]] = []
+    captions = [caption for value, of in said for caption in read_captions(value, None, of, errors, notes)]
     if not captions and not errors:
         errors.append(("no caption", name))
     split = SPLITS.get(split.casefold(), split) if isinstance(split, str) else None
-    return ManifestRow(name, tuple(captions), split, where, tuple(errors))
+    return ManifestRow(name, tuple(captions), split, where, tuple(errors), tuple(notes))
 
 
 def read_coco(data: dict[str, Any], name: str) -> Iterator[ManifestRow]:
