@@ -113,7 +113,9 @@ def _add_fields(group: Any, kind: type, without: Collection[str]) -> None:
         text = " ".join((words[1] if words else "").split()).replace("%", "%%")
         one = (get_args(hint) or (hint,))[0]
         literal = next((kind for kind in (hint, one) if get_origin(kind) is Literal), None)
-        if literal is not None:
+        if literal is not None and list[literal] in get_args(hint):
+            group.add_argument(flag, choices=get_args(literal), action="append", help=f"{text}; may be repeated")
+        elif literal is not None:
             group.add_argument(flag, choices=get_args(literal), help=text)
         elif one is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)

@@ -20,6 +20,7 @@ from mmtransformer.data.loading.source import Caption, Pairs, PairSource
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.images import ImageError
 from mmtransformer.serialization.printable import counted
+from mmtransformer.text.markup import find_markup
 
 _BAR = 24  # width of a histogram's longest bar
 
@@ -248,6 +249,9 @@ _REMEDIES = {
 }
 
 
+_HTML = "--normalize html (data.read.normalize) puts the characters in their place and takes tags out"
+
+
 def _remedy(cause: str, first: Sequence[str]) -> str:
     """What to do about the errors of a manifest, with the option that does it."""
     if cause == "not UTF-8":
@@ -306,6 +310,7 @@ def _captions(
     room, unit, total = max_len - around, "tokens" if tokenizer else "words", 0
     cut: list[str] = []
     short: list[str] = []
+    html: list[str] = []
     for name, groups in captions.items():
         for i, group in enumerate(groups):
             for text, _, asked in group:
@@ -313,12 +318,15 @@ def _captions(
                 count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
                 if count > room:
                     cut.append(f"{splits[name].name(i)}: {count} {unit}: {text[:60]}...")
+                if (sign := find_markup(text)) is not None:
+                    html.append(f"{splits[name].name(i)}: {sign} in {text[:60]!r}")
                 if _says_little(text) and not asked:
                     short.append(f"{splits[name].name(i)}: {text!r}")
     remedy = f"raise max_len ({max_len}) or split them into sentences"
     return [
         (f"captions longer than {room} {unit}, to be cut", cut, total, True, remedy),
         ("captions that say next to nothing", short, total, True, "rewrite them"),
+        ("captions with HTML in them, which a model would learn to write", html, total, False, _HTML),
     ]
 
 

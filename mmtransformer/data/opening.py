@@ -94,11 +94,12 @@ def open_pairs(
 def _open_files(root: str | Path, read: ReadOptions, *, max_bad: float) -> PairFiles | Shards | InterleavedPairs:
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.images is None and are_shards(root):
-            _refuse(read, "tar shards")
+            _refuse(read, "tar shards", "encoding")
             shards = root if isinstance(root, Selection) else str(root)
-            return Shards(shards, language=read.language, val_fraction=read.val_fraction, max_bad=max_bad)
+            options = {"language": read.language, "normalize": read.plain, "val_fraction": read.val_fraction}
+            return Shards(shards, **options, max_bad=max_bad)
         if are_documents(root):
-            _refuse(read, "interleaved documents")
+            _refuse(read, "interleaved documents", "encoding", "normalize")
             options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
             return InterleavedPairs(InterleavedFiles(root, **options, max_bad=max_bad))
     return PairFiles(root, read, max_bad=max_bad)
@@ -124,8 +125,8 @@ def hub_name(root: str | Path) -> re.Match[str] | None:
     return _HUB.fullmatch(plain)
 
 
-def _refuse(read: ReadOptions, what: str) -> None:
-    for name in ("encoding", "normalize"):
+def _refuse(read: ReadOptions, what: str, *names: str) -> None:
+    for name in names:
         if (value := getattr(read, name)) is not None:
             raise ValueError(f"{name} ({value}) would have no effect on {what}; leave it out")
 

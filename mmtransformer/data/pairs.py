@@ -12,7 +12,13 @@ from PIL import Image
 from mmtransformer.data.files.archives import Entry, Files
 from mmtransformer.data.files.finder import Finder
 from mmtransformer.data.files.names import nfc
-from mmtransformer.data.files.normalize import find_split, folder_splits, normalize_languages, normalize_splits
+from mmtransformer.data.files.normalize import (
+    find_split,
+    folder_splits,
+    normalize_languages,
+    normalize_splits,
+    plain_captions,
+)
 from mmtransformer.data.files.read_options import ReadOptions, check_share
 from mmtransformer.data.files.tables import ManifestRow
 from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
@@ -22,7 +28,6 @@ from mmtransformer.images import ImageError, load
 from mmtransformer.images.sizes import stored_size
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.conversation import Conversation
-from mmtransformer.text.detokenize import detokenize
 
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
            "arrow": "Arrow", "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
@@ -145,7 +150,7 @@ class PairFiles:
     def __init__(self, root: str | Path, read: ReadOptions = ReadOptions(), *, max_bad: float = 0.01):
         check_share("max_bad", max_bad, whole=True)
         self.root = Path(root).expanduser()
-        self.report = Report()
+        self.report, self._plain = Report(), read.plain
         files = Files(root, read.encoding)
         manifests = find_manifests(files, read.format, read.wanted)
         self._images_in = files if read.images is None or not manifests else Files(files.folder(read.images))
@@ -188,9 +193,6 @@ class PairFiles:
             for image, split in zip(found, folder_splits(paths), strict=True):
                 image.split, rule = split, "by their folders" if split else rule
         self._normalize_names(found)
-        if read.normalize == "detokenize":
-            for image in found:
-                image.captions = [caption._replace(text=detokenize(caption.text)) for caption in image.captions]
         self.languages: tuple[str, ...]
         self.languages, said = normalize_languages([image.captions for image in found], read.language)
         self._said.append(said)
@@ -243,7 +245,10 @@ class PairFiles:
                 self.report.error(cause, row.where, what)
             for note, what in row.notes:
                 self.report.note(note, row.where, what)
-            if row.image is None or not row.captions:
+            captions = plain_captions(row.captions, self._plain)
+            if len(captions) < len(row.captions):
+                self.report.error("empty caption", row.where, f"{row.captions[0].text[:60]!r} holds HTML alone")
+            if row.image is None or not captions:
                 continue
             if row.key is None:
                 place, name = finder.find(row.image)
@@ -255,17 +260,17 @@ class PairFiles:
                 place, name, key = row.key, row.key.inner, row.image
             else:
                 place, name, key = row.key, row.image, row.where
-            key = (key, row.captions[0].question)
+            key = (key, captions[0].question)
             known = self._found.get(key)
             if known is None:
-                self._found[key] = _Image(name, place, row.split or split, list(row.captions))
+                self._found[key] = _Image(name, place, row.split or split, captions)
             elif known.name != name and finder.way > 1:
                 self.report.error("ambiguous name", row.where, f"{name!r} and {known.name!r} both lead to {key[0]}")
             elif known.split != (row.split or split):
                 what = f"{name!r} is in {known.split or 'no split'} already, not in {row.split or split or 'none'}"
                 self.report.error("picture in two splits", row.where, what)
             else:
-                known.captions.extend(row.captions)
+                known.captions.extend(captions)
 
         for kind, found in finder.mapped.items():
             for what in found:

@@ -3,10 +3,23 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from mmtransformer.data.files.read_options import Plain
 from mmtransformer.data.files.text import SPLITS, hash_share, is_korean
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.text.detokenize import detokenize
+from mmtransformer.text.markup import strip_markup
 
 _ORDER = {"train": 0, "val": 1, "test": 2}
+
+
+def plain_captions(captions: Sequence[Caption], how: Collection[Plain]) -> list[Caption]:
+    """Captions as people write them, as `ReadOptions.normalize` says; those of which nothing is left are left out."""
+    found = list(captions)
+    if "html" in how:
+        found = [caption._replace(text=strip_markup(caption.text)) for caption in found]
+    if "detokenize" in how:
+        found = [caption._replace(text=detokenize(caption.text)) for caption in found]
+    return [caption for caption in found if caption.text.strip()]
 
 
 def split_order(name: str) -> tuple[int, str]:

@@ -3,12 +3,13 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from mmtransformer.layers.config import known_fields
 
 Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet", "arrow", "excel"]
 Unit = Literal["line", "paragraph", "file"]
+Plain = Literal["detokenize", "html"]
 
 
 class Wanted(NamedTuple):
@@ -35,13 +36,15 @@ class ReadOptions:
         language_column: Column with the language of the row's captions.
         split_column: Column with the split.
         language: The language of captions that neither the data nor their script tells.
-        normalize: "detokenize" takes the spaces out that a tokenizer of words has put in ("a dog ." -> "a dog."), so
-            that a model learns to write as people do; None leaves captions as they are.
+        normalize: Makes captions as people write them: "detokenize" takes the spaces of a tokenizer of words out
+            ("a dog ," -> "a dog,"), "html" puts characters for HTML's entities and takes its tags out
+            ("a dog<br>" -> "a dog"). A list does both; None leaves captions as they are.
         encoding: Of tables and texts that are not UTF-8, such as cp949 or latin-1.
         val_fraction: Share of the pictures for val where the data names none; 0 for no val.
 
     Raises:
-        ValueError: If `val_fraction` is no share that leaves something to train on, or the encoding is unknown.
+        ValueError: If `val_fraction` is no share that leaves something to train on, or an encoding or a way to
+            normalize is unknown.
     """
 
     format: Format = "auto"
@@ -52,7 +55,7 @@ class ReadOptions:
     language_column: str | None = None
     split_column: str | None = None
     language: str | None = None
-    normalize: Literal["detokenize"] | None = None
+    normalize: Plain | list[Plain] | None = None
     encoding: str | None = None
     val_fraction: float = 0.1
 
@@ -64,6 +67,8 @@ class ReadOptions:
                 raise ValueError(
                     f"encoding ({self.encoding}) is unknown; known are utf-16, cp949, latin-1, ..."
                 ) from None
+        if unknown := [word for word in self.plain if word not in get_args(Plain)]:
+            raise ValueError(f"normalize ({unknown[0]}) is none of {', '.join(get_args(Plain))}")
         check_share("val_fraction", self.val_fraction)
 
     @property
@@ -71,6 +76,11 @@ class ReadOptions:
         """The columns that are named."""
         captions = _listed(self.caption_column)
         return Wanted(self.image_column, captions, self.language_column, self.split_column)
+
+    @property
+    def plain(self) -> list[Plain]:
+        """What is done to captions, as a list."""
+        return [self.normalize] if isinstance(self.normalize, str) else self.normalize or []
 
 
 @known_fields

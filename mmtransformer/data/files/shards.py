@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mmtransformer.data.files.archives import Entry, FileError, Files, Selection
-from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
-from mmtransformer.data.files.read_options import check_share
+from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits, plain_captions
+from mmtransformer.data.files.read_options import Plain, check_share
 from mmtransformer.data.files.tar_index import TEXTS, ShardError, ShardSample, read_index
 from mmtransformer.data.files.text import SPLITS, split_word
 from mmtransformer.data.loading.errors import Report, TooManyErrors
@@ -106,6 +106,7 @@ class Shards:
         cache_dir: Where indices are kept; as hidden files beside the shards unless told.
         texts: Endings of the members that hold captions; the first that a sample has counts.
         language: The language of captions that neither the data nor their script tells.
+        normalize: What is done to captions, as `ReadOptions` has it.
         val_fraction: Share of the pictures for val where no name says one; 0 for no val.
         max_bad: Share of samples that may be unusable; one always may, unless this is 0.
         progress: Show a progress bar while shards are read for the first time.
@@ -122,6 +123,7 @@ class Shards:
         cache_dir: str | None = None,
         texts: Sequence[str] = TEXTS,
         language: str | None = None,
+        normalize: Sequence[Plain] = (),
         val_fraction: float = 0.1,
         max_bad: float = 0.01,
         progress: bool = False,
@@ -149,7 +151,7 @@ class Shards:
             for sample in samples:
                 self.report.rows += 1
                 where = f"{path.name}:{sample.key}"
-                found = self._choose(sample, where, texts)
+                found = self._choose(sample, where, texts, normalize)
                 if found is not None:
                     names.append(f"{titles[archive]}/{sample.key}" if len(self.paths) > 1 else sample.key)
                     splits.append(split)
@@ -192,7 +194,7 @@ class Shards:
         return "; ".join([": ".join(self._said[:2]), *self._said[2:], f"splits {splits}"])
 
     def _choose(
-        self, sample: ShardSample, where: str, texts: Sequence[str]
+        self, sample: ShardSample, where: str, texts: Sequence[str], normalize: Sequence[Plain]
     ) -> tuple[list[Caption], tuple[int, int]] | None:
         """The captions and the picture's place of a sample; None if it can't be used, which is counted."""
         plain = [image for image in sample.images if "." not in image[0]] or sample.images
@@ -203,7 +205,7 @@ class Shards:
         captions: list[Caption] = []
         for kind in texts:
             for ending, found in sample.captions.items():
-                captions += found if ending.rpartition(".")[2] == kind else []
+                captions += plain_captions(found, normalize) if ending.rpartition(".")[2] == kind else []
             if captions:
                 break
         if not captions:

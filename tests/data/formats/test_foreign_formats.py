@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +295,38 @@ def test_captions_are_detokenized_where_that_is_asked_for(tmp_path: Path) -> Non
     assert set(map(tuple, captions(open_pairs(tmp_path)).values())) == {("a man 's dog .",)}
     read = ReadOptions(normalize="detokenize")
     assert set(map(tuple, captions(open_pairs(tmp_path, read)).values())) == {("a man's dog.",)}
-    with pytest.raises(ValueError, match=r"normalize .detokenize. would have no effect on tar shards"):
-        open_pairs(tmp_path / "part-{0..3}.tar", read)
+    with pytest.raises(ValueError, match=r"encoding .cp949. would have no effect on tar shards"):
+        open_pairs(tmp_path / "part-{0..3}.tar", ReadOptions(encoding="cp949"))
+
+
+def test_html_is_named_and_taken_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    for name in draw(tmp_path / "photos"):
+        (tmp_path / "photos" / name).with_suffix(".txt").write_text("Tom &amp; Jerry&#39;s dog .<br>")
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for path in sorted((tmp_path / "photos").iterdir()):
+            archive.add(path, path.name)
+    for root in (tmp_path / "photos", tmp_path / "shard.tar"):
+        (finding,) = [f for f in check(root, progress=False).findings if "HTML" in f.what]
+        assert (finding.count, finding.of, finding.hurts) == (N, N, False)
+        assert "--normalize html (data.read.normalize)" in finding.remedy
+        for how, said in (
+            (None, "Tom &amp; Jerry&#39;s dog .<br>"),
+            ("html", "Tom & Jerry's dog ."),
+            (["detokenize", "html"], "Tom & Jerry's dog."),
+        ):
+            source = open_pairs(root, ReadOptions(normalize=how))  # pyright: ignore
+            assert set(map(tuple, captions(source).values())) == {(said,)}
+            assert any("HTML" in f.what for f in check(source, progress=False).findings) == (how is None)
+    with pytest.raises(ValueError, match=r"normalize \(lower\) is none of detokenize, html"):
+        ReadOptions(normalize="lower")  # pyright: ignore
+
+
+def test_a_caption_of_html_alone_is_none(tmp_path: Path) -> None:
+    names = draw(tmp_path)
+    (tmp_path / "c.csv").write_text("\n".join(["image,caption", f"{names[0]},<br>&nbsp;", f"{names[1]},a dog"]))
+    source = PairFiles(tmp_path, ReadOptions(normalize="html"), max_bad=1)
+    assert captions(source) == {names[1]: ["a dog"]}
+    assert source.report.errors == {"empty caption": 1}
 
 
 @pytest.mark.parametrize("root", ["/kaggle/input/data", "/content/drive/My Drive", "~/사진", "//server/share", "D:\\"])
