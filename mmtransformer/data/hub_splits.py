@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES
+from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.text import SPLITS, split_word
 from mmtransformer.data.formats.manifests import OTHERS, SUFFIXES

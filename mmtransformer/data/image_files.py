@@ -7,7 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Entry, FileError, Files
+from mmtransformer.data.files.archives import FileError, Files
+from mmtransformer.data.files.endings import ARCHIVES, IMAGES, unpack_hint
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.images import ImageError, load
 from mmtransformer.images.files import kind_of, read_bytes
@@ -125,7 +127,7 @@ class ImageFiles:
         files, before = self._files[at], len(self._found)
         lead = place.rstrip("/") + "/"
         for path, reason in files.refused.items():
-            if path.lower().endswith((*IMAGES, *ARCHIVES, *COMPRESSED)):
+            if path.lower().endswith((*IMAGES, *ARCHIVES)) or unpack_hint(path):
                 self._found.setdefault(lead + path, reason)
         for entry in files.entries:
             if entry.path.lower().endswith(IMAGES):
@@ -174,7 +176,7 @@ def listed(data: bytes, name: str) -> Iterator[str]:
 
 
 def _is_archive(place: str) -> bool:
-    return place.lower().endswith(ARCHIVES + COMPRESSED)
+    return place.lower().endswith(ARCHIVES) or unpack_hint(place) is not None
 
 
 def _archive_above(path: Path) -> Path | None:

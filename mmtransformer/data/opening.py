@@ -13,7 +13,8 @@ from urllib.parse import unquote
 from mmtransformer.data.documents.document_records import document_files, holds_documents
 from mmtransformer.data.documents.documents import DocumentPairs
 from mmtransformer.data.documents.interleaved import InterleavedFiles
-from mmtransformer.data.files.archives import ARCHIVES, COMPRESSED, IMAGES, Files, Selection
+from mmtransformer.data.files.archives import Files, Selection
+from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.shards import Shards, find_shards
 from mmtransformer.data.files.tar_index import TEXTS

@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from mmtransformer.data.files.archives import Entry, Files
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.endings import plain_name
 from mmtransformer.data.files.finder import Finder
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import (
     find_split,
@@ -300,7 +302,7 @@ class PairFiles:
 
 
 def _title(manifest: Manifest) -> str:
-    return "TSV" if manifest.entry.path.lower().endswith((".tsv", ".tab")) else _TITLES[manifest.format]
+    return "TSV" if plain_name(manifest.entry.path).endswith((".tsv", ".tab")) else _TITLES[manifest.format]
 
 
 def _also(refused: dict[str, str]) -> str:

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from mmtransformer.data.documents.documents import cut_at_marks, join_pieces
-from mmtransformer.data.files.archives import Entry, Files
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.text import is_missing
 from mmtransformer.serialization.printable import counted
 

@@ -20,8 +20,9 @@ from PIL import Image
 
 from mmtransformer.data.documents.document_records import MARK, LineError, LineNote, document_files, read_pieces
 from mmtransformer.data.documents.documents import Document
-from mmtransformer.data.files.archives import Entry, FileError, Files
+from mmtransformer.data.files.archives import FileError, Files
 from mmtransformer.data.files.finder import Finder
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import is_broken, is_missing, language_code, normalize_text, split_word

@@ -11,52 +11,24 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
+from mmtransformer.data.files.endings import ARCHIVES, PACKED_TEXTS, TABLES, unpack_hint, unpacked
+from mmtransformer.data.files.members import Entry, list_tar, list_zip, pread
 from mmtransformer.data.files.names import is_hidden, join, nfc, refusal
 
-ARCHIVES = (".zip", ".tar")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-IMAGES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".heic",
-    ".heif",
-)  # fmt: skip
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, OSError, NotImplementedError, ValueError, struct.error, EOFError)
-SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPEN = 256  # archives that are kept open
 MAX_BYTES = 1 << 30  # one file; a zip entry that claims more is a bomb
 POINTER = "a Git LFS pointer (run `git lfs pull`)"
-_MAY_POINT = (*ARCHIVES, ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
+_RECORDS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
+_MAY_POINT = (*ARCHIVES, *TABLES, *PACKED_TEXTS, *_RECORDS)
 
 
 class FileError(ValueError):
     """A file that is there but can't be read; the message names it."""
-
-
-class Entry(NamedTuple):
-    """Where one file lies.
-
-    Attributes:
-        path: From the root, with "/": "images/a.jpg", or "part-0.zip/images/a.jpg" inside an archive.
-        inner: The path inside its archive, or `path` in composed Unicode for a file in a folder.
-        archive: Index of the archive in `Files.archives`, or -1 for a file of its own.
-        offset: First byte in the archive (of the local header, for a zip).
-        size: Bytes, unpacked.
-        compressed_size: Bytes as stored.
-        method: 0 stored, 8 deflated.
-        crc: CRC-32 of the bytes, or -1 where none is kept (tar, folder).
-    """
-
-    path: str
-    inner: str
-    archive: int = -1
-    offset: int = 0
-    size: int = 0
-    compressed_size: int = 0
-    method: int = 0
-    crc: int = -1
 
 
 class Selection(str):
@@ -112,7 +84,7 @@ class Files:
             self._walk("")
         elif not self.root.is_file():
             raise ValueError(f"{given}: not a regular file")
-        elif self.root.name.lower().endswith(ARCHIVES + COMPRESSED):
+        elif self.root.name.lower().endswith(ARCHIVES) or unpack_hint(self.root.name):
             self._open_archive("", self.root)
             if self.refused.get(""):
                 raise ValueError(f"{given}: {self.refused['']}")
@@ -166,9 +138,12 @@ class Files:
         """The bytes of a text as UTF-8, out of `encoding` where one is named and they are not UTF-8 already.
 
         Raises:
-            FileError: As `read`; or if they are not of that encoding either.
+            FileError: As `read`; or if they are not of that encoding either, or packed and damaged.
         """
-        data = self.read(entry)
+        try:
+            data = unpacked(self.read(entry), entry.path)
+        except ValueError as error:
+            raise FileError(str(error)) from None
         if self.encoding is None:
             return data
         try:
@@ -202,11 +177,11 @@ class Files:
     def _read_at(self, handle: int, entry: Entry) -> bytes:
         offset = entry.offset
         if self.archives[entry.archive].lower().endswith(".zip"):
-            header = _pread(handle, 30, offset)
+            header = pread(handle, 30, offset)
             if header[:4] != b"PK\x03\x04" or len(header) < 30:
                 raise OSError(f"no local header at byte {offset}; the zip is damaged or has changed")
             offset += 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        data = _pread(handle, entry.compressed_size, offset)
+        data = pread(handle, entry.compressed_size, offset)
         if len(data) == entry.compressed_size and entry.method == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-15).decompress(data, entry.size + 1)
@@ -279,20 +254,20 @@ class Files:
                 self.refused[nfc(path)] = "not a regular file"
             elif item.name.lower().endswith(_MAY_POINT) and is_pointer(Path(item.path)):
                 self.refused[nfc(path)] = POINTER
-            elif item.name.lower().endswith(ARCHIVES + COMPRESSED):
+            elif item.name.lower().endswith(ARCHIVES) or unpack_hint(item.name):
                 self._open_archive(path, Path(item.path))
             else:
                 # `path` keeps the spelling on disk, which opens it; names are looked up in composed form
                 self.entries.append(Entry(path, nfc(path), size=info.st_size, compressed_size=info.st_size))
 
     def _open_archive(self, prefix: str, path: Path) -> None:
-        if path.name.lower().endswith(COMPRESSED):
-            self.refused[nfc(prefix)] = "compressed as a whole, so it can't be read in place: repack it as .tar or .zip"
+        if (hint := unpack_hint(path.name)) is not None:
+            self.refused[nfc(prefix)] = hint
             return
         if is_pointer(path):
             self.refused[nfc(prefix)] = POINTER
             return
-        lister = _list_zip if path.name.lower().endswith(".zip") else _list_tar
+        lister = list_zip if path.name.lower().endswith(".zip") else list_tar
         found: dict[str, Entry] = {}
         try:
             for name, entry in lister(path):
@@ -301,7 +276,7 @@ class Files:
                 reason = entry if isinstance(entry, str) else refusal(name)
                 if reason is None and (inner is None or ".." in name.split("/")):
                     reason = "a path that climbs out of its archive"
-                if reason is None and name.lower().endswith(ARCHIVES + COMPRESSED):
+                if reason is None and (name.lower().endswith(ARCHIVES) or unpack_hint(name)):
                     reason = "an archive inside an archive, which can't be read in place: unpack it"
                 if reason is not None:
                     self.refused[nfc(full)] = reason
@@ -331,70 +306,3 @@ def _bounds(root: Path) -> Path:
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("datasets--"):
             return folder.parents[1]
     return root
-
-
-def _pread(handle: int, size: int, offset: int) -> bytes:
-    chunks: list[bytes] = []
-    while size > 0 and (chunk := os.pread(handle, min(size, 1 << 26), offset)):
-        chunks.append(chunk)
-        size, offset = size - len(chunk), offset + len(chunk)
-    return b"".join(chunks)
-
-
-def _list_zip(path: Path) -> Iterator[tuple[str, Entry | str]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename
-            if not name or name.endswith("/"):
-                continue
-            if not info.flag_bits & 0x800 and not name.isascii():
-                name = _repair_encoding(name)
-            if info.flag_bits & 1:
-                yield name, "encrypted"
-            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                yield (name, f"packed with zip method {info.compress_type}; only stored and deflated can be read")
-            elif stat.S_ISLNK(info.external_attr >> 16):
-                yield name, "a link inside an archive"
-            elif info.file_size > max(SMALL_BYTES, MOST_RATIO * info.compress_size):
-                yield (name, f"{info.file_size:,} bytes out of {info.compress_size:,}: a bomb, or nothing but one byte")
-            else:
-                size, stored = info.file_size, info.compress_size
-                yield name, Entry("", "", -1, info.header_offset, size, stored, info.compress_type, info.CRC)
-
-
-def _repair_encoding(name: str) -> str:
-    """A name that a zip holds without saying its encoding: zipfile reads cp437; it is UTF-8, or Korean Windows."""
-    try:
-        raw = name.encode("cp437")
-    except UnicodeEncodeError:
-        return name
-    for encoding in ("utf-8", "cp949"):
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return name
-
-
-def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """What a tar holds but folders, as it stands there.
-
-    Raises:
-        tarfile.ReadError: If a header leads backwards, so that reading would never end.
-    """
-    last = -1
-    for info in archive:
-        if info.offset <= last or info.size < 0:
-            raise tarfile.ReadError(f"a header at byte {info.offset} leads backwards")
-        last = info.offset
-        if not info.isdir():
-            yield info
-
-
-def _list_tar(path: Path) -> Iterator[tuple[str, Entry | str]]:
-    with tarfile.open(path, "r:") as archive:
-        for info in tar_members(archive):
-            if not info.isreg() or info.issparse():
-                yield (info.name, "a link inside an archive" if info.issym() or info.islnk() else "not a regular file")
-            else:
-                yield info.name, Entry("", "", offset=info.offset_data, size=info.size, compressed_size=info.size)

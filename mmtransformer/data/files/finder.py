@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import unquote
 
-from mmtransformer.data.files.archives import IMAGES, Entry, Files
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.endings import IMAGES
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import join, nfc, refusal
 
 _NUMBER = re.compile(r"0*(\d{1,18})(?:\.0+)?", re.ASCII)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmtransformer.data.files.archives import Entry, FileError, Files, Selection
+from mmtransformer.data.files.archives import FileError, Files, Selection
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits, plain_captions
 from mmtransformer.data.files.read_options import Plain, check_share
 from mmtransformer.data.files.tar_index import TEXTS, ShardError, ShardSample, read_index

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import IMAGES
 from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.text import CODES, LANGUAGES, is_missing, language_code, lines, normalize_text, split_word
 from mmtransformer.data.loading.source import Caption

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmtransformer.data.files.archives import COMPRESSED, IMAGES, MAX_BYTES, POINTER, is_pointer, tar_members
+from mmtransformer.data.files.archives import MAX_BYTES, POINTER, is_pointer
 from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.endings import COMPRESSED, IMAGES
+from mmtransformer.data.files.members import tar_members
 from mmtransformer.data.files.names import join, refusal
 from mmtransformer.data.files.text import CODES, lines
 from mmtransformer.data.loading.source import Caption

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES
+from mmtransformer.data.files.endings import MOST_RATIO, SMALL_BYTES
 
 _BOMB = 1 << 28  # bytes of a file; a bomb is small
 

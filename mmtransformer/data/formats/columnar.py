@@ -5,7 +5,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from mmtransformer.data.files.archives import Entry, Files
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, image_columns, make_row
 from mmtransformer.data.formats.conversations import KEYS, is_turn

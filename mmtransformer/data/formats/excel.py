@@ -5,7 +5,9 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
-from mmtransformer.data.files.archives import MAX_BYTES, MOST_RATIO, SMALL_BYTES, Entry, Files
+from mmtransformer.data.files.archives import MAX_BYTES, Files
+from mmtransformer.data.files.endings import MOST_RATIO, SMALL_BYTES
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, make_row
 

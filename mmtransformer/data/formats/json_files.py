@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mmtransformer.data.files.archives import IMAGES, Entry, Files
+from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.endings import IMAGES
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row
 from mmtransformer.data.files.text import SPLITS, lines

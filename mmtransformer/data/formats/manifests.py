@@ -18,7 +18,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
-from mmtransformer.data.files.archives import IMAGES, MAX_BYTES, Entry, FileError, Files
+from mmtransformer.data.files.archives import MAX_BYTES, FileError, Files
+from mmtransformer.data.files.endings import IMAGES, PACKED_TEXTS, TABLES, TEXTS, plain_name
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
 from mmtransformer.data.files.tables import (
@@ -43,8 +45,7 @@ from mmtransformer.data.formats.json_files import (
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
 from mmtransformer.data.loading.source import Caption
 
-_TABLES = (".csv", ".tsv", ".tab", ".psv")
-SUFFIXES = (*_TABLES, ".xlsx", ".jsonl", ".ndjson", ".json", ".parquet", *ARROW, ".txt", ".token")
+SUFFIXES = (*TEXTS, *PACKED_TEXTS, ".xlsx", ".parquet", *ARROW)
 # files that lie beside manifests and hold no captions
 OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
@@ -83,17 +84,17 @@ def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]
     """
     stems = {nfc(path).rpartition(".")[0] for path in images}
     for entry in files.entries:
-        name = entry.path.lower()
+        name = plain_name(entry.path)
         if (
             not name.endswith(SUFFIXES)
             or name.endswith((".txt", ".json"))
             or nfc(entry.path).rpartition(".")[0] in stems
         ):
             continue
-        if OTHERS.search(name) and not name.endswith((*_TABLES, ".xlsx")):
+        if OTHERS.search(name) and not name.endswith((*TABLES, ".xlsx")):
             continue
         way = f"if it holds the captions, give it as the root: {files.root.name}/{entry.path}"
-        if name.endswith(_TABLES):
+        if name.endswith(TABLES):
             first = next((line.text for line in lines(files.read_text(entry)[:65536]) if line.text), "")
             cells = [cell.strip() for cell in first.split(sniff(first))]
             way = (
@@ -179,7 +180,7 @@ def _by_archive(files: Files) -> list[tuple[list[Entry], int]]:
 
 def _is_table(files: Files, entry: Entry, wanted: Wanted) -> bool:
     """Whether a file is a table with a column of pictures and one of captions: the user's, or known by their names."""
-    if not entry.path.lower().endswith(_TABLES) or entry.size > MAX_BYTES:
+    if not plain_name(entry.path).endswith(TABLES) or entry.size > MAX_BYTES:
         return False
     first = next((line.text for line in lines(files.read_text(entry)[:65536]) if line.text), "")
     try:
@@ -201,7 +202,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
         if stem in stems or stem.rpartition(".")[0] in stems or str(files.root / entry.path) in tars:
             continue
         parts = entry.path.split("/")[skip + lone :]
-        name = parts[-1].lower()
+        name = plain_name(parts[-1])
         inside = len(parts) == 1 or (
             len(parts) == 2 and (parts[0].lower() in ("annotations", "data") or parts[0].lower() in SPLITS)
         )
@@ -218,14 +219,14 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
 
 def _format_of(files: Files, entry: Entry, alone: bool = False) -> str | None:
     """The format of a file by its name and its content; None if it is no manifest."""
-    name = entry.path.lower()
+    name = plain_name(entry.path)
     if name.endswith(".parquet"):
         return "parquet"
     if name.endswith(ARROW):
         return "arrow"
     if name.endswith(".xlsx"):
         return "excel"
-    if name.endswith(_TABLES):
+    if name.endswith(TABLES):
         return "csv"
     if name.endswith((".jsonl", ".ndjson")):
         return "jsonl"

@@ -4,7 +4,8 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from mmtransformer.data.files.archives import MOST_RATIO, SMALL_BYTES, Entry
+from mmtransformer.data.files.endings import MOST_RATIO, SMALL_BYTES
+from mmtransformer.data.files.members import Entry
 
 _SMALL_ROWS = 1_000_000  # that a file of any size may have
 ARROW = (".arrow", ".feather")

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from mmtransformer.data.files.archives import Entry, Files
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
 from mmtransformer.data.files.read_options import TextReadOptions, check_share
