@@ -9,7 +9,6 @@ python tests/benchmarks/bench_search.py [--threads N] [--pairs N] [--only NAME] 
 Without `--photos` they are drawn scenes; all are saved as JPEGs of 640 x 480 px, quality 90.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -152,18 +151,14 @@ def query_line(args: Any) -> None:
     print(f"one query: {1e3 * times[0]:.1f} ms at best, {1e3 * times[len(times) // 2]:.1f} ms in the middle (goal 50)")
 
 
-if __name__ == "__main__":
-    own = {}
-    for option, default in (("--photos", ""), ("--count", "1000")):
-        at = sys.argv.index(option) if option in sys.argv else -1
-        own[option] = sys.argv[at + 1] if at >= 0 else default
-        if at >= 0:
-            del sys.argv[at : at + 2]
-    arguments = start(str(__doc__).partition("\n")[0])
-    if arguments.only in "query":
-        query_line(arguments)
-    asked = [name for name in TOWERS if arguments.only in name]
-    if asked:
+def main() -> None:
+    args = start(str(__doc__).partition("\n")[0], photos="", count=1000)
+    if args.only in "query":
+        query_line(args)
+    if asked := [name for name in TOWERS if args.only in name]:
         with tempfile.TemporaryDirectory() as temporary:
-            made = photographs(Path(temporary), own["--photos"], int(own["--count"]))
-            index_lines(made, asked, arguments)
+            index_lines(photographs(Path(temporary), args.photos, args.count), asked, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -115,20 +115,21 @@ def note(name: str, value: float, unit: str, *, target: float | None = None, sha
     _record(line=name, value=value, unit=unit, target=target, share=share)
 
 
-def start(description: str, **choices: tuple[str, ...] | int) -> argparse.Namespace:
+def start(description: str, **choices: tuple[str, ...] | int | str) -> argparse.Namespace:
     """Reads the command line, sets the threads, prints the machine.
 
     Args:
         description: what `--help` says.
-        choices: further options by name, each with what may be chosen, the first by default; or a number.
+        choices: further options by name, each with what may be chosen, the first by default; or a number, or any text.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=9, help="timed calls of each side")
     parser.add_argument("--only", default="", help="run the lines whose name has this in it")
     for name, values in choices.items():
-        kind: dict[str, Any] = {"type": int} if isinstance(values, int) else {"choices": values}
-        parser.add_argument(f"--{name}", default=values if isinstance(values, int) else values[0], **kind)
+        some = isinstance(values, tuple)
+        kind: dict[str, Any] = {"choices": values} if some else {"type": type(values)}
+        parser.add_argument(f"--{name}", default=values[0] if some else values, **kind)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
