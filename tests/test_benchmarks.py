@@ -18,7 +18,7 @@ import harness  # noqa: E402  # pyright: ignore[reportMissingImports]
 import run  # noqa: E402  # pyright: ignore[reportMissingImports]
 from work import Rates, Work, work_of  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from mmtransformer.layers.kernels import emulated
+from mmtransformer.layers.kernels import emulated  # noqa: E402
 from mmtransformer.layers.weight_packing import pack_weights  # noqa: E402
 
 
