@@ -18,7 +18,7 @@ import harness  # noqa: E402  # pyright: ignore[reportMissingImports]
 import run  # noqa: E402  # pyright: ignore[reportMissingImports]
 from work import Rates, Work, work_of  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from mmtransformer.layers.kernels import emulated  # noqa: E402
+from mmtransformer.layers.kernels import Bfloat16Hardware, emulated  # noqa: E402
 from mmtransformer.layers.weight_packing import pack_weights  # noqa: E402
 
 
@@ -49,6 +49,15 @@ def test_the_limit_is_the_larger_of_products_and_reading() -> None:
     assert rates.limit(Work({"fp32": 300.0, "bf16": 200.0}, 20.0, 60.0)) == (4.0, "GEMM")
     assert rates.limit(Work({"fp32": 100.0}, 80.0, 60.0)) == (8.0, "reading")
     assert rates.limit(Work({"fp32": 100.0}, 80.0, 40.0)) == (1.0, "GEMM")  # the weights lie in the cache
+
+
+def test_a_line_in_bfloat16_is_left_out_where_that_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "bfloat16_hardware", lambda device: Bfloat16Hardware(fast=False, words="none"))
+    never = lambda: pytest.fail("computed")  # noqa: E731
+    assert harness.compare("train Ti/16 bf16, batch 32", never, never) == 0.0
+    assert capsys.readouterr().out == "train Ti/16 bf16, batch 32: left out, as the CPU has none\n"
 
 
 def test_a_line_is_recorded(

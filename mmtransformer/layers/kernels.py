@@ -24,6 +24,7 @@ from mmtransformer.layers.masks import Mask, Segments, broadcast
 # kernels for "medium" it is "highest": Zen 3 takes 86 against 77, under a mask 121 against 77.
 _CPU_PLAIN_KEYS = 1024
 _CHUNK = 1 << 20  # scores in float32 at a time
+HALVES = (torch.bfloat16, torch.float16)
 _GAIN = 1.2  # rate of bfloat16 over float32 from which on it is taken: weights and activations are cast too
 
 
@@ -49,7 +50,7 @@ def scaled_dot_product(
     Returns:
         (b h q c).
     """
-    if emulated(q):
+    if q.dtype in HALVES and emulated(q):
         return scaled_dot_product(q.float(), k.float(), v.float(), mask, dropout, softcap).to(q.dtype)
     if isinstance(mask, Segments):
         return _each_segment(q, k, v, mask.lengths, dropout, softcap)
@@ -62,7 +63,9 @@ def scaled_dot_product(
         # SDPA would copy shared keys under a mask, and has no CPU kernel for dropout. torch.compile cannot ask for the
         # process's precision of float32 products, and would break the graph here.
         plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32
-        if plain or (not torch.compiler.is_compiling() and _multiplies_in_bfloat16()):
+        # "medium" is "highest" on a CPU that has no kernels for it.
+        medium = plain or (not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "medium")
+        if plain or (medium and bfloat16_hardware("cpu").fast):
             return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout)
     if shared and mask is None:  # Rows that share keys are only more queries on the same keys.
         count = q.shape[2]  # "(n m) h q c -> n h (m q) c", and back: not by rearrange, see `Attention`.
@@ -243,18 +246,13 @@ def bfloat16_gain() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _multiplies_in_bfloat16() -> bool:
-    """Whether float32 products are allowed to be made in bfloat16, and are, being faster so."""
-    return torch.get_float32_matmul_precision() == "medium" and bfloat16_hardware("cpu").fast
-
-
 def emulated(x: Tensor) -> bool:
     """Whether this CPU is slow at products of such a tensor, being of 16 bits: they are then made in float32.
 
     Without kernels torch multiplies one number after the other: Zen 3 does 0.9 GFLOP/s in bfloat16, 72 in float32. No
     CPU was measured that is fast in float16.
     """
-    if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float16):
+    if not x.is_cpu or x.dtype not in HALVES:
         return False
     return x.dtype == torch.float16 or not bfloat16_hardware("cpu").fast
 
@@ -273,7 +271,7 @@ class UpcastLinear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, as `UpcastLinear` computes it."""
-    if not emulated(weight):
+    if weight.dtype not in HALVES or not emulated(weight):  # No call more in float32: decoding makes many products.
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         x = autocast_input(x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.kernels import UpcastLinear, emulated, upcast_products
+from mmtransformer.layers.kernels import HALVES, UpcastLinear, emulated, upcast_products
 from mmtransformer.layers.pruned_head import PrunedHead
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -56,9 +56,11 @@ class PackedLinear(UpcastLinear):
         return super().forward(input) if packed is None else self.product(input, packed, self.bias)
 
     @staticmethod
-    def product(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        """What a packed weight makes of tokens: (... in_features) -> (... out_features)."""
-        return _product(x, packed, bias, "none", "")
+    def product(x: Tensor, packed: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
+        """What a packed weight makes of tokens: (... in_features) -> (... out_features); `act` is one of `_FUSED`."""
+        if x.dtype in HALVES and emulated(x):
+            return PackedLinear.product(x.float(), packed, None if bias is None else bias.float(), act).to(x.dtype)
+        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, act[0], [], act[1])
 
     @staticmethod
     def pack(weight: Tensor) -> Any:
@@ -67,13 +69,6 @@ class PackedLinear(UpcastLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}
-
-
-def _product(x: Tensor, packed: Any, bias: Tensor | None, activation: str, form: str) -> Tensor:
-    """With an activation as oneDNN calls it, see `_FUSED`."""
-    if emulated(x):
-        return _product(x.float(), packed, None if bias is None else bias.float(), activation, form).to(x.dtype)
-    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, activation, [], form)
 
 
 _Kept = dict[int, tuple[list, list[weakref.ref], Any]]
@@ -136,8 +131,8 @@ class Int8Linear(PackedLinear):
         return torch.ops.onednn.qlinear_prepack(rounded, None), scale, zero, middle
 
     @staticmethod
-    def product(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        """As `PackedLinear.product`."""
+    def product(x: Tensor, packed: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
+        """As `PackedLinear.product`, without activations."""
         weight, scale, zero, middle = packed
         most = x.abs().amax(-1, keepdim=True).clamp_(min=1e-10)
         # Unsigned with its zero at 128: oneDNN's kernels for signed values are hundreds of times slower. The type cuts
@@ -213,7 +208,7 @@ class PackedMLP(MLP):
             packed = packed_weight(fc1._packed, x, fc1)
         if packed is None:
             return super().forward(x)
-        return self.fc2(self.drop(_product(x, packed, fc1.bias, *_FUSED[self.activation])))
+        return self.fc2(self.drop(fc1.product(x, packed, fc1.bias, _FUSED[self.activation])))
 
 
 _KINDS = (nn.Linear, UpcastLinear, PackedLinear, Int8Linear)

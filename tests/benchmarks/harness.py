@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from work import Rates, rates, work_of
 
+from mmtransformer.layers.kernels import bfloat16_hardware
+
 _MEASURED: list[Rates] = []
 
 
@@ -28,6 +30,10 @@ class Timing(NamedTuple):
 
     wall: float
     cpu: float
+
+
+def slow_in_bfloat16() -> bool:
+    return not torch.cuda.is_available() and not bfloat16_hardware("cpu").fast
 
 
 def timed(run: Callable[[], object]) -> Timing:
@@ -59,6 +65,9 @@ def compare(
 ) -> float:
     """Prints one line: both medians, the ratio peer / ours (above 1 = ours is faster), and hit or missed.
 
+    A line that has "bf16" in its name is left out on a CPU without kernels for it, where it takes minutes a call and
+    says nothing: nobody computes so there. Its ratio is then 0.
+
     Args:
         name: what is timed.
         ours: one call of ours.
@@ -71,6 +80,9 @@ def compare(
         limit: CPU seconds that ours takes at least, and what bounds it; counted unless given.
         by_clock: whether wall time decides: where processes work that go on living, whose CPU time is not seen.
     """
+    if "bf16" in name and slow_in_bfloat16():
+        print(f"{name}: left out, as the CPU has {bfloat16_hardware('cpu').words}", flush=True)
+        return 0.0
     if limit is None and flops and gemm:
         limit = flops / gemm, "GEMM"
     if limit is None and _MEASURED:
