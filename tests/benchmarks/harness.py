@@ -65,7 +65,7 @@ def compare(
 ) -> float:
     """Prints one line: both medians, the ratio peer / ours (above 1 = ours is faster), and hit or missed.
 
-    A line that has "bf16" in its name is left out on a CPU without kernels for it, where it takes minutes a call and
+    A line that has "bf16" or "bfloat16" in its name is left out on a CPU without kernels for it, where it takes minutes a call and
     says nothing: nobody computes so there. Its ratio is then 0.
 
     Args:
@@ -80,7 +80,7 @@ def compare(
         limit: CPU seconds that ours takes at least, and what bounds it; counted unless given.
         by_clock: whether wall time decides: where processes work that go on living, whose CPU time is not seen.
     """
-    if "bf16" in name and slow_in_bfloat16():
+    if ("bf16" in name or "bfloat16" in name) and slow_in_bfloat16():
         print(f"{name}: left out, as the CPU has {bfloat16_hardware('cpu').words}", flush=True)
         return 0.0
     if limit is None and flops and gemm:
