@@ -65,8 +65,8 @@ def compare(
 ) -> float:
     """Prints one line: both medians, the ratio peer / ours (above 1 = ours is faster), and hit or missed.
 
-    A line that has "bf16" or "bfloat16" in its name is left out on a CPU without kernels for it, where it takes minutes a call and
-    says nothing: nobody computes so there. Its ratio is then 0.
+    A line that has "bf16" or "bfloat16" in its name is left out on a CPU without kernels for it, where it takes minutes
+    a call and says nothing: nobody computes so there. Its ratio is then 0.
 
     Args:
         name: what is timed.
