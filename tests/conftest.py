@@ -44,6 +44,12 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large data sets leave in the user's cache lies where the test's own files do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def settings_restored() -> Iterator[None]:
     """Training sets some of torch's global settings; the next test must not see them, whichever fixture trained."""
     torch.set_default_dtype(torch.float32)

@@ -97,7 +97,7 @@ class ImageFiles:
                 return info.st_size, info.st_mtime_ns
             if isinstance(place, tuple):
                 entry = place[1]
-                return entry.size, entry.crc if entry.crc >= 0 else self._files[place[0]].modified(entry)
+                return entry.size, entry.crc if entry.crc >= 0 else self._files[place[0]].info(entry).st_mtime_ns
         except OSError:
             pass
         return None

@@ -21,6 +21,7 @@ from mmtransformer.data.files.tar_index import TEXTS
 from mmtransformer.data.formats.manifests import SUFFIXES
 from mmtransformer.data.hub_pairs import HubPairs, open_dataset
 from mmtransformer.data.loading.errors import Report
+from mmtransformer.data.pair_files.index import find_kept
 from mmtransformer.data.pairs import PairFiles
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.hub_dataset import HubDataset, card_configs
@@ -99,6 +100,8 @@ def _open_files(root: str | Path, read: ReadOptions, *, max_bad: float) -> PairF
             shards = root if isinstance(root, Selection) else str(root)
             options = {"language": read.language, "normalize": read.plain, "val_fraction": read.val_fraction}
             return Shards(shards, **options, max_bad=max_bad)
+        if (found := find_kept(root, read)) is not None and not found.documents:  # before anything is listed
+            return PairFiles(root, read, max_bad=max_bad, found=found)
         if are_documents(root):
             _refuse(read, "interleaved documents", "encoding", "normalize")
             options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}

@@ -2,17 +2,17 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
-def write_whole(path: str | Path, data: bytes) -> Path:
+def write_whole(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> Path:
     """Write a file in one step: whoever looks sees the old file or the whole new one, never half of one.
 
     Args:
         path: where to; missing parent folders are made.
-        data: the file's bytes.
+        data: the file's bytes, or one part after the other.
 
     Returns:
         The path.
@@ -24,7 +24,7 @@ def write_whole(path: str | Path, data: bytes) -> Path:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException as error:
@@ -66,3 +66,20 @@ def check_place(path: str | Path, what: str) -> None:
     place = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(place, os.W_OK) or (place != path and not place.is_dir()):
         raise ValueError(f"{what} {path}: nothing can be written there; name another place")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Holds a lock file, if that can be done; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: the file, which is made; where it or its lock cannot be, nobody waits, and False is given.
+    """
+    with ExitStack() as stack:
+        held = False  # where there are no locks, the last writer wins, with a whole file
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+            held = True
+        yield held

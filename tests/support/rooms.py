@@ -37,6 +37,7 @@ ROOMS = [
     "data/files",
     "data/formats",
     "data/documents",
+    "data/pair_files",
     "data/text_only",
     "data/scenes",
     "data",

@@ -98,10 +98,10 @@ class Files:
         self._prepare()
 
     @classmethod
-    def of_archives(cls, archives: Sequence[str | Path]) -> Self:
-        """Archives whose entries are known from elsewhere (an index): none is opened before it is read."""
+    def of_archives(cls, archives: Sequence[str | Path], root: str | Path = "") -> Self:
+        """Archives, and files below a root, whose entries are known from elsewhere (an index): nothing is looked at."""
         files = cls.__new__(cls)
-        files.root, files.archives, files.asked = Path(), [str(archive) for archive in archives], None
+        files.root, files.archives, files.asked = Path(root), [str(archive) for archive in archives], None
         files.encoding, files.selected = None, None
         files.entries, files.refused, files.by_path = [], {}, {}
         files._prepare()
@@ -157,14 +157,15 @@ class Files:
         return data
 
     def _read(self, entry: Entry) -> bytes:
-        if max(entry.size, entry.compressed_size) > MAX_BYTES:
-            raise OSError(f"{max(entry.size, entry.compressed_size):,} bytes, over the limit of {MAX_BYTES:,}")
+        _refuse_large(max(entry.size, entry.compressed_size))
         if entry.archive < 0:
             # O_NONBLOCK: a pipe that took the file's place must not hang the run
             handle = os.open(self.root / entry.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
             with os.fdopen(handle, "rb") as file:
-                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                info = os.fstat(handle)
+                if not stat.S_ISREG(info.st_mode):
                     raise OSError("no longer a regular file")
+                _refuse_large(info.st_size)
                 return file.read()
         if len(self.archives) > _OPEN:  # more than a process may hold open
             handle = os.open(self.archives[entry.archive], os.O_RDONLY)
@@ -204,17 +205,19 @@ class Files:
         inside = self.root / given
         return inside if self.root.is_dir() and inside.exists() else given
 
-    def modified(self, entry: Entry) -> int:
-        """When a file, or the archive that holds it, was last written, in nanoseconds."""
-        return (self.root / entry.path if entry.archive < 0 else Path(self.archives[entry.archive])).stat().st_mtime_ns
+    def info(self, entry: Entry) -> os.stat_result:
+        """Size and times of a file, or of the archive that holds it."""
+        return (self.root / entry.path if entry.archive < 0 else Path(self.archives[entry.archive])).stat()
 
     def fingerprint(self, entry: Entry) -> str:
         """What changes when a file's bytes do, at the cost of no reading: its check sum or its time, and its place."""
+        if entry.crc >= 0:
+            return f"{entry.crc:08x} {entry.offset} {entry.size}"
         try:
-            when = f"{entry.crc:08x}" if entry.crc >= 0 else self.modified(entry)
+            info = self.info(entry)
         except (OSError, ValueError):
             return "unreadable"
-        return f"{when} {entry.offset} {entry.size}"
+        return f"{info.st_mtime_ns} {entry.offset} {info.st_size if entry.archive < 0 else entry.size}"
 
     def _handle(self, archive: int) -> int:
         with self._lock:
@@ -306,3 +309,8 @@ def _bounds(root: Path) -> Path:
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("datasets--"):
             return folder.parents[1]
     return root
+
+
+def _refuse_large(size: int) -> None:
+    if size > MAX_BYTES:
+        raise OSError(f"{size:,} bytes, over the limit of {MAX_BYTES:,}")

@@ -30,6 +30,7 @@ from mmtransformer.images import ImageError, ImageTransform
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.checksums import block_crc32
 from mmtransformer.serialization.printable import counted
+from mmtransformer.serialization.writing import alone
 
 _DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16"), "float32": (torch.float32, "F32")}
 _FORMAT = 2  # raise it when the meaning of the file changes
@@ -165,9 +166,9 @@ class FeatureCache:
         name = re.sub(r"[^\w.-]", "_", name)
         path = folder / f"{name}-{key}.safetensors"
         if not path.is_file():
-            with _lock(folder / f".{path.name}.lock") as alone:
+            with alone(folder / f".{path.name}.lock") as held:
                 if not path.is_file():
-                    for litter in folder.glob(f".{path.name}.*.part") if alone else ():
+                    for litter in folder.glob(f".{path.name}.*.part") if held else ():
                         litter.unlink(missing_ok=True)
                     loader = DataLoader(
                         _Images(pairs, transform),
@@ -347,16 +348,3 @@ def _frozen_on(vision: nn.Module, device: torch.device | str) -> Iterator[None]:
         vision.to(home)
         for module, training in modes.items():
             module.training = training
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock file, if that can be done; the system lets go of it when the process ends, however it ends."""
-    with path.open("w") as file:
-        alone = False  # where there are no locks, the last writer wins, with a whole file
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        yield alone
