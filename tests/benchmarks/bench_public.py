@@ -108,14 +108,16 @@ def main() -> None:
     args = start(__doc__ or "", weights=("fp32", "bf16"), peer=("fp32", "bf16"), size=("base", "small"))
     logging.set_verbosity_error()
     for family, (make, convert, end) in FAMILIES.items():
-        if args.only not in family:
+        names = {r: f"{family} {args.size}, pictures: {r}, {args.weights} beside {args.peer}" for r in (1, 8)}
+        if not any(args.only in name for name in names.values()):
             continue
         peer, side, first, search = make(args.size == "small")
         ours = for_inference(convert(peer), args.weights)
         peer = peer.bfloat16() if args.peer == "bf16" else peer
-        for rows in (1, 8):
+        for rows, name in names.items():
             pixels = torch.randn(rows, 3, side, side)
-            name = f"{family} {args.size}, pictures: {rows}, {args.weights} beside {args.peer}"
+            if args.only not in name:
+                continue
             found, want = ours_ids(ours, pixels, first, end, search), peer_ids(peer, pixels, search)
             print(f"{name}: {agreement(found, want)}; {len({tuple(row) for row in want})} different texts")
             same = args.weights == args.peer == "fp32"

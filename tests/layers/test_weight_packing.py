@@ -1,4 +1,5 @@
 import copy
+import math
 import unittest.mock
 from typing import Any, get_args
 
@@ -54,7 +55,8 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
-def test_an_activation_is_computed_with_its_product(activation: Any):
+def test_an_activation_is_computed_with_its_product(activation: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_packing, "_most_rows", lambda: math.inf)
     torch.manual_seed(3)
     plain, x = nn.Sequential(MLP(22, 37, activation=activation)).eval(), torch.randn(3, 5, 22)
     packed, calls = pack_weights(copy.deepcopy(plain)), []
@@ -72,6 +74,25 @@ def test_an_activation_is_computed_with_its_product(activation: Any):
         assert calls[-1] == (3, 5, 37), "a hook was passed over"
     packed(x).sum().backward()
     assert packed[0].fc1.weight.grad.any()
+
+
+@pytest.mark.parametrize("rows", [192, 193])
+def test_without_avx_512_many_rows_are_not_multiplied_with_packed_weights(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zen 3: of 577 rows a packed product takes half as long again as torch's, and longer with its activation."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": False}, raising=False)
+    monkeypatch.setattr(weight_packing, "_most_rows", weight_packing._most_rows.__wrapped__)
+    packed, eight = pack_weights(vit()), pack_weights(vit(), int8=True)
+    with torch.inference_mode():
+        tokens = torch.randn(rows, 22)
+        for model in (packed, eight):
+            model.blocks[0].mlp(tokens)
+    made = [bool(layer._packed) for layer in packed_layers(packed.blocks[0].mlp)]
+    assert made == [rows <= 192] * 2  # each product by itself, the activation too
+    assert all(layer._packed for layer in packed_layers(eight.blocks[0].mlp))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True}, raising=False)
+    assert weight_packing._most_rows() == math.inf
 
 
 @pytest.mark.parametrize("int8", [False, True])
