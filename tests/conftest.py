@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from mmtransformer.layers.kernels import fast_in_bfloat16
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in another order, a seed each")
@@ -23,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Autograd starts its threads at the first backward pass, one a device. The stand-in of a GPU must not be counted:
     # with a thread of its own, no forked process could compute a gradient any more.
     torch.zeros((), requires_grad=True).backward()
+    fast_in_bfloat16()  # Asked once a process: of this CPU, not of one that a test makes believe.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -65,7 +65,7 @@ def scaled_dot_product(
         plain = dropout or grouped or (shared and mask is not None) or q.dtype != torch.float32
         # "medium" is "highest" on a CPU that has no kernels for it.
         medium = plain or (not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "medium")
-        if plain or (medium and bfloat16_hardware("cpu").fast):
+        if plain or (medium and fast_in_bfloat16()):
             return _plain_products(q, k, v, broadcast(mask, q.shape[2], k.shape[2], q.device), dropout)
     if shared and mask is None:  # Rows that share keys are only more queries on the same keys.
         count = q.shape[2]  # "(n m) h q c -> n h (m q) c", and back: not by rearrange, see `Attention`.
@@ -246,6 +246,12 @@ def bfloat16_gain() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
+@cache
+def fast_in_bfloat16() -> bool:
+    """What `bfloat16_hardware` says of this CPU, asked once: torch takes 0.1 ms to tell what it can."""
+    return bfloat16_hardware("cpu").fast
+
+
 def emulated(x: Tensor) -> bool:
     """Whether this CPU is slow at products of such a tensor, being of 16 bits: they are then made in float32.
 
@@ -254,7 +260,7 @@ def emulated(x: Tensor) -> bool:
     """
     if not x.is_cpu or x.dtype not in HALVES:
         return False
-    return x.dtype == torch.float16 or not bfloat16_hardware("cpu").fast
+    return x.dtype == torch.float16 or not fast_in_bfloat16()
 
 
 class UpcastLinear(nn.Linear):

@@ -109,7 +109,7 @@ def test_convolutions_and_attention_of_16_bits_are_in_float32(monkeypatch: pytes
 
 
 def test_where_16_bits_are_fast_they_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "bfloat16_hardware", lambda device: kernels.Bfloat16Hardware(fast=True, words="all"))
+    monkeypatch.setattr(kernels, "fast_in_bfloat16", lambda: True)
     weight, x = torch.randn(23, 37, dtype=torch.bfloat16), torch.randn(5, 37, dtype=torch.bfloat16)
     with Products() as made:
         found = linear(x, weight)

@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmtransformer.layers import kernels
-from mmtransformer.layers.kernels import Bfloat16Hardware
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "linear", "matmul", "convolution", "convolution_backward",
             "_linear_pointwise"}  # fmt: skip
 
 
 def slow_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "bfloat16_hardware", lambda device: Bfloat16Hardware(fast=False, words="none"))
+    monkeypatch.setattr(kernels, "fast_in_bfloat16", lambda: False)
 
 
 class Products(TorchDispatchMode):
