@@ -4,8 +4,8 @@ Measured on a Zen 5 core with torch 2.15, 1576 tokens of width 192 to 768: 8.4 m
 (there torch's own float32 product is MKL's, which runs such a CPU at half its rate); 0.94 and 0.90 ms in bfloat16.
 """
 
-import math
 import os
+import sys
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -28,6 +28,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 _INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 _INT8_MOST = 1_000_000_000
 _SHARE = 0.25  # Of the machine's memory, that packed copies of weights may take without being asked for.
+_ANY = range(1, sys.maxsize)
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # What oneDNN calls them.
 
 
@@ -96,7 +97,7 @@ def packed_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
         or not x.numel()
         or not issubclass(kind, PackedLinear)
         or x.dtype not in kind.dtypes
-        or (kind is PackedLinear and x.numel() > _most_rows() * x.shape[-1])
+        or (kind is PackedLinear and x.numel() // x.shape[-1] not in _rows())
     ):
         return None
     weights: list[Tensor] = []
@@ -115,14 +116,14 @@ def packed_weight(kept: _Kept, x: Tensor, *layers: nn.Module) -> Any | None:
 
 
 @cache
-def _most_rows() -> float:
-    """With how many rows of tokens a packed product is no slower than torch's own; no end of them where it never is.
+def _rows() -> range:
+    """For how many rows of tokens a packed product is no slower than torch's own: any number, but without AVX-512.
 
-    Where there is no AVX-512: on Zen 3, 768 by 3072 and back, oneDNN's packed product took 0.65 of MKL's time for 4
-    rows, 0.9 for 64, 1.06 for 256 and 1.48 for 577; a GELU made with it 8.9 ns a number, by itself 2.8.
+    On Zen 3, 768 by 3072 and back, oneDNN's packed product took 0.65 of MKL's time for 4 rows, 0.9 for 64, 1.06 for 256
+    and 1.48 for 577; decoding a row of BLIP-base 1.16. A GELU made with it took 8.9 ns a number, by itself 2.8.
     """
     kinds: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())  # older ones of torch don't tell
-    return 192 if kinds.get("avx2") and not kinds.get("avx512_f") else math.inf
+    return range(2, 193) if kinds.get("avx2") and not kinds.get("avx512_f") else _ANY
 
 
 class Int8Linear(PackedLinear):
@@ -217,7 +218,7 @@ class PackedMLP(MLP):
         """(... d) -> (... d)."""
         fc1, packed = self.fc1, None
         seen = fc1._forward_hooks or fc1._forward_pre_hooks
-        if type(fc1) is PackedLinear and self.activation in _FUSED and not seen and _most_rows() == math.inf:
+        if type(fc1) is PackedLinear and self.activation in _FUSED and not seen and _rows() is _ANY:
             packed = packed_weight(fc1._packed, x, fc1)
         if packed is None:
             return super().forward(x)

@@ -100,7 +100,7 @@ def ours_ids(model: Captioner, pixels: Tensor, first: int, end: int, search: dic
 
 def peer_ids(peer: Any, pixels: Tensor, search: dict[str, Any]) -> list[list[int]]:
     with torch.inference_mode():
-        rows = peer.generate(pixels.to(peer.dtype), **search, min_new_tokens=search["max_new_tokens"])
+        rows = peer.generate(pixel_values=pixels.to(peer.dtype), **search, min_new_tokens=search["max_new_tokens"])
     return rows[:, 1:].tolist()
 
 

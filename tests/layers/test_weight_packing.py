@@ -1,5 +1,4 @@
 import copy
-import math
 import unittest.mock
 from typing import Any, get_args
 
@@ -56,7 +55,7 @@ def test_results_are_the_same(dtype: torch.dtype, most: float):
 
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_an_activation_is_computed_with_its_product(activation: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weight_packing, "_most_rows", lambda: math.inf)
+    monkeypatch.setattr(weight_packing, "_rows", lambda: weight_packing._ANY)
     torch.manual_seed(3)
     plain, x = nn.Sequential(MLP(22, 37, activation=activation)).eval(), torch.randn(3, 5, 22)
     packed, calls = pack_weights(copy.deepcopy(plain)), []
@@ -76,23 +75,23 @@ def test_an_activation_is_computed_with_its_product(activation: Any, monkeypatch
     assert packed[0].fc1.weight.grad.any()
 
 
-@pytest.mark.parametrize("rows", [192, 193])
-def test_without_avx_512_many_rows_are_not_multiplied_with_packed_weights(
-    rows: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "pays"), [(1, False), (2, True), (192, True), (193, False)])
+def test_without_avx_512_one_row_and_many_are_not_multiplied_with_packed_weights(
+    rows: int, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zen 3: of 577 rows a packed product takes half as long again as torch's, and longer with its activation."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": False}, raising=False)
-    monkeypatch.setattr(weight_packing, "_most_rows", weight_packing._most_rows.__wrapped__)
+    monkeypatch.setattr(weight_packing, "_rows", weight_packing._rows.__wrapped__)
     packed, eight = pack_weights(vit()), pack_weights(vit(), int8=True)
     with torch.inference_mode():
         tokens = torch.randn(rows, 22)
         for model in (packed, eight):
             model.blocks[0].mlp(tokens)
     made = [bool(layer._packed) for layer in packed_layers(packed.blocks[0].mlp)]
-    assert made == [rows <= 192] * 2  # each product by itself, the activation too
+    assert made == [pays] * 2  # each product by itself, the activation too
     assert all(layer._packed for layer in packed_layers(eight.blocks[0].mlp))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_f": True}, raising=False)
-    assert weight_packing._most_rows() == math.inf
+    assert weight_packing._rows() is weight_packing._ANY
 
 
 @pytest.mark.parametrize("int8", [False, True])
