@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES
+from mmtransformer.data.files.endings import ARCHIVES, COMPRESSED, IMAGES, OTHERS
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.text import SPLITS, split_word
-from mmtransformer.data.formats.manifests import OTHERS, SUFFIXES
+from mmtransformer.data.formats.manifests import SUFFIXES
 from mmtransformer.data.formats.parquet import ARROW, COLUMNAR
 
 _PICTURES = (*IMAGES, *ARCHIVES, *COMPRESSED)

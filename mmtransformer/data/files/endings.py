@@ -16,6 +16,12 @@ IMAGES = (
 TABLES = (".csv", ".tsv", ".tab", ".psv")
 TEXTS = (*TABLES, ".jsonl", ".ndjson", ".json", ".txt", ".token")
 """Files that may hold captions and are texts; they may be compressed each by itself."""
+OTHERS = re.compile(
+    r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
+    r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|(cache|tmp)[^/]*\.arrow)[^/]*$",
+    re.IGNORECASE,
+)
+"""Files that lie beside manifests and hold no captions."""
 SMALL_BYTES, MOST_RATIO = 1 << 26, 64  # bytes that any file may have, and how far a larger one may be packed
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED_TEXTS = tuple(text + ending for text in TEXTS for ending in _OPENERS)

@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple, get_args
 
 from mmtransformer.layers.config import known_fields
 
-Format = Literal["auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "parquet", "arrow", "excel"]
+Format = Literal[
+    "auto", "folder", "csv", "jsonl", "json", "coco", "karpathy", "flickr", "list", "parquet", "arrow", "excel"
+]
 Unit = Literal["line", "paragraph", "file"]
 Plain = Literal["detokenize", "html"]
 

@@ -1,70 +1,13 @@
-"""Manifests in JSON: lists of records, COCO's and Karpathy's files, conversations, and what Label Studio writes."""
+"""Rows of JSON: lists of records, COCO's and Karpathy's files, conversations, and what Label Studio writes."""
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.cells import read_captions
-from mmtransformer.data.files.endings import IMAGES
-from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, make_row
-from mmtransformer.data.files.text import SPLITS, lines
+from mmtransformer.data.files.tables import Columns, ManifestRow, bad_row, find_columns, image_columns, make_row
+from mmtransformer.data.files.text import SPLITS
 from mmtransformer.data.formats.conversations import NoCaption, as_records
-
-
-def json_format(data: Any) -> str | None:
-    """The format of what a JSON file holds; None if it is no manifest."""
-    if isinstance(data, list):
-        return "json" if data and isinstance(data[0], dict) else None
-    if not isinstance(data, dict) or not data:
-        return None
-    images, notes = data.get("images"), data.get("annotations")
-    if isinstance(images, list) and isinstance(notes, list):
-        return "coco" if any(isinstance(note, dict) and "caption" in note for note in notes[:10]) else None
-    if isinstance(images, list):
-        return "karpathy" if images and isinstance(images[0], dict) and "sentences" in images[0] else None
-    return "json" if all(str(key).lower().endswith(IMAGES) for key in list(data)[:10]) else None
-
-
-def load_json(files: Files, entry: Entry) -> Any:
-    """What a JSON file holds; of JSON lines under another name, their list.
-
-    Raises:
-        ValueError: If it is not UTF-8 or not JSON, with the line.
-    """
-    try:
-        text = files.read_text(entry).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = files.read_text(entry)[: error.start].count(b"\n") + 1
-        raise ValueError(f"{entry.path}:{number} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{entry.path} is nested too deeply to be captions") from None
-    except json.JSONDecodeError as error:
-        if text.lstrip()[:1] == "{" and error.msg == "Extra data":  # JSON lines under another name
-            found = list(json_lines(text.encode(), entry.path))
-            if wrong := next((f"{where} is {what}" for where, _, what in found if what), ""):
-                raise ValueError(wrong) from None
-            return [value for _, value, _ in found]
-        raise ValueError(f"{entry.path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # a number of 5,000 digits
-        raise ValueError(f"{entry.path} is not JSON: {error}") from None
-
-
-def json_lines(data: bytes, name: str) -> Iterator[tuple[str, Any, str]]:
-    """Each line of a JSON-lines file: where it is, the value, and what is wrong with it ("" if nothing)."""
-    for line in lines(data):
-        where = f"{name}:{line.number}"
-        if line.text is None:
-            yield where, None, f"not UTF-8: {line.hint}"
-        elif line.text.strip():
-            try:
-                yield where, json.loads(line.text), ""
-            except (ValueError, RecursionError) as error:
-                yield where, None, f"not JSON: {error}"
 
 
 def read_records(
@@ -116,26 +59,37 @@ def _image_row(name: str, said: Iterable[tuple[Any, str]], split: Any, where: st
     return ManifestRow(name, tuple(captions), split, where, tuple(errors), tuple(notes))
 
 
-def read_coco(data: dict[str, Any], name: str) -> Iterator[ManifestRow]:
+def read_coco(data: dict[str, Any], name: str, wanted: Wanted) -> Iterator[ManifestRow]:
     """The rows of COCO's captions: pictures by id, and annotations that name one."""
     found: dict[Any, list[tuple[int, Any]]] = {}
+    keys = dict.fromkeys(key for note in data["annotations"][:1000] if isinstance(note, dict) for key in note)
+    columns = find_columns([*keys], wanted._replace(images=False, image=None, language=None, split=None), name)
     for at, note in enumerate(data["annotations"]):
         if isinstance(note, dict) and isinstance(note.get("image_id"), str | int):
-            found.setdefault(note["image_id"], []).append((at, note.get("caption")))
+            found.setdefault(note["image_id"], []).append((at, note))
         else:
             yield bad_row(f"{name}: annotations[{at}]", "no picture named", f"{note!r:.60}")
     for at, image in enumerate(data["images"]):
         where = f"{name}: images[{at}]"
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+        named = ["file_name", *image_columns([*image])] if isinstance(image, dict) else []
+        path = next((image[key] for key in named if isinstance(image.get(key), str)), None)
+        if path is None:
             yield bad_row(where, "no picture named", f"{image!r:.60}")
             continue
-        path, key = image["file_name"], image.get("id")
+        key = image.get("id")
         notes = found.pop(key, ()) if isinstance(key, str | int) else ()
-        said = ((value, f"{path} (annotations[{i}])") for i, value in notes)
+        said = [(value, f"{path} (annotations[{i}])") for i, note in notes for value in _values(note, columns)]
         yield _image_row(path, said, image.get("split"), where)
     for key, orphans in found.items():
         where = f"{name}: annotations[{orphans[0][0]}]"
         yield bad_row(where, "no picture named", f"image_id {key!r} is not among the images")
+
+
+def _values(note: dict[str, Any], columns: Columns) -> list[Any]:
+    """The captions of one annotation, with the languages that the names of several columns say."""
+    found = [(note.get(name), language) for name, language in columns.captions]
+    found = [pair for pair in found if pair[0] is not None] or found[:1]
+    return [value if language is None else {language: value} for value, language in found]
 
 
 def read_karpathy(data: dict[str, Any], name: str) -> Iterator[ManifestRow]:

@@ -17,14 +17,15 @@ from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import folder_splits, normalize_languages, normalize_splits, plain_captions
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.files.tables import Columns, ManifestRow
-from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked, read_folder, read_manifest
+from mmtransformer.data.formats.folders import read_folder
+from mmtransformer.data.formats.manifests import Manifest, find_manifests, overlooked, read_manifest
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.pair_files.rows import Pair, PairRows, RowsInMemory
 from mmtransformer.serialization.printable import counted
 
 _TITLES = {"folder": "pictures with text files", "csv": "CSV", "jsonl": "JSONL", "json": "JSON", "parquet": "Parquet",
            "arrow": "Arrow", "coco": "COCO captions", "karpathy": "Karpathy JSON", "flickr": "Flickr token file",
-           "excel": "Excel"}  # fmt: skip
+           "excel": "Excel", "list": "list of pictures"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad: float, progress:
             columns = reader.read(files, manifest)
             said = [f"{_title(manifest)} {listing}", *([str(columns)] if columns else [])]
     else:
-        reader.add(list(read_folder(files)), "", None)
+        reader.add(list(read_folder(files, read.wanted)), "", None)
         for path, reason in overlooked(files, (row.name for row in reader.found.values())):
             reader.report.note("a manifest that was not read", path, reason)
     reader.count_missing()

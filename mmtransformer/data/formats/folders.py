@@ -1,0 +1,180 @@
+"""Pictures whose captions lie in files of the same name: beside them, or in a folder beside theirs."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmtransformer.data.files.archives import FileError, Files
+from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.endings import IMAGES, OTHERS
+from mmtransformer.data.files.members import Entry
+from mmtransformer.data.files.names import nfc
+from mmtransformer.data.files.read_options import Wanted
+from mmtransformer.data.files.tables import ManifestRow, bad_row, find_columns
+from mmtransformer.data.files.text import CODES, LANGUAGES, lines
+from mmtransformer.data.loading.source import Caption
+
+PARALLEL = "captions in a folder of their own"
+_NUMBERS = re.compile(r"\s*[-+]?\d[\d.eE+-]*(?:[\s,;]+[-+]?\d[\d.eE+-]*)+\s*")
+_DEEP = 6  # levels of a JSON file that are looked through
+
+_Texts = dict[str, list[tuple[Entry, str | None]]]
+
+
+def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
+    """Pictures with a .txt, .caption or .json of the same name, in folders or archives.
+
+    A picture that has none beside it takes the file of its name in another folder: images/001.jpg that of
+    labels/001.txt, train/images/001.jpg that of train/labels/001.txt, and both of captions/en and captions/ko.
+
+    Args:
+        files: All files.
+        wanted: Columns that the user named, for what is JSON.
+    """
+    texts: _Texts = {}
+    records: _Texts = {}
+    images: list[Entry] = []
+    for entry in files.entries:
+        stem, _, suffix = nfc(entry.path).rpartition(".")
+        if f".{suffix.lower()}" in IMAGES:
+            images.append(entry)
+        elif suffix.lower() in ("txt", "caption", "json"):
+            kind = records if suffix.lower() == "json" else texts
+            plain, _, code = stem.rpartition(".")
+            kind.setdefault(stem, []).append((entry, None))
+            if code.lower() in CODES and "/" not in code:
+                kind.setdefault(plain, []).append((entry, code.lower()))
+    beside = [_stem(image) for image in images]
+    elsewhere = _elsewhere([stem for stem in beside if stem not in texts], texts, {*beside})
+    lone = [stem for stem in beside if stem not in texts and stem not in elsewhere and stem not in records]
+    elsewhere |= _elsewhere(lone, records, {*beside})
+    used: set[str] = set()
+    for image, stem in zip(images, beside, strict=True):
+        found = texts.get(stem) or elsewhere.get(stem) or records.get(stem, [])
+        used.update(entry.path for entry, _ in found)
+        notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in found[:1] if stem in elsewhere]
+        yield _row(files, image, found, notes, wanted)
+    for group in texts.values():
+        for entry, _ in group:
+            if entry.path not in used and not OTHERS.search(entry.path):
+                used.add(entry.path)
+                yield bad_row(entry.path, "missing picture", "a caption file without a picture")
+
+
+def _stem(entry: Entry) -> str:
+    return nfc(entry.path).rpartition(".")[0]
+
+
+def _row(
+    files: Files, image: Entry, texts: Sequence[tuple[Entry, str | None]], notes: list[tuple[str, str]], wanted: Wanted
+) -> ManifestRow:
+    """A picture with what its files say."""
+    errors: list[tuple[str, str]] = []
+    captions: list[Caption] = []
+    for entry, language in texts:
+        try:
+            data = files.read_text(entry)
+        except FileError as error:
+            errors.append(("caption file that can't be read", str(error)))
+            continue
+        if entry.path.lower().endswith(".json"):
+            captions += _captions_of_json(data, entry.path, language, wanted, errors, notes)
+            continue
+        said = [line for line in lines(data) if line.text is None or line.text.strip()]
+        if said and all(line.text and _NUMBERS.fullmatch(line.text) for line in said):
+            errors.append(("boxes or classes in the place of captions", f"{entry.path} holds numbers alone"))
+            continue
+        for line in said:
+            if line.text is None:
+                errors.append(("not UTF-8", f"{entry.path}:{line.number}: {line.hint}"))
+            else:
+                captions += read_captions(line.text, language, f"{entry.path}:{line.number}", errors, notes)
+    if not captions and not errors:
+        errors.append(("empty caption", f"{texts[0][0].path} is empty") if texts else ("no caption file", ""))
+    split = files.split_of(image)
+    return ManifestRow(image.path, tuple(captions), split, image.path, tuple(errors), tuple(notes), key=image)
+
+
+def _elsewhere(images: Sequence[str], texts: _Texts, beside: set[str]) -> _Texts:
+    """For pictures without a file beside them, those in other folders that can mean them alone.
+
+    Args:
+        images: The pictures' paths without endings.
+        texts: The files by theirs.
+        beside: What has a picture beside it.
+    """
+    by_last: dict[str, list[str]] = {}
+    for stem in texts if images else ():
+        if stem not in beside:
+            by_last.setdefault(stem.rpartition("/")[2], []).append(stem)
+    found: dict[str, list[str]] = {}
+    taken: dict[str, list[tuple[int, str]]] = {}  # text -> the pictures that it may be of
+    for image in dict.fromkeys(images):
+        near = [(_shared(image, text), text) for text in by_last.get(image.rpartition("/")[2], ())]
+        best = [text for score, text in near if score == max(near)[0]]
+        if len(best) == 1 or (best and len({_language(text) for text in best} - {None}) == len(best)):
+            found[image] = best
+            for text in best:
+                taken.setdefault(text, []).append((max(near)[0], image))
+    meant = {text: max(some)[1] for text, some in taken.items() if [at for at, _ in some].count(max(some)[0]) == 1}
+    chosen: _Texts = {}
+    for image, best in found.items():
+        if all(meant.get(text) == image for text in best):
+            told = {text: _language(text) if len(best) > 1 else None for text in best}
+            chosen[image] = [(entry, said or told[text]) for text in best for entry, said in texts[text]]
+    return chosen
+
+
+def _shared(image: str, text: str) -> int:
+    """How many folders two paths share at their beginnings and their ends."""
+    a, b = image.split("/")[:-1], text.split("/")[:-1]
+    most = min(len(a), len(b))
+    front = next((i for i in range(most) if a[i] != b[i]), most)
+    back = next((i for i in range(most - front) if a[-1 - i] != b[-1 - i]), most - front)
+    return front + back
+
+
+def _language(stem: str) -> str | None:
+    """The language that the nearest folder of a path says."""
+    words = [part.casefold() for part in reversed(stem.split("/")[:-1])]
+    return next((LANGUAGES.get(word, word) for word in words if word in LANGUAGES or word in CODES), None)
+
+
+def _captions_of_json(
+    data: bytes,
+    name: str,
+    language: str | None,
+    wanted: Wanted,
+    errors: list[tuple[str, str]],
+    notes: list[tuple[str, str]],
+) -> list[Caption]:
+    """The captions of a picture's own JSON file: those of the first level with a key that is called like one."""
+    try:
+        level = [json.loads(data)]
+    except (ValueError, RecursionError) as error:
+        errors.append(("not JSON", f"{name}: {error}"))
+        return []
+    wanted = wanted._replace(images=False, image=None, language=None, split=None)
+    for _ in range(_DEEP):
+        records = [value for value in level if isinstance(value, dict)]
+        found: list[Caption] = []
+        for record in records:
+            try:
+                columns = find_columns([key for key, value in record.items() if value is not None], wanted, name)
+            except ValueError:
+                continue
+            for key, said in columns.captions:
+                if isinstance(record[key], (str, list)):
+                    found += read_captions(record[key], said or language, f"{name} ({key})", errors, notes)
+        if found or errors:
+            return found
+        level = [inner for value in level for inner in _inside(value)]
+    errors.append(("no caption", f"{name} has no key that is called like one"))
+    return []
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value.values()]
+    return value if isinstance(value, list) else []

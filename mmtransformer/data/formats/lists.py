@@ -1,0 +1,71 @@
+"""Lists of pictures without a header: a name, what divides it from its caption, and the caption, a line each."""
+
+import re
+from collections.abc import Iterator
+
+from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.cells import read_captions
+from mmtransformer.data.files.endings import IMAGES
+from mmtransformer.data.files.members import Entry
+from mmtransformer.data.files.tables import ManifestRow, bad_row, looks_like_image
+from mmtransformer.data.files.text import SPLITS, lines
+
+_TOKEN = re.compile(r"(?P<name>[^\t]+\.\w{3,4})(?:\.\d)?#(?P<index>\d+)\t(?P<text>.*)", re.DOTALL)
+_ENDS = "|".join(ending[1:] for ending in IMAGES)
+_LINE = re.compile(
+    rf"(?P<name>[^\t\"]*?[^\t\"/\\]\.(?:{_ENDS}))(?:\.\d)?(?:\s*#\s*\d+)?(?:\s*[\t|]\s*#?\d+(?=\s*[\t|]))?"
+    r"(?P<mark>\s*[\t|,;:]\s*|\s+)(?P<text>\S.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_SPLIT_LIST = re.compile(r"(^|[._])(train|dev|val|test)_?images\.txt$", re.IGNORECASE)
+_SOME = 20  # lines that tell what a file is
+
+
+def list_format(head: bytes) -> str | None:
+    """Whether a text, by its first lines, is "flickr" ("name.jpg#0<TAB>caption") or another "list"; None if neither.
+
+    Every line of a list begins with the name of a picture, and words follow: numbers alone (of classes, or boxes) are
+    no captions, nor are single words behind a space (names of classes). Columns in the middle, but for a caption's
+    number, make a table that needs a header.
+    """
+    some = [line.text for line in lines(head) if line.text and line.text.strip()][:_SOME]
+    if some and _TOKEN.fullmatch(some[0]):
+        return "flickr"
+    found = [match for line in some if (match := _LINE.fullmatch(line))]
+    if not found or 10 * len(found) < 9 * len(some):
+        return None
+    marks, texts = [match["mark"].strip(" ") for match in found], [match["text"].strip() for match in found]
+    words = sum(sum(map(str.isalpha, text)) > 1 and not looks_like_image(text) for text in texts)
+    if 2 * words < len(texts):
+        return None
+    if not any(marks):
+        return "list" if 2 * sum(" " in text for text in texts) >= len(texts) else None
+    mark = max(marks, key=marks.count)
+    cells = {text.count(mark) for text in texts if '"' not in text}
+    return None if mark and cells == {min(cells, default=0)} != {0} else "list"
+
+
+def read_list(files: Files, entry: Entry) -> Iterator[ManifestRow]:
+    """The rows of a list; lists of splits beside it, as Flickr8k's authors hand them out, count."""
+    splits: dict[str, str] = {}
+    for other in files.entries:
+        if other.archive == entry.archive and (match := _SPLIT_LIST.search(other.path)):
+            for line in lines(files.read_text(other)):
+                splits[(line.text or "").strip()] = SPLITS[match[2].lower()]
+    for line in lines(files.read_text(entry)):
+        where = f"{entry.path}:{line.number}"
+        match = (_TOKEN.fullmatch(line.text) or _LINE.fullmatch(line.text)) if line.text else None
+        if match is None:
+            if line.text is None or line.text.strip():
+                cause = ("not UTF-8", line.hint) if line.text is None else ("not name<TAB>caption", line.text)
+                yield bad_row(where, *cause)
+            continue
+        errors: list[tuple[str, str]] = []
+        notes: list[tuple[str, str]] = []
+        name, text = match["name"].strip(), match["text"].strip()
+        if len(text) > 1 and text[0] == text[-1] == '"':
+            text = text[1:-1].replace('""', '"')
+        captions = read_captions(text, None, name, errors, notes)
+        # with lists of splits, what is on none of them is left out on purpose, as in every published result
+        split = splits.get(name, "unlisted") if splits else None
+        yield ManifestRow(name, tuple(captions), split, where, tuple(errors), tuple(notes))
