@@ -1,8 +1,10 @@
 """From the name that a manifest gives a picture to the one file that it can mean."""
 
+import html
 import re
-from collections.abc import Iterable, Sequence
-from urllib.parse import unquote
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.endings import IMAGES
@@ -24,9 +26,11 @@ class Finder:
     5. as a number that a spreadsheet has written anew: "7" or "7.0" for 00007.jpg, if only one picture fits.
 
     The first way that finds at least half of the names is taken, or else the one that finds most. A name that is not
-    there may differ from that of one file in upper and lower case (a.jpg for A.JPG), as on Windows. Paths of other
-    machines (C:\Users\..., Label Studio's /data/upload/...) mean the file with the longest end that is the same. How
-    many there were of both stands in `mapped`.
+    there may differ from that of one file in upper and lower case (a.jpg for A.JPG), as on Windows; or it is spelt in
+    another way, and read in one of these ways again: as in URLs ("a%20b.jpg", or a file is called so), with + for
+    spaces, as in HTML, with a caption's number behind it ("a.jpg#0"). Paths of other machines (C:\Users\..., Label
+    Studio's /data/upload/...) and URLs mean the file with the longest end that is the same, if only one of them does.
+    How many there were of each stands in `mapped`.
 
     Args:
         files: Where pictures may lie.
@@ -35,15 +39,65 @@ class Finder:
     """
 
     def __init__(self, files: Files, base: str, names: Iterable[str]):
+        index, names = _Index(files), list(dict.fromkeys(names))
+        self._plain = _Reader(index, base, names)
+        self.mapped: dict[str, list[str]] = {}
+        self._spelt: list[tuple[str, Callable[[str], str], _Reader]] = []
+        ends = [(name, self._plain.by_end(away[1])) for name in names if (away := _elsewhere(name)) is not None]
+        often = Counter(found for _, found in ends)
+        self._ends = {name: found for name, found in ends if isinstance(found, Entry) and often[found] == 1}
+        missing = [name for name in names if _elsewhere(name) is None and isinstance(self._plain.find(name)[0], str)]
+        for kind, spell in _spellings(files):
+            if changed := [other for name in missing if (other := spell(name)) != name]:
+                self._spelt.append((kind, spell, _Reader(index, base, changed)))
+
+    @property
+    def way(self) -> int:
+        """How names are read: 1 to 5, as above."""
+        return self._plain.way
+
+    def find(self, name: str) -> tuple[Entry, str] | tuple[str, str]:
+        """The file that a name means, and the name in its plain form; or the cause and what is wrong with it."""
+        if (elsewhere := _elsewhere(name)) is not None:
+            return self._by_end(name, *elsewhere)
+        found = self._plain.find(name)
+        if isinstance(found[0], Entry):
+            if name in self._plain.other_case:
+                kind, what = "names that differ in upper and lower case", found[0].path
+                self.mapped.setdefault(kind, []).append(f"{name[:120]!r} is taken for {what}")
+            return found
+        for kind, spell, reader in self._spelt:
+            if (other := spell(name)) != name and isinstance((again := reader.find(other))[0], Entry):
+                self.mapped.setdefault(kind, []).append(f"{name[:120]!r} is taken for {again[0].path}")
+                return again
+        return found
+
+    def _by_end(self, name: str, kind: str, ends: Sequence[str]) -> tuple[Entry, str] | tuple[str, str]:
+        """The file with the longest end of a path of another machine."""
+        found = self._ends.get(name) or self._plain.by_end(ends)
+        if isinstance(found, Entry) and name in self._ends:
+            self.mapped.setdefault(kind, []).append(f"{name[:120]!r} is taken for {found.path}")
+            return found, nfc(found.path)
+        if isinstance(found, Entry):
+            return "ambiguous name", f"{name[:120]!r} and others end like {found.path}"
+        if found:
+            return "ambiguous name", f"{name[:120]!r} may be {' or '.join(found)}"
+        said = (refusal(name) or "").partition(":")[0]
+        if "URL" in said:
+            return "refused path", f"{name[:120]!r} is {refusal(name)}"
+        return "refused path", f"{name[:120]!r} is an absolute path, and no file here ends like it"
+
+
+class _Index:
+    """The files below a root by parts of their names."""
+
+    def __init__(self, files: Files):
         self.files = files
-        self.base = base
         self.inner: dict[str, list[Entry]] = {}
         self.by_last: dict[str, list[Entry]] = {}
         self.by_stem: dict[str, list[Entry]] = {}
         self.by_number: dict[int, list[Entry]] = {}
         self.by_low: dict[str, list[Entry]] = {}
-        self.dropped = 0
-        self.mapped: dict[str, list[str]] = {}
         for entry in files.entries:
             if entry.archive >= 0:
                 self.inner.setdefault(entry.inner, []).append(entry)
@@ -54,6 +108,22 @@ class Finder:
                 self.by_low.setdefault(last.casefold(), []).append(entry)
                 if _NUMBER.fullmatch(stem):
                     self.by_number.setdefault(int(stem), []).append(entry)
+
+
+class _Reader:
+    """Reads names in the way that finds most of them.
+
+    Args:
+        index: The files.
+        base: The manifest's folder.
+        names: The names that are to be found.
+    """
+
+    def __init__(self, index: _Index, base: str, names: Iterable[str]):
+        self.index = index
+        self.base = base
+        self.dropped = 0
+        self.other_case: set[str] = set()
         paths = [path for name in set(names) if refusal(name) is None and (path := join("", name)) is not None]
         best, most = 1, -1
         for way in (1, 2, 3, 4, 5):
@@ -70,8 +140,6 @@ class Finder:
 
     def find(self, name: str) -> tuple[Entry, str] | tuple[str, str]:
         """The file that a name means, and the name in its plain form; or the cause and what is wrong with it."""
-        if (elsewhere := _elsewhere(name)) is not None:
-            return self._by_end(name, *elsewhere)
         if (reason := refusal(name)) is not None:
             return "refused path", f"{name[:120]!r} is {reason}"
         full = join(self.base, name)
@@ -82,47 +150,43 @@ class Finder:
         if isinstance(found, Entry):
             return found, path
         if found[0] == "missing picture" and (other := self._in_other_case(path, full)) is not None:
-            what = f"{name[:120]!r} is taken for {other.path}"
-            self.mapped.setdefault("names that differ in upper and lower case", []).append(what)
+            self.other_case.add(name)
             return other, path
         return (found[0], repr(name[:120])) if found[0] == "missing picture" else found
 
-    def _by_end(self, name: str, kind: str, ends: Sequence[str]) -> tuple[Entry, str] | tuple[str, str]:
-        """The file with the longest end of a path of another machine."""
+    def by_end(self, ends: Sequence[str]) -> Entry | tuple[str, ...]:
+        """The file with the longest end of a path; those that are as long, if there are several; () = none."""
         for end in ends:
             last = nfc(end).rpartition("/")[2]
-            found = [(_shared(nfc(entry.path), nfc(end)), entry) for entry in self.by_last.get(last, ())]
+            found = [(_shared(nfc(entry.path), nfc(end)), entry) for entry in self.index.by_last.get(last, ())]
             if not found:
                 continue
             most = max(shared for shared, _ in found)
             best = [entry for shared, entry in found if shared == most]
-            if len(best) > 1:
-                return "ambiguous name", f"{name[:120]!r} may be {best[0].path} or {best[1].path}"
-            self.mapped.setdefault(kind, []).append(f"{name[:120]!r} is taken for {best[0].path}")
-            return best[0], nfc(best[0].path)
-        return "refused path", f"{name[:120]!r} is an absolute path, and no file here ends like it"
+            return best[0] if len(best) == 1 else tuple(entry.path for entry in best[:2])
+        return ()
 
     def _look(self, path: str, full: str) -> Entry | tuple[str, str]:
         if self.way == 3:
             path = full = "/".join(path.split("/")[self.dropped :])
-        by_path = self.files.by_path
+        by_path, refused = self.index.files.by_path, self.index.files.refused
         based = f"{self.base}/{path}" if self.base else path
         for key in (full, based, path):
             if key in by_path:
                 return by_path[key]
-            reason = next((self.files.refused[above] for above in _above(key) if above in self.files.refused), None)
+            reason = next((refused[above] for above in _above(key) if above in refused), None)
             if reason is not None:
                 return "refused path", f"{path!r} is {reason}"
-        found = self.inner.get(path, [])
+        found = self.index.inner.get(path, [])
         if self.way == 2 and not found:
-            found = [e for e in self.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)]
+            found = [e for e in self.index.by_last.get(path.rpartition("/")[2], []) if nfc(e.path).endswith("/" + path)]
             loose = [entry for entry in found if entry.archive < 0]
             found = loose if len(loose) == 1 else found  # an unpacked copy beside its archive
         if self.way == 4 and not found:
-            ids = self.by_stem.get(path.rpartition("/")[2], [])
+            ids = self.index.by_stem.get(path.rpartition("/")[2], [])
             found = [e for e in ids if f"/{nfc(e.path)}".rpartition(".")[0].endswith(f"/{path}")]
         if self.way == 5 and not found and (number := _NUMBER.fullmatch(path)):
-            found = self.by_number.get(int(number[1]), [])
+            found = self.index.by_number.get(int(number[1]), [])
         if len(found) == 1:
             return found[0]
         if found:
@@ -134,7 +198,8 @@ class Finder:
         if self.way == 3:
             path = full = "/".join(path.split("/")[self.dropped :])
         wanted = {one.casefold() for one in (path, full, f"{self.base}/{path}")}
-        low = {entry: nfc(entry.path).casefold() for entry in self.by_low.get(path.rpartition("/")[2].casefold(), ())}
+        near = self.index.by_low.get(path.rpartition("/")[2].casefold(), ())
+        low = {entry: nfc(entry.path).casefold() for entry in near}
         found = [entry for entry, name in low.items() if name in wanted or entry.inner.casefold() in wanted]
         if self.way == 2 and not found:
             found = [entry for entry, name in low.items() if name.endswith(f"/{path.casefold()}")]
@@ -163,9 +228,29 @@ def _elsewhere(name: str) -> tuple[str, tuple[str, ...]] | None:
     if name.startswith("/data/upload/"):
         plain = unquote(name)
         return "Label Studio's paths, found by their ends", (plain, re.sub(r"/[0-9a-f]{8}-([^/]+)$", r"/\1", plain))
+    if (scheme := name.partition("://")[0].lower()) in ("file", "http", "https", "s3", "gs") and "://" in name:
+        try:
+            path = urlsplit(name).path
+        except ValueError:
+            return None
+        kind = "file paths" if scheme == "file" else "URLs"
+        return f"{kind}, found by their ends", tuple(dict.fromkeys((unquote(path), path)))
     if name.startswith(("/", "~/")):
         return "absolute paths, found by their ends", (name,)
     return None
+
+
+def _spellings(files: Files) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Other ways to spell a name, each with what it is called."""
+    folders = {part for entry in files.entries if "%" in entry.path for part in nfc(entry.path).split("/")}
+    escaped = {nfc(unquote(part)): part for part in folders}
+    yield "names with a caption's number behind (#0)", lambda name: re.sub(r"#\d+$", "", name)
+    yield "names as URLs write them (%20)", lambda name: unquote(re.split("[?#]", name)[0])
+    if escaped:
+        kind = "files whose names are as URLs write them (%20)"
+        yield kind, lambda name: "/".join(escaped.get(part, part) for part in nfc(name).replace("\\", "/").split("/"))
+    yield "names with + for spaces", unquote_plus
+    yield "names as HTML writes them (&amp;)", html.unescape
 
 
 def _shared(path: str, other: str) -> int:

@@ -222,7 +222,7 @@ def _split(value: Any) -> str | None:
 
 def sniff(header: str) -> str:
     """The delimiter of a table: the one of tab, comma, semicolon and bar that cuts its header into most columns."""
-    return max("\t,;|", key=lambda mark: (len(_cells(header, mark) or ()), mark == "\t"))
+    return max("\t,;|", key=lambda mark: (len(split_cells(header, mark) or ()), mark == "\t"))
 
 
 def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterator[ManifestRow]]:
@@ -245,7 +245,7 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
     if not text or text[0].text is None:
         raise ValueError(f"{name}:1 is not UTF-8: {text[0].hint}" if text else f"{name} is empty")
     mark = sniff(text[0].text)
-    header = [cell.strip() for cell in _cells(text[0].text, mark) or text[0].text.split(mark)]
+    header = [cell.strip() for cell in split_cells(text[0].text, mark) or text[0].text.split(mark)]
     start = 1
     if (len(header) == 2 or wanted.image is None) and any(looks_like_image(cell) for cell in header):
         if len(header) != 2:
@@ -254,7 +254,7 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
             )
         header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
         start = 0
-    first = (_cells(line.text, mark) for line in text[start : start + _SOME] if line.text)
+    first = (split_cells(line.text, mark) for line in text[start : start + _SOME] if line.text)
     some = [dict(zip(header, cells, strict=True)) for cells in first if cells and len(cells) == len(header)]
     columns = find_columns(header, wanted, name, some)
     return columns, _rows(text[start:], name, mark, header, columns)
@@ -279,13 +279,13 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
         if not line.text.strip(f'{mark} "'):  # spreadsheets write rows that nobody has filled in
             continue
         whole, more = line.text, at
-        cells = _cells(whole, mark)
+        cells = split_cells(whole, mark)
         while cells is None and more < len(text) and more - at < _JOINED:
             if text[more].text is None or is_row(text[more]):
                 break
             whole += "\n" + text[more].text
             more += 1
-            cells = _cells(whole, mark)
+            cells = split_cells(whole, mark)
         if cells is None:
             cells = line.text.split(mark)
             notes = (("stray quote, kept as text", line.text[:80]),)
@@ -301,7 +301,7 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
         yield make_row(record, columns, where, notes)
 
 
-def _cells(line: str, mark: str) -> list[str] | None:
+def split_cells(line: str, mark: str) -> list[str] | None:
     """The cells of a line; None while a quote is open or closed in the middle of a cell."""
     if '"' not in line:
         return line.split(mark)

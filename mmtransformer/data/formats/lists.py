@@ -32,7 +32,7 @@ def list_format(head: bytes) -> str | None:
     if some and _TOKEN.fullmatch(some[0]):
         return "flickr"
     found = [match for line in some if (match := _LINE.fullmatch(line))]
-    if not found or 10 * len(found) < 9 * len(some):
+    if not found or 10 * len(found) < 9 * len(some) or not _LINE.fullmatch(some[0]):
         return None
     marks, texts = [match["mark"].strip(" ") for match in found], [match["text"].strip() for match in found]
     words = sum(sum(map(str.isalpha, text)) > 1 and not looks_like_image(text) for text in texts)

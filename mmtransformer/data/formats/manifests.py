@@ -25,7 +25,7 @@ from mmtransformer.data.files.endings import IMAGES, OTHERS, PACKED_TEXTS, TABLE
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
-from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, read_table, sniff
+from mmtransformer.data.files.tables import Columns, ManifestRow, find_columns, read_table, sniff, split_cells
 from mmtransformer.data.files.text import SPLITS, lines, split_word
 from mmtransformer.data.formats.columnar import read_columnar
 from mmtransformer.data.formats.json_files import read_coco, read_karpathy, read_records
@@ -269,7 +269,8 @@ def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) 
 def _table_format(head: bytes) -> str:
     """Whether a table is one, or a list without a header whose captions, not in quotes, have its mark in them."""
     first = next((line.text for line in lines(head) if line.text), "")
-    return (len(first.split(sniff(first))) > 2 and list_format(head)) or "csv"
+    cells = split_cells(first, sniff(first))
+    return (cells is not None and len(cells) > 2 and list_format(head)) or "csv"
 
 
 def _has_columns(head: bytes, wanted: Wanted) -> bool:
