@@ -41,7 +41,7 @@ def list_format(head: bytes) -> str | None:
     if not any(marks):
         return "list" if 2 * sum(" " in text for text in texts) >= len(texts) else None
     mark = max(marks, key=marks.count)
-    cells = {text.count(mark) for text in texts if '"' not in text}
+    cells = {len(re.findall(re.escape(mark) + "(?! )", text)) for text in texts if '"' not in text}  # "a dog, asleep"
     return None if mark and cells == {min(cells, default=0)} != {0} else "list"
 
 
