@@ -6,6 +6,7 @@ PYTHON is an interpreter that has the package (`.ci/package` gives one that has 
 Every step is a command as a user would type it, with the exit code and the words that its output must have.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -66,6 +67,36 @@ def data() -> None:
             archive.write(path)
 
 
+def more_data() -> None:
+    """What the second fresh trial had."""
+    for folder in ("lists", "html", "listed", "wrapped", "parallel", "packed", "comma", "quotes", "numbers", "frame"):
+        pictures(Path(folder, "photos" if folder in ("listed", "parallel", "packed") else ""))
+    rows = [f"{n}.jpg,\"['a dog {n}', 'an animal {n}']\"" for n in NAMES]
+    Path("lists/df.csv").write_text("\n".join(["image,captions", *rows]))
+    Path("html/df.csv").write_text("\n".join(["image,caption", *(f"{n}.jpg,Tom &amp; Jerry&#39;s {n}" for n in NAMES)]))
+    Path("listed/list.txt").write_text("\n".join(f"{n}.jpg#0\ta dog {n}" for n in NAMES))
+    pictures(Path("spaced"))
+    Path("spaced/list.txt").write_text("\n".join(f"{n}.jpg a dog {n}" for n in NAMES))
+    records = [{"image": f"{n}.jpg", "caption": f"a dog {n}"} for n in NAMES]
+    Path("wrapped/result.json").write_text(json.dumps({"info": {"year": 2026}, "data": records}))
+    columns = {key: {str(i): record[key] for i, record in enumerate(records)} for key in ("image", "caption")}
+    Path("frame/df.json").write_text(json.dumps(columns))
+    Path("parallel/captions").mkdir()
+    for n in NAMES:
+        Path(f"parallel/captions/{n}.txt").write_text(f"a dog {n}")
+        Path(f"numbers/{n}.txt").write_text("0 0.5 0.5 0.25 0.25")
+    pictures(Path("escaped"), [f"my dog {n}" for n in NAMES])
+    Path("escaped/c.csv").write_text("\n".join(["image,caption", *(f"my%20dog%20{n}.jpg,a dog {n}" for n in NAMES)]))
+    table = "\n".join(["image,caption", *(f"{n}.jpg,a dog {n}" for n in NAMES)])
+    Path("packed/captions.csv.gz").write_bytes(gzip.compress(table.encode()))
+    for name in ("more.rar", "more.7z", "more.alz", "more.zip.part0"):
+        Path("packed", name).write_bytes(b"of another program")
+    Path("comma/c.json").write_text(json.dumps(records, indent=1).replace("\n]", ",\n]"))
+    Path("quotes/c.json").write_text(str(records))
+    Path("bad").mkdir()
+    Path("bad/broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+
+
 def arrow(folder: Path) -> None:
     """A data set as `datasets.save_to_disk` writes it."""
     pictures(folder / "from")
@@ -85,8 +116,16 @@ MODEL = "--model runs/first/model"
 TUNE = "fit --config finetune_pairs --config tiny --model.init runs/first/model --data.source"
 ENGLISH = "--data.read.language en --trainer.default_root_dir runs/llava"
 GERMAN = "--data.read.language de --model.add_languages [de] --trainer.default_root_dir runs/de"
+CLIP = f"{RUN} ".replace("caption_scenes", "clip_scenes").replace("runs/first", "runs/clip").strip()
+PYTHON = (
+    "import mmtransformer as mm; print(mm.weights.__name__, 'generation' in dir(mm)); "
+    "c = mm.ImageCaptioner.from_pretrained('runs/first/model'); print(repr(c)[:14], repr(c.tokenizer)[:9]); "
+    "print(sum(map(len, c.stream(p for p in ['ids/000.jpg'] * 3))), 'streamed'); "
+    "from importlib.resources import files; print((files(mm) / 'py.typed').is_file(), 'typed'); c(iter(['a.jpg']))"
+)
 STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("recipes", 0, ("caption_scenes", "time", "score")),
+    ("recipes show caption_scenes", 0, ("class_path",)),
     ("fit --config caption_scene", 2, ('did you mean "caption_scenes"',)),
     (f"{RUN} --trainer.max_step 3", 2, ('did you mean "trainer.max_steps"',)),
     (f"{RUN} --model.optim.learning_rate 3", 2, ('did you mean "model.optim.lr"',)),
@@ -106,7 +145,21 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("check turns", 0, ("24 pictures, 48 captions",)),
     ("check absolute", 0, ("24 pictures", "image=was", "absolute paths")),
     ("check arrow", 0, ("Arrow data-00000-of-00001.arrow: 24 pictures",)),
+    ("check lists", 0, ("24 pictures, 48 captions", "cells that hold a list as text, read as its captions: 24")),
+    ("check html", 0, ("captions with HTML in them", "24 of 24", "--normalize html")),
+    ("check listed", 0, ("Flickr token file list.txt: 24 pictures",)),
+    ("check spaced", 0, ("list of pictures list.txt: 24 pictures",)),
+    ("check wrapped", 0, ("JSON result.json: 24 pictures",)),
+    ("check frame", 0, ("JSON df.json: 24 pictures",)),
+    ("check parallel", 0, ("24 pictures", "captions in a folder of their own: 24")),
+    ("check numbers", 1, ("boxes or classes in the place of captions: 24",)),
+    ("check escaped", 0, ("24 pictures", "names as URLs write them (%20): 24")),
+    ("check packed", 0, ("CSV captions.csv.gz: 24", "packed by RAR", "7-Zip", "ALZip", "cat more.zip.part*")),
+    ("check packed/more.rar", 2, ("packed by RAR", "unpack it")),
+    ("check comma", 2, ("c.json:", "is not JSON", "column", "one comma too many")),
+    ("check quotes", 2, ("c.json:1 is not JSON", "column 3", "double quotes")),
     ("check someone/photos.csv", 2, ("someone/photos.csv does not exist",)),
+    (f"{TUNE} html --data.read.language en --data.read.normalize html", 0, ("--language en",)),
     (f"{TUNE} llava {ENGLISH}", 0, ("left out, as the model is trained without prompts",)),
     (f"{TUNE} ids --data.read.language en", 0, ("--language en",)),
     (f"{TUNE} german {GERMAN}", 0, ("--language de",)),
@@ -116,12 +169,18 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     (f"caption @bad_images_captions.txt {MODEL} --out captions.jsonl", 2, ("broken.jpg",)),
     (f"caption photos.zip {MODEL} --out captions.csv --prefix sks", 1, ("24 pictures captioned in captions.csv",)),
     (f"caption photos/**/*.jpg {MODEL} --out texts/", 1, ("24 pictures captioned",)),
+    (f"caption packed/more.rar {MODEL}", 2, ("packed by RAR",)),
+    (f"caption ids/000.jpg {MODEL} --force-words dog", 0, ("dog",)),
     (f"caption ids/000.jpg {MODEL} --temperature 0.5", 2, ("it needs do_sample",)),
     (f"caption ids/000.jpg {MODEL} --device cuda:99", 2, ("device cuda:99",)),
     ("caption ids/000.jpg --model runs/first", 2, ("its model is runs/first/model",)),
     (f"caption ids/000.jpg {MODEL} --do-sample --num-return-sequences 5", 0, ("(",)),
     (f"evaluate {MODEL} --data ids --split train --predictions said.jsonl", 0, ("BLEU-4",)),
     (f"evaluate {MODEL} --data ids --split train --predictions said.jsonl", 0, ("BLEU-4",)),
+    (f"-c {PYTHON}", 1, ("mmtransformer.weights True", "ImageCaptioner Tokenizer", "3 streamed", "True typed",
+                         "by a list_iterator: give a list of them, [*images], or captioner.stream(images)")),
+    (CLIP, 0, ("mmt search",)),
+    ("search red --index bad --model runs/clip/model", 2, ("broken.jpg", "error: not one of 1 picture can be used")),
     (f"evaluate {MODEL} --data turns --split train", 0, ("answers to later turns of conversations",)),
 ]  # fmt: skip
 
@@ -134,15 +193,18 @@ def main(python: str) -> int:
     try:
         os.chdir(folder)
         data()
+        more_data()
         for words, code, wanted in STEPS:
             began = time.monotonic()
-            command = [python, "-m", "mmtransformer.cli", *words.split(" ")]
+            own = words.startswith("-c ")
+            command = [python, *(("-c", words[3:]) if own else ("-m", "mmtransformer.cli", *words.split(" ")))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             said = done.stdout + done.stderr
             missing = [word for word in wanted if word not in said]
-            right = done.returncode == code and not missing and "Traceback" not in said
+            right = done.returncode == code and not missing and (own or "Traceback" not in said)
             wrong += not right
-            print(f"{'ok   ' if right else 'WRONG'} {time.monotonic() - began:5.1f} s  mmt {words}", flush=True)
+            took, program = time.monotonic() - began, "python" if own else "mmt"
+            print(f"{'ok   ' if right else 'WRONG'} {took:5.1f} s  {program} {words}", flush=True)
             if not right:
                 print(f"      exit code {done.returncode}, not {code}; missing {missing}\n{said[-1500:]}", flush=True)
     finally:
