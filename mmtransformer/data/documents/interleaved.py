@@ -26,7 +26,7 @@ from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split, normalize_languages, normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import is_broken, is_missing, language_code, normalize_text, split_word
-from mmtransformer.data.formats.manifests import json_lines
+from mmtransformer.data.formats.json_text import json_lines
 from mmtransformer.data.loading.errors import Report, TooManyErrors
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.images import ImageError, load

@@ -16,6 +16,11 @@ IMAGES = (
 TABLES = (".csv", ".tsv", ".tab", ".psv")
 TEXTS = (*TABLES, ".jsonl", ".ndjson", ".json", ".txt", ".token")
 """Files that may hold captions and are texts; they may be compressed each by itself."""
+UNREAD = (
+    ".xls", ".ods", ".numbers", ".hwp", ".hwpx", ".doc", ".docx", ".xml", ".yaml", ".yml", ".pkl", ".pickle", ".npy",
+    ".npz", ".db", ".sqlite", ".sqlite3", ".h5", ".hdf5", ".mat", ".tfrecord", ".mdb", ".avro", ".orc", ".rtf",
+)  # fmt: skip
+"""Files that may hold captions and are not read."""
 OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
     r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|(cache|tmp)[^/]*\.arrow)[^/]*$",

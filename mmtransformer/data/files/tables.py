@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 from mmtransformer.data.files.cells import read_captions
 from mmtransformer.data.files.endings import IMAGES
 from mmtransformer.data.files.read_options import Wanted
-from mmtransformer.data.files.text import CODES, LANGUAGES, is_missing, language_code, lines, normalize_text, split_word
+from mmtransformer.data.files.text import (
+    CODES,
+    LANGUAGES,
+    Line,
+    is_missing,
+    language_code,
+    lines,
+    normalize_text,
+    split_word,
+)
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.conversation import Conversation
@@ -17,6 +26,9 @@ IMAGE = (
     "image", "filepath", "file_path", "image_path", "img_path", "imagepath", "image_file", "image_filename",
     "file_name", "filename", "image_name", "path", "img", "picture", "photo", "jpg", "png", "file", "image_url", "url",
     "이미지", "사진", "그림", "파일", "파일명", "파일이름", "파일_이름", "이미지_파일", "이미지_이름", "이미지_경로",
+    "이미지파일", "이미지파일명", "이미지_파일명", "이미지경로", "이미지_url", "이미지url", "이미지주소", "대표이미지",
+    "대표_이미지", "사진파일", "사진파일명", "사진_경로", "사진경로", "파일경로", "그림_파일",
+    "image_file_name", "img_name", "img_file",
     "이미지명", "사진_파일", "사진_이름", "사진명", "파일_경로", "경로",
     "images", "photos",
     "bild", "bilddatei", "datei", "dateiname", "foto", "fichier", "imagen", "archivo", "immagine", "imagem",
@@ -24,26 +36,27 @@ IMAGE = (
 CAPTION = (
     "captions", "caption", "title", "text", "texts", "txt", "sentences", "sentence", "descriptions", "description",
     "comment", "alt_text", "alt", "raw", "캡션", "설명", "설명문", "사진_설명", "이미지_설명",
+    "이미지설명", "사진설명", "설명글", "한줄설명", "캡션문", "문구", "상품_설명", "상품설명", "상품명",
     "문장", "텍스트", "내용", "제목",
     "beschreibung", "bildunterschrift", "titel", "légende", "descripción", "descripcion", "título",
     "didascalia", "legenda",
 )  # fmt: skip
 IDS = (
-    "image_id",
-    "img_id",
-    "imageid",
-    "id",
-    "key",
-    "name",
-    "uid",
-    "아이디",
-    "번호",
-    "이름",
-)  # where no column names files
-QUESTION = ("question", "질문", "질의", "frage", "pregunta", "domanda", "pergunta")
-ANSWER = ("answers", "answer", "multiple_choice_answer", "답", "답변", "antwort", "respuesta", "réponse", "risposta")
+    "image_id", "img_id", "imageid", "id", "key", "name", "uid", "아이디", "번호", "이름",
+    "사진번호", "사진_번호", "이미지번호", "이미지_번호", "이미지_id", "사진_id",
+)  # fmt: skip
+"""Where no column names files."""
+QUESTION = ("question", "질문", "질의", "문제", "frage", "pregunta", "domanda", "pergunta")
+ANSWER = (
+    "answers", "answer", "multiple_choice_answer", "답", "답변", "정답", "대답", "antwort", "respuesta", "réponse",
+    "risposta",
+)  # fmt: skip
 LANGUAGE = ("language", "lang", "locale", "언어")
 SPLIT = ("split", "subset", "partition", "분할")
+TURNS = (("prefix", "suffix"), ("query", "response"), ("prompt", "response"), ("instruction", "output"))
+"""What is asked and what is answered, in tables that have nothing else to say of a picture."""
+FOLDER = ("folder", "folder_name", "foldername", "subfolder", "폴더", "폴더명", "폴더이름", "폴더_이름")
+TITLES = 10  # lines at the top of a table, one of which is its header
 _SOME = 20  # rows that tell which column has the pictures
 _JOINED = 100  # lines that one quoted CSV field may span
 _SEP = re.compile(r"sep=.\s*", re.IGNORECASE)  # Excel's first line
@@ -86,9 +99,11 @@ class Columns(NamedTuple):
     language: str | None = None
     split: str | None = None
     question: str | None = None
+    folder: str | None = None
 
     def __str__(self) -> str:
         said = [f"image={self.image}"] * bool(self.image) + ["caption=" + "+".join(name for name, _ in self.captions)]
+        said += [f"folder={self.folder}"] * bool(self.folder)
         said += [f"question={self.question}"] * bool(self.question)
         said += [f"language={self.language}"] * bool(self.language) + [f"split={self.split}"] * bool(self.split)
         return "columns " + " ".join(said)
@@ -127,6 +142,9 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
         plain = (first(ANSWER) if question else None) or first(CAPTION)
         more = [name for name in names if _stem(name) in CAPTION and _stem(name) != _key(name)]
         captions = tuple((name, _language_of(name)) for name in ([plain] if plain else []) + more)
+        for asked, answered in TURNS if not captions and wanted.images else ():
+            if not captions and asked in by_key and answered in by_key:
+                question, captions = by_key[asked], ((by_key[answered], None),)
         if not captions:  # columns called just "en" and "ko", or "한국어"
             captions = tuple((name, code) for name in names if (code := _code(_key(name))))
     image = image or ("" if not wanted.images else None)
@@ -138,7 +156,8 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
             f"{', data.read.'.join(f'{kind}_column' for kind in missing)})"
         )
     assert image is not None
-    return Columns(image, captions, wanted.language or first(LANGUAGE), wanted.split or first(SPLIT), question)
+    language, split = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT)
+    return Columns(image, captions, language, split, question, first(FOLDER) if wanted.image is None else None)
 
 
 def image_columns(names: Sequence[str]) -> list[str]:
@@ -191,6 +210,9 @@ def make_row(
     elif not isinstance(image, str) or is_missing(image.strip()):
         errors.append(("no picture named", "" if image is None else repr(image)[:60]))
         image = None
+    folder = record.get(columns.folder) if columns.folder and image else None
+    if image and isinstance(folder, str) and not is_missing(folder.strip()) and not re.search(r"[/\\]", image):
+        image = f"{folder.strip()}/{image}"
     language = None
     try:
         language = language_code(str(record.get(columns.language) or "")) if columns.language else None
@@ -244,24 +266,50 @@ def read_table(data: bytes, name: str, wanted: Wanted) -> tuple[Columns, Iterato
         text.pop(0)
     if not text or text[0].text is None:
         raise ValueError(f"{name}:1 is not UTF-8: {text[0].hint}" if text else f"{name} is empty")
-    mark = sniff(text[0].text)
-    header = [cell.strip() for cell in split_cells(text[0].text, mark) or text[0].text.split(mark)]
-    start = 1
-    if (len(header) == 2 or wanted.image is None) and any(looks_like_image(cell) for cell in header):
-        if len(header) != 2:
-            raise ValueError(
-                f"{name} has no header line and {counted(len(header), 'column')}; write one, such as image{mark}caption"
-            )
-        header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
-        start = 0
-    first = (split_cells(line.text, mark) for line in text[start : start + _SOME] if line.text)
-    some = [dict(zip(header, cells, strict=True)) for cells in first if cells and len(cells) == len(header)]
-    columns = find_columns(header, wanted, name, some)
-    return columns, _rows(text[start:], name, mark, header, columns)
+    header, mark, columns, start = _header(text, name, wanted)
+    return columns, _rows(text, start, name, mark, header, columns)
 
 
-def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Columns) -> Iterator[ManifestRow]:
-    at, width = 0, len(header)
+def _header(text: list[Line], name: str, wanted: Wanted) -> tuple[list[str], str, Columns, int]:
+    """The names of a table's columns, what divides them, what they hold, and the first line behind; titles may stand
+    above.
+
+    Raises:
+        ValueError: If no line at the top names columns of pictures and captions, nor are there two without names.
+    """
+    fault: ValueError | None = None
+    for at in range(min(TITLES, len(text))):
+        if not (line := text[at].text or "").strip():
+            continue
+        mark = sniff(line)
+        header = [cell.strip() for cell in split_cells(line, mark) or line.split(mark)]
+        start = at + 1
+        if at == 0 and (len(header) == 2 or wanted.image is None) and any(looks_like_image(cell) for cell in header):
+            if len(header) != 2:
+                raise ValueError(
+                    f"{name} has no header line and {counted(len(header), 'column')}; write one, such as "
+                    f"image{mark}caption"
+                )
+            header = ["image", "caption"] if looks_like_image(header[0]) else ["caption", "image"]
+            start = 0
+        first = (split_cells(line.text, mark) for line in text[start : start + _SOME] if line.text)
+        some = [dict(zip(header, cells, strict=True)) for cells in first if cells and len(cells) == len(header)]
+        try:
+            return header, mark, find_columns(header, wanted, name, some), start
+        except ValueError as error:
+            fault = fault or error
+    assert fault is not None
+    raise fault
+
+
+def _rows(
+    text: list[Line], start: int, name: str, mark: str, header: list[str], columns: Columns
+) -> Iterator[ManifestRow]:
+    at, width = start, len(header)
+    for line in text[: max(0, start - 1)]:
+        if line.text and line.text.strip(f'{mark} "'):
+            note = ("lines above the header, left out", line.text)
+            yield ManifestRow(None, (), None, f"{name}:{line.number}", notes=(note,))
     image = header.index(columns.image) if columns.image else None
     last = columns.captions[-1][0] == header[-1]
 
@@ -283,7 +331,7 @@ def _rows(text: list[Any], name: str, mark: str, header: list[str], columns: Col
         while cells is None and more < len(text) and more - at < _JOINED:
             if text[more].text is None or is_row(text[more]):
                 break
-            whole += "\n" + text[more].text
+            whole += "\n" + (text[more].text or "")
             more += 1
             cells = split_cells(whole, mark)
         if cells is None:

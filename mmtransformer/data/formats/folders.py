@@ -14,6 +14,7 @@ from mmtransformer.data.files.read_options import Wanted
 from mmtransformer.data.files.tables import ManifestRow, bad_row, find_columns
 from mmtransformer.data.files.text import CODES, LANGUAGES, lines
 from mmtransformer.data.loading.source import Caption
+from mmtransformer.images.files import kind_of
 
 PARALLEL = "captions in a folder of their own"
 _NUMBERS = re.compile(r"\s*[-+]?\d[\d.eE+-]*(?:[\s,;]+[-+]?\d[\d.eE+-]*)+\s*")
@@ -46,6 +47,11 @@ def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
             if code.lower() in CODES and "/" not in code:
                 kind.setdefault(plain, []).append((entry, code.lower()))
     beside = [_stem(image) for image in images]
+    if lone := {stem for kind in (texts, records) for stem in kind} - {*beside}:  # their pictures may lack an ending
+        for entry in files.entries:
+            if (path := nfc(entry.path)) in lone and kind_of(files.read(entry)[:64]):
+                images.append(entry)
+                beside.append(path)
     elsewhere = _elsewhere([stem for stem in beside if stem not in texts], texts, {*beside})
     lone = [stem for stem in beside if stem not in texts and stem not in elsewhere and stem not in records]
     elsewhere |= _elsewhere(lone, records, {*beside})

@@ -76,7 +76,7 @@ def read_coco(data: dict[str, Any], name: str, wanted: Wanted) -> Iterator[Manif
         if path is None:
             yield bad_row(where, "no picture named", f"{image!r:.60}")
             continue
-        key = image.get("id")
+        key = image.get("id", image.get("image_id"))
         notes = found.pop(key, ()) if isinstance(key, str | int) else ()
         said = [(value, f"{path} (annotations[{i}])") for i, note in notes for value in _values(note, columns)]
         yield _image_row(path, said, image.get("split"), where)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from mmtransformer.data.files.archives import MAX_BYTES, Files
-from mmtransformer.data.files.endings import IMAGES, OTHERS, PACKED_TEXTS, TABLES, TEXTS, plain_name
+from mmtransformer.data.files.endings import IMAGES, OTHERS, PACKED_TEXTS, TABLES, TEXTS, UNREAD, plain_name
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.read_options import Format, Wanted
@@ -69,6 +69,9 @@ def overlooked(files: Files, images: Iterable[str]) -> Iterator[tuple[str, str]]
     stems = {*names, *(name.rpartition("/")[2] for name in names)}
     for entry in files.entries:
         name = plain_name(entry.path)
+        if name.endswith(UNREAD) and not OTHERS.search(name) and nfc(entry.path).rpartition(".")[0] not in stems:
+            kind = name[name.rfind(".") :]
+            yield entry.path, f"{kind} is not read: if it holds the captions, save them as CSV, JSON or .xlsx"
         if (
             not name.endswith(SUFFIXES)
             or name.endswith(".txt")

@@ -107,3 +107,23 @@ def test_a_json_file_a_picture(content: object, labels: str, tmp_path: Path) -> 
     source = PairFiles(tmp_path, max_bad=1)
     assert source.report.errors == {"no caption": 1, "not JSON": 1}
     assert "000.json has no key that is called like one" in source.report.first["no caption"][0]
+
+
+def test_pictures_without_an_ending(tmp_path: Path) -> None:
+    for i in IDS:
+        (tmp_path / i).write_bytes(png(i))
+        (tmp_path / f"{i}.txt").write_text(f"a dog {i}")
+    (tmp_path / "notes").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("a text of its own")
+    source = PairFiles(tmp_path, max_bad=1)
+    assert captions(source) == {i: [f"a dog {i}"] for i in IDS}
+    assert source.report.errors == {"missing picture": 1}
+
+
+@pytest.mark.parametrize("name", ["목록.xls", "설명.hwp", "annotations.xml", "captions.yaml", "a.sqlite"])
+def test_files_that_are_not_read_are_mentioned(name: str, tmp_path: Path) -> None:
+    draw(tmp_path, [f"{i}.png" for i in IDS])
+    (tmp_path / name).write_bytes(b"?")
+    (said,) = PairFiles(tmp_path, max_bad=1).report.first["a manifest that was not read"]
+    assert said.startswith(f"{name}: {Path(name).suffix} is not read")
+    assert "save them as CSV, JSON or .xlsx" in said

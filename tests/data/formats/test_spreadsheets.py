@@ -1,6 +1,7 @@
 """What spreadsheets, Windows and downloads leave: empty rows, `sep=`, numbers written anew, other case, pointers."""
 
 import io
+import json
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from mmtransformer.data.files.shards import ShardError, Shards
 from mmtransformer.data.files.tables import Columns, find_columns, read_table
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.data.opening import open_pairs
-from support.pair_files import colour, png
+from mmtransformer.data.pairs import PairFiles
+from support.pair_files import colour, draw, png
 
 ALL = ReadOptions(val_fraction=0)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -147,3 +149,68 @@ def test_tables_of_parquet_in_any_folder(tmp_path: Path) -> None:
     (tmp_path / "texts/more/deep").mkdir(parents=True)
     pq.write_table(pa.table({"vector": [1.0]}), tmp_path / "texts/more/deep/vectors.parquet")
     assert captions(tmp_path / "texts") == {"1.png": ["a dog 1"]}
+
+
+def test_all_sheets_are_read_and_those_called_like_splits_are_these(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    names = [f"{i}.png" for i in range(8)]
+    draw(tmp_path, names)
+    book = openpyxl.Workbook()
+    book.active.append(["a note", "of nobody"])
+    for title, some in (("학습", names[:4]), ("검증", names[4:6]), ("평가", names[6:])):
+        sheet = book.create_sheet(title)
+        sheet.append(["2026년 이미지 설명"])
+        sheet.append([])
+        sheet.append(["번호", "파일명", "이미지 설명"])
+        for i, name in enumerate(some):
+            sheet.append([i, name, f"개 {name}"])
+    book.save(tmp_path / "목록.xlsx")
+    source = PairFiles(tmp_path)
+    assert {name: len(source.split(name)) for name in source.splits()} == {"train": 4, "val": 2, "test": 2}
+    assert [c.text for c in source.split("test").captions(0)] == ["개 6.png"]
+    assert source.report.notes == {"a sheet that was not read": 1}
+    assert "목록.xlsx (Sheet)" in source.report.first["a sheet that was not read"][0]
+
+
+@pytest.mark.parametrize("title", ["2026년 이미지 설명,,,", "Pictures; all of them", "a title"])
+def test_titles_above_the_header_are_said(title: str, tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(5)]
+    draw(tmp_path, names)
+    rows = [title, ",,,", "번호,파일명,이미지 설명,비고", *(f"{i},{name},개 {i}," for i, name in enumerate(names))]
+    (tmp_path / "목록.csv").write_text("\n".join(rows), "utf-8")
+    source = PairFiles(tmp_path)
+    assert "5 pictures, 5 captions; columns image=파일명 caption=이미지 설명" in source.describe()
+    assert source.report.first["lines above the header, left out"] == [f"목록.csv:1: {title}"]
+
+
+@pytest.mark.parametrize("slash", [False, True])
+def test_a_column_of_folders(slash: bool, tmp_path: Path) -> None:
+    names = [f"{folder}/{i}.png" for folder in ("봄", "가을") for i in range(4)]
+    draw(tmp_path, names)
+    cells = [[name.partition("/")[0], name if slash else name.partition("/")[2], f"개 {name}"] for name in names]
+    (tmp_path / "a.csv").write_text("\n".join(map(",".join, [["폴더명", "파일명", "설명"], *cells])), "utf-8")
+    source = PairFiles(tmp_path)
+    assert "folder=폴더명" in source.describe()
+    splits = [source.split(name) for name in source.splits()]
+    found = {s.name(i): s.captions(i)[0].text for s in splits for i in range(len(s)) if s.image(i)}
+    assert found == {name: f"개 {name}" for name in names}
+
+
+@pytest.mark.parametrize("columns", [("prefix", "suffix"), ("query", "response"), ("instruction", "output")])
+def test_what_is_asked_and_answered(columns: tuple[str, str], tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(4)]
+    draw(tmp_path, names)
+    rows = [{"image": name, columns[0]: "describe", columns[1]: f"dog {i}"} for i, name in enumerate(names)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    split = PairFiles(tmp_path).split("train")
+    assert {(c.text[:3], c.question) for i in range(len(split)) for c in split.captions(i)} == {("dog", "describe")}
+
+
+@pytest.mark.parametrize(
+    "header", ["대표이미지,상품명", "이미지파일명,캡션1", "사진번호,설명글", "image_file_name,caption_kor"]
+)
+def test_columns_as_they_are_called_in_korea(header: str, tmp_path: Path) -> None:
+    draw(tmp_path, [f"{i}.png" for i in range(4)])
+    ending = "" if "번호" in header else ".png"
+    (tmp_path / "a.csv").write_text("\n".join([header, *(f"{i}{ending},개 {i}" for i in range(4))]), "utf-8")
+    assert "4 pictures, 4 captions" in PairFiles(tmp_path).describe()
