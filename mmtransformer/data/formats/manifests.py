@@ -218,6 +218,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
     # a file named like a picture belongs to it; a table named like a tar is the log of a download tool
     stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
     own = {stem.rpartition("/")[2] for stem in stems}  # of pictures, which have files of their names elsewhere
+    several = sum(nfc(e.path).rpartition("/")[2].removesuffix(".json") in own for e in entries) > 1
     tars = {archive.removesuffix(".tar") + ".parquet" for archive in files.archives if archive.endswith(".tar")}
     found: list[Manifest] = []
     for entry in entries:
@@ -226,7 +227,7 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
             continue
         parts = entry.path.split("/")[skip + lone :]
         name = plain_name(parts[-1])
-        if len(parts) > 1 and name.endswith((".txt", ".json")) and stem.rpartition("/")[2] in own:
+        if (len(parts) > 1 or several) and name.endswith((".txt", ".json")) and stem.rpartition("/")[2] in own:
             continue
         inside = len(parts) == 1 or (
             len(parts) == 2 and (parts[0].lower() in ("annotations", "data") or parts[0].lower() in SPLITS)

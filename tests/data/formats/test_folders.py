@@ -83,7 +83,7 @@ def test_boxes_are_no_captions(texts: str, tmp_path: Path) -> None:
     assert source.report.errors == {"boxes or classes in the place of captions": 6}
 
 
-@pytest.mark.parametrize("labels", ["images/", "labels/"])
+@pytest.mark.parametrize("labels", ["images/", "labels/", "annotations/", ""])
 @pytest.mark.parametrize(
     "content",
     [
