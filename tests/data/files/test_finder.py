@@ -30,7 +30,7 @@ def found(root: Path, rows: list[tuple[str, str]]) -> tuple[dict[str, str], Pair
         ("a dog {}.png", "a+dog+{}.png", "names with + for spaces"),
         ("R&D {}.png", "R&amp;D {}.png", "names as HTML writes them (&amp;)"),
         ("a{}.png", "a{}.png#0", "names with a caption's number behind (#0)"),
-        ("a dog {}.png", "file:///home/kim/a%20dog%20{}.png", "file paths, found by their ends"),
+        ("a dog {}.png", "file:///D:/사진/a%20dog%20{}.png", "file paths, found by their ends"),
         ("a dog {}.png", "https://example.org/x/a%20dog%20{}.png?size=3", "URLs, found by their ends"),
         ("a%20{}.png", "https://example.org/x/a%20{}.png", "URLs, found by their ends"),
     ],
@@ -56,7 +56,7 @@ def test_several_captions_with_numbers_are_of_one_picture(tmp_path: Path) -> Non
     assert rows == {"1.png": "a / b", "2.png": "c"}
 
 
-@pytest.mark.parametrize("places", ["https://{}.org/1.png", "C:\\{}\\1.png", "/home/{}/1.png"])
+@pytest.mark.parametrize("places", ["https://{}.org/1.png", "C:\\{}\\1.png", "/kaggle/{}/1.png"])
 def test_two_names_that_end_like_one_file_mean_none(places: str, tmp_path: Path) -> None:
     draw(tmp_path, ["1.png", "2.png"])
     rows, source = found(tmp_path, [(places.format("a"), "a"), (places.format("b"), "b"), ("2.png", "c")])
