@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtransformer.layers.attention import Attention
@@ -55,7 +56,11 @@ class PackedLinear(UpcastLinear):
     def forward(self, input: Tensor) -> Tensor:
         """(... in_features) -> (... out_features)."""
         packed = packed_weight(self._packed, input, self)
-        return super().forward(input) if packed is None else self.product(input, packed, self.bias)
+        if packed is not None:
+            return self.product(input, packed, self.bias)
+        if self.weight.dtype in HALVES:
+            return super().forward(input)
+        return F.linear(input, self.weight, self.bias)  # As it would: a step is to be followed through few functions.
 
     @staticmethod
     def product(x: Tensor, packed: Any, bias: Tensor | None, act: tuple[str, str] = ("none", "")) -> Tensor:
@@ -191,6 +196,8 @@ class PackedAttention(Attention):
         """As `Attention.products`."""
         seen = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)  # by itself, by somebody
         packed = None if seen else packed_weight(self._packed, x, *layers)
+        if packed is None and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return [layer(x) for layer in layers]
         if packed is None:
             return super().products(x, *layers)
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -221,7 +228,7 @@ class PackedMLP(MLP):
         if type(fc1) is PackedLinear and self.activation in _FUSED and not seen and _rows() is _ANY:
             packed = packed_weight(fc1._packed, x, fc1)
         if packed is None:
-            return super().forward(x)
+            return self.fc2(self.drop(self.act(self.fc1(x))))
         return self.fc2(self.drop(PackedLinear.product(x, packed, fc1.bias, _FUSED[self.activation])))
 
 
