@@ -22,7 +22,7 @@ from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
-from mmtransformer.data.loading.source import Pairs, PairSource, loads_of, size_of
+from mmtransformer.data.loading.source import Lazy, Pairs, PairSource, loads_of, size_of
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.opening import open_pairs
 from mmtransformer.data.pairs import PairSplit
@@ -187,10 +187,9 @@ class CaptionData(Data):
         rows = CaptionRows(
             self.pairs(split), self.tokenizer, self.max_len, mark=self.mark_images, opening=self._opening
         )
-        asked = sum(captions[0].question is not None for captions in rows.captions)
-        if asked and self.processor is None:
+        if rows.asked and self.processor is None:
             what = "%s: left out, as the model is trained without prompts: questions about %d of %s"
-            _log.warning(what, split, asked, counted(len(rows), "picture"))
+            _log.warning(what, split, rows.asked, counted(len(rows), "picture"))
         if rows.cut:
             _log.warning(
                 "%s: %d of %d captions are longer than max_len (%d tokens; the longest has %d) and were cut",
@@ -344,9 +343,9 @@ class CaptionData(Data):
 
     def parts(self, split: str) -> Parts:
         """Pictures and captions."""
-        pairs = self.pairs(split)
-        texts = [[part for caption in captions for part in caption] for captions in self.rows(split).captions]
-        return Parts(pairs.name, texts, getattr(pairs, "fingerprint", None))
+        pairs, rows = self.pairs(split), self.rows(split)
+        texts = Lazy(len(rows), lambda i: [part for caption in rows.captions[i] for part in caption])
+        return Parts(pairs.name, texts, getattr(pairs, "fingerprint", None), sums=rows.sums)
 
     def changed(self, name: str, was: Any, now: Any) -> str:
         """What to say when the mixture or the tokenizer is not what it was."""

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ from mmtransformer.data.files.archives import Files
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.normalize import find_split
 from mmtransformer.data.files.read_options import ReadOptions, check_share
-from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.loading.source import Caption, Contents
 from mmtransformer.data.pair_files.index import open_found
 from mmtransformer.data.pair_files.reading import Found
 from mmtransformer.data.pair_files.rows import Pair, PairRows
@@ -26,12 +27,21 @@ class PairSplit:
     A picture of which several things are asked stands here once a question.
     """
 
-    def __init__(self, files: Files, rows: PairRows, members: Sequence[int] | np.ndarray):
-        self._files, self._rows, self._members = files, rows, members
+    def __init__(self, files: Files, rows: PairRows, members: Sequence[int] | np.ndarray, name: str = ""):
+        self._files, self._rows, self._members, self._name = files, rows, members, name
 
     def __len__(self) -> int:
         """The number of pictures."""
         return len(self._members)
+
+    @property
+    def contents(self) -> Contents | None:
+        """What tells these pairs from others; None where there is no index."""
+        if (whole := self._rows.contents) is None:
+            return None
+        some = self._members
+        said = f"{whole.checksum} {some if isinstance(some, range) else crc32(np.ascontiguousarray(some).data)}"
+        return Contents(f"{whole.name}-{self._name}", said)
 
     def _row(self, i: int) -> Pair:
         return self._rows[int(self._members[i])]
@@ -87,7 +97,7 @@ class PairSplit:
         """The split without answers behind earlier turns, which mean nothing to a model that reads no prompts."""
         members = np.asarray(self._members)
         kept = members[~self._rows.follow_ups()[members]]
-        return self if len(kept) == len(members) else PairSplit(self._files, self._rows, kept)
+        return self if len(kept) == len(members) else PairSplit(self._files, self._rows, kept, f"{self._name}-first")
 
     def fingerprint(self, i: int) -> str:
         """What changes when the bytes of picture i do: its checksum or its file's time, at the cost of no reading."""
@@ -155,8 +165,8 @@ class PairFiles:
         Raises:
             ValueError: If there is no such split; the message lists those there are.
         """
-        found = self._found
-        return PairSplit(found.files, found.rows, found.splits[find_split(name, found.splits, str(self.root))])
+        found, name = self._found, find_split(name, self._found.splits, str(self.root))
+        return PairSplit(found.files, found.rows, found.splits[name], name)
 
     def describe(self) -> str:
         """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.untrusted import check_plain
-from mmtransformer.serialization.writing import write_whole
+from mmtransformer.serialization.writing import alone, write_whole
 
 SUFFIX = ".safetensors"
 _CODES = {"int64": "I64", "int32": "I32", "uint8": "U8"}
@@ -120,6 +121,45 @@ def keep_mapped(
     except (OSError, ValueError) as error:
         say(f"{path}: cannot be kept, so it is made anew each time: {error}", file=sys.stderr)
         return None
+
+
+def mapped_or_made(
+    path: Path, identity: Mapping[str, Any], make: Callable[[], tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
+) -> Mapped | tuple[Mapping[str, np.ndarray], Mapping[str, Any]]:
+    """A kept file; where there is none it is made, by one process while the others wait.
+
+    Args:
+        path: The file.
+        identity: What it must be of.
+        make: Makes its arrays, and what else is to be known.
+
+    Returns:
+        The file, or where it cannot be kept what `make` has made.
+    """
+    if (kept := open_mapped(path, identity)) is not None:
+        return kept
+    with making(path) as another:
+        if another and (kept := open_mapped(path, identity)) is not None:
+            return kept
+        made = make()
+        return keep_mapped(path, made[0], identity, made[1]) or made
+
+
+@contextmanager
+def making(path: Path) -> Iterator[bool]:
+    """Lets one process make a file while others wait; gives whether another has made it meanwhile."""
+    was = _time_of(path)
+    with suppress(OSError):  # the cache may be read-only
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with alone(path.with_name(f".{path.name}.lock")):
+        yield _time_of(path) != was
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _parts(

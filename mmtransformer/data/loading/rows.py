@@ -1,15 +1,29 @@
-"""Captions as rows of ids: tokenised once, kept in flat arrays, chosen by hash."""
+"""Captions as rows of ids: tokenised once, kept in flat arrays, chosen by hash.
 
+Of pairs that have an index (`Contents`) the arrays are kept in the user's cache too, each tokenizer's by themselves.
+"""
+
+import hashlib
+import json
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
+from tqdm import tqdm
 
 from mmtransformer.data.loading.hashing import hash64
-from mmtransformer.data.loading.source import Caption, Pairs
+from mmtransformer.data.loading.source import Caption, Contents, Lazy, Pairs
+from mmtransformer.data.loading.traces import text_sum
+from mmtransformer.serialization.mapped import SUFFIX, Mapped, cache_folder, mapped_or_made
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
+
+_AT_ONCE = 1 << 16  # pictures
 
 # A mirrored picture would make these words wrong. Too many matches only cost a flip ("오른" is also "climbed").
 _SIDES = re.compile(
@@ -96,42 +110,35 @@ class CaptionRows:
                 f"max_len ({max_len}) must be at least {counted(4 + mark, 'token')}: bos, language, "
                 f"{'image, ' * mark}one of caption, eos"
             )
-        self.cut, self.longest = 0, 0
-        self.captions: list[tuple[Caption, ...]] = [tuple(pairs.captions(i)) for i in range(len(pairs))]
-        self.languages = tuple(dict.fromkeys(c.language for captions in self.captions for c in captions))
-        if not tokenizer.languages and len(self.languages) > 1:
-            raise ValueError(
-                f"the captions are in {len(self.languages)} languages ({', '.join(map(str, self.languages))}) but the "
-                f"tokenizer has no language tags; train one on these captions (tokenizer: null)"
-            )
-        tags = tokenizer.languages
-        ending = [image_token(tokenizer)] if mark else []
-        plain = {code: Opening(tokenizer.prompt(code if tags else None) + ending, "") for code in self.languages}
-        tokens, starts, prompt = [], [0], []
-        asked: dict[str | None, Opening] = {}
-        for i, captions in enumerate(self.captions):
-            if not captions:
-                raise ValueError(f"picture {pairs.name(i)!r} has no caption; leave it out or write one")
-            for caption in captions:
-                if opening is None:
-                    ids, before = plain[caption.language]
-                elif caption.question in asked:
-                    ids, before = asked[caption.question]
-                else:
-                    ids, before = asked[caption.question] = opening(caption.question)
-                room = max_len + (0 if opening is None else len(ids))
-                row = [*ids, *tokenizer.encode(before + caption.text), tokenizer.eos_id]
-                self.longest = max(self.longest, len(row))
-                if len(row) > room:
-                    self.cut += 1
-                tokens.append(np.asarray(row[:room], np.int32))
-                starts.append(starts[-1] + len(tokens[-1]))
-                prompt.append(len(ids))
-        self.count = np.array([len(captions) for captions in self.captions])
-        self.first = np.concatenate([[0], np.cumsum(self.count)])
-        self.tokens, self.starts, self.prompt = np.concatenate(tokens), np.array(starts), np.array(prompt)
-        sided = (any(names_a_side(f"{c.question or ''} {c.text}") for c in captions) for captions in self.captions)
-        self.mirrors = ~np.array([*sided], bool)
+        self.captions: Sequence[tuple[Caption, ...]] = Lazy(len(pairs), partial(_captions_of, pairs))
+        contents: Contents | None = getattr(pairs, "contents", None)
+        if contents is None:
+            self.captions = [*self.captions]
+        make = partial(_tokenized, pairs, self.captions, tokenizer, max_len, mark, opening, contents is not None)
+        if contents is None or opening is not None:  # no file can say all that prompts of public models depend on
+            self._made = make()
+        else:
+            path, identity = _place(contents, tokenizer, max_len, mark)
+            self._made = mapped_or_made(path, identity, make)
+        self._take()
+
+    def _take(self) -> None:
+        """Gives what was made its names; of a file nothing is read by that."""
+        made = self._made
+        arrays, about = (made.arrays, made.about) if isinstance(made, Mapped) else made
+        self.tokens, self.starts, self.sizes = arrays["tokens"], arrays["starts"], arrays["sizes"]
+        self.prompt, self.count, self.first = arrays["prompt"], arrays["count"], arrays["first"]
+        self.mirrors: np.ndarray = arrays["mirrors"].view(bool)
+        self.sums: np.ndarray | None = arrays["sums"].view(np.uint32) if "sums" in arrays else None
+        self.cut, self.longest, self.asked = about["cut"], about["longest"], about["asked"]
+        self.languages: tuple[str | None, ...] = tuple(about["languages"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"captions": self.captions, "_made": self._made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take()
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -153,6 +160,8 @@ class CaptionRows:
             Caption numbers, (b r).
         """
         count, epoch = self.count[index][:, None], np.reshape(epoch, (-1, 1))
+        if count.max() == 1:
+            return np.repeat(self.first[index][:, None], rows, axis=1)
         turns = np.maximum(count // rows, 1)  # epochs until the list is shuffled anew
         place = np.arange(count.max())
         keys = hash64(seed, epoch // turns, index[:, None], place, 2)
@@ -163,7 +172,12 @@ class CaptionRows:
     def lengths(self, seed: int, epoch: int | np.ndarray, rows: int, index: np.ndarray | None = None) -> np.ndarray:
         """Measure the longest chosen caption of pictures (of all unless told) in an epoch, in tokens, (n,)."""
         index = np.arange(len(self)) if index is None else index
-        return np.diff(self.starts)[self.choose(seed, epoch, index, rows)].max(axis=1)
+        found = np.empty(len(index), np.int64)
+        for at in range(0, len(index), _AT_ONCE):  # of millions the keys that captions are shuffled by would take GB
+            some = slice(at, at + _AT_ONCE)
+            times = epoch if isinstance(epoch, int) else epoch[some]
+            found[some] = self.sizes[self.choose(seed, times, index[some], rows)].max(axis=1)
+        return found
 
     def row(self, caption: int, is_real: bool = True) -> CaptionRow:
         """Return one caption by its number."""
@@ -186,3 +200,74 @@ class CaptionRows:
         return [self.row(first + j) for j in chosen] + [
             self.row(first + chosen[0], is_real=False) for _ in range(rows - len(chosen))
         ]
+
+
+def _captions_of(pairs: Pairs, i: int) -> tuple[Caption, ...]:
+    return tuple(pairs.captions(i))
+
+
+def _place(contents: Contents, tokenizer: Tokenizer, max_len: int, mark: bool) -> tuple[Path, dict[str, Any]]:
+    """Where the ids of a split's captions lie, and what they are of."""
+    prompts = [tokenizer.prompt(code) for code in (None, *tokenizer.languages)]
+    how = [tokenizer.backend.to_str(), tokenizers.__version__, tokenizer.languages, prompts, tokenizer.eos_id]
+    key = hashlib.sha256(json.dumps([*how, tokenizer.image_id, max_len, mark]).encode()).hexdigest()[:16]
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    return cache_folder("captions") / f"{contents.name}-{key}{SUFFIX}", {"pairs": contents.checksum, "code": code}
+
+
+def _tokenized(
+    pairs: Pairs,
+    groups: Sequence[tuple[Caption, ...]],
+    tokenizer: Tokenizer,
+    max_len: int,
+    mark: bool,
+    opening: Callable[[str | None], Opening] | None,
+    many: bool,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The captions of all pictures as ids; see `CaptionRows`. Of many progress is shown, and check sums are made."""
+    languages = tuple(dict.fromkeys(c.language for captions in groups for c in captions))
+    if not tokenizer.languages and len(languages) > 1:
+        raise ValueError(
+            f"the captions are in {len(languages)} languages ({', '.join(map(str, languages))}) but the "
+            f"tokenizer has no language tags; train one on these captions (tokenizer: null)"
+        )
+    tags = tokenizer.languages
+    ending = [image_token(tokenizer)] if mark else []
+    plain = {code: Opening(tokenizer.prompt(code if tags else None) + ending, "") for code in languages}
+    tokens, sizes, prompt, count = (array("i") for _ in range(4))
+    sums = array("I")
+    mirrors, longest, cut, questions = bytearray(), 0, 0, 0
+    asked: dict[str | None, Opening] = {}
+    bar = tqdm(groups, desc="captions to ids", unit=" pictures", leave=False, dynamic_ncols=True, disable=not many)
+    for i, captions in enumerate(bar):
+        if not captions:
+            raise ValueError(f"picture {pairs.name(i)!r} has no caption; leave it out or write one")
+        for caption in captions:
+            if opening is None:
+                ids, before = plain[caption.language]
+            elif caption.question in asked:
+                ids, before = asked[caption.question]
+            else:
+                ids, before = asked[caption.question] = opening(caption.question)
+            room = max_len + (0 if opening is None else len(ids))
+            row = [*ids, *tokenizer.encode(before + caption.text), tokenizer.eos_id]
+            longest = max(longest, len(row))
+            cut += len(row) > room
+            tokens.extend(row[:room])
+            sizes.append(min(len(row), room))
+            prompt.append(len(ids))
+        count.append(len(captions))
+        questions += captions[0].question is not None
+        mirrors.append(not any(names_a_side(f"{c.question or ''} {c.text}") for c in captions))
+        if many:
+            sums.append(text_sum(pairs.name(i), (part for caption in captions for part in caption)))
+    arrays: dict[str, np.ndarray] = {name: np.frombuffer(values, np.int32) for name, values in
+              (("tokens", tokens), ("sizes", sizes), ("prompt", prompt), ("count", count))}  # fmt: skip
+    arrays["mirrors"] = np.frombuffer(mirrors, np.uint8)
+    arrays |= {
+        name: np.concatenate([[0], np.cumsum(arrays[of], dtype=np.int64)])
+        for name, of in (("starts", "sizes"), ("first", "count"))
+    }
+    if many:
+        arrays["sums"] = np.frombuffer(sums, np.uint32).view(np.int32)
+    return arrays, {"cut": cut, "longest": longest, "asked": questions, "languages": languages}

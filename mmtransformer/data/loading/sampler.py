@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmtransformer.data.loading.budget import PatchBudget
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
-from mmtransformer.data.loading.hashing import hash64
+from mmtransformer.data.loading.hashing import hash64, hash64_range
 from mmtransformer.data.loading.workers import ignore_signals
 from mmtransformer.serialization.printable import counted
 
@@ -146,11 +146,14 @@ class IndexSampler(Sampler[list[SampleIndex]]):
             return np.arange(self.num_samples)
         together = self.keep_together
         runs = self.num_samples // together  # what is left over comes last
-        order = np.argsort(hash64(self.seed, epoch, np.arange(runs)), kind="stable")
+        order = np.argsort(hash64_range(runs, self.seed, epoch), kind="stable")
         if self.lengths is not None:
             block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block
-            longest = self.lengths(epoch)[: runs * together].reshape(runs, together).max(1)
+            longest = self.lengths(epoch)[: runs * together]
+            longest = longest if together == 1 else longest.reshape(runs, together).max(1)
             order = self._grouped(order, longest, max(block // together, 1), epoch)
+        if together == 1:
+            return order
         kept = order[:, None] * together + np.arange(together)
         return np.concatenate([kept.reshape(-1), np.arange(runs * together, self.num_samples)])
 
@@ -170,16 +173,17 @@ class IndexSampler(Sampler[list[SampleIndex]]):
     def batches(self, first: int) -> Iterator[list[SampleIndex]]:
         """This process's batches of the epoch behind so many samples."""
         epoch = 0 if self.repeat else self.epoch
-        if self.mixture is None:
-            index, times = np.arange(self.num_samples), np.full(self.num_samples, epoch)
-        else:
-            index, times = self.mixture.samples(epoch)
+        index, times = (None, None) if self.mixture is None else self.mixture.samples(epoch)
         order = self.order(epoch)
         for end in self.ends(first, order):
             step, first = order[first:end], int(end)
             mine = step[self.rank :: self.world] if self.budget is None else self.budget.deal(step, self.rank)
-            yield [SampleIndex(int(times[i]), int(index[i])) for i in mine] or [
-                SampleIndex(int(times[step[0]]), int(index[step[0]]), is_real=False)
+            found = mine if len(mine) else step[:1]
+            yield [
+                SampleIndex(
+                    epoch if times is None else int(times[i]), int(i if index is None else index[i]), len(mine) > 0
+                )
+                for i in found
             ]
 
     def ends(self, first: int, order: np.ndarray | None = None) -> np.ndarray:

@@ -1,10 +1,12 @@
 """What every kind of image-text data looks like from above: splits of pictures with captions."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 from PIL import Image
+
+Item = TypeVar("Item")
 
 
 class Caption(NamedTuple):
@@ -19,6 +21,43 @@ class Caption(NamedTuple):
     text: str
     language: str | None = None
     question: str | None = None
+
+
+class Contents(NamedTuple):
+    """What tells the pairs of a split from others without reading them; a split that knows has it as `contents`.
+
+    Attributes:
+        name: What files that are made of them are called.
+        checksum: Another one for other pairs.
+    """
+
+    name: str
+    checksum: str
+
+
+class Lazy(Sequence[Item]):
+    """A sequence whose items are made when they are asked for, each time anew.
+
+    Args:
+        count: How many there are.
+        make: Makes one from its number.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Item]):
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, i: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Item]: ...
+
+    def __getitem__(self, i: int | slice) -> Item | Sequence[Item]:
+        some = range(self._count)[i]
+        return self._make(some) if isinstance(some, int) else [self._make(k) for k in some]
 
 
 @runtime_checkable

@@ -27,12 +27,19 @@ class Parts(NamedTuple):
         texts: What is learned from each sample beside pictures: captions, say, or its class.
         file: From a sample's number to what is another when its files are: their size and time, or their check sums.
         called: What samples are called, and their texts; "" where the texts are all there is of them.
+        sums: The `text_sum` of each sample, (n), where they are known.
     """
 
     name: Callable[[int], str]
     texts: Sequence[Iterable[object]]
     file: Callable[[int], str] | None = None
     called: tuple[str, str] = ("pictures", "captions")
+    sums: np.ndarray | None = None
+
+
+def text_sum(name: str, said: Iterable[object]) -> int:
+    """A check sum, 32 bits, of a sample's name and texts."""
+    return zlib.crc32("\0".join([name, *map(str, said)]).encode("utf-8", "surrogatepass"))
 
 
 def traces(parts: Parts) -> Tensor:
@@ -47,11 +54,10 @@ def traces(parts: Parts) -> Tensor:
     """
     found = np.zeros((len(parts.texts), 2), np.uint32)
     step = max(-(-len(parts.texts) // _MOST_FILES), 1)
-    for i, said in enumerate(parts.texts):
-        text = "\0".join([parts.name(i), *map(str, said)])
-        found[i, 0] = zlib.crc32(text.encode("utf-8", "surrogatepass"))
-        if parts.file is not None and i % step == 0:
-            found[i, 1] = zlib.crc32(parts.file(i).encode())
+    sums, file = parts.sums, parts.file
+    found[:, 0] = [text_sum(parts.name(i), said) for i, said in enumerate(parts.texts)] if sums is None else sums
+    if file is not None:
+        found[::step, 1] = [zlib.crc32(file(i).encode()) for i in range(0, len(found), step)]
     return torch.from_numpy(found.view(np.int32))
 
 

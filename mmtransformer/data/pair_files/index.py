@@ -8,8 +8,6 @@ data that have changed, an index that is damaged, or that another version of the
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -23,8 +21,7 @@ from mmtransformer.data.loading.errors import Report
 from mmtransformer.data.pair_files.reading import Found, read_pairs
 from mmtransformer.data.pair_files.rows import RowsOnDisk, arrays_of
 from mmtransformer.data.pair_files.snapshot import Snapshot
-from mmtransformer.serialization.mapped import SUFFIX, Mapped, cache_folder, keep_mapped, open_mapped
-from mmtransformer.serialization.writing import alone
+from mmtransformer.serialization.mapped import SUFFIX, Mapped, cache_folder, keep_mapped, making, open_mapped
 
 LARGE = 20_000  # pairs that an index pays for: they take 2 s to read
 _FORMAT = 1  # raise it when the meaning of the file changes, or what is read out of manifests does
@@ -49,7 +46,7 @@ def open_found(root: str | Path, read: ReadOptions, *, max_bad: float) -> Found:
     before = Snapshot.take(*_roots(root, read))
     if not before.may_hold(LARGE):
         return read_pairs(root, read, max_bad=max_bad)
-    with _alone(path) as another:
+    with making(path) as another:
         if another and (found := find_kept(root, read)) is not None:
             return found
         found = read_pairs(root, read, max_bad=max_bad, progress=True)
@@ -95,23 +92,6 @@ def _code() -> str:
     """What is another where another version of the library reads other things out of the same files."""
     rooms = (Path(__file__).parents[2] / room for room in ("data/files", "data/formats", "data/pair_files", "text"))
     return hashlib.sha256(b"".join(f.read_bytes() for r in rooms for f in sorted(r.glob("*.py")))).hexdigest()[:16]
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Lets one process make an index; whether another has made it meanwhile."""
-    was = _made(path)
-    with suppress(OSError):  # it may be read-only
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with alone(path.with_name(f".{path.name}.lock")):
-        yield _made(path) != was
-
-
-def _made(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _keep(path: Path, identity: dict[str, Any], found: Found, before: Snapshot) -> Mapped | None:

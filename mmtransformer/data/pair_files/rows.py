@@ -13,7 +13,7 @@ import numpy as np
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.formats.parquet import TableBytes
-from mmtransformer.data.loading.source import Caption
+from mmtransformer.data.loading.source import Caption, Contents
 from mmtransformer.serialization.mapped import Mapped
 from mmtransformer.text.conversation import Conversation
 
@@ -38,13 +38,12 @@ class Pair:
 
 
 class PairRows(Protocol):
-    """Pairs by number.
+    """Pairs by number."""
 
-    Attributes:
-        key: What tells these rows from others, also in another process; "" where nobody knows.
-    """
-
-    key: str
+    @property
+    def contents(self) -> Contents | None:
+        """What tells these rows from others, also in another process; None where nobody knows."""
+        ...
 
     def __len__(self) -> int:
         """How many there are."""
@@ -62,7 +61,7 @@ class PairRows(Protocol):
 class RowsInMemory(list[Pair]):
     """Pairs as they were read."""
 
-    key = ""
+    contents = None
 
     def follow_ups(self) -> np.ndarray:
         """Which are answers behind earlier turns of a conversation, (n) bool."""
@@ -77,7 +76,8 @@ class RowsOnDisk:
     """
 
     def __init__(self, kept: Mapped):
-        self._kept, self.key = kept, kept.checksum
+        self._kept = kept
+        self.contents: Contents | None = Contents(kept.path.stem, kept.checksum)
         self._tables = [TableBytes(path, column) for path, column in kept.about["tables"]]
         self._inside: list[str] = kept.about["inside"]
 
