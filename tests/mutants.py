@@ -188,11 +188,10 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("if config.guidance_scale != 1.0:", "if config.guidance_scale > 1.0:"),
     ]),
     "data/loading/sampler.py": ("data/loading/test_sampler.py", [
-        ("hash64(self.seed, epoch, np.arange(runs))",
-         "hash64(self.seed, 0, np.arange(runs))"),  # named
+        ("hash64_range(runs, self.seed, epoch)", "hash64_range(runs, self.seed, 0)"),
         ("hash64(self.seed, epoch, np.arange(full), 1)", "hash64(self.seed, 0, np.arange(full), 1)"),
         ("step[self.rank :: self.world]", "step[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]"),
-        ("int(index[step[0]]), is_real=False)", "int(index[step[0]]))"),
+        ("len(mine) > 0\n", "True\n"),
         ("self._end, self.step) + self.step", "self._end, self.step) + self.batch_size"),
         ("block = self.begun[1] if self.begun and self.begun[0] == epoch else self.block", "block = self.block"),
         ("first, self.start = self.start, 0", "first = self.start"),

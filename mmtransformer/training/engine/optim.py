@@ -169,14 +169,15 @@ def muon(
 
     The arguments are those of `adamw`, with the peak of the matrices, the decay of everything that is not spared, and
     NAdamW's rates; so is the error. The optimizer is timm's, one for both kinds of parameter. Its iterations are in
-    bfloat16, and in float32 on a device that is not faster in bfloat16: a CPU of Zen 3 multiplies 78 times as fast.
+    bfloat16, and in float32 on a CPU that is not faster in bfloat16: a Zen 3 multiplies 78 times as fast.
     """
     from timm.optim import muon as timm
 
     class Muon(timm.Muon):
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             device = self.param_groups[0]["params"][0].device
-            with newton_schulz_in(torch.bfloat16 if bfloat16_hardware(device).fast else torch.float32):
+            slow = device.type == "cpu" and not bfloat16_hardware(device).fast
+            with newton_schulz_in(torch.float32 if slow else torch.bfloat16):
                 return super().step(closure)
 
     groups: list[dict[str, Any]] = [

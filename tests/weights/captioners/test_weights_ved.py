@@ -83,8 +83,9 @@ def new_ids(model: Any, batch: Any, **settings: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
 def test_the_logits(encoder: str, decoder: str) -> None:
-    theirs, pixels = theirs_of(encoder, decoder), pixels_of()
-    ours = from_vision_encoder_decoder(theirs)
+    theirs, pixels = theirs_of(encoder, decoder), pixels_of().double()
+    ours = from_vision_encoder_decoder(theirs).double()
+    theirs = theirs.double()  # In float32 transformers' own "narrow" is 5e-5 off on Zen 3.
     assert isinstance(ours.adapter, LinearConnector) == (decoder == "narrow" or encoder == "no bias")
     batch = batch_of(pixels, [[START, 5, 9, 4, 11], [START, 8], [START, 3, 12]])
     real = batch.attention_mask

@@ -92,7 +92,8 @@ def test_other_sizes_at_run_time_equal_timm(name: str, size: tuple[int, int]) ->
 def test_what_was_loaded_is_saved_and_not_written_as_another(tmp_path: Any) -> None:
     ours, pixels = from_timm(eva(**EVAS["mixed"])), torch.randn(1, 3, 24, 32)
     ours.save_pretrained(tmp_path)
-    assert torch.equal(ViT.from_pretrained(tmp_path)(pixels), ours(pixels))
+    # Not to the bit: weights mapped from a file lie elsewhere in memory, and MKL adds up in another order there.
+    torch.testing.assert_close(ViT.from_pretrained(tmp_path)(pixels), ours(pixels), rtol=1e-5, atol=1e-6)
     for name in ("eva02 tiny", "mixed", "perception encoder"):
         with pytest.raises(ValueError, match="timm's VisionTransformer has nothing like rope=RopeConfig"):
             to_timm(from_timm(eva(**EVAS[name])))

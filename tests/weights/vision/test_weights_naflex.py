@@ -66,7 +66,8 @@ def test_another_size_leaves_its_table_as_it_is_and_a_folder_keeps_how_it_is_res
     ours.save_pretrained(tmp_path)
     again = ViT.from_pretrained(tmp_path)
     assert again.patches.table == TableConfig((5, 3), "bilinear", antialias=False, align_corners=True, square=True)
-    assert torch.equal(again(pixels), before)
+    # Not to the bit: weights mapped from a file lie elsewhere in memory, and MKL adds up in another order there.
+    torch.testing.assert_close(again(pixels), before, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="timm's VisionTransformer has nothing like table=TableConfig"):
         save_vit(ours, tmp_path / "timm")
     config = json.loads((tmp_path / "config.json").read_text())
