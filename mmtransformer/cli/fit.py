@@ -333,10 +333,11 @@ def _fit(cli: "LightningCLI", folder: Path) -> None:
     if isinstance(module, Task) and trainer.is_global_zero:
         half = torch.bfloat16 if device.type == "cuda" and trainer.precision == "bf16-mixed" else None
         limit = trainer.limit_val_batches
-        if isinstance(limit, float):  # a share of each split: as many batches as of the largest
-            limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
-        elif limit == 0:  # no validation on the way; a model is saved with its scores all the same
+        if limit == 0:  # no validation on the way; a model is saved with its scores all the same
+            say("scored on one batch of each split, as limit_val_batches is 0")
             limit = 1
+        elif isinstance(limit, float):  # a share of each split: as many batches as of the largest
+            limit = None if limit == 1.0 else int(max(trainer.num_val_batches, default=1))
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         earlier = sum(callback.earlier for callback in callbacks if isinstance(callback, Saving))
         seconds = earlier + time.monotonic() - began

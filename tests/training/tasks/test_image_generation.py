@@ -89,6 +89,19 @@ def test_a_run_from_its_recipe_to_a_drawing(
     assert Path("one.png").is_file()
 
 
+@pytest.mark.parametrize("limit", ["0", "0.0"])
+def test_a_run_without_validation_ends_with_scores_of_one_batch(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("draw.yaml").write_text(yaml.safe_dump(recipe(guidance_scales=[])), "utf-8")
+    words = ["fit", "--config", "draw.yaml", "--trainer.max_steps", "1", "--trainer.limit_val_batches", limit]
+    code, out, errors = mmt(capsys, *words)
+    assert code == 0, errors
+    assert "one batch of each split, as limit_val_batches is 0" in out
+    assert json.loads(Path("runs/draw/metrics.json").read_text("utf-8"))["drawings"]["val"]
+
+
 def model() -> TextToImageModel:
     torch.manual_seed(0)
     return TextToImageModel(TextEncoder(**ENCODER), DiffusionTransformer(**TRANSFORMER))
