@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmtransformer.serialization.hub_requests import LOOK, few_tries
 from mmtransformer.serialization.printable import counted, say
 
-LOOK = 10.0
-"""Seconds; then the hub counts as out of reach."""
 _LARGE = 100_000_000  # bytes; what a download takes is said from there on
 _TEXTS = (".json", ".txt", ".md", ".jinja", ".model")
 _PICKLES = (".bin", ".pt")
@@ -70,9 +69,12 @@ def fetch(
     wanted = [file for file in files_of(list(sizes)) if weights or file.endswith(_TEXTS)]
     try:
         if look is not None and (config := next((file for file in CONFIGS if file in sizes), None)):
-            look(Path(hf_hub_download(name, config, **place)).parent)
+            with few_tries():
+                found = hf_hub_download(name, config, **place)
+            look(Path(found).parent)
         announce(name, info, {file: sizes[file] for file in wanted}, options)
-        return Path(snapshot_download(name, allow_patterns=wanted, **place))
+        with few_tries():
+            return Path(snapshot_download(name, allow_patterns=wanted, **place))
     except ValueError as error:
         if type(error).__module__.startswith(("huggingface_hub", "httpx")):
             refuse(name, error, "model", last=True)

@@ -8,7 +8,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any, Self
 
-from mmtransformer.serialization.hub import LOOK, HubOptions, announce, out_of_reach, refuse
+from mmtransformer.serialization.hub import HubOptions, announce, out_of_reach, refuse
+from mmtransformer.serialization.hub_requests import LOOK, few_tries
 from mmtransformer.serialization.printable import counted, say
 
 CARD = "README.md"
@@ -112,7 +113,8 @@ class HubDataset:
         place: Any = {"revision": options.revision, "cache_dir": options.cache_dir, "token": options.token}
         patterns = patterns_of(wanted, self._all)
         try:
-            return Path(snapshot_download(self.name, repo_type="dataset", allow_patterns=patterns, **place))
+            with few_tries():
+                return Path(snapshot_download(self.name, repo_type="dataset", allow_patterns=patterns, **place))
         except Exception as error:
             refuse(self.name, error, "data set", last=True)
             raise

@@ -13,12 +13,13 @@ captions, skin_tone and split; pictures of one skin tone among several are left 
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from prove_public import blip, read_photos, seen, train, words_of_bert, write
+from prove_public import MAX_LEN, blip, read_photos, seen, train, words_of_bert, write
 
 from mmtransformer.cli import main as mmt
 from mmtransformer.weights import ViTSettings, load_vit
@@ -32,8 +33,9 @@ def emoji(source: Path, folder: Path) -> None:
     rows = [json.loads(line) for line in (source / "captions.jsonl").read_text("utf-8").splitlines()]
     kept = [{key: row[key] for key in ("image", "captions", "split")} for row in rows if row["skin_tone"] is None]
     (folder / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept), "utf-8")
-    if not (folder / "images").exists():
-        (folder / "images").symlink_to((source / "images").resolve())
+    (folder / "images").mkdir(exist_ok=True)
+    for row in kept:
+        shutil.copyfile(source / row["image"], folder / row["image"])
 
 
 def fit(model: Path, data: Path, run: Path, epochs: int, lr: float) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def fit(model: Path, data: Path, run: Path, epochs: int, lr: float) -> dict[str,
         [
             "fit", f"--config={RECIPE}", f"--model.init={model}", f"--data.source={data}/captions.jsonl",
             "--data.splits.val=[val]", "--model.tuning.how=whole", "--model.tuning.parts=[connector,decoder]",
-            f"--model.optim.lr={lr}", f"--trainer.max_epochs={epochs}",
+            f"--model.optim.lr={lr}", f"--trainer.max_epochs={epochs}", f"--data.max_len={MAX_LEN}",
             f"--data.cache_features.folder={run}/features", f"--trainer.default_root_dir={run}",
             "--trainer.precision=32-true", "--trainer.accelerator=cpu",
         ]
