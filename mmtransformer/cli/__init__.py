@@ -2,10 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
-from mmtransformer.serialization.printable import say
+from mmtransformer.serialization.printable import printable, say
 
 COMMANDS = {
     "fit": ("fit", "Train a recipe, score it, and leave model, metrics and galleries in the run's folder."),
@@ -55,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f'mmt: error: no command "{name}"{suggest(name, COMMANDS)}; see mmt --help', file=sys.stderr)
         return 2
     try:
-        module = import_module(f"mmtransformer.cli.{COMMANDS[name][0]}")
-        code = module.run(name, rest)
+        with _warnings_in_a_line():
+            module = import_module(f"mmtransformer.cli.{COMMANDS[name][0]}")
+            code = module.run(name, rest)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has read enough
@@ -73,6 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say(f"mmt {name}: error: {line}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings without the place in a library that they came from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def usage() -> str:

@@ -362,7 +362,6 @@ def _quiet() -> None:
         "It is recommended to use .self.log.*sync_dist=True",  # sums over all processes are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{text}")
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the place in a library
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     if getattr(rank_zero_only, "rank", 0):  # Of many processes one speaks.

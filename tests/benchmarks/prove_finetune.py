@@ -45,7 +45,7 @@ def fit(model: Path, data: Path, run: Path, epochs: int, lr: float) -> dict[str,
             "fit", f"--config={RECIPE}", f"--model.init={model}", f"--data.source={data}/captions.jsonl",
             "--data.splits.val=[val]", "--model.tuning.how=whole", "--model.tuning.parts=[connector,decoder]",
             f"--model.optim.lr={lr}", f"--trainer.max_epochs={epochs}", f"--data.max_len={MAX_LEN}",
-            f"--data.cache_features.folder={run}/features", f"--trainer.default_root_dir={run}",
+            f"--data.cache_features.folder={run.parent}/features", f"--trainer.default_root_dir={run}",
             "--trainer.precision=32-true", "--trainer.accelerator=cpu",
         ]
     )  # fmt: skip

@@ -172,12 +172,17 @@ def test_the_next_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
     assert words[words.index("--model") + 1] == str(tmp_path / "내 실행 1" / "model")
 
 
-def test_warnings_of_a_run_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    with warnings.catch_warnings():
-        fit._quiet()
-        said = warnings.formatwarning(UserWarning("the data have changed"), UserWarning, "somewhere/call.py", 199)
-    assert said == "warning: the data have changed\n"
+def test_a_warning_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, before = [], warnings.formatwarning
+
+    def run(name: str, words: object) -> int:
+        said.append(warnings.formatwarning(UserWarning("data\x1b[2J have changed"), UserWarning, "some/call.py", 199))
+        return 0
+
+    monkeypatch.setattr(fit, "run", run)
+    assert main(["fit"]) == 0
+    assert said == ["warning: data\\x1b[2J have changed\n"]
+    assert warnings.formatwarning is before
 
 
 def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(

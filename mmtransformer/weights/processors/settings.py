@@ -13,12 +13,22 @@ _SEARCH = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram
            "top_k", "top_p")  # fmt: skip
 _UNHEEDED = {
     "num_beam_groups": 1, "diversity_penalty": 0.0, "num_return_sequences": 1, "early_stopping": False,
-    "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0,
-    "typical_p": 1.0, "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "penalty_alpha": None,
-    "guidance_scale": None, "exponential_decay_length_penalty": None, "sequence_bias": None,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "typical_p": 1.0, "min_p": 0.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0, "renormalize_logits": False,
+    "token_healing": False,
 }  # fmt: skip
 """Settings that would change a text and have no counterpart here, with the values at which they do nothing."""
+_OF_NO_EFFECT = {
+    "max_length", "min_length", "max_new_tokens", "min_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id",
+    "decoder_start_token_id", "transformers_version", "_from_model_config", "use_cache", "cache_implementation",
+    "cache_config", "max_cache_len", "return_legacy_cache", "compile_config", "disable_compile", "low_memory",
+    "continuous_batching_config", "prefill_chunk_size", "return_dict_in_generate", "remove_invalid_values", "use_mtp",
+    "is_assistant", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "target_lookbehind",
+}  # fmt: skip
+"""What is read elsewhere here, or says how a text is computed and not which; all else is named where it is set."""
+_NO_EFFECT_BEFORE = ("output_", "assistant_", "num_assistant_")
+_DRAWN_FROM = 50
+"""Likeliest tokens that are drawn from where nobody says how many: transformers' silent limit."""
 _USUAL_NEW = 20
 """New tokens where nobody says how many: transformers' silent limit."""
 
@@ -27,7 +37,7 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
     """The search of a folder's generation_config.json; greedy, 20 new tokens, where it has none.
 
     It is heeded for every family, also where transformers' own `generate` passes it over (BLIP, BLIP-2, InstructBLIP).
-    Settings that have no counterpart here are named in a warning.
+    Settings that have no counterpart here, or are not known, are named in a warning.
 
     Args:
         folder: the folder.
@@ -40,7 +50,13 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
     path = folder / GENERATION
     found = read_json(path) if path.exists() else usual or {}
     said = {key: value for key, value in found.items() if value is not None}
-    if others := [key for key, nothing in _UNHEEDED.items() if said.get(key, nothing) not in (nothing, [])]:
+    for key in ("num_beams", "max_length", "min_length"):
+        if type(said.get(key, 1)) is not int:
+            raise ValueError(f"{path}: {key} must be a whole number, not {said[key]!r:.80}")
+    others = [key for key in said if not _does_nothing(key, said[key])]
+    if said.get("num_beams", 1) > 1 and said.get("do_sample"):
+        others.append("do_sample among beams")
+    if others:
         warnings.warn(
             f"{path}: {', '.join(others)} cannot be heeded, so texts may differ from transformers'", stacklevel=3
         )
@@ -50,6 +66,8 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
     if not values.get("do_sample"):
         for name in ("temperature", "top_k", "top_p"):  # of no effect there
             values.pop(name, None)
+    elif not values.setdefault("top_k", _DRAWN_FROM):
+        values["top_k"] = None  # 0 = all
     for least, silent in (("max", _USUAL_NEW + prompt_len), ("min", 0)):
         counted = max(said.get(f"{least}_length", silent) - prompt_len, 0)
         values[f"{least}_new_tokens"] = said.get(f"{least}_new_tokens", counted)
@@ -57,6 +75,12 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
         return GenerationConfig(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _does_nothing(key: str, value: Any) -> bool:
+    """Whether a setting is heeded here, or changes no text."""
+    known = key in _SEARCH or key in _OF_NO_EFFECT or key.startswith(_NO_EFFECT_BEFORE)
+    return known or value == [] or (key in _UNHEEDED and value == _UNHEEDED[key])
 
 
 def read_ends(folder: Path, *places: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.settings import read_ends, read_search, read_start
@@ -141,4 +141,38 @@ def test_searches_and_ends(tmp_path: Path) -> None:
         read_start(tmp_path, "text_config")
     path.write_text('{"num_beams": 0}')
     with pytest.raises(ValueError, match=r"generation_config\.json: num_beams must be at least 1"):
+        read_search(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"num_beams": 3, "do_sample": True}, "do_sample among beams"),
+        ({"stop_strings": ["."], "a_setting_of_tomorrow": 3}, "stop_strings, a_setting_of_tomorrow"),
+        ({"renormalize_logits": True, "max_time": 2.0}, "renormalize_logits, max_time"),
+    ],
+)
+def test_settings_without_a_counterpart_are_named(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=f"generation_config.json: {named} cannot be heeded".replace(".", r"\.")):
+        read_search(tmp_path)
+
+
+def test_settings_that_change_no_text_are_passed_over(tmp_path: Path) -> None:
+    values = vars(GenerationConfig()) | GenerationConfig._get_default_generation_params()
+    values |= {"cache_implementation": "static", "output_attentions": True, "prompt_lookup_num_tokens": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    assert read_search(tmp_path).num_beams == 1  # and no warning
+
+
+@pytest.mark.parametrize(("said", "top_k"), [({}, 50), ({"top_k": 0}, None), ({"top_k": 7}, 7)])
+def test_drawing_is_from_as_many_as_in_transformers(said: dict[str, int], top_k: int | None, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **said}))
+    assert read_search(tmp_path).top_k == top_k
+
+
+@pytest.mark.parametrize("values", [{"num_beams": "4"}, {"max_length": [9]}, {"top_p": "x", "do_sample": True}])
+def test_settings_that_make_no_sense_are_named(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"generation_config.json: {next(iter(values))} must be".replace(".", r"\.")):
         read_search(tmp_path)
