@@ -229,6 +229,11 @@ class Captioner(Pretrained, nn.Module, ABC):
         """Adds one token a row to what `prefill` gave: (n) long -> logits of the next (n vocab)."""
         return self.decoder.head(self.decoder(tokens[:, None], state=state)[:, 0])
 
+    @property
+    def has_heatmaps(self) -> bool:
+        """Whether `attention_map` can say anything: a language model that runs in transformers records nothing."""
+        return True
+
     @abstractmethod
     def attention_map(self, batch: CaptionBatch) -> Tensor:
         """Where each text token looks in the images: (n q i gh gw), at most 1 in sum over all patches."""

@@ -26,7 +26,7 @@ from mmtransformer.captioners.soft_source import (
 )
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.layers.modes import evaluation_mode
-from mmtransformer.layers.record import record_attention
+from mmtransformer.layers.record import has_attention, record_attention
 
 
 @dataclass
@@ -136,6 +136,11 @@ class Blip2(Captioner):
     def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Adds a token to each row: (n) -> logits of the next (n vocab)."""
         return self.decoder.decode_step(tokens, state)
+
+    @property
+    def has_heatmaps(self) -> bool:
+        """Whether the decoder is of this library; see `Captioner`."""
+        return has_attention(self.decoder)
 
     @torch.no_grad()
     def attention_map(self, batch: CaptionBatch) -> Tensor:

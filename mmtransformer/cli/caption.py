@@ -218,6 +218,9 @@ class _Heatmaps:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
 
     def __init__(self, model: "ImageCaptioner", prompts: "Prompts | None", out: Path) -> None:
+        if not model.captioner.has_heatmaps:
+            kind = type(model.captioner).__name__
+            raise ValueError(f"--heatmap: there are no heat maps of a {kind} that runs in transformers: leave it out")
         self.model, self.prompts, self.out = model, prompts, out
         self.cards, self.seen = [], 0
 

@@ -20,6 +20,11 @@ from mmtransformer.layers.masks import Mask, broadcast
 from mmtransformer.layers.positions import Rope
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Whether a module has attention layers whose weights can be recorded; none that transformers has built does."""
+    return any(isinstance(layer, Attention) for layer in model.modules())
+
+
 @contextmanager
 def record_attention(model: nn.Module, keep: str | Callable[[str], bool] = "") -> Iterator[dict[str, Tensor]]:
     """Records the weights of attention layers while the context is open; the result of the model stays the same.
@@ -40,7 +45,8 @@ def record_attention(model: nn.Module, keep: str | Callable[[str], bool] = "") -
     wanted = keep if callable(keep) else lambda name: keep in name
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Attention) and wanted(name)}
     if not layers:
-        raise ValueError(f"no attention layer is kept by {keep!r} in {type(model).__name__}")
+        kept = f" with {keep!r} in its name" if isinstance(keep, str) and keep else ""
+        raise ValueError(f"{type(model).__name__} has no attention layer{kept} whose weights can be recorded")
     record: dict[str, Tensor] = {}
     handles = [layer.register_forward_hook(_recorder(name, record), with_kwargs=True) for name, layer in layers.items()]
     try:

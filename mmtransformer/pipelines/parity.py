@@ -35,12 +35,14 @@ class Given:
         generate: arguments of its `generate`.
         prompt: what stands before the new ids in what it returns.
         forward: arguments of a pass whose last logits are those of the first new token; None = there is no such pass.
+        read: all ids that are read, where they are not those of `prompt`, as by a T5, which has an encoder.
     """
 
     pixels: Tensor
     generate: dict[str, Any]
     prompt: list[int]
     forward: dict[str, Any] | None
+    read: list[int] | None = None
 
 
 @dataclass
@@ -136,7 +138,8 @@ def _stages(
     report.rows.append((name, "pixels", f"largest difference {far:.2g}", far == 0.0))
     placeholder = getattr(model.config, "image_token_index", getattr(model.config, "image_token_id", None))
     shown = batch.tokens[0].tolist()
-    told = given.prompt if len(given.prompt) == len(shown) else [i for i in given.prompt if i != placeholder]
+    told = given.prompt if given.read is None else given.read
+    told = told if len(told) == len(shown) else [i for i in told if i != placeholder]
     report.rows.append((name, "prompt ids", _differ(shown, told), shown == told))
     with torch.no_grad():
         if given.forward is not None:
@@ -231,8 +234,10 @@ def _asked_of_blip2(theirs: Theirs, image: Image.Image, text: str | None, ours: 
     shown = given["pixel_values"]
     if getattr(model.config.text_config, "is_encoder_decoder", False):
         start = [int(model.config.text_config.decoder_start_token_id)]
-        forward = {**given, "decoder_input_ids": torch.tensor([start])} if text is not None else None
-        return Given(shown, dict(given), start, forward)
+        if text is None:
+            return Given(shown, dict(given), start, None, [*start, int(model.config.text_config.bos_token_id)])
+        forward = {**given, "decoder_input_ids": torch.tensor([start])}
+        return Given(shown, dict(given), start, forward, [*start, *given["input_ids"][0].tolist()])
     if text is not None:
         return Given(shown, dict(given), given["input_ids"][0].tolist(), dict(given))
     slots = [int(model.config.image_token_index)] * model.config.num_query_tokens

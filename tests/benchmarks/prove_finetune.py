@@ -62,13 +62,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "prove_finetune")
     args = parser.parse_args()
-    torch.manual_seed(0)
     photos = read_photos(args.photos_folder, "train", args.photos)
     texts = words_of_bert([text for photo in photos for text in photo.captions])
     settings = ViTSettings(3, (14, 14), "gelu", 1e-6, "class")
     emoji(args.emoji, args.out / "emoji")
     found = {}
     for name in ("nothing", "photos"):
+        torch.manual_seed(0)  # the same random weights to begin with
         model = blip(load_vit(args.weights, settings=settings), texts)
         if name == "photos":
             train(model, texts, photos, seen(model, photos), args.steps)

@@ -178,7 +178,7 @@ def train(model: VisionEncoderDecoder | Llava, texts: Texts, photos: list[Photo]
     chance = random.Random(0)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=max(0.1, 2 / steps))
     began = time.perf_counter()
     model.train()
     for step in range(steps):

@@ -367,7 +367,9 @@ def test_any_language_model_of_transformers_can_be_the_decoder() -> None:
     torch.testing.assert_close(first[::2], logits[:, 1], atol=1e-5, rtol=1e-5)
     following = model.decode_step(given.tokens[:, 2].repeat_interleave(2), state)
     torch.testing.assert_close(following[::2], logits[:, 2], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="no attention layer is kept by"):
+    assert own.has_heatmaps
+    assert not model.has_heatmaps
+    with pytest.raises(ValueError, match=r"HubDecoder has no attention layer whose weights can be recorded"):
         model.attention_map(given)
 
 

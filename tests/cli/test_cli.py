@@ -167,9 +167,10 @@ def test_nobody_reads_on(model: Path, pairs: Path) -> None:
 
 
 def test_the_next_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()))
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()), captioner=SimpleNamespace(has_heatmaps=False))
     words = shlex.split(how_to(tmp_path / "내 실행 1", model, Evaluation(GenerationConfig())))
     assert words[words.index("--model") + 1] == str(tmp_path / "내 실행 1" / "model")
+    assert "--heatmap" not in words
 
 
 def test_a_warning_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

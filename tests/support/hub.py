@@ -51,36 +51,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from support.public import byte_level, noisy, pictures, word_pieces
-
-WIDTH: Any = {"hidden_size": 24, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION = WIDTH | {"image_size": 28, "patch_size": 7}
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | upper }}: {% for line in message['content'] %}"
-    "{% if line['type'] == 'image' %}<image>\n{% else %}{{ line['text'] }} {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-POINTS = [[28, 56], [56, 28], [56, 56]]
-
-
-def bert() -> Any:
-    """A BERT tokenizer."""
-    from transformers import BertTokenizer
-
-    return BertTokenizer(vocab=word_pieces().get_vocab())
-
-
-def chatting(padding_side: str = "left") -> Any:
-    """A tokenizer with placeholders."""
-    backend = byte_level(["<s>", "<pad>", "</s>"])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    words = ["<image>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"]
-    words += [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
-    backend.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in words])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side=padding_side,
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+from support.hub_more import MORE
+from support.hub_parts import POINTS, TEMPLATE, VISION, WIDTH, bert, chatting, llama
+from support.public import byte_level, noisy, pictures
 
 
 def blip(path: Path) -> Any:
@@ -148,16 +121,11 @@ def blip2(path: Path) -> Any:
     return Blip2ForConditionalGeneration(config)
 
 
-def _llama(words: Any) -> dict[str, Any]:
-    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    return {**WIDTH, "vocab_size": len(words) + 3, "num_key_value_heads": 2, "max_position_embeddings": 509, **ids}
-
-
 def llava(path: Path) -> Any:
     """LLaVA 1.5."""
     words = chatting()
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**_llama(words)),
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**llama(words)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -172,7 +140,7 @@ def llava_next(path: Path) -> Any:
     """LLaVA-NeXT, which cuts pictures into tiles."""
     words = chatting()
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**_llama(words)), image_grid_pinpoints=POINTS,
+        vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**llama(words)), image_grid_pinpoints=POINTS,
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     pixels = LlavaNextImageProcessor(
@@ -189,7 +157,7 @@ def idefics3(path: Path) -> Any:
     """Idefics3, which cuts pictures into tiles."""
     words = chatting()
     config = Idefics3Config(
-        vision_config=VISION, text_config=LlamaConfig(**_llama(words)), tie_word_embeddings=True,
+        vision_config=VISION, text_config=LlamaConfig(**llama(words)), tie_word_embeddings=True,
         image_token_id=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     pixels = Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
@@ -202,7 +170,7 @@ def onevision(path: Path) -> Any:
     words = chatting()
     words.add_special_tokens({"additional_special_tokens": ["<video>"]})
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False), text_config=Qwen2Config(**_llama(words)),
+        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False), text_config=Qwen2Config(**llama(words)),
         image_grid_pinpoints=POINTS, image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"), vision_aspect_ratio="anyres_max_2",
     )  # fmt: skip
@@ -236,7 +204,7 @@ def idefics(path: Path) -> Any:
 
 FAMILIES: dict[str, Callable[[Path], Any]] = {
     "blip": blip, "vit-gpt2": vit_gpt2, "git": git, "blip2": blip2, "llava": llava, "llava-next": llava_next,
-    "llava-onevision": onevision, "idefics": idefics, "idefics3": idefics3,
+    "llava-onevision": onevision, "idefics": idefics, "idefics3": idefics3, **MORE,
 }  # fmt: skip
 
 

@@ -193,6 +193,11 @@ class HubCaptioner(Captioner):
         )
         return outputs.logits[:, -1].float()
 
+    @property
+    def has_heatmaps(self) -> bool:
+        """No; see `attention_map`."""
+        return False
+
     def attention_map(self, batch: CaptionBatch) -> Tensor:
         """None: transformers' models do not record where they look.
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.captioners.public.hub_captioner import HubCaptioner
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
@@ -143,7 +142,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
 
 def _heat(model: ImageCaptioner, image: Image, prediction: Prediction, prompts: Prompts | None) -> Tensor | None:
     """Where the model looked; None where it has no words, or runs in transformers, which does not record that."""
-    if not prediction.said.words or isinstance(model.captioner, HubCaptioner):
+    if not prediction.said.words or not model.captioner.has_heatmaps:
         return None
     return model.heatmap(image, prediction.said, prompts)
 
@@ -202,7 +201,8 @@ def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
     known = model.tokenizer.languages
     scored = [code for by in evaluation.captions.values() for code in by if code in known]
     language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
-    return f"{program} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language} --heatmap words.png"
+    heat = " --heatmap words.png" if model.captioner.has_heatmaps else ""
+    return f"{program} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language}{heat}"
 
 
 def seconds_to_text(seconds: float) -> str:

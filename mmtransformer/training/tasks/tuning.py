@@ -15,6 +15,14 @@ from mmtransformer.training.engine.parameters import towers_of, trainable_parame
 from mmtransformer.weights.adapters import part_of
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 
+_ALIASES = {
+    "q_proj": ("q", "query", "qkv", "query_key_value"),
+    "k_proj": ("k", "key", "qkv", "query_key_value"),
+    "v_proj": ("v", "value", "qkv", "query_key_value"),
+    "out_proj": ("o", "o_proj", "proj", "dense"),
+}
+"""What a tower that transformers holds may call these layers."""
+
 Part = Literal["vision", "connector", "decoder"]
 How = Literal["whole", "last_blocks", "lora"]
 
@@ -34,7 +42,8 @@ class Tuning:
         rank: Of "lora", the width of the products.
         alpha: Of "lora", their scale times the rank.
         dropout: Of "lora", the share of the products' input dropped in training.
-        targets: Of "lora", ends of the names of the layers that get one: queries and values unless told.
+        targets: Of "lora", ends of the names of the layers that get one: queries and values unless told. In a tower
+            that has none of them but calls them otherwise (a T5's q and v, a fused qkv) it is those.
         frozen_dtype: What towers that do not learn at all are kept in: "bfloat16" takes half the memory, "nf4" an
             eighth, by bitsandbytes on a GPU. What is saved stands on the base's own numbers.
         whole: Whether the whole model is written when all but everything learns, in place of a small adapter.
@@ -126,16 +135,16 @@ class Tuning:
             part: [name for name, layer in tower.named_modules() if isinstance(layer, nn.Linear)]
             for part, tower in towers.items()
         }
+        found = {part: _matching(self.targets, names) for part, names in linear.items()}
         for target in self.targets:
-            if not any(name.endswith(target) for names in linear.values() for name in names):
+            if not any(_matching([target], names) for names in linear.values()):
                 known = sorted({name.rpartition(".")[2] for names in linear.values() for name in names})
                 raise ValueError(f'tuning.targets: no linear layer is called "{target}"; there are {", ".join(known)}')
         for part, tower in towers.items():
-            mine = [target for target in self.targets if any(name.endswith(target) for name in linear[part])]
-            if not mine:
+            if not found[part]:
                 known = sorted({name.rpartition(".")[2] for name in linear[part]})
                 raise ValueError(f"tuning.targets: none is in the {part}, which has {', '.join(known)}")
-            add_lora(tower, mine, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+            add_lora(tower, found[part], rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         for parameter in captioner.parameters():
             if id(parameter) in learning:
                 parameter.requires_grad_(True)
@@ -146,10 +155,23 @@ class Tuning:
         how = {
             "whole": "",
             "last_blocks": f", of towers the last {counted(self.blocks, 'block')}",
-            "lora": f", LoRA {self.rank}",
+            "lora": f", LoRA {self.rank} beside {', '.join(_products(captioner))}",
         }
         text = f"{', '.join(self.parts)} learn{how[self.how]}: {count:,} of {total:,} parameters"
         return text + ("" if self.frozen_dtype == "float32" else f"; frozen towers are kept in {self.frozen_dtype}")
+
+
+def _matching(targets: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Which of the targets a tower has, by its layers' names; where it has none, what it calls them."""
+    if mine := [target for target in targets if any(name.endswith(target) for name in names)]:
+        return mine
+    lasts = {name.rpartition(".")[2] for name in names}
+    return list(dict.fromkeys(name for target in targets for name in _ALIASES.get(target, ()) if name in lasts))
+
+
+def _products(captioner: Captioner) -> list[str]:
+    """What the layers with a low-rank product are called."""
+    return sorted({n.rpartition(".")[2] for n, layer in captioner.named_modules() if hasattr(layer, "lora_A")})
 
 
 def _decoder(captioner: Captioner) -> nn.Module:

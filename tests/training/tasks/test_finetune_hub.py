@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GitForCausalLM, VisionEncoderDecoderModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GitForCausalLM,
+    InstructBlipForConditionalGeneration,
+    VisionEncoderDecoderModel,
+)
 
 from mmtransformer import ImageCaptioner
 from mmtransformer.training import finetune
@@ -31,6 +37,7 @@ OPTIONS = {
     "llava-onevision": [],
     "idefics": ["--model.tuning.how", "whole", "--model.tuning.parts", "[connector]"],
     "idefics3": ["--model.tuning.parts", "[connector,decoder]"],
+    "paligemma": ["--model.tuning.targets", "[k_proj,out_proj]"],
 }  # fmt: skip
 
 
@@ -41,15 +48,19 @@ def fit(capsys: Any, base: Path, data: Path, run: Path, *more: str) -> tuple[int
 
 def theirs_say(path: Path, family: str, image: Any, ours: ImageCaptioner) -> list[int]:
     """What transformers writes of a picture, without a prompt of a user's."""
-    kinds: dict[str, Any] = {"vit-gpt2": VisionEncoderDecoderModel, "git": GitForCausalLM}
+    kinds: dict[str, Any] = {
+        "vit-gpt2": VisionEncoderDecoderModel, "vit-bert": VisionEncoderDecoderModel, "git": GitForCausalLM,
+        "instructblip": InstructBlipForConditionalGeneration,
+    }  # fmt: skip
     model = kinds.get(family, AutoModelForImageTextToText).from_pretrained(path, dtype=torch.float32).eval()
     assert ours.processor is not None
-    if family == "idefics":
+    if family in ("idefics", "instructblip", "paligemma"):
         processor = AutoProcessor.from_pretrained(path)
-        given = processor(images=[image], text=[""], return_tensors="pt")
+        said = ("<image>" if family == "paligemma" else "") + (ours.processor.prompt or "")
+        given = processor(images=[image], text=[said], return_tensors="pt")
         rows = model.generate(**given, max_new_tokens=7, num_beams=2)
         return until_end(rows[:, given["input_ids"].shape[1] :], ours.tokenizer.eos_ids)[0]
-    if family in ("blip", "vit-gpt2", "git"):
+    if family in ("blip", "vit-gpt2", "vit-bert", "git"):
         pixels = ours.batch([image]).pixels
         assert pixels is not None
         more = {"input_ids": torch.tensor([[2]])} if family == "git" else {}
@@ -57,13 +68,18 @@ def theirs_say(path: Path, family: str, image: Any, ours: ImageCaptioner) -> lis
     else:
         processor = AutoProcessor.from_pretrained(path)
         talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ours.processor.prompt or ""}]}]
-        said = {} if family == "blip2" else {"text": processor.apply_chat_template(talk, add_generation_prompt=True)}
-        given = processor(images=[[image]] if family == "idefics3" else image, return_tensors="pt", **said)
+        said = (
+            {}
+            if family.startswith("blip2")
+            else {"text": processor.apply_chat_template(talk, add_generation_prompt=True)}
+        )
+        given = processor(images=[[image]] if family in ("idefics3", "smolvlm") else image, return_tensors="pt", **said)
         rows = model.generate(**given, max_new_tokens=7, num_beams=2)
-        count = 4 if family == "blip2" else given["input_ids"].shape[1]
+        count = {"blip2": 4, "blip2-t5": 1}.get(family) or given["input_ids"].shape[1]
     return until_end(rows[:, count:], ours.tokenizer.eos_ids)[0]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of transformers' processor of PaliGemma
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fit_evaluate_export(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -71,10 +87,10 @@ def test_fit_evaluate_export(
     monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
     base, data, run = folder(tmp_path / "base", family), pairs(tmp_path / "pairs"), tmp_path / "run"
     before = read_tensors(base)
-    code, out, err = fit(capsys, base, data, run, *OPTIONS[family])
+    code, out, err = fit(capsys, base, data, run, *OPTIONS.get(family, []))
     assert code == 0, err
     assert "learn" in out
-    whole = family == "git" and "[connector]" not in OPTIONS[family]
+    whole = family == "git" and "[connector]" not in OPTIONS.get(family, [])
     metrics = json.loads((run / "metrics.json").read_text())
     assert 0 < metrics["training"]["parameters"] < sum(x.numel() for x in before.values()) or whole
     adapter = json.loads((run / "model/config.json").read_text())["adapter"]
@@ -100,6 +116,7 @@ def test_fit_evaluate_export(
         "idefics": {"connector"},
         "blip": {"vision", "decoder", "connector"},
         "blip2": {"connector"},
+        "vit-bert": {"vision", "decoder", "connector"},
         "idefics3": {"connector", "decoder"},
     }
     assert parts == wanted.get(family, {"vision", "decoder"})
