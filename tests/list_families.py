@@ -38,6 +38,10 @@ SPEEDS = {
 """transformers' CPU time by ours, float32, one picture and eight: tests/benchmarks/README.md."""
 
 
+HEAT_MAPS = {"hub": "no", "blip2": "yes, but of a T5"}
+"""Those of which there are none: language models that run in transformers do not say where they look."""
+
+
 def name(function: object) -> str:
     """A function's name, also where some of its arguments are given."""
     return name(function.func) if isinstance(function, partial) else getattr(function, "__name__", "?")
@@ -56,8 +60,8 @@ def table() -> str:
 
 def captioners() -> str:
     """The table of the families that are captioned with by a name or folder, between its marks."""
-    lines = ["| family | `model_type` | here it is | heat maps | speed | written back by, for | names on the hub |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    heads = "family", "`model_type`", "here it is", "heat maps", "fine-tuned", "speed", "written back by, for", "names"
+    lines = [f"| {' | '.join(heads)} on the hub |", "|---" * len(heads) + "|"]
     for family, way in FAMILIES.items():
         if way.processor is not None:
             if family == "hub":
@@ -65,9 +69,9 @@ def captioners() -> str:
             else:
                 said = way.model_types if way.config == CONFIG else [way.config]
                 types, made = (", ".join(f"`{x}`" for x in some) for some in (said, [way.makes[0].__name__]))
-            heat = "no" if family == "hub" else "yes"
+            heat = HEAT_MAPS.get(family, "yes")
             written = f"`{name(way.save)}`, {way.reader}"
-            row = (f"`{family}`", types, made, heat, SPEEDS.get(family, ""), written, EXAMPLES.get(family, ""))
+            row = (f"`{family}`", types, made, heat, "yes", SPEEDS.get(family, ""), written, EXAMPLES.get(family, ""))
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join([CAPTIONERS[0], *lines, CAPTIONERS[1]])
 
