@@ -270,9 +270,10 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
     first = {storage[name]: name for name in reversed(state) if name in own}
     tied = [(first[storage[name]], name) for name in state if name in own and first[storage[name]] != name]
     torn = [f"{a} and {b}" for a, b in tied if state[a].shape == state[b].shape and not torch.equal(state[a], state[b])]
+    real = Tensor.is_floating_point  # whole numbers for weights have been quantised, and need a scale
     kinds = {"missing": missing, "not in the model": extra, "shapes": wrong, "tied in the model, but different": torn}
-    faults = [f"{kind}: {_few(names)}" for kind, names in kinds.items() if names]
-    if faults:
+    kinds["number formats"] = [f"{n} is {x.dtype}" for n, x in state.items() if n in own and real(x) != real(own[n])]
+    if faults := [f"{kind}: {_few(names)}" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit {type(module).__name__}; " + "; ".join(faults))
     with torch.no_grad():
         for name, tensor in state.items():

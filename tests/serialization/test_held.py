@@ -116,3 +116,10 @@ def test_a_file_is_replaced_while_its_model_lives(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in first.state_dict().items())
     again = TextDecoder.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, before[name] + 1) for name, tensor in again.state_dict().items())
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    """They have been quantised, and nobody says by what to multiply them."""
+    state = {"weight": torch.ones(3, 5, dtype=torch.int8), "bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"x does not fit Linear; number formats: weight is torch\.int8"):
+        load_strictly(nn.Linear(5, 3), state, "x")

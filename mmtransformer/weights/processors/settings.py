@@ -98,6 +98,8 @@ def read_ends(folder: Path, *places: str) -> tuple[int, ...]:
         ends = [ends] if isinstance(ends, int) else ends
         if isinstance(ends, list) and ends and all(isinstance(end, int) for end in ends):
             return tuple(ends)
+        if ends is not None:
+            raise ValueError(f"{folder}: eos_token_id is {ends!r:.80}, not an id or a list of ids")
     raise ValueError(f"{folder}: neither {GENERATION} nor {CONFIG} says eos_token_id, the id that ends a text")
 
 

@@ -1,5 +1,6 @@
 """torch's own files (.bin, .pt), of checkpoints that have no safetensors: tensors alone, and no code of theirs runs."""
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from mmtransformer.serialization.untrusted import check_plain, said
 
 _INSIDE = ("model", "state_dict", "model_state_dict", "module")
+_WHY = re.compile(r"WeightsUnpickler error: (.*?)(?:\. Please|$)", re.MULTILINE)  # without how to run it all the same
 _MOST_PICKLE = 1 << 26  # bytes of names and shapes; tensors stand beside them
 
 
@@ -38,7 +40,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the unpickler refuses with errors of many kinds
-        raise ValueError(f"{path}: holds more than tensors, or is damaged ({said(error)[:160]}): {remedy}") from error
+        found = _WHY.search(str(error))
+        why = found[1] if found else said(error)
+        raise ValueError(f"{path}: holds more than tensors, or is damaged ({why[:160]}): {remedy}") from error
     while isinstance(found, Mapping) and (inner := next((n for n in _INSIDE if isinstance(found.get(n), Mapping)), "")):
         found = found[inner]
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)} if _named(found) else {}

@@ -41,6 +41,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.bin: holds more than tensors"):
         read_pickle(path)
     assert not harm.exists()
+    with pytest.raises(ValueError, match="Unsupported global: GLOBAL .*allowed global by default\\)") as error:
+        read_pickle(path)
+    assert "weights_only" not in str(error.value)
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"not a file of torch 1\.6 or later"):
         read_pickle(path)

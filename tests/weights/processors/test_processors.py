@@ -121,6 +121,9 @@ def test_searches_and_ends(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither generation_config.json nor config.json says".replace(".", r"\.")):
         read_ends(tmp_path)
     path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": "3"}')
+    with pytest.raises(ValueError, match="eos_token_id is '3', not an id or a list of ids"):
+        read_ends(tmp_path)
     path.write_text(
         '{"num_beams": 5, "eos_token_id": [3, 4], "length_penalty": -1.0, "max_new_tokens": 9, "top_k": 50}'
     )
