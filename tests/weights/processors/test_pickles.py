@@ -41,7 +41,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.bin: holds more than tensors"):
         read_pickle(path)
     assert not harm.exists()
-    with pytest.raises(ValueError, match="Unsupported global: GLOBAL .*allowed global by default\\)") as error:
+    with pytest.raises(ValueError, match=r"Unsupported global: GLOBAL .*allowed global by default\)") as error:
         read_pickle(path)
     assert "weights_only" not in str(error.value)
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
