@@ -79,7 +79,8 @@ class Progress(ProgressBar):
             rate = 1 / max(seconds, 1e-9)
             samples, tokens = module.samples_seen - self._seen[0], module.tokens_seen - self._seen[1]
             parts.append(f"{rate * samples:,.0f} {module.unit}/s")
-            parts.append(f"{rate * tokens:,.0f} tokens/s")
+            if tokens != samples:  # one loss a sample says nothing more
+                parts.append(f"{rate * tokens:,.0f} tokens/s")
         meters = (c for c in getattr(trainer, "callbacks", ()) if isinstance(c, Throughput))
         parts += [meter.words(module.device) for meter in meters]
         parts.append(f"{clock(seconds)} gone, {clock(left)} left")

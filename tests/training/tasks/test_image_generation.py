@@ -71,8 +71,10 @@ def test_a_run_from_its_recipe_to_a_drawing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("draw.yaml").write_text(yaml.safe_dump(recipe()), "utf-8")
-    code, _, errors = mmt(capsys, "fit", "--config", "draw.yaml")
+    code, out, errors = mmt(capsys, "fit", "--config", "draw.yaml")
     assert code == 0, errors
+    assert " pictures/s" in out
+    assert " tokens/s" not in out  # a loss a picture, so it would be the same number
     run = tmp_path / "runs" / "draw"
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     assert metrics["drawings"].keys() == metrics["reader"].keys() == {"val", "compositional"}
