@@ -62,7 +62,9 @@ def explain(message: str, keys: Iterable[str]) -> str:
             return f"no such key: {word}{suggest(word.lstrip('-'), keys)}"
         return _below(".".join(trail), word.lstrip("-").replace("init_args.", ""), classes[-1])
     if found := re.search(r"Option '([^']+)' is not accepted", message):
-        word, owner = found[1], classes[-1] if classes else ""
+        if not classes:
+            return f"no such key: {found[1]}{suggest(found[1], keys)}"
+        word, owner = found[1], classes[-1]
         front = "".join(f"{name}." for name in trail)
         inside = [f"{front}{name}" for name in _nested(owner)]
         near = suggest(word, arguments_of(owner)) or _suggest_last(word, inside)

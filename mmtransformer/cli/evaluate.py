@@ -18,6 +18,7 @@ from mmtransformer.cli.options import (
     progress_bar,
     read_options,
 )
+from mmtransformer.data.files.read_options import check_share
 from mmtransformer.serialization.printable import counted, printable, say
 from mmtransformer.serialization.writing import check_place
 
@@ -39,6 +40,9 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.clip_prefix and not args.clip_score:
         raise ValueError("--clip-prefix stands before the captions that --clip-score compares, and no model is named")
 
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1 picture, not {args.limit}; leave it out for all")
+    check_share("--max-bad", args.max_bad)
     if args.json:
         check_place(args.json, "--json")
 
@@ -64,7 +68,7 @@ def run(name: str, words: Sequence[str]) -> int:
     if not model.tokenizer.languages and len(found) > 1:
         raise ValueError(
             f"the captions are in {len(found)} languages ({', '.join(map(str, found))}), and the model's tokenizer has "
-            f"no tags to ask for one of them"
+            f"no tags to ask for one of them; if all are of one, name it: --language CODE"
         )
     codes = split_languages(model.tokenizer, tuple(found))
     file = _predictions(args, model)
@@ -112,6 +116,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--clip-score", metavar="MODEL", help=text)
     text = 'what to put before the texts that --clip-score compares; the paper\'s is "A photo depicts"'
     add("--clip-prefix", default="", metavar="WORDS", help=text)
+    text = "share of the data's rows that may be unusable and are left out (0.01)"
+    add("--max-bad", type=float, default=0.01, metavar="X", help=text)
     add("--json", metavar="OUT", help="write the scores to this file")
     text = "write the captions, one line of JSON each; a second call goes on with a file that is there"
     add("--predictions", metavar="OUT", help=text)
@@ -233,7 +239,7 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
     known = model.tokenizer.languages
     read = read_options(args)
     read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
-    source = open_pairs(args.data, read, splits=[args.split if told else "train"])
+    source = open_pairs(args.data, read, max_bad=args.max_bad, splits=[args.split if told else "train"])
     if told:
         say(source.describe())
     return source

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtransformer.cli.errors import cause_of, check_file, explain
-from mmtransformer.cli.recipes import cap_sizes, with_files, with_tower
+from mmtransformer.cli.recipes import cap_sizes, check_whole, with_files, with_tower
 from mmtransformer.cli.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.serialization.printable import counted, say
 
@@ -148,6 +148,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             for file in config_files(args):
                 check_recipe(file)
+            check_whole(config_files(args), args)
             try:
                 with checked_files():
                     self.config = parser.parse_args(args)

@@ -1,6 +1,7 @@
 """`mmt recipes`, and where a recipe's file is: the user's own, or one of those that come with the library."""
 
 import argparse
+import difflib
 import re
 import textwrap
 from collections.abc import Sequence
@@ -8,11 +9,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from mmtransformer.cli.errors import suggest
 from mmtransformer.serialization.printable import say
 from mmtransformer.serialization.writing import write_whole
 
 PACKAGE = Path(__file__).parents[1]
+_OVERLAY = "tiny"  # of the library's files the one that is no recipe of its own
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -37,7 +38,8 @@ def run(name: str, words: Sequence[str]) -> int:
     if to.exists():
         raise ValueError(f"{to} is there already; name another file: mmt {name} copy {args.recipe} FILE")
     write_whole(to, file.read_bytes())
-    say(f"{to}; run it with: mmt fit --config {quote(str(to))}")
+    way = "lay it over a recipe: mmt fit --config caption_scenes" if file.stem == _OVERLAY else "run it with: mmt fit"
+    say(f"{to}; {way} --config {quote(str(to))}")
     return 0
 
 
@@ -49,7 +51,7 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """The names of the library's recipes; "tiny", which is laid over others, is none of them."""
-    return sorted(path.stem for path in folder().glob("*.yaml") if path.stem != "tiny")
+    return sorted(path.stem for path in folder().glob("*.yaml") if path.stem != _OVERLAY)
 
 
 def recipe_file(recipe: str) -> str:
@@ -65,9 +67,29 @@ def recipe_file(recipe: str) -> str:
         own = folder() / f"{path.stem}.yaml"
         if own.is_file():
             return str(own)
-    near = [p.name for p in path.parent.glob("*.yaml")]
+    known = {name: name for name in names()} | {near.stem: near.name for near in path.parent.glob("*.yaml")}
+    close = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.6)
+    meant = f'; did you mean "{known[close[0]]}"?' if close else ""
+    raise ValueError(f"{recipe}: no such recipe{meant}; mmt recipes lists the library's")
+
+
+def check_whole(files: Sequence[str], words: Sequence[str]) -> None:
+    """Refuses files that were looked through, if neither they nor the command line say which model is trained.
+
+    Raises:
+        ValueError: Naming the first, which can be laid over a recipe only.
+    """
+    import yaml
+
+    if not files or {"--model", "--model.class_path"} & {word.partition("=")[0] for word in words}:
+        return
+    for file in files:
+        held = yaml.safe_load(Path(file).read_text("utf-8"))
+        if not isinstance(held, dict) or "model" in held:
+            return
     raise ValueError(
-        f"{recipe}: no such recipe{suggest(path.name, [*near, *names()])}; mmt recipes lists the library's"
+        f"{files[0]} names no model, so it is no recipe; it can be laid over one: "
+        f"mmt fit --config caption_scenes --config {quote(files[0])}"
     )
 
 

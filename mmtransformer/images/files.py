@@ -314,7 +314,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{name}: {width} x {height} = {width * height:,} pixels are more than {max_pixels:,}; "
-            f"make it smaller, or raise max_pixels if you trust it"
+            f"make it smaller (in Python, mmtransformer.images.load(file, max_pixels=N) reads one that you trust)"
         )
     if width * height == 0:
         raise ImageError(f"{name}: {width} x {height} pixels, an empty picture; leave it out")

@@ -113,6 +113,12 @@ def find_folder(
             look(folder)
         if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
             raise ValueError(f"{folder_or_id} is a run's folder, and its model is {folder / 'model'}: name that")
+        run = folder.parent if folder.name == "checkpoints" else folder
+        if not (folder / CONFIG).exists() and (run / "checkpoints").is_dir() and (run / "config.yaml").exists():
+            raise ValueError(
+                f"{folder_or_id} is of a run that left no model yet: `mmt fit --config {quote(f'{run}/config.yaml')} "
+                f"--resume` goes on with it, and {_written_out(run / 'checkpoints' / 'last.ckpt')}"
+            )
         if not (folder / CONFIG).exists() and (folder / _PEFT).exists():
             base = read_json(folder / _PEFT).get("base_model_name_or_path")
             raise ValueError(
@@ -123,12 +129,23 @@ def find_folder(
     if folder.suffix == ".ckpt":
         raise ValueError(
             f"{folder_or_id} is a checkpoint, not a model. A run that ends leaves its model in runs/NAME/model; of "
-            f"another, `mmt fit --config runs/NAME/config.yaml --ckpt_path {quote(str(folder_or_id))} "
-            f"--trainer.max_steps 1` writes it without training on"
+            f"another, {_written_out(folder)}"
         )
+    if folder.is_file():
+        raise ValueError(f"{folder_or_id} is a file, and a model is a folder: name {folder.parent}")
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
         raise ValueError(f"{folder_or_id}: no such folder")
     return fetch(str(folder_or_id), options, look=look, weights=weights)
+
+
+def _written_out(checkpoint: Path) -> str:
+    """What makes a model's folder of a checkpoint."""
+    own = checkpoint.parent.parent / "config.yaml"
+    config = quote(str(own)) if own.exists() else "runs/NAME/config.yaml"
+    return (
+        f"`mmt fit --config {config} --ckpt_path {quote(str(checkpoint))} --trainer.max_steps 1` writes its model "
+        f"without training on"
+    )
 
 
 def _looks_like_id(name: str) -> bool:

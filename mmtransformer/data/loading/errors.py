@@ -28,7 +28,8 @@ def allowed(total: int, fraction: float) -> int:
 def _more(bad: int, total: int) -> str:
     """Which key allows so many, and what it would have to be."""
     percent = next((n for n in range(1, 100) if allowed(total, n / 100) >= bad), 100)
-    return f"`--data.loader.max_bad {percent / 100:g}` in `mmt fit`, `--max-bad` in `mmt check`, allows as many"
+    share = f"{percent / 100:g}"
+    return f"`--data.loader.max_bad {share}` in `mmt fit`, `--max-bad {share}` elsewhere, allows as many"
 
 
 class Report:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,12 @@ def _place(contents: Contents, tokenizer: Tokenizer, max_len: int, mark: bool) -
     return cache_folder("captions") / f"{contents.name}-{key}{SUFFIX}", {"pairs": contents.checksum, "code": code}
 
 
+def _main_language(groups: Sequence[tuple[Caption, ...]]) -> str:
+    """The language of most captions."""
+    counts = Counter(caption.language for captions in groups for caption in captions if caption.language)
+    return counts.most_common(1)[0][0] if counts else "CODE"
+
+
 def _tokenized(
     pairs: Pairs,
     groups: Sequence[tuple[Caption, ...]],
@@ -227,9 +234,12 @@ def _tokenized(
     """The captions of all pictures as ids; see `CaptionRows`. Of many progress is shown, and check sums are made."""
     languages = tuple(dict.fromkeys(c.language for captions in groups for c in captions))
     if not tokenizer.languages and len(languages) > 1:
+        listed = ", ".join(map(str, languages))
         raise ValueError(
-            f"the captions are in {len(languages)} languages ({', '.join(map(str, languages))}) but the "
-            f"tokenizer has no language tags; train one on these captions (tokenizer: null)"
+            f"the captions are in {len(languages)} languages ({listed}) but the tokenizer has no language tags. If "
+            f"those without a sign of their own are of one, name it: --data.read.language {_main_language(groups)}; or "
+            f"take the columns of one (--data.read.caption_column); a model that learns from the beginning may have a "
+            f"tokenizer trained on these captions: --data.tokenizer null"
         )
     tags = tokenizer.languages
     ending = [image_token(tokenizer)] if mark else []

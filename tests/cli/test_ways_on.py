@@ -1,0 +1,132 @@
+"""What a beginner is told leads on: the commands that messages name are there, and fit what was typed."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT
+from mmtransformer.data.captions import CaptionData
+from mmtransformer.data.files.read_options import ReadOptions
+from mmtransformer.data.loading.module import LoaderConfig
+from mmtransformer.data.scenes.scenes import Scenes
+from mmtransformer.images.files import _check_size
+from support.cli import mmt
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = Tokenizer.train(["a red dog"], 300, ("en", "ko"))
+    decoder = TextDecoder(300, 16, 1, 2, max_len=64, cross_dim=16)
+    captioner = VisionEncoderDecoder(ViT(32, 8, 16, 1, 2, class_token=False, pool="mean"), decoder)
+    ImageCaptioner(captioner, tokenizer, ImageTransform(32), device="cpu").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Six pictures with captions, one of them empty."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    split = Scenes(image_size=32, train_size=6).split("train")
+    for i in range(6):
+        split.image(i).save(folder / f"그림 {i}.png")
+        (folder / f"그림 {i}.txt").write_text(["빨간 원", "a red circle"][i % 2] if i < 5 else " ", "utf-8")
+    (folder / "그림 0.txt").write_text("빨간 원\n", "utf-8")
+    (folder / "그림 없음.txt").write_text("없음", "utf-8")
+    return folder
+
+
+def test_what_fit_may_leave_out_evaluate_may_too(model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", str(model), "--data", str(pairs), "--split", "train", "--limit", "2"]
+    code, _, err = mmt(capsys, *words)
+    assert code == 2
+    share = err.partition("`--max-bad ")[2].partition("`")[0]
+    code, _, err = mmt(capsys, *words, "--max-bad", share)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("limit", ["0", "-3"])
+def test_a_limit_leaves_something(limit: str, model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = mmt(capsys, "evaluate", "--model", str(model), "--data", str(pairs), "--limit", limit)
+    assert (code, err) == (
+        2,
+        f"mmt evaluate: error: --limit must be at least 1 picture, not {limit}; leave it out for all\n",
+    )
+
+
+def test_an_overlay_is_called_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = mmt(capsys, "recipes", "copy", "tiny")
+    assert out == "tiny.yaml; lay it over a recipe: mmt fit --config caption_scenes --config tiny.yaml\n"
+    code, _, err = mmt(capsys, "fit", "--config", "tiny.yaml")
+    assert code == 2
+    way = "it can be laid over one: mmt fit --config caption_scenes --config tiny.yaml"
+    assert err == f"mmt fit: error: tiny.yaml names no model, so it is no recipe; {way}\n"
+    code, out, err = mmt(capsys, *shlex.split(way.partition("mmt ")[2]), "--print_config")
+    assert (code, "class_path: " in out) == (0, True), err
+    code, _, err = mmt(capsys, "fit", "--config", "nosuch.yaml")
+    assert err == "mmt fit: error: nosuch.yaml: no such recipe; mmt recipes lists the library's\n"
+
+
+def test_a_misspelt_room_of_a_recipe_has_a_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mmt(capsys, "recipes", "copy", "caption_scenes", str(tmp_path / "own.yaml"))
+    text = (tmp_path / "own.yaml").read_text("utf-8")
+    (tmp_path / "own.yaml").write_text(text.replace("\ntrainer:", "\ntrainr:"), "utf-8")
+    code, _, err = mmt(capsys, "fit", "--config", str(tmp_path / "own.yaml"))
+    assert (code, err.startswith("mmt fit: error: no such key: trainr.")) == (2, True)
+    assert '; did you mean "trainer.' in err
+    assert "has none" not in err
+
+
+def test_of_a_run_that_stopped_the_way_to_its_model_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/끊긴 것")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/last.ckpt").touch()
+    (run / "config.yaml").touch()
+    way = (
+        f"`mmt fit --config '{run}/config.yaml' --ckpt_path '{run}/checkpoints/last.ckpt' --trainer.max_steps 1` "
+        f"writes its model without training on"
+    )
+    for named in (run, run / "checkpoints", run / "checkpoints/last.ckpt"):
+        code, _, err = mmt(capsys, "caption", "a.png", "--model", str(named))
+        assert (code, err.endswith(f"{way}\n")) == (2, True), err
+    assert "--resume` goes on with it" in mmt(capsys, "caption", "a.png", "--model", str(run))[2]
+
+
+def test_a_file_in_the_place_of_a_model_names_its_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("model.safetensors", "config.json"):
+        _, _, err = mmt(capsys, "caption", "a.png", "--model", str(model / name))
+        assert err == f"mmt caption: error: {model / name} is a file, and a model is a folder: name {model}\n"
+
+
+def test_languages_without_tags_can_be_made_one(model: Path, pairs: Path) -> None:
+    plain = Tokenizer.train(["a red dog"], 300)
+    plain.save_pretrained(model.parent / "plain")
+
+    def data(**read: Any) -> CaptionData:
+        options: dict[str, Any] = {"tokenizer": str(model.parent / "plain"), "loader": LoaderConfig(max_bad=0.5)}
+        return CaptionData(str(pairs), read=ReadOptions(**read), image=ImageTransform(32), batch_size=2, **options)
+
+    with pytest.raises(ValueError, match=r"no language tags\. .* --data\.read\.language ko; ") as caught:
+        data().loader("train", training=True)
+    language = str(caught.value).partition("--data.read.language ")[2][:2]
+    assert len(data(language=language).loader("train", training=True))
+
+
+def test_of_too_many_pixels_no_option_is_named_that_no_command_has() -> None:
+    from PIL import Image
+
+    from mmtransformer.images import ImageError, load
+
+    with pytest.raises(ImageError, match=r"make it smaller \(in Python, mmtransformer\.images\.load\(file, max_pix"):
+        _check_size(Image.new("L", (3, 3)), "큰.png", 8)
+    assert load(Image.new("L", (3, 3)), max_pixels=9).size == (3, 3)
