@@ -84,8 +84,10 @@ def check_whole(files: Sequence[str], words: Sequence[str]) -> None:
     if not files or {"--model", "--model.class_path"} & {word.partition("=")[0] for word in words}:
         return
     for file in files:
-        held = yaml.safe_load(Path(file).read_text("utf-8"))
-        if not isinstance(held, dict) or "model" in held:
+        held = yaml.safe_load(Path(file).read_text("utf-8")) or {}
+        if not isinstance(held, dict):
+            raise ValueError(f"{file} is no recipe: it must hold keys with values, as `mmt recipes show tiny` has them")
+        if "model" in held:
             return
     raise ValueError(
         f"{files[0]} names no model, so it is no recipe; it can be laid over one: "

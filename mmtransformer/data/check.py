@@ -311,8 +311,11 @@ def _captions(
     cut: list[str] = []
     short: list[str] = []
     html: list[str] = []
+    again: list[str] = []
     for name, groups in captions.items():
         for i, group in enumerate(groups):
+            often = Counter(text for text, _, asked in group if not asked)
+            again += [f"{splits[name].name(i)}: {text[:60]!r}, {n} times" for text, n in often.items() if n > 1]
             for text, _, asked in group:
                 total += 1
                 count = len(tokenizer.encode(text)) if tokenizer else len(text.split())
@@ -326,6 +329,7 @@ def _captions(
     return [
         (f"captions longer than {room} {unit}, to be cut", cut, total, True, remedy),
         ("captions that say next to nothing", short, total, True, "rewrite them"),
+        ("captions that a picture has several times", again, total, False, "leave one of each, or they weigh more"),
         ("captions with HTML in them, which a model would learn to write", html, total, False, _HTML),
     ]
 

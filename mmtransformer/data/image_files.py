@@ -1,6 +1,7 @@
 """Pictures that a command line names: files, folders with all that lies below, patterns, archives, lists."""
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -157,7 +158,9 @@ def listed(data: bytes, name: str) -> Iterator[str]:
 
     Args:
         data: The list: UTF-8, or UTF-16 with its mark, as PowerShell writes it, or with NUL bytes in place of line
-            ends, as `find -print0` does. Names that are no UTF-8 are kept as they are.
+            ends, as `find -print0` does. Names that are no UTF-8 are kept as they are, where files are called so; else
+            they are those of CP949, as Korean Windows saves lists. Of a name in quotes, as Windows copies paths, the
+            quotes are no part, where no file is called so.
         name: What errors call it.
 
     Raises:
@@ -170,9 +173,23 @@ def listed(data: bytes, name: str) -> Iterator[str]:
         data = data.decode("utf-16", "replace").encode("utf-8")
     data = data.removeprefix(b"\xef\xbb\xbf")
     for line in data.split(b"\0" if b"\0" in data else b"\n"):
-        path = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+        path = _spelt(line.rstrip(b"\r\n"))
         if path.strip() and not path.startswith("# "):
             yield path
+
+
+def _spelt(line: bytes) -> str:
+    """The path that a line of a list means; see `listed`."""
+    path = line.decode("utf-8", "surrogateescape")
+    quoted = line[1:-1] if len(line) > 2 and line[:1] == line[-1:] == b'"' else b""
+    if (path.isprintable() and not quoted) or os.path.lexists(path):
+        return path
+    plain = quoted or line
+    try:
+        return plain.decode("utf-8")
+    except UnicodeDecodeError:
+        korean = plain.decode("cp949", "replace")
+    return path if "\ufffd" in korean else korean
 
 
 def _is_archive(place: str) -> bool:

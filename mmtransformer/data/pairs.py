@@ -170,4 +170,6 @@ class PairFiles:
 
     def describe(self) -> str:
         """What was found: "CSV captions.csv: 120 pictures, 240 captions; columns ...; splits ...; languages ..."."""
-        return self._found.description
+        left = ", ".join(f"{cause} {count:,}" for cause, count in self.report.errors.items())
+        bad, rows = self.report.bad_rows, counted(self.report.rows, "row")
+        return self._found.description + (f"; left out {bad:,} of {rows}: {left}" if bad else "")

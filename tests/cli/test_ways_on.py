@@ -130,3 +130,35 @@ def test_of_too_many_pixels_no_option_is_named_that_no_command_has() -> None:
     with pytest.raises(ImageError, match=r"make it smaller \(in Python, mmtransformer\.images\.load\(file, max_pix"):
         _check_size(Image.new("L", (3, 3)), "큰.png", 8)
     assert load(Image.new("L", (3, 3)), max_pixels=9).size == (3, 3)
+
+
+def test_lists_of_korean_windows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmtransformer.data.image_files import listed
+
+    monkeypatch.chdir(tmp_path)
+    names = ["사진/여름 1.jpg", "사진/여름 2.jpg"]
+    assert list(listed("\r\n".join(names).encode("cp949"), "목록.txt")) == names
+    assert list(listed("\r\n".join(f'"{name}"' for name in names).encode("cp949"), "목록.txt")) == names
+    assert list(listed("\n".join(f'"{name}"' for name in names).encode("utf-8"), "목록.txt")) == names
+    Path('"quoted"').touch()
+    assert list(listed(b'"quoted"\n', "목록.txt")) == ['"quoted"']
+    raw = b"caf\xe9.jpg"
+    Path(raw.decode("utf-8", "surrogateescape")).touch()
+    assert list(listed(raw, "목록.txt")) == [raw.decode("utf-8", "surrogateescape")]
+
+
+def test_a_list_without_its_mark_is_told_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("목록.txt").write_text("a.jpg\n", "utf-8")
+    code, _, err = mmt(capsys, "caption", "목록.txt", "--model", str(model))
+    wanted = "mmt caption: error: 목록.txt is a text, not a picture; if it lists pictures, write @목록.txt\n"
+    assert (code, err) == (2, wanted)
+
+
+def test_an_empty_recipe_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, said in (("\n", "names no model, so it is no recipe"), ("- a\n", "is no recipe: it must hold keys")):
+        (tmp_path / "a.yaml").write_text(text, "utf-8")
+        code, _, err = mmt(capsys, "fit", "--config", str(tmp_path / "a.yaml"))
+        assert (code, said in err) == (2, True), err

@@ -23,7 +23,7 @@ UNREAD = (
 """Files that may hold captions and are not read."""
 OTHERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|classes|labels|requirements|config|instances_|person_keypoints_|panoptic_|stuff_"
-    r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|(cache|tmp)[^/]*\.arrow)[^/]*$",
+    r"|image_info_|dataset_?(info|dict)|state\.json|package|tokenizer|bad_images|thumbs(_\w+)?\.db|(cache|tmp)[^/]*\.arrow)[^/]*$",
     re.IGNORECASE,
 )
 """Files that lie beside manifests and hold no captions."""

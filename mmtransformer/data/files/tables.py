@@ -171,9 +171,11 @@ def _key(name: str) -> str:
 
 
 def _language_of(column: str) -> str | None:
-    """Returns the language that a column's name says: ko for "caption_ko" and "text_korean"."""
+    """The language that a column's name says: ko for "caption_ko", "text_korean", "ko_caption", "한국어_설명"."""
     before, _, ending = _key(column).rpartition("_")
-    return _code(ending) if before or ending in LANGUAGES else None
+    front, _, rest = _key(column).partition("_")
+    said = _code(ending) if before or ending in LANGUAGES else None
+    return said or (_code(front) if _without_number(rest) in CAPTION else None)
 
 
 def _code(word: str) -> str | None:
@@ -181,10 +183,15 @@ def _code(word: str) -> str | None:
 
 
 def _stem(column: str) -> str:
-    """Returns the column that this is a variant of: "caption" for "caption_ko" and "caption_2"."""
+    """Returns the column that this is a variant of: "caption" for "caption_ko", "ko_caption" and "caption_2"."""
     key = _key(column)
-    if _language_of(column) is not None:
-        return key.rpartition("_")[0]
+    if _language_of(column) is None:
+        return _without_number(key)
+    return rest if (rest := _without_number(key.partition("_")[2])) in CAPTION else key.rpartition("_")[0]
+
+
+def _without_number(key: str) -> str:
+    """A column's name without a number behind it: "caption" of "caption_2"."""
     return re.sub(r"_?\d+$", "", key)
 
 

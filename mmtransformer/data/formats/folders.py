@@ -18,6 +18,7 @@ from mmtransformer.images.files import kind_of
 
 PARALLEL = "captions in a folder of their own"
 _NUMBERS = re.compile(r"\s*[-+]?\d[\d.eE+-]*(?:[\s,;]+[-+]?\d[\d.eE+-]*)+\s*")
+_TEXTS = (".txt", ".caption", ".json")
 _DEEP = 6  # levels of a JSON file that are looked through
 
 _Texts = dict[str, list[tuple[Entry, str | None]]]
@@ -61,11 +62,17 @@ def read_folder(files: Files, wanted: Wanted) -> Iterator[ManifestRow]:
         used.update(entry.path for entry, _ in found)
         notes = [(PARALLEL, f"{entry.path} is of {image.path}") for entry, _ in found[:1] if stem in elsewhere]
         yield _row(files, image, found, notes, wanted)
-    for group in texts.values():
+    unread = {
+        _stem(entry): entry.path for entry in files.entries if not entry.path.lower().endswith((*IMAGES, *_TEXTS))
+    }
+    for stem, group in texts.items():
         for entry, _ in group:
             if entry.path not in used and not OTHERS.search(entry.path):
                 used.add(entry.path)
-                yield bad_row(entry.path, "missing picture", "a caption file without a picture")
+                what = "a caption file without a picture"
+                if (beside := unread.get(stem)) is not None:
+                    what += f": {beside} is of no kind that is read; save it as JPEG or PNG"
+                yield bad_row(entry.path, "missing picture", what)
 
 
 def _stem(entry: Entry) -> str:

@@ -235,12 +235,30 @@ def _candidates(files: Files, entries: Sequence[Entry], skip: int, format: str, 
         if files.selected is not None:
             inside = inside or files.split_of(entry) is not None or name.endswith((".parquet", *ARROW))
         if inside and OTHERS.search(name):  # "labels.csv" may be the captions
-            found += [Manifest(entry, "csv")] if format in ("auto", "csv") and _is_table(files, entry, wanted) else []
+            kind = "csv" if _is_table(files, entry, wanted) else _by_picture(files, entry, wanted, entries)
+            found += [Manifest(entry, kind)] if kind is not None and format in ("auto", kind) else []
         elif inside and name.endswith(SUFFIXES):
             kind = _format_of(files, entry, wanted)
             if kind is not None and (format in ("auto", kind)):
                 found.append(Manifest(entry, kind))
     return found
+
+
+def _by_picture(files: Files, entry: Entry, wanted: Wanted, entries: Sequence[Entry]) -> str | None:
+    """Whether JSON called like something else ("labels.json") gives pictures that have no texts of their own theirs."""
+    if not plain_name(entry.path).endswith(".json") or entry.size > MAX_BYTES:
+        return None
+    stems = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith((".txt", ".caption"))}
+    pictures = {nfc(e.path).rpartition(".")[0] for e in entries if e.path.lower().endswith(IMAGES)}
+    try:
+        data = load_json(files, entry)
+    except ValueError:
+        return None
+    named = isinstance(data, dict) and {str(key).rpartition("/")[2].rpartition(".")[0] for key in map(nfc, data)}
+    if not named or stems & pictures or len(named & {stem.rpartition("/")[2] for stem in pictures}) * 2 < len(named):
+        return None
+    shape = json_shape(data, wanted, _ids(files))
+    return "json" if shape and shape.format == "json" and fits(shape.data, wanted) else None
 
 
 def _format_of(files: Files, entry: Entry, wanted: Wanted, alone: bool = False) -> str | None:

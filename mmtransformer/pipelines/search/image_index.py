@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mmtransformer.data.image_files import ImageFiles
 from mmtransformer.images import ImageError, load
 from mmtransformer.pipelines.base import ImageLike, check_count, listed
-from mmtransformer.pipelines.search.index_file import SUFFIX, IndexFile
+from mmtransformer.pipelines.search.index_file import ANEW, SUFFIX, IndexFile
 from mmtransformer.pipelines.search.index_update import Changes, Encoder, Update, fingerprint
 from mmtransformer.pipelines.search.nearest import groups_alike, nearest
 from mmtransformer.serialization.printable import counted
@@ -337,7 +337,7 @@ class ImageIndex:
         return found
 
     def _damaged(self, error: ValueError) -> ValueError:
-        return ValueError(f"{self.path or 'the index'}: {error}; delete it, and it is made anew")
+        return ValueError(f"{self.path or 'the index'}: {error}; {ANEW}")
 
 
 def absolute(places: str | Path | Sequence[str | Path]) -> list[str]:

@@ -28,6 +28,8 @@ from mmtransformer.serialization.pretrained import weights_written_to
 from mmtransformer.serialization.untrusted import check_plain
 
 SUFFIX = ".safetensors"
+ANEW = "delete it, and it is made anew from its pictures (mmt search --index FOLDER --keep FILE)"
+"""What helps a file that cannot be read: it no longer says where its pictures lie."""
 _KIND, _VERSION = "mmtransformer image index", "1"
 _HASH = 16  # bytes
 _TYPES = {"embeddings": torch.float16, "hashes": torch.uint8, "stamps": torch.int64, "names": torch.uint8,
@@ -134,20 +136,18 @@ class IndexFile:
                 if (version := metadata.get("format_version")) != _VERSION:
                     raise ValueError(
                         f"{path}: an index of format version {version!r:.20}, and this mmtransformer reads {_VERSION}; "
-                        f"delete it, and it is made anew"
+                        f"{ANEW}"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path}: cut short, or no safetensors file ({error}); delete it, and it is made anew"
-            ) from error
+            raise ValueError(f"{path}: cut short, or no safetensors file ({error}); {ANEW}") from error
         try:
             if checksum(tensors) != metadata["checksum"]:
                 raise ValueError("its check sum is another")
             return cls._of(tensors, metadata)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             said = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}: damaged ({said}); delete it, and it is made anew") from error
+            raise ValueError(f"{path}: damaged ({said}); {ANEW}") from error
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Self:
