@@ -97,6 +97,26 @@ def more_data() -> None:
     Path("bad/broken.jpg").write_bytes(b"\xff\xd8\xff broken")
 
 
+def own_layouts() -> None:
+    """What the fourth fresh trial had: layouts that people make themselves."""
+    for folder in ("byname/images", "bilingual", "doubled", "leftover", "half"):
+        pictures(Path(folder))
+    said = {f"{n}.jpg": {"ko": f"빨간 개 {n}", "en": f"a dog {n}"} for n in NAMES}
+    Path("byname/labels.json").write_text(json.dumps(said), "utf-8")
+    rows = ["파일,캡션,영어 캡션", *(f"{n}.jpg,빨간 개 {n},a dog {n}" for n in NAMES)]
+    Path("bilingual/목록.csv").write_text("\n".join(rows), "utf-8-sig")
+    rows = ["image,caption", *(f"{n}.jpg,a dog {n}" for n in NAMES), "000.jpg,a dog 000"]
+    Path("doubled/c.csv").write_text("\n".join(rows))
+    for i, n in enumerate(NAMES):
+        Path(f"leftover/{n}.txt").write_text(f"a dog {n}")
+        Path(f"half/{n}.txt").write_text(f"a dog {n}" if i % 2 else "")
+    Path("leftover/원본.NEF").write_bytes(b"II*\0")
+    Path("leftover/원본.txt").write_text("날것", "utf-8")
+    Path("leftover/Thumbs.db").write_bytes(b"of Windows")
+    seoul = ["photos/deep/서울/000.jpg", '"photos/deep/서울/001.jpg"']
+    Path("목록.txt").write_bytes("\r\n".join(seoul).encode("cp949"))
+
+
 def arrow(folder: Path) -> None:
     """A data set as `datasets.save_to_disk` writes it."""
     pictures(folder / "from")
@@ -123,6 +143,7 @@ PYTHON = (
     "print(sum(map(len, c.stream(p for p in ['ids/000.jpg'] * 3))), 'streamed'); "
     "from importlib.resources import files; print((files(mm) / 'py.typed').is_file(), 'typed'); c(iter(['a.jpg']))"
 )
+STOPPED = "-c import shutil; shutil.copytree('runs/first', 'runs/stopped', ignore=lambda *_: ['model'])"
 STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("recipes", 0, ("caption_scenes", "time", "score")),
     ("recipes show caption_scenes", 0, ("class_path",)),
@@ -182,6 +203,21 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     (CLIP, 0, ("mmt search",)),
     ("search red --index bad --model runs/clip/model", 2, ("broken.jpg", "error: not one of 1 picture can be used")),
     (f"evaluate {MODEL} --data turns --split train", 0, ("answers to later turns of conversations",)),
+    ("fit --config tiny", 2, ("names no model", "mmt fit --config caption_scenes --config")),
+    ("recipes copy tiny", 0, ("lay it over a recipe: mmt fit --config caption_scenes --config tiny.yaml",)),
+    ("fit --config caption_scenes --config tiny.yaml --print_config", 0, ("class_path",)),
+    ("check byname", 0, ("JSON labels.json: 24 pictures, 48 captions",)),
+    ("check bilingual", 0, ("24 pictures, 48 captions", "caption=캡션+영어 캡션")),
+    ("check doubled", 0, ("captions that a picture has several times",)),
+    ("check leftover", 0, ("원본.NEF is of no kind that is read", "left out 1 of 25 rows")),
+    (f"evaluate {MODEL} --data half --split train", 2, ("`--max-bad 0.5` elsewhere",)),
+    (f"evaluate {MODEL} --data half --split train --max-bad 0.5", 0, ("left out 12 of 24 rows", "BLEU-4")),
+    (f"evaluate {MODEL} --data ids --limit 0", 2, ("--limit must be at least 1",)),
+    (f"caption @목록.txt {MODEL}", 0, ("2 pictures captioned",)),
+    (f"caption 목록.txt {MODEL}", 2, ("write @목록.txt",)),
+    (f"caption ids/000.jpg {MODEL}/config.json", 2, ("a model is a folder: name runs/first/model",)),
+    (STOPPED, 0, ()),
+    ("caption ids/000.jpg --model runs/stopped", 2, ("--resume` goes on", "without training on")),
 ]  # fmt: skip
 
 
@@ -194,6 +230,7 @@ def main(python: str) -> int:
         os.chdir(folder)
         data()
         more_data()
+        own_layouts()
         for words, code, wanted in STEPS:
             began = time.monotonic()
             own = words.startswith("-c ")
