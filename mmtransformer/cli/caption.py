@@ -139,7 +139,7 @@ def _places(words: Sequence[str]) -> Iterator[str]:
         elif word.startswith("@") and not Path(word).exists():
             yield from listed(Path(word[1:]).read_bytes(), word[1:])
         elif Path(word).suffix.lower() == ".txt" and Path(word).is_file():
-            raise ValueError(f"{word} is a text, not a picture; if it lists pictures, write @{word}")
+            raise ValueError(f"{word}: not a picture but a text; if it lists pictures, write @{word}")
         else:
             yield word
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
+from mmtransformer.serialization.runs import refuse_file, refuse_run
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
 from mmtransformer.serialization.uses import other_kind
 
@@ -111,14 +111,8 @@ def find_folder(
     if folder.is_dir():
         if look is not None and any((folder / name).exists() for name in CONFIGS):
             look(folder)
-        if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
-            raise ValueError(f"{folder_or_id} is a run's folder, and its model is {folder / 'model'}: name that")
-        run = folder.parent if folder.name == "checkpoints" else folder
-        if not (folder / CONFIG).exists() and (run / "checkpoints").is_dir() and (run / "config.yaml").exists():
-            raise ValueError(
-                f"{folder_or_id} is of a run that left no model yet: `mmt fit --config {quote(f'{run}/config.yaml')} "
-                f"--resume` goes on with it, and {_written_out(run / 'checkpoints' / 'last.ckpt')}"
-            )
+        if not (folder / CONFIG).exists():
+            refuse_run(folder)
         if not (folder / CONFIG).exists() and (folder / _PEFT).exists():
             base = read_json(folder / _PEFT).get("base_model_name_or_path")
             raise ValueError(
@@ -126,26 +120,11 @@ def find_folder(
                 f"(merge_and_unload), save what comes out, and name that folder"
             )
         return folder
-    if folder.suffix == ".ckpt":
-        raise ValueError(
-            f"{folder_or_id} is a checkpoint, not a model. A run that ends leaves its model in runs/NAME/model; of "
-            f"another, {_written_out(folder)}"
-        )
-    if folder.is_file():
-        raise ValueError(f"{folder_or_id} is a file, and a model is a folder: name {folder.parent}")
+    if folder.is_file() or folder.suffix == ".ckpt":
+        refuse_file(folder)
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
         raise ValueError(f"{folder_or_id}: no such folder")
     return fetch(str(folder_or_id), options, look=look, weights=weights)
-
-
-def _written_out(checkpoint: Path) -> str:
-    """What makes a model's folder of a checkpoint."""
-    own = checkpoint.parent.parent / "config.yaml"
-    config = quote(str(own)) if own.exists() else "runs/NAME/config.yaml"
-    return (
-        f"`mmt fit --config {config} --ckpt_path {quote(str(checkpoint))} --trainer.max_steps 1` writes its model "
-        f"without training on"
-    )
 
 
 def _looks_like_id(name: str) -> bool:

@@ -153,7 +153,7 @@ def test_a_list_without_its_mark_is_told_of_it(
     monkeypatch.chdir(tmp_path)
     Path("목록.txt").write_text("a.jpg\n", "utf-8")
     code, _, err = mmt(capsys, "caption", "목록.txt", "--model", str(model))
-    wanted = "mmt caption: error: 목록.txt is a text, not a picture; if it lists pictures, write @목록.txt\n"
+    wanted = "mmt caption: error: 목록.txt: not a picture but a text; if it lists pictures, write @목록.txt\n"
     assert (code, err) == (2, wanted)
 
 

@@ -1,0 +1,52 @@
+"""What a run leaves beside its model, named in the model's place: which way leads to the model."""
+
+from pathlib import Path
+from shlex import quote
+
+_MODEL = "config.json"
+
+
+def refuse_run(folder: Path) -> None:
+    """Refuses the folder of a run, or of its checkpoints, in the place of its model's.
+
+    Args:
+        folder: What was named; it holds no model itself.
+
+    Raises:
+        ValueError: Naming the model's folder, or what makes one of a run that left none yet.
+    """
+    if (folder / "model" / _MODEL).exists():
+        raise ValueError(f"{folder} is a run's folder, and its model is {folder / 'model'}: name that")
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if not ((run / "checkpoints").is_dir() and (run / "config.yaml").exists()):
+        return
+    if (run / "model" / _MODEL).exists():
+        raise ValueError(f"{folder} holds checkpoints, and the run's model is {run / 'model'}: name that")
+    raise ValueError(
+        f"{folder} is of a run that left no model yet: `mmt fit --config {quote(str(run / 'config.yaml'))} --resume` "
+        f"goes on with it, and {_written_out(run / 'checkpoints' / 'last.ckpt')}"
+    )
+
+
+def refuse_file(file: Path) -> None:
+    """Refuses a file in the place of a model's folder.
+
+    Raises:
+        ValueError: Always, naming the folder, or what makes one of a checkpoint.
+    """
+    if file.suffix == ".ckpt":
+        raise ValueError(
+            f"{file} is a checkpoint, not a model. A run that ends leaves its model in runs/NAME/model; of another, "
+            f"{_written_out(file)}"
+        )
+    raise ValueError(f"{file} is a file, and a model is a folder: name {file.parent}")
+
+
+def _written_out(checkpoint: Path) -> str:
+    """What makes a model's folder of a checkpoint."""
+    own = checkpoint.parent.parent / "config.yaml"
+    config = quote(str(own)) if own.exists() else "runs/NAME/config.yaml"
+    return (
+        f"`mmt fit --config {config} --ckpt_path {quote(str(checkpoint))} --trainer.max_steps 1` writes its model "
+        f"without training on"
+    )
