@@ -183,6 +183,8 @@ class ViT(Pretrained, nn.Module):
         """
         if pixels.ndim != 4 or pixels.shape[1] != self.patches.in_channels:
             raise ValueError(f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}")
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixels are floats, as ImageTransform makes them, not whole numbers ({pixels.dtype})")
         grid, prefix = self.grid_size(*pixels.shape[2:]), self.num_prefix_tokens
         x = self.embed_norm(self.patch_embed(pixels.to(self.dtype)))
         ropes = [None] * self.depth if self.rotary is None else self.rotary(grid, prefix, x.device)

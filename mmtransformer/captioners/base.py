@@ -369,9 +369,15 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
     """Refuses rows of text that would not be read as they are meant.
 
     Raises:
+        TypeError: of a tensor of pixels alone.
         ValueError: if a row is longer than the captioner can read, or (on a CPU: elsewhere it would be a wait for the
             device) has padding that is not at its end.
     """
+    if isinstance(batch, Tensor):
+        raise TypeError(
+            f"{type(captioner).__name__} reads a CaptionBatch, pixels with their texts, not a tensor: CaptionData's "
+            f"loader makes such batches; what writes texts for pictures alone is ImageCaptioner"
+        )
     mask = batch.attention_mask
     if mask.shape[1] > captioner.max_len:
         raise ValueError(f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most")

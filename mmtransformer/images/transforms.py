@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.nn import functional
 
-from mmtransformer.images.files import load
+from mmtransformer.images.files import Source, load
 from mmtransformer.images.native import NativeSize
 from mmtransformer.layers.config import known_fields
 
@@ -101,16 +101,16 @@ class ImageTransform:
         """Side of the patches that pictures of many sizes are cut into, px; None where all have one size."""
         return self.native.patch_size if self.resize == "native" else None
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Source) -> Tensor:
         """Returns the pixels of a picture.
 
         Args:
-            image: A picture; modes other than RGB are treated as `load` treats them.
+            image: A picture, or what `load` takes for one, such as a path; modes other than RGB are treated as there.
 
         Returns:
             (3 h w) float32; with "native" h and w are the picture's own, whole patches.
         """
-        if image.mode != "RGB":
+        if not isinstance(image, Image.Image) or image.mode != "RGB":
             image = load(image)
         if self.resize == "native":
             return self.normalized(self.resized(image, self.native.size_for(image.height, image.width)))

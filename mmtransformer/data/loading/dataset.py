@@ -100,9 +100,15 @@ class CaptionDataset(Dataset[Sample]):
         """The picture's name."""
         return self.pairs.name(index)
 
-    def __getitem__(self, pick: SampleIndex) -> Sample:
-        """Return a picture with its captions for an epoch."""
-        epoch, index, is_real = pick
+    def __getitem__(self, pick: SampleIndex | int) -> Sample:
+        """Return a picture with its captions for an epoch; a number alone, as one looks at data by hand, means epoch 0.
+
+        Raises:
+            IndexError: Of a number that is none of a picture's.
+        """
+        if isinstance(pick, int) and not 0 <= pick < len(self):
+            raise IndexError(f"picture {pick} of {len(self)}")
+        epoch, index, is_real = SampleIndex(0, pick, True) if isinstance(pick, int) else pick
         at, visual = self._readable(epoch, index)
         if self.training:
             chosen = self.rows.choose(self.seed, epoch, np.array([at]), self.captions_per_image)[0]
