@@ -456,7 +456,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
         TextDecoder.from_pretrained(tmp_path)
-    for name in (tmp_path / "none", tmp_path / "config.json", "a/b/c"):
+    with pytest.raises(ValueError, match=r"config\.json is a file, and a model is a folder: name "):
+        TextDecoder.from_pretrained(tmp_path / "config.json")
+    for name in (tmp_path / "none", "a/b/c"):
         with pytest.raises(ValueError, match="no such folder"):
             TextDecoder.from_pretrained(name)
     with pytest.raises(ValueError, match=r"someone/captioner: no such folder here, the hub is out of reach"):
