@@ -91,8 +91,8 @@ def test_a_tokenizers_file_and_a_text_stay_paths(capsys: pytest.CaptureFixture[s
     assert found["data"]["init_args"]["tokenizer"] == "tokenizer.json"
     Path("data.yaml").write_text("max_drawn: null\n")
     for kind in ("classes.ClassData", "translation.TranslationData", "text_only.texts.TextData"):
-        words = [f"--data=mmtransformer.data.{kind}", "--data.source=captions.csv"]
-        found = printed(["--config", "data.yaml", *words], capsys)
+        words = ["--model=mmtransformer.training.Captioning", f"--data=mmtransformer.data.{kind}"]
+        found = printed(["--config", "data.yaml", *words, "--data.source=captions.csv"], capsys)
         assert found["data"]["init_args"]["source"] == "captions.csv"
 
 
