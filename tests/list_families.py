@@ -30,10 +30,10 @@ EXAMPLES = {
 
 
 SPEEDS = {
-    "blip": "x1.74, x2.09; Zen 3 x1.12",
-    "vision-encoder-decoder": "Zen 3 x1.59",
+    "blip": "x1.74, x2.09; Zen 4 x1.10, x1.52; Zen 3 x1.12",
+    "vision-encoder-decoder": "Zen 4 x1.93, x1.93; Zen 3 x1.59",
     "llava": "x1.45, x1.58",
-    "git": "Zen 3 x1.07",
+    "git": "Zen 4 x1.14, x1.34; Zen 3 x1.07",
 }
 """transformers' CPU time by ours, float32, one picture and eight: tests/benchmarks/README.md."""
 

@@ -19,7 +19,7 @@ _ALIASES = {
     "q_proj": ("q", "query", "qkv", "query_key_value"),
     "k_proj": ("k", "key", "qkv", "query_key_value"),
     "v_proj": ("v", "value", "qkv", "query_key_value"),
-    "out_proj": ("o", "o_proj", "proj", "dense"),
+    "out_proj": ("o", "o_proj", "proj"),
 }
 """What a tower that transformers holds may call these layers."""
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from mmtransformer import ImageCaptioner
 from mmtransformer.training import finetune
-from mmtransformer.training.tasks.tuning import Tuning
+from mmtransformer.training.tasks.tuning import Tuning, _matching
 from mmtransformer.weights.adapters import Adapter, hash_of, part_of
 from mmtransformer.weights.shared.folders import read_tensors
 from support.cli import mmt
@@ -324,3 +324,11 @@ def test_rows_of_tiled_pictures_stand_behind_their_prompts(family: str, tmp_path
         assert row[learned][-1] in model.tokenizer.eos_ids
         lengths.add(count)
     assert len(lengths) > (family == "llava-next")  # pictures of several shapes
+
+
+def test_targets_are_found_by_what_a_tower_calls_them() -> None:
+    usual = ["q_proj", "v_proj"]
+    assert _matching(usual, ["blocks.0.attn.q_proj", "blocks.0.attn.v_proj", "blocks.0.attn.qkv"]) == usual
+    assert _matching(usual, ["block.0.layer.0.SelfAttention.q", "block.0.layer.0.SelfAttention.v", "wq"]) == ["q", "v"]
+    assert _matching(usual, ["layers.0.self_attn.qkv", "layers.0.mlp.fc1"]) == ["qkv"]  # once, for both
+    assert _matching(["out_proj"], ["layer.0.attention.output.dense", "layer.0.output.dense"]) == []  # an MLP's too
