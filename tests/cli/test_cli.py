@@ -78,6 +78,13 @@ def test_options_may_stand_between_words(words: str, capsys: pytest.CaptureFixtu
     assert mmt(capsys, *words.split())[::2] == (2, f"mmt {words.split()[0]}: error: /no: no such folder\n")
 
 
+def test_the_package_runs_as_the_command_does() -> None:
+    for words, code in ((["--version"], 0), (["fti"], 2)):
+        command = [sys.executable, "-m", "mmtransformer", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert (done.returncode, bool(done.stdout), bool(done.stderr)) == (code, code == 0, code == 2)
+
+
 def test_help_is_quick() -> None:
     script = "import sys; from mmtransformer.cli import main; main(['--help']); main(['fit', '--help']); "
     script += "print(sorted({'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules)))"

@@ -53,7 +53,8 @@ ROOMS = [
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+    doors = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # which lead to the rooms and are in none
+    return sorted(path for path in PACKAGE.rglob("*.py") if path not in doors)
 
 
 def room_of(path: Path) -> str:
