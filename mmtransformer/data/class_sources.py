@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from mmtransformer.data.files.normalize import normalize_splits
 from mmtransformer.data.files.read_options import check_share
-from mmtransformer.data.files.text import hash_share, split_word
+from mmtransformer.data.files.text import split_word
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import load
 
@@ -100,7 +101,7 @@ class FileSplit:
 class ImageFolder:
     """A folder with a folder for each class: ROOT/cat/1.jpg, or ROOT/train/cat/1.jpg and ROOT/val/cat/2.jpg.
 
-    Without splits of its own, a share of the pictures is held out, chosen by a hash of the file's path.
+    Without splits of its own, a share of the pictures is held out, one at least, chosen by a hash of the file's path.
 
     Args:
         root: The folder.
@@ -128,21 +129,20 @@ class ImageFolder:
         self.classes: tuple[str, ...] = tuple(sorted({folder.name for folder, _ in places}))
         if len(self.classes) < 2:
             raise ValueError(f"{root}: a folder for each class is needed, two at least; there are {len(self.classes)}")
-        has_val = any(split == "val" for _, split in places)
-        self._splits: dict[str, list[_File]] = {"train": [], "val": []}
+        files, said = list[_File](), list[str | None]()
         for folder, split in places:
             for path in sorted(folder.rglob("*")):
                 if path.suffix.lower() not in ENDINGS:
                     self.ignored += path.is_file()
                     continue
                 name = path.relative_to(top).as_posix()
-                held_out = split in (None, "train") and not has_val and hash_share(name) < val_fraction
-                file = _File(name, path, self.classes.index(folder.name))
-                self._splits.setdefault("val" if held_out else split or "train", []).append(file)
-        self._splits = {name: files for name, files in self._splits.items() if files}
+                files.append(_File(name, path, self.classes.index(folder.name)))
+                said.append(split)
+        members, _ = normalize_splits([file.name for file in files], said, val_fraction)
+        self._splits = {name: [files[i] for i in some] for name, some in members.items()}
         if not self._splits.get("train") or not self._splits.get("val"):
-            counts = ", ".join(f"{name} {len(files)}" for name, files in self._splits.items()) or "no pictures"
-            raise ValueError(f"{root}: train and val both need pictures, there are: {counts}; see val_fraction")
+            counts = ", ".join(f"{name} {len(some)}" for name, some in self._splits.items()) or "no pictures"
+            raise ValueError(f"{root}: train and val both need pictures, there are: {counts}; put more there")
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""

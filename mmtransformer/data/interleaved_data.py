@@ -79,10 +79,11 @@ class InterleavedData(Data):
         super().__init__(
             batch_size=batch_size,
             loader=loader,
-            splits=Splits(splits.train, (*logged, *self.caption_splits), ()),
+            splits=Splits(splits.train, (), ()),
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
+        self.val_splits = (*logged, *self.caption_splits)  # names in the log, not of the source
         self.transform = of_one_size(image or ImageTransform(), "interleaved documents have")
         self.source: DocumentSource = (
             InterleavedFiles(source, max_bad=loader.max_bad) if isinstance(source, str | Path) else source

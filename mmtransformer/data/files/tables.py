@@ -154,6 +154,9 @@ def find_columns(names: Sequence[str], wanted: Wanted, where: str, some: Sequenc
             f"{where}: no column looks like the {' or the '.join(missing)}; its columns are: {listing}. "
             f"Name it: {' '.join(f'--{kind}-column ...' for kind in missing)} (in a recipe data.read."
             f"{', data.read.'.join(f'{kind}_column' for kind in missing)})"
+            if wanted.images
+            else f"{where}: no column looks like the text; its columns are: {listing}. "
+            "Name it: --data.read.text_column ..."
         )
     assert image is not None
     language, split = wanted.language or first(LANGUAGE), wanted.split or first(SPLIT)

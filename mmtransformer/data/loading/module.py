@@ -23,6 +23,7 @@ from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.sampler import IndexSampler, ResumableLoader
+from mmtransformer.data.loading.source import splits_there
 from mmtransformer.data.loading.traces import Parts, changes, traces
 from mmtransformer.layers.config import known_fields
 from mmtransformer.serialization.pretrained import find_folder
@@ -169,7 +170,7 @@ class Data(lightning.LightningDataModule, ABC):
         self.batch_size, self.loader_config = batch_size, loader
         self.num_workers, self.seed, self.drop_last = loader.num_workers, loader.seed, loader.drop_last
         self.max_bad, self.timeout, self.keep_together = loader.max_bad, loader.timeout, loader.keep_together
-        self.train_split, self.val_splits, self.test_splits = splits.train, splits.val, splits.test
+        self.train_split, self._splits = splits.train, splits
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}
 
@@ -238,10 +239,19 @@ class Data(lightning.LightningDataModule, ABC):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer: the one given, loaded, or trained on the training texts at the first call."""
-        if self._given is None:
+        if (given := self._given) is None:
             return self.train_tokenizer()
-        given = self._given
         return given if isinstance(given, Tokenizer) else Tokenizer.from_pretrained(find_folder(given))
+
+    @cached_property
+    def val_splits(self) -> tuple[str, ...]:
+        """The splits to validate on, as far as there are: see `splits_there`."""
+        return splits_there(getattr(self, "source", None), self._splits.val)
+
+    @cached_property
+    def test_splits(self) -> tuple[str, ...]:
+        """The splits to test on, as far as there are: see `splits_there`."""
+        return splits_there(getattr(self, "source", None), self._splits.test)
 
     @property
     def tokenizer_hash(self) -> str:

@@ -1,5 +1,6 @@
 """What every kind of image-text data looks like from above: splits of pictures with captions."""
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
@@ -148,3 +149,34 @@ class PairSource(Protocol[Split]):
             ValueError: there is no such split; the message lists those there are.
         """
         ...
+
+
+def splits_there(source: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """Of several splits those that a source has: a recipe's "compositional" is of its own scenes, not of one's data.
+
+    The others are told in a warning. Where the source has none of them, or does not say, they stay for it to refuse.
+
+    Args:
+        source: Where the data come from.
+        names: The splits that are asked for.
+    """
+    listed = source.splits() if hasattr(source, "splits") else names
+    missing = [name for name in names if name not in listed and not _has(source, name)]
+    if not missing or len(missing) == len(names):
+        return tuple(names)
+    there = tuple(name for name in names if name not in missing)
+    warnings.warn(
+        f"the data have no split {', '.join(map(repr, missing))}, which data.splits names: left out; they have: "
+        f"{', '.join(listed)}",
+        stacklevel=3,
+    )
+    return there
+
+
+def _has(source: Any, name: str) -> bool:
+    """Whether a source has a split that it does not list: it may know another name of one, as "dev" of "val"."""
+    try:
+        source.split(name)
+    except ValueError:
+        return False
+    return True

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mmtransformer.data.files.text import hash_share, is_missing, normalize_text
+from mmtransformer.data.files.normalize import normalize_splits
+from mmtransformer.data.files.text import LANGUAGES as CODE_OF
+from mmtransformer.data.files.text import is_missing, normalize_text
 from mmtransformer.data.scenes.grammar import LANGUAGES
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import Scene
@@ -124,9 +126,10 @@ class ParallelTable:
     """Translations of one's own: a CSV, TSV or JSONL with a column for each language.
 
     Args:
-        path: The file; its columns (keys) are named by language codes, and perhaps one is "split".
+        path: The file; its columns (keys) are named by languages (ko, Korean, 한국어), and perhaps one is "split".
         directions: Such as "en-ko": from which column to which.
-        val_fraction: Share of the rows for validation where there is no column "split", chosen by a hash of the row.
+        val_fraction: Share of the rows for validation, one at least, where no column "split" names some for it, chosen
+            by a hash of the row.
 
     Raises:
         ValueError: If the file or a column is missing, or a split would be empty.
@@ -140,23 +143,28 @@ class ParallelTable:
         pairs = [(d.partition("-")[0], d.partition("-")[2]) for d in directions]
         self.languages: tuple[str, ...] = tuple(dict.fromkeys(code for pair in pairs for code in pair))
         self.incomplete = 0
-        self._splits: dict[str, list[Parallel]] = {"train": [], "val": []}
+        keys, said, found = list[str](), list[str | None](), list[list[Parallel]]()
         for number, row in _read_table(Path(path)):
-            if missing := [code for code in self.languages if code not in row]:
-                raise ValueError(f"{path}:{number}: no column {missing[0]!r} among {', '.join(row)}")
-            texts = {code: normalize_text(row[code]) for code in self.languages}
+            named = {CODE_OF.get(column.strip().casefold(), column): column for column in row}
+            if missing := [code for code in self.languages if code not in named]:
+                raise ValueError(
+                    f"{path}:{number}: no column {missing[0]!r} among {', '.join(row)}; name each column by its "
+                    f"language in the first line (the keys of each object in JSONL), or say other directions than "
+                    f"{', '.join(directions)}: --data.source={type(self).__module__}.{type(self).__name__} "
+                    f"--data.source.path={path} --data.source.directions=[de-ko]"
+                )
+            texts = {code: normalize_text(row[named[code]]) for code in self.languages}
             if any(is_missing(text) for text in texts.values()):
                 self.incomplete += 1
                 continue
-            key = "\n".join(texts.values())
-            split = row.get("split", "").strip() or ("val" if hash_share(key) < val_fraction else "train")
-            self._splits.setdefault(split, []).extend(
-                Parallel(f"row {number}", texts[source], source, texts[target], target) for source, target in pairs
-            )
-        self._splits = {name: rows for name, rows in self._splits.items() if rows}
+            keys.append("\n".join(texts.values()))
+            said.append(row.get("split", "").strip() or None)
+            found.append([Parallel(f"row {number}", texts[a], a, texts[b], b) for a, b in pairs])
+        members, _ = normalize_splits(keys, said, val_fraction, "rows")
+        self._splits = {name: [pair for i in some for pair in found[i]] for name, some in members.items()}
         if not self._splits.get("train") or not self._splits.get("val"):
             counts = ", ".join(f"{name} {len(rows)}" for name, rows in self._splits.items()) or "no rows"
-            raise ValueError(f"{path}: train and val both need rows, there are: {counts}; see val_fraction")
+            raise ValueError(f"{path}: train and val both need rows, there are: {counts}; add more")
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""

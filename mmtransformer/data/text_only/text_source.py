@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from mmtransformer.data.files.archives import Files
+from mmtransformer.data.files.endings import plain_name
 from mmtransformer.data.files.members import Entry
 from mmtransformer.data.files.names import nfc
 from mmtransformer.data.files.normalize import normalize_languages, normalize_splits, split_order
@@ -155,10 +156,10 @@ class TextFiles:
         files = Files(path)
         asked = files.asked
         manifests = find_manifests(files)
-        if asked is not None and asked.path.lower().endswith(_PLAIN) and manifests[0].format != "flickr":
+        if asked is not None and plain_name(asked.path).endswith(_PLAIN) and manifests[0].format != "flickr":
             manifests = []
         if not manifests:
-            texts = [asked] if asked else [e for e in files.entries if e.path.lower().endswith(_PLAIN)]
+            texts = [asked] if asked else [e for e in files.entries if plain_name(e.path).endswith(_PLAIN)]
             for entry in texts:
                 yield from self._plain(files, entry)
             return
@@ -176,7 +177,7 @@ class TextFiles:
 
     def _plain(self, files: Files, entry: Entry) -> Iterator[_Group]:
         report, kept = Report(), list[str]()
-        for line in lines(files.read(entry)):
+        for line in lines(files.read_text(entry)):
             report.rows += 1
             if line.text is None:
                 report.error("not UTF-8", f"{entry.path}:{line.number}", line.hint)

@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,18 @@ class Plain(Data):
 
     def collate(self, split: str, *, training: bool = False) -> Callable[[list[Any]], Any]:
         return list
+
+
+class Named:
+    """A source that says which splits it has, and knows "dev" as another name of val."""
+
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "val")
+
+    def split(self, name: str) -> str:
+        if name not in ("train", "val", "dev"):
+            raise ValueError(f"no split {name!r}")
+        return name
 
 
 class Rich(Plain):
@@ -315,3 +328,24 @@ def test_lightnings_flags_that_shorten_an_epoch(
     epochs = [[names for epoch, names in module.seen if epoch == wanted] for wanted in range(3)]
     assert [len(names) for names in epochs] == [batches] * 3
     assert all((names == epochs[0]) is same for names in epochs[1:])
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        (["val", "hard"], ("val",)),
+        (["dev", "hard"], ("dev",)),
+        (["hard"], ("hard",)),
+        (["hard", "odd"], ("hard", "odd")),
+    ],
+)
+def test_of_several_splits_those_that_there_are(asked: list[str], taken: tuple[str, ...]) -> None:
+    """A source refuses, in its own words, where none is there; data that name none are asked for all."""
+    data = Plain(splits=Splits(val=asked, test=asked))
+    data.source = Named()  # pyright: ignore[reportAttributeAccessIssue]
+    left_out = len(taken) < len(asked)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert data.val_splits == data.test_splits == taken
+    assert [("'hard'" in str(one.message)) for one in told] == [True, True] * left_out
+    assert Plain(splits=Splits(val=asked)).val_splits == tuple(asked)

@@ -1,5 +1,6 @@
 """Texts: where they come from, rows without padding, and the batches of a run."""
 
+import gzip
 import json
 import zipfile
 from collections import Counter
@@ -330,6 +331,17 @@ def test_plain_text_by_line_paragraph_and_file(tmp_path: Path, unit: str, texts:
     assert ("\n" in found[0]) == (unit != "line")
 
 
+def test_plain_text_may_be_compressed_and_the_error_names_a_key_that_there_is(tmp_path: Path) -> None:
+    (tmp_path / "글.txt.gz").write_bytes(gzip.compress("빨간 별\n파란 원\n".encode()))
+    source = TextFiles([str(tmp_path / "글.txt.gz")])
+    assert {text.text for name in source.splits() for text in source.split(name)} == {"빨간 별", "파란 원"}
+    table = tmp_path / "글.jsonl"
+    table.write_text('{"본문": "빨간 별"}\n{"본문": "파란 원"}\n', "utf-8")
+    with pytest.raises(ValueError, match=r"columns are: 본문\. Name it: --data\.read\.text_column \.\.\.$"):
+        TextFiles([str(table)])
+    assert len(TextFiles([str(table)], TextReadOptions(text_column="본문")).split("train")) == 1
+
+
 def test_tables_and_coco(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('text,split\n"Hello, you",train\nBye,val\n', "utf-8")
     assert [t.text for t in TextFiles([str(tmp_path / "t.csv")]).split("train")] == ["Hello, you"]
@@ -391,7 +403,7 @@ def test_files_refuse_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty\.txt holds no text"):
         TextFiles([str(tmp_path / "empty.txt")])
     (tmp_path / "t.csv").write_text("a,b\n1,2\n", "utf-8")
-    with pytest.raises(ValueError, match="looks like the caption; its columns are: a, b"):
+    with pytest.raises(ValueError, match="looks like the text; its columns are: a, b"):
         TextFiles([str(tmp_path / "t.csv")])
     with pytest.raises(ValueError, match="does not exist"):
         TextFiles([str(tmp_path / "none.txt")])

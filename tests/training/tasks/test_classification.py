@@ -81,6 +81,20 @@ def test_a_train_folder_alone_is_divided(tmp_path: Path) -> None:
     assert source.classes == ("green", "red")
 
 
+def test_however_few_pictures_there_are_some_are_for_validation(tmp_path: Path) -> None:
+    source = ImageFolder(folder(tmp_path, {"red": 3, "파랑": 3}), val_fraction=0.001)
+    assert {name: len(source.split(name)) for name in source.splits()} == {"train": 5, "val": 1}
+
+
+def test_a_recipe_of_the_scenes_takes_a_folder_without_their_splits(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"train/red": 3, "train/green": 3, "val/red": 2, "val/green": 1})
+    data = ClassData(root, image=ImageTransform(24), splits=Splits(val=["val", "compositional"]))
+    with pytest.warns(UserWarning, match=r"no split 'compositional', which .* left out; they have: train, val$"):
+        assert data.val_splits == ("val",)
+    data.setup("fit")
+    assert [len(batches.dataset) for batches in data.val_dataloader()] == [3]  # pyright: ignore[reportArgumentType]
+
+
 def test_folders_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         ImageFolder(str(tmp_path / "nowhere"))

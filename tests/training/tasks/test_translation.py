@@ -128,6 +128,20 @@ def test_a_table_without_splits_is_divided_by_what_it_says(tmp_path: Path) -> No
         ParallelTable(str(tmp_path / "bad.csv"))
 
 
+def test_columns_are_named_by_their_languages_and_few_rows_fill_both_splits(tmp_path: Path) -> None:
+    path = tmp_path / "번역.tsv"
+    path.write_text("\ufeff한국어\tEnglish \r\n개\ta dog\r\n소\ta cow\r\n", "utf-8")
+    source = ParallelTable(str(path))
+    assert source.splits() == ("train", "val")
+    rows = [row for name in source.splits() for row in source.split(name)]
+    assert {(row.source, row.text) for row in rows if row.language == "en"} == {("개", "a dog"), ("소", "a cow")}
+    path.write_text("ko\tde\n개\tein Hund\n소\teine Kuh\n", "utf-8")
+    with pytest.raises(ValueError, match=r"among ko, de; name each column .* --data\.source\.directions=\[") as refused:
+        ParallelTable(str(path))
+    assert "\n" not in str(refused.value)
+    assert len(ParallelTable(str(path), directions=["ko-de"]).split("train")) == 1
+
+
 # --- batches
 
 
