@@ -67,6 +67,11 @@ def train(bridge: str, words: list[str], folder: Path, parameters: int | None) -
     decoder = getattr(module.captioner, "decoder", None) if isinstance(module, Captioning) else None
     if not isinstance(module, Captioning) or not isinstance(decoder, Decoder):
         raise ValueError("ablate needs a recipe of mmtransformer.training.Captioning with a language model")
+    if getattr(decoder, "cross_dim", None) is not None:
+        raise ValueError(
+            "the recipe's language model has a bridge within it, cross-attention: ablate needs one that reads text "
+            "alone, as that of flamingo_scenes does"
+        )
     captioner = module.captioner
     parameters = bridge_parameters(captioner) if parameters is None else parameters
     frozen = Frozen(freeze_vision=is_frozen(captioner.vision), freeze_decoder=is_frozen(decoder))

@@ -39,7 +39,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.pipelines.caption_files import caption_file, framed, write_bad
     from mmtransformer.pipelines.many_images import CaptionJob, devices_of
 
-    images = ImageFiles(_places(args.images))
+    images = ImageFiles(places(args.images))
     if not len(images):
         raise ValueError("the list names no picture")
     out = caption_file(args.out, images, overwrite=args.overwrite) if args.out else None
@@ -129,8 +129,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--json prints captions, and --out writes them: take --out FILE.jsonl alone")
 
 
-def _places(words: Sequence[str]) -> Iterator[str]:
-    """What is named, lists read."""
+def places(words: Sequence[str]) -> Iterator[str]:
+    """The pictures and folders that words of a command line name, lists (@list.txt, - for the standard input) read."""
     from mmtransformer.data.image_files import listed
 
     for word in words:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmtransformer.cli.options import (
     add_generation_options,
@@ -13,6 +14,9 @@ from mmtransformer.cli.options import (
     generation_changes,
 )
 from mmtransformer.serialization.printable import json_text, say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ABOUT_IMAGES = ("guidance_scale", "force_words", "mark_images")
 
@@ -27,7 +31,7 @@ def _classify(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add_model_options(parser)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="picture files")
+    add("images", nargs="+", metavar="IMAGE", help="pictures, folders, patterns, zips, tars; @list.txt or - for a list")
     add("--top-k", type=int, default=1, metavar="N", help="classes a picture (1)")
     add("--json", action="store_true", help="one line of JSON a picture")
     add("--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block")
@@ -35,24 +39,36 @@ def _classify(name: str, words: Sequence[str]) -> int:
     if args.attention:
         check_image_file(args.attention, "--attention")
 
-    from mmtransformer.images import load
+    from mmtransformer.cli.caption import places
+    from mmtransformer.data.image_files import ImageFiles
+    from mmtransformer.images import ImageError
+    from mmtransformer.pipelines.base import in_batches
     from mmtransformer.pipelines.classifier import ImageClassifier
 
-    images = [load(path) for path in args.images]
+    images = ImageFiles(places(args.images))
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
-    for path, best in zip(args.images, classifier(images, top_k=args.top_k), strict=True):
-        if args.json:
+    first, bad = None, 0
+    for some in in_batches(range(len(images)), 64):
+        loaded: dict[int, Image] = {}
+        for i in some:
+            try:
+                loaded[i] = images.image(i)
+            except ImageError as error:
+                if len(images) == 1:
+                    raise
+                bad += 1
+                say(f"mmt {name}: {error}", file=sys.stderr)
+        first = first or next(iter(loaded.items()), None)
+        for i, best in zip(loaded, classifier([*loaded.values()], top_k=args.top_k), strict=True):
+            path, told = images.name(i), ", ".join(f"{label} {share:.1%}" for label, share in best)
             row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
-            say(json_text(row))
-        else:
-            told = ", ".join(f"{label} {share:.1%}" for label, share in best)
-            say(f"{path}: {told}" if len(args.images) > 1 else told)
-    if args.attention:
+            say(json_text(row) if args.json else f"{path}: {told}" if len(images) > 1 else told)
+    if args.attention and first:
         from mmtransformer.plots import draw_rollout, save_image
 
-        sheet = draw_rollout(classifier.vit, images[0], classifier.transform, title=args.images[0])
+        sheet = draw_rollout(classifier.vit, first[1], classifier.transform, title=images.name(first[0]))
         save_image(sheet, args.attention)
-    return 0
+    return 1 if bad else 0
 
 
 def _translate(name: str, words: Sequence[str]) -> int:

@@ -186,7 +186,7 @@ def _read(source: str | Path | bytes | BinaryIO, name: str | None, max_bytes: in
             raise ImageError(f'{name}: opened as text; open it with mode "rb"')
     else:
         called = name or " ".join(repr(source).split())[:60]
-        way = "; PIL.Image.fromarray makes a picture of an array in RGB" * hasattr(source, "__array__")
+        way = "; PIL.Image.fromarray makes a picture of (height, width, 3) RGB bytes" * hasattr(source, "__array__")
         raise ImageError(f"{called}: a {type(source).__name__} is not a path, bytes or binary file{way}")
     if len(data) > max_bytes:
         raise ImageError(f"{name}: more than {max_bytes:,} bytes, too large for a picture; make it smaller")

@@ -110,6 +110,9 @@ class ImageClassifier:
             ValueError: If a part is missing or damaged, or the parts do not fit; names the file.
         """
         folder = find_folder(folder_or_id)
+        if not (folder / CLASSES).is_file():
+            ViT.from_pretrained(folder)  # of another model it says what that is for
+            raise ValueError(f"{folder}: a ViT without {CLASSES}, the names of its classes; vit_classify leaves both")
         names = read_json(folder / CLASSES).get("classes")
         if not isinstance(names, list):
             raise ValueError(f'{folder / CLASSES}: no list "classes"')

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmtransformer.serialization.checksums import KEY, checksum, refuse_damaged, refuse_nan
 from mmtransformer.serialization.hub import CONFIGS, HubOptions, fetch
-from mmtransformer.serialization.runs import refuse_file, refuse_run
+from mmtransformer.serialization.runs import maker, refuse_file, refuse_run
 from mmtransformer.serialization.untrusted import built_from, check_plain, fits, held, hints_of, hold, said, settings_of
 from mmtransformer.serialization.uses import other_kind
 
@@ -123,7 +123,7 @@ def find_folder(
     if folder.is_file() or folder.suffix == ".ckpt":
         refuse_file(folder)
     if folder.exists() or not _looks_like_id(str(folder_or_id)):
-        raise ValueError(f"{folder_or_id}: no such folder")
+        raise ValueError(f"{folder_or_id}: no such folder{maker(folder)}")
     return fetch(str(folder_or_id), options, look=look, weights=weights)
 
 

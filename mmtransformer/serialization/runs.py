@@ -28,6 +28,14 @@ def refuse_run(folder: Path) -> None:
     )
 
 
+def maker(folder: Path) -> str:
+    """Of a folder that is not there and is called as a recipe's model is, what makes it, behind "no such folder"."""
+    match folder.parts:
+        case (*_, "runs", name, "model"):
+            return f"; where {name} is a recipe (`mmt recipes`), `mmt fit --config {quote(name)}` leaves it there"
+    return ""
+
+
 def refuse_file(file: Path) -> None:
     """Refuses a file in the place of a model's folder.
 

@@ -55,8 +55,9 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     out = mmt(capsys, "translate", BAD, "--language", "ko", "--json", *names)[1]
     assert json.loads(out) == {"text": BAD, "language": "ko", "translation": BAD}
     stand_in(ImageClassifier, lambda images, top_k: [[(BAD, 0.5)] for _ in images])
-    out = mmt(capsys, "classify", FILE, FILE, *names)[1]
-    assert out.splitlines() == [rf"그림\x1b[2J\u202e.png: {SHOWN} 50.0%"] * 2
+    Image.new("RGB", (8, 8)).save("b.png")
+    out = mmt(capsys, "classify", FILE, "b.png", *names)[1]
+    assert out.splitlines() == [rf"그림\x1b[2J\u202e.png: {SHOWN} 50.0%", f"b.png: {SHOWN} 50.0%"]
     assert json.loads(mmt(capsys, "classify", FILE, "--json", *names)[1])["image"] == FILE
     painter = SimpleNamespace(draw=lambda *_, **__: [[Image.new("RGB", (8, 8))]], with_config=lambda **_: None)
     stand_in(ImageGenerator, painter)

@@ -468,7 +468,9 @@ def test_addresses_and_wrong_types_are_refused() -> None:
         load("https://example.com/a.jpg")
     with pytest.raises(ImageError, match='opened as text; open it with mode "rb"'):
         load(io.StringIO("text"))  # type: ignore[arg-type]
-    with pytest.raises(ImageError, match=r"^array.*: a ndarray is not a path.*Image.fromarray makes a picture"):
+    with pytest.raises(
+        ImageError, match=r"^array.*: a ndarray is not a path.*Image.fromarray makes a picture of .height, width, 3."
+    ):
         load(np.zeros((40, 40, 3), np.uint8))  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"damaged GIF \(it ends too early\); get the file again"):
         load(b"GIF89a")

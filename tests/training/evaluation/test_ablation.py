@@ -90,3 +90,15 @@ def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "qformer/gallery.png").is_file()
     assert main(["ablate", "--recipe", str(recipe), "--bridges", "flamigno"]) == 2
     assert "no bridge flamigno" in capsys.readouterr().err
+
+
+def test_a_recipe_whose_language_model_has_a_bridge_within_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = RECIPE.replace("PrefixCaptioner", "VisionEncoderDecoder").replace("hidden_dim: 2000", "")
+    recipe = recipe.replace("        shuffle: 2\n", "").replace("max_len: 110}", "max_len: 110, cross_dim: 32}")
+    Path("recipe.yaml").write_text(recipe, "utf-8")
+    assert main(["ablate", "--recipe", "recipe.yaml", "--bridges", "prefix"]) == 2
+    assert "needs one that reads text alone, as that of flamingo_scenes" in capsys.readouterr().err
+    assert not Path("runs/ablate_recipe/prefix/metrics.json").exists()

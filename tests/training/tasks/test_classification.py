@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mmtransformer import BlockConfig, ImageClassifier, ImageTransform, ViT
+from mmtransformer import BlockConfig, ImageClassifier, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
 from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
@@ -303,6 +303,42 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     row = json.loads(capsys.readouterr().out)
     assert row["classes"][0]["class"] == best[0][0]
     assert main([*words, str(tmp_path / "none.png")]) == 2
+    capsys.readouterr()
+
+
+def test_a_folder_is_classified_and_what_is_no_picture_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier = ImageClassifier(ViT(32, 8, 16, 1, 2, num_classes=3), tuple(COLOURS), ImageTransform(32), device="cpu")
+    classifier.save_pretrained(tmp_path / "model")
+    root = Path(folder(tmp_path / "사진", {"red": 70, "파랑": 2}))
+    (root / "red" / "00 broken.png").write_bytes(b"no picture")
+    words = ["classify", "--model", str(tmp_path / "model"), "--device", "cpu"]
+    assert main([*words, str(root), "--json", "--attention", str(tmp_path / "look.png")]) == 1
+    out, err = capsys.readouterr()
+    assert [Path(json.loads(line)["image"]).suffix for line in out.splitlines()] == [".png"] * 72
+    assert err.startswith("mmt classify: ")
+    assert "00 broken.png" in err
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "look.png").is_file()
+    (tmp_path / "list.txt").write_text(f"{root / '파랑' / '1.png'}\n", "utf-8")
+    assert main([*words, f"@{tmp_path / 'list.txt'}"]) == 0
+
+
+def test_what_is_no_classifier_says_what_it_is_for(tmp_path: Path) -> None:
+    TextDecoder(97, 16, 1, 2).save_pretrained(tmp_path / "lm")
+    VisionEncoderDecoder(ViT(32, 8, 16, 1, 2), TextDecoder(97, 16, 1, 2, cross_dim=16)).save_pretrained(
+        tmp_path / "cap"
+    )
+    ViT(32, 8, 16, 1, 2).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="lm holds a TextDecoder, not a ViT"):
+        ImageClassifier.from_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match="cap holds a VisionEncoderDecoder, not a ViT; it captions: `mmt caption`"):
+        ImageClassifier.from_pretrained(tmp_path / "cap")
+    with pytest.raises(ValueError, match=r"vit: a ViT without classes\.json, .* vit_classify"):
+        ImageClassifier.from_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"vit holds a ViT, not a VisionEncoderDecoder; .* `mmt classify`"):
+        VisionEncoderDecoder.from_pretrained(tmp_path / "vit")
 
 
 def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Path) -> None:
@@ -314,7 +350,7 @@ def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Pat
     words = ["fit", "--config", str(recipes / "vit_classify.yaml"), "--config", str(recipes / "tiny.yaml")]
     words += [f"--data.source={root}"]
     words += ["--model.vit=mmtransformer.weights.load_vit", f"--model.vit.source={tmp_path / 'vit'}"]
-    words += ["--data.image.image_size=48", "--data.splits.val=[val]", "--trainer.max_steps=1"]
+    words += ["--data.image.image_size=48", "--trainer.max_steps=1"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
