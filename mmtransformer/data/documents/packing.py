@@ -80,7 +80,7 @@ class DocumentRows:
         if max_len < 5:
             raise ValueError(f"max_len ({max_len}) must be at least 5 tokens: bos, language, image, text, eos")
         if max_images < 1:
-            raise ValueError(f"max_pictures ({max_images}) must be at least 1")
+            raise ValueError(f"max_images ({max_images}) must be at least 1")
         self.tokenizer, self.max_len, self.max_images = tokenizer, max_len, max_images
         self.divided = self.cut = self.unread = self.silent = 0
         self.longest = 0

@@ -55,10 +55,10 @@ class Optim:
     lr_scales: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in get_type_hints(Optim).items():
+        for name, kinds in get_type_hints(type(self)).items():
             if get_origin(kinds) is Literal and (value := getattr(self, name)) not in get_args(kinds):
-                one, other = get_args(kinds)
-                raise ValueError(f'optim.{name} must be "{one}" or "{other}", not "{value}"')
+                known = " or ".join(f'"{kind}"' for kind in get_args(kinds))
+                raise ValueError(f'optim.{name} must be {known}, not "{value}"')
         for name in ("lr", "weight_decay", "min_lr_ratio"):
             if not 0.0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"optim.{name} ({value}) must be a number of at least 0")

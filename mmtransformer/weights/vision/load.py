@@ -44,7 +44,7 @@ def load_vit(
     lora_rank: int = 0,
     lora_targets: Sequence[str] = ("q_proj", "v_proj"),
 ) -> ViT:
-    """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.load_vit`).
+    """A pretrained ViT, from what is there: for recipes (`class_path: mmtransformer.weights.load_vit`).
 
     Its `transform` is how its pictures become pixels, by timm's data config or the folder's preprocessor_config.json.
 

@@ -454,7 +454,7 @@ def test_impossible_rows_are_refused() -> None:
     documents = Fake(some_documents(3))
     with pytest.raises(ValueError, match=r"max_len \(4\) must be at least 5"):
         DocumentRows(documents, tokenizer(), max_len=4)
-    with pytest.raises(ValueError, match=r"max_pictures \(0\)"):
+    with pytest.raises(ValueError, match=r"max_images \(0\)"):
         DocumentRows(documents, tokenizer(), max_images=0)
     bare = Tokenizer(tokenizer().backend, languages=("en", "ko"))
     with pytest.raises(ValueError, match=rf"the tokenizer \({bare.vocab_size} tokens\) has no image token"):

@@ -3,7 +3,8 @@
 import copy
 import math
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -200,3 +201,12 @@ def test_rates_of_towers_of_transformers() -> None:
     assert found["embeddings.patch_embedding.weight"] == 0.25
     assert found["encoder.layers.0.mlp.fc1.bias"] == 0.5
     assert found["encoder.layers.1.mlp.fc1.bias"] == found["post_layernorm.weight"] == 1.0
+
+
+def test_a_choice_of_three_is_refused_by_its_names() -> None:
+    @dataclass(frozen=True)
+    class Three(Optim):
+        kind: Literal["adamw", "muon", "sgd"] = "adamw"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    with pytest.raises(ValueError, match=r'optim\.kind must be "adamw" or "muon" or "sgd", not "adam"'):
+        Three(kind="adam")  # type: ignore[arg-type]
