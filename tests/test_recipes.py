@@ -52,7 +52,7 @@ def check_captioner(name: str, run: Path, out: str) -> None:
     else:
         assert all("bleu_4" in scores["values"] for scores in metrics["captions"]["val"].values())
     assert f"caption YOUR_PICTURE.jpg --model {run / 'model'}" in out
-    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner.vocab_size > 0
+    assert ImageCaptioner.from_pretrained(run / "model", device="cpu").model.vocab_size > 0
 
 
 def check_stage1(name: str, run: Path, out: str) -> None:

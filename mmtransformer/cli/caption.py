@@ -194,7 +194,7 @@ def _start(args: argparse.Namespace, device: str | None) -> "tuple[ImageCaptione
     own = None if model.processor is None else model.processor.prompt
     if own and args.prompt is None and args.examples is None:
         say(f'captioned after "{own}"; --prompt says something else', file=sys.stderr)
-    return model, model.prompts(args.prompt, None if args.examples is None else _examples(model, args))
+    return model, model.prompt_builder(args.prompt, None if args.examples is None else _examples(model, args))
 
 
 def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
@@ -207,7 +207,7 @@ def _examples(model: "ImageCaptioner", args: argparse.Namespace) -> "FewShot":
     splits = source.splits()
     return FewShot(
         source.split("train" if "train" in splits else splits[0]),
-        model.captioner,
+        model.model,
         model.tokenizer,
         model.transform,
         num_examples=4 if args.num_examples is None else args.num_examples,
@@ -220,8 +220,8 @@ class _Heatmaps:
     """One sheet a picture, OUT.png, OUT-2.png and so on; or one page for all."""
 
     def __init__(self, model: "ImageCaptioner", prompts: "Prompts | None", out: Path) -> None:
-        if not model.captioner.has_heatmaps:
-            kind = type(model.captioner).__name__
+        if not model.model.has_heatmaps:
+            kind = type(model.model).__name__
             raise ValueError(f"--heatmap: there are no heat maps of a {kind} that runs in transformers: leave it out")
         self.model, self.prompts, self.out = model, prompts, out
         self.cards, self.seen = [], 0

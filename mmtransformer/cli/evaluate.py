@@ -215,7 +215,7 @@ def _prompts(args: argparse.Namespace, model: "ImageCaptioner") -> "Prompts | No
         return None
     examples = _source(args, model).split("train")
     choose = "nearest" if args.nearest else "random"
-    parts = (examples, model.captioner, model.tokenizer, model.transform)
+    parts = (examples, model.model, model.tokenizer, model.transform)
     return FewShot(*parts, num_examples=args.num_examples, choose=choose)
 
 

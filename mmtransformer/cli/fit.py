@@ -170,9 +170,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
         def after_instantiate_classes(self) -> None:
             start = self.model.start if isinstance(self.model, Captioning | Contrast) else None
             if start is not None:
-                dual = isinstance(start, DualEncoder)
-                processor, model = (None, start.model) if dual else (start.processor, start.captioner)
-                self.datamodule.continue_from(start.tokenizer, start.transform, processor, model.max_len)
+                processor = None if isinstance(start, DualEncoder) else start.processor
+                self.datamodule.continue_from(start.tokenizer, start.transform, processor, start.model.max_len)
             elif line := use_transform(self.model, self.datamodule):
                 say(line)
             if describe := getattr(getattr(self.datamodule, "source", None), "describe", None):

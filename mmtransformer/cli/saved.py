@@ -66,7 +66,7 @@ def _classify(name: str, words: Sequence[str]) -> int:
     if args.attention and first:
         from mmtransformer.plots import draw_rollout, save_image
 
-        sheet = draw_rollout(classifier.vit, first[1], classifier.transform, title=images.name(first[0]))
+        sheet = draw_rollout(classifier.model, first[1], classifier.transform, title=images.name(first[0]))
         save_image(sheet, args.attention)
     return 1 if bad else 0
 
@@ -122,7 +122,7 @@ def _export(name: str, words: Sequence[str]) -> int:
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"{out} is there already: name a folder that is new or empty")
     if model.processor is None:
-        family = export_captioner(model.captioner, model.tokenizer, model.transform, out, args.family, reader=args.to)
+        family = export_captioner(model.model, model.tokenizer, model.transform, out, args.family, reader=args.to)
         say(f"{out}: a {family}, as {FAMILIES[family].reader} reads it")
         return 0
     if args.family is not None:

@@ -31,7 +31,7 @@ class ImageClassifier:
     """Classifies pictures with a trained ViT.
 
     Args:
-        vit: The model, with a head.
+        model: The model, with a head.
         classes: The names of its classes, in the order of their numbers.
         transform: How a picture becomes pixels.
         device: Where to compute; a GPU if there is one.
@@ -41,12 +41,12 @@ class ImageClassifier:
     """
 
     def __init__(
-        self, vit: ViT, classes: Sequence[str], transform: ImageTransform, *, device: torch.device | str | None = None
+        self, model: ViT, classes: Sequence[str], transform: ImageTransform, *, device: torch.device | str | None = None
     ) -> None:
-        if vit.num_classes != len(classes):
-            raise ValueError(f"the model tells {vit.num_classes} classes apart, but there are {len(classes)} names")
+        if model.num_classes != len(classes):
+            raise ValueError(f"the model tells {model.num_classes} classes apart, but there are {len(classes)} names")
         self.device = pick_device(device)
-        self.vit, self.classes, self.transform = vit.to(self.device).eval(), tuple(classes), transform
+        self.model, self.classes, self.transform = model.to(self.device).eval(), tuple(classes), transform
 
     @torch.inference_mode()
     def __call__(
@@ -72,7 +72,7 @@ class ImageClassifier:
         for some in in_batches(many, batch_size):
             pixels = torch.stack([self.transform(load(image)) for image in some])
             with fast_autocast(self.device):
-                logits = self.vit(pixels.to(self.device))
+                logits = self.model(pixels.to(self.device))
             best = logits.float().softmax(-1).topk(min(top_k, len(self.classes)), dim=-1)
             for shares, numbers in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 found.append([(self.classes[i], share) for i, share in zip(numbers, shares, strict=True)])
@@ -86,12 +86,12 @@ class ImageClassifier:
             card: Text for the model card, below its heading: how it was trained, its scores.
         """
         folder = Path(folder)
-        self.vit.save_pretrained(folder)
+        self.model.save_pretrained(folder)
         write_json(folder / CLASSES, {"classes": list(self.classes)})
         write_json(folder / PREPROCESSOR, self.transform.to_dict())
         write_card(
             folder,
-            self.vit,
+            self.model,
             task="image-classification",
             about=f"A ViT of mmtransformer that tells {counted(len(self.classes), 'class', 'classes')} apart",
             usage="from mmtransformer import ImageClassifier\n\n"
@@ -116,8 +116,8 @@ class ImageClassifier:
         names = read_json(folder / CLASSES).get("classes")
         if not isinstance(names, list):
             raise ValueError(f'{folder / CLASSES}: no list "classes"')
-        vit = ViT.from_pretrained(folder)
-        transform = read_transform(folder / PREPROCESSOR, vit.image_size)
-        found = cls(vit, [str(name) for name in names], transform, device=device)
-        for_inference(found.vit)
+        model = ViT.from_pretrained(folder)
+        transform = read_transform(folder / PREPROCESSOR, model.image_size)
+        found = cls(model, [str(name) for name in names], transform, device=device)
+        for_inference(found.model)
         return found

@@ -52,7 +52,7 @@ def check_reader(captioner: Captioner, *, blind: bool = False) -> None:
 
 
 class FewShot:
-    """Puts examples before every picture: give it to `ImageCaptioner(...)(images, prompts=FewShot(...))`.
+    """Puts examples before every picture: give it to `ImageCaptioner(...)(images, prompt_builder=FewShot(...))`.
 
     The examples of a picture depend on the picture, the seed and nothing else, so neither on its batch.
 

@@ -57,7 +57,7 @@ class ImageCaptioner:
     With the first picture the model is made ready for it (`ready`): on a CPU its linear weights are packed.
 
     Args:
-        captioner: The model.
+        model: The model.
         tokenizer: Its tokenizer.
         transform: How a picture becomes pixels.
         generation: How captions are searched for, unless a call says otherwise.
@@ -69,7 +69,7 @@ class ImageCaptioner:
 
     def __init__(
         self,
-        captioner: Captioner,
+        model: Captioner,
         tokenizer: Tokenizer,
         transform: ImageTransform,
         *,
@@ -78,9 +78,9 @@ class ImageCaptioner:
         precision: Precision = "fp32",
         processor: Processor | None = None,
     ) -> None:
-        check_vocabulary(tokenizer, captioner.vocab_size)
+        check_vocabulary(tokenizer, model.vocab_size)
         self.device = pick_device(device)
-        self.captioner = captioner.to(self.device).eval()
+        self.model = model.to(self.device).eval()
         self.tokenizer, self.transform, self.generation = tokenizer, transform, generation
         self.precision: Precision = precision
         self.processor = processor
@@ -90,9 +90,9 @@ class ImageCaptioner:
 
     def __repr__(self) -> str:
         known = ", ".join(self.tokenizer.languages)
-        size = sum(p.numel() for p in self.captioner.parameters()) / 1e6
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
         return (
-            f"ImageCaptioner({type(self.captioner).__name__}, {size:.1f} million parameters, "
+            f"ImageCaptioner({type(self.model).__name__}, {size:.1f} million parameters, "
             f"{self.tokenizer.vocab_size} tokens{f', languages {known}' if known else ''}, "
             f"{self.precision} on {self.device})"
         )
@@ -134,20 +134,20 @@ class ImageCaptioner:
         if "class" not in folder_config(folder):
             from mmtransformer.weights.public import open_captioner
 
-            captioner, processor, generation = open_captioner(folder, options)
+            model, processor, generation = open_captioner(folder, options)
             tokenizer, transform = processor.tokenizer, processor.transform
         else:
-            captioner, processor = Captioner.from_pretrained(folder), None
-            transform = read_transform(folder / PREPROCESSOR, getattr(captioner.vision, "image_size", None))
+            model, processor = Captioner.from_pretrained(folder), None
+            transform = read_transform(folder / PREPROCESSOR, getattr(model.vision, "image_size", None))
             generation = read_generation(folder / GENERATION, CAPTIONING)
             tokenizer = Tokenizer.from_pretrained(folder)
         return cls(
-            captioner,
+            model,
             tokenizer,
             transform,
             generation=generation,
             device=device,
-            precision=resolve_precision(precision, dtype, device, getattr(captioner, "decoder", None)),
+            precision=resolve_precision(precision, dtype, device, getattr(model, "decoder", None)),
             processor=processor,
         )
 
@@ -164,9 +164,9 @@ class ImageCaptioner:
         """
         with _READY:  # threads may caption side by side
             if not self._ready:
-                for_inference(self.captioner, self.precision, pack=pack)
+                for_inference(self.model, self.precision, pack=pack)
                 self._ready = True
-        return self.captioner
+        return self.model
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Writes model, tokenizer, image transform, generation settings and a model card.
@@ -186,16 +186,16 @@ class ImageCaptioner:
             if self.adapter is not None:
                 save_adapter(self.adapter, base, folder, note=card or "")
             else:
-                save_captioner(self.captioner, base, folder, note=card or "", options=options)
+                save_captioner(self.model, base, folder, note=card or "", options=options)
             return
-        self.captioner.save_pretrained(folder)
+        self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_json(folder / PREPROCESSOR, self.transform.to_dict())
         write_json(folder / GENERATION, dataclasses.asdict(self.generation))
-        known, kind = self.tokenizer.languages, type(self.captioner).__name__
+        known, kind = self.tokenizer.languages, type(self.model).__name__
         write_card(
             folder,
-            self.captioner,
+            self.model,
             task="image-to-text",
             about=f"A {kind} of mmtransformer that captions pictures in {self.tokenizer.vocab_size} tokens",
             usage="from mmtransformer import ImageCaptioner\n\n"
@@ -213,7 +213,7 @@ class ImageCaptioner:
         prompt: str | Sequence[str | None] | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompts: Prompts | None = None,
+        prompt_builder: Prompts | None = None,
         batch_size: int = 16,
         **changes: Any,
     ) -> list[list[CaptionResult]]:
@@ -224,7 +224,7 @@ class ImageCaptioner:
             prompt: The words that a public model captions after, or those for each picture; its own unless told.
             language: Its code, if the model knows several; else the first one.
             generation: How to search, in place of the model's own settings.
-            prompts: Makes the prompts: `FewShot` puts examples before each picture.
+            prompt_builder: Makes the prompts: `FewShot` puts examples before each picture.
             batch_size: Pictures at once.
             changes: Single settings of the search, such as `num_beams=5` or `num_return_sequences=3` (as
                 `GenerationConfig.updated`).
@@ -245,7 +245,7 @@ class ImageCaptioner:
         captions, said = [], in_batches(texts, batch_size)
         for some, words in zip(in_batches(many, batch_size), said, strict=True):
             with fast_autocast(self.device):
-                made = self.prompts(words, prompts)
+                made = self.prompt_builder(words, prompt_builder)
                 batch = self.batch_of([self.prepare(load(image)) for image in some])
                 rows = write_captions(
                     self.ready(), self.tokenizer, batch, [language], generation=generation, prompts=made
@@ -253,7 +253,9 @@ class ImageCaptioner:
             captions += [row[0] for row in rows]
         return captions
 
-    def prompts(self, prompt: str | Sequence[str | None] | None = None, given: Prompts | None = None) -> Prompts | None:
+    def prompt_builder(
+        self, prompt: str | Sequence[str | None] | None = None, given: Prompts | None = None
+    ) -> Prompts | None:
         """What makes the prompts of a batch; None = plain ones, of a model of this library.
 
         Args:
@@ -292,7 +294,7 @@ class ImageCaptioner:
         prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompts: Prompts | None = None,
+        prompt_builder: Prompts | None = None,
     ) -> Iterator[str]: ...
 
     @overload
@@ -303,7 +305,7 @@ class ImageCaptioner:
         prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompts: Prompts | None = None,
+        prompt_builder: Prompts | None = None,
         batch_size: int = 16,
         on_error: Callable[[ImageLike, ImageError], object] | None = None,
         **changes: Any,
@@ -316,7 +318,7 @@ class ImageCaptioner:
         prompt: str | None = None,
         language: str | None = None,
         generation: GenerationConfig | None = None,
-        prompts: Prompts | None = None,
+        prompt_builder: Prompts | None = None,
         batch_size: int = 16,
         on_error: Callable[[ImageLike, ImageError], object] | None = None,
         **changes: Any,
@@ -331,7 +333,7 @@ class ImageCaptioner:
             prompt: The words that a public model captions after; its own unless told.
             language: The captions' language; the first one that the model knows unless told.
             generation: How to search, in place of the model's own settings; for one picture beams are left aside.
-            prompts: Makes the prompts: `FewShot` puts examples before each picture.
+            prompt_builder: Makes the prompts: `FewShot` puts examples before each picture.
             batch_size: Of many pictures, how many at once.
             on_error: Called with each of many pictures that cannot be used, and why; in its place an empty list is
                 yielded. None raises the error.
@@ -345,20 +347,13 @@ class ImageCaptioner:
             ValueError: If the model does not know the language, or settings make no sense.
         """
         settings, language = (generation or self.generation).updated(**changes), self.language(language)
-        made = self.prompts(prompt, prompts)
+        made = self.prompt_builder(prompt, prompt_builder)
         if isinstance(images, str | bytes | Path | Image) or hasattr(images, "read"):
             with torch.inference_mode():
                 batch = self.batch([cast(ImageLike, images)])
             return stream_caption(self.ready(), self.tokenizer, batch, language, generation=settings, prompts=made)
-        many = caption_all(
-            self,
-            cast(Iterable[ImageLike], images),
-            load,
-            [language],
-            generation=settings,
-            prompts=made,
-            batch_size=batch_size,
-        )
+        given = cast(Iterable[ImageLike], images)
+        many = caption_all(self, given, load, [language], generation=settings, prompts=made, batch_size=batch_size)
         return self._stream_many(many, on_error)
 
     @staticmethod
@@ -375,16 +370,16 @@ class ImageCaptioner:
                 yield []
 
     @torch.inference_mode()
-    def heatmap(self, image: ImageLike, caption: CaptionResult, prompts: Prompts | None = None) -> Tensor:
+    def heatmap(self, image: ImageLike, caption: CaptionResult, prompt_builder: Prompts | None = None) -> Tensor:
         """Where the model looked while it wrote each word of a caption: (words gh gw).
 
         Args:
             image: The picture.
             caption: What the model said of it.
-            prompts: What made the prompts when it was captioned.
+            prompt_builder: What made the prompts when it was captioned.
         """
-        mark, prompts = self.generation.mark_images, self.prompts(given=prompts)
-        return heatmap_of(self.ready(), self.tokenizer, self.batch([image]), caption, prompts, mark=mark)
+        mark, made = self.generation.mark_images, self.prompt_builder(given=prompt_builder)
+        return heatmap_of(self.ready(), self.tokenizer, self.batch([image]), caption, made, mark=mark)
 
     def prepare(self, image: Image) -> Any:
         """What a picture is before it is in a batch: its pixels, for most models (3 height width)."""

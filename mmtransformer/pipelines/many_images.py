@@ -50,7 +50,9 @@ class Model(Protocol):
         """A batch without texts."""
         ...
 
-    def prompts(self, prompt: Sequence[str | None] | None = None, given: Prompts | None = None) -> Prompts | None:
+    def prompt_builder(
+        self, prompt: Sequence[str | None] | None = None, given: Prompts | None = None
+    ) -> Prompts | None:
         """What makes the prompts."""
         ...
 
@@ -161,7 +163,7 @@ def _captions(
     prompts: Prompts | None,
 ) -> list[Said]:
     with fast_autocast(model.device):
-        batch, made = model.batch_of(prepared), model.prompts(words, prompts)
+        batch, made = model.batch_of(prepared), model.prompt_builder(words, prompts)
         return write_captions(model.ready(), model.tokenizer, batch, languages, generation=generation, prompts=made)
 
 

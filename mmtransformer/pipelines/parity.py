@@ -98,7 +98,7 @@ def compare(
     if (name := family_of(config)) and (reader := FAMILIES[name].reader) != "transformers":
         raise ValueError(f"{folder} is a model that {reader} reads, and transformers has none to compare it with")
     ours = ImageCaptioner.from_pretrained(folder, device="cpu")
-    if isinstance(ours.captioner, HubCaptioner):
+    if isinstance(ours.model, HubCaptioner):
         kind = config.get("model_type")
         raise ValueError(f"{folder}: {kind} runs in transformers itself, so there is nothing to compare")
     with tempfile.TemporaryDirectory() as written:
@@ -143,12 +143,12 @@ def _stages(
     report.rows.append((name, "prompt ids", _differ(shown, told), shown == told))
     with torch.no_grad():
         if given.forward is not None:
-            found, there = ours.captioner.prefill(batch)[0][0], model(**given.forward).logits[0, -1]
+            found, there = ours.model.prefill(batch)[0][0], model(**given.forward).logits[0, -1]
             far = ((found - there).abs().max() / there.abs().max()).item()
             report.rows.append((name, "logits", f"largest difference {far:.2g} of the largest", far <= TOLERANCE))
         for search, beams in (("greedy ids", 1), (f"ids of {num_beams} beams", num_beams)):
             settings = ours.generation.updated(max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False)
-            best = generate(ours.captioner, batch, settings, eos_id=ours.tokenizer.eos_ids)[0][0].tokens
+            best = generate(ours.model, batch, settings, eos_id=ours.tokenizer.eos_ids)[0][0].tokens
             same: dict[str, Any] = {
                 key: getattr(settings, key)
                 for key in ("min_new_tokens", "length_penalty", "repetition_penalty", "no_repeat_ngram_size")
@@ -198,7 +198,7 @@ Theirs = tuple[Any, Any]
 def _asked_of_blip(theirs: Theirs, image: Image.Image, text: str | None, ours: ImageCaptioner) -> Given:
     model, processor = theirs
     given = processor(images=image, text=text, return_tensors="pt")
-    if isinstance(ours.captioner, BlipVQA):  # Its question is encoded; no pass has the logits of an answer alone.
+    if isinstance(ours.model, BlipVQA):  # Its question is encoded; no pass has the logits of an answer alone.
         start = int(model.decoder_start_token_id)
         return Given(given["pixel_values"], dict(given), [start], None)
     start = [int(model.config.text_config.bos_token_id)]

@@ -23,10 +23,10 @@ def restrict_vocabulary(captioner: ImageCaptioner, texts: Iterable[str]) -> int:
     Raises:
         ValueError: If its language model has no head of rows, or there is no text.
     """
-    decoder = getattr(captioner.captioner, "decoder", None)
+    decoder = getattr(captioner.model, "decoder", None)
     if not isinstance(decoder, TextDecoder) or decoder.logit_softcap is not None:
         raise ValueError(
-            f"the vocabulary of a {type(captioner.captioner).__name__} over a {type(decoder).__name__} cannot be "
+            f"the vocabulary of a {type(captioner.model).__name__} over a {type(decoder).__name__} cannot be "
             "restricted: that goes with a TextDecoder whose logits have no softcap"
         )
     tokenizer = captioner.tokenizer

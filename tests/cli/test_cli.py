@@ -210,7 +210,7 @@ def test_finetuning_adds_a_language_and_says_how_to_ask_for_it(
     after = ImageCaptioner.from_pretrained("runs/finetune_pairs/model", device="cpu")
     assert after.tokenizer.languages == ("en", "ko", "de")
     assert after.tokenizer.vocab_size == before.tokenizer.vocab_size + 1
-    assert after.captioner.vocab_size >= after.tokenizer.vocab_size
+    assert after.model.vocab_size >= after.tokenizer.vocab_size
     code, out, _ = mmt(
         capsys, "caption", str(german / "p0.png"), "--model", "runs/finetune_pairs/model", "--language", "de"
     )

@@ -90,7 +90,7 @@ def test_stage_2_takes_the_folder_of_stage_1(capsys: pytest.CaptureFixture[str],
     after = json.loads((two / "metrics.json").read_text("utf-8"))
     assert after["facts"]["val"].keys() == {"en", "ko"}
     assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= after["image_ablation"]["val"].keys()
-    first, last = (ImageCaptioner.from_pretrained(run / "model", device="cpu").captioner for run in (one, two))
+    first, last = (ImageCaptioner.from_pretrained(run / "model", device="cpu").model for run in (one, two))
     assert isinstance(first, Blip2QFormer)
     assert isinstance(last, Blip2)
     assert (last.qformer.num_queries, last.qformer.dim) == (first.qformer.num_queries, first.qformer.dim)
@@ -174,7 +174,7 @@ def test_blip2_on_pairs_with_a_hubs_tower_and_language_model(
         f"--model.captioner.folder={one}", f"--model.captioner.decoder.source={lm}",
         f"--data.tokenizer={lm}",
     )  # fmt: skip
-    saved = ImageCaptioner.from_pretrained(two / "model", device="cpu").captioner
+    saved = ImageCaptioner.from_pretrained(two / "model", device="cpu").model
     assert isinstance(saved, Blip2)
     assert isinstance(saved.decoder, TextDecoder)
     want = given.state_dict()

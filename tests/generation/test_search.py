@@ -372,9 +372,9 @@ def test_a_captioner_is_made_ready_with_its_first_image() -> None:
     for precision in ("fp32", "bf16", "int8"):
         captioner, image = words_and_model()
         captioner.precision = precision
-        head = captioner.captioner.get_submodule("decoder.lm_head")
+        head = captioner.model.get_submodule("decoder.lm_head")
         assert type(head) is torch.nn.Linear
-        want = write_captions(captioner.captioner, captioner.tokenizer, captioner.batch([image]), ["ko"])
+        want = write_captions(captioner.model, captioner.tokenizer, captioner.batch([image]), ["ko"])
         (said[precision],) = captioner(image, language="ko")[0]
         assert captioner.ready().get_submodule("decoder.lm_head").weight is head.weight
         assert type(captioner.ready().get_submodule("decoder.lm_head")) is not torch.nn.Linear

@@ -294,9 +294,9 @@ def saved(folder: Path, model: Flamingo | VisionEncoderDecoder) -> Path:
 
 def test_the_pipeline_takes_examples_and_shows_where_it_looked(tmp_path: Path) -> None:
     model = ImageCaptioner.from_pretrained(saved(tmp_path, captioner()), device="cpu")
-    few = FewShot(Examples(), model.captioner, model.tokenizer, model.transform, num_examples=2)
+    few = FewShot(Examples(), model.model, model.tokenizer, model.transform, num_examples=2)
     image = Image.new("RGB", (9, 9), (10, 200, 30))
-    ((said,),) = model(image, prompts=few, language="ko")
+    ((said,),) = model(image, prompt_builder=few, language="ko")
     ((plain,),) = model(image, language="ko")
     assert said.log_prob != plain.log_prob
     heat = model.heatmap(image, said, few)

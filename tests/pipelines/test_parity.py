@@ -41,7 +41,7 @@ def test_differences_are_named(
     path = folder(tmp_path / "model", "blip")
     ours = ImageCaptioner.from_pretrained(path, device="cpu")
     with torch.no_grad():
-        for parameter in ours.captioner.parameters():
+        for parameter in ours.model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     assert ours.processor is not None
     transform = ours.processor.transform

@@ -53,7 +53,7 @@ def test_it_reaches_the_model(
     monkeypatch.setattr(kernels, "bfloat16_gain", lambda: 1.9)
     model = ImageCaptioner.from_pretrained(base, device="cpu", dtype="auto")
     model(image, max_new_tokens=3)
-    assert {p.dtype for p in model.captioner.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
     words = ["caption", str(image), "--model", str(base), "--device", "cpu", "--precision", "auto"]
     code, _, err = mmt(capsys, *words, "--max-new-tokens", "3")
     assert (code, "precision: bf16 on cpu, which has avx512_bf16" in err) == (0, True)
@@ -69,5 +69,5 @@ def test_auto_is_8_bits_for_a_language_model_larger_than_the_cache(
     model = ImageCaptioner.from_pretrained(base, device="cpu", dtype="auto")
     assert capsys.readouterr().err.endswith("precision: int8 on cpu, whose cache is smaller than the language model\n")
     assert model(image, max_new_tokens=3)
-    assert any(isinstance(layer, Int8Linear) for layer in model.captioner.modules())
-    assert {p.dtype for p in model.captioner.parameters()} == {torch.float32}
+    assert any(isinstance(layer, Int8Linear) for layer in model.model.modules())
+    assert {p.dtype for p in model.model.parameters()} == {torch.float32}

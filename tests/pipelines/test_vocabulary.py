@@ -32,18 +32,18 @@ def test_a_caption_of_kept_tokens_stays(beams: int, tmp_path: Path) -> None:
     (again,) = less(image, num_beams=beams, max_new_tokens=8, num_return_sequences=beams)
     assert again[0].text == said[0].text
     for caption in again:
-        assert set(less.tokenizer.encode(caption.text)) <= set(less.captioner.decoder.lm_head.kept.tolist())  # type: ignore[union-attr]
+        assert set(less.tokenizer.encode(caption.text)) <= set(less.model.decoder.lm_head.kept.tolist())  # type: ignore[union-attr]
 
 
 def test_no_other_word_is_written(tmp_path: Path) -> None:
     model, image = captioner(), picture(tmp_path / "x.png")
-    before = {name: x.clone() for name, x in model.captioner.state_dict().items()}
+    before = {name: x.clone() for name, x in model.model.state_dict().items()}
     restrict_vocabulary(model, ["빨간 별"])
     (said,) = model(image, max_new_tokens=12, min_new_tokens=4, do_sample=True, seed=1)
     assert said[0].text
     assert set(said[0].text) <= set(" 빨간별") | {"\ufffd"}
     model.save_pretrained(tmp_path / "model")
-    after = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").captioner.state_dict()
+    after = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -52,7 +52,7 @@ def test_what_cannot_be() -> None:
     model = captioner()
     with pytest.raises(ValueError, match="no text to take tokens from"):
         restrict_vocabulary(model, [])
-    model.captioner.decoder = torch.nn.Identity()  # type: ignore[assignment]
+    model.model.decoder = torch.nn.Identity()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="VisionEncoderDecoder over a Identity cannot be restricted"):
         restrict_vocabulary(model, ["a"])
 

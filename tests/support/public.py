@@ -76,7 +76,7 @@ def ids(
     assert model.processor is not None
     batch = model.processor.with_prompts(model.batch(images), texts)
     config = model.generation.updated(**changes)
-    return [best.tokens for best, *_ in generate(model.captioner, batch, config, eos_id=model.tokenizer.eos_ids)]
+    return [best.tokens for best, *_ in generate(model.model, batch, config, eos_id=model.tokenizer.eos_ids)]
 
 
 def until_end(rows: Tensor, ends: Sequence[int]) -> list[list[int]]:
@@ -89,7 +89,7 @@ def first_logits(model: ImageCaptioner, images: Sequence[Image.Image], texts: Se
     assert model.processor is not None
     batch: CaptionBatch = model.processor.with_prompts(model.batch(images), texts)
     with torch.no_grad():
-        return model.captioner.prefill(batch)[0]
+        return model.model.prefill(batch)[0]
 
 
 def close(found: Tensor, want: Tensor) -> None:

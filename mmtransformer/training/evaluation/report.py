@@ -116,7 +116,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
     except ImageError:  # it was captioned from the feature cache, and has gone since
         return None
     name, asked = predictions[0].name, pairs.captions(index)[0].question
-    prompts = model.prompts([asked]) if model.processor is not None else None
+    prompts = model.prompt_builder([asked]) if model.processor is not None else None
     box = grid_box(image.size, data.transform.size, data.transform.resize)
     said = []
     for p in predictions:
@@ -142,7 +142,7 @@ def _card(model: ImageCaptioner, data: CaptionData, split: str, predictions: lis
 
 def _heat(model: ImageCaptioner, image: Image, prediction: Prediction, prompts: Prompts | None) -> Tensor | None:
     """Where the model looked; None where it has no words, or runs in transformers, which does not record that."""
-    if not prediction.said.words or not model.captioner.has_heatmaps:
+    if not prediction.said.words or not model.model.has_heatmaps:
         return None
     return model.heatmap(image, prediction.said, prompts)
 
@@ -201,7 +201,7 @@ def how_to(folder: Path, model: ImageCaptioner, evaluation: Evaluation) -> str:
     known = model.tokenizer.languages
     scored = [code for by in evaluation.captions.values() for code in by if code in known]
     language = f" --language {scored[-1]}" if len(known) > 1 and scored else ""
-    heat = " --heatmap words.png" if model.captioner.has_heatmaps else ""
+    heat = " --heatmap words.png" if model.model.has_heatmaps else ""
     return f"{program} caption YOUR_PICTURE.jpg --model {quote(str(shown / 'model'))}{language}{heat}"
 
 

@@ -275,7 +275,7 @@ def finetune(
             f"`mmt fit --config caption_scenes`, or name another model with --model.init"
         )
     saved = ImageCaptioner.from_pretrained(init, device="cpu")
-    captioner = saved.captioner
+    captioner = saved.model
     if add_languages:
         _add_languages(saved, add_languages)
     if tuning is not None:
@@ -326,9 +326,9 @@ def _add_languages(saved: ImageCaptioner, languages: Sequence[str]) -> None:
         raise ValueError("add_languages: the model names no languages, and has learnt to caption without; start anew")
     more = saved.tokenizer.with_special_tokens(languages=languages)
     new, first = more.vocab_size - saved.tokenizer.vocab_size, saved.tokenizer.vocab_size
-    decoder = _decoder(saved.captioner, "add_languages")
+    decoder = _decoder(saved.model, "add_languages")
     if new:
-        saved.captioner.decoder = ExtendedVocabulary(decoder, new, first=first).merged().requires_grad_(True)
+        saved.model.decoder = ExtendedVocabulary(decoder, new, first=first).merged().requires_grad_(True)
     saved.tokenizer = more
 
 

@@ -99,8 +99,8 @@ def test_a_model_that_answers_reads_the_questions_and_is_refused_captions(tmp_pa
     encode = model.processor.encode  # type: ignore[union-attr]
     rows = zip(batch.instruction, batch.instruction_attention_mask, strict=True)
     assert [r[m].tolist() for r, m in rows] == [encode(asked) for asked in batch.questions for _ in range(2)]
-    loss = model.captioner(batch).loss
-    other = model.captioner(batch.__class__(**vars(batch) | {"instruction": batch.instruction.flip(1)})).loss
+    loss = model.model(batch).loss
+    other = model.model(batch.__class__(**vars(batch) | {"instruction": batch.instruction.flip(1)})).loss
     assert torch.isfinite(loss)
     assert loss != other
     plain = tmp_path / "plain"

@@ -62,7 +62,7 @@ def test_what_learns_of_a_float16_folder_is_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_activations_beyond_float16_are_finite(half: bool, tmp_path: Path) -> None:
     """transformers 10956: T5's residual stream reaches 2.8e5, and float16 ends at 65504; autocast here is bfloat16."""
-    model = load(folder(tmp_path, "blip2")).captioner.train()
+    model = load(folder(tmp_path, "blip2")).model.train()
     seen: list[float] = []
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
@@ -81,7 +81,7 @@ def test_activations_beyond_float16_are_finite(half: bool, tmp_path: Path) -> No
 
 def test_rows_without_targets_are_zero_not_nan(tmp_path: Path) -> None:
     """transformers 5300: a mean over no labels is 0 / 0."""
-    model = load(folder(tmp_path, "blip2")).captioner.eval()
+    model = load(folder(tmp_path, "blip2")).model.eval()
     given = batch()
     given.loss_mask[:] = False
     loss = model(given).loss
@@ -97,7 +97,7 @@ def test_rows_without_targets_are_zero_not_nan(tmp_path: Path) -> None:
 
 def test_padding_leaves_no_trace(tmp_path: Path) -> None:
     """A row that may see nothing gives NaN in a softmax over minus infinity; gradients must be those of rows alone."""
-    model = load(folder(tmp_path, "blip2")).captioner.eval()
+    model = load(folder(tmp_path, "blip2")).model.eval()
     model.requires_grad_(True)
     given, lengths = batch(), torch.tensor([6, 2, 3, 1])
     real = torch.arange(6) < lengths[:, None]
@@ -127,7 +127,7 @@ def test_a_model_behind_zero_queries_learns(
     assert not model.query_tokens.any()
     model.qformer.encoder.layer[0].attention.output.dense.weight.data *= 100.0
     model.save_pretrained(base)
-    ours = load(base).captioner.train()
+    ours = load(base).model.train()
     ours(batch()).loss.backward()
     norm = torch.nn.utils.get_total_norm(gradients(ours))
     assert all(bool(x.isfinite().all()) for x in gradients(ours))
@@ -140,7 +140,7 @@ def test_a_model_behind_zero_queries_learns(
     ]  # fmt: skip
     code, _, err = mmt(capsys, "fit", *words)
     assert code == 0, err
-    assert load(run / "model").captioner.get_parameter("qformer.query_tokens").any()
+    assert load(run / "model").model.get_parameter("qformer.query_tokens").any()
 
 
 def test_the_norm_of_large_gradients_is_a_number() -> None:

@@ -109,9 +109,7 @@ def test_fit_evaluate_export(
     )
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed
-    parts = {
-        part_of(load(base).captioner, name.removesuffix(".lora_A")) for name in Adapter.read(run / "model").tensors
-    }
+    parts = {part_of(load(base).model, name.removesuffix(".lora_A")) for name in Adapter.read(run / "model").tensors}
     wanted = {
         "idefics": {"connector"},
         "blip": {"vision", "decoder", "connector"},
@@ -133,7 +131,7 @@ def a_tuned_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     path = tmp_path_factory.mktemp("tuned")
     base = folder(path / "base", "git")
     model = load(base)
-    before = {name: x.clone() for name, x in model.captioner.named_parameters()}
+    before = {name: x.clone() for name, x in model.model.named_parameters()}
     adapter = Adapter(str(base), hash_of(base), {"proj.bias": before["proj.bias"] + 1.0}, 1.0)
     assert model.processor is not None
     model.adapter = adapter
@@ -145,7 +143,7 @@ def test_an_adapter_stands_on_its_base_alone(
     tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = tuned
-    before, after = load(base).captioner, load(adapter).captioner
+    before, after = load(base).model, load(adapter).model
     bias, weight = "proj.bias", "proj.weight"
     assert torch.equal(after.get_parameter(bias), before.get_parameter(bias) + 1.0)
     assert torch.equal(after.get_parameter(weight), before.get_parameter(weight))
@@ -185,7 +183,7 @@ def test_an_adapter_stands_on_its_base_alone(
     assert f"{peft}: an adapter of peft's without its base, someone/base: load both with peft" in said(peft)
     shutil.copytree(base, tmp_path / "moved")
     point(lost, base=str(tmp_path / "moved"))
-    assert torch.equal(load(lost).captioner.get_parameter(bias), after.get_parameter(bias))
+    assert torch.equal(load(lost).model.get_parameter(bias), after.get_parameter(bias))
 
 
 def test_a_model_with_an_adapter_is_trained_on_whole(
@@ -225,7 +223,7 @@ def test_bfloat16_is_of_what_is_frozen_and_never_saved(tmp_path: Path) -> None:
     adapter = module._adapter()
     assert adapter is not None
     module._merge(adapter)
-    for name, parameter in load(base).captioner.named_parameters():
+    for name, parameter in load(base).model.named_parameters():
         assert torch.equal(parameter, module.captioner.get_parameter(name))
 
 
@@ -291,7 +289,7 @@ def test_an_adapter_is_what_was_trained(how: Any, tmp_path: Path) -> None:
     assert before.processor is not None
     batch = before.processor.with_prompts(before.batch(pictures()), ["a photo of"] * 3)
     with torch.no_grad():
-        want, found, was = (model.prefill(batch)[0] for model in (trained, again.captioner, before.captioner))
+        want, found, was = (model.prefill(batch)[0] for model in (trained, again.model, before.model))
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
     assert (was - want).abs().max() > 0.1
 
@@ -310,8 +308,8 @@ def test_rows_of_tiled_pictures_stand_behind_their_prompts(family: str, tmp_path
     samples = [dataset[SampleIndex(0, i)] for i in range(3)]
     batch = data.collate(data.train_split)(samples)
     with torch.no_grad():
-        whole = model.captioner.eval()(batch).sums
-        parts = [model.captioner(data.collate(data.train_split)([sample])).sums for sample in samples]
+        whole = model.model.eval()(batch).sums
+        parts = [model.model(data.collate(data.train_split)([sample])).sums for sample in samples]
     assert int(whole.count) == sum(int(part.count) for part in parts)
     torch.testing.assert_close(whole.sum, torch.stack([part.sum for part in parts]).sum(), rtol=1e-5, atol=1e-4)
     lengths = set()

@@ -195,7 +195,7 @@ def test_it_leaves_recall_and_a_model_for_stage_2(tmp_path: Path, capsys: pytest
     assert "contrast" in module.describe("val", metrics)
     assert {"loss_right_image", "loss_other_image", "loss_blank_image"} <= said["image_ablation"]["val"].keys()
 
-    saved = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").captioner
+    saved = ImageCaptioner.from_pretrained(tmp_path / "model", device="cpu").model
     decoder = TextDecoder(VOCAB, 16, 1, 2, max_len=40)
     stage2 = from_stage1(tmp_path, decoder)
     assert isinstance(stage2, Blip2)

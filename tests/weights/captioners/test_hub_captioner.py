@@ -51,7 +51,7 @@ def test_it_writes_what_transformers_writes(
     theirs, _, path, name = case
     ours = load(path)
     assert f"{name} is no family of this library's own, so it runs in transformers" in (capsys.readouterr().err)
-    assert isinstance(ours.captioner, HubCaptioner)
+    assert isinstance(ours.model, HubCaptioner)
     texts, given, count = asked(case, ours)
     if name != "kosmos-2":
         start = {"decoder_input_ids": torch.full((3, 1), 2)} if name == "florence2" else {}
@@ -123,7 +123,7 @@ def test_the_loss_is_theirs(case: tuple[Any, Any, Path, str]) -> None:
     ]
     batch = Collate(1, complete=processor.complete, tiled=processor)(samples)
     with torch.no_grad():
-        loss = ours.captioner(batch).loss
+        loss = ours.model(batch).loss
     total, count = 0.0, 0
     for i, caption in enumerate(captions):  # one by one, without padding
         with torch.no_grad():

@@ -122,7 +122,7 @@ def test_blip_answers_questions(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert found[i] == until_end(theirs.generate(**given, max_new_tokens=9)[:, 1:], [3])[0]
     with pytest.raises(ValueError, match="answers questions: give one as the prompt"):
         ours(images)
-    heat = ours.captioner.attention_map(ours.processor.with_prompts(ours.batch(images), questions))  # pyright: ignore
+    heat = ours.model.attention_map(ours.processor.with_prompts(ours.batch(images), questions))  # pyright: ignore
     assert heat.shape[3:] == (4, 4)
     images[0].save(tmp_path / "one.png")
     assert main(["caption", str(tmp_path / "one.png"), "--model", str(path), "--prompt", questions[0]]) == 0

@@ -204,8 +204,8 @@ def test_words_heat_maps_and_whole_prompts(case: tuple[Any, Any, Path]) -> None:
     assert silent == ours(image, prompt=ours.processor.prompt, max_new_tokens=5)[0][0]
     said = ours(image, prompt="what is this?", max_new_tokens=5)[0][0]
     assert said == ours(image, prompt=spoken(processor, "what is this?"), max_new_tokens=5)[0][0]
-    heat = ours.heatmap(image, said, ours.prompts("what is this?"))
-    assert heat.shape == (len(said.words), *ours.captioner.vision.grid)
+    heat = ours.heatmap(image, said, ours.prompt_builder("what is this?"))
+    assert heat.shape == (len(said.words), *ours.model.vision.grid)
     assert (heat >= 0).all()
     with pytest.raises(ValueError, match="a prompt has one <image> for its picture, this one has 2"):
         ours(image, prompt="<image> and <image>")
