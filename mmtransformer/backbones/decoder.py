@@ -64,7 +64,7 @@ class TextDecoder(Pretrained, Decoder):
         max_len: most tokens of a row, prompt included; the size of the table where positions are learned.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         cross_dim: width of the context's tokens; None = a language model without cross-attention.
-        cross_every: the last of every so many blocks reads the context.
+        cross_layer_interval: the last of every so many blocks reads the context.
         attention: heads, biases, window.
         mlp: activation and biases of the MLPs.
         norm: which norms, and where.
@@ -91,7 +91,7 @@ class TextDecoder(Pretrained, Decoder):
         max_len: int = 1024,
         mlp_dim: int | None = None,
         cross_dim: int | None = None,
-        cross_every: int = 1,
+        cross_layer_interval: int = 1,
         attention: AttentionConfig = AttentionConfig(),
         mlp: MLPConfig = MLPConfig(),
         norm: NormConfig = NormConfig(),
@@ -102,15 +102,15 @@ class TextDecoder(Pretrained, Decoder):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 1 <= cross_every <= max(depth, 1):
-            raise ValueError(f"cross_every ({cross_every}) must be between 1 and depth ({depth})")
+        if not 1 <= cross_layer_interval <= max(depth, 1):
+            raise ValueError(f"cross_layer_interval ({cross_layer_interval}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
         if word_head and logit_softcap is not None:
             raise ValueError(f"logit_softcap ({logit_softcap}) is for a head of one layer: word_head must be false")
         if word_head and mlp.activation in ("swiglu", "geglu_tanh"):
             raise ValueError(f'word_head=True has the activation of the MLPs, which cannot be "{mlp.activation}"')
-        self.cross_dim, self.cross_every = cross_dim, cross_every
+        self.cross_dim, self.cross_layer_interval = cross_dim, cross_layer_interval
         self.tied, self.logit_softcap, self.word_head, self.dropout = tied, logit_softcap, word_head, dropout
         self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
@@ -164,7 +164,7 @@ class TextDecoder(Pretrained, Decoder):
         return MLP(self.dim, self.mlp_dim, activation=kind, bias=self.mlp.bias)
 
     def _cross_attention(self, i: int) -> Attention | None:
-        if self.cross_dim is None or (i + 1) % self.cross_every:
+        if self.cross_dim is None or (i + 1) % self.cross_layer_interval:
             return None
         # No dropout here: its mask is as large as the weights over a whole image; drop visual tokens instead.
         return Attention(self.dim, self.num_heads, context_dim=self.cross_dim)
@@ -275,7 +275,7 @@ class TextDecoder(Pretrained, Decoder):
             raise ValueError(f"this decoder {has} cross-attention, but {given}")
         if isinstance(context, Tensor):
             context = self.project_context(context)
-        if context is not None and len(context) != (count := self.depth // self.cross_every):
+        if context is not None and len(context) != (count := self.depth // self.cross_layer_interval):
             raise ValueError(f"keys and values for {len(context)} blocks were given, but {count} read a context")
         contexts, context_mask = iter(context or ()), None
         if context_attention_mask is not None:

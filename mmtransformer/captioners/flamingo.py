@@ -114,8 +114,8 @@ class Flamingo(Captioner):
         vision: the vision encoder.
         decoder: the language model.
         resampler: visual tokens to latents, as a `PerceiverResampler`; None = the gated blocks read all visual tokens.
-        cross_every: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
-        cross_layers: numbers of the blocks that have one before them, in the place of `cross_every`.
+        cross_layer_interval: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
+        cross_layers: numbers of the blocks that have one before them, in the place of `cross_layer_interval`.
         gated: what the gated blocks are.
         visible_images: which images a token sees; see `image_attention_mask`.
         patches_only: leave out the vision encoder's class token and registers, as OpenFlamingo does.
@@ -134,7 +134,7 @@ class Flamingo(Captioner):
         decoder: Decoder,
         *,
         resampler: Connector | None = None,
-        cross_every: int = 1,
+        cross_layer_interval: int = 1,
         cross_layers: Sequence[int] | None = None,
         gated: GatedConfig = GatedConfig(),
         visible_images: VisibleImages = "last",
@@ -149,16 +149,16 @@ class Flamingo(Captioner):
             )
         if getattr(decoder, "cross_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
-        layers = range(cross_every - 1, decoder.depth, max(cross_every, 1))
+        layers = range(cross_layer_interval - 1, decoder.depth, max(cross_layer_interval, 1))
         layers = list(layers if cross_layers is None else cross_layers)
         if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= decoder.depth:
-            asked = f"cross_every={cross_every}" if cross_layers is None else f"cross_layers={layers}"
+            asked = f"cross_layer_interval={cross_layer_interval}" if cross_layers is None else f"cross_layers={layers}"
             raise ValueError(
                 f"{asked} names no ascending list of the decoder's {decoder.depth} blocks (0 to {decoder.depth - 1})"
             )
         self.decoder = freeze(decoder) if freeze_decoder else decoder
         self.resampler, self.freeze_decoder = resampler, freeze_decoder
-        self.cross_every, self.cross_layers = cross_every, layers
+        self.cross_layer_interval, self.cross_layers = cross_layer_interval, layers
         self.gated, self.patches_only = gated, patches_only
         self.visible_images: VisibleImages = check_visible_images(visible_images)
         self.gated_blocks = nn.ModuleList(

@@ -97,13 +97,13 @@ class VisionEncoderDecoder(Captioner):
         return on_patches(weights, self.grid(batch), self.vision.num_prefix_tokens, batch.patch_grids)
 
 
-def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_every: int = 1) -> TextDecoder:
+def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_layer_interval: int = 1) -> TextDecoder:
     """A language model's copy that also reads a context; at first it says what the model says.
 
     Args:
         decoder: a decoder without cross-attention.
         cross_dim: width of the context's tokens.
-        cross_every: the last of every so many blocks reads the context.
+        cross_layer_interval: the last of every so many blocks reads the context.
 
     Raises:
         ValueError: if it has cross-attention already.
@@ -111,7 +111,7 @@ def add_cross_attention(decoder: TextDecoder, cross_dim: int, cross_every: int =
     if decoder.cross_dim is not None:
         raise ValueError(f"the decoder has cross-attention already, to tokens of width {decoder.cross_dim}")
     config = to_config(decoder)
-    config["args"] |= {"cross_dim": cross_dim, "cross_every": cross_every}
+    config["args"] |= {"cross_dim": cross_dim, "cross_layer_interval": cross_layer_interval}
     new = from_config(config)
     assert isinstance(new, TextDecoder)
     own = {name: x for name, x in new.state_dict().items() if _crosses(name)}

@@ -47,7 +47,7 @@ class QFormer(Pretrained, nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         visual_dim: width of the visual tokens; 1408 is EVA-ViT-g's.
-        cross_every: the first of every so many blocks reads the image.
+        cross_attention_frequency: the first of every so many blocks reads the image.
         mlp_dim: hidden width of the MLPs; None = 4 dim.
         vocab_size: number of token ids of the text stream; None = queries alone.
         max_len: most text tokens of a row.
@@ -66,7 +66,7 @@ class QFormer(Pretrained, nn.Module):
         num_heads: int = 12,
         visual_dim: int = 1408,
         *,
-        cross_every: int = 2,
+        cross_attention_frequency: int = 2,
         mlp_dim: int | None = None,
         vocab_size: int | None = None,
         max_len: int = 512,
@@ -74,12 +74,13 @@ class QFormer(Pretrained, nn.Module):
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
-        if num_queries < 1 or depth < 1 or cross_every < 1:
+        if num_queries < 1 or depth < 1 or cross_attention_frequency < 1:
             raise ValueError(
-                f"num_queries ({num_queries}), depth ({depth}) and cross_every ({cross_every}) must be at least 1"
+                f"num_queries ({num_queries}), depth ({depth}) and cross_attention_frequency "
+                f"({cross_attention_frequency}) must be at least 1"
             )
         self.num_queries, self.dim, self.depth, self.num_heads = num_queries, dim, depth, num_heads
-        self.visual_dim, self.cross_every = visual_dim, cross_every
+        self.visual_dim, self.cross_attention_frequency = visual_dim, cross_attention_frequency
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.vocab_size, self.max_len, self.dropout, self.eps = vocab_size, max_len, dropout, eps
 
@@ -94,7 +95,7 @@ class QFormer(Pretrained, nn.Module):
                 dim,
                 num_heads,
                 mlp_dim,
-                visual_dim=visual_dim if i % cross_every == 0 else None,
+                visual_dim=visual_dim if i % cross_attention_frequency == 0 else None,
                 text=text,
                 dropout=dropout,
                 eps=eps,
@@ -122,7 +123,7 @@ class QFormer(Pretrained, nn.Module):
     @property
     def cross_layers(self) -> list[int]:
         """Numbers of the blocks that read the image."""
-        return list(range(0, self.depth, self.cross_every))
+        return list(range(0, self.depth, self.cross_attention_frequency))
 
     def without_text(self) -> "QFormer":
         """The queries' part alone, with copies of its weights: what stage 2 keeps of stage 1."""

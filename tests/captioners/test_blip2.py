@@ -402,10 +402,10 @@ def test_half_precision_decoder() -> None:
 def test_errors() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 1, 4, max_len=5)
     with pytest.raises(ValueError, match=r"visual_dim \(21\) must be the vision encoder's dim \(20\)"):
-        Blip2(vision, QFormer(L, 12, 1, 3, 21, cross_every=1), decoder)
+        Blip2(vision, QFormer(L, 12, 1, 3, 21, cross_attention_frequency=1), decoder)
     with pytest.raises(ValueError, match=r"5 positions leave no room for text after 5 queries"):
-        Blip2(vision, QFormer(5, 12, 1, 3, 20, cross_every=1), decoder)
-    spoken = QFormer(L, 12, 1, 3, 20, cross_every=1, vocab_size=VOCAB)
+        Blip2(vision, QFormer(5, 12, 1, 3, 20, cross_attention_frequency=1), decoder)
+    spoken = QFormer(L, 12, 1, 3, 20, cross_attention_frequency=1, vocab_size=VOCAB)
     with pytest.raises(ValueError, match=r"give qformer\.without_text\(\)"):
         Blip2(vision, spoken, decoder)
     with pytest.raises(ValueError, match="instruct=True needs a Q-Former with a text stream"):

@@ -22,7 +22,9 @@ VOCAB, CLASS, PAD = 53, 52, 0
 
 def model(**options: Any) -> Blip2QFormer:
     torch.manual_seed(2)
-    qformer = QFormer(3, 20, 3, 4, visual_dim=12, cross_every=2, vocab_size=VOCAB, max_len=19, mlp_dim=31, dropout=0.0)
+    qformer = QFormer(
+        3, 20, 3, 4, visual_dim=12, cross_attention_frequency=2, vocab_size=VOCAB, max_len=19, mlp_dim=31, dropout=0.0
+    )
     options = {"embed_dim": 7, "class_id": CLASS, "init_temperature": 0.9} | options  # soft: negatives vary
     found = Blip2QFormer(ViT((16, 24), 8, 12, 1, 3), qformer, **options)
     for parameter in found.parameters():

@@ -46,7 +46,7 @@ LLAMA: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama, as idefics": {"lm": LLAMA, "mlp": "swiglu", "norm": "rms", "qk_norm": "rms", "mlp_without_image": True},
-    "no resampler": {"latents": 0, "cross_every": 2, "visible_images": "all_previous"},
+    "no resampler": {"latents": 0, "cross_layer_interval": 2, "visible_images": "all_previous"},
     "gates a channel": {"per_channel": True, "cross_layers": [0, 2], "visible_images": "all_previous"},
 }
 
@@ -393,7 +393,7 @@ def train(model: Flamingo, given: CaptionBatch, steps: int = 3) -> torch.optim.O
 
 
 def test_frozen_is_frozen() -> None:
-    model, given = flamingo(opened=False, lm={"dropout": 0.3}, cross_every=2), batch()
+    model, given = flamingo(opened=False, lm={"dropout": 0.3}, cross_layer_interval=2), batch()
     before = digest(model.vision), digest(model.decoder)
     start = caption_loss(model, given, reduction="sum").sum.item()
     optimizer = train(model, given, steps=4)
@@ -660,7 +660,7 @@ def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
 
 def test_a_gated_block_stands_where_openflamingo_has_it() -> None:
     decoder = TextDecoder(VOCAB, 24, 7, 4)
-    layers = [Flamingo(ViT(16, 8, 20, 1, 4), decoder, cross_every=k).cross_layers for k in (1, 2, 3, 7)]
+    layers = [Flamingo(ViT(16, 8, 20, 1, 4), decoder, cross_layer_interval=k).cross_layers for k in (1, 2, 3, 7)]
     assert layers == [[0, 1, 2, 3, 4, 5, 6], [1, 3, 5], [2, 5], [6]]
 
 
@@ -682,8 +682,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Flamingo(vision, decoder, resampler=PerceiverResampler(21, 1))
     with pytest.raises(ValueError, match="without cross-attention of its own"):
         Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, cross_dim=20))
-    with pytest.raises(ValueError, match=r"cross_every=4.*3 blocks \(0 to 2\)"):
-        Flamingo(vision, decoder, cross_every=4)
+    with pytest.raises(ValueError, match=r"cross_layer_interval=4.*3 blocks \(0 to 2\)"):
+        Flamingo(vision, decoder, cross_layer_interval=4)
     for layers in ([], [0, 3], [1, 0], [1, 1], [-1]):
         with pytest.raises(ValueError, match=r"cross_layers=.*3 blocks \(0 to 2\)"):
             Flamingo(vision, decoder, cross_layers=layers)

@@ -16,10 +16,11 @@ L, DIM, DEPTH, HEADS, VISUAL, VOCAB = 3, 20, 5, 4, 14, 23
 MODES: list[Mode] = ["bidirectional", "multimodal_causal", "unimodal"]
 
 
-def qformer(dtype: torch.dtype = torch.float32, dropout: float = 0.0, cross_every: int = 2) -> QFormer:
+def qformer(dtype: torch.dtype = torch.float32, dropout: float = 0.0, cross_attention_frequency: int = 2) -> QFormer:
     torch.manual_seed(2)
     model = QFormer(
-        L, DIM, DEPTH, HEADS, VISUAL, cross_every=cross_every, mlp_dim=31, vocab_size=VOCAB, max_len=11, dropout=dropout
+        L, DIM, DEPTH, HEADS, VISUAL, cross_attention_frequency=cross_attention_frequency,
+        mlp_dim=31, vocab_size=VOCAB, max_len=11, dropout=dropout,
     )  # fmt: skip
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -58,7 +59,7 @@ def by_definition(model: QFormer, visual: Tensor, tokens: Tensor | None, allowed
     for i, block in enumerate(model.blocks):
         x = normed(x + attended(x, x, block.attn, allowed), block.norm1)
         queries, text = x[:L], x[L:]
-        if i % model.cross_every == 0:
+        if i % model.cross_attention_frequency == 0:
             seen = attended(queries, visual, block.cross_attn, None)
             queries = normed(queries + seen, block.norm_cross)
         hidden = block.query_mlp.fc2(gelu(block.query_mlp.fc1(queries)))
@@ -68,12 +69,15 @@ def by_definition(model: QFormer, visual: Tensor, tokens: Tensor | None, allowed
     return x
 
 
-@pytest.mark.parametrize("cross_every", [1, 2, 3])
-def test_queries_alone_are_the_definition(cross_every: int) -> None:
-    model, (visual, _, _) = qformer(torch.float64, cross_every=cross_every), inputs(dtype=torch.float64)
+@pytest.mark.parametrize("cross_attention_frequency", [1, 2, 3])
+def test_queries_alone_are_the_definition(cross_attention_frequency: int) -> None:
+    model, (visual, _, _) = (
+        qformer(torch.float64, cross_attention_frequency=cross_attention_frequency),
+        inputs(dtype=torch.float64),
+    )
     queries = model(visual)
     assert queries.shape == (2, L, DIM)
-    assert model.cross_layers == list(range(0, DEPTH, cross_every))
+    assert model.cross_layers == list(range(0, DEPTH, cross_attention_frequency))
     for row in range(2):
         torch.testing.assert_close(queries[row], by_definition(model, visual[row], None, None))
     assert (queries - queries.mean(1, keepdim=True)).abs().max() > 0.1
@@ -335,7 +339,11 @@ def test_errors() -> None:
         model.encode_text(torch.tensor([[0, 23]]))
     with pytest.raises(ValueError, match="no text stream: build it with vocab_size"):
         QFormer(L, DIM, 2, HEADS, VISUAL).encode_text(tokens)
-    with pytest.raises(ValueError, match=r"num_queries \(0\), depth \(2\) and cross_every \(2\) must be at least 1"):
+    with pytest.raises(
+        ValueError, match=r"num_queries \(0\), depth \(2\) and cross_attention_frequency \(2\) must be at least 1"
+    ):
         QFormer(0, DIM, 2, HEADS, VISUAL)
-    with pytest.raises(ValueError, match=r"num_queries \(3\), depth \(2\) and cross_every \(0\) must be at least 1"):
-        QFormer(L, DIM, 2, HEADS, VISUAL, cross_every=0)
+    with pytest.raises(
+        ValueError, match=r"num_queries \(3\), depth \(2\) and cross_attention_frequency \(0\) must be at least 1"
+    ):
+        QFormer(L, DIM, 2, HEADS, VISUAL, cross_attention_frequency=0)

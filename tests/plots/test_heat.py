@@ -39,7 +39,7 @@ def trained(bridge: str, steps: int) -> Captioner:
     language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions=PositionConfig("rotary"))
     frozen = Frozen(freeze_vision=False, freeze_decoder=False)
     if bridge == "qformer":  # With the one head that `sized` makes of 32, all queries look at the same place.
-        queries = QFormer(8, 32, 2, 2, 32, cross_every=1, dropout=0.0)
+        queries = QFormer(8, 32, 2, 2, 32, cross_attention_frequency=1, dropout=0.0)
         model = Blip2(vision, queries, language, **frozen).train()
     else:
         model = sized(bridge, vision, language, 60_000, frozen).train()

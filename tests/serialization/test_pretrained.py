@@ -95,7 +95,7 @@ def captioner(**options: Any) -> VisionEncoderDecoder:
 
 def qformer(**options: Any) -> QFormer:
     sizes: dict[str, Any] = {"num_queries": 3, "dim": 12, "depth": 2, "num_heads": 3, "visual_dim": 20}
-    arguments: dict[str, Any] = {"cross_every": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5}
+    arguments: dict[str, Any] = {"cross_attention_frequency": 1, "mlp_dim": 29, "dropout": 0.2, "eps": 1e-5}
     return QFormer(**sizes | arguments | options)
 
 
@@ -123,8 +123,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
-        mlp_dim=31, cross_dim=19, cross_every=2, attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"),
-        mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1, logit_softcap=4.0,
+        mlp_dim=31, cross_dim=19, cross_layer_interval=2,
+        attention=AttentionConfig(2, 10, out_bias=False, qk_norm="rms"), mlp=MLPConfig("swiglu", bias=False),
+        norm=NormConfig("rms", 1e-3), tied=False, dropout=0.1, logit_softcap=4.0,
         positions=PositionConfig("rotary", 5e3, {"rope_type": "linear", "factor": 2.0}),
     ),
     "TextDecoder with a window": lambda: decoder(
@@ -148,7 +149,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_images=3, norm_eps=1e-3
     ),
     "Flamingo": lambda: Flamingo(
-        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_every=2, gated=GatedConfig(
+        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_layer_interval=2,
+        gated=GatedConfig(
             3, 10, "rms", "swiglu", 31, "rms", 1e-3, per_channel=True, mlp_without_image=True, dropout=0.1),
         visible_images="all_previous", patches_only=True, freeze_vision=False,
         freeze_decoder=False,
@@ -559,14 +561,14 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (1, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (2, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
     assert again.attention == model.attention
-    for version in (2, None):
+    for version in (1, 3, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 1: save .* again"):
+        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 2: save .* again"):
             TextDecoder.from_pretrained(tmp_path)
 
 

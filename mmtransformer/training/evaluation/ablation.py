@@ -49,7 +49,7 @@ def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captio
 def qformer(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
     """A Q-Former of two blocks, queries in front of the text; `size` is the width of its MLPs."""
     heads, _ = _heads(decoder.dim)
-    queries = QFormer(NUM_QUERIES, decoder.dim, 2, heads, vision.dim, cross_every=1, mlp_dim=size)
+    queries = QFormer(NUM_QUERIES, decoder.dim, 2, heads, vision.dim, cross_attention_frequency=1, mlp_dim=size)
     return Blip2(vision, queries, decoder, **frozen)
 
 

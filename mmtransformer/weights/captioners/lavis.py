@@ -106,7 +106,7 @@ def _qformer_from(state: dict[str, Tensor], num_heads: int | None, context: str)
         depth,
         dim // 64 if num_heads is None else num_heads,
         state[f"{LAVIS.layers}.0.{key}"].shape[1],
-        cross_every=crossing[1] if len(crossing) > 1 else depth,
+        cross_attention_frequency=crossing[1] if len(crossing) > 1 else depth,
         mlp_dim=state[f"{LAVIS.layers}.0.{fc1}"].shape[0],
         vocab_size=None if words is None else words.shape[0],
         max_len=512 if positions is None else positions.shape[0],

@@ -93,7 +93,7 @@ def qformer_from_bert(
     *,
     num_queries: int = 32,
     visual_dim: int = 1408,
-    cross_every: int = 2,
+    cross_attention_frequency: int = 2,
     extra_ids: int = 1,
     dropout: float = 0.1,
 ) -> QFormer:
@@ -103,7 +103,7 @@ def qformer_from_bert(
         source: a folder with BERT's `config.json` and `model.safetensors`, or its name on the hub.
         num_queries: how many queries.
         visual_dim: width of the visual tokens.
-        cross_every: the first of every so many blocks reads the picture.
+        cross_attention_frequency: the first of every so many blocks reads the picture.
         extra_ids: ids of the text stream beyond BERT's vocabulary, such as `Blip2QFormer`'s `class_id`.
         dropout: share of embeddings, attention weights and branch results dropped in training.
 
@@ -118,7 +118,7 @@ def qformer_from_bert(
         qformer = QFormer(
             num_queries,
             visual_dim=visual_dim,
-            cross_every=cross_every,
+            cross_attention_frequency=cross_attention_frequency,
             **sizes,
             dropout=dropout,
             eps=config.get("layer_norm_eps", 1e-12),

@@ -203,7 +203,7 @@ def decoder_to_bert(decoder: TextDecoder, name: str) -> tuple[dict[str, Any], di
         ValueError: if it is not a BERT.
     """
     facts = {
-        "cross_every": (decoder.cross_every, 1),
+        "cross_layer_interval": (decoder.cross_layer_interval, 1),
         "attention": (decoder.attention, AttentionConfig()),
         "mlp": (decoder.mlp, MLPConfig(decoder.mlp.activation)),
         "norm": (decoder.norm, NormConfig(eps=decoder.norm.eps, pre=False, embed=True)),

@@ -139,7 +139,7 @@ def test_it_learns_to_find() -> None:
     torch.manual_seed(0)
     source = Scenes(image_size=32, train_size=16, languages=("ko",))
     given = next(iter(scenes(source, batch_size=16, splits=Splits(val=["train"])).loader("train")))
-    qformer = QFormer(4, 32, 2, 4, 32, cross_every=1, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
+    qformer = QFormer(4, 32, 2, 4, 32, cross_attention_frequency=1, vocab_size=VOCAB + 1, max_len=80, dropout=0.0)
     vision = ViT(32, 8, 32, 1, 4, class_token=False, pool="mean")
     m = Blip2QFormer(vision, qformer, embed_dim=16, class_id=VOCAB)
     optim = Optim(kind="muon", lr=3e-3, warmup_steps=5)
