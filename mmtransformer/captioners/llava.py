@@ -67,14 +67,12 @@ class Llava(Captioner):
             )
         if any(not -vision.depth <= layer < vision.depth for layer in layers or ()):
             raise ValueError(f"tokens behind blocks {layers} are to be read, but there are {vision.depth}")
-        if any(side % proj.shuffle for side in vision.grid):
-            raise ValueError(
-                f"squares of {proj.shuffle} x {proj.shuffle} patches do not tile a grid of {vision.grid[0]} x "
-                f"{vision.grid[1]}"
-            )
+        if any(side % proj.pixel_shuffle for side in vision.grid):
+            s, (gh, gw) = proj.pixel_shuffle, vision.grid
+            raise ValueError(f"squares of {s} x {s} patches do not tile a grid of {gh} x {gw}")
         if not 0 <= image_token_id < decoder.vocab_size:
             raise ValueError(f"image_token_id ({image_token_id}) is not one of the decoder's {decoder.vocab_size} ids")
-        if keep_class and (proj.shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
+        if keep_class and (proj.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
             raise ValueError("class and register tokens have no place in squares of patches or in tiles: no keep_class")
         self.proj, self.decoder = proj, freeze(decoder) if freeze_decoder else decoder
         self.image_token_id, self.layers, self.keep_class, self.tiles = image_token_id, layers, keep_class, tiles
@@ -140,7 +138,7 @@ class Llava(Captioner):
     def token_grid(self, batch: CaptionBatch) -> Size:
         """Rows and columns of the tokens of an image."""
         gh, gw = self.grid(batch)
-        return gh // self.proj.shuffle, gw // self.proj.shuffle
+        return gh // self.proj.pixel_shuffle, gw // self.proj.pixel_shuffle
 
     def embeds(self, batch: CaptionBatch) -> Tensor:
         """Embeddings of the text, with the images' tokens at their placeholders: (n q e).
@@ -211,5 +209,5 @@ class Llava(Captioner):
                 parts = zip(seen.split(lengths, 1), pictures[sample], strict=True)
                 found = torch.stack([self.tiles.on_grid(x, *p, (rows, columns)) for x, p in parts], 1)
             maps[i, :, real[sample]] = found
-        s = self.proj.shuffle
+        s = self.proj.pixel_shuffle
         return repeat(maps / s**2, "n q i gh gw -> n q i (gh s1) (gw s2)", s1=s, s2=s)

@@ -1,7 +1,7 @@
 """PrefixCaptioner: every patch, projected by an MLP, stands in front of the text of a language model (LLaVA).
 
-Shapes: n rows of text, r of each of the b samples, side by side; l visual tokens of an image after the shuffle, s side
-of the squares of patches that it merges, e width of the decoder's embeddings, gh gw rows and columns of patches.
+Shapes: n rows of text, r of each of the b samples, side by side; l visual tokens of an image after the pixel shuffle, s
+side of the squares of patches that it merges, e width of the decoder's embeddings, gh gw rows and columns of patches.
 """
 
 import torch
@@ -25,7 +25,7 @@ class PrefixCaptioner(Captioner):
         vision: the vision encoder; the patches of its `forward_features` are read, class and register tokens are not.
         decoder: a causal language model, ours or any of transformers'.
         hidden_dim: width inside the MLP (see `MLPProjector`); None = that of the decoder's embeddings, as in LLaVA-1.5.
-        shuffle: side s of squares of patches that become one token, so that the decoder reads s * s times fewer.
+        pixel_shuffle: side s of squares of patches that become one token, so that the decoder reads s * s times fewer.
         freeze_vision: see `Captioner`.
         freeze_decoder: whether the language model is taken out of training.
 
@@ -41,24 +41,24 @@ class PrefixCaptioner(Captioner):
         decoder: Decoder,
         *,
         hidden_dim: int | None = None,
-        shuffle: int = 1,
+        pixel_shuffle: int = 1,
         freeze_vision: bool = True,
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
         gh, gw = vision.grid
-        if shuffle < 1 or gh % shuffle or gw % shuffle:
-            raise ValueError(f"squares of {shuffle} x {shuffle} patches do not tile a grid of {gh} x {gw}")
-        self.num_tokens = gh * gw // shuffle**2
+        if pixel_shuffle < 1 or gh % pixel_shuffle or gw % pixel_shuffle:
+            raise ValueError(f"squares of {pixel_shuffle} x {pixel_shuffle} patches do not tile a grid of {gh} x {gw}")
+        self.num_tokens = gh * gw // pixel_shuffle**2
         if self.num_tokens >= decoder.max_len:
             raise ValueError(
                 f"the decoder's {decoder.max_len} positions leave no room for text after {self.num_tokens} visual "
-                f"tokens; raise shuffle ({shuffle})"
+                f"tokens; raise pixel_shuffle ({pixel_shuffle})"
             )
         self.decoder = freeze(decoder) if freeze_decoder else decoder
-        self.hidden_dim, self.shuffle, self.freeze_decoder = hidden_dim, shuffle, freeze_decoder
+        self.hidden_dim, self.pixel_shuffle, self.freeze_decoder = hidden_dim, pixel_shuffle, freeze_decoder
         width = decoder.embedding_weights[0].shape[1]
-        self.proj = MLPProjector(vision.dim, width, hidden_dim, shuffle=shuffle)
+        self.proj = MLPProjector(vision.dim, width, hidden_dim, pixel_shuffle=pixel_shuffle)
 
     @property
     def max_len(self) -> int:
@@ -71,9 +71,9 @@ class PrefixCaptioner(Captioner):
         Raises:
             ValueError: if images of native size are to be merged in squares, which need not tile them.
         """
-        if batch.patch_grids is not None and self.shuffle > 1:
+        if batch.patch_grids is not None and self.pixel_shuffle > 1:
             raise ValueError(
-                f"images of native size are not tiled by squares of shuffle ({self.shuffle}): build with 1"
+                f"images of native size are not tiled by squares of pixel_shuffle ({self.pixel_shuffle}): build with 1"
             )
         patches = self.visual_tokens(batch)[:, :, self.vision.num_prefix_tokens :]
         return self.proj(patches, self.grid(batch))
@@ -113,7 +113,7 @@ class PrefixCaptioner(Captioner):
         """
         with evaluation_mode(self), record_attention(self.decoder, keep=lambda name: name.endswith(".attn")) as record:
             self.hidden_states(batch)
-        q, s, (gh, _) = batch.tokens.shape[1], self.shuffle, self.grid(batch)
+        q, s, (gh, _) = batch.tokens.shape[1], self.pixel_shuffle, self.grid(batch)
         weights = mean_weights(record.values())[:, -q:, :-q]
         mask = self.prefix_mask(batch, weights.shape[2] // batch.visual.shape[1])
         weights = in_image_order(weights, batch, mask)

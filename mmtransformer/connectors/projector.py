@@ -20,13 +20,13 @@ class MLPProjector(Pretrained, nn.Module):
         visual_dim: width d of a patch's token.
         dim: width e of the result.
         hidden_dim: width inside the MLP; None = dim, as in LLaVA-1.5.
-        shuffle: side s of the squares of patches that become one token of s * s times the width: s * s times fewer
-            tokens for a language model to read.
+        pixel_shuffle: side s of the squares of patches that become one token of s * s times the width: s * s times
+            fewer tokens for a language model to read.
         pre_norm: whether a LayerNorm stands before the MLP.
         bias: whether its layers have biases.
 
     Raises:
-        ValueError: if shuffle is not positive.
+        ValueError: if pixel_shuffle is not positive.
     """
 
     def __init__(
@@ -35,22 +35,22 @@ class MLPProjector(Pretrained, nn.Module):
         dim: int,
         hidden_dim: int | None = None,
         *,
-        shuffle: int = 1,
+        pixel_shuffle: int = 1,
         pre_norm: bool = True,
         bias: bool = True,
     ) -> None:
         super().__init__()
-        _check(shuffle)
-        self.visual_dim, self.dim, self.shuffle = visual_dim, dim, shuffle
+        _check(pixel_shuffle)
+        self.visual_dim, self.dim, self.pixel_shuffle = visual_dim, dim, pixel_shuffle
         self.pre_norm, self.bias = pre_norm, bias
         self.hidden_dim = hidden_dim = dim if hidden_dim is None else hidden_dim
-        self.norm = nn.LayerNorm(visual_dim * shuffle**2) if pre_norm else nn.Identity()
-        self.fc1 = nn.Linear(visual_dim * shuffle**2, hidden_dim, bias=bias)
+        self.norm = nn.LayerNorm(visual_dim * pixel_shuffle**2) if pre_norm else nn.Identity()
+        self.fc1 = nn.Linear(visual_dim * pixel_shuffle**2, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), row by row."""
-        x = merge_squares(patches.to(self.fc1.weight.dtype), grid, self.shuffle)
+        x = merge_squares(patches.to(self.fc1.weight.dtype), grid, self.pixel_shuffle)
         return self.fc2(gelu(self.fc1(self.norm(x))))
 
 
@@ -60,22 +60,22 @@ class LinearProjector(Pretrained, nn.Module):
     Args:
         visual_dim: width d of a patch's token.
         dim: width e of the result.
-        shuffle: see `MLPProjector`.
+        pixel_shuffle: see `MLPProjector`.
         bias: whether it adds one.
 
     Raises:
-        ValueError: if shuffle is not positive.
+        ValueError: if pixel_shuffle is not positive.
     """
 
-    def __init__(self, visual_dim: int, dim: int, *, shuffle: int = 1, bias: bool = True) -> None:
+    def __init__(self, visual_dim: int, dim: int, *, pixel_shuffle: int = 1, bias: bool = True) -> None:
         super().__init__()
-        _check(shuffle)
-        self.visual_dim, self.dim, self.shuffle, self.bias = visual_dim, dim, shuffle, bias
-        self.fc = nn.Linear(visual_dim * shuffle**2, dim, bias=bias)
+        _check(pixel_shuffle)
+        self.visual_dim, self.dim, self.pixel_shuffle, self.bias = visual_dim, dim, pixel_shuffle, bias
+        self.fc = nn.Linear(visual_dim * pixel_shuffle**2, dim, bias=bias)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(... (gh gw) d) of a grid of gh x gw patches -> (... l e), row by row."""
-        return self.fc(merge_squares(patches.to(self.fc.weight.dtype), grid, self.shuffle))
+        return self.fc(merge_squares(patches.to(self.fc.weight.dtype), grid, self.pixel_shuffle))
 
 
 def merge_squares(patches: Tensor, grid: tuple[int, int], s: int) -> Tensor:
@@ -86,6 +86,6 @@ def merge_squares(patches: Tensor, grid: tuple[int, int], s: int) -> Tensor:
     return rearrange(patches, pattern, gh=gh // s, gw=gw // s, s1=s, s2=s)
 
 
-def _check(shuffle: int) -> None:
-    if shuffle < 1:
-        raise ValueError(f"shuffle must be at least 1, not {shuffle}")
+def _check(pixel_shuffle: int) -> None:
+    if pixel_shuffle < 1:
+        raise ValueError(f"pixel_shuffle must be at least 1, not {pixel_shuffle}")

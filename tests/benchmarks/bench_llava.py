@@ -69,7 +69,7 @@ def inputs(family: str, ours: Llava, rows: int) -> tuple[TiledBatch, dict[str, A
     """The same pictures and prompts for both."""
     side, sizes = ours.vision.image_size[0], torch.tensor([SIZE] * rows)
     tiles = 1 if family == "LLaVA" else 5
-    count = tiles * 256 // ours.proj.shuffle**2
+    count = tiles * 256 // ours.proj.pixel_shuffle**2
     if family == "LLaVA-NeXT":
         grid = ours.tiles.tiles(SIZE, (side, side))
         tiles, count = 1 + grid[0] * grid[1], ours.tiles.num_tokens(SIZE, grid, ours.vision.grid)

@@ -36,7 +36,7 @@ def llava(**options: Any) -> Llava:
 
 
 def squares(**options: Any) -> Llava:
-    return llava(proj=LinearProjector(20, 24, shuffle=2, bias=False), layers=None, **options)
+    return llava(proj=LinearProjector(20, 24, pixel_shuffle=2, bias=False), layers=None, **options)
 
 
 def batch(count: int, rows: int = 4, q: int = 7) -> CaptionBatch:

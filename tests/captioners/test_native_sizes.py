@@ -246,8 +246,8 @@ def test_refused() -> None:
         stage1(given)
     with pytest.raises(ValueError, match="a Every cannot read images of native size: its forward takes no mask"):
         VisionEncoderDecoder(vit(), lm(cross_dim=20), adapter=Every())(given)
-    with pytest.raises(ValueError, match=r"not tiled by squares of shuffle \(2\)"):
-        PrefixCaptioner(ViT(32, PATCH, 20, 1, 4), lm(), shuffle=2)(given)
+    with pytest.raises(ValueError, match=r"not tiled by squares of pixel_shuffle \(2\)"):
+        PrefixCaptioner(ViT(32, PATCH, 20, 1, 4), lm(), pixel_shuffle=2)(given)
     adapter = VisualAdapter(20, 12, 1, 3, token_dropout=0.5)
     with pytest.raises(ValueError, match=r"token_dropout \(0.5\) is a share of one number of tokens"):
         VisionEncoderDecoder(vit(), lm(cross_dim=12), adapter=adapter)(given)

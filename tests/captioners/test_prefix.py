@@ -28,9 +28,11 @@ def tower() -> ViT:
     return ViT((16, 24), 4, 20, 1, 4, num_registers=1)
 
 
-def prefix(shuffle: int = 2, **options: Any) -> PrefixCaptioner:
+def prefix(pixel_shuffle: int = 2, **options: Any) -> PrefixCaptioner:
     torch.manual_seed(3)
-    return shaken(PrefixCaptioner(tower(), TextDecoder(VOCAB, 24, 2, 4, max_len=61), shuffle=shuffle, **options))
+    return shaken(
+        PrefixCaptioner(tower(), TextDecoder(VOCAB, 24, 2, 4, max_len=61), pixel_shuffle=pixel_shuffle, **options)
+    )
 
 
 def coca(**options: Any) -> CoCa:
@@ -284,7 +286,7 @@ def test_cocas_loss_in_two_processes_is_that_in_one(tmp_path: Path) -> None:
         (lambda: prefix(3), "squares of 3 x 3 patches do not tile a grid of 4 x 6"),
         (
             lambda: PrefixCaptioner(tower(), TextDecoder(VOCAB, 24, 1, 4, max_len=24)),
-            r"24 positions leave no room for text after 24 visual tokens; raise shuffle \(1\)",
+            r"24 positions leave no room for text after 24 visual tokens; raise pixel_shuffle \(1\)",
         ),
         (
             lambda: CoCa(tower(), TextDecoder(9, 24, 1, 4), TextDecoder(9, 24, 1, 4, cross_dim=20)),

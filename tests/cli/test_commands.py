@@ -223,7 +223,7 @@ BRIDGES: dict[str, Callable[[], Any]] = {
         tower(), QFormer(3, 16, 2, 2, 16, vocab_size=WORDS, max_len=96), embed_dim=8
     ),
     "git": lambda: Git(tower(), decoder()),
-    "prefix": lambda: PrefixCaptioner(tower(), decoder(), shuffle=2),
+    "prefix": lambda: PrefixCaptioner(tower(), decoder(), pixel_shuffle=2),
     "coca": lambda: CoCa(
         tower(),
         decoder(),

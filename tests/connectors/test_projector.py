@@ -9,7 +9,7 @@ from mmtransformer import MLPProjector
 
 def test_by_definition() -> None:
     torch.manual_seed(0)
-    model, patches = MLPProjector(5, 11, 7, shuffle=2).double(), torch.randn(2, 3, 4 * 6, 5).double()
+    model, patches = MLPProjector(5, 11, 7, pixel_shuffle=2).double(), torch.randn(2, 3, 4 * 6, 5).double()
     grid = patches.reshape(2, 3, 4, 6, 5)
     squares = [
         torch.cat([grid[:, :, 2 * y + a, 2 * x + b] for a in range(2) for b in range(2)], dim=-1)
@@ -23,5 +23,5 @@ def test_by_definition() -> None:
 
 
 def test_squares_of_no_side_are_refused() -> None:
-    with pytest.raises(ValueError, match="shuffle must be at least 1, not 0"):
-        MLPProjector(5, 11, shuffle=0)
+    with pytest.raises(ValueError, match="pixel_shuffle must be at least 1, not 0"):
+        MLPProjector(5, 11, pixel_shuffle=0)

@@ -139,8 +139,8 @@ MODELS: dict[str, Callable[[], Any]] = {
          "num_attention_heads": 4, "intermediate_size": 31},
         max_len=29,
     ),
-    "MLPProjector": lambda: MLPProjector(20, 12, 7, shuffle=2, pre_norm=False, bias=False),
-    "LinearProjector": lambda: LinearProjector(20, 12, shuffle=2, bias=False),
+    "MLPProjector": lambda: MLPProjector(20, 12, 7, pixel_shuffle=2, pre_norm=False, bias=False),
+    "LinearProjector": lambda: LinearProjector(20, 12, pixel_shuffle=2, bias=False),
     "LinearConnector": lambda: LinearConnector(20, 12),
     "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
     "VisionEncoderDecoder": lambda: captioner(freeze_vision=True),
@@ -166,7 +166,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "Blip2 with a norm that learns": lambda: Blip2(ViT(**VISION), qformer(), decoder(), train_norm=True),
     "PrefixCaptioner": lambda: PrefixCaptioner(
-        ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, shuffle=2, freeze_vision=False, freeze_decoder=False
+        ViT((16, 32), 8, 20, 1, 4), decoder(), hidden_dim=13, pixel_shuffle=2, freeze_vision=False, freeze_decoder=False
     ),
     "Git": lambda: Git(
         ViT(**VISION), decoder(norm=NormConfig(pre=False, embed=True)), num_frames=3, freeze_vision=True,

@@ -107,7 +107,7 @@ def llava() -> Llava:
 
 def smolvlm() -> Llava:
     vision = tower(class_token=False, pool="mean")
-    return Llava(vision, LinearProjector(88, 24, shuffle=2, bias=False), llama("llama"), VOCAB - 1, layers=None)
+    return Llava(vision, LinearProjector(88, 24, pixel_shuffle=2, bias=False), llama("llama"), VOCAB - 1, layers=None)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

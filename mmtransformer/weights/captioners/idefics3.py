@@ -60,7 +60,7 @@ def idefics3_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     only(text, context, {"qk_layer_norms": False})
     tied = config["tie_word_embeddings"]
     decoder = language_model(text, parts["text"], f"{context}, language model", tied=tied)
-    proj = LinearProjector(vision.dim, decoder.dim, shuffle=config["scale_factor"], bias=False)
+    proj = LinearProjector(vision.dim, decoder.dim, pixel_shuffle=config["scale_factor"], bias=False)
     fill(proj, _PROJ, parts["proj"], f"{context}, projector")
     return Llava(vision, proj, decoder, config["image_token_id"], layers=None).eval()
 
@@ -109,7 +109,7 @@ def idefics3_to_transformers(model: Llava, family: str = "smolvlm") -> tuple[dic
         "vision_config": {**tower, "model_type": f"{family}_vision"},
         "text_config": text,
         "image_token_id": model.image_token_id,
-        "scale_factor": model.proj.shuffle,
+        "scale_factor": model.proj.pixel_shuffle,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
     del config["vision_config"]["vision_use_head"]
@@ -143,11 +143,11 @@ class Idefics3Processor(ChatProcessor):
     def __init__(self, folder: Path) -> None:
         config = _USUAL | read_json(folder / CONFIG)
         tower = USUAL[False] | _USUAL_VISION | config.get("vision_config", {})
-        side, shuffle = pair(tower["image_size"])[0], config["scale_factor"]
+        side, factor = pair(tower["image_size"])[0], config["scale_factor"]
         stem = "SmolVLM" if config.get("model_type") == "smolvlm" else "Idefics3"
         transform, self.values = read_tiles(folder, stem, size=side)
         super().__init__(folder, transform, config["image_token_id"], prompt=PROMPT)
-        self.count = (side // pair(tower["patch_size"])[0] // shuffle) ** 2
+        self.count = (side // pair(tower["patch_size"])[0] // factor) ** 2
         self.longest_edge = self.values["size"].get("longest_edge")
         if not isinstance(self.longest_edge, int):
             raise ValueError(f"{folder}: the image processor's size {self.values['size']} is no longest_edge")

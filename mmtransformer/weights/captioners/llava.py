@@ -156,7 +156,7 @@ def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tenso
         context,
         {
             "proj.pre_norm": (proj.pre_norm, False),
-            "proj.shuffle": (proj.shuffle, 1),
+            "proj.pixel_shuffle": (proj.pixel_shuffle, 1),
             "proj.hidden_dim": (proj.hidden_dim, proj.dim),
             "keep_class": (model.keep_class, model.keep_class and vision.class_token),
             "tiles.max_tiles": (bool(tiles.max_tiles), tiles.single_only),

@@ -24,7 +24,7 @@ model:
       init_args:
         freeze_vision: false
         hidden_dim: 2000
-        shuffle: 2
+        pixel_shuffle: 2
         vision:
           class_path: mmtransformer.ViT
           init_args: {image_size: 32, patch_size: 8, dim: 32, depth: 1, num_heads: 2}

@@ -73,7 +73,7 @@ def loaded(theirs: Any, folder: Path) -> Llava:
 def inputs(ours: Llava, *, left: bool) -> tuple[CaptionBatch, dict[str, Any]]:
     """Prompts of unequal lengths with 1, 3 and 2 tiles, each tile's placeholders behind a marker."""
     generator, side = torch.Generator().manual_seed(5), ours.vision.image_size[0]
-    count, numbers = ours.vision.grid[0] * ours.vision.grid[1] // ours.proj.shuffle**2, torch.tensor([1, 3, 2])
+    count, numbers = ours.vision.grid[0] * ours.vision.grid[1] // ours.proj.pixel_shuffle**2, torch.tensor([1, 3, 2])
     texts = []
     for i, number in enumerate(numbers.tolist()):
         text = torch.randint(3, IMAGE, (4 + number + i,), generator=generator)
@@ -166,7 +166,7 @@ def test_refused(tmp_path: Path) -> None:
 
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=61)
     tower, plain = ViT(16, 8, 12, 2, 2), ViT(16, 8, 12, 2, 2, class_token=False, pool="mean")
-    linear, mlp = LinearProjector(12, 24, shuffle=2, bias=False), MLPProjector(12, 24, pre_norm=False)
+    linear, mlp = LinearProjector(12, 24, pixel_shuffle=2, bias=False), MLPProjector(12, 24, pre_norm=False)
     for model, said in (
         (Llava(plain, mlp, decoder, IMAGE), "has a LinearProjector, not a MLPProjector"),
         (Llava(plain, linear, decoder, IMAGE, layers=(-1,)), r"layers=\(-1,\)"),
