@@ -282,7 +282,7 @@ _TABLE: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("y = n1 / (n1 + 2 * n2)", "y = n1 / (n1 + n2)"),
         ("np.where(place > k, np.concatenate", "np.where(place >= k, np.concatenate"),
     ]),
-    "training/evaluation/text_scores.py": ("training/tasks/test_language_modelling.py", [
+    "training/evaluation/text_scores.py": ("training/tasks/test_language_modeling.py", [
         ("math.exp(self.nats / max(self.tokens, 1))", "math.exp(self.nats / max(self.words, 1))"),
         ("self.nats / math.log(2) / max(self.bytes, 1)", "self.nats / max(self.bytes, 1)"),
     ]),

@@ -134,10 +134,10 @@ def test_the_same_gradients_and_heat(kind: str) -> None:
 def test_an_encoder_learns_there() -> None:
     """Hidden words and pairs, with padding."""
     from mmtransformer.data.text_only.masked_rows import MaskedBatch
-    from mmtransformer.training import MaskedLanguageModelling
+    from mmtransformer.training import MaskedLanguageModeling
 
     encoder = TextEncoder(VOCAB, DIM, 2, 4, max_len=9, word_head=True, sentence_head=True, dropout=0.0)
-    module = MaskedLanguageModelling(encoder)
+    module = MaskedLanguageModeling(encoder)
     tokens = torch.randint(3, VOCAB, (4, 9))
     attention_mask = torch.arange(9) < torch.tensor([9, 4, 7, 6])[:, None]
     loss_mask = attention_mask & (torch.rand(4, 9) < 0.4)

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.contrast import Contrast as Contrast
     from mmtransformer.training.tasks.contrast import finetune_clip as finetune_clip
     from mmtransformer.training.tasks.image_generation import ImageGeneration as ImageGeneration
-    from mmtransformer.training.tasks.language_modelling import LanguageModelling as LanguageModelling
-    from mmtransformer.training.tasks.masked_language_modelling import (
-        MaskedLanguageModelling as MaskedLanguageModelling,
-    )
+    from mmtransformer.training.tasks.language_modeling import LanguageModeling as LanguageModeling
+    from mmtransformer.training.tasks.masked_language_modeling import MaskedLanguageModeling as MaskedLanguageModeling
     from mmtransformer.training.tasks.qformer_stage1 import QFormerStage1 as QFormerStage1
     from mmtransformer.training.tasks.translation import Translation as Translation
 
@@ -49,8 +47,8 @@ _CONTENTS = {
     "tasks.classification": "Classification",
     "tasks.contrast": "Contrast finetune_clip",
     "tasks.image_generation": "ImageGeneration",
-    "tasks.language_modelling": "LanguageModelling",
-    "tasks.masked_language_modelling": "MaskedLanguageModelling",
+    "tasks.language_modeling": "LanguageModeling",
+    "tasks.masked_language_modeling": "MaskedLanguageModeling",
     "tasks.qformer_stage1": "QFormerStage1",
     "tasks.translation": "Translation",
 }

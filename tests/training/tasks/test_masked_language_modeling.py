@@ -1,4 +1,4 @@
-"""Masked language modelling: which words are hidden, which texts are paired, baselines by definition, and a run."""
+"""Masked language modeling: which words are hidden, which texts are paired, baselines by definition, and a run."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
 from mmtransformer.metrics.neighbours import NeighbourBaseline
-from mmtransformer.training import MaskedLanguageModelling, Optim, Run
+from mmtransformer.training import MaskedLanguageModeling, Optim, Run
 from mmtransformer.training.evaluation.masked_scores import count_neighbours, fill_in, score_masked
 
 VOCAB = 320
@@ -307,7 +307,7 @@ def test_the_loss_is_words_plus_pairs() -> None:
     data, encoder = data_of(), encoder_of().double()
     batch = next(iter(data.train_dataloader()))
     batch.other[2:4] = -1
-    module = MaskedLanguageModelling(encoder, pair_weight=0.3)
+    module = MaskedLanguageModeling(encoder, pair_weight=0.3)
     words, pairs = module.losses(batch)
     hidden = encoder(batch.tokens, batch.types, attention_mask=batch.attention_mask)
     logits = encoder.words(hidden).log_softmax(-1)
@@ -327,13 +327,13 @@ def test_the_loss_is_words_plus_pairs() -> None:
     only, none = module.losses(alone)
     assert len(none) == 0
     torch.testing.assert_close(module.loss(alone).sum, only.sum())
-    headless = MaskedLanguageModelling(encoder_of(sentence_head=False).double(), pair_weight=0.3)
+    headless = MaskedLanguageModeling(encoder_of(sentence_head=False).double(), pair_weight=0.3)
     torch.testing.assert_close(headless.loss(batch).sum, headless.losses(batch)[0].sum())
 
 
 def test_without_pairs_every_weight_still_has_a_gradient() -> None:
     """Of several processes one may have no pairs in its batch; the others wait for the head's gradient all the same."""
-    module = MaskedLanguageModelling(encoder_of())
+    module = MaskedLanguageModeling(encoder_of())
     batch = next(iter(data_of().train_dataloader()))
     alone = dataclasses.replace(batch, other=torch.full_like(batch.other, -1))
     loss = module.loss(alone)
@@ -346,7 +346,7 @@ def test_without_pairs_every_weight_still_has_a_gradient() -> None:
 
 def test_padding_changes_no_loss() -> None:
     data, encoder = data_of(), encoder_of().double()
-    module = MaskedLanguageModelling(encoder)
+    module = MaskedLanguageModeling(encoder)
     batch = next(iter(data.val_dataloader()[0]))
     whole, pairs = module.losses(batch)
     parts = []
@@ -378,7 +378,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(tmp_path: Path) ->
     """Words and pairs: eight steps of one batch of 16 rows, of 4 of 4 and of 16 single rows."""
 
     def trained(batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
-        module = MaskedLanguageModelling(encoder_of(), optim=Optim(lr=0.01, warmup_steps=0))
+        module = MaskedLanguageModeling(encoder_of(), optim=Optim(lr=0.01, warmup_steps=0))
         run = trainer(
             tmp_path,
             precision="64-true",
@@ -402,7 +402,7 @@ def test_a_run_learns_and_leaves_model_scores_and_filled_texts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = data_of()
-    module = MaskedLanguageModelling(encoder_of(), optim=Optim(lr=1e-2, warmup_steps=20))
+    module = MaskedLanguageModeling(encoder_of(), optim=Optim(lr=1e-2, warmup_steps=20))
     baseline = count_neighbours(data)
     before = score_masked(module.encoder.eval(), data, "val", baseline)
     module.train()
@@ -485,7 +485,7 @@ def test_a_file_is_the_data_of_a_recipe(tmp_path: Path) -> None:
 
 def test_errors_name_the_numbers(tmp_path: Path) -> None:
     def fit(encoder: TextEncoder, **arguments: Any) -> None:
-        trainer(tmp_path, max_steps=1).fit(MaskedLanguageModelling(encoder), datamodule=data_of(**arguments))
+        trainer(tmp_path, max_steps=1).fit(MaskedLanguageModeling(encoder), datamodule=data_of(**arguments))
 
     with pytest.raises(ValueError, match="word_head: true"):
         fit(encoder_of(word_head=False))
@@ -498,7 +498,7 @@ def test_errors_name_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"scores 270; .*data.vocab_size to 270"):
         fit(TextEncoder(270, 24, 1, 3, max_len=40, word_head=True, sentence_head=True))
     with pytest.raises(ValueError, match=r"pair_weight \(-1\)"):
-        MaskedLanguageModelling(encoder_of(), pair_weight=-1)
+        MaskedLanguageModeling(encoder_of(), pair_weight=-1)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):
         data_of(batch_size=0)
     with pytest.raises(ValueError, match=r"list of splits: \[val\]"):

@@ -1,4 +1,4 @@
-"""Language modelling: packed rows against documents one by one, scores, n-grams beside them, and whole runs."""
+"""Language modeling: packed rows against documents one by one, scores, n-grams beside them, and whole runs."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.losses.next_token import next_token_loss
-from mmtransformer.training import LanguageModelling, Optim, Run
+from mmtransformer.training import LanguageModeling, Optim, Run
 from mmtransformer.training.evaluation.text_scores import (
     TextScore,
     novelty,
@@ -91,7 +91,7 @@ def alone(decoder: TextDecoder, document: Tensor) -> Tensor:
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_the_loss_and_gradient_of_packed_rows_are_those_of_the_documents_one_by_one(positions: str) -> None:
     data, decoder = data_of(), decoder_of(positions).double()
-    module = LanguageModelling(decoder)
+    module = LanguageModeling(decoder)
     packed = [module.loss(batch) for batch in data.train_dataloader()]
     total = torch.stack([loss.sum for loss in packed]).sum()
     grads = torch.autograd.grad(total, list(decoder.parameters()))
@@ -258,7 +258,7 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
 ) -> None:
     data, module = (
         data_of(),
-        LanguageModelling(decoder_of(), optim=Optim(lr=1e-2, warmup_steps=5), baseline_orders=(1, 2), num_texts=4),
+        LanguageModeling(decoder_of(), optim=Optim(lr=1e-2, warmup_steps=5), baseline_orders=(1, 2), num_texts=4),
     )
     before = score_texts(module.decoder.eval(), data, "val")["all"].perplexity
     module.train()
@@ -300,8 +300,8 @@ def test_a_run_learns_and_leaves_model_tokenizer_scores_and_texts(
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    def module() -> LanguageModelling:
-        return LanguageModelling(decoder_of(dropout=0.1), optim=Optim(lr=1e-2, warmup_steps=2))
+    def module() -> LanguageModeling:
+        return LanguageModeling(decoder_of(dropout=0.1), optim=Optim(lr=1e-2, warmup_steps=2))
 
     def saves(name: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / name, every_n_train_steps=3, save_top_k=-1, filename="{step}")
@@ -321,14 +321,14 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_numbers(tmp_path: Path) -> None:
-    def fit(module: LanguageModelling, data: TextData) -> None:
+    def fit(module: LanguageModeling, data: TextData) -> None:
         trainer(tmp_path).fit(module, datamodule=data)
 
     with pytest.raises(ValueError, match=r"\d+ tokens, .*scores 280; .*data.vocab_size to 280"):
-        fit(LanguageModelling(TextDecoder(280, 16, 1, 2, max_len=40)), data_of())
+        fit(LanguageModeling(TextDecoder(280, 16, 1, 2, max_len=40)), data_of())
     with pytest.raises(ValueError, match=r"data.max_len \(40\) is more than the 30"):
-        fit(LanguageModelling(TextDecoder(VOCAB, 16, 1, 2, max_len=30)), data_of())
+        fit(LanguageModeling(TextDecoder(VOCAB, 16, 1, 2, max_len=30)), data_of())
     with pytest.raises(ValueError, match="leave the decoder's cross_dim out"):
-        fit(LanguageModelling(TextDecoder(VOCAB, 16, 1, 2, max_len=40, cross_dim=8)), data_of())
+        fit(LanguageModeling(TextDecoder(VOCAB, 16, 1, 2, max_len=40, cross_dim=8)), data_of())
     with pytest.raises(ValueError, match=r"baseline_orders \[2, 0\]"):
-        LanguageModelling(decoder_of(), baseline_orders=(2, 0))
+        LanguageModeling(decoder_of(), baseline_orders=(2, 0))

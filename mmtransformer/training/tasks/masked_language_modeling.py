@@ -1,4 +1,4 @@
-"""MaskedLanguageModelling: a text encoder that fills in hidden words and tells which texts belong together."""
+"""MaskedLanguageModeling: a text encoder that fills in hidden words and tells which texts belong together."""
 
 from dataclasses import asdict
 from itertools import islice
@@ -20,7 +20,7 @@ from mmtransformer.training.evaluation.report import save_text_model
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
-class MaskedLanguageModelling(Task[MaskedTextData]):
+class MaskedLanguageModeling(Task[MaskedTextData]):
     """Trains a text encoder as BERT was (Devlin et al., arXiv:1810.04805): hidden words, and pairs of texts.
 
     The loss is the mean over hidden tokens, plus the mean over pairs where there are any. Whether two texts belong

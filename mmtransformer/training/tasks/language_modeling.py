@@ -1,4 +1,4 @@
-"""LanguageModelling: a decoder that learns to go on with texts, from nothing or from a saved one."""
+"""LanguageModeling: a decoder that learns to go on with texts, from nothing or from a saved one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from mmtransformer.training.evaluation.text_scores import (
 from mmtransformer.training.tasks.data_checks import check_texts
 
 
-class LanguageModelling(Task[TextData]):
+class LanguageModeling(Task[TextData]):
     """Trains a decoder on texts in packed rows: GPT (Radford et al. 2018), whatever the decoder's family.
 
     When the run ends, the model is set beside n-gram models of the same training texts, and model and tokenizer are
