@@ -43,7 +43,7 @@ def fit(model: Path, data: Path, run: Path, epochs: int, lr: float) -> dict[str,
     code = mmt(
         [
             "fit", f"--config={RECIPE}", f"--model.init={model}", f"--data.source={data}/captions.jsonl",
-            "--data.splits.val=[val]", "--model.tuning.how=whole", "--model.tuning.parts=[connector,decoder]",
+            "--data.splits.val=[val]", "--model.tuning.method=full", "--model.tuning.parts=[connector,decoder]",
             f"--model.optim.lr={lr}", f"--trainer.max_epochs={epochs}", f"--data.max_len={MAX_LEN}",
             f"--data.cache_features.folder={run.parent}/features", f"--trainer.default_root_dir={run}",
             "--trainer.precision=32-true", "--trainer.accelerator=cpu",

@@ -133,7 +133,7 @@ def arguments(name: str, folder: Path) -> list[str]:
     if name == "finetune_hub":
         from support.hub import folder as public_folder
 
-        return [root, f"--model.init={public_folder(folder / 'model', 'blip')}", "--model.tuning.whole=true"]
+        return [root, f"--model.init={public_folder(folder / 'model', 'blip')}", "--model.tuning.save_merged=true"]
     if name == "clip_finetune":
         return [root, f"--model.init={dual_model(folder / 'model')}"]
     if name == "clip_flickr8k":

@@ -179,7 +179,7 @@ class Captioning(Task):
             device=run.device,
             processor=data.processor,
         )
-        if adapter is not None and self.tuning is not None and not self.tuning.whole:
+        if adapter is not None and self.tuning is not None and not self.tuning.save_merged:
             model.adapter = adapter
         extra = few_shot | {"image_ablation": use, "training": facts}
         write_report(run.folder, model, data, evaluation, extra=extra, note=note)
@@ -204,7 +204,7 @@ class Captioning(Task):
         assert folder is not None
         base = base_name(folder)
         hub = base if "/" in base else ""
-        scaling = tuning.alpha / tuning.rank if tuning.how == "lora" else 1.0
+        scaling = tuning.alpha / tuning.rank if tuning.method == "lora" else 1.0
         revision = folder.name if hub else None  # A cache's folders are called by the commit.
         return Adapter(hub or str(folder.resolve()), hash_of(folder), learned(self.captioner), scaling, revision)
 
@@ -260,8 +260,9 @@ def finetune(
         init: The model's folder, or its name on the hub.
         freeze_vision: Leave the vision tower as it is, and train the rest.
         freeze_decoder: Leave the language model as it is, and train the rest.
-        tuning: Which parts learn and how: whole, their last blocks, low-rank products. Of a public model, what learned
-            is then saved as an adapter. None = as its makers left it, and as freeze_vision and freeze_decoder say.
+        tuning: Which parts learn and how: in full, their last blocks, low-rank products. Of a public model, what
+            learned is then saved as an adapter. None = as its makers left it, and as freeze_vision and freeze_decoder
+            say.
         add_languages: Codes of languages that the model does not know yet, such as "de": each gets a token, and the
             language model's tables a row for it.
         optim: The optimizer and its schedule.

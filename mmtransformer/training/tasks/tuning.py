@@ -24,7 +24,7 @@ _ALIASES = {
 """What a tower that transformers holds may call these layers."""
 
 Part = Literal["vision", "connector", "decoder"]
-How = Literal["whole", "last_blocks", "lora"]
+Method = Literal["full", "last_blocks", "lora"]
 
 
 @known_fields
@@ -36,54 +36,56 @@ class Tuning:
         parts: The parts that learn: "vision" encoder, language model ("decoder"), and "connector", which is all else:
             projectors, Q-Former, cross-attention. The connector learns whole wherever it is named; ["connector"] alone
             trains the bridge between frozen towers.
-        how: What of the two towers learns, where they are named: "whole" towers, their "last_blocks" with the norm
-            behind them, or low-rank products beside frozen weights ("lora"; needs peft).
-        blocks: Of "last_blocks", how many.
+        method: What of the two towers learns, where they are named: all of them ("full"), their "last_blocks" with the
+            norm behind them, or low-rank products beside frozen weights ("lora"; needs peft).
+        num_blocks: Of "last_blocks", how many.
         rank: Of "lora", the width of the products.
         alpha: Of "lora", their scale times the rank.
         dropout: Of "lora", the share of the products' input dropped in training.
-        targets: Of "lora", ends of the names of the layers that get one: queries and values unless told. In a tower
-            that has none of them but calls them otherwise (a T5's q and v, a fused qkv) it is those.
+        target_modules: Of "lora", ends of the names of the layers that get one: queries and values by default. In a
+            tower that calls them otherwise (a T5's q and v, a fused qkv) it is those.
         frozen_dtype: What towers that do not learn at all are kept in: "bfloat16" takes half the memory, "nf4" an
             eighth, by bitsandbytes on a GPU. What is saved stands on the base's own numbers.
-        whole: Whether the whole model is written when all but everything learns, in place of a small adapter.
+        save_merged: Whether the whole model is saved, with what was learned added in, where an adapter would do.
 
     Raises:
         ValueError: If a value is unknown, or would have no effect.
     """
 
     parts: Sequence[Part] = ("vision", "connector", "decoder")
-    how: How = "whole"
-    blocks: int = 2
+    method: Method = "full"
+    num_blocks: int = 2
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: Sequence[str] = ("q_proj", "v_proj")
+    target_modules: Sequence[str] = ("q_proj", "v_proj")
     frozen_dtype: DType = "float32"
-    whole: bool = False
+    save_merged: bool = False
 
     def __post_init__(self) -> None:
-        for name, values, known in (("parts", self.parts, get_args(Part)), ("how", [self.how], get_args(How))):
+        choices = (("parts", self.parts, get_args(Part)), ("method", [self.method], get_args(Method)))
+        for name, values, known in choices:
             if odd := [value for value in values if value not in known]:
-                raise ValueError(f'tuning.{name}: "{odd[0]}" is none of {", ".join(known)}')
-        if not self.parts or not self.targets:
-            raise ValueError("tuning: name at least one of the parts, and of the targets")
-        for name in ("blocks", "rank"):
+                raise ValueError(f'tuning.{name}: unknown value "{odd[0]}"; choose one of {", ".join(known)}')
+        if not self.parts or not self.target_modules:
+            raise ValueError("tuning: name at least one of the parts, and of the target_modules")
+        for name in ("num_blocks", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"tuning.{name} ({getattr(self, name)}) must be at least 1")
         towers, usual = set(self.parts) - {"connector"}, Tuning.__dataclass_fields__
-        for how, names in (("last_blocks", ["blocks"]), ("lora", ["rank", "alpha", "dropout", "targets"])):
-            for name in names if self.how != how or not towers else []:
+        options = (("last_blocks", ["num_blocks"]), ("lora", ["rank", "alpha", "dropout", "target_modules"]))
+        for method, names in options:
+            for name in names if self.method != method or not towers else []:
                 value = getattr(self, name)
-                if (tuple(value) if name == "targets" else value) != usual[name].default:
-                    raise ValueError(f"tuning.{name} is for how={how} of a tower, without effect here: leave it out")
-        if self.how != "whole" and not towers:
-            raise ValueError(f"tuning.how={self.how} is for vision encoder or decoder: name one in tuning.parts")
+                if (tuple(value) if name == "target_modules" else value) != usual[name].default:
+                    raise ValueError(f"tuning.{name} has an effect only with method={method} of a tower: leave it out")
+        if self.method != "full" and not towers:
+            raise ValueError(f"tuning.method={self.method} is for vision encoder or decoder: name one in tuning.parts")
 
     @property
     def everything(self) -> bool:
         """Whether all of the model learns, so that all of it must be saved."""
-        return self.how == "whole" and len(set(self.parts)) == len(get_args(Part))
+        return self.method == "full" and len(set(self.parts)) == len(get_args(Part))
 
     def apply(self, captioner: Captioner) -> None:
         """Makes these parts of a captioner learn, in place, and freezes all else.
@@ -99,12 +101,12 @@ class Tuning:
             if not mine:
                 known = dict.fromkeys(part_of(captioner, name) for name in named)
                 raise ValueError(f"tuning.parts: a {type(captioner).__name__} has no {part}; it has {', '.join(known)}")
-            if self.how == "last_blocks" and part != "connector":
-                mine = last_blocks(captioner, mine, self.blocks, part)
-            if self.how != "lora" or part == "connector":
+            if self.method == "last_blocks" and part != "connector":
+                mine = last_blocks(captioner, mine, self.num_blocks, part)
+            if self.method != "lora" or part == "connector":
                 for name in mine:
                     named[name].requires_grad_(named[name] not in unread)
-        if self.how == "lora":
+        if self.method == "lora":
             self._add_lora(captioner, {id(p) for p in named.values() if p.requires_grad})
         self._say_what_is_frozen(captioner)
         if self.frozen_dtype != "float32":
@@ -135,15 +137,17 @@ class Tuning:
             part: [name for name, layer in tower.named_modules() if isinstance(layer, nn.Linear)]
             for part, tower in towers.items()
         }
-        found = {part: _matching(self.targets, names) for part, names in linear.items()}
-        for target in self.targets:
+        found = {part: _matching(self.target_modules, names) for part, names in linear.items()}
+        for target in self.target_modules:
             if not any(_matching([target], names) for names in linear.values()):
                 known = sorted({name.rpartition(".")[2] for names in linear.values() for name in names})
-                raise ValueError(f'tuning.targets: no linear layer is called "{target}"; there are {", ".join(known)}')
+                raise ValueError(
+                    f'tuning.target_modules: no linear layer is called "{target}"; there are {", ".join(known)}'
+                )
         for part, tower in towers.items():
             if not found[part]:
                 known = sorted({name.rpartition(".")[2] for name in linear[part]})
-                raise ValueError(f"tuning.targets: none is in the {part}, which has {', '.join(known)}")
+                raise ValueError(f"tuning.target_modules: none is in the {part}, which has {', '.join(known)}")
             add_lora(tower, found[part], rank=self.rank, alpha=self.alpha, dropout=self.dropout)
         for parameter in captioner.parameters():
             if id(parameter) in learning:
@@ -152,12 +156,12 @@ class Tuning:
     def describe(self, captioner: Captioner) -> str:
         """What learns, in a line."""
         count, total = trainable_parameters(captioner), sum(p.numel() for p in captioner.parameters())
-        how = {
-            "whole": "",
-            "last_blocks": f", of towers the last {counted(self.blocks, 'block')}",
+        added = {
+            "full": "",
+            "last_blocks": f", of towers the last {counted(self.num_blocks, 'block')}",
             "lora": f", LoRA {self.rank} beside {', '.join(_products(captioner))}",
         }
-        text = f"{', '.join(self.parts)} learn{how[self.how]}: {count:,} of {total:,} parameters"
+        text = f"{', '.join(self.parts)} learn{added[self.method]}: {count:,} of {total:,} parameters"
         return text + ("" if self.frozen_dtype == "float32" else f"; frozen towers are kept in {self.frozen_dtype}")
 
 
@@ -208,10 +212,10 @@ def last_blocks(captioner: Captioner, names: Sequence[str], count: int, part: st
         every: nn.ModuleList = captioner.get_submodule(prefix + blocks)  # pyright: ignore[reportAssignmentType]
         read = [i for i, block in enumerate(every) if not unread.issuperset(block.parameters())]
         if count > len(read):
-            raise ValueError(f"tuning.blocks ({count}): the {part} has {len(read)}")
+            raise ValueError(f"tuning.num_blocks ({count}): the {part} has {len(read)}")
         starts = [f"{prefix}{blocks}.{i}." for i in read[-count:]]
         starts += [prefix + norm for norm in ("norm.", "last_norm.", "ln_f.", "final_layer_norm.", "post_layernorm.")]
         found += [name for name in mine if name.startswith(tuple(starts))]
     if not found:
-        raise ValueError(f"tuning.how=last_blocks: the {part} of a {type(captioner).__name__} has no list of blocks")
+        raise ValueError(f"tuning.method=last_blocks: the {part} of a {type(captioner).__name__} has no list of blocks")
     return found

@@ -43,7 +43,7 @@ def test_what_learns_of_a_float16_folder_is_float32(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", "blip2", scale=0.1)
     theirs: Any = Blip2ForConditionalGeneration.from_pretrained(base)
     theirs.to(torch.float16).save_pretrained(base)
-    for tuning in (Tuning(), Tuning(["vision", "decoder"], how="lora")):
+    for tuning in (Tuning(), Tuning(["vision", "decoder"], method="lora")):
         model = finetune(str(base), tuning=tuning).captioner.train()
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -136,7 +136,7 @@ def test_a_model_behind_zero_queries_learns(
         "--config", "recipes/finetune_hub.yaml", "--model.init", str(base), "--data.source",
         str(pairs(tmp_path / "pairs", 6)), "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu",
         "--data.batch_size", "4", "--data.max_len", "20", "--trainer.default_root_dir", str(run),
-        "--trainer.precision", "32-true", "--model.tuning.how", "whole", "--model.tuning.parts", "[connector]",
+        "--trainer.precision", "32-true", "--model.tuning.method", "full", "--model.tuning.parts", "[connector]",
     ]  # fmt: skip
     code, _, err = mmt(capsys, "fit", *words)
     assert code == 0, err

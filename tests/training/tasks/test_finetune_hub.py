@@ -28,16 +28,16 @@ QUICK = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--data.ba
          "--model.optim.warmup_steps", "1", "--model.optim.lr", "0.01", "--trainer.precision", "32-true"]  # fmt: skip
 OPTIONS = {
     "blip": [],
-    "vit-gpt2": ["--model.tuning.how", "last_blocks", "--model.tuning.blocks", "1"],
-    "git": ["--model.tuning.how", "whole", "--model.optim.layer_decay", "0.8"],
-    "blip2": ["--model.tuning.how", "whole", "--model.tuning.parts", "[connector]", "--model.tuning.frozen_dtype",
+    "vit-gpt2": ["--model.tuning.method", "last_blocks", "--model.tuning.num_blocks", "1"],
+    "git": ["--model.tuning.method", "full", "--model.optim.layer_decay", "0.8"],
+    "blip2": ["--model.tuning.method", "full", "--model.tuning.parts", "[connector]", "--model.tuning.frozen_dtype",
               "bfloat16"],
-    "llava": ["--model.tuning.targets", "[q_proj,fc1]", "--model.optim.lr_scales", "{vision: 0.1}"],
+    "llava": ["--model.tuning.target_modules", "[q_proj,fc1]", "--model.optim.lr_scales", "{vision: 0.1}"],
     "llava-next": [],
     "llava-onevision": [],
-    "idefics": ["--model.tuning.how", "whole", "--model.tuning.parts", "[connector]"],
+    "idefics": ["--model.tuning.method", "full", "--model.tuning.parts", "[connector]"],
     "idefics3": ["--model.tuning.parts", "[connector,decoder]"],
-    "paligemma": ["--model.tuning.targets", "[k_proj,out_proj]"],
+    "paligemma": ["--model.tuning.target_modules", "[k_proj,out_proj]"],
 }  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def test_the_whole_of_it_is_written_where_all_learns_or_it_is_wished(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     base, data = folder(tmp_path / "base", "blip"), pairs(tmp_path / "pairs", 6)
-    all_parts = ["--model.tuning.how", "whole", "--model.tuning.parts", "[vision,connector,decoder]"]
-    for name, more in (("all", all_parts), ("wished", ["--model.tuning.whole", "true"])):
+    all_parts = ["--model.tuning.method", "full", "--model.tuning.parts", "[vision,connector,decoder]"]
+    for name, more in (("all", all_parts), ("wished", ["--model.tuning.save_merged", "true"])):
         code, _, err = fit(capsys, base, data, tmp_path / name, "--trainer.max_epochs", "1", *more)
         assert code == 0, err
         AutoModelForImageTextToText.from_pretrained(tmp_path / name / "model")
@@ -230,16 +230,19 @@ def test_bfloat16_is_of_what_is_frozen_and_never_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": ["vision", "tail"]}, 'tuning.parts: "tail" is none of vision, connector, decoder'),
+        ({"parts": ["vision", "tail"]}, 'tuning.parts: unknown value "tail"; choose one of vision, connector, decoder'),
         ({"parts": []}, "name at least one of the parts"),
-        ({"how": "half"}, 'tuning.how: "half" is none of whole, last_blocks, lora'),
-        ({"rank": 4}, "tuning.rank is for how=lora"),
-        ({"how": "lora", "blocks": 3}, "tuning.blocks is for how=last_blocks"),
-        ({"how": "lora", "parts": ["connector"]}, "is for vision encoder or decoder"),
-        ({"how": "lora", "rank": 0}, r"tuning.rank \(0\) must be at least 1"),
-        ({"how": "last_blocks", "blocks": 3}, r"tuning.blocks \(3\): the vision has 1"),
-        ({"how": "lora", "targets": ["q_prj"]}, 'no linear layer is called "q_prj"; there are .*q_proj'),
-        ({"how": "lora", "targets": ["gate_proj"], "parts": ["vision", "decoder"]}, "none is in the vision, which has"),
+        ({"method": "half"}, 'tuning.method: unknown value "half"; choose one of full, last_blocks, lora'),
+        ({"rank": 4}, "tuning.rank has an effect only with method=lora"),
+        ({"method": "lora", "num_blocks": 3}, "tuning.num_blocks has an effect only with method=last_blocks"),
+        ({"method": "lora", "parts": ["connector"]}, "is for vision encoder or decoder"),
+        ({"method": "lora", "rank": 0}, r"tuning.rank \(0\) must be at least 1"),
+        ({"method": "last_blocks", "num_blocks": 3}, r"tuning.num_blocks \(3\): the vision has 1"),
+        ({"method": "lora", "target_modules": ["q_prj"]}, 'no linear layer is called "q_prj"; there are .*q_proj'),
+        (
+            {"method": "lora", "target_modules": ["gate_proj"], "parts": ["vision", "decoder"]},
+            "none is in the vision, which has",
+        ),
         ({"frozen_dtype": "bfloat16"}, "for towers of which nothing learns, and there is none"),
     ],
 )
@@ -259,24 +262,26 @@ def test_what_learns_is_what_was_named(tmp_path: Path) -> None:
     every = learn()
     assert not [name for name in every if name.startswith(("vision.blocks.1.", "vision.norm."))]
     assert {name.partition(".")[0] for name in every} == {"vision", "proj", "decoder"}
-    last = learn(how="last_blocks", blocks=1, parts=["vision", "decoder"])
+    last = learn(method="last_blocks", num_blocks=1, parts=["vision", "decoder"])
     assert {".".join(name.split(".")[:3]) for name in last} == {
         "vision.blocks.0",
         "decoder.blocks.1",
         "decoder.last_norm.weight",
     }
-    products = learn(how="lora", rank=3, alpha=6.0, targets=["k_proj"], parts=["decoder", "connector"])
+    products = learn(method="lora", rank=3, alpha=6.0, target_modules=["k_proj"], parts=["decoder", "connector"])
     assert {name.partition(".")[0] for name in products} == {"proj", "decoder"}
     assert all("lora" in name for name in products if name.startswith("decoder"))
 
 
-@pytest.mark.parametrize("how", ["lora", "whole"])
-def test_an_adapter_is_what_was_trained(how: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_adapter_is_what_was_trained(method: Any, tmp_path: Path) -> None:
     """The base with an adapter says what the model said that it was taken from, low-rank products unmerged."""
     base = folder(tmp_path / "base", "blip")
-    options: dict[str, Any] = {"rank": 3, "alpha": 12.0, "targets": ["q_proj", "fc2"]} if how == "lora" else {}
-    parts: Any = ["vision", "decoder"] if how == "whole" else ["vision", "connector", "decoder"]
-    module = finetune(str(base), tuning=Tuning(parts, how=how, **options))
+    options: dict[str, Any] = (
+        {"rank": 3, "alpha": 12.0, "target_modules": ["q_proj", "fc2"]} if method == "lora" else {}
+    )
+    parts: Any = ["vision", "decoder"] if method == "full" else ["vision", "connector", "decoder"]
+    module = finetune(str(base), tuning=Tuning(parts, method=method, **options))
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in module.captioner.parameters():

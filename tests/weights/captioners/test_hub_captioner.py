@@ -85,7 +85,7 @@ def test_fit_evaluate_export(
         "--config", "recipes/finetune_hub.yaml", "--model.init", str(base), "--data.source", str(data),
         "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--data.batch_size", "3", "--data.max_len", "20",
         "--model.optim.warmup_steps", "1", "--model.optim.lr", "0.01", "--trainer.precision", "32-true",
-        "--trainer.default_root_dir", str(run), "--model.tuning.targets", targets, "--model.tuning.parts", parts,
+        "--trainer.default_root_dir", str(run), "--model.tuning.target_modules", targets, "--model.tuning.parts", parts,
     ]  # fmt: skip
     code, _, err = mmt(capsys, "fit", *words)
     assert code == 0, err

@@ -154,8 +154,8 @@ def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         "--config", "recipes/finetune_pairs.yaml", "--model.init", str(path), "--data.source",
         str(tmp_path / "pairs"), "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu",
         "--trainer.default_root_dir", str(run), "--data.batch_size", "4", "--data.max_len", "20",
-        "--model.tuning.how", "lora", "--model.tuning.rank", "2", "--model.tuning.parts", "[connector,decoder]",
-        "--model.tuning.whole", "true",
+        "--model.tuning.method", "lora", "--model.tuning.rank", "2", "--model.tuning.parts", "[connector,decoder]",
+        "--model.tuning.save_merged", "true",
     ]  # fmt: skip
     code, _, err = mmt(capsys, "fit", *fit)
     assert code == 0, err

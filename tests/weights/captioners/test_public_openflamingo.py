@@ -215,7 +215,7 @@ def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         code, _, err = mmt(capsys, "fit", *words)
         assert code == 0, err
 
-    fit(tmp_path / "run", "--model.tuning.parts", "[connector]", "--model.tuning.how", "whole")
+    fit(tmp_path / "run", "--model.tuning.parts", "[connector]", "--model.tuning.method", "full")
     out = tmp_path / "merged"
     code, said, err = mmt(capsys, "export", str(tmp_path / "run/model"), str(out))
     assert (code, said) == (0, f"{out}: as open_flamingo reads it\n"), err
@@ -227,7 +227,7 @@ def test_commands_reach_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     images = pictures()
     tuned, merged = load(tmp_path / "run/model"), load(out)
     close(first_logits(tuned, images, TEXTS), first_logits(merged, images, TEXTS))
-    fit(tmp_path / "other", "--model.tuning.parts", "[decoder]", "--model.tuning.targets", "[query_key_value]")
+    fit(tmp_path / "other", "--model.tuning.parts", "[decoder]", "--model.tuning.target_modules", "[query_key_value]")
     code, _, err = mmt(capsys, "export", str(tmp_path / "other/model"), str(tmp_path / "no"))
     assert code == 2
     assert "has no place for the decoder, which was changed" in err
