@@ -17,8 +17,8 @@ def run(name: str, words: Sequence[str]) -> int:
         description="Train several bridges between the vision tower and the language model of a recipe, with the same "
         "number of trained parameters, steps and pictures, and compare them. Further words are keys of `mmt fit`.",
     )
-    parser.add_argument("--recipe", metavar="FILE", required=True, help="a captioning recipe")
-    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="overlays, as of mmt fit")
+    text = "a captioning recipe; of several, later ones override earlier ones, as in mmt fit"
+    parser.add_argument("--config", metavar="FILE", action="append", required=True, help=text)
     parser.add_argument("--bridges", default="cross,flamingo,qformer,prefix", help="which ones (all four)")
     parser.add_argument("--parameters", type=int, metavar="N", help="of each bridge (as many as the recipe's has)")
     parser.add_argument("--out", metavar="DIR", help="folder (runs/ablate_NAME_OF_RECIPE)")
@@ -29,8 +29,8 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.training.evaluation.ablation import check_bridges
 
     check_bridges(bridges)
-    files = [recipe_file(file) for file in (args.recipe, *args.config)]
-    out = Path(args.out or Path("runs") / f"ablate_{Path(args.recipe).stem}")
+    files = [recipe_file(file) for file in args.config]
+    out = Path(args.out or Path("runs") / f"ablate_{Path(args.config[0]).stem}")
     configs = [word for file in files for word in ("--config", file)]
     parameters, rows = args.parameters, {}
     for bridge in bridges:

@@ -18,7 +18,7 @@ def run(name: str, words: Sequence[str]) -> int:
     add("--model", metavar="DIR", help="count tokens with this model's tokenizer")
     add("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
     add("--max-bad", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)")
-    add("--json", metavar="OUT", help="write what was found to this file")
+    add("--out", metavar="OUT.json", help="write what was found to this file")
     add(
         "--rehash",
         action="store_true",
@@ -26,8 +26,8 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     add_read_options(parser)
     args = parser.parse_args(list(words))
-    if args.json:
-        check_place(args.json, "--json")
+    if args.out:
+        check_place(args.out, "--out")
 
     if args.rehash:
         from mmtransformer.serialization.pretrained import rehash
@@ -48,6 +48,6 @@ def run(name: str, words: Sequence[str]) -> int:
         source, tokenizer=tokenizer, max_len=args.max_len, max_bad=args.max_bad, progress=sys.stderr.isatty()
     )
     say(str(report))
-    if args.json:
-        write_json(Path(args.json), report.to_dict())
+    if args.out:
+        write_json(Path(args.out), report.to_dict())
     return 1 if report.hurts else 0

@@ -43,8 +43,8 @@ def run(name: str, words: Sequence[str]) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1 picture, not {args.limit}; leave it out for all")
     check_share("--max-bad", args.max_bad)
-    if args.json:
-        check_place(args.json, "--json")
+    if args.out:
+        check_place(args.out, "--out")
 
     from mmtransformer.data.pairs import PairSplit
     from mmtransformer.pipelines.base import write_json
@@ -82,8 +82,8 @@ def run(name: str, words: Sequence[str]) -> int:
 
         more = {"clip_scores": {args.split: clip_scores(judge, by, pairs, prefix=args.clip_prefix)}}
         say(f"\n{clip_table(args.clip_score, args.split, more['clip_scores'][args.split])}")
-    if args.json:
-        write_json(Path(args.json), result.to_dict() | more)
+    if args.out:
+        write_json(Path(args.out), result.to_dict() | more)
     listed = ""
     if args.predictions:
         path = Path(args.predictions)
@@ -118,7 +118,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--clip-prefix", default="", metavar="WORDS", help=text)
     text = "share of the data's rows that may be unusable and are left out (0.01)"
     add("--max-bad", type=float, default=0.01, metavar="X", help=text)
-    add("--json", metavar="OUT", help="write the scores to this file")
+    add("--out", metavar="OUT.json", help="write the scores to this file")
     text = "write the captions, one line of JSON each; a second call goes on with a file that is there"
     add("--predictions", metavar="OUT", help=text)
     add("--overwrite", action="store_true", help="caption anew what is in OUT")

@@ -127,6 +127,10 @@ def test_help_is_quick() -> None:
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.max_step=3"], 'did you mean "trainer.max_steps"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--model.optim.learning_rate=3"], 'did you mean "model.optim.lr"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.epochs=3"], 'did you mean "trainer.max_epochs"?'),
+        ([*FINETUNE, "--data.source=PAIRS", "--model.tuning.how=lora"], 'did you mean "model.tuning.method"?'),
+        (["check", "PAIRS", "--json", "found.json"], 'did you mean "--out"?'),
+        (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--json", "x.json"], 'did you mean "--out"?'),
+        (["ablate", "--recipe", "caption_scenes"], "required: --config"),
         (
             [*FINETUNE, "--data.source=PAIRS", "--model.init=MODEL", "--data.image.image_size=224"],
             "data.image would have no effect",
@@ -273,7 +277,7 @@ def test_evaluate(
     monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which would take most of the time
     monkeypatch.delenv("JAVA_HOME", raising=False)
     scores, said = tmp_path / "scores.json", tmp_path / "said.jsonl"
-    words = ["--data", str(pairs), "--split", "train", "--json", str(scores), "--predictions", str(said)]
+    words = ["--data", str(pairs), "--split", "train", "--out", str(scores), "--predictions", str(said)]
     code, out, _ = mmt(capsys, "evaluate", "--model", str(model), *words)
     assert code == 0
     assert "BLEU-4" in out
@@ -299,7 +303,7 @@ def test_evaluate_by_a_dual_encoder(
     clip = CLIP(ViT(16, 8, 24, 1, 4), TextTower(300, 20, 1, 2), embed_dim=13)
     DualEncoder(clip, tokenizer, ImageTransform(16), device="cpu").save_pretrained(tmp_path / "clip")
     words = ["evaluate", "--model", str(model), "--data", str(pairs), "--split", "train", "--limit", "2"]
-    code, out, _ = mmt(capsys, *words, "--clip-score", str(tmp_path / "clip"), "--json", str(tmp_path / "a.json"))
+    code, out, _ = mmt(capsys, *words, "--clip-score", str(tmp_path / "clip"), "--out", str(tmp_path / "a.json"))
     assert code == 0
     assert "RefCLIPScore" in out
     found = json.loads((tmp_path / "a.json").read_text("utf-8"))
@@ -376,7 +380,7 @@ def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path, pairs: Path) 
     for i in range(3):
         (tmp_path / f"q{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
         (tmp_path / f"q{i}.txt").write_text("a broken picture", "utf-8")
-    code, out, _ = mmt(capsys, "check", str(tmp_path), "--json", str(tmp_path / "found.json"))
+    code, out, _ = mmt(capsys, "check", str(tmp_path), "--out", str(tmp_path / "found.json"))
     assert code == 1
     assert "HURTS" in out
     assert json.loads((tmp_path / "found.json").read_text("utf-8"))["hurts"] is True

@@ -73,7 +73,7 @@ def test_what_cannot_be_built() -> None:
 def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE, "utf-8")
-    words = ["--recipe", str(recipe), "--out", str(out)]
+    words = ["--config", str(recipe), "--out", str(out)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = main(["ablate", *words, "--data.batch_size=3"])
@@ -88,7 +88,7 @@ def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "ablation.png").read_bytes()[1:4] == b"PNG"
     assert "facts % val ko" in said
     assert (out / "qformer/gallery.png").is_file()
-    assert main(["ablate", "--recipe", str(recipe), "--bridges", "flamigno"]) == 2
+    assert main(["ablate", "--config", str(recipe), "--bridges", "flamigno"]) == 2
     assert "no bridge flamigno" in capsys.readouterr().err
 
 
