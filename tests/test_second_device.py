@@ -136,7 +136,7 @@ def test_an_encoder_learns_there() -> None:
     from mmtransformer.data.text_only.masked_rows import MaskedBatch
     from mmtransformer.training import MaskedLanguageModeling
 
-    encoder = TextEncoder(VOCAB, DIM, 2, 4, max_len=9, word_head=True, sentence_head=True, dropout=0.0)
+    encoder = TextEncoder(VOCAB, DIM, 2, 4, max_len=9, mlm_head=True, nsp_head=True, dropout=0.0)
     module = MaskedLanguageModeling(encoder)
     tokens = torch.randint(3, VOCAB, (4, 9))
     attention_mask = torch.arange(9) < torch.tensor([9, 4, 7, 6])[:, None]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
-from mmtransformer.backbones.encoder import WordHead
+from mmtransformer.backbones.encoder import MLMHead
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
@@ -71,8 +71,8 @@ class TextDecoder(Pretrained, Decoder):
         positions: how tokens know where they stand.
         tied: whether the head's weight is the embedding.
         logit_softcap: logits s become logit_softcap * tanh(s / logit_softcap) (Gemma 2: 30); None = they stay.
-        word_head: whether the head is BERT's: a dense layer, the MLPs' activation and a norm before its weight, and a
-            bias after it (BLIP's text decoder).
+        mlm_head: whether the head is that of BERT's MLM: a dense layer, the MLPs' activation and a norm before its
+            weight, and a bias after it (BLIP's text decoder).
         dropout: share of embeddings, self-attention weights and branch results dropped in training.
 
     Raises:
@@ -98,7 +98,7 @@ class TextDecoder(Pretrained, Decoder):
         positions: PositionConfig = PositionConfig(),
         tied: bool = True,
         logit_softcap: float | None = None,
-        word_head: bool = False,
+        mlm_head: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ class TextDecoder(Pretrained, Decoder):
             raise ValueError(f"cross_layer_interval ({cross_layer_interval}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
-        if word_head and logit_softcap is not None:
-            raise ValueError(f"logit_softcap ({logit_softcap}) is for a head of one layer: word_head must be false")
-        if word_head and mlp.activation in ("swiglu", "geglu_tanh"):
-            raise ValueError(f'word_head=True has the activation of the MLPs, which cannot be "{mlp.activation}"')
+        if mlm_head and logit_softcap is not None:
+            raise ValueError(f"logit_softcap ({logit_softcap}) is for a head of one layer: mlm_head must be false")
+        if mlm_head and mlp.activation in ("swiglu", "geglu_tanh"):
+            raise ValueError(f'mlm_head=True has the activation of the MLPs, which cannot be "{mlp.activation}"')
         self.cross_dim, self.cross_layer_interval = cross_dim, cross_layer_interval
-        self.tied, self.logit_softcap, self.word_head, self.dropout = tied, logit_softcap, word_head, dropout
+        self.tied, self.logit_softcap, self.mlm_head, self.dropout = tied, logit_softcap, mlm_head, dropout
         self.attention, self.mlp, self.norm, self.positions = attention, mlp, norm, positions
 
         make = partial(make_norm, norm.kind, dim, norm.eps)
@@ -148,10 +148,10 @@ class TextDecoder(Pretrained, Decoder):
             for i in range(depth)
         )
         self.last_norm = make() if norm.pre else nn.Identity()
-        self.words_proj = None
-        if word_head:
+        self.mlm_proj = None
+        if mlm_head:
             assert mlp.activation not in ("swiglu", "geglu_tanh")
-            self.words_proj = WordHead(dim, vocab_size, mlp.activation, norm.eps)
+            self.mlm_proj = MLMHead(dim, vocab_size, mlp.activation, norm.eps)
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
         if tied:
             self.lm_head.weight = self.tok_embed.weight
@@ -360,13 +360,13 @@ class TextDecoder(Pretrained, Decoder):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: (... d) -> (... vocab_size)."""
-        if self.words_proj is None:
+        if self.mlm_proj is None:
             return capped(self.lm_head(hidden), self.logit_softcap)
-        return self.lm_head(self.words_proj.transform(hidden)) + self.words_proj.bias
+        return self.lm_head(self.mlm_proj.transform(hidden)) + self.mlm_proj.bias
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Logits of other tokens, whose rows of the head are given: (... d), (n d) -> (... n)."""
-        hidden = hidden if self.words_proj is None else self.words_proj.transform(hidden)
+        hidden = hidden if self.mlm_proj is None else self.mlm_proj.transform(hidden)
         return capped(linear(hidden, table), self.logit_softcap)
 
     @property

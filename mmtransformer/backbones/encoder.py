@@ -21,7 +21,7 @@ from mmtransformer.layers.positions import document_positions
 from mmtransformer.serialization.pretrained import Pretrained
 
 
-class WordHead(nn.Module):
+class MLMHead(nn.Module):
     """Hidden states -> logits of the words behind masks: dense, activation, norm, and the embedding as last matrix.
 
     Args:
@@ -59,11 +59,12 @@ class TextEncoder(Pretrained, nn.Module):
         max_len: most tokens of a row.
         num_types: token types (first and second sentence); 0 = none.
         cross_dim: width of the tokens of a context that every block may read (BLIP, arXiv:2201.12086); None = none can.
-        activation: of the MLPs and the word head.
+        activation: of the MLPs and of the head for masked words.
         norm_eps: of the norms.
         pooler: whether there is a dense layer on the first token, for whole texts.
-        word_head: whether there is a head for masked words.
-        sentence_head: whether there is a head that tells whether the second sentence follows the first.
+        mlm_head: whether there is a head for masked words (masked language modeling).
+        nsp_head: whether there is a head that tells whether the second sentence follows the first (next sentence
+            prediction).
         dropout: share of embeddings, attention weights and branch results dropped in training.
 
     Raises:
@@ -84,18 +85,18 @@ class TextEncoder(Pretrained, nn.Module):
         activation: Activation = "gelu",
         norm_eps: float = 1e-12,
         pooler: bool = True,
-        word_head: bool = False,
-        sentence_head: bool = False,
+        mlm_head: bool = False,
+        nsp_head: bool = False,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if sentence_head and not pooler:
-            raise ValueError("sentence_head=True reads the pooled first token: it needs pooler=True")
+        if nsp_head and not pooler:
+            raise ValueError("nsp_head=True reads the pooled first token: it needs pooler=True")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.max_len, self.num_types, self.cross_dim = max_len, num_types, cross_dim
         self.activation, self.norm_eps, self.dropout = activation, norm_eps, dropout
-        self.pooler, self.word_head, self.sentence_head = pooler, word_head, sentence_head
+        self.pooler, self.mlm_head, self.nsp_head = pooler, mlm_head, nsp_head
 
         norm = partial(make_norm, "layer", dim, norm_eps)
         self.tok_embed = nn.Embedding(vocab_size, dim)
@@ -116,8 +117,8 @@ class TextEncoder(Pretrained, nn.Module):
             for _ in range(depth)
         )
         self.pool_proj = nn.Linear(dim, dim) if pooler else None
-        self.words_proj = WordHead(dim, vocab_size, activation, norm_eps) if word_head else None
-        self.sentence_proj = nn.Linear(dim, 2) if sentence_head else None
+        self.mlm_proj = MLMHead(dim, vocab_size, activation, norm_eps) if mlm_head else None
+        self.nsp_proj = nn.Linear(dim, 2) if nsp_head else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -218,13 +219,13 @@ class TextEncoder(Pretrained, nn.Module):
         """A whole text from its first token: (b q d) -> (b d), in (-1, 1)."""
         return torch.tanh(_present(self.pool_proj, "pooler")(hidden[:, 0]))
 
-    def words(self, hidden: Tensor) -> Tensor:
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the words behind masks, for the masked places only, since they are many: (... d) -> (... vocab)."""
-        return _present(self.words_proj, "word_head")(hidden, self.tok_embed.weight)
+        return _present(self.mlm_proj, "mlm_head")(hidden, self.tok_embed.weight)
 
-    def follows(self, hidden: Tensor) -> Tensor:
+    def nsp_logits(self, hidden: Tensor) -> Tensor:
         """Logits of whether the second sentence follows the first (0) or not (1): (b q d) -> (b 2)."""
-        return _present(self.sentence_proj, "sentence_head")(self.pool(hidden))
+        return _present(self.nsp_proj, "nsp_head")(self.pool(hidden))
 
 
 def _present(head: nn.Module | None, name: str) -> nn.Module:

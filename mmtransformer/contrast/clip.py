@@ -94,7 +94,7 @@ class CLIP(Pretrained, nn.Module):
         if freeze_vision:
             freeze(vision)
         if isinstance(text, TextEncoder):
-            for head in (text.pool_proj, text.words_proj, text.sentence_proj):
+            for head in (text.pool_proj, text.mlm_proj, text.nsp_proj):
                 if head is not None:
                     head.requires_grad_(False)
 

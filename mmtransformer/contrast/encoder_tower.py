@@ -36,7 +36,7 @@ class EncoderTower(Pretrained, nn.Module):
             self.proj = nn.Linear(encoder.dim, proj_dim)
             nn.init.normal_(self.proj.weight, std=encoder.dim**-0.5)
             nn.init.zeros_(self.proj.bias)
-        for part in (encoder.words_proj, encoder.sentence_proj, None if proj_dim is None else encoder.pool_proj):
+        for part in (encoder.mlm_proj, encoder.nsp_proj, None if proj_dim is None else encoder.pool_proj):
             if part is not None:
                 part.requires_grad_(False)
 

@@ -21,7 +21,7 @@ LLAMA: dict[str, Any] = {
     "mlp_dim": 31,
     "tied": False,
 }
-BERT: dict[str, Any] = {"norm": NormConfig(pre=False, embed=True), "mlp": MLPConfig("gelu"), "word_head": True}
+BERT: dict[str, Any] = {"norm": NormConfig(pre=False, embed=True), "mlp": MLPConfig("gelu"), "mlm_head": True}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2 cross": {"cross_dim": CROSS},
@@ -364,7 +364,7 @@ def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
         ({"cross_layer_interval": 4}, r"cross_layer_interval \(4\).*depth \(3\)"),
         ({"cross_layer_interval": 0}, r"cross_layer_interval \(0\)"),
-        ({"word_head": True, "mlp": MLPConfig("swiglu")}, 'cannot be "swiglu"'),
+        ({"mlm_head": True, "mlp": MLPConfig("swiglu")}, 'cannot be "swiglu"'),
         ({"norm": NormConfig("batch")}, '"batch"'),  # pyright: ignore[reportArgumentType]
         ({"mlp": MLPConfig("geglu")}, '"geglu"'),  # pyright: ignore[reportArgumentType]
         ({"attention": AttentionConfig(num_kv_heads=3)}, r"\(4\).*\(3\)"),

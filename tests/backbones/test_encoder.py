@@ -14,7 +14,7 @@ VOCAB, DIM, HEADS = 53, 20, 5
 
 def make(**options: Any) -> TextEncoder:
     torch.manual_seed(2)
-    arguments: dict[str, Any] = {"mlp_dim": 37, "max_len": 29, "word_head": True, "sentence_head": True} | options
+    arguments: dict[str, Any] = {"mlp_dim": 37, "max_len": 29, "mlm_head": True, "nsp_head": True} | options
     encoder = TextEncoder(VOCAB, DIM, 3, HEADS, **arguments)
     for parameter in encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -56,16 +56,16 @@ def definition(encoder: Any, tokens: Tensor, types: Tensor) -> Tensor:
 def test_hidden_states_and_heads_are_the_definition() -> None:
     encoder, (tokens, types, attention_mask) = make(), rows()
     hidden = encoder(tokens, types, attention_mask=attention_mask)
-    words, follows = encoder.words(hidden), encoder.follows(hidden)
+    words, follows = encoder.mlm_logits(hidden), encoder.nsp_logits(hidden)
     assert (hidden.shape, words.shape, follows.shape) == ((3, 11, DIM), (3, 11, VOCAB), (3, 2))
     exact: Any = make().double()
     for row, count in enumerate((11, 7, 3)):
         x = definition(exact, tokens[row, :count], types[row, :count])
         torch.testing.assert_close(hidden[row, :count].double(), x, atol=2e-5, rtol=2e-5)
-        head = exact.words_proj
+        head = exact.mlm_proj
         scores = normed(head.norm, gelu(head.dense(x))) @ exact.tok_embed.weight.T + head.bias
         torch.testing.assert_close(words[row, :count].double(), scores, atol=5e-5, rtol=5e-5)
-        judged = exact.sentence_proj(torch.tanh(exact.pool_proj(x[0])))
+        judged = exact.nsp_proj(torch.tanh(exact.pool_proj(x[0])))
         torch.testing.assert_close(follows[row].double(), judged, atol=2e-5, rtol=2e-5)
 
 
@@ -74,7 +74,7 @@ def test_parameters_of_bert_base() -> None:
         count = lambda **options: sum(p.numel() for p in TextEncoder(**options).parameters())  # noqa: E731
         assert count() == 109_482_240
         assert count(pooler=False) == 109_482_240 - 768 * 769
-        assert count(word_head=True, sentence_head=True) == 110_106_428
+        assert count(mlm_head=True, nsp_head=True) == 110_106_428
 
 
 # --- properties
@@ -157,19 +157,19 @@ def test_dropout_only_in_training() -> None:
 
 
 def test_errors_say_the_numbers() -> None:
-    bare = make(pooler=False, word_head=False, sentence_head=False, num_types=0)
+    bare = make(pooler=False, mlm_head=False, nsp_head=False, num_types=0)
     tokens, types, _ = rows()
     hidden = bare(tokens)
     with pytest.raises(ValueError, match=r"without its pooler.*pooler=True"):
         bare.pool(hidden)
-    with pytest.raises(ValueError, match=r"without its word_head.*word_head=True"):
-        bare.words(hidden)
-    with pytest.raises(ValueError, match=r"without its sentence_head"):
-        make(sentence_head=False).follows(hidden)
+    with pytest.raises(ValueError, match=r"without its mlm_head.*mlm_head=True"):
+        bare.mlm_logits(hidden)
+    with pytest.raises(ValueError, match=r"without its nsp_head"):
+        make(nsp_head=False).nsp_logits(hidden)
     with pytest.raises(ValueError, match=r"num_types 0"):
         bare(tokens, types)
     with pytest.raises(ValueError, match=r"needs pooler=True"):
-        TextEncoder(VOCAB, DIM, 1, HEADS, pooler=False, sentence_head=True)
+        TextEncoder(VOCAB, DIM, 1, HEADS, pooler=False, nsp_head=True)
     with pytest.raises(ValueError, match=r"30 tokens.*29 positions"):
         bare(torch.zeros(1, 30, dtype=torch.long))
     with pytest.raises(ValueError, match=r"token ids from 3 to 53.*vocabulary of 53"):
@@ -179,7 +179,7 @@ def test_errors_say_the_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pooler": False, "sentence_head": False, "word_head": False, "num_types": 3}], ids=str
+    "options", [{}, {"pooler": False, "nsp_head": False, "mlm_head": False, "num_types": 3}], ids=str
 )
 def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
     encoder, (tokens, types, attention_mask) = make(**options), rows()

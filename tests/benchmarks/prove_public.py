@@ -143,7 +143,7 @@ def words_of_llama(texts: list[str]) -> Texts:
 def blip(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     decoder = TextDecoder(
         texts.vocab_size, 192, 3, 4, max_len=MAX_LEN, cross_dim=vision.dim, mlp=MLPConfig("gelu"),
-        norm=NormConfig(eps=1e-12, pre=False, embed=True), word_head=True, dropout=0.1,
+        norm=NormConfig(eps=1e-12, pre=False, embed=True), mlm_head=True, dropout=0.1,
     )  # fmt: skip
     return VisionEncoderDecoder(vision, decoder, freeze_vision=True)
 

@@ -285,7 +285,7 @@ def test_a_bert_is_a_text_tower(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [17, None])
 def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -> None:
-    clip, of = model(text=EncoderTower(encoder(word_head=True), proj_dim=width)), batch()
+    clip, of = model(text=EncoderTower(encoder(mlm_head=True), proj_dim=width)), batch()
     tower, (tokens, mask) = clip.text, clip.read_texts(of)
     assert isinstance(tower, EncoderTower)
     first = tower.encoder(tokens, attention_mask=mask)[:, 0]
@@ -302,7 +302,7 @@ def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -
     learns = {name for name, p in clip.named_parameters() if p.requires_grad}
     assert learns == {name for name, p in clip.named_parameters() if p.grad is not None}
     assert ("text.encoder.pool_proj.weight" in learns) == (width is None)
-    assert "text.encoder.words_proj.bias" not in learns
+    assert "text.encoder.mlm_proj.bias" not in learns
     clip.float().eval().save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
     torch.testing.assert_close(again.encode_texts(tokens, mask), clip.encode_texts(tokens, mask))

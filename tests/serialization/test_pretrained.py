@@ -130,7 +130,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "TextDecoder with a window": lambda: decoder(
         attention=AttentionConfig(bias=False, window=5), mlp=MLPConfig("relu", bias=False), norm=NormConfig(pre=False),
-        word_head=True,
+        mlm_head=True,
         positions=PositionConfig("rotary", nope_interval=2, embed_scale=2.0),
     ),
     "ExtendedVocabulary": lambda: ExtendedVocabulary(decoder(tied=False), 3, first=52),
@@ -197,10 +197,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "TextEncoder": lambda: TextEncoder(
         53, 24, 2, 4, mlp_dim=31, max_len=17, num_types=3, activation="relu", norm_eps=1e-5, pooler=False,
-        word_head=True, dropout=0.2,
+        mlm_head=True, dropout=0.2,
     ),
     "TextEncoder that reads a context": lambda: TextEncoder(53, 24, 2, 4, cross_dim=20),
-    "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, sentence_head=True),
+    "TextEncoder that compares sentences": lambda: TextEncoder(53, 24, 2, 4, nsp_head=True),
     "Transformer": lambda: Transformer(
         53, 24, 2, 4, decoder_depth=1, mlp_dim=31, max_len=17, pre_norm=True, activation="gelu", norm_eps=1e-3,
         tied=False, dropout=0.2,

@@ -69,7 +69,7 @@ def llama(family: str) -> TextDecoder:
 def blip() -> VisionEncoderDecoder:
     decoder = TextDecoder(
         VOCAB, 24, 2, 4, max_len=29, cross_dim=88, mlp=MLPConfig("gelu"), norm=NormConfig(pre=False, embed=True),
-        word_head=True,
+        mlm_head=True,
     )  # fmt: skip
     return VisionEncoderDecoder(tower(), decoder)
 
@@ -124,7 +124,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "opt": lambda: gpt2("relu"),
     **{family: lambda family=family: llama(family) for family in LLAMAS},
     **{family: lambda family=family: gemma(family) for family in GEMMAS},
-    "bert": lambda: TextEncoder(VOCAB, 24, 2, 4, max_len=29, word_head=True, sentence_head=True),
+    "bert": lambda: TextEncoder(VOCAB, 24, 2, 4, max_len=29, mlm_head=True, nsp_head=True),
     "blip": blip,
     "vision-encoder-decoder": vision_encoder_decoder,
     "dit": lambda: DiffusionTransformer(2, 4, 24, 2, 3, context_dim=7, base_grid=4),
@@ -183,9 +183,9 @@ def test_what_no_family_is() -> None:
 
 
 HEADS = {
-    "BertForPreTraining": {"word_head": True, "sentence_head": True},
-    "BertForMaskedLM": {"word_head": True, "pooler": False},
-    "BertForNextSentencePrediction": {"sentence_head": True},
+    "BertForPreTraining": {"mlm_head": True, "nsp_head": True},
+    "BertForMaskedLM": {"mlm_head": True, "pooler": False},
+    "BertForNextSentencePrediction": {"nsp_head": True},
     "BertModel": {},
 }
 
@@ -208,7 +208,7 @@ def test_an_encoder_that_transformers_reads(kind: str, tmp_path: Path) -> None:
 
 def test_encoders_that_bert_cannot_be_are_not_written(tmp_path: Path) -> None:
     for options, message in (
-        ({"word_head": True}, "pooler True, word_head True, sentence_head False"),
+        ({"mlm_head": True}, "pooler True, mlm_head True, nsp_head False"),
         ({"num_types": 0}, "0 token types"),
     ):
         with pytest.raises(ValueError, match=f"transformers has no BERT with .*{message}"):

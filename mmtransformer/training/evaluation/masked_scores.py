@@ -129,12 +129,12 @@ def read_masked(encoder: TextEncoder, batch: MaskedBatch) -> tuple[Tensor, Tenso
     """What an encoder says of a batch, at least in float32: logits of its m hidden tokens (m v), and of its pairs.
 
     Returns:
-        The logits; of the pairs in the order of their rows, None without a sentence head.
+        The logits; of the pairs in the order of their rows, None without an NSP head.
     """
     types = batch.types if encoder.num_types > 1 else None
     hidden = encoder(batch.tokens, types, attention_mask=batch.attention_mask)
-    words = _at_least_float(encoder.words(hidden[batch.loss_mask]))
-    return words, _at_least_float(encoder.follows(hidden[batch.other >= 0])) if encoder.sentence_head else None
+    words = _at_least_float(encoder.mlm_logits(hidden[batch.loss_mask]))
+    return words, _at_least_float(encoder.nsp_logits(hidden[batch.other >= 0])) if encoder.nsp_head else None
 
 
 def _at_least_float(logits: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
     depend on how a global batch is cut up.
 
     Args:
-        encoder: The model, with its word head, and its sentence head if rows are pairs.
+        encoder: The model, with its `mlm_head`, and its `nsp_head` if rows are pairs.
         optim: The optimizer and its schedule.
         pair_weight: Weight of the loss of pairs.
     """
@@ -56,13 +56,13 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         Raises:
             ValueError: If the encoder lacks a head, or its vocabulary or rows are too small.
         """
-        if not self.encoder.word_head:
-            raise ValueError("hidden words need the encoder's word_head: true")
+        if not self.encoder.mlm_head:
+            raise ValueError("hidden words need the encoder's mlm_head: true")
         data = self.data
         if data is None:
             return
-        if data.pairs and not self.encoder.sentence_head:
-            raise ValueError("pairs of texts need the encoder's sentence_head: true; or set data.pairs: false")
+        if data.pairs and not self.encoder.nsp_head:
+            raise ValueError("pairs of texts need the encoder's nsp_head: true; or set data.pairs: false")
         if data.pairs and self.encoder.num_types < 2:
             raise ValueError(
                 f"pairs of texts need 2 token types, the encoder has {self.encoder.num_types}; set data.pairs: false"
@@ -75,7 +75,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         """The losses of the hidden tokens, each with the loss of its row's pair beside it."""
         words, pairs = self.losses(batch)
         total = words.sum()
-        if self.encoder.sentence_head:  # without pairs too: DDP waits for the head's gradient
+        if self.encoder.nsp_head:  # without pairs too: DDP waits for the head's gradient
             hidden = batch.loss_mask.sum(1)[batch.other >= 0]
             total = total + self.pair_weight * (pairs * hidden).sum()
         return Loss(total, torch.tensor(words.numel(), device=total.device))

@@ -118,7 +118,7 @@ def to_git(model: Git) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "attention": (decoder.attention, AttentionConfig()),
             "mlp": (decoder.mlp, MLPConfig(decoder.mlp.activation)),
             "positions": (decoder.positions, PositionConfig()),
-            "word_head": (decoder.word_head, False),
+            "mlm_head": (decoder.mlm_head, False),
             "class_token": (model.vision.class_token, True),
             "output": (model.vision.output.norm, "tokens"),
         },

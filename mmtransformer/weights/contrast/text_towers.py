@@ -163,7 +163,7 @@ def text_to_transformers(
             config["eos_token_id"] = LEGACY_END
         return config, export(text, _TOWER, name)
     encoder = text.encoder if isinstance(text, EncoderTower) else text
-    only_these(name, {"heads": ((encoder.word_head, encoder.sentence_head), (False, False))})
+    only_these(name, {"heads": ((encoder.mlm_head, encoder.nsp_head), (False, False))})
     if kind == "altclip":
         assert isinstance(text, EncoderTower)
         config, tensors = encoder_to_roberta(encoder, ids.get("pad_token_id", 1))

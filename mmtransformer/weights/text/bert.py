@@ -34,14 +34,14 @@ _STACK = {
     "encoder.layer.*.output.LayerNorm": "blocks.*.norm2",
 }
 _WORDS = {
-    "cls.predictions.transform.[dense,LayerNorm]": "words_proj.[dense,norm]",
-    "cls.predictions.bias": "words_proj.bias",
+    "cls.predictions.transform.[dense,LayerNorm]": "mlm_proj.[dense,norm]",
+    "cls.predictions.bias": "mlm_proj.bias",
 }
 _KEYS = nested(_STACK, source="bert.") | {
     "bert.embeddings.LayerNorm": "norm",
     "bert.pooler.dense": "pool_proj",
     **_WORDS,
-    "cls.seq_relationship": "sentence_proj",
+    "cls.seq_relationship": "nsp_proj",
 }
 _CROSS_ENCODER = _STACK | {"embeddings.LayerNorm": "norm"}
 _DECODER = nested(_STACK, source="bert.") | {"bert.embeddings.LayerNorm": "embed_norm", **_WORDS}
@@ -49,7 +49,7 @@ _COPIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-_CLASSES = {  # by (pooler, word head, sentence head)
+_CLASSES = {  # by (pooler, mlm_head, nsp_head)
     (True, True, True): "BertForPreTraining",
     (False, True, False): "BertForMaskedLM",
     (True, False, True): "BertForNextSentencePrediction",
@@ -88,15 +88,15 @@ def encoder_from_bert(config: dict[str, Any], state: dict[str, Tensor], context:
     state = bert_names(state)
     words = "cls.predictions.transform.dense.weight" in state
     if words and not config.get("tie_word_embeddings", True):
-        raise ValueError(f"{context} has a word head of its own: TextEncoder's is tied to the embedding")
+        raise ValueError(f"{context} has an MLM head of its own: TextEncoder's is tied to the embedding")
     encoder = TextEncoder(
         **read_sizes(config, SIZES, context),
         num_types=config.get("type_vocab_size", 2),
         activation=activation,
         norm_eps=config.get("layer_norm_eps", 1e-12),
         pooler="bert.pooler.dense.weight" in state,
-        word_head=words,
-        sentence_head="cls.seq_relationship.weight" in state,
+        mlm_head=words,
+        nsp_head="cls.seq_relationship.weight" in state,
         dropout=config.get("hidden_dropout_prob", 0.1),
     )
     buffers = [*_COPIES, "bert.embeddings.position_ids"]
@@ -155,7 +155,7 @@ def cross_encoder_to_bert(encoder: TextEncoder, name: str) -> tuple[dict[str, An
 def encoder_to_bert(encoder: TextEncoder) -> dict[str, Tensor]:
     """Tensors named as in `BertForPreTraining`, for the heads that there are."""
     source = export(encoder, _KEYS, "BERT")
-    return source | ({copy: source[name] for copy, name in _COPIES.items()} if encoder.word_head else {})
+    return source | ({copy: source[name] for copy, name in _COPIES.items()} if encoder.mlm_head else {})
 
 
 def decoder_from_bert(
@@ -177,7 +177,7 @@ def decoder_from_bert(
         cross_dim=cross_dim,
         mlp=MLPConfig(activation_of(config, "hidden_act", context)),
         norm=NormConfig(eps=config.get("layer_norm_eps", 1e-12), pre=False, embed=True),
-        word_head=True,
+        mlm_head=True,
         dropout=config.get("hidden_dropout_prob", 0.1),
     )
     state = bert_names(state)
@@ -209,7 +209,7 @@ def decoder_to_bert(decoder: TextDecoder, name: str) -> tuple[dict[str, Any], di
         "norm": (decoder.norm, NormConfig(eps=decoder.norm.eps, pre=False, embed=True)),
         "positions": (decoder.positions, PositionConfig()),
         "tied": (decoder.tied, True),
-        "word_head": (decoder.word_head, True),
+        "mlm_head": (decoder.mlm_head, True),
     }
     only_these(name, facts)
     tensors = export(decoder, _DECODER, name, kept=("lm_head.",))
@@ -262,10 +262,10 @@ def save_encoder(encoder: TextEncoder, folder: str | Path) -> None:
     Raises:
         ValueError: if transformers has no BERT with these heads, before anything is written.
     """
-    heads = (encoder.pooler, encoder.word_head, encoder.sentence_head)
+    heads = (encoder.pooler, encoder.mlm_head, encoder.nsp_head)
     if heads not in _CLASSES or not encoder.num_types:
         raise ValueError(
-            f"transformers has no BERT with pooler {heads[0]}, word_head {heads[1]}, sentence_head {heads[2]} and "
+            f"transformers has no BERT with pooler {heads[0]}, mlm_head {heads[1]}, nsp_head {heads[2]} and "
             f"{encoder.num_types} token types"
         )
     tensors = encoder_to_bert(encoder)

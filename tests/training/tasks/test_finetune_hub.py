@@ -176,7 +176,7 @@ def test_an_adapter_stands_on_its_base_alone(
         file.write(b"\0")
     assert "damaged, or written anew" in said(broken)
     point(newer, format_version=9)
-    assert "no adapter of format_version 1" in said(newer)
+    assert "no adapter of format_version 2" in said(newer)
     peft = tmp_path / "peft"
     peft.mkdir()
     (peft / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')

@@ -66,7 +66,7 @@ def data_of(**arguments: Any) -> MaskedTextData:
 
 def encoder_of(**arguments: Any) -> TextEncoder:
     torch.manual_seed(3)
-    options = {"max_len": 40, "word_head": True, "sentence_head": True, "dropout": 0.0}
+    options = {"max_len": 40, "mlm_head": True, "nsp_head": True, "dropout": 0.0}
     return TextEncoder(VOCAB, 24, 1, 3, **(options | arguments))
 
 
@@ -310,13 +310,13 @@ def test_the_loss_is_words_plus_pairs() -> None:
     module = MaskedLanguageModeling(encoder, pair_weight=0.3)
     words, pairs = module.losses(batch)
     hidden = encoder(batch.tokens, batch.types, attention_mask=batch.attention_mask)
-    logits = encoder.words(hidden).log_softmax(-1)
+    logits = encoder.mlm_logits(hidden).log_softmax(-1)
     want = -logits.gather(-1, batch.labels[..., None])[..., 0][batch.loss_mask].sum()
     torch.testing.assert_close(words.sum(), want)
     assert len(words) == int(batch.loss_mask.sum())
     known = batch.other >= 0
     assert 0 < known.sum() < len(known)
-    told = encoder.follows(hidden)[known].log_softmax(-1)
+    told = encoder.nsp_logits(hidden)[known].log_softmax(-1)
     torch.testing.assert_close(pairs, F.nll_loss(told, batch.other[known], reduction="none"))
     loss = module.loss(batch)
     row = torch.zeros(len(known), dtype=torch.float64)
@@ -327,7 +327,7 @@ def test_the_loss_is_words_plus_pairs() -> None:
     only, none = module.losses(alone)
     assert len(none) == 0
     torch.testing.assert_close(module.loss(alone).sum, only.sum())
-    headless = MaskedLanguageModeling(encoder_of(sentence_head=False).double(), pair_weight=0.3)
+    headless = MaskedLanguageModeling(encoder_of(nsp_head=False).double(), pair_weight=0.3)
     torch.testing.assert_close(headless.loss(batch).sum, headless.losses(batch)[0].sum())
 
 
@@ -340,8 +340,8 @@ def test_without_pairs_every_weight_still_has_a_gradient() -> None:
     assert torch.equal(loss.sum, module.losses(alone)[0].sum())
     loss.sum.backward()
     assert all(p.grad is not None for p in module.parameters())
-    assert module.encoder.sentence_proj is not None
-    assert not module.encoder.sentence_proj.weight.grad.any()  # type: ignore[union-attr]
+    assert module.encoder.nsp_proj is not None
+    assert not module.encoder.nsp_proj.weight.grad.any()  # type: ignore[union-attr]
 
 
 def test_padding_changes_no_loss() -> None:
@@ -433,12 +433,12 @@ def test_a_run_learns_and_leaves_model_scores_and_filled_texts(
 def test_scores_are_counted_by_token_and_word() -> None:
     """A model that always says one token, set against counting by hand."""
     data, encoder = data_of(), encoder_of().eval()
-    assert encoder.words_proj is not None
+    assert encoder.mlm_proj is not None
     with torch.no_grad():
         always = int(data.rows("val").ids[0][0])
-        encoder.words_proj.bias[always] = 1e4
-        assert encoder.sentence_proj is not None
-        encoder.sentence_proj.bias[1] = 1e4
+        encoder.mlm_proj.bias[always] = 1e4
+        assert encoder.nsp_proj is not None
+        encoder.nsp_proj.bias[1] = 1e4
     encoder.train()
     score = score_masked(encoder, data, "val", count_neighbours(data))
     assert score == score_masked(encoder.eval(), data, "val", count_neighbours(data))
@@ -487,16 +487,16 @@ def test_errors_name_the_numbers(tmp_path: Path) -> None:
     def fit(encoder: TextEncoder, **arguments: Any) -> None:
         trainer(tmp_path, max_steps=1).fit(MaskedLanguageModeling(encoder), datamodule=data_of(**arguments))
 
-    with pytest.raises(ValueError, match="word_head: true"):
-        fit(encoder_of(word_head=False))
-    with pytest.raises(ValueError, match="sentence_head: true"):
-        fit(encoder_of(sentence_head=False))
+    with pytest.raises(ValueError, match="mlm_head: true"):
+        fit(encoder_of(mlm_head=False))
+    with pytest.raises(ValueError, match="nsp_head: true"):
+        fit(encoder_of(nsp_head=False))
     with pytest.raises(ValueError, match="the encoder has 1"):
         fit(encoder_of(num_types=1))
     with pytest.raises(ValueError, match=r"max_len \(40\) is more than the 30"):
         fit(encoder_of(max_len=30))
     with pytest.raises(ValueError, match=r"scores 270; .*data.vocab_size to 270"):
-        fit(TextEncoder(270, 24, 1, 3, max_len=40, word_head=True, sentence_head=True))
+        fit(TextEncoder(270, 24, 1, 3, max_len=40, mlm_head=True, nsp_head=True))
     with pytest.raises(ValueError, match=r"pair_weight \(-1\)"):
         MaskedLanguageModeling(encoder_of(), pair_weight=-1)
     with pytest.raises(ValueError, match=r"batch_size \(0\)"):

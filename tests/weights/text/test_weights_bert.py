@@ -51,9 +51,9 @@ def test_encoder_equals_bert_both_ways(options: dict[str, Any]) -> None:
     hidden = ours(tokens, types, attention_mask=attention_mask)
     close(hidden[attention_mask], theirs.bert(**given).last_hidden_state[attention_mask])
     close(ours.pool(hidden), theirs.bert(**given).pooler_output)
-    close(ours.words(hidden)[attention_mask], want.prediction_logits[attention_mask])
-    close(ours.follows(hidden), want.seq_relationship_logits)
-    close(ours.words(ours(tokens)), theirs(tokens).prediction_logits)
+    close(ours.mlm_logits(hidden)[attention_mask], want.prediction_logits[attention_mask])
+    close(ours.nsp_logits(hidden), want.seq_relationship_logits)
+    close(ours.mlm_logits(ours(tokens)), theirs(tokens).prediction_logits)
     other = bert(**options)
     other.load_state_dict(encoder_to_bert(ours))  # strict: every tensor, and none besides
     close(other(**given).prediction_logits, want.prediction_logits)
@@ -83,23 +83,23 @@ def test_left_padding_equals_bert_with_its_positions_said() -> None:
 def test_other_berts_bring_the_heads_they_have(kind: str, heads: tuple[bool, ...]) -> None:
     theirs, (tokens, types, attention_mask) = bert(kind), rows()
     ours = from_bert(theirs)
-    assert (ours.pooler, ours.word_head, ours.sentence_head) == heads
+    assert (ours.pooler, ours.mlm_head, ours.nsp_head) == heads
     hidden = ours(tokens, types, attention_mask=attention_mask)
     found = theirs(tokens, attention_mask.long(), types)
     if kind == "BertModel":
         close(hidden[attention_mask], found.last_hidden_state[attention_mask])
         assert set(encoder_to_bert(ours)) == {f"bert.{name}" for name in theirs.state_dict()}
     elif kind == "BertForMaskedLM":
-        close(ours.words(hidden)[attention_mask], found.logits[attention_mask])
+        close(ours.mlm_logits(hidden)[attention_mask], found.logits[attention_mask])
     else:
-        close(ours.follows(hidden), found.logits)
+        close(ours.nsp_logits(hidden), found.logits)
 
 
 def test_berts_that_do_not_fit_are_refused_by_name() -> None:
     for options, message in (
         ({"hidden_act": "tanh"}, "no activation like tanh"),
         ({"is_decoder": True}, "is a decoder"),
-        ({"tie_word_embeddings": False}, "word head of its own"),
+        ({"tie_word_embeddings": False}, "MLM head of its own"),
         ({"position_embedding_type": "relative_key"}, '"relative_key" positions'),
     ):
         with pytest.raises(ValueError, match=message):
@@ -119,12 +119,12 @@ def test_load_encoder_from_folders(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_encoder(str(tmp_path / "theirs"))
     want = theirs(tokens, attention_mask.long(), types).prediction_logits
-    close(loaded.words(loaded(tokens, types, attention_mask=attention_mask))[attention_mask], want[attention_mask])
+    close(loaded.mlm_logits(loaded(tokens, types, attention_mask=attention_mask))[attention_mask], want[attention_mask])
     loaded.save_pretrained(tmp_path / "ours")
     again = load_encoder(str(tmp_path / "ours"))
     assert torch.equal(again(tokens, types), loaded(tokens, types))
-    assert again.word_head
-    assert again.sentence_head
+    assert again.mlm_head
+    assert again.nsp_head
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def test_names_of_the_first_releases(tmp_path: Path) -> None:
     config = {key: getattr(theirs.config, key) for key in (*keys, "max_position_embeddings", "type_vocab_size")}
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bert"}), "utf-8")
     ours = load_encoder(str(tmp_path))
-    close(ours.words(ours(tokens)), theirs(tokens).prediction_logits)
+    close(ours.mlm_logits(ours(tokens)), theirs(tokens).prediction_logits)
 
 
 def test_load_encoder_names_what_is_wrong(tmp_path: Path) -> None:
