@@ -99,7 +99,7 @@ class CoCa(Captioner):
             self.image_proj = nn.Linear(vision.dim, embed_dim, bias=False)
             self.text_proj = nn.Linear(text.dim, embed_dim, bias=False)
             self.end = nn.Parameter(0.02 * torch.randn(text.dim))
-            self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
     def max_len(self) -> int:
@@ -128,7 +128,7 @@ class CoCa(Captioner):
         captions = next_token_loss(hidden, batch.tokens, batch.loss_mask, self.head, label_smoothing=label_smoothing)
 
         ids = image_ids(batch.names, batch.loss_mask)
-        contrast = clip_loss(self._image_vectors(pooled), texts, self.log_scale, image_ids=ids)
+        contrast = clip_loss(self._image_vectors(pooled), texts, self.logit_scale, image_ids=ids)
         tokens = all_gather_rows(captions.count[None]).double().mean()  # Of a process, in the mean.
 
         total = self.caption_weight * captions.sum

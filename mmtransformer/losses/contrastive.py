@@ -232,18 +232,18 @@ def itc_loss(
 
 
 def clip_loss(
-    images: Tensor, texts: Tensor, log_scale: Tensor, *, image_ids: Tensor | None = None, gather_grad: bool = True
+    images: Tensor, texts: Tensor, logit_scale: Tensor, *, image_ids: Tensor | None = None, gather_grad: bool = True
 ) -> Tensor:
     """CLIP's symmetric loss (arXiv:2103.00020), also CoCa's: vectors (b e) and (n e), L2-normed.
 
     Args:
         images: (b e).
         texts: (n e), n / b for each image, side by side.
-        log_scale: CLIP's `logit_scale`, the log of what similarities are multiplied by; at most log 100 counts.
+        logit_scale: the log of what similarities are multiplied by, CLIP's; at most log 100 counts.
         image_ids: (b) long, what image it is; -1 = a padding sample, which takes no part; None = all are different.
         gather_grad: whether gradients reach the processes that candidates came from.
     """
-    temperature = log_scale.clamp(max=4.605170185988092).neg().exp()
+    temperature = logit_scale.clamp(max=4.605170185988092).neg().exp()
     return itc_loss(images, texts, temperature, image_ids=image_ids, gather_grad=gather_grad)
 
 

@@ -109,7 +109,7 @@ def test_coca_by_definition() -> None:
 def test_coca_trains_on_both_losses() -> None:
     model, given = coca(), batch()
     said, both = caption_loss(model, given, reduction="sum"), model(given).sums
-    scores = model.log_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
+    scores = model.logit_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
     own = torch.arange(6) // 2
     to_images = F.cross_entropy(scores.T, own)
     to_texts = -(scores.log_softmax(1) * (own == torch.arange(3)[:, None]) / 2).sum(1).mean()
@@ -201,7 +201,7 @@ def test_frozen_parts_learn_nothing() -> None:
 def test_what_takes_part_in_cocas_contrast() -> None:
     """A picture that stands there twice is no negative of itself, and one without a target is not asked or found."""
     model, given = coca(caption_weight=0.0), replace(batch(), names=("a", "b", "a"))
-    scores = model.log_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
+    scores = model.logit_scale.exp() * model.embed_images(given) @ model.embed_texts(given).T
     same = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]]).float()
     to_texts = -(scores.log_softmax(1) * same / same.sum(1, keepdim=True)).sum(1).mean()
     to_images = -(scores.log_softmax(0) * same / same.sum(0)).sum(0).mean()

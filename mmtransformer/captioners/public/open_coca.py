@@ -119,14 +119,14 @@ class OpenCoCa(Captioner):
         self.blocks = nn.ModuleList(block() for _ in range(decoder_depth))
         self.cross_blocks = nn.ModuleList(CrossBlock(dim, num_heads, activation, eps) for _ in range(decoder_depth))
         self.last_norm, self.lm_head = norm(), nn.Linear(dim, vocab_size, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(0.07).log().neg())
+        self.logit_scale = nn.Parameter(torch.tensor(0.07).log().neg())
         for parameter in self.contrast_parameters():
             parameter.requires_grad_(False)
 
     def contrast_parameters(self) -> list[nn.Parameter]:
         """What no caption depends on: it is read for vectors of images and texts."""
         parts = (self.image_proj, self.text_norm, self.text_proj)
-        return [self.end, self.log_scale, *(parameter for part in parts for parameter in part.parameters())]
+        return [self.end, self.logit_scale, *(parameter for part in parts for parameter in part.parameters())]
 
     @property
     def decoder(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]

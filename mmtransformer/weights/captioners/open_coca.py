@@ -118,7 +118,7 @@ def open_coca_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
     rest = {n: t.T.contiguous() if n in _TURNED else t for n, t in rest.items()}
     if (scale := rest.pop("logit_scale", None)) is None:
         raise ValueError(f"{context} has no tensor logit_scale")
-    fill(model, _keys(model), rest, context, kept=("vision.",), extra={"log_scale": scale.reshape(())})
+    fill(model, _keys(model), rest, context, kept=("vision.",), extra={"logit_scale": scale.reshape(())})
     return model.eval()
 
 
@@ -185,8 +185,8 @@ def open_coca_to_open_clip(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, T
     }
     tower = vit_tensors(vision, _VISION, context, positions=_POSITIONS, prefix=[_CLASS])
     tower |= {_POSITIONS: tower[_POSITIONS][0], _CLASS: tower[_CLASS][0, 0]}
-    own = export(model, _keys(model), context, kept=("vision.", "log_scale"))
-    own = {"logit_scale": model.log_scale.detach(), **own}
+    own = export(model, _keys(model), context, kept=("vision.", "logit_scale"))
+    own = {"logit_scale": model.logit_scale.detach(), **own}
     own = {name: tensor.T.contiguous() if name in _TURNED else tensor for name, tensor in own.items()}
     more = {"quick_gelu": True} if model.activation == "quick_gelu" else {}
     return config | more, own | {f"visual.{name}": tensor for name, tensor in tower.items()}
