@@ -31,7 +31,7 @@ _DOCUMENTS = ("image_index", "first_image_index", "document_ids")
 INSTRUCTION = ("instruction", "instruction_attention_mask")
 """The fields that an `InstructBatch` adds."""
 NATIVE = (*_DOCUMENTS, "image_sizes", *INSTRUCTION)
-"""What a captioner does not heed that reads images of native size (`patch_grids`), but no documents."""
+"""What a captioner does not read that takes images of native size (`patch_grids`), but no documents."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Captioner(Pretrained, nn.Module, ABC):
     decoder: Any
     """The language model: a `Decoder`, or an encoder-decoder."""
     unread: tuple[str, ...] = (*_DOCUMENTS, "image_sizes", "patch_grids", *INSTRUCTION)
-    """Fields of a batch that this captioner could not heed, and refuses."""
+    """Fields of a batch that this captioner does not support, and refuses."""
 
     def __init__(self, vision: ViT, *, freeze_vision: bool = False, train_norm: bool = False) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Captioner(Pretrained, nn.Module, ABC):
 
         Raises:
             ValueError: if a row is longer than can be read or not padded on the right, or the batch has fields that
-                this captioner cannot heed.
+                this captioner does not support.
         """
         check_rows(self, batch)
         q = batch.tokens.shape[1] - (not return_logits)  # The last token predicts nothing.
@@ -267,7 +267,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         """The batch's visual tokens (b i p d), normed: those of a cache, else of its pixels.
 
         Raises:
-            ValueError: if the batch has neither, or fields that this captioner cannot heed.
+            ValueError: if the batch has neither, or fields that this captioner does not support.
         """
         self.check_fields(batch)
         visual = batch.visual
@@ -286,14 +286,14 @@ class Captioner(Pretrained, nn.Module, ABC):
         return found if real is None else found & real
 
     def check_fields(self, batch: CaptionBatch) -> None:
-        """Refuses a batch with fields that this captioner cannot heed.
+        """Refuses a batch with fields that this captioner does not support.
 
         Raises:
             ValueError: naming the first of them.
         """
         for name in self.unread:
             if getattr(batch, name, None) is not None:
-                raise ValueError(f"a {type(self).__name__} cannot heed a batch's {name}")
+                raise ValueError(f"{type(self).__name__} does not support the batch field {name}")
 
     def grid(self, batch: CaptionBatch) -> tuple[int, int]:
         """Rows and columns of an image's patches, of those with sizes of their own what maps are drawn on."""

@@ -14,19 +14,34 @@ def run(name: str, words: Sequence[str]) -> int:
     add_model_options(parser)
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help="what to draw")
-    add("--out", default="picture.png", metavar="OUT.png", help="picture.png; more get -2, -3 ...")
+    add(
+        "--out",
+        default="picture.png",
+        metavar="OUT.png",
+        help="file to write (picture.png); further pictures get -2, -3 ... before the ending",
+    )
     add("--num-images", type=int, default=1, metavar="N", help="pictures a text (1)")
-    add("--seed", type=int, default=0, help="of the first picture (0)")
-    add("--language", metavar="CODE", help="of the texts (found by their letters)")
-    add("--num-steps", type=int, metavar="N", help="steps from noise to picture, such as 20 (the model's own number)")
-    add("--guidance-scale", type=float, metavar="SCALE", help="how much the text is exaggerated; 1 = not")
-    add("--solver", choices=("euler", "heun", "dpm"), help="how a step is taken (the model's own way)")
-    add("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    add("--seed", type=int, default=0, help="seed of the first picture (0)")
+    add("--language", metavar="CODE", help="language of the texts (detected by their letters)")
+    add(
+        "--num-steps",
+        type=int,
+        metavar="N",
+        help="solver steps from noise to picture, such as 20 (the model's own number)",
+    )
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="classifier-free guidance: how much more the picture follows the text; 1 = none",
+    )
+    add("--solver", choices=("euler", "heun", "dpm"), help="how steps are computed (the model's own)")
+    add("--negative-prompt", metavar="TEXT", help="what the picture should not show")
     add("--image", metavar="IMAGE", help="a picture to begin with instead of noise")
-    add("--strength", type=float, metavar="X", help="how far from it, above 0 and at most 1 (0.6)")
-    add("--mask-image", metavar="IMAGE", help="white where to draw in it, black where it stays")
-    add("--strip", metavar="OUT.png", help="how the first picture came out of the noise; or OUT.gif")
-    add("--heatmap", metavar="OUT.png", help="where each word of the first text steered its picture")
+    add("--strength", type=float, metavar="X", help="how far from --image, above 0 and at most 1 (0.6)")
+    add("--mask-image", metavar="IMAGE", help="where to draw in --image: white is drawn anew, black is kept")
+    add("--strip", metavar="OUT.png", help="draw the steps of the first picture from noise side by side, or as OUT.gif")
+    add("--heatmap", metavar="OUT.png", help="draw where in its picture each word of the first text had its effect")
     args = parser.parse_args(list(words))
     if args.image is None and (args.strength is not None or args.mask_image is not None):
         parser.error("--strength and --mask-image need a picture to begin with: --image IMAGE")

@@ -108,9 +108,9 @@ def _export(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add = parser.add_argument
     _add_model(parser, "a captioner's folder, or its name on the hub")
-    add("--to", choices=("transformers", "open_clip"), help="who shall read it; who reads the family unless told")
+    add("--to", choices=("transformers", "open_clip"), help="the library that is to read it (the family's own)")
     add("out", metavar="OUT", help="the folder to write")
-    add("--family", metavar="NAME", help="as a model of this family, where a captioner of this library fits several")
+    add("--family", metavar="NAME", help="which family to write it as, where a captioner of this library fits several")
     args = parser.parse_intermixed_args(list(words))  # MODEL --to transformers OUT
     args.model = _model(parser, args)
 

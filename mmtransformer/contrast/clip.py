@@ -173,7 +173,7 @@ class CLIP(Pretrained, nn.Module):
             counterpart in the batch is right.
 
         Raises:
-            ValueError: if a text is empty, or the batch has fields that cannot be heeded.
+            ValueError: if a text is empty, or the batch has fields that are not supported.
         """
         vectors = self.embed_images(batch), self.embed_texts(batch)
         return self.compare(batch, *vectors, gather_grad=gather_grad)
@@ -203,11 +203,11 @@ class CLIP(Pretrained, nn.Module):
         """A batch's images as vectors of length 1: (b e).
 
         Raises:
-            ValueError: if a sample has several images, or the batch has fields that cannot be heeded.
+            ValueError: if a sample has several images, or the batch has fields that are not supported.
         """
         for name in _UNREAD:
             if getattr(batch, name, None) is not None:
-                raise ValueError(f"a CLIP cannot heed a batch's {name}")
+                raise ValueError(f"CLIP does not support the batch field {name}")
         visual = batch.visual
         if visual.shape[1] != 1:
             raise ValueError(f"a CLIP compares one image with its texts, and these samples have {visual.shape[1]}")

@@ -24,12 +24,13 @@ class ImageGenerationConfig:
 
     Args:
         num_steps: steps from noise to image.
-        guidance_scale: how much the text is exaggerated; 1 = as it is, at half the work.
-        solver: "euler", "heun" or "dpm"; see `solvers.walk`. Heun looks twice a step.
-        time_shift: above 1, more steps are spent in much noise; see `solvers.step_times`.
+        guidance_scale: how much more the image follows the text than the model would by itself (classifier-free
+            guidance); 1 = no guidance, at half the work.
+        solver: "euler", "heun" or "dpm"; see `solvers.walk`. Heun runs the model twice a step.
+        time_shift: above 1, more of the steps are at high noise; see `solvers.step_times`.
 
     Raises:
-        ValueError: for what cannot be, by its name.
+        ValueError: naming the field whose value is out of its range.
     """
 
     num_steps: int = 20

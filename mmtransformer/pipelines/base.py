@@ -42,11 +42,11 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         try:
             found = torch.device(device)
         except RuntimeError:
-            raise ValueError(f"device {device}: torch knows none of this name; give cpu, cuda or mps") from None
+            raise ValueError(f"device {device} is unknown to torch; choose cpu, cuda or mps") from None
         try:
             torch.empty(0, device=found)
         except (RuntimeError, AssertionError):
-            raise ValueError(f"device {device}: there is none here; leave it out for what there is") from None
+            raise ValueError(f"device {device} is not available; leave device out to use the default") from None
         return found
     if torch.cuda.is_available():
         return torch.device("cuda")

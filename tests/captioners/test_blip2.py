@@ -419,7 +419,7 @@ def test_errors() -> None:
     assert model.max_len == 2
     with pytest.raises(ValueError, match="rows of 7 tokens, but the captioner reads 2 at most"):
         caption_loss(model, given)
-    with pytest.raises(ValueError, match="a Blip2 cannot heed a batch's image_index"):
+    with pytest.raises(ValueError, match="Blip2 does not support the batch field image_index"):
         model.hidden_states(replace(given, image_index=given.tokens))
     instructed, long = blip2(instruct=True), torch.zeros(6, 18, dtype=torch.long)
     fields = (given.tokens, given.attention_mask, given.loss_mask, batch().pixels)

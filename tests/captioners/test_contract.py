@@ -1,4 +1,4 @@
-"""What every captioner keeps: one forward for training by hand, fields heeded or refused, what can learn learns."""
+"""What every captioner keeps: one forward for training by hand, fields read or refused, what can learn learns."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,12 +154,12 @@ def test_one_image_each_needs_no_dimension_of_images(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BUILD)
 @pytest.mark.parametrize("field", ["image_index", "first_image_index", "document_ids", "instruction"])
-def test_fields_are_heeded_or_refused(kind: str, field: str) -> None:
+def test_fields_are_read_or_refused(kind: str, field: str) -> None:
     model, given = shaken(BUILD[kind]()), batch()
     if kind == "flamingo" and field != "instruction":
         return  # tests/captioners/test_flamingo.py has what it makes of them
     bad = InstructBatch(**vars(given)) if field == "instruction" else given
-    with pytest.raises(ValueError, match=f"cannot heed a batch's {field}"):
+    with pytest.raises(ValueError, match=f"does not support the batch field {field}"):
         model(replace(bad, **{field: torch.ones_like(given.tokens)}))
 
 
@@ -209,7 +209,7 @@ def test_images_that_are_padding_change_nothing(kind: str, real: int) -> None:
 
 
 def test_stage_1_refuses_images_that_are_padding() -> None:
-    with pytest.raises(ValueError, match="cannot heed a batch's image_mask"):
+    with pytest.raises(ValueError, match="does not support the batch field image_mask"):
         BUILD["stage 1"]()(replace(batch(i=2), image_mask=torch.ones(2, 2, dtype=torch.bool)))
 
 

@@ -242,7 +242,7 @@ class Every(Connector):
 def test_refused() -> None:
     given = batch()
     stage1 = Blip2QFormer(vit(), qformer(vocab_size=VOCAB, max_len=30), embed_dim=7)
-    with pytest.raises(ValueError, match="a Blip2QFormer cannot heed a batch's patch_grids"):
+    with pytest.raises(ValueError, match="Blip2QFormer does not support the batch field patch_grids"):
         stage1(given)
     with pytest.raises(ValueError, match="a Every cannot read images of native size: its forward takes no mask"):
         VisionEncoderDecoder(vit(), lm(cross_dim=20), adapter=Every())(given)

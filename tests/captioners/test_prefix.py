@@ -309,5 +309,5 @@ def test_parts_that_do_not_fit(build: Any, message: str) -> None:
 
 def test_images_inside_the_text_are_refused(model: Any) -> None:
     given = batch()
-    with pytest.raises(ValueError, match="cannot heed a batch's image_index"):
+    with pytest.raises(ValueError, match="does not support the batch field image_index"):
         model.logits(replace(given, image_index=torch.ones_like(given.tokens)))

@@ -190,7 +190,7 @@ def test_a_model_that_compares_nothing(photos: Path, tmp_path: Path, capsys: pyt
         (("red", "--index", "a.safetensors", "--index", "photos"), "an index that knows its pictures: leave out other"),
         (("red", "--index", "a.safetensors", "--keep", "b.safetensors"), "leave out --keep"),
         (("red", "--index", "photos", "--no-update"), "--no-update: there is no index of photos by this model yet"),
-        (("red", "--index", "photos", "--device", "warp"), "device warp: torch knows none of this name"),
+        (("red", "--index", "photos", "--device", "warp"), "device warp is unknown to torch"),
         (("red", "--index", "photos", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
     ],
 )

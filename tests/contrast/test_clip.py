@@ -349,5 +349,5 @@ def test_what_does_not_fit_is_refused() -> None:
         clip(of)
     of = batch()
     of.image_index = of.tokens
-    with pytest.raises(ValueError, match="cannot heed a batch's image_index"):
+    with pytest.raises(ValueError, match="does not support the batch field image_index"):
         clip(of)

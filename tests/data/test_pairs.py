@@ -343,7 +343,7 @@ def test_several_manifests_must_belong_together(tmp_path: Path) -> None:
     assert everything(PairFiles(tmp_path / "captions.csv")) == expected()
     with pytest.raises(ValueError, match="holds no coco manifest"):
         PairFiles(tmp_path, ReadOptions(format="coco"))
-    with pytest.raises(ValueError, match="format='cvs' is none of auto, folder, csv"):
+    with pytest.raises(ValueError, match='format: unknown value "cvs"; choose one of auto, folder, csv'):
         PairFiles(tmp_path, ReadOptions(format="cvs"))  # type: ignore[arg-type]
     (tmp_path / "more.jsonl").unlink()
     (tmp_path / "captions.csv").rename(tmp_path / "train.csv")

@@ -70,7 +70,7 @@ class ReadOptions:
                     f"encoding ({self.encoding}) is unknown; known are utf-16, cp949, latin-1, ..."
                 ) from None
         if unknown := [word for word in self.plain if word not in get_args(Plain)]:
-            raise ValueError(f"normalize ({unknown[0]}) is none of {', '.join(get_args(Plain))}")
+            raise ValueError(f'normalize: unknown value "{unknown[0]}"; choose one of {", ".join(get_args(Plain))}')
         check_share("val_fraction", self.val_fraction)
 
     @property

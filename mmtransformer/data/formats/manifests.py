@@ -120,7 +120,7 @@ def find_manifests(files: Files, format: str = "auto", wanted: Wanted | None = N
     """
     wanted = wanted or Wanted()
     if format not in get_args(Format):
-        raise ValueError(f"format={format!r} is none of {', '.join(get_args(Format))}")
+        raise ValueError(f'format: unknown value "{format}"; choose one of {", ".join(get_args(Format))}')
     if format == "folder":
         return []
     if files.asked is not None:

@@ -97,7 +97,7 @@ class Captioning(Task):
 
         Raises:
             ValueError: If the vocabulary or the captions are larger than the model, the pictures are of another size,
-                or the data is interleaved and the model does not heed where pictures stand.
+                or the data is interleaved and the model does not read where pictures stand.
         """
         data = self.data
         if isinstance(getattr(self.trainer, "datamodule", None), InterleavedData):

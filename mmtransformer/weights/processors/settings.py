@@ -36,7 +36,7 @@ _USUAL_NEW = 20
 def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] | None = None) -> GenerationConfig:
     """The search of a folder's generation_config.json; greedy, 20 new tokens, where it has none.
 
-    It is heeded for every family, also where transformers' own `generate` passes it over (BLIP, BLIP-2, InstructBLIP).
+    It is followed for every family, also where transformers' own `generate` ignores it (BLIP, BLIP-2, InstructBLIP).
     Settings that have no counterpart here, or are not known, are named in a warning.
 
     Args:
@@ -58,7 +58,7 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
         others.append("do_sample among beams")
     if others:
         warnings.warn(
-            f"{path}: {', '.join(others)} cannot be heeded, so texts may differ from transformers'", stacklevel=3
+            f"{path}: {', '.join(others)}: not supported here, so texts may differ from transformers'", stacklevel=3
         )
     values = {key: said[key] for key in _SEARCH if key in said}
     if values.get("num_beams", 1) > 1:
@@ -78,7 +78,7 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
 
 
 def _does_nothing(key: str, value: Any) -> bool:
-    """Whether a setting is heeded here, or changes no text."""
+    """Whether a setting is followed here, or changes no text."""
     known = key in _SEARCH or key in _OF_NO_EFFECT or key.startswith(_NO_EFFECT_BEFORE)
     return known or value == [] or (key in _UNHEEDED and value == _UNHEEDED[key])
 

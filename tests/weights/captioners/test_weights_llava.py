@@ -348,5 +348,5 @@ def test_placeholders_and_sizes_that_do_not_fit(tmp_path: Path) -> None:
     assert batch.image_sizes is not None
     with pytest.raises(ValueError, match=r"samples have .* tiles, and pictures of these sizes"):
         ours.embeds(replace(batch, image_sizes=batch.image_sizes.flip(0)))
-    with pytest.raises(ValueError, match="a Llava cannot heed a batch's image_sizes"):
+    with pytest.raises(ValueError, match="Llava does not support the batch field image_sizes"):
         small().embeds(batch)

@@ -131,7 +131,7 @@ def test_searches_and_ends(tmp_path: Path) -> None:
     assert (found.num_beams, found.length_penalty, found.max_new_tokens, found.top_k) == (5, -1.0, 9, None)
     assert read_ends(tmp_path, "text_config") == (3, 4)
     path.write_text('{"num_beams": 4, "num_beam_groups": 2, "bad_words_ids": [[3]], "early_stopping": false}')
-    with pytest.warns(UserWarning, match=r"num_beam_groups, bad_words_ids cannot be heeded"):
+    with pytest.warns(UserWarning, match=r"num_beam_groups, bad_words_ids: not supported here"):
         assert read_search(tmp_path).num_beams == 4
     path.write_text('{"max_length": 16, "min_length": 4, "decoder_start_token_id": 5, "bos_token_id": 6}')
     found = read_search(tmp_path, prompt_len=1)  # which these lengths count
@@ -157,7 +157,7 @@ def test_searches_and_ends(tmp_path: Path) -> None:
 )
 def test_settings_without_a_counterpart_are_named(values: dict[str, Any], named: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
-    with pytest.warns(UserWarning, match=f"generation_config.json: {named} cannot be heeded".replace(".", r"\.")):
+    with pytest.warns(UserWarning, match=f"generation_config.json: {named}: not supported here".replace(".", r"\.")):
         read_search(tmp_path)
 
 
