@@ -24,7 +24,7 @@ def run(name: str, words: Sequence[str]) -> int:
     add("--seed", type=int, default=0, help="seed of the first picture (0)")
     add("--language", metavar="CODE", help="language of the texts (detected by their letters)")
     add(
-        "--num-steps",
+        "--num-inference-steps",
         type=int,
         metavar="N",
         help="solver steps from noise to picture, such as 20 (the model's own number)",
@@ -48,7 +48,11 @@ def run(name: str, words: Sequence[str]) -> int:
     for option in ("out", "strip", "heatmap"):
         if place := getattr(args, option):
             check_image_file(place, f"--{option}", (".gif",) if option == "strip" else ())
-    changes = {"num_steps": args.num_steps, "guidance_scale": args.guidance_scale, "solver": args.solver}
+    changes = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "solver": args.solver,
+    }
     changes = {key: value for key, value in changes.items() if value is not None}
 
     from mmtransformer.pipelines.image_generator import ImageGenerator
@@ -75,7 +79,7 @@ def run(name: str, words: Sequence[str]) -> int:
         path = out if k == 0 else out.with_name(f"{out.stem}-{k + 1}{out.suffix}")
         say(str(save_image(image, path)))
     if args.strip:
-        save_strip(steps[: config.num_steps], args.strip)
+        save_strip(steps[: config.num_inference_steps], args.strip)
         say(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
     if args.heatmap:
         from mmtransformer.plots import draw_word_heatmaps

@@ -23,7 +23,7 @@ class ImageGenerationConfig:
     """How images are drawn; saved with a model.
 
     Args:
-        num_steps: steps from noise to image.
+        num_inference_steps: steps from noise to image.
         guidance_scale: how much more the image follows the text than the model would by itself (classifier-free
             guidance); 1 = no guidance, at half the work.
         solver: "euler", "heun" or "dpm"; see `solvers.walk`. Heun runs the model twice a step.
@@ -33,14 +33,18 @@ class ImageGenerationConfig:
         ValueError: naming the field whose value is out of its range.
     """
 
-    num_steps: int = 20
+    num_inference_steps: int = 20
     guidance_scale: float = 3.0
     solver: Solver = "dpm"
     time_shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be a whole number from 1, not {self.num_steps}")
+        if (
+            isinstance(self.num_inference_steps, bool)
+            or not isinstance(self.num_inference_steps, int)
+            or self.num_inference_steps < 1
+        ):
+            raise ValueError(f"num_inference_steps must be a whole number from 1, not {self.num_inference_steps}")
         if not 0 <= self.guidance_scale <= 1000:  # also refuses nan
             raise ValueError(f"guidance_scale must be between 0 and 1000, not {self.guidance_scale}")
         if self.solver not in get_args(Solver):
@@ -120,7 +124,7 @@ def draw(
             start = edit.strength
             begin = torch.full((len(noise),), start, device=noise.device)
             x = model.diffusion.noised(edit.images, noise, begin)
-        times = step_times(config.num_steps, start, shift=config.time_shift)
+        times = step_times(config.num_inference_steps, start, shift=config.time_shift)
         look = guided(predict, config.guidance_scale) if steered else predict
         steps = walk(look, x, model.diffusion, times, config.solver)
         for number, (x, image) in enumerate(steps, 1):

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmtransformer.layers.config import known_fields
 
 Path = Literal["linear", "cosine"]
-Prediction = Literal["image", "velocity", "noise"]
+PredictionType = Literal["image", "velocity", "noise"]
 
 LEAST_TIME = 0.05
 """Where an image is predicted, its velocity is (x - image) / t: below this time it is divided by this
@@ -28,7 +28,7 @@ class Diffusion:
     Args:
         path: "linear", straight lines (rectified flow, arXiv:2209.03003; flow matching, arXiv:2210.02747), or
             "cosine", of constant variance (arXiv:2102.09672, in continuous time).
-        prediction: what the network says: the clean "image" (for plain Transformers on large patches of pixels, as
+        prediction_type: what the network says: the clean "image" (for plain Transformers on large patches of pixels, as
             arXiv:2511.13720 argues: images lie on a small manifold, noise and velocity do not), the "velocity"
             dx/dt, or the "noise" (DDPM, arXiv:2006.11239).
         time_mean: times are sigmoid(N(time_mean, time_std)) (logit-normal, arXiv:2403.03206, section 3.1); above 0
@@ -36,19 +36,19 @@ class Diffusion:
         time_std: see `time_mean`; 0 = uniform times.
 
     Raises:
-        ValueError: for a path or prediction that there is not, or a negative spread.
+        ValueError: for an unknown path or prediction_type, or a negative spread.
     """
 
     path: Path = "linear"
-    prediction: Prediction = "image"
+    prediction_type: PredictionType = "image"
     time_mean: float = 0.8
     time_std: float = 0.8
 
     def __post_init__(self) -> None:
         if self.path not in ("linear", "cosine"):
             raise ValueError(f'path must be "linear" or "cosine", not "{self.path}"')
-        if self.prediction not in ("image", "velocity", "noise"):
-            raise ValueError(f'prediction must be "image", "velocity" or "noise", not "{self.prediction}"')
+        if self.prediction_type not in ("image", "velocity", "noise"):
+            raise ValueError(f'prediction_type must be "image", "velocity" or "noise", not "{self.prediction_type}"')
         if not (self.time_std >= 0 and math.isfinite(self.time_std) and math.isfinite(self.time_mean)):
             raise ValueError(f"time_mean ({self.time_mean}) and time_std ({self.time_std}, not below 0) are numbers")
 
@@ -86,10 +86,10 @@ class Diffusion:
 
         Where an image can not be told from a prediction (noise at t = 1), alpha counts as 1e-3.
         """
-        if self.prediction == "image":
+        if self.prediction_type == "image":
             return predicted
         alpha, sigma = (spread(level, x) for level in self.levels(times))
-        if self.prediction == "noise":
+        if self.prediction_type == "noise":
             return (x - sigma * predicted) / alpha.clamp(min=1e-3)
         rate, noise_rate = (spread(level, x) for level in self._rates(times))
         # x = alpha image + sigma noise and v = rate image + noise_rate noise; the determinant is 1 or pi / 2.
@@ -97,11 +97,11 @@ class Diffusion:
 
     def velocity_of(self, predicted: Tensor, x: Tensor, times: Tensor) -> Tensor:
         """The velocity that a prediction stands for: (b ...)."""
-        if self.prediction == "velocity":
+        if self.prediction_type == "velocity":
             return predicted
         alpha, sigma = (spread(level, x) for level in self.levels(times))
         image = self.image_of(predicted, x, times)
-        noise = predicted if self.prediction == "noise" else (x - alpha * image) / sigma.clamp(min=LEAST_TIME)
+        noise = predicted if self.prediction_type == "noise" else (x - alpha * image) / sigma.clamp(min=LEAST_TIME)
         return self.velocity(image, noise, times)
 
     def loss(self, predicted: Tensor, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -111,9 +111,9 @@ class Diffusion:
         for more the less noise there is, arXiv:2511.13720, table 1), of the noise where that is.
         """
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-        if self.prediction == "noise":
+        if self.prediction_type == "noise":
             error = predicted - noise
-        elif self.prediction == "velocity":
+        elif self.prediction_type == "velocity":
             error = predicted - self.velocity(images, noise, times)
         else:  # Both velocities go through x, so only the images differ.
             alpha, sigma = self.levels(times)

@@ -33,11 +33,11 @@ def test_the_velocity_is_the_derivative_of_the_path(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("prediction", ["image", "velocity", "noise"])
-def test_each_prediction_stands_for_the_same_image_and_velocity(path: str, prediction: str) -> None:
+@pytest.mark.parametrize("prediction_type", ["image", "velocity", "noise"])
+def test_each_prediction_stands_for_the_same_image_and_velocity(path: str, prediction_type: str) -> None:
     images, noise, times, x = triple(path)
-    diffusion = Diffusion(path=path, prediction=prediction)  # type: ignore[arg-type]
-    right = {"image": images, "noise": noise, "velocity": diffusion.velocity(images, noise, times)}[prediction]
+    diffusion = Diffusion(path=path, prediction_type=prediction_type)  # type: ignore[arg-type]
+    right = {"image": images, "noise": noise, "velocity": diffusion.velocity(images, noise, times)}[prediction_type]
     torch.testing.assert_close(diffusion.image_of(right, x, times), images)
     torch.testing.assert_close(diffusion.velocity_of(right, x, times), diffusion.velocity(images, noise, times))
     assert float(diffusion.loss(right, images, noise, times).max()) < 1e-25
@@ -70,15 +70,17 @@ def exact(diffusion: Diffusion, x: Tensor, times: Tensor) -> Tensor:
     gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
     image = MEAN + gain * (x - alpha * MEAN)
     noise = (x - alpha * image) / sigma
-    return {"image": image, "noise": noise, "velocity": diffusion.velocity(image, noise, times)}[diffusion.prediction]
+    return {"image": image, "noise": noise, "velocity": diffusion.velocity(image, noise, times)}[
+        diffusion.prediction_type
+    ]
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("prediction", ["image", "velocity", "noise"])
+@pytest.mark.parametrize("prediction_type", ["image", "velocity", "noise"])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm", 2)])
-def test_solvers_follow_the_flow_at_their_order(path: str, prediction: str, solver: str, order: int) -> None:
+def test_solvers_follow_the_flow_at_their_order(path: str, prediction_type: str, solver: str, order: int) -> None:
     """The flow of Gaussian data takes noise z to MEAN + SPREAD z; the error falls as steps ** -order."""
-    diffusion = Diffusion(path=path, prediction=prediction)  # type: ignore[arg-type]
+    diffusion = Diffusion(path=path, prediction_type=prediction_type)  # type: ignore[arg-type]
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1)
 
     def error(steps: int) -> float:
@@ -137,7 +139,7 @@ def test_guidance_goes_away_from_what_is_said_without_the_text() -> None:
     ("settings", "message"),
     [
         ({"path": "bent"}, 'path must be "linear" or "cosine", not "bent"'),
-        ({"prediction": "score"}, 'prediction must be "image", "velocity" or "noise", not "score"'),
+        ({"prediction_type": "score"}, 'prediction_type must be "image", "velocity" or "noise", not "score"'),
         ({"time_std": -1.0}, "time_std"),
         ({"time_mean": math.nan}, "time_mean"),
     ],

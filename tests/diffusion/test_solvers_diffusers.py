@@ -76,12 +76,12 @@ def test_dpm_on_straight_paths(diffusers: Any, shift: float) -> None:
     torch.testing.assert_close(found, theirs(scheduler, times), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("kind", "prediction"), [("epsilon", "noise"), ("sample", "image")])
-def test_dpm_on_paths_of_constant_variance(diffusers: Any, kind: str, prediction: Any) -> None:
+@pytest.mark.parametrize(("kind", "prediction_type"), [("epsilon", "noise"), ("sample", "image")])
+def test_dpm_on_paths_of_constant_variance(diffusers: Any, kind: str, prediction_type: Any) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2", timestep_spacing="leading", prediction_type=kind, euler_at_final=True
     )
     scheduler.set_timesteps(STEPS)
     times = (torch.atan(scheduler.sigmas.double()) * 2 / torch.pi).tolist()  # sigma over alpha is the tangent
-    found = ours(times, "dpm", Diffusion("cosine", prediction))
+    found = ours(times, "dpm", Diffusion("cosine", prediction_type))
     torch.testing.assert_close(found, theirs(scheduler, times), atol=1e-4, rtol=1e-4)

@@ -45,9 +45,9 @@ def loss(model: TextToImageModel, given: CaptionBatch, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("prediction", ["image", "velocity", "noise"])
-def test_the_loss_by_its_parts(prediction: str, clip: bool) -> None:
-    model, given = make(clip, diffusion=Diffusion(prediction=prediction)), batch()  # type: ignore[arg-type]
+@pytest.mark.parametrize("prediction_type", ["image", "velocity", "noise"])
+def test_the_loss_by_its_parts(prediction_type: str, clip: bool) -> None:
+    model, given = make(clip, diffusion=Diffusion(prediction_type=prediction_type)), batch()  # type: ignore[arg-type]
     found = model(given, generator=torch.Generator().manual_seed(5))
     chance, total = torch.Generator().manual_seed(5), 0.0
     times = model.diffusion.times(3, chance)
@@ -152,8 +152,8 @@ def test_little_strength_changes_little() -> None:
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [
-        (lambda: ImageGenerationConfig(0), "num_steps must be a whole number from 1, not 0"),
-        (lambda: ImageGenerationConfig(-3), "num_steps"),
+        (lambda: ImageGenerationConfig(0), "num_inference_steps must be a whole number from 1, not 0"),
+        (lambda: ImageGenerationConfig(-3), "num_inference_steps"),
         (
             lambda: ImageGenerationConfig(guidance_scale=float("nan")),
             "guidance_scale must be between 0 and 1000, not nan",

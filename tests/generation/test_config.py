@@ -95,7 +95,11 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
     [
         (GenerationConfig, "num_beam", 'GenerationConfig has no "num_beam"; did you mean "num_beams"?'),
         (GenerationConfig, "early_stopping", 'GenerationConfig has no "early_stopping": it has max_new_tokens, '),
-        (ImageGenerationConfig, "num_step", 'ImageGenerationConfig has no "num_step"; did you mean "num_steps"?'),
+        (
+            ImageGenerationConfig,
+            "num_steps",
+            'ImageGenerationConfig has no "num_steps"; did you mean "num_inference_steps"?',
+        ),
         (Optim, "warmup", 'Optim has no "warmup"; did you mean "warmup_steps"?'),
         (LoaderConfig, "num_worker", 'LoaderConfig has no "num_worker"; did you mean "num_workers"?'),
         (ReadOptions, "image_colum", 'ReadOptions has no "image_colum"; did you mean "image_column"?'),

@@ -100,14 +100,24 @@ def test_it_is_the_same_from_its_folder(painter: ImageGenerator, tmp_path: Path)
 def test_the_command(painter: ImageGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     painter.save_pretrained(tmp_path / "model")
     out, strip, heat = (tmp_path / name for name in ("out/p.png", "strip.gif", "heat.png"))
-    words = [TEXTS[1], "--model", str(tmp_path / "model"), "--out", str(out), "--num-images", "2", "--num-steps", "4"]
+    words = [
+        TEXTS[1],
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(out),
+        "--num-images",
+        "2",
+        "--num-inference-steps",
+        "4",
+    ]
     assert main(["draw", *words, "--strip", str(strip), "--heatmap", str(heat), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.split() == [str(out), str(out.with_name("p-2.png"))]
     with Image.open(strip) as film:
         assert getattr(film, "n_frames", 1) == 4
     assert heat.stat().st_size > 1000
-    assert main(["draw", TEXTS[0], "--model", str(tmp_path / "model"), "--num-steps", "0"]) == 2
-    assert "num_steps must be a whole number from 1, not 0" in capsys.readouterr().err
+    assert main(["draw", TEXTS[0], "--model", str(tmp_path / "model"), "--num-inference-steps", "0"]) == 2
+    assert "num_inference_steps must be a whole number from 1, not 0" in capsys.readouterr().err
 
 
 def test_the_help_names_every_solver(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +129,7 @@ def test_the_help_names_every_solver(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num-steps", "-3"], "num_steps must be a whole number from 1, not -3"),
+        (["--num-inference-steps", "-3"], "num_inference_steps must be a whole number from 1, not -3"),
         (["--guidance-scale", "1e9"], "guidance_scale must be between 0 and 1000, not 1000000000.0"),
         (["--guidance-scale", "nan"], "guidance_scale must be between 0 and 1000, not nan"),
         (["--guidance-scale", "-1"], "guidance_scale must be between 0 and 1000, not -1.0"),

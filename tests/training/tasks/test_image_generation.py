@@ -45,7 +45,7 @@ def recipe(**model) -> dict:
                         "transformer": {"class_path": "mmtransformer.DiffusionTransformer", "init_args": TRANSFORMER},
                     },
                 },
-                "generation": {"num_steps": 2},
+                "generation": {"num_inference_steps": 2},
                 "num_scored": 2,
                 "guidance_scales": [1.0, 4.0],
                 "num_cards": 4,
@@ -85,7 +85,7 @@ def test_a_run_from_its_recipe_to_a_drawing(
     assert metrics["training"]["steps"] == 3
     assert (run / "gallery.png").stat().st_size > 1000
     painter = ImageGenerator.from_pretrained(run / "model", device="cpu")
-    assert painter.config == ImageGenerationConfig(num_steps=2)
+    assert painter.config == ImageGenerationConfig(num_inference_steps=2)
     words = ["draw", "빨간 별", "--model", str(run / "model"), "--out", "one.png", "--strip", "strip.png"]
     assert mmt(capsys, *words)[0] == 0
     assert Path("one.png").is_file()
