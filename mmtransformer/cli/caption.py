@@ -90,20 +90,20 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = command_parser(name)
     add_model_options(parser, precision=True)
     add = parser.add_argument
-    text = "picture files, folders (with all below), patterns, zips, tars; @FILE is a list, - is one on standard input"
+    text = "pictures, folders (with subfolders), patterns, zips, tars; @FILE is a list of them, - one on stdin"
     add("images", nargs="+", metavar="IMAGE", help=text)
     add("--prompt", metavar="TEXT", help="words that a public model captions after, in place of its own")
     add("--language", metavar="CODE", help="language of the captions, such as ko")
     add("--examples", metavar="DIR", help="pictures with captions, to be shown to the model as examples")
     add("--num-examples", type=int, metavar="N", help="examples before each picture (4)")
-    add("--nearest", action="store_true", help="choose the examples that are most like the picture, not any")
-    add("--json", action="store_true", help="one line of JSON a picture")
+    add("--nearest", action="store_true", help="choose the examples that are most like the picture, not random ones")
+    add("--json", action="store_true", help="print one line of JSON per picture")
     add("--heatmap", metavar="OUT.png", help="draw where the model looked for each word (or OUT.html)")
     add("--vocabulary", metavar="FILE", help="write only tokens of this text, such as a training's captions: faster")
-    text = "FILE.jsonl, FILE.csv, FOLDER/ for a text file a picture, or txt or caption for such files beside them"
-    add("--out", metavar="OUT", help=f"write the captions: {text}; what has captions there already keeps them")
-    add("--overwrite", action="store_true", help="caption anew what has captions in OUT")
-    add("--detokenize", action="store_true", help="take out spaces before points and commas, where a model writes them")
+    text = "FILE.jsonl, FILE.csv, FOLDER/ for one text file per picture, or txt or caption for text files next to them"
+    add("--out", metavar="OUT", help=f"write the captions: {text}; pictures that have captions there are skipped")
+    add("--overwrite", action="store_true", help="caption again what has captions in OUT")
+    add("--detokenize", action="store_true", help="remove spaces before points and commas, where a model writes them")
     add("--prefix", default="", metavar="TEXT", help="words before every caption")
     add("--suffix", default="", metavar="TEXT", help="words after every caption")
     add_many_options(parser, batch_size=16)

@@ -20,7 +20,7 @@ def run(name: str, words: Sequence[str]) -> int:
         metavar="OUT.png",
         help="file to write (picture.png); further pictures get -2, -3 ... before the ending",
     )
-    add("--num-images", type=int, default=1, metavar="N", help="pictures a text (1)")
+    add("--num-images", type=int, default=1, metavar="N", help="pictures per text (1)")
     add("--seed", type=int, default=0, help="seed of the first picture (0)")
     add("--language", metavar="CODE", help="language of the texts (detected by their letters)")
     add(

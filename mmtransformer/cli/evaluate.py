@@ -109,7 +109,12 @@ def _parser(name: str) -> argparse.ArgumentParser:
         "scored on it",
     )
     add("--split", default="val", help="which split (val)")
-    add("--num-examples", type=int, metavar="N", help="put N training pictures with captions before each as examples")
+    add(
+        "--num-examples",
+        type=int,
+        metavar="N",
+        help="show N training pictures with captions as examples before each picture",
+    )
     add("--nearest", action="store_true", help="choose the examples that are most like the picture")
     add("--limit", type=int, metavar="N", help="only the first N pictures")
     text = "score them by this dual encoder too, a folder or a name on the hub: CLIPScore and RefCLIPScore"
@@ -119,9 +124,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     text = "share of the data's rows that may be unusable and are left out (0.01)"
     add("--max-bad", type=float, default=0.01, metavar="X", help=text)
     add("--out", metavar="OUT.json", help="write the scores to this file")
-    text = "write the captions, one line of JSON each; a second call goes on with a file that is there"
+    text = "write the captions, one line of JSON each; a stopped call, run again, resumes from the file"
     add("--predictions", metavar="OUT", help=text)
-    add("--overwrite", action="store_true", help="caption anew what is in OUT")
+    add("--overwrite", action="store_true", help="caption again what is in OUT")
     add_many_options(parser, batch_size=32)
     add_generation_options(parser, without=("num_return_sequences",))
     add_read_options(parser)

@@ -24,11 +24,11 @@ HELP = """usage: mmt {name} --config RECIPE.yaml [--config OVERLAY.yaml] [--KEY=
 
 {text}
 
-The keys that one changes most (any key of a recipe can be given so; --help=all lists the Trainer's too):
+The most used keys (any key of a recipe can be given like this; --help=all lists the Trainer's too):
 
-  --config FILE                        a recipe, or the name of one (mmt recipes); a second one lays its keys over it
-  --resume                             go on where the run in this folder stopped, if it has begun
-  --ckpt_path last|FILE                go on from a checkpoint
+  --config FILE                        a recipe, or the name of one (mmt recipes); keys of a second one override it
+  --resume                             resume the run in this folder, or start it
+  --ckpt_path last|FILE                resume from a checkpoint
   --seed_everything N                  seed of weights and data
   --trainer.max_epochs N               length of the run
   --trainer.max_steps N                or in optimizer steps
@@ -38,20 +38,20 @@ The keys that one changes most (any key of a recipe can be given so; --help=all 
   --process_timeout SECONDS            how long a process of several may be silent before the others end (600)
   --trainer.strategy ddp|sharded       how they share a run: the batches, or the weights as well
   --trainer.precision P                bf16-mixed, 32-true, ... (what the machine is fast at)
-  --trainer.accumulate_grad_batches N  batches an optimizer step
+  --trainer.accumulate_grad_batches N  batches per optimizer step
   --trainer.gradient_clip_val X        clip the gradient's norm
   --activation_checkpointing=true      less memory for a third more work
   --compile=true                       compiled blocks
-  --max_drawn N                        most pictures of a split of drawn data, for a trial
+  --max_drawn N                        at most N pictures per split of drawn data, for a trial
   --model.optim.lr X                   peak learning rate
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
   --model.captioner.decoder.depth N    any argument of any part
   --model.captioner.vision.source X    a public vision encoder: a folder, or a name of timm's (docs/towers.md);
                                        model.model.vision.source of a CLIP
-  --model.init DIR                     finetune: the model to go on from
+  --model.init DIR                     finetune: the model to start from
   --data.source DIR                    your own pairs (data.read.* names columns, if they must be)
-  --data.batch_size N                  pictures a batch
+  --data.batch_size N                  pictures per batch
   --data.loader.num_workers N          processes that load pictures
 
   --model.help CLASS, --data.help CLASS    the arguments of a class, with their meaning

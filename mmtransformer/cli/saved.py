@@ -32,9 +32,13 @@ def _classify(name: str, words: Sequence[str]) -> int:
     add_model_options(parser)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="pictures, folders, patterns, zips, tars; @list.txt or - for a list")
-    add("--top-k", type=int, default=1, metavar="N", help="classes a picture (1)")
-    add("--json", action="store_true", help="one line of JSON a picture")
-    add("--attention", metavar="OUT.png", help="draw what the model gathered of the first picture, block by block")
+    add("--top-k", type=int, default=1, metavar="N", help="classes per picture (1)")
+    add("--json", action="store_true", help="print one line of JSON per picture")
+    add(
+        "--attention",
+        metavar="OUT.png",
+        help="draw which parts of the first picture each block attends to (attention rollout)",
+    )
     args = parser.parse_args(list(words))
     if args.attention:
         check_image_file(args.attention, "--attention")
@@ -75,9 +79,9 @@ def _translate(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add_model_options(parser)
     add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="texts; without any, lines are read from the input")
+    add("texts", nargs="*", metavar="TEXT", help="texts; without any, lines of standard input")
     add("--language", required=True, metavar="CODE", help="the language to write, such as ko")
-    add("--json", action="store_true", help="one line of JSON a text")
+    add("--json", action="store_true", help="print one line of JSON per text")
     add("--attention", metavar="OUT.png", help="draw where the model looked in the first text for each token")
     add_generation_options(parser, without=("num_return_sequences", *ABOUT_IMAGES))
     args = parser.parse_args(list(words))
@@ -153,10 +157,10 @@ def _parity(name: str, words: Sequence[str]) -> int:
     parser = command_parser(name)
     add = parser.add_argument
     _add_model(parser, "a public captioner's folder, or its name on the hub; it is loaded twice")
-    add("images", nargs="*", metavar="IMAGE", help="picture files; three that are drawn here unless named")
-    add("--prompt", metavar="TEXT", help="the words to caption after; the family's own unless told")
+    add("images", nargs="*", metavar="IMAGE", help="picture files (three that the library draws)")
+    add("--prompt", metavar="TEXT", help="the prompt (the family's own)")
     add("--max-new-tokens", type=int, default=20, metavar="N", help="most new tokens (20)")
-    add("--num-beams", type=int, default=3, metavar="N", help="of the second search; the first is greedy (3)")
+    add("--num-beams", type=int, default=3, metavar="N", help="beams of the second search; the first is greedy (3)")
     args = parser.parse_intermixed_args(list(words))
     if args.model is not None and args.place is not None:  # all places are pictures
         args.images.insert(0, args.place)

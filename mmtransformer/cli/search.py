@@ -42,23 +42,23 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = command_parser(name)
     add_model_options(parser)
     add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="what to look for; several are added up")
-    text = (
-        "pictures: a file, a folder (with all below), a pattern, a zip or tar; or the file of an index; may be repeated"
-    )
+    add("texts", nargs="*", metavar="TEXT", help="what to look for; the vectors of several are added")
+    text = "pictures: a file, a folder (with subfolders), a pattern, a zip or tar; or an index file; may be repeated"
     add("--index", action="append", required=True, metavar="PLACE", help=text)
-    text = "a picture to look for others like it; may be repeated, and stand beside a text"
+    text = "find pictures like this one; may be repeated, and combined with a text"
     add("--like", action="append", default=[], metavar="IMAGE", help=text)
     add("--not", action="append", default=[], dest="without", metavar="TEXT", help="what not to show; may be repeated")
     add("--duplicates", action="store_true", help="find pictures that are the same, or nearly so")
     text = "cosine from which two pictures are near duplicates; at 1 only files of the same bytes are (0.95)"
     add("--threshold", type=float, metavar="X", help=text)
     add("--top-k", type=int, metavar="N", help="pictures to show; with --duplicates, groups (20)")
-    add("--json", action="store_true", help="one line of JSON a picture, or a group")
+    add("--json", action="store_true", help="print one line of JSON per picture or group")
     add("--out", metavar="OUT.html", help="show the answer as a page of pictures (or OUT.png, a sheet)")
-    text = "keep the index in this file; without it in the user's cache, never beside the pictures"
+    text = "keep the index in this file; without it in the user's cache, never in the pictures' folders"
     add("--keep", metavar="FILE.safetensors", help=text)
-    add("--no-update", action="store_true", help="answer from the index as it is, without looking for what has changed")
+    add(
+        "--no-update", action="store_true", help="answer from the index as it is, without checking for changed pictures"
+    )
     add("--batch-size", type=int, default=32, metavar="N", help="pictures computed at once (32)")
     return parser
 
