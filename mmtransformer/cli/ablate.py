@@ -1,21 +1,21 @@
 """`mmt ablate`: every bridge on the same towers, data and steps, with as many parameters; one table and one picture."""
 
-import argparse
 import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtransformer.cli.options import command_parser
 from mmtransformer.serialization.printable import say
 
 
 def run(name: str, words: Sequence[str]) -> int:
     """Trains the bridges one after the other."""
-    parser = argparse.ArgumentParser(
-        f"mmt {name}",
-        description="Train several bridges between the vision tower and the language model of a recipe, with the same "
-        "number of trained parameters, steps and pictures, and compare them. Further words are keys of `mmt fit`.",
+    parser = command_parser(name)
+    parser.description = (
+        "Train several bridges between the vision tower and the language model of a recipe, with the same "
+        "number of trained parameters, steps and pictures, and compare them. Further words are keys of `mmt fit`."
     )
     text = "a captioning recipe; of several, later ones override earlier ones, as in mmt fit"
     parser.add_argument("--config", metavar="FILE", action="append", required=True, help=text)

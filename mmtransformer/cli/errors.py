@@ -12,7 +12,8 @@ OTHER_NAMES = {
     "epochs": "max_epochs", "num_train_epochs": "max_epochs", "steps": "max_steps", "output_dir": "default_root_dir",
     "gradient_accumulation_steps": "accumulate_grad_batches", "max_grad_norm": "gradient_clip_val",
     "resume_from_checkpoint": "ckpt_path", "seed": "seed_everything", "max_length": "max_len",
-    "cross_attn_every_n_layers": "cross_layer_interval", "lora_target_modules": "target_modules", "--json": "--out",
+    "cross_attn_every_n_layers": "cross_layer_interval", "cross_every": "cross_layer_interval",
+    "--num-steps": "--num-inference-steps", "lora_target_modules": "target_modules", "--json": "--out",
 }  # fmt: skip
 """What settings are called elsewhere -> here."""
 
@@ -68,7 +69,8 @@ def explain(message: str, keys: Iterable[str]) -> str:
         word, owner = found[1], classes[-1]
         front = "".join(f"{name}." for name in trail)
         inside = [f"{front}{name}" for name in _nested(owner)]
-        near = suggest(word, arguments_of(owner)) or _suggest_last(word, inside)
+        known = arguments_of(owner)
+        near = suggest(word, known) or _suggest_last(word, inside) or (f"; it has {', '.join(known)}" if known else "")
         return f"no such key: {front}{word} ({owner} has none){near}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([^']+)'", message):
         word = f"{found[1]}.{found[2]}"

@@ -122,7 +122,7 @@ def test_help_is_quick() -> None:
             ["caption", "PAIRS/p0.png", "--model", "MODEL", "--device", "cuda:77"],
             "device cuda:77 is not available; leave device out",
         ),
-        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--device", "gpu"], "give cpu, cuda or mps"),
+        (["caption", "PAIRS/p0.png", "--model", "MODEL", "--device", "gpu"], "choose cpu, cuda or mps"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--temperature", "0.5"], "temperature changes how tokens"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-beams", "0"], "num_beams must be at least 1"),
         (["caption", "PAIRS/p0.png", "--model", "MODEL", "--num-bea", "3"], "unrecognized arguments: --num-bea"),
@@ -130,7 +130,10 @@ def test_help_is_quick() -> None:
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.max_step=3"], 'did you mean "trainer.max_steps"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--model.optim.learning_rate=3"], 'did you mean "model.optim.lr"?'),
         ([*FINETUNE, "--data.source=PAIRS", "--trainer.epochs=3"], 'did you mean "trainer.max_epochs"?'),
-        ([*FINETUNE, "--data.source=PAIRS", "--model.tuning.how=lora"], 'did you mean "model.tuning.method"?'),
+        (
+            [*FINETUNE, "--data.source=PAIRS", "--model.tuning.how=lora"],
+            "Tuning has none); it has parts, method, num_blocks, rank",
+        ),
         (["check", "PAIRS", "--json", "found.json"], 'did you mean "--out"?'),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--json", "x.json"], 'did you mean "--out"?'),
         (["ablate", "--recipe", "caption_scenes"], "required: --config"),
@@ -181,7 +184,7 @@ def test_nobody_reads_on(model: Path, pairs: Path) -> None:
 
 
 def test_the_next_command_is_one_that_a_shell_takes(tmp_path: Path) -> None:
-    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()), captioner=SimpleNamespace(has_heatmaps=False))
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(languages=()), model=SimpleNamespace(has_heatmaps=False))
     words = shlex.split(how_to(tmp_path / "내 실행 1", model, Evaluation(GenerationConfig())))
     assert words[words.index("--model") + 1] == str(tmp_path / "내 실행 1" / "model")
     assert "--heatmap" not in words
