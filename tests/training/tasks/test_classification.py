@@ -359,7 +359,7 @@ def test_the_recipe_fine_tunes_a_saved_vit_on_a_folder_of_ones_own(tmp_path: Pat
     assert tuned.transform.size == (48, 48)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
     assert metrics["classification"]["val"]["images"] == 3
-    moved = (tuned.vit.blocks[0].mlp.fc1.weight - vit.blocks[0].mlp.fc1.weight).abs().max()  # pyright: ignore
+    moved = (tuned.model.blocks[0].mlp.fc1.weight - vit.blocks[0].mlp.fc1.weight).abs().max()  # pyright: ignore
     assert 0 < float(moved.detach()) < 0.1
 
 
