@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from PIL import Image
 
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.loading.errors import TooManyErrors
@@ -465,3 +466,13 @@ def test_a_split_has_several_names(name: str, tmp_path: Path) -> None:
     assert len(source.split(name)) == len(source.split("val")) > 0
     with pytest.raises(ValueError, match="has no split 'test'; it has: train, val"):
         source.split("test")
+
+
+def test_of_one_picture_alone_the_error_says_how_to_train_on_it(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("빨강", "utf-8")
+    pairs = PairFiles(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no split 'val'; it has: train; .* with --data\.splits\.val=\[train\]$"):
+        pairs.split("val")
+    with pytest.raises(ValueError, match=r"no split 'test'; it has: train$"):
+        pairs.split("test")

@@ -74,7 +74,9 @@ def find_split(name: str, there: Collection[str], where: str) -> str:
     for found in (name, SPLITS.get(name.casefold())):
         if found is not None and found in there:
             return found
-    raise ValueError(f"{where} has no split {name!r}; it has: {', '.join(there) or 'none'}")
+    way = "; `mmt fit` validates on the training pictures with --data.splits.val=[train]"
+    way *= SPLITS.get(name.casefold()) == "val" and [*there] == ["train"]  # one picture alone
+    raise ValueError(f"{where} has no split {name!r}; it has: {', '.join(there) or 'none'}{way}")
 
 
 def folder_splits(paths: Sequence[str]) -> list[str | None]:
