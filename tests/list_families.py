@@ -32,8 +32,14 @@ EXAMPLES = {
 SPEEDS = {
     "blip": "x1.74, x2.09; Zen 4 x1.10, x1.52; Zen 3 x1.12",
     "vision-encoder-decoder": "Zen 4 x1.93, x1.93; Zen 3 x1.59",
+    "blip2": "Zen 5 x1.68, x1.93",
     "llava": "x1.45, x1.58",
     "git": "Zen 4 x1.14, x1.34; Zen 3 x1.07",
+    "idefics": "Zen 5 x1.70, x2.11",
+    "paligemma": "Zen 5 x1.57, x1.45",
+    "hub": "transformers' own",
+    "open_coca": "not measured: open_clip's `generate` does not run beside transformers 5",
+    "openflamingo": "not measured",
 }
 """transformers' CPU time by ours, float32, one picture and eight: tests/benchmarks/README.md."""
 

@@ -55,7 +55,8 @@ def loud(model: nn.Module) -> Any:
         elif "alpha" in name:  # gates, which begin at zero
             parameter.data.normal_(std=0.3)
         elif parameter.ndim > 1:
-            parameter.data.normal_(std=2.5 * parameter[0].numel() ** -0.5)
+            scale = 1.0 if "vision" in name else 2.5
+            parameter.data.normal_(std=scale * parameter[0].numel() ** -0.5)
     return model.eval()
 
 
