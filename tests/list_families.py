@@ -33,6 +33,7 @@ SPEEDS = {
     "blip": "x1.74, x2.09; Zen 4 x1.10, x1.52; Zen 3 x1.12",
     "vision-encoder-decoder": "Zen 4 x1.93, x1.93; Zen 3 x1.59",
     "blip2": "Zen 5 x1.68, x1.93",
+    "smolvlm": "Zen 5 x1.78, x2.07",
     "llava": "x1.45, x1.58",
     "git": "Zen 4 x1.14, x1.34; Zen 3 x1.07",
     "idefics": "Zen 5 x1.70, x2.11",
