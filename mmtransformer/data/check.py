@@ -235,7 +235,7 @@ _REMEDIES = {
     "no picture named": "write the picture's path into these rows, or name its column: --image-column NAME",
     "empty caption": "write captions, or take the rows out",
     "no caption file": "write a .txt of the same name beside each, or a table of image,caption; or have a model write "
-    "them: mmt caption FOLDER --model MODEL --out FOLDER/",
+    "them: mmt caption FOLDER --model MODEL --out FOLDER/; where folders name classes: mmt fit --config vit_classify",
     "no caption": "write captions, or take the pictures out of the list",
     "not valid Unicode": "write these captions anew: they hold halves of characters",
     "wrong number of cells": 'put captions with commas, quotes or line breaks into double quotes: "a dog, asleep"',

@@ -207,8 +207,8 @@ def _read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
-        if str(path).startswith(("http:", "https:", "ftp:", "s3:", "gs:")):
-            raise ImageError(f"{name}: an address, not a file; download it first") from error
+        if str(path).startswith(("http:", "https:", "ftp:", "s3:", "gs:", "file:", "data:")):
+            raise ImageError(f"{name:.99}: an address, not a file; download it first, or give path or bytes") from error
         if isinstance(error, IsADirectoryError):
             raise ImageError(f"{name}: a folder, not a picture; give the path of a file") from error
         reason = getattr(error, "strerror", None) or str(error)

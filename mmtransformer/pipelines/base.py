@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Self, TypeVar, cast
 
 import torch
 from PIL.Image import Image
@@ -14,7 +14,7 @@ from torch import nn
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.kernels import bfloat16_hardware
-from mmtransformer.layers.weight_packing import Precision, int8_pays
+from mmtransformer.layers.weight_packing import PackedLinear, Precision, int8_pays
 from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.serialization.printable import fenced, json_text, markup
@@ -30,6 +30,31 @@ _MOST_PIXELS = 4096 * 4096
 
 ImageLike = str | Path | bytes | BinaryIO | Image
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+
+class Pipeline(Generic[M]):
+    """What all pipelines are: a model on a device, with what it reads and writes around it."""
+
+    model: M
+    device: torch.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the model, as `nn.Module.to`.
+
+        Raises:
+            ValueError: If there is no such device, or weights are packed for another kind, as they are on a CPU from
+                the first picture on.
+        """
+        found = pick_device(device)
+        if found.type != self.device.type and any(isinstance(part, PackedLinear) for part in self.model.modules()):
+            raise ValueError(
+                f"the weights are packed for {self.device}, so they cannot go to {found}; load the model there: "
+                f'from_pretrained(..., device="{found}")'
+            )
+        self.model.to(found)
+        self.device = found
+        return self
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -12,6 +12,7 @@ from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
+    Pipeline,
     check_count,
     fast_autocast,
     in_batches,
@@ -27,7 +28,7 @@ from mmtransformer.serialization.printable import counted
 CLASSES = "classes.json"
 
 
-class ImageClassifier:
+class ImageClassifier(Pipeline[ViT]):
     """Classifies pictures with a trained ViT.
 
     Args:

@@ -20,6 +20,7 @@ from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     PREPROCESSOR,
     ImageLike,
+    Pipeline,
     check_count,
     check_vocabulary,
     fast_autocast,
@@ -51,7 +52,7 @@ TEMPLATES: tuple[str, ...] = (
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class DualEncoder:
+class DualEncoder(Pipeline[CLIP]):
     """Turns pictures and texts into vectors of length 1, the nearer the better they fit.
 
     Args:

@@ -26,6 +26,7 @@ from mmtransformer.pipelines.base import (
     GENERATION,
     PREPROCESSOR,
     ImageLike,
+    Pipeline,
     check_vocabulary,
     fast_autocast,
     in_batches,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 _READY = threading.Lock()
 
 
-class ImageCaptioner:
+class ImageCaptioner(Pipeline[Captioner]):
     """Captions pictures with a trained model.
 
     With the first picture the model is made ready for it (`ready`): on a CPU its linear weights are packed.

@@ -21,6 +21,7 @@ from mmtransformer.pipelines.base import (
     GENERATION,
     PREPROCESSOR,
     ImageLike,
+    Pipeline,
     pick_device,
     read_transform,
     write_card,
@@ -32,7 +33,7 @@ from mmtransformer.serialization.untrusted import settings_of
 from mmtransformer.text.tokenizer import Tokenizer
 
 
-class ImageGenerator:
+class ImageGenerator(Pipeline[TextToImageModel]):
     """Draws what texts say with a trained model.
 
     Args:

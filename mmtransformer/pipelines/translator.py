@@ -15,6 +15,7 @@ from mmtransformer.layers.record import record_attention
 from mmtransformer.layers.weight_packing import for_inference
 from mmtransformer.pipelines.base import (
     GENERATION,
+    Pipeline,
     check_vocabulary,
     fast_autocast,
     in_batches,
@@ -30,7 +31,7 @@ PAPER = GenerationConfig(num_beams=4, max_new_tokens=60, length_penalty=0.6, len
 """How the 2017 Transformer translated."""
 
 
-class Translator:
+class Translator(Pipeline[Transformer]):
     """Translates texts with a trained encoder-decoder.
 
     Args:

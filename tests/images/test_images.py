@@ -466,6 +466,10 @@ def test_folders_pipes_devices_and_absent_files_are_refused_at_once(tmp_path: Pa
 def test_addresses_and_wrong_types_are_refused() -> None:
     with pytest.raises(ImageError, match=r"https://example.com/a.jpg: an address, not a file; download it first"):
         load("https://example.com/a.jpg")
+    for path in ("file:///photos/a.jpg", "data:image/png;base64," + "A" * 5000):
+        with pytest.raises(ImageError, match=r"an address, not a file; .* give path or bytes") as caught:
+            load(path)
+        assert len(str(caught.value)) < 200
     with pytest.raises(ImageError, match='opened as text; open it with mode "rb"'):
         load(io.StringIO("text"))  # type: ignore[arg-type]
     with pytest.raises(

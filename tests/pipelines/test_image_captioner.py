@@ -105,6 +105,20 @@ def test_a_drawn_translation_depends_on_the_text_alone() -> None:
     assert [translator(text, "ko", do_sample=True, max_new_tokens=9)[0] for text in texts] == together
 
 
+def test_a_pipeline_moves_as_a_module_does_until_its_weights_are_packed() -> None:
+    model = captioner()
+    want = model(images()[1])
+    assert model.to("cpu") is model
+    assert model(images()[1]) == want
+    with pytest.raises(ValueError, match="packed for cpu, so they cannot go to meta; load the model there"):
+        model.to("meta")
+    moved = captioner().to("meta")
+    assert moved.device.type == "meta"
+    assert all(p.is_meta for p in moved.model.parameters())
+    with pytest.raises(ValueError, match="device cdua is unknown"):
+        moved.to("cdua")
+
+
 def test_the_card_runs(tmp_path: Path) -> None:
     folder = tmp_path / "star & <b>"
     captioner().save_pretrained(folder / "model", card="Its scores.")

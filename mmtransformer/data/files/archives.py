@@ -239,7 +239,7 @@ class Files:
             if self.selected is not None and nfc(path) not in self.selected and not item.is_dir():
                 continue
             if not item.name.isascii() and item.name != item.name.encode("utf-8", "replace").decode("utf-8"):
-                self.refused[ascii(path)] = "a name that is not UTF-8"
+                self.refused[ascii(path)] = "a name that is not UTF-8 (if it is, set PYTHONUTF8=1)"
                 continue
             if item.is_symlink():
                 target = Path(os.path.realpath(item.path))
