@@ -62,7 +62,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     painter = SimpleNamespace(draw=lambda *_, **__: [[Image.new("RGB", (8, 8))]], with_config=lambda **_: None)
     stand_in(ImageGenerator, painter)
     assert mmt(capsys, "draw", "a", "--out", f"new{FILE}", *names)[1] == "new그림\\x1b[2J\\u202e.png\n"
-    stand_in(ImageCaptioner, SimpleNamespace(processor=None, captioner=None, tokenizer=None, transform=None))
+    stand_in(ImageCaptioner, SimpleNamespace(processor=None, model=None, tokenizer=None, transform=None))
     monkeypatch.setattr("mmtransformer.weights.public.export_captioner", lambda *_, **__: "blip")
     assert mmt(capsys, "export", "m", FILE[:-4])[1].startswith("그림\\x1b[2J\\u202e: a blip, as ")
     monkeypatch.setattr(plan, "plan", lambda words: (SimpleNamespace(table=lambda *_: BAD), 1, "pictures"))
