@@ -16,6 +16,33 @@ def num_targets(loss_mask: Tensor) -> int | None:
     return getattr(loss_mask, _NUM_TARGETS, None)
 
 
+def as_mask(mask: Tensor, name: str) -> Tensor:
+    """A mask of whole numbers, as transformers' tokenizers give it, as bool.
+
+    Raises:
+        ValueError: naming the mask, if it holds fractions, or other numbers than 0 and 1 (`~` of whole numbers does).
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} is bool (True = yes), or whole numbers 0 and 1; this one is {mask.dtype}, of others")
+    return mask.bool()
+
+
+def with_images(pixels: Tensor) -> Tensor:
+    """Pixels (b 3 height width) of one image a sample, as (b 1 3 height width).
+
+    Raises:
+        ValueError: if they have another number of dimensions.
+    """
+    if pixels.ndim != 4:
+        raise ValueError(
+            "pixels are (samples, images of a sample, 3, height, width), or (samples, 3, height, width) with one image "
+            f"each, not {tuple(pixels.shape)}"
+        )
+    return pixels[:, None]
+
+
 @dataclass  # not frozen: Lightning casts its tensors in place for true float64 and bfloat16
 class Batch:
     """What a loader yields: a dataclass of tensors, with names or whatever else belongs to them.

@@ -32,6 +32,27 @@ def test_tensors_move_and_the_rest_stays() -> None:
     assert [batch.waves.device.type, batch.labels.device.type] == ["cpu", "cpu"]
 
 
+def test_masks_of_zeros_and_ones_become_bool_and_others_are_refused() -> None:
+    tokens, real = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = CaptionBatch(tokens, attention_mask=real, loss_mask=real.int())
+    pair = Seq2SeqBatch(tokens, real, tokens, real, real)
+    for mask in (
+        batch.attention_mask,
+        batch.loss_mask,
+        pair.source_attention_mask,
+        pair.attention_mask,
+        pair.loss_mask,
+    ):
+        assert mask.dtype == torch.bool
+        assert mask.tolist() == [[True, True, False], [True] * 3]
+    with pytest.raises(ValueError, match=r"loss_mask is bool .True = yes., or whole numbers 0 and 1; .* torch.int64"):
+        CaptionBatch(tokens, attention_mask=real, loss_mask=~real)  # -1 and -2, which are both true
+    with pytest.raises(ValueError, match=r"attention_mask is bool .* torch.float32"):
+        CaptionBatch(tokens, attention_mask=real.float(), loss_mask=real)
+    with pytest.raises(ValueError, match="source_attention_mask is bool"):
+        Seq2SeqBatch(tokens, 2 * real, tokens, real, real)
+
+
 def test_what_is_no_field_does_not_stop_a_batch() -> None:
     batch = Sounds(torch.ones(2, 3), torch.arange(2))
     vars(batch)["note"] = torch.zeros(1)
@@ -42,6 +63,7 @@ def test_what_is_no_field_does_not_stop_a_batch() -> None:
 def test_every_tensor_of_every_batch_moves(kind: type[Batch]) -> None:
     tensors = [field.name for field in dataclasses.fields(kind) if "Tensor" in str(field.type)]
     given = {name: torch.zeros(1, 1, 3, 2, 2) if name == "pixels" else torch.zeros(2) for name in tensors}
+    given |= {name: torch.zeros(2, dtype=torch.bool) for name in tensors if name.endswith("_mask")}
     moved = kind(**given, names=("a", "b")).to("meta")  # type: ignore[call-arg]
     assert len(given) >= 3
     assert {name: getattr(moved, name).device.type for name in given} == dict.fromkeys(given, "meta")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmtransformer.backbones.base import DecoderState, repeat_rows
 from mmtransformer.backbones.decoder import TextDecoder
-from mmtransformer.batch import Batch
+from mmtransformer.batch import Batch, as_mask
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock, make_norm
 from mmtransformer.layers.cache import KeyValue
@@ -38,6 +38,9 @@ class Seq2SeqBatch(Batch):
         attention_mask: (n q) bool, True = a real token.
         loss_mask: (n q) bool, True = a token that the model must predict: target and end, not prompt, not padding.
         names: what the n rows are called in messages.
+
+    Raises:
+        ValueError: if a mask holds other numbers than 0 and 1.
     """
 
     source: Tensor
@@ -46,6 +49,11 @@ class Seq2SeqBatch(Batch):
     attention_mask: Tensor
     loss_mask: Tensor
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.source_attention_mask = as_mask(self.source_attention_mask, "source_attention_mask")
+        self.attention_mask = as_mask(self.attention_mask, "attention_mask")
+        self.loss_mask = as_mask(self.loss_mask, "loss_mask")
 
     def truncate(self, length: int) -> Self:
         """The batch with only the first `length` tokens of every target."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import State
 from mmtransformer.backbones.towers.padded import pad_images, padded_features, token_mask
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.batch import Batch
+from mmtransformer.batch import Batch, as_mask, with_images
 from mmtransformer.losses.next_token import Loss, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -57,7 +57,7 @@ class CaptionBatch(Batch):
             (`ImageTransform` with resize "native"); 0 = no image. None = all have one size.
 
     Raises:
-        ValueError: if pixels have another number of dimensions.
+        ValueError: if pixels have another number of dimensions, or masks other numbers than 0 and 1.
     """
 
     tokens: Tensor
@@ -76,7 +76,10 @@ class CaptionBatch(Batch):
 
     def __post_init__(self) -> None:
         if self.pixels is not None and self.pixels.ndim != 5 and self.patch_grids is None:
-            self.pixels = _with_images(self.pixels)
+            self.pixels = with_images(self.pixels)
+        if not (self.attention_mask.dtype == self.loss_mask.dtype == torch.bool):
+            self.attention_mask = as_mask(self.attention_mask, "attention_mask")
+            self.loss_mask = as_mask(self.loss_mask, "loss_mask")
 
     @classmethod
     def from_pixels(cls, pixels: Sequence[Tensor], patch_size: int | None = None) -> Self:
@@ -152,7 +155,8 @@ class Captioner(Pretrained, nn.Module, ABC):
 
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
-        freeze_vision: whether it is taken out of training (its features can then be cached).
+        freeze_vision: whether it is taken out of training (its features can then be cached): in place, so also in other
+            models that share it.
         train_norm: whether the last norm of a frozen one learns, as in BLIP-2's own code; `encode` then gives, and a
             cache keeps, the tokens before it.
 
@@ -253,7 +257,7 @@ class Captioner(Pretrained, nn.Module, ABC):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             if patch_grids is not None:
                 return padded_features(self.vision, pixels, patch_grids, [-1] if self.train_norm else None)
-            pixels = pixels if pixels.ndim == 5 else _with_images(pixels)
+            pixels = pixels if pixels.ndim == 5 else with_images(pixels)
             features = self.features(rearrange(pixels, "b i c h w -> (b i) c h w"))
         return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
 
@@ -387,13 +391,3 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
             raise ValueError(
                 f"row {int(late.nonzero()[0])} has real tokens behind padding: only prompts are padded on the left"
             )
-
-
-def _with_images(pixels: Tensor) -> Tensor:
-    """Pixels (b 3 height width) of one image a sample, as (b 1 3 height width)."""
-    if pixels.ndim != 4:
-        raise ValueError(
-            "pixels are (samples, images of a sample, 3, height, width), or (samples, 3, height, width) with one image "
-            f"each, not {tuple(pixels.shape)}"
-        )
-    return pixels[:, None]

@@ -156,6 +156,12 @@ def check(
             f"a prompt of {prompt} and max_new_tokens ({new}) are more than the {model.max_len} tokens that the model "
             f"reads; at most {model.max_len - prompt} new tokens fit"
         )
+    real = batch.attention_mask
+    if bool((ends_early := (real[:, :-1] & ~real[:, 1:]).any(1)).any()):
+        raise ValueError(
+            f"row {int(ends_early.nonzero()[0])} of the prompts has padding behind its tokens: what is to be continued "
+            'ends with a token, so prompts are padded on the left (padding_side="left" in transformers)'
+        )
     if not ends or not all(0 <= i < model.vocab_size for i in ends):
         raise ValueError(f"eos_id {ends} is not in the model's vocabulary, 0 to {model.vocab_size - 1}")
     if config.guidance_scale != 1 and not isinstance(model, Captioner):

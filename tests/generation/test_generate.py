@@ -263,6 +263,15 @@ def test_every_prompt_gets_a_text_where_every_token_is_banned(beams: int, forced
         assert len(text.tokens) == 2
 
 
+def test_prompts_padded_on_the_right_are_refused(captioner: VisionEncoderDecoder) -> None:
+    batch = prompts(3)
+    batch.attention_mask = torch.tensor([[True] * 3, [True, True, False], [False, True, True]])
+    with pytest.raises(ValueError, match=r"row 1 of the prompts has padding behind its tokens: .* padded on the left"):
+        generate(captioner, batch, eos_id=2)
+    with pytest.raises(ValueError, match="row 1 of the prompts"):
+        next(stream(captioner, batch, eos_id=2))
+
+
 def test_errors_name_the_numbers(captioner: VisionEncoderDecoder) -> None:
     batch = prompts()
     faults: list[tuple[dict[str, Any], str]] = [

@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ class ImageIndex:
             batch_size: Pictures at once.
             progress: Show a progress bar with the time that is left.
             save_every: Seconds between savings, at the least; where one takes long, 20 times that.
-            on_error: Is told of each picture that cannot be used.
+            on_error: Is told of each picture that cannot be used; None = a warning counts them.
 
         Returns:
             What was found (also in `changes`).
@@ -212,6 +213,13 @@ class ImageIndex:
                 raise ValueError(f"not one of {counted(len(names), 'picture')} can be used")
             first, more = next(iter(self.changes.bad.values())), len(self.changes.bad) - 1
             raise ValueError(first + (f"; nor can {counted(more, 'other picture')} be used" if more else ""))
+        if on_error is None and (tried := self.changes.tried):
+            first = self.changes.bad[next(iter(tried))]
+            warnings.warn(
+                f"{counted(len(tried), 'picture')} cannot be used and {'is' if len(tried) == 1 else 'are'} left out "
+                f"(changes.bad names all): {first}",
+                stacklevel=2,
+            )
         if update.needed or (root, where) != (self.contents.root, self.contents.places):
             self.contents = contents
             if self.path is not None:

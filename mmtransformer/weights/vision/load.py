@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,11 @@ def _from_file(path: Path, settings: ViTSettings | None) -> ViT:
     if settings is None:
         raise ValueError(
             f"{path}: tensors do not say how many heads they are for, which grid, activation, norm_eps and pooling: "
-            f"give settings, or a folder with the {CONFIG} that timm writes"
+            f"give settings (ViTSettings), or a folder with the {CONFIG} that timm writes"
         )
+    if not isinstance(settings, ViTSettings):
+        names = ", ".join(field.name for field in fields(ViTSettings))
+        raise TypeError(f"settings are a mmtransformer.weights.ViTSettings({names}), not a {type(settings).__name__}")
     with built_from(state, str(path)):
         return vit_from_state(state, settings, str(path))
 

@@ -26,6 +26,7 @@ from mmtransformer.pipelines.search.nearest import groups_alike, nearest
 from support.encoders import ColourEncoder
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.filterwarnings("ignore:1 picture cannot be used:UserWarning")  # cut.png, of most tests
 
 
 def paint(path: Path, colour: str, second: str | None = None) -> Path:
@@ -120,6 +121,10 @@ def test_texts_and_pictures_find(photos: Path) -> None:
     assert list(bad) == ["cut.png"]
     assert index.changes.new == 6
     assert "cut.png" in str(bad["cut.png"])
+    with pytest.warns(
+        UserWarning, match=r"1 picture cannot be used and is left out .changes.bad names all.: .*cut.png"
+    ):
+        ImageIndex.build(ColourEncoder(), photos)
     assert names(index.search("빨간 별", top_k=2)) == ["a.png", "more.zip/빨강.png"]
     assert names(index.search(["red", "blue"], top_k=1)) == ["d.png"]
     assert "d.png" not in names(index.search("red", without="blue", top_k=2))

@@ -238,6 +238,12 @@ def test_a_convolutional_stem_is_not_timms() -> None:
         to_timm(ViT(16, 8, 20, 1, 4, patches=PatchConfig(stem="conv")))
 
 
+def test_settings_of_a_bare_file_are_of_their_class(tmp_path: Path) -> None:
+    save_file(timm_vit().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(TypeError, match=r"settings are a mmtransformer.weights.ViTSettings\(num_heads, .*not a dict"):
+        load_vit(tmp_path / "model.safetensors", settings={"num_heads": 3})  # type: ignore[arg-type]
+
+
 # --- load_vit: a folder of ours, a folder or a file with timm's names, a timm name
 
 
