@@ -25,7 +25,8 @@ def as_mask(mask: Tensor, name: str) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     if mask.is_floating_point() or not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{name} is bool (True = yes), or whole numbers 0 and 1; this one is {mask.dtype}, of others")
+        others = "" if mask.is_floating_point() else " with others"
+        raise ValueError(f"{name} must be bool (True = yes), or whole numbers 0 or 1; got {mask.dtype}{others}")
     return mask.bool()
 
 

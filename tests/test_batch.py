@@ -45,11 +45,13 @@ def test_masks_of_zeros_and_ones_become_bool_and_others_are_refused() -> None:
     ):
         assert mask.dtype == torch.bool
         assert mask.tolist() == [[True, True, False], [True] * 3]
-    with pytest.raises(ValueError, match=r"loss_mask is bool .True = yes., or whole numbers 0 and 1; .* torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"loss_mask must be bool .* whole numbers 0 or 1; got torch.int64 with others"
+    ):
         CaptionBatch(tokens, attention_mask=real, loss_mask=~real)  # -1 and -2, which are both true
-    with pytest.raises(ValueError, match=r"attention_mask is bool .* torch.float32"):
+    with pytest.raises(ValueError, match=r"attention_mask must be bool .*; got torch.float32$"):
         CaptionBatch(tokens, attention_mask=real.float(), loss_mask=real)
-    with pytest.raises(ValueError, match="source_attention_mask is bool"):
+    with pytest.raises(ValueError, match="source_attention_mask must be bool"):
         Seq2SeqBatch(tokens, 2 * real, tokens, real, real)
 
 

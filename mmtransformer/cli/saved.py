@@ -50,6 +50,8 @@ def _classify(name: str, words: Sequence[str]) -> int:
     from mmtransformer.pipelines.classifier import ImageClassifier
 
     images = ImageFiles(places(args.images))
+    if not len(images):
+        raise ValueError("the list names no picture")
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
     first, bad = None, 0
     for some in in_batches(range(len(images)), 64):

@@ -142,7 +142,10 @@ class ImageFolder:
         self._splits = {name: [files[i] for i in some] for name, some in members.items()}
         if not self._splits.get("train") or not self._splits.get("val"):
             counts = ", ".join(f"{name} {len(some)}" for name, some in self._splits.items()) or "no pictures"
-            raise ValueError(f"{root}: train and val both need pictures, there are: {counts}; put more there")
+            raise ValueError(
+                f"{root}: train and val both need pictures, there are: {counts}; put more there, or set "
+                "val_fraction above 0"
+            )
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""

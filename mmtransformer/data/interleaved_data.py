@@ -19,7 +19,7 @@ from mmtransformer.data.loading.kept import once_a_split
 from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size, of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
-from mmtransformer.data.loading.source import PairSource
+from mmtransformer.data.loading.source import PairSource, splits_there
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.mixture import MixedDocuments
 from mmtransformer.images import Augment, ImageTransform
@@ -83,7 +83,6 @@ class InterleavedData(Data):
             tokenizer=tokenizer,
             vocab_size=vocab_size,
         )
-        self.val_splits = (*logged, *self.caption_splits)  # names in the log, not of the source
         self.transform = of_one_size(image or ImageTransform(), "interleaved documents have")
         self.source: DocumentSource = (
             InterleavedFiles(source, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
@@ -91,6 +90,8 @@ class InterleavedData(Data):
         self.augment, self._own_transform = augment, image
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
         self._pairs = DocumentPairs(self.source) if captions is None else captions
+        self.caption_splits = splits_there(self._pairs, self.caption_splits)
+        self.val_splits = (*logged, *self.caption_splits)  # names in the log, not of the source
         self._captions: CaptionData | None = None
 
     def train_tokenizer(self) -> Tokenizer:

@@ -38,16 +38,18 @@ class Pipeline(Generic[M]):
 
     model: M
     device: torch.device
+    precision: Precision = "fp32"
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the model, as `nn.Module.to`.
 
         Raises:
-            ValueError: If there is no such device, or weights are packed for another kind, as they are on a CPU from
-                the first picture on.
+            ValueError: If there is no such device, or weights are of 8 bits or packed for another kind, as they are on
+                a CPU: an `ImageCaptioner`'s from its first picture on, others' from their loading on.
         """
         found = pick_device(device)
-        if found.type != self.device.type and any(isinstance(part, PackedLinear) for part in self.model.modules()):
+        packed = self.precision == "int8" or any(isinstance(part, PackedLinear) for part in self.model.modules())
+        if found.type != self.device.type and packed:
             raise ValueError(
                 f"the weights are packed for {self.device}, so they cannot go to {found}; load the model there: "
                 f'from_pretrained(..., device="{found}")'

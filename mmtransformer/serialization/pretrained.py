@@ -382,7 +382,7 @@ class Pretrained:
         if "class" in config and (version := config.get("format_version")) != FORMAT_VERSION:
             raise ValueError(
                 f"{folder / CONFIG}: format_version is {version!r:.20}, and this mmtransformer reads {FORMAT_VERSION}: "
-                f"save the model again with this version, or load it with the one that saved it"
+                f"train it again, or load it with the version that saved it"
             )
         state = read_safetensors(folder / WEIGHTS)
         described = {key: value for key, value in config.items() if key not in ("format_version", "metadata", KEY)}

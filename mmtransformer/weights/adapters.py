@@ -88,7 +88,11 @@ class Adapter:
         said = config.get("adapter")
         kinds: dict[str, Any] = {"base": str, "base_hash": str, "scaling": float, "revision": str | None}
         if not isinstance(said, dict) or said.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path}: no adapter of format_version {FORMAT_VERSION}")
+            version = said.get("format_version") if isinstance(said, dict) else None
+            raise ValueError(
+                f"{path}: no adapter of format_version {FORMAT_VERSION}, but of {version!r:.20}: train it again, or "
+                "load it with the version that saved it"
+            )
         if odd := [name for name, kind in kinds.items() if not isinstance(said.get(name), kind)]:
             raise ValueError(f"{path}: adapter.{odd[0]} is {said.get(odd[0])!r:.80}, not {kinds[odd[0]]}")
         tensors = read_safetensors(folder / ADAPTER)

@@ -112,6 +112,10 @@ def test_a_pipeline_moves_as_a_module_does_until_its_weights_are_packed() -> Non
     assert model(images()[1]) == want
     with pytest.raises(ValueError, match="packed for cpu, so they cannot go to meta; load the model there"):
         model.to("meta")
+    eight = captioner()
+    eight.precision = "int8"
+    with pytest.raises(ValueError, match="packed for cpu"):
+        eight.to("meta")
     moved = captioner().to("meta")
     assert moved.device.type == "meta"
     assert all(p.is_meta for p in moved.model.parameters())

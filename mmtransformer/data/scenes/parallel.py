@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from mmtransformer.data.files.normalize import normalize_splits
 from mmtransformer.data.files.text import LANGUAGES as CODE_OF
-from mmtransformer.data.files.text import is_missing, normalize_text
+from mmtransformer.data.files.text import SPLITS, is_missing, normalize_text
 from mmtransformer.data.scenes.grammar import LANGUAGES
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import Scene
@@ -146,6 +146,7 @@ class ParallelTable:
         keys, said, found = list[str](), list[str | None](), list[list[Parallel]]()
         for number, row in _read_table(Path(path)):
             named = {CODE_OF.get(column.strip().casefold(), column): column for column in row}
+            named |= {column: column for column in row}  # its own name before what another one means
             if missing := [code for code in self.languages if code not in named]:
                 raise ValueError(
                     f"{path}:{number}: no column {missing[0]!r} among {', '.join(row)}; name each column by its "
@@ -158,13 +159,16 @@ class ParallelTable:
                 self.incomplete += 1
                 continue
             keys.append("\n".join(texts.values()))
-            said.append(row.get("split", "").strip() or None)
+            split = row.get("split", "").strip()
+            said.append(SPLITS.get(split.casefold(), split) or None)
             found.append([Parallel(f"row {number}", texts[a], a, texts[b], b) for a, b in pairs])
         members, _ = normalize_splits(keys, said, val_fraction, "rows")
         self._splits = {name: [pair for i in some for pair in found[i]] for name, some in members.items()}
         if not self._splits.get("train") or not self._splits.get("val"):
             counts = ", ".join(f"{name} {len(rows)}" for name, rows in self._splits.items()) or "no rows"
-            raise ValueError(f"{path}: train and val both need rows, there are: {counts}; add more")
+            raise ValueError(
+                f"{path}: train and val both need rows, there are: {counts}; add more, or set val_fraction above 0"
+            )
 
     def splits(self) -> tuple[str, ...]:
         """The names of the splits."""

@@ -11,7 +11,7 @@ from mmtransformer.serialization.pretrained import CONFIG, read_json
 GENERATION = "generation_config.json"
 _SEARCH = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "do_sample", "temperature",
            "top_k", "top_p")  # fmt: skip
-_UNHEEDED = {
+_UNSUPPORTED = {
     "num_beam_groups": 1, "diversity_penalty": 0.0, "num_return_sequences": 1, "early_stopping": False,
     "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "typical_p": 1.0, "min_p": 0.0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "guidance_scale": 1.0, "renormalize_logits": False,
@@ -80,7 +80,7 @@ def read_search(folder: Path, *, prompt_len: int = 0, usual: Mapping[str, Any] |
 def _does_nothing(key: str, value: Any) -> bool:
     """Whether a setting is followed here, or changes no text."""
     known = key in _SEARCH or key in _OF_NO_EFFECT or key.startswith(_NO_EFFECT_BEFORE)
-    return known or value == [] or (key in _UNHEEDED and value == _UNHEEDED[key])
+    return known or value == [] or (key in _UNSUPPORTED and value == _UNSUPPORTED[key])
 
 
 def read_ends(folder: Path, *places: str) -> tuple[int, ...]:

@@ -142,6 +142,16 @@ def test_columns_are_named_by_their_languages_and_few_rows_fill_both_splits(tmp_
     assert len(ParallelTable(str(path), directions=["ko-de"]).split("train")) == 1
 
 
+def test_a_column_of_the_very_name_comes_first_and_splits_have_their_usual_names(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("kr,en,Korean,split\n개,a dog,멍멍이,train\n소,a cow,음매,Validation\n", "utf-8")
+    source = ParallelTable(str(path), directions=["kr-en"])
+    assert {name: [row.source for row in source.split(name)] for name in source.splits()} == {
+        "train": ["개"],
+        "val": ["소"],
+    }
+
+
 # --- batches
 
 
