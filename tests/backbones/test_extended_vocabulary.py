@@ -161,6 +161,15 @@ def test_saved_loaded_and_written_for_transformers(kind: str, tmp_path: Path) ->
         close(hub.head(hub(asked)), model.head(model(asked)))
 
 
+def test_it_is_built_around_weights_that_are_yet_to_be_read() -> None:
+    """Reading a folder builds the model in memory as it comes, which now and then holds NaN."""
+    inner = INNER["tied"]()
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            parameter.fill_(float("nan"))
+    assert ExtendedVocabulary(inner, 2).vocab_size == VOCAB + 2
+
+
 def test_errors_name_the_numbers() -> None:
     for new, first, message in (
         (0, None, r"new_tokens \(0\)"),
