@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmtransformer.backbones.base import PromptBatch
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.batch import Batch, num_targets
 from mmtransformer.captioners.base import CaptionBatch
@@ -51,6 +52,7 @@ def test_masks_of_zeros_and_ones_become_bool_and_others_are_refused() -> None:
         CaptionBatch(tokens, attention_mask=real, loss_mask=~real)  # -1 and -2, which are both true
     with pytest.raises(ValueError, match=r"attention_mask must be bool .*; got torch.float32$"):
         CaptionBatch(tokens, attention_mask=real.float(), loss_mask=real)
+    assert PromptBatch(tokens, real).attention_mask.dtype == torch.bool
     with pytest.raises(ValueError, match="source_attention_mask must be bool"):
         Seq2SeqBatch(tokens, 2 * real, tokens, real, real)
 

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mmtransformer.batch import as_mask
 from mmtransformer.layers import masks
 from mmtransformer.layers.cache import KeyValue, KVCache
 from mmtransformer.layers.masks import Mask
@@ -41,6 +42,9 @@ class PromptBatch:
 
     tokens: Tensor
     attention_mask: Tensor
+
+    def __post_init__(self) -> None:
+        self.attention_mask = as_mask(self.attention_mask, "attention_mask")
 
 
 class DecoderState:

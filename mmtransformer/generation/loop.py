@@ -53,7 +53,7 @@ def generate(
     Raises:
         ValueError: for numbers that make no sense, alone or together, or with this model and batch.
     """
-    c = config or GenerationConfig()
+    c = GenerationConfig() if config is None else config
     c = dataclasses.replace(c, **changes) if changes else c
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
@@ -98,14 +98,15 @@ def stream(
     Raises:
         ValueError: as `generate`; and for several beams or texts, of which no token is sure before the end.
     """
-    c = config or GenerationConfig()
+    c = GenerationConfig() if config is None else config
     c = dataclasses.replace(c, **changes) if changes else c
+    ends = check(c, model, batch, eos_id)
     if c.num_beams > 1 or c.num_return_sequences > 1:
         raise ValueError(
             f"a stream is one text, without beams: num_beams is {c.num_beams}, num_return_sequences "
             f"{c.num_return_sequences}"
         )
-    eos_ids = torch.tensor(check(c, model, batch, eos_id), device=batch.tokens.device)
+    eos_ids = torch.tensor(ends, device=batch.tokens.device)
     search = Sampler(batch, c, eos_ids, content)
     for tokens in decode_loop(model, batch, c, search):
         yield [None if end else token for end, token in zip(search.done.tolist(), tokens.tolist(), strict=True)]
@@ -143,8 +144,16 @@ def check(
     """Refuses settings that make no sense with a model and a batch; gives the ids that end a text.
 
     Raises:
+        TypeError: of a batch or settings of another kind.
         ValueError: naming the setting.
     """
+    if isinstance(batch, Tensor):
+        raise TypeError(
+            "generate reads a batch, such as CaptionBatch(tokens, attention_mask, loss_mask, pixels) or, of a language "
+            "model, PromptBatch(tokens, attention_mask), not a tensor"
+        )
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(f"config is a GenerationConfig, not a {type(config).__name__}: pictures travel in the batch")
     if isinstance(eos_id, Tensor):
         eos_id = eos_id.flatten().tolist()
     ends: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]

@@ -263,6 +263,15 @@ def test_every_prompt_gets_a_text_where_every_token_is_banned(beams: int, forced
         assert len(text.tokens) == 2
 
 
+def test_batches_and_settings_of_another_kind_are_refused(captioner: VisionEncoderDecoder) -> None:
+    batch, anything = prompts(3), captioner
+    with pytest.raises(TypeError, match=r"generate reads a batch, such as CaptionBatch.*, not a tensor"):
+        generate(anything, batch.tokens, eos_id=2)  # type: ignore[arg-type]
+    for call in (generate, lambda *args, **options: next(stream(*args, **options))):
+        with pytest.raises(TypeError, match="config is a GenerationConfig, not a Tensor: pictures travel in the batch"):
+            call(anything, batch, batch.tokens, eos_id=2)
+
+
 def test_prompts_padded_on_the_right_are_refused(captioner: VisionEncoderDecoder) -> None:
     batch = prompts(3)
     batch.attention_mask = torch.tensor([[True] * 3, [True, True, False], [False, True, True]])
