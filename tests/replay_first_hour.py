@@ -97,6 +97,16 @@ def more_data() -> None:
     Path("bad/broken.jpg").write_bytes(b"\xff\xd8\xff broken")
 
 
+def classes_and_pairs() -> None:
+    """What the fifth fresh trial had: folders that name classes, translations, a picture that is none."""
+    for name in ("고양이", "개"):
+        pictures(Path("classes", name))
+    pictures(Path("mixed"), NAMES[:3])
+    Path("mixed/broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    rows = ["한국어\t영어", *(f"빨간 별 {n}\ta red star {n}" for n in NAMES)]
+    Path("pairs.tsv").write_text("\n".join(rows), "utf-8")
+
+
 def own_layouts() -> None:
     """What the fourth fresh trial had: layouts that people make themselves."""
     for folder in ("byname/images", "bilingual", "doubled", "leftover", "half"):
@@ -142,6 +152,12 @@ PYTHON = (
     "c = mm.ImageCaptioner.from_pretrained('runs/first/model'); print(repr(c)[:14], repr(c.tokenizer)[:9]); "
     "print(sum(map(len, c.stream(p for p in ['ids/000.jpg'] * 3))), 'streamed'); "
     "from importlib.resources import files; print((files(mm) / 'py.typed').is_file(), 'typed'); c(iter(['a.jpg']))"
+)
+MASKS = (
+    "import torch; from mmtransformer import *; "
+    "m = VisionEncoderDecoder(ViT(16, 8, 24, 1, 2), TextDecoder(50, 24, 1, 2, cross_dim=24, max_len=20)); "
+    "x, t = torch.rand(2, 3, 16, 16), torch.tensor([[5, 6, 0], [7, 8, 9]]); real = (t > 0).long(); "
+    "print(CaptionBatch(t, real, real, x).loss_mask.dtype); generate(m, CaptionBatch(t, real, real, x), eos_id=2, max_new_tokens=5)"
 )
 STOPPED = "-c import shutil; shutil.copytree('runs/first', 'runs/stopped', ignore=lambda *_: ['model'])"
 STEPS: list[tuple[str, int, tuple[str, ...]]] = [
@@ -216,6 +232,13 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     (f"caption @목록.txt {MODEL}", 0, ("2 pictures captioned",)),
     (f"caption 목록.txt {MODEL}", 2, ("write @목록.txt",)),
     (f"caption ids/000.jpg {MODEL}/config.json", 2, ("a model is a folder: name runs/first/model",)),
+    ("fit --config vit_classify --config tiny --data.source=classes --trainer.default_root_dir runs/classes", 0,
+     ("model     runs/classes/model",)),
+    ("classify mixed --model runs/classes/model", 1, ("mixed/002.jpg: ", "broken.jpg")),
+    ("caption mixed/000.jpg --model runs/classes/model", 2, ("`mmt classify`",)),
+    ("fit --config translate_scenes --config tiny --data.source=pairs.tsv --trainer.default_root_dir runs/pairs", 0,
+     ("model     runs/pairs/model",)),
+    (f"-c {MASKS}", 1, ("torch.bool", "row 0 of the prompts has padding behind its tokens")),
     (STOPPED, 0, ()),
     ("caption ids/000.jpg --model runs/stopped", 2, ("--resume` goes on", "without training on")),
 ]  # fmt: skip
@@ -231,6 +254,7 @@ def main(python: str) -> int:
         data()
         more_data()
         own_layouts()
+        classes_and_pairs()
         for words, code, wanted in STEPS:
             began = time.monotonic()
             own = words.startswith("-c ")
