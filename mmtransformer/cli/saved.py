@@ -54,7 +54,7 @@ def _classify(name: str, words: Sequence[str]) -> int:
         raise ValueError("the list names no picture")
     classifier = ImageClassifier.from_pretrained(args.model, device=args.device)
     first, bad = None, 0
-    for some in in_batches(range(len(images)), 64):
+    for some in in_batches(range(len(images)), 16):
         loaded: dict[int, Image] = {}
         for i in some:
             try:
