@@ -107,6 +107,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from mmtransformer.pipelines.base import check_cores
     from mmtransformer.pipelines.dual_encoder import DualEncoder
     from mmtransformer.training import Captioning, Contrast, Progress, Samples
     from mmtransformer.training.callbacks.saving import Saving
@@ -164,6 +165,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                     say(line)
             try:
                 super().instantiate_classes()
+            except ModuleNotFoundError as error:
+                raise ValueError(f"{error}; what the recipe names needs it") from error
             except ValueError as error:
                 raise cause_of(error) from error
 
@@ -179,6 +182,10 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
 
         def instantiate_trainer(self, **kwargs: Any) -> "Trainer":
             config = self.config_init["trainer"]
+            if config is None:
+                raise ValueError("trainer: null: give its keys (trainer.max_epochs), or leave it out")
+            if (clip := config.gradient_clip_val) is not None and clip < 0:  # it would turn the gradient round
+                raise ValueError(f"trainer.gradient_clip_val ({clip}) must be at least 0; null clips nothing")
             if config.default_root_dir is None:
                 config.default_root_dir = self.config.trainer.default_root_dir = str(folder)
             root = Path(config.default_root_dir)
@@ -215,6 +222,8 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             config.plugins = plugins
             extra = [callback for callback in extra if type(callback) not in mine]
             trainer = self._instantiate_trainer({**config, **kwargs}, extra)
+            if trainer.strategy.root_device.type == "cpu":
+                check_cores("trainer.devices", trainer.num_devices)
             say(f"precision: {trainer.precision}, as {reason}")  # On a CPU float16 becomes bfloat16.
             return trainer
 

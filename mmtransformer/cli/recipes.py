@@ -74,21 +74,21 @@ def recipe_file(recipe: str) -> str:
 
 
 def check_whole(files: Sequence[str], words: Sequence[str]) -> None:
-    """Refuses files that were looked through, if neither they nor the command line say which model is trained.
+    """Refuses files that were looked through, if one has no keys, or none and no word says which model is trained.
 
     Raises:
-        ValueError: Naming the first, which can be laid over a recipe only.
+        ValueError: Naming the file; the first, which can be laid over a recipe only, where no model is named.
     """
     import yaml
 
-    if not files or {"--model", "--model.class_path"} & {word.partition("=")[0] for word in words}:
-        return
+    named = {"--model", "--model.class_path"} & {word.partition("=")[0] for word in words}
     for file in files:
-        held = yaml.safe_load(Path(file).read_text("utf-8")) or {}
+        held = yaml.safe_load(Path(file).read_text("utf-8"))
         if not isinstance(held, dict):
             raise ValueError(f"{file} is no recipe: it must hold keys with values, as `mmt recipes show tiny` has them")
-        if "model" in held:
-            return
+        named |= {"model"} & {*held}
+    if not files or named:
+        return
     raise ValueError(
         f"{files[0]} names no model, so it is no recipe; it can be laid over one: "
         f"mmt fit --config caption_scenes --config {quote(files[0])}"

@@ -69,7 +69,8 @@ def check_recipe(path: str | Path) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        hint = "; YAML is indented by spaces, not tabs" if "cannot start any token" in str(error) else ""
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}{hint}") from None
 
 
 @contextmanager

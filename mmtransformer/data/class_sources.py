@@ -6,13 +6,13 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from mmtransformer.data.files.endings import IMAGES
+from mmtransformer.data.files.names import is_hidden
 from mmtransformer.data.files.normalize import normalize_splits
 from mmtransformer.data.files.read_options import check_share
 from mmtransformer.data.files.text import split_word
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.images import load
-
-ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jfif"))
 
 
 class Classified(Protocol):
@@ -132,7 +132,7 @@ class ImageFolder:
         files, said = list[_File](), list[str | None]()
         for folder, split in places:
             for path in sorted(folder.rglob("*")):
-                if path.suffix.lower() not in ENDINGS:
+                if is_hidden(path.name) or not path.name.lower().endswith(IMAGES):
                     self.ignored += path.is_file()
                     continue
                 name = path.relative_to(top).as_posix()

@@ -31,7 +31,7 @@ class ImageFiles:
         others: Files of the folders and archives that are called like no picture, and are left alone.
 
     Raises:
-        ValueError: If a pattern fits no file, a folder or archive holds no picture, or an archive cannot be read.
+        ValueError: If a pattern fits no file, the one place named holds no picture, or an archive cannot be read.
     """
 
     def __init__(self, places: Iterable[str | Path]) -> None:
@@ -41,6 +41,8 @@ class ImageFiles:
         self._found: dict[str, tuple[int, Entry] | str | None] = {}
         for place in places:
             self._add(str(place))
+        if list(map(type, self._found.values())) == [str] and (name := next(iter(self._found))) in self._archives:
+            raise ValueError(f"{name}: {self._found[name]}")
         self._names = list(self._found)
 
     def __len__(self) -> int:
@@ -128,7 +130,8 @@ class ImageFiles:
         files, before = self._files[at], len(self._found)
         lead = place.rstrip("/") + "/"
         for path, reason in files.refused.items():
-            if path.lower().endswith((*IMAGES, *ARCHIVES)) or unpack_hint(path):
+            lost = path.lower().endswith((*IMAGES, *ARCHIVES)) or unpack_hint(path) or path in files.refused_folders
+            if lost:
                 self._found.setdefault(lead + path, reason)
         for entry in files.entries:
             if entry.path.lower().endswith(IMAGES):
@@ -136,7 +139,7 @@ class ImageFiles:
             else:
                 self.others += 1
         if len(self._found) == before and not any(name.startswith(lead) for name in self._found):
-            raise ValueError(f"{place}: no pictures there ({', '.join(IMAGES)})")
+            self._found[place] = f"no pictures there ({', '.join(IMAGES)})"
 
     def _member(self, archive: str, inner: str) -> tuple[int, Entry] | str:
         try:
@@ -144,7 +147,7 @@ class ImageFiles:
         except ValueError as error:
             return str(error)
         entry = self._files[at].by_path.get(nfc(inner))
-        return (at, entry) if entry else f"not in {archive}; check the path"
+        return (at, entry) if entry else self._files[at].refused.get(nfc(inner), f"not in {archive}; check the path")
 
     def _open(self, place: str) -> int:
         if place not in self._archives:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,6 +132,16 @@ def check_count(name: str, count: int) -> None:
     """
     if type(count) is not int or count < 1:
         raise ValueError(f"{name} must be a whole number, at least 1, not {count!r:.80}")
+
+
+def check_cores(name: str, count: int) -> None:
+    """Refuses more processes than a CPU has cores (two always go): each holds the model, and they would only wait.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if count > (most := max(2, os.cpu_count() or 1)):
+        raise ValueError(f"{name} ({count}): a CPU takes a process for each of its cores, {most} at most here")
 
 
 def listed(images: Any, instead: str = "") -> list[Any]:

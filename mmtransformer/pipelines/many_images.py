@@ -18,7 +18,7 @@ from mmtransformer.captioners.base import CaptionBatch, Captioner
 from mmtransformer.generation.captions import CaptionResult, Prompts, write_captions
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.images import ImageError, ImageTransform
-from mmtransformer.pipelines.base import check_count, fast_autocast
+from mmtransformer.pipelines.base import check_cores, check_count, fast_autocast
 from mmtransformer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -277,4 +277,6 @@ def devices_of(device: str | None, count: int) -> list[str | None]:
     kind = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and (there := torch.cuda.device_count()) < count:
         raise ValueError(f"--devices {count}: there {'is' if there == 1 else 'are'} {there} GPU{'s' * (there != 1)}")
+    if kind == "cpu":
+        check_cores("--devices", count)
     return [f"cuda:{i}" for i in range(count)] if kind == "cuda" else [kind] * count

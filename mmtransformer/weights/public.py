@@ -175,10 +175,13 @@ def export_captioner(
     Raises:
         ValueError: if no family has, saying of each why, before anything is written.
     """
-    pixels, why = to_preprocessor(transform), []
-    for name in families_for(captioner) if family is None else [family]:
-        if name not in FAMILIES:
-            raise ValueError(f'no family is called "{name}": {", ".join(FAMILIES)}')
+    pixels, why, fitting = to_preprocessor(transform), [], families_for(captioner)
+    if family not in (None, *FAMILIES):
+        raise ValueError(f'no family is called "{family}": {", ".join(FAMILIES)}')
+    if family not in (None, *fitting):
+        fit = ", ".join(fitting) or "none"
+        raise ValueError(f"{family} is no family of a {type(captioner).__name__}, which fits {fit}")
+    for name in fitting if family is None else [family]:
         if reader not in (None, FAMILIES[name].reader):
             why.append(f"{name}: {FAMILIES[name].reader} reads it, not {reader}")
             continue

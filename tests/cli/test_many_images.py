@@ -122,6 +122,7 @@ def test_folders_patterns_archives_and_lists(
         (["photos", "--batch-size", "0"], "batch_size"),
         (["a.zip", "--out", "txt"], "lies in an archive"),
         (["photos", "--devices", "0"], "--devices"),
+        (["photos", "--device", "cpu", "--devices", "999"], "--devices (999): a CPU takes a process for each"),
         (["photos", "--device", "cuda", "--devices", "65"], "GPU"),
     ):
         code, _, err = mmt(capsys, "caption", *words, "--model", model)

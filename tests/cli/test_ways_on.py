@@ -84,6 +84,33 @@ def test_a_misspelt_room_of_a_recipe_has_a_suggestion(tmp_path: Path, capsys: py
     assert "has none" not in err
 
 
+def test_what_the_trainer_cannot_have_here_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--config", "caption_scenes", "--config", "tiny"]
+    for name, text in (
+        ("empty", ""),
+        ("null", "trainer: null\n"),
+        ("word", "trainer\n"),
+        ("tab", "trainer:\n\tmax_epochs: 1\n"),
+    ):
+        Path(f"{name}.yaml").write_text(text, "utf-8")
+    for key, line in (
+        ("--trainer.accelerator=tpu", "torch_xla"),
+        ("--config=null.yaml", "trainer: null: give its keys"),
+        ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val (-1) must be at least 0"),
+        ("--data.loader.num_workers=-1", "loader.num_workers (-1) must be at least 0"),
+        ("--config=empty.yaml", "empty.yaml is no recipe: it must hold keys with values"),
+        ("--config=word.yaml", "word.yaml is no recipe: it must hold keys with values"),
+        ("--config=tab.yaml", "spaces, not tabs"),
+        ("--trainer.devices=999", "trainer.devices (999): a CPU takes a process for each of its cores"),
+    ):
+        code, _, err = mmt(capsys, *words, key)
+        assert (code, err.startswith("mmt fit: error: "), line in err) == (2, True, True), err
+        assert err.count("\n") == 1
+
+
 def test_of_a_run_that_stopped_the_way_to_its_model_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

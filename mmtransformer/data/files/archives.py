@@ -79,6 +79,7 @@ class Files:
         self.archives: list[str] = []
         self.entries: list[Entry] = []
         self.refused: dict[str, str] = {}
+        self.refused_folders: set[str] = set()
         asked = ""
         if self.root.is_dir():
             self._walk("")
@@ -103,7 +104,7 @@ class Files:
         files = cls.__new__(cls)
         files.root, files.archives, files.asked = Path(root), [str(archive) for archive in archives], None
         files.encoding, files.selected = None, None
-        files.entries, files.refused, files.by_path = [], {}, {}
+        files.entries, files.refused, files.refused_folders, files.by_path = [], {}, set(), {}
         files._prepare()
         return files
 
@@ -230,7 +231,7 @@ class Files:
             with os.scandir(self.root / folder) as scan:
                 items = sorted(scan, key=lambda item: item.name)
         except PermissionError as error:
-            self.refused[nfc(folder or ".")] = str(error.strerror)
+            self._refuse(nfc(folder or "."), True, str(error.strerror))
             return
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
@@ -239,12 +240,18 @@ class Files:
             if self.selected is not None and nfc(path) not in self.selected and not item.is_dir():
                 continue
             if not item.name.isascii() and item.name != item.name.encode("utf-8", "replace").decode("utf-8"):
-                self.refused[ascii(path)] = "a name that is not UTF-8 (if it is, set PYTHONUTF8=1)"
+                self._refuse(
+                    ascii(path)[1:-1],
+                    item.is_dir(),
+                    "a name that is not UTF-8: rename it (if it is UTF-8, set PYTHONUTF8=1)",
+                )
                 continue
             if item.is_symlink():
                 target = Path(os.path.realpath(item.path))
                 if not target.is_relative_to(self._bounds):
-                    self.refused[nfc(path)] = "a link that leads out of the root: name its folder with images="
+                    self._refuse(
+                        nfc(path), target.is_dir(), "a link that leads out of the root: name its folder with images="
+                    )
                     continue
                 if not target.exists() or target.is_dir():
                     self.refused[nfc(path)] = "a link to a folder" if target.is_dir() else "a link to nothing"
@@ -262,6 +269,11 @@ class Files:
             else:
                 # `path` keeps the spelling on disk, which opens it; names are looked up in composed form
                 self.entries.append(Entry(path, nfc(path), size=info.st_size, compressed_size=info.st_size))
+
+    def _refuse(self, name: str, folder: bool, reason: str) -> None:
+        self.refused[name] = reason
+        if folder:
+            self.refused_folders.add(name)
 
     def _open_archive(self, prefix: str, path: Path) -> None:
         if (hint := unpack_hint(path.name)) is not None:

@@ -10,8 +10,8 @@ import zlib
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 IMAGES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".heic",
-    ".heif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".jp2", ".j2k", ".heic", ".heif",
 )  # fmt: skip
 TABLES = (".csv", ".tsv", ".tab", ".psv")
 TEXTS = (*TABLES, ".jsonl", ".ndjson", ".json", ".txt", ".token")
