@@ -298,7 +298,7 @@ def test_loading_is_stopped_with_the_reader() -> None:
 
     made = load_ahead(make, iter(range(10**9)), threads=3, ahead=5)
     assert [next(made) for _ in range(4)] == [0, 1, 2, 3]
-    made.close()
+    made.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
     assert len(taken) <= 9
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 

@@ -93,6 +93,6 @@ def test_every_format_that_is_read_is_found_by_its_endings(tmp_path: Path) -> No
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "dog/a.png")
     (tmp_path / "dog/._a.png").write_bytes(b"\0\5\x16\7")  # what a Mac leaves
-    folder = ImageFolder(tmp_path)
+    folder = ImageFolder(str(tmp_path))
     assert sum(len(folder.split(name)) for name in folder.splits()) == pictures + 1
     assert folder.ignored == 1
