@@ -185,7 +185,11 @@ def test_a_list_without_its_mark_is_told_of_it(
 
 
 def test_an_empty_recipe_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, said in (("\n", "names no model, so it is no recipe"), ("- a\n", "is no recipe: it must hold keys")):
+    for text, said in (
+        ("{}\n", "names no model, so it is no recipe"),
+        ("- a\n", "is no recipe: it must hold keys"),
+        ("\n", "hold keys"),
+    ):
         (tmp_path / "a.yaml").write_text(text, "utf-8")
         code, _, err = mmt(capsys, "fit", "--config", str(tmp_path / "a.yaml"))
         assert (code, said in err) == (2, True), err

@@ -88,8 +88,6 @@ class LoaderConfig:
     max_patches_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(f"loader.num_workers ({self.num_workers}) must be at least 0, the run's own process")
         if self.max_patches_per_batch is not None and self.max_patches_per_batch < 1:
             raise ValueError(f"loader.max_patches_per_batch ({self.max_patches_per_batch}) must be at least 1")
         if not 0 <= self.timeout < float("inf"):

@@ -268,6 +268,8 @@ class ResumableLoader(DataLoader):
         timeout: float = 0.0,
         pin_memory: bool = False,
     ):
+        if num_workers < 0:
+            raise ValueError(f"loader.num_workers ({num_workers}) must be at least 0, the run's own process")
         super().__init__(
             dataset,
             batch_sampler=sampler,
