@@ -58,13 +58,13 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.tiles import TileConfig as TileConfig
     from mmtransformer.captioners.tiles import TiledBatch as TiledBatch
     from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder as VisionEncoderDecoder
-    from mmtransformer.connectors.adapter import VisualAdapter as VisualAdapter
     from mmtransformer.connectors.base import Connector as Connector
     from mmtransformer.connectors.linear import LinearConnector as LinearConnector
     from mmtransformer.connectors.projector import LinearProjector as LinearProjector
     from mmtransformer.connectors.projector import MLPProjector as MLPProjector
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
+    from mmtransformer.connectors.transformer import TransformerConnector as TransformerConnector
     from mmtransformer.contrast.clip import CLIP as CLIP
     from mmtransformer.contrast.encoder_tower import EncoderTower as EncoderTower
     from mmtransformer.contrast.text_tower import TextTower as TextTower
@@ -135,7 +135,7 @@ _CONTENTS = {
     "backbones.seq2seq": "Seq2SeqBatch Transformer",
     "backbones.vit": "ViT",
     "backbones.vit_blocks": "BlockConfig OutputConfig",
-    "connectors.adapter": "VisualAdapter",
+    "connectors.transformer": "TransformerConnector",
     "connectors.base": "Connector",
     "connectors.linear": "LinearConnector",
     "connectors.projector": "LinearProjector MLPProjector",

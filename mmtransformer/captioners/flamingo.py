@@ -113,7 +113,7 @@ class Flamingo(Captioner):
     Args:
         vision: the vision encoder.
         decoder: the language model.
-        resampler: visual tokens to latents, as a `PerceiverResampler`; None = the gated blocks read all visual tokens.
+        connector: visual tokens to latents, as a `PerceiverResampler`; None = the gated blocks read all visual tokens.
         cross_layer_interval: a gated block stands before the last of every so many blocks, as in OpenFlamingo.
         cross_layers: numbers of the blocks that have one before them, in the place of `cross_layer_interval`.
         gated: what the gated blocks are.
@@ -133,7 +133,7 @@ class Flamingo(Captioner):
         vision: ViT,
         decoder: Decoder,
         *,
-        resampler: Connector | None = None,
+        connector: Connector | None = None,
         cross_layer_interval: int = 1,
         cross_layers: Sequence[int] | None = None,
         gated: GatedConfig = GatedConfig(),
@@ -143,9 +143,9 @@ class Flamingo(Captioner):
         freeze_decoder: bool = True,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        if resampler is not None and resampler.visual_dim != vision.dim:
+        if connector is not None and connector.visual_dim != vision.dim:
             raise ValueError(
-                f"the resampler's visual_dim ({resampler.visual_dim}) must be the vision encoder's dim ({vision.dim})"
+                f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({vision.dim})"
             )
         if getattr(decoder, "cross_dim", None) is not None:
             raise ValueError("Flamingo's decoder is a language model: one without cross-attention of its own")
@@ -157,15 +157,15 @@ class Flamingo(Captioner):
                 f"{asked} names no ascending list of the decoder's {decoder.depth} blocks (0 to {decoder.depth - 1})"
             )
         self.decoder = freeze(decoder) if freeze_decoder else decoder
-        self.resampler, self.freeze_decoder = resampler, freeze_decoder
+        self.connector, self.freeze_decoder = connector, freeze_decoder
         self.cross_layer_interval, self.cross_layers = cross_layer_interval, layers
         self.gated, self.patches_only = gated, patches_only
         self.visible_images: VisibleImages = check_visible_images(visible_images)
         self.gated_blocks = nn.ModuleList(
-            gated.build(decoder.dim, vision.dim if resampler is None else resampler.dim) for _ in layers
+            gated.build(decoder.dim, vision.dim if connector is None else connector.dim) for _ in layers
         )
         if visible_images == "none":  # What no token sees gets no gradient.
-            parts = [vision, *([] if resampler is None else [resampler]), self.gated_blocks]
+            parts = [vision, *([] if connector is None else [connector]), self.gated_blocks]
             for part in parts:
                 freeze(part)
             if gated.mlp_without_image:
@@ -191,7 +191,7 @@ class Flamingo(Captioner):
         (n, q), l = batch.tokens.shape, latents.shape[2]
         if visible is not None:
             visible = repeat(visible, "n q i -> n q (i l)", l=l)
-        if batch.patch_grids is not None and (self.resampler is None or self.resampler.keeps_tokens):
+        if batch.patch_grids is not None and (self.connector is None or self.connector.keeps_tokens):
             real = self.visual_mask(batch, l + self._skipped)
             assert real is not None
             real = repeat(real[..., self._skipped :], "b i l -> (b r) q (i l)", r=n // len(real), q=q)
@@ -200,7 +200,7 @@ class Flamingo(Captioner):
 
     def latents(self, batch: CaptionBatch) -> Tensor:
         """What the gated blocks read: (b i l d). Images that are padding are not computed; theirs are 0."""
-        if batch.image_mask is None or (self.resampler is not None and self.resampler.max_images):
+        if batch.image_mask is None or (self.connector is not None and self.connector.max_images):
             return self._resample(batch)
         b, i = batch.image_mask.shape
         real = batch.image_mask.flatten().nonzero()[:, 0]
@@ -216,10 +216,10 @@ class Flamingo(Captioner):
     def _resample(self, batch: CaptionBatch) -> Tensor:
         visual_tokens = self.visual_tokens(batch)
         x = visual_tokens[..., self._skipped :, :].to(next(self.gated_blocks.parameters()).dtype)
-        if self.resampler is None:
+        if self.connector is None:
             return x
         real = None if batch.patch_grids is None else self.visual_mask(batch, visual_tokens.shape[2])
-        return self.resampler.gather(x, None if real is None else real[..., self._skipped :])[0]
+        return self.connector.gather(x, None if real is None else real[..., self._skipped :])[0]
 
     def before_block(
         self, context: Tensor | Sequence[KeyValue] | None, mask: Tensor | None
@@ -308,13 +308,13 @@ class Flamingo(Captioner):
     def _patches_of_latents(self, batch: CaptionBatch) -> Tensor:
         """What each latent holds of each visual token, at most 1 in sum: (b i l p)."""
         b, i, p = batch.visual.shape[0], batch.visual.shape[1], batch.visual.shape[2] - self._skipped
-        if self.resampler is None:
+        if self.connector is None:
             return torch.eye(p, device=batch.visual.device).expand(b, i, p, p)
-        if not isinstance(self.resampler, PerceiverResampler):  # nobody knows: of all the same
+        if not isinstance(self.connector, PerceiverResampler):  # nobody knows: of all the same
             real = None if batch.patch_grids is None else self.visual_mask(batch, p + self._skipped)
             share = batch.visual.new_ones(b, i, p) if real is None else real[..., self._skipped :].to(batch.visual)
             share = share / share.sum(-1, keepdim=True).clamp(min=1)
             return share[:, :, None].expand(-1, -1, self._resample(batch).shape[2], -1)
-        with record_attention(self.resampler) as record:
+        with record_attention(self.connector) as record:
             self._resample(batch)
         return rearrange(latents_rollout(record.values(), p), "(b i) l p -> b i l p", b=b)

@@ -30,7 +30,7 @@ class Llava(Captioner):
 
     Args:
         vision: the vision encoder.
-        proj: brings its tokens to the width of the decoder's embeddings.
+        connector: brings its tokens to the width of the decoder's embeddings.
         decoder: a causal language model, ours or any of transformers'.
         image_token_id: the id that placeholders have.
         layers: the blocks whose tokens are read, side by side, as `ViT.forward_intermediates` counts them, and before
@@ -47,7 +47,7 @@ class Llava(Captioner):
     def __init__(
         self,
         vision: ViT,
-        proj: MLPProjector | LinearProjector,
+        connector: MLPProjector | LinearProjector,
         decoder: Decoder,
         image_token_id: int,
         *,
@@ -60,21 +60,21 @@ class Llava(Captioner):
         super().__init__(vision, freeze_vision=freeze_vision)
         layers = None if layers is None else tuple(layers)
         width, read = decoder.embedding_weights[0].shape[1], vision.dim * len(layers or (-1,))
-        if (proj.visual_dim, proj.dim) != (read, width):
+        if (connector.visual_dim, connector.dim) != (read, width):
             raise ValueError(
-                f"the projector goes from {proj.visual_dim} to {proj.dim}, but the vision encoder's tokens have {read} "
-                f"channels and the decoder's embeddings {width}"
+                f"the connector goes from {connector.visual_dim} to {connector.dim}, but the vision encoder's tokens "
+                f"have {read} channels and the decoder's embeddings {width}"
             )
         if any(not -vision.depth <= layer < vision.depth for layer in layers or ()):
             raise ValueError(f"tokens behind blocks {layers} are to be read, but there are {vision.depth}")
-        if any(side % proj.pixel_shuffle for side in vision.grid):
-            s, (gh, gw) = proj.pixel_shuffle, vision.grid
+        if any(side % connector.pixel_shuffle for side in vision.grid):
+            s, (gh, gw) = connector.pixel_shuffle, vision.grid
             raise ValueError(f"squares of {s} x {s} patches do not tile a grid of {gh} x {gw}")
         if not 0 <= image_token_id < decoder.vocab_size:
             raise ValueError(f"image_token_id ({image_token_id}) is not one of the decoder's {decoder.vocab_size} ids")
-        if keep_class and (proj.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
+        if keep_class and (connector.pixel_shuffle > 1 or tiles.pinpoints) and vision.num_prefix_tokens:
             raise ValueError("class and register tokens have no place in squares of patches or in tiles: no keep_class")
-        self.proj, self.decoder = proj, freeze(decoder) if freeze_decoder else decoder
+        self.connector, self.decoder = connector, freeze(decoder) if freeze_decoder else decoder
         self.image_token_id, self.layers, self.keep_class, self.tiles = image_token_id, layers, keep_class, tiles
         self.freeze_decoder = freeze_decoder
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if tiles.pinpoints else None
@@ -104,7 +104,7 @@ class Llava(Captioner):
         counts = [visual.shape[1]] * len(visual) if real is None else real.sum(1).tolist()
         field = "pixels" if batch.visual_tokens is None else "visual_tokens"
         tokens = self.visual_tokens(replace(batch, **{field: flat[:, None]}))[:, 0]
-        images = self.proj(tokens, self.grid(batch)).split(counts)
+        images = self.connector(tokens, self.grid(batch)).split(counts)
         if self.newline is None:
             return [x.flatten(0, 1) for x in images]
         found = []
@@ -138,7 +138,7 @@ class Llava(Captioner):
     def token_grid(self, batch: CaptionBatch) -> Size:
         """Rows and columns of the tokens of an image."""
         gh, gw = self.grid(batch)
-        return gh // self.proj.pixel_shuffle, gw // self.proj.pixel_shuffle
+        return gh // self.connector.pixel_shuffle, gw // self.connector.pixel_shuffle
 
     def embeds(self, batch: CaptionBatch) -> Tensor:
         """Embeddings of the text, with the images' tokens at their placeholders: (n q e).
@@ -209,5 +209,5 @@ class Llava(Captioner):
                 parts = zip(seen.split(lengths, 1), pictures[sample], strict=True)
                 found = torch.stack([self.tiles.on_grid(x, *p, (rows, columns)) for x, p in parts], 1)
             maps[i, :, real[sample]] = found
-        s = self.proj.pixel_shuffle
+        s = self.connector.pixel_shuffle
         return repeat(maps / s**2, "n q i gh gw -> n q i (gh s1) (gw s2)", s1=s, s2=s)

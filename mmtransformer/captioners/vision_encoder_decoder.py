@@ -23,8 +23,8 @@ class VisionEncoderDecoder(Captioner):
 
     Args:
         vision: the vision encoder; its `forward_features` gives the visual tokens.
-        decoder: a text decoder whose `cross_dim` is the width of the visual tokens (of the adapter's, if there is one).
-        adapter: what stands between the two, as a `VisualAdapter`; None = the encoder's tokens as they are.
+        decoder: a text decoder whose `cross_dim` is the width of the visual tokens, or of the connector's.
+        connector: what stands between the two, as a `TransformerConnector`; None = the encoder's tokens as they are.
         freeze_vision: see `Captioner`.
         freeze_decoder: the same for all of the decoder but its cross-attention (as SmallCap, arXiv:2209.15323).
 
@@ -39,20 +39,20 @@ class VisionEncoderDecoder(Captioner):
         vision: ViT,
         decoder: TextDecoder,
         *,
-        adapter: Connector | None = None,
+        connector: Connector | None = None,
         freeze_vision: bool = False,
         freeze_decoder: bool = False,
     ) -> None:
         super().__init__(vision, freeze_vision=freeze_vision)
-        given = vision.dim if adapter is None else adapter.dim
+        given = vision.dim if connector is None else connector.dim
         if decoder.cross_dim != given:
-            source = "vision encoder's" if adapter is None else "adapter's"
+            source = "vision encoder's" if connector is None else "connector's"
             raise ValueError(f"the decoder's cross_dim ({decoder.cross_dim}) must be the {source} dim ({given})")
-        if adapter is not None and adapter.visual_dim != vision.dim:
+        if connector is not None and connector.visual_dim != vision.dim:
             raise ValueError(
-                f"the adapter's visual_dim ({adapter.visual_dim}) must be the vision encoder's dim ({vision.dim})"
+                f"the connector's visual_dim ({connector.visual_dim}) must be the vision encoder's dim ({vision.dim})"
             )
-        self.decoder, self.adapter, self.freeze_decoder = decoder, adapter, freeze_decoder
+        self.decoder, self.connector, self.freeze_decoder = decoder, connector, freeze_decoder
         if freeze_decoder:
             freeze(decoder)
             for name, parameter in decoder.named_parameters():
@@ -64,10 +64,10 @@ class VisionEncoderDecoder(Captioner):
         """
         x = self.visual_tokens(batch).to(self.decoder.tok_embed.weight.dtype)
         real = self.visual_mask(batch, x.shape[2])
-        if self.adapter is not None and batch.patch_grids is not None:
-            x, real = self.adapter.gather(x, real)
-        elif self.adapter is not None:
-            x = self.adapter(x)
+        if self.connector is not None and batch.patch_grids is not None:
+            x, real = self.connector.gather(x, real)
+        elif self.connector is not None:
+            x = self.connector(x)
             real = self.visual_mask(batch, x.shape[2])
         return rearrange(x, "b i p d -> b (i p) d"), None if real is None else rearrange(real, "b i p -> b (i p)")
 

@@ -48,7 +48,7 @@ def lines(*, tiny: bool) -> list[Line]:
 
     def over_pictures(count: int) -> tuple[float, Callable[[], object]]:
         vision, ids = ViT(64, 16, dim=dim, depth=depth, num_heads=4), texts(256)
-        model = Flamingo(vision, language_model(dim, depth), resampler=PerceiverResampler(dim, depth=1))
+        model = Flamingo(vision, language_model(dim, depth), connector=PerceiverResampler(dim, depth=1))
         real, where = ids >= 0, torch.arange(256)[None] * count // 256 + 1
         batch = CaptionBatch(ids, real, real, torch.rand(1, count, 3, 64, 64), image_index=where)
         return count, lambda: caption_loss(model, batch).backward()

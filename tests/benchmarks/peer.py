@@ -11,7 +11,7 @@ VOCAB, IMAGE_TOKENS = 50257, 197
 
 
 class Projection(nn.Linear):
-    """The peer's linear layer between vision and text, in the place of our adapter."""
+    """The peer's linear layer between vision and text, in the place of our connector."""
 
     def __init__(self, visual_dim: int, dim: int) -> None:
         super().__init__(visual_dim, dim)
@@ -39,9 +39,9 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> VisionEncoderDecoder:
     decoder = from_transformers(peer.decoder)
     vision = vision_of(peer.encoder)
     if not folded:
-        adapter = Projection(projection.shape[1], projection.shape[0])
-        adapter.load_state_dict(peer.enc_to_dec_proj.state_dict())
-        return VisionEncoderDecoder(vision, decoder, adapter=adapter)  # pyright: ignore[reportArgumentType]
+        connector = Projection(projection.shape[1], projection.shape[0])
+        connector.load_state_dict(peer.enc_to_dec_proj.state_dict())
+        return VisionEncoderDecoder(vision, decoder, connector=connector)  # pyright: ignore[reportArgumentType]
     for block in decoder.blocks:
         for layer in (block.cross_attn.k_proj, block.cross_attn.v_proj):
             layer.bias.data += layer.weight.data @ peer.enc_to_dec_proj.bias.data

@@ -69,7 +69,7 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
     model = Flamingo(
         ViT(16, 16, VISUAL, 1, 12),
         from_transformers(peer.lm),
-        resampler=resampler,
+        connector=resampler,
         gated=GatedConfig(num_heads=12, mlp="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True),
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):

@@ -150,7 +150,7 @@ def blip(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
 
 def vit_gpt2(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
     decoder = TextDecoder(texts.vocab_size, 256, 3, 4, max_len=MAX_LEN, cross_dim=256)
-    return VisionEncoderDecoder(vision, decoder, adapter=LinearConnector(vision.dim, 256), freeze_vision=True)
+    return VisionEncoderDecoder(vision, decoder, connector=LinearConnector(vision.dim, 256), freeze_vision=True)
 
 
 def llava(vision: ViT, texts: Texts) -> Llava:
@@ -162,8 +162,8 @@ def llava(vision: ViT, texts: Texts) -> Llava:
         texts.vocab_size, 192, 3, 4, max_len=128, attention=AttentionConfig(bias=False), tied=False,
         mlp=MLPConfig("swiglu", bias=False), norm=NormConfig("rms"), positions=PositionConfig("rotary"),
     )  # fmt: skip
-    proj, image = MLPProjector(192, 192, pre_norm=False), texts.tokenizer.convert_tokens_to_ids("<image>")
-    return Llava(tower, proj, decoder, image, layers=(-1,), keep_class=False, freeze_decoder=False)
+    connector, image = MLPProjector(192, 192, pre_norm=False), texts.tokenizer.convert_tokens_to_ids("<image>")
+    return Llava(tower, connector, decoder, image, layers=(-1,), keep_class=False, freeze_decoder=False)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from mmtransformer import (
     BlockConfig,
     CaptionBatch,
     TextDecoder,
+    TransformerConnector,
     VisionEncoderDecoder,
-    VisualAdapter,
     ViT,
     caption_loss,
     freeze,
@@ -27,7 +27,7 @@ def captioner(**options: Any) -> VisionEncoderDecoder:
     model = VisionEncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, block=BlockConfig(drop_path=0.3, dropout=0.3)),
         TextDecoder(VOCAB, 24, 2, 4, max_len=13, cross_dim=12, dropout=0.3),
-        adapter=VisualAdapter(20, 12, 1, 3, dropout=0.3, token_dropout=0.4),
+        connector=TransformerConnector(20, 12, 1, 3, dropout=0.3, token_dropout=0.4),
         **options,
     )
     for parameter in model.parameters():
@@ -172,8 +172,8 @@ def test_a_frozen_tower_stays_in_evaluation_and_learns_nothing() -> None:
     assert modes(model.vision) == {False}
     assert model.training
     assert modes(model.decoder) == {True}
-    assert model.adapter is not None
-    assert modes(model.adapter) == {True}
+    assert model.connector is not None
+    assert modes(model.connector) == {True}
     before = {name: tensor.clone() for name, tensor in model.vision.state_dict().items()}
     assert given.pixels is not None
     assert not model.encode(given.pixels).requires_grad
@@ -181,18 +181,18 @@ def test_a_frozen_tower_stays_in_evaluation_and_learns_nothing() -> None:
     caption_loss(model, given, reduction="sum").sum.backward()
     optimizer.step()
     assert all(p.grad is None for p in model.vision.parameters())
-    assert all(p.grad is not None for p in model.adapter.parameters())
+    assert all(p.grad is not None for p in model.connector.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.vision.state_dict().items())
     model.eval()
     assert modes(model) == {False}
 
 
-@pytest.mark.parametrize("tower", ["vision", "decoder", "adapter"])
+@pytest.mark.parametrize("tower", ["vision", "decoder", "connector"])
 def test_any_tower_can_be_frozen_also_afterwards(tower: str) -> None:
     model, given = captioner(), batch()
     assert freeze(model.get_submodule(tower)) is model.get_submodule(tower)
     torch.nn.ModuleDict({"outer": model}).train()  # As a trainer does it, from outside.
-    for name in ("vision", "decoder", "adapter"):
+    for name in ("vision", "decoder", "connector"):
         assert modes(model.get_submodule(name)) == {name != tower}
     caption_loss(model, given, reduction="sum").sum.backward()
     for name, parameter in model.named_parameters():

@@ -48,7 +48,7 @@ def qformer(**options: Any) -> QFormer:
 
 def flamingo(**options: Any) -> Flamingo:
     resampler = PerceiverResampler(20, 1, 2, 8, 3)
-    return Flamingo(vit(), lm(), resampler=resampler, freeze_vision=False, freeze_decoder=False, **options)
+    return Flamingo(vit(), lm(), connector=resampler, freeze_vision=False, freeze_decoder=False, **options)
 
 
 def coca(**options: Any) -> CoCa:
@@ -225,7 +225,7 @@ def test_cocas_text_is_gathered_within_a_window_whatever_its_padding() -> None:
 
 
 def test_decay_spares_what_the_parts_name() -> None:
-    assert {"vision.pos_embed", "vision.prefix_tokens", "resampler.latents"} <= flamingo().no_weight_decay()
+    assert {"vision.pos_embed", "vision.prefix_tokens", "connector.latents"} <= flamingo().no_weight_decay()
     assert {"caption_pool.queries", "contrast_pool.queries"} <= coca().no_weight_decay()
     for name in flamingo().no_weight_decay() & dict(flamingo().named_parameters()).keys():
         assert isinstance(flamingo().get_parameter(name), Tensor | nn.Parameter)

@@ -64,7 +64,7 @@ def flamingo(*, latents: int = 5, opened: bool = True, lm: dict[str, Any] | None
     model = Flamingo(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
         TextDecoder(VOCAB, 24, DEPTH, 4, **{"max_len": 31} | (lm or {})),
-        resampler=PerceiverResampler(20, 2, 3, 7, latents) if latents else None,
+        connector=PerceiverResampler(20, 2, 3, 7, latents) if latents else None,
         **grouped({"num_heads": 3, "head_dim": 7} | options),
     )
     for name, parameter in model.named_parameters():
@@ -172,7 +172,7 @@ def test_equals_the_definition(kind: str) -> None:
     found, may = model.hidden_states(given), sees(rows, model.visible_images)
     for r, row in enumerate(rows):
         features = model.vision.forward_features(given.pixels[r])
-        latents = features if model.resampler is None else model.resampler(features[None])[0]
+        latents = features if model.connector is None else model.connector(features[None])[0]
         seen = torch.zeros(len(row), len(latents), dtype=torch.bool)
         for t in range(len(row)):
             seen[t, list(may[r][t])] = True
@@ -291,7 +291,7 @@ def test_images_that_are_padding_are_not_even_computed() -> None:
     broken = given.pixels.masked_fill(~given.image_mask[..., None, None, None], float("nan"))
     assert torch.equal(model.logits(replace(given, pixels=broken)), model.logits(given))
     numbered = flamingo(latents=0)
-    numbered = Flamingo(ViT((16, 24), 8, 20, 1, 4), numbered.decoder, resampler=PerceiverResampler(20, 1, max_images=2))
+    numbered = Flamingo(ViT((16, 24), 8, 20, 1, 4), numbered.decoder, connector=PerceiverResampler(20, 1, max_images=2))
     assert numbered.latents(given).shape == (3, 2, 64, 20)
 
 
@@ -604,7 +604,7 @@ def test_look_follows_the_latents_to_the_patches() -> None:
     blocks: Any = model.gated_blocks
     for block, openness in zip(blocks, (0.0, 0.2, -0.6), strict=True):
         block.attn_gate.data.fill_(torch.atanh(torch.tensor(openness)))
-    with record_attention(model, keep="gated") as words, record_attention(model, keep="resampler") as latents:
+    with record_attention(model, keep="gated") as words, record_attention(model, keep="connector") as latents:
         model.logits(given)
     a, b = [w.mean(1).view(3, 2, 5, 13) for w in latents.values()]  # 8 visual tokens, then 5 latents.
     held = (a[..., :8] / 2 + b[..., :8] + b[..., 8:] @ (a[..., :8] / 2)) / 2
@@ -678,8 +678,8 @@ def test_number_of_parameters_is_that_of_the_peers() -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     vision, decoder = ViT(16, 8, 20, 1, 4), TextDecoder(VOCAB, 24, 3, 4)
-    with pytest.raises(ValueError, match=r"resampler's visual_dim \(21\).*vision encoder's dim \(20\)"):
-        Flamingo(vision, decoder, resampler=PerceiverResampler(21, 1))
+    with pytest.raises(ValueError, match=r"connector's visual_dim \(21\).*vision encoder's dim \(20\)"):
+        Flamingo(vision, decoder, connector=PerceiverResampler(21, 1))
     with pytest.raises(ValueError, match="without cross-attention of its own"):
         Flamingo(vision, TextDecoder(VOCAB, 24, 3, 4, cross_dim=20))
     with pytest.raises(ValueError, match=r"cross_layer_interval=4.*3 blocks \(0 to 2\)"):
@@ -707,7 +707,7 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
     for parameter in hub.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     decoder, vision = HubDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
-    model = Flamingo(vision, decoder, resampler=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedConfig(3, 7)).eval()
+    model = Flamingo(vision, decoder, connector=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedConfig(3, 7)).eval()
     (given, prompt), names = few_shot(("..I..I......", "I......", "......."), 9), set(hub.state_dict())
     first = laid_out("..I.I..", ".......")
     want = hub(first.tokens).logits

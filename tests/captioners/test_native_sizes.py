@@ -24,8 +24,8 @@ from mmtransformer import (
     TextDecoder,
     TextTower,
     Transformer,
+    TransformerConnector,
     VisionEncoderDecoder,
-    VisualAdapter,
     ViT,
     generate,
 )
@@ -45,8 +45,8 @@ def lm(**options: Any) -> TextDecoder:
     return TextDecoder(VOCAB, 24, 2, 4, **{"max_len": 61} | options)
 
 
-def flamingo(resampler: Connector | None = None, **options: Any) -> Flamingo:
-    return Flamingo(vit(), lm(), resampler=resampler, freeze_vision=False, freeze_decoder=False, **options)
+def flamingo(connector: Connector | None = None, **options: Any) -> Flamingo:
+    return Flamingo(vit(), lm(), connector=connector, freeze_vision=False, freeze_decoder=False, **options)
 
 
 def qformer(**options: Any) -> QFormer:
@@ -66,11 +66,13 @@ def coca(**options: Any) -> CoCa:
 
 BUILD: dict[str, Callable[[], Captioner]] = {
     "cross": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=20)),
-    "cross, adapter": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=12), adapter=VisualAdapter(20, 12, 2, 3)),
-    "cross, latents": lambda: VisionEncoderDecoder(
-        vit(), lm(cross_dim=20), adapter=PerceiverResampler(20, 2, 2, 8, 3)
+    "cross, blocks": lambda: VisionEncoderDecoder(
+        vit(), lm(cross_dim=12), connector=TransformerConnector(20, 12, 2, 3)
     ),
-    "cross, linear": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=12), adapter=LinearConnector(20, 12)),
+    "cross, latents": lambda: VisionEncoderDecoder(
+        vit(), lm(cross_dim=20), connector=PerceiverResampler(20, 2, 2, 8, 3)
+    ),
+    "cross, linear": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=12), connector=LinearConnector(20, 12)),
     "prefix": lambda: PrefixCaptioner(vit(), lm(), freeze_vision=False, freeze_decoder=False),
     "prefix, rotary": lambda: PrefixCaptioner(
         vit(class_token=False, num_registers=0, pool="mean"), lm(positions=PositionConfig("rotary")),
@@ -245,9 +247,9 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match="Blip2QFormer does not support the batch field patch_grids"):
         stage1(given)
     with pytest.raises(ValueError, match="a Every cannot read images of native size: its forward takes no mask"):
-        VisionEncoderDecoder(vit(), lm(cross_dim=20), adapter=Every())(given)
+        VisionEncoderDecoder(vit(), lm(cross_dim=20), connector=Every())(given)
     with pytest.raises(ValueError, match=r"not tiled by squares of pixel_shuffle \(2\)"):
         PrefixCaptioner(ViT(32, PATCH, 20, 1, 4), lm(), pixel_shuffle=2)(given)
-    adapter = VisualAdapter(20, 12, 1, 3, token_dropout=0.5)
+    connector = TransformerConnector(20, 12, 1, 3, token_dropout=0.5)
     with pytest.raises(ValueError, match=r"token_dropout \(0.5\) is a share of one number of tokens"):
-        VisionEncoderDecoder(vit(), lm(cross_dim=12), adapter=adapter)(given)
+        VisionEncoderDecoder(vit(), lm(cross_dim=12), connector=connector)(given)

@@ -14,8 +14,8 @@ from mmtransformer import (
     NormConfig,
     PositionConfig,
     TextDecoder,
+    TransformerConnector,
     VisionEncoderDecoder,
-    VisualAdapter,
     ViT,
     record_attention,
 )
@@ -27,13 +27,13 @@ from mmtransformer.weights import from_transformers
 VOCAB = 53
 
 
-def captioner(adapter: bool = False, **options: Any) -> VisionEncoderDecoder:
+def captioner(connector: bool = False, **options: Any) -> VisionEncoderDecoder:
     torch.manual_seed(4)
-    decoder: dict[str, Any] = {"max_len": 29, "cross_dim": 12 if adapter else 20} | options
+    decoder: dict[str, Any] = {"max_len": 29, "cross_dim": 12 if connector else 20} | options
     model = VisionEncoderDecoder(
         ViT((16, 24), 8, 20, 1, 4, num_registers=1),
         TextDecoder(VOCAB, 24, 3, 4, **decoder),
-        adapter=VisualAdapter(20, 12, 2, 3, dropout=0.3, token_dropout=0.4) if adapter else None,
+        connector=TransformerConnector(20, 12, 2, 3, dropout=0.3, token_dropout=0.4) if connector else None,
     )
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -55,9 +55,9 @@ def spread(given: CaptionBatch) -> CaptionBatch:
     )
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_logits_are_the_towers_one_after_the_other(adapter: bool) -> None:
-    model, given = captioner(adapter), batch(i=2)
+@pytest.mark.parametrize("connector", [False, True])
+def test_logits_are_the_towers_one_after_the_other(connector: bool) -> None:
+    model, given = captioner(connector), batch(i=2)
     assert given.pixels is not None
     logits = model.logits(given)
     assert logits.shape == (6, 7, VOCAB)
@@ -65,8 +65,8 @@ def test_logits_are_the_towers_one_after_the_other(adapter: bool) -> None:
     assert model.max_len == 29
     for row in range(6):
         seen = torch.cat([model.vision.forward_features(p[None]) for p in given.pixels[row // 2]], 1)
-        if model.adapter is not None:
-            parts = [model.adapter(part) for part in seen.chunk(2, 1)]  # Each picture by itself.
+        if model.connector is not None:
+            parts = [model.connector(part) for part in seen.chunk(2, 1)]  # Each picture by itself.
             seen = torch.cat(parts, 1)
         want = model.decoder.head(model.decoder(given.tokens[row][None], seen))
         torch.testing.assert_close(logits[row], want[0], atol=1e-5, rtol=1e-5)
@@ -114,14 +114,14 @@ def test_equals_transformers_with_the_same_weights() -> None:
     torch.testing.assert_close(model.logits(given), want, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_texts_share_their_image_as_if_each_had_a_copy(adapter: bool) -> None:
-    model, given = captioner(adapter), batch()
+@pytest.mark.parametrize("connector", [False, True])
+def test_texts_share_their_image_as_if_each_had_a_copy(connector: bool) -> None:
+    model, given = captioner(connector), batch()
     torch.testing.assert_close(model.logits(given), model.logits(spread(given)), atol=1e-5, rtol=1e-5)
 
 
 def test_the_visual_tokens_of_a_cache_are_those_of_the_pixels() -> None:
-    model, given = captioner(adapter=True), batch(i=2)
+    model, given = captioner(connector=True), batch(i=2)
     assert given.pixels is not None
     tokens = model.encode(given.pixels)
     assert tokens.shape == (3, 2, 8, 20)
@@ -173,10 +173,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("connector", [False, True])
 @pytest.mark.parametrize("counts", [(0,) * 6, (0, 3, 1, 2, 3, 0)], ids=["equal", "padded"])
-def test_cached_steps_equal_the_full_pass(kind: str, adapter: bool, counts: tuple[int, ...]) -> None:
-    model, given = captioner(adapter, **KINDS[kind]), batch(i=2)
+def test_cached_steps_equal_the_full_pass(kind: str, connector: bool, counts: tuple[int, ...]) -> None:
+    model, given = captioner(connector, **KINDS[kind]), batch(i=2)
     assert given.pixels is not None
     whole = padded(given, counts)
     prompt = CaptionBatch(whole.tokens[:, :4], whole.attention_mask[:, :4], whole.loss_mask[:, :4], whole.pixels)
@@ -240,9 +240,9 @@ def test_errors_of_decoding_name_the_numbers() -> None:
 # --- where the words look
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_look_is_the_mean_of_the_recorded_weights(adapter: bool) -> None:
-    model, given = captioner(adapter), batch(i=2)
+@pytest.mark.parametrize("connector", [False, True])
+def test_look_is_the_mean_of_the_recorded_weights(connector: bool) -> None:
+    model, given = captioner(connector), batch(i=2)
     with record_attention(model.decoder, keep="cross_attn") as record:
         model.logits(given)
     assert len(record) == 3
@@ -286,7 +286,7 @@ def test_look_finds_the_patch_that_a_word_looks_at() -> None:
 
 
 def test_look_is_the_same_in_training() -> None:
-    model, given = captioner(adapter=True), batch()
+    model, given = captioner(connector=True), batch()
     want = model.attention_map(given)
     assert torch.equal(model.train().attention_map(given), want)
     assert model.training
@@ -302,10 +302,10 @@ def test_widths_that_do_not_fit_are_refused() -> None:
         VisionEncoderDecoder(vision, decoder)
     with pytest.raises(ValueError, match=r"cross_dim \(None\).*vision encoder's dim \(20\)"):
         VisionEncoderDecoder(vision, TextDecoder(VOCAB, 24, 1, 4))
-    with pytest.raises(ValueError, match=r"cross_dim \(24\).*adapter's dim \(12\)"):
-        VisionEncoderDecoder(vision, decoder, adapter=VisualAdapter(20, 12, 1, 3))
+    with pytest.raises(ValueError, match=r"cross_dim \(24\).*connector's dim \(12\)"):
+        VisionEncoderDecoder(vision, decoder, connector=TransformerConnector(20, 12, 1, 3))
     with pytest.raises(ValueError, match=r"visual_dim \(19\).*vision encoder's dim \(20\)"):
-        VisionEncoderDecoder(vision, decoder, adapter=VisualAdapter(19, 24, 1, 3))
+        VisionEncoderDecoder(vision, decoder, connector=TransformerConnector(19, 24, 1, 3))
 
 
 def test_the_contract_is_abstract() -> None:

@@ -12,8 +12,8 @@ from mmtransformer import (
     LinearConnector,
     PerceiverResampler,
     TextDecoder,
+    TransformerConnector,
     VisionEncoderDecoder,
-    VisualAdapter,
     ViT,
     caption_loss,
     generate,
@@ -37,12 +37,12 @@ class HalfOfThem(Connector):
 
 def encoder_decoder(visual_dim: int = 20, dim: int = 28) -> VisionEncoderDecoder:
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31, cross_dim=28)
-    return VisionEncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, adapter=HalfOfThem(visual_dim, dim))
+    return VisionEncoderDecoder(ViT(24, 8, 20, 1, 4), decoder, connector=HalfOfThem(visual_dim, dim))
 
 
 def flamingo(visual_dim: int = 20, dim: int = 28) -> Flamingo:
     decoder = TextDecoder(VOCAB, 24, 2, 4, max_len=31)
-    return Flamingo(ViT(24, 8, 20, 1, 4), decoder, resampler=HalfOfThem(visual_dim, dim))
+    return Flamingo(ViT(24, 8, 20, 1, 4), decoder, connector=HalfOfThem(visual_dim, dim))
 
 
 def batch() -> CaptionBatch:
@@ -80,7 +80,7 @@ def test_its_attention_map_knows_the_picture_only() -> None:
     ("make", "message"),
     [
         (lambda: encoder_decoder(visual_dim=19), r"visual_dim \(19\) must be the vision encoder's dim \(20\)"),
-        (lambda: encoder_decoder(dim=27), r"cross_dim \(28\) must be the adapter's dim \(27\)"),
+        (lambda: encoder_decoder(dim=27), r"cross_dim \(28\) must be the connector's dim \(27\)"),
         (lambda: flamingo(visual_dim=19), r"visual_dim \(19\) must be the vision encoder's dim \(20\)"),
         (lambda: to_openflamingo(flamingo()), "has a HalfOfThem"),
     ],
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(make, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: VisualAdapter(20, 28), lambda: LinearConnector(20, 28), lambda: PerceiverResampler(20, 1)]
+    "make", [lambda: TransformerConnector(20, 28), lambda: LinearConnector(20, 28), lambda: PerceiverResampler(20, 1)]
 )
 def test_the_librarys_own_keep_the_contract(make) -> None:
     connector = make().eval()

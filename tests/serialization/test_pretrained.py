@@ -55,8 +55,8 @@ from mmtransformer import (
     TextToImageModel,
     TextTower,
     Transformer,
+    TransformerConnector,
     VisionEncoderDecoder,
-    VisualAdapter,
     ViT,
 )
 from mmtransformer.captioners.tiles import TileConfig
@@ -89,8 +89,8 @@ def decoder(**options: Any) -> TextDecoder:
 
 
 def captioner(**options: Any) -> VisionEncoderDecoder:
-    adapter = VisualAdapter(20, 12, 1, 3, dropout=0.1, token_dropout=0.2)
-    return VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=12), adapter=adapter, **options)
+    connector = TransformerConnector(20, 12, 1, 3, dropout=0.1, token_dropout=0.2)
+    return VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=12), connector=connector, **options)
 
 
 def qformer(**options: Any) -> QFormer:
@@ -142,14 +142,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "MLPProjector": lambda: MLPProjector(20, 12, 7, pixel_shuffle=2, pre_norm=False, bias=False),
     "LinearProjector": lambda: LinearProjector(20, 12, pixel_shuffle=2, bias=False),
     "LinearConnector": lambda: LinearConnector(20, 12),
-    "VisualAdapter": lambda: VisualAdapter(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
+    "TransformerConnector": lambda: TransformerConnector(20, 12, 2, 3, dropout=0.1, token_dropout=0.2),
     "VisionEncoderDecoder": lambda: captioner(freeze_vision=True),
     "VisionEncoderDecoder with a frozen decoder": lambda: captioner(freeze_decoder=True),
     "PerceiverResampler": lambda: PerceiverResampler(
         20, 1, 3, 10, 5, mlp_dim=31, activation="relu", qk_norm="layer", max_frames=2, max_images=3, norm_eps=1e-3
     ),
     "Flamingo": lambda: Flamingo(
-        ViT(**VISION), decoder(), resampler=PerceiverResampler(20, 1, 3, 10, 5), cross_layer_interval=2,
+        ViT(**VISION), decoder(), connector=PerceiverResampler(20, 1, 3, 10, 5), cross_layer_interval=2,
         gated=GatedConfig(
             3, 10, "rms", "swiglu", 31, "rms", 1e-3, per_channel=True, mlp_without_image=True, dropout=0.1),
         visible_images="all_previous", patches_only=True, freeze_vision=False,
@@ -237,7 +237,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         hardness=0.5, freeze_vision=True,
     ),
     "JoinedTowers": lambda: JoinedTowers(ViT(**VISION), ViT(**VISION), layers=(-1,), second_layers=(0, -1)),
-    "VisionEncoderDecoder without adapter": lambda: VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
+    "VisionEncoderDecoder without connector": lambda: VisionEncoderDecoder(ViT(**VISION), decoder(cross_dim=20)),
 }  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def test_a_part_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     model = captioner()
-    model.adapter = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    model.connector = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match=r"torch.*Identity is no public model"):
         to_config(model)
 
@@ -561,14 +561,14 @@ def test_a_folder_has_a_version_and_room_for_other_uses(tmp_path: Path) -> None:
     model = decoder(attention=AttentionConfig(num_kv_heads=2))
     model.save_pretrained(tmp_path, metadata={"hash": "ab12"})
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert (config["format_version"], config["class"]) == (2, "TextDecoder")
+    assert (config["format_version"], config["class"]) == (3, "TextDecoder")
     assert config["args"]["attention"]["num_kv_heads"] == 2
     assert config["metadata"] == {"hash": "ab12"}
     again = TextDecoder.from_pretrained(tmp_path)
     assert again.attention == model.attention
-    for version in (1, 3, None):
+    for version in (2, 4, None):
         edit(tmp_path, lambda c: c.update({"format_version": version}))  # noqa: B023
-        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 2: train it again"):
+        with pytest.raises(ValueError, match=rf"config.json: format_version is {version}.*reads 3: train it again"):
             TextDecoder.from_pretrained(tmp_path)
 
 

@@ -149,7 +149,7 @@ def arguments(name: str, folder: Path) -> list[str]:
     vision.save_pretrained(folder / "vit")
     sources = [root, f"--model.captioner.vision.source={folder / 'vit'}"]
     if name == "flamingo_coco":
-        smaller = ["--model.captioner.resampler.depth=1", "--data.max_len=60"]
+        smaller = ["--model.captioner.connector.depth=1", "--data.max_len=60"]
         return sources + smaller + language_model(folder / "lm", "gpt2")
     if name == "qformer_stage1_coco":
         return sources + bert(folder / "bert")

@@ -75,7 +75,7 @@ def blip() -> VisionEncoderDecoder:
 
 
 def vision_encoder_decoder() -> VisionEncoderDecoder:
-    return VisionEncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), adapter=LinearConnector(88, 24))
+    return VisionEncoderDecoder(tower(), TextDecoder(VOCAB, 24, 2, 4, cross_dim=24), connector=LinearConnector(88, 24))
 
 
 def gemma(family: str) -> TextDecoder:
@@ -98,7 +98,7 @@ def stage1() -> Blip2QFormer:
 
 def openflamingo() -> Flamingo:
     resampler = PerceiverResampler(88, 2, 1, 64, 5)
-    return Flamingo(tower(), gpt2(), resampler=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True)
+    return Flamingo(tower(), gpt2(), connector=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True)
 
 
 def llava() -> Llava:

@@ -14,9 +14,9 @@ from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
 from mmtransformer.captioners.prefix import PrefixCaptioner
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder, add_cross_attention
-from mmtransformer.connectors.adapter import VisualAdapter
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.connectors.resampler import PerceiverResampler
+from mmtransformer.connectors.transformer import TransformerConnector
 from mmtransformer.serialization.pretrained import from_config, to_config
 
 
@@ -35,15 +35,15 @@ def cross(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner
     """Cross-attention in every block, to an encoder block's view of the patches; `size` is the width of its heads."""
     if not isinstance(decoder, TextDecoder):
         raise ValueError(f"cross-attention is added to a TextDecoder, not to a {type(decoder).__name__}")
-    adapter = VisualAdapter(vision.dim, 4 * size, 1, 4)
-    return VisionEncoderDecoder(vision, add_cross_attention(decoder, 4 * size), adapter=adapter, **frozen)
+    connector = TransformerConnector(vision.dim, 4 * size, 1, 4)
+    return VisionEncoderDecoder(vision, add_cross_attention(decoder, 4 * size), connector=connector, **frozen)
 
 
 def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:
     """A resampler of one block, and gated attention before every block; `size` is the width of their MLPs."""
     heads, width = _heads(decoder.dim)
     resampler = PerceiverResampler(vision.dim, 1, heads, width, NUM_QUERIES, mlp_dim=size)
-    return Flamingo(vision, decoder, resampler=resampler, gated=GatedConfig(heads, width, mlp_dim=size), **frozen)
+    return Flamingo(vision, decoder, connector=resampler, gated=GatedConfig(heads, width, mlp_dim=size), **frozen)
 
 
 def qformer(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:

@@ -5,8 +5,8 @@ from typing import Any
 from mmtransformer.images import ImageTransform
 from mmtransformer.weights.vision.load import tower_width
 
-_KEYS = {"adapter": "visual_dim", "qformer": "visual_dim", "resampler": "dim", "proj": "visual_dim"}
-"""Parts beside a captioner's `vision`, and what each calls the width of the tokens that it reads."""
+_READERS = ("connector", "qformer")
+"""Parts beside a captioner's `vision` that read its tokens."""
 
 
 def fit_widths(config: Any) -> list[str]:
@@ -25,10 +25,13 @@ def fit_widths(config: Any) -> list[str]:
     source = _source(getattr(config, "vision", None))
     if source is None or (width := tower_width(source)) is None:
         return said
-    parts: list[tuple[str, str, Any]] = [(name, key, getattr(config, name, None)) for name, key in _KEYS.items()]
-    found = [(name, key, part) for name, key, part in parts if hasattr(part, "init_args")]
-    reads = {"adapter", "resampler", "qformer"}.intersection(name for name, _, _ in found)
-    if not reads and hasattr(decoder := getattr(config, "decoder", None), "init_args"):
+    parts: list[tuple[str, Any]] = [(name, getattr(config, name, None)) for name in _READERS]
+    found = [  # a `PerceiverResampler` keeps the width
+        (name, "visual_dim" if "visual_dim" in part.init_args else "dim", part)
+        for name, part in parts
+        if hasattr(part, "init_args")
+    ]
+    if not found and hasattr(decoder := getattr(config, "decoder", None), "init_args"):
         found.append(("decoder", "cross_dim", decoder))
     for name, key, part in found:
         if isinstance(old := part.init_args.get(key), int) and old != width:

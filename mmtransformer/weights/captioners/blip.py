@@ -128,7 +128,7 @@ def to_blip(model: Blip) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config: dict[str, Any] = {"model_type": "blip", "vision_config": vision}
     parts: dict[str, dict[str, Tensor]] = {}
     if isinstance(model, VisionEncoderDecoder):
-        only_these(_NAME, {"adapter": (model.adapter, None)})
+        only_these(_NAME, {"connector": (model.connector, None)})
         kind = "BlipForConditionalGeneration"
         text, parts["text_decoder"] = decoder_to_bert(model.decoder, _NAME)
     elif isinstance(model, BlipVQA):

@@ -127,7 +127,7 @@ def idefics_from_state(
     flamingo = Flamingo(
         vision,
         _with_more_words(decoder, state),
-        resampler=resampler,
+        connector=resampler,
         cross_layers=list(range(0, decoder.depth, config["cross_layer_interval"])),
         gated=GatedConfig(
             num_heads=config["num_attention_heads"],
@@ -155,7 +155,7 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: if the captioner is of another kind.
     """
-    resampler, vision = model.resampler, model.vision
+    resampler, vision = model.connector, model.vision
     longer = model.decoder if isinstance(model.decoder, ExtendedVocabulary) else None
     decoder = model.decoder if longer is None else longer.decoder
     if not isinstance(decoder, TextDecoder):
@@ -187,9 +187,9 @@ def to_idefics(model: Flamingo) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         | (
             {
-                "resampler.activation": (resampler.activation, "relu"),
-                "resampler.mlp_dim": (resampler.mlp_dim, 4 * vision.dim),
-                "resampler.norm_eps": (resampler.norm_eps, 1e-5),
+                "connector.activation": (resampler.activation, "relu"),
+                "connector.mlp_dim": (resampler.mlp_dim, 4 * vision.dim),
+                "connector.norm_eps": (resampler.norm_eps, 1e-5),
             }
             if resampler
             else {}

@@ -32,7 +32,7 @@ _AROUND = "<fake_token_around_image>"
 _PROJ = {"proj": "fc"}
 _LAYOUT = {
     r"model\.vision_model\.(.+)": r"vision.\1",
-    r"model\.connector\.modality_projection\.(.+)": r"proj.\1",
+    r"model\.connector\.modality_projection\.(.+)": r"connector.\1",
     r"model\.text_model\.(.+)": r"text.model.\1",
     r"(lm_head\.weight)": r"text.\1",
 }
@@ -60,9 +60,9 @@ def idefics3_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     only(text, context, {"qk_layer_norms": False})
     tied = config["tie_word_embeddings"]
     decoder = language_model(text, parts["text"], f"{context}, language model", tied=tied)
-    proj = LinearProjector(vision.dim, decoder.dim, pixel_shuffle=config["scale_factor"], bias=False)
-    fill(proj, _PROJ, parts["proj"], f"{context}, projector")
-    return Llava(vision, proj, decoder, config["image_token_id"], layers=None).eval()
+    connector = LinearProjector(vision.dim, decoder.dim, pixel_shuffle=config["scale_factor"], bias=False)
+    fill(connector, _PROJ, parts["connector"], f"{context}, projector")
+    return Llava(vision, connector, decoder, config["image_token_id"], layers=None).eval()
 
 
 def _check_grid(grid: tuple[int, int], context: str) -> None:
@@ -87,12 +87,12 @@ def idefics3_to_transformers(model: Llava, family: str = "smolvlm") -> tuple[dic
         ValueError: if a part has no counterpart there.
     """
     context, vision = f"transformers' {_CLASSES[family]}", model.vision
-    if not isinstance(model.proj, LinearProjector):
-        raise ValueError(f"{context} has a LinearProjector, not a {type(model.proj).__name__}")
+    if not isinstance(model.connector, LinearProjector):
+        raise ValueError(f"{context} has a LinearProjector, not a {type(model.connector).__name__}")
     only_these(
         context,
         {
-            "proj.bias": (model.proj.bias, False),
+            "connector.bias": (model.connector.bias, False),
             "layers": (model.layers, None),
             "keep_class": (model.keep_class, False),
             "class_token": (vision.class_token, False),
@@ -109,12 +109,12 @@ def idefics3_to_transformers(model: Llava, family: str = "smolvlm") -> tuple[dic
         "vision_config": {**tower, "model_type": f"{family}_vision"},
         "text_config": text,
         "image_token_id": model.image_token_id,
-        "scale_factor": model.proj.pixel_shuffle,
+        "scale_factor": model.connector.pixel_shuffle,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
     del config["vision_config"]["vision_use_head"]
     tensors = {f"model.vision_model.{name}": tensor for name, tensor in vision_tensors.items()}
-    projector = export(model.proj, _PROJ, context)
+    projector = export(model.connector, _PROJ, context)
     tensors |= {f"model.connector.modality_projection.{name}": tensor for name, tensor in projector.items()}
     for name, tensor in text_tensors.items():
         tensors[name.replace("model.", "model.text_model.", 1) if name.startswith("model.") else name] = tensor

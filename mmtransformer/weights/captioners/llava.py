@@ -35,7 +35,7 @@ _PLAIN = "USER: <image>\n{} ASSISTANT:"
 """LLaVA 1.5's prompts, where a folder has no chat template."""
 _LAYOUT = {
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": r"vision.\1",
-    r"(?:model\.)?multi_modal_projector\.(.+)": r"proj.\1",
+    r"(?:model\.)?multi_modal_projector\.(.+)": r"connector.\1",
     r"(?:model\.)?image_newline": "newline.newline",
     r"language_model\.((?:model|lm_head)\..+)": r"text.\1",
     r"model\.language_model\.(.+)": r"text.model.\1",
@@ -95,20 +95,20 @@ def llava_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         raise ValueError(f"{context}: vision_feature_layer is {layers}, of a tower of {vision.depth} blocks")
     if (keep := config["vision_feature_select_strategy"] == "full") is False and not vision.class_token:
         raise ValueError(f"{context}: vision_feature_select_strategy is not full, but the tower has no class token")
-    proj = MLPProjector(
+    connector = MLPProjector(
         vision.dim * len(layers), decoder.dim, pre_norm=False, bias=config.get("multimodal_projector_bias", True)
     )
-    fill(proj, _PROJ, parts["proj"], f"{context}, projector")
+    fill(connector, _PROJ, parts["connector"], f"{context}, projector")
     model = Llava(
         vision,
-        proj,
+        connector,
         decoder,
         config["image_token_index"],
         layers=tuple(layer if layer < 0 else layer - 1 for layer in layers),  # There, 0 stands before the first block.
         keep_class=keep and vision.class_token,
         tiles=_tiles(config, context),
     )
-    fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "proj.", "decoder."))
+    fill(model, {"newline": "newline"}, parts["newline"], context, kept=("vision.", "connector.", "decoder."))
     return model.eval()
 
 
@@ -147,17 +147,17 @@ def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    proj, tiles, vision = model.proj, model.tiles, model.vision
+    connector, tiles, vision = model.connector, model.tiles, model.vision
     kind = "llava_onevision" if tiles.single_only else "llava_next" if tiles.pinpoints else "llava"
     context = f"transformers' {_CLASSES[kind]}"
-    if not isinstance(proj, MLPProjector) or model.layers is None:
+    if not isinstance(connector, MLPProjector) or model.layers is None:
         raise ValueError(f"{context} has an MLPProjector that reads tokens before the last norm")
     only_these(
         context,
         {
-            "proj.pre_norm": (proj.pre_norm, False),
-            "proj.pixel_shuffle": (proj.pixel_shuffle, 1),
-            "proj.hidden_dim": (proj.hidden_dim, proj.dim),
+            "connector.pre_norm": (connector.pre_norm, False),
+            "connector.pixel_shuffle": (connector.pixel_shuffle, 1),
+            "connector.hidden_dim": (connector.hidden_dim, connector.dim),
             "keep_class": (model.keep_class, model.keep_class and vision.class_token),
             "tiles.max_tiles": (bool(tiles.max_tiles), tiles.single_only),
         },
@@ -175,12 +175,12 @@ def llava_to_transformers(model: Llava) -> tuple[dict[str, Any], dict[str, Tenso
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
         "vision_feature_select_strategy": "full" if model.keep_class or not vision.class_token else "default",
         "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": proj.bias,
+        "multimodal_projector_bias": connector.bias,
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
     tensors = {f"language_model.{name}": tensor for name, tensor in text_tensors.items()}
     tensors |= {f"vision_tower.vision_model.{name}": tensor for name, tensor in vision_tensors.items()}
-    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in export(proj, _PROJ, context).items()}
+    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in export(connector, _PROJ, context).items()}
     if model.newline is not None:
         config["image_grid_pinpoints"] = [list(point) for point in tiles.pinpoints]
         tensors["image_newline"] = model.newline.detach()

@@ -121,7 +121,7 @@ def from_openflamingo(
     model = Flamingo(
         vision,
         decoder,
-        resampler=resampler,
+        connector=resampler,
         cross_layers=layers,
         gated=GatedConfig(
             num_heads=gated[f"{first}.attn.to_q.weight"].shape[0] // _HEAD_DIM,
@@ -147,7 +147,7 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
     Raises:
         ValueError: if it is of another kind.
     """
-    resampler = model.resampler
+    resampler = model.connector
     if not isinstance(resampler, PerceiverResampler):
         raise ValueError(
             "OpenFlamingo always has a resampler, a PerceiverResampler; this captioner has "
@@ -156,10 +156,10 @@ def to_openflamingo(model: Flamingo, layers: str = "model.layers") -> dict[str, 
     only_these(
         "OpenFlamingo",
         {
-            "resampler.activation": (resampler.activation, "gelu"),
-            "resampler.qk_norm": (resampler.qk_norm, None),
-            "resampler.head_dim": (resampler.head_dim, _HEAD_DIM),
-            "resampler.norm_eps": (resampler.norm_eps, 1e-5),
+            "connector.activation": (resampler.activation, "gelu"),
+            "connector.qk_norm": (resampler.qk_norm, None),
+            "connector.head_dim": (resampler.head_dim, _HEAD_DIM),
+            "connector.norm_eps": (resampler.norm_eps, 1e-5),
             "gated.head_dim": (model.gated.head_dim, _HEAD_DIM),
             "gated.mlp": (model.gated.mlp, "gelu"),
             "gated.norm": (model.gated.norm, "layer"),

@@ -84,9 +84,9 @@ def vision_encoder_decoder_from_state(
     else:
         decoder = decoder_from_bert(text, words, f"{context}, decoder", cross_dim=dim)
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.", "decoder."))}
-    adapter = None if vision.dim == dim else LinearConnector(vision.dim, dim)
-    fill(nn.Identity() if adapter is None else adapter, _PROJ, rest, context)
-    return VisionEncoderDecoder(vision, decoder, adapter=adapter).eval()
+    connector = None if vision.dim == dim else LinearConnector(vision.dim, dim)
+    fill(nn.Identity() if connector is None else connector, _PROJ, rest, context)
+    return VisionEncoderDecoder(vision, decoder, connector=connector).eval()
 
 
 def to_vision_encoder_decoder(model: VisionEncoderDecoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,18 +95,18 @@ def to_vision_encoder_decoder(model: VisionEncoderDecoder) -> tuple[dict[str, An
     Raises:
         ValueError: if a part has no counterpart there.
     """
-    decoder, adapter = model.decoder, model.adapter
+    decoder, connector = model.decoder, model.connector
     if decoder.cross_dim != decoder.dim:
         raise ValueError(f"{_NAME} has cross_dim equal to dim ({decoder.dim}), not {decoder.cross_dim}")
     vision, tensors = vision_to_vit(model.vision)
     state = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    if adapter is not None:
-        if not isinstance(adapter, LinearConnector) or model.vision.dim == decoder.dim:
+    if connector is not None:
+        if not isinstance(connector, LinearConnector) or model.vision.dim == decoder.dim:
             raise ValueError(
-                f"{_NAME} has a LinearConnector where widths differ, not a {type(adapter).__name__} from "
+                f"{_NAME} has a LinearConnector where widths differ, not a {type(connector).__name__} from "
                 f"{model.vision.dim} to {decoder.dim}"
             )
-        state |= export(adapter, _PROJ, _NAME)
+        state |= export(connector, _PROJ, _NAME)
     if is_gpt2(decoder):
         text, words = gpt2_config(decoder), decoder_to_gpt2(decoder)
         if decoder.tied:

@@ -18,8 +18,8 @@ from mmtransformer import (
     PerceiverResampler,
     PrefixCaptioner,
     TextDecoder,
+    TransformerConnector,
     VisionEncoderDecoder,
-    VisualAdapter,
     ViT,
 )
 from mmtransformer.captioners.base import Captioner
@@ -74,9 +74,9 @@ def connectors(vision: ViT) -> list[Captioner]:
     return [
         VisionEncoderDecoder(vision, TextDecoder(31, 24, 1, 4, cross_dim=d, **plain)),
         VisionEncoderDecoder(
-            vision, TextDecoder(31, 24, 1, 4, cross_dim=16, **plain), adapter=VisualAdapter(d, 16, 1, 2)
+            vision, TextDecoder(31, 24, 1, 4, cross_dim=16, **plain), connector=TransformerConnector(d, 16, 1, 2)
         ),
-        Flamingo(vision, TextDecoder(31, 24, 2, 4, **plain), resampler=PerceiverResampler(d, 1, 2, 8, 4)),
+        Flamingo(vision, TextDecoder(31, 24, 2, 4, **plain), connector=PerceiverResampler(d, 1, 2, 8, 4)),
         PrefixCaptioner(vision, TextDecoder(31, 24, 1, 4, **plain), freeze_decoder=False),
         Llava(vision, MLPProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, layers=None),
         Llava(vision, LinearProjector(d, 24), TextDecoder(31, 24, 1, 4, **plain), 30, layers=None),

@@ -83,7 +83,7 @@ def test_what_a_part_names_is_not_decayed(kind: Any) -> None:
     resampler = PerceiverResampler(16, 1, 2, 8, 5, max_images=3)
     decoder = TextDecoder(31, 16, 1, 2)
     model = Flamingo(
-        vision, decoder, resampler=resampler, gated=GatedConfig(num_heads=2), freeze_vision=False, freeze_decoder=False
+        vision, decoder, connector=resampler, gated=GatedConfig(num_heads=2), freeze_vision=False, freeze_decoder=False
     )
     task = nn.ModuleDict({"captioner": model})  # as deep inside as in a run
     for whole in (model, task):

@@ -66,11 +66,15 @@ def test_parts_that_read_a_tower_get_its_width(tmp_path: Path) -> None:
     ViT(16, 8, 20, 1, 4).save_pretrained(tmp_path)
     vision = part("weights.load_vit", source=str(tmp_path))
     inner = Namespace(
-        vision=vision, adapter=part("VisualAdapter", visual_dim=192, dim=32), decoder=part("TextDecoder", cross_dim=32)
+        vision=vision,
+        connector=part("TransformerConnector", visual_dim=192, dim=32),
+        decoder=part("TextDecoder", cross_dim=32),
     )
     said = fit_widths(Namespace(init_args=Namespace(captioner=Namespace(init_args=inner))))
-    assert said == [f"adapter.visual_dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
-    assert (inner.adapter.init_args.visual_dim, inner.decoder.init_args.cross_dim) == (20, 32)
+    assert said == [f"connector.visual_dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
+    assert (inner.connector.init_args.visual_dim, inner.decoder.init_args.cross_dim) == (20, 32)
+    flamingo = Namespace(vision=vision, connector=part("PerceiverResampler", dim=192), decoder=part("HubDecoder"))
+    assert fit_widths(flamingo) == [f"connector.dim: 20, the width of {tmp_path}'s tokens, in place of 192"]
     bare = Namespace(vision=vision, decoder=part("TextDecoder", cross_dim=192))
     assert len(fit_widths(bare)) == 1
     assert bare.decoder.init_args.cross_dim == 20
@@ -127,7 +131,7 @@ def test_a_recipe_with_another_tower(tmp_path: Path, capsys: pytest.CaptureFixtu
         code = main(["fit", *words])
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert f"adapter.visual_dim: 24, the width of {tmp_path / 'tower'}'s tokens, in place of 192" in out
+    assert f"connector.visual_dim: 24, the width of {tmp_path / 'tower'}'s tokens, in place of 192" in out
     assert "pixels: 28 x 28 px, squash, bicubic, mean 0.485 0.456 0.406, the vision encoder's own" in out
     saved = json.loads((run / "model" / "preprocessor.json").read_text())
     assert (saved["image_size"], saved["std"]) == (28, [0.229, 0.224, 0.225])
@@ -222,7 +226,7 @@ def test_a_captioner_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtu
         warnings.simplefilter("ignore")
         assert main(words) != 0
     assert "cache_features keeps the tokens of pictures of one size" in capsys.readouterr()[1]
-    out = fitted([*words, "--data.cache_features=null", "--model.captioner.adapter.token_dropout=0"], capsys)
+    out = fitted([*words, "--data.cache_features=null", "--model.captioner.connector.token_dropout=0"], capsys)
     assert (
         "pixels: native size, at most 20 patches of 8 px, bilinear, mean 0.5 0.5 0.5, the vision encoder's own" in out
     )

@@ -174,7 +174,7 @@ def test_small_visual_tokens_of_idefics_are_normed_once() -> None:
     assert 0.005 < hidden.std() < 0.02
     ours = from_idefics(theirs)
     torch.testing.assert_close(ours.encode(given.pixels).flatten(0, 1), hidden, atol=1e-6, rtol=1e-5)
-    assert ours.resampler is not None
+    assert ours.connector is not None
     found = ours.latents(given).flatten(0, 1)
     torch.testing.assert_close(found, theirs.model.perceiver_resampler(hidden), atol=2e-5, rtol=1e-5)
 
@@ -242,10 +242,10 @@ def test_openflamingo_by_its_definition_and_back() -> None:
 def test_openflamingos_time_embeddings() -> None:
     state = checkpoint((0,), times=True)
     model = from_openflamingo(state, ViT(16, 8, VISUAL, 1, 4), TextDecoder(VOCAB, DIM, 1, 4))
-    assert model.resampler is not None
-    assert (model.resampler.max_frames, model.resampler.max_images) == (4, 3)
+    assert model.connector is not None
+    assert (model.connector.max_frames, model.connector.max_images) == (4, 3)
     x = torch.randn(1, 2, 3, 11, VISUAL, dtype=torch.float64)
-    found = model.resampler.double()(x)[0]
+    found = model.connector.double()(x)[0]
     torch.testing.assert_close(found, perceiver(state, x[0], depth=2), atol=1e-9, rtol=1e-9)
     back = to_openflamingo(model, layers="transformer.h")
     assert back["perceiver.media_time_embs"].shape == (3, 1, VISUAL)
@@ -262,7 +262,7 @@ def test_what_is_not_openflamingos_is_refused() -> None:
     with pytest.raises(ValueError, match=rf"is \(128, {DIM}\), the model wants \(128, 28\)"):
         from_openflamingo(state, vision, TextDecoder(VOCAB, 28, 4, 4))
     with pytest.raises(ValueError, match=r"nothing like gated\.head_dim=7, gated\.mlp='relu', gated\.norm='rms'"):
-        to_openflamingo(Flamingo(vision, decoder, resampler=PerceiverResampler(VISUAL), gated=GatedConfig(
+        to_openflamingo(Flamingo(vision, decoder, connector=PerceiverResampler(VISUAL), gated=GatedConfig(
             head_dim=7, mlp="relu", norm="rms", per_channel=True)))  # fmt: skip
     with pytest.raises(ValueError, match="always has a resampler"):
         to_openflamingo(Flamingo(vision, decoder))

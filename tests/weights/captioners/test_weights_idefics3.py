@@ -73,7 +73,10 @@ def loaded(theirs: Any, folder: Path) -> Llava:
 def inputs(ours: Llava, *, left: bool) -> tuple[CaptionBatch, dict[str, Any]]:
     """Prompts of unequal lengths with 1, 3 and 2 tiles, each tile's placeholders behind a marker."""
     generator, side = torch.Generator().manual_seed(5), ours.vision.image_size[0]
-    count, numbers = ours.vision.grid[0] * ours.vision.grid[1] // ours.proj.pixel_shuffle**2, torch.tensor([1, 3, 2])
+    count, numbers = (
+        ours.vision.grid[0] * ours.vision.grid[1] // ours.connector.pixel_shuffle**2,
+        torch.tensor([1, 3, 2]),
+    )
     texts = []
     for i, number in enumerate(numbers.tolist()):
         text = torch.randint(3, IMAGE, (4 + number + i,), generator=generator)

@@ -86,7 +86,7 @@ def test_the_logits(encoder: str, decoder: str) -> None:
     theirs, pixels = theirs_of(encoder, decoder), pixels_of().double()
     ours = from_vision_encoder_decoder(theirs).double()
     theirs = theirs.double()  # In float32 transformers' own "narrow" is 5e-5 off on Zen 3.
-    assert isinstance(ours.adapter, LinearConnector) == (decoder == "narrow" or encoder == "no bias")
+    assert isinstance(ours.connector, LinearConnector) == (decoder == "narrow" or encoder == "no bias")
     batch = batch_of(pixels, [[START, 5, 9, 4, 11], [START, 8], [START, 3, 12]])
     real = batch.attention_mask
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_refusals(tmp_path: Path) -> None:
     ours, ids = from_vision_encoder_decoder(theirs), {"decoder_start_token_id": START, "eos_token_id": END}
     with pytest.raises(ValueError, match=r"pad_token_id \(53\) must be one of the model's 53 ids"):
         save_vision_encoder_decoder(ours, tmp_path / "out", **ids, pad_token_id=VOCAB)
-    other = VisionEncoderDecoder(ours.vision, ours.decoder, adapter=LinearConnector(20, 20))
+    other = VisionEncoderDecoder(ours.vision, ours.decoder, connector=LinearConnector(20, 20))
     with pytest.raises(ValueError, match="LinearConnector where widths differ"):
         save_vision_encoder_decoder(other, tmp_path / "out", **ids, pad_token_id=PAD)
     assert not (tmp_path / "out").exists()

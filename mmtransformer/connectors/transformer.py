@@ -1,4 +1,4 @@
-"""VisualAdapter: trainable encoder blocks between a frozen vision encoder and what reads its tokens."""
+"""TransformerConnector: trainable encoder blocks between a frozen vision encoder and what reads its tokens."""
 
 from einops import pack, unpack
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, EncoderBlock
 
 
-class VisualAdapter(Connector):
+class TransformerConnector(Connector):
     """Trainable encoder blocks over a frozen encoder's tokens: they learn what captions need and it does not say.
 
     Args:
