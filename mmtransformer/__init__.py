@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer as DiffusionTransformer
     from mmtransformer.backbones.encoder import TextEncoder as TextEncoder
     from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary as ExtendedVocabulary
-    from mmtransformer.backbones.grid_rope import RopeConfig as RopeConfig
+    from mmtransformer.backbones.grid_rope import ViTRopeConfig as ViTRopeConfig
     from mmtransformer.backbones.hub_autoencoder import HubAutoencoder as HubAutoencoder
     from mmtransformer.backbones.hub_decoder import HubDecoder as HubDecoder
     from mmtransformer.backbones.hub_seq2seq import HubSeq2Seq as HubSeq2Seq
     from mmtransformer.backbones.patches import ConvStem as ConvStem
-    from mmtransformer.backbones.patches import PatchConfig as PatchConfig
     from mmtransformer.backbones.patches import PatchEmbed as PatchEmbed
+    from mmtransformer.backbones.patches import ViTPatchConfig as ViTPatchConfig
     from mmtransformer.backbones.seq2seq import Seq2SeqBatch as Seq2SeqBatch
     from mmtransformer.backbones.seq2seq import Transformer as Transformer
     from mmtransformer.backbones.towers.joined import JoinedTowers as JoinedTowers
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mmtransformer.backbones.towers.packed import packed_features as packed_features
     from mmtransformer.backbones.towers.packed import packed_forward as packed_forward
     from mmtransformer.backbones.vit import ViT as ViT
-    from mmtransformer.backbones.vit_blocks import BlockConfig as BlockConfig
-    from mmtransformer.backbones.vit_blocks import OutputConfig as OutputConfig
+    from mmtransformer.backbones.vit_blocks import ViTBlockConfig as ViTBlockConfig
+    from mmtransformer.backbones.vit_blocks import ViTOutputConfig as ViTOutputConfig
     from mmtransformer.captioners.base import CaptionBatch as CaptionBatch
     from mmtransformer.captioners.base import Captioner as Captioner
     from mmtransformer.captioners.base import Output as Output
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from mmtransformer.captioners.blip2_qformer import Blip2QFormer as Blip2QFormer
     from mmtransformer.captioners.coca import CoCa as CoCa
     from mmtransformer.captioners.flamingo import Flamingo as Flamingo
-    from mmtransformer.captioners.flamingo import GatedConfig as GatedConfig
+    from mmtransformer.captioners.flamingo import GatedBlockConfig as GatedBlockConfig
     from mmtransformer.captioners.image_attention_mask import image_attention_mask as image_attention_mask
     from mmtransformer.captioners.image_attention_mask import show_mask as show_mask
     from mmtransformer.captioners.llava import Llava as Llava
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from mmtransformer.layers.config import PositionConfig as PositionConfig
     from mmtransformer.layers.linear_attention import LinearAttention as LinearAttention
     from mmtransformer.layers.positions import Rope as Rope
-    from mmtransformer.layers.positions import TableConfig as TableConfig
+    from mmtransformer.layers.positions import ViTPosEmbedConfig as ViTPosEmbedConfig
     from mmtransformer.layers.record import record_attention as record_attention
     from mmtransformer.losses.contrastive import clip_loss as clip_loss
     from mmtransformer.losses.contrastive import itc_loss as itc_loss
@@ -118,7 +118,7 @@ _CONTENTS = {
     "layers.cache": "KVCache KeyValue",
     "layers.config": "AttentionConfig MLPConfig NormConfig PositionConfig",
     "layers.linear_attention": "LinearAttention",
-    "layers.positions": "Rope TableConfig",
+    "layers.positions": "Rope ViTPosEmbedConfig",
     "layers.record": "record_attention",
     "backbones.base": "Decoder DecoderState",
     "backbones.decoder": "TextDecoder",
@@ -128,13 +128,13 @@ _CONTENTS = {
     "backbones.hub_decoder": "HubDecoder",
     "backbones.hub_autoencoder": "HubAutoencoder",
     "backbones.hub_seq2seq": "HubSeq2Seq",
-    "backbones.grid_rope": "RopeConfig",
+    "backbones.grid_rope": "ViTRopeConfig",
     "backbones.towers.joined": "JoinedTowers",
     "backbones.towers.packed": "PackedImages packed_features packed_forward",
-    "backbones.patches": "ConvStem PatchConfig PatchEmbed",
+    "backbones.patches": "ConvStem ViTPatchConfig PatchEmbed",
     "backbones.seq2seq": "Seq2SeqBatch Transformer",
     "backbones.vit": "ViT",
-    "backbones.vit_blocks": "BlockConfig OutputConfig",
+    "backbones.vit_blocks": "ViTBlockConfig ViTOutputConfig",
     "connectors.transformer": "TransformerConnector",
     "connectors.base": "Connector",
     "connectors.linear": "LinearConnector",
@@ -149,7 +149,7 @@ _CONTENTS = {
     "captioners.blip2": "Blip2 InstructBatch from_stage1",
     "captioners.coca": "CoCa",
     "captioners.vision_encoder_decoder": "VisionEncoderDecoder",
-    "captioners.flamingo": "Flamingo GatedConfig",
+    "captioners.flamingo": "Flamingo GatedBlockConfig",
     "captioners.public.git": "Git",
     "captioners.image_attention_mask": "image_attention_mask show_mask",
     "captioners.blip2_qformer": "Blip2QFormer",

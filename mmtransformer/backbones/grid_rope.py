@@ -16,7 +16,7 @@ from mmtransformer.layers.positions import Rope
 
 @known_fields
 @dataclass(frozen=True)
-class RopeConfig:
+class ViTRopeConfig:
     """How queries and keys of patches are turned.
 
     Args:
@@ -58,7 +58,7 @@ class GridRotary(nn.Module):
         ValueError: if the heads' width cannot be halved for rows and columns.
     """
 
-    def __init__(self, head_dim: int, num_heads: int, depth: int, config: RopeConfig) -> None:
+    def __init__(self, head_dim: int, num_heads: int, depth: int, config: ViTRopeConfig) -> None:
         super().__init__()
         if head_dim % 4:
             raise ValueError(f"rotary positions of rows and columns need heads of 4 n channels, not {head_dim}")

@@ -13,25 +13,25 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmtransformer.layers.config import known_fields
-from mmtransformer.layers.positions import TableConfig
+from mmtransformer.layers.positions import ViTPosEmbedConfig
 
 
 @known_fields
 @dataclass(frozen=True)
-class PatchConfig:
+class ViTPatchConfig:
     """How a ViT makes patches.
 
     Args:
         in_channels: channels of an image.
         stem: "patch" cuts patches and projects them, as the paper; "conv" convolves (see `ConvStem`).
         bias: whether the projection has a bias (OpenAI CLIP's has none).
-        positions: what the table of positions starts from: "learned" from noise (the paper), or from 2-D "sinusoids"
+        positions: what the table of positions starts from: "learned" from noise (the paper), "sinusoidal" from waves
             (as MAE's, arXiv:2111.06377, but learned on), with which places are told apart from the first step; "none" =
-            there is no table (DINOv3, whose patches are turned, see `RopeConfig`).
+            there is no table (DINOv3, whose patches are turned, see `ViTRopeConfig`).
         norm: a LayerNorm before the first block (CLIP).
         dropout: share of patches left out in training (arXiv:2212.00794).
         embed_norm: a norm of the projected patches, before positions are added (AIMv2, arXiv:2411.14402).
-        table: how the table of positions is resized to an image's grid.
+        pos_embed: how the table of positions is resized to an image's grid.
 
     Raises:
         ValueError: for unknown words, or a share that is none.
@@ -40,17 +40,17 @@ class PatchConfig:
     in_channels: int = 3
     stem: Literal["patch", "conv"] = "patch"
     bias: bool = True
-    positions: Literal["learned", "sinusoids", "none"] = "learned"
+    positions: Literal["learned", "sinusoidal", "none"] = "learned"
     norm: bool = False
     dropout: float = 0.0
     embed_norm: bool = False
-    table: TableConfig = TableConfig()  # noqa: RUF009 (frozen)
+    pos_embed: ViTPosEmbedConfig = ViTPosEmbedConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if self.stem not in ("patch", "conv"):
             raise ValueError(f'stem must be "patch" or "conv", not "{self.stem}"')
-        if self.positions not in ("learned", "sinusoids", "none"):
-            raise ValueError(f'positions must be "learned", "sinusoids" or "none", not "{self.positions}"')
+        if self.positions not in ("learned", "sinusoidal", "none"):
+            raise ValueError(f'positions must be "learned", "sinusoidal" or "none", not "{self.positions}"')
         if not 0 <= self.dropout < 1:
             raise ValueError(f"the share of patches left out must be in [0, 1), not {self.dropout}")
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmtransformer.backbones.grid_rope import GridRotary, RopeConfig, keep_angles
-from mmtransformer.backbones.patches import ConvStem, PatchConfig, PatchEmbed, keep_tokens, kept_tokens
-from mmtransformer.backbones.vit_blocks import BlockConfig, DistilledHead, OutputConfig, make_block
+from mmtransformer.backbones.grid_rope import GridRotary, ViTRopeConfig, keep_angles
+from mmtransformer.backbones.patches import ConvStem, PatchEmbed, ViTPatchConfig, keep_tokens, kept_tokens
+from mmtransformer.backbones.vit_blocks import DistilledHead, ViTBlockConfig, ViTOutputConfig, make_block
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.layers.masks import Mask
@@ -78,10 +78,10 @@ class ViT(Pretrained, nn.Module):
         num_registers: int = 0,
         pool: Literal["class", "mean", "attention", "distilled"] = "class",
         num_classes: int = 0,
-        patches: PatchConfig = PatchConfig(),
-        block: BlockConfig = BlockConfig(),
-        rope: RopeConfig = RopeConfig(),
-        output: OutputConfig = OutputConfig(),
+        patches: ViTPatchConfig = ViTPatchConfig(),
+        block: ViTBlockConfig = ViTBlockConfig(),
+        rope: ViTRopeConfig = ViTRopeConfig(),
+        output: ViTOutputConfig = ViTOutputConfig(),
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -101,7 +101,7 @@ class ViT(Pretrained, nn.Module):
         self.rope, self.output = rope, output
         self.num_prefix_tokens = int(class_token) + num_registers
         self.grid = (height // patch_size, width // patch_size)
-        self.table_grid = patches.table.grid or self.grid
+        self.table_grid = patches.pos_embed.grid or self.grid
         self.grad_checkpointing = False
         self.transform: ImageTransform | None = None
 
@@ -142,7 +142,7 @@ class ViT(Pretrained, nn.Module):
         for parameter in (self.pos_embed, self.prefix_tokens):
             if parameter is not None:
                 trunc_normal_(parameter, 0.02)
-        if self.patches.positions == "sinusoids":
+        if self.patches.positions == "sinusoidal":
             assert self.pos_embed is not None
             self.pos_embed.data.copy_(0.5 * sinusoidal_2d(self.table_grid, self.dim))  # As large as fresh patches are.
         for name, module in self.named_modules():
@@ -191,7 +191,7 @@ class ViT(Pretrained, nn.Module):
         if self.pos_embed is not None:
             table = self.pos_embed
             if grid != self.table_grid:
-                table = resize_positions(table, self.table_grid, grid, self.patches.table)
+                table = resize_positions(table, self.table_grid, grid, self.patches.pos_embed)
             x = x + table.to(x.dtype)
         if self.training and self.patches.dropout:
             kept = kept_tokens(x, self.patches.dropout)
@@ -253,12 +253,12 @@ class ViT(Pretrained, nn.Module):
     def set_input_size(self, image_size: tuple[int, int] | int) -> None:
         """Makes the table of positions one for another image size, so that no resizing happens at run time.
 
-        A table with a grid of its own (`TableConfig`) stays as it is.
+        A table with a grid of its own (`ViTPosEmbedConfig`) stays as it is.
         """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         grid = self.grid_size(height, width)
-        if self.pos_embed is not None and self.patches.table.grid is None:
-            table = resize_positions(self.pos_embed.data, self.table_grid, grid, self.patches.table)
+        if self.pos_embed is not None and self.patches.pos_embed.grid is None:
+            table = resize_positions(self.pos_embed.data, self.table_grid, grid, self.patches.pos_embed)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
             self.table_grid = grid
         self.image_size, self.grid = (height, width), grid

@@ -14,7 +14,7 @@ from mmtransformer.layers.config import Activation, Norm, known_fields
 
 @known_fields
 @dataclass(frozen=True)
-class BlockConfig:
+class ViTBlockConfig:
     """What a ViT's blocks are made of; the paper's by default.
 
     Args:
@@ -62,7 +62,7 @@ class BlockConfig:
 
 @known_fields
 @dataclass(frozen=True)
-class OutputConfig:
+class ViTOutputConfig:
     """What stands behind a ViT's blocks.
 
     Args:
@@ -146,7 +146,7 @@ class DistilledHead(nn.Module):
         return (self.of_class(x[:, 0]) + self.of_distilled(x[:, 1])) / 2
 
 
-def make_block(dim: int, num_heads: int, mlp_dim: int, config: BlockConfig, drop_path: float) -> nn.Module:
+def make_block(dim: int, num_heads: int, mlp_dim: int, config: ViTBlockConfig, drop_path: float) -> nn.Module:
     """One block of width dim: tokens (b q d) -> (b q d).
 
     Args:

@@ -31,7 +31,7 @@ from mmtransformer.layers.record import record_attention
 
 @known_fields
 @dataclass(frozen=True)
-class GatedConfig:
+class GatedBlockConfig:
     """Flamingo's gated blocks; OpenFlamingo's by default.
 
     Args:
@@ -136,7 +136,7 @@ class Flamingo(Captioner):
         connector: Connector | None = None,
         cross_layer_interval: int = 1,
         cross_layers: Sequence[int] | None = None,
-        gated: GatedConfig = GatedConfig(),
+        gated: GatedBlockConfig = GatedBlockConfig(),
         visible_images: VisibleImages = "last",
         patches_only: bool = False,
         freeze_vision: bool = True,

@@ -50,7 +50,7 @@ def sinusoidal_2d(grid: tuple[int, int], dim: int, *, theta: float = 10_000.0) -
 
 @known_fields
 @dataclass(frozen=True)
-class TableConfig:
+class ViTPosEmbedConfig:
     """How learned 2-D positions meet the grids of images; by default as in timm's Vision Transformers.
 
     Args:
@@ -82,7 +82,7 @@ class TableConfig:
 
 
 def resize_positions(
-    table: Tensor, old: tuple[int, int], new: tuple[int, int], config: TableConfig = TableConfig()
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], config: ViTPosEmbedConfig = ViTPosEmbedConfig()
 ) -> Tensor:
     """Resizes learned 2-D positions to another grid, in float32.
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import PatchConfig, RopeConfig, ViT
+from mmtransformer import ViT, ViTPatchConfig, ViTRopeConfig
 from mmtransformer.backbones.grid_rope import GridRotary, keep_angles
 from mmtransformer.backbones.patches import keep_tokens
 from mmtransformer.layers.attention import Rope
 
 GRID, PREFIX, WIDTH, HEADS, DEPTH = (3, 5), 2, 12, 3, 2
-KINDS: dict[str, RopeConfig] = {
-    "eva": RopeConfig("axial", reference=(4, 7)),
-    "perception encoder": RopeConfig("axial", offset=1.0, order="xy"),
-    "dinov3": RopeConfig("centered", 100.0),
-    "learned": RopeConfig("mixed", 10.0, order="xy"),
+KINDS: dict[str, ViTRopeConfig] = {
+    "eva": ViTRopeConfig("axial", reference=(4, 7)),
+    "perception encoder": ViTRopeConfig("axial", offset=1.0, order="xy"),
+    "dinov3": ViTRopeConfig("centered", 100.0),
+    "learned": ViTRopeConfig("mixed", 10.0, order="xy"),
 }
 
 
@@ -95,7 +95,7 @@ def test_patches_that_stay_keep_their_angles(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tower_learns_with_patches_left_out(name: str) -> None:
     vit = ViT(
-        24, 8, 24, DEPTH, 3, num_registers=2, patches=PatchConfig(positions="none", dropout=0.5), rope=KINDS[name]
+        24, 8, 24, DEPTH, 3, num_registers=2, patches=ViTPatchConfig(positions="none", dropout=0.5), rope=KINDS[name]
     )
     pixels = torch.randn(2, 3, 24, 32)
     vit.train()
@@ -114,8 +114,8 @@ def test_a_tower_learns_with_patches_left_out(name: str) -> None:
 
 def test_heads_and_words_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="heads of 4 n channels, not 6"):
-        ViT(16, 8, 24, 1, 4, rope=RopeConfig("axial"))
+        ViT(16, 8, 24, 1, 4, rope=ViTRopeConfig("axial"))
     with pytest.raises(ValueError, match=r'rope must be .* not "spiral"'):
-        RopeConfig("spiral")  # type: ignore[arg-type]
+        ViTRopeConfig("spiral")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='order must be "yx" or "xy", not "zz"'):
-        RopeConfig("axial", order="zz")  # type: ignore[arg-type]
+        ViTRopeConfig("axial", order="zz")  # type: ignore[arg-type]

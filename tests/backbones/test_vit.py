@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtransformer import BlockConfig, PatchConfig, ViT, freeze
+from mmtransformer import ViT, ViTBlockConfig, ViTPatchConfig, freeze
 from mmtransformer.backbones.patches import ConvStem, drop_tokens
 from mmtransformer.layers.positions import sinusoidal_2d
 
@@ -68,8 +68,8 @@ def definition(vit: Any, pixels: Tensor) -> Tensor:
     [
         {},
         {"class_token": False, "pool": "mean"},
-        {"num_registers": 3, "block": BlockConfig(layer_scale=0.3)},
-        {"patches": PatchConfig(5, bias=False, norm=True), "block": BlockConfig(norm_eps=1e-3)},
+        {"num_registers": 3, "block": ViTBlockConfig(layer_scale=0.3)},
+        {"patches": ViTPatchConfig(5, bias=False, norm=True), "block": ViTBlockConfig(norm_eps=1e-3)},
     ],
     ids=str,
 )
@@ -83,7 +83,7 @@ def test_visual_tokens_are_the_definition(options: dict[str, Any]) -> None:
 
 def test_a_convolutional_stem_is_the_definition() -> None:
     """Each convolution halves the picture and doubles the channels; a norm over the whole picture; GELU."""
-    vit, pixels = small(patches=PatchConfig(stem="conv"), num_registers=2), torch.randn(2, 3, 16, 40)
+    vit, pixels = small(patches=ViTPatchConfig(stem="conv"), num_registers=2), torch.randn(2, 3, 16, 40)
     assert isinstance(vit.patch_embed, ConvStem)
     stem: Any = vit.patch_embed
     assert [conv.out_channels for conv in stem.convs] == [5, 10, 20]
@@ -102,7 +102,9 @@ def test_a_convolutional_stem_is_the_definition() -> None:
 
 
 def test_positions_start_from_noise_or_from_sinusoids() -> None:
-    noise, waves = (ViT(**SMALL, patches=PatchConfig(positions=kind)).pos_embed for kind in ("learned", "sinusoids"))
+    noise, waves = (
+        ViT(**SMALL, patches=ViTPatchConfig(positions=kind)).pos_embed for kind in ("learned", "sinusoidal")
+    )
     assert torch.equal(waves.data[0], 0.5 * sinusoidal_2d((2, 3), 20))
     assert waves.requires_grad
     assert 0.01 < noise.std().item() < 0.03
@@ -166,7 +168,7 @@ def test_intermediates_are_those_of_the_pass() -> None:
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
-    vit, pixels, grads = small(block=BlockConfig(dropout=0.3)).train(), torch.randn(2, 3, 16, 24), []
+    vit, pixels, grads = small(block=ViTBlockConfig(dropout=0.3)).train(), torch.randn(2, 3, 16, 24), []
     for again in (False, True):
         vit.zero_grad()
         vit.set_grad_checkpointing(again)
@@ -184,7 +186,7 @@ def test_patches_are_dropped_in_training_only_and_stay_in_order() -> None:
     share = torch.bincount(kept.long().flatten(), minlength=11) / 501
     assert (share - 7 / 11).abs().max() < 0.1
     assert drop_tokens(x, 0.99).shape[1] == 1
-    vit, pixels = small(patches=PatchConfig(dropout=0.5)), torch.randn(2, 3, 16, 24)
+    vit, pixels = small(patches=ViTPatchConfig(dropout=0.5)), torch.randn(2, 3, 16, 24)
     assert torch.equal(vit(pixels), vit(pixels))
     seen: list[tuple[int, ...]] = []
     vit.blocks[0].register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
@@ -193,7 +195,7 @@ def test_patches_are_dropped_in_training_only_and_stay_in_order() -> None:
 
 
 def test_stochastic_depth_rises_with_depth() -> None:
-    blocks: Any = small(block=BlockConfig(drop_path=0.2)).blocks
+    blocks: Any = small(block=ViTBlockConfig(drop_path=0.2)).blocks
     rates = [[getattr(step, "rate", 0) for step in block.branch1] for block in blocks]
     assert rates == [[], [0.1], [0.2]]
 
@@ -232,7 +234,7 @@ def test_weights_start_as_documented() -> None:
 def test_timm_makes_its_groups_with_layer_decay() -> None:
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
 
-    vit = small(num_registers=2, pool="attention", num_classes=7, patches=PatchConfig(norm=True))
+    vit = small(num_registers=2, pool="attention", num_classes=7, patches=ViTPatchConfig(norm=True))
     optimizer = create_optimizer_v2(vit, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     names = {id(p): name for name, p in vit.named_parameters()}
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
@@ -249,12 +251,12 @@ def test_errors_name_the_numbers() -> None:
     faults: list[tuple[dict[str, Any], str]] = [
         ({"image_size": (16, 23)}, r"16 x 23.*\(8\)"),
         ({"pool": "max"}, 'not "max"'),
-        ({"patches": PatchConfig(stem="conv"), "dim": 22, "num_heads": 2}, r"patch_size \(8\).*dim \(22\)"),
-        ({"patches": PatchConfig(stem="conv"), "image_size": 12, "patch_size": 6}, r"patch_size \(6\).*dim \(20\)"),
+        ({"patches": ViTPatchConfig(stem="conv"), "dim": 22, "num_heads": 2}, r"patch_size \(8\).*dim \(22\)"),
+        ({"patches": ViTPatchConfig(stem="conv"), "image_size": 12, "patch_size": 6}, r"patch_size \(6\).*dim \(20\)"),
         ({"class_token": False}, 'pool="class" needs class_token'),
-        ({"block": BlockConfig(drop_path=1.5)}, r"not 1\.5"),
+        ({"block": ViTBlockConfig(drop_path=1.5)}, r"not 1\.5"),
         ({"dim": 21}, r"dim \(21\).*num_heads \(4\)"),
-        ({"block": BlockConfig(activation="swish")}, '"swish"'),
+        ({"block": ViTBlockConfig(activation="swish")}, '"swish"'),
     ]
     for options, message in faults:
         with pytest.raises(ValueError, match=message):
@@ -265,7 +267,7 @@ def test_errors_name_the_numbers() -> None:
         ({"dropout": 1.0}, r"not 1\.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            PatchConfig(**arguments)
+            ViTPatchConfig(**arguments)
     vit = small()
     with pytest.raises(ValueError, match=r"16 x 25 px.*8 px"):
         vit(torch.randn(2, 3, 16, 25))

@@ -15,16 +15,16 @@ import torch
 from harness import compare, start
 from torch import Tensor, nn
 
-from mmtransformer import CLIP, CaptionBatch, OutputConfig, PatchConfig, TextTower, ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer import CLIP, CaptionBatch, TextTower, ViT, ViTOutputConfig, ViTPatchConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.weights import clip_to_open_clip, save_clip
 
 BATCH, PLACES, VOCAB = 64, 77, 49408
 
 
 def model() -> CLIP:
-    patches, block = PatchConfig(bias=False, norm=True), BlockConfig("gelu", 1e-5)
-    vit = ViT.preset("tiny", patches=patches, block=block, output=OutputConfig("pooled"))
+    patches, block = ViTPatchConfig(bias=False, norm=True), ViTBlockConfig("gelu", 1e-5)
+    vit = ViT.preset("tiny", patches=patches, block=block, output=ViTOutputConfig("pooled"))
     return CLIP(vit, TextTower(VOCAB, 256, 4, 4, max_len=PLACES), embed_dim=256)
 
 

@@ -4,7 +4,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtransformer import BlockConfig, CaptionBatch, VisionEncoderDecoder, ViT
+from mmtransformer import CaptionBatch, VisionEncoderDecoder, ViT, ViTBlockConfig
 from mmtransformer.weights import from_transformers
 
 VOCAB, IMAGE_TOKENS = 50257, 197
@@ -53,7 +53,7 @@ def make_ours(peer: nn.Module, *, folded: bool = False) -> VisionEncoderDecoder:
 
 def vision_of(encoder: nn.Module) -> ViT:
     """Our ViT with the weights of transformers' ViTModel."""
-    vit = ViT(dim=192, num_heads=3, block=BlockConfig(norm_eps=encoder.config.layer_norm_eps))
+    vit = ViT(dim=192, num_heads=3, block=ViTBlockConfig(norm_eps=encoder.config.layer_norm_eps))
     theirs, ours = encoder.state_dict(), {}
     cls, positions = theirs["embeddings.cls_token"], theirs["embeddings.position_embeddings"]
     ours["prefix_tokens"], ours["pos_embed"] = cls + positions[:, :1], positions[:, 1:]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-from mmtransformer import Flamingo, GatedConfig, PerceiverResampler, ViT
+from mmtransformer import Flamingo, GatedBlockConfig, PerceiverResampler, ViT
 from mmtransformer.weights import from_transformers
 from mmtransformer.weights.captioners.idefics import GATED, RESAMPLER
 from mmtransformer.weights.shared.keys import fill
@@ -70,7 +70,9 @@ def ours_of(peer: PeerFlamingo) -> Flamingo:
         ViT(16, 16, VISUAL, 1, 12),
         from_transformers(peer.lm),
         connector=resampler,
-        gated=GatedConfig(num_heads=12, mlp="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True),
+        gated=GatedBlockConfig(
+            num_heads=12, mlp="swiglu", mlp_dim=3072, norm="rms", norm_eps=1e-6, mlp_without_image=True
+        ),
     )
     for ours, theirs in zip(model.gated_blocks, peer.gated, strict=True):
         fill(ours, GATED, theirs.state_dict(), "the peer")

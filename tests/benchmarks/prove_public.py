@@ -42,7 +42,6 @@ from transformers import (
 
 from mmtransformer import (
     AttentionConfig,
-    BlockConfig,
     CaptionBatch,
     ImageCaptioner,
     ImageTransform,
@@ -55,6 +54,7 @@ from mmtransformer import (
     TextDecoder,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
     caption_loss,
 )
 from mmtransformer.metrics.scores import score_captions
@@ -156,7 +156,7 @@ def vit_gpt2(vision: ViT, texts: Texts) -> VisionEncoderDecoder:
 def llava(vision: ViT, texts: Texts) -> Llava:
     """The tower as a SigLIP: no class token, 49 patches."""
     vision.set_input_size(112)
-    tower = ViT(112, 16, 192, 12, 3, class_token=False, pool="mean", block=BlockConfig("gelu", 1e-6))
+    tower = ViT(112, 16, 192, 12, 3, class_token=False, pool="mean", block=ViTBlockConfig("gelu", 1e-6))
     load_strictly(tower, {name: x for name, x in vision.state_dict().items() if name in tower.state_dict()}, "DeiT")
     decoder = TextDecoder(
         texts.vocab_size, 192, 3, 4, max_len=128, attention=AttentionConfig(bias=False), tied=False,

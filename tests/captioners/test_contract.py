@@ -15,7 +15,7 @@ from mmtransformer import (
     CaptionBatch,
     CoCa,
     Flamingo,
-    GatedConfig,
+    GatedBlockConfig,
     Git,
     InstructBatch,
     OpenCoCa,
@@ -86,7 +86,7 @@ FROZEN: dict[str, Callable[[], Captioner]] = {
     "instructions": lambda: blip2(instruct=True),
     "flamingo that sees nothing": lambda: flamingo(visible_images="none"),
     "flamingo that sees nothing, with MLPs": lambda: flamingo(
-        visible_images="none", gated=GatedConfig(mlp_without_image=True)
+        visible_images="none", gated=GatedBlockConfig(mlp_without_image=True)
     ),
 }
 

@@ -16,7 +16,7 @@ from mmtransformer import (
     AttentionConfig,
     CaptionBatch,
     Flamingo,
-    GatedConfig,
+    GatedBlockConfig,
     HubDecoder,
     MLPConfig,
     NormConfig,
@@ -53,9 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def grouped(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the gated blocks, together."""
-    names = {field.name for field in fields(GatedConfig)} & options.keys()
+    names = {field.name for field in fields(GatedBlockConfig)} & options.keys()
     return {k: v for k, v in options.items() if k not in names} | {
-        "gated": GatedConfig(**{name: options[name] for name in names})
+        "gated": GatedBlockConfig(**{name: options[name] for name in names})
     }
 
 
@@ -707,7 +707,7 @@ def test_any_hub_model_can_be_the_language_model(family: str, tmp_path: Path) ->
     for parameter in hub.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     decoder, vision = HubDecoder.from_model(hub.eval()), ViT((16, 24), 8, 20, 1, 4, num_registers=1)
-    model = Flamingo(vision, decoder, connector=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedConfig(3, 7)).eval()
+    model = Flamingo(vision, decoder, connector=PerceiverResampler(20, 1, 3, 7, 5), gated=GatedBlockConfig(3, 7)).eval()
     (given, prompt), names = few_shot(("..I..I......", "I......", "......."), 9), set(hub.state_dict())
     first = laid_out("..I.I..", ".......")
     want = hub(first.tokens).logits
@@ -743,7 +743,7 @@ def test_documents_of_the_data_module_are_read_as_each_alone() -> None:
     given = next(iter(data.train_dataloader()))
     torch.manual_seed(0)
     decoder = TextDecoder(data.tokenizer.vocab_size, 24, 2, 4, max_len=120)
-    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, visible_images="all_previous", gated=GatedConfig(3, 7))
+    model = Flamingo(ViT(16, 8, 20, 1, 4), decoder, visible_images="all_previous", gated=GatedBlockConfig(3, 7))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.eval()

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmtransformer import (
     AttentionConfig,
-    BlockConfig,
     CaptionBatch,
     MLPConfig,
     NormConfig,
@@ -17,6 +16,7 @@ from mmtransformer import (
     TransformerConnector,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
     record_attention,
 )
 from mmtransformer.backbones.base import DecoderState
@@ -86,7 +86,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
     ).eval()  # fmt: skip
     for parameter in (*tower.parameters(), *hub.parameters()):
         parameter.data += 0.2 * torch.randn_like(parameter)
-    vision = ViT(16, 8, 24, 1, 4, mlp_dim=31, block=BlockConfig(norm_eps=1e-5)).eval()
+    vision = ViT(16, 8, 24, 1, 4, mlp_dim=31, block=ViTBlockConfig(norm_eps=1e-5)).eval()
     state, ours = tower.state_dict(), vision.state_dict()
     find = lambda *parts: next(v for k, v in state.items() if all(p in k for p in parts))  # noqa: E731
     positions = find("position_embeddings")

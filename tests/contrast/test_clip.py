@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from mmtransformer import CLIP, CaptionBatch, EncoderTower, OutputConfig, TextEncoder, TextTower, ViT
+from mmtransformer import CLIP, CaptionBatch, EncoderTower, TextEncoder, TextTower, ViT, ViTOutputConfig
 from mmtransformer.losses.contrastive import text_keys
 from mmtransformer.weights import load_clip, save_clip
 
@@ -24,7 +24,7 @@ TEXT = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 19, "num_hidde
 
 def model(loss: str = "softmax", *, hardness: float = 0.0, text: Any = None, **more: Any) -> CLIP:
     torch.manual_seed(4)
-    vision = ViT(14, 7, 24, 2, 4, output=OutputConfig("pooled"))
+    vision = ViT(14, 7, 24, 2, 4, output=ViTOutputConfig("pooled"))
     text = text or TextTower(53, 20, 2, 2, max_len=11)
     made = CLIP(vision, text, embed_dim=13, loss=loss, hardness=hardness, **more)  # type: ignore[arg-type]
     for parameter in made.parameters():

@@ -15,7 +15,7 @@ from PIL import Image
 from mmtransformer import (
     FewShot,
     Flamingo,
-    GatedConfig,
+    GatedBlockConfig,
     ImageCaptioner,
     ImageTransform,
     TextDecoder,
@@ -71,7 +71,7 @@ def captioner(visible_images: str = "last", max_len: int = 256, seed: int = 0) -
     torch.manual_seed(seed)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     decoder = TextDecoder(310, 20, 2, 2, max_len=max_len)
-    model = Flamingo(vision, decoder, gated=GatedConfig(2, 5), visible_images=visible_images).eval()  # type: ignore[arg-type]
+    model = Flamingo(vision, decoder, gated=GatedBlockConfig(2, 5), visible_images=visible_images).eval()  # type: ignore[arg-type]
     for block in model.gated_blocks:  # open gates: else no picture matters
         block.attn_gate.data.fill_(2.0)  # type: ignore[union-attr]
         block.mlp_gate.data.fill_(2.0)  # type: ignore[union-attr]

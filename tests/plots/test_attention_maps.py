@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mmtransformer import ImageTransform, TextEncoder, Tokenizer, ViT, record_attention
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.images import load
 from mmtransformer.layers.record import rollout
 from mmtransformer.plots import draw_attention, draw_rollout, rollout_maps, save_image
@@ -47,7 +47,7 @@ def test_rollout_refuses_what_is_no_stack_of_self_attention() -> None:
 def test_maps_of_a_vit(class_token: bool) -> None:
     vit = ViT(
         (16, 24), 8, 20, 3, 4, class_token=class_token, num_registers=2, pool="class" if class_token else "mean",
-        block=BlockConfig(dropout=0.3),
+        block=ViTBlockConfig(dropout=0.3),
     ).train()  # fmt: skip
     for parameter in vit.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import Blip2, CaptionBatch, Captioner, PatchConfig, PositionConfig, QFormer, TextDecoder, ViT
+from mmtransformer import Blip2, CaptionBatch, Captioner, PositionConfig, QFormer, TextDecoder, ViT, ViTPatchConfig
 from mmtransformer.training import Optim
 from mmtransformer.training.evaluation.ablation import Frozen, sized
 
@@ -34,7 +34,7 @@ def images(n: int, generator: torch.Generator) -> tuple[CaptionBatch, Tensor]:
 def trained(bridge: str, steps: int) -> Captioner:
     torch.manual_seed(1)
     vision = ViT(
-        GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", patches=PatchConfig(positions="sinusoids")
+        GRID * PATCH, PATCH, 32, 1, 2, class_token=False, pool="mean", patches=ViTPatchConfig(positions="sinusoidal")
     )
     language = TextDecoder(COLOURS + 2, 32, 2, 2, max_len=64, positions=PositionConfig("rotary"))
     frozen = Frozen(freeze_vision=False, freeze_decoder=False)

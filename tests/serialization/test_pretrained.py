@@ -21,14 +21,13 @@ from mmtransformer import (
     Blip2QFormer,
     BlipITM,
     BlipVQA,
-    BlockConfig,
     CoCa,
     Diffusion,
     DiffusionTransformer,
     EncoderTower,
     ExtendedVocabulary,
     Flamingo,
-    GatedConfig,
+    GatedBlockConfig,
     Git,
     HubDecoder,
     HubSeq2Seq,
@@ -42,14 +41,11 @@ from mmtransformer import (
     MLPProjector,
     NormConfig,
     OpenCoCa,
-    OutputConfig,
     PaliGemma,
-    PatchConfig,
     PerceiverResampler,
     PositionConfig,
     PrefixCaptioner,
     QFormer,
-    RopeConfig,
     TextDecoder,
     TextEncoder,
     TextToImageModel,
@@ -58,6 +54,10 @@ from mmtransformer import (
     TransformerConnector,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
+    ViTOutputConfig,
+    ViTPatchConfig,
+    ViTRopeConfig,
 )
 from mmtransformer.captioners.tiles import TileConfig
 from mmtransformer.cli import main
@@ -102,24 +102,25 @@ def qformer(**options: Any) -> QFormer:
 MODELS: dict[str, Callable[[], Any]] = {
     "ViT": lambda: ViT(
         **VISION, mlp_dim=29, num_registers=3, pool="attention", num_classes=7,
-        patches=PatchConfig(bias=False, norm=True, dropout=0.1), block=BlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
+        patches=ViTPatchConfig(bias=False, norm=True, dropout=0.1),
+        block=ViTBlockConfig("quick_gelu", 1e-3, 0.5, 0.1, 0.1),
     ),
     "ViT with a stem": lambda: ViT(
-        **VISION, patches=PatchConfig(1, "conv", positions="sinusoids"), class_token=False, pool="mean"
+        **VISION, patches=ViTPatchConfig(1, "conv", positions="sinusoidal"), class_token=False, pool="mean"
     ),
     "ViT of other blocks": lambda: ViT(
-        **VISION, patches=PatchConfig(embed_norm=True), output=OutputConfig("none"),
-        block=BlockConfig(
+        **VISION, patches=ViTPatchConfig(embed_norm=True), output=ViTOutputConfig("none"),
+        block=ViTBlockConfig(
             "swiglu", norm="rms", qkv_bias=False, bias=False, qk_norm=True, attn_norm=True, mlp_norm=True
         ),
     ),
     "ViT of parallel blocks": lambda: ViT(
-        **vision({"num_heads": 5}), block=BlockConfig(order="parallel"), pool="attention",
-        rope=RopeConfig("axial", 1e3, 1.0, "xy", (2, 3)), output=OutputConfig("pooled", 2, 13, True),
+        **vision({"num_heads": 5}), block=ViTBlockConfig(order="parallel"), pool="attention",
+        rope=ViTRopeConfig("axial", 1e3, 1.0, "xy", (2, 3)), output=ViTOutputConfig("pooled", 2, 13, True),
     ),
     "ViT of two heads": lambda: ViT(**VISION, num_registers=1, pool="distilled", num_classes=3),
     "ViT that learns to turn": lambda: ViT(
-        **vision({"num_heads": 5}), patches=PatchConfig(positions="none"), rope=RopeConfig("mixed", 10.0)
+        **vision({"num_heads": 5}), patches=ViTPatchConfig(positions="none"), rope=ViTRopeConfig("mixed", 10.0)
     ),
     "TextDecoder": lambda: decoder(),
     "TextDecoder of another kind": lambda: decoder(
@@ -150,7 +151,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "Flamingo": lambda: Flamingo(
         ViT(**VISION), decoder(), connector=PerceiverResampler(20, 1, 3, 10, 5), cross_layer_interval=2,
-        gated=GatedConfig(
+        gated=GatedBlockConfig(
             3, 10, "rms", "swiglu", 31, "rms", 1e-3, per_channel=True, mlp_without_image=True, dropout=0.1),
         visible_images="all_previous", patches_only=True, freeze_vision=False,
         freeze_decoder=False,
@@ -370,7 +371,7 @@ def test_a_config_that_is_wrong_is_refused(tmp_path: Path, change: Any, message:
 def test_a_nested_fault_is_named(tmp_path: Path) -> None:
     for key, value, message in (
         ("patch", 3, "ViT has no argument patch"),
-        ("patches", 3, r"ViT cannot be built: patches is 3, not .*PatchConfig"),
+        ("patches", 3, r"ViT cannot be built: patches is 3, not .*ViTPatchConfig"),
         ("patches", {"stem": "wide"}, "patches: stem is 'wide'|stem must be .* not \"wide\""),
         ("patches", {"stems": "conv"}, r"patches: unknown keys \['stems'\]"),
         ("block", {"drop_path": "much"}, "block: drop_path is 'much'"),

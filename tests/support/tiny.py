@@ -21,13 +21,13 @@ from PIL import Image
 
 from mmtransformer import (
     CLIP,
-    BlockConfig,
     ImageTransform,
     NativeSize,
     TextDecoder,
     TextTower,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
 )
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
@@ -51,7 +51,7 @@ def captioner(
 ) -> VisionEncoderDecoder:
     """A captioner with dropout."""
     torch.manual_seed(seed)
-    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=BlockConfig(dropout=0.1))
+    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig(dropout=0.1))
     decoder = TextDecoder(vocab, dim, depth, 2, max_len=60, cross_dim=24, dropout=0.1)
     return VisionEncoderDecoder(vision, decoder, freeze_vision=freeze_vision)
 
@@ -86,7 +86,7 @@ def many_sizes(batch_size: int = 4, *, loader: LoaderConfig = LoaderConfig(), **
 def contrast(optim: Optim) -> Contrast:
     """Two towers with dropout, whose negatives count the more the harder they are."""
     torch.manual_seed(3)
-    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=BlockConfig(dropout=0.1))
+    vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig(dropout=0.1))
     text = TextTower(VOCAB, 24, 1, 3, max_len=60, dropout=0.1)
     return Contrast(CLIP(vision, text, embed_dim=11, hardness=1.0), optim=optim, recall_pictures=4)
 

@@ -13,7 +13,6 @@ from mmtransformer import (
     AttentionConfig,
     Blip2,
     Blip2QFormer,
-    BlockConfig,
     CaptionBatch,
     DiffusionTransformer,
     Flamingo,
@@ -23,19 +22,20 @@ from mmtransformer import (
     MLPConfig,
     MLPProjector,
     NormConfig,
-    OutputConfig,
-    PatchConfig,
     PerceiverResampler,
     PositionConfig,
     QFormer,
-    RopeConfig,
-    TableConfig,
     TextDecoder,
     TextEncoder,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
+    ViTOutputConfig,
+    ViTPatchConfig,
+    ViTPosEmbedConfig,
+    ViTRopeConfig,
 )
-from mmtransformer.captioners.flamingo import GatedConfig
+from mmtransformer.captioners.flamingo import GatedBlockConfig
 from mmtransformer.weights import FAMILIES, families_for, family_of, load_encoder, save_encoder
 from mmtransformer.weights.text.gemma import GEMMAS
 from mmtransformer.weights.text.llama import LLAMAS
@@ -98,7 +98,9 @@ def stage1() -> Blip2QFormer:
 
 def openflamingo() -> Flamingo:
     resampler = PerceiverResampler(88, 2, 1, 64, 5)
-    return Flamingo(tower(), gpt2(), connector=resampler, gated=GatedConfig(mlp_without_image=True), patches_only=True)
+    return Flamingo(
+        tower(), gpt2(), connector=resampler, gated=GatedBlockConfig(mlp_without_image=True), patches_only=True
+    )
 
 
 def llava() -> Llava:
@@ -112,12 +114,14 @@ def smolvlm() -> Llava:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: tower(num_registers=2, num_classes=7),
-    "clip": lambda: tower(patches=PatchConfig(bias=False, norm=True), output=OutputConfig("pooled")),
+    "clip": lambda: tower(patches=ViTPatchConfig(bias=False, norm=True), output=ViTOutputConfig("pooled")),
     "siglip2": lambda: tower(
-        class_token=False, pool="attention", patches=PatchConfig(table=TableConfig((2, 2), "bilinear"))
+        class_token=False, pool="attention", patches=ViTPatchConfig(pos_embed=ViTPosEmbedConfig((2, 2), "bilinear"))
     ),
     "dino": lambda: tower(
-        block=BlockConfig(layer_scale=1.0), patches=PatchConfig(positions="none"), rope=RopeConfig("centered", 100.0)
+        block=ViTBlockConfig(layer_scale=1.0),
+        patches=ViTPatchConfig(positions="none"),
+        rope=ViTRopeConfig("centered", 100.0),
     ),
     "vit": tower,
     "gpt2": gpt2,

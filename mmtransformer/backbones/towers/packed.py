@@ -126,7 +126,7 @@ def _embed(vit: ViT, images: PackedImages) -> tuple[Tensor, list[Rope | None]]:
     x = vit.embed_norm(vit.patch_embed.proj(patches))  # pyright: ignore[reportCallIssue]
     if vit.pos_embed is not None:
         tables = {
-            grid: resize_positions(vit.pos_embed, vit.table_grid, grid, vit.patches.table)[0]
+            grid: resize_positions(vit.pos_embed, vit.table_grid, grid, vit.patches.pos_embed)[0]
             for grid in dict.fromkeys(images.grids)
         }
         x = x + torch.cat([tables[grid] for grid in images.grids]).to(x.dtype)

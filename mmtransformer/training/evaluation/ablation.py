@@ -11,7 +11,7 @@ from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import Captioner
 from mmtransformer.captioners.blip2 import Blip2
-from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
+from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.prefix import PrefixCaptioner
 from mmtransformer.captioners.vision_encoder_decoder import VisionEncoderDecoder, add_cross_attention
 from mmtransformer.connectors.qformer import QFormer
@@ -43,7 +43,7 @@ def flamingo(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captio
     """A resampler of one block, and gated attention before every block; `size` is the width of their MLPs."""
     heads, width = _heads(decoder.dim)
     resampler = PerceiverResampler(vision.dim, 1, heads, width, NUM_QUERIES, mlp_dim=size)
-    return Flamingo(vision, decoder, connector=resampler, gated=GatedConfig(heads, width, mlp_dim=size), **frozen)
+    return Flamingo(vision, decoder, connector=resampler, gated=GatedBlockConfig(heads, width, mlp_dim=size), **frozen)
 
 
 def qformer(vision: ViT, decoder: Decoder, size: int, frozen: Frozen) -> Captioner:

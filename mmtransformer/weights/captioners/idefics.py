@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.decoder import TextDecoder
 from mmtransformer.backbones.extended_vocabulary import ExtendedVocabulary
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
+from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
@@ -129,7 +129,7 @@ def idefics_from_state(
         _with_more_words(decoder, state),
         connector=resampler,
         cross_layers=list(range(0, decoder.depth, config["cross_layer_interval"])),
-        gated=GatedConfig(
+        gated=GatedBlockConfig(
             num_heads=config["num_attention_heads"],
             head_dim=config["hidden_size"] // config["num_attention_heads"],
             mlp="swiglu",
@@ -313,9 +313,9 @@ def _vision(config: dict[str, Any], state: dict[str, Tensor], context: str) -> V
     vision = ViT(
         config["image_size"],
         **read_sizes(config, _VISION_SIZES, context),
-        patches=PatchConfig(config["num_channels"], bias=False, norm=True),
-        block=BlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
-        output=OutputConfig("none"),
+        patches=ViTPatchConfig(config["num_channels"], bias=False, norm=True),
+        block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
+        output=ViTOutputConfig("none"),
     )
     unread = ["post_layernorm.weight", "post_layernorm.bias", "embeddings.position_ids"]
     return fill_vit(vision, _TOWER, state, context, positions=_POSITIONS, prefix=[_CLASS], ignored=unread)

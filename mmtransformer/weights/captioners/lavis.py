@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtransformer.backbones.base import Decoder
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.blip2 import Blip2
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
@@ -80,7 +80,7 @@ def vision_from_lavis(
         _depth(state, r"visual_encoder\.blocks\.(\d+)\."),
         dim // 88 if num_heads is None else num_heads,
         mlp_dim=state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-        patches=PatchConfig(channels),
+        patches=ViTPatchConfig(channels),
     )
     keyless = {f"blocks.{i}.attn.k_proj.bias": torch.zeros(dim) for i in range(vit.depth)}
     return fill_vit(vit, _TOWER, state, context, positions=_TABLE, prefix=[_TOKEN], extra=keyless)

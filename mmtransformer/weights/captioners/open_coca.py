@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.public.open_coca import OpenCoCa
 from mmtransformer.serialization.folder_config import OPEN_CLIP, folder_config
@@ -96,9 +96,9 @@ def open_coca_from_state(config: Mapping[str, Any], state: Mapping[str, Tensor],
         vision["width"],
         vision["layers"],
         vision["width"] // vision["head_width"],
-        patches=PatchConfig(bias=False, norm=True),
-        block=BlockConfig(activation, _EPS),
-        output=OutputConfig("none"),
+        patches=ViTPatchConfig(bias=False, norm=True),
+        block=ViTBlockConfig(activation, _EPS),
+        output=ViTOutputConfig("none"),
     )
     fill_vit(vit, _VISION, tower, context, positions=_POSITIONS, prefix=[_CLASS])
     model = OpenCoCa(
@@ -143,10 +143,10 @@ def open_coca_to_open_clip(model: OpenCoCa) -> tuple[dict[str, Any], dict[str, T
         {
             "class_token": (vision.class_token, True),
             "num_registers": (vision.num_registers, 0),
-            "block": (vision.block, BlockConfig(model.activation, _EPS)),
+            "block": (vision.block, ViTBlockConfig(model.activation, _EPS)),
             "activation": (model.activation in ("gelu", "quick_gelu"), True),
-            "patches": (vision.patches, PatchConfig(bias=False, norm=True)),
-            "output": (vision.output, OutputConfig("none")),
+            "patches": (vision.patches, ViTPatchConfig(bias=False, norm=True)),
+            "output": (vision.output, ViTOutputConfig("none")),
             "mlp_dim": (vision.mlp_dim, 4 * vision.dim),
             "image_size": (vision.image_size, (side, side)),
             "eps": (model.eps, _EPS),

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.captioners.flamingo import Flamingo, GatedConfig
+from mmtransformer.captioners.flamingo import Flamingo, GatedBlockConfig
 from mmtransformer.captioners.image_attention_mask import VisibleImages
 from mmtransformer.connectors.resampler import PerceiverResampler
 from mmtransformer.images import ImageTransform
@@ -123,7 +123,7 @@ def from_openflamingo(
         decoder,
         connector=resampler,
         cross_layers=layers,
-        gated=GatedConfig(
+        gated=GatedBlockConfig(
             num_heads=gated[f"{first}.attn.to_q.weight"].shape[0] // _HEAD_DIM,
             head_dim=_HEAD_DIM,
             mlp_dim=gated[f"{first}.ff.1.weight"].shape[0],

@@ -119,7 +119,7 @@ def clip_to_transformers(model: CLIP, ids: Mapping[str, int] | None = None) -> t
         ValueError: if a part has no counterpart in any of them.
     """
     vision, siglip, ids = model.vision, model.loss == "sigmoid", ids or {}
-    native = siglip and vision.patches.table.grid is not None
+    native = siglip and vision.patches.pos_embed.grid is not None
     kind = kind_of(model.text, siglip=siglip, native=native, ids=ids)
     name, class_name = f"transformers' {_CLASSES[kind][0]}", _CLASSES[kind][1]
     only_these(

@@ -55,7 +55,7 @@ def preprocessor_of(model: CLIP, transform: ImageTransform) -> dict[str, Any]:
     Raises:
         ValueError: if transformers has no such transform for it.
     """
-    naflex = model.loss == "sigmoid" and model.vision.patches.table.grid is not None
+    naflex = model.loss == "sigmoid" and model.vision.patches.pos_embed.grid is not None
     return (to_native_preprocessor if naflex else to_preprocessor)(transform)
 
 

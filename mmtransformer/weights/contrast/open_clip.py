@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.contrast.clip import CLIP
 from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.layers.config import Activation
@@ -87,9 +87,9 @@ def clip_from_open_clip(config: Mapping[str, Any], state: Mapping[str, Tensor], 
         vision["layers"],
         vision["width"] // vision["head_width"],
         mlp_dim=int(vision["width"] * vision["mlp_ratio"]),
-        patches=PatchConfig(bias=False, norm=True),
-        block=BlockConfig(activation, _EPS),
-        output=OutputConfig("pooled"),
+        patches=ViTPatchConfig(bias=False, norm=True),
+        block=ViTBlockConfig(activation, _EPS),
+        output=ViTOutputConfig("pooled"),
     )
     projections = {"image_proj.weight": own.pop("proj").T, "text_proj.weight": words.pop("text_projection").T}
     fill_vit(vit, _VISION, own, context, positions=_POSITIONS, prefix=[_CLASS])
@@ -132,9 +132,9 @@ def clip_to_open_clip(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "class_token": (vit.class_token, True),
             "num_registers": (vit.num_registers, 0),
             "activation": (text.activation in ("gelu", "quick_gelu"), True),
-            "block": (vit.block, BlockConfig(text.activation, _EPS)),
-            "patches": (vit.patches, PatchConfig(bias=False, norm=True)),
-            "output": (vit.output, OutputConfig("pooled")),
+            "block": (vit.block, ViTBlockConfig(text.activation, _EPS)),
+            "patches": (vit.patches, ViTPatchConfig(bias=False, norm=True)),
+            "output": (vit.output, ViTOutputConfig("pooled")),
             "pool": (vit.pool, "class"),
             "text pooling": ((text.causal, text.pool, text.opens), (True, "end", True)),
             "norm_eps": (text.norm_eps, _EPS),

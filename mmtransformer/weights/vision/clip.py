@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.weights.shared.configs import (
     SIZES,
     SOURCE_ACTIVATIONS,
@@ -107,9 +107,9 @@ def vision_from_clip(
         **read_sizes(config, TOWER_SIZES, context),
         class_token=clip,
         pool="class" if clip else "attention" if pooled else "mean",
-        patches=PatchConfig(channels, bias=not clip, norm=clip),
-        block=BlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
-        output=OutputConfig(norm if clip else "tokens"),
+        patches=ViTPatchConfig(channels, bias=not clip, norm=clip),
+        block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
+        output=ViTOutputConfig(norm if clip else "tokens"),
     )
     keys, prefix = _keys(vit), [CLASS] * clip
     return fill_vit(vit, keys, state, context, positions=POSITIONS, prefix=prefix, ignored=_IDS)
@@ -129,8 +129,8 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     clip, block = vit.class_token, vit.block
     name = "CLIP's vision tower" if clip else "SigLIP's vision tower"
-    same = BlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
-    patches = PatchConfig(vit.patches.in_channels, bias=not clip, norm=clip, dropout=vit.patches.dropout)
+    same = ViTBlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
+    patches = ViTPatchConfig(vit.patches.in_channels, bias=not clip, norm=clip, dropout=vit.patches.dropout)
     norm = "tokens" if vit.output.norm == "tokens" or not clip else "pooled"
     only_these(
         name,
@@ -140,7 +140,7 @@ def vision_to_clip(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "activation": (block.activation in SOURCE_ACTIVATIONS, True),
             "block": (block, same),
             "patches": (vit.patches, patches),
-            "output": (vit.output, OutputConfig(norm)),
+            "output": (vit.output, ViTOutputConfig(norm)),
             "rope": (vit.rope.kind, "none"),
             "pool": (vit.pool, "class" if clip else "mean" if vit.attn_pool is None else "attention"),
             "image_size": (vit.image_size, (vit.image_size[0],) * 2),

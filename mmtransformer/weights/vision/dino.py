@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.backbones.grid_rope import RopeConfig
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.grid_rope import ViTRopeConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
-from mmtransformer.layers.positions import TableConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
+from mmtransformer.layers.positions import ViTPosEmbedConfig
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only, only_these
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import pair
@@ -112,19 +112,19 @@ def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], con
         config["num_attention_heads"],
         mlp_dim=mlp_dim,
         num_registers=registers,
-        patches=PatchConfig(
+        patches=ViTPatchConfig(
             config["num_channels"],
             positions="none" if third else "learned",
-            table=TableConfig() if third else _table(kind, (image_size[0] // patch, image_size[1] // patch)),
+            pos_embed=ViTPosEmbedConfig() if third else _table(kind, (image_size[0] // patch, image_size[1] // patch)),
         ),
-        block=BlockConfig(
+        block=ViTBlockConfig(
             "swiglu" if gated else activation,
             config["layer_norm_eps"],
             layer_scale=1.0,
             dropout=config["hidden_dropout_prob"],
             qkv_bias=any(name.endswith(("query.bias", "q_proj.bias", "v_proj.bias")) for name in state),
         ),
-        rope=RopeConfig("centered", config["rope_theta"]) if third else RopeConfig(),
+        rope=ViTRopeConfig("centered", config["rope_theta"]) if third else ViTRopeConfig(),
     )
     absent: dict[str, Tensor] = {}
     if third:  # Any of the three biases may be missing: it is 0.
@@ -140,9 +140,9 @@ def vision_from_dino(config: Mapping[str, Any], state: Mapping[str, Tensor], con
     return fill_vit(vit, keys, state, context, positions=positions, prefix=prefix, ignored=ignored, extra=absent)
 
 
-def _table(kind: str, grid: tuple[int, int] | None) -> TableConfig:
+def _table(kind: str, grid: tuple[int, int] | None) -> ViTPosEmbedConfig:
     """How a DINOv2's positions are resized; they stay as they are in the file, whatever size is read."""
-    return TableConfig(grid, antialias=kind != "dinov2")
+    return ViTPosEmbedConfig(grid, antialias=kind != "dinov2")
 
 
 def _swiglu_dim(mlp_dim: int) -> int:
@@ -159,15 +159,15 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     block, third, gated = vit.block, vit.rope.kind != "none", vit.block.activation == "swiglu"
     kind = "dinov3_vit" if third else "dinov2_with_registers" if vit.num_registers else "dinov2"
     name = f"transformers' {kind}"
-    same = BlockConfig(
+    same = ViTBlockConfig(
         block.activation, block.norm_eps, layer_scale=block.layer_scale, dropout=0.0 if third else block.dropout,
         drop_path=block.drop_path, qkv_bias=block.qkv_bias,
     )  # fmt: skip
-    patches = PatchConfig(
+    patches = ViTPatchConfig(
         vit.patches.in_channels,
         positions="none" if third else "learned",
         dropout=vit.patches.dropout,
-        table=TableConfig() if third else _table(kind, vit.patches.table.grid),
+        pos_embed=ViTPosEmbedConfig() if third else _table(kind, vit.patches.pos_embed.grid),
     )
     wanted = _swiglu_dim if gated else int
     ratio = next((r for r in range(1, 33) if wanted(r * vit.dim) == vit.mlp_dim), None)
@@ -184,8 +184,8 @@ def vision_to_dino(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "layer_scale": (block.layer_scale is None, False),
             "block": (block, same),
             "patches": (vit.patches, patches),
-            "output": (vit.output, OutputConfig()),
-            "rope": (vit.rope, RopeConfig("centered", vit.rope.theta) if third else RopeConfig()),
+            "output": (vit.output, ViTOutputConfig()),
+            "rope": (vit.rope, ViTRopeConfig("centered", vit.rope.theta) if third else ViTRopeConfig()),
             "image_size": (third or square, True),
             "mlp_dim": (third or ratio is not None, True),
         },

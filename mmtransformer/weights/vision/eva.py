@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.weights.shared.configs import SIZES, read_sizes, write_sizes
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
@@ -46,7 +46,7 @@ def vision_from_blip2(config: dict[str, Any], state: dict[str, Tensor], context:
         _pair(config["image_size"]),
         _pair(config["patch_size"])[0],
         **read_sizes(config, _SIZES, context),
-        block=BlockConfig(norm_eps=config["layer_norm_eps"]),
+        block=ViTBlockConfig(norm_eps=config["layer_norm_eps"]),
     )
     return fill_vit(vit, _KEYS, state, context, positions=_POSITIONS, prefix=[_CLASS])
 

@@ -11,10 +11,10 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
-from mmtransformer.layers.positions import TableConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
+from mmtransformer.layers.positions import ViTPosEmbedConfig
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import POSITIONS, SIGLIP, TOWER_SIZES, USUAL, pair
@@ -56,8 +56,8 @@ def vision_from_siglip2(config: Mapping[str, Any], state: Mapping[str, Tensor], 
         **read_sizes(config, TOWER_SIZES, context),
         class_token=False,
         pool="attention" if config.get("vision_use_head", True) else "mean",
-        patches=PatchConfig(config["num_channels"], table=_table(side)),
-        block=BlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
+        patches=ViTPatchConfig(config["num_channels"], pos_embed=_table(side)),
+        block=ViTBlockConfig(activation_of(config, "hidden_act", context), config["layer_norm_eps"]),
     )
     state = dict(state)
     if _PATCHES in state:
@@ -65,8 +65,8 @@ def vision_from_siglip2(config: Mapping[str, Any], state: Mapping[str, Tensor], 
     return fill_vit(vit, SIGLIP, state, context, positions=POSITIONS)
 
 
-def _table(side: int) -> TableConfig:
-    return TableConfig((side, side), "bilinear")
+def _table(side: int) -> ViTPosEmbedConfig:
+    return ViTPosEmbedConfig((side, side), "bilinear")
 
 
 def vision_to_siglip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -76,7 +76,7 @@ def vision_to_siglip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: if this tower has parts that it has not.
     """
     name, block, side = "SigLIP 2's NaFlex tower", vit.block, vit.table_grid[0]
-    same = BlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
+    same = ViTBlockConfig(block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path)
     only_these(
         name,
         {
@@ -87,9 +87,9 @@ def vision_to_siglip2(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "block": (block, same),
             "patches": (
                 vit.patches,
-                PatchConfig(vit.patches.in_channels, dropout=vit.patches.dropout, table=_table(side)),
+                ViTPatchConfig(vit.patches.in_channels, dropout=vit.patches.dropout, pos_embed=_table(side)),
             ),
-            "output": (vit.output, OutputConfig()),
+            "output": (vit.output, ViTOutputConfig()),
             "rope": (vit.rope.kind, "none"),
             "pool": (vit.pool, "mean" if vit.attn_pool is None else "attention"),
         },

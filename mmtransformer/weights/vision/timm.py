@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mmtransformer.backbones.grid_rope import RopeConfig
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.grid_rope import ViTRopeConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.layers.config import Activation
-from mmtransformer.layers.positions import TableConfig
+from mmtransformer.layers.positions import ViTPosEmbedConfig
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.keys import part
 from mmtransformer.weights.vision.common import fill_vit, vit_tensors
@@ -31,9 +31,9 @@ class ViTSettings:
         activation: of the MLPs: "gelu" in the paper, "quick_gelu" in OpenAI's CLIP, "gelu_tanh" in some SigLIPs.
         norm_eps: of the LayerNorms: 1e-6 in the paper's code and timm, 1e-5 in CLIP.
         pool: what `forward` returns; vision towers of captioners do not pool.
-        order: where the blocks' norms stand, see `BlockConfig`; parallel blocks are seen by their tensors.
+        order: where the blocks' norms stand, see `ViTBlockConfig`; parallel blocks are seen by their tensors.
         pool_prefix: whether attention pooling also reads class token and registers.
-        table: how positions are resized, and their own grid where that is another (NaFlexViT).
+        pos_embed: how positions are resized, and their own grid where that is another (NaFlexViT).
     """
 
     num_heads: int
@@ -43,7 +43,7 @@ class ViTSettings:
     pool: Pool
     order: Literal["pre", "res_post"] = "pre"
     pool_prefix: bool = False
-    table: TableConfig = TableConfig()  # noqa: RUF009 (frozen)
+    pos_embed: ViTPosEmbedConfig = ViTPosEmbedConfig()  # noqa: RUF009 (frozen)
 
 
 def from_timm(model: nn.Module) -> ViT:
@@ -99,7 +99,7 @@ def from_timm(model: nn.Module) -> ViT:
         )
     if gated and timm_model.attn_pool is not None and type(timm_model.attn_pool.mlp.act).__name__ != "GELU":
         raise ValueError(f"{context} pools with an MLP that is not gated and has no gelu, ViT with one that has")
-    table, state = TableConfig(), timm_model.state_dict()
+    table, state = ViTPosEmbedConfig(), timm_model.state_dict()
     if naflex:
         grid, table, state = naflex_parts(timm_model)
     else:
@@ -137,7 +137,7 @@ def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: 
         raise ValueError(f"{context} has patches of {patch} x {width} px, and ViT square ones")
     prefix = [name for name in ("cls_token", "dist_token", "reg_token") if name in state]
     count, has_class = sum(state[name].shape[1] for name in prefix), "cls_token" in state
-    places, (rows, columns) = state["pos_embed"].shape[1], settings.table.grid or settings.grid
+    places, (rows, columns) = state["pos_embed"].shape[1], settings.pos_embed.grid or settings.grid
     if places not in (rows * columns, rows * columns + count):
         raise ValueError(
             f"{context}: {places} positions are not those of a grid of {rows} x {columns} and {count} prefix tokens"
@@ -154,15 +154,15 @@ def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: 
         num_registers=count - has_class,
         pool=settings.pool,
         num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
-        patches=PatchConfig(
+        patches=ViTPatchConfig(
             channels,
             bias="patch_embed.proj.bias" in state,
             norm="norm_pre.weight" in state,
             embed_norm="patch_embed.norm.weight" in state,
-            table=settings.table,
+            pos_embed=settings.pos_embed,
         ),
         block=block,
-        output=OutputConfig(
+        output=ViTOutputConfig(
             "tokens" if "norm.weight" in state else "pooled" if "fc_norm.weight" in state else "none",
             pool_prefix=settings.pool_prefix,
         ),
@@ -173,7 +173,7 @@ def vit_from_state(state: Mapping[str, Tensor], settings: ViTSettings, context: 
     return fill_vit(vit, keys, state, context, positions="pos_embed", prefix=prefix)
 
 
-def _blocks_of(state: Mapping[str, Tensor], settings: ViTSettings, context: str) -> tuple[BlockConfig, int, bool]:
+def _blocks_of(state: Mapping[str, Tensor], settings: ViTSettings, context: str) -> tuple[ViTBlockConfig, int, bool]:
     """What the blocks are made of, the MLPs' width, and whether gate and up are one matrix."""
     first = part(state, "blocks.0.")
     parallel = "in_proj.q.weight" in first
@@ -181,7 +181,7 @@ def _blocks_of(state: Mapping[str, Tensor], settings: ViTSettings, context: str)
     if last not in first:
         raise ValueError(f'{context} has no tensor "blocks.0.{last}", so it is not a ViT with timm\'s names')
     norm = "in_norm" if parallel else "norm1"
-    block = BlockConfig(
+    block = ViTBlockConfig(
         settings.activation,
         settings.norm_eps,
         layer_scale=1.0 if "ls1.gamma" in first or "ls.gamma" in first else None,
@@ -222,8 +222,8 @@ def to_timm(vit: ViT) -> dict[str, Tensor]:
     only_these(
         "timm's VisionTransformer",
         {
-            "rope": (vit.rope, RopeConfig()),
-            "table": (vit.patches.table, TableConfig()),
+            "rope": (vit.rope, ViTRopeConfig()),
+            "pos_embed": (vit.patches.pos_embed, ViTPosEmbedConfig()),
             "pool_heads": (vit.output.pool_heads or vit.num_heads, vit.num_heads),
             "pool": (vit.pool if vit.pool == "distilled" else None, None),
         },

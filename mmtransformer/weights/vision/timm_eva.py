@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.grid_rope import RopeConfig
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.grid_rope import ViTRopeConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.vision.common import fill_vit
 from mmtransformer.weights.vision.timm_keys import POOLS, norm_eps_of, tower_keys
@@ -54,7 +54,7 @@ def from_eva(model: Any) -> ViT:
             raise ValueError(f"{context} norms tokens, and what they are pooled to again: ViT does one of them")
         norm = "pooled"
     pool, patch = model.attn_pool, model.patch_embed.patch_size[0]
-    config = BlockConfig(
+    config = ViTBlockConfig(
         "swiglu" if gated else "gelu",
         norm_eps_of(model, context),
         layer_scale=None if getattr(block, "gamma_1", None) is None else 1.0,
@@ -76,7 +76,7 @@ def from_eva(model: Any) -> ViT:
         num_registers=0 if model.reg_token is None else model.reg_token.shape[1],
         pool=POOLS.get(model.global_pool, "class" if model.cls_token is not None else "mean"),
         num_classes=model.num_classes if isinstance(model.head, nn.Linear) else 0,
-        patches=PatchConfig(
+        patches=ViTPatchConfig(
             model.patch_embed.proj.in_channels,
             bias="patch_embed.proj.bias" in state,
             positions="none" if model.pos_embed is None else "learned",
@@ -84,7 +84,7 @@ def from_eva(model: Any) -> ViT:
         ),
         block=config,
         rope=_rope_of(model.rope, context),
-        output=OutputConfig(
+        output=ViTOutputConfig(
             norm,
             pool_heads=pool and pool.num_heads,
             pool_mlp_dim=pool and pool.mlp.fc1.out_features,
@@ -113,14 +113,14 @@ def from_eva(model: Any) -> ViT:
 _KEYS = {"rope.freqs": "rotary.freqs", "blocks.*.gamma_[1,2]": "blocks.*.branch[1,2].0.gamma"}
 
 
-def _rope_of(rope: Any, context: str) -> RopeConfig:
+def _rope_of(rope: Any, context: str) -> ViTRopeConfig:
     """How that module turns patches."""
     if rope is None:
-        return RopeConfig()
+        return ViTRopeConfig()
     kind = type(rope).__name__
     order = "xy" if rope.grid_indexing == "xy" else "yx"
     if kind == "RotaryEmbeddingMixed":
-        return RopeConfig("mixed", float(rope.temperature), order=order)
+        return ViTRopeConfig("mixed", float(rope.temperature), order=order)
     plain = {
         "RotaryEmbeddingCat": getattr(rope, "grid_type", None) == "index" and not getattr(rope, "in_pixels", True),
         "RotaryEmbeddingDinoV3": getattr(rope, "normalize_coords", None) == "separate"
@@ -129,9 +129,9 @@ def _rope_of(rope: Any, context: str) -> RopeConfig:
     if not plain.get(kind):
         raise ValueError(f"{context} turns patches by {kind} in a way that ViT does not know")
     if kind == "RotaryEmbeddingDinoV3":
-        return RopeConfig("centered", rope.temperature, rope.grid_offset, order)
+        return ViTRopeConfig("centered", rope.temperature, rope.grid_offset, order)
     shape = rope.ref_feat_shape
-    return RopeConfig(
+    return ViTRopeConfig(
         "axial", float(rope.temperature), rope.grid_offset, order, None if shape is None else tuple(shape)
     )
 

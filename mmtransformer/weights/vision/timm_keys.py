@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.layers.config import Activation
 
 Pool = Literal["class", "mean", "attention", "distilled"]
@@ -45,7 +45,7 @@ _PARALLEL = {  # one matrix holds the MLP's first layer and queries, keys, value
 }
 
 
-def tower_keys(block: BlockConfig, *, packed: bool) -> dict[str, str]:
+def tower_keys(block: ViTBlockConfig, *, packed: bool) -> dict[str, str]:
     """The key table of towers with these blocks; packed = gate and up of a gated MLP are one matrix."""
     if block.order == "parallel":
         return _KEYS | _PARALLEL

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtransformer.layers.positions import TableConfig
+from mmtransformer.layers.positions import ViTPosEmbedConfig
 from mmtransformer.weights.shared.configs import only_these
 
 
-def naflex_parts(model: Any) -> tuple[tuple[int, int], TableConfig, dict[str, Tensor]]:
+def naflex_parts(model: Any) -> tuple[tuple[int, int], ViTPosEmbedConfig, dict[str, Tensor]]:
     """The grid of the images that it was made for, how its table is resized, and its tensors by timm's usual names.
 
     A table of rows and one of columns (`parfac`) become one, their sum, which is resized bilinearly: the same numbers.
@@ -48,7 +48,7 @@ def naflex_parts(model: Any) -> tuple[tuple[int, int], TableConfig, dict[str, Te
         state["pos_embed"] = state.pop("pos_embed_y")[:, :, None] + state.pop("pos_embed_x")[:, None]
     grid = tuple(state["pos_embed"].shape[1:3])
     state["pos_embed"] = state["pos_embed"].flatten(1, 2)
-    table = TableConfig(
+    table = ViTPosEmbedConfig(
         grid,
         "bilinear" if factors else embeds.pos_embed_interp_mode,
         antialias=not factors and embeds.pos_embed_antialias,

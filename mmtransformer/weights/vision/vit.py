@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.backbones.patches import PatchConfig
+from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.backbones.vit_blocks import BlockConfig, OutputConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import write_folder
 from mmtransformer.weights.vision.clip import TOWER_SIZES, pair
@@ -67,8 +67,8 @@ def vision_from_vit(config: Mapping[str, Any], state: Mapping[str, Tensor], cont
         patch,
         **read_sizes(config, TOWER_SIZES, context),
         num_registers=int(distilled),
-        patches=PatchConfig(channels),
-        block=BlockConfig(
+        patches=ViTPatchConfig(channels),
+        block=ViTBlockConfig(
             activation_of(config, "hidden_act", context),
             config["layer_norm_eps"],
             dropout=config.get("hidden_dropout_prob", 0.0),
@@ -91,7 +91,7 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     block, distilled = vit.block, vit.num_registers == 1
     name = "transformers' DeiT" if distilled else "transformers' ViT"
-    same = BlockConfig(
+    same = ViTBlockConfig(
         block.activation, block.norm_eps, dropout=block.dropout, drop_path=block.drop_path, qkv_bias=block.qkv_bias
     )
     only_these(
@@ -102,8 +102,8 @@ def vision_to_vit(vit: ViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "num_classes": (vit.num_classes, 0),
             "activation": (block.activation in SOURCE_ACTIVATIONS, True),
             "block": (block, same),
-            "patches": (vit.patches, PatchConfig(vit.patches.in_channels, dropout=vit.patches.dropout)),
-            "output": (vit.output, OutputConfig()),
+            "patches": (vit.patches, ViTPatchConfig(vit.patches.in_channels, dropout=vit.patches.dropout)),
+            "output": (vit.output, ViTOutputConfig()),
             "rope": (vit.rope.kind, "none"),
         },
     )

@@ -8,12 +8,12 @@ from einops import rearrange
 from torch import Tensor
 
 from mmtransformer import (
-    BlockConfig,
     PackedImages,
-    PatchConfig,
-    RopeConfig,
-    TableConfig,
     ViT,
+    ViTBlockConfig,
+    ViTPatchConfig,
+    ViTPosEmbedConfig,
+    ViTRopeConfig,
     packed_features,
     packed_forward,
 )
@@ -25,13 +25,14 @@ PLAIN: dict[str, Any] = {"num_registers": 2, "num_classes": 7}
 VITS: dict[str, dict[str, Any]] = {
     "learned": PLAIN,
     "learned, of a grid of their own": {
-        **PLAIN, "patches": PatchConfig(table=TableConfig((4, 4), "bilinear", antialias=False, square=True)),
+        **PLAIN,
+        "patches": ViTPatchConfig(pos_embed=ViTPosEmbedConfig((4, 4), "bilinear", antialias=False, square=True)),
     },
     "attention pooling": {"class_token": False, "pool": "attention"},
-    "axial": {**PLAIN, "rope": RopeConfig("axial", reference=(3, 3))},
-    "centered": {"patches": PatchConfig(positions="none"), "rope": RopeConfig("centered", 100.0)},
-    "mixed": {**PLAIN, "rope": RopeConfig("mixed", 10.0, order="xy")},
-    "parallel, norms of queries": {"pool": "mean", "block": BlockConfig(order="parallel", qk_norm=True)},
+    "axial": {**PLAIN, "rope": ViTRopeConfig("axial", reference=(3, 3))},
+    "centered": {"patches": ViTPatchConfig(positions="none"), "rope": ViTRopeConfig("centered", 100.0)},
+    "mixed": {**PLAIN, "rope": ViTRopeConfig("mixed", 10.0, order="xy")},
+    "parallel, norms of queries": {"pool": "mean", "block": ViTBlockConfig(order="parallel", qk_norm=True)},
 }  # fmt: skip
 
 
@@ -157,9 +158,9 @@ def test_refused() -> None:
         PackedImages.of([], 8)
     packed = PackedImages.of([torch.zeros(3, 8, 8)], 8)
     with pytest.raises(ValueError, match=r"stem=\"conv\""):
-        packed_features(ViT(16, 8, 24, 1, 3, patches=PatchConfig(stem="conv")), packed)
+        packed_features(ViT(16, 8, 24, 1, 3, patches=ViTPatchConfig(stem="conv")), packed)
     with pytest.raises(ValueError, match=r"drop_path \(0.1\) are drawn for a row"):
-        packed_features(ViT(16, 8, 24, 1, 3, block=BlockConfig(drop_path=0.1)).train(), packed)
+        packed_features(ViT(16, 8, 24, 1, 3, block=ViTBlockConfig(drop_path=0.1)).train(), packed)
     with pytest.raises(ValueError, match=r"patches are \(s 48\) for this ViT, not \(1, 192\)"):
         packed_features(ViT(16, 4, 24, 1, 3), packed)
     with pytest.raises(ValueError, match=r"blocks \[3\] were asked for, but there are 1"):

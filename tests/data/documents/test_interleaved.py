@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from mmtransformer import Flamingo, GatedConfig, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer import Flamingo, GatedBlockConfig, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.data.documents.document_dataset import CollateDocuments, lay_out
 from mmtransformer.data.documents.documents import (
     Document,
@@ -599,7 +599,7 @@ def test_a_packed_document_is_read_as_if_it_were_alone(visible_images: str) -> N
     torch.manual_seed(0)
     vision = ViT(16, 8, 12, 1, 2, class_token=False, pool="mean")
     decoder = TextDecoder(300, 20, 2, 2, max_len=97)
-    model = Flamingo(vision, decoder, gated=GatedConfig(2, 5), visible_images=visible_images).eval()  # type: ignore[arg-type]
+    model = Flamingo(vision, decoder, gated=GatedBlockConfig(2, 5), visible_images=visible_images).eval()  # type: ignore[arg-type]
     for block in model.gated_blocks:
         block.attn_gate.data.fill_(2.0)  # type: ignore[union-attr]
     singles = alone.dataset("train")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmtransformer import BlockConfig
+from mmtransformer import ViTBlockConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import freeze
 from mmtransformer.data.loading import features
@@ -121,8 +121,8 @@ def test_the_key_knows_everything_that_matters():
         key(changed),
         key(tower(1)),
         key(tower(num_heads=3)),
-        key(tower(block=BlockConfig(norm_eps=1e-5))),
-        key(tower(block=BlockConfig(activation="gelu_tanh"))),
+        key(tower(block=ViTBlockConfig(norm_eps=1e-5))),
+        key(tower(block=ViTBlockConfig(activation="gelu_tanh"))),
         key(pairs=FakePairs(8)),
         key(pairs=FakePairs(7, seed=1)),  # other pictures of the same names
         key(pairs=renamed),

@@ -11,9 +11,9 @@ import torch
 from timm.optim.nadamw import NAdamW
 from torch import nn
 
-from mmtransformer import Flamingo, PatchConfig, PerceiverResampler, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer import Flamingo, PerceiverResampler, TextDecoder, VisionEncoderDecoder, ViT, ViTPatchConfig
 from mmtransformer.captioners.base import CaptionBatch, caption_loss, freeze
-from mmtransformer.captioners.flamingo import GatedConfig
+from mmtransformer.captioners.flamingo import GatedBlockConfig
 from mmtransformer.layers.kernels import Bfloat16Hardware
 from mmtransformer.training.engine import optim
 from mmtransformer.training.engine.optim import Optim, adamw, muon, warmup_cosine
@@ -83,7 +83,12 @@ def test_what_a_part_names_is_not_decayed(kind: Any) -> None:
     resampler = PerceiverResampler(16, 1, 2, 8, 5, max_images=3)
     decoder = TextDecoder(31, 16, 1, 2)
     model = Flamingo(
-        vision, decoder, connector=resampler, gated=GatedConfig(num_heads=2), freeze_vision=False, freeze_decoder=False
+        vision,
+        decoder,
+        connector=resampler,
+        gated=GatedBlockConfig(num_heads=2),
+        freeze_vision=False,
+        freeze_decoder=False,
     )
     task = nn.ModuleDict({"captioner": model})  # as deep inside as in a run
     for whole in (model, task):
@@ -154,7 +159,7 @@ def test_layer_decay_is_timms() -> None:
             )
             for p in group["params"]
         }
-        ours = ViT(16, 8, 20, 3, 4, num_classes=7, patches=PatchConfig(norm=pre_norm, bias=not pre_norm))
+        ours = ViT(16, 8, 20, 3, 4, num_classes=7, patches=ViTPatchConfig(norm=pre_norm, bias=not pre_norm))
         optimizer = Optim(lr=0.01, weight_decay=0.3, layer_decay=0.7).build(ours)
         mine = {id(p): (g["lr"] / 0.01, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
         seen = set()

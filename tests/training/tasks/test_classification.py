@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mmtransformer import BlockConfig, ImageClassifier, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT
+from mmtransformer import ImageClassifier, ImageTransform, TextDecoder, VisionEncoderDecoder, ViT, ViTBlockConfig
 from mmtransformer.cli import main
 from mmtransformer.data.class_sources import FileSplit, ImageFolder, SceneShapes
 from mmtransformer.data.classes import ClassBatch, ClassData, ClassDataset, collate
@@ -211,7 +211,7 @@ def test_a_vit_without_a_head_gets_one_for_the_data() -> None:
 
 
 def test_a_linear_probe_trains_the_head_alone() -> None:
-    module = task(ViT(32, 8, 16, 1, 2, block=BlockConfig(dropout=0.5)), freeze=True).train()
+    module = task(ViT(32, 8, 16, 1, 2, block=ViTBlockConfig(dropout=0.5)), freeze=True).train()
     module.set_modes()  # as a run does when it begins
     assert {name for name, p in module.vit.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
     pixels = torch.randn(2, 3, 32, 32)

@@ -15,17 +15,17 @@ from jsonargparse import Namespace
 from PIL import Image
 
 from mmtransformer import (
-    BlockConfig,
     DualEncoder,
     ImageCaptioner,
     ImageIndex,
     ImageTransform,
     JoinedTowers,
     NativeSize,
-    PatchConfig,
     TextDecoder,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
+    ViTPatchConfig,
 )
 from mmtransformer.cli import main
 from mmtransformer.cli.recipes import with_tower
@@ -243,8 +243,8 @@ def test_a_captioner_on_native_sizes(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("options", "image", "message"),
     [
         ({}, {"native": NativeSize(16)}, "patches of 16 px, and the vision encoder reads patches of 8 px"),
-        ({"patches": PatchConfig(stem="conv")}, {"native": NativeSize(8)}, "a ViT that cuts patches and does not"),
-        ({"block": BlockConfig(drop_path=0.1)}, {"native": NativeSize(8)}, r"drop_path \(0.1\) are drawn for a row"),
+        ({"patches": ViTPatchConfig(stem="conv")}, {"native": NativeSize(8)}, "a ViT that cuts patches and does not"),
+        ({"block": ViTBlockConfig(drop_path=0.1)}, {"native": NativeSize(8)}, r"drop_path \(0.1\) are drawn for a row"),
     ],
 )
 def test_pictures_of_native_size_that_a_tower_cannot_read(options: Any, image: Any, message: str) -> None:

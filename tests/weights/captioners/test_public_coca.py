@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtransformer import BlockConfig, ImageCaptioner, OpenCoCa, OutputConfig, PatchConfig, ViT
+from mmtransformer import ImageCaptioner, OpenCoCa, ViT, ViTBlockConfig, ViTOutputConfig, ViTPatchConfig
 from mmtransformer.serialization.printable import printable
 from mmtransformer.text.clip_tokenizer import VOCABULARY, clip_backend, read_clip_vocabulary
 from mmtransformer.text.token_bytes import byte_letters
@@ -33,8 +33,8 @@ def folder(path: Path, shape: str = "narrower") -> OpenCoCa:
     vocab, merges = clip_vocabulary()
     torch.manual_seed(1)
     vision = ViT(
-        21, 7, 24, 2, 3, patches=PatchConfig(bias=False, norm=True), block=BlockConfig(activation, 1e-5),
-        output=OutputConfig("none"),
+        21, 7, 24, 2, 3, patches=ViTPatchConfig(bias=False, norm=True), block=ViTBlockConfig(activation, 1e-5),
+        output=ViTOutputConfig("none"),
     )  # fmt: skip
     model = OpenCoCa(
         vision, len(vocab), width, 2, 2, width // 8, max_len=60, num_queries=5, pool_heads=width // 8,

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
-from mmtransformer import Blip2, BlockConfig, CaptionBatch, MLPConfig, QFormer, TextDecoder, ViT, generate
+from mmtransformer import Blip2, CaptionBatch, MLPConfig, QFormer, TextDecoder, ViT, ViTBlockConfig, generate
 from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2, to_blip2
@@ -283,7 +283,7 @@ def test_towers_that_blip2_does_not_know_are_refused() -> None:
     for vision, what in (
         (ViT(28, 7, 24, 1, 4, num_registers=2), r"no registers \(this: 2\)"),
         (ViT((28, 35), 7, 24, 1, 4), r"square pictures \(this: 28 x 35 px\)"),
-        (ViT(28, 7, 24, 1, 4, block=BlockConfig(layer_scale=0.1)), r"blocks\.0\.branch1\.0\.gamma"),
+        (ViT(28, 7, 24, 1, 4, block=ViTBlockConfig(layer_scale=0.1)), r"blocks\.0\.branch1\.0\.gamma"),
     ):
         with pytest.raises(ValueError, match=what):
             to_blip2(Blip2(vision, QFormer(L, 20, 1, 4, 24), opt))

@@ -13,7 +13,7 @@ from mmtransformer import (
     CaptionBatch,
     ExtendedVocabulary,
     Flamingo,
-    GatedConfig,
+    GatedBlockConfig,
     PerceiverResampler,
     TextDecoder,
     ViT,
@@ -262,7 +262,7 @@ def test_what_is_not_openflamingos_is_refused() -> None:
     with pytest.raises(ValueError, match=rf"is \(128, {DIM}\), the model wants \(128, 28\)"):
         from_openflamingo(state, vision, TextDecoder(VOCAB, 28, 4, 4))
     with pytest.raises(ValueError, match=r"nothing like gated\.head_dim=7, gated\.mlp='relu', gated\.norm='rms'"):
-        to_openflamingo(Flamingo(vision, decoder, connector=PerceiverResampler(VISUAL), gated=GatedConfig(
+        to_openflamingo(Flamingo(vision, decoder, connector=PerceiverResampler(VISUAL), gated=GatedBlockConfig(
             head_dim=7, mlp="relu", norm="rms", per_channel=True)))  # fmt: skip
     with pytest.raises(ValueError, match="always has a resampler"):
         to_openflamingo(Flamingo(vision, decoder))

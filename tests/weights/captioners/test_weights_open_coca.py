@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer import (
-    BlockConfig,
     CaptionBatch,
     GenerationConfig,
     OpenCoCa,
-    OutputConfig,
-    PatchConfig,
     ViT,
+    ViTBlockConfig,
+    ViTOutputConfig,
+    ViTPatchConfig,
     generate,
 )
 from mmtransformer.weights import load_open_coca, open_coca_to_open_clip, save_open_coca
@@ -29,8 +29,8 @@ VOCAB, END = 53, 7
 def coca(width: int = 24, activation: Any = "gelu") -> OpenCoCa:
     torch.manual_seed(1)
     vision = ViT(
-        21, 7, 24, 2, 3, patches=PatchConfig(bias=False, norm=True), block=BlockConfig(activation, 1e-5),
-        output=OutputConfig("none"),
+        21, 7, 24, 2, 3, patches=ViTPatchConfig(bias=False, norm=True), block=ViTBlockConfig(activation, 1e-5),
+        output=ViTOutputConfig("none"),
     )  # fmt: skip
     heads = width // 8
     model = OpenCoCa(

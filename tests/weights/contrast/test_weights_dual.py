@@ -26,13 +26,13 @@ from mmtransformer import (
     DualEncoder,
     ImageCaptioner,
     ImageTransform,
-    OutputConfig,
-    PatchConfig,
     TextTower,
     Tokenizer,
     ViT,
+    ViTOutputConfig,
+    ViTPatchConfig,
 )
-from mmtransformer.backbones.vit_blocks import BlockConfig
+from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.weights import load_clip, load_vit, save_clip, save_open_clip
 from mmtransformer.weights.processors.pixels import open_clip_pixels
 from support import dual
@@ -198,8 +198,8 @@ def test_half_precision(kind: str, half: torch.dtype, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_open_clip_there_and_back(tmp_path: Path) -> None:
     """open_clip itself is compared by hand; its names are those of OpenAI's release, written out here."""
-    vit = ViT(21, 7, 24, 2, 4, mlp_dim=36, patches=PatchConfig(bias=False, norm=True),
-              block=BlockConfig("quick_gelu", 1e-5), output=OutputConfig("pooled"))  # fmt: skip
+    vit = ViT(21, 7, 24, 2, 4, mlp_dim=36, patches=ViTPatchConfig(bias=False, norm=True),
+              block=ViTBlockConfig("quick_gelu", 1e-5), output=ViTOutputConfig("pooled"))  # fmt: skip
     ours = noisy(CLIP(vit, TextTower(53, 20, 3, 2, max_len=11, mlp_dim=60, activation="quick_gelu"), embed_dim=13))
     save_open_clip(ours, tmp_path)
     state = load_file(tmp_path / "open_clip_model.safetensors")

@@ -17,7 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from mmtransformer import BlockConfig, OutputConfig, PatchConfig, ViT
+from mmtransformer import ViT, ViTBlockConfig, ViTOutputConfig, ViTPatchConfig
 from mmtransformer.weights import load_vit, save_clip, vision_from_clip
 
 SMALL = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 21,
@@ -105,7 +105,7 @@ def test_what_is_usual_may_be_left_out(tmp_path: Path) -> None:
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours = load_vit(tmp_path)
-    assert ours.block == BlockConfig("gelu_tanh", 1e-6)
+    assert ours.block == ViTBlockConfig("gelu_tanh", 1e-6)
     assert ours.pool == "attention"
 
 
@@ -125,8 +125,11 @@ def test_refused(tmp_path: Path) -> None:
     for vit, said in (
         (ViT(16, 8, 16, 1, 2), "has nothing like patches="),
         (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", num_registers=1), "num_registers=1"),
-        (ViT(16, 8, 16, 1, 2, patches=PatchConfig(bias=False, norm=True), output=OutputConfig("none")), "output="),
-        (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", block=BlockConfig("swiglu")), "activation=False"),
+        (
+            ViT(16, 8, 16, 1, 2, patches=ViTPatchConfig(bias=False, norm=True), output=ViTOutputConfig("none")),
+            "output=",
+        ),
+        (ViT(16, 8, 16, 1, 2, class_token=False, pool="mean", block=ViTBlockConfig("swiglu")), "activation=False"),
         (ViT((16, 24), 8, 16, 1, 2, class_token=False, pool="mean"), "image_size="),
     ):
         with pytest.raises(ValueError, match=said):

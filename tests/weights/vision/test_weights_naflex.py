@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
-from mmtransformer import TableConfig, ViT
+from mmtransformer import ViT, ViTPosEmbedConfig
 from mmtransformer.weights import from_timm, load_vit, save_vit
 
 BASE: dict[str, Any] = {
@@ -65,15 +65,17 @@ def test_another_size_leaves_its_table_as_it_is_and_a_folder_keeps_how_it_is_res
     assert torch.equal(ours(pixels), before)
     ours.save_pretrained(tmp_path)
     again = ViT.from_pretrained(tmp_path)
-    assert again.patches.table == TableConfig((5, 3), "bilinear", antialias=False, align_corners=True, square=True)
+    assert again.patches.pos_embed == ViTPosEmbedConfig(
+        (5, 3), "bilinear", antialias=False, align_corners=True, square=True
+    )
     # Not to the bit: weights mapped from a file lie elsewhere in memory, and MKL adds up in another order there.
     torch.testing.assert_close(again(pixels), before, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="timm's VisionTransformer has nothing like table=TableConfig"):
+    with pytest.raises(ValueError, match="timm's VisionTransformer has nothing like pos_embed=ViTPosEmbedConfig"):
         save_vit(ours, tmp_path / "timm")
     config = json.loads((tmp_path / "config.json").read_text())
-    config["args"]["patches"]["table"]["interpolation"] = "cubic"
+    config["args"]["patches"]["pos_embed"]["interpolation"] = "cubic"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="patches: table: interpolation is 'cubic'"):
+    with pytest.raises(ValueError, match="patches: pos_embed: interpolation is 'cubic'"):
         ViT.from_pretrained(tmp_path)
 
 
@@ -110,4 +112,4 @@ def test_a_naflexvit_that_does_not_fit_is_refused_by_name(options: dict[str, Any
 def test_odd_tables() -> None:
     for bad, message in (({"interpolation": "linear"}, '"bicubic" or "bilinear"'), ({"grid": (0, 2)}, "two positive")):
         with pytest.raises(ValueError, match=message):
-            TableConfig(**bad)  # pyright: ignore[reportArgumentType]
+            ViTPosEmbedConfig(**bad)  # pyright: ignore[reportArgumentType]

@@ -12,7 +12,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmtransformer import BlockConfig, OutputConfig, PatchConfig, RopeConfig, TableConfig, ViT
+from mmtransformer import ViT, ViTBlockConfig, ViTOutputConfig, ViTPatchConfig, ViTPosEmbedConfig, ViTRopeConfig
 from mmtransformer.weights import (
     load_vit,
     save_dino,
@@ -200,18 +200,26 @@ def test_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             vision_from_dino(third.config.to_dict() | change, third.state_dict(), "here")
-    plain = BlockConfig(layer_scale=1.0)
+    plain = ViTBlockConfig(layer_scale=1.0)
     for save, vit, said in (
         (save_dino, ViT(16, 8, 16, 1, 2), "dinov2 has nothing like layer_scale=True"),
         (save_dino, ViT(16, 8, 16, 1, 2, block=plain), "nothing like patches="),
         (save_dino, ViT(16, 8, 16, 1, 2, block=plain, num_registers=2, mlp_dim=21), "mlp_dim=False"),
         (save_dino, ViT((16, 8), 8, 16, 1, 2, block=plain, num_registers=2), "image_size=False"),
-        (save_dino, ViT(16, 8, 16, 1, 2, block=plain, rope=RopeConfig("axial")), "dinov3_vit has nothing like .*rope="),
+        (
+            save_dino,
+            ViT(16, 8, 16, 1, 2, block=plain, rope=ViTRopeConfig("axial")),
+            "dinov3_vit has nothing like .*rope=",
+        ),
         (save_siglip2, ViT(16, 8, 16, 1, 2), "NaFlex tower has nothing like class_token=True"),
         (save_siglip2, ViT(16, 8, 16, 1, 2, class_token=False, pool="mean"), "nothing like patches="),
         (save_transformers_vit, ViT(16, 8, 16, 1, 2, num_registers=2), "num_registers=2"),
-        (save_transformers_vit, ViT(16, 8, 16, 1, 2, output=OutputConfig("none")), "output="),
-        (save_transformers_vit, ViT(16, 8, 16, 1, 2, patches=PatchConfig(table=TableConfig((3, 3)))), "patches="),
+        (save_transformers_vit, ViT(16, 8, 16, 1, 2, output=ViTOutputConfig("none")), "output="),
+        (
+            save_transformers_vit,
+            ViT(16, 8, 16, 1, 2, patches=ViTPatchConfig(pos_embed=ViTPosEmbedConfig((3, 3)))),
+            "patches=",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             save(vit, tmp_path / "none")

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from mmtransformer import (
     AttentionConfig,
-    BlockConfig,
     MLPConfig,
     NormConfig,
-    PatchConfig,
     TextDecoder,
     VisionEncoderDecoder,
     ViT,
+    ViTBlockConfig,
+    ViTPatchConfig,
 )
 from mmtransformer.weights import (
     ViTSettings,
@@ -235,7 +235,7 @@ def test_positions_are_read_as_the_grid_that_was_said(
 
 def test_a_convolutional_stem_is_not_timms() -> None:
     with pytest.raises(ValueError, match='stem="conv"'):
-        to_timm(ViT(16, 8, 20, 1, 4, patches=PatchConfig(stem="conv")))
+        to_timm(ViT(16, 8, 20, 1, 4, patches=ViTPatchConfig(stem="conv")))
 
 
 def test_settings_of_a_bare_file_are_of_their_class(tmp_path: Path) -> None:
@@ -327,11 +327,11 @@ def test_a_folder_that_timm_reads(name: str, tmp_path: Path) -> None:
 
 def test_towers_that_timms_arguments_cannot_say_are_not_written(tmp_path: Path) -> None:
     for patches, block, message in (
-        (PatchConfig(norm=True), BlockConfig(), "where there is no norm before"),
-        (PatchConfig(), BlockConfig(norm_eps=1e-12), r"this has \('layer', 1e-12, False\)"),
-        (PatchConfig(), BlockConfig(order="res_post"), "order res_post"),
-        (PatchConfig(embed_norm=True), BlockConfig(), "this has embed_norm True"),
-        (PatchConfig(), BlockConfig(activation="relu"), "not built with relu"),
+        (ViTPatchConfig(norm=True), ViTBlockConfig(), "where there is no norm before"),
+        (ViTPatchConfig(), ViTBlockConfig(norm_eps=1e-12), r"this has \('layer', 1e-12, False\)"),
+        (ViTPatchConfig(), ViTBlockConfig(order="res_post"), "order res_post"),
+        (ViTPatchConfig(embed_norm=True), ViTBlockConfig(), "this has embed_norm True"),
+        (ViTPatchConfig(), ViTBlockConfig(activation="relu"), "not built with relu"),
     ):
         with pytest.raises(ValueError, match=message):
             save_vit(ViT(16, 8, 20, 1, 4, patches=patches, block=block), tmp_path / "out")
