@@ -19,7 +19,7 @@ from mmtransformer.backbones.base import State
 from mmtransformer.backbones.towers.padded import pad_images, padded_features, token_mask
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.batch import Batch, as_mask, with_images
-from mmtransformer.losses.next_token import Loss, next_token_loss
+from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -135,7 +135,7 @@ class Output:
         terms: what the loss is made of, by name (detached scalars), where it is made of several.
     """
 
-    sums: Loss
+    sums: SumAndCount
     logits: Tensor | None = None
     terms: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -341,14 +341,14 @@ def caption_loss(
 @overload
 def caption_loss(
     captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float = 0.0, reduction: Literal["sum"]
-) -> Loss: ...
+) -> SumAndCount: ...
 def caption_loss(
     captioner: Captioner,
     batch: CaptionBatch,
     *,
     label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
-) -> Tensor | Loss:
+) -> Tensor | SumAndCount:
     """Cross-entropy of the captions alone, also where a captioner trains on other losses beside it.
 
     Args:

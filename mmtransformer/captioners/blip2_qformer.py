@@ -27,7 +27,7 @@ from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import compare, contrastive_loss, image_ids, itg_loss, itm_loss, refuse_empty
 from mmtransformer.losses.distributed import all_gather_rows, world_size
 from mmtransformer.losses.hard_negatives import HardPairs, hard_pairs
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 
 TERMS: tuple[str, ...] = ("itc", "itm", "itg", "itm_accuracy")
 """The terms of stage 1's `Output`: the three losses, and the share of matching's pairs that were told right."""
@@ -199,7 +199,7 @@ class Blip2QFormer(Captioner):
         total = itc + itm + itg
         terms = dict(zip(TERMS, (itc.detach(), itm.detach(), itg.detach(), right), strict=True))
         one = torch.ones((), dtype=torch.long, device=total.device)
-        return Output(Loss(total, one), self.head(hidden) if return_logits else None, terms)
+        return Output(SumAndCount(total, one), self.head(hidden) if return_logits else None, terms)
 
     def _matches(
         self, batch: CaptionBatch, visual_tokens: Tensor, visual: list[KeyValue], pairs: HardPairs

@@ -23,7 +23,7 @@ from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.layers.record import record_attention
 from mmtransformer.losses.contrastive import clip_loss, image_ids, refuse_empty
 from mmtransformer.losses.distributed import all_gather_rows
-from mmtransformer.losses.next_token import Loss, next_token_loss
+from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 
 
 class CoCaState(NamedTuple):
@@ -117,7 +117,7 @@ class CoCa(Captioner):
         """
         if not self.contrastive_weight:
             output = super().forward(batch, label_smoothing=label_smoothing, return_logits=return_logits)
-            return replace(output, sums=Loss(self.caption_weight * output.sums.sum, output.sums.count))
+            return replace(output, sums=SumAndCount(self.caption_weight * output.sums.sum, output.sums.count))
         check_rows(self, batch)
         refuse_empty(batch.attention_mask)
         pooled = self.pooled(batch)
@@ -134,7 +134,7 @@ class CoCa(Captioner):
         total = self.caption_weight * captions.sum
         total = total + self.contrastive_weight * contrast * tokens.to(contrast.dtype)
         terms = {"caption": captions.sum.detach() / captions.count.clamp(min=1), "contrast": contrast.detach()}
-        return Output(Loss(total, captions.count), self.head(hidden) if return_logits else None, terms)
+        return Output(SumAndCount(total, captions.count), self.head(hidden) if return_logits else None, terms)
 
     def hidden_states(self, batch: CaptionBatch) -> Tensor:
         """Hidden states (n q d); rows are padded on the right, so the causal mask alone hides their padding."""

@@ -17,7 +17,7 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     add("--model", metavar="DIR", help="count tokens with this model's tokenizer")
     add("--max-len", type=int, default=64, metavar="N", help="most tokens of a caption (64)")
-    add("--max-bad", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)")
+    add("--max-bad-fraction", type=float, default=0.01, metavar="X", help="share that is tolerable (0.01)")
     add("--out", metavar="OUT.json", help="write what was found to this file")
     add(
         "--rehash",
@@ -43,9 +43,13 @@ def run(name: str, words: Sequence[str]) -> int:
     from mmtransformer.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(args.model) if args.model else None
-    source = open_pairs(args.root, read_options(args), max_bad=1.0)
+    source = open_pairs(args.root, read_options(args), max_bad_fraction=1.0)
     report = check(
-        source, tokenizer=tokenizer, max_len=args.max_len, max_bad=args.max_bad, progress=sys.stderr.isatty()
+        source,
+        tokenizer=tokenizer,
+        max_len=args.max_len,
+        max_bad_fraction=args.max_bad_fraction,
+        progress=sys.stderr.isatty(),
     )
     say(str(report))
     if args.out:

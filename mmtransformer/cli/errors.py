@@ -106,7 +106,7 @@ def _below(front: str, word: str, class_path: str) -> str:
         owners = [kind for hint in hints for kind in (hint, *get_args(hint)) if inspect.isclass(kind)]
     key = ".".join([front, *path, last]) if front else word
     known = [f"{key.removesuffix(last)}{name}" for owner in owners for name in _parameters(owner)]
-    # the same name below another argument: data.loader.max_bad
+    # the same name below another argument: data.loader.max_bad_fraction
     beside = [f"{front}.{name}" for name in _nested(class_path) if name.rpartition(".")[2] == last]
     return f"no such key: {key}{suggest(beside[0] if beside else key, beside or known)}"
 

@@ -42,7 +42,7 @@ def run(name: str, words: Sequence[str]) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1 picture, not {args.limit}; leave it out for all")
-    check_share("--max-bad", args.max_bad)
+    check_share("--max-bad-fraction", args.max_bad_fraction)
     if args.out:
         check_place(args.out, "--out")
 
@@ -122,7 +122,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     text = 'what to put before the texts that --clip-score compares; the paper\'s is "A photo depicts"'
     add("--clip-prefix", default="", metavar="WORDS", help=text)
     text = "share of the data's rows that may be unusable and are left out (0.01)"
-    add("--max-bad", type=float, default=0.01, metavar="X", help=text)
+    add("--max-bad-fraction", type=float, default=0.01, metavar="X", help=text)
     add("--out", metavar="OUT.json", help="write the scores to this file")
     text = "write the captions, one line of JSON each; a stopped call, run again, resumes from the file"
     add("--predictions", metavar="OUT", help=text)
@@ -244,7 +244,9 @@ def _source(args: argparse.Namespace, model: "ImageCaptioner", *, told: bool = F
     known = model.tokenizer.languages
     read = read_options(args)
     read = dataclasses.replace(read, language=read.language or (known[0] if known else None))
-    source = open_pairs(args.data, read, max_bad=args.max_bad, splits=[args.split if told else "train"])
+    source = open_pairs(
+        args.data, read, max_bad_fraction=args.max_bad_fraction, splits=[args.split if told else "train"]
+    )
     if told:
         say(source.describe())
     return source

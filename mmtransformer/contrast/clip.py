@@ -19,7 +19,7 @@ from mmtransformer.contrast.encoder_tower import EncoderTower
 from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.losses.contrastive import Similarity, compare, image_ids, refuse_empty, softmax_loss, text_keys
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.losses.sigmoid import sigmoid_loss
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -191,7 +191,7 @@ class CLIP(Pretrained, nn.Module):
         right_texts, right_images = similarity.right()
         one = torch.ones((), dtype=torch.long, device=loss.device)
         terms = {"contrast": loss.detach(), "image_accuracy": right_texts, "text_accuracy": right_images}
-        return Output(Loss(loss, one), None, terms)
+        return Output(SumAndCount(loss, one), None, terms)
 
     def loss_of(self, similarity: Similarity) -> Tensor:
         """The loss of similarities, a scalar."""

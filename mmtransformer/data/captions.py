@@ -89,7 +89,7 @@ class CaptionData(Data):
         if captions_per_image < 1:
             raise ValueError(f"captions_per_image ({captions_per_image}) must be at least 1")
         self.source: PairSource = (
-            open_pairs(source, read, max_bad=loader.max_bad, splits=(splits.train, *splits.val))
+            open_pairs(source, read, max_bad_fraction=loader.max_bad_fraction, splits=(splits.train, *splits.val))
             if isinstance(source, str | Path)
             else source
         )
@@ -203,7 +203,7 @@ class CaptionData(Data):
 
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
-        return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad)
+        return BadImages.of_split(self.report_folder(), split, len(self.pairs(split)), self.max_bad_fraction)
 
     def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""

@@ -116,41 +116,41 @@ def check(
     *,
     tokenizer: Encoder | None = None,
     max_len: int = 64,
-    max_bad: float = 0.01,
+    max_bad_fraction: float = 0.01,
     threads: int | None = None,
     progress: bool = True,
 ) -> CheckReport:
     """Reads every picture and caption once and says what would hurt training.
 
-    A kind of trouble hurts when it concerns more than `max_bad` of the rows, pictures or captions; one picture or
-    caption alone never does, unless `max_bad` is 0. Nothing to train on, or to validate on, always does.
+    A kind of trouble hurts when it concerns more than `max_bad_fraction` of the rows, pictures or captions; one picture
+    or caption alone never does, unless `max_bad_fraction` is 0. Nothing to train on, or to validate on, always does.
 
     Args:
-        source: A path to pairs, tar shards or interleaved documents, or pairs already opened (with `max_bad=1` to see
-            everything).
+        source: A path to pairs, tar shards or interleaved documents, or pairs already opened (with
+            `max_bad_fraction=1` to see everything).
         tokenizer: Counts the tokens of a caption; without it words are counted, and what is said to be cut is the
             least that will be.
         max_len: The most tokens a caption may have in training; its start, its end and its language, if
             the data names any, take one each.
-        max_bad: Share that is tolerable.
+        max_bad_fraction: Share that is tolerable.
         threads: Threads that decode; as many as the machine has cores, 8 at most, if not given.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If nothing is there that could be pairs, or `max_bad` is no share.
+        ValueError: If nothing is there that could be pairs, or `max_bad_fraction` is no share.
     """
-    check_share("max_bad", max_bad, whole=True)
-    pairs = open_pairs(source, max_bad=1.0) if isinstance(source, str | Path) else source
+    check_share("max_bad_fraction", max_bad_fraction, whole=True)
+    pairs = open_pairs(source, max_bad_fraction=1.0) if isinstance(source, str | Path) else source
     report, describe = getattr(pairs, "report", None), getattr(pairs, "describe", None)
     splits = {name: pairs.split(name) for name in pairs.splits()}
     captions = {name: [split.captions(i) for i in range(len(split))] for name, split in splits.items()}
     looked = _look(splits, threads or min(8, os.cpu_count() or 1), progress)
     flat = [caption for split in captions.values() for group in split for caption in group]
     words = Counter(len(caption.text.split()) for caption in flat)
-    findings = _rows(report, max_bad) if isinstance(report, Report) else []
+    findings = _rows(report, max_bad_fraction) if isinstance(report, Report) else []
     kinds = _images(looked) + _captions(splits, captions, tokenizer, max_len, 3 if pairs.languages else 2)
     findings += [
-        Finding(what, len(some), of, may_hurt and len(some) > allowed(of, max_bad), some[:FIRST], remedy)
+        Finding(what, len(some), of, may_hurt and len(some) > allowed(of, max_bad_fraction), some[:FIRST], remedy)
         for what, some, of, may_hurt, remedy in kinds
         if some
     ]
@@ -260,9 +260,9 @@ def _remedy(cause: str, first: Sequence[str]) -> str:
     return _REMEDIES.get(cause, "repair these rows, or take them out")
 
 
-def _rows(report: Report, max_bad: float) -> list[Finding]:
+def _rows(report: Report, max_bad_fraction: float) -> list[Finding]:
     """The manifest's own errors. They are judged together, as training judges them."""
-    hurts = report.bad_rows > allowed(report.rows, max_bad)
+    hurts = report.bad_rows > allowed(report.rows, max_bad_fraction)
     found = [
         Finding(cause, count, report.rows, hurts, report.first[cause], _remedy(cause, report.first[cause]))
         for cause, count in report.errors.items()

@@ -169,7 +169,7 @@ class ClassData(Data):
 
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
-        return BadImages.of_split(self.report_folder(), split, len(self.images(split)), self.max_bad)
+        return BadImages.of_split(self.report_folder(), split, len(self.images(split)), self.max_bad_fraction)
 
     def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""

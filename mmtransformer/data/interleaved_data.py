@@ -85,7 +85,9 @@ class InterleavedData(Data):
         )
         self.transform = of_one_size(image or ImageTransform(), "interleaved documents have")
         self.source: DocumentSource = (
-            InterleavedFiles(source, max_bad=loader.max_bad) if isinstance(source, str | Path) else source
+            InterleavedFiles(source, max_bad_fraction=loader.max_bad_fraction)
+            if isinstance(source, str | Path)
+            else source
         )
         self.augment, self._own_transform = augment, image
         self.max_len, self.max_images, self.pack = max_len, max_images, pack
@@ -187,7 +189,7 @@ class InterleavedData(Data):
     def bad_samples(self, split: str) -> BadImages:
         """Where pictures that cannot be read are recorded."""
         total = int(self.rows(split).images.sum())
-        return BadImages.of_split(self.report_folder(), f"documents_{split}", total, self.max_bad)
+        return BadImages.of_split(self.report_folder(), f"documents_{split}", total, self.max_bad_fraction)
 
     def loads(self, split: str, names: Collection[str]) -> dict[str, Callable[[], Any]]:
         """Of pictures that could not be read, those that are still in a split."""

@@ -55,7 +55,7 @@ def open_pairs(
     root: str | Path,
     read: ReadOptions = ReadOptions(),
     *,
-    max_bad: float = 0.01,
+    max_bad_fraction: float = 0.01,
     splits: Collection[str] | None = None,
     hub: HubOptions = HubOptions(),  # noqa: B008 (frozen)
 ) -> PairFiles | Shards | InterleavedPairs | HubPairs:
@@ -68,7 +68,7 @@ def open_pairs(
             "hf://datasets/org/name@revision/folder", where a file or a pattern may stand for the folder too; its files
             are fetched into the hub's cache, those of `splits` alone where names or its card tell the splits.
         read: How it is read. A format or columns that are named make it `PairFiles`.
-        max_bad: Share of the rows that may be unusable.
+        max_bad_fraction: Share of the rows that may be unusable.
         splits: What is going to be asked for; others of a hub's data set are fetched when they are. None = all.
         hub: How a name is looked up.
 
@@ -76,7 +76,7 @@ def open_pairs(
         ValueError: If nothing is there that could be pairs, or an option would have no effect on what is there; or the
             hub has not got it, or does not give it.
     """
-    open_files = partial(_open_files, max_bad=max_bad)
+    open_files = partial(_open_files, max_bad_fraction=max_bad_fraction)
     if (name := hub_name(root)) is not None:
         revision = name["revision"] and unquote(name["revision"])
         if revision and hub.revision not in (None, revision):
@@ -93,20 +93,22 @@ def open_pairs(
     return open_files(root, read)
 
 
-def _open_files(root: str | Path, read: ReadOptions, *, max_bad: float) -> PairFiles | Shards | InterleavedPairs:
+def _open_files(
+    root: str | Path, read: ReadOptions, *, max_bad_fraction: float
+) -> PairFiles | Shards | InterleavedPairs:
     if read.format == "auto" and not any(read.wanted[:4]):
         if read.images is None and are_shards(root):
             _refuse(read, "tar shards", "encoding")
             shards = root if isinstance(root, Selection) else str(root)
             options = {"language": read.language, "normalize": read.plain, "val_fraction": read.val_fraction}
-            return Shards(shards, **options, max_bad=max_bad)
+            return Shards(shards, **options, max_bad_fraction=max_bad_fraction)
         if (found := find_kept(root, read)) is not None and not found.documents:  # before anything is listed
-            return PairFiles(root, read, max_bad=max_bad, found=found)
+            return PairFiles(root, read, max_bad_fraction=max_bad_fraction, found=found)
         if are_documents(root):
             _refuse(read, "interleaved documents", "encoding", "normalize")
             options = {"images": read.images, "language": read.language, "val_fraction": read.val_fraction}
-            return InterleavedPairs(InterleavedFiles(root, **options, max_bad=max_bad))
-    return PairFiles(root, read, max_bad=max_bad)
+            return InterleavedPairs(InterleavedFiles(root, **options, max_bad_fraction=max_bad_fraction))
+    return PairFiles(root, read, max_bad_fraction=max_bad_fraction)
 
 
 def hub_name(root: str | Path) -> re.Match[str] | None:

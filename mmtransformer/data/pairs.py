@@ -127,7 +127,8 @@ class PairFiles:
     second language.
 
     Nothing is skipped in silence: a row with a missing picture, an empty caption (also "NA" or "null"), text that
-    isn't UTF-8, or a path that leaves the root is counted in `report`, and more than `max_bad` of them are an error.
+    isn't UTF-8, or a path that leaves the root is counted in `report`, and more than `max_bad_fraction` of them are an
+    error.
 
     Of 20,000 pairs and more an index is kept in the user's cache (`$XDG_CACHE_HOME/mmtransformer/pairs`, or below
     `~/.cache`), by which they open again at once, as long as manifests, texts, archives and folders have the sizes and
@@ -136,7 +137,7 @@ class PairFiles:
     Args:
         root: A folder, an archive, or one manifest.
         read: How it is read, such as the names of its columns, where that is not to be detected.
-        max_bad: Share of rows that may be unusable; one always may, unless this is 0.
+        max_bad_fraction: Share of rows that may be unusable; one always may, unless this is 0.
         found: What is known of the root already; None = it is looked up in its index, or read.
 
     Raises:
@@ -144,13 +145,18 @@ class PairFiles:
     """
 
     def __init__(
-        self, root: str | Path, read: ReadOptions = ReadOptions(), *, max_bad: float = 0.01, found: Found | None = None
+        self,
+        root: str | Path,
+        read: ReadOptions = ReadOptions(),
+        *,
+        max_bad_fraction: float = 0.01,
+        found: Found | None = None,
     ):
-        check_share("max_bad", max_bad, whole=True)
+        check_share("max_bad_fraction", max_bad_fraction, whole=True)
         self.root = Path(root).expanduser()
-        self._found = found or open_found(root, read, max_bad=max_bad)
+        self._found = found or open_found(root, read, max_bad_fraction=max_bad_fraction)
         self.report, self.languages = self._found.report, self._found.languages
-        self.report.enforce(f"{self.root} ({self._found.title})", max_bad)
+        self.report.enforce(f"{self.root} ({self._found.title})", max_bad_fraction)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"

@@ -12,7 +12,7 @@ from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
 from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.diffusion.paths import Diffusion
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.serialization.pretrained import Pretrained
 
 
@@ -108,7 +108,7 @@ class TextToImageModel(Pretrained, nn.Module):
         read = self.text.forward_features if isinstance(self.text, TextTower) else self.text
         return read(tokens, attention_mask=attention_mask)
 
-    def forward(self, batch: CaptionBatch, *, generator: torch.Generator | None = None) -> Loss:
+    def forward(self, batch: CaptionBatch, *, generator: torch.Generator | None = None) -> SumAndCount:
         """The loss of every text's image at a time drawn by lot.
 
         Args:
@@ -132,7 +132,7 @@ class TextToImageModel(Pretrained, nn.Module):
         x = self.diffusion.noised(images, noise, times)
         predicted = self.transformer(x, times, context, context_mask=seen)
         losses = self.diffusion.loss(predicted, images, noise, times)
-        return Loss(losses.sum(), torch.tensor(n, device=device))
+        return SumAndCount(losses.sum(), torch.tensor(n, device=device))
 
     def conditions(
         self, tokens: Tensor, attention_mask: Tensor, negative: tuple[Tensor, Tensor] | None = None

@@ -14,7 +14,7 @@ from mmtransformer.batch import num_targets
 
 
 @dataclass(frozen=True)
-class Loss:
+class SumAndCount:
     """A sum over tokens and their number, both scalars; divide where all parts of a global batch are known."""
 
     sum: Tensor
@@ -23,7 +23,7 @@ class Loss:
 
 def next_token_loss(
     hidden: Tensor, tokens: Tensor, loss_mask: Tensor, head: Callable[[Tensor], Tensor], *, label_smoothing: float = 0.0
-) -> Loss:
+) -> SumAndCount:
     """Cross-entropy of the target tokens, each predicted by the position before it.
 
     The head runs on the positions that predict a target, so logits of prompts and padding never exist.
@@ -47,4 +47,4 @@ def next_token_loss(
     logits = head(hidden[places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, chosen, reduction="sum", label_smoothing=label_smoothing)
-    return Loss(total, torch.tensor(chosen.numel(), device=total.device))
+    return SumAndCount(total, torch.tensor(chosen.numel(), device=total.device))

@@ -151,7 +151,7 @@ def test_a_run_reads_the_table_that_it_names(folder: Path, capsys: pytest.Captur
     [
         (["--data.read.encodng", "cp949"], "data.read.encodng", "data.read.encoding"),
         (["--data.read.encodng=cp949"], "data.read.encodng", "data.read.encoding"),
-        (["--data.read.max_bad=0.1"], "data.read.max_bad", "data.loader.max_bad"),
+        (["--data.read.max_bad_fraction=0.1"], "data.read.max_bad_fraction", "data.loader.max_bad_fraction"),
         (["--model.optim.lrr=3"], "model.optim.lrr", "model.optim.lr"),
         (["--config=keys.yaml"], "data.read.encodng", "data.read.encoding"),
         # Abbreviations are no keys, wherever they stand.

@@ -44,8 +44,8 @@ def test_what_fit_may_leave_out_evaluate_may_too(model: Path, pairs: Path, capsy
     words = ["evaluate", "--model", str(model), "--data", str(pairs), "--split", "train", "--limit", "2"]
     code, _, err = mmt(capsys, *words)
     assert code == 2
-    share = err.partition("`--max-bad ")[2].partition("`")[0]
-    code, _, err = mmt(capsys, *words, "--max-bad", share)
+    share = err.partition("`--max-bad-fraction ")[2].partition("`")[0]
+    code, _, err = mmt(capsys, *words, "--max-bad-fraction", share)
     assert code == 0, err
 
 
@@ -140,7 +140,10 @@ def test_languages_without_tags_can_be_made_one(model: Path, pairs: Path) -> Non
     plain.save_pretrained(model.parent / "plain")
 
     def data(**read: Any) -> CaptionData:
-        options: dict[str, Any] = {"tokenizer": str(model.parent / "plain"), "loader": LoaderConfig(max_bad=0.5)}
+        options: dict[str, Any] = {
+            "tokenizer": str(model.parent / "plain"),
+            "loader": LoaderConfig(max_bad_fraction=0.5),
+        }
         return CaptionData(str(pairs), read=ReadOptions(**read), image=ImageTransform(32), batch_size=2, **options)
 
     with pytest.raises(ValueError, match=r"no language tags\. .* --data\.read\.language ko; ") as caught:

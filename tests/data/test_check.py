@@ -102,10 +102,10 @@ def test_trouble_is_counted_named_and_hurts_past_the_threshold(
         limit = 1 if "two splits" in what else 2
         assert found.hurts == report.hurts == (count > limit), str(report)
         assert (f"HURTS  {what}: {count}" in str(report)) == found.hurts
-    assert look(tmp_path, max_bad=0.5).hurts is False
-    assert look(tmp_path, max_bad=0).hurts is True
-    with pytest.raises(ValueError, match=r"max_bad \(2\) must be a share"):
-        look(tmp_path, max_bad=2)
+    assert look(tmp_path, max_bad_fraction=0.5).hurts is False
+    assert look(tmp_path, max_bad_fraction=0).hurts is True
+    with pytest.raises(ValueError, match=r"max_bad_fraction \(2\) must be a share"):
+        look(tmp_path, max_bad_fraction=2)
 
 
 def test_missing_images_and_refused_paths(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_every_error_of_a_row_has_its_remedy_beside_it(tmp_path: Path) -> None:
     lines[9] = b"09.png"
     lines[12], lines[13], lines[14] = b"12.png,", b"nowhere.png,a star", b",a star"
     (tmp_path / "c.csv").write_bytes(b"\n".join([b"image,caption", *lines]))
-    report = look(tmp_path, max_bad=0.5)
+    report = look(tmp_path, max_bad_fraction=0.5)
     said = str(report)
     assert not report.hurts
     for what, count, remedy in (
@@ -145,7 +145,7 @@ def test_every_error_of_a_row_has_its_remedy_beside_it(tmp_path: Path) -> None:
         block = said[said.index(f"{what}: {count}") :]
         assert remedy in block[: block.index("->") + 120]
     assert sum(report.captions.values()) == 34
-    assert sum(check(PairFiles(tmp_path, ReadOptions(encoding="cp949"), max_bad=1)).captions.values()) == 36
+    assert sum(check(PairFiles(tmp_path, ReadOptions(encoding="cp949"), max_bad_fraction=1)).captions.values()) == 36
 
 
 def test_a_copy_inside_a_split_is_only_a_note(tmp_path: Path) -> None:

@@ -357,5 +357,5 @@ def test_a_name_that_holds_pictures_of_a_bad_size_is_checked_as_others_are(hub: 
 
     sharded(hub.repo)
     Image.new("RGB", (9, 9)).save(hub.repo / "data/x.png")
-    report = check(open_pairs("some/pairs", max_bad=1.0), progress=False)
+    report = check(open_pairs("some/pairs", max_bad_fraction=1.0), progress=False)
     assert report.images == {"train": 20, "val": 2, "test": 1}

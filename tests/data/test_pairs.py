@@ -350,7 +350,7 @@ def test_several_manifests_must_belong_together(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").rename(tmp_path / "train.csv")
     (tmp_path / "valid.csv").write_text("filepath,title\np00.png,again\n")
     with pytest.raises(TooManyErrors, match="1 of 70 rows"):
-        PairFiles(tmp_path, max_bad=0)
+        PairFiles(tmp_path, max_bad_fraction=0)
     (tmp_path / "q77.png").write_bytes(png("q1.png"))
     (tmp_path / "valid.csv").write_text("filepath,title\nq77.png,again\n")
     assert [len(PairFiles(tmp_path).split(s)) for s in ("train", "val")] == [23, 1]
@@ -383,7 +383,7 @@ def test_a_name_that_may_mean_two_images_means_none(tmp_path: Path) -> None:
     draw(tmp_path / "big", NAMES[:2])
     draw(tmp_path / "small", NAMES[:1])
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:2]))
-    source = PairFiles(tmp_path, max_bad=0.5)
+    source = PairFiles(tmp_path, max_bad_fraction=0.5)
     assert list(everything(source)) == ["p01.png"]
     assert source.report.errors == {"ambiguous name": 1}
     assert source.report.first["ambiguous name"] == ["c.jsonl:1: 'p00.png' may be big/p00.png or small/p00.png"]

@@ -107,7 +107,8 @@ class InterleavedFiles:
     "en" where the data also holds Korean or named languages, and None where it doesn't.
 
     Nothing is skipped in silence: a document whose marks and pictures differ in number, with a missing picture, a path
-    that leaves the root, no text or no picture is counted in `report`, and more than `max_bad` of them are an error.
+    that leaves the root, no text or no picture is counted in `report`, and more than `max_bad_fraction` of them are an
+    error.
 
     Args:
         root: A folder, an archive, or one file.
@@ -117,7 +118,7 @@ class InterleavedFiles:
             0.24.
         language: The language of documents that neither the data nor their script tells.
         val_fraction: Share of the documents for val where the data names none; 0 for no val.
-        max_bad: Share of documents that may be unusable; one always may, unless this is 0.
+        max_bad_fraction: Share of documents that may be unusable; one always may, unless this is 0.
 
     Raises:
         ValueError: If there are no documents, or too many of them are bad.
@@ -132,10 +133,10 @@ class InterleavedFiles:
         min_similarity: float = 0.0,
         language: str | None = None,
         val_fraction: float = 0.05,
-        max_bad: float = 0.01,
+        max_bad_fraction: float = 0.01,
     ):
         check_share("val_fraction", val_fraction)
-        check_share("max_bad", max_bad, whole=True)
+        check_share("max_bad_fraction", max_bad_fraction, whole=True)
         if not mark.strip():
             raise ValueError(f"mark ({mark!r}) must be a word that stands for a picture, such as {MARK}")
         self.root, self.mark, self.report = Path(root).expanduser(), mark, Report()
@@ -157,7 +158,7 @@ class InterleavedFiles:
         self._said = [f"interleaved documents {listing}"]
         for path, reason in files.refused.items():
             self.report.note("file left out", path, reason)
-        self.report.enforce(f"{self.root} ({self._said[0]})", max_bad)
+        self.report.enforce(f"{self.root} ({self._said[0]})", max_bad_fraction)
         if not documents:
             raise TooManyErrors(
                 f"{self.root}: not one of {counted(self.report.rows, 'document')} can be used:\n{self.report}"

@@ -109,7 +109,7 @@ class Shards:
         language: The language of captions that neither the data nor their script tells.
         normalize: What is done to captions, as `ReadOptions` has it.
         val_fraction: Share of the pictures for val where no name says one; 0 for no val.
-        max_bad: Share of samples that may be unusable; one always may, unless this is 0.
+        max_bad_fraction: Share of samples that may be unusable; one always may, unless this is 0.
         progress: Show a progress bar while shards are read for the first time.
 
     Raises:
@@ -126,11 +126,11 @@ class Shards:
         language: str | None = None,
         normalize: Sequence[Plain] = (),
         val_fraction: float = 0.1,
-        max_bad: float = 0.01,
+        max_bad_fraction: float = 0.01,
         progress: bool = False,
     ):
         check_share("val_fraction", val_fraction)
-        check_share("max_bad", max_bad, whole=True)
+        check_share("max_bad_fraction", max_bad_fraction, whole=True)
         told: dict[Path, str | None] = {}
         if isinstance(shards, Selection):
             told = {Path(shards, path): split for path, split in sorted(shards.splits.items())}
@@ -162,7 +162,7 @@ class Shards:
         what = f"{len(self.paths)} tar shard{'s' * (len(self.paths) > 1)} {given}"
         if not self.report.rows:
             raise ValueError(f"{what}: no samples in them")
-        self.report.enforce(what, max_bad)
+        self.report.enforce(what, max_bad_fraction)
         if not names:
             raise TooManyErrors(f"{what}: not one of {counted(self.report.rows, 'sample')} can be used:\n{self.report}")
         self.languages: tuple[str, ...]

@@ -29,7 +29,9 @@ def _more(bad: int, total: int) -> str:
     """Which key allows so many, and what it would have to be."""
     percent = next((n for n in range(1, 100) if allowed(total, n / 100) >= bad), 100)
     share = f"{percent / 100:g}"
-    return f"`--data.loader.max_bad {share}` in `mmt fit`, `--max-bad {share}` elsewhere, allows as many"
+    return (
+        f"`--data.loader.max_bad_fraction {share}` in `mmt fit`, `--max-bad-fraction {share}` elsewhere, allows as many"
+    )
 
 
 class Report:
@@ -69,17 +71,17 @@ class Report:
         if len(named) < FIRST:
             named.append(f"{where}: {what[:200]}" if what else where)
 
-    def enforce(self, name: str, max_bad: float) -> None:
+    def enforce(self, name: str, max_bad_fraction: float) -> None:
         """Raises when more rows are bad than allowed.
 
         Raises:
             TooManyErrors: With the numbers, every cause and its first offenders.
         """
-        if self.bad_rows > allowed(self.rows, max_bad):
+        if self.bad_rows > allowed(self.rows, max_bad_fraction):
             share = self.bad_rows / max(1, self.rows)
             raise TooManyErrors(
                 f"{name}: {self.bad_rows:,} of {counted(self.rows, 'row')} can't be used ({share:.1%}, more than "
-                f"{max_bad:.1%} allowed by max_bad; {_more(self.bad_rows, self.rows)}):\n{self}"
+                f"{max_bad_fraction:.1%} allowed by max_bad_fraction; {_more(self.bad_rows, self.rows)}):\n{self}"
             )
 
     def to_dict(self) -> dict[str, object]:
@@ -158,7 +160,8 @@ class BadImages:
             share = len(found) / max(1, self.total)
             raise TooManyErrors(
                 f"{len(found):,} of {counted(self.total, 'picture')} can't be read ({share:.1%}, more than "
-                f"{self.max_fraction:.1%} allowed by max_bad). All are named in {self.path}. The first:\n{first}\n"
+                f"{self.max_fraction:.1%} allowed by max_bad_fraction). All are named in {self.path}. The first:\n"
+                f"{first}\n"
                 f"Repair or remove them, or do without: {_more(len(found), self.total)}"
             )
 

@@ -68,7 +68,7 @@ class LoaderConfig:
         num_workers: Processes that load samples. The batches are the same for any number.
         seed: Seed of all that is random in the data, such as order, augmentation, choice of captions, packing, masks.
         drop_last: Leave out the last training batch of an epoch if it is not full.
-        max_bad: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
+        max_bad_fraction: Share of a table's rows, and of the pictures, that may be unusable before the run stops.
         timeout: Most seconds to wait for the workers' next batch before the run stops and names its samples; 0 waits
             for ever. Ten minutes are far above what a batch takes, and below what a dead disk costs on a rented GPU.
         keep_together: So many neighbours of the training split stay in one batch: hard negatives for contrast, where
@@ -82,7 +82,7 @@ class LoaderConfig:
     num_workers: int = 0
     seed: int = 0
     drop_last: bool = False
-    max_bad: float = 0.01
+    max_bad_fraction: float = 0.01
     timeout: float = 600.0
     keep_together: int = 1
     max_patches_per_batch: int | None = None
@@ -169,7 +169,11 @@ class Data(lightning.LightningDataModule, ABC):
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
         self.batch_size, self.loader_config = batch_size, loader
         self.num_workers, self.seed, self.drop_last = loader.num_workers, loader.seed, loader.drop_last
-        self.max_bad, self.timeout, self.keep_together = loader.max_bad, loader.timeout, loader.keep_together
+        self.max_bad_fraction, self.timeout, self.keep_together = (
+            loader.max_bad_fraction,
+            loader.timeout,
+            loader.keep_together,
+        )
         self.train_split, self._splits = splits.train, splits
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}

@@ -27,7 +27,7 @@ LARGE = 20_000  # pairs that an index pays for: they take 2 s to read
 _FORMAT = 1  # raise it when the meaning of the file changes, or what is read out of manifests does
 
 
-def open_found(root: str | Path, read: ReadOptions, *, max_bad: float) -> Found:
+def open_found(root: str | Path, read: ReadOptions, *, max_bad_fraction: float) -> Found:
     """What there is in a data set: by its index, or else read, and if it is large its index is made.
 
     Processes that open it at once wait for the one that reads it.
@@ -35,7 +35,7 @@ def open_found(root: str | Path, read: ReadOptions, *, max_bad: float) -> Found:
     Args:
         root: A folder, an archive, or one manifest.
         read: How it is read.
-        max_bad: Share of rows that may be unusable.
+        max_bad_fraction: Share of rows that may be unusable.
 
     Raises:
         ValueError: As `PairFiles`.
@@ -45,11 +45,11 @@ def open_found(root: str | Path, read: ReadOptions, *, max_bad: float) -> Found:
     path, identity = _place(root, read)
     before = Snapshot.take(*_roots(root, read))
     if not before.may_hold(LARGE):
-        return read_pairs(root, read, max_bad=max_bad)
+        return read_pairs(root, read, max_bad_fraction=max_bad_fraction)
     with making(path) as another:
         if another and (found := find_kept(root, read)) is not None:
             return found
-        found = read_pairs(root, read, max_bad=max_bad, progress=True)
+        found = read_pairs(root, read, max_bad_fraction=max_bad_fraction, progress=True)
         if len(found.rows) < max(LARGE, 1) or not before.holds():
             return found
         kept = _keep(path, identity, found, before)

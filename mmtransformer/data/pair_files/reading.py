@@ -58,13 +58,13 @@ class _Row(Pair):
     split: str | None = None  # that it is in; None = the data say none
 
 
-def read_pairs(root: str | Path, read: ReadOptions, *, max_bad: float, progress: bool = False) -> Found:
+def read_pairs(root: str | Path, read: ReadOptions, *, max_bad_fraction: float, progress: bool = False) -> Found:
     """Reads all of a data set.
 
     Args:
         root: A folder, an archive, or one manifest.
         read: How it is read.
-        max_bad: Share of rows that may be unusable.
+        max_bad_fraction: Share of rows that may be unusable.
         progress: Show progress bars.
 
     Raises:
@@ -91,9 +91,9 @@ def read_pairs(root: str | Path, read: ReadOptions, *, max_bad: float, progress:
         raise ValueError(f"{what} holds no pictures and no manifest with captions" + _also(files.refused))
     for path, reason in files.refused.items():
         report.note("file left out", path, reason)
-    report.enforce(what, max_bad)
+    report.enforce(what, max_bad_fraction)
     rows = [row for row in reader.found.values() if row.captions]
-    if not rows and max_bad < 1:
+    if not rows and max_bad_fraction < 1:
         raise TooManyErrors(f"{what}: not one of {counted(report.rows, 'row')} can be used:\n{report}")
     members, languages, about = _normalize(rows, read, reader.rule)
     images = len({(rows[i].name, split) for split, some in members.items() for i in some})

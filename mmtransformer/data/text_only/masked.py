@@ -55,7 +55,7 @@ class MaskedTextData(Data):
         super().__init__(
             batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
-        self.source, self.pairs = open_texts(source, read, max_bad=loader.max_bad), pairs
+        self.source, self.pairs = open_texts(source, read, max_bad_fraction=loader.max_bad_fraction), pairs
         self.share, self.whole_words, self.max_len = share, whole_words, max_len
 
     @cached_property

@@ -96,7 +96,7 @@ class TextFiles:
     Args:
         paths: Files, folders or archives; a folder holds one kind of table, or else plain text files.
         read: How they are read, such as the names of columns, where that is not to be detected.
-        max_bad: Share of a table's rows that may be unusable.
+        max_bad_fraction: Share of a table's rows that may be unusable.
 
     Attributes:
         repeated: Texts left out of train because val or test says the same.
@@ -106,14 +106,14 @@ class TextFiles:
     """
 
     def __init__(
-        self, paths: Sequence[str], read: TextReadOptions = TextReadOptions(), *, max_bad: float = 0.01
+        self, paths: Sequence[str], read: TextReadOptions = TextReadOptions(), *, max_bad_fraction: float = 0.01
     ) -> None:
         if isinstance(paths, str):
             raise ValueError(f"paths must be a list: [{paths}]")
         if not paths:
             raise ValueError("no paths were given (0): name at least one file or folder of texts")
-        check_share("max_bad", max_bad, whole=True)
-        self.read, self.max_bad = read, max_bad
+        check_share("max_bad_fraction", max_bad_fraction, whole=True)
+        self.read, self.max_bad_fraction = read, max_bad_fraction
         found: dict[str, list[list[Caption]]] = {}
         for path in map(str, paths):
             groups = list(self._read(path))
@@ -173,7 +173,7 @@ class TextFiles:
                 if row.captions:
                     name = row.image or "\n".join(caption.text for caption in row.captions)
                     yield _Group(name, list(row.captions), row.split or manifest.split)
-        report.enforce(path, self.max_bad)
+        report.enforce(path, self.max_bad_fraction)
 
     def _plain(self, files: Files, entry: Entry) -> Iterator[_Group]:
         report, kept = Report(), list[str]()
@@ -182,7 +182,7 @@ class TextFiles:
             if line.text is None:
                 report.error("not UTF-8", f"{entry.path}:{line.number}", line.hint)
             kept.append(line.text or "")
-        report.enforce(entry.path, self.max_bad)
+        report.enforce(entry.path, self.max_bad_fraction)
         if self.read.unit == "line":
             texts = map(normalize_text, kept)
         else:
@@ -220,7 +220,9 @@ def _key(text: Caption) -> str:
 Source = TypeVar("Source", bound=TextSource)
 
 
-def open_texts(source: Source | str | list[str], read: TextReadOptions, *, max_bad: float) -> "Source | TextFiles":
+def open_texts(
+    source: Source | str | list[str], read: TextReadOptions, *, max_bad_fraction: float
+) -> "Source | TextFiles":
     """The texts of files, folders or archives; a source that is open already stays as it is."""
     paths = [source] if isinstance(source, str | Path) else source
-    return TextFiles(paths, read, max_bad=max_bad) if isinstance(paths, list | tuple) else paths
+    return TextFiles(paths, read, max_bad_fraction=max_bad_fraction) if isinstance(paths, list | tuple) else paths

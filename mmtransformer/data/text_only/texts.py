@@ -124,7 +124,7 @@ class TextData(Data):
         super().__init__(
             batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
-        self.source = open_texts(source, read, max_bad=loader.max_bad)
+        self.source = open_texts(source, read, max_bad_fraction=loader.max_bad_fraction)
         self.max_len, self.row_len = max_len, max_len if row_len is None else row_len
 
     def train_tokenizer(self) -> Tokenizer:

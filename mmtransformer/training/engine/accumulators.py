@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 
 
 def all_reduce_sum(numbers: Tensor, processes: int) -> Tensor:
@@ -33,7 +33,7 @@ class StepAccumulator:
         self._batches: list[tuple[Any, Sequence[str]]] = []
         self._sums: list[Tensor] = []
 
-    def add(self, batch: Any, names: Sequence[str], loss: Loss, tokens: Tensor) -> None:
+    def add(self, batch: Any, names: Sequence[str], loss: SumAndCount, tokens: Tensor) -> None:
         """Adds a micro-batch.
 
         Args:
@@ -105,7 +105,7 @@ class Means:
     def __init__(self) -> None:
         self._totals: dict[tuple[str, str], Tensor] = {}
 
-    def add(self, split: str, name: str, loss: Loss) -> None:
+    def add(self, split: str, name: str, loss: SumAndCount) -> None:
         """Adds a batch's sum and count."""
         both = torch.stack([loss.sum.detach().double(), loss.count.double()])
         self._totals[split, name] = self._totals.get((split, name), torch.zeros_like(both)) + both

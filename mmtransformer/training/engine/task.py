@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmtransformer.data.loading.module import Data
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.printable import counted, printable, say
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator, StepSums
@@ -74,7 +74,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
     # ------------------------------------------------------------------------------------- what a task has to say
 
     @abstractmethod
-    def loss(self, batch: Any) -> Loss:
+    def loss(self, batch: Any) -> SumAndCount:
         """The training loss of a batch: a sum, and the number that it is to be divided by."""
 
     @abstractmethod
@@ -91,7 +91,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """The names of a batch's samples: for the count of samples, and for errors."""
         return batch.names
 
-    def learned_tokens(self, batch: Any, loss: Loss) -> Tensor:
+    def learned_tokens(self, batch: Any, loss: SumAndCount) -> Tensor:
         """How many tokens of a batch are learned: for the count of tokens; the loss's count unless a task says else."""
         return loss.count
 
@@ -302,7 +302,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         count = self.trainer.num_test_batches if testing else self.trainer.num_val_batches
         return ("val",) if len(count) == 1 else tuple(f"val{i}" for i in range(len(count)))
 
-    def add(self, split: str, name: str, loss: Loss) -> None:
+    def add(self, split: str, name: str, loss: SumAndCount) -> None:
         """Adds a batch's sum and count to a mean that is logged as SPLIT/NAME when the validation ends."""
         self._means.add(split, name, loss)
 

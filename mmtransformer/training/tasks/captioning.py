@@ -21,7 +21,7 @@ from mmtransformer.generation.captions import CAPTIONING
 from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.generation.guidance import blank_images
 from mmtransformer.layers.lora import merge_lora
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.few_shot import check_reader
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.serialization.printable import counted, say
@@ -78,7 +78,7 @@ class Captioning(Task):
         self.tuning: Tuning | None = None
         """What of it learns, if that was said."""
 
-    def loss(self, batch: CaptionBatch) -> Loss:
+    def loss(self, batch: CaptionBatch) -> SumAndCount:
         """The losses of the batch's target tokens, and what else the captioner trains on."""
         return self.captioner(batch, label_smoothing=self.label_smoothing).sums
 

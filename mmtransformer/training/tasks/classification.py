@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.data.classes import ClassBatch, ClassData
 from mmtransformer.images import ImageError
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
 from mmtransformer.plots import Card, CardCaption, draw_gallery, draw_rollout, save_image
@@ -84,14 +84,14 @@ class Classification(Task[ClassData]):
         if self.freeze_vit:
             self.vit.eval()
 
-    def loss(self, batch: ClassBatch) -> Loss:
+    def loss(self, batch: ClassBatch) -> SumAndCount:
         """The losses of the batch's pictures."""
         return self._loss(self.vit(batch.pixels), batch, self.label_smoothing)
 
     @staticmethod
-    def _loss(logits: Tensor, batch: ClassBatch, label_smoothing: float) -> Loss:
+    def _loss(logits: Tensor, batch: ClassBatch, label_smoothing: float) -> SumAndCount:
         each = F.cross_entropy(logits.float(), batch.labels, reduction="none", label_smoothing=label_smoothing)
-        return Loss((each * batch.is_real).sum(), batch.is_real.sum())
+        return SumAndCount((each * batch.is_real).sum(), batch.is_real.sum())
 
     def validation_step(self, batch: ClassBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss, without smoothing, and how many are right."""
@@ -99,7 +99,7 @@ class Classification(Task[ClassData]):
         if batch.is_real.any():
             self.add(split, "loss", self._loss(logits, batch, 0.0))
             right = (logits.argmax(-1) == batch.labels) & batch.is_real
-            self.add(split, "accuracy", Loss(right.sum().float(), batch.is_real.sum()))
+            self.add(split, "accuracy", SumAndCount(right.sum().float(), batch.is_real.sum()))
 
     def finish(self, run: Run) -> None:
         """Classifies the validation splits; writes scores, a confusion matrix, a gallery, curves and the model."""

@@ -13,7 +13,7 @@ from mmtransformer.contrast.clip import CLIP
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.losses.distributed import all_gather_rows
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.pipelines.dual_encoder import DualEncoder
 from mmtransformer.serialization.printable import fenced
@@ -87,7 +87,7 @@ class Contrast(Task[CaptionData]):
             half = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             data.use_features(self.model, device=self.device, autocast=half, progress=sys.stderr.isatty())
 
-    def loss(self, batch: CaptionBatch) -> Loss:
+    def loss(self, batch: CaptionBatch) -> SumAndCount:
         """The loss of a batch, a mean over the global batch already: it counts as one."""
         found = self.model(batch, gather_grad=self.gather_grad)
         if self.logs_this_step:
@@ -96,7 +96,7 @@ class Contrast(Task[CaptionData]):
             self.watch("logit_scale", self.model.scale)
         return found.sums
 
-    def learned_tokens(self, batch: CaptionBatch, loss: Loss) -> Tensor:
+    def learned_tokens(self, batch: CaptionBatch, loss: SumAndCount) -> Tensor:
         """Those of the captions; the loss counts as one."""
         return batch.loss_mask.sum()
 
@@ -109,7 +109,7 @@ class Contrast(Task[CaptionData]):
         ids = image_ids(batch.names, batch.loss_mask)
         output = self.model.compare(batch, images, texts)  # First: all processes have to meet in it.
         counted = batch.loss_mask.any().to(output.loss.dtype)
-        self.add(split, "loss", Loss(output.loss * counted, counted))
+        self.add(split, "loss", SumAndCount(output.loss * counted, counted))
         if ids is None or sum(len(found[0]) for found in self._found[split]) >= self.recall_pictures:
             return
         rows = ids.repeat_interleave(len(texts) // len(images)).masked_fill(~batch.loss_mask.any(1), -1)
@@ -123,7 +123,9 @@ class Contrast(Task[CaptionData]):
             images, ids, texts, rows = (all_gather_rows(torch.cat(x)) for x in zip(*parts, strict=True))
             for name, value in recalls(images, ids, texts, rows).items():
                 self.add(
-                    split, name, Loss(torch.tensor(value, device=images.device), torch.ones((), device=ids.device))
+                    split,
+                    name,
+                    SumAndCount(torch.tensor(value, device=images.device), torch.ones((), device=ids.device)),
                 )
         self._found.clear()
         super().on_validation_epoch_end()

@@ -10,7 +10,7 @@ from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import SceneSplit
 from mmtransformer.diffusion.drawing import ImageGenerationConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.image_generator import ImageGenerator
 from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
@@ -81,7 +81,7 @@ class ImageGeneration(Task[CaptionData]):
             check_texts(self.data, self.data.max_len, self.model, "text")
             ImageGenerator(self.model, self.data.tokenizer, self.data.transform, device="cpu")
 
-    def loss(self, batch: CaptionBatch) -> Loss:
+    def loss(self, batch: CaptionBatch) -> SumAndCount:
         """The losses of the batch's texts, each at a time of its own."""
         return self.model(batch)
 
@@ -104,7 +104,7 @@ class ImageGeneration(Task[CaptionData]):
                 for language in pairs.languages:
                     found, _ = score_drawings(painter, pairs, language, count)
                     right, true = torch.tensor(found.right.right), torch.tensor(found.right.true)
-                    self.add(split, "facts", Loss(right.to(self.device), true.to(self.device)))
+                    self.add(split, "facts", SumAndCount(right.to(self.device), true.to(self.device)))
         super().on_validation_epoch_end()
 
     def finish(self, run: Run) -> None:

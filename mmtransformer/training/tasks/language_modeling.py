@@ -6,7 +6,7 @@ from typing import Any
 from mmtransformer.backbones.base import Decoder
 from mmtransformer.data.text_only.texts import TextBatch, TextData
 from mmtransformer.layers.lora import merge_lora
-from mmtransformer.losses.next_token import Loss, next_token_loss
+from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.serialization.pretrained import Pretrained
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
@@ -76,7 +76,7 @@ class LanguageModeling(Task[TextData]):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def loss(self, batch: TextBatch) -> Loss:
+    def loss(self, batch: TextBatch) -> SumAndCount:
         """The losses of the batch's target tokens."""
         hidden = self.decoder(batch.tokens[:, :-1], document_ids=batch.document_ids[:, :-1])
         return next_token_loss(hidden, batch.tokens, batch.loss_mask, self.decoder.head)
@@ -87,7 +87,7 @@ class LanguageModeling(Task[TextData]):
         self.add(split, "loss", loss)
         if self.data is not None:
             bits = self.data.rows(split).bits_per_byte
-            self.add(split, "bits_per_byte", Loss(loss.sum * bits, loss.count))
+            self.add(split, "bits_per_byte", SumAndCount(loss.sum * bits, loss.count))
 
     def sample(self, turn: int) -> list[str]:
         """A text that the model makes up, in each language."""

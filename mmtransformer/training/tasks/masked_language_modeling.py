@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.masked_rows import MaskedBatch
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -71,14 +71,14 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def loss(self, batch: MaskedBatch) -> Loss:
+    def loss(self, batch: MaskedBatch) -> SumAndCount:
         """The losses of the hidden tokens, each with the loss of its row's pair beside it."""
         words, pairs = self.losses(batch)
         total = words.sum()
         if self.encoder.nsp_head:  # without pairs too: DDP waits for the head's gradient
             hidden = batch.loss_mask.sum(1)[batch.other >= 0]
             total = total + self.pair_weight * (pairs * hidden).sum()
-        return Loss(total, torch.tensor(words.numel(), device=total.device))
+        return SumAndCount(total, torch.tensor(words.numel(), device=total.device))
 
     def losses(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """The losses of all hidden tokens and of all pairs, in the order of the rows."""
@@ -94,7 +94,7 @@ class MaskedLanguageModeling(Task[MaskedTextData]):
         words, pairs = self.losses(batch)
         for name, each in (("loss", words), ("pair_loss", pairs)):
             if each.numel():
-                self.add(split, name, Loss(each.sum(), torch.tensor(each.numel(), device=each.device)))
+                self.add(split, name, SumAndCount(each.sum(), torch.tensor(each.numel(), device=each.device)))
 
     def sample(self, turn: int) -> list[str]:
         """A held-out text with hidden words, and what the model puts there."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtransformer.captioners.base import CaptionBatch, Loss, Output
+from mmtransformer.captioners.base import CaptionBatch, Output, SumAndCount
 from mmtransformer.captioners.blip2_qformer import TERMS, Blip2QFormer
 from mmtransformer.data.loading.hashing import hash64
 from mmtransformer.generation.captions import CAPTIONING
@@ -96,7 +96,7 @@ class QFormerStage1(Captioning):
             gather_grad=self.gather_grad,
         )
 
-    def loss(self, batch: CaptionBatch) -> Loss:
+    def loss(self, batch: CaptionBatch) -> SumAndCount:
         """The sum of the three, each a mean over the global batch already: it counts as one."""
         found = self.output(batch, training=True)
         if self._micro == 0 and self.logs_this_step:
@@ -106,7 +106,7 @@ class QFormerStage1(Captioning):
         self._micro += 1
         return found.sums
 
-    def learned_tokens(self, batch: CaptionBatch, loss: Loss) -> Tensor:
+    def learned_tokens(self, batch: CaptionBatch, loss: SumAndCount) -> Tensor:
         """Those of the captions; the loss counts as one."""
         return batch.loss_mask.sum()
 
@@ -120,7 +120,7 @@ class QFormerStage1(Captioning):
         found = self.output(batch, training=False)  # First: all processes have to meet in it.
         split, one = self.split_names[dataloader_idx], torch.ones((), device=found.loss.device)
         for name, value in found.terms.items():
-            self.add(split, name, Loss(value, one))
+            self.add(split, name, SumAndCount(value, one))
         super().validation_step(batch, batch_idx, dataloader_idx)
 
     def describe(self, split: str, metrics: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.parallel import Parallel
 from mmtransformer.data.translation import TranslationData
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.losses.next_token import Loss, next_token_loss
+from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
 from mmtransformer.plots import draw_attention, save_image
@@ -107,11 +107,11 @@ class Translation(Task[TranslationData]):
             return
         check_texts(data, data.max_len, self.model, "model")
 
-    def loss(self, batch: Seq2SeqBatch) -> Loss:
+    def loss(self, batch: Seq2SeqBatch) -> SumAndCount:
         """The losses of the batch's target tokens, each after the true ones before it."""
         return self._loss(batch, self.label_smoothing)
 
-    def _loss(self, batch: Seq2SeqBatch, label_smoothing: float) -> Loss:
+    def _loss(self, batch: Seq2SeqBatch, label_smoothing: float) -> SumAndCount:
         hidden = self.model.hidden_states(batch.truncate(batch.tokens.shape[1] - 1))
         return next_token_loss(hidden, batch.tokens, batch.loss_mask, self.model.head, label_smoothing=label_smoothing)
 

@@ -275,7 +275,7 @@ def test_too_many_faulty_documents_stop_the_run(tmp_path: Path) -> None:
         InterleavedFiles(tmp_path)
     assert "marks and pictures differ in number: 3" in str(error.value)
     assert "d.jsonl:21" in str(error.value)
-    assert len(InterleavedFiles(tmp_path, max_bad=0.2, val_fraction=0).split("train")) == 20
+    assert len(InterleavedFiles(tmp_path, max_bad_fraction=0.2, val_fraction=0).split("train")) == 20
 
 
 def test_no_documents_at_all(tmp_path: Path) -> None:
@@ -536,7 +536,9 @@ def test_batches_do_not_depend_on_workers_or_processes() -> None:
 
 def test_a_failing_image_is_hidden_and_its_text_is_no_target(tmp_path: Path) -> None:
     documents = [Document(("", "a red star", "three circles", "별과 원"), "en"), *some_documents(60)]
-    bad = make(Fake(documents, bad=((0, 1),)), report_dir=str(tmp_path), pack=False, loader=LoaderConfig(max_bad=0.05))
+    bad = make(
+        Fake(documents, bad=((0, 1),)), report_dir=str(tmp_path), pack=False, loader=LoaderConfig(max_bad_fraction=0.05)
+    )
     good = make(Fake(documents), report_dir=str(tmp_path / "good"), pack=False)
     sample, whole = (data.dataset("train", training=True)[SampleIndex(0, 0)] for data in (bad, good))
     assert sample.image_mask.tolist() == [True, False, True]

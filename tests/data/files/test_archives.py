@@ -117,7 +117,7 @@ def test_hostile_names_in_archives_are_refused(kind: str, tmp_path: Path) -> Non
     hostile = ["../p01.png", "/p02.png", "a/../../p03.png", "http://x/p04.png"]
     pack(tmp_path / f"a.{kind}", {n: png(n) for n in [*hostile, "p00.png"]})
     (tmp_path / "c.jsonl").write_text(rows_jsonl(NAMES[:5]))
-    source = PairFiles(tmp_path, max_bad=0.9)
+    source = PairFiles(tmp_path, max_bad_fraction=0.9)
     assert everything(source) == expected(names=NAMES[:1])
     assert source.report.notes["file left out"] == 4
     assert source.report.errors["missing picture"] + source.report.errors.get("refused path", 0) == 4
@@ -270,18 +270,18 @@ def test_lines_that_cannot_be_used_are_counted_by_line(line: bytes, cause: str, 
     names = [source.split("train").name(i) for i in range(len(source.split("train")))]
     assert "p00.png" not in names
     with pytest.raises(TooManyErrors, match=rf"1 of 20 rows can't be used \(5.0%, more than 0.0%(.|\n)*{cause}"):
-        read_csv(tmp_path, [b"p01.png,a cat", line], max_bad=0)
+        read_csv(tmp_path, [b"p01.png,a cat", line], max_bad_fraction=0)
 
 
 def test_more_than_the_threshold_is_an_error_with_the_first_offenders(tmp_path: Path) -> None:
     with pytest.raises(TooManyErrors) as error:
         read_csv(tmp_path, [b"x%d.png,a dog" % i for i in range(7)])
     said = str(error.value)
-    assert "7 of 25 rows can't be used (28.0%, more than 1.0% allowed by max_bad; " in said
+    assert "7 of 25 rows can't be used (28.0%, more than 1.0% allowed by max_bad_fraction; " in said
     assert "missing picture: 7" in said
     assert "c.csv:2: 'x0.png'" in said
     assert "... and 2 more" in said
-    assert len(read_csv(tmp_path, [b"x%d.png,a dog" % i for i in range(7)], max_bad=0.3).split("train")) == 18
+    assert len(read_csv(tmp_path, [b"x%d.png,a dog" % i for i in range(7)], max_bad_fraction=0.3).split("train")) == 18
 
 
 def test_utf16_and_other_encodings_of_a_whole_file(tmp_path: Path) -> None:

@@ -89,4 +89,4 @@ def test_it_is_said(tmp_path: Path) -> None:
 def test_nan_in_json_is_no_caption(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "0.jpg")
     (tmp_path / "c.json").write_text('[{"image": "0.jpg", "caption": "a dog"}, {"image": "1.jpg", "caption": NaN}]')
-    assert PairFiles(tmp_path, max_bad=1).report.errors == {"empty caption": 1}
+    assert PairFiles(tmp_path, max_bad_fraction=1).report.errors == {"empty caption": 1}

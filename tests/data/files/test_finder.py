@@ -12,7 +12,7 @@ def found(root: Path, rows: list[tuple[str, str]]) -> tuple[dict[str, str], Pair
     """Picture -> its caption, for a table of names and captions."""
     text = "\n".join(["image\tcaption", *(f"{name}\t{caption}" for name, caption in rows)])
     (root / "captions.tsv").write_text(text, "utf-8")
-    source = PairFiles(root, max_bad=1)
+    source = PairFiles(root, max_bad_fraction=1)
     splits = [source.split(name) for name in source.splits()]
     assert all(split.image(i) for split in splits for i in range(len(split)))
     return {s.name(i): " / ".join(c.text for c in s.captions(i)) for s in splits for i in range(len(s))}, source

@@ -152,7 +152,7 @@ def reader(folder: Path, name: str) -> Callable[[bytes], bool]:
         path = folder / name
         path.write_bytes(data)
         try:
-            source = PairFiles(folder, max_bad=1.0)
+            source = PairFiles(folder, max_bad_fraction=1.0)
             for split in source.splits():
                 pairs = source.split(split)
                 for i in range(len(pairs)):

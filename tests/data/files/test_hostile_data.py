@@ -225,7 +225,7 @@ def spoilt(whole: dict[str, Any], key: str, value: Any) -> str:
 )  # fmt: skip
 def test_one_odd_row_costs_one_row(name: str, text: str, root: Path) -> None:
     (root / name).write_text(text)
-    pairs = open_pairs(root / name, ReadOptions(val_fraction=0), max_bad=1.0)
+    pairs = open_pairs(root / name, ReadOptions(val_fraction=0), max_bad_fraction=1.0)
     assert [caption.text for caption in pairs.split("train").captions(0)] == ["a star"]
     assert len(pairs.split("train")) == 1
     assert pairs.report.bad_rows >= 1
@@ -233,7 +233,7 @@ def test_one_odd_row_costs_one_row(name: str, text: str, root: Path) -> None:
 
 def test_a_folder_that_is_no_text_is_left_out(root: Path) -> None:
     (root / "k.json").write_text(spoilt(KARPATHY, "filepath", 5))
-    assert len(open_pairs(root / "k.json", ReadOptions(val_fraction=0), max_bad=1.0).split("train")) == 2
+    assert len(open_pairs(root / "k.json", ReadOptions(val_fraction=0), max_bad_fraction=1.0).split("train")) == 2
 
 
 @pytest.mark.parametrize("text", [f"{GOOD}\n{'[' * 100_000}", f"[{'9' * 5000}]", f"{GOOD}\n{'9' * 5000}"])

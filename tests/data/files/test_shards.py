@@ -274,7 +274,7 @@ def test_samples_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> No
         ("f.png", image(4)), ("f.txt", b"nan"),
     ]  # fmt: skip
     pack(tmp_path / "a.tar", [m for n in range(21) for m in sample(n)] + bad)
-    source = Shards(str(tmp_path), max_bad=0.25)
+    source = Shards(str(tmp_path), max_bad_fraction=0.25)
     assert len(everything(source)) == 21
     assert source.report.errors == {
         "no picture": 1, "no caption": 1, "several pictures": 1, "not UTF-8": 1, "not JSON": 1, "empty caption": 1,
@@ -283,8 +283,8 @@ def test_samples_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> No
     assert source.report.first["several pictures"] == ["a.tar:c: png, jpg"]
     with pytest.raises(TooManyErrors, match=r"6 of 27 rows can't be used \(22\.2%"):
         Shards(str(tmp_path))
-    with pytest.raises(ValueError, match=r"max_bad \(2\)"):
-        Shards(str(tmp_path), max_bad=2)
+    with pytest.raises(ValueError, match=r"max_bad_fraction \(2\)"):
+        Shards(str(tmp_path), max_bad_fraction=2)
     with pytest.raises(ValueError, match="no samples"):
         Shards(str(pack(tmp_path / "b" / "empty.tar", [])))
     with pytest.raises(TooManyErrors, match="not one of 1 sample can"):
@@ -409,7 +409,7 @@ def test_no_damage_gives_anything_but_an_error_or_images(
         data[place % len(data)] = value
     path.write_bytes(bytes(data[: places[0][0]] if cut else data))
     try:
-        split = Shards(str(path), val_fraction=0, max_bad=1).split("train")
+        split = Shards(str(path), val_fraction=0, max_bad_fraction=1).split("train")
     except ValueError:
         return
     for i in range(len(split)):

@@ -69,7 +69,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read(path: Path) -> Any:
-    return open_pairs(path, ReadOptions(val_fraction=0), max_bad=1.0)
+    return open_pairs(path, ReadOptions(val_fraction=0), max_bad_fraction=1.0)
 
 
 def said(source: Any) -> list[tuple[int, str, tuple[str, ...], str | None]]:

@@ -63,7 +63,7 @@ def test_a_folder_a_language(tmp_path: Path) -> None:
 def test_what_may_be_of_several_pictures_is_of_none(tmp_path: Path) -> None:
     write(tmp_path, "a/", "captions/")
     draw(tmp_path, [f"b/{i}.png" for i in IDS[:3]])
-    source = PairFiles(tmp_path, max_bad=1)
+    source = PairFiles(tmp_path, max_bad_fraction=1)
     assert captions(source) == {f"a/{i}.png": [f"a dog {i}"] for i in IDS[3:]}
     assert source.report.errors == {"no caption file": 6, "missing picture": 3}
 
@@ -71,7 +71,7 @@ def test_what_may_be_of_several_pictures_is_of_none(tmp_path: Path) -> None:
 def test_one_beside_the_picture_counts(tmp_path: Path) -> None:
     write(tmp_path, "images/", "images/")
     write(tmp_path, "images/", "old/", said="another {}")
-    source = PairFiles(tmp_path, max_bad=1)
+    source = PairFiles(tmp_path, max_bad_fraction=1)
     assert captions(source) == {f"images/{i}.png": [f"a dog {i}"] for i in IDS}
     assert source.report.errors == {"missing picture": 6}
 
@@ -79,7 +79,7 @@ def test_one_beside_the_picture_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("texts", ["images/", "labels/"])
 def test_boxes_are_no_captions(texts: str, tmp_path: Path) -> None:
     write(tmp_path, "images/", texts, said="0 0.5 0.5 0.25 0.25\n3 0.1 0.2 0.3 0.4")
-    source = PairFiles(tmp_path, max_bad=1)
+    source = PairFiles(tmp_path, max_bad_fraction=1)
     assert source.report.errors == {"boxes or classes in the place of captions": 6}
 
 
@@ -104,7 +104,7 @@ def test_a_json_file_a_picture(content: object, labels: str, tmp_path: Path) -> 
     assert captions(source) == {f"images/{i}.png": [f"a dog {i}"] for i in IDS}
     (tmp_path / labels / "000.json").write_text('{"x": 1}')
     (tmp_path / labels / "001.json").write_text("{'x': 1}")
-    source = PairFiles(tmp_path, max_bad=1)
+    source = PairFiles(tmp_path, max_bad_fraction=1)
     assert source.report.errors == {"no caption": 1, "not JSON": 1}
     assert "000.json has no key that is called like one" in source.report.first["no caption"][0]
 
@@ -115,7 +115,7 @@ def test_pictures_without_an_ending(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(f"a dog {i}")
     (tmp_path / "notes").write_text("no picture")
     (tmp_path / "notes.txt").write_text("a text of its own")
-    source = PairFiles(tmp_path, max_bad=1)
+    source = PairFiles(tmp_path, max_bad_fraction=1)
     assert captions(source) == {i: [f"a dog {i}"] for i in IDS}
     assert source.report.errors == {"missing picture": 1}
 
@@ -124,6 +124,6 @@ def test_pictures_without_an_ending(tmp_path: Path) -> None:
 def test_files_that_are_not_read_are_mentioned(name: str, tmp_path: Path) -> None:
     draw(tmp_path, [f"{i}.png" for i in IDS])
     (tmp_path / name).write_bytes(b"?")
-    (said,) = PairFiles(tmp_path, max_bad=1).report.first["a manifest that was not read"]
+    (said,) = PairFiles(tmp_path, max_bad_fraction=1).report.first["a manifest that was not read"]
     assert said.startswith(f"{name}: {Path(name).suffix} is not read")
     assert "save them as CSV, JSON or .xlsx" in said

@@ -232,7 +232,7 @@ def test_encodings_are_named_and_the_guess_is_said(tmp_path: Path) -> None:
     assert source.languages == ("ko",)
     (tmp_path / "c.csv").write_bytes("image,caption\n000.jpg,ein Hund läuft\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"it may be Latin-1.*--encoding latin-1"):
-        PairFiles(tmp_path, max_bad=0)
+        PairFiles(tmp_path, max_bad_fraction=0)
     assert captions(PairFiles(tmp_path, ReadOptions(encoding="latin-1"))) == {"000.jpg": ["ein Hund läuft"]}
     (tmp_path / "c.csv").write_text("image,caption\n000.jpg,ein Hund läuft\n", "utf-8")
     assert captions(PairFiles(tmp_path, ReadOptions(encoding="latin-1"))) == {"000.jpg": ["ein Hund läuft"]}
@@ -324,7 +324,7 @@ def test_html_is_named_and_taken_out_where_that_is_asked_for(tmp_path: Path) -> 
 def test_a_caption_of_html_alone_is_none(tmp_path: Path) -> None:
     names = draw(tmp_path)
     (tmp_path / "c.csv").write_text("\n".join(["image,caption", f"{names[0]},<br>&nbsp;", f"{names[1]},a dog"]))
-    source = PairFiles(tmp_path, ReadOptions(normalize="html"), max_bad=1)
+    source = PairFiles(tmp_path, ReadOptions(normalize="html"), max_bad_fraction=1)
     assert captions(source) == {names[1]: ["a dog"]}
     assert source.report.errors == {"empty caption": 1}
 
@@ -335,7 +335,7 @@ def test_absolute_paths_of_another_machine_are_found_by_their_ends(tmp_path: Pat
     slash = "\\" if root.endswith("\\") else "/"
     rows = [f"{root.rstrip(slash)}{slash}sub{slash}{i}.jpg,a dog {i}" for i in range(N)]
     (tmp_path / "df.csv").write_text("\n".join(["image,caption", *rows, "/etc/passwd,no"]), "utf-8")
-    source = PairFiles(tmp_path, max_bad=0.5)
+    source = PairFiles(tmp_path, max_bad_fraction=0.5)
     assert captions(source) == {f"sub/{i}.jpg": [f"a dog {i}"] for i in range(N)}
     assert source.report.errors == {"refused path": 1}
     (note,) = [note for note in source.report.notes if note.endswith("found by their ends")]

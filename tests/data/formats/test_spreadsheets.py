@@ -23,7 +23,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 
 def captions(root: Path) -> dict[str, list[str]]:
     """Name -> captions, where every picture is the one that its first caption names."""
-    split = open_pairs(root, ALL, max_bad=0).split("train")
+    split = open_pairs(root, ALL, max_bad_fraction=0).split("train")
     for i in range(len(split)):
         assert split.image(i).getpixel((0, 0)) == colour(split.captions(i)[0].text)
     return {split.name(i): [caption.text for caption in split.captions(i)] for i in range(len(split))}
@@ -78,7 +78,7 @@ def test_numbers_that_a_spreadsheet_has_written_anew(said: str, tmp_path: Path) 
     assert sorted(text for texts in found.values() for text in texts) == sorted(f"a dog {i}" for i in range(7, 12))
     pictures(tmp_path / "others", "007.png")
     with pytest.raises(ValueError, match=r"'7' may be|'7\.0' may be|'07' may be"):
-        open_pairs(tmp_path, ALL, max_bad=0)
+        open_pairs(tmp_path, ALL, max_bad_fraction=0)
 
 
 def test_names_that_differ_in_upper_and_lower_case(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_names_that_differ_in_upper_and_lower_case(tmp_path: Path) -> None:
     assert source.report.notes == {"names that differ in upper and lower case": 3}  # pyright: ignore
     pictures(tmp_path, "photos/IMG 1.Jpg")
     with pytest.raises(ValueError, match="missing picture"):  # either may be meant
-        open_pairs(tmp_path, ALL, max_bad=0)
+        open_pairs(tmp_path, ALL, max_bad_fraction=0)
     (tmp_path / "t.csv").write_text("image,caption\nphotos/IMG 1.JPG,a dog 1\nphotos/IMG 1.Jpg,a dog 1", "utf-8")
     assert len(captions(tmp_path)) == 2
 

@@ -47,7 +47,9 @@ def test_a_report_counts_each_row_once_and_names_the_first() -> None:
     report.enforce("c.csv", 0.03)
     with pytest.raises(TooManyErrors, match=r"c.csv: 7 of 300 rows can't be used \(2.3%, more than 2.0% allowed"):
         report.enforce("c.csv", 0.02)
-    with pytest.raises(TooManyErrors, match=r"`--data\.loader\.max_bad 0\.03` in .*, `--max-bad 0\.03` elsewhere"):
+    with pytest.raises(
+        TooManyErrors, match=r"`--data\.loader\.max_bad_fraction 0\.03` in .*, `--max-bad-fraction 0\.03` elsewhere"
+    ):
         report.enforce("c.csv", 0.02)
 
 
@@ -62,7 +64,9 @@ def test_bad_images_are_named_once_and_stop_past_the_threshold(tmp_path: Path) -
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert rows[1] == {"image": "그림1.png", "error": "ValueError: cut at 1"}
     assert len(rows) == 3
-    with pytest.raises(TooManyErrors, match=r"4 of 301 pictures can't be read .* than 1.0% allowed by max_bad") as e:
+    with pytest.raises(
+        TooManyErrors, match=r"4 of 301 pictures can't be read .* than 1.0% allowed by max_bad_fraction"
+    ) as e:
         bad.record("x.png", OSError("gone"))
     assert str(path) in str(e.value)
     assert "그림0.png: ValueError: cut at 0" in str(e.value)

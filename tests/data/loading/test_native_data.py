@@ -78,12 +78,16 @@ def test_sizes_are_told_without_decoding(tmp_path: Path) -> None:
     for i in range(len(pairs)):
         image = pairs.image(i)
         assert size_of(pairs, i) == (image.height, image.width)
-    data = CaptionData(str(tmp_path / "p"), image=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad=0.5))
+    data = CaptionData(
+        str(tmp_path / "p"), image=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad_fraction=0.5)
+    )
     sizes = dict(zip(map(pairs.name, range(len(pairs))), data.patches("train").tolist(), strict=True))
     for name, count in sizes.items():
         assert count == SMALL.native.num_patches(*SIZES[int(Path(name).stem) % 7])
     (tmp_path / "p" / "0.jpg").write_bytes(b"\xff\xd8\xffnothing")
-    data = CaptionData(str(tmp_path / "p"), image=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad=0.5))
+    data = CaptionData(
+        str(tmp_path / "p"), image=SMALL, tokenizer=tokenizer(), loader=LoaderConfig(max_bad_fraction=0.5)
+    )
     again = dict(zip(map(data.pairs("train").name, range(len(pairs))), data.patches("train").tolist(), strict=True))
     assert again == sizes | ({"0.jpg": 12} if "0.jpg" in sizes else {})
 

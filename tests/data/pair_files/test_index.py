@@ -67,11 +67,11 @@ def both_ways(root: Any, read: ReadOptions, monkeypatch: pytest.MonkeyPatch) -> 
     """What is read, what is read while the index is made, and what the index says."""
     with monkeypatch.context() as patch:
         patch.setattr(index, "LARGE", 10**9)
-        plain = answers(PairFiles(root, read, max_bad=1))
-    assert answers(PairFiles(root, read, max_bad=1)) == plain
+        plain = answers(PairFiles(root, read, max_bad_fraction=1))
+    assert answers(PairFiles(root, read, max_bad_fraction=1)) == plain
     with monkeypatch.context() as patch:
         patch.setattr(index, "read_pairs", None)  # nothing is read any more
-        assert answers(PairFiles(root, read, max_bad=1)) == plain
+        assert answers(PairFiles(root, read, max_bad_fraction=1)) == plain
 
 
 # The same answers -----------------------------------------------------------------------------------------
@@ -161,16 +161,16 @@ def test_images_elsewhere(tmp_path: Path, small: Path, monkeypatch: pytest.Monke
     read = ReadOptions(images=str(tmp_path / "photos"))
     both_ways(tmp_path / "texts", read, monkeypatch)
     (tmp_path / "photos" / NAMES[0]).unlink()
-    assert PairFiles(tmp_path / "texts", read, max_bad=1).report.errors == {"missing picture": 1}
+    assert PairFiles(tmp_path / "texts", read, max_bad_fraction=1).report.errors == {"missing picture": 1}
 
 
 def test_too_many_bad_rows_are_refused_with_an_index(tmp_path: Path, small: Path) -> None:
     draw(tmp_path / "a", NAMES[:-3])
     (tmp_path / "a" / "c.jsonl").write_text(rows_jsonl())
     said = []
-    for max_bad in (0.01, 1.0, 0.01):
+    for max_bad_fraction in (0.01, 1.0, 0.01):
         try:
-            PairFiles(tmp_path / "a", max_bad=max_bad)
+            PairFiles(tmp_path / "a", max_bad_fraction=max_bad_fraction)
         except TooManyErrors as error:
             said.append(str(error))
     assert len(said) == 2

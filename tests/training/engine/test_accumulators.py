@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.training.engine.accumulators import Means, StepAccumulator
 
 
-def loss(total: float, count: int) -> Loss:
-    return Loss(torch.tensor(total), torch.tensor(count))
+def loss(total: float, count: int) -> SumAndCount:
+    return SumAndCount(torch.tensor(total), torch.tensor(count))
 
 
 def test_a_validations_means_are_over_all_tokens_and_perplexity_is_of_the_mean() -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from mmtransformer import QFormer, TextDecoder, VisionEncoderDecoder, ViT
 from mmtransformer.cli import main
 from mmtransformer.data.loading.module import Splits
-from mmtransformer.losses.next_token import Loss
+from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.training.callbacks.samples import Samples
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.checkpoints import read
@@ -110,7 +110,7 @@ class Extra(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_rank == 1:
-            pl_module.add("val", "extra", Loss(torch.tensor(6.0), torch.tensor(4)))
+            pl_module.add("val", "extra", SumAndCount(torch.tensor(6.0), torch.tensor(4)))
 
 
 class Stop(pl.Callback):
