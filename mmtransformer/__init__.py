@@ -65,12 +65,12 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.connectors.transformer import TransformerConnector as TransformerConnector
-    from mmtransformer.contrast.clip import CLIP as CLIP
-    from mmtransformer.contrast.encoder_tower import EncoderTower as EncoderTower
-    from mmtransformer.contrast.text_tower import TextTower as TextTower
     from mmtransformer.diffusion.drawing import ImageGenerationConfig as ImageGenerationConfig
     from mmtransformer.diffusion.paths import Diffusion as Diffusion
     from mmtransformer.diffusion.text_to_image import TextToImageModel as TextToImageModel
+    from mmtransformer.dual_encoders.clip import CLIP as CLIP
+    from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower as TextEncoderTower
+    from mmtransformer.dual_encoders.text_tower import TextTower as TextTower
     from mmtransformer.generation.base import GenerationResult as GenerationResult
     from mmtransformer.generation.captions import CaptionResult as CaptionResult
     from mmtransformer.generation.config import GenerationConfig as GenerationConfig
@@ -158,9 +158,9 @@ _CONTENTS = {
     "captioners.public.paligemma": "PaliGemma",
     "captioners.prefix": "PrefixCaptioner",
     "captioners.tiles": "TileConfig TiledBatch",
-    "contrast.clip": "CLIP",
-    "contrast.encoder_tower": "EncoderTower",
-    "contrast.text_tower": "TextTower",
+    "dual_encoders.clip": "CLIP",
+    "dual_encoders.text_encoder_tower": "TextEncoderTower",
+    "dual_encoders.text_tower": "TextTower",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
     "diffusion.drawing": "ImageGenerationConfig",

@@ -109,7 +109,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
 
     from mmtransformer.pipelines.base import check_cores
     from mmtransformer.pipelines.dual_encoder import DualEncoder
-    from mmtransformer.training import Captioning, Contrast, Progress, Samples
+    from mmtransformer.training import Captioning, ContrastiveLearning, Progress, Samples
     from mmtransformer.training.callbacks.saving import Saving
     from mmtransformer.training.callbacks.throughput import Throughput
     from mmtransformer.training.engine.checkpoints import CheckpointFiles
@@ -171,7 +171,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
                 raise cause_of(error) from error
 
         def after_instantiate_classes(self) -> None:
-            start = self.model.start if isinstance(self.model, Captioning | Contrast) else None
+            start = self.model.start if isinstance(self.model, Captioning | ContrastiveLearning) else None
             if start is not None:
                 processor = None if isinstance(start, DualEncoder) else start.processor
                 self.datamodule.continue_from(start.tokenizer, start.transform, processor, start.model.max_len)

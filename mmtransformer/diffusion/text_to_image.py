@@ -10,8 +10,8 @@ from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer, 
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.hub_autoencoder import HubAutoencoder
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
-from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.diffusion.paths import Diffusion
+from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.serialization.pretrained import Pretrained
 

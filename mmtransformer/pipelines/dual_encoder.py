@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtransformer.backbones.towers.padded import pad_images
-from mmtransformer.contrast.clip import CLIP
+from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.kernels import upcast_products
 from mmtransformer.layers.weight_packing import for_inference
@@ -35,8 +35,8 @@ from mmtransformer.serialization.folder_config import folder_config
 from mmtransformer.serialization.hub import HubOptions
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.contrast.dual import dual_type, load_clip, save_clip
-from mmtransformer.weights.contrast.inputs import ids_of, preprocessor_of, read_inputs, write_inputs
+from mmtransformer.weights.dual_encoders.dual import dual_type, load_clip, save_clip
+from mmtransformer.weights.dual_encoders.inputs import ids_of, preprocessor_of, read_inputs, write_inputs
 from mmtransformer.weights.processors.pixels import open_clip_pixels
 
 TEMPLATES: tuple[str, ...] = (

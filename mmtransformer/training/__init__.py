@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mmtransformer.training.tasks.captioning import Captioning as Captioning
     from mmtransformer.training.tasks.captioning import finetune as finetune
     from mmtransformer.training.tasks.classification import Classification as Classification
-    from mmtransformer.training.tasks.contrast import Contrast as Contrast
-    from mmtransformer.training.tasks.contrast import finetune_clip as finetune_clip
+    from mmtransformer.training.tasks.contrastive_learning import ContrastiveLearning as ContrastiveLearning
+    from mmtransformer.training.tasks.contrastive_learning import finetune_clip as finetune_clip
     from mmtransformer.training.tasks.image_generation import ImageGeneration as ImageGeneration
     from mmtransformer.training.tasks.language_modeling import LanguageModeling as LanguageModeling
     from mmtransformer.training.tasks.masked_language_modeling import MaskedLanguageModeling as MaskedLanguageModeling
@@ -45,7 +45,7 @@ _CONTENTS = {
     "callbacks.saving": "Saving Stopped",
     "tasks.captioning": "Captioning finetune",
     "tasks.classification": "Classification",
-    "tasks.contrast": "Contrast finetune_clip",
+    "tasks.contrastive_learning": "ContrastiveLearning finetune_clip",
     "tasks.image_generation": "ImageGeneration",
     "tasks.language_modeling": "LanguageModeling",
     "tasks.masked_language_modeling": "MaskedLanguageModeling",

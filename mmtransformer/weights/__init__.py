@@ -57,13 +57,13 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
         to_vision_encoder_decoder as to_vision_encoder_decoder,
     )
-    from mmtransformer.weights.contrast.dual import clip_from_transformers as clip_from_transformers
-    from mmtransformer.weights.contrast.dual import clip_to_transformers as clip_to_transformers
-    from mmtransformer.weights.contrast.dual import load_clip as load_clip
-    from mmtransformer.weights.contrast.dual import save_clip as save_clip
-    from mmtransformer.weights.contrast.open_clip import clip_from_open_clip as clip_from_open_clip
-    from mmtransformer.weights.contrast.open_clip import clip_to_open_clip as clip_to_open_clip
-    from mmtransformer.weights.contrast.open_clip import save_open_clip as save_open_clip
+    from mmtransformer.weights.dual_encoders.dual import clip_from_transformers as clip_from_transformers
+    from mmtransformer.weights.dual_encoders.dual import clip_to_transformers as clip_to_transformers
+    from mmtransformer.weights.dual_encoders.dual import load_clip as load_clip
+    from mmtransformer.weights.dual_encoders.dual import save_clip as save_clip
+    from mmtransformer.weights.dual_encoders.open_clip import clip_from_open_clip as clip_from_open_clip
+    from mmtransformer.weights.dual_encoders.open_clip import clip_to_open_clip as clip_to_open_clip
+    from mmtransformer.weights.dual_encoders.open_clip import save_open_clip as save_open_clip
     from mmtransformer.weights.families import FAMILIES as FAMILIES
     from mmtransformer.weights.families import Family as Family
     from mmtransformer.weights.families import families_for as families_for
@@ -120,8 +120,8 @@ _CONTENTS = {
     "captioners.vision_encoder_decoder": (
         "from_vision_encoder_decoder load_vision_encoder_decoder save_vision_encoder_decoder to_vision_encoder_decoder"
     ),
-    "contrast.dual": "clip_from_transformers clip_to_transformers load_clip save_clip",
-    "contrast.open_clip": "clip_from_open_clip clip_to_open_clip save_open_clip",
+    "dual_encoders.dual": "clip_from_transformers clip_to_transformers load_clip save_clip",
+    "dual_encoders.open_clip": "clip_from_open_clip clip_to_open_clip save_open_clip",
     "families": "FAMILIES Family families_for family_of",
     "text.bert": "encoder_to_bert from_bert load_encoder save_encoder",
     "text.gpt2": "decoder_to_gpt2",

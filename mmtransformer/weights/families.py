@@ -45,7 +45,7 @@ from mmtransformer.weights.captioners.vision_encoder_decoder import (
     load_vision_encoder_decoder,
     save_vision_encoder_decoder,
 )
-from mmtransformer.weights.contrast.dual import save_clip
+from mmtransformer.weights.dual_encoders.dual import save_clip
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.text.bert import load_encoder, save_encoder
 from mmtransformer.weights.text.gemma import GEMMAS

@@ -22,7 +22,7 @@ from mmtransformer.serialization.uses import with_article
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.weights.adapters import Adapter, is_adapter
 from mmtransformer.weights.captioners.hub import hub_types
-from mmtransformer.weights.contrast.dual import DUAL_TYPES
+from mmtransformer.weights.dual_encoders.dual import DUAL_TYPES
 from mmtransformer.weights.families import FAMILIES, Family, families_for, family_of
 from mmtransformer.weights.processors.pixels import to_preprocess_cfg, to_preprocessor
 from mmtransformer.weights.processors.processor import Processor

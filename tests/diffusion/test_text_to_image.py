@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.diffusion.drawing import Edit, ImageGenerationConfig, draw, seeded_noise
 from mmtransformer.diffusion.paths import Diffusion
 from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.dual_encoders.text_tower import TextTower
 
 VOCAB, TEXT, SIDE = 23, 12, 8
 

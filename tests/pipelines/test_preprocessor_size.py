@@ -7,8 +7,8 @@ import pytest
 
 from mmtransformer import CLIP, DualEncoder, ImageGenerator, ImageTransform, TextEncoder, Tokenizer, ViT
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
-from mmtransformer.contrast.text_tower import TextTower
 from mmtransformer.diffusion.text_to_image import TextToImageModel
+from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.pipelines.base import read_transform
 
 

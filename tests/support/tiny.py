@@ -40,7 +40,7 @@ from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.task import Task
 from mmtransformer.training.tasks.captioning import Captioning
-from mmtransformer.training.tasks.contrast import Contrast
+from mmtransformer.training.tasks.contrastive_learning import ContrastiveLearning
 from support.sources import FakePairs, FakeSource
 
 VOCAB = 300
@@ -83,12 +83,12 @@ def many_sizes(batch_size: int = 4, *, loader: LoaderConfig = LoaderConfig(), **
     return CaptionData(source, image=transform, batch_size=batch_size, loader=loader, **arguments)
 
 
-def contrast(optim: Optim) -> Contrast:
+def contrast(optim: Optim) -> ContrastiveLearning:
     """Two towers with dropout, whose negatives count the more the harder they are."""
     torch.manual_seed(3)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig(dropout=0.1))
     text = TextTower(VOCAB, 24, 1, 3, max_len=60, dropout=0.1)
-    return Contrast(CLIP(vision, text, embed_dim=11, hardness=1.0), optim=optim, recall_pictures=4)
+    return ContrastiveLearning(CLIP(vision, text, embed_dim=11, hardness=1.0), optim=optim, recall_pictures=4)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

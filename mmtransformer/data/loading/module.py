@@ -168,12 +168,8 @@ class Data(lightning.LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 {self.unit}")
         self.batch_size, self.loader_config = batch_size, loader
-        self.num_workers, self.seed, self.drop_last = loader.num_workers, loader.seed, loader.drop_last
-        self.max_bad_fraction, self.timeout, self.keep_together = (
-            loader.max_bad_fraction,
-            loader.timeout,
-            loader.keep_together,
-        )
+        self.num_workers, self.seed, self.max_bad_fraction = loader.num_workers, loader.seed, loader.max_bad_fraction
+        self.drop_last, self.timeout, self.keep_together = loader.drop_last, loader.timeout, loader.keep_together
         self.train_split, self._splits = splits.train, splits
         self.vocab_size, self._given = vocab_size, tokenizer
         self._kept: dict[tuple[str, str], Any] = {}

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
-from mmtransformer.contrast.clip import CLIP
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.loading.rows import CaptionRow
 from mmtransformer.data.loading.source import Pairs
 from mmtransformer.data.scenes.facts import judge
 from mmtransformer.data.scenes.scenes import SceneSplit
+from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.images import ImageError
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.metrics.retrieval import recall_at_k

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from mmtransformer import CLIP, CaptionBatch, EncoderTower, TextEncoder, TextTower, ViT, ViTOutputConfig
+from mmtransformer import CLIP, CaptionBatch, TextEncoder, TextEncoderTower, TextTower, ViT, ViTOutputConfig
 from mmtransformer.losses.contrastive import text_keys
 from mmtransformer.weights import load_clip, save_clip
 
@@ -208,9 +208,9 @@ def encoder(**options: Any) -> TextEncoder:
 @pytest.mark.parametrize("pool", ["end", "attention", "last", "projected", "pooled"])
 @torch.no_grad()
 def test_padding_changes_no_text(pool: str) -> None:
-    text: TextTower | EncoderTower
+    text: TextTower | TextEncoderTower
     if pool in ("projected", "pooled"):
-        text = EncoderTower(encoder(), proj_dim=17 if pool == "projected" else None)
+        text = TextEncoderTower(encoder(), proj_dim=17 if pool == "projected" else None)
     else:
         pad = 3 if pool == "last" else None
         text = TextTower(53, 20, 2, 2, max_len=11, causal=pool == "end", pool=pool, pad_id=pad)  # type: ignore[arg-type]
@@ -285,9 +285,9 @@ def test_a_bert_is_a_text_tower(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [17, None])
 def test_an_encoder_tower_is_its_definition(width: int | None, tmp_path: Path) -> None:
-    clip, of = model(text=EncoderTower(encoder(mlm_head=True), proj_dim=width)), batch()
+    clip, of = model(text=TextEncoderTower(encoder(mlm_head=True), proj_dim=width)), batch()
     tower, (tokens, mask) = clip.text, clip.read_texts(of)
-    assert isinstance(tower, EncoderTower)
+    assert isinstance(tower, TextEncoderTower)
     first = tower.encoder(tokens, attention_mask=mask)[:, 0]
     if width is None:
         assert tower.encoder.pool_proj is not None
@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pad_id \(None\) is what pool=\"last\" fills"):
         TextTower(53, 20, 1, 2, pool="last")
     with pytest.raises(ValueError, match="without a proj_dim the encoder's pooler is read: build it with pooler=True"):
-        EncoderTower(encoder(pooler=False))
+        TextEncoderTower(encoder(pooler=False))
     with pytest.raises(ValueError, match=r"pad_id \(99\) must be one of the 53 ids"):
         TextTower(53, 20, 1, 2, pool="last", pad_id=99)
     clip = CLIP(vision, text)

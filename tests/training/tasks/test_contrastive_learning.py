@@ -1,4 +1,4 @@
-"""Contrast as a task: what it learns from, what it leaves, what it refuses; and going on from a saved folder."""
+"""ContrastiveLearning: what it learns from, what it leaves, what it refuses; and going on from a saved folder."""
 
 import json
 import warnings
@@ -23,10 +23,10 @@ from mmtransformer.data.scenes.grammar import parse
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
 from mmtransformer.metrics.retrieval import recall_at_k
-from mmtransformer.training import Contrast, Optim, Run, finetune_clip
+from mmtransformer.training import ContrastiveLearning, Optim, Run, finetune_clip
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.training.evaluation.zero_shot import sentences, zero_shot
-from mmtransformer.training.tasks.contrast import RECALLS, recalls
+from mmtransformer.training.tasks.contrastive_learning import RECALLS, recalls
 from support import dual
 from support.processes import pair
 from support.recipes import RECIPES, flickr_folder
@@ -73,7 +73,7 @@ def trainer(folder: Path, **arguments: Any) -> pl.Trainer:
 def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = World(group_shares=(1.0,))
     source = Scenes(image_size=32, train_size=11, val_size=5, compositional_size=3, world=world)
-    task, data = Contrast(model(), optim=Optim(warmup_steps=1)), scenes(source)
+    task, data = ContrastiveLearning(model(), optim=Optim(warmup_steps=1)), scenes(source)
     run = trainer(tmp_path)
     run.fit(task, datamodule=data)
     assert {f"{split}/{name}" for split in ("val", "compositional") for name in ("loss", *RECALLS)} <= set(
@@ -101,7 +101,7 @@ def test_a_run_leaves_scores_searches_and_a_model(tmp_path: Path, capsys: pytest
 
 
 def test_validations_recall_is_that_of_whole_splits(tmp_path: Path) -> None:
-    task, data = Contrast(model()), scenes()
+    task, data = ContrastiveLearning(model()), scenes()
     trainer(tmp_path).validate(task, datamodule=data, verbose=False)
     images = task.model.encode_images(torch.stack([data.transform(data.pairs("val").image(i)) for i in range(5)]))
     rows = data.rows("val")
@@ -114,7 +114,7 @@ def test_validations_recall_is_that_of_whole_splits(tmp_path: Path) -> None:
     expected = recall_at_k((images @ torch.stack(texts).T).detach().numpy(), owner)
     for name in RECALLS:
         assert task.validation_means[f"val/{name}"] == pytest.approx(expected[name], abs=1e-6)
-    none = Contrast(model(), recall_pictures=0)
+    none = ContrastiveLearning(model(), recall_pictures=0)
     trainer(tmp_path).validate(none, datamodule=scenes(), verbose=False)
     assert "val/loss" in none.validation_means
     assert "val/text_recall@1" not in none.validation_means
@@ -136,7 +136,7 @@ def test_it_learns_what_belongs_together(tmp_path: Path) -> None:
     for loss in ("softmax", "sigmoid"):
         source = Scenes(image_size=32, train_size=8, val_size=2, world=World(max_count=1, group_shares=(1.0,)))
         data = scenes(source, batch_size=8, splits=Splits(val=["train"]))
-        task = Contrast(model(loss=loss), optim=Optim(kind="muon", lr=5e-3, warmup_steps=5))
+        task = ContrastiveLearning(model(loss=loss), optim=Optim(kind="muon", lr=5e-3, warmup_steps=5))
         trainer(tmp_path, max_steps=100, max_epochs=100, limit_val_batches=0).fit(task, datamodule=data)
         trainer(tmp_path).validate(task, datamodule=data, verbose=False)
         assert task.validation_means["train/image_recall@1"] > 0.8, loss
@@ -144,7 +144,7 @@ def test_it_learns_what_belongs_together(tmp_path: Path) -> None:
 
 def test_a_frozen_towers_tokens_are_cached(tmp_path: Path) -> None:
     def means(**arguments: Any) -> dict[str, float]:
-        task = Contrast(model(freeze_vision=True), optim=Optim(warmup_steps=1))
+        task = ContrastiveLearning(model(freeze_vision=True), optim=Optim(warmup_steps=1))
         trainer(tmp_path, max_steps=3).fit(task, datamodule=scenes(**arguments))
         return task.validation_means
 
@@ -176,9 +176,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     ]  # fmt: skip
     for data, message in cases:
         with pytest.raises(ValueError, match=message):
-            trainer(tmp_path).fit(Contrast(model()), datamodule=data)
+            trainer(tmp_path).fit(ContrastiveLearning(model()), datamodule=data)
     with pytest.raises(ValueError, match=r"recall_pictures \(-1\)"):
-        Contrast(model(), recall_pictures=-1)
+        ContrastiveLearning(model(), recall_pictures=-1)
 
 
 def test_zero_shot_sentences_are_true_of_their_class() -> None:
@@ -308,7 +308,7 @@ def test_captions_are_as_long_as_the_model_that_is_trained_on_reads(
 def fit_in_a_process(rank: int, folder: str) -> None:
     """Two steps of a model in float64, four pictures a step in all; the weights into a file."""
     warnings.simplefilter("ignore")
-    task = Contrast(model(), optim=Optim(warmup_steps=1))
+    task = ContrastiveLearning(model(), optim=Optim(warmup_steps=1))
     run = trainer(
         Path(folder), devices=2, strategy="ddp", precision="64-true", num_nodes=1, use_distributed_sampler=False
     )
@@ -320,7 +320,7 @@ def fit_in_a_process(rank: int, folder: str) -> None:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert pair(lambda rank: fit_in_a_process(rank, str(tmp_path))) == [0, 0]
     weights, means = torch.load(tmp_path / "two.pt")
-    task = Contrast(model(), optim=Optim(warmup_steps=1))
+    task = ContrastiveLearning(model(), optim=Optim(warmup_steps=1))
     trainer(tmp_path, precision="64-true").fit(task, datamodule=scenes(batch_size=4))
     for name, tensor in task.model.state_dict().items():
         assert float((tensor - weights[name]).abs().max()) < 1e-9, name

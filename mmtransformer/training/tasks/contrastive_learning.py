@@ -1,4 +1,4 @@
-"""Contrast: two towers that learn which picture and which text belong together, and recall both ways."""
+"""ContrastiveLearning: two towers that learn which picture and which text belong together, and recall both ways."""
 
 import sys
 from collections import defaultdict
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmtransformer.captioners.base import CaptionBatch, freeze, is_frozen
-from mmtransformer.contrast.clip import CLIP
 from mmtransformer.data.captions import CaptionData
+from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.losses.distributed import all_gather_rows
 from mmtransformer.losses.next_token import SumAndCount
@@ -28,7 +28,7 @@ RECALLS = tuple(f"{way}_recall@{k}" for way in ("text", "image") for k in KS)
 """What a validation measures beside the loss: a picture's texts, and a text's picture, among the first k."""
 
 
-class Contrast(Task[CaptionData]):
+class ContrastiveLearning(Task[CaptionData]):
     """Trains a vision tower and a text tower to agree (CLIP, arXiv:2103.00020; SigLIP, arXiv:2303.15343).
 
     All pictures and texts that the processes share in a step are each other's negatives, but for captions of one
@@ -194,7 +194,7 @@ def finetune_clip(
     optim: Optim = Optim(lr=1e-4, warmup_steps=50),  # noqa: B008 (frozen)
     gather_grad: bool = True,
     recall_pictures: int = 1000,
-) -> Contrast:
+) -> ContrastiveLearning:
     """Goes on from a saved or public dual encoder, with its own tokenizer and image transform.
 
     Args:
@@ -203,8 +203,8 @@ def finetune_clip(
         freeze_text: Leave the text tower as it is, and train the rest (LiT's way round: arXiv:2111.07991 freezes the
             vision tower).
         optim: The optimizer and its schedule.
-        gather_grad: See `Contrast`.
-        recall_pictures: See `Contrast`.
+        gather_grad: See `ContrastiveLearning`.
+        recall_pictures: See `ContrastiveLearning`.
 
     Raises:
         ValueError: If the folder holds no dual encoder.
@@ -216,6 +216,6 @@ def finetune_clip(
         model.freeze_vision = True
     if freeze_text:
         freeze(model.text)
-    task = Contrast(model, optim=optim, gather_grad=gather_grad, recall_pictures=recall_pictures)
+    task = ContrastiveLearning(model, optim=optim, gather_grad=gather_grad, recall_pictures=recall_pictures)
     task.start = saved
     return task

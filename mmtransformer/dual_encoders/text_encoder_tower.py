@@ -1,4 +1,4 @@
-"""EncoderTower: a text that an encoder reads both ways -> one vector, from its first token."""
+"""TextEncoderTower: a text that an encoder reads both ways -> one vector, from its first token."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.serialization.pretrained import Pretrained
 
 
-class EncoderTower(Pretrained, nn.Module):
+class TextEncoderTower(Pretrained, nn.Module):
     """A `TextEncoder` whose first token stands for the text, behind a norm and a linear layer, or BERT's pooler.
 
     With a norm and a linear layer it is the text tower of AltCLIP (arXiv:2211.06679), whose encoder is an XLM-R; with

@@ -13,8 +13,8 @@ from torch import Tensor
 from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
-from mmtransformer.contrast.clip import CLIP
-from mmtransformer.contrast.text_tower import TextTower
+from mmtransformer.dual_encoders.clip import CLIP
+from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.config import Activation
 from mmtransformer.serialization.folder_config import OPEN_CLIP
 from mmtransformer.serialization.pretrained import read_json, read_safetensors, write_weights

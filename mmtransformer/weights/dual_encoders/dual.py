@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmtransformer.backbones.vit import ViT
-from mmtransformer.contrast.clip import CLIP
+from mmtransformer.dual_encoders.clip import CLIP
 from mmtransformer.serialization.pretrained import CONFIG, Pretrained, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.serialization.uses import other_kind
 from mmtransformer.text.tokenizer_files import find_token, read_backend, read_settings
-from mmtransformer.weights.contrast.open_clip import CONFIG as OPEN_CLIP
-from mmtransformer.weights.contrast.open_clip import open_clip_from_folder
-from mmtransformer.weights.contrast.text_towers import kind_of, text_from_transformers, text_to_transformers
+from mmtransformer.weights.dual_encoders.open_clip import CONFIG as OPEN_CLIP
+from mmtransformer.weights.dual_encoders.open_clip import open_clip_from_folder
+from mmtransformer.weights.dual_encoders.text_towers import kind_of, text_from_transformers, text_to_transformers
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, part

@@ -15,8 +15,8 @@ from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.backbones.towers.padded import picture_features
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.captioners.base import CaptionBatch, Output, freeze, is_frozen
-from mmtransformer.contrast.encoder_tower import EncoderTower
-from mmtransformer.contrast.text_tower import TextTower
+from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
+from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.layers.blocks import AttentionPool
 from mmtransformer.losses.contrastive import Similarity, compare, image_ids, refuse_empty, softmax_loss, text_keys
 from mmtransformer.losses.next_token import SumAndCount
@@ -36,7 +36,7 @@ class CLIP(Pretrained, nn.Module):
     Args:
         vision: the vision tower, without a classifier; what it pools an image to is compared.
         text: the text tower: a `TextTower`, a `TextEncoder`, of which the first token is read (Chinese-CLIP), or an
-            `EncoderTower`, of which that is normed and projected (AltCLIP) or pooled.
+            `TextEncoderTower`, of which that is normed and projected (AltCLIP) or pooled.
         embed_dim: width e of the vectors; None = the vision tower's, whose images then need no projection (SigLIP).
         text_bias: whether the text's projection has a bias (SigLIP).
         pool_heads: heads of an attention that learns to pool the vision tower's tokens, in place of its own pooling:
@@ -55,7 +55,7 @@ class CLIP(Pretrained, nn.Module):
     def __init__(
         self,
         vision: ViT,
-        text: TextTower | TextEncoder | EncoderTower,
+        text: TextTower | TextEncoder | TextEncoderTower,
         *,
         embed_dim: int | None = 512,
         text_bias: bool = False,

@@ -6,8 +6,8 @@ from typing import Any
 
 from tokenizers import normalizers
 
-from mmtransformer.contrast.clip import CLIP
-from mmtransformer.contrast.text_tower import TextTower
+from mmtransformer.dual_encoders.clip import CLIP
+from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.images import ImageTransform
 from mmtransformer.serialization.pretrained import read_json
 from mmtransformer.text.tokenizer import Tokenizer

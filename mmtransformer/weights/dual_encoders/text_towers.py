@@ -6,8 +6,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mmtransformer.backbones.encoder import TextEncoder
-from mmtransformer.contrast.encoder_tower import EncoderTower
-from mmtransformer.contrast.text_tower import TextTower
+from mmtransformer.dual_encoders.text_encoder_tower import TextEncoderTower
+from mmtransformer.dual_encoders.text_tower import TextTower
 from mmtransformer.weights.shared.configs import (
     SIZES,
     SOURCE_ACTIVATIONS,
@@ -20,7 +20,7 @@ from mmtransformer.weights.shared.keys import export, fill, part
 from mmtransformer.weights.text.bert import encoder_from_bert, encoder_to_bert
 from mmtransformer.weights.text.roberta import ROBERTA_TYPES, encoder_from_roberta, encoder_to_roberta
 
-Text = TextTower | TextEncoder | EncoderTower
+Text = TextTower | TextEncoder | TextEncoderTower
 
 LEGACY_END = 2
 """The `eos_token_id` with which transformers' CLIP takes the largest id of a text for its end."""
@@ -78,7 +78,7 @@ def text_from_transformers(
     said = {**_USUAL[kind], **{name: value for name, value in config.items() if value is not None}}
     if kind == "altclip":
         own = {n.replace("encoder.layers.", "encoder.layer."): t for n, t in part(state, "roberta.").items()}
-        tower = EncoderTower(encoder_from_roberta(said, own, context), proj_dim=said["project_dim"])
+        tower = TextEncoderTower(encoder_from_roberta(said, own, context), proj_dim=said["project_dim"])
         rest = {name: tensor for name, tensor in state.items() if not name.startswith("roberta.")}
         fill(tower, _PROJECTED, rest, context, kept=("encoder.",))
         return tower
@@ -88,7 +88,9 @@ def text_from_transformers(
             raise ValueError(
                 f"{context}: the text model is a {family!r:.40}, and bert, {', '.join(ROBERTA_TYPES)} are known here"
             )
-        return EncoderTower((encoder_from_bert if family == "bert" else encoder_from_roberta)(said, {**state}, context))
+        return TextEncoderTower(
+            (encoder_from_bert if family == "bert" else encoder_from_roberta)(said, {**state}, context)
+        )
     if kind == "chinese_clip":
         own = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
         return encoder_from_bert(said, own, context)
@@ -124,7 +126,7 @@ def kind_of(text: Text, *, siglip: bool, native: bool, ids: Mapping[str, int]) -
     """
     if siglip:
         return "siglip2" if native else "siglip"
-    if isinstance(text, EncoderTower):
+    if isinstance(text, TextEncoderTower):
         return "vision-text-dual-encoder" if text.proj_dim is None else "altclip"
     if isinstance(text, TextEncoder):
         return "chinese_clip"
@@ -162,10 +164,10 @@ def text_to_transformers(
         if text.pool == "largest":
             config["eos_token_id"] = LEGACY_END
         return config, export(text, _TOWER, name)
-    encoder = text.encoder if isinstance(text, EncoderTower) else text
+    encoder = text.encoder if isinstance(text, TextEncoderTower) else text
     only_these(name, {"heads": ((encoder.mlm_head, encoder.nsp_head), (False, False))})
     if kind == "altclip":
-        assert isinstance(text, EncoderTower)
+        assert isinstance(text, TextEncoderTower)
         config, tensors = encoder_to_roberta(encoder, ids.get("pad_token_id", 1))
         tensors = {f"roberta.{n}": t for n, t in tensors.items() if not n.startswith("pooler.")}
         tensors |= export(text, _PROJECTED, name, kept=("encoder.",))
