@@ -40,8 +40,8 @@ def test_a_name_that_is_not_here_is_answered_with_the_nearest() -> None:
         ("ImageCaptionner", "has no attribute 'ImageCaptionner'; did you mean 'ImageCaptioner'?"),
         ("load_vit", "; it is mmtransformer.weights.load_vit"),
         ("finetune_clip", "; it is mmtransformer.training.finetune_clip"),
-        ("CaptionData", "; it is mmtransformer.data.captions.CaptionData"),
-        ("open_pairs", "; it is mmtransformer.data.opening.open_pairs"),
+        ("CaptionData", "; it is mmtransformer.data.CaptionData"),
+        ("open_pairs", "; it is mmtransformer.data.open_pairs"),
         ("something_else", "has no attribute 'something_else'"),
     ):
         with pytest.raises(AttributeError) as error:

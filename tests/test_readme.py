@@ -245,7 +245,7 @@ def test_yaml_names_what_there_is() -> None:
     pieces = [b for page in PAGES for b in blocks(page) if b.language == "yaml"]
     assert pieces
     assert not [(b.where, fault) for b in pieces for fault in unknown_arguments(yaml.safe_load(b.code))]
-    wrong = {"class_path": "mmtransformer.data.mixture.Mixture", "init_args": {"sauces": {}}}
+    wrong = {"class_path": "mmtransformer.data.Mixture", "init_args": {"sauces": {}}}
     assert unknown_arguments({"data": [wrong]}) == ["Mixture: sauces"]
 
 

@@ -19,7 +19,7 @@ from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.features import CacheFeatures, FeatureCache
 from mmtransformer.data.loading.kept import once_a_split
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import Resize, fitted, of_tower
 from mmtransformer.data.loading.rows import CaptionRows, Opening, image_token
 from mmtransformer.data.loading.source import Lazy, Pairs, PairSource, loads_of, size_of
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 MAX_LEN = 64  # tokens of a caption unless told
 
 
-class CaptionData(Data):
+class CaptionData(DataModule):
     """Pictures with captions, in batches grouped by length, the same for any number of workers and processes.
 
     Args:

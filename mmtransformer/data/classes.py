@@ -12,7 +12,7 @@ from mmtransformer.batch import Batch
 from mmtransformer.data.class_sources import Classified, ClassSource, ImageFolder
 from mmtransformer.data.loading.errors import BadImages, TooManyErrors
 from mmtransformer.data.loading.hashing import generator
-from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import loads_of, scaled_image
@@ -117,7 +117,7 @@ def collate(samples: list[ClassSample]) -> ClassBatch:
     )
 
 
-class ClassData(Data):
+class ClassData(DataModule):
     """Pictures with a class each, in batches that are the same for any number of workers and processes.
 
     Args:

@@ -16,7 +16,7 @@ from mmtransformer.data.documents.packing import DocumentRows
 from mmtransformer.data.loading.epoch_mixture import EpochMixture
 from mmtransformer.data.loading.errors import BadImages
 from mmtransformer.data.loading.kept import once_a_split
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.pixels import of_one_size, of_tower
 from mmtransformer.data.loading.sampler import ResumableLoader
 from mmtransformer.data.loading.source import PairSource, splits_there
@@ -33,7 +33,7 @@ class _MarkedCaptions(CaptionData):
     mark_images = True
 
 
-class InterleavedData(Data):
+class InterleavedData(DataModule):
     """Documents with pictures anywhere in their text, in batches that are the same for any workers and processes.
 
     The run also validates on pairs, and is scored by captioning their pictures, each behind an image token as it stands

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from mmtransformer.backbones.seq2seq import Seq2SeqBatch
 from mmtransformer.data.loading.kept import once_a_split
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.scenes.parallel import Parallel, ParallelSource, ParallelTable
@@ -98,7 +98,7 @@ class PairCollate:
         )
 
 
-class TranslationData(Data):
+class TranslationData(DataModule):
     """Texts with translations, in batches grouped by length, the same for any number of workers and processes.
 
     Args:

@@ -98,7 +98,7 @@ def test_a_tokenizers_file_and_a_text_stay_paths(capsys: pytest.CaptureFixture[s
 
 def test_a_part_may_still_be_a_file_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     Path("captions.csv").write_text(table(","))
-    kind = "mmtransformer.data.captions.CaptionData"
+    kind = "mmtransformer.data.CaptionData"
     for name, write in (("data.yaml", yaml.safe_dump), ("data.json", json.dumps)):
         Path(name).write_text(write({"class_path": kind, "init_args": {"source": "captions.csv", "batch_size": 3}}))
         found = printed(["--config", "finetune_pairs", f"--data={name}"], capsys)
@@ -113,6 +113,15 @@ def test_a_part_may_still_be_a_file_of_its_own(capsys: pytest.CaptureFixture[str
     assert "48" in json.dumps(found["data"]["init_args"]["image"])
     assert found["trainer"]["max_epochs"] == 7
     assert found["model"]["init_args"]["optim"]["lr"] == 0.125
+
+
+@pytest.mark.parametrize("path", ["mmtransformer.data.Scenes", "mmtransformer.data.scenes.scenes.Scenes"])
+def test_a_class_has_a_short_path_and_that_of_its_file(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is what a run saves as config.yaml, and can be run again."""
+    found = printed(["--config", "caption_scenes", f"--data.source={path}"], capsys)
+    assert found["data"]["init_args"]["source"]["class_path"] == path
+    Path("config.yaml").write_text(yaml.safe_dump(found))
+    assert printed(["--config", "config.yaml"], capsys)["data"] == found["data"]
 
 
 def test_a_source_may_still_be_named_with_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtransformer.data.captions import CaptionData
+from mmtransformer.data import CaptionData
 from mmtransformer.data.loading.dataset import CaptionDataset
 from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.rows import CaptionRows, names_a_side
@@ -380,9 +380,9 @@ def test_a_recipe_can_name_it(tmp_path):
     parser.add_subclass_arguments(lightning.LightningDataModule, "data")
     recipe = f"""
       data:
-        class_path: mmtransformer.data.captions.CaptionData
+        class_path: mmtransformer.data.CaptionData
         init_args:
-          source: {{class_path: mmtransformer.data.scenes.scenes.Scenes, init_args: {{train_size: 7, val_size: 3}}}}
+          source: {{class_path: mmtransformer.data.Scenes, init_args: {{train_size: 7, val_size: 3}}}}
           image: {{image_size: [16, 24]}}
           augment: {{scale: [0.7, 1.0]}}
           tokenizer: {tmp_path}

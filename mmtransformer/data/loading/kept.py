@@ -16,7 +16,7 @@ Made = TypeVar("Made")
 
 
 def once_a_split(make: Callable[[Own, str], Made]) -> Callable[[Own, str], Made]:
-    """Lets a method of `Data` be computed once for each split; `Data.forget` forgets all that was."""
+    """Lets a method of `DataModule` be computed once for each split; `DataModule.forget` forgets all that was."""
 
     @functools.wraps(make)
     def kept(self: Own, split: str) -> Made:

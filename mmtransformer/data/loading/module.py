@@ -1,4 +1,4 @@
-"""Data: what every data module is. One of your own says what a sample is, and how samples become a batch.
+"""DataModule: what every data module is. One of your own says what a sample is, and how samples become a batch.
 
 The batches are a pure function of (seed, epoch), the same for any number of workers and processes; see `sampler`.
 """
@@ -94,7 +94,7 @@ class LoaderConfig:
             raise ValueError(f"loader.timeout ({self.timeout}) must be at least 0 seconds; 0 waits for ever")
 
 
-class Data(lightning.LightningDataModule, ABC):
+class DataModule(lightning.LightningDataModule, ABC):
     """The contract between data and a run: it shuffles, groups, shares out among processes, stops and goes on.
 
     `dataset` and `collate` are to be filled in; the other hooks can be, where data has texts, lengths, a mixture. What
@@ -122,7 +122,7 @@ class Data(lightning.LightningDataModule, ABC):
             waves, is_real, names = zip(*samples, strict=True)
             return SoundBatch(torch.stack(waves), torch.tensor(is_real), names)
 
-        class SoundData(Data):
+        class SoundData(DataModule):
             unit = "sound"
 
             def __init__(self, folder: str, *, batch_size: int = 8, loader: LoaderConfig = LoaderConfig()):

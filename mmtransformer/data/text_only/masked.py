@@ -6,7 +6,7 @@ from typing import Any
 
 from mmtransformer.data.files.read_options import TextReadOptions
 from mmtransformer.data.loading.kept import once_a_split
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.traces import Parts
 from mmtransformer.data.text_only.masked_rows import MaskedCollate, MaskedDataset, MaskedRows
 from mmtransformer.data.text_only.masking import Masking, with_mask
@@ -17,7 +17,7 @@ from mmtransformer.text.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 
-class MaskedTextData(Data):
+class MaskedTextData(DataModule):
     """Texts with hidden words, alone or in pairs.
 
     Validation hides all of the words that are asked for, always the same ones.

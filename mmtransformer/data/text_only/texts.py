@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from mmtransformer.batch import Batch
 from mmtransformer.data.files.read_options import TextReadOptions
 from mmtransformer.data.loading.kept import once_a_split
-from mmtransformer.data.loading.module import Data, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import SampleIndex
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.loading.traces import Parts
@@ -92,7 +92,7 @@ class TextCollate:
         )
 
 
-class TextData(Data):
+class TextData(DataModule):
     """Texts for a language model, packed into full rows; no text sees its neighbours.
 
     Args:

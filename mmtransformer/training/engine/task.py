@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.module import DataModule
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import write_json
 from mmtransformer.serialization.printable import counted, printable, say
@@ -37,7 +37,7 @@ from mmtransformer.training.engine.run import Run, device_name
 from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
 from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text
 
-DataT = TypeVar("DataT", bound=Data)
+DataT = TypeVar("DataT", bound=DataModule)
 
 
 class Task(pl.LightningModule, ABC, Generic[DataT]):
@@ -53,7 +53,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
 
     unit = "pictures"
     """What a sample is called where the throughput is shown."""
-    data_kind: type[DataT] = Data  # pyright: ignore[reportAssignmentType]
+    data_kind: type[DataT] = DataModule  # pyright: ignore[reportAssignmentType]
     """The data that it knows."""
     validated: tuple[tuple[str, str], ...] = ()
     """What a validation's line says after the loss: a metric's name and its words, such as "{:.1%} right"."""

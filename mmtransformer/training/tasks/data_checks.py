@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.data.captions import CaptionData
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.module import DataModule
 
 
 class _Reader(Protocol):
@@ -15,7 +15,7 @@ class _Reader(Protocol):
     def max_len(self) -> int: ...
 
 
-def check_texts(data: Data, max_len: int, model: _Reader, part: str) -> None:
+def check_texts(data: DataModule, max_len: int, model: _Reader, part: str) -> None:
     """Checks that a model knows all tokens of the data, and reads texts as long as its.
 
     Args:

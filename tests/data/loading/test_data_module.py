@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from mmtransformer.data.loading.module import Data, Lengths, LoaderConfig, Splits
+from mmtransformer.data.loading.module import DataModule, Lengths, LoaderConfig, Splits
 from mmtransformer.data.loading.sampler import ResumableLoader, SampleIndex
 from mmtransformer.text.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class Numbers(Dataset[tuple[int, int, bool]]):
         return pick
 
 
-class Plain(Data):
+class Plain(DataModule):
     """The least that data can say of itself: the picks themselves."""
 
     unit = "number"
@@ -122,7 +122,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmtransformer.batch import Batch
-from mmtransformer.data.loading.module import Data, LoaderConfig
+from mmtransformer.data.loading.module import DataModule, LoaderConfig
 from mmtransformer.data.loading.hashing import generator
 from mmtransformer.data.loading.sampler import SampleIndex
 """
@@ -130,8 +130,8 @@ from mmtransformer.data.loading.sampler import SampleIndex
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The example in the docstring of `Data` as a module of one's own, word for word."""
-    text = inspect.cleandoc(Data.__doc__ or "")
+    """The example in the docstring of `DataModule` as a module of one's own, word for word."""
+    text = inspect.cleandoc(DataModule.__doc__ or "")
     code = re.search(r"^    @dataclass\n(.*\n)*?(?=\S)", text, re.MULTILINE)
     assert code is not None
     path = tmp_path_factory.mktemp("own") / "sounds.py"
@@ -172,7 +172,7 @@ def test_the_example_runs(sounds: Any, tmp_path: Path) -> None:
 
 
 def test_a_contract_that_is_not_filled_in_is_refused() -> None:
-    class Nothing(Data):
+    class Nothing(DataModule):
         pass
 
     with pytest.raises(TypeError, match=r"abstract methods? '?collate'?, '?dataset"):

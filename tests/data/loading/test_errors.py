@@ -17,7 +17,7 @@ from mmtransformer.data.documents.interleaved import InterleavedFiles
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading.errors import BadImages, Report, TooManyErrors, allowed
-from mmtransformer.data.loading.module import Data, Splits
+from mmtransformer.data.loading.module import DataModule, Splits
 from mmtransformer.data.pairs import PairFiles
 
 
@@ -107,7 +107,7 @@ def test_workers_share_one_report(tmp_path: Path) -> None:
     assert "120 of 1,000" in _record(bad, 100)
 
 
-def made(kind: str, root: Path) -> Data:
+def made(kind: str, root: Path) -> DataModule:
     """Data of a kind over the pictures of one folder."""
     if kind == "classes":
         return ClassData(ImageFolder(str(root), val_fraction=0.5), splits=Splits(val=[]))

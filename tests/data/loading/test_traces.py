@@ -16,7 +16,7 @@ from mmtransformer.data.classes import ClassData
 from mmtransformer.data.files.read_options import ReadOptions
 from mmtransformer.data.interleaved_data import InterleavedData
 from mmtransformer.data.loading import traces
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.module import DataModule
 from mmtransformer.data.text_only.masked import MaskedTextData
 from mmtransformer.data.text_only.texts import TextData
 from mmtransformer.data.translation import TranslationData
@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def told(root: Path, state: dict, make: Callable[[Path], Data] = data) -> str:
+def told(root: Path, state: dict, make: Callable[[Path], DataModule] = data) -> str:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         make(root).load_state_dict(state)
@@ -110,7 +110,7 @@ def test_texts_and_translations(tmp_path: Path) -> None:
     kinds: list[Any] = [TextData, MaskedTextData]
     for kind in kinds:
 
-        def make(root: Path, kind: Any = kind) -> Data:
+        def make(root: Path, kind: Any = kind) -> DataModule:
             return kind(str(path), tokenizer=tokenizer())
 
         write("number 4 is here")
@@ -121,7 +121,7 @@ def test_texts_and_translations(tmp_path: Path) -> None:
 
     table, words = tmp_path / "pairs.csv", tokenizer()
 
-    def pairs(root: Path) -> Data:
+    def pairs(root: Path) -> DataModule:
         return TranslationData(str(table), tokenizer=words)
 
     rows = [f"text {i},글 {i},{'train' if i < 6 else 'val'}\n" for i in range(9)]

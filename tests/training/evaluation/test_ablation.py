@@ -32,10 +32,10 @@ model:
           class_path: mmtransformer.TextDecoder
           init_args: {vocab_size: 300, dim: 32, depth: 2, num_heads: 2, max_len: 110}
 data:
-  class_path: mmtransformer.data.captions.CaptionData
+  class_path: mmtransformer.data.CaptionData
   init_args:
     source:
-      class_path: mmtransformer.data.scenes.scenes.Scenes
+      class_path: mmtransformer.data.Scenes
       init_args: {image_size: 32, train_size: 8, val_size: 3, compositional_size: 2}
     image: {image_size: 32}
     vocab_size: 300

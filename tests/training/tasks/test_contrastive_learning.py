@@ -15,12 +15,11 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmtransformer import CLIP, DualEncoder, ImageTransform, TextTower, ViT
 from mmtransformer.cli import main
-from mmtransformer.data.captions import CaptionData
+from mmtransformer.data import CaptionData, Scenes
 from mmtransformer.data.loading.features import CacheFeatures
 from mmtransformer.data.loading.module import LoaderConfig, Splits
 from mmtransformer.data.loading.source import Caption
 from mmtransformer.data.scenes.grammar import parse
-from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.data.scenes.world import World
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.training import ContrastiveLearning, Optim, Run, finetune_clip
@@ -234,7 +233,7 @@ def test_fine_tuning_goes_on_with_the_folders_tokenizer_and_pixels(tmp_path: Pat
     DualEncoder(model(), data.tokenizer, ImageTransform(32), device="cpu").save_pretrained(tmp_path / "start")
     (tmp_path / "recipe.yaml").write_text(
         "model:\n  class_path: mmtransformer.training.finetune_clip\n  init_args:\n    optim:\n      warmup_steps: 2\n"
-        "data:\n  class_path: mmtransformer.data.captions.CaptionData\n"
+        "data:\n  class_path: mmtransformer.data.CaptionData\n"
     )
     words = ["fit", "--config", str(tmp_path / "recipe.yaml"), "--config", str(RECIPES / "tiny.yaml"),
              f"--model.init={tmp_path / 'start'}", f"--data.source={flickr_folder(tmp_path / 'pairs')}",

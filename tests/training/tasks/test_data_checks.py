@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmtransformer.data.loading.module import Data
+from mmtransformer.data.loading.module import DataModule
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.tasks.data_checks import check_texts
 
@@ -17,7 +17,7 @@ class Model:
     max_len: int
 
 
-class Texts(Data):
+class Texts(DataModule):
     def dataset(self, split: str, *, training: bool = False) -> Any:
         return []
 

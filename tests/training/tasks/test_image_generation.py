@@ -53,9 +53,9 @@ def recipe(**model) -> dict:
             | model,
         },
         "data": {
-            "class_path": "mmtransformer.data.captions.CaptionData",
+            "class_path": "mmtransformer.data.CaptionData",
             "init_args": {
-                "source": {"class_path": "mmtransformer.data.scenes.scenes.Scenes", "init_args": scenes},
+                "source": {"class_path": "mmtransformer.data.Scenes", "init_args": scenes},
                 "image": {"image_size": 64},
                 "vocab_size": 300,
                 "batch_size": 4,
