@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from mmtransformer.connectors.qformer import QFormer as QFormer
     from mmtransformer.connectors.resampler import PerceiverResampler as PerceiverResampler
     from mmtransformer.connectors.transformer import TransformerConnector as TransformerConnector
-    from mmtransformer.diffusion.drawing import ImageGenerationConfig as ImageGenerationConfig
+    from mmtransformer.diffusion.image_generation import ImageGenerationConfig as ImageGenerationConfig
     from mmtransformer.diffusion.paths import Diffusion as Diffusion
     from mmtransformer.diffusion.text_to_image import TextToImageModel as TextToImageModel
     from mmtransformer.dual_encoders.clip import CLIP as CLIP
@@ -163,7 +163,7 @@ _CONTENTS = {
     "dual_encoders.text_tower": "TextTower",
     "generation.captions": "CaptionResult",
     "generation.config": "GenerationConfig",
-    "diffusion.drawing": "ImageGenerationConfig",
+    "diffusion.image_generation": "ImageGenerationConfig",
     "diffusion.paths": "Diffusion",
     "diffusion.text_to_image": "TextToImageModel",
     "generation.cuda_graph": "CudaGraphDecoder",

@@ -121,7 +121,7 @@ def check_drawing(name: str, run: Path, out: str) -> None:
     assert "of true pictures the reader reads" in out
     with Image.open(run / "gallery.png") as gallery:
         assert gallery.width > 200
-    ((picture,),) = ImageGenerator.from_pretrained(run / "model", device="cpu").draw("큰 빨간 별")
+    ((picture,),) = ImageGenerator.from_pretrained(run / "model", device="cpu")("큰 빨간 별")
     assert picture.size == (64, 64)
 
 

@@ -228,7 +228,7 @@ class _Heatmaps:
 
     def add(self, name: str, image: "Image", best: "CaptionResult") -> None:
         """Draws one picture's."""
-        from mmtransformer.plots import Card, CardCaption, draw_word_heatmaps, grid_box, save_image
+        from mmtransformer.plots import Card, CardCaption, grid_box, plot_word_heatmaps, save_image
 
         self.seen += 1
         words = [word for word, _ in best.words]
@@ -243,7 +243,7 @@ class _Heatmaps:
             self.cards.append(Card(image, [said], heading=name))
             return
         sheet = self.out if self.seen == 1 else self.out.with_name(f"{self.out.stem}-{self.seen}{self.out.suffix}")
-        save_image(draw_word_heatmaps(image, words, heat, box=box, title=best.text), sheet)
+        save_image(plot_word_heatmaps(image, words, heat, box=box, title=best.text), sheet)
         say(f"{sheet}: where the model looked in {name}", file=sys.stderr)
 
     def close(self) -> None:

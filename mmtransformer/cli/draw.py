@@ -62,7 +62,7 @@ def run(name: str, words: Sequence[str]) -> int:
     painter = ImageGenerator.from_pretrained(args.model, device=args.device)
     config = painter.with_config(**changes)
     steps: list = []
-    drawn = painter.draw(
+    drawn = painter(
         args.texts,
         language=args.language,
         num_images=args.num_images,
@@ -82,10 +82,10 @@ def run(name: str, words: Sequence[str]) -> int:
         save_strip(steps[: config.num_inference_steps], args.strip)
         say(f"{args.strip}: out of the noise, step by step", file=sys.stderr)
     if args.heatmap:
-        from mmtransformer.plots import draw_word_heatmaps
+        from mmtransformer.plots import plot_word_heatmaps
 
         image, found, heat = painter.heatmap(args.texts[0], language=args.language, seed=args.seed, config=config)
         scale = "of a patch's attention on one word"
-        save_image(draw_word_heatmaps(image, found, heat.mean(0), title=args.texts[0], scale=scale), args.heatmap)
+        save_image(plot_word_heatmaps(image, found, heat.mean(0), title=args.texts[0], scale=scale), args.heatmap)
         say(f"{args.heatmap}: where each word steered the picture", file=sys.stderr)
     return 0

@@ -42,7 +42,7 @@ The most used keys (any key of a recipe can be given like this; --help=all lists
   --trainer.gradient_clip_val X        clip the gradient's norm
   --activation_checkpointing=true      less memory for a third more work
   --compile=true                       compiled blocks
-  --max_drawn N                        at most N pictures per split of drawn data, for a trial
+  --max_scenes N                        at most N pictures per split of drawn data, for a trial
   --model.optim.lr X                   peak learning rate
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
@@ -144,7 +144,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             text = "most seconds that another process of the run may give no sign of life; 0 waits for ever"
             parser.add_argument("--process_timeout", type=float, default=600.0, help=text)
             text = "most pictures of each split where they are drawn in the run: for a trial"
-            parser.add_argument("--max_drawn", type=int | None, default=None, help=text)
+            parser.add_argument("--max_scenes", type=int | None, default=None, help=text)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             for file in config_files(args):
@@ -156,7 +156,7 @@ def recipe_cli(words: list[str], folder: Path) -> "LightningCLI":
             except ArgumentError as error:
                 raise ValueError(explain(str(error), keys_of(parser))) from error
             check_names(self.config)
-            if (most := self.config.max_drawn) is not None:
+            if (most := self.config.max_scenes) is not None:
                 cap_sizes(self.config.data, most)
 
         def instantiate_classes(self) -> None:

@@ -143,7 +143,7 @@ def cap_sizes(config: Any, most: int) -> None:
         ValueError: If nothing would be left.
     """
     if most < 1:
-        raise ValueError(f"max_drawn ({most}) must be at least 1")
+        raise ValueError(f"max_scenes ({most}) must be at least 1")
     for key, value in vars(config).items():
         if key in ("train_size", "val_size", "compositional_size"):
             config[key] = min(value, most)

@@ -70,9 +70,9 @@ def _classify(name: str, words: Sequence[str]) -> int:
             row = {"image": path, "classes": [{"class": label, "share": share} for label, share in best]}
             say(json_text(row) if args.json else f"{path}: {told}" if len(images) > 1 else told)
     if args.attention and first:
-        from mmtransformer.plots import draw_rollout, save_image
+        from mmtransformer.plots import plot_rollout, save_image
 
-        sheet = draw_rollout(classifier.model, first[1], classifier.transform, title=images.name(first[0]))
+        sheet = plot_rollout(classifier.model, first[1], classifier.transform, title=images.name(first[0]))
         save_image(sheet, args.attention)
     return 1 if bad else 0
 
@@ -101,12 +101,12 @@ def _translate(name: str, words: Sequence[str]) -> int:
         row = {"text": text, "language": args.language, "translation": translation}
         say(json_text(row) if args.json else translation)
     if args.attention:
-        from mmtransformer.plots import draw_attention, save_image
+        from mmtransformer.plots import plot_attention, save_image
 
         queries, keys, weights = translator.attention_map(texts[0], said[0], args.language)
         named = {f"block {i}": block for i, block in enumerate(weights)}
         title = f"{texts[0]} → {said[0]}"
-        save_image(draw_attention(named, queries, keys, title=title), args.attention)
+        save_image(plot_attention(named, queries, keys, title=title), args.attention)
     return 0
 
 

@@ -232,7 +232,7 @@ def _sheet(groups: "Sequence[Sequence[Found]]", title: str, subtitle: str) -> "I
     from PIL.Image import new
 
     from mmtransformer.plots.cards import Card, CardCaption
-    from mmtransformer.plots.gallery import draw_gallery
+    from mmtransformer.plots.gallery import plot_gallery
 
     cards = []
     for n, group in enumerate(groups, 1):
@@ -240,4 +240,4 @@ def _sheet(groups: "Sequence[Sequence[Found]]", title: str, subtitle: str) -> "I
             lead = f"{n}.{rank}" if len(groups) > 1 else f"{rank}"
             said = CardCaption(" · ".join(filter(None, (lead, f"{one.score:.3f}", one.mark))))
             cards.append(Card(one.image or new("RGB", (4, 3), "grey"), [said], heading=one.name))
-    return draw_gallery(cards, columns=5, card_width=300, title=title, subtitle=subtitle)
+    return plot_gallery(cards, columns=5, card_width=300, title=title, subtitle=subtitle)

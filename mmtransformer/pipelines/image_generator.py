@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmtransformer.data.loading.pixels import of_one_size
-from mmtransformer.diffusion.drawing import Edit, ImageGenerationConfig, draw, seeded_noise
+from mmtransformer.diffusion.image_generation import Edit, ImageGenerationConfig, generate_images, seeded_noise
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.images import ImageTransform, load
 from mmtransformer.layers.modes import evaluation_mode
@@ -76,7 +76,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         self.model, self.tokenizer, self.transform = model.to(self.device).eval(), tokenizer, transform
         self.config = config
 
-    def draw(
+    def __call__(
         self,
         texts: str | Sequence[str],
         *,
@@ -136,7 +136,9 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             noise = seeded_noise(seeds[first : first + batch_size], shape).to(self.device)
             edit = None if image is None else self._edit(image, strength, mask_image, len(tokens))
             look = None if on_step is None else lambda k, x, see=on_step: see(k, self._images(x))
-            drawn = draw(self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look)
+            drawn = generate_images(
+                self.model, tokens, mask, noise, config or self.config, negative=away, edit=edit, on_step=look
+            )
             found += self._images(drawn)
         return [found[i : i + num_images] for i in range(0, len(found), num_images)]
 
@@ -159,7 +161,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
         words = [(word, places) for word, places in self.tokenizer.words(row) if word.strip()]
         looks: list[Tensor] = []
         with record_attention(self.model.transformer, keep="cross_attn") as record:
-            ((image,),) = self.draw(
+            ((image,),) = self(
                 text,
                 language=language,
                 seed=seed,
@@ -228,7 +230,7 @@ class ImageGenerator(Pipeline[TextToImageModel]):
             about=f"A diffusion transformer of mmtransformer that draws {width} x {height} pixels",
             usage="from mmtransformer import ImageGenerator\n\n"
             'painter = ImageGenerator.from_pretrained("FOLDER")  # this folder\n'
-            'painter.draw("a large red star")[0][0].save("picture.png")',
+            'painter("a large red star")[0][0].save("picture.png")',
             note=card,
         )
 

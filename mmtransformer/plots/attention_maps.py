@@ -2,7 +2,7 @@
 
 with record_attention(encoder) as record:
     encoder(tokens)
-save_image(draw_attention(record, tokenizer.pieces(ids), tokenizer.pieces(ids)), "attention.png")
+save_image(plot_attention(record, tokenizer.pieces(ids), tokenizer.pieces(ids)), "attention.png")
 
 Shapes: gh gw rows and columns of patches.
 """
@@ -24,10 +24,10 @@ from mmtransformer.plots.heatmap import (
     PAPER,
     TITLE,
     draw_scale,
-    draw_word_heatmaps,
     grid_box,
     heat_top,
     palette,
+    plot_word_heatmaps,
 )
 from mmtransformer.plots.text import Style, draw, width, wrap
 
@@ -36,7 +36,7 @@ LABEL = Style(12, (214, 217, 226))
 HEAD = Style(14, (240, 241, 245), bold=True)
 
 
-def draw_attention(
+def plot_attention(
     weights: Mapping[str, Tensor],
     queries: Sequence[str],
     keys: Sequence[str],
@@ -158,7 +158,7 @@ def rollout_maps(vit: ViT, pixels: Tensor) -> Tensor:
     return torch.stack(maps, dim=1)
 
 
-def draw_rollout(
+def plot_rollout(
     vit: ViT, image: Image.Image, transform: ImageTransform, *, columns: int = 6, title: str = ""
 ) -> Image.Image:
     """Draw a picture, and what a ViT has gathered of it after each block: `rollout_maps`, above the least patch.
@@ -179,4 +179,4 @@ def draw_rollout(
     names = [f"block {i}" for i in range(len(maps))]
     box = grid_box(image.size, transform.size, transform.resize)
     scale = "of the feature from one patch, above the least"
-    return draw_word_heatmaps(image, names, maps, box=box, columns=columns, title=title, scale=scale)
+    return plot_word_heatmaps(image, names, maps, box=box, columns=columns, title=title, scale=scale)

@@ -34,7 +34,7 @@ MARGIN, GAP, PAD = 36, 22, 18
 MAX_HEIGHT = 60_000
 
 
-def draw_gallery(
+def plot_gallery(
     cards: Sequence[Card],
     *,
     columns: int = 4,

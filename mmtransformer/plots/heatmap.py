@@ -23,7 +23,7 @@ SMALL = Style(13, (160, 166, 178))
 MARGIN, GAP = 24, 14
 
 
-def draw_word_heatmaps(
+def plot_word_heatmaps(
     image: Image.Image,
     words: Sequence[str],
     heat: Tensor | np.ndarray,

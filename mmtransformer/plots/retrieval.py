@@ -78,7 +78,7 @@ class FoundTexts:
     language: str | None = None
 
 
-def draw_searches(
+def plot_searches(
     by_text: Sequence[FoundImages], by_image: Sequence[FoundTexts], *, title: str = "", subtitle: str = ""
 ) -> Image.Image:
     """Draw searches: texts with the pictures they found on the left, pictures with their texts on the right.

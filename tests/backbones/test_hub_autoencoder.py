@@ -93,17 +93,17 @@ def test_a_model_trains_on_latents_and_leaves_the_autoencoder_alone() -> None:
 def test_pictures_are_drawn_edited_and_saved(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["a large red star", "큰 빨간 별"], 300, languages=["en", "ko"])
     painter = ImageGenerator(model(), tokenizer, ImageTransform(32), config=ImageGenerationConfig(2), device="cpu")
-    ((image,),) = painter.draw("a large red star")
+    ((image,),) = painter("a large red star")
     assert image.size == (32, 32)
     _, words, heat = painter.heatmap("a large red star")
     assert heat.shape == (2, len(words), 4, 4)
     white, half = Image.new("RGB", (32, 32), "#ffffff"), Image.new("RGB", (32, 32))
     half.paste("#ffffff", (0, 0, 16, 32))
-    ((changed,),) = painter.draw("a large red star", image=white, strength=0.5, mask_image=half)
+    ((changed,),) = painter("a large red star", image=white, strength=0.5, mask_image=half)
     assert changed.size == (32, 32)
     painter.save_pretrained(tmp_path)
     again = ImageGenerator.from_pretrained(tmp_path, device="cpu")
-    assert again.draw("a large red star")[0][0].tobytes() == image.tobytes()
+    assert again("a large red star")[0][0].tobytes() == image.tobytes()
     with pytest.raises(ValueError, match="pictures of 36 x 36 px are not divided by the model's patches of 8 px"):
         ImageGenerator(model(), tokenizer, ImageTransform(36), device="cpu")
     with pytest.raises(ValueError, match=r"the autoencoder takes pixels in \[-1, 1\]"):

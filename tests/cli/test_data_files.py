@@ -89,7 +89,7 @@ def test_a_tokenizers_file_and_a_text_stay_paths(capsys: pytest.CaptureFixture[s
     words = ["--data.source=captions.csv", "--data.tokenizer=tokenizer.json"]
     found = printed(["--config", "finetune_pairs", *words], capsys)
     assert found["data"]["init_args"]["tokenizer"] == "tokenizer.json"
-    Path("data.yaml").write_text("max_drawn: null\n")
+    Path("data.yaml").write_text("max_scenes: null\n")
     for kind in ("classes.ClassData", "translation.TranslationData", "text_only.texts.TextData"):
         words = ["--model=mmtransformer.training.Captioning", f"--data=mmtransformer.data.{kind}"]
         found = printed(["--config", "data.yaml", *words, "--data.source=captions.csv"], capsys)

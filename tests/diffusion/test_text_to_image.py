@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmtransformer.backbones.diffusion_transformer import DiffusionTransformer
 from mmtransformer.backbones.encoder import TextEncoder
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.diffusion.drawing import Edit, ImageGenerationConfig, draw, seeded_noise
+from mmtransformer.diffusion.image_generation import Edit, ImageGenerationConfig, generate_images, seeded_noise
 from mmtransformer.diffusion.paths import Diffusion
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.dual_encoders.text_tower import TextTower
@@ -93,8 +93,8 @@ def test_a_frozen_text_encoder_stays_as_it_is() -> None:
 def test_an_image_is_the_same_alone_and_among_others(solver: str, scale: float) -> None:
     model, (tokens, mask) = make(), texts()
     config = ImageGenerationConfig(5, scale, solver)  # type: ignore[arg-type]
-    whole = draw(model, tokens, mask, seeded_noise([4, 5, 6], (3, SIDE, SIDE)), config)
-    alone = draw(model, tokens[1:2, :3], mask[1:2, :3], seeded_noise([5], (3, SIDE, SIDE)), config)
+    whole = generate_images(model, tokens, mask, seeded_noise([4, 5, 6], (3, SIDE, SIDE)), config)
+    alone = generate_images(model, tokens[1:2, :3], mask[1:2, :3], seeded_noise([5], (3, SIDE, SIDE)), config)
     torch.testing.assert_close(whole[1:2], alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(whole[0], whole[1], atol=0.1)
 
@@ -107,10 +107,10 @@ def test_guidance_by_definition() -> None:
     said = model.transformer(noise, ones, context, context_mask=mask)
     silent = model.transformer(noise, ones, context, context_mask=torch.zeros_like(mask))
     for scale in (0.0, 1.0, 2.5):
-        found = draw(model, tokens, mask, noise, ImageGenerationConfig(1, scale, "euler"))
+        found = generate_images(model, tokens, mask, noise, ImageGenerationConfig(1, scale, "euler"))
         torch.testing.assert_close(found, silent + scale * (said - silent), atol=1e-4, rtol=1e-4)
     away = torch.tensor([[4, 5]]), torch.ones(1, 2, dtype=torch.bool)
-    found = draw(model, tokens, mask, noise, ImageGenerationConfig(1, 2.5, "euler"), negative=away)
+    found = generate_images(model, tokens, mask, noise, ImageGenerationConfig(1, 2.5, "euler"), negative=away)
     other = model.transformer(noise, ones, model.text(away[0]).expand(3, -1, -1))
     torch.testing.assert_close(found, other + 2.5 * (said - other), atol=1e-4, rtol=1e-4)
 
@@ -119,10 +119,10 @@ def test_looking_changes_nothing_and_modes_come_back() -> None:
     model, (tokens, mask) = make().train(), texts()
     model.text.eval()
     noise, looks = seeded_noise([1, 2, 3], (3, SIDE, SIDE)), []
-    found = draw(
+    found = generate_images(
         model, tokens, mask, noise, ImageGenerationConfig(4), on_step=lambda k, image: looks.append((k, image.clone()))
     )
-    assert torch.equal(found, draw(model, tokens, mask, noise, ImageGenerationConfig(4)))
+    assert torch.equal(found, generate_images(model, tokens, mask, noise, ImageGenerationConfig(4)))
     assert [k for k, _ in looks] == [1, 2, 3, 4]
     assert torch.equal(looks[-1][1], found)
     assert model.training
@@ -134,7 +134,7 @@ def test_what_is_outside_the_mask_stays() -> None:
     images, noise = batch().pixels[:, 0], seeded_noise([1, 2, 3], (3, SIDE, SIDE))
     where = torch.zeros(3, 1, SIDE, SIDE, dtype=torch.bool)
     where[..., :4] = True
-    found = draw(model, tokens, mask, noise, ImageGenerationConfig(4), edit=Edit(images, 1.0, where))
+    found = generate_images(model, tokens, mask, noise, ImageGenerationConfig(4), edit=Edit(images, 1.0, where))
     assert torch.equal(found[..., 4:], images[..., 4:])
     assert (found[..., :4] - images[..., :4]).abs().mean() > 0.1
 
@@ -145,7 +145,7 @@ def test_little_strength_changes_little() -> None:
     images, noise = batch().pixels[:, 0], seeded_noise([1, 2, 3], (3, SIDE, SIDE))
     model.transformer.forward = lambda x, *_, **__: images.repeat(len(x) // 3, 1, 1, 1)  # type: ignore[method-assign]
     for strength in (0.1, 0.7, 1.0):
-        found = draw(model, tokens, mask, noise, ImageGenerationConfig(6), edit=Edit(images, strength))
+        found = generate_images(model, tokens, mask, noise, ImageGenerationConfig(6), edit=Edit(images, strength))
         torch.testing.assert_close(found, images, atol=1e-5, rtol=1e-5)
 
 
@@ -170,10 +170,15 @@ def test_little_strength_changes_little() -> None:
             r"reads texts of width None \(context_dim\), but the text encoder writes 12",
         ),
         (
-            lambda: draw(make(), *texts(), torch.zeros(3, 3, 8, 8), ImageGenerationConfig(2, 1.0), negative=texts()),
+            lambda: generate_images(
+                make(), *texts(), torch.zeros(3, 3, 8, 8), ImageGenerationConfig(2, 1.0), negative=texts()
+            ),
             "a negative text has no effect at guidance_scale 1",
         ),
-        (lambda: draw(make(), *texts(), torch.zeros(3, 3, 9, 8)), "images of 9 x 8 are not divided by the patch of 4"),
+        (
+            lambda: generate_images(make(), *texts(), torch.zeros(3, 3, 9, 8)),
+            "images of 9 x 8 are not divided by the patch of 4",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(make_it, message: str) -> None:

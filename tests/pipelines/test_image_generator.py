@@ -43,21 +43,21 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 
 
 def test_a_text_and_a_seed_make_one_picture(painter: ImageGenerator) -> None:
-    drawn = painter.draw(TEXTS, num_images=2, seed=5)
+    drawn = painter(TEXTS, num_images=2, seed=5)
     assert [len(images) for images in drawn] == [2, 2, 2]
     assert drawn[0][0].size == (24, 16)
-    again = painter.draw(TEXTS, num_images=2, seed=5, batch_size=4)
+    again = painter(TEXTS, num_images=2, seed=5, batch_size=4)
     assert all(same(a, b) for one, other in zip(drawn, again, strict=True) for a, b in zip(one, other, strict=True))
-    assert same(painter.draw(TEXTS[1], seed=6)[0][0], drawn[1][1])
+    assert same(painter(TEXTS[1], seed=6)[0][0], drawn[1][1])
     assert not same(drawn[1][0], drawn[1][1])
-    several = painter.draw(TEXTS, seed=[5, 6, 7])
-    assert same(several[2][0], painter.draw(TEXTS[2], seed=7)[0][0])
+    several = painter(TEXTS, seed=[5, 6, 7])
+    assert same(several[2][0], painter(TEXTS[2], seed=7)[0][0])
 
 
 def test_the_language_is_found_by_the_letters(painter: ImageGenerator) -> None:
-    korean = painter.draw(TEXTS[1], seed=1)[0][0]
-    assert same(korean, painter.draw(TEXTS[1], language="ko", seed=1)[0][0])
-    assert not same(korean, painter.draw(TEXTS[1], language="en", seed=1)[0][0])
+    korean = painter(TEXTS[1], seed=1)[0][0]
+    assert same(korean, painter(TEXTS[1], language="ko", seed=1)[0][0])
+    assert not same(korean, painter(TEXTS[1], language="en", seed=1)[0][0])
 
 
 def test_pixels_are_the_transforms_colours(painter: ImageGenerator) -> None:
@@ -73,14 +73,14 @@ def test_each_word_has_its_heat(painter: ImageGenerator) -> None:
     assert (heat >= 0).all()
     assert not torch.equal(heat[0], heat[1])
     assert (heat.sum(1) < 1).all()  # the rest looked at the prompt and the end
-    assert same(image, painter.draw(TEXTS[0], seed=3)[0][0])
+    assert same(image, painter(TEXTS[0], seed=3)[0][0])
 
 
 def test_what_stays_outside_the_mask(painter: ImageGenerator) -> None:
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
     mask = Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 12, 16))
-    drawn = np.asarray(painter.draw(TEXTS[0], image=start, strength=1.0, mask_image=mask)[0][0], int)
+    drawn = np.asarray(painter(TEXTS[0], image=start, strength=1.0, mask_image=mask)[0][0], int)
     assert np.abs(drawn[:, 12:] - np.asarray(start, int)[:, 12:]).max() <= 1
     assert np.abs(drawn[:, :12] - np.asarray(start, int)[:, :12]).mean() > 10
 
@@ -89,7 +89,7 @@ def test_it_is_the_same_from_its_folder(painter: ImageGenerator, tmp_path: Path)
     painter.save_pretrained(tmp_path / "model", card="scores")
     loaded = ImageGenerator.from_pretrained(tmp_path / "model", device="cpu")
     assert loaded.config == painter.config
-    assert np.array_equal(np.asarray(loaded.draw(TEXTS[0])[0][0]), np.asarray(painter.draw(TEXTS[0])[0][0]))
+    assert np.array_equal(np.asarray(loaded(TEXTS[0])[0][0]), np.asarray(painter(TEXTS[0])[0][0]))
     assert "text-to-image" in (tmp_path / "model" / "README.md").read_text("utf-8")
     settings = tmp_path / "model" / "generation_config.json"
     settings.write_text(json.dumps({"solver": "rk4"}), "utf-8")
@@ -153,9 +153,7 @@ def test_the_command_refuses(
 
 def test_no_guidance_at_all_draws_without_the_text(painter: ImageGenerator) -> None:
     config = painter.with_config(guidance_scale=0.0)
-    assert same(
-        painter.draw(TEXTS[0], seed=2, config=config)[0][0], painter.draw(TEXTS[2], seed=2, config=config)[0][0]
-    )
+    assert same(painter(TEXTS[0], seed=2, config=config)[0][0], painter(TEXTS[2], seed=2, config=config)[0][0])
 
 
 def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
@@ -171,10 +169,10 @@ def test_a_strip_of_many_steps_shows_twelve(tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_refused(painter: ImageGenerator) -> None:
     with pytest.raises(ValueError, match="the model reads 40: shorten it"):
-        painter.draw("a large red star " * 20)
+        painter("a large red star " * 20)
     with pytest.raises(ValueError, match="give image too"):
-        painter.draw(TEXTS[0], mask_image=Image.new("L", (4, 4)))
+        painter(TEXTS[0], mask_image=Image.new("L", (4, 4)))
     with pytest.raises(ValueError, match="2 seeds for 3 texts"):
-        painter.draw(TEXTS, seed=[1, 2])
+        painter(TEXTS, seed=[1, 2])
     with pytest.raises(ValueError, match="16 x 20 px are not divided"):
         ImageGenerator(painter.model, painter.tokenizer, ImageTransform((16, 20)))

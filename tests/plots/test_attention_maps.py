@@ -11,7 +11,7 @@ from mmtransformer import ImageTransform, TextEncoder, Tokenizer, ViT, record_at
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.images import load
 from mmtransformer.layers.record import rollout
-from mmtransformer.plots import draw_attention, draw_rollout, rollout_maps, save_image
+from mmtransformer.plots import plot_attention, plot_rollout, rollout_maps, save_image
 from mmtransformer.plots.heatmap import PAPER, palette
 
 
@@ -77,7 +77,7 @@ def colours(image: Image.Image) -> np.ndarray:
 def test_each_cell_has_the_colour_of_its_weight() -> None:
     weights = {"first": torch.zeros(2, 3, 4), "second": torch.zeros(2, 3, 4)}
     weights["second"][1, 2, 0] = 1.0  # head 1, token 2 looks at token 0
-    sheet = np.asarray(draw_attention(weights, ["a", "b", "c"], ["d", "e", "f", "g"], cell=10))
+    sheet = np.asarray(plot_attention(weights, ["a", "b", "c"], ["d", "e", "f", "g"], cell=10))
     lit = np.argwhere((sheet == palette()[255]).all(-1))
     lit = lit[lit[:, 0] < sheet.shape[0] - 48]  # not the scale
     (top, left), (bottom, right) = lit.min(0), lit.max(0)
@@ -92,16 +92,16 @@ def test_each_cell_has_the_colour_of_its_weight() -> None:
 
 def test_batches_give_the_row_that_is_asked_for() -> None:
     weights = shares(3, 2, 4, 4)
-    alone = draw_attention({"x": weights[1]}, list("abcd"), list("abcd"))
-    asked = draw_attention({"x": weights}, list("abcd"), list("abcd"), row=1)
+    alone = plot_attention({"x": weights[1]}, list("abcd"), list("abcd"))
+    asked = plot_attention({"x": weights}, list("abcd"), list("abcd"), row=1)
     assert alone.tobytes() == asked.tobytes()
-    assert alone.tobytes() != draw_attention({"x": weights}, list("abcd"), list("abcd")).tobytes()
+    assert alone.tobytes() != plot_attention({"x": weights}, list("abcd"), list("abcd")).tobytes()
 
 
 def test_korean_tokens_are_written_out() -> None:
     """Real shapes of syllables, not one empty box for all of them."""
     weights = torch.zeros(1, 1, 1)
-    sheets = [draw_attention({"층": weights}, [word], ["a"], title=word) for word in ("별", "달", "별")]
+    sheets = [plot_attention({"층": weights}, [word], ["a"], title=word) for word in ("별", "달", "별")]
     assert sheets[0].size == sheets[1].size
     assert sheets[0].tobytes() == sheets[2].tobytes()
     assert sheets[0].tobytes() != sheets[1].tobytes()
@@ -116,7 +116,7 @@ def test_a_bert_sentence_in_korean() -> None:
     with record_attention(encoder) as record:
         encoder(torch.tensor([ids]))
     pieces = tokenizer.pieces(ids)
-    sheet = draw_attention(record, pieces, pieces, title=text)
+    sheet = plot_attention(record, pieces, pieces, title=text)
     assert sheet.width > 4 * len(ids) * 16
     assert sheet.height > 2 * len(ids) * 16
 
@@ -124,19 +124,19 @@ def test_a_bert_sentence_in_korean() -> None:
 def test_sheets_name_what_is_wrong() -> None:
     one = {"x": torch.zeros(1, 2, 3)}
     with pytest.raises(ValueError, match="0 layers"):
-        draw_attention({}, ["a"], ["b"])
+        plot_attention({}, ["a"], ["b"])
     with pytest.raises(ValueError, match=r"x has weights \(1, 2, 3\).*3 tokens that look at 2"):
-        draw_attention(one, ["a", "b", "c"], ["d", "e"])
+        plot_attention(one, ["a", "b", "c"], ["d", "e"])
     with pytest.raises(ValueError, match=r"201 tokens are too many.*200"):
-        draw_attention(one, ["a"] * 201, ["b"])
+        plot_attention(one, ["a"] * 201, ["b"])
     with pytest.raises(ValueError, match="at least 2 px, not 1"):
-        draw_attention(one, ["a", "b"], ["c", "d", "e"], cell=1)
+        plot_attention(one, ["a", "b"], ["c", "d", "e"], cell=1)
 
 
 def test_the_rollout_of_a_image_has_a_panel_a_block(tmp_path: Path) -> None:
     vit = ViT(32, 8, 16, 2, 2, class_token=False, pool="mean")
     image = Image.new("RGB", (64, 48), (90, 90, 90))
-    sheet = draw_rollout(vit, image, ImageTransform(32), title="작은 별")
+    sheet = plot_rollout(vit, image, ImageTransform(32), title="작은 별")
     assert load(save_image(sheet, tmp_path / "deep" / "r.png")).tobytes() == sheet.tobytes()
     assert tuple(colours(sheet)[0]) == PAPER
     grey = (np.asarray(sheet) == 90).all(-1).any(0)  # the bare picture is the first of three panels

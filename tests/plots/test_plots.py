@@ -19,13 +19,13 @@ from mmtransformer.plots import (
     Card,
     CardCaption,
     curves,
-    draw_gallery,
-    draw_word_heatmaps,
     fonts,
     grid_box,
     heatmap,
     html_gallery,
     overlay,
+    plot_gallery,
+    plot_word_heatmaps,
     save_html_gallery,
     save_image,
     save_loss_curves,
@@ -55,7 +55,7 @@ def scene(size: tuple[int, int] = (97, 61)) -> Image.Image:
 
 
 def saved(cards: Sequence[Card], path: Path, **options: Any) -> Path:
-    return save_image(draw_gallery(cards, **options), path)
+    return save_image(plot_gallery(cards, **options), path)
 
 
 def ink(line: str, size: int = 31) -> np.ndarray:
@@ -220,7 +220,7 @@ def test_right_and_wrong_look_different() -> None:
     from mmtransformer.plots.gallery import BAD_TINT, GOOD_TINT
 
     def tints(ok: bool) -> set[tuple[int, ...]]:
-        sheet = draw_gallery([Card(scene(), [CardCaption("a", facts=[("red", ok)])])])
+        sheet = plot_gallery([Card(scene(), [CardCaption("a", facts=[("red", ok)])])])
         return {tuple(c) for c in np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)}
 
     assert GOOD_TINT in tints(True) - tints(False)
@@ -262,7 +262,7 @@ def test_extreme_images(tmp_path: Path) -> None:
     for size in ((1, 1), (3000, 2), (2, 3000)):
         image = Image.new("RGB", size, "red")
         saved([Card(image, [CardCaption("a")])], tmp_path / "a.png")
-        draw_word_heatmaps(image, ["a"], torch.ones(1, 2, 3))
+        plot_word_heatmaps(image, ["a"], torch.ones(1, 2, 3))
         save_html_gallery([Card(image, [CardCaption("a")])], tmp_path / "a.html", title="t")
 
 
@@ -314,7 +314,7 @@ def test_words_share_one_scale() -> None:
     heat = torch.zeros(2, 3, 5)
     heat[0, 1, 1], heat[1, 1, 1] = 0.8, 0.1
     grey = Image.new("RGB", (100, 60), (90, 90, 90))
-    sheet = np.asarray(draw_word_heatmaps(grey, ["강한", "weak"], heat, panel=100)).astype(int)
+    sheet = np.asarray(plot_word_heatmaps(grey, ["강한", "weak"], heat, panel=100)).astype(int)
     where = [24 + 30 + i * (100 + 14) for i in range(3)]
     bare_, strong, weak = (sheet[24 + 30, x].sum() for x in where)
     assert bare_ == 270
@@ -323,12 +323,12 @@ def test_words_share_one_scale() -> None:
 
 def test_heat_takes_bf16_and_gradients_and_silence() -> None:
     heat = torch.zeros(1, 3, 5, dtype=torch.bfloat16, requires_grad=True)
-    draw_word_heatmaps(scene(), ["a"], heat)  # no heat at all: no division by zero
+    plot_word_heatmaps(scene(), ["a"], heat)  # no heat at all: no division by zero
 
 
 def test_heat_refuses_by_number() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 3, 5\) does not fit 3 words"):
-        draw_word_heatmaps(scene(), ["a", "b", "c"], torch.ones(2, 3, 5))
+        plot_word_heatmaps(scene(), ["a", "b", "c"], torch.ones(2, 3, 5))
     with pytest.raises(ValueError, match=r"smallest value is -0\.25"):
         overlay(scene(), torch.full((3, 5), -0.25))
     with pytest.raises(ValueError, match="15 values that are not finite"):

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmtransformer.data.scenes.drawing import sprite
 from mmtransformer.data.scenes.meaning import Facts, GroupFacts
 from mmtransformer.data.scenes.palette import COLORS
+from mmtransformer.data.scenes.rendering import sprite
 from mmtransformer.data.scenes.world import FILLS, Relation, World
 
 Mask = NDArray[np.bool_]
@@ -50,7 +50,7 @@ def read(image: Image.Image, world: World = World()) -> Facts:  # noqa: B008 (fr
     Every relation of two groups that can be seen is said, also those that follow from others.
 
     Args:
-        image: square, in the style of `drawing.draw`; 64 px or so.
+        image: square, in the style of `rendering.render`; 64 px or so.
         world: the words that are to be expected.
     """
     groups: dict[tuple[str, str, bool, str], list[Found]] = {}

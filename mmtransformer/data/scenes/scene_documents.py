@@ -14,8 +14,8 @@ from PIL import Image
 
 from mmtransformer.data.documents.documents import Document
 from mmtransformer.data.loading.source import Caption
-from mmtransformer.data.scenes.drawing import draw
 from mmtransformer.data.scenes.grammar import LANGUAGES, describe
+from mmtransformer.data.scenes.rendering import render
 from mmtransformer.data.scenes.scenes import check_index
 from mmtransformer.data.scenes.words import say
 from mmtransformer.data.scenes.world import Scene, World
@@ -74,7 +74,7 @@ class SceneDocumentSplit:
 
     def image(self, i: int, k: int) -> Image.Image:
         """Picture k of document i as RGB."""
-        return draw(self.scene(i, k), self.source.image_size, self.source.world.clutter)
+        return render(self.scene(i, k), self.source.image_size, self.source.world.clutter)
 
     def _chance(self, i: int, what: str) -> random.Random:
         return random.Random(
@@ -111,7 +111,7 @@ class ScenePairs:
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB."""
-        return draw(self.scene(i), self.source.image_size, self.source.world.clutter)
+        return render(self.scene(i), self.source.image_size, self.source.world.clutter)
 
     def captions(self, i: int) -> list[Caption]:
         """What is said of picture i."""

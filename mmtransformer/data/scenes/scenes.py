@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from mmtransformer.data.loading.source import Caption
-from mmtransformer.data.scenes.drawing import draw
 from mmtransformer.data.scenes.grammar import LANGUAGES, MAX_PHRASINGS, describe
+from mmtransformer.data.scenes.rendering import render
 from mmtransformer.data.scenes.world import Scene, World
 
 _SMALLEST = 32  # px; below, small shapes are blots
@@ -71,7 +71,7 @@ class SceneSplit:
 
     def image(self, i: int) -> Image.Image:
         """Picture i as RGB."""
-        return draw(self.scene(i), self.source.image_size, self.world.clutter)
+        return render(self.scene(i), self.source.image_size, self.world.clutter)
 
     def captions(self, i: int) -> list[Caption]:
         """The captions of picture i: all of the first language, then all of the next."""

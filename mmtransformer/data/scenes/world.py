@@ -3,7 +3,7 @@
 A scene holds one to three groups of equal objects ("three small red striped stars") and the relations between
 neighbours among them ("left of", "above", "inside"). Everything a caption may say about a scene is in its groups
 and relations; where exactly the objects lie is in its spots, in fractions of the picture's side, so that one scene
-can be drawn at any size (`drawing.draw`).
+can be drawn at any size (`rendering.render`).
 
 Groups stand in a chain. In a row the chain runs from left to right, in a column from top to bottom; where objects
 lie inside another, the chain is inner group, container, and then what stands beside the container. The relations

@@ -35,7 +35,7 @@ from mmtransformer.training.engine.resume import (
 )
 from mmtransformer.training.engine.run import Run, device_name
 from mmtransformer.training.engine.sharded import Sharded, not_finite_in, shard, unshard
-from mmtransformer.training.evaluation.report import draw_curves, seconds_to_text
+from mmtransformer.training.evaluation.report import plot_curves, seconds_to_text
 
 DataT = TypeVar("DataT", bound=DataModule)
 
@@ -366,7 +366,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
             files: What else lies in the folder: "texts" -> "texts.txt".
         """
         write_json(run.folder / "metrics.json", {**metrics, "training": self.training_facts(run)})
-        draw_curves(run.folder)
+        plot_curves(run.folder)
         took = f"trained {counted(self.trainer.global_step, 'step')} in {seconds_to_text(run.seconds)}"
         paths = {"metrics": "metrics.json", **files, "model": "model"}
         where = [f"{what:<10}{run.folder / name}" for what, name in paths.items()]

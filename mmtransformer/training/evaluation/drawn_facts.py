@@ -85,7 +85,7 @@ def score_drawings(
     config = painter.config if guidance_scale is None else painter.with_config(guidance_scale=guidance_scale)
     texts = texts_of(split, language, count)
     seeds = range(first_seed, first_seed + len(texts))
-    drawn = painter.draw(texts, language=language, seed=seeds, config=config, truncate=True)
+    drawn = painter(texts, language=language, seed=seeds, config=config, truncate=True)
     drawings = [image for (image,) in drawn]
     return judge_drawings(split, drawings), drawings
 

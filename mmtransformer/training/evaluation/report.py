@@ -24,8 +24,8 @@ from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.plots import (
     Card,
     CardCaption,
-    draw_gallery,
     grid_box,
+    plot_gallery,
     save_html_gallery,
     save_image,
     save_loss_curves,
@@ -73,15 +73,15 @@ def write_report(
     title = folder.resolve().name.replace("_", " ")
     if cards:
         subtitle = "; ".join(part for part in (headline(evaluation), note) if part)
-        save_image(draw_gallery(cards, title=title, subtitle=subtitle), folder / "gallery.png")
+        save_image(plot_gallery(cards, title=title, subtitle=subtitle), folder / "gallery.png")
         hint = f"Caption a picture of your own: `{how_to(folder, model, evaluation)}`"
         table = page_table(evaluation)
         save_html_gallery(cards, folder / "gallery.html", title=title, metrics=table, hint=hint)
-    draw_curves(folder)
+    plot_curves(folder)
     return metrics
 
 
-def draw_curves(folder: Path) -> None:
+def plot_curves(folder: Path) -> None:
     """Draws the losses of the run's metrics.csv under its name, if there are any; too few steps have no curve."""
     if not (folder / "metrics.csv").is_file():
         return

@@ -26,7 +26,7 @@ from mmtransformer.images import ImageError
 from mmtransformer.layers.modes import evaluation_mode
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots import save_image
-from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, draw_searches
+from mmtransformer.plots.retrieval import FoundImages, FoundTexts, Mark, plot_searches
 from mmtransformer.serialization.printable import counted
 from mmtransformer.text.tokenizer import Tokenizer
 from mmtransformer.training.evaluation.evaluation import ANY
@@ -88,7 +88,7 @@ class Retrieval:
         return "\n".join(lines)
 
 
-def draw_retrieval(
+def plot_retrieval(
     retrieval: Retrieval, data: CaptionData, path: str | Path, *, title: str = "", searches: int = 6, top: int = 5
 ) -> None:
     """Draws what some texts and some pictures found, evenly over splits and languages.
@@ -131,7 +131,7 @@ def draw_retrieval(
             f"{100 * s.recalls()['itc']['image_recall@1']:.1f} % of pictures"
             for split, code, s in pools
         )
-        save_image(draw_searches(by_text, by_image, title=title, subtitle=subtitle), path)
+        save_image(plot_searches(by_text, by_image, title=title, subtitle=subtitle), path)
 
 
 def _mark(pairs: Pairs, s: Scored, row: int, column: int, language: str | None) -> Mark:

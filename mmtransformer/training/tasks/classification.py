@@ -14,7 +14,7 @@ from mmtransformer.images import ImageError
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.base import fast_autocast
 from mmtransformer.pipelines.classifier import ImageClassifier
-from mmtransformer.plots import Card, CardCaption, draw_gallery, draw_rollout, save_image
+from mmtransformer.plots import Card, CardCaption, plot_gallery, plot_rollout, save_image
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -114,9 +114,9 @@ class Classification(Task[ClassData]):
         classifier.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         files = {}
         if cards := make_cards(classifier, data, self.num_cards):
-            gallery = draw_gallery(cards, title=run.title, columns=6, card_width=200)
+            gallery = plot_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
-            rollout = draw_rollout(self.vit, cards[0].image, data.transform, title=run.title)
+            rollout = plot_rollout(self.vit, cards[0].image, data.transform, title=run.title)
             save_image(rollout, run.folder / "attention.png")
             files = {"gallery": "gallery.png"}
         self.conclude(run, {"classification": scores}, found, files=files)

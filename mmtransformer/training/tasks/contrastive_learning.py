@@ -20,7 +20,7 @@ from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.engine.task import Task
-from mmtransformer.training.evaluation.retrieval import KS, draw_retrieval, evaluate_retrieval
+from mmtransformer.training.evaluation.retrieval import KS, evaluate_retrieval, plot_retrieval
 from mmtransformer.training.evaluation.zero_shot import zero_shot, zero_shot_table
 from mmtransformer.training.tasks.data_checks import check_pixels, check_texts, refuse_empty_captions
 
@@ -142,7 +142,7 @@ class ContrastiveLearning(Task[CaptionData]):
         retrieval = evaluate_retrieval(
             self.model, data, device=run.device, autocast=run.autocast, limit_batches=run.limit_batches
         )
-        draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
+        plot_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
         encoder = DualEncoder(self.model, data.tokenizer, data.transform, device=run.device)
         metrics: dict[str, Any] = {"retrieval": retrieval.to_dict()}
         table = retrieval.table()

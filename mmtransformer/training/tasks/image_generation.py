@@ -8,12 +8,12 @@ import torch
 from mmtransformer.captioners.base import CaptionBatch
 from mmtransformer.data.captions import CaptionData
 from mmtransformer.data.scenes.scenes import SceneSplit
-from mmtransformer.diffusion.drawing import ImageGenerationConfig
+from mmtransformer.diffusion.image_generation import ImageGenerationConfig
 from mmtransformer.diffusion.text_to_image import TextToImageModel
 from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.pipelines.image_captioner import ImageCaptioner
 from mmtransformer.pipelines.image_generator import ImageGenerator
-from mmtransformer.plots import Card, CardCaption, draw_gallery, save_image
+from mmtransformer.plots import Card, CardCaption, plot_gallery, save_image
 from mmtransformer.serialization.printable import fenced, say
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -139,7 +139,7 @@ class ImageGeneration(Task[CaptionData]):
         found = table(scores)
         painter.save_pretrained(run.folder / "model", card=f"## Scores\n\n{fenced(found)}")
         if cards:
-            gallery = draw_gallery(cards, title=run.title, columns=6, card_width=200)
+            gallery = plot_gallery(cards, title=run.title, columns=6, card_width=200)
             save_image(gallery, run.folder / "gallery.png")
         limits = ", ".join(f"{split} {read_['facts']:.1%}" for split, read_ in reader.items())
         found = f"of true pictures the reader reads {limits} of the facts\n{found}"

@@ -17,7 +17,7 @@ from mmtransformer.serialization.printable import say
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
 from mmtransformer.training.evaluation.evaluation import pick_metrics
-from mmtransformer.training.evaluation.retrieval import Retrieval, draw_retrieval, evaluate_retrieval
+from mmtransformer.training.evaluation.retrieval import Retrieval, evaluate_retrieval, plot_retrieval
 from mmtransformer.training.tasks.captioning import Captioning
 from mmtransformer.training.tasks.data_checks import refuse_empty_captions
 
@@ -147,7 +147,7 @@ class QFormerStage1(Captioning):
         stage1 = stage1_scores(self.validation_means, data.val_splits)
         path = run.folder / "metrics.json"
         write_json(path, json.loads(path.read_text("utf-8")) | {"retrieval": retrieval.to_dict(), "stage1": stage1})
-        draw_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
+        plot_retrieval(retrieval, data, run.folder / "retrieval.png", title=run.title)
         say(f"\n{stage1_table(retrieval, stage1)}\n\nsearches  {run.folder / 'retrieval.png'}")
 
 

@@ -13,7 +13,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.next_token import SumAndCount, next_token_loss
 from mmtransformer.metrics import score_captions
 from mmtransformer.pipelines.translator import PAPER, Translator
-from mmtransformer.plots import draw_attention, save_image
+from mmtransformer.plots import plot_attention, save_image
 from mmtransformer.serialization.printable import fenced
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.run import Run
@@ -173,7 +173,7 @@ class Translation(Task[TranslationData]):
             queries, keys, weights = translator.attention_map(pair.source, said, pair.language)
             named = {f"block {i}": block for i, block in enumerate(weights)}
             with suppress(ValueError):  # too long to be seen
-                sheet = draw_attention(named, queries, keys, title=f"{pair.source} → {said}")
+                sheet = plot_attention(named, queries, keys, title=f"{pair.source} → {said}")
                 save_image(sheet, run.folder / f"attention_{direction}.png")
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mmtransformer.data.loading.source import Pairs, PairSource
-from mmtransformer.data.scenes.drawing import draw
 from mmtransformer.data.scenes.palette import COLORS, contrast
+from mmtransformer.data.scenes.rendering import render
 from mmtransformer.data.scenes.scenes import Scenes, SceneSplit
 from mmtransformer.data.scenes.world import FILLS, KINDS, SHAPES, SIZES, Group, Relation, Scene, Spot, World
 
@@ -301,7 +301,7 @@ def test_every_object_is_seen_in_its_box_and_in_its_color():
     for scene in scenes(number=211):
         if len(scene.groups) > 1:
             continue
-        image = np.asarray(draw(scene, 64, clutter=0.0), np.float64) / 255
+        image = np.asarray(render(scene, 64, clutter=0.0), np.float64) / 255
         group = scene.groups[0]
         color = COLORS[group.color]
         body = np.array([[contrast(tuple(p), color) < 0.45 for p in row] for row in image])  # type: ignore[arg-type]
@@ -321,7 +321,7 @@ def test_shapes_and_fills_look_different(shape, side):
 
     def drawn(shape: str, fill: str) -> np.ndarray:
         group = Group(shape, "red", "small", fill, 1)
-        return np.asarray(draw(Scene((group,), (), ((Spot(0.5, 0.5, side, 0),),), 5), 64, 0.0), np.float64)
+        return np.asarray(render(Scene((group,), (), ((Spot(0.5, 0.5, side, 0),),), 5), 64, 0.0), np.float64)
 
     area = (side * 64) ** 2
     variants = [drawn(shape, fill) for fill in FILLS] + [drawn(s, "solid") for s in SHAPES if s != shape]
@@ -335,7 +335,7 @@ def test_backgrounds_keep_away_from_the_objects():
     """The corner pixels, where no clutter is drawn, are far from every object's colour."""
     near = 0
     for scene in scenes(number=401):
-        image = np.asarray(draw(scene, 64, clutter=0.0), np.float64) / 255
+        image = np.asarray(render(scene, 64, clutter=0.0), np.float64) / 255
         objects = {group.color for group in scene.groups}
         for row, column in ((0, 0), (0, 63), (63, 0), (63, 63)):
             boxes = [b for own in scene.boxes(64) for b in own]
@@ -348,9 +348,9 @@ def test_backgrounds_keep_away_from_the_objects():
 
 def test_clutter_is_noise_over_a_clean_image():
     scene = scenes(number=1)[0]
-    clean, cluttered, wild = (np.asarray(draw(scene, 64, c), np.float64) for c in (0.0, 1.0, 3.0))
+    clean, cluttered, wild = (np.asarray(render(scene, 64, c), np.float64) for c in (0.0, 1.0, 3.0))
     assert 1 < np.abs(cluttered - clean).mean() < np.abs(wild - clean).mean() < 60
-    assert np.array_equal(clean, np.asarray(draw(scene, 64, 0.0)))
+    assert np.array_equal(clean, np.asarray(render(scene, 64, 0.0)))
 
 
 def test_a_contact_sheet_can_be_drawn(tmp_path):

@@ -25,7 +25,7 @@ def test_progress_prints_no_escapes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_end_of_a_run_prints_no_escapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmtransformer.training.engine.task.draw_curves", lambda folder: None)
+    monkeypatch.setattr("mmtransformer.training.engine.task.plot_curves", lambda folder: None)
     task: Any = Captioning(tiny.captioner(), optim=Optim())
     task.trainer = SimpleNamespace(global_step=3, precision="32-true", callbacks=[])
     task.conclude(Run(tmp_path, 1.0, torch.device("cpu")), {}, f"table of {ESCAPE}", shown=[ESCAPE])

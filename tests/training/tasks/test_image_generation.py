@@ -145,7 +145,7 @@ def test_true_pictures_are_scored_as_the_reader_reads_them() -> None:
         def __init__(self, shift: int) -> None:
             self.shift = shift
 
-        def draw(self, texts: list[str], **_) -> list[list]:
+        def __call__(self, texts: list[str], **_) -> list[list]:
             return [[split.image((i + self.shift) % 6)] for i in range(len(texts))]
 
     best = reader_accuracy(split, 6).to_dict()
@@ -174,7 +174,7 @@ def test_two_seeds_of_a_text_are_compared() -> None:
         def __init__(self, shift: int) -> None:
             self.shift = shift
 
-        def draw(self, texts: list[str], *, seed: range, **_) -> list[list]:
+        def __call__(self, texts: list[str], *, seed: range, **_) -> list[list]:
             away = self.shift if seed[0] != SEED else 0
             assert len({*seed, *range(SEED, SEED + 6)}) == (12 if seed[0] != SEED else 6)
             return [[true[(i + away) % 6]] for i in range(len(texts))]

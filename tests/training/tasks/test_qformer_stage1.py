@@ -37,7 +37,7 @@ from mmtransformer.generation.config import GenerationConfig
 from mmtransformer.losses.contrastive import image_ids
 from mmtransformer.metrics.retrieval import recall_at_k
 from mmtransformer.plots.gallery import GAP
-from mmtransformer.plots.retrieval import MARK_INKS, WIDE, FoundImages, FoundTexts, draw_searches
+from mmtransformer.plots.retrieval import MARK_INKS, WIDE, FoundImages, FoundTexts, plot_searches
 from mmtransformer.training import Captioning, Optim, QFormerStage1, Run
 from mmtransformer.training.evaluation.retrieval import evaluate_retrieval
 from mmtransformer.weights import qformer_from_bert
@@ -260,15 +260,15 @@ def test_a_sheet_shows_what_was_found() -> None:
     images = [Image.new("RGB", (30 + 10 * i, 40), (40 * i, 80, 120)) for i in range(3)]
     found = FoundImages("큰 빨간 원 하나", images, ["other", "own", "true"], 2, "ko")
     texts = FoundTexts(images[0], ["a red circle", "two stars"], ["other", "other"], 7)
-    left = draw_searches([found], [], title="found")
-    whole = draw_searches([found], [texts], title="found")
+    left = plot_searches([found], [], title="found")
+    whole = plot_searches([found], [texts], title="found")
     assert whole.width == left.width + WIDE + GAP
     assert colours(left) >= {MARK_INKS["own"][1], MARK_INKS["true"][1]}
     assert MARK_INKS["own"][1] not in colours(whole.crop((left.width, 0, *whole.size)))
     with pytest.raises(ValueError, match="3 pictures were found, but 2 are marked"):
-        draw_searches([replace(found, marks=["own", "other"])], [])
+        plot_searches([replace(found, marks=["own", "other"])], [])
     with pytest.raises(ValueError, match="at least one search"):
-        draw_searches([], [])
+        plot_searches([], [])
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def draw(
+def generate_images(
     model: TextToImageModel,
     tokens: Tensor,
     attention_mask: Tensor,

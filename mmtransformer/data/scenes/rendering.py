@@ -18,7 +18,7 @@ _SUPER = 4  # supersampling of the masks, in each direction
 _APART = 0.95  # least contrast of the background against every object
 
 
-def draw(scene: Scene, image_size: int, clutter: float = 1.0) -> Image.Image:
+def render(scene: Scene, image_size: int, clutter: float = 1.0) -> Image.Image:
     """The picture of a scene, the same for the same arguments.
 
     Args:
