@@ -42,7 +42,7 @@ The most used keys (any key of a recipe can be given like this; --help=all lists
   --trainer.gradient_clip_val X        clip the gradient's norm
   --activation_checkpointing=true      less memory for a third more work
   --compile=true                       compiled blocks
-  --max_scenes N                        at most N pictures per split of drawn data, for a trial
+  --max_scenes N                       at most N pictures per split of drawn data, for a trial
   --model.optim.lr X                   peak learning rate
   --model.optim.ema X                  moving average of the weights (0.999)
   --model.label_smoothing X            share of probability spread over the vocabulary
