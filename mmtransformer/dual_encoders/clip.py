@@ -114,9 +114,9 @@ class CLIP(Pretrained, nn.Module):
         return self.text_proj.out_features
 
     @property
-    def opens(self) -> bool:
+    def add_bos_token(self) -> bool:
         """Whether a text begins with a token that opens it."""
-        return not isinstance(self.text, TextTower) or self.text.opens
+        return not isinstance(self.text, TextTower) or self.text.add_bos_token
 
     def encode_images(self, pixels: Tensor, patch_grids: Tensor | None = None) -> Tensor:
         """Images as vectors of length 1: (b 3 height width) -> (b e).
@@ -242,7 +242,7 @@ class CLIP(Pretrained, nn.Module):
     def read_texts(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """The texts that are compared, without the rest of a prompt: tokens (n q) and attention mask (n q)."""
         kept = batch.loss_mask.clone()
-        if self.opens:
+        if self.add_bos_token:
             kept[:, 0] = batch.attention_mask[:, 0]
         else:  # Of a padding sample, which has no target, a token must be left.
             kept[:, 0] |= ~kept.any(1)

@@ -20,7 +20,7 @@ class TextEncoderTower(Pretrained, nn.Module):
         ValueError: if the encoder lacks the pooler that is read.
     """
 
-    opens = True
+    add_bos_token = True
     """A text begins with the token that is read."""
 
     def __init__(self, encoder: TextEncoder, *, proj_dim: int | None = None) -> None:

@@ -30,7 +30,7 @@ class TextTower(Pretrained, nn.Module):
             rest is padding that is read as text (SigLIP); "attention", one query to all tokens; "largest", the token
             with the largest id (CLIPs that were trained so with a vocabulary whose end is not the largest).
         pad_id: with "last", the token that the places behind a text are filled with.
-        opens: whether a text begins with a token that opens it (bos); SigLIP's do not.
+        add_bos_token: whether a text begins with a token that opens it (bos); SigLIP's do not.
         activation: of the MLPs; OpenAI's CLIP "quick_gelu", SigLIP "gelu_tanh".
         norm_eps: of the norms.
         dropout: share of embeddings and branch results dropped in training.
@@ -51,7 +51,7 @@ class TextTower(Pretrained, nn.Module):
         causal: bool = True,
         pool: Literal["end", "last", "attention", "largest"] = "end",
         pad_id: int | None = None,
-        opens: bool = True,
+        add_bos_token: bool = True,
         activation: Activation = "gelu",
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
@@ -65,7 +65,7 @@ class TextTower(Pretrained, nn.Module):
             raise ValueError(f"pad_id ({pad_id}) must be one of the {vocab_size} ids")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
         self.max_len, self.mlp_dim = max_len, (mlp_dim := 4 * dim if mlp_dim is None else mlp_dim)
-        self.causal, self.pool, self.pad_id, self.opens = causal, pool, pad_id, opens
+        self.causal, self.pool, self.pad_id, self.add_bos_token = causal, pool, pad_id, add_bos_token
         self.activation: Activation = activation
         self.norm_eps, self.dropout = norm_eps, dropout
 

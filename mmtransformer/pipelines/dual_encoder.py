@@ -153,7 +153,7 @@ class DualEncoder(Pipeline[CLIP]):
 
     def _cut(self, text: str) -> tuple[list[int], bool]:
         """The ids, and whether words were left out."""
-        opening = self.tokenizer.prompt() if self.model.opens else []
+        opening = self.tokenizer.prompt() if self.model.add_bos_token else []
         words, room = self.tokenizer.encode(text), self.model.max_len - len(opening) - 1
         return [*opening, *words[:room], self.tokenizer.eos_id], len(words) > room
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mmtransformer.training.callbacks.saving import Stopped as Stopped
     from mmtransformer.training.engine.checkpoints import CheckpointError as CheckpointError
     from mmtransformer.training.engine.checkpoints import CheckpointFiles as CheckpointFiles
-    from mmtransformer.training.engine.guard import NotFinite as NotFinite
+    from mmtransformer.training.engine.guard import NonFiniteError as NonFiniteError
     from mmtransformer.training.engine.optim import Optim as Optim
     from mmtransformer.training.engine.precision import pick_precision as pick_precision
     from mmtransformer.training.engine.run import Run as Run
@@ -35,7 +35,7 @@ _CONTENTS = {
     "evaluation.evaluation": "Evaluation evaluate",
     "evaluation.report": "write_report",
     "engine.checkpoints": "CheckpointError CheckpointFiles",
-    "engine.guard": "NotFinite",
+    "engine.guard": "NonFiniteError",
     "engine.optim": "Optim",
     "engine.precision": "pick_precision",
     "engine.run": "Run",

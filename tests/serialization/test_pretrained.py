@@ -228,8 +228,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         autoencoder=autoencoder(),
     ),
     "TextTower": lambda: TextTower(
-        23, 20, 1, 4, max_len=17, mlp_dim=31, causal=False, pool="last", pad_id=1, opens=False, activation="gelu_tanh",
-        norm_eps=1e-6, dropout=0.1,
+        23, 20, 1, 4, max_len=17, mlp_dim=31, causal=False, pool="last", pad_id=1, add_bos_token=False,
+        activation="gelu_tanh", norm_eps=1e-6, dropout=0.1,
     ),
     "TextEncoderTower": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17, pooler=False), proj_dim=9),
     "TextEncoderTower of a pooler": lambda: TextEncoderTower(TextEncoder(23, 20, 1, 4, max_len=17)),

@@ -88,7 +88,7 @@ def contrast(optim: Optim) -> ContrastiveLearning:
     torch.manual_seed(3)
     vision = ViT(32, 8, 24, 1, 3, class_token=False, pool="mean", block=ViTBlockConfig(dropout=0.1))
     text = TextTower(VOCAB, 24, 1, 3, max_len=60, dropout=0.1)
-    return ContrastiveLearning(CLIP(vision, text, embed_dim=11, hardness=1.0), optim=optim, recall_pictures=4)
+    return ContrastiveLearning(CLIP(vision, text, embed_dim=11, hardness=1.0), optim=optim, recall_images=4)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

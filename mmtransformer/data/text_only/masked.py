@@ -29,8 +29,8 @@ class MaskedTextData(DataModule):
         tokenizer: A tokenizer, or a folder or hub name to load one from; None trains one. A mask token is added.
         vocab_size: The most words of a tokenizer that is trained here, the mask token included.
         pairs: Whether rows are pairs of texts, half of the time of one group.
-        share: Share of the tokens that are to be filled in.
-        whole_words: Hide words with all of their tokens; else single tokens.
+        mlm_probability: Share of the tokens that are to be filled in.
+        whole_word_mask: Hide words with all of their tokens; else single tokens.
         max_len: The most tokens of a row.
         batch_size: Rows in a batch of one process.
         loader: How samples are loaded and ordered, and how many may be unusable.
@@ -45,8 +45,8 @@ class MaskedTextData(DataModule):
         tokenizer: Tokenizer | str | None = None,
         vocab_size: int = 4096,
         pairs: bool = True,
-        share: float = 0.15,
-        whole_words: bool = True,
+        mlm_probability: float = 0.15,
+        whole_word_mask: bool = True,
         max_len: int = 64,
         batch_size: int = 64,
         loader: LoaderConfig = LoaderConfig(),
@@ -56,7 +56,7 @@ class MaskedTextData(DataModule):
             batch_size=batch_size, loader=loader, splits=splits, tokenizer=tokenizer, vocab_size=vocab_size
         )
         self.source, self.pairs = open_texts(source, read, max_bad_fraction=loader.max_bad_fraction), pairs
-        self.share, self.whole_words, self.max_len = share, whole_words, max_len
+        self.mlm_probability, self.whole_word_mask, self.max_len = mlm_probability, whole_word_mask, max_len
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -71,7 +71,13 @@ class MaskedTextData(DataModule):
     def masking(self, *, training: bool) -> Masking:
         """How words are hidden: 80 % masked, 10 % changed, 10 % left in training, all masked in validation."""
         hidden, changed = (0.8, 0.1) if training else (1.0, 0.0)
-        return Masking(self.tokenizer, share=self.share, whole_words=self.whole_words, hidden=hidden, changed=changed)
+        return Masking(
+            self.tokenizer,
+            mlm_probability=self.mlm_probability,
+            whole_word_mask=self.whole_word_mask,
+            hidden=hidden,
+            changed=changed,
+        )
 
     @once_a_split
     def rows(self, split: str) -> MaskedRows:

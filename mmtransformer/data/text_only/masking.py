@@ -27,8 +27,8 @@ class Masking:
 
     Args:
         tokenizer: It must have a mask token, see `with_mask`.
-        share: Share of a row's tokens that are to be filled in; one at least.
-        whole_words: Hide words with all of their tokens; else single tokens.
+        mlm_probability: Share of a row's tokens that are to be filled in; one at least.
+        whole_word_mask: Hide words with all of their tokens; else single tokens.
         hidden: Share of these that the mask token stands for.
         changed: Share of these that another token stands for; the rest stay as they are, but are asked for too.
 
@@ -40,13 +40,13 @@ class Masking:
         self,
         tokenizer: Tokenizer,
         *,
-        share: float = 0.15,
-        whole_words: bool = True,
+        mlm_probability: float = 0.15,
+        whole_word_mask: bool = True,
         hidden: float = 0.8,
         changed: float = 0.1,
     ) -> None:
-        if not 0 < share < 1:
-            raise ValueError(f"share ({share}) must be above 0 and below 1")
+        if not 0 < mlm_probability < 1:
+            raise ValueError(f"mlm_probability ({mlm_probability}) must be above 0 and below 1")
         if min(hidden, changed) < 0 or hidden + changed > 1:
             raise ValueError(f"hidden ({hidden}) and changed ({changed}) must not be below 0, nor 1 together")
         found = (tokenizer.backend.token_to_id(mask) for mask in MASKS)
@@ -56,7 +56,7 @@ class Masking:
                 f"none of the tokenizer's {tokenizer.vocab_size} tokens is {', '.join(MASKS)}: "
                 f"add one (Tokenizer.with_special_tokens)"
             )
-        self.mask_id, self.share, self.whole_words = mask_id, share, whole_words
+        self.mask_id, self.mlm_probability, self.whole_word_mask = mask_id, mlm_probability, whole_word_mask
         self.hidden, self.changed = hidden, changed
         spelt = tokenizer.token_bytes()
         self.ordinary = np.array([i for i, data in enumerate(spelt) if data])
@@ -88,12 +88,12 @@ class Masking:
         """
         place = np.arange(tokens.shape[1])
         asked = [column[:, None] for column in keys.T]
-        units = words if self.whole_words else np.where(words >= 0, place, -1)
+        units = words if self.whole_word_mask else np.where(words >= 0, place, -1)
         order = np.argsort(hash64(*asked, place, 11), axis=1, kind="stable")
         loss_mask = np.zeros(tokens.shape, bool)
         for row, (unit, first) in enumerate(zip(units, order, strict=True)):
             sizes = np.bincount(unit[unit >= 0])
-            room = max(1, round(self.share * int(sizes.sum())))
+            room = max(1, round(self.mlm_probability * int(sizes.sum())))
             chosen: list[int] = []
             for number in dict.fromkeys(unit[first].tolist()):  # words by their first token in a random order
                 if number >= 0 and sizes[number] <= room:

@@ -18,7 +18,7 @@ RECORD = "not_finite.jsonl"
 """The file of the run's folder with a line for every such step and process: all samples of the part that was bad."""
 
 
-class NotFinite(ValueError):
+class NonFiniteError(ValueError):
     """A loss or a gradient became NaN or infinite; the message says where."""
 
 
@@ -39,7 +39,7 @@ def not_finite(
     gradient: str | None = None,
     record: Path | None = None,
     precision: str = "",
-) -> NotFinite:
+) -> NonFiniteError:
     """The error to raise, with everything that helps to find the cause.
 
     Args:
@@ -67,7 +67,7 @@ def not_finite(
     where = f"first bad module: {culprit}; " if culprit else ""
     where += f"first bad gradient: {gradient}" if gradient else "every gradient is finite by itself"
     wide = "" if precision in ("32-true", "64-true") else "set trainer.precision to 32-true, "
-    return NotFinite(
+    return NonFiniteError(
         f"step {step}: the loss is {loss:.6g} and the gradient's norm {grad_norm:.6g}, which is not finite; the "
         f"weights were left as they were. Learning rate {lr:.3g}; {where}; samples: {shown or 'unnamed'}. Lower "
         f"model.optim.lr, lengthen model.optim.warmup_steps, {wide}or leave such steps out "

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmtransformer.layers.config import known_fields
 from mmtransformer.layers.kernels import bfloat16_hardware
-from mmtransformer.training.engine.guard import NotFinite
+from mmtransformer.training.engine.guard import NonFiniteError
 from mmtransformer.training.engine.internals import newton_schulz_in
 from mmtransformer.training.engine.parameters import lr_scales
 
@@ -94,10 +94,10 @@ class Optim:
         """Refuses a learning rate that is NaN or infinite before it enters the weights; no loss shows it till then.
 
         Raises:
-            NotFinite: Naming the step.
+            NonFiniteError: Naming the step.
         """
         if odd := [rate for group in optimizer.param_groups if not math.isfinite(rate := float(group["lr"]))]:
-            raise NotFinite(
+            raise NonFiniteError(
                 f"step {step}: the learning rate is {odd[0]:g}; the weights were left as they were. See optim"
             )
 

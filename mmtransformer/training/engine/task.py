@@ -222,7 +222,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
         """From the sum of gradients to the mean over the global batch; clips, logs, and guards the weights.
 
         Raises:
-            NotFinite: If loss or gradient are not, unless such steps are to be skipped.
+            NonFiniteError: If loss or gradient are not, unless such steps are to be skipped.
             ValueError: If there is nothing to learn from in the global batch.
         """
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -261,7 +261,7 @@ class Task(pl.LightningModule, ABC, Generic[DataT]):
                 logger.log_metrics(row | {"epoch": self.trainer.current_epoch}, self.trainer.global_step)
 
     def _leave_out(self, parts: StepSums, loss: float, norm: float, lr: float) -> None:
-        """Finds what is wrong with a step, in all processes at once, and counts it, or raises `NotFinite`."""
+        """Finds what is wrong with a step, in all processes at once, and counts it, or raises `NonFiniteError`."""
         weights = dict(self.named_parameters(remove_duplicate=False))
         bad = not_finite_in({n: p.grad for n, p in weights.items() if p.grad is not None})
         culprit = first_bad_module(self, lambda: self.compute_again(parts.suspect), not_finite_in(weights))

@@ -247,7 +247,7 @@ def _read_by(model: Blip2QFormer | CLIP, row: CaptionRow) -> np.ndarray:
     """What a model reads of a caption: a CLIP, of the prompt, only what opens a text."""
     if not isinstance(model, CLIP):
         return row.tokens
-    return np.concatenate((row.tokens[: int(model.opens)], row.tokens[row.prompt :]))
+    return np.concatenate((row.tokens[: int(model.add_bos_token)], row.tokens[row.prompt :]))
 
 
 def _text_vectors(model: Blip2QFormer | CLIP, tokens: Tensor, attention_mask: Tensor) -> Tensor:

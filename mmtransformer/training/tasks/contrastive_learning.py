@@ -43,7 +43,7 @@ class ContrastiveLearning(Task[CaptionData]):
         optim: The optimizer and its schedule.
         gather_grad: Whether gradients reach the processes that candidates came from; without, a step is faster and
             its gradient no longer that of the whole batch.
-        recall_pictures: Among how many pictures of each split a validation measures recall; 0 = it does not.
+        recall_images: Among how many pictures of each split a validation measures recall; 0 = it does not.
     """
 
     data_kind = CaptionData
@@ -55,12 +55,12 @@ class ContrastiveLearning(Task[CaptionData]):
         *,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
         gather_grad: bool = True,
-        recall_pictures: int = 1000,
+        recall_images: int = 1000,
     ) -> None:
         super().__init__(optim)
-        if recall_pictures < 0:
-            raise ValueError(f"recall_pictures ({recall_pictures}) must be at least 0")
-        self.model, self.gather_grad, self.recall_pictures = model, gather_grad, recall_pictures
+        if recall_images < 0:
+            raise ValueError(f"recall_images ({recall_images}) must be at least 0")
+        self.model, self.gather_grad, self.recall_images = model, gather_grad, recall_images
         self.start: DualEncoder | None = None
         """The saved model that this one goes on from; its tokenizer and transform are then the data's."""
         self._found: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
@@ -110,7 +110,7 @@ class ContrastiveLearning(Task[CaptionData]):
         output = self.model.compare(batch, images, texts)  # First: all processes have to meet in it.
         counted = batch.loss_mask.any().to(output.loss.dtype)
         self.add(split, "loss", SumAndCount(output.loss * counted, counted))
-        if ids is None or sum(len(found[0]) for found in self._found[split]) >= self.recall_pictures:
+        if ids is None or sum(len(found[0]) for found in self._found[split]) >= self.recall_images:
             return
         rows = ids.repeat_interleave(len(texts) // len(images)).masked_fill(~batch.loss_mask.any(1), -1)
         self._found[split].append((images.float(), ids, texts.float(), rows))
@@ -193,7 +193,7 @@ def finetune_clip(
     freeze_text: bool = False,
     optim: Optim = Optim(lr=1e-4, warmup_steps=50),  # noqa: B008 (frozen)
     gather_grad: bool = True,
-    recall_pictures: int = 1000,
+    recall_images: int = 1000,
 ) -> ContrastiveLearning:
     """Goes on from a saved or public dual encoder, with its own tokenizer and image transform.
 
@@ -204,7 +204,7 @@ def finetune_clip(
             vision tower).
         optim: The optimizer and its schedule.
         gather_grad: See `ContrastiveLearning`.
-        recall_pictures: See `ContrastiveLearning`.
+        recall_images: See `ContrastiveLearning`.
 
     Raises:
         ValueError: If the folder holds no dual encoder.
@@ -216,6 +216,6 @@ def finetune_clip(
         model.freeze_vision = True
     if freeze_text:
         freeze(model.text)
-    task = ContrastiveLearning(model, optim=optim, gather_grad=gather_grad, recall_pictures=recall_pictures)
+    task = ContrastiveLearning(model, optim=optim, gather_grad=gather_grad, recall_images=recall_images)
     task.start = saved
     return task

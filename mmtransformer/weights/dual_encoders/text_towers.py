@@ -100,7 +100,7 @@ def text_from_transformers(
         causal=not siglip,
         pool="last" if siglip else _end(kind, said, ids),
         pad_id=ids.get("pad_token_id", said.get("pad_token_id", 1)) if siglip else None,
-        opens=not siglip,
+        add_bos_token=not siglip,
         activation=activation_of(said, "hidden_act", context),
         norm_eps=said["layer_norm_eps"],
     )
@@ -151,7 +151,12 @@ def text_to_transformers(
         siglip = kind in ("siglip", "siglip2")
         pool = "last" if siglip else "largest" if text.pool == "largest" else "end"
         only_these(
-            name, {"causal": (text.causal, not siglip), "pool": (text.pool, pool), "opens": (text.opens, not siglip)}
+            name,
+            {
+                "causal": (text.causal, not siglip),
+                "pool": (text.pool, pool),
+                "add_bos_token": (text.add_bos_token, not siglip),
+            },
         )
         config = {
             "model_type": f"{kind}_text_model",

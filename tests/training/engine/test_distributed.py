@@ -26,7 +26,7 @@ from mmtransformer.losses.next_token import SumAndCount
 from mmtransformer.training.callbacks.samples import Samples
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.checkpoints import read
-from mmtransformer.training.engine.guard import NotFinite
+from mmtransformer.training.engine.guard import NonFiniteError
 from mmtransformer.training.engine.log import MetricsLog
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.engine.sharded import Sharded, number_format, shard
@@ -153,7 +153,7 @@ def two(folder: Path) -> Path:
         begin(folder / "two then one", batch_size=4, world=2)
         try:
             fit(folder / "bad", batch_size=4, world=2, look=BadGradient())
-        except NotFinite as error:
+        except NonFiniteError as error:
             (folder / f"bad-{rank}.txt").write_text(str(error))
         try:  # as if the second process could not see the folder
             fit(folder / "one then two", batch_size=4, world=2, resume=rank == 0)
@@ -277,7 +277,7 @@ def test_weights_may_be_shared_out_with_frozen_towers_among_them(folder: Path) -
         torch.save([weights(module), weights(again)], folder / f"shared-{rank}.pt")
         try:
             shared("bad, shared", look=BadGradient())
-        except NotFinite as error:
+        except NonFiniteError as error:
             (folder / f"bad, shared-{rank}.txt").write_text(str(error))
         first = next(iter(module.trainer.datamodule.val_dataloader()[0]))  # type: ignore[attr-defined]
         assert first.pixels is not None

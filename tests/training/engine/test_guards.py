@@ -19,7 +19,7 @@ from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,
     RECORD,
-    NotFinite,
+    NonFiniteError,
     OutOfMemory,
     first_bad_module,
     not_finite,
@@ -70,7 +70,7 @@ def train(
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_the_message_says_where(tmp_path: Path, poison: float) -> None:
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         train(tmp_path, [batch(0), batch(1), batch(2, poison), batch(3)], lr=0.25)
     text = str(caught.value)
     assert text.startswith("step 2: the loss is nan and the gradient's norm nan")
@@ -85,7 +85,7 @@ def test_the_message_says_where(tmp_path: Path, poison: float) -> None:
 
 def test_of_an_accumulated_step_the_bad_part_is_named(tmp_path: Path) -> None:
     """Not the part that came last, nor all of them."""
-    with pytest.raises(NotFinite) as caught:
+    with pytest.raises(NonFiniteError) as caught:
         train(tmp_path, [batch(0), batch(1), batch(2), batch(3, math.nan), batch(4), batch(5)], accumulate=3)
     text = str(caught.value)
     assert text.startswith("step 1: the loss is nan")
@@ -100,7 +100,7 @@ def test_every_sample_of_a_bad_step_stands_in_a_file(tmp_path: Path) -> None:
     many = CaptionBatch(
         many.tokens[rows], many.attention_mask[rows], many.loss_mask[rows], many.pixels[rows], names=names
     )  # type: ignore[index]
-    with pytest.raises(NotFinite, match="그림-7 and 9 more") as caught:
+    with pytest.raises(NonFiniteError, match="그림-7 and 9 more") as caught:
         train(tmp_path, [batch(0), many], lr=0.25)
     assert f"(all in {tmp_path / 'not_finite.jsonl'})" in str(caught.value)
     (line,) = (tmp_path / "not_finite.jsonl").read_text(encoding="utf-8").splitlines()
@@ -114,7 +114,7 @@ def test_every_sample_of_a_bad_step_stands_in_a_file(tmp_path: Path) -> None:
 
 def test_a_run_that_starts_anew_forgets_an_older_runs_faults(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text("of an older run\n", "utf-8")
-    with pytest.raises(NotFinite):
+    with pytest.raises(NonFiniteError):
         train(tmp_path, [batch(0), batch(1, math.nan)])
     (line,) = (tmp_path / RECORD).read_text("utf-8").splitlines()
     assert json.loads(line)["step"] == 1
@@ -139,7 +139,7 @@ def test_the_look_for_the_bad_module_computes_as_the_step_did(tmp_path: Path, mo
         return loss(self, batch)
 
     monkeypatch.setattr(Captioning, "loss", look)
-    with pytest.raises(NotFinite, match="first bad module"):
+    with pytest.raises(NonFiniteError, match="first bad module"):
         train(tmp_path, [batch(0), batch(1, math.nan)], precision="bf16-mixed")
     assert seen == [True, True, True]
 
@@ -153,7 +153,7 @@ def test_weights_are_what_they_were_before_the_bad_step(tmp_path: Path, monkeypa
             seen.append(self)
 
     monkeypatch.setitem(globals(), "Captioning", Keep)
-    with pytest.raises(NotFinite):
+    with pytest.raises(NonFiniteError):
         train(tmp_path, [batch(0), batch(1), batch(2, math.nan)], lr_schedule="inverse_sqrt")
     for a, b in zip(good.parameters(), seen[0].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -178,7 +178,7 @@ def test_a_learning_rate_that_is_nan_does_not_enter_the_weights(
         with monkeypatch.context() as patch:
             patch.setitem(globals(), "Captioning", Keep)
             patch.setattr(Optim, "schedule", schedule)
-            with pytest.raises(NotFinite, match=f"step 2: the learning rate is {bad:g}; the weights were left"):
+            with pytest.raises(NonFiniteError, match=f"step 2: the learning rate is {bad:g}; the weights were left"):
                 train(tmp_path, [batch(0), batch(1), batch(2)], lr_schedule="inverse_sqrt", nonfinite=nonfinite)
         for a, b in zip(good.parameters(), seen[0].parameters(), strict=True):
             assert torch.equal(a, b)
@@ -228,7 +228,10 @@ def test_steps_left_out_are_counted_through_a_resume(tmp_path: Path) -> None:
 
 def test_a_run_that_only_skips_stops(tmp_path: Path) -> None:
     batches = [batch(0), *(batch(i, math.nan) for i in range(1, MOST_IN_A_ROW + 3))]
-    with pytest.warns(UserWarning, match="step left out"), pytest.raises(NotFinite, match=f"step {MOST_IN_A_ROW + 1}"):
+    with (
+        pytest.warns(UserWarning, match="step left out"),
+        pytest.raises(NonFiniteError, match=f"step {MOST_IN_A_ROW + 1}"),
+    ):
         train(tmp_path, batches, nonfinite="skip")
 
 

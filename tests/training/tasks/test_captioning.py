@@ -17,7 +17,7 @@ from mmtransformer.data.loading.module import Splits
 from mmtransformer.data.scenes.scenes import Scenes
 from mmtransformer.generation.captions import write_captions
 from mmtransformer.generation.config import GenerationConfig
-from mmtransformer.training import Captioning, NotFinite, Progress, Samples, evaluate, finetune, write_report
+from mmtransformer.training import Captioning, NonFiniteError, Progress, Samples, evaluate, finetune, write_report
 from mmtransformer.training.callbacks.progress import clock
 from mmtransformer.training.engine.optim import Optim
 from mmtransformer.training.evaluation import evaluation as evaluation_module
@@ -110,7 +110,9 @@ def test_not_a_number_stops_before_the_weights(tmp_path: Path) -> None:
     bad.pixels[1, 0, 2, 7, 7] = math.nan  # type: ignore[index]
     module = Captioning(captioner(), optim=Optim(lr=0.01, warmup_steps=0))
     loader = torch.utils.data.DataLoader([batch([4, 6]), bad, batch([3, 3])], batch_size=None)  # type: ignore[arg-type]
-    with pytest.raises(NotFinite, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\.") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: the loss is nan .* samples: picture-5-0, picture-5-1\."
+    ) as caught:
         trainer(tmp_path, max_steps=3).fit(module, train_dataloaders=loader)
     assert "captioner." in str(caught.value)
     assert all(p.isfinite().all() for p in module.parameters())

@@ -113,7 +113,7 @@ def test_validations_recall_is_that_of_whole_splits(tmp_path: Path) -> None:
     expected = recall_at_k((images @ torch.stack(texts).T).detach().numpy(), owner)
     for name in RECALLS:
         assert task.validation_means[f"val/{name}"] == pytest.approx(expected[name], abs=1e-6)
-    none = ContrastiveLearning(model(), recall_pictures=0)
+    none = ContrastiveLearning(model(), recall_images=0)
     trainer(tmp_path).validate(none, datamodule=scenes(), verbose=False)
     assert "val/loss" in none.validation_means
     assert "val/text_recall@1" not in none.validation_means
@@ -176,8 +176,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for data, message in cases:
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path).fit(ContrastiveLearning(model()), datamodule=data)
-    with pytest.raises(ValueError, match=r"recall_pictures \(-1\)"):
-        ContrastiveLearning(model(), recall_pictures=-1)
+    with pytest.raises(ValueError, match=r"recall_images \(-1\)"):
+        ContrastiveLearning(model(), recall_images=-1)
 
 
 def test_zero_shot_sentences_are_true_of_their_class() -> None:

@@ -92,9 +92,9 @@ def test_words_end_at_white_space_and_marks(tokenizer: Tokenizer) -> None:
     assert len(masking.words(np.zeros(0, np.int64))) == 0
 
 
-@pytest.mark.parametrize("whole_words", [True, False])
-def test_fifteen_percent_are_hidden_eighty_ten_ten(tokenizer: Tokenizer, whole_words: bool) -> None:
-    masking = Masking(tokenizer, whole_words=whole_words)
+@pytest.mark.parametrize("whole_word_mask", [True, False])
+def test_fifteen_percent_are_hidden_eighty_ten_ten(tokenizer: Tokenizer, whole_word_mask: bool) -> None:
+    masking = Masking(tokenizer, whole_word_mask=whole_word_mask)
     draw = np.random.default_rng(0)
     tokens = draw.choice(masking.ordinary, (400, 62))
     words = np.tile(np.repeat(np.arange(31), 2), (400, 1))
@@ -109,7 +109,7 @@ def test_fifteen_percent_are_hidden_eighty_ten_ten(tokenizer: Tokenizer, whole_w
     assert share == pytest.approx(0.8, abs=0.03)
     assert same == pytest.approx(0.1 + 0.1 / len(masking.ordinary), abs=0.02)
     assert np.isin(seen[loss_mask], [masking.mask_id, *masking.ordinary]).all()
-    if whole_words:
+    if whole_word_mask:
         pairs = loss_mask[:, :50].reshape(400, 25, 2)
         assert (pairs[..., 0] == pairs[..., 1]).all()
     else:
@@ -139,8 +139,8 @@ def test_a_mask_token_is_found_or_added() -> None:
     assert plain.vocab_size not in Masking(with_mask(plain)).ordinary
     with pytest.raises(ValueError, match=rf"none of the tokenizer's {plain.vocab_size} tokens"):
         Masking(plain)
-    with pytest.raises(ValueError, match=r"share \(1.0\)"):
-        Masking(with_mask(plain), share=1.0)
+    with pytest.raises(ValueError, match=r"mlm_probability \(1.0\)"):
+        Masking(with_mask(plain), mlm_probability=1.0)
     with pytest.raises(ValueError, match=r"hidden \(0.8\) and changed \(0.3\)"):
         Masking(with_mask(plain), changed=0.3)
 
