@@ -4,10 +4,10 @@ BLIP-base (384 px, greedy, 20 new tokens), ViT-GPT2 (224 px, 4 beams, 15 new tok
 new tokens), in their published shapes with random weights; or small ones, which only say that all runs. The ids must be
 the same in float32.
 
-python tests/benchmarks/bench_public.py [--threads N] [--pairs N] [--only NAME] [--weights fp32|bf16]
+python tests/benchmarks/bench_public.py [--threads N] [--pairs N] [--only NAME] [--weights fp32|bf16|int8|auto]
                                         [--peer fp32|bf16] [--size base|small]
 
-`--weights` is what ours computes with, `--peer` what transformers does.
+`--weights` is what ours computes with (auto: what `dtype="auto"` takes here), `--peer` what transformers does.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from mmtransformer import CaptionBatch, Captioner, GenerationConfig, generate
 from mmtransformer.layers.weight_packing import for_inference
+from mmtransformer.pipelines.base import resolve_precision
 from mmtransformer.weights import from_blip, from_vision_encoder_decoder
 from mmtransformer.weights.captioners.git import git_from_state
 
@@ -105,14 +106,16 @@ def peer_ids(peer: Any, pixels: Tensor, search: dict[str, Any]) -> list[list[int
 
 
 def main() -> None:
-    args = start(__doc__ or "", weights=("fp32", "bf16"), peer=("fp32", "bf16"), size=("base", "small"))
+    args = start(__doc__ or "", weights=("fp32", "bf16", "int8", "auto"), peer=("fp32", "bf16"), size=("base", "small"))
     logging.set_verbosity_error()
     for family, (make, convert, end) in FAMILIES.items():
         names = {r: f"{family} {args.size}, pictures: {r}, {args.weights} beside {args.peer}" for r in (1, 8)}
         if not any(args.only in name for name in names.values()):
             continue
         peer, side, first, search = make(args.size == "small")
-        ours = for_inference(convert(peer), args.weights)
+        ours = convert(peer)
+        precision = resolve_precision(args.weights, None, "cpu", ours.decoder)
+        ours = for_inference(ours, precision)
         peer = peer.bfloat16() if args.peer == "bf16" else peer
         for rows, name in names.items():
             pixels = torch.randn(rows, 3, side, side)

@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[str, str, str | None]] = {
     "qformer": ("bench_qformer.py", "--pairs 3", "--pairs 2 --only forward"),
     "flamingo": ("bench_flamingo.py", "--pairs 3", "--pairs 2 --only 1_beams"),
     "public": ("bench_public.py", "--pairs 3", None),
+    "public auto": ("bench_public.py", "--pairs 3 --weights auto", None),
     "families": ("bench_families.py", "--pairs 2", None),
     "tuning": ("bench_tuning.py", "--pairs 3", None),
     "towers": ("bench_towers.py", "--pairs 3", None),

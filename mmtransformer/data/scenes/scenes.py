@@ -65,8 +65,7 @@ class SceneSplit:
         scene = self.world.sample(self._chance(i - number, "scene"), held_out=self.split_name == "compositional")
         if number == 0:
             return scene
-        others = self.world.siblings(scene)
-        self._chance(i - number, "siblings").shuffle(others)
+        others = self.world.siblings(scene, self._chance(i - number, "siblings"), self.siblings - 1)
         return others[number - 1] if number <= len(others) else scene
 
     def image(self, i: int) -> Image.Image:

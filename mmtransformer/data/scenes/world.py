@@ -209,23 +209,29 @@ class World:
         relations, spots = _place(rng, groups, axis, inside)
         return Scene(tuple(groups), relations, spots, rng.getrandbits(63))
 
-    def siblings(self, scene: Scene) -> list[Scene]:
-        """All scenes that differ in one word: a group has another shape, colour or fill, all else is where it was.
+    def siblings(self, scene: Scene, rng: random.Random, most: int) -> list[Scene]:
+        """Some of the scenes that differ in one word: a group has another shape, colour or fill, all else stays.
 
         Args:
             scene: The scene; of none of its groups is the colour-shape pair held out.
+            rng: All chance comes from it.
+            most: How many, if there are as many.
         """
         nested = {group for relation in scene.relations if relation.kind == "inside" for group in relation[::2]}
         taken = {(group.color, group.shape) for group in scene.groups}
-        found = []
+        changes: list[tuple[int, dict[str, str]]] = []
         for i, group in enumerate(scene.groups):
             if i in nested:  # what fits into what, and is seen on it, stays
                 continue
             pairs = [pair for pair in self._pairs if pair not in taken]
-            others = [replace(group, color=c, shape=s) for c, s in pairs if c == group.color or s == group.shape]
-            others += [replace(group, fill=fill) for fill in self.fills if fill != group.fill]
-            found += [replace(scene, groups=(*scene.groups[:i], other, *scene.groups[i + 1 :])) for other in others]
-        return found
+            changes += [(i, {"color": c, "shape": s}) for c, s in pairs if c == group.color or s == group.shape]
+            changes += [(i, {"fill": fill}) for fill in self.fills if fill != group.fill]
+        rng.shuffle(changes)
+        groups = scene.groups
+        return [
+            replace(scene, groups=(*groups[:i], replace(groups[i], **change), *groups[i + 1 :]))
+            for i, change in changes[:most]
+        ]
 
     def _choose_pairs(
         self, rng: random.Random, num_groups: int, held_out: bool, inside: bool

@@ -61,7 +61,7 @@ def test_siblings_differ_in_one_word_and_none_is_held_out():
     for first in range(0, 400, 4):
         scenes = [train.scene(i) for i in range(first, first + 4)]
         assert scenes[0] == plain.split("train").scene(first)
-        assert len(set(scenes)) == (4 if world.siblings(scenes[0]) else 1)
+        assert len(set(scenes)) == (4 if world.siblings(scenes[0], random.Random(0), 1) else 1)
         for other in scenes[1:]:
             assert not pairs_of(other) & world.held_out
             assert len(pairs_of(other)) == len(other.groups)
