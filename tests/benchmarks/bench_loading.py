@@ -42,7 +42,7 @@ from mmtransformer.data.loading.module import LoaderConfig
 from mmtransformer.images import Augment, ImageTransform, load
 from mmtransformer.text.tokenizer import Tokenizer
 
-SIDE, BATCH = 224, 32
+SIDE, BATCH, SHARDS = 224, 32, 4
 END = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,) * 3, (0.5,) * 3)]
 BICUBIC = v2.InterpolationMode.BICUBIC
 Transform = Callable[[Any], Tensor]
@@ -106,16 +106,21 @@ def repeated(run: Callable[[], object], count: int) -> Callable[[], object]:
 
 
 def write(folder: Path, count: int) -> dict[str, Path]:
-    """The same pictures with a caption each, as a folder, a zip and a tar; and Parquet where pyarrow is."""
-    places = {"folder": folder / "files", "zip": folder / "pairs.zip", "tar": folder / "pairs.tar"}
+    """The same pictures with a caption each, as a folder, a zip and four tars; and Parquet where pyarrow is."""
+    places = {"folder": folder / "files", "zip": folder / "pairs.zip", "tar": folder / "tars"}
     (inner := places["folder"] / "a").mkdir(parents=True)
     for i in range(count):
         (inner / f"{i:05}.jpg").write_bytes(photo(480, 640, i % 16))
         (inner / f"{i:05}.txt").write_text(f"picture number {i}\n")
-    with zipfile.ZipFile(places["zip"], "w") as archive, tarfile.open(places["tar"], "w") as tar:
-        for path in sorted(inner.iterdir()):
+    files = sorted(inner.iterdir())
+    with zipfile.ZipFile(places["zip"], "w") as archive:
+        for path in files:
             archive.write(path, path.name)
-            tar.add(path, path.name)
+    places["tar"].mkdir()
+    for shard in range(SHARDS):
+        with tarfile.open(places["tar"] / f"{shard}.tar", "w") as tar:
+            for path in files[shard * len(files) // SHARDS : (shard + 1) * len(files) // SHARDS]:
+                tar.add(path, path.name)
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -151,7 +156,8 @@ def webdataset_loader(place: Path, workers: int) -> Iterable[Any]:
     import webdataset  # pyright: ignore[reportMissingImports]
 
     crop = v2.Compose([v2.RandomResizedCrop(SIDE, (0.8, 1.0), interpolation=BICUBIC), *END])
-    rows = webdataset.WebDataset(str(place), shardshuffle=False, empty_check=False).shuffle(1000).decode("pil")
+    shards = [str(path) for path in sorted(place.glob("*.tar"))]
+    rows = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).shuffle(1000).decode("pil")
     return DataLoader(rows.to_tuple("jpg", "txt").map_tuple(crop, str).batched(BATCH), None, num_workers=workers)
 
 
