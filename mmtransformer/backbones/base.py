@@ -6,7 +6,7 @@ Shapes: e width of an embedding, n rows of its table.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,27 @@ class PromptBatch:
     attention_mask: Tensor
 
     def __post_init__(self) -> None:
-        self.attention_mask = as_mask(self.attention_mask, "attention_mask")
+        self.attention_mask = check_tokens(self.tokens, self.attention_mask)
+
+
+@overload
+def check_tokens(tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
+@overload
+def check_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None: ...
+def check_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Refuses what are no tokens (b q) with their mask; gives the mask as bool.
+
+    Raises:
+        ValueError: for another kind or number of dimensions, or a mask of another shape or with other numbers.
+    """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        given = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        raise ValueError(f"tokens are a tensor (b q) of ids, torch.long, not {given}")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} is not of the tokens {tuple(tokens.shape)}")
+    return as_mask(attention_mask, "attention_mask")
 
 
 class DecoderState:

@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mmtransformer.backbones.base import Decoder, DecoderState, vocabulary_error
+from mmtransformer.backbones.base import Decoder, DecoderState, check_tokens, vocabulary_error
 from mmtransformer.backbones.encoder import MLMHead
 from mmtransformer.layers import masks
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP, DecoderBlock, SwiGLU, make_dropout, make_norm
 from mmtransformer.layers.cache import KeyValue
-from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig
+from mmtransformer.layers.config import AttentionConfig, MLPConfig, NormConfig, PositionConfig, check_sizes
 from mmtransformer.layers.kernels import capped, linear
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rotary, sinusoidal
@@ -102,6 +103,10 @@ class TextDecoder(Pretrained, Decoder):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_sizes(
+            vocab_size=vocab_size, dim=dim, num_heads=num_heads, max_len=max_len, mlp_dim=mlp_dim, cross_dim=cross_dim
+        )
+        check_sizes(0, depth=depth)
         if not 1 <= cross_layer_interval <= max(depth, 1):
             raise ValueError(f"cross_layer_interval ({cross_layer_interval}) must be between 1 and depth ({depth})")
         self.vocab_size, self.dim, self.depth, self.num_heads = vocab_size, dim, depth, num_heads
@@ -235,6 +240,8 @@ class TextDecoder(Pretrained, Decoder):
         Raises:
             ValueError: as `Decoder.forward`, or if a context is missing, or given to a decoder that cannot read it.
         """
+        if attention_mask is not None or tokens.ndim != 2 or tokens.dtype != torch.long:
+            attention_mask = check_tokens(tokens, attention_mask)
         position_ids = self.position_ids(tokens, attention_mask, document_ids=document_ids, state=state)
         if document_ids is not None:
             mask = self.document_mask(document_ids, attention_mask, mask)
@@ -274,6 +281,8 @@ class TextDecoder(Pretrained, Decoder):
             given = "no context was given" if context is None else "a context was given"
             raise ValueError(f"this decoder {has} cross-attention, but {given}")
         if isinstance(context, Tensor):
+            if context.ndim != 3 or context.shape[-1] != self.cross_dim:
+                raise ValueError(f"a context is (n k {self.cross_dim}), not {tuple(context.shape)}")
             context = self.project_context(context)
         if context is not None and len(context) != (count := self.depth // self.cross_layer_interval):
             raise ValueError(f"keys and values for {len(context)} blocks were given, but {count} read a context")

@@ -18,6 +18,7 @@ from mmtransformer.backbones.patches import ConvStem, PatchEmbed, ViTPatchConfig
 from mmtransformer.backbones.vit_blocks import DistilledHead, ViTBlockConfig, ViTOutputConfig, make_block
 from mmtransformer.images import ImageTransform
 from mmtransformer.layers.blocks import AttentionPool
+from mmtransformer.layers.config import check_sizes
 from mmtransformer.layers.masks import Mask
 from mmtransformer.layers.positions import Rope, resize_positions, sinusoidal_2d
 from mmtransformer.layers.random_weights import trunc_normal_
@@ -84,7 +85,10 @@ class ViT(Pretrained, nn.Module):
         output: ViTOutputConfig = ViTOutputConfig(),
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        check_sizes(image_size=height, patch_size=patch_size, dim=dim, num_heads=num_heads, mlp_dim=mlp_dim)
+        check_sizes(image_size=width)
+        check_sizes(0, depth=depth, num_registers=num_registers, num_classes=num_classes)
         if height % patch_size or width % patch_size:
             raise ValueError(f"image_size ({height} x {width}) must be divisible by patch_size ({patch_size})")
         if pool not in ("class", "mean", "attention", "distilled"):
@@ -181,6 +185,8 @@ class ViT(Pretrained, nn.Module):
         Args:
             pixels: (b channels height width).
         """
+        if not isinstance(pixels, Tensor):
+            raise ValueError(f"pixels are a tensor, as ImageTransform makes it, not {type(pixels).__name__}")
         if pixels.ndim != 4 or pixels.shape[1] != self.patches.in_channels:
             raise ValueError(f"pixels are (b {self.patches.in_channels} height width), not {tuple(pixels.shape)}")
         if not pixels.is_floating_point():

@@ -259,7 +259,7 @@ class Captioner(Pretrained, nn.Module, ABC):
                 return padded_features(self.vision, pixels, patch_grids, [-1] if self.train_norm else None)
             pixels = pixels if pixels.ndim == 5 else with_images(pixels)
             features = self.features(rearrange(pixels, "b i c h w -> (b i) c h w"))
-        return rearrange(features, "(b i) p d -> b i p d", b=pixels.shape[0])
+        return features.unflatten(0, pixels.shape[:2])
 
     def features(self, pixels: Tensor) -> Tensor:
         """What `encode` reads of the vision encoder's tokens: (n 3 height width) -> (n p d)."""
@@ -373,16 +373,20 @@ def check_rows(captioner: Captioner, batch: CaptionBatch) -> None:
     """Refuses rows of text that would not be read as they are meant.
 
     Raises:
-        TypeError: of a tensor of pixels alone.
-        ValueError: if a row is longer than the captioner can read, or (on a CPU: elsewhere it would be a wait for the
-            device) has padding that is not at its end.
+        TypeError: of what is no batch, such as a tensor of pixels alone.
+        ValueError: if masks are not of the tokens, a row is longer than the captioner can read, or (on a CPU: elsewhere
+            it would be a wait for the device) has padding that is not at its end.
     """
-    if isinstance(batch, Tensor):
+    if not hasattr(batch, "attention_mask"):
+        what = "tensor" if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(
-            f"{type(captioner).__name__} reads a CaptionBatch, pixels with their texts, not a tensor: CaptionData's "
+            f"{type(captioner).__name__} reads a CaptionBatch, pixels with their texts, not a {what}: CaptionData's "
             f"loader makes such batches; what writes texts for pictures alone is ImageCaptioner"
         )
-    mask = batch.attention_mask
+    mask, given = batch.attention_mask, [batch.tokens, batch.attention_mask, batch.loss_mask]
+    if any(x.ndim != 2 or x.shape[1] != batch.tokens.shape[1] for x in given):
+        each = "{}, {} and {}".format(*([*x.shape] for x in given))
+        raise ValueError(f"tokens, attention_mask and loss_mask are (n q), all alike, not {each}")
     if mask.shape[1] > captioner.max_len:
         raise ValueError(f"rows of {mask.shape[1]} tokens, but the captioner reads {captioner.max_len} at most")
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -124,11 +124,13 @@ def join_images(
     """
     n, real = len(batch.tokens), _real(batch, prefix_embeds.shape[2], prefix_mask)
     x = rearrange(prefix_embeds, "m i l e -> m (i l) e")
+    if n % len(x) if len(x) else n:
+        raise ValueError(f"rows of tokens ({n}) must be a multiple of the samples with pictures ({len(x)})")
     if real is not None:
         order = _padding_first(real)
-        x = x.take_along_dim(order.repeat_interleave(len(x) // len(order), 0)[..., None], 1)
-        real = real.gather(1, order).repeat_interleave(n // len(real), 0)
-    return x.repeat_interleave(n // len(x), 0), real
+        x = x.take_along_dim(order.repeat_interleave(len(x) // max(len(order), 1), 0)[..., None], 1)
+        real = real.gather(1, order).repeat_interleave(n // max(len(real), 1), 0)
+    return x.repeat_interleave(n // max(len(x), 1), 0), real
 
 
 def in_image_order(weights: Tensor, batch: CaptionBatch, prefix_mask: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from mmtransformer.backbones.base import vocabulary_error
 from mmtransformer.connectors.qformer_block import Mode, QFormerBlock, mode_mask
 from mmtransformer.layers.blocks import real_places
 from mmtransformer.layers.cache import KeyValue
+from mmtransformer.layers.config import check_sizes
 from mmtransformer.layers.masks import Mask
 from mmtransformer.serialization.pretrained import Pretrained
 
@@ -79,6 +80,7 @@ class QFormer(Pretrained, nn.Module):
                 f"num_queries ({num_queries}), depth ({depth}) and cross_attention_frequency "
                 f"({cross_attention_frequency}) must be at least 1"
             )
+        check_sizes(dim=dim, visual_dim=visual_dim, mlp_dim=mlp_dim, vocab_size=vocab_size, max_len=max_len)
         self.num_queries, self.dim, self.depth, self.num_heads = num_queries, dim, depth, num_heads
         self.visual_dim, self.cross_attention_frequency = visual_dim, cross_attention_frequency
         self.mlp_dim = mlp_dim = 4 * dim if mlp_dim is None else mlp_dim

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmtransformer.connectors.base import Connector
 from mmtransformer.layers.attention import Attention
 from mmtransformer.layers.blocks import MLP
-from mmtransformer.layers.config import Activation
+from mmtransformer.layers.config import Activation, check_sizes
 
 
 class ResamplerBlock(nn.Module):
@@ -76,10 +76,8 @@ class PerceiverResampler(Connector):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        sizes = {"num_latents": num_latents, "max_frames": max_frames, "max_images": max_images}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
+        check_sizes(dim=dim, depth=depth, num_heads=num_heads, head_dim=head_dim, mlp_dim=mlp_dim)
+        check_sizes(num_latents=num_latents, max_frames=max_frames, max_images=max_images)
         self.visual_dim = self.dim = dim
         self.depth, self.num_heads, self.head_dim = depth, num_heads, head_dim
         self.num_latents, self.qk_norm, self.norm_eps = num_latents, qk_norm, norm_eps
@@ -133,7 +131,7 @@ class PerceiverResampler(Connector):
         seen = None if mask is None else F.pad(mask.flatten(0, 1), (0, self.num_latents), value=True)[:, None]
         for block in self.blocks:
             latents = block(latents, x, seen)
-        return rearrange(self.last_norm(latents), "(b i) l d -> b i l d", b=b)
+        return self.last_norm(latents).unflatten(0, (b, i))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay spares, beside biases and norms (timm's protocol)."""

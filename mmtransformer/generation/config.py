@@ -83,6 +83,10 @@ class GenerationConfig:
             raise ValueError(f"num_beams ({beams}) must be a multiple of num_beam_groups ({groups})")
         if self.diversity_penalty and groups == 1:
             raise ValueError(f"diversity_penalty ({self.diversity_penalty}) needs num_beam_groups above 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) cannot exceed max_new_tokens ({self.max_new_tokens})"
+            )
         if self.force_words and (beams == 1 or groups > 1):
             raise ValueError(f"force_words need beams in one group: num_beams is {beams}, num_beam_groups {groups}")
 
@@ -102,6 +106,8 @@ class GenerationConfig:
         for name in ("temperature", "top_k", "top_p"):
             if changes.get(name) is not None and not changes.get("do_sample", self.do_sample):
                 raise ValueError(f"{name} changes how tokens are drawn, and none are: it needs do_sample")
+        if "max_new_tokens" in changes:
+            changes = {"min_new_tokens": min(self.min_new_tokens, changes["max_new_tokens"])} | changes
         if changes.get("do_sample"):
             changes = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0} | changes
         elif "num_beams" not in changes and not self.do_sample:
@@ -117,6 +123,7 @@ class GenerationConfig:
         if self.max_new_tokens <= most:
             return self
         found = copy.copy(self)
+        object.__setattr__(found, "min_new_tokens", min(self.min_new_tokens, most))
         object.__setattr__(found, "max_new_tokens", most)  # What was checked fits with fewer, too.
         return found
 

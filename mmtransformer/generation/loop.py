@@ -57,6 +57,8 @@ def generate(
     c = dataclasses.replace(c, **changes) if changes else c
     forced = force_words_ids if isinstance(force_words_ids, ForcedWords) else ForcedWords(force_words_ids)
     eos_ids = torch.tensor(check(c, model, batch, eos_id, forced.words), device=batch.tokens.device)
+    if not len(batch.tokens):
+        return []
     search: Search
     if c.num_beams == 1:
         search = Sampler(batch, c, eos_ids, content)
@@ -123,7 +125,14 @@ def decode_loop(
         writer = Guided(writer, config.guidance_scale)
     new, every = config.max_new_tokens, LOOK_EVERY.get(batch.tokens.device.type, 8)
     with evaluation_mode(model):  # pyright: ignore[reportArgumentType]  # it has `modules`, like a Module
-        logits, state = writer.prefill(batch, expand_size=search.expand_size, max_new_tokens=new)
+        try:
+            logits, state = writer.prefill(batch, expand_size=search.expand_size, max_new_tokens=new)
+        except IndexError as error:
+            if batch.tokens.shape[1]:
+                raise
+            raise ValueError(
+                f"a {type(model).__name__} goes on from one token at least, and prompts have none"
+            ) from error
         for step in range(new):
             rows, tokens = search.advance(logits, step)
             yield tokens
@@ -147,10 +156,15 @@ def check(
         TypeError: of a batch or settings of another kind.
         ValueError: naming the setting.
     """
-    if isinstance(batch, Tensor):
+    if not hasattr(batch, "tokens"):
+        what = "tensor" if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(
             "generate reads a batch, such as CaptionBatch(tokens, attention_mask, loss_mask, pixels) or, of a language "
-            "model, PromptBatch(tokens, attention_mask), not a tensor"
+            f"model, mmtransformer.backbones.base.PromptBatch(tokens, attention_mask), not a {what}"
+        )
+    if not hasattr(model, "prefill"):
+        raise TypeError(
+            f"generate writes with a captioner or a language model, and a {type(model).__name__} is neither"
         )
     if not isinstance(config, GenerationConfig):
         raise TypeError(f"config is a GenerationConfig, not a {type(config).__name__}: pictures travel in the batch")
@@ -159,11 +173,14 @@ def check(
     ends: list[Any] = [*eos_id] if isinstance(eos_id, Sequence) and not isinstance(eos_id, str) else [eos_id]
     if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ends):
         raise ValueError(f"eos_id must be an id or several, not {eos_id!r:.80}")
+    if (shape := batch.attention_mask.shape) != batch.tokens.shape:
+        raise ValueError(f"attention_mask {tuple(shape)} is not of the tokens {tuple(batch.tokens.shape)}")
     prompt, new = batch.tokens.shape[1], config.max_new_tokens
     if prompt + new > model.max_len:
+        left = model.max_len - prompt
         raise ValueError(
             f"a prompt of {prompt} and max_new_tokens ({new}) are more than the {model.max_len} tokens that the model "
-            f"reads; at most {model.max_len - prompt} new tokens fit"
+            f"reads; {f'at most {left} new tokens fit' if left > 0 else 'shorten the prompt'}"
         )
     real = batch.attention_mask
     if bool((ends_early := (real[:, :-1] & ~real[:, 1:]).any(1)).any()):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmtransformer.layers import kernels
 from mmtransformer.layers.cache import KeyValue, KVCache
+from mmtransformer.layers.config import check_sizes
 from mmtransformer.layers.masks import Mask, Segments
 from mmtransformer.layers.positions import Rope
 
@@ -42,7 +43,7 @@ def attend(
         ValueError: for an unknown mask word, a mask that is not bool, a BlockMask with dropout or softcap, or rows
             or heads that do not divide.
     """
-    if q.shape[0] % k.shape[0]:
+    if q.shape[0] % k.shape[0] if k.shape[0] else q.shape[0]:
         raise ValueError(f"rows of queries ({q.shape[0]}) must be a multiple of rows of keys ({k.shape[0]})")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         scale_dim: scores are divided by the root of this; None = of head_dim.
 
     Raises:
-        ValueError: if the numbers do not divide.
+        ValueError: if the numbers are no sizes, or do not divide.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Attention(nn.Module):
         scale_dim: int | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, context_dim=context_dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")

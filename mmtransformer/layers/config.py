@@ -2,12 +2,28 @@
 
 import functools
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 Kind = TypeVar("Kind", bound=type)
+
+
+def check_sizes(least: int = 1, **sizes: int | None) -> None:
+    """Refuses what is no size of a model: fractions, texts, and numbers below the least; None is none.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise ValueError(f"{name} must be a whole number, not {size!r:.80}")
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, not {size}")
 
 
 def known_fields(kind: Kind) -> Kind:

@@ -31,6 +31,8 @@ _GAIN = 1.2  # rate of bfloat16 over float32 from which on it is taken: weights 
 def autocast_input(x: Tensor) -> Tensor:
     """What several linear layers will read, in autocast's dtype where autocast is on; else each would cast it again."""
     kind = x.device.type
+    if kind == "meta":  # which torch knows no autocast of
+        return x
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
@@ -116,7 +118,7 @@ def _plain_products(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, dropout: float, softcap: float | None = None
 ) -> Tensor:
     (b, h, count, c), (n, g, keys, _) = q.shape, k.shape
-    m, r = b // n, h // g
+    m, r = b // max(n, 1), h // g
     # Rows that share keys, and heads that share a group, are only more queries on the same keys.
     q = q.view(n, m, g, r, count, c).permute(0, 2, 1, 3, 4, 5).reshape(n * g, m * r * count, c)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
@@ -128,17 +130,17 @@ def _plain_products(
     if softcap is not None:
         exact = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(exact) * c**-0.5 @ k.to(exact).transpose(1, 2)
-        weights = softmax(capped(scores, softcap).view(shape), allowed).view(n * g, -1, keys).to(v.dtype)
+        weights = softmax(capped(scores, softcap).view(shape), allowed).view(n * g, m * r * count, keys).to(v.dtype)
     elif q.dtype.itemsize > 2:
-        weights = softmax((q * c**-0.5 @ k.transpose(1, 2)).view(shape), allowed).view(n * g, -1, keys)
+        weights = softmax((q * c**-0.5 @ k.transpose(1, 2)).view(shape), allowed).view(n * g, m * r * count, keys)
     elif torch.is_grad_enabled():
         weights = _ExactWeights.apply(q, k, allowed, shape)
     else:
         weights = _exact_weights(q, k, allowed, shape)
     if dropout:
         weights = F.dropout(weights, dropout)
-    out = (weights @ v).view(n, g, m, r, count, -1).permute(0, 2, 1, 3, 4, 5)
-    return out.reshape(b, h, count, -1)
+    out = (weights @ v).view(n, g, m, r, count, c).permute(0, 2, 1, 3, 4, 5)
+    return out.reshape(b, h, count, c)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -203,7 +203,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        torchs = path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+        hint = "; torch.load(..., weights_only=True) and safetensors.torch.save_file make one of torch's own" * torchs
+        raise ValueError(f"{path}: not a whole safetensors file: {error}{hint}") from error
     refuse_nan(state, str(path))
     return state
 

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
 from mmtransformer import ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT, ViTPatchConfig
-from mmtransformer.weights import from_vision_encoder_decoder
+from mmtransformer.weights import from_vision_encoder_decoder, load_vit
 from mmtransformer.weights.public import export_captioner
 
 
@@ -31,3 +31,9 @@ def test_an_own_captioner_is_written_with_its_tokenizers_ids(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"^gpt2 is no family of a VisionEncoderDecoder, which fits .*vision-encoder"):
         export_captioner(other, tokenizer, ImageTransform(16), tmp_path / "other", "gpt2")
     assert not (tmp_path / "other").exists()
+
+
+def test_weights_in_torchs_own_file_are_told_of_safetensors(tmp_path: Path) -> None:
+    torch.save(ViT(32, 8, 16, 1, 2).state_dict(), tmp_path / "tower.pth")
+    with pytest.raises(ValueError, match=r"tower.pth: not a whole safetensors.*; torch.load\(.*save_file make one"):
+        load_vit(tmp_path / "tower.pth")

@@ -1,0 +1,155 @@
+"""Batches that a loop of one's own may make: none of the rows, too many pictures, masks and prompts of other shapes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmtransformer import (
+    Blip2,
+    CaptionBatch,
+    Flamingo,
+    GenerationConfig,
+    Git,
+    PaliGemma,
+    PerceiverResampler,
+    PrefixCaptioner,
+    QFormer,
+    TextDecoder,
+    VisionEncoderDecoder,
+    ViT,
+    caption_loss,
+    generate,
+)
+from mmtransformer.backbones.base import PromptBatch
+
+
+def vit() -> ViT:
+    return ViT(16, 8, 24, 1, 2)
+
+
+def lm(**more: Any) -> TextDecoder:
+    return TextDecoder(60, 24, 1, 2, max_len=40, **more)
+
+
+CAPTIONERS: dict[str, Callable[[], Any]] = {
+    "cross-attention": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=24)),
+    "blip2": lambda: Blip2(vit(), QFormer(3, 24, 1, 2, 24), lm()),
+    "flamingo": lambda: Flamingo(vit(), lm(), resampler=PerceiverResampler(24, 1, 2, 12, 3)),
+    "prefix": lambda: PrefixCaptioner(vit(), lm()),
+    "git": lambda: Git(vit(), lm()),
+    "paligemma": lambda: PaliGemma(vit(), lm()),
+}
+
+
+def batch(
+    rows: int, *, length: int = 5, samples: int | None = None, masks: dict[str, torch.Tensor] | None = None
+) -> CaptionBatch:
+    tokens = torch.randint(3, 60, (rows, length))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    fields: dict[str, Any] = {"tokens": tokens, "attention_mask": real, "loss_mask": real} | (masks or {})
+    return CaptionBatch(**fields, pixels=torch.rand(rows if samples is None else samples, 1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("name", CAPTIONERS)
+def test_a_batch_of_no_rows_is_one(name: str) -> None:
+    model = CAPTIONERS[name]()
+    loss = caption_loss(model, batch(0))
+    loss.backward()
+    assert loss.item() == 0
+    for beams in (1, 2):
+        assert generate(model, batch(0), eos_id=2, max_new_tokens=3, num_beams=beams) == []
+
+
+@pytest.mark.parametrize("name", CAPTIONERS)
+def test_an_empty_prompt_is_answered_or_refused_in_words(name: str) -> None:
+    model = CAPTIONERS[name]()
+    if name in ("blip2", "prefix"):  # pictures stand before the text
+        assert len(generate(model, batch(2, length=0), eos_id=2, max_new_tokens=2)) == 2
+        return
+    with pytest.raises(ValueError, match=f"a {type(model).__name__} goes on from one token at least"):
+        generate(model, batch(2, length=0), eos_id=2, max_new_tokens=2)
+
+
+def test_rows_and_masks_that_do_not_fit_are_refused() -> None:
+    for name, make in CAPTIONERS.items():
+        model, what = make(), "queries" if name in ("cross-attention", "flamingo") else "tokens"
+        for samples in (3, 4):
+            with pytest.raises(ValueError, match=rf"rows of {what} \(2\) must be a multiple of .* \({samples}\)"):
+                caption_loss(model, batch(2, samples=samples))
+        for shape in ((2, 4), (5,)):
+            mask = torch.ones(shape, dtype=torch.bool)
+            for field in ("attention_mask", "loss_mask"):
+                with pytest.raises(ValueError, match=r"and loss_mask are \(n q\), all alike, not \[2, 5\]"):
+                    caption_loss(model, batch(2, masks={field: mask}))
+            with pytest.raises(ValueError, match=r"attention_mask .* is not of the tokens \(2, 5\)"):
+                generate(model, batch(2, masks={"attention_mask": mask}), eos_id=2, max_new_tokens=2)
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    for wrong, mask in ((tokens[0], tokens[0]), (tokens.float(), tokens), (tokens.bool(), tokens), ([[1]], tokens)):
+        with pytest.raises(ValueError, match=r"tokens are a tensor \(b q\) of ids, torch.long, not "):
+            PromptBatch(wrong, mask)  # pyright: ignore[reportArgumentType]
+        if isinstance(wrong, torch.Tensor):
+            with pytest.raises(ValueError, match=r"tokens are a tensor \(b q\) of ids, torch.long, not "):
+                lm()(wrong)
+    for mask in (tokens[:, :4], tokens[:1], tokens[0]):
+        with pytest.raises(ValueError, match=r"attention_mask .* is not of the tokens \(2, 5\)"):
+            PromptBatch(tokens, mask)
+        with pytest.raises(ValueError, match=r"attention_mask .* is not of the tokens \(2, 5\)"):
+            lm()(tokens, attention_mask=mask)
+    with pytest.raises(ValueError, match="attention_mask must be bool"):
+        lm()(tokens, attention_mask=tokens.float())
+    decoder = lm(cross_dim=8)
+    for context in (torch.rand(2, 3, 9), torch.rand(3, 8)):
+        with pytest.raises(ValueError, match=r"a context is \(n k 8\), not "):
+            decoder(tokens, context)
+
+
+def test_what_is_no_batch_or_no_model_is_said() -> None:
+    model = CAPTIONERS["cross-attention"]()
+    with pytest.raises(TypeError, match=r"reads a CaptionBatch, .*, not a dict"):
+        model({"tokens": torch.ones(1, 2)})
+    with pytest.raises(TypeError, match=r"backbones.base.PromptBatch\(tokens, attention_mask\), not a list"):
+        generate(lm(), [[1, 2]], eos_id=2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="a ViT is neither"):
+        generate(vit(), batch(1), eos_id=2)  # pyright: ignore[reportArgumentType]
+    long = torch.ones(1, 41, dtype=torch.long)
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        generate(lm(), PromptBatch(long, long), eos_id=2, max_new_tokens=1)
+    with pytest.raises(ValueError, match="pixels are a tensor, as ImageTransform makes it, not ndarray"):
+        vit()(np.zeros((1, 3, 16, 16)))
+    assert vit().to("meta")(torch.empty(1, 3, 16, 16, device="meta")).shape == (1, 24)
+
+
+def test_more_tokens_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"min_new_tokens \(6\) cannot exceed max_new_tokens \(5\)"):
+        GenerationConfig(min_new_tokens=6, max_new_tokens=5)
+    saved = GenerationConfig(min_new_tokens=6, max_new_tokens=9)
+    assert saved.updated(max_new_tokens=5).min_new_tokens == 5  # a model's own, not asked for
+    assert saved.limited(4).min_new_tokens == 4
+    with pytest.raises(ValueError, match=r"min_new_tokens \(7\) cannot exceed"):
+        saved.updated(min_new_tokens=7, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ViT(16, 0), "patch_size must be at least 1, not 0"),
+        (lambda: ViT(-16, 8), "image_size must be at least 1, not -16"),
+        (lambda: ViT("16", 8), "image_size must be a whole number, not '16'"),  # pyright: ignore[reportArgumentType]
+        (lambda: ViT(16, 8, 24, -1, 2), "depth must be at least 0, not -1"),
+        (lambda: ViT(16, 8, 24, 1, 0), "num_heads must be at least 1, not 0"),
+        (lambda: ViT(16, 8, 0, 1, 2), "dim must be at least 1, not 0"),
+        (lambda: ViT(16, 8, 24, 1, 2, num_classes=-1), "num_classes must be at least 0, not -1"),
+        (lambda: lm(mlp_dim=0), "mlp_dim must be at least 1, not 0"),
+        (lambda: TextDecoder(0, 24, 1, 2), "vocab_size must be at least 1, not 0"),
+        (lambda: TextDecoder(60, 24, 1.5, 2), "depth must be a whole number, not 1.5"),  # pyright: ignore
+        (lambda: QFormer(3, 24, 1, 2, 0), "visual_dim must be at least 1, not 0"),
+        (lambda: PerceiverResampler(24, 0), "depth must be at least 1, not 0"),
+        (lambda: PerceiverResampler(24, 1, 2, 0), "head_dim must be at least 1, not 0"),
+    ],
+)
+def test_sizes_that_are_none_are_named(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        make()
