@@ -37,7 +37,7 @@ def lm(**more: Any) -> TextDecoder:
 CAPTIONERS: dict[str, Callable[[], Any]] = {
     "cross-attention": lambda: VisionEncoderDecoder(vit(), lm(cross_dim=24)),
     "blip2": lambda: Blip2(vit(), QFormer(3, 24, 1, 2, 24), lm()),
-    "flamingo": lambda: Flamingo(vit(), lm(), adapter=PerceiverResampler(24, 1, 2, 12, 3)),
+    "flamingo": lambda: Flamingo(vit(), lm(), connector=PerceiverResampler(24, 1, 2, 12, 3)),
     "prefix": lambda: PrefixCaptioner(vit(), lm()),
     "git": lambda: Git(vit(), lm()),
     "paligemma": lambda: PaliGemma(vit(), lm()),
