@@ -61,6 +61,8 @@ def data() -> None:
     Path("absolute/~$df.xlsx").write_bytes(b"of an open workbook")
     arrow(Path("arrow"))
     pictures(Path("photos/deep/서울"))
+    pictures(Path("unnamed"), ["a"])
+    shutil.copy(b"unnamed/a.jpg", b"unnamed/\xbb\xe7.jpg")
     Path("photos/deep/broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     with zipfile.ZipFile("photos.zip", "w") as archive:
         for path in Path("photos").rglob("*.jpg"):
@@ -239,6 +241,11 @@ STEPS: list[tuple[str, int, tuple[str, ...]]] = [
     ("fit --config translate_scenes --config tiny --data.source=pairs.tsv --trainer.default_root_dir runs/pairs", 0,
      ("model     runs/pairs/model",)),
     (f"-c {MASKS}", 1, ("torch.bool", "row 0 of the prompts has padding behind its tokens")),
+    (f"{RUN} --trainer.accelerator tpu", 2, ("torch_xla",)),
+    (f"{RUN} --trainer.devices 999", 2, ("a CPU takes a process for each of its cores",)),
+    (f"{RUN} --trainer.gradient_clip_val -1", 2, ("gradient_clip_val (-1) must be at least 0",)),
+    ("export runs/first/model away --family gpt2", 2, ("gpt2 is no family of a VisionEncoderDecoder",)),
+    (f"caption unnamed {MODEL} --out unnamed.jsonl", 1, ("not UTF-8: rename it", "1 picture captioned", "1 could not")),
     (STOPPED, 0, ()),
     ("caption ids/000.jpg --model runs/stopped", 2, ("--resume` goes on", "without training on")),
 ]  # fmt: skip
