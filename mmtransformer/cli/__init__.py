@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        from mmtransformer.cli.errors import suggest
+        from mmtransformer.cli.guards.errors import suggest
 
         say(f'mmt: error: no command "{name}"{suggest(name, COMMANDS)}; see mmt --help', file=sys.stderr)
         return 2
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("mmt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from mmtransformer.cli.errors import one_line
+        from mmtransformer.cli.guards.errors import one_line
 
         line = one_line(error)
         if debug or line is None:

@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtransformer.cli.errors import cause_of, check_file, explain
+from mmtransformer.cli.guards.errors import cause_of, check_file, explain
+from mmtransformer.cli.guards.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.cli.recipes import cap_sizes, check_whole, with_files, with_tower
-from mmtransformer.cli.trust import check_names, check_recipe, checked_files, paths_as_texts
 from mmtransformer.serialization.printable import counted, say
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with code 2; see argparse."""
         if found := re.match(r"unrecognized arguments: (-\S+)", message):
-            from mmtransformer.cli.errors import suggest
+            from mmtransformer.cli.guards.errors import suggest
 
             message += suggest(found[1].partition("=")[0], self._option_string_actions)
         self.exit(2, printable(f"{self.prog}: error: {message}; see {self.prog} --help\n"))

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from mmtransformer.weights.captioners.paligemma import load_paligemma as load_paligemma
     from mmtransformer.weights.captioners.paligemma import paligemma_to_transformers as paligemma_to_transformers
     from mmtransformer.weights.captioners.paligemma import save_paligemma as save_paligemma
-    from mmtransformer.weights.captioners.qformer import init_from_bert as init_from_bert
-    from mmtransformer.weights.captioners.qformer import qformer_from_bert as qformer_from_bert
+    from mmtransformer.weights.captioners.parts.qformer import init_from_bert as init_from_bert
+    from mmtransformer.weights.captioners.parts.qformer import qformer_from_bert as qformer_from_bert
     from mmtransformer.weights.captioners.vision_encoder_decoder import (
         from_vision_encoder_decoder as from_vision_encoder_decoder,
     )
@@ -116,7 +116,7 @@ _CONTENTS = {
     "captioners.open_coca": "load_open_coca open_coca_to_open_clip save_open_coca",
     "captioners.openflamingo": "from_openflamingo load_openflamingo save_openflamingo to_openflamingo",
     "captioners.paligemma": "load_paligemma paligemma_to_transformers save_paligemma",
-    "captioners.qformer": "init_from_bert qformer_from_bert",
+    "captioners.parts.qformer": "init_from_bert qformer_from_bert",
     "captioners.vision_encoder_decoder": (
         "from_vision_encoder_decoder load_vision_encoder_decoder save_vision_encoder_decoder to_vision_encoder_decoder"
     ),

@@ -30,7 +30,7 @@ from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors import qformer as qformer_module
 from mmtransformer.layers.weight_packing import pack_weights
 from mmtransformer.weights import from_blip2
-from mmtransformer.weights.captioners.qformer import BLIP2, qformer_keys
+from mmtransformer.weights.captioners.parts.qformer import BLIP2, qformer_keys
 from mmtransformer.weights.shared.dtype import cast_frozen
 from mmtransformer.weights.shared.keys import fill, key_mappings
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from mmtransformer import ImageCaptioner, ImageTransform, TextDecoder, Tokenizer, VisionEncoderDecoder, ViT, weights
 from mmtransformer.cli import main
-from mmtransformer.cli.errors import one_line
-from mmtransformer.cli.trust import BUILDERS, _builds, _object, check_names
+from mmtransformer.cli.guards.errors import one_line
+from mmtransformer.cli.guards.trust import BUILDERS, _builds, _object, check_names
 from mmtransformer.training.engine.checkpoints import CheckpointError, CheckpointFiles, newest
 from mmtransformer.weights import load_lm
 
@@ -345,7 +345,10 @@ def called(name: str, **arguments: Any) -> dict[str, Any]:
 
 CALLBACKS: dict[str, tuple[str, Any]] = {
     "a command of the library": ("mmtransformer.cli.main", called("mmtransformer.cli.main", argv=["recipes"])),
-    "what no annotation gives a class": ("check_recipe", called("mmtransformer.cli.trust.check_recipe", path="x")),
+    "what no annotation gives a class": (
+        "check_recipe",
+        called("mmtransformer.cli.guards.trust.check_recipe", path="x"),
+    ),
     "a reader of models": ("load_vit", called("mmtransformer.weights.load_vit", source="x")),
     "a function itself": (
         "mmtransformer.cli.main",

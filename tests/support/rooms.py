@@ -29,6 +29,7 @@ ROOMS = [
     "weights/processors",
     "weights/vision",
     "weights/text",
+    "weights/captioners/parts",
     "weights/captioners",
     "weights/dual_encoders",
     "weights",
@@ -48,6 +49,7 @@ ROOMS = [
     "training/callbacks",
     "training/tasks",
     "training",
+    "cli/guards",
     "cli",
 ]
 

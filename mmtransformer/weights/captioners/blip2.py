@@ -18,7 +18,7 @@ from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import CONFIG, find_folder
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.captioners.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
+from mmtransformer.weights.captioners.parts.qformer import BLIP2, INSTRUCTBLIP, qformer_keys
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor, questions_of
 from mmtransformer.weights.processors.settings import read_ends

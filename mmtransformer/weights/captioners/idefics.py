@@ -28,8 +28,8 @@ from mmtransformer.weights.processors.tokens import PromptTokenizer
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import read_config, read_tensors, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 from mmtransformer.weights.text.llama import decoder_from_llama, decoder_to_llama, llama_config
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
 
 _FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
 _ROWS, _HEAD = "model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight"

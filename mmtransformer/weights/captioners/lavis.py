@@ -19,10 +19,10 @@ from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.connectors.qformer import QFormer
 from mmtransformer.serialization.pretrained import load_strictly
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.captioners.qformer import LAVIS, qformer_keys
+from mmtransformer.weights.captioners.parts.qformer import LAVIS, qformer_keys
 from mmtransformer.weights.shared.folders import read_state, write_folder
 from mmtransformer.weights.shared.keys import export, fill, nested, part
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 
 _PROJECTIONS = ("opt_proj", "llm_proj", "t5_proj")
 _COPIES = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")

@@ -20,7 +20,7 @@ from mmtransformer.connectors.projector import MLPProjector
 from mmtransformer.images.tiles import fitted_tiles
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
-from mmtransformer.weights.captioners.parts import language_model, language_model_to, sorted_out
+from mmtransformer.weights.captioners.parts.language_model import language_model, language_model_to, sorted_out
 from mmtransformer.weights.processors.chat import ChatProcessor, tiles_together
 from mmtransformer.weights.processors.pixels import read_pixels, read_tiles
 from mmtransformer.weights.shared.configs import only, only_these

@@ -24,7 +24,7 @@ from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.folders import read_tensors
 from mmtransformer.weights.shared.keys import export, fill, nested, part
 from mmtransformer.weights.shared.pickles import read_pickle
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 
 WEIGHTS, _OLD = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 _ATTENTION = {

@@ -15,7 +15,7 @@ from mmtransformer.captioners.public.paligemma import PaliGemma
 from mmtransformer.serialization.pretrained import CONFIG, find_folder, read_json
 from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.text.tokenizer import Tokenizer
-from mmtransformer.weights.captioners.parts import language_model, sorted_out
+from mmtransformer.weights.captioners.parts.language_model import language_model, sorted_out
 from mmtransformer.weights.processors.pixels import read_pixels
 from mmtransformer.weights.processors.processor import Processor
 from mmtransformer.weights.processors.settings import GENERATION, read_ends

@@ -22,7 +22,7 @@ from mmtransformer.serialization.untrusted import built_from
 from mmtransformer.weights.processors.pixels import PIXELS
 from mmtransformer.weights.shared.configs import only, only_these
 from mmtransformer.weights.shared.keys import export, fill, nested, part
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 
 CONFIG, WEIGHTS = OPEN_CLIP, "open_clip_model.safetensors"
 _BLOCK = {

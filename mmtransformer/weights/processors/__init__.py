@@ -1,1 +1,1 @@
-"""What stands around a public captioner in its folder: pixels, prompts, how texts are searched for."""
+"""What stands around a public model in its folder: pixels, prompts, how texts are searched for."""

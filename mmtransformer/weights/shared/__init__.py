@@ -1,1 +1,1 @@
-"""What every family shares: key tables, folders as hubs have them, the dtype of frozen weights."""
+"""What every family shares: key tables, towers' too, folders as hubs have them, the dtype of frozen weights."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
+from mmtransformer.weights.processors.transforms import write_transform
 from mmtransformer.weights.shared.configs import (
     SIZES,
     SOURCE_ACTIVATIONS,
@@ -22,8 +23,7 @@ from mmtransformer.weights.shared.configs import (
     write_sizes,
 )
 from mmtransformer.weights.shared.folders import write_folder
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
-from mmtransformer.weights.vision.transforms import write_transform
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 
 CLIP_TYPES, SIGLIP_TYPES = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
 """`model_type` of the dual models, and of their towers alone."""

@@ -15,11 +15,11 @@ from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.layers.positions import ViTPosEmbedConfig
+from mmtransformer.weights.processors.transforms import write_transform
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only, only_these
 from mmtransformer.weights.shared.folders import write_folder
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors, without_parent
 from mmtransformer.weights.vision.clip import pair
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors, without_parent
-from mmtransformer.weights.vision.transforms import write_transform
 
 DINO_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Their `model_type`s."""

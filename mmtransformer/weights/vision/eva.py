@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig
 from mmtransformer.weights.shared.configs import SIZES, read_sizes, write_sizes
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 
 _KEYS = {
     "vision_model.embeddings.patch_embedding": "patch_embed.proj",

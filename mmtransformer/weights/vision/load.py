@@ -27,11 +27,11 @@ from mmtransformer.serialization.pretrained import (
 )
 from mmtransformer.serialization.untrusted import built_from, settings_of
 from mmtransformer.serialization.uses import with_article
+from mmtransformer.weights.processors.transforms import take_transform
 from mmtransformer.weights.shared.dtype import DType, cast_frozen
 from mmtransformer.weights.shared.folders import read_tensors, write_folder
 from mmtransformer.weights.vision.timm import ViTSettings, from_timm, timm_config, to_timm, vit_from_state
 from mmtransformer.weights.vision.transformers import READERS, vision_from_transformers
-from mmtransformer.weights.vision.transforms import take_transform
 
 
 def load_vit(

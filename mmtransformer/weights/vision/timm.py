@@ -12,13 +12,13 @@ from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.layers.config import Activation
 from mmtransformer.layers.positions import ViTPosEmbedConfig
+from mmtransformer.weights.processors.transforms import to_timm_data, with_data
 from mmtransformer.weights.shared.configs import only_these
 from mmtransformer.weights.shared.keys import part
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors
 from mmtransformer.weights.vision.timm_eva import from_eva
 from mmtransformer.weights.vision.timm_keys import ACTIVATIONS, POOLS, Pool, norm_eps_of, tower_keys
 from mmtransformer.weights.vision.timm_naflex import naflex_parts
-from mmtransformer.weights.vision.transforms import to_timm_data, with_data
 
 
 @dataclass(frozen=True)

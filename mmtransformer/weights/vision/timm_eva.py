@@ -14,7 +14,7 @@ from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
 from mmtransformer.weights.shared.configs import only_these
-from mmtransformer.weights.vision.common import fill_vit
+from mmtransformer.weights.shared.vit import fill_vit
 from mmtransformer.weights.vision.timm_keys import POOLS, norm_eps_of, tower_keys
 
 

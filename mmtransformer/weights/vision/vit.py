@@ -13,11 +13,11 @@ from torch import Tensor
 from mmtransformer.backbones.patches import ViTPatchConfig
 from mmtransformer.backbones.vit import ViT
 from mmtransformer.backbones.vit_blocks import ViTBlockConfig, ViTOutputConfig
+from mmtransformer.weights.processors.transforms import write_transform
 from mmtransformer.weights.shared.configs import SOURCE_ACTIVATIONS, activation_of, only_these, read_sizes, write_sizes
 from mmtransformer.weights.shared.folders import write_folder
+from mmtransformer.weights.shared.vit import fill_vit, vit_tensors, without_parent
 from mmtransformer.weights.vision.clip import TOWER_SIZES, pair
-from mmtransformer.weights.vision.common import fill_vit, vit_tensors, without_parent
-from mmtransformer.weights.vision.transforms import write_transform
 
 VIT_TYPES = ("vit", "deit")
 """Their `model_type`s."""

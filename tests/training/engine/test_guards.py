@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmtransformer.captioners.base import CaptionBatch
-from mmtransformer.cli.errors import one_line
+from mmtransformer.cli.guards.errors import one_line
 from mmtransformer.training.callbacks.saving import Saving
 from mmtransformer.training.engine.guard import (
     MOST_IN_A_ROW,

@@ -34,7 +34,7 @@ from mmtransformer.captioners.blip2 import InstructBatch
 from mmtransformer.captioners.blip2_qformer import Blip2QFormer
 from mmtransformer.weights.captioners.blip2 import from_blip2, load_blip2, save_blip2, to_blip2
 from mmtransformer.weights.captioners.lavis import blip2_from_lavis, blip2_qformer_from_lavis, to_lavis
-from mmtransformer.weights.captioners.qformer import init_from_bert
+from mmtransformer.weights.captioners.parts.qformer import init_from_bert
 from mmtransformer.weights.vision.eva import vision_from_blip2
 
 L, VOCAB, WORDS, IMAGE = 3, 53, 43, 52

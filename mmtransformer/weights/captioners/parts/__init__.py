@@ -1,0 +1,1 @@
+"""What several captioners of other projects have in common: language models, the Q-Former."""
