@@ -83,7 +83,10 @@ def check_whole(files: Sequence[str], words: Sequence[str]) -> None:
 
     named = {"--model", "--model.class_path"} & {word.partition("=")[0] for word in words}
     for file in files:
-        held = yaml.safe_load(Path(file).read_text("utf-8"))
+        try:
+            held = yaml.safe_load(Path(file).read_text("utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: not plain YAML: {' '.join(str(error).split())}") from None
         if not isinstance(held, dict):
             raise ValueError(f"{file} is no recipe: it must hold keys with values, as `mmt recipes show tiny` has them")
         named |= {"model"} & {*held}
